@@ -1,0 +1,19 @@
+"""The one exception that means "the user can fix this"; everything else is a bug or a broken machine."""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. Shown as one line, without a traceback; the process exits with 2.
+
+    The text names the field or file, what was given, what is allowed and what to do.
+    """
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` for the nearest known name, or "" if none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
