@@ -1,0 +1,96 @@
+"""What is inside one shard: its samples by byte offset, each checked without decoding its pixels."""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from raphael_dist.data.captions import captions_of, parse_json_object, read_captions
+from raphael_dist.errors import UserError
+
+IMAGE_EXTS = ("webp", "png", "jpg", "jpeg")
+EDGE_EXT = "edge.png"
+EXTS = (*IMAGE_EXTS, "json", "txt", EDGE_EXT)
+IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
+MAX_MEMBER_BYTES = 64 << 20
+
+_HEAD_BYTES = 64 << 10
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def samples_of(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Yield (key, {ext: (offset, size)}) of each run of adjacent members with one key (webdataset's naming)."""
+    key, members = "", dict[str, tuple[int, int]]()
+    for member in _tar_members(path, file):
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, ext = base.partition(".")
+        ext = ext.lower()
+        if not stem or not dot or ext not in EXTS:
+            continue
+        if members and (folder + slash + stem != key or ext in members):
+            yield key, members
+            members = {}
+        key = folder + slash + stem
+        members[ext] = (member.offset_data, member.size)
+    if members:
+        yield key, members
+
+
+def _tar_members(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular members of a plain tar; UserError if it is compressed, cut short or no tar."""
+    head = file.read(8)
+    for magic, kind in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise UserError(f"data shards: {path} is compressed ({kind}); decompress it, members are read by offset")
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # or a shard of a million members stays in memory
+                if member.isreg() and not member.issparse():
+                    yield member
+            end = tar.offset
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise UserError(f"data shards: {path} is not a whole tar file ({error}); write or copy it again") from error
+    # tarfile takes a damaged header in the middle, or a cut between two members, for the end.
+    if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(f"data shards: {path} is damaged or cut short at byte {end}; write or copy it again")
+
+
+def check_sample(fd: int, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return (width, height) of a usable sample; ValueError with the reason if it is not usable."""
+    for ext, (_, size) in members.items():
+        if size > MAX_MEMBER_BYTES:
+            raise ValueError(f"{ext} of {size} bytes, at most {MAX_MEMBER_BYTES} allowed")
+    image_ext = next((ext for ext in IMAGE_EXTS if ext in members), None)
+    if image_ext is None:
+        raise ValueError("no image")
+    meta = parse_json_object(_read(fd, members["json"])) if "json" in members else {}
+    if not captions_of(meta) and not ("txt" in members and read_captions(_read(fd, members["txt"]), "txt")):
+        raise ValueError("no caption")
+    width, height = meta.get("width"), meta.get("height")
+    if type(width) is int and type(height) is int and min(width, height) > 0 and max(width, height) < 1 << 24:
+        return width, height
+    return _image_size(fd, members[image_ext])
+
+
+def _read(fd: int, span: tuple[int, int], limit: int = MAX_MEMBER_BYTES) -> bytes:
+    return os.pread(fd, min(span[1], limit), span[0])
+
+
+def _image_size(fd: int, span: tuple[int, int]) -> tuple[int, int]:
+    """Return (width, height) from the image header, read from the first 64 KiB or, failing that, the whole member."""
+    for limit in (_HEAD_BYTES, MAX_MEMBER_BYTES):
+        try:
+            with Image.open(io.BytesIO(_read(fd, span, limit)), formats=IMAGE_FORMATS) as image:
+                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                width, height = (image.height, image.width) if turned else (image.width, image.height)
+                if min(width, height) > 0:
+                    return width, height
+                reason = "image without pixels"
+        except Exception as error:  # Pillow's parsers raise nearly anything on hostile headers
+            reason = f"image header cannot be read ({type(error).__name__})"
+    raise ValueError(reason)

@@ -1,0 +1,115 @@
+"""The sample order: every sample once per epoch, from any position, with runs that share a bucket."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raphael_dist.data.buckets import nearest_bucket, resize_and_crop
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shards import DatasetIndex, ShardIndex
+from raphael_dist.data.tar_scan import EXTS
+from raphael_dist.errors import UserError
+
+BUCKETS = [(64, 64), (48, 80), (80, 48)]
+
+
+def make_index(shard_sizes: list[int], shapes: int = 3, seed: int = 0) -> DatasetIndex:
+    """An index without files: shards of these many samples, of `shapes` random shapes."""
+    rng = np.random.default_rng(seed)
+    shards = []
+    for number, count in enumerate(shard_sizes):
+        sizes = np.array(BUCKETS, np.int32)[rng.integers(0, shapes, count), ::-1]
+        table = np.zeros((count, len(EXTS), 2), np.int64)
+        shards.append(ShardIndex(Path(f"{number}.tar"), 1, [f"{i}" for i in range(count)], sizes, table, []))
+    return DatasetIndex(tuple(shards))
+
+
+def epoch_of(order: SampleOrder, epoch: int) -> list[int]:
+    first = epoch * order.samples_per_epoch
+    return [order.lookup(first + offset).sample_id for offset in range(order.samples_per_epoch)]
+
+
+@pytest.mark.parametrize("shapes", [1, 3])
+@pytest.mark.parametrize("window", [1, 3, 16])
+@pytest.mark.parametrize("run", [1, 4])
+def test_each_sample_comes_at_most_once_per_epoch_and_only_a_run_per_bucket_is_dropped(shapes, window, run):
+    index = make_index([7, 0, 12, 1, 9, 30, 2], shapes)
+    order = SampleOrder(index, BUCKETS, seed=3, window_shards=window, run_length=run)
+    for epoch in (0, 1, 5):
+        ids = epoch_of(order, epoch)
+        assert len(set(ids)) == len(ids) == index.num_samples - order.dropped_per_epoch
+    assert order.dropped_per_epoch == 0 if 1 in (shapes, run) else order.dropped_per_epoch < shapes * run
+
+
+@pytest.mark.parametrize("window", [1, 2, 16])
+def test_aligned_runs_share_a_bucket(window):
+    order = SampleOrder(make_index([5, 9, 2, 3, 11, 8]), BUCKETS, seed=1, window_shards=window, run_length=4)
+    slots = [order.lookup(position) for position in range(3 * order.samples_per_epoch)]
+    for first in range(0, len(slots), 4):
+        assert len({slot.bucket for slot in slots[first : first + 4]}) == 1
+    assert all(slot.bucket == order.bucket_of[slot.sample_id] for slot in slots)
+    assert {slot.epoch for slot in slots} == {0, 1, 2}
+
+
+def test_epochs_and_seeds_differ_and_over_epochs_every_sample_is_seen():
+    index = make_index([20, 20, 20])
+    order = SampleOrder(index, BUCKETS, seed=1, run_length=8)
+    epochs = [epoch_of(order, epoch) for epoch in range(12)]
+    assert len({tuple(ids) for ids in epochs}) == 12
+    assert set().union(*epochs) == set(range(60))
+    assert epoch_of(SampleOrder(index, BUCKETS, seed=2, run_length=8), 0) != epochs[0]
+
+
+def test_a_position_gives_the_same_sample_in_any_order_of_access():
+    index = make_index([13, 5, 8, 21, 3, 3, 9])
+    first, second = (SampleOrder(index, BUCKETS, seed=9, window_shards=2, run_length=3) for _ in range(2))
+    positions = np.random.default_rng(0).permutation(4 * first.samples_per_epoch)
+    shuffled = {int(p): first.lookup(int(p)) for p in positions}
+    assert [shuffled[p] for p in sorted(shuffled)] == [second.lookup(p) for p in sorted(shuffled)]
+    assert first.lookup(10**12).epoch == 10**12 // first.samples_per_epoch
+
+
+def test_the_order_of_this_version_is_the_order_of_the_last():
+    order = SampleOrder(make_index([4, 4, 4]), BUCKETS, seed=0, window_shards=2, run_length=2)
+    assert epoch_of(order, 0) == [5, 3, 7, 4, 2, 1, 6, 8, 0, 9]
+
+
+def test_a_window_reads_only_its_shards():
+    order = SampleOrder(make_index([10] * 8, shapes=1), BUCKETS, seed=0, window_shards=2)
+    for first in range(0, 80, 20):
+        shards = {order.index.locate(order.lookup(p).sample_id)[0] for p in range(first, first + 20)}
+        assert len(shards) == 2
+
+
+def test_nonsense_and_too_small_data_sets_are_refused():
+    index = make_index([3, 3])
+    with pytest.raises(UserError, match="no bucket holds 100 samples"):
+        SampleOrder(index, BUCKETS, seed=0, run_length=100)
+    for options in ({"run_length": 0}, {"window_shards": 0}, {"buckets": []}):
+        with pytest.raises(UserError, match="at least 1"):
+            SampleOrder(**{"index": index, "buckets": BUCKETS, "seed": 0, **options})
+    with pytest.raises(ValueError, match="negative"):
+        SampleOrder(index, BUCKETS, seed=0).lookup(-1)
+
+
+def test_the_nearest_bucket_is_by_shape_then_by_area():
+    paper = [(448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576), (704, 512), (768, 512), (832, 448)]
+    for number, (height, width) in enumerate(paper):
+        assert nearest_bucket(width, height, paper) == number
+    assert nearest_bucket(4000, 100, paper) == 0
+    assert nearest_bucket(30, 30, [(16, 16), (32, 32)]) == 1
+
+
+def test_fitting_covers_cuts_the_centre_and_mirrors():
+    stripes = np.zeros((8, 24, 3), np.uint8)
+    stripes[:, 8:16] = (255, 0, 0)
+    stripes[:, 12:16] = (0, 255, 0)
+    image = Image.fromarray(stripes)
+    cut = resize_and_crop(image, (8, 8), flip=False)
+    assert (cut == stripes[:, 8:16].transpose(2, 0, 1)).all()
+    assert (resize_and_crop(image, (8, 8), flip=True) == cut[:, :, ::-1]).all()
+    assert (resize_and_crop(image, (8, 24), flip=False) == stripes.transpose(2, 0, 1)).all()
+    for size in ((7, 5), (33, 90), (3, 1)):
+        assert resize_and_crop(image, size, flip=False).shape == (3, *size)

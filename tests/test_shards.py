@@ -1,0 +1,202 @@
+"""The shard index: webdataset naming, bad samples found and counted, hostile tars refused or ignored."""
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from webdataset import TarWriter
+
+from raphael_dist.data.captions import MAX_CAPTION_CHARS, clean_caption, read_captions
+from raphael_dist.data.shards import DatasetIndex, build_index, expand_shards
+from raphael_dist.errors import UserError
+
+
+def png(width: int = 16, height: int = 16, value: int = 7) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises width x height pixels and holds one byte of them."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0"))]
+    body = [
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in [*chunks, (b"IEND", b"")]
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path:
+    with TarWriter(str(path), encoder=False) as tar:
+        for key, members in samples:
+            tar.write({"__key__": key, **members})
+    return path
+
+
+def write_raw(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def good(number: int, **more: bytes) -> tuple[str, dict[str, bytes]]:
+    return f"{number:04d}", {"png": png(), "txt": f"caption {number}".encode(), **more}
+
+
+def reasons(index: DatasetIndex) -> dict[str, str]:
+    return {bad.key: bad.reason for bad in index.bad}
+
+
+def test_patterns_expand_to_sorted_files_each_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(9, 12):
+        Path(f"a-{number:03d}.tar").touch()
+    names = ["a-009.tar", "a-010.tar", "a-011.tar"]
+    for patterns in (["a-{009..011}.tar"], ["*.tar", "a-010.tar"], ["a-{011,010,009}.tar"], [f"{tmp_path}/a-*.tar"]):
+        assert [path.name for path in expand_shards(patterns)] == names
+
+
+@pytest.mark.parametrize(
+    "pattern", ["pipe:touch canary", "s3://bucket/a.tar", "file:a.tar", "a-{0..3}.tar", "*.tar", "{0..99999999}", "{x}"]
+)
+def test_a_pattern_that_is_no_local_file_is_refused_by_name(pattern, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="data shards") as caught:
+        expand_shards([pattern])
+    assert pattern in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_offsets_lead_to_the_members_and_sizes_to_the_image(tmp_path):
+    meta = json.dumps({"captions": ["a", "b"], "width": 300, "height": 200}).encode()
+    path = write_raw(
+        tmp_path / "a.tar",
+        [("x/1.png", png(24, 16)), ("x/1.edge.png", b"e"), ("x/1.TXT", b"one"), ("x/2.jpg", b"j"), ("x/2.json", meta)],
+    )
+    index = build_index([path])
+    shard = index.shards[0]
+    assert shard.keys == ["x/1", "x/2"]
+    assert shard.sizes.tolist() == [[24, 16], [300, 200]]
+    data = path.read_bytes()
+    found = {ext: data[offset : offset + size] for ext, (offset, size) in shard.members(0).items()}
+    assert found == {"png": png(24, 16), "edge.png": b"e", "txt": b"one"}
+    assert index.locate(1) == (0, 1)
+
+
+def test_bad_samples_are_named_with_their_reason_and_the_rest_is_kept(tmp_path):
+    path = write_raw(
+        tmp_path / "a.tar",
+        [
+            ("ok.png", png()), ("ok.txt", b"fine"),
+            ("mute.png", png()),
+            ("blank.png", png()), ("blank.txt", b" <b></b> "),
+            ("blind.txt", b"no image"),
+            ("latin.png", png()), ("latin.txt", b"caf\xe9"),
+            ("json.png", png()), ("json.json", b"[" * 100_000),
+            ("huge.png", png_header(30_000, 30_000)), ("huge.txt", b"a bomb"),
+            ("noise.png", b"not a png"), ("noise.txt", b"noise"),
+            ("ok.png", png(value=9)), ("ok.txt", b"again"),
+        ],
+    )  # fmt: skip
+    index = build_index([path])
+    assert index.shards[0].keys == ["ok"]
+    found = reasons(index)
+    assert found.pop("ok") == "duplicate key"
+    assert found["mute"] == found["blank"] == "no caption"
+    assert found["blind"] == "no image"
+    assert "UTF-8" in found["latin"]
+    assert "nested" in found["json"] or "parsed" in found["json"]
+    assert "header" in found["huge"]
+    assert "header" in found["noise"]
+
+
+def test_members_of_other_kinds_are_ignored_and_never_run(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (canary,)
+
+    bomb = pickle.dumps(Bomb())
+    path = write_shard(tmp_path / "a.tar", [good(0, pkl=bomb, pyd=bomb, pickle=bomb), good(1)])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("0002.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    index = build_index([path])
+    assert index.shards[0].keys == ["0000", "0001"]
+    assert set(index.shards[0].members(0)) == {"png", "txt"}
+    assert not canary.exists()
+
+
+def test_a_file_that_is_no_plain_whole_tar_is_an_error_with_its_name(tmp_path):
+    data = write_shard(tmp_path / "a.tar", [good(0), good(1)]).read_bytes()
+    damaged = bytearray(data)
+    damaged[1024:1536] = b"\xff" * 512  # the second header, which tarfile takes for the end
+    cases = {
+        "gz.tar": gzip.compress(data), "cut.tar": data[:1300], "block.tar": data[:1024], "zero.tar": b"",
+        "text.tar": b"hello " * 500, "mid.tar": bytes(damaged),
+    }  # fmt: skip
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            build_index([tmp_path / name])
+
+
+def test_an_empty_shard_counts_nothing_and_an_empty_data_set_is_an_error(tmp_path):
+    empty = write_raw(tmp_path / "empty.tar", [])
+    full = write_shard(tmp_path / "full.tar", [good(0)])
+    index = build_index([empty, full])
+    assert index.num_samples == 1
+    assert index.locate(0) == (1, 0)
+    with pytest.raises(UserError, match="no usable sample"):
+        build_index([empty])
+
+
+def test_the_cache_is_used_while_the_file_stays_the_same_and_survives_damage(tmp_path, monkeypatch):
+    path, cache = write_shard(tmp_path / "a.tar", [good(0), ("mute", {"png": png()})]), tmp_path / "cache"
+    first = build_index([path], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("raphael_dist.data.shards.samples_of", None)
+        again = build_index([path], cache)
+    assert again.fingerprint == first.fingerprint
+    assert (again.shards[0].table == first.shards[0].table).all()
+    assert again.bad == first.bad
+    (entry,) = cache.iterdir()
+    entry.write_text('{"identity": ')
+    assert build_index([path], cache).fingerprint == first.fingerprint
+    write_shard(path, [good(0), good(1)])
+    assert build_index([path], cache).num_samples == 2
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+    one, two = (build_index([write_shard(tmp_path / f / "a.tar", [good(0)])]) for f in ("x", "y"))
+    other = build_index([write_shard(tmp_path / "y" / "a.tar", [good(1)])])
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+
+
+def test_captions_lose_markup_addresses_and_control_characters():
+    text = "A&nbsp;<b>red</b> fox\x00\n see https://x.io/y?z or www.a.b, mail a.b@c.org &lt;i&gt;now"
+    assert clean_caption(text) == "A red fox see or mail now"
+    assert len(clean_caption("x" * 10_000)) == MAX_CAPTION_CHARS
+    assert clean_caption("2 < 3 and 5 > 4") == "2 < 3 and 5 > 4"
+    assert read_captions(b'{"captions": ["a", " ", "b"]}') == ["a", "b"]
+    assert read_captions(b'{"caption": "a"}', "json") == ["a"]
+    assert read_captions("zwölf\nBoxkämpfer".encode()) == ["zwölf Boxkämpfer"]
+    for data in (b"\xff", b'{"captions": [1]}', b"[]"):
+        with pytest.raises(ValueError, match=r"caption|json"):
+            read_captions(data, "json")
