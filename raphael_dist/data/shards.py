@@ -121,15 +121,15 @@ def expand_shards(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         if _SCHEME.match(pattern):
             raise UserError(
-                f"data shards: {pattern!r} is a URL or a pipe; only local tar files are read: copy them first"
+                f"data.shards: {pattern!r} is a URL or a pipe; only local tar files are read: copy them first"
             )
         names = list(itertools.islice(_expand_braces(pattern), _MAX_SHARDS + 1))
         if len(names) > _MAX_SHARDS:
-            raise UserError(f"data shards: {pattern!r} expands to more than {_MAX_SHARDS} files; use a smaller range")
+            raise UserError(f"data.shards: {pattern!r} expands to more than {_MAX_SHARDS} files; use a smaller range")
         for path in itertools.chain.from_iterable(_matches(name, pattern) for name in names):
             found.setdefault(path.absolute(), path)
     if not found:
-        raise UserError('data shards: no pattern was given; name at least one, as "data/train-{0000..0011}.tar"')
+        raise UserError('data.shards: no pattern was given; name at least one, as "data/train-{0000..0011}.tar"')
     return sorted(found.values())
 
 
@@ -142,7 +142,7 @@ def build_index(paths: Sequence[Path], cache_dir: Path | None = None) -> Dataset
     if index.num_samples == 0:
         why = f"; the first bad one is {index.bad[0]}" if index.bad else ""
         raise UserError(
-            f"data shards: {len(paths)} files hold no usable sample ({len(index.bad)} bad{why}); "
+            f"data.shards: {len(paths)} files hold no usable sample ({len(index.bad)} bad{why}); "
             f"a sample is an image ({'/'.join(IMAGE_EXTS)}) and a caption (txt, or json with captions)"
         )
     return index
@@ -174,7 +174,7 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     elif "," in body:
         choices = iter(body.split(","))
     else:
-        raise UserError(f"data shards: cannot read braces {{{body}}} in {pattern!r}; use {{0000..0011}} or {{a,b}}")
+        raise UserError(f"data.shards: cannot read braces {{{body}}} in {pattern!r}; use {{0000..0011}} or {{a,b}}")
     for choice in choices:
         yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
@@ -185,10 +185,10 @@ def _matches(name: str, pattern: str) -> list[Path]:
         root = Path(path.anchor)
         paths = [match for match in root.glob(str(path.relative_to(path.anchor))) if match.is_file()]
         if not paths:
-            raise UserError(f"data shards: {pattern!r} matches no file in {Path.cwd()}; check the path")
+            raise UserError(f"data.shards: {pattern!r} matches no file in {Path.cwd()}; check the path")
         return paths
     if not path.is_file():
-        raise UserError(f"data shards: {str(path)!r} (from {pattern!r}) is not a file; check the path or the range")
+        raise UserError(f"data.shards: {str(path)!r} (from {pattern!r}) is not a file; check the path or the range")
     return [path]
 
 
@@ -206,7 +206,7 @@ def _shard_index(path: Path, cache_dir: Path | None) -> ShardIndex:
                 temporary.write_text(json.dumps(_to_json(known, identity)), encoding="utf-8")
         return known
     except OSError as error:
-        raise UserError(f"data shards: {path}: {error.strerror or error} ({error.filename}); check it") from error
+        raise UserError(f"data.shards: {path}: {error.strerror or error} ({error.filename}); check it") from error
 
 
 def _to_json(shard: ShardIndex, identity: list[Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _tar_members(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
     head = file.read(8)
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
-            raise UserError(f"data shards: {path} is compressed ({kind}); decompress it, members are read by offset")
+            raise UserError(f"data.shards: {path} is compressed ({kind}); decompress it, members are read by offset")
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -54,10 +54,10 @@ def _tar_members(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
                     yield member
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise UserError(f"data shards: {path} is not a whole tar file ({error}); write or copy it again") from error
+        raise UserError(f"data.shards: {path} is not a whole tar file ({error}); write or copy it again") from error
     # tarfile takes a damaged header in the middle, or a cut between two members, for the end.
     if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-        raise UserError(f"data shards: {path} is damaged or cut short at byte {end}; write or copy it again")
+        raise UserError(f"data.shards: {path} is damaged or cut short at byte {end}; write or copy it again")
 
 
 def check_sample(fd: int, members: dict[str, tuple[int, int]]) -> tuple[int, int]:

@@ -1,0 +1,134 @@
+"""One sample from its shard: image, captions and edge map, decoded within bounds or refused with a reason."""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from raphael_dist.data.buckets import fit, resize_and_crop
+from raphael_dist.data.captions import captions_of, parse_json_object, read_captions
+from raphael_dist.data.shards import DatasetIndex
+from raphael_dist.data.tar_scan import EDGE_EXT, IMAGE_EXTS, IMAGE_FORMATS, MAX_MEMBER_BYTES
+from raphael_dist.errors import UserError
+
+MAX_PIXELS = 64 << 20
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+
+# Half an image trained as a whole one is worse than one image fewer; some libraries turn this on.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used; `shard` (base name), `key` and `reason` say which and why."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        super().__init__(f"{shard}:{key!r}: {reason}")
+        self.shard, self.key, self.reason = shard, key, reason
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """image uint8 [3, h, w]; clean captions, at least one; edge uint8 [h, w] or None."""
+
+    image: np.ndarray
+    captions: list[str]
+    edge: np.ndarray | None
+    key: str
+
+
+class ImageDataset:
+    """Loads samples of an index by id, scaled and cut to a bucket (height, width). Threads and forks may share it."""
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        buckets: Sequence[tuple[int, int]],
+        edge: Literal["stored", "none"],
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        """`max_pixels` is checked on an image's header, before any pixel is decoded."""
+        self.index, self.buckets, self.edge, self.max_pixels = index, tuple(buckets), edge, max_pixels
+        self._file = lru_cache(maxsize=64)(_ShardFile)
+
+    @property
+    def has_edges(self) -> bool:
+        return self.edge == "stored"
+
+    def load(self, sample_id: int, bucket: int, flip: bool = False) -> Sample:
+        """Return the sample fitted to `buckets[bucket]`, mirrored if `flip`.
+
+        BadSampleError: it cannot be decoded, is over the pixel cap, or lacks an edge map where edges are "stored".
+        UserError: the shard is gone, or is not the file that was indexed.
+        """
+        number, row = self.index.locate(sample_id)
+        shard = self.index.shards[number]
+        file = self._file(shard.path, shard.num_bytes)
+        members = {ext: file.read(*span) for ext, span in shard.members(row).items()}
+        size = self.buckets[bucket]
+        try:
+            image = self._image(next(members[ext] for ext in IMAGE_EXTS if ext in members))
+            edge = self._edge(members, size, flip) if self.has_edges else None
+            return Sample(resize_and_crop(image, size, flip), _captions(members), edge, shard.keys[row])
+        except Exception as error:  # whatever a decoder raises, it is this sample that is bad
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise BadSampleError(shard.name, shard.keys[row], reason) from error
+
+    def _open(self, data: bytes) -> Image.Image:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > self.max_pixels:
+            raise ValueError(f"image of {image.width} x {image.height} pixels, at most {self.max_pixels} allowed")
+        if image.mode not in _MODES:
+            raise ValueError(f"image mode {image.mode}, not one of {', '.join(sorted(_MODES))}")
+        return image
+
+    def _image(self, data: bytes) -> Image.Image:
+        image = ImageOps.exif_transpose(self._open(data))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+    def _edge(self, members: dict[str, bytes], size: tuple[int, int], flip: bool) -> np.ndarray:
+        if EDGE_EXT not in members:
+            raise ValueError(f"no {EDGE_EXT}")
+        edge = self._open(members[EDGE_EXT]).convert("L")
+        # Pillow's bilinear filter averages over the area when it shrinks: thin edges fade, they do not vanish.
+        return np.array(fit(edge, size, flip, Image.Resampling.BILINEAR), np.uint8)
+
+
+class _ShardFile:
+    """An open shard, read at offsets only: no shared file position, so threads and forks do not disturb each other.
+
+    Closed when the last reader drops it, never under a reader's hands.
+    """
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            actual = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise UserError(f"data.shards: {path}: {error.strerror}; it was there when it was indexed") from error
+        if actual != num_bytes:
+            raise UserError(f"data.shards: {path} has {actual} bytes, {num_bytes} when it was indexed; start again")
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._fd, min(size, MAX_MEMBER_BYTES), offset)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def _captions(members: dict[str, bytes]) -> list[str]:
+    captions = captions_of(parse_json_object(members["json"])) if "json" in members else []
+    captions = captions or read_captions(members.get("txt", b""), "txt")
+    if not captions:
+        raise ValueError("no caption")
+    return captions
