@@ -1,0 +1,75 @@
+"""The diffusion process and its loss (Sec. 3), with timesteps that depend on the sample position alone.
+
+Shape legend: B samples, C latent channels, h and w latent height and width.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raphael_dist.config import Diffusion
+from raphael_dist.rng import Purpose, generator
+
+
+def alphas_cumprod(config: Diffusion) -> Tensor:
+    """Return abar_t for t = 0 .. T-1, float32 [T], computed in float64."""
+    if config.schedule == "scaled_linear":
+        roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps, dtype=torch.float64)
+        betas = roots**2
+    else:
+        betas = torch.linspace(config.beta_start, config.beta_end, config.num_timesteps, dtype=torch.float64)
+    return torch.cumprod(1 - betas, dim=0).float()
+
+
+def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int) -> int:
+    """Return the timestep of a sample position, uniform over 0 .. T-1.
+
+    Stratified: the positions of one global batch fall into `global_batch` equal strata, dealt by a permutation that
+    depends on (seed, step). Every topology draws the same, and a batch covers the range evenly.
+    """
+    uniform = generator(seed, Purpose.TIMESTEP, position).random()
+    if config.stratified:
+        stratum = _strata(seed, position // global_batch, global_batch)[position % global_batch]
+        uniform = (stratum + uniform) / global_batch
+    return min(int(uniform * config.num_timesteps), config.num_timesteps - 1)
+
+
+@lru_cache(maxsize=4)
+def _strata(seed: int, step: int, global_batch: int) -> np.ndarray:
+    return generator(seed, Purpose.STRATA, step).permutation(global_batch)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (the paper prints the two roots swapped)."""
+
+    abar_T: Tensor
+    prediction: str
+
+    @classmethod
+    def create(cls, config: Diffusion, device: torch.device | str = "cpu") -> "NoiseSchedule":
+        return cls(alphas_cumprod(config).to(device), config.prediction)
+
+    def _roots(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self.abar_T[timestep_B].view(-1, 1, 1, 1)
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def add_noise(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
+        """Return x_t, float32 [B, C, h, w]."""
+        signal, sigma = self._roots(timestep_B)
+        return signal * x0_BChw + sigma * noise_BChw
+
+    def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
+        """Return what the model predicts: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0."""
+        if self.prediction == "epsilon":
+            return noise_BChw
+        signal, sigma = self._roots(timestep_B)
+        return signal * noise_BChw - sigma * x0_BChw
+
+
+def denoise_loss_B(prediction_BChw: Tensor, target_BChw: Tensor) -> Tensor:
+    """L_denoise = mean ||eps - D(x_t, t, y)||^2 (Sec. 3) per sample, float32 [B]."""
+    return (prediction_BChw.float() - target_BChw).square().mean(dim=(1, 2, 3))

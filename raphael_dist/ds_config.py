@@ -1,0 +1,98 @@
+"""The part of the DeepSpeed configuration that we own, merged into the user's JSON.
+
+The JSON in `ds_configs/` owns ZeRO, offload, communication and profiling. Batch sizes, clipping, precision, optimizer
+and schedule belong to our configuration: the same key in the JSON with another value is an error that shows both.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raphael_dist.config import Config
+from raphael_dist.errors import UserError
+
+_NOT_OURS = {
+    "optimizer": "use optim.* of the configuration",
+    "scheduler": "use optim.warmup_steps and optim.decay",
+    "elasticity": "any world size serves train.global_batch already",
+    "checkpoint": "checkpoints are written by raphael_dist; use checkpoint.*",
+    "amp": "use train.dtype",
+    "data_efficiency": "the data order is a function of run.seed",
+    "curriculum_learning": "the data order is a function of run.seed",
+}
+
+
+def read_deepspeed_json(path: str | None) -> dict[str, Any]:
+    """Read a DeepSpeed JSON; None means ZeRO stage 1. Raises UserError when it is missing or not a JSON object."""
+    if path is None:
+        return {"zero_optimization": {"stage": 1}}
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--deepspeed_config {path}: no such file")
+    try:
+        tree = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--deepspeed_config {path}: must be a JSON object, got {type(tree).__name__}")
+    return tree
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """Return the ZeRO stage of a DeepSpeed configuration (0 when it names none)."""
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage in the DeepSpeed JSON: given {stage!r}, allowed 0, 1, 2, 3")
+    return int(stage)
+
+
+def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: int) -> dict[str, Any]:
+    """Return the full DeepSpeed configuration. Raises UserError when `tree` contradicts `config`."""
+    micro = config.train.micro_batch
+    ours: dict[str, tuple[Any, str]] = {
+        "train_micro_batch_size_per_gpu": (micro, "train.micro_batch"),
+        "gradient_accumulation_steps": (accumulation, "derived from train.global_batch"),
+        "gradient_clipping": (config.optim.clip, "optim.clip"),
+        "bf16.enabled": (config.train.dtype == "bfloat16", "train.dtype"),
+        "fp16.enabled": (False, "train.dtype (float32 or bfloat16)"),
+    }
+    for key, fix in _NOT_OURS.items():
+        if key in tree:
+            raise UserError(f"{key} in the DeepSpeed JSON is not used: {fix}; remove it there")
+    # DeepSpeed wants the product of its three numbers, which counts the padded slots of the last micro-step too.
+    if tree.get("train_batch_size", "auto") not in ("auto", config.train.global_batch):
+        _contradiction("train_batch_size", tree["train_batch_size"], "train.global_batch", config.train.global_batch)
+    merged = json.loads(json.dumps(tree))
+    for key, (value, owner) in ours.items():
+        _set_owned(merged, key, value, owner)
+    merged["train_batch_size"] = micro * accumulation * world_size
+    merged.setdefault("zero_optimization", {"stage": 0})
+    merged.setdefault("zero_allow_untested_optimizer", True)
+    merged.setdefault("zero_force_ds_cpu_optimizer", False)
+    merged.setdefault("steps_per_print", 10**9)
+    if zero_stage(merged) == 0 and config.train.dtype == "bfloat16":
+        raise UserError(
+            "train.dtype = bfloat16 needs fp32 master weights, which DeepSpeed's ZeRO-0 does not clip correctly; "
+            "use ds_configs/zero1.json (the same memory on one GPU) or train.dtype=float32"
+        )
+    return merged
+
+
+def _set_owned(merged: dict[str, Any], dotted: str, value: Any, owner: str) -> None:
+    *sections, key = dotted.split(".")
+    node = merged
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"{section} in the DeepSpeed JSON must be an object, given {node!r}")
+    given = node.get(key, "auto")
+    if given != "auto" and given != value:
+        _contradiction(dotted, given, owner, value)
+    node[key] = value
+
+
+def _contradiction(key: str, given: Any, owner: str, value: Any) -> None:
+    raise UserError(
+        f"{key} is {given!r} in the DeepSpeed JSON but {owner} gives {value!r}; remove it from the JSON or make them agree"
+    )

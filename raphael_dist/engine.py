@@ -1,0 +1,94 @@
+"""Builds the DeepSpeed engine: the only caller of `deepspeed.initialize`, and the place that knows its habits."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raphael_dist import ds_config
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.config import Config, Optim
+from raphael_dist.fragments import Fragments
+from raphael_dist.model.unet import RaphaelUNet
+
+
+class Engine:
+    """A model under DeepSpeed with one optimizer step per `accumulation` calls of `backward`.
+
+    Attributes: module (the U-Net), fragments (this rank's fp32 weights), stage (ZeRO), dtype, device.
+    """
+
+    def __init__(self, config: Config, json_tree: dict[str, Any], plan: BatchPlan, device: torch.device) -> None:
+        self.config, self.plan, self.device = config, plan, device
+        self.dtype = getattr(torch, config.train.dtype)
+        self.ds_config = ds_config.merge(config, json_tree, plan.accumulation, plan.world_size)
+        self.stage = ds_config.zero_stage(self.ds_config)
+        torch.manual_seed(config.run.seed)  # every rank starts from the same weights
+        model = RaphaelUNet(config)
+        # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
+        model.reentrant_checkpoint = self.stage == 3
+        self._engine = _initialise(model, config.optim, self.ds_config, device)
+        self.module: RaphaelUNet = self._engine.module
+        self.fragments = Fragments(self.module, self._engine.optimizer)
+        self._grad_norm: float | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the model's forward pass through DeepSpeed."""
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one micro-step; the last of a step also reduces them over ranks."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, lr: float) -> None:
+        """Clip and apply the accumulated gradients with learning rate `lr`; call after the last `backward` of a step."""
+        assert self._engine.is_gradient_accumulation_boundary()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            self._grad_norm = float(
+                torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            )
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """Return the global gradient norm of the last step, before clipping."""
+        if self.stage == 0:
+            return self._grad_norm if self._grad_norm is not None else math.nan
+        norm = self._engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 1): linear warm-up, then constant or half a cosine."""
+    optim = config.optim
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.decay == "constant":
+        return optim.lr
+    progress = (step - 1 - optim.warmup_steps) / max(1, config.train.max_steps - optim.warmup_steps)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _optimizer(parameters: list[nn.Parameter], optim: Optim, device: torch.device) -> torch.optim.Optimizer:
+    if optim.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=optim.lr)
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
+    )
+
+
+def _initialise(model: nn.Module, optim: Optim, tree: dict[str, Any], device: torch.device) -> Any:
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    offload = "offload_optimizer" in tree.get("zero_optimization", {})
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = _optimizer(parameters, optim, torch.device("cpu") if offload else device)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
+    return engine

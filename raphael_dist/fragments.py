@@ -1,0 +1,128 @@
+"""What this rank owns of the fp32 weights and of Adam's moments, as named ranges, the same for every ZeRO stage.
+
+ZeRO flattens parameters and cuts the result between ranks. A fragment undoes that in words: "elements [start, start + n)
+of parameter `name`, flattened, live in this view". EMA, checkpoints and resharding need nothing else, and a fragment means
+the same on every topology.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of a flattened parameter.
+
+    master: float32 [numel], a view of the live fp32 weights. owner: the tensor that the optimizer steps, in which the view
+    begins at `offset`. shared: every rank holds it (ZeRO-0).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    master: Tensor
+    owner: Tensor
+    offset: int
+    shared: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+
+class Fragments:
+    """All fragments of this rank, in the order of the model's parameters."""
+
+    def __init__(self, module: nn.Module, optimizer: Any) -> None:
+        """`optimizer`: what DeepSpeed's engine made of the torch optimizer, or the torch optimizer itself (ZeRO-0)."""
+        self._zero = optimizer
+        self._torch_optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            found = _zero3(module, optimizer)
+        elif hasattr(optimizer, "update_lp_params"):
+            found = _zero12(module, optimizer)
+        else:
+            found = _plain(module)
+        self.all = list(found)
+
+    def __iter__(self) -> Iterator[Fragment]:
+        return iter(self.all)
+
+    def masters(self) -> list[Tensor]:
+        """Return the views of the fp32 weights, one per fragment."""
+        return [f.master for f in self.all]
+
+    def moment(self, fragment: Fragment, kind: str) -> Tensor | None:
+        """Return the live view of one of Adam's moments, float32 [numel]; None before the first step or without one."""
+        state = self._torch_optimizer.state.get(fragment.owner, {})
+        if kind not in state:
+            return None
+        return state[kind].view(-1).narrow(0, fragment.offset, fragment.numel)
+
+    def create_moments(self, steps_taken: int) -> None:
+        """Make the optimizer's state as it is after `steps_taken` steps, with moments of zero to be filled in."""
+        for group in self._torch_optimizer.param_groups:
+            if not isinstance(self._torch_optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD keeps nothing
+                return
+            step_device = group["params"][0].device if group.get("fused") or group.get("capturable") else "cpu"
+            for p in group["params"]:
+                state = self._torch_optimizer.state[p]
+                state["step"] = torch.tensor(float(steps_taken), device=step_device)
+                for kind in MOMENTS:
+                    state[kind] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the fp32 weights into the model that computes (a collective: every rank calls it)."""
+        if hasattr(self._zero, "fp32_partitioned_groups_flat"):
+            for half, master in zip(
+                self._zero.fp16_partitioned_groups_flat, self._zero.fp32_partitioned_groups_flat, strict=True
+            ):
+                if half.data_ptr() != master.data_ptr():
+                    half.data.copy_(master.data)
+            persistent = self._zero.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+        elif hasattr(self._zero, "update_lp_params"):
+            self._zero.update_lp_params()
+
+
+def _zero12(module: nn.Module, optimizer: Any) -> Iterator[Fragment]:
+    owners = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+    for name, p in module.named_parameters():
+        mapping = getattr(p, "_hp_mapping", None)
+        if mapping is None:  # this parameter lies wholly on other ranks
+            continue
+        yield Fragment(
+            name=name,
+            shape=tuple(p.shape),
+            start=mapping.lp_fragment_address.start,
+            master=mapping.hp_fragment.detach(),
+            owner=owners[mapping.param_group_index],
+            offset=mapping.hp_fragment_address.start,
+        )
+
+
+def _zero3(module: nn.Module, optimizer: Any) -> Iterator[Fragment]:
+    parameters: Iterator[tuple[str, Any]] = module.named_parameters()
+    for name, p in parameters:
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
+        start = torch.distributed.get_rank(p.ds_process_group) * size
+        numel = min(size, p.ds_numel - start)  # the last rank's part is padded
+        if numel <= 0:
+            continue
+        owner = optimizer.fp32_partitioned_groups_flat[group]
+        yield Fragment(name, tuple(p.ds_shape), start, owner.detach().narrow(0, offset, numel), owner, offset)
+
+
+def _plain(module: nn.Module) -> Iterator[Fragment]:
+    for name, p in module.named_parameters():
+        yield Fragment(name, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True)

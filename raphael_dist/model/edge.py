@@ -1,0 +1,62 @@
+"""Edge-supervised learning (Sec. 3.2 and 7.2): the attention map of the end-of-text token learns to show the edges.
+
+Shape legend: B samples, N image tokens (h * w), Y text tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class EdgeModule(nn.Module):
+    """P of Sec. 7.2: five convolutions from one attention map to edge logits."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = [1, channels, channels, channels, channels, 1]
+        layers: list[nn.Module] = []
+        for i in range(5):
+            layers += [nn.Conv2d(widths[i], widths[i + 1], kernel_size=3, padding=1), nn.SiLU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, map_BNY: Tensor, end_B: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """Return edge logits, float32 [B, h, w], from the map of token `end_B` (int64) scaled to a maximum of 1."""
+        map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
+        map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
+        image = map_BN.view(-1, 1, *size_hw).to(next(self.parameters()).dtype)
+        return self.net(image).squeeze(1).float()
+
+
+def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss for soft targets in [0, 1], elementwise (Lin et al. 2017, Eq. 5; both halves weighted by the target).
+
+    `-alpha y (1-p)^gamma log p - (1-alpha) (1-y) p^gamma log(1-p)` with p = sigmoid(logits).
+    """
+    p = torch.sigmoid(logits)
+    positive = -alpha * target * (1 - p) ** gamma * F.logsigmoid(logits)
+    negative = -(1 - alpha) * (1 - target) * p**gamma * F.logsigmoid(-logits)
+    return positive + negative
+
+
+def edge_loss_B(
+    logits: Sequence[Tensor],
+    edge_BHW: Tensor,
+    timestep_B: Tensor,
+    *,
+    max_timestep: int,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """L_edge = Focal(P(M), I_edge) per sample (Sec. 3.2), float32 [B].
+
+    The mean over blocks of the mean over map positions, for samples with t < `max_timestep` (T_c); 0 for the others.
+    edge_BHW: HED edge maps in [0, 1], brought to each block's h x w by averaging.
+    """
+    per_block = []
+    for logits_Bhw in logits:
+        target = F.adaptive_avg_pool2d(edge_BHW.unsqueeze(1).float(), (logits_Bhw.shape[1], logits_Bhw.shape[2])).squeeze(1)
+        per_block.append(focal_loss(logits_Bhw, target, alpha, gamma).mean(dim=(1, 2)))
+    loss_B = torch.stack(per_block).mean(dim=0)
+    return torch.where(timestep_B < max_timestep, loss_B, torch.zeros_like(loss_B))

@@ -1,0 +1,93 @@
+"""Time-MoE (Sec. 7.3) and Space-MoE (Sec. 3.1) on one rank. Expert parallelism swaps in layers of the same signature.
+
+Shape legend: B samples, N image tokens, Y text tokens, K experts, D width, R rows (B * N).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from raphael_dist.model.experts import Activation, Experts
+
+SpaceBackend = Literal["auto", "grouped", "wide", "literal"]
+# Above this share of (token, expert) pairs in use, two dense products beat gathering on the CPU (tools/bench.py space).
+WIDE_DENSITY = 0.8
+
+
+class TimeMoE(nn.Module):
+    """`h' = te_{t_router(t)}(h_c)` (Sec. 7.3): one expert per sample, chosen by its timestep."""
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, activation: Activation, seed: int) -> None:
+        super().__init__()
+        self.experts = Experts(num_experts, dim, hidden, activation, seed)
+
+    def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Sequence[int], factor_B: Tensor) -> Tensor:
+        """Return [B, N, D]; sample b goes through expert `expert_B[b]` (int64), scaled by `factor_B[b]` (value 1).
+
+        `samples[k]` is the number of samples of expert k, known on the host so that no layer waits for the device.
+        """
+        order_B = torch.argsort(expert_B, stable=True)
+        out_RD = self.experts(h_BND[order_B].flatten(0, 1), [n * h_BND.shape[1] for n in samples])
+        out_BND = torch.empty_like(h_BND).index_copy(0, order_B, out_RD.view_as(h_BND))
+        return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
+
+
+class SpaceMoE(nn.Module):
+    """`out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1), by the identity in docs/architecture.md.
+
+    With w_k[j] the weight of expert k at image token j and c_k its total weight,
+    `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, backend: SpaceBackend, seed: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.experts = Experts(num_experts, dim, hidden, "gelu", seed)
+        self.backend = backend
+
+    def forward(self, h_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output [B, N, D] and, without gradient, the share of image tokens that need each expert [B, K].
+
+        mask_BNY: float32 zeros and ones. weight_BYK: float32, see `routing.BlockPlan`.
+        """
+        x_BND = self.norm(h_BND)
+        w_BNK = mask_BNY @ weight_BYK
+        used_BK = (w_BNK.detach() > 0).float().mean(dim=1)
+        if self.backend == "literal":
+            return literal_space_moe(self.experts, x_BND, mask_BNY, weight_BYK), used_BK
+        x_RD, w_RK = x_BND.flatten(0, 1), w_BNK.flatten(0, 1).to(x_BND.dtype)
+        if self._choose_wide(used_BK):
+            out_RD = self.experts.wide(x_RD, w_RK)
+        else:
+            out_RD = grouped_space_moe(self.experts, x_RD, w_RK)
+        constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.experts.at_zero_KD()
+        return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1), used_BK
+
+    def _choose_wide(self, used_BK: Tensor) -> bool:
+        if self.backend != "auto":
+            return self.backend == "wide"
+        # Reading the density is free on the CPU; on a GPU it would stop the launch queue in every layer, and the wide
+        # form has static shapes.
+        return used_BK.is_cuda or bool(used_BK.mean() > WIDE_DENSITY)
+
+
+def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
+    """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D], from the (row, expert) pairs with w > 0 alone."""
+    needed_KR = (w_RK.detach() > 0).t()
+    expert_P, row_P = needed_KR.nonzero(as_tuple=True)
+    y_PD = experts(x_RD[row_P], needed_KR.sum(dim=1).tolist(), centred=True)
+    return torch.zeros_like(x_RD).index_add(0, row_P, y_PD * w_RK[row_P, expert_P].unsqueeze(-1))
+
+
+def literal_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> Tensor:
+    """The formula of Sec. 3.1 as printed: every text token runs its expert over the whole masked image. The reference."""
+    chosen_S = weight_BYK.detach().argmax(dim=-1).flatten()
+    factor_S = weight_BYK.sum(dim=-1).flatten()
+    order_S = torch.argsort(chosen_S, stable=True)
+    masked_SND = torch.einsum("bnd,bny->bynd", x_BND, mask_BNY.to(x_BND.dtype)).flatten(0, 1)
+    counts = torch.bincount(chosen_S, minlength=experts.num_experts) * x_BND.shape[1]
+    y_SND = experts(masked_SND[order_S].flatten(0, 1), counts.tolist()).view_as(masked_SND)
+    y_SND = torch.empty_like(y_SND).index_copy(0, order_S, y_SND) * factor_S.to(y_SND.dtype)[:, None, None]
+    return y_SND.unflatten(0, weight_BYK.shape[:2]).sum(dim=1)

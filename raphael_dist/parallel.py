@@ -1,0 +1,105 @@
+"""Who am I among the ranks, and how do ranks decide together.
+
+Ranks come from the launcher: DeepSpeed or torchrun (RANK), srun (SLURM_PROCID), mpirun (OMPI_COMM_WORLD_RANK). Without
+one there is a single rank.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from raphael_dist.errors import UserError
+
+# (launcher, rank, world size, local rank, ranks on this host)
+_LAUNCHERS = (
+    ("deepspeed or torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    (
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: global rank, number of ranks, rank on this host, ranks on this host."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str = "none"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def discover(env: dict[str, str] | None = None) -> Ranks:
+    """Read the launcher's variables. Raises UserError when a launcher set some of them but not all, or nonsense."""
+    env = dict(os.environ) if env is None else env
+    for launcher, rank, world, local, local_world in _LAUNCHERS:
+        # An interactive Slurm shell has SLURM_PROCID without being one of several ranks.
+        if rank not in env or (launcher == "srun" and "SLURM_STEP_ID" not in env):
+            continue
+        values = {name: env.get(name, "") for name in (rank, world, local)}
+        for name, value in values.items():
+            if not value.isdigit():
+                raise UserError(f"environment variable {name} is {value!r} under {launcher}; it must be a number")
+        world_size = int(values[world])
+        here = env.get(local_world, "").split("(")[0]
+        return Ranks(
+            int(values[rank]), world_size, int(values[local]), int(here) if here.isdigit() else world_size, launcher
+        )
+    return Ranks()
+
+
+def initialise(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    import deepspeed
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if ranks.launcher == "none":
+        os.environ["MASTER_PORT"] = str(free_port())
+    for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", ranks.local_rank)):
+        os.environ[name] = str(value)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+        device, backend = torch.device("cuda", ranks.local_rank), "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+        # DeepSpeed would compile a shared-memory all-reduce in C++ for about a minute on first use; gloo needs none.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def free_port() -> int:
+    """Return a TCP port that is free on this host now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def agree(flags: Sequence[float], device: torch.device) -> list[float]:
+    """Return the largest of each flag over all ranks: one small all-reduce, so that ranks stop, skip and save together."""
+    tensor = torch.tensor(flags, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def total(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the sum of each value over all ranks, float64, on the host."""
+    tensor = torch.as_tensor(values, dtype=torch.float64).to(device, copy=True)
+    dist.all_reduce(tensor)
+    return tensor.cpu()
