@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
-from test_shards import png, png_header, write_raw
 
 from raphael_dist.data.dataset import BadSampleError, ImageDataset
 from raphael_dist.data.shards import build_index
 from raphael_dist.errors import UserError
+from tests.test_shards import png, png_header, write_raw
 
 SIZED = b'{"caption": "sized", "width": 16, "height": 16}'
 
@@ -69,9 +69,7 @@ def test_what_cannot_be_decoded_is_a_bad_sample_with_shard_key_and_reason(tmp_pa
         "cut": noise[:400], "bomb": png_header(30_000, 30_000), "wide": png(65, 64), "none": b"",
         "deep": encode(np.zeros((16, 16), np.uint16)), "gif": encode(np.zeros((16, 16), np.uint8), "GIF"),
     }  # fmt: skip
-    members = [
-        (f"{key}.{ext}", data) for key, image in cases.items() for ext, data in (("png", image), ("json", SIZED))
-    ]
+    members = [(f"{key}.{ext}", data) for key, image in cases.items() for ext, data in (("png", image), ("json", SIZED))]
     data = dataset_of(tmp_path, members, max_pixels=64 * 64)
     found = {}
     tracemalloc.start()

@@ -45,7 +45,7 @@ class ShardIndex:
     """The usable samples of one tar, as columns, and its bad ones.
 
     `table` is int64 [num_samples, len(EXTS), 2]: offset and size in bytes of each member, size -1 where absent.
-    `sizes` is int32 [num_samples, 2]: width and height in pixels.
+    `sizes` is int32 [num_samples, 2]: width and height in pixels. `text_digest` is a sha256 over captions and json.
     """
 
     path: Path
@@ -54,6 +54,7 @@ class ShardIndex:
     sizes: np.ndarray
     table: np.ndarray
     bad: list[BadSample]
+    text_digest: str = ""
 
     @property
     def name(self) -> str:
@@ -68,6 +69,13 @@ class ShardIndex:
         """sha256 over base name, size in bytes and keys; not over where the file lies."""
         text = json.dumps([self.name, self.num_bytes, self.keys], ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def content(self) -> str:
+        """sha256 over the fingerprint, the layout and the texts: what must be equal for caches of it to hold."""
+        digest = hashlib.sha256(f"{self.fingerprint} {self.text_digest}".encode())
+        digest.update(np.ascontiguousarray(self.sizes).tobytes() + np.ascontiguousarray(self.table).tobytes())
+        return digest.hexdigest()
 
     def members(self, number: int) -> dict[str, tuple[int, int]]:
         """Return {ext: (offset, size)} of the sample with that number in this shard."""
@@ -120,9 +128,7 @@ def expand_shards(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, Path] = {}
     for pattern in patterns:
         if _SCHEME.match(pattern):
-            raise UserError(
-                f"data.shards: {pattern!r} is a URL or a pipe; only local tar files are read: copy them first"
-            )
+            raise UserError(f"data.shards: {pattern!r} is a URL or a pipe; only local tar files are read: copy them first")
         names = list(itertools.islice(_expand_braces(pattern), _MAX_SHARDS + 1))
         if len(names) > _MAX_SHARDS:
             raise UserError(f"data.shards: {pattern!r} expands to more than {_MAX_SHARDS} files; use a smaller range")
@@ -216,6 +222,7 @@ def _to_json(shard: ShardIndex, identity: list[Any]) -> dict[str, Any]:
         "sizes": shard.sizes.tolist(),
         "table": shard.table.tolist(),
         "bad": [[bad.key, bad.reason] for bad in shard.bad],
+        "text_digest": shard.text_digest,
     }
 
 
@@ -226,12 +233,14 @@ def _load(path: Path, cached: Path, identity: list[Any]) -> ShardIndex | None:
         if data["identity"] != identity:
             return None
         bad = [BadSample(path.name, key, reason) for key, reason in data["bad"]]
-        return _columns(path, identity[2], data["keys"], data["sizes"], data["table"], bad)
+        return _columns(path, identity[2], data["keys"], data["sizes"], data["table"], bad, data["text_digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _columns(path: Path, num_bytes: int, keys: list, sizes: list, table: list, bad: list[BadSample]) -> ShardIndex:
+def _columns(
+    path: Path, num_bytes: int, keys: list, sizes: list, table: list, bad: list[BadSample], text_digest: str
+) -> ShardIndex:
     return ShardIndex(
         path=path,
         num_bytes=num_bytes,
@@ -239,6 +248,7 @@ def _columns(path: Path, num_bytes: int, keys: list, sizes: list, table: list, b
         sizes=np.array(sizes, np.int32).reshape(len(keys), 2),
         table=np.array(table, np.int64).reshape(len(keys), len(EXTS), 2),
         bad=bad,
+        text_digest=text_digest,
     )
 
 
@@ -248,6 +258,7 @@ def _scan(path: Path) -> ShardIndex:
     table: list[list[tuple[int, int]]] = []
     bad: list[BadSample] = []
     seen: set[str] = set()
+    texts = hashlib.sha256()
     with open(path, "rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
         for key, members in samples_of(path, file):
@@ -255,10 +266,10 @@ def _scan(path: Path) -> ShardIndex:
                 if key in seen:
                     raise ValueError("duplicate key")
                 seen.add(key)
-                sizes.append(check_sample(file.fileno(), members))
+                sizes.append(check_sample(file.fileno(), members, texts.update))
             except ValueError as error:
                 bad.append(BadSample(path.name, key, str(error)))
                 continue
             keys.append(key)
             table.append([members.get(ext, (0, -1)) for ext in EXTS])
-    return _columns(path, num_bytes, keys, sizes, table, bad)
+    return _columns(path, num_bytes, keys, sizes, table, bad, texts.hexdigest())

@@ -3,7 +3,7 @@
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -60,16 +60,21 @@ def _tar_members(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
         raise UserError(f"data.shards: {path} is damaged or cut short at byte {end}; write or copy it again")
 
 
-def check_sample(fd: int, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Return (width, height) of a usable sample; ValueError with the reason if it is not usable."""
+def check_sample(fd: int, members: dict[str, tuple[int, int]], seen_text: Callable[[bytes], None]) -> tuple[int, int]:
+    """Return (width, height) of a usable sample; ValueError with the reason if it is not usable.
+
+    `seen_text` is called with the bytes of the json and of the txt.
+    """
     for ext, (_, size) in members.items():
         if size > MAX_MEMBER_BYTES:
             raise ValueError(f"{ext} of {size} bytes, at most {MAX_MEMBER_BYTES} allowed")
     image_ext = next((ext for ext in IMAGE_EXTS if ext in members), None)
     if image_ext is None:
         raise ValueError("no image")
-    meta = parse_json_object(_read(fd, members["json"])) if "json" in members else {}
-    if not captions_of(meta) and not ("txt" in members and read_captions(_read(fd, members["txt"]), "txt")):
+    texts = {ext: _read(fd, members[ext]) for ext in ("json", "txt") if ext in members}
+    seen_text(b"".join(texts.values()))
+    meta = parse_json_object(texts["json"]) if "json" in texts else {}
+    if not captions_of(meta) and not read_captions(texts.get("txt", b""), "txt"):
         raise ValueError("no caption")
     width, height = meta.get("width"), meta.get("height")
     if type(width) is int and type(height) is int and min(width, height) > 0 and max(width, height) < 1 << 24:

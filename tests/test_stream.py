@@ -1,0 +1,255 @@
+"""Cache and stream: computed once, read back alike, every draw fixed by the position, bad samples replaced."""
+
+import hashlib
+import json
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raphael_dist.conditioning import TextFeatures
+from raphael_dist.data.cache import FeatureCache
+from raphael_dist.data.dataset import ImageDataset
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.prefetch import Prefetcher
+from raphael_dist.data.shards import build_index
+from raphael_dist.data.stream import TrainStream
+from raphael_dist.errors import UserError
+from tests.test_dataset import encode
+from tests.test_shards import png, write_shard
+
+BUCKETS = [(16, 16), (16, 32)]
+SEED = 5
+
+
+class Text:
+    """Stands for a text encoder: each caption's tokens hold a number made of its text."""
+
+    width, max_tokens, fingerprint = 4, 3, "text"
+
+    def __init__(self):
+        self.calls: list[str] = []
+
+    def encode(self, captions):
+        self.calls += captions
+        values = torch.tensor([self.value(caption) for caption in captions])
+        tokens = values[:, None, None].expand(-1, 3, 4).clone()
+        return TextFeatures(tokens, torch.ones(len(captions), 3).bool(), torch.full((len(captions),), 2))
+
+    @staticmethod
+    def value(caption: str) -> float:
+        return hashlib.sha256(caption.encode()).digest()[0] / 256 if caption else -1.0
+
+
+class Pixels:
+    """Stands for an image encoder: pooled pixels as the mean, a half as the std."""
+
+    factor, channels, fingerprint, deterministic = 4, 3, "pixels", False
+
+    def encode(self, images):
+        mean = torch.nn.functional.avg_pool2d(images, 4)
+        return mean, torch.full_like(mean, 0.5)
+
+
+class World:
+    """Three shards of ten samples in two buckets; sample n is grey n, darker to the right, with two or three captions."""
+
+    def __init__(self, tmp_path: Path, corrupt: tuple[int, ...] = (), flip: bool = True, edge: str = "stored"):
+        self.corrupt = corrupt
+        paths = []
+        for shard in range(3):
+            rows = [self.members(n) for n in range(10 * shard, 10 * shard + 10)]
+            paths.append(write_shard(tmp_path / f"s{shard}.tar", rows))
+        self.index = build_index(paths)
+        self.text = Text()
+        self.dataset = ImageDataset(self.index, BUCKETS, edge)
+        self.cache = FeatureCache(tmp_path / "cache", self.index, self.dataset, self.text, Pixels(), BUCKETS, flip)
+        self.order = SampleOrder(self.index, BUCKETS, SEED, window_shards=2)
+
+    def members(self, n: int):
+        width = BUCKETS[n % 2][1]
+        pixels = np.full((16, width, 3), n, np.uint8) + np.linspace(200, 0, width, dtype=np.uint8)[None, :, None]
+        captions = ["same", f"caption {n}", f"other {n}"][: 2 + n % 2]
+        meta = json.dumps({"captions": captions, "width": width, "height": 16}).encode()
+        image = encode(pixels)[:-40] if n in self.corrupt else encode(pixels)
+        return f"{n:03d}", {"png": image, "json": meta, "edge.png": encode(pixels[..., 0])}
+
+    def stream(self, **options):
+        return TrainStream(self.order, self.cache, **{"seed": SEED, "caption_drop": 0.25, "flip": True, **options})
+
+
+@pytest.fixture
+def world(tmp_path) -> World:
+    world = World(tmp_path)
+    world.cache.build(world.cache.missing())
+    return world
+
+
+def test_the_cache_gives_back_what_the_encoders_gave(world):
+    for sample_id in range(30):
+        for flip in (False, True):
+            sample = world.dataset.load(sample_id, sample_id % 2, flip)
+            mean, std = Pixels().encode(torch.from_numpy(sample.image[None]).float() / 127.5 - 1)
+            for caption, text in enumerate(sample.captions):
+                cached = world.cache.get(sample_id, caption, flip)
+                torch.testing.assert_close(cached.mean, mean[0], atol=1e-3, rtol=0)
+                assert torch.equal(cached.std, std[0])
+                assert cached.tokens.unique().tolist() == [Text.value(text)]
+                assert (cached.end, cached.mask.tolist()) == (2, [True] * 3)
+                assert (cached.edge.numpy() == sample.edge).all()
+        assert world.cache.num_captions(sample_id) == 2 + sample_id % 2
+    assert world.cache.null_text().tokens.unique().tolist() == [-1]
+
+
+def test_a_caption_is_encoded_once_per_shard_and_nothing_is_computed_twice(tmp_path):
+    world = World(tmp_path)
+    assert world.cache.missing() == [0, 1, 2]
+    seen = []
+    world.cache.build([2, 0], lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    assert world.text.calls.count("same") == 2
+    assert world.cache.missing() == [1]
+    again = World(tmp_path)
+    assert again.cache.missing() == [1]
+    assert World(tmp_path, flip=False).cache.missing() == [0, 1, 2]
+    assert World(tmp_path, edge="none").cache.fingerprint != again.cache.fingerprint
+    with pytest.raises(UserError, match="1 shards are not cached"):
+        again.stream()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_changed_caption_of_equal_length_is_computed_again(tmp_path):
+    first = World(tmp_path)
+    first.cache.build([0, 1, 2])
+    path = tmp_path / "s1.tar"
+    path.write_bytes(path.read_bytes().replace(b"caption 12", b"CAPTION 12"))
+    index = build_index([tmp_path / f"s{n}.tar" for n in range(3)])
+    cache = FeatureCache(tmp_path / "cache", index, first.dataset, first.text, Pixels(), BUCKETS, True)
+    assert index.fingerprint == first.index.fingerprint
+    assert cache.missing() == [1]
+
+
+def test_a_damaged_cache_and_wrong_buckets_are_a_users_error(world):
+    with pytest.raises(UserError, match=r"\[18, 16\] is not a multiple of 4"):
+        FeatureCache(Path(), world.index, world.dataset, world.text, Pixels(), [(18, 16)], False)
+    path = world.cache.path(0)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="delete it"):
+        world.cache.get(0)
+    path.unlink()
+    with pytest.raises(UserError, match="build the cache"):
+        world.cache.get(0)
+
+
+def same(one, two) -> bool:
+    return all(
+        torch.equal(value, vars(two)[name]) if isinstance(value, torch.Tensor) else value == vars(two)[name]
+        for name, value in vars(one).items()
+    )
+
+
+def test_a_position_gives_the_same_sample_in_any_order_from_any_thread(world):
+    positions = np.random.default_rng(0).permutation(70).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        shuffled = dict(zip(positions, pool.map(world.stream().sample, positions), strict=True))
+    stream = world.stream()
+    assert all(same(shuffled[position], stream.sample(position)) for position in range(70))
+    other = world.stream(seed=SEED + 1)
+    assert not same(other.sample(0), stream.sample(0))
+
+
+def test_draws_follow_their_rates_and_latents_their_posterior(world):
+    stream = world.stream()
+    samples = [stream.sample(position) for position in range(600)]
+    assert 0.2 < np.mean([sample.dropped for sample in samples]) < 0.3
+    assert 0.44 < np.mean([sample.flipped for sample in samples]) < 0.56
+    assert all((sample.tokens == -1).all() == sample.dropped for sample in samples)
+    kept = [sample for sample in samples if sample.sample_id == 7 and not sample.dropped]
+    assert {float(s.tokens[0, 0]) for s in kept} == {Text.value(c) for c in ("same", "caption 7", "other 7")}
+    noise = torch.cat([((s.latents - world.cache.get(s.sample_id, 0, s.flipped).mean) / 0.5).flatten() for s in samples])
+    assert abs(float(noise.mean())) < 0.02
+    assert abs(float(noise.std()) - 1) < 0.02
+    for sample in samples[:50]:
+        assert sample.latents.shape == (3, 4, 4 * (1 + sample.bucket))
+        assert sample.edge.shape == BUCKETS[sample.bucket]
+        assert 0 <= float(sample.edge.min()) < float(sample.edge.max()) <= 1
+        assert bool(sample.edge[0, 0] < sample.edge[0, -1]) == sample.flipped
+        assert sample.key == f"{sample.sample_id:03d}"
+    plain = world.stream(flip=False, caption_drop=0.0)
+    assert not any(plain.sample(p).flipped or plain.sample(p).dropped for p in range(50))
+
+
+def test_a_corrupt_image_is_replaced_from_its_bucket_counted_and_reported_once(tmp_path, caplog):
+    world = World(tmp_path, corrupt=(4, 28))
+    world.cache.build([0, 1, 2])
+    assert [(bad.shard, bad.key) for bad in world.cache.bad] == [("s0.tar", "004"), ("s2.tar", "028")]
+    assert world.cache.bad_ids == [4, 28]
+    with pytest.raises(KeyError, match="bad"):
+        world.cache.get(4)
+    stream = world.stream(max_bad_fraction=0.1)
+    with caplog.at_level(logging.WARNING):
+        ids = [stream.sample(position).sample_id for position in range(60)]
+    counts = np.bincount(ids, minlength=30)
+    assert counts[[4, 28]].tolist() == [0, 0]
+    assert counts[[6, 0]].tolist() == [4, 4]  # the next of the even bucket; after the last, the first
+    assert stream.replaced == 4
+    assert sorted(record.getMessage().split(":")[1] for record in caplog.records) == ["'004'", "'028'"]
+
+
+def test_too_many_bad_samples_stop_the_run_with_the_first_three(tmp_path):
+    world = World(tmp_path, corrupt=(1, 3, 5, 7))
+    world.cache.build([0, 1, 2])
+    with pytest.raises(UserError, match=r"4 of 30 samples are bad.*'001'.*'003'.*'005'") as caught:
+        world.stream()
+    assert "007" not in str(caught.value)
+    world = World(tmp_path, corrupt=tuple(range(0, 30, 2)))
+    world.cache.build([0, 1, 2])
+    with pytest.raises(UserError, match="all 15 samples of the bucket"):
+        world.stream(max_bad_fraction=1.0)
+
+
+def test_read_ahead_keeps_the_order_and_stays_within_its_depth():
+    started = []
+    gate = threading.Event()
+
+    def fn(key: int) -> int:
+        started.append(key)
+        if key < 3:
+            gate.wait(5)
+        return key * key
+
+    with Prefetcher(fn, range(20), depth=3, workers=4) as ahead:
+        threading.Timer(0.05, gate.set).start()
+        assert next(ahead) == 0
+        assert max(started) <= 2
+        assert list(ahead) == [n * n for n in range(1, 20)]
+
+
+def test_read_ahead_raises_where_the_error_lies_and_stops():
+    def keys():
+        yield from range(3)
+        raise OSError("no more keys")
+
+    for fn, source, error, before in (
+        (lambda key: 1 // (2 - key), range(9), ZeroDivisionError, 2),
+        (lambda key: key, keys(), OSError, 3),
+    ):
+        ahead, values = Prefetcher(fn, source), []
+        with pytest.raises(error):
+            values.extend(ahead)
+        assert len(values) == before
+        assert list(ahead) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_an_image_of_another_bucket_is_fitted_to_its_own(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [("a", {"png": png(90, 40), "txt": b"x"})])
+    index = build_index([path])
+    cache = FeatureCache(tmp_path, index, ImageDataset(index, BUCKETS, "none"), Text(), Pixels(), BUCKETS, False)
+    cache.build([0])
+    assert cache.get(0).mean.shape == (3, 4, 8)
+    assert cache.get(0).edge is None
