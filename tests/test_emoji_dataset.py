@@ -1,0 +1,214 @@
+"""The committed emoji shards hold what they promise, and the builder makes the same bytes from the same packages."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raphael_dist.data import emoji
+from raphael_dist.data.emoji_names import clean_name, slug, with_article
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"emoji": 12_000_000, "emoji-demo": 500_000}
+each_folder = pytest.mark.parametrize("folder", FOLDERS)
+
+
+@cache
+def samples(folder: str, split: str) -> dict[str, dict[str, bytes]]:
+    """{key: {suffix: bytes}} of a split; fails on a key that comes twice or apart."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted((ROOT / "data" / folder).glob(f"{split}-*.tar")):
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                assert suffix not in found.setdefault(key, {})
+                assert key == list(found)[-1]
+                file = tar.extractfile(member)
+                assert file is not None
+                found[key][suffix] = file.read()
+    return found
+
+
+def records(folder: str, split: str) -> dict[str, dict[str, Any]]:
+    return {key: json.loads(members["json"]) for key, members in samples(folder, split).items()}
+
+
+@each_folder
+def test_shards_are_the_ones_in_the_manifest(folder: str) -> None:
+    path = ROOT / "data" / folder
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    shards = sorted(path.glob("*.tar"))
+    assert [s.name for s in shards] == sorted(manifest["shards"])
+    for shard in shards:
+        assert hashlib.sha256(shard.read_bytes()).hexdigest() == manifest["shards"][shard.name]["sha256"]
+    assert sorted(samples(folder, "val")) == manifest["held_out"]
+    for split in ("train", "val"):
+        rows = [row["samples"] for name, row in manifest["shards"].items() if name.startswith(split)]
+        assert len(samples(folder, split)) == sum(rows)
+
+
+def test_counts() -> None:
+    train, val = records("emoji", "train"), records("emoji", "val")
+    concepts = {row["concept"] for row in (train | val).values()}
+    assert len(concepts) == 903
+    assert len(train) + len(val) == 3 * len(concepts)
+    assert len(val) == pytest.approx(0.05 * len(concepts), rel=0.3)
+    assert len(records("emoji-demo", "val")) >= 3
+    assert 24 <= len({row["concept"] for row in records("emoji-demo", "train").values()}) <= 32
+
+
+@each_folder
+def test_folders_stay_small(folder: str) -> None:
+    assert sum(f.stat().st_size for f in (ROOT / "data" / folder).rglob("*") if f.is_file()) <= FOLDERS[folder]
+
+
+@each_folder
+def test_hold_out_follows_from_the_hash_of_the_name(folder: str) -> None:
+    share = json.loads((ROOT / "data" / folder / "manifest.json").read_text(encoding="utf-8"))["held_out_share"]
+    styles: dict[str, dict[str, str]] = defaultdict(dict)
+    for split in ("train", "val"):
+        for row in records(folder, split).values():
+            styles[row["concept"]][row["style"]] = split
+    for concept, split_of in styles.items():
+        h = hashlib.sha256(concept.encode()).hexdigest()
+        expected = dict.fromkeys(split_of, "train")
+        if int(h[:8], 16) < share * 2**32:
+            expected[sorted(split_of)[int(h[8:16], 16) % len(split_of)]] = "val"
+        assert split_of == expected
+        assert "train" in split_of.values()  # a held-out concept is known from its other styles
+
+
+@each_folder
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_samples_decode(folder: str, split: str) -> None:
+    white = []
+    for key, members in samples(folder, split).items():
+        assert set(members) == {"webp", "json", "edge.png"}
+        image, edge = Image.open(io.BytesIO(members["webp"])), Image.open(io.BytesIO(members["edge.png"]))
+        assert (image.format, image.mode, image.size) == ("WEBP", "RGB", (64, 64))
+        assert (edge.format, edge.mode, edge.size) == ("PNG", "L", (64, 64))
+        corners = np.asarray(image)[[0, 0, -1, -1], [0, -1, 0, -1]]
+        white.append(corners.min() > 245)
+        row = json.loads(members["json"])
+        assert key == f"{slug(row['concept'])}__{slug(row['style'])}"
+        assert row["captions"][0] == f"{with_article(row['concept'])}, {row['style']} style"
+        assert 2 <= len(set(row["captions"])) <= 5
+        assert all(row["concept"] in caption and caption.strip() == caption for caption in row["captions"])
+        assert (row["width"], row["height"]) == (64, 64)
+        assert row["source"].startswith(f"{emoji.STYLES[row['style']].name}@{emoji.STYLES[row['style']].version}/")
+    assert np.mean(white) > 0.8
+
+
+def test_most_edge_maps_have_edges() -> None:
+    shares = [np.mean(np.asarray(Image.open(io.BytesIO(m["edge.png"]))) > 127) for m in samples("emoji", "val").values()]
+    assert 0.05 < np.median(shares) < 0.4
+    assert np.mean(np.array(shares) > 0.01) > 0.95
+
+
+def test_every_shard_mixes_styles() -> None:
+    for path in (ROOT / "data/emoji").glob("train-*.tar"):
+        with tarfile.open(path) as tar:
+            styles = [name.split("__")[1] for name in tar.getnames() if name.endswith(".webp")]
+        assert min(styles.count(slug(style)) for style in emoji.STYLES) > len(styles) / 4
+
+
+@pytest.mark.parametrize(
+    ("cldr", "category", "phrase"),
+    [
+        ("red heart", "smileys and emotion", "a red heart"),
+        ("flag France", "flags", "the flag of france"),
+        ("flag Myanmar (Burma)", "flags", "the flag of myanmar"),
+        ("pirate flag", "flags", "a pirate flag"),
+        ("orange circle", "symbols", "an orange circle"),
+        ("unicorn", "animals and nature", "a unicorn"),
+        ("hourglass done", "travel and places", "an hourglass done"),
+        ("glasses", "objects", "glasses"),
+        ("cat with tears of joy", "smileys and emotion", "a cat with tears of joy"),
+        ("octopus", "animals and nature", "an octopus"),
+        ("cooked rice", "food and drink", "cooked rice"),
+        ("person bald", "people and body", "a bald person"),
+        ("person red hair", "people and body", "a person with red hair"),
+        ("woman’s hat", "objects", "a woman's hat"),  # noqa: RUF001
+        ("Japanese “here” button", "symbols", "a japanese here button"),
+        ("keycap #", "symbols", "a keycap hash"),
+        ("family adult, child", "people and body", "a family of adult and child"),
+    ],
+)
+def test_names_become_phrases(cldr: str, category: str, phrase: str) -> None:
+    assert with_article(clean_name(cldr, category)) == phrase
+
+
+def test_invisible_colour_does_not_bleed_into_the_outline() -> None:
+    pixels = np.zeros((128, 128, 4), np.uint8)
+    pixels[..., 0] = 255  # invisible red everywhere
+    pixels[:, :64] = (0, 0, 255, 255)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").save(buffer, "png")
+    rgb = np.asarray(emoji.on_white(buffer.getvalue())).astype(int)
+    assert (rgb[:, 0] == (0, 0, 255)).all()
+    assert (rgb[:, -1] == 255).all()
+    assert (rgb[..., 0] - rgb[..., 1] <= 1).all()  # blue to white has equal red and green; red would stand out
+
+
+def tiny_packages(folder: Path) -> None:
+    """Write packages of two concepts: "red heart" in three styles, "sun" in two."""
+    rows = {"2764-fe0f": ("red heart", "❤️", "Smileys & Emotion", "heart"), "2600": ("sun", "☀", "Travel & Places", "sky")}
+    source = [
+        {"unified": points.upper(), "subcategory": sub, "category": category, "sort_order": i}
+        for i, (points, (_, _, category, sub)) in enumerate(rows.items())
+    ]
+    for i, package in enumerate((*emoji.STYLES.values(), emoji.NAMES)):
+        files = {"emoji.json": json.dumps(source).encode()}
+        if package is emoji.NAMES:
+            files = {"data-by-emoji.json": json.dumps({e: {"name": name} for name, e, _, _ in rows.values()}).encode()}
+        for points in list(rows)[: 1 if package.suffix == ".webp" else 2]:
+            buffer = io.BytesIO()
+            Image.new("RGBA", (72, 72), (40 * i, 90, 200, 255)).save(buffer, package.suffix[1:], lossless=True)
+            files[f"{package.images}{points}{package.suffix}"] = buffer.getvalue()
+        with tarfile.open(folder / package.tarball, "w:gz") as tar:
+            for name, data in files.items():
+                info = tarfile.TarInfo(f"package/{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def build(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools/make_emoji_dataset.py"), "--edges", "canny", *args]
+    options.setdefault("env", {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_a_rebuild_is_byte_identical(tmp_path: Path) -> None:
+    tiny_packages(tmp_path)
+    for out in ("a", "b"):
+        done = build("--packages", str(tmp_path), "--subset", "all", "--out", str(tmp_path / out))
+        assert done.returncode == 0, done.stderr
+        assert "2 concepts, 5 samples" in done.stdout
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == ["manifest.json", "train-0000.tar", "val-0000.tar"]
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+def test_mistakes_are_one_line_and_exit_with_2(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    (tmp_path / "bin").mkdir()
+    no_npm = build(
+        "--cache", str(tmp_path / "c"), "--out", out, env={"PYTHONPATH": str(ROOT), "PATH": str(tmp_path / "bin")}
+    )
+    no_tarball = build("--packages", str(tmp_path), "--out", out)
+    tiny_packages(tmp_path)
+    no_subset = build("--packages", str(tmp_path), "--subset", "dem", "--out", out)
+    for done, text in ((no_npm, "npm not found"), (no_tarball, "not found"), (no_subset, "did you mean 'demo'")):
+        assert done.returncode == 2
+        assert text in done.stderr
+        assert len(done.stderr.splitlines()) == 1
