@@ -1,0 +1,91 @@
+"""The schedule is diffusers'; timesteps depend on (seed, position) alone, are uniform, and even within a global batch."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from raphael_dist.config import Diffusion
+from raphael_dist.diffusion import NoiseSchedule, alphas_cumprod, denoise_loss_B, draw_timestep
+
+SCHEDULES = pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
+GLOBAL_BATCHES = pytest.mark.parametrize("global_batch", [1, 7, 64, 1000, 2000])
+
+
+def theirs(schedule: str, prediction: str = "epsilon") -> DDPMScheduler:
+    return DDPMScheduler(1000, 0.00085, 0.012, beta_schedule=schedule, prediction_type=prediction)
+
+
+@SCHEDULES
+def test_abar_is_that_of_diffusers(schedule):
+    abar = alphas_cumprod(Diffusion(schedule=schedule))
+    torch.testing.assert_close(abar, theirs(schedule).alphas_cumprod, rtol=2e-5, atol=1e-7)
+    assert abar.dtype == torch.float32
+    assert (abar.diff() < 0).all()
+
+
+@SCHEDULES
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_noising_and_target_are_those_of_diffusers(schedule, prediction):
+    ours = NoiseSchedule.create(Diffusion(schedule=schedule, prediction=prediction))
+    reference = theirs(schedule, prediction)
+    torch.manual_seed(0)
+    x0, noise, t = torch.randn(5, 4, 6, 8), torch.randn(5, 4, 6, 8), torch.tensor([0, 1, 400, 998, 999])
+    torch.testing.assert_close(ours.add_noise(x0, noise, t), reference.add_noise(x0, noise, t), rtol=1e-5, atol=1e-5)
+    expected = noise if prediction == "epsilon" else reference.get_velocity(x0, noise, t)
+    torch.testing.assert_close(ours.target(x0, noise, t), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_is_almost_itself_at_the_first_timestep_and_almost_noise_at_the_last():
+    # The paper prints the two roots swapped; this is the standard order.
+    schedule, x0, noise = NoiseSchedule.create(Diffusion()), torch.full((1, 1, 1, 1), 5.0), torch.full((1, 1, 1, 1), -1.0)
+    assert schedule.add_noise(x0, noise, torch.tensor([0])).item() == pytest.approx(5, abs=0.05)
+    assert schedule.add_noise(x0, noise, torch.tensor([999])).item() == pytest.approx(-1, abs=0.5)
+
+
+def test_the_denoising_loss_is_each_samples_mean_square_in_float32():
+    prediction, target = torch.zeros(2, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(2, 1, 2, 2)
+    target[1, 0, 0] = 3.0  # two of four entries differ by 3
+    assert denoise_loss_B(prediction, target).tolist() == [0, 4.5]
+
+
+@GLOBAL_BATCHES
+@pytest.mark.parametrize("stratified", [True, False])
+def test_a_timestep_depends_on_seed_and_position_alone(global_batch, stratified):
+    config = Diffusion(stratified=stratified)
+    positions = [*np.random.default_rng(0).permutation(40).tolist(), 10**12]
+    first = {p: draw_timestep(config, 3, p, global_batch) for p in positions}
+    assert all(draw_timestep(config, 3, p, global_batch) == t for p, t in sorted(first.items()))
+    assert first != {p: draw_timestep(config, 4, p, global_batch) for p in positions}
+    assert all(type(t) is int and 0 <= t < 1000 for t in first.values())
+
+
+@GLOBAL_BATCHES
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_global_batch_takes_one_timestep_from_each_stratum(global_batch, step):
+    timesteps = [draw_timestep(Diffusion(), 1, step * global_batch + i, global_batch) for i in range(global_batch)]
+    for k, t in enumerate(sorted(timesteps)):  # stratum k is [k, k + 1) * T / G, and t a whole number within it
+        assert int(k * 1000 / global_batch) <= t <= (k + 1) * 1000 / global_batch
+    if global_batch > 60:
+        assert timesteps != sorted(timesteps)
+
+
+def test_steps_deal_their_strata_differently():
+    deals = {tuple(draw_timestep(Diffusion(), 0, s * 8 + i, 8) // 125 for i in range(8)) for s in range(20)}
+    assert len(deals) > 15
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize("position", [0, 5, 37])
+def test_each_position_is_uniform_over_the_timesteps(position, stratified):
+    config = Diffusion(stratified=stratified)
+    draws = [draw_timestep(config, seed, position, 16) for seed in range(4000)]
+    counts = np.bincount(np.array(draws) // 50, minlength=20)
+    chi_square = ((counts - 200) ** 2 / 200).sum()
+    assert chi_square < 43.8  # 19 degrees of freedom: exceeded once in a thousand by a uniform draw
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 10])
+def test_few_timesteps_stay_in_range(num_timesteps):
+    draws = {draw_timestep(Diffusion(num_timesteps=num_timesteps), 0, p, 32) for p in range(320)}
+    assert draws == set(range(num_timesteps))
