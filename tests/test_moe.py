@@ -13,6 +13,8 @@ from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.routing import choose, region_mask_BNY, space_weights_BYK
 
+torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work
+
 B, K, D, HIDDEN = 2, 6, 8, 20
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 

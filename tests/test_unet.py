@@ -1,0 +1,220 @@
+"""The U-Net is Stable Diffusion 2's where it can be, and recomputation changes nothing."""
+
+import re
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from raphael_dist.config import Config, config_from_tree, load_config
+from raphael_dist.diffusion import NoiseSchedule
+from raphael_dist.model.routing import choose
+from raphael_dist.model.unet import GateNoise, RaphaelUNet
+from raphael_dist.objective import compute_losses
+from tests.synthetic import synthetic_batch, tiny_config
+
+torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work
+
+SMALL_DENSE = {
+    "model": {
+        "channels": [32, 64, 64],
+        "attention": [True, True, False],
+        "expert_width": [128, 256, 256],
+        "head_dim": 16,
+        "norm_groups": 8,
+        "text_width": 24,
+        "time_activation": "geglu",
+        "space_experts": 0,
+        "time_experts": 0,
+    },
+    "edge": {"weight": 0.0},
+}
+
+
+def theirs(config: Config) -> UNet2DConditionModel:
+    """Return diffusers' model of the same architecture."""
+    m = config.model
+    names = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in m.attention]
+    return UNet2DConditionModel(
+        in_channels=m.latent_channels,
+        out_channels=m.latent_channels,
+        block_out_channels=m.channels,
+        down_block_types=names,
+        up_block_types=[n.replace("Down", "Up") for n in reversed(names)],
+        layers_per_block=m.layers_per_block,
+        norm_num_groups=m.norm_groups,
+        cross_attention_dim=m.text_width,
+        attention_head_dim=[c // m.head_dim for c in m.channels],  # diffusers' name for the number of heads
+        use_linear_projection=True,
+    )
+
+
+def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.state_dict().items()}
+
+
+def on_meta(config: Config) -> RaphaelUNet:
+    with torch.device("meta"):
+        return RaphaelUNet(config)
+
+
+def test_sd2_dense_has_exactly_the_keys_and_shapes_of_diffusers():
+    config = load_config("sd2-dense")
+    with torch.device("meta"):
+        reference = theirs(config)
+    assert shapes(on_meta(config)) == shapes(reference)
+    assert sum(p.numel() for p in reference.parameters()) == pytest.approx(0.866e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("size_hw", [(16, 16), (8, 20), (12, 16)])
+def test_a_dense_model_computes_what_diffusers_computes(size_hw):
+    config = config_from_tree(SMALL_DENSE)
+    torch.manual_seed(0)
+    model, reference = RaphaelUNet(config), theirs(config)
+    assert shapes(model) == shapes(reference)
+    model.load_state_dict(reference.state_dict())
+    x, t, text = torch.randn(3, 4, *size_hw), torch.tensor([0, 417, 999]), torch.randn(3, 5, 24)
+    with torch.no_grad():
+        out = model(x, t, text, torch.ones(3, 5).bool(), torch.tensor([4, 4, 4])).prediction
+        expected = reference(x, t, text).sample
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_raphael_3b_has_the_papers_size_and_sides_that_tile():
+    config = load_config("raphael-3b")
+    model = on_meta(config)
+    assert 2.9e9 < sum(p.numel() for p in model.parameters()) < 3.1e9
+    assert model.num_blocks == 16
+    experts = {n: s for n, s in shapes(model).items() if re.search(r"(time|space)_moe\.w[12]$", n)}
+    assert len(experts) == 16 * 4
+    assert {s[0] for n, s in experts.items() if "space" in n} == {6}
+    assert {s[0] for n, s in experts.items() if "time" in n} == {4}
+    assert all(side % 128 == 0 for s in experts.values() for side in s[1:])
+
+
+@pytest.mark.parametrize("name", ["raphael-3b", "tiny"])
+def test_all_but_gates_experts_and_edge_modules_keep_their_diffusers_names(name):
+    config = tiny_config() if name == "tiny" else load_config(name)
+    with torch.device("meta"):
+        reference = shapes(theirs(config))
+    ours = shapes(on_meta(config))
+    new = {n for n in ours if n not in reference}
+    blocks = r"(down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.0"
+    gates = r"(time_gates|text_gates)\.\d+\.net\.[02]\.(weight|bias)"
+    added = rf"{gates}|({blocks})\.transformer_blocks\.0\.(time_moe|space_moe|edge)\..+"
+    assert all(re.fullmatch(added, n) for n in new)
+    gone = {n for n in reference if n not in ours}
+    assert gone
+    assert all(re.search(r"transformer_blocks\.0\.ff\.net\.", n) for n in gone)
+    assert all(ours[n] == s for n, s in reference.items() if n not in gone)
+
+
+# ---- recomputation --------------------------------------------------------------------------------------------------
+
+
+def run(checkpointing: bool, reentrant: bool, size: tuple[int, int] | None = None, **model) -> dict[str, torch.Tensor]:
+    """Return outputs, losses and gradients of one step of the tiny model, gate noise on."""
+    config = tiny_config(model={"checkpoint_activations": checkpointing, **model})
+    torch.manual_seed(0)
+    unet = RaphaelUNet(config)
+    unet.reentrant_checkpoint = reentrant
+    batch = synthetic_batch(config, [(p, 1.0) for p in range(4)], unet.num_blocks)
+    if size:
+        batch.x0, batch.noise = torch.randn(4, 4, *size), torch.randn(4, 4, *size)
+    outputs = []
+
+    def forward(*args):
+        outputs.append(unet(*args))
+        return outputs[0]
+
+    losses = compute_losses(forward, batch, NoiseSchedule.create(config.diffusion), config, torch.float32)
+    losses.total.sum().backward()
+    out = outputs[0]
+    found = {
+        "prediction": out.prediction,
+        "denoise": losses.denoise,
+        "edge": losses.edge,
+        "used": torch.stack(out.space_used),
+    }
+    return found | {n: p.grad for n, p in unet.named_parameters()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("backend", ["grouped", "wide", "literal"])
+def test_checkpointing_changes_no_output_loss_or_gradient(reentrant, backend):
+    kept, again = run(False, False, space_backend=backend), run(True, reentrant, space_backend=backend)
+    assert kept.keys() == again.keys()
+    for name, value in kept.items():
+        assert value is not None, f"{name} got no gradient"
+        torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("size", [(7, 11), (9, 4), (5, 5), (4, 24)])
+def test_odd_and_long_latents_come_back_in_their_size(size):
+    assert run(True, False, size)["prediction"].shape == (4, 4, *size)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_step_routes_each_gate_once_although_blocks_run_twice(reentrant, monkeypatch):
+    routed, ran = [], []
+    monkeypatch.setattr("raphael_dist.model.unet.choose", lambda *a: routed.append(1) or choose(*a))
+    from raphael_dist.model.layers import TransformerBlock
+
+    forward = TransformerBlock.forward
+    monkeypatch.setattr(TransformerBlock, "forward", lambda self, *a: ran.append(a[3].time_samples) or forward(self, *a))
+    run(True, reentrant)
+    blocks = RaphaelUNet(tiny_config()).num_blocks
+    assert len(routed) == 2 * blocks
+    assert len(ran) == 2 * blocks
+    assert ran[:blocks] == ran[blocks:][::-1]
+
+
+def test_blocks_are_counted_and_run_in_the_order_of_their_gates():
+    model = RaphaelUNet(tiny_config())
+    assert model.num_blocks == 1 + 1 + 2  # down, middle, up
+    assert len(model.time_gates) == len(model.text_gates) == 4
+
+
+@pytest.mark.parametrize("backend", ["grouped", "wide", "literal"])
+def test_parameters_of_experts_that_serve_nobody_get_a_zero_gradient_not_none(backend):
+    config = tiny_config(model={"space_backend": backend})
+    model = RaphaelUNet(config)
+    batch = synthetic_batch(config, [(p, 1.0) for p in range(3)], model.num_blocks)
+    first = GateNoise(*(n.clone() for n in batch.gate_noise))
+    for noise in first:
+        noise[..., 0] += 100  # all to expert 0
+    out = model(batch.x0, batch.timestep, batch.text, batch.text_mask, batch.end, first)
+    (out.prediction.square().mean() + sum(e.mean() for e in out.edge_logits)).backward()
+    assert all((experts == 0).all() for experts in out.time_expert)
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        if re.search(r"(time|space)_moe\.[wb][12]$", name):
+            assert not p.grad[1:].any(), name
+            assert p.grad[0].any(), name
+
+
+def test_routing_without_noise_is_that_of_noise_zero():
+    config = tiny_config()
+    model = RaphaelUNet(config)
+    batch = synthetic_batch(config, [(p, 1.0) for p in range(3)], model.num_blocks)
+    args = (batch.x0, batch.timestep, batch.text, batch.text_mask, batch.end)
+    silence = GateNoise(*(torch.zeros_like(n) for n in batch.gate_noise))
+    with torch.no_grad():
+        plain, silent, noisy = model(*args), model(*args, silence), model(*args, batch.gate_noise)
+    assert torch.equal(plain.prediction, silent.prediction)
+    assert not torch.equal(plain.prediction, noisy.prediction)
+
+
+@pytest.mark.parametrize("experts", [{"space_experts": 0}, {"time_experts": 0}, {"space_experts": 0, "time_experts": 0}])
+@pytest.mark.parametrize("edge_weight", [0.0, 1.0])
+def test_layers_that_are_turned_off_leave_no_parameter_behind(experts, edge_weight):
+    config = tiny_config(model=experts, edge={"weight": edge_weight})
+    model = RaphaelUNet(config)
+    batch = synthetic_batch(config, [(0, 1.0), (1, 1.0)], model.num_blocks)
+    losses = compute_losses(model, batch, NoiseSchedule.create(config.diffusion), config, torch.float32)
+    losses.total.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    kinds = {"space_moe": "space_experts" not in experts, "time_moe": "time_experts" not in experts, "edge": edge_weight > 0}
+    for kind, present in kinds.items():
+        assert any(f".{kind}." in n for n, _ in model.named_parameters()) == present
+    assert (losses.space_used is None, losses.time_load is None) == (not kinds["space_moe"], not kinds["time_moe"])
