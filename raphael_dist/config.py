@@ -23,7 +23,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -183,11 +183,6 @@ class Config(Section):
                 f"edge.max_timestep is {self.edge.max_timestep}, "
                 f"beyond diffusion.num_timesteps = {self.diffusion.num_timesteps}"
             )
-        if self.optim.decay == "cosine" and self.optim.warmup_steps >= self.train.max_steps:
-            raise ValueError(
-                f"optim.warmup_steps = {self.optim.warmup_steps} leaves nothing of "
-                f"train.max_steps = {self.train.max_steps} to decay"
-            )
         for kind in ("space", "time"):
             experts, ep = getattr(self.model, f"{kind}_experts"), getattr(self.parallel, f"{kind}_ep")
             if ep > 1 and (experts == 0 or experts % ep):
@@ -272,7 +267,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _as_field_type(section: str, field: str, value: Any) -> Any:
     """YAML reads 1e-4 as a string and a single shard as a scalar; give the field what it plainly means."""
     info = Config.model_fields.get(section)
-    known = info.annotation.model_fields.get(field) if info and isinstance(info.annotation, type) else None  # type: ignore[attr-defined]
+    known = info.annotation.model_fields.get(field) if info and isinstance(info.annotation, type) else None
     if known is not None and str(known.annotation).startswith("tuple") and isinstance(value, str):
         return [value]
     return value
@@ -294,7 +289,8 @@ def _unknown_key(loc: Sequence[Any]) -> str:
         model = model.model_fields[part].annotation
     known = list(model.model_fields)
     where = ".".join(str(part) for part in loc)
-    every = {f"{s}.{f}" for s, info in Config.model_fields.items() for f in info.annotation.model_fields}
+    sections: dict[str, Any] = {name: info.annotation for name, info in Config.model_fields.items()}
+    every = {f"{name}.{field}" for name, section in sections.items() for field in section.model_fields}
     hint = did_you_mean(str(loc[-1]), known)
     elsewhere = [name for name in sorted(every) if name.endswith(f".{loc[-1]}")]
     if not hint and elsewhere:

@@ -1,0 +1,202 @@
+"""The configuration: strict, layered, and light to import; mistakes are one line that shows the field and the values."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raphael_dist import ds_config
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.config import ARCHITECTURE_FIELDS, Config, Model, load_config, preset_names, to_yaml
+from raphael_dist.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+JSONS = sorted(ROOT.glob("ds_configs/*.json"))
+PRESETS = pytest.mark.parametrize("preset", preset_names())
+
+
+@PRESETS
+def test_a_preset_written_out_reads_back_equal(preset, tmp_path):
+    config = load_config(preset)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(str(path)) == config
+    assert yaml.safe_load(path.read_text()).keys() == Config.model_fields.keys()
+
+
+def test_the_presets_of_the_paper_and_of_the_demo_exist():
+    assert {"emoji-tiny", "emoji-small", "raphael-3b", "sd2-dense"} <= set(preset_names())
+    paper = load_config("raphael-3b")
+    assert (paper.train.global_batch, paper.optim.warmup_steps, paper.optim.lr) == (2000, 20000, 1e-4)
+    assert (paper.model.space_experts, paper.model.time_experts, paper.edge.max_timestep) == (6, 4, 500)
+
+
+def test_overrides_win_over_the_file_and_later_over_earlier(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {max_steps: 7, micro_batch: 3}\noptim: {clip: 2}\n")
+    config = load_config(str(path), ["train.max_steps=8", "train.max_steps=9", "optim.lr=1e-3", "data.shards=a b.tar"])
+    assert (config.train.max_steps, config.train.micro_batch, config.train.global_batch) == (9, 3, 32)
+    assert (config.optim.clip, config.optim.lr, config.data.shards) == (2.0, 1e-3, ("a b.tar",))
+    many = load_config(str(path), ["data.shards=[a.tar, b.tar]", "image.buckets=[[64, 32], [32, 64]]", "run.dir=/x/y"])
+    assert (many.data.shards, many.image.buckets) == (("a.tar", "b.tar"), ((64, 32), (32, 64)))
+    assert many.run.dir == Path("/x/y")
+    path.write_text("")
+    assert load_config(str(path)) == Config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["train.max_step=5"], "train.max_step: unknown key (did you mean 'max_steps'?); known here: max_steps,"),
+        (["trian.max_steps=5"], "trian: unknown key (did you mean 'train'?)"),
+        (["train.lr=1"], "train.lr: unknown key (did you mean 'optim.lr'?)"),
+        (["train.max_steps=0"], "train.max_steps: given 0; input should be greater than or equal to 1"),
+        (["train.max_steps=many"], "train.max_steps: given 'many'"),
+        (["train.dtype=float16"], "train.dtype: given 'float16'"),
+        (["optim.lr=-1"], "optim.lr: given -1"),
+        (["optim.lr=.nan"], "optim.lr: given nan"),
+        (["optim.lr=.inf"], "optim.lr: given inf"),
+        (["train.caption_drop=1.5"], "train.caption_drop: given 1.5"),
+        (["model.mask_threshold=2"], "model.mask_threshold: given 2"),
+        (["run.seed=-1"], "run.seed: given -1"),
+        (["train.max_steps="], "train.max_steps: given None"),
+        (["max_steps=5"], "argument 'max_steps=5': overrides are written section.key=value"),
+        (["train.max_steps"], "argument 'train.max_steps': overrides are written section.key=value"),
+        (["a.b.c=1"], "argument 'a.b.c=1': overrides"),
+        (["model.attention=[true]"], "model.attention has 1 entries but model.channels has 4"),
+        (["model.expert_width=[1, 2]"], "model.expert_width has 2 entries but model.channels has 4"),
+        (["model.channels=[320, 640, 1280, 1270]"], "model.channels 1270 must be a multiple of model.norm_groups (32)"),
+        (["model.head_dim=100"], "model.head_dim (100)"),
+        (["image.buckets=[]"], "image.buckets must be distinct sizes"),
+        (["image.buckets=[[64, 64], [64, 64]]"], "image.buckets must be distinct sizes"),
+        (["image.buckets=[[64]]"], "image.buckets.0"),
+        (["edge.max_timestep=1001"], "edge.max_timestep is 1001, beyond diffusion.num_timesteps = 1000"),
+        (["parallel.space_ep=4"], "parallel.space_ep = 4 must divide model.space_experts = 6; allowed: [1, 2, 3, 6]"),
+        (["parallel.time_ep=3"], "parallel.time_ep = 3 must divide model.time_experts = 4; allowed: [1, 2, 4]"),
+        (["model.space_experts=0", "parallel.space_ep=2"], "allowed: [1]"),
+        (["train.max_steps=0", "run.seed=-1"], "; train.max_steps: given 0"),
+        (["train.max_steps=[5\n: 3"], "train.max_steps: given"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_field_and_value(overrides, wanted):
+    with pytest.raises(UserError) as caught:
+        load_config("raphael-3b", overrides)
+    assert wanted in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("emoji-tny", None, "no such preset (did you mean 'emoji-tiny'?); presets: emoji-small, emoji-tiny"),
+        ("gone.yaml", None, "gone.yaml: no such file"),
+        ("bad.yaml", "train: {max_steps: [1\nx: }", "not valid YAML"),
+        ("list.yaml", "- 1\n- 2", "must be a mapping of sections, got list"),
+        ("scalar.yaml", "train: 5", "train: given 5"),
+        ("nested.yaml", "train: {max_steps: {a: 1}}", "train.max_steps: given {'a': 1}"),
+        ("key.yaml", "train: {1: 2}", "train.1"),
+        ("binary.yaml", "\x00\x01", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(name, text, wanted, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(str(tmp_path / name) if name.endswith(".yaml") else name)
+    assert wanted in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_of_a_section_that_is_no_mapping_names_it(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: 5")
+    with pytest.raises(UserError, match=r"^train: must be a section"):
+        load_config(str(tmp_path / "c.yaml"), ["train.max_steps=5"])
+
+
+def test_a_configuration_cannot_be_changed_after_it_was_checked():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().train.max_steps = 5
+
+
+def test_the_fields_that_must_fit_a_checkpoint_are_fields_of_the_model():
+    assert set(ARCHITECTURE_FIELDS) <= set(Model.model_fields)
+
+
+@pytest.mark.parametrize("module", ["raphael_dist.config", "raphael_dist.ds_config"])
+def test_reading_a_configuration_imports_nothing_heavy(module):
+    code = f"import sys, {module}; from raphael_dist.config import load_config; load_config('raphael-3b');"
+    code += "print([m for m in ('torch', 'deepspeed', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- the DeepSpeed JSON ---------------------------------------------------------------------------------------------
+
+
+@PRESETS
+@pytest.mark.parametrize("path", JSONS, ids=lambda p: p.stem)
+def test_every_deepspeed_json_merges_with_every_preset(path, preset):
+    config, tree = load_config(preset), ds_config.read_deepspeed_json(str(path))
+    kept = json.dumps(tree)
+    plan = BatchPlan(config.train.global_batch, 8, config.train.micro_batch)
+    if config.train.dtype == "bfloat16" and ds_config.zero_stage(tree) == 0:
+        with pytest.raises(UserError, match="bfloat16 needs fp32 master weights"):
+            ds_config.merge(config, tree, plan.accumulation, 8)
+        return
+    merged = ds_config.merge(config, tree, plan.accumulation, 8)
+    assert json.dumps(tree) == kept, "the user's tree must stay as it is"
+    assert merged["train_micro_batch_size_per_gpu"] == config.train.micro_batch
+    assert merged["gradient_clipping"] == config.optim.clip
+    assert merged["bf16"]["enabled"] == (config.train.dtype == "bfloat16")
+    assert merged["zero_optimization"] == tree["zero_optimization"]
+    product = merged["train_micro_batch_size_per_gpu"] * merged["gradient_accumulation_steps"] * 8
+    assert merged["train_batch_size"] == product >= config.train.global_batch
+
+
+@pytest.mark.parametrize(
+    ("tree", "wanted"),
+    [
+        ({"train_micro_batch_size_per_gpu": 4}, ["is 4 in the DeepSpeed JSON", "train.micro_batch gives 8"]),
+        ({"gradient_accumulation_steps": 5}, ["is 5 in", "gives 2"]),
+        ({"gradient_clipping": 0.3}, ["is 0.3 in", "optim.clip gives 1.0"]),
+        ({"train_batch_size": 64}, ["is 64 in", "train.global_batch gives 32"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled is True", "train.dtype gives False"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled is True", "float32 or bfloat16"]),
+        ({"bf16": True}, ["bf16 in the DeepSpeed JSON must be an object, given True"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer in the DeepSpeed JSON is not used", "optim.*"]),
+        ({"scheduler": {}}, ["scheduler", "optim.warmup_steps"]),
+        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage", "given 4, allowed 0, 1, 2, 3"]),
+        ({"zero_optimization": 2}, ["zero_optimization.stage", "given None"]),
+    ],
+)
+def test_a_number_that_contradicts_ours_is_told_with_both_values(tree, wanted):
+    with pytest.raises(UserError) as caught:
+        ds_config.merge(Config(), tree, 2, 2)
+    assert all(text in str(caught.value) for text in wanted), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_agree_or_are_auto_are_accepted():
+    tree = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+    }
+    merged = ds_config.merge(Config(), tree, 2, 2)
+    assert (merged["train_batch_size"], merged["gradient_clipping"], merged["bf16"]["enabled"]) == (32, 1.0, False)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [(None, "no such file"), ("{", "not valid JSON"), ("[1]", "got list")])
+def test_a_wrong_deepspeed_file_is_told_in_one_line(text, wanted, tmp_path):
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=wanted) as caught:
+        ds_config.read_deepspeed_json(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert ds_config.zero_stage(ds_config.read_deepspeed_json(None)) == 1
