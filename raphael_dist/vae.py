@@ -1,0 +1,183 @@
+"""A small VAE for small images: trained here, saved as an ordinary diffusers `AutoencoderKL` folder.
+
+Latent diffusion needs an autoencoder (RAPHAEL works on VAE latents of 4 channels); at 64 x 64 pixels a factor of 4 leaves
+latents of 16 x 16. Images are float32 (B, 3, H, W) in [-1, 1], as in diffusers.
+"""
+
+import io
+import math
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from raphael_dist.errors import UserError
+from raphael_dist.rng import Purpose, generator
+
+Vae = Any  # an AutoencoderKL; type checkers do not see that diffusers' classes are modules
+# Beside the mean absolute error, which has weight 1.
+SQUARE_WEIGHT = 1.0
+SLOPE_WEIGHT = 0.5
+KL_WEIGHT = 2e-6
+WARMUP = 100
+EMA_DECAY = 0.995
+
+
+def read_images(shards: Iterable[Path]) -> Tensor:
+    """Return the `webp` images of all samples, uint8 (N, 3, H, W), in the order of the shards.
+
+    Raises UserError when there are none, or not all of one size.
+    """
+    images = []
+    for path in shards:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.name.endswith(".webp") and (file := tar.extractfile(member)):
+                    images.append(np.asarray(Image.open(io.BytesIO(file.read()), formats=["WEBP"]).convert("RGB")))
+    if len({image.shape for image in images}) != 1:
+        raise UserError(f"the shards hold {len(images)} .webp images, none or of unequal sizes; expected one size")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def small_vae() -> Vae:
+    """Return an untrained VAE of factor 4 with 4 latent channels (0.9 M parameters), small enough for a CPU.
+
+    It starts with residual branches of zero and almost no posterior noise: both save many of the first steps.
+    """
+    model: Vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+    nn.init.zeros_(model.quant_conv.weight[4:].detach())
+    nn.init.constant_(model.quant_conv.bias[4:].detach(), -6.0)  # the log-variance
+    return model
+
+
+def loss(model: Vae, x: Tensor, noise: Tensor) -> Tensor:
+    """Return absolute + squared error + absolute error of the slopes (keeps outlines sharp) + KL to a unit Gaussian.
+
+    `x` is (B, 3, H, W), `noise` (B, 4, H/4, W/4) the posterior's draw. Errors are means over pixels; the KL is summed
+    over a latent, so its small weight keeps latents bounded and smooth without blurring them.
+    """
+    posterior = model.encode(x).latent_dist
+    error = model.decode(posterior.mean + posterior.std * noise).sample - x
+    slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    distortion = error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + SLOPE_WEIGHT * slopes
+    return distortion + KL_WEIGHT * posterior.kl().mean()
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the rate of a step counted from 0: linear warm-up, then half a cosine down to 0."""
+    if step < WARMUP:
+        return peak * (step + 1) / WARMUP
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+
+
+def draw_batch(images: Tensor, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Return one step's images, half of them mirrored, and its posterior noise; a pure function of (seed, step)."""
+    rows = generator(seed, Purpose.ORDER, step).choice(len(images), batch, replace=False)
+    mirrored = torch.from_numpy(generator(seed, Purpose.FLIP, step).random(batch) < 0.5)
+    x = to_unit_range(images[torch.from_numpy(rows)])
+    x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+    shape = (batch, 4, x.shape[2] // 4, x.shape[3] // 4)
+    noise = generator(seed, Purpose.POSTERIOR, step).standard_normal(shape, dtype=np.float32)
+    return x, torch.from_numpy(noise)
+
+
+def train(
+    images: Tensor,
+    steps: int,
+    batch: int,
+    peak_rate: float,
+    seed: int,
+    device: str,
+    bf16: bool,
+    report: Callable[[int, float, Vae], None],
+    report_every: int = 200,
+) -> Vae:
+    """Train on uint8 images (N, 3, H, W); returns the moving average of the weights.
+
+    With `bf16`, convolutions run in bfloat16 and weights stay float32.
+    `report` gets (steps done, mean loss since the last report, that average) every `report_every` steps.
+    Raises UserError when the loss is no longer finite.
+    """
+    torch.manual_seed(seed)
+    model = small_vae().to(device, memory_format=torch.channels_last)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    total = 0.0
+    for step in range(steps):
+        x, noise = (t.to(device, memory_format=torch.channels_last) for t in draw_batch(images, seed, step, batch))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_rate)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            value = loss(model, x, noise)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step >= WARMUP:  # before, the average follows the weights
+            average.update_parameters(model)
+        total += value.item()
+        if not math.isfinite(total):
+            raise UserError(f"the loss is not finite at step {step}; lower --rate (now {peak_rate:g})")
+        if (step + 1) % report_every == 0:
+            report(step + 1, total / report_every, average.module)
+            total = 0.0
+    return average.module
+
+
+@torch.no_grad()
+def latent_std(model: Vae, images: Tensor, batch: int = 64) -> float:
+    """Return the standard deviation of the latents of uint8 images over all elements, posterior noise included."""
+    count, first, second = 0, 0.0, 0.0
+    for part in images.split(batch):
+        posterior = model.encode(to_unit_range(part).to(model.device)).latent_dist
+        count += posterior.mean.numel()
+        first += posterior.mean.double().sum().item()
+        second += (posterior.mean.double().square() + posterior.var.double()).sum().item()
+    return math.sqrt(second / count - (first / count) ** 2)
+
+
+@torch.no_grad()
+def psnr(model: Vae, images: Tensor, batch: int = 64) -> Tensor:
+    """Return the peak signal-to-noise ratio, dB, of each uint8 image decoded from its mean latent; float64 (N,).
+
+    Over RGB in [0, 1], clamped, not rounded; an error below 1e-10 counts as 100 dB.
+    """
+    values = []
+    for part in images.split(batch):
+        x = to_unit_range(part).to(model.device)
+        y = model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        mse = ((y - x) / 2).double().square().mean((1, 2, 3))
+        values.append(-10 * mse.clamp_min(1e-10).log10().cpu())
+    return torch.cat(values)
+
+
+def save(model: Vae, images: Tensor, folder: Path) -> Vae:
+    """Write the diffusers folder, weights as float16, `scaling_factor` = 1/std of the latents; returns it reloaded."""
+    model.register_to_config(scaling_factor=round(1 / latent_std(model, images), 6))
+    model.half().save_pretrained(folder, safe_serialization=True)
+    model.float()
+    return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False).float().eval()

@@ -1,0 +1,63 @@
+"""Train the small VAE on the training shards of a data set: `python tools/train_vae.py --data data/emoji --out DIR`."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from raphael_dist import vae
+from raphael_dist.errors import EXIT_USER_ERROR, UserError
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="folder with train-*.tar and val-*.tar")
+    parser.add_argument("--out", type=Path, required=True, help="folder for config.json and the weights")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="convolve in bfloat16: faster on processors made for it")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, train, save, and measure what was saved."""
+    shards = {split: sorted(args.data.glob(f"{split}-*.tar")) for split in ("train", "val")}
+    if not (shards["train"] and shards["val"]):
+        raise UserError(f"--data: {args.data} holds no train-*.tar and val-*.tar; see tools/make_emoji_dataset.py")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda is not available here; allowed: cpu")
+    torch.set_num_threads(args.threads)
+    images, held_out = (vae.read_images(shards[split]) for split in ("train", "val"))
+    if not 1 <= args.batch <= len(images):
+        raise UserError(f"--batch: {args.batch} given; allowed: 1 to {len(images)}, the number of training images")
+    start = time.monotonic()
+
+    def report(done: int, loss: float, average: vae.Vae) -> None:
+        db = vae.psnr(average, held_out).mean().item()
+        print(f"step {done} loss {loss:.4f} val PSNR {db:.2f} dB {time.monotonic() - start:.0f} s", flush=True)
+
+    model = vae.train(images, args.steps, args.batch, args.rate, args.seed, args.device, args.bf16, report)
+    saved = vae.save(model, images, args.out)
+    db = vae.psnr(saved, held_out).mean().item()
+    print(f"{args.out}: val PSNR {db:.2f} dB from the saved weights, scaling_factor {saved.config['scaling_factor']}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    try:
+        run(parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
