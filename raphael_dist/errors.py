@@ -3,7 +3,10 @@
 import difflib
 from collections.abc import Iterable
 
+# Exit codes are an interface: a launcher may restart a run on other codes, never on these.
 EXIT_USER_ERROR = 2
+EXIT_NON_FINITE = 3
+EXIT_INTERRUPTED = 75  # stopped by a signal after saving; the same command continues
 
 
 class UserError(ValueError):
@@ -17,3 +20,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the nearest known name, or "" if none is near."""
     near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradients became infinite or NaN; all ranks stop, the last checkpoint is untouched."""

@@ -6,14 +6,17 @@ one there is a single rank.
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from raphael_dist.errors import UserError
+
+T = TypeVar("T")
 
 # (launcher, rank, world size, local rank, ranks on this host)
 _LAUNCHERS = (
@@ -103,3 +106,27 @@ def total(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch
     tensor = torch.as_tensor(values, dtype=torch.float64).to(device, copy=True)
     dist.all_reduce(tensor)
     return tensor.cpu()
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; when it is a user's mistake on any, raise that UserError on all, so that none waits."""
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise UserError(found)
+    return cast(T, result)
+
+
+def main_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and then on the others, which find its result in a cache."""
+    if ranks.is_main:
+        all_or_none(work)
+        return all_or_none(work)
+    all_or_none(lambda: None)
+    return all_or_none(work)

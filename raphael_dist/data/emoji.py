@@ -1,9 +1,10 @@
-"""The captioned emoji data set: about a thousand concepts in three drawing styles, as webdataset shards.
+"""The captioned emoji data set: all 1,906 emoji in up to three drawing styles, as webdataset shards.
 
 One sample is one concept in one style: `<concept>__<style>.{webp,json,edge.png}`. A concept may be held out in exactly
 one of its styles, so that the validation shards ask for a known thing in a known style that were never seen together.
 """
 
+import gzip
 import hashlib
 import io
 import json
@@ -23,8 +24,9 @@ from raphael_dist.errors import UserError, did_you_mean
 SIZE = 64
 EDGE_LEVELS = 6
 WEBP_QUALITY = 90
-HELD_OUT_SHARE = {"core": 0.05, "all": 0.05, "demo": 0.16}
-SHARD_BYTES = 1_800_000
+HELD_OUT_SHARE = {"all": 0.05, "demo": 0.16}
+SUFFIX = {"all": ".tar.gz", "demo": ".tar"}  # the demo is small enough to be read in place
+SHARD_BYTES = 3_600_000  # before compression
 TAR_BLOCK = 512
 
 
@@ -50,14 +52,6 @@ STYLES = {
 }
 NAMES = Package("unicode-emoji-json", "0.9.0")  # the CLDR short names; emoji-datasource has the older Unicode names
 
-# Left out of "core", for the committed shards have to stay small: lettering and signs, people who differ by a detail
-# that 64 pixels do not show, and the stationery.
-_NOT_CORE = """
-    country-flag subdivision-flag alphanum keycap family av-symbol arrow transport-sign punctuation math other-symbol
-    zodiac religion gender currency warning person person-role person-fantasy person-sport person-symbol
-    person-activity person-gesture person-resting hand-fingers-partial hand-single-finger hands hand-prop emotion
-    office book-paper writing mail phone money sound music place-map place-other household hotel lock
-""".split()  # noqa: SIM905 (a word list reads better than 80 quoted lines)
 DEMO_CONCEPTS = [
     *(f"{colour} heart" for colour in ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")),
     *(f"{colour} circle" for colour in ("red", "orange", "yellow", "green", "blue", "purple")),
@@ -74,7 +68,6 @@ class Concept:
     name: str
     category: str
     files: dict[str, str]
-    core: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ class Sample:
     members: dict[str, bytes]
 
     def tar_bytes(self) -> int:
-        """Bytes in a shard: each member has a header and fills whole blocks."""
+        """Bytes in a plain shard: each member has a header and fills whole blocks."""
         return sum(TAR_BLOCK * (1 - (-len(data) // TAR_BLOCK)) for data in self.members.values())
 
 
@@ -146,28 +139,17 @@ def read_concepts(packages: dict[str, dict[str, bytes]]) -> list[Concept]:
         lent = {"fluent 3d"} if subcategory in ("country-flag", "subdivision-flag") else set()
         files = {style: paths[points] for style, paths in images.items() if points in paths and style not in lent}
         name = clean_name(by_points[points]["name"], category)
-        core = len(files) == len(STYLES) and is_core(points, subcategory, name)
-        concepts.append(Concept(name, category, files, core))
+        concepts.append(Concept(name, category, files))
     return concepts
 
 
-def is_core(points: str, subcategory: str, name: str) -> bool:
-    """Return whether a concept is drawn rather than lettered, and no gendered or mirrored copy of another."""
-    parts = set(points.split("-"))
-    copy = bool(parts & {"2640", "2642", "27a1"}) or points.startswith(("1f468-200d", "1f469-200d"))
-    clock = name.endswith(("o'clock", "-thirty"))
-    return not (copy or clock or subcategory in _NOT_CORE)
-
-
 def select(concepts: Iterable[Concept], subset: str) -> list[Concept]:
-    """Return the concepts of a subset: "all", "core" or "demo"."""
+    """Return the concepts of a subset: "all" or "demo"."""
     if subset not in HELD_OUT_SHARE:
         raise UserError(
             f"subset {subset!r} is unknown; allowed: {', '.join(HELD_OUT_SHARE)}{did_you_mean(subset, HELD_OUT_SHARE)}"
         )
-    if subset == "demo":
-        return [c for c in concepts if c.name in DEMO_CONCEPTS]
-    return [c for c in concepts if c.core or subset == "all"]
+    return [c for c in concepts if subset == "all" or c.name in DEMO_CONCEPTS]
 
 
 def held_out_style(name: str, styles: Iterable[str], share: float) -> str | None:
@@ -246,13 +228,16 @@ def make_samples(
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one shard; the same samples give the same bytes, whoever writes them and when."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    """Write one shard, gzipped if its name says so; the same samples give the same bytes, whoever writes them and when."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             for suffix, data in sample.members.items():
                 info = tarfile.TarInfo(f"{sample.key}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
+    plain = buffer.getvalue()
+    path.write_bytes(gzip.compress(plain, 9, mtime=0) if path.suffix == ".gz" else plain)
 
 
 def split_shards(samples: list[Sample], shard_bytes: int = SHARD_BYTES) -> list[list[Sample]]:
@@ -263,16 +248,16 @@ def split_shards(samples: list[Sample], shard_bytes: int = SHARD_BYTES) -> list[
 
 
 def write_dataset(samples: list[Sample], out: Path, subset: str) -> dict[str, Any]:
-    """Write `train-*.tar`, `val-*.tar` and `manifest.json` into `out`; returns the manifest."""
+    """Write the shards `train-*`, `val-*` and `manifest.json` into `out`; returns the manifest."""
     if len({s.key for s in samples}) != len(samples):
         raise UserError("two concepts have the same key: the packages' names are not the expected ones")
     out.mkdir(parents=True, exist_ok=True)
-    for stale in (*out.glob("train-*.tar"), *out.glob("val-*.tar")):
+    for stale in (*out.glob("train-*.tar*"), *out.glob("val-*.tar*")):
         stale.unlink()
     shards: dict[str, dict[str, Any]] = {}
     for split, held_out in (("train", False), ("val", True)):
         for i, shard in enumerate(split_shards([s for s in samples if s.held_out == held_out])):
-            path = out / f"{split}-{i:04d}.tar"
+            path = out / f"{split}-{i:04d}{SUFFIX[subset]}"
             write_tar(path, shard)
             data = path.read_bytes()
             shards[path.name] = {

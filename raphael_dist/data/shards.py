@@ -1,7 +1,7 @@
 """Which samples there are: an index of webdataset tars that decodes nothing but captions and image headers.
 
-Shards are untrusted. They are read as plain tars by offset: nothing is extracted, unpickled, decompressed or run, and
-a member's name is never used as a path.
+Shards are untrusted. They are read as plain tars by offset; a .tar.gz becomes one first, within bounds. No member is
+extracted, unpickled or run, and a member's name is never used as a path.
 """
 
 import hashlib
@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from raphael_dist.data.tar_scan import EXTS, IMAGE_EXTS, check_sample, samples_of
+from raphael_dist.data.tar_scan import EXTS, IMAGE_EXTS, check_sample, gunzip, samples_of
 from raphael_dist.errors import UserError
 
 _CACHE_VERSION = 1
 _MAX_SHARDS = 1_000_000
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_GZIPPED = re.compile(r"(\.tar\.gz|\.tgz)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class BadSample:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The usable samples of one tar, as columns, and its bad ones.
+    """The usable samples of one tar, as columns, and its bad ones. `path` is the plain tar; of a .tar.gz, its expansion.
 
     `table` is int64 [num_samples, len(EXTS), 2]: offset and size in bytes of each member, size -1 where absent.
     `sizes` is int32 [num_samples, 2]: width and height in pixels. `text_digest` is a sha256 over captions and json.
@@ -66,9 +67,8 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over base name, size in bytes and keys; not over where the file lies."""
-        text = json.dumps([self.name, self.num_bytes, self.keys], ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """sha256 over base name, size in bytes and keys; not over where the file lies, nor whether it came gzipped."""
+        return _digest([self.name, self.num_bytes, self.keys])
 
     @cached_property
     def content(self) -> str:
@@ -142,7 +142,9 @@ def expand_shards(patterns: Sequence[str]) -> list[Path]:
 def build_index(paths: Sequence[Path], cache_dir: Path | None = None) -> DatasetIndex:
     """Index the tars, reading `cache_dir` where it knows the same file (path, size, mtime) and adding to it.
 
-    UserError: a file that is not a plain, whole tar; a data set without one usable sample.
+    A .tar.gz or .tgz is expanded once, to `cache_dir`/expanded/<digest of its path, size and mtime>/<its name>.tar.
+    UserError: a file that is not a whole tar, is compressed otherwise, expands beyond bounds, or is gzipped while
+    `cache_dir` is None; a data set without one usable sample.
     """
     index = DatasetIndex(tuple(_shard_index(Path(path), cache_dir) for path in paths))
     if index.num_samples == 0:
@@ -198,16 +200,40 @@ def _matches(name: str, pattern: str) -> list[Path]:
     return [path]
 
 
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _identity(path: Path) -> list[Any]:
+    stat = path.stat()
+    return [_CACHE_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _plain_tar(path: Path, cache_dir: Path | None) -> Path:
+    """Return `path`, or where the tar inside it lies, expanded if it does not yet. Ranks may race: the last one wins."""
+    name = _GZIPPED.sub(".tar", path.name)
+    if name == path.name:
+        return path
+    if cache_dir is None:
+        raise UserError(f"data.shards: {path} is gzipped and there is no cache folder to expand it in; gunzip it")
+    # The folder follows the file, so that a changed .tar.gz is expanded anew; the base name is the plain tar's.
+    tar = cache_dir / "expanded" / _digest(_identity(path))[:32] / name
+    if not tar.is_file():
+        with atomic_path(tar) as temporary:
+            gunzip(path, temporary)
+    return tar
+
+
 def _shard_index(path: Path, cache_dir: Path | None) -> ShardIndex:
     try:
-        stat = path.stat()
+        tar = _plain_tar(path, cache_dir)
         if cache_dir is None:
-            return _scan(path)
-        identity = [_CACHE_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-        cached = cache_dir / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.json"
-        known = _load(path, cached, identity)
+            return _scan(tar, path)
+        identity = _identity(tar)
+        cached = cache_dir / f"{_digest(identity)}.json"
+        known = _load(tar, cached, identity)
         if known is None:
-            known = _scan(path)
+            known = _scan(tar, path)
             with atomic_path(cached) as temporary:
                 temporary.write_text(json.dumps(_to_json(known, identity)), encoding="utf-8")
         return known
@@ -252,7 +278,8 @@ def _columns(
     )
 
 
-def _scan(path: Path) -> ShardIndex:
+def _scan(path: Path, given: Path) -> ShardIndex:
+    """Read the plain tar at `path`; errors name the file that was given."""
     keys: list[str] = []
     sizes: list[tuple[int, int]] = []
     table: list[list[tuple[int, int]]] = []
@@ -261,7 +288,7 @@ def _scan(path: Path) -> ShardIndex:
     texts = hashlib.sha256()
     with open(path, "rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
-        for key, members in samples_of(path, file):
+        for key, members in samples_of(given, file):
             try:
                 if key in seen:
                     raise ValueError("duplicate key")

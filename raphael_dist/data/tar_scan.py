@@ -1,8 +1,10 @@
 """What is inside one shard: its samples by byte offset, each checked without decoding its pixels."""
 
+import gzip
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,13 +18,39 @@ EDGE_EXT = "edge.png"
 EXTS = (*IMAGE_EXTS, "json", "txt", EDGE_EXT)
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
 MAX_MEMBER_BYTES = 64 << 20
+# A gzipped shard may expand to MAX_RATIO times its size, or to SMALL_BYTES where that is more, but never beyond MAX_BYTES.
+MAX_RATIO = 50
+SMALL_BYTES = 64 << 20
+MAX_BYTES = 8 << 30
 
 _HEAD_BYTES = 64 << 10
+_PIECE_BYTES = 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
+def gunzip(source: Path, target: Path) -> None:
+    """Write what the gzip file `source` holds to `target`, piece by piece; neither is held in memory.
+
+    UserError: `source` is no whole gzip file, or holds more than the limits above allow (`target` then stays within them).
+    """
+    limit = min(MAX_BYTES, max(SMALL_BYTES, MAX_RATIO * source.stat().st_size))
+    written = 0
+    try:
+        with gzip.open(source) as packed, open(target, "wb") as plain:
+            while piece := packed.read(_PIECE_BYTES):
+                written += len(piece)
+                if written > limit:
+                    raise UserError(f"data.shards: {source} expands to more than {limit} bytes; split it, or gunzip it")
+                plain.write(piece)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"data.shards: {source} is damaged or cut short ({error}); write or copy it again") from error
+
+
 def samples_of(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yield (key, {ext: (offset, size)}) of each run of adjacent members with one key (webdataset's naming)."""
+    """Yield (key, {ext: (offset, size)}) of each run of adjacent members with one key (webdataset's naming).
+
+    `file` is the plain tar; errors call it `path`.
+    """
     key, members = "", dict[str, tuple[int, int]]()
     for member in _tar_members(path, file):
         folder, slash, base = member.name.rpartition("/")
@@ -44,7 +72,7 @@ def _tar_members(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
     head = file.read(8)
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
-            raise UserError(f"data.shards: {path} is compressed ({kind}); decompress it, members are read by offset")
+            raise UserError(f"data.shards: {path} is compressed ({kind}); give a plain .tar, or a .tar.gz named so")
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -17,6 +17,9 @@ Activation = Literal["gelu", "geglu"]
 class Experts(nn.Module):
     """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
 
+    A base class, because ZeRO-3 gathers a module's own parameters around its `forward`: the layer that decides how the
+    experts run must be the module that owns them.
+
     Args:
         num_experts: experts held here; `first_expert` is the global id of the first of them.
         dim: width of a row. hidden: width between the two layers.
@@ -62,22 +65,22 @@ class Experts(nn.Module):
         """Return `e_k(0)` of every expert, [K, D]: what a masked-out token gets (docs/architecture.md, the identity)."""
         return torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1)) + self.b2
 
-    def forward(self, x_RD: Tensor, counts: Sequence[int], centred: bool = False) -> Tensor:
+    def apply_sorted(self, x_RD: Tensor, counts: Sequence[int], centred: bool = False) -> Tensor:
         """Apply expert k to its rows; the rows lie sorted by expert, `counts[k]` of them for expert k.
 
         With `centred`, return `e_k(x) - e_k(0)` instead. Every expert takes part, with zero rows if it has none, so that
         every parameter has a gradient on every rank (ZeRO would otherwise add up gradients of different experts).
         """
-        if _use_grouped_mm(x_RD):
+        # Without a single row grouped_mm fails in its backward.
+        if x_RD.shape[0] and _use_grouped_mm(x_RD):
             return self._grouped(x_RD, counts, centred)
         parts = [self._one(k, rows, centred) for k, rows in enumerate(x_RD.split(list(counts)))]
         return torch.cat(parts)
 
     def _one(self, k: int, x_RD: Tensor, centred: bool) -> Tensor:
         hidden_RF = self.act(F.linear(x_RD, self.w1[k], self.b1[k]))
-        if centred:
-            return F.linear(hidden_RF - self.act(self.b1[k]), self.w2[k])
-        return F.linear(hidden_RF, self.w2[k], self.b2[k])
+        bias_D = -(self.w2[k] @ self.act(self.b1[k])) if centred else self.b2[k]
+        return F.linear(hidden_RF, self.w2[k], bias_D)
 
     def _grouped(self, x_RD: Tensor, counts: Sequence[int], centred: bool) -> Tensor:
         counts_K = torch.tensor(counts, device=x_RD.device)
@@ -91,8 +94,9 @@ class Experts(nn.Module):
     def wide(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D], as two dense products over all experts' hidden units."""
         fused_RKF = F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()).unflatten(1, self.b1.shape)
-        hidden_RKF = (self.act(fused_RKF) - self.act(self.b1)) * w_RK.unsqueeze(-1)
-        return hidden_RKF.flatten(1) @ self.w2.transpose(1, 2).flatten(0, 1)
+        hidden_RKF = self.act(fused_RKF) * w_RK.unsqueeze(-1)
+        out_RD = hidden_RKF.flatten(1) @ self.w2.transpose(1, 2).flatten(0, 1)
+        return out_RD - w_RK @ torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1))
 
 
 def _use_grouped_mm(x_RD: Tensor) -> bool:

@@ -9,19 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from raphael_dist.model.experts import Activation, Experts
+from raphael_dist.model.experts import Experts
 
 SpaceBackend = Literal["auto", "grouped", "wide", "literal"]
 # Above this share of (token, expert) pairs in use, two dense products beat gathering on the CPU (tools/bench.py space).
 WIDE_DENSITY = 0.8
 
 
-class TimeMoE(nn.Module):
+class TimeMoE(Experts):
     """`h' = te_{t_router(t)}(h_c)` (Sec. 7.3): one expert per sample, chosen by its timestep."""
-
-    def __init__(self, num_experts: int, dim: int, hidden: int, activation: Activation, seed: int) -> None:
-        super().__init__()
-        self.experts = Experts(num_experts, dim, hidden, activation, seed)
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Sequence[int], factor_B: Tensor) -> Tensor:
         """Return [B, N, D]; sample b goes through expert `expert_B[b]` (int64), scaled by `factor_B[b]` (value 1).
@@ -29,12 +25,12 @@ class TimeMoE(nn.Module):
         `samples[k]` is the number of samples of expert k, known on the host so that no layer waits for the device.
         """
         order_B = torch.argsort(expert_B, stable=True)
-        out_RD = self.experts(h_BND[order_B].flatten(0, 1), [n * h_BND.shape[1] for n in samples])
+        out_RD = self.apply_sorted(h_BND[order_B].flatten(0, 1), [n * h_BND.shape[1] for n in samples])
         out_BND = torch.empty_like(h_BND).index_copy(0, order_B, out_RD.view_as(h_BND))
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
 
-class SpaceMoE(nn.Module):
+class SpaceMoE(Experts):
     """`out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1), by the identity in docs/architecture.md.
 
     With w_k[j] the weight of expert k at image token j and c_k its total weight,
@@ -42,9 +38,8 @@ class SpaceMoE(nn.Module):
     """
 
     def __init__(self, num_experts: int, dim: int, hidden: int, backend: SpaceBackend, seed: int) -> None:
-        super().__init__()
+        super().__init__(num_experts, dim, hidden, "gelu", seed)
         self.norm = nn.LayerNorm(dim)
-        self.experts = Experts(num_experts, dim, hidden, "gelu", seed)
         self.backend = backend
 
     def forward(self, h_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,13 +51,13 @@ class SpaceMoE(nn.Module):
         w_BNK = mask_BNY @ weight_BYK
         used_BK = (w_BNK.detach() > 0).float().mean(dim=1)
         if self.backend == "literal":
-            return literal_space_moe(self.experts, x_BND, mask_BNY, weight_BYK), used_BK
+            return literal_space_moe(self, x_BND, mask_BNY, weight_BYK), used_BK
         x_RD, w_RK = x_BND.flatten(0, 1), w_BNK.flatten(0, 1).to(x_BND.dtype)
         if self._choose_wide(used_BK):
-            out_RD = self.experts.wide(x_RD, w_RK)
+            out_RD = self.wide(x_RD, w_RK)
         else:
-            out_RD = grouped_space_moe(self.experts, x_RD, w_RK)
-        constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.experts.at_zero_KD()
+            out_RD = grouped_space_moe(self, x_RD, w_RK)
+        constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.at_zero_KD()
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1), used_BK
 
     def _choose_wide(self, used_BK: Tensor) -> bool:
@@ -77,7 +72,7 @@ def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
     """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D], from the (row, expert) pairs with w > 0 alone."""
     needed_KR = (w_RK.detach() > 0).t()
     expert_P, row_P = needed_KR.nonzero(as_tuple=True)
-    y_PD = experts(x_RD[row_P], needed_KR.sum(dim=1).tolist(), centred=True)
+    y_PD = experts.apply_sorted(x_RD[row_P], needed_KR.sum(dim=1).tolist(), centred=True)
     return torch.zeros_like(x_RD).index_add(0, row_P, y_PD * w_RK[row_P, expert_P].unsqueeze(-1))
 
 
@@ -88,6 +83,6 @@ def literal_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_
     order_S = torch.argsort(chosen_S, stable=True)
     masked_SND = torch.einsum("bnd,bny->bynd", x_BND, mask_BNY.to(x_BND.dtype)).flatten(0, 1)
     counts = torch.bincount(chosen_S, minlength=experts.num_experts) * x_BND.shape[1]
-    y_SND = experts(masked_SND[order_S].flatten(0, 1), counts.tolist()).view_as(masked_SND)
+    y_SND = experts.apply_sorted(masked_SND[order_S].flatten(0, 1), counts.tolist()).view_as(masked_SND)
     y_SND = torch.empty_like(y_SND).index_copy(0, order_S, y_SND) * factor_S.to(y_SND.dtype)[:, None, None]
     return y_SND.unflatten(0, weight_BYK.shape[:2]).sum(dim=1)

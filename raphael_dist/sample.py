@@ -1,0 +1,90 @@
+"""Command line: `python -m raphael_dist.sample --checkpoint RUN_DIR --prompt "a red heart, noto style" --out grid.png`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raphael_dist.errors import EXIT_USER_ERROR, UserError
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; argparse exits with 2 on a mistake."""
+    parser = argparse.ArgumentParser(prog="raphael_dist.sample", description="Sample images from a checkpoint.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run directory, or one of its step-* folders")
+    parser.add_argument("--prompt", action="append", default=[], help="caption of one image; give it several times")
+    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="where the captioned grid goes")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: sample.steps of the run)")
+    parser.add_argument("--guidance", type=float, help="weight of the caption (default: sample.guidance of the run)")
+    parser.add_argument("--seed", type=int, help="fixes the initial noise (default: sample.seed of the run)")
+    parser.add_argument("--scheduler", choices=("ddim", "dpm++"), help="default: sample.scheduler of the run")
+    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="averaged weights, or the last ones")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: the first bucket)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sample and write the grid. Raises UserError for what the user can fix."""
+    import torch
+
+    from raphael_dist.checkpoint.load import load_unet
+    from raphael_dist.checkpoint.reader import open_newest
+    from raphael_dist.conditioning import ImageEncoder, TextEncoder
+    from raphael_dist.data.features import check_encoders
+    from raphael_dist.sampling import caption_grid, generate, save_image
+
+    reader = open_newest(args.checkpoint)
+    config = reader.config()
+    s, device = config.sample, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = args.prompt or list(s.prompts)
+    steps, guidance = s.steps if args.steps is None else args.steps, s.guidance if args.guidance is None else args.guidance
+    size = tuple(args.size) if args.size else config.image.buckets[0]
+    dtype = torch.bfloat16 if config.train.dtype == "bfloat16" and device.type == "cuda" else torch.float32
+    text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype)
+    image = ImageEncoder.load(config.image.encoder, device, torch.float32)
+    check_encoders(config, text, image)
+    _check(prompts, steps, guidance, size, image.factor, config.diffusion.num_timesteps)
+    model = load_unet(reader, args.weights).to(device, dtype)
+    images = generate(
+        model,
+        text,
+        image,
+        config.diffusion,
+        prompts,
+        range(len(prompts)),
+        size_hw=size,
+        steps=steps,
+        guidance=guidance,
+        scheduler=args.scheduler or s.scheduler,
+        seed=s.seed if args.seed is None else args.seed,
+    )
+    save_image(caption_grid(images, prompts), args.out)
+    print(f"{args.out}: {len(prompts)} images from step {reader.step} of {args.checkpoint}")
+
+
+def _check(prompts: list[str], steps: int, guidance: float, size: tuple[int, ...], factor: int, timesteps: int) -> None:
+    if not prompts:
+        raise UserError(
+            '--prompt: none given and sample.prompts of the run is empty; give --prompt "a red heart, noto style"'
+        )
+    if not 1 <= steps <= timesteps:
+        raise UserError(f"--steps: given {steps}, allowed 1 to {timesteps}")
+    if guidance < 0:
+        raise UserError(f"--guidance: given {guidance}, must be 0 or more")
+    if any(side < factor or side % factor for side in size):
+        raise UserError(f"--size: given {list(size)}, must be multiples of the image encoder's factor {factor}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Command line: `deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50`, or plain python.
+
+Arguments are checked before torch is imported, so --help, --dry-run and mistakes answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a file, Python puts this package's own folder first on the path; its modules must not shadow others.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
+
+from raphael_dist import ds_config
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.config import Config, load_config, preset_names, to_yaml
+from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_USER_ERROR, NonFiniteError, UserError
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; argparse exits with 2 on a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="raphael_dist/train.py",
+        description="Train RAPHAEL. The same command continues a run from its newest checkpoint.",
+        epilog="precedence: defaults < --config < overrides, left to right. All keys: --dry-run prints them.",
+    )
+    parser.add_argument("--config", default="emoji-tiny", help=f"preset ({', '.join(preset_names())}) or a YAML file")
+    parser.add_argument(
+        "--deepspeed_config", metavar="JSON", help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-1)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and batch plan, then stop")
+    parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50 optim.lr=1e-4")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code (see errors.py)."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        tree = ds_config.read_deepspeed_json(args.deepspeed_config)
+        world_size = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        plan = BatchPlan(config.train.global_batch, world_size, config.train.micro_batch)
+        merged = ds_config.merge(config, tree, plan.accumulation, world_size)
+        if args.dry_run:
+            print(describe(config, plan, merged))
+            return 0
+        return run(config, tree)
+    except UserError as error:
+        return _fail(error, EXIT_USER_ERROR)
+    except NonFiniteError as error:
+        return _fail(error, EXIT_NON_FINITE)
+
+
+def describe(config: Config, plan: BatchPlan, merged: dict) -> str:
+    """Return the resolved configuration, the batch plan and the DeepSpeed configuration as text."""
+    import json
+
+    lines = [
+        to_yaml(config).rstrip(),
+        "",
+        f"# {plan.world_size} ranks x {plan.micro_batch} images x {plan.accumulation} micro-steps for exactly "
+        f"{plan.global_batch} images per step; {plan.waste:.1%} of the slots are empty",
+        *_advice(plan),
+        "# DeepSpeed: " + json.dumps(merged),
+    ]
+    return "\n".join(lines)
+
+
+def _advice(plan: BatchPlan) -> list[str]:
+    if plan.waste <= 0.1:
+        return []
+    better = plan.better_micro_batch()
+    return [f"# warning: more than 10% of the compute is wasted; train.micro_batch={better} wastes least"]
+
+
+def run(config: Config, tree: dict) -> int:
+    """Train; return 0 when complete, EXIT_INTERRUPTED when a signal stopped it after saving."""
+    import torch.distributed as dist
+
+    from raphael_dist import parallel, trainer
+
+    trainer.check_complete(config)
+    ranks = parallel.discover()
+    device = parallel.initialise(ranks)
+    try:
+        complete = trainer.train(trainer.build(config, tree, ranks, device))
+    finally:
+        dist.destroy_process_group()
+    return 0 if complete else EXIT_INTERRUPTED
+
+
+def _fail(error: Exception, code: int) -> int:
+    # Every rank fails alike; one of them says so.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""The training loop: build(), train_step(), train()."""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from raphael_dist import measure, parallel, rundir
+from raphael_dist.batch import Batch
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.conditioning import ImageEncoder, TextEncoder
+from raphael_dist.config import Config
+from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.features import check_encoders, open_stream
+from raphael_dist.data.prefetch import Prefetcher
+from raphael_dist.data.stream import TrainStream
+from raphael_dist.diffusion import NoiseSchedule
+from raphael_dist.ema import Ema
+from raphael_dist.engine import Engine, learning_rate
+from raphael_dist.errors import NonFiniteError, UserError
+from raphael_dist.evaluate import Validator, sample_prompts
+from raphael_dist.metrics import Metrics, MetricsWriter, load_metrics
+from raphael_dist.objective import compute_losses
+from raphael_dist.report import Reporter
+from raphael_dist.sampling import caption_grid, save_image
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything a training run holds on this rank. `samples_seen` is its whole progress."""
+
+    config: Config
+    ranks: parallel.Ranks
+    device: torch.device
+    plan: BatchPlan
+    text: TextEncoder
+    image: ImageEncoder
+    stream: TrainStream
+    builder: BatchBuilder
+    validator: Validator | None
+    engine: Engine
+    ema: Ema | None
+    store: CheckpointStore
+    schedule: NoiseSchedule
+    metrics: Metrics
+    writer: MetricsWriter | None
+    lock: IO[str] | None
+    flops: float = 0.0
+    samples_seen: int = 0
+    step: int = 0
+    stop_requested: bool = False
+    timers: dict[str, float] = field(default_factory=lambda: {"wait": 0.0, "logged": time.monotonic()})
+
+
+def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, device: torch.device) -> Run:
+    """Check everything, open the data, build the engine, resume if there is a checkpoint. Collective.
+
+    Raises UserError on all ranks for what the user can fix, before anything is trained.
+    """
+    plan = BatchPlan(config.train.global_batch, ranks.world_size, config.train.micro_batch)
+    lock = parallel.all_or_none(lambda: rundir.claim(config) if ranks.is_main else None)
+    rundir.start_logging(config, ranks.rank)
+    dtype = getattr(torch, config.train.dtype)
+    text = parallel.all_or_none(lambda: TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype))
+    image = parallel.all_or_none(lambda: ImageEncoder.load(config.image.encoder, device, torch.float32))
+    parallel.all_or_none(lambda: check_encoders(config, text, image))
+    stream = open_stream(config, config.data.shards, ranks, text, image, training=True)
+    val_stream = None
+    if config.data.val_shards:
+        val_stream = open_stream(config, config.data.val_shards, ranks, text, image, training=False)
+    engine = Engine(config, json_tree, plan, device)
+    ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
+    store = CheckpointStore(config, ranks, engine.fragments, ema, stream.order.index.fingerprint)
+    schedule = NoiseSchedule.create(config.diffusion, device)
+    run = Run(
+        config=config,
+        ranks=ranks,
+        device=device,
+        plan=plan,
+        text=text,
+        image=image,
+        stream=stream,
+        builder=BatchBuilder(config, stream, engine.module.num_blocks),
+        validator=Validator(config, ranks, val_stream, engine, schedule) if val_stream else None,
+        engine=engine,
+        ema=ema,
+        store=store,
+        schedule=schedule,
+        metrics=Metrics(device),
+        writer=MetricsWriter(config.run.dir) if ranks.is_main else None,
+        lock=lock,
+    )
+    run.step, run.samples_seen = store.resume() or (0, 0)
+    run.flops = measure.dry_run(engine, run.builder.build(plan.slots(run.samples_seen, ranks.rank, 0)), schedule)
+    return run
+
+
+def train_step(run: Run, batches: Iterator[Batch]) -> None:
+    """One optimizer step on exactly the global batch: accumulate, agree that the loss is finite, clip, update, average."""
+    loss_sum, bad_positions = torch.zeros((), device=run.device), []
+    for _ in range(run.plan.accumulation):
+        waited = time.monotonic()
+        batch = next(batches).to(run.device)
+        run.timers["wait"] += time.monotonic() - waited
+        losses = compute_losses(run.engine, batch, run.schedule, run.config, run.engine.dtype)
+        run.engine.backward(losses.total.sum() * run.plan.loss_scale)
+        loss_sum += losses.total.detach().sum()
+        bad_positions.append((batch.position, losses.total.detach()))
+        measure.record(run.metrics, batch, losses)
+    total, stop = parallel.total([float(loss_sum), float(run.stop_requested)], run.device).tolist()
+    run.stop_requested = stop > 0
+    if not torch.isfinite(torch.tensor(total)):
+        raise NonFiniteError(_name_bad_samples(run, bad_positions))
+    run.step += 1
+    run.engine.step(learning_rate(run.config, run.step))
+    if not torch.isfinite(torch.tensor(run.engine.grad_norm())):
+        raise NonFiniteError(f"step {run.step}: the gradient norm is {run.engine.grad_norm()}; lower optim.lr")
+    run.samples_seen += run.config.train.global_batch
+    if run.ema is not None:
+        run.ema.update(run.step)
+
+
+def train(run: Run) -> bool:
+    """Train to `train.max_steps`, or until a signal asks to stop; return whether the run is complete."""
+    config, run.stop_requested = run.config, False
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: setattr(run, "stop_requested", True))
+    with (
+        Reporter(run.ranks.is_main, run.step, config.train.max_steps) as report,
+        Prefetcher(run.builder.build, _slots(run), depth=max(1, config.data.prefetch)) as batches,
+    ):
+        report.line(_greeting(run))
+        while run.step < config.train.max_steps and not run.stop_requested:
+            train_step(run, batches)
+            last = run.step == config.train.max_steps
+            report.advance(run.step)
+            if run.step % config.train.log_every == 0 or last:
+                report.scalars(run.step, log_scalars(run))
+            if run.validator and (_due(run.step, config.train.val_every) or last):
+                report.line(log_validation(run))
+            if config.sample.prompts and (_due(run.step, config.train.sample_every) or last):
+                report.line(log_samples(run))
+            if _due(run.step, config.checkpoint.every) or last or run.stop_requested:
+                report.line(f"saved {run.store.save(run.step, run.samples_seen)}")
+        if run.stop_requested and run.step < config.train.max_steps:
+            report.line(f"stopped by a signal at step {run.step}; the same command continues")
+    return run.step >= config.train.max_steps
+
+
+def log_scalars(run: Run) -> dict[str, float]:
+    """Reduce what was recorded since the last call and write it with the step's own numbers. Collective."""
+    reduced, now = run.metrics.reduce(), time.monotonic()
+    values = {tag: float(v) for tag, v in reduced.items() if v.ndim == 0 and tag != "samples"}
+    samples = float(reduced["samples"])
+    for kind, total in (("space", samples), ("time", None)):
+        if f"load/{kind}" in reduced:
+            values |= load_metrics(f"moe/{kind}", reduced[f"load/{kind}"], total)
+    elapsed = now - run.timers["logged"]
+    values |= measure.throughput(samples, elapsed, run.flops, run.device, run.engine.dtype, run.ranks.world_size)
+    values["optim/lr"] = learning_rate(run.config, run.step)
+    values["optim/grad_norm"] = run.engine.grad_norm()
+    values["time/data_wait_frac"] = run.timers["wait"] / max(elapsed, 1e-9)
+    values["data/replaced"] = float(run.stream.replaced)
+    run.timers.update(wait=0.0, logged=now)
+    _write(run, values)
+    return values
+
+
+def log_validation(run: Run) -> str:
+    """Measure the loss on the held-out pairs, write it, and return a line about it. Collective."""
+    assert run.validator is not None
+    values = run.validator.run()
+    _write(run, values)
+    return f"step {run.step}: validation loss {values['val/loss']:.4f}"
+
+
+def log_samples(run: Run) -> str:
+    """Sample the configured prompts with the averaged weights, write the grid, and return a line about it. Collective."""
+    images = sample_prompts(run.config, run.ranks, run.engine, run.ema, run.text, run.image)
+    path = run.config.run.dir / "samples" / f"step-{run.step:08d}.png"
+    if run.ranks.is_main and run.writer is not None:
+        grid = caption_grid(images, run.config.sample.prompts)
+        save_image(grid, path)
+        run.writer.image("samples", run.step, measure.as_array(grid))
+    return f"step {run.step}: samples in {path}"
+
+
+def _write(run: Run, values: dict[str, float]) -> None:
+    if run.writer is not None:
+        run.writer.write(run.step, run.samples_seen, values)
+
+
+def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
+    for step in range(run.config.train.max_steps - run.step):
+        first = run.samples_seen + step * run.config.train.global_batch
+        for micro in range(run.plan.accumulation):
+            yield run.plan.slots(first, run.ranks.rank, micro)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _greeting(run: Run) -> str:
+    c, size = run.config, run.stream.order.index.num_samples
+    state = f"resumed at step {run.step}" if run.step else "from scratch"
+    return (
+        f"{state}: {c.run.dir}, {size} images, {run.ranks.world_size} ranks on {run.device.type}, ZeRO-{run.engine.stage}, "
+        f"global batch {c.train.global_batch} = {run.plan.accumulation} x {run.ranks.world_size} x {c.train.micro_batch} slots"
+    )
+
+
+def _name_bad_samples(run: Run, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+    bad = [int(p) for positions, losses in seen for p, x in zip(positions, losses, strict=True) if not x.isfinite()]
+    everywhere: list[list[int]] = [[] for _ in range(run.ranks.world_size)]
+    dist.all_gather_object(everywhere, bad)
+    found = sorted(p for part in everywhere for p in part)
+    keys = ", ".join(run.stream.sample(p).key for p in found[:5])
+    return f"step {run.step + 1}: the loss of {len(found)} samples is not finite ({keys}); the last checkpoint is untouched"
+
+
+def check_complete(config: Config) -> None:
+    """Raise UserError when the configuration lacks what training needs."""
+    if not config.data.shards:
+        raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*.tar'")

@@ -1,0 +1,67 @@
+"""Starts real ranks for a test: a free port, a time-out, and no process left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raphael_dist.parallel import free_port
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_ranks(command: list[str], world_size: int, timeout: float = 240, env: dict[str, str] | None = None) -> list[str]:
+    """Run `python COMMAND` as `world_size` ranks; return each rank's output. Raises AssertionError when one fails."""
+    base = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+        **(env or {}),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for r in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        outputs = [p.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    for rank, (p, output) in enumerate(zip(ranks, outputs, strict=True)):
+        assert p.returncode == 0, f"rank {rank} of {world_size} exited with {p.returncode}:\n{output[-4000:]}"
+    return outputs
+
+
+def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
+    """Run tests/workers/train_steps.py; return its losses, norms and the whole parameters put together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
+    out = str(folder / "out.pt")
+    run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size)
+    parts = [torch.load(f"{out}.{rank}") for rank in range(world_size)]
+    whole: dict[str, torch.Tensor] = {}
+    covered: dict[str, int] = {}
+    for part in parts:
+        for name, shape, start, values in part["fragments"]:
+            flat = whole.setdefault(name, torch.full((torch.Size(shape).numel(),), float("nan")))
+            covered[name] = covered.get(name, 0) + values.numel()
+            flat[start : start + values.numel()] = values
+    assert not any(w.isnan().any() for w in whole.values()), "the fragments of all ranks leave a gap"
+    return {"losses": parts[0]["losses"], "norms": parts[0]["norms"], "weights": whole, "covered": covered}

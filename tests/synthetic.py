@@ -1,0 +1,58 @@
+"""A tiny model and synthetic batches that depend on the sample position alone, for tests that need no data set."""
+
+from collections.abc import Sequence
+
+import torch
+
+from raphael_dist.batch import Batch
+from raphael_dist.config import Config, config_from_tree
+from raphael_dist.model.unet import GateNoise
+
+TOKENS, TEXT_WIDTH, SIZE = 7, 12, 8
+
+TREE = {
+    "model": {
+        "channels": [16, 24],
+        "attention": [True, False],
+        "layers_per_block": 1,
+        "head_dim": 8,
+        "norm_groups": 8,
+        "text_width": TEXT_WIDTH,
+        "expert_width": [20, 28],
+        "gate_width": 10,
+        "space_experts": 6,
+        "time_experts": 4,
+    },
+    "edge": {"channels": 4},
+    "optim": {"lr": 0.05, "clip": 0.5},
+    "train": {"global_batch": 12, "micro_batch": 3},
+}
+
+
+def tiny_config(**sections: dict) -> Config:
+    """Return the tiny configuration with some sections' keys replaced."""
+    names = set(TREE) | set(sections)
+    return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in names})
+
+
+def synthetic_batch(config: Config, slots: Sequence[tuple[int, float]], num_blocks: int) -> Batch:
+    """Return the batch of (position, weight) slots; every number is a function of the position."""
+
+    def draw(what: int, *shape: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(1000 * p + what) for p, _ in slots]
+        return torch.stack([torch.randn(*shape, generator=g) for g in generators])
+
+    m = config.model
+    positions = torch.tensor([p for p, _ in slots])
+    return Batch(
+        position=positions,
+        weight=torch.tensor([w for _, w in slots]),
+        x0=draw(0, m.latent_channels, SIZE, SIZE),
+        noise=draw(1, m.latent_channels, SIZE, SIZE),
+        timestep=(positions * 389) % 1000,
+        text=draw(2, TOKENS, TEXT_WIDTH),
+        text_mask=torch.arange(TOKENS).expand(len(slots), -1) <= (positions % TOKENS)[:, None],
+        end=positions % TOKENS,
+        edge=draw(3, 16, 16).sigmoid(),
+        gate_noise=GateNoise(draw(4, num_blocks, m.time_experts), draw(5, num_blocks, TOKENS, m.space_experts)),
+    )

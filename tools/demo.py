@@ -1,0 +1,81 @@
+"""`make demo`: trains emoji-tiny on two ranks, samples from it, and checks that it learned something."""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from raphael_dist.errors import UserError
+from raphael_dist.metrics import read_metrics
+
+PROMPTS = (
+    "a red heart, noto style",
+    "a yellow heart, twemoji style",
+    "a blue heart, fluent 3d style",
+    "a green circle, noto style",
+    "a red square, twemoji style",
+    "a lemon, fluent 3d style",
+    "a red apple, noto style",
+    "a purple circle, twemoji style",
+    "an orange square, fluent 3d style",
+    "a full moon, noto style",
+    "a blue heart, noto style",
+    "a sun, twemoji style",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("overrides", nargs="*", help="passed on to raphael_dist/train.py")
+    args = parser.parse_args()
+    began = time.monotonic()
+    shutil.rmtree(args.run_dir, ignore_errors=True)
+    train = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "raphael_dist/train.py"]
+    config = ["--config", "emoji-tiny", "--deepspeed_config", "ds_configs/zero2.json", f"run.dir={args.run_dir}"]
+    subprocess.run([*train, *config, *args.overrides], check=True)
+    grid = args.run_dir / "samples" / "demo.png"
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    sample = [sys.executable, "-m", "raphael_dist.sample", "--checkpoint", str(args.run_dir), "--out", str(grid)]
+    subprocess.run([*sample, *prompts], check=True)
+    first, last = check(args.run_dir, grid)
+    print(f"""
+The loss fell from {first:.3f} to {last:.3f} in {time.monotonic() - began:.0f} s.
+  pictures     {grid}   (the last two pairs of thing and style were never trained on)
+  checkpoint   {args.run_dir}/checkpoints
+  curves       tensorboard --logdir {args.run_dir}/tensorboard
+Next:
+  python -m raphael_dist.sample --checkpoint {args.run_dir} --prompt "a purple heart, noto style" --out heart.png
+  deepspeed --num_gpus 2 raphael_dist/train.py --config emoji-tiny data.shards='data/emoji/train-*' run.dir=runs/all
+""")
+    return 0
+
+
+def free_port() -> int:
+    """Return a free TCP port without importing torch."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def check(run_dir: Path, grid: Path) -> tuple[float, float]:
+    """Return the first and last training loss. Raises UserError when the loss did not fall or the picture is missing."""
+    losses = [loss for _, loss in read_metrics(run_dir / "metrics.jsonl")["train/loss_denoise"]]
+    if losses[-1] > 0.5 * losses[0]:
+        raise UserError(f"the loss did not fall: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+    if not grid.is_file() or grid.stat().st_size < 10_000:
+        raise UserError(f"no picture in {grid}")
+    return losses[0], losses[-1]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
