@@ -79,8 +79,9 @@ class Experts(nn.Module):
 
     def _one(self, k: int, x_RD: Tensor, centred: bool) -> Tensor:
         hidden_RF = self.act(F.linear(x_RD, self.w1[k], self.b1[k]))
-        bias_D = -(self.w2[k] @ self.act(self.b1[k])) if centred else self.b2[k]
-        return F.linear(hidden_RF, self.w2[k], bias_D)
+        if centred:
+            return F.linear(hidden_RF - self.act(self.b1[k]), self.w2[k])
+        return F.linear(hidden_RF, self.w2[k], self.b2[k])
 
     def _grouped(self, x_RD: Tensor, counts: Sequence[int], centred: bool) -> Tensor:
         counts_K = torch.tensor(counts, device=x_RD.device)
@@ -94,9 +95,8 @@ class Experts(nn.Module):
     def wide(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D], as two dense products over all experts' hidden units."""
         fused_RKF = F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()).unflatten(1, self.b1.shape)
-        hidden_RKF = self.act(fused_RKF) * w_RK.unsqueeze(-1)
-        out_RD = hidden_RKF.flatten(1) @ self.w2.transpose(1, 2).flatten(0, 1)
-        return out_RD - w_RK @ torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1))
+        hidden_RKF = (self.act(fused_RKF) - self.act(self.b1)) * w_RK.unsqueeze(-1)
+        return hidden_RKF.flatten(1) @ self.w2.transpose(1, 2).flatten(0, 1)
 
 
 def _use_grouped_mm(x_RD: Tensor) -> bool:
