@@ -1,0 +1,171 @@
+"""Two ranks under every ZeRO stage take the steps of one plain process that sees the whole batch.
+
+The oracle is plain PyTorch in this process: no DeepSpeed, no ranks, no accumulation. Steps are plain SGD, because Adam
+hides the scale of a gradient.
+"""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.config import Ema as EmaConfig
+from raphael_dist.diffusion import NoiseSchedule
+from raphael_dist.ema import Ema
+from raphael_dist.fragments import Fragments
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.objective import compute_losses
+from tests.launch import run_ranks, train_steps
+from tests.synthetic import synthetic_batch, tiny_config
+
+STEPS = 3
+SCHEDULE = NoiseSchedule.create(tiny_config().diffusion)
+
+
+def batch_loss(model: RaphaelUNet, config, positions: range) -> torch.Tensor:
+    batch = synthetic_batch(config, [(p, 1.0) for p in positions], model.num_blocks)
+    return compute_losses(model, batch, SCHEDULE, config, torch.float32).total.mean()
+
+
+@cache
+def one_process(global_batch: int, clip: float) -> dict:
+    """Train in this process, the whole batch at once."""
+    config = tiny_config(train={"global_batch": global_batch}, optim={"kind": "sgd", "clip": clip})
+    torch.manual_seed(config.run.seed)
+    model = RaphaelUNet(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr)
+    losses, norms = [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = batch_loss(model, config, range(step * global_batch, (step + 1) * global_batch))
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, "norms": norms, "weights": {n: p.detach().flatten() for n, p in model.named_parameters()}}
+
+
+# (ZeRO stage, global batch, clip): 13 in micro-batches of 3 on 2 ranks is 3 micro-steps with 5 empty slots, 7 is 2 with 5.
+CASES = [(0, 13, 0.5), (1, 13, 0.5), (2, 7, 0.5), (3, 13, 0.5)]
+SLOW = [(0, 7, 0.0), (1, 7, 0.0), (1, 12, 0.5), (2, 13, 0.0), (2, 12, 0.5), (3, 7, 0.5), (3, 12, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "global_batch", "clip"), [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
+)
+def test_two_ranks_take_the_steps_of_one_process(stage, global_batch, clip, tmp_path):
+    expected = one_process(global_batch, clip)
+    assert not clip or min(expected["norms"]) > clip, "clipping must be at work"
+    sections = {"train": {"global_batch": global_batch}, "optim": {"kind": "sgd", "clip": clip}}
+    tree = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}}
+    found = train_steps(tmp_path, 2, sections=sections, deepspeed=tree, steps=STEPS)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        error = (found["weights"][name] - weight).abs().max() / weight.abs().max()
+        assert error < 1e-5, f"{name}: relative difference {error:.1e}"
+        # Every element has one owner, or two where ZeRO-0 keeps everything everywhere.
+        assert found["covered"][name] == weight.numel() * (2 if stage == 0 else 1), name
+
+
+# ---- averaged weights -----------------------------------------------------------------------------------------------
+
+
+def ema_by_hand(config, decay: float) -> tuple[dict[str, torch.Tensor], float, float]:
+    """Return the averaged weights after two steps of the plain process, and the loss with them and with the exact ones."""
+    torch.manual_seed(config.run.seed)
+    model = RaphaelUNet(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr)
+    ema = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        batch_loss(model, config, range(4)).backward()
+        optimizer.step()
+        ema = {n: decay * ema[n] + (1 - decay) * p.detach() for n, p in model.named_parameters()}
+    exact = batch_loss(model, config, range(4)).item()
+    model.load_state_dict(ema, strict=False)
+    return ema, batch_loss(model, config, range(4)).item(), exact
+
+
+EMA_SECTIONS = {
+    "train": {"global_batch": 4, "micro_batch": 2},
+    "optim": {"kind": "sgd", "clip": 0.0},
+    "ema": {"decay": 0.7, "warmup": False},
+}
+
+
+@pytest.fixture(scope="module")
+def trained_ranks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ema")
+    run_ranks(["tests/test_zero_parity.py", str(folder)], 2)
+    return folder
+
+
+STALE = pytest.mark.xfail(strict=True, reason="Fragments.publish leaves weights gathered that a pass without gradients used")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=STALE)])
+def test_averaged_weights_are_in_the_model_while_asked_for_and_no_longer(stage, trained_ranks):
+    averaged, with_average, with_exact = ema_by_hand(tiny_config(**EMA_SECTIONS), 0.7)
+    assert with_average != pytest.approx(with_exact, rel=1e-3)
+    for rank in range(2):
+        losses, values = torch.load(trained_ranks / f"{stage}.{rank}")
+        for name, start, value in values:
+            expected = averaged[name].flatten()[start : start + value.numel()]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+        assert losses == pytest.approx([with_average, with_exact], rel=1e-5)
+
+
+def test_an_average_with_warm_up_and_its_weights_in_a_plain_model():
+    model = torch.nn.Linear(2, 1)
+    ema = Ema(Fragments(model, torch.optim.SGD(model.parameters(), lr=1.0)), EmaConfig(decay=0.99))
+    assert [ema.decay(s) for s in (1, 2, 10**6)] == [2 / 11, 3 / 12, 0.99]
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    ema.update(step=1)
+    exact = model.weight.detach().clone()
+    with ema.in_model():
+        torch.testing.assert_close(model.weight.detach(), start + 9 / 11)  # 2/11 of the start, 9/11 of start + 1
+    with pytest.raises(ZeroDivisionError), ema.in_model():
+        1 / 0  # noqa: B018
+    assert torch.equal(model.weight, exact)
+
+
+def _ema_rank(folder: Path) -> None:
+    """Rank process: train two steps under every stage in turn, then look at the model with and without the average."""
+    from raphael_dist import parallel
+    from raphael_dist.engine import Engine
+
+    ranks = parallel.discover()
+    device = parallel.initialise(ranks)
+    torch.set_num_threads(1)
+    config = tiny_config(**EMA_SECTIONS)
+    plan = BatchPlan(4, 2, 2)
+    for stage in range(4):
+        tree = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}}
+        engine = Engine(config, tree, plan, device)
+        ema = Ema(engine.fragments, config.ema)
+        batch = synthetic_batch(config, plan.slots(0, ranks.rank, 0), engine.module.num_blocks)
+        for step in (1, 2):
+            engine.backward(compute_losses(engine, batch, SCHEDULE, config, engine.dtype).total.sum() * plan.loss_scale)
+            engine.step(config.optim.lr)
+            ema.update(step)
+
+        def loss(engine=engine, batch=batch) -> float:
+            with torch.no_grad():
+                mine = compute_losses(engine, batch, SCHEDULE, config, engine.dtype).total.sum()
+            return float(parallel.total([float(mine)], device)[0]) / 4
+
+        with ema.in_model():
+            averaged = loss()
+        values = [(f.name, f.start, v.clone()) for f, v in zip(engine.fragments, ema.values, strict=True)]
+        torch.save(([averaged, loss()], [(n, s, v.flatten()) for n, s, v in values]), folder / f"{stage}.{ranks.rank}")
+
+
+if __name__ == "__main__":
+    _ema_rank(Path(sys.argv[1]))
