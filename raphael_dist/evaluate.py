@@ -19,10 +19,11 @@ from raphael_dist.objective import compute_losses
 from raphael_dist.sampling import generate
 
 TIME_BINS = 4
+MIN_DRAWS = 32
 
 
 class Validator:
-    """The denoising loss on every held-out pair once, at noise and timesteps that never change.
+    """The denoising loss on every held-out pair, at noise and timesteps that never change; a few pairs take several rounds.
 
     `val/loss_t0` .. `val/loss_t3` split it by quarters of the timestep range, t0 the least noisy.
     """
@@ -31,8 +32,9 @@ class Validator:
         self, config: Config, ranks: parallel.Ranks, stream: TrainStream, engine: Engine, schedule: NoiseSchedule
     ) -> None:
         self._config, self._ranks, self._engine, self._schedule = config, ranks, engine, schedule
-        # At least one sample per rank: a collective inside the model must find every rank.
-        count = max(stream.order.samples_per_epoch, ranks.world_size)
+        pairs = stream.order.samples_per_epoch
+        # Whole rounds over the pairs; at least one sample per rank, since a collective in the model must find every rank.
+        count = pairs * -(-max(MIN_DRAWS, ranks.world_size) // pairs)
         self._plan = BatchPlan(count, ranks.world_size, config.train.micro_batch)
         self._builder = BatchBuilder(config, stream, engine.module.num_blocks, global_batch=count, gate_noise=False)
 

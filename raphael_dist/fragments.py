@@ -82,14 +82,13 @@ class Fragments:
     def publish(self) -> None:
         """Copy the fp32 weights into the model that computes (a collective: every rank calls it)."""
         if hasattr(self._zero, "fp32_partitioned_groups_flat"):
-            for half, master in zip(
-                self._zero.fp16_partitioned_groups_flat, self._zero.fp32_partitioned_groups_flat, strict=True
-            ):
+            # A forward pass without gradients leaves weights gathered; let go of them, or the next one computes with them.
+            self._zero._partition_all_parameters()
+            for half, master in zip(self._zero.fp16_partitioned_groups_flat, self._zero.fp32_partitioned_groups_flat, strict=True):
                 if half.data_ptr() != master.data_ptr():
                     half.data.copy_(master.data)
             persistent = self._zero.persistent_parameters
             if persistent:
-                persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
         elif hasattr(self._zero, "update_lp_params"):
             self._zero.update_lp_params()

@@ -199,8 +199,9 @@ def _write(run: Run, values: dict[str, float]) -> None:
 
 
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
-    for step in range(run.config.train.max_steps - run.step):
-        first = run.samples_seen + step * run.config.train.global_batch
+    # Read ahead of training: the starting point is fixed here, since `samples_seen` moves on meanwhile.
+    batch, start = run.config.train.global_batch, run.samples_seen
+    for first in range(start, start + (run.config.train.max_steps - run.step) * batch, batch):
         for micro in range(run.plan.accumulation):
             yield run.plan.slots(first, run.ranks.rank, micro)
 

@@ -15,18 +15,24 @@ from raphael_dist.parallel import free_port
 ROOT = Path(__file__).parent.parent
 
 
-def run_ranks(command: list[str], world_size: int, timeout: float = 240, env: dict[str, str] | None = None) -> list[str]:
-    """Run `python COMMAND` as `world_size` ranks; return each rank's output. Raises AssertionError when one fails."""
-    base = {
+def rank_env(world_size: int) -> dict[str, str]:
+    """Return the environment of a group of ranks on this host, for rank 0 until RANK and LOCAL_RANK are set."""
+    return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
         "OMP_NUM_THREADS": "1",
-        **(env or {}),
     }
+
+
+def run_ranks(command: list[str], world_size: int, timeout: float = 240, env: dict[str, str] | None = None) -> list[str]:
+    """Run `python COMMAND` as `world_size` ranks; return each rank's output. Raises AssertionError when one fails."""
+    base = {**rank_env(world_size), **(env or {})}
     ranks = [
         subprocess.Popen(
             [sys.executable, *command],

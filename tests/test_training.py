@@ -1,0 +1,266 @@
+"""Whole runs with real ranks on real pictures, at a size for tests: the demo's emoji as 8 x 8 pixels, a tiny U-Net."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raphael_dist import sample, train
+from raphael_dist.errors import EXIT_INTERRUPTED
+from raphael_dist.metrics import read_metrics
+from raphael_dist.parallel import free_port
+from tests.launch import ROOT, rank_env, run_ranks
+
+SMALL = [
+    "--config=emoji-tiny",
+    "image.encoder=none",
+    "image.buckets=[[8,8]]",
+    "model.latent_channels=3",
+    "model.channels=[16,24]",
+    "model.attention=[true,false]",
+    "model.expert_width=[16,24]",
+    "model.layers_per_block=1",
+    "model.head_dim=8",
+    "model.norm_groups=8",
+    "model.gate_width=8",
+    "train.global_batch=10",
+    "train.micro_batch=3",
+    "train.log_every=1",
+    "checkpoint.every=3",
+    "sample.steps=2",
+    "optim.warmup_steps=2",
+    "optim.decay=constant",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+def arguments(run_dir: Path, cache: str, stage: int, *more: str) -> list[str]:
+    config = f"--deepspeed_config=ds_configs/zero{stage}.json"
+    return ["tests/workers/train_run.py", *SMALL, config, f"run.dir={run_dir}", cache, *more]
+
+
+def files_of(run_dir: Path, step: int) -> dict:
+    return json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())["files"]
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3])
+def test_six_steps_equal_three_steps_and_a_resume_of_three_bit_for_bit(tmp_path: Path, cache: str, stage: int) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_ranks(arguments(whole, cache, stage, "train.max_steps=6"), 2)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
+    run_ranks(arguments(resumed, cache, stage, "train.max_steps=6"), 2)
+    # Sizes and SHA-256 of weights, moments and average on every rank.
+    assert files_of(whole, 6) == files_of(resumed, 6)
+    loss_a, loss_b = (read_metrics(d / "metrics.jsonl")["train/loss"] for d in (whole, resumed))
+    assert loss_a == loss_b
+    assert len(loss_a) == 6
+
+
+def test_twenty_steps_equal_ten_then_kill_then_ten_bit_for_bit(tmp_path: Path, cache: str) -> None:
+    more = ("train.max_steps=20", "checkpoint.every=10", "sample.prompts=[]")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_ranks(arguments(whole, cache, 2, *more), 2)
+    env = rank_env(2)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *arguments(killed, cache, 2, *more)], env={**env, "RANK": r, "LOCAL_RANK": r}, cwd=ROOT
+        )
+        for r in "01"
+    ]
+    try:
+        wait_for(lambda: (killed / "checkpoints" / "latest").is_file() and len(logged(killed)) > 12)
+    finally:
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+            rank.wait()
+    assert not (killed / "checkpoints" / "step-00000020").exists(), "the kill came too late to prove anything"
+    run_ranks(arguments(killed, cache, 2, *more), 2)
+    assert files_of(whole, 20) == files_of(killed, 20)
+    a, b = (read_metrics(d / "metrics.jsonl") for d in (whole, killed))
+    assert a["train/loss"] == b["train/loss"]
+    assert a["val/loss"] == b["val/loss"]
+
+
+def logged(run_dir: Path) -> list[str]:
+    file = run_dir / "metrics.jsonl"
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def wait_for(condition: object, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
+    """A finished run of 4 steps, started by the deepspeed launcher as a user would."""
+    folder = tmp_path_factory.mktemp("launched") / "run"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [*launcher, "raphael_dist/train.py", *arguments(folder, cache, 2, "train.max_steps=4")[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+
+def test_the_deepspeed_launcher_trains_and_leaves_metrics_samples_and_a_checkpoint(run_dir: Path) -> None:
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    wanted = {
+        "train/loss", "train/loss_denoise", "train/loss_edge", "optim/lr", "optim/grad_norm", "throughput/samples_per_s",
+        "throughput/tflops", "throughput/mfu", "time/data_wait_frac", "memory/peak_gib", "val/loss", "val/loss_t0",
+        "moe/space/L00/load_max", "moe/space/L00/load_min", "moe/space/L00/density", "moe/time/L00/load_max",
+        "moe/time/L00/load_min", "comm/bytes_sent",
+    }  # fmt: skip
+    assert wanted <= set(metrics)
+    assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4]
+    assert (run_dir / "samples" / "step-00000004.png").is_file()
+    assert list((run_dir / "tensorboard").iterdir())
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000004"
+    assert "step 4/4" in (run_dir / "train.log").read_text()
+    assert json.loads((run_dir / "versions.json").read_text())["torch"]
+
+
+def test_sampling_is_the_same_for_the_same_seed_and_differs_for_another(run_dir: Path, tmp_path: Path) -> None:
+    def grid(name: str, *more: str) -> np.ndarray:
+        out = tmp_path / name
+        command = ["--checkpoint", str(run_dir), "--prompt", "a red heart", "--prompt", "a sun", "--out", str(out)]
+        assert sample.main([*command, "--steps", "3", *more]) == 0
+        return np.asarray(Image.open(out))
+
+    first = grid("a.png")
+    assert (first == grid("b.png")).all()
+    assert (first != grid("c.png", "--seed", "1")).any()
+    assert (first != grid("d.png", "--scheduler", "dpm++")).any()
+    assert (first != grid("e.png", "--weights", "master")).any()
+
+
+def test_sampling_refuses_mistakes_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {
+        ("--checkpoint", str(tmp_path)): "no checkpoint there",
+        ("--checkpoint", str(run_dir), "--steps", "0"): "--steps: given 0",
+        ("--checkpoint", str(run_dir), "--guidance", "-1"): "--guidance: given -1",
+        ("--checkpoint", str(run_dir), "--size", "0", "8"): "--size: given [0, 8]",
+    }
+    for arguments_, message in cases.items():
+        assert sample.main([*arguments_, "--prompt", "x", "--out", str(tmp_path / "x.png")]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_truncated_or_flipped_checkpoint_is_refused_by_name(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "run"
+    shutil.copytree(run_dir, broken)
+    for folder in (broken / "checkpoints").glob("step-*"):
+        file = folder / "rank-00001.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    assert sample.main(["--checkpoint", str(broken), "--prompt", "x"]) == 2
+    assert "rank-00001.safetensors does not match its checksum" in capsys.readouterr().err
+
+
+def test_resume_falls_back_to_the_newest_checkpoint_that_verifies(run_dir: Path, tmp_path: Path, cache: str) -> None:
+    damaged = tmp_path / "run"
+    shutil.copytree(run_dir, damaged)
+    file = damaged / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    output = run_ranks(arguments(damaged, cache, 2, "train.max_steps=4"), 2)[0]
+    assert "resumed at step 3" in output
+    assert "skipping checkpoint" in output
+    assert files_of(damaged, 4) == files_of(run_dir, 4)
+
+
+def test_a_termination_signal_saves_and_the_same_command_continues(tmp_path: Path, cache: str) -> None:
+    folder = tmp_path / "run"
+    command = arguments(
+        folder, cache, 1, "train.max_steps=400", "checkpoint.every=0", "sample.prompts=[]", "data.val_shards=[]"
+    )
+    process = subprocess.Popen([sys.executable, *command], env=rank_env(1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: len(logged(folder)) >= 2)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "stopped by a signal" in output
+    assert (folder / "checkpoints" / "latest").is_file()
+
+
+def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: Path, tmp_path: Path, cache: str) -> None:
+    (tmp_path / "empty.tar").write_bytes(b"\0" * 10240)
+    used = tmp_path / "used"
+    shutil.copytree(run_dir, used)
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    (other / "config.yaml").unlink()
+    base = [cache, *SMALL[1:]]
+    cases = {
+        "channels": ([*base, "model.latent_channels=4"], ["model.latent_channels is 4", "3 channels"]),
+        "text width": ([*base, "model.text_width=100"], ["model.text_width is 100", "384"]),
+        "missing shard": ([*base, "data.shards=nowhere.tar"], ["nowhere.tar"]),
+        "empty data set": ([*base, f"data.shards={tmp_path}/empty.tar"], ["empty.tar"]),
+        "no encoder": ([*base, "text.encoder=/nowhere"], ["text.encoder", "/nowhere"]),
+        "no edge maps": ([*base, "data.edges=none"], ["edge.weight", "edge"]),
+        "batch too small": ([*base, "train.global_batch=1"], None),
+        "another run": ([*base, f"run.dir={used}", "run.seed=7"], ["run.seed = 0", "7"]),
+        "another model": ([*base, f"run.dir={other}", "model.gate_width=9"], ["model.gate_width", "8", "9"]),
+    }
+    spec = tmp_path / "cases.json"
+    # Each in a directory of its own, unless the case is about the directory.
+    spec.write_text(json.dumps({name: [f"run.dir={tmp_path / name}", *given] for name, (given, _) in cases.items()}))
+    run_ranks(["tests/workers/refusals.py", str(tmp_path / "out.json"), str(spec)], 1)
+    messages = json.loads((tmp_path / "out.json").read_text())
+    for name, (_, parts) in cases.items():
+        if parts is None:
+            assert messages[name] is None, f"{name}: {messages[name]}"
+            continue
+        assert messages[name], f"{name} was accepted"
+        assert "\n" not in messages[name]
+        assert all(part in messages[name] for part in parts), f"{name}: {messages[name]}"
+
+
+def test_the_command_line_exits_with_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    cases = {
+        ("--config", "emoji-tiny", "train.max_step=5"): "did you mean 'max_steps'?",
+        ("--config", "emoji-tini"): "did you mean 'emoji-tiny'?",
+        ("--config", "emoji-tiny", "train.micro_batch=0"): "train.micro_batch: given 0",
+        ("--config", "raphael-3b"): "data.shards: none given",
+        ("--config", "emoji-tiny", "--world-size", "64", "--dry-run"): "cannot serve 64 ranks",
+        ("--config", "emoji-tiny", "--deepspeed_config", "nowhere.json"): "nowhere.json: no such file",
+    }
+    for argv, message in cases.items():
+        assert train.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_help_and_dry_run_answer_within_a_second_and_a_half_without_torch() -> None:
+    for flag in ("--help", "--dry-run"):
+        code = f"import sys; from raphael_dist import train; train.main(['--config', 'raphael-3b', '{flag}'])"
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0
+        assert " torch\n" not in done.stderr
+        assert time.monotonic() - began < 1.5

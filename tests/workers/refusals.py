@@ -1,0 +1,29 @@
+"""One rank: tries to build runs with a mistake each and writes the message that each is refused with.
+
+Usage: refusals.py OUT.json CASES.json, cases {name: overrides}; a case that is accepted gives null.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from raphael_dist import parallel, trainer
+from raphael_dist.config import load_config
+from raphael_dist.errors import UserError
+
+
+def main(out: str, cases: dict[str, list[str]]) -> None:
+    ranks = parallel.discover()
+    device = parallel.initialise(ranks)
+    messages: dict[str, str | None] = {}
+    for name, overrides in cases.items():
+        try:
+            trainer.build(load_config("emoji-tiny", overrides), {"zero_optimization": {"stage": 1}}, ranks, device)
+            messages[name] = None
+        except UserError as error:
+            messages[name] = str(error)
+    Path(out).write_text(json.dumps(messages))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))
