@@ -38,7 +38,7 @@ def read_images(shards: Iterable[Path]) -> Tensor:
     """
     images = []
     for path in shards:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path) as tar:
             for member in tar:
                 if member.name.endswith(".webp") and (file := tar.extractfile(member)):
                     images.append(np.asarray(Image.open(io.BytesIO(file.read()), formats=["WEBP"]).convert("RGB")))
@@ -52,11 +52,12 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def small_vae() -> Vae:
+def small_vae(seed: int) -> Vae:
     """Return an untrained VAE of factor 4 with 4 latent channels (0.9 M parameters), small enough for a CPU.
 
     It starts with residual branches of zero and almost no posterior noise: both save many of the first steps.
     """
+    torch.manual_seed(seed)
     model: Vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -107,6 +108,7 @@ def draw_batch(images: Tensor, seed: int, step: int, batch: int) -> tuple[Tensor
 
 
 def train(
+    model: Vae,
     images: Tensor,
     steps: int,
     batch: int,
@@ -117,14 +119,13 @@ def train(
     report: Callable[[int, float, Vae], None],
     report_every: int = 200,
 ) -> Vae:
-    """Train on uint8 images (N, 3, H, W); returns the moving average of the weights.
+    """Train `model` on uint8 images (N, 3, H, W); returns the moving average of its weights.
 
     With `bf16`, convolutions run in bfloat16 and weights stay float32.
     `report` gets (steps done, mean loss since the last report, that average) every `report_every` steps.
     Raises UserError when the loss is no longer finite.
     """
-    torch.manual_seed(seed)
-    model = small_vae().to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.0)
     total = 0.0
@@ -175,9 +176,17 @@ def psnr(model: Vae, images: Tensor, batch: int = 64) -> Tensor:
     return torch.cat(values)
 
 
+def load(folder: Path) -> Vae:
+    """Return the VAE of a diffusers folder in float32; raises UserError when there is none."""
+    try:
+        return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False).float().eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no AutoencoderKL: {str(error).splitlines()[0]}") from error
+
+
 def save(model: Vae, images: Tensor, folder: Path) -> Vae:
     """Write the diffusers folder, weights as float16, `scaling_factor` = 1/std of the latents; returns it reloaded."""
     model.register_to_config(scaling_factor=round(1 / latent_std(model, images), 6))
     model.half().save_pretrained(folder, safe_serialization=True)
     model.float()
-    return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False).float().eval()
+    return load(folder)

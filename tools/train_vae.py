@@ -14,8 +14,11 @@ from raphael_dist.errors import EXIT_USER_ERROR, UserError
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's values."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="folder with train-*.tar and val-*.tar")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/emoji"), help="folder with train-*.tar and val-*.tar, or .tar.gz"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for config.json and the weights")
+    parser.add_argument("--init", type=Path, help="folder of a VAE to go on from; without it, from scratch")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
@@ -28,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Read, train, save, and measure what was saved."""
-    shards = {split: sorted(args.data.glob(f"{split}-*.tar")) for split in ("train", "val")}
+    shards = {split: sorted(args.data.glob(f"{split}-*.tar*")) for split in ("train", "val")}
     if not (shards["train"] and shards["val"]):
         raise UserError(f"--data: {args.data} holds no train-*.tar and val-*.tar; see tools/make_emoji_dataset.py")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -43,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
         db = vae.psnr(average, held_out).mean().item()
         print(f"step {done} loss {loss:.4f} val PSNR {db:.2f} dB {time.monotonic() - start:.0f} s", flush=True)
 
-    model = vae.train(images, args.steps, args.batch, args.rate, args.seed, args.device, args.bf16, report)
+    model = vae.load(args.init).train() if args.init else vae.small_vae(args.seed)
+    model = vae.train(model, images, args.steps, args.batch, args.rate, args.seed, args.device, args.bf16, report)
     saved = vae.save(model, images, args.out)
     db = vae.psnr(saved, held_out).mean().item()
     print(f"{args.out}: val PSNR {db:.2f} dB from the saved weights, scaling_factor {saved.config['scaling_factor']}")
