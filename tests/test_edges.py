@@ -49,9 +49,7 @@ def reference_hed(image_HWC: np.ndarray) -> np.ndarray:
     def conv(x: np.ndarray, group: str) -> np.ndarray:
         kernel, bias = np.asarray(file[f"{group}/vars/0"]), np.asarray(file[f"{group}/vars/1"])
         r = kernel.shape[0] // 2
-        windows = np.lib.stride_tricks.sliding_window_view(
-            np.pad(x, ((r, r), (r, r), (0, 0))), kernel.shape[:2], (0, 1)
-        )
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((r, r), (r, r), (0, 0))), kernel.shape[:2], (0, 1))
         return np.einsum("hwcij,ijco->hwo", windows, kernel, optimize=True) + bias
 
     def pool(x: np.ndarray) -> np.ndarray:

@@ -206,12 +206,8 @@ def edge_map(images: Tensor, method: str = "hed") -> Tensor:
     if method == "hed":
         return _hed(images.device)(images)
     if method != "canny":
-        raise UserError(
-            f"edge method {method!r} is unknown; allowed: {', '.join(METHODS)}{did_you_mean(method, METHODS)}"
-        )
+        raise UserError(f"edge method {method!r} is unknown; allowed: {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
     # Luma weights of ITU-R BT.709.
-    grey_BHW = (_unit(images) * images.new_tensor([0.2126, 0.7152, 0.0722], dtype=torch.float32).view(1, 3, 1, 1)).sum(
-        1
-    )
+    grey_BHW = (_unit(images) * images.new_tensor([0.2126, 0.7152, 0.0722], dtype=torch.float32).view(1, 3, 1, 1)).sum(1)
     maps = np.stack([canny(grey) for grey in grey_BHW.cpu().numpy()])
     return torch.from_numpy(maps).float().unsqueeze(1).to(images.device)
