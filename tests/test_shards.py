@@ -1,9 +1,13 @@
 """The shard index: webdataset naming, bad samples found and counted, hostile tars refused or ignored."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import os
 import pickle
+import resource
 import struct
 import tarfile
 import zlib
@@ -14,6 +18,7 @@ import pytest
 from PIL import Image
 from webdataset import TarWriter
 
+from raphael_dist.data import tar_scan
 from raphael_dist.data.captions import MAX_CAPTION_CHARS, clean_caption, read_captions
 from raphael_dist.data.shards import DatasetIndex, build_index, expand_shards
 from raphael_dist.errors import UserError
@@ -28,9 +33,7 @@ def png(width: int = 16, height: int = 16, value: int = 7) -> bytes:
 def png_header(width: int, height: int) -> bytes:
     """A PNG that promises width x height pixels and holds one byte of them."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0"))]
-    body = [
-        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in [*chunks, (b"IEND", b"")]
-    ]
+    body = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in [*chunks, (b"IEND", b"")]]
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
@@ -146,7 +149,8 @@ def test_a_file_that_is_no_plain_whole_tar_is_an_error_with_its_name(tmp_path):
     damaged = bytearray(data)
     damaged[1024:1536] = b"\xff" * 512  # the second header, which tarfile takes for the end
     cases = {
-        "gz.tar": gzip.compress(data), "cut.tar": data[:1300], "block.tar": data[:1024], "zero.tar": b"",
+        "gz.tar": gzip.compress(data), "bz2.tar": bz2.compress(data), "xz.tar": lzma.compress(data),
+        "cut.tar": data[:1300], "block.tar": data[:1024], "zero.tar": b"",
         "text.tar": b"hello " * 500, "mid.tar": bytes(damaged),
     }  # fmt: skip
     for name, content in cases.items():
@@ -187,6 +191,68 @@ def test_the_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
     one, two = (build_index([write_shard(tmp_path / f / "a.tar", [good(0)])]) for f in ("x", "y"))
     other = build_index([write_shard(tmp_path / "y" / "a.tar", [good(1)])])
     assert one.fingerprint == two.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz"])
+def test_a_gzipped_shard_gives_the_samples_of_the_plain_one(suffix, tmp_path):
+    plain = write_shard(tmp_path / "a.tar", [good(0), good(1), ("mute", {"png": png()})])
+    packed = tmp_path / f"a{suffix}"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    one, two = build_index([plain], tmp_path / "cache"), build_index([packed], tmp_path / "cache")
+    assert (two.fingerprint, two.shards[0].content, two.bad) == (one.fingerprint, one.shards[0].content, one.bad)
+    (expanded,) = (tmp_path / "cache").rglob("*.tar")
+    assert two.shards[0].path == expanded
+    assert expanded.read_bytes() == plain.read_bytes()
+
+
+def test_a_gzipped_shard_is_expanded_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    plain, packed, cache = tmp_path / "a.tar", tmp_path / "a.tar.gz", tmp_path / "cache"
+    packed.write_bytes(gzip.compress(write_shard(plain, [good(0)]).read_bytes()))
+    first = build_index([packed], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("raphael_dist.data.shards.gunzip", None)
+        assert build_index([packed], cache).fingerprint == first.fingerprint
+    before = packed.stat()
+    packed.write_bytes(gzip.compress(write_shard(plain, [good(1)]).read_bytes()).ljust(before.st_size, b"\0"))
+    os.utime(packed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert build_index([packed], cache).shards[0].keys == ["0001"]
+
+
+def test_a_gzip_bomb_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch):
+    limit = 1 << 20
+    monkeypatch.setattr(tar_scan, "SMALL_BYTES", limit)
+    bomb = tmp_path / "bomb.tar.gz"
+    bomb.write_bytes(gzip.compress(bytes(8 * limit)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a byte more is another error
+    try:
+        with pytest.raises(UserError, match=rf"bomb\.tar\.gz expands to more than {limit} bytes") as caught:
+            build_index([bomb], tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    monkeypatch.setattr(tar_scan, "MAX_BYTES", 1000)
+    with pytest.raises(UserError, match="more than 1000 bytes"):
+        build_index([bomb], tmp_path / "cache")
+
+
+def test_a_gzipped_shard_that_is_damaged_or_has_no_cache_is_an_error_with_its_name(tmp_path):
+    plain = write_shard(tmp_path / "a.tar", [good(0)]).read_bytes()
+    whole = gzip.compress(plain)
+    wrong_sum = whole[:-8] + bytes(4) + whole[-4:]
+    cases = {
+        "cut": whole[:-20], "sum": wrong_sum, "plain": plain, "empty": b"", "text": gzip.compress(b"hello " * 500),
+        "twice": gzip.compress(whole), "tail": gzip.compress(plain[:1024]),
+    }  # fmt: skip
+    for name, content in cases.items():
+        path = tmp_path / f"{name}.tar.gz"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}\.tar\.gz"):
+            build_index([path], tmp_path / "cache")
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=r"tail\.tar\.gz is gzipped .* gunzip it"):
+        build_index([path])
 
 
 def test_captions_lose_markup_addresses_and_control_characters():

@@ -35,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's values."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--subset", default="core", help="core (the committed one), all, or demo")
+    parser.add_argument("--subset", default="all", help="all or demo")
     parser.add_argument("--packages", type=Path, help="folder with the npm tarballs; nothing is fetched")
     parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"), help="where fetched tarballs go")
     parser.add_argument("--edges", default="hed", help="hed, or canny, which needs no weights")
