@@ -5,6 +5,7 @@ latents of 16 x 16. Images are float32 (B, 3, H, W) in [-1, 1], as in diffusers.
 """
 
 import io
+import json
 import math
 import tarfile
 from collections.abc import Callable, Iterable
@@ -189,4 +190,7 @@ def save(model: Vae, images: Tensor, folder: Path) -> Vae:
     model.register_to_config(scaling_factor=round(1 / latent_std(model, images), 6))
     model.half().save_pretrained(folder, safe_serialization=True)
     model.float()
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where the weights that it went on from lay, on the machine that trained it
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return load(folder)

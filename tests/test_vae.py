@@ -114,6 +114,8 @@ def test_training_learns_and_repeats_and_saves(tmp_path: Path, tool: ModuleType)
     assert losses[0] == losses[1]
     assert losses[0][1] < 0.8 * losses[0][0]
     reloaded = vae.save(model, images, tmp_path)
+    vae.save(reloaded, images, tmp_path)  # as when going on from given weights
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
     assert vae.latent_std(reloaded, images) * reloaded.config["scaling_factor"] == pytest.approx(1, abs=0.01)
 
 
