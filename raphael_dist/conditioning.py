@@ -43,7 +43,9 @@ class TextEncoder:
         UserError: no such folder or package, not a text encoder, more tokens than its positions.
         """
         from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         folder, tokenizer_folder = _text_folders(spec)
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -105,7 +107,8 @@ class ImageEncoder:
 
         folder = _subfolder(_existing_folder("image.encoder", spec), "vae")
         try:
-            model = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+            # Without low_cpu_mem_usage=False diffusers advises installing accelerate, which a small VAE does not need.
+            model = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"image.encoder: cannot load {spec!r}: {_first_line(error)}") from error
         factor = 2 ** (len(model.config.block_out_channels) - 1)

@@ -84,7 +84,9 @@ class Fragments:
         if hasattr(self._zero, "fp32_partitioned_groups_flat"):
             # A forward pass without gradients leaves weights gathered; let go of them, or the next one computes with them.
             self._zero._partition_all_parameters()
-            for half, master in zip(self._zero.fp16_partitioned_groups_flat, self._zero.fp32_partitioned_groups_flat, strict=True):
+            for half, master in zip(
+                self._zero.fp16_partitioned_groups_flat, self._zero.fp32_partitioned_groups_flat, strict=True
+            ):
                 if half.data_ptr() != master.data_ptr():
                     half.data.copy_(master.data)
             persistent = self._zero.persistent_parameters

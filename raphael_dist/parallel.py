@@ -6,6 +6,7 @@ one there is a single rank.
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -70,6 +71,8 @@ def initialise(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> torc
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
     import deepspeed
 
+    # DeepSpeed calls collectives under names that torch 2.13 has renamed; nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.launcher == "none":
         os.environ["MASTER_PORT"] = str(free_port())

@@ -231,4 +231,4 @@ def _name_bad_samples(run: Run, seen: list[tuple[torch.Tensor, torch.Tensor]]) -
 def check_complete(config: Config) -> None:
     """Raise UserError when the configuration lacks what training needs."""
     if not config.data.shards:
-        raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*.tar'")
+        raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")

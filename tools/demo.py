@@ -33,9 +33,9 @@ def main() -> int:
     args = parser.parse_args()
     began = time.monotonic()
     shutil.rmtree(args.run_dir, ignore_errors=True)
-    train = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "raphael_dist/train.py"]
+    launcher = ["deepspeed", "--log_level", "warning", "--num_gpus", "2", "--master_port", str(free_port())]
     config = ["--config", "emoji-tiny", "--deepspeed_config", "ds_configs/zero2.json", f"run.dir={args.run_dir}"]
-    subprocess.run([*train, *config, *args.overrides], check=True)
+    subprocess.run([*launcher, "raphael_dist/train.py", *config, *args.overrides], check=True)
     grid = args.run_dir / "samples" / "demo.png"
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     sample = [sys.executable, "-m", "raphael_dist.sample", "--checkpoint", str(args.run_dir), "--out", str(grid)]

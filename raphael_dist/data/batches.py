@@ -40,7 +40,9 @@ class BatchBuilder:
             weight=torch.tensor([weight for _, weight in slots], dtype=torch.float32),
             x0=torch.stack([s.latents for s in samples]),
             noise=torch.stack([self._noise(p, s) for p, s in zip(positions, samples, strict=True)]),
-            timestep=torch.tensor([draw_timestep(self.config.diffusion, self.seed, p, self.global_batch) for p in positions]),
+            timestep=torch.tensor(
+                [draw_timestep(self.config.diffusion, self.seed, p, self.global_batch) for p in positions]
+            ),
             text=torch.stack([s.tokens for s in samples]).float(),
             text_mask=torch.stack([s.mask for s in samples]),
             end=torch.stack([torch.as_tensor(s.end) for s in samples]),
