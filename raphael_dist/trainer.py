@@ -211,11 +211,13 @@ def _due(step: int, every: int) -> bool:
 
 
 def _greeting(run: Run) -> str:
-    c, size = run.config, run.stream.order.index.num_samples
+    c, index = run.config, run.stream.order.index
+    bad = len(index.bad) + len(run.stream.cache.bad)
+    size = f"{index.num_samples} images" + (f" ({bad} bad samples left out)" if bad else "")
     state = f"resumed at step {run.step}" if run.step else "from scratch"
     return (
-        f"{state}: {c.run.dir}, {size} images, {run.ranks.world_size} ranks on {run.device.type}, ZeRO-{run.engine.stage}, "
-        f"global batch {c.train.global_batch} = {run.plan.accumulation} x {run.ranks.world_size} x {c.train.micro_batch} slots"
+        f"{state}: {c.run.dir}, {size}, {run.ranks.world_size} ranks on {run.device.type}, ZeRO-{run.engine.stage}, global "
+        f"batch {c.train.global_batch} = {run.plan.accumulation} x {run.ranks.world_size} x {c.train.micro_batch} slots"
     )
 
 
@@ -225,10 +227,13 @@ def _name_bad_samples(run: Run, seen: list[tuple[torch.Tensor, torch.Tensor]]) -
     dist.all_gather_object(everywhere, bad)
     found = sorted(p for part in everywhere for p in part)
     keys = ", ".join(run.stream.sample(p).key for p in found[:5])
-    return f"step {run.step + 1}: the loss of {len(found)} samples is not finite ({keys}); the last checkpoint is untouched"
+    where = f"step {run.step + 1}: the loss of {len(found)} samples is not finite"
+    return f"{where} ({keys}); the last checkpoint is untouched"
 
 
 def check_complete(config: Config) -> None:
     """Raise UserError when the configuration lacks what training needs."""
+    if config.parallel.space_ep > 1 or config.parallel.time_ep > 1:
+        raise UserError("parallel.space_ep and parallel.time_ep: experts cannot be spread over ranks yet; use 1 for both")
     if not config.data.shards:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
