@@ -68,15 +68,15 @@ class Fragments:
 
     def create_moments(self, steps_taken: int) -> None:
         """Make the optimizer's state as it is after `steps_taken` steps, with moments of zero to be filled in."""
-        for group in self._torch_optimizer.param_groups:
-            if not isinstance(self._torch_optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD keeps nothing
-                return
-            step_device = group["params"][0].device if group.get("fused") or group.get("capturable") else "cpu"
-            for p in group["params"]:
-                state = self._torch_optimizer.state[p]
-                state["step"] = torch.tensor(float(steps_taken), device=step_device)
-                for kind in MOMENTS:
-                    state[kind] = torch.zeros_like(p)
+        if not isinstance(self._torch_optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD keeps nothing
+            return
+        on_device = self._torch_optimizer.defaults.get("fused") or self._torch_optimizer.defaults.get("capturable")
+        # By fragment, not by param_groups: ZeRO-3 empties those between steps.
+        for owner in {id(f.owner): f.owner for f in self.all}.values():
+            state = self._torch_optimizer.state[owner]
+            state["step"] = torch.tensor(float(steps_taken), device=owner.device if on_device else "cpu")
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(owner)
 
     @torch.no_grad()
     def publish(self) -> None:

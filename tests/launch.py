@@ -30,9 +30,9 @@ def rank_env(world_size: int) -> dict[str, str]:
     }
 
 
-def run_ranks(command: list[str], world_size: int, timeout: float = 240, env: dict[str, str] | None = None) -> list[str]:
-    """Run `python COMMAND` as `world_size` ranks; return each rank's output. Raises AssertionError when one fails."""
-    base = {**rank_env(world_size), **(env or {})}
+def run_ranks(command: list[str], world_size: int, timeout: float = 240, exit_code: int = 0) -> list[str]:
+    """Run `python COMMAND` as `world_size` ranks; return each rank's output. AssertionError when one exits otherwise."""
+    base = rank_env(world_size)
     ranks = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -51,7 +51,7 @@ def run_ranks(command: list[str], world_size: int, timeout: float = 240, env: di
         for p in ranks:
             p.kill()
     for rank, (p, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert p.returncode == 0, f"rank {rank} of {world_size} exited with {p.returncode}:\n{output[-4000:]}"
+        assert p.returncode == exit_code, f"rank {rank} of {world_size} exited with {p.returncode}:\n{output[-4000:]}"
     return outputs
 
 

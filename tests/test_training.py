@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from raphael_dist import sample, train
-from raphael_dist.errors import EXIT_INTERRUPTED
+from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE
 from raphael_dist.metrics import read_metrics
 from raphael_dist.parallel import free_port
 from tests.launch import ROOT, rank_env, run_ranks
@@ -184,6 +185,29 @@ def test_resume_falls_back_to_the_newest_checkpoint_that_verifies(run_dir: Path,
     assert "resumed at step 3" in output
     assert "skipping checkpoint" in output
     assert files_of(damaged, 4) == files_of(run_dir, 4)
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_leaves_the_checkpoint(tmp_path: Path, cache: str) -> None:
+    folder = tmp_path / "run"
+    more = ("optim.lr=1e30", "optim.clip=0", "optim.warmup_steps=0", "checkpoint.every=1", "train.max_steps=6")
+    outputs = run_ranks(arguments(folder, cache, 1, *more, "sample.prompts=[]"), 2, exit_code=EXIT_NON_FINITE)
+    error = next(line for line in outputs[0].splitlines() if line.startswith("error: "))
+    assert "not finite" in error or "gradient norm" in error
+    assert "Traceback" not in "".join(outputs)
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        assert CheckpointReader(checkpoint).damage() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_resumes_bit_for_bit_too(tmp_path: Path, cache: str, stage: int) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    more = ("train.max_steps=4", "checkpoint.every=2", "train.dtype=bfloat16")
+    run_ranks(arguments(whole, cache, stage, *more), 2)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000004")
+    run_ranks(arguments(resumed, cache, stage, *more), 2)
+    assert files_of(whole, 4) == files_of(resumed, 4)
 
 
 def test_a_termination_signal_saves_and_the_same_command_continues(tmp_path: Path, cache: str) -> None:

@@ -150,7 +150,7 @@ def build_index(paths: Sequence[Path], cache_dir: Path | None = None) -> Dataset
     if index.num_samples == 0:
         why = f"; the first bad one is {index.bad[0]}" if index.bad else ""
         raise UserError(
-            f"data.shards: {len(paths)} files hold no usable sample ({len(index.bad)} bad{why}); "
+            f"data.shards: no usable sample in {len(paths)} files, the first {paths[0]} ({len(index.bad)} bad{why}); "
             f"a sample is an image ({'/'.join(IMAGE_EXTS)}) and a caption (txt, or json with captions)"
         )
     return index
