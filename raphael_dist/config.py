@@ -29,6 +29,7 @@ class Section(BaseModel):
 class Run(Section):
     dir: Path = Field(Path("runs/default"), description="checkpoints, logs, metrics and samples of one run")
     seed: NonNegative = Field(0, description="fixes weights, data order, noise and timesteps")
+    init_from: Path | None = Field(None, description="diffusers unet/ folder that a new dense run starts from")
 
 
 class Model(Section):

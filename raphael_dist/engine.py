@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from raphael_dist import ds_config
 from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.checkpoint.load import load_diffusers_unet
 from raphael_dist.config import Config, Optim
 from raphael_dist.fragments import Fragments
 from raphael_dist.model.unet import RaphaelUNet
@@ -27,6 +28,8 @@ class Engine:
         self.stage = ds_config.zero_stage(self.ds_config)
         torch.manual_seed(config.run.seed)  # every rank starts from the same weights
         model = RaphaelUNet(config)
+        if config.run.init_from is not None:
+            load_diffusers_unet(model, config.run.init_from)
         # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
         model.reentrant_checkpoint = self.stage == 3
         self._engine = _initialise(model, config.optim, self.ds_config, device)

@@ -20,7 +20,7 @@ LEVELS = {
     2: """fragments ema metrics report rundir conditioning vae expert_parallel
           data data.captions data.tar_scan data.buckets data.shards data.dataset data.prefetch data.order data.edges
           data.emoji_names data.emoji data.cache_build data.cache data.stream data.batches data.features""",
-    3: "engine checkpoint checkpoint.reader checkpoint.load checkpoint.store",
+    3: "checkpoint checkpoint.reader checkpoint.load checkpoint.store engine",
     4: "measure sampling sample evaluate paths benchmark trainer",
     5: "train cli",
 }

@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from raphael_dist.checkpoint.load import load_diffusers_unet
 from raphael_dist.config import Config, config_from_tree, load_config
 from raphael_dist.diffusion import NoiseSchedule
+from raphael_dist.errors import UserError
 from raphael_dist.model.routing import choose
 from raphael_dist.model.unet import GateNoise, RaphaelUNet
 from raphael_dist.objective import compute_losses
@@ -78,6 +80,21 @@ def test_a_dense_model_computes_what_diffusers_computes(size_hw):
         out = model(x, t, text, torch.ones(3, 5).bool(), torch.tensor([4, 4, 4])).prediction
         expected = reference(x, t, text).sample
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "2MB"])
+def test_a_diffusers_folder_loads_whole_or_in_parts_with_no_key_missing_or_left_over(tmp_path, max_shard_size):
+    config = config_from_tree(SMALL_DENSE)
+    reference = theirs(config)
+    reference.save_pretrained(tmp_path / "unet", max_shard_size=max_shard_size)
+    model = RaphaelUNet(config)
+    load_diffusers_unet(model, tmp_path / "unet")
+    assert all((model.state_dict()[name] == tensor).all() for name, tensor in reference.state_dict().items())
+    with_experts = RaphaelUNet(config_from_tree({**SMALL_DENSE, "model": {**SMALL_DENSE["model"], "space_experts": 2}}))
+    with pytest.raises(UserError, match=r"run.init_from.*do not fit the model"):
+        load_diffusers_unet(with_experts, tmp_path / "unet")
+    with pytest.raises(UserError, match=r"run.init_from.*cannot read"):
+        load_diffusers_unet(model, tmp_path)
 
 
 def test_raphael_3b_has_the_papers_size_and_sides_that_tile():

@@ -1,10 +1,18 @@
-"""A U-Net with the weights of a checkpoint, in one process."""
+"""A U-Net with the weights of a checkpoint or of a diffusers folder, in one process."""
+
+import json
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' file name
 
 
 def load_unet(reader: CheckpointReader, weights: str = "ema") -> RaphaelUNet:
@@ -25,3 +33,25 @@ def load_unet(reader: CheckpointReader, weights: str = "ema") -> RaphaelUNet:
         for name, p in model.named_parameters():
             p.copy_(reader.whole(weights, name))
     return model.eval()
+
+
+def load_diffusers_unet(model: nn.Module, folder: Path) -> None:
+    """Copy the weights of a diffusers `unet/` folder (safetensors, whole or in parts) into a model of the same names.
+
+    Raises UserError naming the first tensor that is missing, left over or of another shape; nothing is copied then.
+    """
+    index = folder / f"{WEIGHTS}.index.json"
+    try:
+        parts = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
+        weights = {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"run.init_from: cannot read a diffusers unet/ folder in {folder}: {error}") from None
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise UserError(
+            f"run.init_from: {len(wrong)} tensors of {folder} do not fit the model, the first {wrong[0]}: "
+            f"{found.get(wrong[0], 'missing')} there, {expected.get(wrong[0], 'not in the model')} here"
+        )
+    model.load_state_dict(weights)
