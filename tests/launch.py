@@ -36,7 +36,8 @@ def run_ranks(command: list[str], world_size: int, timeout: float = 240, exit_co
     ranks = [
         subprocess.Popen(
             [sys.executable, *command],
-            env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
+            # Ranks hash strings differently, as without PYTHONHASHSEED: nothing may depend on the order of a set.
+            env={**base, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONHASHSEED": str(r + 1)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -70,4 +71,4 @@ def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
             covered[name] = covered.get(name, 0) + values.numel()
             flat[start : start + values.numel()] = values
     assert not any(w.isnan().any() for w in whole.values()), "the fragments of all ranks leave a gap"
-    return {"losses": parts[0]["losses"], "norms": parts[0]["norms"], "weights": whole, "covered": covered}
+    return {"losses": parts[0]["losses"], "norms": parts[0]["norms"], "weights": whole, "covered": covered, "sent": [p["sent"] for p in parts]}

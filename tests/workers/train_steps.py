@@ -1,6 +1,6 @@
 """Rank process: trains some steps of the tiny model on synthetic batches and writes what it ended with.
 
-Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps"}.
+Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps", "last_experts_until"}.
 """
 
 import json
@@ -30,7 +30,7 @@ def main(out: str, spec: dict) -> None:
         total = torch.zeros(())
         for micro in range(plan.accumulation):
             slots = plan.slots(step * config.train.global_batch, ranks.rank, micro)
-            batch = synthetic_batch(config, slots, engine.module.num_blocks)
+            batch = synthetic_batch(config, slots, engine.module.num_blocks, spec.get("last_experts_until"))
             loss = compute_losses(engine, batch, schedule, config, engine.dtype).total.sum()
             engine.backward(loss * plan.loss_scale)
             total += loss.detach()
@@ -38,7 +38,7 @@ def main(out: str, spec: dict) -> None:
         losses.append(float(parallel.total([float(total)], device)[0]) / config.train.global_batch)
         norms.append(engine.grad_norm())
     fragments = [(f.name, f.shape, f.start, f.master.clone()) for f in engine.fragments]
-    torch.save({"losses": losses, "norms": norms, "fragments": fragments}, f"{out}.{ranks.rank}")
+    torch.save({"losses": losses, "norms": norms, "fragments": fragments, "sent": engine.traffic.take()}, f"{out}.{ranks.rank}")
 
 
 if __name__ == "__main__":
