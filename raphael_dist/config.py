@@ -152,7 +152,7 @@ class Checkpoint(Section):
 class Parallel(Section):
     space_ep: Positive = Field(1, description="ranks that share one set of space experts")
     time_ep: Positive = Field(1, description="ranks that share one set of time experts")
-    dispatch: Dispatch = Field("auto", description="how tokens reach space experts: only where needed, everywhere, or by density")
+    dispatch: Dispatch = Field("auto", description="tokens go only where needed, everywhere, or as density says")
 
 
 class Sample(Section):

@@ -132,6 +132,8 @@ class _ScatterSum(torch.autograd.Function):
 class ParallelTimeMoE(TimeMoE):
     """TimeMoE with K/P of the experts here; samples travel to their expert and back."""
 
+    place: Placement
+
     def __init__(self, whole: TimeMoE, place: Placement) -> None:
         nn.Module.__init__(self)
         _take_slice(self, whole, place)
@@ -163,6 +165,8 @@ class ParallelTimeMoE(TimeMoE):
 
 class ParallelSpaceMoE(SpaceMoE):
     """SpaceMoE with K/P of the experts here; image tokens travel to the ranks of the experts they need."""
+
+    place: Placement
 
     def __init__(self, whole: SpaceMoE, place: Placement, dispatch: Dispatch) -> None:
         nn.Module.__init__(self)

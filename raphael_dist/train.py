@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         tree = ds_config.read_deepspeed_json(args.deepspeed_config)
-        world_size = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = args.world_size or _launched_ranks()
         plan = BatchPlan(config.train.global_batch, world_size, config.train.micro_batch)
         merged = ds_config.merge(config, tree, plan.accumulation, world_size)
         if args.dry_run:
@@ -56,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USER_ERROR)
     except NonFiniteError as error:
         return _fail(error, EXIT_NON_FINITE)
+
+
+def _launched_ranks() -> int:
+    """Return the number of ranks by the launcher's variables, as `parallel.discover` does, without importing torch."""
+    step = ("SLURM_NTASKS",) if "SLURM_STEP_ID" in os.environ else ()
+    given = (os.environ.get(name, "") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", *step))
+    return next((int(text) for text in given if text.isdigit()), 1)
 
 
 def describe(config: Config, plan: BatchPlan, merged: dict) -> str:

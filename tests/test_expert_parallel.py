@@ -1,9 +1,13 @@
 """Experts spread over ranks compute what one process computes: outputs, gradients, clip norms, steps, checkpoints."""
 
 import pytest
+import torch
 
+from raphael_dist.checkpoint.reader import open_newest
+from raphael_dist.model.unet import RaphaelUNet
 from tests.launch import run_ranks, train_steps
-from tests.test_zero_parity import STEPS, one_process, same_steps
+from tests.synthetic import tiny_config
+from tests.test_zero_parity import ADAM_EPS, STEPS, one_process, same_steps
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -44,7 +48,7 @@ def test_spread_experts_take_the_steps_of_one_process(
     assert min(expected["norms"]) > clip, "clipping must be at work"
     sections = {
         "train": {"global_batch": global_batch},
-        "optim": {"kind": kind, "clip": clip},
+        "optim": {"kind": kind, "clip": clip, "eps": ADAM_EPS},
         "parallel": {"space_ep": space_ep, "time_ep": time_ep},
     }
     tree = {"zero_optimization": {"stage": stage}}
@@ -53,3 +57,35 @@ def test_spread_experts_take_the_steps_of_one_process(
     )
     same_steps(found, expected)
     assert all(sent > 0 for sent in found["sent"])
+
+
+def test_a_checkpoint_goes_from_spread_experts_to_one_rank_and_back_bit_for_bit(tmp_path):
+    optim = {"kind": "adamw", "clip": 0.5, "eps": ADAM_EPS}
+    sections = {"optim": optim, "train": {"global_batch": 12}, "run": {"dir": str(tmp_path / "run")}}
+    spread = {**sections, "parallel": {"space_ep": 2, "time_ep": 2}}
+    expected = one_process(12, 0.5, "adamw")
+    shapes = {n: tuple(p.shape) for n, p in RaphaelUNet(tiny_config()).named_parameters()}
+
+    def run(folder: str, world_size: int, stage: int, **spec) -> dict:
+        tree = {"zero_optimization": {"stage": stage}}
+        return train_steps(tmp_path / folder, world_size, deepspeed=tree, checkpoint=True, **spec)
+
+    first = run("first", 2, 2, sections=spread, steps=1)
+    reader = open_newest(tmp_path / "run")
+    assert reader.shapes == shapes
+    for name, weight in first["weights"].items():
+        assert torch.equal(reader.whole("master", name).flatten(), weight), name
+    alone = run("alone", 1, 1, sections=sections, steps=3)
+    assert_same_state(alone["resumed"], first)
+    assert first["losses"] + alone["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    same_steps({**alone, "losses": expected["losses"], "norms": first["norms"] + alone["norms"]}, expected)
+    back = run("back", 2, 1, sections=spread, steps=3)
+    assert_same_state(back["resumed"], alone)
+
+
+def assert_same_state(found: dict, expected: dict) -> None:
+    for name, weight in expected["weights"].items():
+        assert torch.equal(found["weights"][name], weight), name
+    for kind, moments in expected["moments"].items():
+        assert found["moments"][kind].keys() == moments.keys() == expected["weights"].keys()
+        assert all(torch.equal(found["moments"][kind][name], moment) for name, moment in moments.items()), kind
