@@ -234,7 +234,5 @@ def _name_bad_samples(run: Run, seen: list[tuple[torch.Tensor, torch.Tensor]]) -
 
 def check_complete(config: Config) -> None:
     """Raise UserError when the configuration lacks what training needs."""
-    if config.parallel.space_ep > 1 or config.parallel.time_ep > 1:
-        raise UserError("parallel.space_ep and parallel.time_ep: experts cannot be spread over ranks yet; use 1 for both")
     if not config.data.shards:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
