@@ -75,6 +75,7 @@ def describe(config: Config, plan: BatchPlan, merged: dict) -> str:
         f"# {plan.world_size} ranks x {plan.micro_batch} images x {plan.accumulation} micro-steps for exactly "
         f"{plan.global_batch} images per step; {plan.waste:.1%} of the slots are empty",
         *_advice(plan),
+        *_placement(config, plan.world_size),
         "# DeepSpeed: " + json.dumps(merged),
     ]
     return "\n".join(lines)
@@ -85,6 +86,18 @@ def _advice(plan: BatchPlan) -> list[str]:
         return []
     better = plan.better_micro_batch()
     return [f"# warning: more than 10% of the compute is wasted; train.micro_batch={better} wastes least"]
+
+
+def _placement(config: Config, world_size: int) -> list[str]:
+    lines = []
+    for kind in ("space", "time"):
+        experts, ep = getattr(config.model, f"{kind}_experts"), getattr(config.parallel, f"{kind}_ep")
+        if ep > 1:
+            lines.append(
+                f"# {kind} experts: {ep} consecutive ranks share the {experts}, {experts // ep} on each; "
+                f"every expert is on {world_size // ep} ranks"
+            )
+    return lines
 
 
 def run(config: Config, tree: dict) -> int:

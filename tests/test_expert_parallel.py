@@ -54,7 +54,8 @@ def test_spread_experts_take_the_steps_of_one_process(
         "optim": {"kind": kind, "clip": clip, "eps": ADAM_EPS},
         "parallel": {"space_ep": space_ep, "time_ep": time_ep},
     }
-    tree = {"zero_optimization": {"stage": stage}}
+    # ZeRO-2 with small buckets reduces gradients between the exchanges of the backward pass; some parameters exceed one.
+    tree = {"zero_optimization": {"stage": stage, **({"reduce_bucket_size": 3000} if stage == 2 else {})}}
     found = train_steps(
         tmp_path, world_size, sections=sections, deepspeed=tree, steps=STEPS, last_experts_until=last_experts_until
     )

@@ -270,6 +270,8 @@ def test_the_command_line_exits_with_2_and_one_line(
         ("--config", "emoji-tiny", "train.micro_batch=0"): "train.micro_batch: given 0",
         ("--config", "raphael-3b"): "data.shards: none given",
         ("--config", "emoji-tiny", "--world-size", "64", "--dry-run"): "cannot serve 64 ranks",
+        ("--config", "emoji-tiny", "--world-size", "4", "--dry-run", "parallel.space_ep=3"): "the number of ranks (4)",
+        ("--config", "emoji-tiny", "parallel.time_ep=2"): "allowed on 1 ranks: [1]",
         ("--config", "emoji-tiny", "--deepspeed_config", "nowhere.json"): "nowhere.json: no such file",
     }
     for argv, message in cases.items():
