@@ -3,13 +3,10 @@
 import pytest
 import torch
 
-from raphael_dist.checkpoint.load import load_unet
 from raphael_dist.checkpoint.reader import open_newest
-from raphael_dist.metrics import read_metrics
 from raphael_dist.model.unet import RaphaelUNet
 from tests.launch import run_ranks, train_steps
 from tests.synthetic import tiny_config
-from tests.test_training import arguments
 from tests.test_zero_parity import ADAM_EPS, STEPS, one_process, same_steps
 
 
@@ -93,19 +90,3 @@ def assert_same_state(found: dict, expected: dict) -> None:
     for kind, moments in expected["moments"].items():
         assert found["moments"][kind].keys() == moments.keys() == expected["weights"].keys()
         assert all(torch.equal(found["moments"][kind][name], moment) for name, moment in moments.items()), kind
-
-
-def test_a_run_with_spread_experts_is_the_run_of_one_rank(tmp_path):
-    """The whole trainer: validation, samples and averages, and a checkpoint that one process loads."""
-    cache, spread, alone = f"data.cache_dir={tmp_path / 'cache'}", tmp_path / "spread", tmp_path / "alone"
-    run_ranks(arguments(alone, cache, 1, "train.max_steps=3"), 1)
-    sizes = ("parallel.space_ep=2", "parallel.time_ep=2", "model.checkpoint_activations=true")
-    run_ranks(arguments(spread, cache, 2, "train.max_steps=3", *sizes), 2)
-    expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (alone, spread))
-    for tag in ("train/loss", "optim/grad_norm", "val/loss", "moe/space/L00/density", "moe/time/L00/load_max"):
-        assert [v for _, v in found[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-4), tag
-    assert all(v == 0 for _, v in expected["comm/bytes_sent"])
-    assert all(v > 0 for _, v in found["comm/bytes_sent"])
-    theirs, ours = (dict(load_unet(open_newest(folder)).named_parameters()) for folder in (alone, spread))
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-3, msg=name)
