@@ -20,6 +20,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Dispatch = Literal["auto", "all_to_all", "all_gather"]
 
 
 class Section(BaseModel):
@@ -152,6 +153,7 @@ class Checkpoint(Section):
 class Parallel(Section):
     space_ep: Positive = Field(1, description="ranks that share one set of space experts")
     time_ep: Positive = Field(1, description="ranks that share one set of time experts")
+    dispatch: Dispatch = Field("auto", description="tokens go only where needed, everywhere, or as density says")
 
 
 class Sample(Section):

@@ -76,7 +76,61 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
             "train.dtype = bfloat16 needs fp32 master weights, which DeepSpeed's ZeRO-0 does not clip correctly; "
             "use ds_configs/zero1.json (the same memory on one GPU) or train.dtype=float32"
         )
+    check_expert_parallel(config, merged, world_size)
     return merged
+
+
+def check_expert_parallel(config: Config, tree: dict[str, Any], world_size: int) -> None:
+    """Raise UserError when experts cannot be spread as `parallel` says over the ranks, or not under this DeepSpeed JSON."""
+    sizes = {f"parallel.{kind}_ep": getattr(config.parallel, f"{kind}_ep") for kind in ("space", "time")}
+    for field, size in sizes.items():
+        if world_size % size:
+            experts_field = field.removesuffix("_ep").replace("parallel", "model") + "_experts"
+            experts = getattr(config.model, experts_field.partition(".")[2])
+            allowed = [n for n in range(1, experts + 1) if experts % n == 0 and world_size % n == 0]
+            raise UserError(
+                f"{field} = {size} must divide the number of ranks ({world_size}) as well as {experts_field} = {experts}; "
+                f"allowed on {world_size} ranks: {allowed}; or use {-(-world_size // size) * size} ranks"
+            )
+    spread = " and ".join(f"{field} = {size}" for field, size in sizes.items() if size > 1)
+    if not spread:
+        return
+    for wrong, why in _forbidden_with_experts(config, tree):
+        if wrong:
+            raise UserError(f"{spread}: {why}; or set parallel.space_ep=1 parallel.time_ep=1")
+    _check_one_size_per_group(config, max(sizes.values()))
+
+
+def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[bool, str]]:
+    zero, stage = tree["zero_optimization"], zero_stage(tree)
+    remedy = "use zero_optimization.stage 1 or 2 (ds_configs/zero1.json, zero2.json)"
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return [
+        (stage == 0, f"DeepSpeed's ZeRO-0 computes a wrong clip norm over spread experts; {remedy}"),
+        (stage == 3, f"DeepSpeed's ZeRO-3 cannot partition experts that differ between ranks; {remedy}"),
+        (offload not in ("none", None), f"offload_optimizer.device {offload!r} is untested with spread experts; remove it"),
+        (
+            zero.get("reduce_scatter") is False or (stage == 2 and zero.get("contiguous_gradients") is False),
+            "DeepSpeed reduces experts' gradients only with reduce_scatter and contiguous_gradients; set both to true",
+        ),
+        (
+            config.parallel.space_ep > 1 and config.model.space_backend == "literal",
+            "model.space_backend = 'literal' runs on whole samples; use auto, grouped or wide",
+        ),
+    ]
+
+
+def _check_one_size_per_group(config: Config, ep: int) -> None:
+    """Ranks that share experts exchange samples, so a micro-step of theirs must stay within one bucket."""
+    span = ep * config.train.micro_batch
+    for field, value in (("data.bucket_run", config.data.bucket_run), ("train.global_batch", config.train.global_batch)):
+        if len(config.image.buckets) > 1 and value % span:
+            down, up = value // span * span, -(-value // span) * span
+            raise UserError(
+                f"{field} = {value} must be a multiple of {span} ({ep} ranks that share experts x train.micro_batch "
+                f"{config.train.micro_batch}) with several image.buckets, so that these ranks see one image size at a time; "
+                f"nearest: {', '.join(str(n) for n in (down, up) if n)}"
+            )
 
 
 def _set_owned(merged: dict[str, Any], dotted: str, value: Any, owner: str) -> None:

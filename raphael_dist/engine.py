@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raphael_dist import ds_config
+from raphael_dist import ds_config, expert_parallel
 from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.load import load_diffusers_unet
 from raphael_dist.config import Config, Optim
@@ -18,7 +18,8 @@ from raphael_dist.model.unet import RaphaelUNet
 class Engine:
     """A model under DeepSpeed with one optimizer step per `accumulation` calls of `backward`.
 
-    Attributes: module (the U-Net), fragments (this rank's fp32 weights), stage (ZeRO), dtype, device.
+    Attributes: module (the U-Net), fragments (this rank's fp32 weights), traffic (bytes sent between experts' ranks), stage
+    (ZeRO), dtype, device.
     """
 
     def __init__(self, config: Config, json_tree: dict[str, Any], plan: BatchPlan, device: torch.device) -> None:
@@ -32,6 +33,7 @@ class Engine:
             load_diffusers_unet(model, config.run.init_from)
         # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
         model.reentrant_checkpoint = self.stage == 3
+        self.traffic = expert_parallel.apply(model, config)
         self._engine = _initialise(model, config.optim, self.ds_config, device)
         self.module: RaphaelUNet = self._engine.module
         self.fragments = Fragments(self.module, self._engine.optimizer)
@@ -77,7 +79,7 @@ def learning_rate(config: Config, step: int) -> float:
     return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _optimizer(parameters: list[nn.Parameter], optim: Optim, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(parameters, lr=optim.lr)
     fused = device.type == "cuda"
@@ -91,7 +93,6 @@ def _initialise(model: nn.Module, optim: Optim, tree: dict[str, Any], device: to
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     offload = "offload_optimizer" in tree.get("zero_optimization", {})
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(parameters, optim, torch.device("cpu") if offload else device)
+    optimizer = _optimizer(expert_parallel.parameter_groups(model), optim, torch.device("cpu") if offload else device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
     return engine

@@ -43,7 +43,7 @@ class Fragments:
         """`optimizer`: what DeepSpeed's engine made of the torch optimizer, or the torch optimizer itself (ZeRO-0)."""
         self._zero = optimizer
         self._torch_optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+        self.shapes = {name: _global(p)[0] for name, p in module.named_parameters()}
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
             found = _zero3(module, optimizer)
         elif hasattr(optimizer, "update_lp_params"):
@@ -96,16 +96,29 @@ class Fragments:
             self._zero.update_lp_params()
 
 
+def _global(p: Any) -> tuple[tuple[int, ...], int]:
+    """Return the shape of the whole parameter, and where the part that this rank computes with begins in it, flattened.
+
+    A parameter that holds some of K stacked experts says so by `expert_slice = (first expert, K)`.
+    """
+    shape = tuple(getattr(p, "ds_shape", p.shape))
+    first, num_experts = getattr(p, "expert_slice", (0, None))
+    if num_experts is None:
+        return shape, 0
+    return (num_experts, *shape[1:]), first * p[0].numel()
+
+
 def _zero12(module: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     owners = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
     for name, p in module.named_parameters():
         mapping = getattr(p, "_hp_mapping", None)
         if mapping is None:  # this parameter lies wholly on other ranks
             continue
+        shape, first = _global(p)
         yield Fragment(
             name=name,
-            shape=tuple(p.shape),
-            start=mapping.lp_fragment_address.start,
+            shape=shape,
+            start=first + mapping.lp_fragment_address.start,
             master=mapping.hp_fragment.detach(),
             owner=owners[mapping.param_group_index],
             offset=mapping.hp_fragment_address.start,

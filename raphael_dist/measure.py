@@ -41,8 +41,8 @@ def dry_run(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
     return 3 * counter.get_total_flops() / len(batch.weight)
 
 
-def record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
-    """Add a micro-batch's sums to the metrics, without waiting for the device."""
+def record(metrics: Metrics, batch: Batch, losses: Losses, bytes_sent: int) -> None:
+    """Add a micro-batch's sums to the metrics, without waiting for the device; `bytes_sent` went to experts elsewhere."""
     count = batch.weight.sum()
     metrics.add("samples", count, "sum")
     for tag, value in (("loss", losses.total), ("loss_denoise", losses.denoise), ("loss_edge", losses.edge)):
@@ -51,7 +51,7 @@ def record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
         metrics.add("load/space", losses.space_used, "sum")
     if losses.time_load is not None:
         metrics.add("load/time", losses.time_load, "sum")
-    metrics.add("comm/bytes_sent", 0.0, "sum")  # experts are not spread over ranks
+    metrics.add("comm/bytes_sent", float(bytes_sent), "sum")
     metrics.add("memory/peak_gib", peak_gib(batch.weight.device), "max")
 
 

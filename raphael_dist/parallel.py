@@ -18,6 +18,7 @@ import torch.distributed as dist
 from raphael_dist.errors import UserError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # of every process group
 
 # (launcher, rank, world size, local rank, ranks on this host)
 _LAUNCHERS = (
@@ -67,7 +68,7 @@ def discover(env: dict[str, str] | None = None) -> Ranks:
     return Ranks()
 
 
-def initialise(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
     import deepspeed
 

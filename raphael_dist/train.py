@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         tree = ds_config.read_deepspeed_json(args.deepspeed_config)
-        world_size = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = args.world_size or _launched_ranks()
         plan = BatchPlan(config.train.global_batch, world_size, config.train.micro_batch)
         merged = ds_config.merge(config, tree, plan.accumulation, world_size)
         if args.dry_run:
@@ -58,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_NON_FINITE)
 
 
+def _launched_ranks() -> int:
+    """Return the number of ranks by the launcher's variables, as `parallel.discover` does, without importing torch."""
+    step = ("SLURM_NTASKS",) if "SLURM_STEP_ID" in os.environ else ()
+    given = (os.environ.get(name, "") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", *step))
+    return next((int(text) for text in given if text.isdigit()), 1)
+
+
 def describe(config: Config, plan: BatchPlan, merged: dict) -> str:
     """Return the resolved configuration, the batch plan and the DeepSpeed configuration as text."""
     import json
@@ -68,6 +75,7 @@ def describe(config: Config, plan: BatchPlan, merged: dict) -> str:
         f"# {plan.world_size} ranks x {plan.micro_batch} images x {plan.accumulation} micro-steps for exactly "
         f"{plan.global_batch} images per step; {plan.waste:.1%} of the slots are empty",
         *_advice(plan),
+        *_placement(config, plan.world_size),
         "# DeepSpeed: " + json.dumps(merged),
     ]
     return "\n".join(lines)
@@ -78,6 +86,18 @@ def _advice(plan: BatchPlan) -> list[str]:
         return []
     better = plan.better_micro_batch()
     return [f"# warning: more than 10% of the compute is wasted; train.micro_batch={better} wastes least"]
+
+
+def _placement(config: Config, world_size: int) -> list[str]:
+    lines = []
+    for kind in ("space", "time"):
+        experts, ep = getattr(config.model, f"{kind}_experts"), getattr(config.parallel, f"{kind}_ep")
+        if ep > 1:
+            lines.append(
+                f"# {kind} experts: {ep} consecutive ranks share the {experts}, {experts // ep} on each; "
+                f"every expert is on {world_size // ep} ranks"
+            )
+    return lines
 
 
 def run(config: Config, tree: dict) -> int:

@@ -106,6 +106,7 @@ def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, devi
 def train_step(run: Run, batches: Iterator[Batch]) -> None:
     """One optimizer step on exactly the global batch: accumulate, agree that the loss is finite, clip, update, average."""
     loss_sum, bad_positions = torch.zeros((), device=run.device), []
+    run.engine.traffic.take()  # what validation and sampling sent is no part of a step
     for _ in range(run.plan.accumulation):
         waited = time.monotonic()
         batch = next(batches).to(run.device)
@@ -114,7 +115,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         run.engine.backward(losses.total.sum() * run.plan.loss_scale)
         loss_sum += losses.total.detach().sum()
         bad_positions.append((batch.position, losses.total.detach()))
-        measure.record(run.metrics, batch, losses)
+        measure.record(run.metrics, batch, losses, run.engine.traffic.take())
     total, stop = parallel.total([float(loss_sum), float(run.stop_requested)], run.device).tolist()
     run.stop_requested = stop > 0
     if not torch.isfinite(torch.tensor(total)):
@@ -233,7 +234,5 @@ def _name_bad_samples(run: Run, seen: list[tuple[torch.Tensor, torch.Tensor]]) -
 
 def check_complete(config: Config) -> None:
     """Raise UserError when the configuration lacks what training needs."""
-    if config.parallel.space_ep > 1 or config.parallel.time_ep > 1:
-        raise UserError("parallel.space_ep and parallel.time_ep: experts cannot be spread over ranks yet; use 1 for both")
     if not config.data.shards:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")

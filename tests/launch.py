@@ -36,7 +36,8 @@ def run_ranks(command: list[str], world_size: int, timeout: float = 240, exit_co
     ranks = [
         subprocess.Popen(
             [sys.executable, *command],
-            env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
+            # Ranks hash strings differently, as without PYTHONHASHSEED: nothing may depend on the order of a set.
+            env={**base, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONHASHSEED": str(r + 1)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -62,12 +63,23 @@ def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
     out = str(folder / "out.pt")
     run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size)
     parts = [torch.load(f"{out}.{rank}") for rank in range(world_size)]
-    whole: dict[str, torch.Tensor] = {}
+    return {
+        "losses": parts[0]["losses"],
+        "norms": parts[0]["norms"],
+        "sent": [part["sent"] for part in parts],
+        **put_together([part["fragments"] for part in parts]),
+        "resumed": put_together([part["resumed"] for part in parts]),
+    }
+
+
+def put_together(ranks: list[list[tuple]]) -> dict[str, Any]:
+    """Return the whole parameters and Adam moments out of all ranks' fragments, and how often each element was found."""
+    whole: dict[str, dict[str, torch.Tensor]] = {"master": {}, "exp_avg": {}, "exp_avg_sq": {}}
     covered: dict[str, int] = {}
-    for part in parts:
-        for name, shape, start, values in part["fragments"]:
-            flat = whole.setdefault(name, torch.full((torch.Size(shape).numel(),), float("nan")))
-            covered[name] = covered.get(name, 0) + values.numel()
-            flat[start : start + values.numel()] = values
-    assert not any(w.isnan().any() for w in whole.values()), "the fragments of all ranks leave a gap"
-    return {"losses": parts[0]["losses"], "norms": parts[0]["norms"], "weights": whole, "covered": covered}
+    for name, shape, start, kinds in (fragment for fragments in ranks for fragment in fragments):
+        covered[name] = covered.get(name, 0) + kinds["master"].numel()
+        for kind, values in kinds.items():
+            flat = whole[kind].setdefault(name, torch.full((torch.Size(shape).numel(),), float("nan")))
+            flat[start : start + values.numel()] = values.flatten()
+    assert not any(w.isnan().any() for kind in whole.values() for w in kind.values()), "the fragments leave a gap"
+    return {"weights": whole.pop("master"), "moments": whole, "covered": covered}

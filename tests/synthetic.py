@@ -35,8 +35,13 @@ def tiny_config(**sections: dict) -> Config:
     return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in names})
 
 
-def synthetic_batch(config: Config, slots: Sequence[tuple[int, float]], num_blocks: int) -> Batch:
-    """Return the batch of (position, weight) slots; every number is a function of the position."""
+def synthetic_batch(
+    config: Config, slots: Sequence[tuple[int, float]], num_blocks: int, last_experts_until: int | None = None
+) -> Batch:
+    """Return the batch of (position, weight) slots; every number is a function of the position.
+
+    Positions from `last_experts_until` on never use the last expert of a layer (None: all may).
+    """
 
     def draw(what: int, *shape: int) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(1000 * p + what) for p, _ in slots]
@@ -44,6 +49,10 @@ def synthetic_batch(config: Config, slots: Sequence[tuple[int, float]], num_bloc
 
     m = config.model
     positions = torch.tensor([p for p, _ in slots])
+    noise = GateNoise(draw(4, num_blocks, m.time_experts), draw(5, num_blocks, TOKENS, m.space_experts))
+    if last_experts_until is not None:
+        for logits in noise:
+            logits[positions >= last_experts_until, ..., -1] = -1e9
     return Batch(
         position=positions,
         weight=torch.tensor([w for _, w in slots]),
@@ -54,5 +63,5 @@ def synthetic_batch(config: Config, slots: Sequence[tuple[int, float]], num_bloc
         text_mask=torch.arange(TOKENS).expand(len(slots), -1) <= (positions % TOKENS)[:, None],
         end=positions % TOKENS,
         edge=draw(3, 16, 16).sigmoid(),
-        gate_noise=GateNoise(draw(4, num_blocks, m.time_experts), draw(5, num_blocks, TOKENS, m.space_experts)),
+        gate_noise=noise,
     )

@@ -200,3 +200,55 @@ def test_a_wrong_deepspeed_file_is_told_in_one_line(text, wanted, tmp_path):
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ds_config.zero_stage(ds_config.read_deepspeed_json(None)) == 1
+
+
+# ---- expert parallelism ---------------------------------------------------------------------------------------------
+
+SPREAD = {"parallel": {"space_ep": 2, "time_ep": 2}}
+TWO_SIZES = {"image": {"buckets": [[64, 64], [64, 32]]}, "train": {"micro_batch": 4, "global_batch": 24}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "zero", "world_size", "wanted"),
+    [
+        ({"parallel": {"space_ep": 3}}, {"stage": 1}, 4, ["space_ep = 3", "(4)", "space_experts = 6", "[1, 2]", "6 ranks"]),
+        ({"parallel": {"time_ep": 4}}, {"stage": 1}, 6, ["time_ep = 4", "(6)", "time_experts = 4", "[1, 2]", "8 ranks"]),
+        ({"parallel": {"space_ep": 2}}, {"stage": 1}, 1, ["space_ep = 2", "(1)", "[1]", "2 ranks"]),
+        (SPREAD, {"stage": 0}, 2, ["space_ep = 2 and parallel.time_ep = 2", "ZeRO-0", "clip norm", "1 or 2"]),
+        (SPREAD, {"stage": 3}, 2, ["ZeRO-3", "1 or 2", "zero2.json"]),
+        (SPREAD, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2, ["offload_optimizer.device 'cpu'", "remove it"]),
+        (SPREAD, {"stage": 1, "reduce_scatter": False}, 2, ["reduce_scatter", "set both to true"]),
+        (SPREAD, {"stage": 2, "contiguous_gradients": False}, 2, ["contiguous_gradients"]),
+        ({**SPREAD, "model": {"space_backend": "literal"}}, {"stage": 1}, 2, ["literal", "grouped or wide"]),
+        ({**SPREAD, **TWO_SIZES}, {"stage": 1}, 2, ["data.bucket_run = 1", "multiple of 8", "nearest: 8"]),
+        (
+            {
+                **SPREAD,
+                "image": TWO_SIZES["image"],
+                "train": {"micro_batch": 4, "global_batch": 20},
+                "data": {"bucket_run": 8},
+            },
+            {"stage": 1},
+            2,
+            ["train.global_batch = 20", "nearest: 16, 24"],
+        ),
+    ],
+)
+def test_experts_that_cannot_be_spread_are_refused_with_the_numbers_and_a_way_out(sections, zero, world_size, wanted):
+    with pytest.raises(UserError) as caught:
+        ds_config.merge(Config.model_validate(sections), {"zero_optimization": zero}, 2, world_size)
+    assert all(text in str(caught.value) for text in wanted), caught.value
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size"),
+    [
+        ({"parallel": {"space_ep": 3, "time_ep": 2}}, 6),
+        ({"parallel": {"space_ep": 6, "time_ep": 4}}, 12),
+        ({**SPREAD, **TWO_SIZES, "data": {"bucket_run": 8}}, 4),
+    ],
+)
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, "offload_optimizer": {"device": "none"}}])
+def test_experts_that_can_be_spread_are_accepted(sections, zero, world_size):
+    ds_config.merge(Config.model_validate(sections), {"zero_optimization": zero}, 2, world_size)

@@ -233,3 +233,18 @@ def test_the_gates_gradient_does_not_change_the_value(backend, gradient):
     assert torch.equal(out, layer(h_BND, mask_BNY, onehot)[0])
     gate = torch.autograd.grad(out.square().sum(), logits_BYK, allow_unused=True)[0]
     assert gate is None if gradient == "none" else gate.abs().max() > 0
+
+
+def test_gradients_arrive_in_one_order_however_the_experts_run():
+    """ZeRO reduces gradients in their order of arrival; ranks may run their experts in different ways, or on no rows."""
+    orders = set()
+    for backend in ("grouped", "wide"):
+        for mask in (torch.ones(B, 4, 3), torch.zeros(B, 4, 3)):
+            layer, order = SpaceMoE(K, D, HIDDEN, backend, seed=1), []
+            for name, p in layer.named_parameters():
+                p.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+            weight = F.one_hot(torch.arange(3).expand(B, 3), K).float() / 3
+            layer(torch.randn(B, 4, D, requires_grad=True), mask, weight)[0].sum().backward()
+            orders.add(tuple(order))
+    assert len(orders) == 1
+    assert len(orders.pop()) == 6

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from raphael_dist import sample, train
-from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.checkpoint.load import load_unet
+from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE
 from raphael_dist.metrics import read_metrics
 from raphael_dist.parallel import free_port
@@ -92,6 +94,22 @@ def test_twenty_steps_equal_ten_then_kill_then_ten_bit_for_bit(tmp_path: Path, c
     a, b = (read_metrics(d / "metrics.jsonl") for d in (whole, killed))
     assert a["train/loss"] == b["train/loss"]
     assert a["val/loss"] == b["val/loss"]
+
+
+def test_a_run_with_spread_experts_is_the_run_of_one_rank(tmp_path: Path, cache: str) -> None:
+    """The whole trainer: validation, samples and averages, and a checkpoint that one process loads."""
+    spread, alone = tmp_path / "spread", tmp_path / "alone"
+    run_ranks(arguments(alone, cache, 1, "train.max_steps=3"), 1)
+    sizes = ("parallel.space_ep=2", "parallel.time_ep=2", "model.checkpoint_activations=true")
+    run_ranks(arguments(spread, cache, 2, "train.max_steps=3", *sizes), 2)
+    expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (alone, spread))
+    for tag in ("train/loss", "optim/grad_norm", "val/loss", "moe/space/L00/density", "moe/time/L00/load_max"):
+        assert [v for _, v in found[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-4), tag
+    assert all(v == 0 for _, v in expected["comm/bytes_sent"])
+    assert all(v > 0 for _, v in found["comm/bytes_sent"])
+    theirs, ours = (dict(load_unet(open_newest(folder)).named_parameters()) for folder in (alone, spread))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-3, msg=name)
 
 
 def logged(run_dir: Path) -> list[str]:
@@ -270,6 +288,8 @@ def test_the_command_line_exits_with_2_and_one_line(
         ("--config", "emoji-tiny", "train.micro_batch=0"): "train.micro_batch: given 0",
         ("--config", "raphael-3b"): "data.shards: none given",
         ("--config", "emoji-tiny", "--world-size", "64", "--dry-run"): "cannot serve 64 ranks",
+        ("--config", "emoji-tiny", "--world-size", "4", "--dry-run", "parallel.space_ep=3"): "the number of ranks (4)",
+        ("--config", "emoji-tiny", "parallel.time_ep=2"): "allowed on 1 ranks: [1]",
         ("--config", "emoji-tiny", "--deepspeed_config", "nowhere.json"): "nowhere.json: no such file",
     }
     for argv, message in cases.items():

@@ -54,19 +54,26 @@ class SpaceMoE(Experts):
         if self.backend == "literal":
             return literal_space_moe(self, x_BND, mask_BNY, weight_BYK), used_BK
         x_RD, w_RK = x_BND.flatten(0, 1), w_BNK.flatten(0, 1).to(x_BND.dtype)
-        if self._choose_wide(used_BK):
-            out_RD = self.wide(x_RD, w_RK)
-        else:
-            out_RD = grouped_space_moe(self, x_RD, w_RK)
-        constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.at_zero_KD()
+        out_RD = self.routed_sum(x_RD, w_RK)
+        constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.constants_KD()
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1), used_BK
 
-    def _choose_wide(self, used_BK: Tensor) -> bool:
+    def routed_sum(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]."""
+        if self._choose_wide((w_RK.detach() > 0).float()):
+            return self.wide(x_RD, w_RK)
+        return grouped_space_moe(self, x_RD, w_RK)
+
+    def constants_KD(self) -> Tensor:
+        """Return `e_k(0)` of every expert, [K, D]."""
+        return self.at_zero_KD()
+
+    def _choose_wide(self, used: Tensor) -> bool:
         if self.backend != "auto":
             return self.backend == "wide"
         # Reading the density is free on the CPU; on a GPU it would stop the launch queue in every layer, and the wide
         # form has static shapes.
-        return used_BK.is_cuda or bool(used_BK.mean() > WIDE_DENSITY)
+        return used.is_cuda or bool(used.mean() > WIDE_DENSITY)
 
 
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:

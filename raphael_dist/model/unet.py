@@ -3,7 +3,7 @@
 Shape legend: B samples, C channels, Y text tokens, K experts, L transformer blocks in order of execution, D text width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
@@ -41,6 +41,11 @@ class UNetOutput:
     time_expert: list[Tensor] = field(default_factory=list)
 
 
+def count_samples(onehot_LBK: Tensor) -> list[list[int]]:
+    """Return how many samples each expert of each layer serves, [L][K], on the host."""
+    return onehot_LBK.sum(dim=1).tolist()
+
+
 class Stage(nn.Module):
     """One level of the way down, the middle, or the way up: residual blocks, each followed by attention if it has any."""
 
@@ -67,6 +72,8 @@ class RaphaelUNet(nn.Module):
         self.config = m = config.model
         self.seed, self.edge_channels = config.run.seed, config.edge.channels if config.edge.weight > 0 else 0
         self.reentrant_checkpoint = False
+        # Expert parallelism needs the counts of other ranks too, and puts its own function here.
+        self.count_samples: Callable[[Tensor], list[list[int]]] = count_samples
         self.num_blocks = 0
         channels, embed = m.channels, 4 * m.channels[0]
         self.conv_in = nn.Conv2d(m.latent_channels, channels[0], 3, padding=1)
@@ -194,7 +201,7 @@ class RaphaelUNet(nn.Module):
             ]
             time_expert, time_factor = [r[0] for r in routed], [r[1] for r in routed]
             onehot_LBK = nn.functional.one_hot(torch.stack(time_expert), self.config.time_experts)
-            time_samples = onehot_LBK.sum(dim=1).tolist()  # the one wait for the device in a forward pass
+            time_samples = self.count_samples(onehot_LBK)  # the one wait for the device in a forward pass
         space_weight = none
         if self.config.space_experts:
             routed = [self._choose(self.text_gates[i](text_BYD), noise.space_BLYK[:, i] if noise else None) for i in blocks]

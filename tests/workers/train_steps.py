@@ -1,6 +1,7 @@
 """Rank process: trains some steps of the tiny model on synthetic batches and writes what it ended with.
 
-Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps"}.
+Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps", "last_experts_until",
+"checkpoint"}. With a checkpoint it resumes from run.dir, takes the steps that are missing and saves.
 """
 
 import json
@@ -11,10 +12,22 @@ import torch
 
 from raphael_dist import parallel
 from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.engine import Engine
+from raphael_dist.fragments import MOMENTS, Fragments
 from raphael_dist.objective import compute_losses
 from tests.synthetic import synthetic_batch, tiny_config
+
+
+def state(fragments: Fragments) -> list[tuple]:
+    """Return (name, shape, start, values by kind) of everything this rank owns."""
+    found = []
+    for f in fragments:
+        moments = {kind: fragments.moment(f, kind) for kind in MOMENTS}
+        values = {"master": f.master, **{kind: v for kind, v in moments.items() if v is not None}}
+        found.append((f.name, f.shape, f.start, {kind: v.detach().clone() for kind, v in values.items()}))
+    return found
 
 
 def main(out: str, spec: dict) -> None:
@@ -25,20 +38,24 @@ def main(out: str, spec: dict) -> None:
     plan = BatchPlan(config.train.global_batch, ranks.world_size, config.train.micro_batch)
     engine = Engine(config, spec["deepspeed"], plan, device)
     schedule = NoiseSchedule.create(config.diffusion)
-    losses, norms = [], []
-    for step in range(spec["steps"]):
+    store = CheckpointStore(config, ranks, engine.fragments, None, "synthetic") if spec.get("checkpoint") else None
+    first = ((store.resume() if store else None) or (0, 0))[0]
+    losses, norms, resumed = [], [], state(engine.fragments)
+    for step in range(first, spec["steps"]):
         total = torch.zeros(())
         for micro in range(plan.accumulation):
             slots = plan.slots(step * config.train.global_batch, ranks.rank, micro)
-            batch = synthetic_batch(config, slots, engine.module.num_blocks)
+            batch = synthetic_batch(config, slots, engine.module.num_blocks, spec.get("last_experts_until"))
             loss = compute_losses(engine, batch, schedule, config, engine.dtype).total.sum()
             engine.backward(loss * plan.loss_scale)
             total += loss.detach()
         engine.step(config.optim.lr)
         losses.append(float(parallel.total([float(total)], device)[0]) / config.train.global_batch)
         norms.append(engine.grad_norm())
-    fragments = [(f.name, f.shape, f.start, f.master.clone()) for f in engine.fragments]
-    torch.save({"losses": losses, "norms": norms, "fragments": fragments}, f"{out}.{ranks.rank}")
+    if store and spec["steps"] > first:
+        store.save(spec["steps"], spec["steps"] * config.train.global_batch)
+    result = {"losses": losses, "norms": norms, "resumed": resumed, "fragments": state(engine.fragments)}
+    torch.save({**result, "sent": engine.traffic.take()}, f"{out}.{ranks.rank}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""Rank process: the expert-parallel layers equal the plain layers on the data of all ranks put together, in float64.
+
+Usage: expert_layers.py, as 2 or 3 ranks. Asserts; prints one line per case with the bytes sent.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from raphael_dist import parallel
+from raphael_dist.expert_parallel import STACKED, ParallelSpaceMoE, ParallelTimeMoE, Placement, count_samples
+from raphael_dist.model import moe
+from raphael_dist.model.moe import SpaceMoE, TimeMoE
+
+B, N, Y, K, D, HIDDEN = 3, 10, 7, 6, 8, 12
+
+# name: (experts that text tokens of rank r are routed to, share of image tokens in a region)
+CASES = {
+    "random": (lambda r: range(K), 0.3),
+    "dense": (lambda r: range(K), 1.0),
+    "one expert, on rank 0 only": (lambda r: [0] if r == 0 else [K - 1], 0.5),
+    "no expert of another rank": (lambda r: [r * (K // dist.get_world_size())], 0.5),
+    "experts without tokens": (lambda r: [1, 4], 0.5),
+    "empty regions on rank 1": (lambda r: range(K), 0.4),
+}
+
+
+def space_inputs(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return h [B, N, D], mask [B, N, Y] and weights [B, Y, K] of a rank."""
+    experts, share = CASES[case]
+    draw = torch.Generator().manual_seed(rank)
+    h_BND = torch.randn(B, N, D, generator=draw, dtype=torch.float64)
+    mask_BNY = (torch.rand(B, N, Y, generator=draw) < share).double()
+    if case.startswith("empty") and rank == 1:
+        mask_BNY.zero_()
+    chosen_BY = torch.tensor(list(experts(rank)))[torch.randint(len(experts(rank)), (B, Y), generator=draw)]
+    return h_BND, mask_BNY, torch.nn.functional.one_hot(chosen_BY, K).double() / Y
+
+
+def close(actual: Tensor, expected: Tensor, what: str) -> None:
+    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+    assert error < 1e-12, f"{what}: relative difference {error:.1e}"
+
+
+def target_grad(shape: Sequence[int], rank: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(99 + rank), dtype=torch.float64)
+
+
+def check_space(case: str, dispatch: str, backend: str, recompute: bool, place: Placement) -> int:
+    """Return the bytes that this rank sent."""
+    whole = SpaceMoE(K, D, HIDDEN, backend, seed=4).double()
+    layer = ParallelSpaceMoE(whole, place, dispatch)
+    per_rank = [space_inputs(case, r) for r in range(place.size)]
+    h, mask, weight = (torch.cat(parts) for parts in zip(*per_rank, strict=True))
+    expected_in = [h.requires_grad_(), weight.requires_grad_()]
+    expected, expected_used = whole(h, mask, weight)
+    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(place.size)])
+    expected_grads = torch.autograd.grad(expected, [*expected_in, *whole.parameters()], grad_out, materialize_grads=True)
+
+    h, mask, weight = (t.clone() for t in per_rank[place.index])
+    inputs = [h.requires_grad_(), weight.requires_grad_()]
+    place.traffic.take()
+    if recompute:
+        out, used = checkpoint(lambda h, w: layer(h, mask, w), h, weight, use_reentrant=False)
+    else:
+        out, used = layer(h, mask, weight)
+    grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), place.index))
+    sent = place.traffic.take()
+    mine, first = slice(place.index * B, (place.index + 1) * B), place.index * layer.num_experts
+    close(out, expected[mine], "output")
+    assert torch.equal(used, expected_used[mine])
+    for found, wanted, what in zip(grads[:2], expected_grads[:2], ("tokens", "weights"), strict=True):
+        # Only the routed expert of a text token passes its gradient on (routing.space_weights_BYK).
+        routed = (weight > 0) if what == "weights" else torch.ones_like(found)
+        close(found * routed, wanted[mine] * routed, f"gradient of {what}")
+    names = [n for n, _ in layer.named_parameters()]
+    assert names == [n for n, _ in whole.named_parameters()]
+    for name, found, wanted in zip(names, grads[2:], expected_grads[2:], strict=True):
+        if name in STACKED:
+            close(found, wanted[first : first + layer.num_experts], name)
+        else:  # replicated: each rank has the share of its own samples
+            dist.all_reduce(found)
+            close(found, wanted, name)
+    return sent
+
+
+def space_bytes(case: str, dispatch: str, place: Placement) -> int:
+    """Count by hand what one forward and backward pass sends: dispatch, combine, their gradients, counts and constants."""
+    others, here = place.size - 1, K // place.size
+    rows = []
+    for p in range(place.size):
+        _, mask, weight = space_inputs(case, p)
+        needed = ((mask @ weight) > 0).view(B * N, place.size, here).any(dim=2)
+        rows.append([int(n) for n in needed.sum(dim=0)])
+    out = sum(n for q, n in enumerate(rows[place.index]) if q != place.index)
+    into = sum(rows[p][place.index] for p in range(place.size) if p != place.index)
+    total = 2 * others * here * D * 8  # the constants and their gradients
+    full = sum(n for p in range(place.size) for q, n in enumerate(rows[p]) if p != q) == place.size * others * B * N
+    if dispatch != "all_gather":
+        total += others * place.size * 8
+    if dispatch == "all_gather" or (dispatch == "auto" and full):
+        return total + others * B * N * (4 * D + 2 * here) * 8
+    return total + (out + into) * (2 * D + here) * 8
+
+
+def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, place: Placement) -> None:
+    whole = TimeMoE(experts, D, HIDDEN, activation, seed=9).double()
+    layer = ParallelTimeMoE(whole, place)
+    expert = torch.tensor(chosen)
+    h = torch.stack([space_inputs("random", r)[0] for r in range(place.size)])
+    factor = torch.linspace(0.5, 1.5, place.size * B, dtype=torch.float64).view(place.size, B)
+    inputs = [h.flatten(0, 1).requires_grad_(), factor.flatten().requires_grad_()]
+    counts = torch.bincount(expert.flatten(), minlength=experts).tolist()
+    expected = whole(inputs[0], expert.flatten(), counts, inputs[1])
+    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(place.size)])
+    expected_grads = torch.autograd.grad(expected, [*inputs, *whole.parameters()], grad_out)
+
+    mine, me = slice(place.index * B, (place.index + 1) * B), place.index
+    samples = count_samples(torch.nn.functional.one_hot(expert[None, me], experts), place)
+    inputs = [h[me].clone().requires_grad_(), factor[me].clone().requires_grad_()]
+    place.traffic.take()
+    out = layer(inputs[0], expert[me], samples[0], inputs[1])
+    grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), me))
+    here = experts // place.size
+    crossing = int((expert[me] // here != me).sum()) + int((torch.cat([expert[:me], expert[me + 1 :]]) // here == me).sum())
+    assert place.traffic.take() == 2 * crossing * N * D * 8
+    close(out, expected[mine], "output")
+    for found, wanted in zip(grads[:2], expected_grads[:2], strict=True):
+        close(found, wanted[mine], "gradient of the inputs")
+    for name, found, wanted in zip(STACKED, grads[2:], expected_grads[2:], strict=True):
+        close(found, wanted[me * here : (me + 1) * here], name)
+
+
+def main() -> None:
+    ranks = parallel.discover()
+    parallel.initialise(ranks)
+    torch.set_num_threads(1)
+    place = Placement(dist.group.WORLD, ranks.world_size, ranks.rank)
+    for case in CASES:
+        for dispatch in ("auto", "all_to_all", "all_gather"):
+            for backend in ("grouped", "wide"):
+                sent = check_space(case, dispatch, backend, False, place)
+                assert sent == space_bytes(case, dispatch, place), (case, dispatch, sent)
+            # Each rank by its own density: ranks that run different products still agree about the exchanges.
+            check_space(case, dispatch, "auto", True, place)
+        print(f"{case}: {check_space(case, 'all_to_all', 'grouped', False, place)} bytes sent by rank {ranks.rank}")
+    moe.WIDE_DENSITY = 0.5 if ranks.is_main else 2.0
+    check_space("random", "all_to_all", "auto", True, place)
+    for activation in ("gelu", "geglu"):
+        draw = torch.Generator().manual_seed(1)
+        check_time(6, torch.randint(6, (place.size, B), generator=draw).tolist(), activation, place)
+        check_time(6, [[5] * B] * place.size, activation, place)  # one expert for all, the last rank's
+        check_time(6, [[0] * B] + [[3] * B] * (place.size - 1), activation, place)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
