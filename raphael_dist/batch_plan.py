@@ -51,5 +51,8 @@ class BatchPlan:
 
     def better_micro_batch(self) -> int:
         """Return the micro-batch no larger than the given one that wastes least, the largest of equals."""
-        plans = [BatchPlan(self.global_batch, self.world_size, m) for m in range(1, self.micro_batch + 1)]
+        plans = [
+            BatchPlan(self.global_batch, self.world_size, m)
+            for m in range(1, min(self.micro_batch, -(-self.global_batch // self.world_size)) + 1)
+        ]
         return min(plans, key=lambda p: (round(p.waste, 6), -p.micro_batch)).micro_batch

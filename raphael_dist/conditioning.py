@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from raphael_dist.errors import UserError
@@ -53,15 +54,16 @@ class TextEncoder:
             kind = CLIPTextModel if config.model_type == "clip" else AutoModelForTextEncoding
             model = kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"text.encoder: cannot load {spec!r}: {_first_line(error)}") from error
         positions = getattr(model.config, "max_position_embeddings", None)
-        if max_tokens < 1 or (positions and max_tokens > positions):
-            raise UserError(f"text.max_tokens: {max_tokens} given, 1 to {positions or 'any'} possible with {spec!r}")
+        least = tokenizer.num_special_tokens_to_add() + 1
+        if max_tokens < least or (positions and max_tokens > positions):
+            raise UserError(f"text.max_tokens: {max_tokens} given, {least} to {positions or 'any'} possible with {spec!r}")
         if tokenizer.pad_token is None:
             raise UserError(f"text.encoder: the tokenizer of {spec!r} has no padding token; add one to its config")
         tokenizer.padding_side = tokenizer.truncation_side = "right"
-        fingerprint = _fingerprint([folder, tokenizer_folder], max_tokens)
+        fingerprint = _fingerprint([folder, tokenizer_folder], (max_tokens, str(dtype)))
         return cls(_freeze(model, device), tokenizer, max_tokens, fingerprint)
 
     @torch.no_grad()
@@ -109,7 +111,7 @@ class ImageEncoder:
         try:
             # Without low_cpu_mem_usage=False diffusers advises installing accelerate, which a small VAE does not need.
             model = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"image.encoder: cannot load {spec!r}: {_first_line(error)}") from error
         factor = 2 ** (len(model.config.block_out_channels) - 1)
         return cls(_freeze(model, device), _fingerprint([folder]), factor, int(model.config.latent_channels))
@@ -177,12 +179,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _fingerprint(folders: Sequence[Path], max_tokens: int | None = None) -> str:
+def _fingerprint(folders: Sequence[Path], settings: tuple[Any, ...] = ()) -> str:
     """Return a sha256 over what is in the folders (configs, tokenizer, weights), wherever they lie.
 
     Of weights, the size and 16 spread probes of 256 KiB: they may be many GB, and any training moves them all.
     """
-    digest = hashlib.sha256(repr(max_tokens).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     for folder in dict.fromkeys(folders):
         for path in sorted(folder.iterdir()):
             if path.suffix in _WEIGHT_SUFFIXES and path.is_file():

@@ -17,6 +17,8 @@ from raphael_dist.errors import UserError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -29,12 +31,14 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: Path = Field(Path("runs/default"), description="checkpoints, logs, metrics and samples of one run")
-    seed: NonNegative = Field(0, description="fixes weights, data order, noise and timesteps")
+    seed: Seed = Field(0, description="fixes weights, data order, noise and timesteps")
     init_from: Path | None = Field(None, description="diffusers unet/ folder that a new dense run starts from")
 
 
 class Model(Section):
-    channels: tuple[Positive, ...] = Field((320, 640, 1280, 1280), description="U-Net width per level, outermost first")
+    channels: tuple[Positive, ...] = Field(
+        (320, 640, 1280, 1280), min_length=1, description="U-Net width per level, outermost first"
+    )
     attention: tuple[bool, ...] = Field((True, True, True, False), description="which levels hold transformer blocks")
     layers_per_block: Positive = 2
     head_dim: Positive = Field(64, description="width of one attention head")
@@ -51,6 +55,7 @@ class Model(Section):
     )
     gate_gradient: Literal["straight_through", "none", "scaled"] = "straight_through"
     mask_threshold: Fraction = Field(0.2, description="alpha of Sec. 3.1: a token's region, relative to its largest weight")
+    balance_weight: NonNegativeFloat = Field(0.0, description="weight of the text gates' load-balance loss; 0 in the paper")
     mask_padding: bool = Field(False, description="leave padding tokens out of the Space-MoE")
     space_backend: Literal["auto", "grouped", "wide", "literal"] = "auto"
     checkpoint_activations: bool = Field(True, description="recompute transformer blocks in the backward pass")
@@ -114,13 +119,14 @@ class Data(Section):
     window_shards: Positive = Field(16, description="samples are shuffled within this many shards at a time")
     bucket_run: Positive = Field(1, description="consecutive sample positions that share an aspect-ratio bucket")
     prefetch: NonNegative = Field(2, description="micro-batches read ahead")
+    allow_change: bool = Field(False, description="let a run continue on other shards than it began with")
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the data set than this is unreadable")
 
 
 class Optim(Section):
     kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd (no momentum) is for numerical tests")
     lr: PositiveFloat = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegative = 0
@@ -161,7 +167,7 @@ class Sample(Section):
     steps: Positive = 25
     guidance: NonNegativeFloat = 4.5
     scheduler: Literal["ddim", "dpm++"] = "ddim"
-    seed: NonNegative = 0
+    seed: Seed = 0
 
 
 class Config(Section):
@@ -185,6 +191,23 @@ class Config(Section):
             raise ValueError(
                 f"edge.max_timestep is {self.edge.max_timestep}, "
                 f"beyond diffusion.num_timesteps = {self.diffusion.num_timesteps}"
+            )
+        if len(self.image.buckets) > 1:
+            micro = self.train.micro_batch
+            for name, value in (("data.bucket_run", self.data.bucket_run), ("train.global_batch", self.train.global_batch)):
+                if value % micro:
+                    raise ValueError(
+                        f"{name} = {value} must be a multiple of train.micro_batch = {micro} with several image.buckets: "
+                        f"a micro-batch holds one image size; nearest: {-(-value // micro) * micro}"
+                    )
+        if not self.diffusion.beta_start <= self.diffusion.beta_end < 1:
+            raise ValueError(
+                f"diffusion.beta_start = {self.diffusion.beta_start} and beta_end = {self.diffusion.beta_end} must satisfy "
+                "beta_start <= beta_end < 1"
+            )
+        if self.sample.steps > self.diffusion.num_timesteps:
+            raise ValueError(
+                f"sample.steps = {self.sample.steps} exceeds diffusion.num_timesteps = {self.diffusion.num_timesteps}"
             )
         for kind in ("space", "time"):
             experts, ep = getattr(self.model, f"{kind}_experts"), getattr(self.parallel, f"{kind}_ep")
@@ -236,7 +259,10 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise UserError(f"--config {name_or_path}: no such file")
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {name_or_path}: cannot be read: {error}") from None
     elif name_or_path in preset_names():
         text = (resources.files("raphael_dist") / "presets" / f"{name_or_path}.yaml").read_text()
     else:
@@ -264,15 +290,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = text
     if not isinstance(tree.setdefault(section, {}), dict):
         raise UserError(f"{section}: must be a section of keys in the configuration file")
-    tree[section][field] = _as_field_type(section, field, value)
+    tree[section][field] = _as_field_type(section, field, value, text)
 
 
-def _as_field_type(section: str, field: str, value: Any) -> Any:
+def _as_field_type(section: str, field: str, value: Any, text: str) -> Any:
     """YAML reads 1e-4 as a string and a single shard as a scalar; give the field what it plainly means."""
     info = Config.model_fields.get(section)
     known = info.annotation.model_fields.get(field) if info and isinstance(info.annotation, type) else None
-    if known is not None and str(known.annotation).startswith("tuple") and isinstance(value, str):
-        return [value]
+    kind = str(known.annotation) if known is not None else ""
+    if ("Path" in kind or kind == "<class 'str'>") and value is not None:
+        return text
+    if kind.startswith("tuple") and not isinstance(value, list):
+        return [text if kind.startswith("tuple[str") else value]
     return value
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raphael_dist.config import Config
-from raphael_dist.errors import UserError
+from raphael_dist.errors import UserError, did_you_mean
 
 _NOT_OURS = {
     "optimizer": "use optim.* of the configuration",
@@ -20,6 +20,15 @@ _NOT_OURS = {
     "data_efficiency": "the data order is a function of run.seed",
     "curriculum_learning": "the data order is a function of run.seed",
 }
+
+# What a JSON may say at its top; DeepSpeed itself ignores a mistyped key and silently runs without it.
+_KNOWN = (
+    "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio",
+    "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print",
+    "timers", "activation_checkpointing", "compile",
+)  # fmt: skip
 
 
 def read_deepspeed_json(path: str | None) -> dict[str, Any]:
@@ -42,7 +51,7 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed configuration (0 when it names none)."""
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage in the DeepSpeed JSON: given {stage!r}, allowed 0, 1, 2, 3")
     return int(stage)
 
@@ -63,11 +72,20 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
     # DeepSpeed wants the product of its three numbers, which counts the padded slots of the last micro-step too.
     if tree.get("train_batch_size", "auto") not in ("auto", config.train.global_batch):
         _contradiction("train_batch_size", tree["train_batch_size"], "train.global_batch", config.train.global_batch)
+    for key in tree:
+        if key not in _KNOWN and not key.startswith("_"):
+            raise UserError(f"{key} in the DeepSpeed JSON is unknown{did_you_mean(key, _KNOWN)}; known: {', '.join(_KNOWN)}")
     merged = json.loads(json.dumps(tree))
     for key, (value, owner) in ours.items():
         _set_owned(merged, key, value, owner)
     merged["train_batch_size"] = micro * accumulation * world_size
     merged.setdefault("zero_optimization", {"stage": 0})
+    if zero_stage(merged) in (1, 2):
+        # Rounds every parameter to 16 bytes in the flat buffer: the grouped product on GPUs refuses less.
+        merged["zero_optimization"].setdefault("parameter_alignment", True)
+    if config.train.dtype == "bfloat16" and accumulation > 1:
+        # In bfloat16 the sum over many micro-steps would lose most of what comes late.
+        merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     merged.setdefault("zero_allow_untested_optimizer", True)
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     merged.setdefault("steps_per_print", 10**9)

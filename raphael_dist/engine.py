@@ -5,12 +5,14 @@ import math
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from raphael_dist import ds_config, expert_parallel
 from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.load import load_diffusers_unet
 from raphael_dist.config import Config, Optim
+from raphael_dist.errors import UserError
 from raphael_dist.fragments import Fragments
 from raphael_dist.model.unet import RaphaelUNet
 
@@ -94,5 +96,10 @@ def _initialise(model: nn.Module, optim: Optim, tree: dict[str, Any], device: to
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     offload = "offload_optimizer" in tree.get("zero_optimization", {})
     optimizer = _optimizer(expert_parallel.parameter_groups(model), optim, torch.device("cpu") if offload else device)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{error.title} in the DeepSpeed JSON: {where}: given {first['input']!r}; {first['msg']}") from None
     return engine

@@ -12,8 +12,10 @@ EXIT_INTERRUPTED = 75  # stopped by a signal after saving; the same command cont
 class UserError(ValueError):
     """A mistake in what the user gave. Shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, what was given, what is allowed and what to do.
+    The text names the field or file, what was given, what is allowed and what to do. `agreed`: every rank raises it alike.
     """
+
+    agreed = False
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

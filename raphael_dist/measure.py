@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raphael_dist.batch import Batch
 from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.engine import Engine
+from raphael_dist.errors import UserError
 from raphael_dist.metrics import Metrics
 from raphael_dist.objective import Losses, compute_losses
 
@@ -31,7 +32,17 @@ def dry_run(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
     Counts the forward pass without recomputation, times three (forward, and backward at twice its cost). Then a forward and
     backward pass to the input alone, which leaves no gradient behind, but under ZeRO-3, where recomputation forbids it.
     """
-    batch = batch.to(engine.device)
+    try:
+        return _dry_run(engine, batch.to(engine.device), schedule)
+    except torch.OutOfMemoryError:
+        micro = engine.config.train.micro_batch
+        raise UserError(
+            f"train.micro_batch = {micro} does not fit into the memory of {engine.device}; use a smaller one, "
+            "model.checkpoint_activations=true, or ds_configs/zero3.json"
+        ) from None
+
+
+def _dry_run(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         compute_losses(engine.module, batch, schedule, engine.config, engine.dtype)
     if engine.stage < 3:

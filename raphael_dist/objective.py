@@ -50,7 +50,10 @@ def compute_losses(
             gamma=e.focal_gamma,
         )
         edge = e.weight * per_sample * batch.weight
-    return Losses(denoise + edge, denoise.detach(), edge.detach(), *_loads(out, batch.weight, config))
+    total = denoise + edge
+    if out.balance:
+        total = total + config.model.balance_weight * torch.stack(out.balance).mean(dim=0) * batch.weight
+    return Losses(total, denoise.detach(), edge.detach(), *_loads(out, batch.weight, config))
 
 
 @torch.no_grad()

@@ -80,6 +80,11 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT) -> torch.device:
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", ranks.local_rank)):
         os.environ[name] = str(value)
     if torch.cuda.is_available():
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{ranks.local_world_size} ranks were started on a host with {torch.cuda.device_count()} GPUs; "
+                "start one rank per GPU"
+            )
         torch.cuda.set_device(ranks.local_rank)
         device, backend = torch.device("cuda", ranks.local_rank), "nccl"
     else:
@@ -98,13 +103,6 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def agree(flags: Sequence[float], device: torch.device) -> list[float]:
-    """Return the largest of each flag over all ranks: one small all-reduce, so that ranks stop, skip and save together."""
-    tensor = torch.tensor(flags, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
-
-
 def total(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return the sum of each value over all ranks, float64, on the host."""
     tensor = torch.as_tensor(values, dtype=torch.float64).to(device, copy=True)
@@ -113,17 +111,27 @@ def total(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch
 
 
 def all_or_none(work: Callable[[], T]) -> T:
-    """Run `work` on every rank; when it is a user's mistake on any, raise that UserError on all, so that none waits."""
-    result, problem = None, None
+    """Run `work` on every rank; when it fails on any, raise on all, so that none waits for it.
+
+    A UserError anywhere is raised everywhere; another exception is raised where it happened, a RuntimeError elsewhere.
+    """
+    result, failure = None, None
     try:
         result = work()
-    except UserError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise UserError(found)
+    except Exception as error:
+        failure = error
+    mine = None if failure is None else (isinstance(failure, UserError), str(failure))
+    found: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    for rank, problem in enumerate(found):
+        if problem is not None and problem[0]:
+            agreed = UserError(problem[1])
+            agreed.agreed = True
+            raise agreed from None
+        if problem is not None:
+            raise RuntimeError(f"rank {rank} failed: {problem[1]}")
     return cast(T, result)
 
 

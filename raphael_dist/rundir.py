@@ -63,8 +63,10 @@ def _check_identity(config: Config, folder: Path) -> None:
     if not recorded.is_file():
         return
     try:
-        old: Any = yaml.safe_load(recorded.read_text())
-    except yaml.YAMLError:
+        old: Any = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        old = None
+    if not isinstance(old, dict) or not all(isinstance(section, dict) for section in old.values()):
         raise UserError(f"run.dir: {recorded} is not readable; repair it or choose another run.dir") from None
     new = yaml.safe_load(to_yaml(config))
     for dotted in (*(f"model.{f}" for f in ARCHITECTURE_FIELDS), *IDENTITY):

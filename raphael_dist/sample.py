@@ -44,6 +44,10 @@ def run(args: argparse.Namespace) -> None:
     from raphael_dist.data.features import check_encoders
     from raphael_dist.sampling import caption_grid, generate, save_image
 
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: given {args.seed}, allowed 0 to 2**63 - 1")
+    if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out: given {args.out}, must end in .png, .jpg or .webp")
     reader = open_newest(args.checkpoint)
     config = reader.config()
     s, device = config.sample, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,8 +84,8 @@ def _check(prompts: list[str], steps: int, guidance: float, size: tuple[int, ...
         )
     if not 1 <= steps <= timesteps:
         raise UserError(f"--steps: given {steps}, allowed 1 to {timesteps}")
-    if guidance < 0:
-        raise UserError(f"--guidance: given {guidance}, must be 0 or more")
+    if not 0 <= guidance < float("inf"):
+        raise UserError(f"--guidance: given {guidance}, must be a number from 0")
     if any(side < factor or side % factor for side in size):
         raise UserError(f"--size: given {list(size)}, must be multiples of the image encoder's factor {factor}")
 

@@ -41,21 +41,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (see errors.py)."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args, training = parse(sys.argv[1:] if argv is None else argv), False
     try:
         config = load_config(args.config, args.overrides)
         tree = ds_config.read_deepspeed_json(args.deepspeed_config)
-        world_size = args.world_size or _launched_ranks()
+        world_size = _launched_ranks() if args.world_size is None else args.world_size
+        if world_size < 1:
+            raise UserError(f"--world-size: given {world_size}, must be 1 or more")
         plan = BatchPlan(config.train.global_batch, world_size, config.train.micro_batch)
         merged = ds_config.merge(config, tree, plan.accumulation, world_size)
         if args.dry_run:
             print(describe(config, plan, merged))
             return 0
+        training = True
         return run(config, tree)
     except UserError as error:
-        return _fail(error, EXIT_USER_ERROR)
+        return _fail(error, EXIT_USER_ERROR, training)
     except NonFiniteError as error:
-        return _fail(error, EXIT_NON_FINITE)
+        return _fail(error, EXIT_NON_FINITE, training)
 
 
 def _launched_ranks() -> int:
@@ -116,10 +119,13 @@ def run(config: Config, tree: dict) -> int:
     return 0 if complete else EXIT_INTERRUPTED
 
 
-def _fail(error: Exception, code: int) -> int:
-    # Every rank fails alike; one of them says so.
-    if os.environ.get("RANK", "0") == "0":
+def _fail(error: Exception, code: int, training: bool) -> int:
+    # What every rank knows is said once; what only one rank met, by that rank.
+    rank = next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID") if name in os.environ), "0")
+    if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif training and not getattr(error, "agreed", True):
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     return code
 
 

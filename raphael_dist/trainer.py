@@ -56,7 +56,8 @@ class Run:
     flops: float = 0.0
     samples_seen: int = 0
     step: int = 0
-    stop_requested: bool = False
+    signalled: bool = False  # on this rank, at any moment
+    stop_requested: bool = False  # agreed by all ranks, at a step's end
     timers: dict[str, float] = field(default_factory=lambda: {"wait": 0.0, "logged": time.monotonic()})
 
 
@@ -67,7 +68,7 @@ def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, devi
     """
     plan = BatchPlan(config.train.global_batch, ranks.world_size, config.train.micro_batch)
     lock = parallel.all_or_none(lambda: rundir.claim(config) if ranks.is_main else None)
-    rundir.start_logging(config, ranks.rank)
+    parallel.all_or_none(lambda: rundir.start_logging(config, ranks.rank))
     dtype = getattr(torch, config.train.dtype)
     text = parallel.all_or_none(lambda: TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype))
     image = parallel.all_or_none(lambda: ImageEncoder.load(config.image.encoder, device, torch.float32))
@@ -116,7 +117,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         loss_sum += losses.total.detach().sum()
         bad_positions.append((batch.position, losses.total.detach()))
         measure.record(run.metrics, batch, losses, run.engine.traffic.take())
-    total, stop = parallel.total([float(loss_sum), float(run.stop_requested)], run.device).tolist()
+    total, stop = parallel.total([float(loss_sum), float(run.signalled)], run.device).tolist()
     run.stop_requested = stop > 0
     if not torch.isfinite(torch.tensor(total)):
         raise NonFiniteError(_name_bad_samples(run, bad_positions))
@@ -131,9 +132,9 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
 
 def train(run: Run) -> bool:
     """Train to `train.max_steps`, or until a signal asks to stop; return whether the run is complete."""
-    config, run.stop_requested = run.config, False
+    config = run.config
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda *_: setattr(run, "stop_requested", True))
+        signal.signal(number, lambda *_: setattr(run, "signalled", True))
     with (
         Reporter(run.ranks.is_main, run.step, config.train.max_steps) as report,
         Prefetcher(run.builder.build, _slots(run), depth=max(1, config.data.prefetch)) as batches,
@@ -153,11 +154,14 @@ def train(run: Run) -> bool:
                 report.line(f"saved {run.store.save(run.step, run.samples_seen)}")
         if run.stop_requested and run.step < config.train.max_steps:
             report.line(f"stopped by a signal at step {run.step}; the same command continues")
+    if run.writer is not None:
+        run.writer.close()
     return run.step >= config.train.max_steps
 
 
 def log_scalars(run: Run) -> dict[str, float]:
     """Reduce what was recorded since the last call and write it with the step's own numbers. Collective."""
+    run.metrics.add("data/replaced", float(run.stream.replaced), "sum")
     reduced, now = run.metrics.reduce(), time.monotonic()
     values = {tag: float(v) for tag, v in reduced.items() if v.ndim == 0 and tag != "samples"}
     samples = float(reduced["samples"])
@@ -169,7 +173,6 @@ def log_scalars(run: Run) -> dict[str, float]:
     values["optim/lr"] = learning_rate(run.config, run.step)
     values["optim/grad_norm"] = run.engine.grad_norm()
     values["time/data_wait_frac"] = run.timers["wait"] / max(elapsed, 1e-9)
-    values["data/replaced"] = float(run.stream.replaced)
     run.timers.update(wait=0.0, logged=now)
     _write(run, values)
     return values

@@ -112,7 +112,7 @@ def test_what_cannot_be_loaded_is_one_line_that_says_what_to_do(tmp_path, monkey
     with pytest.raises(UserError, match=r"text\.encoder.*cannot load") as caught:
         TextEncoder.load(str(tmp_path), 77, "cpu", torch.float32)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"text\.max_tokens: 9 given, 1 to 8"):
+    with pytest.raises(UserError, match=r"text\.max_tokens: 9 given, 3 to 8"):
         TextEncoder.load(str(save_clip(tmp_path, "[pad]")), 9, "cpu", torch.float32)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "raphael_dist\[demo\]"'):

@@ -3,6 +3,8 @@
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width.
 """
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from raphael_dist.model import moe
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
-from raphael_dist.model.routing import choose, region_mask_BNY, space_weights_BYK
+from raphael_dist.model.routing import balance_loss_B, choose, region_mask_BNY, space_weights_BYK
 
 torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work
 
@@ -248,3 +250,15 @@ def test_gradients_arrive_in_one_order_however_the_experts_run():
             orders.add(tuple(order))
     assert len(orders) == 1
     assert len(orders.pop()) == 6
+
+
+def test_the_balance_loss_is_one_when_balanced_and_grows_with_imbalance():
+    even = torch.zeros(1, 6, 3)
+    assert balance_loss_B(even, torch.tensor([[0, 1, 2, 0, 1, 2]])).item() == pytest.approx(1.0)
+    # All six tokens to expert 0 with probability e/(e+2): 3 * 1 * 0.57612.
+    skewed = torch.tensor([1.0, 0.0, 0.0]).expand(1, 6, 3).clone().requires_grad_()
+    loss = balance_loss_B(skewed, torch.zeros(1, 6, dtype=torch.int64))
+    assert loss.item() == pytest.approx(3 * math.e / (math.e + 2), rel=1e-6)
+    loss.sum().backward()
+    assert skewed.grad is not None
+    assert skewed.grad[0, 0, 0] > 0

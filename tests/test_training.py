@@ -216,6 +216,28 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_leaves_the_checkpoint(tmp
         assert CheckpointReader(checkpoint).damage() is None
 
 
+def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, cache: str) -> None:
+    folder, env = tmp_path / "run", rank_env(2)
+    more = ("train.max_steps=4000", "checkpoint.every=0", "sample.prompts=[]", "data.val_shards=[]")
+    command = [sys.executable, *arguments(folder, cache, 2, *more)]
+    ranks = [subprocess.Popen(command, env={**env, "RANK": r, "LOCAL_RANK": r}, cwd=ROOT) for r in "01"]
+    try:
+        wait_for(lambda: len(logged(folder)) >= 2)
+        ranks[1].send_signal(signal.SIGUSR1)
+        assert [rank.wait(timeout=60) for rank in ranks] == [EXIT_INTERRUPTED] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert (folder / "checkpoints" / "latest").is_file()
+
+
+def test_several_image_sizes_train_and_validate(tmp_path: Path, cache: str) -> None:
+    sizes = ("image.buckets=[[8,8],[8,16]]", "data.bucket_run=6", "train.micro_batch=3", "train.global_batch=12")
+    arguments_ = arguments(tmp_path / "run", cache, 1, *sizes, "train.max_steps=2", "sample.prompts=[]")
+    output = run_ranks(arguments_, 1)[0]
+    assert "validation loss" in output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_resumes_bit_for_bit_too(tmp_path: Path, cache: str, stage: int) -> None:
@@ -291,6 +313,10 @@ def test_the_command_line_exits_with_2_and_one_line(
         ("--config", "emoji-tiny", "--world-size", "4", "--dry-run", "parallel.space_ep=3"): "the number of ranks (4)",
         ("--config", "emoji-tiny", "parallel.time_ep=2"): "allowed on 1 ranks: [1]",
         ("--config", "emoji-tiny", "--deepspeed_config", "nowhere.json"): "nowhere.json: no such file",
+        ("--config", "emoji-tiny", "--world-size", "-4", "--dry-run"): "--world-size: given -4",
+        ("--config", "emoji-tiny", "image.buckets=[[8,8],[8,16]]"): "data.bucket_run = 1 must be a multiple of",
+        ("--config", "emoji-tiny", "run.seed=100000000000000000000000"): "run.seed: given",
+        ("--config", "emoji-tiny", "diffusion.beta_end=5"): "diffusion.beta_start",
     }
     for argv, message in cases.items():
         assert train.main(argv) == 2

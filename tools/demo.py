@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raphael_dist.errors import UserError
 from raphael_dist.metrics import read_metrics
+from raphael_dist.parallel import free_port
 
 PROMPTS = (
     "a red heart, noto style",
@@ -51,15 +52,6 @@ Next:
   deepspeed --num_gpus 2 raphael_dist/train.py --config emoji-tiny data.shards='data/emoji/train-*' run.dir=runs/all
 """)
     return 0
-
-
-def free_port() -> int:
-    """Return a free TCP port without importing torch."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def check(run_dir: Path, grid: Path) -> tuple[float, float]:

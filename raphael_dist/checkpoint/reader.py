@@ -36,6 +36,9 @@ class CheckpointReader:
             raise UserError(f"checkpoint {folder}: {MANIFEST} is unreadable: {error}") from None
         if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
             raise UserError(f"checkpoint {folder}: {MANIFEST} is not of format {FORMAT}")
+        lacking = {"step", "samples_seen", "dataset", "config", "tensors", "files"} - self.manifest.keys()
+        if lacking:
+            raise UserError(f"checkpoint {folder}: {MANIFEST} lacks {', '.join(sorted(lacking))}")
         unsafe = [name for name in self.manifest["files"] if Path(name).name != name]
         if unsafe:
             raise UserError(f"checkpoint {folder}: {MANIFEST} names a file outside the folder: {unsafe[0]!r}")

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,25 @@ class CheckpointStore:
         """Write and publish the checkpoint of optimizer step `step`. Raises OSError on all ranks when any cannot write."""
         final = self.root / f"step-{step:08d}"
         temporary = self.root / f".writing-{final.name}"
-        if self._ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
+        parallel.all_or_none(lambda: self._clear(temporary) if self._ranks.is_main else None)
         entries = self._together(lambda: self._write_rank_file(temporary), temporary)
-        if self._ranks.is_main:
-            manifest = self._manifest(step, samples_seen, entries)
-            _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            _sync_folder(self.root)
-            _write_synced(self.root / ".latest", final.name.encode())
-            (self.root / ".latest").replace(self.root / "latest")
-            for old in newest(self.root)[self._config.checkpoint.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+        manifest = self._manifest(step, samples_seen, entries)
+        parallel.all_or_none(lambda: self._publish(temporary, final, manifest) if self._ranks.is_main else None)
         return final
+
+    def _clear(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def _publish(self, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync_folder(self.root)
+        _write_synced(self.root / ".latest", final.name.encode())
+        (self.root / ".latest").replace(self.root / "latest")
+        for old in newest(self.root)[self._config.checkpoint.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def resume(self) -> tuple[int, int] | None:
         """Restore the newest checkpoint that verifies; return its (step, samples_seen), or None without any.
@@ -66,7 +69,9 @@ class CheckpointStore:
         for folder in folders:
             damage = self._verify(folder)
             if damage is None:
-                return self._restore(CheckpointReader(folder))
+                progress = parallel.all_or_none(partial(self._restore, CheckpointReader(folder)))
+                self._fragments.publish()
+                return progress
             if self._ranks.is_main:
                 _log.warning("skipping checkpoint %s: %s", folder, damage)
         if folders:
@@ -75,6 +80,11 @@ class CheckpointStore:
 
     def _restore(self, reader: CheckpointReader) -> tuple[int, int]:
         check_architecture(reader.config(), self._config, str(reader.folder))
+        if reader.manifest["dataset"] != self._dataset and not self._config.data.allow_change:
+            raise UserError(
+                f"data.shards: {reader.folder} was trained on other shards, and the order of samples would change; give the "
+                "same shards, another run.dir, or data.allow_change=true"
+            )
         steps_taken = reader.step
         self._fragments.create_moments(steps_taken)
         with torch.no_grad():
@@ -87,7 +97,6 @@ class CheckpointStore:
                 if self._ema is not None:
                     kind = "ema" if "ema" in reader.kinds() else "master"
                     self._ema.values[i].copy_(reader.read(kind, f.name, f.start, f.numel))
-        self._fragments.publish()
         return reader.step, int(reader.manifest["samples_seen"])
 
     def _write_rank_file(self, folder: Path) -> tuple[str, dict[str, Any]]:

@@ -40,7 +40,8 @@ def open_stream(
     d, flip = config.data, config.data.flip and training
     paths = all_or_none(lambda: expand_shards(patterns))
     index = main_first(ranks, lambda: build_index(paths, d.cache_dir / "index"))
-    dataset = ImageDataset(index, config.image.buckets, d.edges)
+    edges = d.edges if config.edge.weight > 0 else "none"
+    dataset = ImageDataset(index, config.image.buckets, edges)
     if config.edge.weight > 0 and not dataset.has_edges:
         raise UserError(
             f"edge.weight is {config.edge.weight}, but the shards of data.{'shards' if training else 'val_shards'} hold no "
@@ -51,7 +52,8 @@ def open_stream(
     if missing and ranks.is_main:
         _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(index.shards))
     all_or_none(lambda: cache.build(missing[ranks.rank :: ranks.world_size]))
-    run = d.bucket_run if training else 1
+    # A micro-batch holds one image size, so the pairs of a bucket come in runs.
+    run = d.bucket_run if training else (config.train.micro_batch if len(config.image.buckets) > 1 else 1)
     order = all_or_none(
         lambda: SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run)
     )

@@ -177,6 +177,8 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
     if numbers:
         first, last = int(numbers[1]), int(numbers[2])
+        if first > last:
+            raise UserError(f"data.shards: the range {{{body}}} in {pattern!r} runs backwards; write {{{last}..{first}}}")
         width = len(numbers[1]) if numbers[1].startswith("0") else 0
         choices: Iterator[str] = (f"{number:0{width}d}" for number in range(first, last + 1))
     elif "," in body:
@@ -188,10 +190,16 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _matches(name: str, pattern: str) -> list[Path]:
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"data.shards: {pattern!r}: {error}; give the whole path") from None
     if any(char in name for char in "*?["):
         root = Path(path.anchor)
-        paths = [match for match in root.glob(str(path.relative_to(path.anchor))) if match.is_file()]
+        try:
+            paths = [match for match in root.glob(str(path.relative_to(path.anchor))) if match.is_file()]
+        except ValueError as error:
+            raise UserError(f"data.shards: {pattern!r} is no pattern: {error}; ** must stand alone") from None
         if not paths:
             raise UserError(f"data.shards: {pattern!r} matches no file in {Path.cwd()}; check the path")
         return paths
@@ -238,7 +246,8 @@ def _shard_index(path: Path, cache_dir: Path | None) -> ShardIndex:
                 temporary.write_text(json.dumps(_to_json(known, identity)), encoding="utf-8")
         return known
     except OSError as error:
-        raise UserError(f"data.shards: {path}: {error.strerror or error} ({error.filename}); check it") from error
+        field = "data.cache_dir" if cache_dir and str(error.filename or "").startswith(str(cache_dir)) else "data.shards"
+        raise UserError(f"{field}: {error.filename or path}: {error.strerror or error}; check it") from error
 
 
 def _to_json(shard: ShardIndex, identity: list[Any]) -> dict[str, Any]:

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.order import SampleOrder, Slot
-from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.shards import BadSample
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
-
-__all__ = ["Prefetcher", "StreamSample", "TrainStream"]
 
 _log = logging.getLogger(__name__)
 

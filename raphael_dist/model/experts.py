@@ -72,7 +72,7 @@ class Experts(nn.Module):
         every parameter has a gradient on every rank (ZeRO would otherwise add up gradients of different experts).
         """
         # Without a single row grouped_mm fails in its backward.
-        if x_RD.shape[0] and _use_grouped_mm(x_RD):
+        if x_RD.shape[0] and _use_grouped_mm(x_RD, self.hidden):
             return self._grouped(x_RD, counts, centred)
         parts = [self._one(k, rows, centred) for k, rows in enumerate(x_RD.split(list(counts)))]
         return torch.cat(parts)
@@ -87,10 +87,11 @@ class Experts(nn.Module):
         counts_K = torch.tensor(counts, device=x_RD.device)
         ends_K = counts_K.cumsum(0).to(torch.int32)
         expert_R = torch.repeat_interleave(counts_K, output_size=x_RD.shape[0])
-        hidden_RF = self.act(F.grouped_mm(x_RD, self.w1.transpose(1, 2), offs=ends_K) + self.b1[expert_R])
+        w1, w2 = _aligned(self.w1).transpose(1, 2), _aligned(self.w2).transpose(1, 2)
+        hidden_RF = self.act(F.grouped_mm(x_RD, w1, offs=ends_K) + self.b1[expert_R])
         if centred:
-            return F.grouped_mm(hidden_RF - self.act(self.b1)[expert_R], self.w2.transpose(1, 2), offs=ends_K)
-        return F.grouped_mm(hidden_RF, self.w2.transpose(1, 2), offs=ends_K) + self.b2[expert_R]
+            return F.grouped_mm(hidden_RF - self.act(self.b1)[expert_R], w2, offs=ends_K)
+        return F.grouped_mm(hidden_RF, w2, offs=ends_K) + self.b2[expert_R]
 
     def wide(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D], as two dense products over all experts' hidden units."""
@@ -99,6 +100,11 @@ class Experts(nn.Module):
         return hidden_RKF.flatten(1) @ self.w2.transpose(1, 2).flatten(0, 1)
 
 
-def _use_grouped_mm(x_RD: Tensor) -> bool:
-    # The CUDA kernel takes bfloat16 alone; on the CPU a loop over a few experts is as fast.
-    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16
+def _use_grouped_mm(x_RD: Tensor, hidden: int) -> bool:
+    # The CUDA kernel takes bfloat16 rows of whole 16 bytes alone; on the CPU a loop over a few experts is as fast.
+    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and x_RD.shape[1] % 8 == 0 and hidden % 8 == 0
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    # ZeRO makes parameters views of a flat buffer that may begin anywhere; the CUDA kernel wants multiples of 16 bytes.
+    return weight if weight.data_ptr() % 16 == 0 else weight.clone()

@@ -32,6 +32,7 @@ class BlockPlan:
     time_expert_B: int64, the Time-MoE expert of each sample; None without a Time-MoE.
     time_samples: how many samples each time expert serves, on the host.
     time_factor_B: float32, 1 in value; carries the gradient to the time gate.
+    balance_B: float32, the load-balance loss of the text gate per sample; None when it has no weight.
     space_weight_BYK: float32, `1/n_y` at the expert of each text token, 0 elsewhere; carries the gradient to the text gate.
     """
 
@@ -39,6 +40,7 @@ class BlockPlan:
     time_samples: list[int] | None
     time_factor_B: Tensor | None
     space_weight_BYK: Tensor | None
+    balance_B: Tensor | None = None
 
 
 def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tuple[Tensor, Tensor]:
@@ -53,6 +55,17 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
     if gradient == "straight_through":
         return chosen, p / p.detach()
     return chosen, p if gradient == "scaled" else torch.ones_like(p)
+
+
+def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor) -> Tensor:
+    """Load-balance loss of the text gate per sample, float32 [B]: K sum_k f_k P_k (Fedus et al. 2021, Eq. 4).
+
+    f_k is the share of the sample's text tokens routed to expert k, P_k their mean probability; 1 when balanced. Per sample,
+    not over the batch, so that every split of a batch agrees; the time gate, one choice a sample, has none for that reason.
+    """
+    num_experts = logits_BYK.shape[-1]
+    share_BK = nn.functional.one_hot(chosen_BY, num_experts).float().mean(dim=1)
+    return num_experts * (share_BK * torch.softmax(logits_BYK, dim=-1).mean(dim=1)).sum(dim=-1)
 
 
 def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, taking_part_BY: Tensor | None) -> Tensor:

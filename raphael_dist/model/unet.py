@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raphael_dist.config import Config
 from raphael_dist.model.layers import BlockSpec, SpatialTransformer
-from raphael_dist.model.routing import BlockPlan, Gate, choose, space_weights_BYK
+from raphael_dist.model.routing import BlockPlan, Gate, balance_loss_B, choose, space_weights_BYK
 
 
 class GateNoise(NamedTuple):
@@ -33,12 +33,14 @@ class UNetOutput:
 
     prediction: [B, C, h, w]. edge_logits: per block with an edge module, float32 [B, h, w].
     space_used: per block, share of image tokens that need each space expert, [B, K]. time_expert: per block, int64 [B].
+    balance: per block, load-balance loss of the text gate, float32 [B]; empty when it has no weight.
     """
 
     prediction: Tensor
     edge_logits: list[Tensor] = field(default_factory=list)
     space_used: list[Tensor] = field(default_factory=list)
     time_expert: list[Tensor] = field(default_factory=list)
+    balance: list[Tensor] = field(default_factory=list)
 
 
 def count_samples(onehot_LBK: Tensor) -> list[list[int]]:
@@ -161,8 +163,9 @@ class RaphaelUNet(nn.Module):
             noise: gate noise in training; None routes without noise.
         """
         embedding = self.time_embedding(self.time_proj(timestep_B).to(x_BCHW.dtype))
-        plans = iter(self.plan(embedding, text_BYD, text_mask_BY, noise))
-        out = UNetOutput(prediction=x_BCHW)
+        planned = self.plan(embedding, text_BYD, text_mask_BY, noise)
+        plans = iter(planned)
+        out = UNetOutput(prediction=x_BCHW, balance=[p.balance_B for p in planned if p.balance_B is not None])
 
         def run(stage: Stage, index: int, x: Tensor) -> Tensor:
             x = stage.resnets[index](x, embedding)
@@ -202,12 +205,17 @@ class RaphaelUNet(nn.Module):
             time_expert, time_factor = [r[0] for r in routed], [r[1] for r in routed]
             onehot_LBK = nn.functional.one_hot(torch.stack(time_expert), self.config.time_experts)
             time_samples = self.count_samples(onehot_LBK)  # the one wait for the device in a forward pass
-        space_weight = none
+        space_weight, balance = none, none
         if self.config.space_experts:
-            routed = [self._choose(self.text_gates[i](text_BYD), noise.space_BLYK[:, i] if noise else None) for i in blocks]
+            logits = [self.text_gates[i](text_BYD) for i in blocks]
+            routed = [self._choose(logits[i], noise.space_BLYK[:, i] if noise else None) for i in blocks]
             taking_part = text_mask_BY if self.config.mask_padding else None
             space_weight = [space_weights_BYK(r[0], r[1], self.config.space_experts, taking_part) for r in routed]
-        return [BlockPlan(*fields) for fields in zip(time_expert, time_samples, time_factor, space_weight, strict=True)]
+            if self.config.balance_weight > 0:
+                balance = [balance_loss_B(logits[i], routed[i][0]) for i in blocks]
+        return [
+            BlockPlan(*fields) for fields in zip(time_expert, time_samples, time_factor, space_weight, balance, strict=True)
+        ]
 
     def _choose(self, logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         return choose(logits, noise, self.config.gate_gradient)
