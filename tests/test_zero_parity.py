@@ -40,6 +40,7 @@ def one_process(global_batch: int, clip: float, kind: str = "sgd", last_experts_
     adamw = partial(torch.optim.AdamW, weight_decay=0.0, eps=ADAM_EPS)
     torch_optimizer = {"sgd": torch.optim.SGD, "adamw": adamw}[kind]
     optimizer = torch_optimizer(model.parameters(), lr=config.optim.lr)
+    start = {n: p.detach().clone().flatten() for n, p in model.named_parameters()}
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -49,7 +50,8 @@ def one_process(global_batch: int, clip: float, kind: str = "sgd", last_experts_
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
         optimizer.step()
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "weights": {n: p.detach().flatten() for n, p in model.named_parameters()}}
+    weights = {n: p.detach().flatten() for n, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "weights": weights, "start": start}
 
 
 # (ZeRO stage, global batch, clip): 13 in micro-batches of 3 on 2 ranks is 3 micro-steps with 5 empty slots, 7 is 2 with 5.
