@@ -41,7 +41,7 @@ class Reporter:
         shown = "  ".join(f"{k.split('/')[1]} {values[k]:.4g}" for k in keys if k in values)
         left = (time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step)
         if self._bar is not None:
-            self._bar.update(self._task, description=shown)
+            self._bar.update(self._task, description=f"loss {values['train/loss']:.4f}")  # a narrow terminal holds no more
         self.line(
             f"step {step}/{self._total}  {shown}  eta {int(left // 60)}:{int(left % 60):02d}", only_log=self._bar is not None
         )
