@@ -22,6 +22,7 @@ class Reporter:
                 TextColumn("train"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                TextColumn("eta"),
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
             )
