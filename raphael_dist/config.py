@@ -57,7 +57,9 @@ class Model(Section):
     mask_threshold: Fraction = Field(0.2, description="alpha of Sec. 3.1: a token's region, relative to its largest weight")
     balance_weight: NonNegativeFloat = Field(0.0, description="weight of the text gates' load-balance loss; 0 in the paper")
     mask_padding: bool = Field(False, description="leave padding tokens out of the Space-MoE")
-    space_backend: Literal["auto", "grouped", "wide", "literal"] = "auto"
+    space_backend: Literal["auto", "grouped", "wide", "literal", "megablocks"] = Field(
+        "auto", description="how the Space-MoE runs; megablocks: its grouped product for all experts, on a GPU"
+    )
     checkpoint_activations: bool = Field(True, description="recompute transformer blocks in the backward pass")
 
     @model_validator(mode="after")

@@ -222,6 +222,7 @@ def _take_slice(layer: Any, whole: Experts, place: Placement) -> None:
     """Give `layer` this rank's experts of `whole`, marked for DeepSpeed and for `fragments`."""
     layer.num_experts, layer.place = whole.num_experts // place.size, place
     layer.dim, layer.hidden, layer.activation = whole.dim, whole.hidden, whole.activation
+    layer.use_megablocks = whole.use_megablocks
     first = place.index * layer.num_experts
     for name in STACKED:
         stack = getattr(whole, name).detach()

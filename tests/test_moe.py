@@ -4,16 +4,21 @@ Shape legend: B samples, N image tokens, Y text tokens, K experts, D width.
 """
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from raphael_dist.errors import UserError
 from raphael_dist.model import moe
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.routing import balance_loss_B, choose, region_mask_BNY, space_weights_BYK
+from raphael_dist.model.unet import RaphaelUNet
+from tests.synthetic import tiny_config
 
 torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work
 
@@ -262,3 +267,26 @@ def test_the_balance_loss_is_one_when_balanced_and_grows_with_imbalance():
     loss.sum().backward()
     assert skewed.grad is not None
     assert skewed.grad[0, 0, 0] > 0
+
+
+def test_the_megablocks_backend_hands_over_rows_and_weights_as_its_product_takes_them(monkeypatch):
+    def gmm(x, w, sizes, trans_b):  # what MegaBlocks documents: consecutive rows times one [out, in] matrix each, transposed
+        assert trans_b
+        assert sizes.device.type == "cpu"
+        return torch.cat([rows @ w[k].t() for k, rows in enumerate(x.split(sizes.tolist()))])
+
+    util = types.SimpleNamespace(ops=types.SimpleNamespace(gmm=gmm))
+    monkeypatch.setitem(sys.modules, "megablocks", types.SimpleNamespace(grouped_gemm_util=util))
+    experts = Experts(3, 8, 16, "gelu", seed=1)
+    x, counts = torch.randn(7, 8), [4, 0, 3]
+    for centred in (False, True):
+        experts.use_megablocks = False
+        expected = experts.apply_sorted(x, counts, centred)
+        experts.use_megablocks = True
+        torch.testing.assert_close(experts.apply_sorted(x, counts, centred), expected)
+
+
+def test_the_megablocks_backend_without_megablocks_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megablocks", None)
+    with pytest.raises(UserError, match=r"model.space_backend: megablocks needs MegaBlocks"):
+        RaphaelUNet(tiny_config(model={"space_backend": "megablocks"}))

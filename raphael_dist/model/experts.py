@@ -4,12 +4,14 @@ Shape legend: R rows, K experts, D width, F hidden width (2F for the fused GEGLU
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from raphael_dist.errors import UserError
 
 Activation = Literal["gelu", "geglu"]
 
@@ -37,6 +39,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
+        self.use_megablocks = False
         fused = 2 * hidden if activation == "geglu" else hidden
         self.w1 = nn.Parameter(torch.empty(num_experts, fused, dim))
         self.b1 = nn.Parameter(torch.empty(num_experts, fused))
@@ -72,7 +75,7 @@ class Experts(nn.Module):
         every parameter has a gradient on every rank (ZeRO would otherwise add up gradients of different experts).
         """
         # Without a single row grouped_mm fails in its backward.
-        if x_RD.shape[0] and _use_grouped_mm(x_RD, self.hidden):
+        if x_RD.shape[0] and (self.use_megablocks or _use_grouped_mm(x_RD, self.hidden)):
             return self._grouped(x_RD, counts, centred)
         parts = [self._one(k, rows, centred) for k, rows in enumerate(x_RD.split(list(counts)))]
         return torch.cat(parts)
@@ -84,20 +87,40 @@ class Experts(nn.Module):
         return F.linear(hidden_RF, self.w2[k], self.b2[k])
 
     def _grouped(self, x_RD: Tensor, counts: Sequence[int], centred: bool) -> Tensor:
+        product = megablocks_product(counts) if self.use_megablocks else _torch_product(counts, x_RD.device)
         counts_K = torch.tensor(counts, device=x_RD.device)
-        ends_K = counts_K.cumsum(0).to(torch.int32)
         expert_R = torch.repeat_interleave(counts_K, output_size=x_RD.shape[0])
-        w1, w2 = _aligned(self.w1).transpose(1, 2), _aligned(self.w2).transpose(1, 2)
-        hidden_RF = self.act(F.grouped_mm(x_RD, w1, offs=ends_K) + self.b1[expert_R])
+        hidden_RF = self.act(product(x_RD, self.w1) + self.b1[expert_R])
         if centred:
-            return F.grouped_mm(hidden_RF - self.act(self.b1)[expert_R], w2, offs=ends_K)
-        return F.grouped_mm(hidden_RF, w2, offs=ends_K) + self.b2[expert_R]
+            return product(hidden_RF - self.act(self.b1)[expert_R], self.w2)
+        return product(hidden_RF, self.w2) + self.b2[expert_R]
 
     def wide(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D], as two dense products over all experts' hidden units."""
         fused_RKF = F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()).unflatten(1, self.b1.shape)
         hidden_RKF = (self.act(fused_RKF) - self.act(self.b1)) * w_RK.unsqueeze(-1)
         return hidden_RKF.flatten(1) @ self.w2.transpose(1, 2).flatten(0, 1)
+
+
+def _torch_product(counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `(x, w) -> x w_k^T` for rows sorted by expert, w [K, out, in], by torch's grouped product."""
+    ends_K = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    return lambda x, w: F.grouped_mm(x, _aligned(w).transpose(1, 2), offs=ends_K)
+
+
+def megablocks_product(counts: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the same product by MegaBlocks (bfloat16 on a GPU). Raises UserError when it is not installed."""
+    try:
+        from megablocks import grouped_gemm_util
+
+        gmm = grouped_gemm_util.ops.gmm
+    except (ImportError, AttributeError):
+        raise UserError(
+            "model.space_backend: megablocks needs MegaBlocks with its grouped GEMM and a GPU; "
+            'pip install "raphael_dist[megablocks]" grouped_gemm, or use auto'
+        ) from None
+    sizes_K = torch.tensor(counts, dtype=torch.int64)
+    return lambda x, w: gmm(x, w, sizes_K, trans_b=True)
 
 
 def _use_grouped_mm(x_RD: Tensor, hidden: int) -> bool:

@@ -77,6 +77,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         if spec.time_experts:
             self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
+            self.time_moe.use_megablocks = spec.space_backend == "megablocks"
         else:
             self.ff = FeedForward(dim, inner_dim=spec.hidden, activation_fn=spec.time_activation)
         self.space_moe = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raphael_dist.model.experts import Experts
 
-SpaceBackend = Literal["auto", "grouped", "wide", "literal"]
+SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 # Above this share of (token, expert) pairs in use, two dense products beat gathering on the CPU. Measured with
 # tools/bench.py space: 0.68 at width 320, 0.85 at 32 and 64, never at 128.
 WIDE_DENSITY = 0.8
@@ -42,6 +42,7 @@ class SpaceMoE(Experts):
         super().__init__(num_experts, dim, hidden, "gelu", seed)
         self.norm = nn.LayerNorm(dim)
         self.backend = backend
+        self.use_megablocks = backend == "megablocks"
 
     def forward(self, h_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output [B, N, D] and, without gradient, the share of image tokens that need each expert [B, K].

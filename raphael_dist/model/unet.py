@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raphael_dist.config import Config
+from raphael_dist.model.experts import megablocks_product
 from raphael_dist.model.layers import BlockSpec, SpatialTransformer
 from raphael_dist.model.routing import BlockPlan, Gate, balance_loss_B, choose, space_weights_BYK
 
@@ -73,6 +74,8 @@ class RaphaelUNet(nn.Module):
         super().__init__()
         self.config = m = config.model
         self.seed, self.edge_channels = config.run.seed, config.edge.channels if config.edge.weight > 0 else 0
+        if m.space_backend == "megablocks":
+            megablocks_product([])  # is it there?
         self.reentrant_checkpoint = False
         # Expert parallelism needs the counts of other ranks too, and puts its own function here.
         self.count_samples: Callable[[Tensor], list[list[int]]] = count_samples
