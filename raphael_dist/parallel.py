@@ -137,8 +137,6 @@ def all_or_none(work: Callable[[], T]) -> T:
 
 def main_first(ranks: Ranks, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and then on the others, which find its result in a cache."""
-    if ranks.is_main:
-        all_or_none(work)
-        return all_or_none(work)
-    all_or_none(lambda: None)
-    return all_or_none(work)
+    result = all_or_none(lambda: work() if ranks.is_main else None)
+    others = all_or_none(lambda: None if ranks.is_main else work())
+    return cast(T, result if ranks.is_main else others)

@@ -1,6 +1,7 @@
 """The training loop: build(), train_step(), train()."""
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -119,11 +120,11 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         measure.record(run.metrics, batch, losses, run.engine.traffic.take())
     total, stop = parallel.total([float(loss_sum), float(run.signalled)], run.device).tolist()
     run.stop_requested = stop > 0
-    if not torch.isfinite(torch.tensor(total)):
+    if not math.isfinite(total):
         raise NonFiniteError(_name_bad_samples(run, bad_positions))
     run.step += 1
     run.engine.step(learning_rate(run.config, run.step))
-    if not torch.isfinite(torch.tensor(run.engine.grad_norm())):
+    if not math.isfinite(run.engine.grad_norm()):
         raise NonFiniteError(f"step {run.step}: the gradient norm is {run.engine.grad_norm()}; lower optim.lr")
     run.samples_seen += run.config.train.global_batch
     if run.ema is not None:

@@ -85,8 +85,8 @@ class CheckpointStore:
                 f"data.shards: {reader.folder} was trained on other shards, and the order of samples would change; give the "
                 "same shards, another run.dir, or data.allow_change=true"
             )
-        steps_taken = reader.step
-        self._fragments.create_moments(steps_taken)
+        self._fragments.create_moments(reader.step)
+        average = "ema" if "ema" in reader.kinds() else "master"
         with torch.no_grad():
             for i, f in enumerate(self._fragments):
                 f.master.copy_(reader.read("master", f.name, f.start, f.numel))
@@ -95,8 +95,7 @@ class CheckpointStore:
                     if moment is not None:
                         moment.copy_(reader.read(kind, f.name, f.start, f.numel))
                 if self._ema is not None:
-                    kind = "ema" if "ema" in reader.kinds() else "master"
-                    self._ema.values[i].copy_(reader.read(kind, f.name, f.start, f.numel))
+                    self._ema.values[i].copy_(reader.read(average, f.name, f.start, f.numel))
         return reader.step, int(reader.manifest["samples_seen"])
 
     def _write_rank_file(self, folder: Path) -> tuple[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ def open_stream(
             "edge.png (or data.edges is none); add edge maps (tools/make_emoji_dataset.py shows how) or set edge.weight=0"
         )
     cache = all_or_none(lambda: FeatureCache(d.cache_dir, index, dataset, text, image, config.image.buckets, flip))
-    missing = main_first(ranks, cache.missing)
+    missing = all_or_none(cache.missing)  # all ranks look before any builds
     if missing and ranks.is_main:
         _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(index.shards))
     all_or_none(lambda: cache.build(missing[ranks.rank :: ranks.world_size]))
