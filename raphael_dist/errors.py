@@ -1,7 +1,8 @@
 """The one exception that means "the user can fix this"; everything else is a bug or a broken machine."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 # Exit codes are an interface: a launcher may restart a run on other codes, never on these.
 EXIT_USER_ERROR = 2
@@ -26,3 +27,13 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradients became infinite or NaN; all ranks stop, the last checkpoint is untouched."""
+
+
+def exit_code_of(command: Callable[[], object]) -> int:
+    """Run a command line's work; show a user's mistake as one line and return its exit code, else 0."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raphael_dist.errors import EXIT_USER_ERROR, UserError
+from raphael_dist.errors import UserError, exit_code_of
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -26,12 +26,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code_of(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

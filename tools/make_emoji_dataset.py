@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from raphael_dist.data import edges, emoji
-from raphael_dist.errors import EXIT_USER_ERROR, UserError
+from raphael_dist.errors import exit_code_of
 
 # HED was trained on photographs: at 64 pixels its lines are as thick as the objects, enlarged they follow the drawing.
 HED_ZOOM = 3
@@ -62,12 +62,7 @@ def build(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    try:
-        build(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code_of(lambda: build(parse(argv)))
 
 
 if __name__ == "__main__":

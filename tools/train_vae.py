@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from raphael_dist import vae
-from raphael_dist.errors import EXIT_USER_ERROR, UserError
+from raphael_dist.errors import UserError, exit_code_of
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -55,12 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    try:
-        run(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code_of(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":
