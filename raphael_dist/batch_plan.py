@@ -1,22 +1,38 @@
 """Which sample positions each rank takes in each micro-step, so that a step sees exactly the global batch.
 
-Progress is one integer, `samples_seen`: step s takes the positions [s * G, (s + 1) * G). They are dealt in order, a
-micro-batch at a time, over ranks and then micro-steps; slots past G hold no sample. An empty slot repeats some sample
-with weight 0, so that shapes are the same everywhere and no rank leaves a collective.
+Progress is one integer, `samples_seen`: step s takes the positions [s * G, (s + 1) * G). They are cut into chunks and dealt
+in order, over *units* of ranks and then micro-steps. A unit is one rank, or the ranks that exchange samples because they
+share experts; these see one image size at a time, so with several sizes a chunk ends where a run of one size ends. Slots
+that hold no sample repeat one with weight 0: shapes are the same everywhere and no rank leaves a collective.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
+from raphael_dist.config import Config
 from raphael_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The division of `global_batch` samples over `world_size` ranks and `accumulation` micro-steps."""
+    """The division of `global_batch` samples over `world_size` ranks and `accumulation` micro-steps.
+
+    Attributes:
+        unit: consecutive ranks that must see the same image size at a time; divides `world_size`.
+        run: positions [n * run, (n + 1) * run) share an image size; 0: all positions do.
+    """
 
     global_batch: int
     world_size: int
     micro_batch: int
+    unit: int = 1
+    run: int = 0
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> "BatchPlan":
+        """Return the plan of a configuration's training step."""
+        return cls(config.train.global_batch, world_size, config.train.micro_batch, unit_of(config), run_of(config))
 
     def __post_init__(self) -> None:
         if self.global_batch < self.world_size:
@@ -25,10 +41,15 @@ class BatchPlan:
                 f"sample per step; use at most {self.global_batch} ranks or train.global_batch >= {self.world_size}"
             )
 
-    @property
+    @cached_property
     def accumulation(self) -> int:
-        """Micro-steps per optimizer step."""
-        return -(-self.global_batch // (self.world_size * self.micro_batch))
+        """Micro-steps per optimizer step: the same in every step, enough for the one with most chunks."""
+        return -(-self._most_chunks // max(1, self.world_size // self.unit))
+
+    @cached_property
+    def _most_chunks(self) -> int:
+        offsets = range(0, self.run, math.gcd(self.run, self.global_batch)) if self.run else [0]
+        return max(len(_chunks(self.global_batch, self._span, self.run, offset)) for offset in offsets)
 
     @property
     def waste(self) -> float:
@@ -45,14 +66,61 @@ class BatchPlan:
 
     def slots(self, samples_seen: int, rank: int, micro_step: int) -> list[tuple[int, float]]:
         """Return (position, weight) of each slot of one micro-batch; weight 0 marks a slot without a sample."""
-        first = (micro_step * self.world_size + rank) * self.micro_batch
-        indices = range(first, first + self.micro_batch)
-        return [(samples_seen + min(i, self.global_batch - 1), float(i < self.global_batch)) for i in indices]
+        chunks = _chunks(self.global_batch, self._span, self.run, samples_seen % self.run if self.run else 0)
+        number = micro_step * (self.world_size // self.unit) + rank // self.unit
+        first, last = chunks[min(number, len(chunks) - 1)]
+        taken = last if number < len(chunks) else first  # no chunk is left: repeat the last one's, with weight 0
+        indices = range(first + rank % self.unit * self.micro_batch, first + (rank % self.unit + 1) * self.micro_batch)
+        return [(samples_seen + min(i, last - 1), float(i < taken)) for i in indices]
+
+    @property
+    def _span(self) -> int:
+        return self.unit * self.micro_batch
+
+    def advice(self) -> list[str]:
+        """Return what to change when more than 10% of the GPU time is spent on empty slots; [] when it is not."""
+        if self.waste <= 0.1:
+            return []
+        found = []
+        micro, world = self.better_micro_batch(), self.better_world_size()
+        if micro != self.micro_batch:
+            plan = BatchPlan(self.global_batch, self.world_size, micro, self.unit, self.run)
+            found.append(f"train.micro_batch={micro} ({plan.waste:.1%})")
+        if world != self.world_size:
+            plan = BatchPlan(self.global_batch, world, self.micro_batch, self.unit, self.run)
+            found.append(f"{world} ranks ({plan.waste:.1%}), which take as many micro-steps")
+        better = f"; better: {' or '.join(found)}" if found else ""
+        return [f"{self.waste:.1%} of the compute goes to empty slots{better}"]
 
     def better_micro_batch(self) -> int:
         """Return the micro-batch no larger than the given one that wastes least, the largest of equals."""
         plans = [
-            BatchPlan(self.global_batch, self.world_size, m)
+            BatchPlan(self.global_batch, self.world_size, m, self.unit, self.run)
             for m in range(1, min(self.micro_batch, -(-self.global_batch // self.world_size)) + 1)
+            if self.run % (self.unit * m) == 0
         ]
-        return min(plans, key=lambda p: (round(p.waste, 6), -p.micro_batch)).micro_batch
+        return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch)).micro_batch
+
+    def better_world_size(self) -> int:
+        """Return the fewest ranks that need no more micro-steps."""
+        return -(-self._most_chunks // self.accumulation) * self.unit
+
+
+def unit_of(config: Config) -> int:
+    """Return how many consecutive ranks exchange samples with each other, directly or through others."""
+    return math.lcm(config.parallel.space_ep, config.parallel.time_ep)
+
+
+def run_of(config: Config, training: bool = True) -> int:
+    """Return how many consecutive positions share an image size; 0 when all do. Short in validation: it drops less."""
+    if len(config.image.buckets) == 1:
+        return 0
+    return config.data.bucket_run if training else config.train.micro_batch
+
+
+@lru_cache(maxsize=256)
+def _chunks(global_batch: int, span: int, run: int, offset: int) -> list[tuple[int, int]]:
+    """Return [first, last) of each chunk of 0 .. global_batch - 1, when index 0 is `offset` positions into a run."""
+    ends = [*range(run - offset, global_batch, run), global_batch] if run else [global_batch]
+    pieces = zip([0, *ends[:-1]], ends, strict=True)
+    return [(first, min(first + span, end)) for start, end in pieces for first in range(start, end, span)]

@@ -195,13 +195,12 @@ class Config(Section):
                 f"beyond diffusion.num_timesteps = {self.diffusion.num_timesteps}"
             )
         if len(self.image.buckets) > 1:
-            micro = self.train.micro_batch
-            for name, value in (("data.bucket_run", self.data.bucket_run), ("train.global_batch", self.train.global_batch)):
-                if value % micro:
-                    raise ValueError(
-                        f"{name} = {value} must be a multiple of train.micro_batch = {micro} with several image.buckets: "
-                        f"a micro-batch holds one image size; nearest: {-(-value // micro) * micro}"
-                    )
+            micro, run = self.train.micro_batch, self.data.bucket_run
+            if run % micro:
+                raise ValueError(
+                    f"data.bucket_run = {run} must be a multiple of train.micro_batch = {micro} with several image.buckets: "
+                    f"a micro-batch holds one image size; nearest: {-(-run // micro) * micro}"
+                )
         if not self.diffusion.beta_start <= self.diffusion.beta_end < 1:
             raise ValueError(
                 f"diffusion.beta_start = {self.diffusion.beta_start} and beta_end = {self.diffusion.beta_end} must satisfy "

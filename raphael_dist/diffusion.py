@@ -3,6 +3,7 @@
 Shape legend: B samples, C latent channels, h and w latent height and width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,7 +29,8 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int
     """Return the timestep of a sample position, uniform over 0 .. T-1.
 
     Stratified: the positions of one global batch fall into `global_batch` equal strata, dealt by a permutation that
-    depends on (seed, step). Every topology draws the same, and a batch covers the range evenly.
+    depends on (seed, step). Every topology draws the same, and a batch covers the range evenly; so does every run of
+    consecutive positions within it, which is what the ranks that share experts get (`batch_plan`).
     """
     uniform = generator(seed, Purpose.TIMESTEP, position).random()
     if config.stratified:
@@ -39,7 +41,22 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int
 
 @lru_cache(maxsize=4)
 def _strata(seed: int, step: int, global_batch: int) -> np.ndarray:
-    return generator(seed, Purpose.STRATA, step).permutation(global_batch)
+    """Return the stratum of each index of a batch: of any 2^k consecutive ones, each 2^-k of the range has one.
+
+    A van der Corput sequence, scrambled at random (Owen 1995) and turned by a random offset, which makes each index uniform.
+    """
+    draw = generator(seed, Purpose.STRATA, step)
+    strata = np.empty(global_batch, np.int64)
+    strata[_scramble(np.arange(global_batch), iter(draw.integers(2, size=global_batch)))] = np.arange(global_batch)
+    return (strata + draw.integers(global_batch)) % global_batch
+
+
+def _scramble(indices: np.ndarray, coins: Iterator[int]) -> np.ndarray:
+    """Return indices by stratum: every other one in one half of the strata, at random which, and so on within the halves."""
+    if len(indices) < 2:
+        return indices
+    halves = [_scramble(indices[first::2], coins) for first in (0, 1)]
+    return np.concatenate(halves[:: 1 if next(coins) else -1])
 
 
 @dataclass(frozen=True)

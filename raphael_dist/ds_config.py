@@ -5,6 +5,7 @@ and schedule belong to our configuration: the same key in the JSON with another 
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def check_expert_parallel(config: Config, tree: dict[str, Any], world_size: int)
     for wrong, why in _forbidden_with_experts(config, tree):
         if wrong:
             raise UserError(f"{spread}: {why}; or set parallel.space_ep=1 parallel.time_ep=1")
-    _check_one_size_per_group(config, max(sizes.values()))
+    _check_one_size_per_unit(config)
 
 
 def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[bool, str]]:
@@ -132,23 +133,28 @@ def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[
             "DeepSpeed reduces experts' gradients only with reduce_scatter and contiguous_gradients; set both to true",
         ),
         (
+            zero.get("overlap_comm") is True,
+            "overlap_comm reduces gradients while experts' rows are in flight, in an order that may differ between ranks and "
+            "hang NCCL; set it to false",
+        ),
+        (
             config.parallel.space_ep > 1 and config.model.space_backend == "literal",
             "model.space_backend = 'literal' runs on whole samples; use auto, grouped or wide",
         ),
     ]
 
 
-def _check_one_size_per_group(config: Config, ep: int) -> None:
+def _check_one_size_per_unit(config: Config) -> None:
     """Ranks that share experts exchange samples, so a micro-step of theirs must stay within one bucket."""
-    span = ep * config.train.micro_batch
-    for field, value in (("data.bucket_run", config.data.bucket_run), ("train.global_batch", config.train.global_batch)):
-        if len(config.image.buckets) > 1 and value % span:
-            down, up = value // span * span, -(-value // span) * span
-            raise UserError(
-                f"{field} = {value} must be a multiple of {span} ({ep} ranks that share experts x train.micro_batch "
-                f"{config.train.micro_batch}) with several image.buckets, so that these ranks see one image size at a time; "
-                f"nearest: {', '.join(str(n) for n in (down, up) if n)}"
-            )
+    unit, run = math.lcm(config.parallel.space_ep, config.parallel.time_ep), config.data.bucket_run
+    span = unit * config.train.micro_batch
+    if len(config.image.buckets) > 1 and run % span:
+        nearest = [str(n) for n in (run // span * span, -(-run // span) * span) if n]
+        raise UserError(
+            f"data.bucket_run = {run} must be a multiple of {span} ({unit} ranks that share experts x train.micro_batch "
+            f"{config.train.micro_batch}) with several image.buckets, so that these ranks see one image size at a time; "
+            f"nearest: {', '.join(nearest)}"
+        )
 
 
 def _set_owned(merged: dict[str, Any], dotted: str, value: Any, owner: str) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from raphael_dist import parallel
-from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.batch_plan import BatchPlan, run_of, unit_of
 from raphael_dist.conditioning import ImageEncoder, TextEncoder
 from raphael_dist.config import Config
 from raphael_dist.data.batches import BatchBuilder
@@ -35,7 +35,8 @@ class Validator:
         pairs = stream.order.samples_per_epoch
         # Whole rounds over the pairs; at least one sample per rank, since a collective in the model must find every rank.
         count = pairs * -(-max(MIN_DRAWS, ranks.world_size) // pairs)
-        self._plan = BatchPlan(count, ranks.world_size, config.train.micro_batch)
+        micro, unit, run = config.train.micro_batch, unit_of(config), run_of(config, training=False)
+        self._plan = BatchPlan(count, ranks.world_size, micro, unit, run)
         self._builder = BatchBuilder(config, stream, engine.module.num_blocks, global_batch=count, gate_noise=False)
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world_size = _launched_ranks() if args.world_size is None else args.world_size
         if world_size < 1:
             raise UserError(f"--world-size: given {world_size}, must be 1 or more")
-        plan = BatchPlan(config.train.global_batch, world_size, config.train.micro_batch)
+        plan = BatchPlan.of(config, world_size)
         merged = ds_config.merge(config, tree, plan.accumulation, world_size)
         if args.dry_run:
             print(describe(config, plan, merged))
@@ -77,18 +77,11 @@ def describe(config: Config, plan: BatchPlan, merged: dict) -> str:
         "",
         f"# {plan.world_size} ranks x {plan.micro_batch} images x {plan.accumulation} micro-steps for exactly "
         f"{plan.global_batch} images per step; {plan.waste:.1%} of the slots are empty",
-        *_advice(plan),
+        *(f"# warning: {line}" for line in plan.advice()),
         *_placement(config, plan.world_size),
         "# DeepSpeed: " + json.dumps(merged),
     ]
     return "\n".join(lines)
-
-
-def _advice(plan: BatchPlan) -> list[str]:
-    if plan.waste <= 0.1:
-        return []
-    better = plan.better_micro_batch()
-    return [f"# warning: more than 10% of the compute is wasted; train.micro_batch={better} wastes least"]
 
 
 def _placement(config: Config, world_size: int) -> list[str]:

@@ -67,7 +67,7 @@ def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, devi
 
     Raises UserError on all ranks for what the user can fix, before anything is trained.
     """
-    plan = BatchPlan(config.train.global_batch, ranks.world_size, config.train.micro_batch)
+    plan = BatchPlan.of(config, ranks.world_size)
     lock = parallel.all_or_none(lambda: rundir.claim(config) if ranks.is_main else None)
     parallel.all_or_none(lambda: rundir.start_logging(config, ranks.rank))
     dtype = getattr(torch, config.train.dtype)

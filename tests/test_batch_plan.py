@@ -1,9 +1,15 @@
 """The global batch is exactly what was asked for, on any number of ranks."""
 
+import math
+import subprocess
+import sys
+
 import pytest
 
 from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.errors import UserError
+from tests.launch import ROOT
+from tests.synthetic import tiny_config
 
 WORLDS = [1, 7, 8, 48, 64, 96, 128, 256, 512, 1000]
 SHAPES = [(2000, w, m) for w in WORLDS for m in (1, 2, 3, 8)]
@@ -67,3 +73,85 @@ def test_the_better_micro_batch_wastes_least_and_is_the_largest_of_those(global_
     plan = BatchPlan(global_batch, world_size, micro_batch)
     assert plan.better_micro_batch() == better
     assert BatchPlan(global_batch, world_size, better).waste <= plan.waste
+
+
+# ---- ranks that share experts, several image sizes -------------------------------------------------------------------
+
+EPS = [(1, 1), (2, 2), (2, 4), (3, 2), (6, 4)]
+SIZES = [
+    (2000, world, micro, math.lcm(*ep), run)
+    for world in (1, 7, 8, 48, 64, 96, 128, 256, 512, 1000, 1024)
+    for ep in EPS
+    for micro in (1, 2)
+    for run in (0, 24, 48)
+    if world % ep[0] == 0 and world % ep[1] == 0 and run % (math.lcm(*ep) * micro) == 0
+]
+SIZES += [(50, 4, 3, 2, 6), (13, 6, 2, 6, 12), (13, 6, 1, 2, 4), (7, 2, 3, 1, 3), (30, 4, 2, 4, 40)]
+
+
+@pytest.mark.parametrize(("global_batch", "world_size", "micro_batch", "unit", "run"), SIZES)
+def test_units_see_one_image_size_at_a_time_and_each_sample_is_seen_once(global_batch, world_size, micro_batch, unit, run):
+    plan = BatchPlan(global_batch, world_size, micro_batch, unit, run)
+    for seen in [step * global_batch for step in (0, 1, 2, 5)]:
+        found = []
+        for micro_step in range(plan.accumulation):
+            by_rank = [plan.slots(seen, rank, micro_step) for rank in range(world_size)]
+            assert all(len(slots) == micro_batch for slots in by_rank)
+            found += [position for slots in by_rank for position, weight in slots if weight]
+            for first in range(0, world_size, unit):
+                together = [position for slots in by_rank[first : first + unit] for position, _ in slots]
+                assert not run or len({position // run for position in together}) == 1
+                assert all(seen <= position < seen + global_batch for position in together)
+                assert max(together) - min(together) < unit * micro_batch
+        assert found == list(range(seen, seen + global_batch))
+
+
+@pytest.mark.parametrize(("global_batch", "world_size", "micro_batch", "unit", "run"), SIZES)
+def test_the_waste_is_bounded(global_batch, world_size, micro_batch, unit, run):
+    """At most one micro-step's slots, and with several image sizes one chunk at each end of the batch and of its runs."""
+    plan = BatchPlan(global_batch, world_size, micro_batch, unit, run)
+    slots, span = plan.accumulation * world_size * micro_batch, unit * micro_batch
+    chunks = math.ceil(global_batch / span) + (2 if run else 0)
+    assert global_batch <= slots <= math.ceil(chunks / (world_size // unit)) * world_size * micro_batch
+
+
+def test_a_batch_over_two_image_sizes_on_four_ranks_by_hand():
+    """Runs of 8 positions, two units of two ranks with 2 samples each; step 1 begins at 10, within the run 8..15."""
+    plan = BatchPlan(global_batch=10, world_size=4, micro_batch=2, unit=2, run=8)
+    assert plan.accumulation == 2
+    # step 0: 0-3, 4-7, 8-9; step 1: 10-13, 14-15, 16-19
+    first = [[p for p, w in plan.slots(0, rank, micro) if w] for micro in range(2) for rank in range(4)]
+    assert first == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [], [], []]
+    second = [[p for p, w in plan.slots(10, rank, micro) if w] for micro in range(2) for rank in range(4)]
+    assert second == [[10, 11], [12, 13], [14, 15], [], [16, 17], [18, 19], [], []]
+    assert plan.slots(0, 2, 1) == [(8, 0.0), (9, 0.0)]  # no chunk is left: of the last chunk, without weight
+
+
+def test_the_plan_of_a_configuration_knows_who_must_see_the_same_size():
+    config = tiny_config(
+        parallel={"space_ep": 3, "time_ep": 2}, image={"buckets": [[8, 8], [8, 16]]}, data={"bucket_run": 36}
+    )
+    plan = BatchPlan.of(config, 6)
+    assert (plan.unit, plan.run, plan.global_batch, plan.micro_batch) == (6, 36, 12, 3)
+    assert BatchPlan.of(tiny_config(data={"bucket_run": 36}), 6).run == 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "wanted"),
+    [
+        (BatchPlan(2000, 600, 2), "better: 500 ranks (0.0%), which take as many micro-steps"),
+        (BatchPlan(2000, 1000, 8), "better: train.micro_batch=2 (0.0%) or 250 ranks (0.0%)"),
+        (BatchPlan(2000, 1200, 1, 12, 24), "better: 1008 ranks (0.8%)"),
+    ],
+)
+def test_a_plan_that_wastes_a_tenth_says_so_and_names_better_numbers(plan, wanted):
+    advice = plan.advice()
+    assert plan.waste > 0.1
+    assert f"{plan.waste:.1%}" in advice[0]
+    assert wanted in advice[0], advice
+    assert BatchPlan(2000, 1000, 2).advice() == []
+
+
+def test_the_table_in_the_docs_is_what_the_plan_gives():
+    done = subprocess.run([sys.executable, "tools/batch_plan.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ROOT / "docs" / "batch_plan.md").read_text().endswith(done.stdout)

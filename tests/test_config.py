@@ -150,7 +150,7 @@ def test_reading_a_configuration_imports_nothing_heavy(module):
 def test_every_deepspeed_json_merges_with_every_preset(path, preset):
     config, tree = load_config(preset), ds_config.read_deepspeed_json(str(path))
     kept = json.dumps(tree)
-    plan = BatchPlan(config.train.global_batch, 8, config.train.micro_batch)
+    plan = BatchPlan.of(config, 8)
     if config.train.dtype == "bfloat16" and ds_config.zero_stage(tree) == 0:
         with pytest.raises(UserError, match="bfloat16 needs fp32 master weights"):
             ds_config.merge(config, tree, plan.accumulation, 8)
@@ -236,16 +236,12 @@ TWO_SIZES = {"image": {"buckets": [[64, 64], [64, 32]]}, "train": {"micro_batch"
             ["data.bucket_run = 4", "multiple of 8", "nearest: 8"],
         ),
         (
-            {
-                **SPREAD,
-                "image": TWO_SIZES["image"],
-                "train": {"micro_batch": 4, "global_batch": 20},
-                "data": {"bucket_run": 8},
-            },
+            {**TWO_SIZES, "parallel": {"space_ep": 3, "time_ep": 2}, "data": {"bucket_run": 12}},
             {"stage": 1},
-            2,
-            ["train.global_batch = 20", "nearest: 16, 24"],
+            6,
+            ["data.bucket_run = 12", "multiple of 24 (6 ranks", "nearest: 24"],
         ),
+        (SPREAD, {"stage": 2, "overlap_comm": True}, 2, ["overlap_comm", "set it to false"]),
     ],
 )
 def test_experts_that_cannot_be_spread_are_refused_with_the_numbers_and_a_way_out(sections, zero, world_size, wanted):
@@ -261,6 +257,7 @@ def test_experts_that_cannot_be_spread_are_refused_with_the_numbers_and_a_way_ou
         ({"parallel": {"space_ep": 3, "time_ep": 2}}, 6),
         ({"parallel": {"space_ep": 6, "time_ep": 4}}, 12),
         ({**SPREAD, **TWO_SIZES, "data": {"bucket_run": 8}}, 4),
+        ({**SPREAD, **TWO_SIZES, "train": {"micro_batch": 4, "global_batch": 21}, "data": {"bucket_run": 8}}, 4),
     ],
 )
 @pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, "offload_optimizer": {"device": "none"}}])

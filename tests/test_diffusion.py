@@ -70,6 +70,27 @@ def test_a_global_batch_takes_one_timestep_from_each_stratum(global_batch, step)
         assert timesteps != sorted(timesteps)
 
 
+@pytest.mark.parametrize("global_batch", [32, 2000])
+@pytest.mark.parametrize("run", [2, 4, 8, 16])
+def test_any_run_of_positions_covers_the_timesteps_evenly(global_batch, run):
+    """The ranks that share time experts take such a run: each of `run` equal ranges of timesteps gets its one."""
+    for step in range(3):
+        timesteps = [draw_timestep(Diffusion(), 5, step * global_batch + i, global_batch) for i in range(global_batch)]
+        for first in range(0, global_batch - run + 1, 3):
+            gaps = np.diff(sorted(timesteps[first : first + run]))
+            # one in each 1/run of a range that was turned: neighbours are less than two ranges apart
+            assert gaps.max() < 2 * 1000 / run + 2 * 1000 / global_batch + 2
+
+
+def test_time_experts_of_a_group_are_loaded_evenly():
+    """8 samples a group and 4 experts with a quarter of the range each: one to three samples each, where chance gives 0 to 8."""
+    for step in range(5):
+        timesteps = [draw_timestep(Diffusion(), 1, step * 2000 + i, 2000) for i in range(2000)]
+        loads = np.stack([np.bincount(np.array(timesteps[g : g + 8]) // 250, minlength=4) for g in range(0, 2000, 8)])
+        assert loads.min() >= 1
+        assert loads.max() <= 3
+
+
 def test_steps_deal_their_strata_differently():
     deals = {tuple(draw_timestep(Diffusion(), 0, s * 8 + i, 8) // 125 for i in range(8)) for s in range(20)}
     assert len(deals) > 15

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+from raphael_dist.batch_plan import run_of
 from raphael_dist.conditioning import ImageEncoder, TextEncoder
 from raphael_dist.config import Config
 from raphael_dist.data.cache import FeatureCache
@@ -53,7 +54,7 @@ def open_stream(
         _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(index.shards))
     all_or_none(lambda: cache.build(missing[ranks.rank :: ranks.world_size]))
     # A micro-batch holds one image size, so the pairs of a bucket come in runs.
-    run = d.bucket_run if training else (config.train.micro_batch if len(config.image.buckets) > 1 else 1)
+    run = run_of(config, training) or 1
     order = all_or_none(
         lambda: SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run)
     )

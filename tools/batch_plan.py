@@ -1,0 +1,46 @@
+"""Prints how a global batch divides over many cluster sizes: `python tools/batch_plan.py --config raphael-3b`."""
+
+import argparse
+import sys
+
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.config import Config, load_config
+from raphael_dist.errors import exit_code_of
+
+WORLDS = (1, 7, 8, 48, 64, 96, 128, 256, 512, 1000, 1024)
+EPS = ((1, 1), (2, 2), (2, 4), (3, 2), (6, 4))
+
+
+def table(config_name: str, overrides: list[str]) -> list[str]:
+    """Return the lines of a Markdown table: micro-steps and empty slots by number of ranks and (space_ep, time_ep)."""
+    header = "| ranks | " + " | ".join(f"ep {space},{time}" for space, time in EPS) + " |"
+    lines = [header, "|---" * (len(EPS) + 1) + "|"]
+    for world in WORLDS:
+        cells = []
+        for space, time in EPS:
+            sizes = [f"parallel.space_ep={space}", f"parallel.time_ep={time}"]
+            cells.append(_cell(load_config(config_name, [*overrides, *sizes]), world))
+        lines.append(f"| {world} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(config: Config, world: int) -> str:
+    if world % config.parallel.space_ep or world % config.parallel.time_ep:
+        return "-"
+    plan = BatchPlan.of(config, world)
+    if plan.run % (plan.unit * plan.micro_batch):
+        return "refused"
+    return f"{plan.accumulation} ({plan.waste:.1%})"
+
+
+def main() -> int:
+    """Read the command line; print the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="raphael-3b", help="preset or YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args()
+    return exit_code_of(lambda: print("\n".join(table(args.config, args.overrides))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
