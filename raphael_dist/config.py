@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -23,6 +23,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
+Placement = Literal["auto", "move", "keep"]
 
 
 class Section(BaseModel):
@@ -142,6 +143,7 @@ class Train(Section):
     micro_batch: Positive = Field(8, description="images per rank per forward pass")
     dtype: Literal["float32", "bfloat16"] = "float32"
     caption_drop: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
+    check_gradients: bool = Field(False, description="debug: stop when a parameter got no gradient on some rank")
     log_every: Positive = 10
     val_every: NonNegative = Field(0, description="0: only at the end")
     sample_every: NonNegative = Field(0, description="0: only at the end")
@@ -162,6 +164,15 @@ class Parallel(Section):
     space_ep: Positive = Field(1, description="ranks that share one set of space experts")
     time_ep: Positive = Field(1, description="ranks that share one set of time experts")
     dispatch: Dispatch = Field("auto", description="tokens go only where needed, everywhere, or as density says")
+    placement: tuple[Placement, ...] = Field(
+        ("auto",),
+        description="move rows to spread experts, keep all on every rank, or what sends less; one, or one per level",
+    )
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _one_for_all_levels(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class Sample(Section):
@@ -201,6 +212,12 @@ class Config(Section):
                     f"data.bucket_run = {run} must be a multiple of train.micro_batch = {micro} with several image.buckets: "
                     f"a micro-batch holds one image size; nearest: {-(-run // micro) * micro}"
                 )
+        placement, levels = self.parallel.placement, len(self.model.channels)
+        if len(placement) not in (1, levels):
+            raise ValueError(
+                f"parallel.placement has {len(placement)} entries but model.channels has {levels}; "
+                "give one word (auto, move, keep), or one per level"
+            )
         if not self.diffusion.beta_start <= self.diffusion.beta_end < 1:
             raise ValueError(
                 f"diffusion.beta_start = {self.diffusion.beta_start} and beta_end = {self.diffusion.beta_end} must satisfy "

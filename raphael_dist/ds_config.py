@@ -134,8 +134,8 @@ def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[
         ),
         (
             zero.get("overlap_comm") is True,
-            "overlap_comm reduces gradients while experts' rows are in flight, in an order that may differ between ranks and "
-            "hang NCCL; set it to false",
+            "overlap_comm reduces gradients while experts' rows are in flight, in an order that ranks may not "
+            "share, and may hang; set it to false",
         ),
         (
             config.parallel.space_ep > 1 and config.model.space_backend == "literal",

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from raphael_dist import ds_config, expert_parallel
+from raphael_dist import ds_config, expert_groups, expert_parallel, parallel
 from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.load import load_diffusers_unet
 from raphael_dist.config import Config, Optim
@@ -35,11 +35,12 @@ class Engine:
             load_diffusers_unet(model, config.run.init_from)
         # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
         model.reentrant_checkpoint = self.stage == 3
-        self.traffic = expert_parallel.apply(model, config)
+        self.traffic = expert_parallel.apply(model, config, plan)
         self._engine = _initialise(model, config.optim, self.ds_config, device)
         self.module: RaphaelUNet = self._engine.module
         self.fragments = Fragments(self.module, self._engine.optimizer)
         self._grad_norm: float | None = None
+        self._touched: set[str] | None = self._watch_gradients() if config.train.check_gradients else None
 
     def __call__(self, *args: Any) -> Any:
         """Run the model's forward pass through DeepSpeed."""
@@ -48,8 +49,24 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro-step; the last of a step also reduces them over ranks."""
         self._engine.backward(loss)
+        if self._touched is not None:
+            parallel.all_or_none(self._check_gradients)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
+
+    def _watch_gradients(self) -> set[str]:
+        touched: set[str] = set()
+        for name, p in self.module.named_parameters():
+            p.register_hook(lambda _, name=name: touched.add(name))
+        return touched
+
+    def _check_gradients(self) -> None:
+        """ZeRO-1 and 2 reduce what each rank has: a gradient that is missing on one is added to another parameter's."""
+        assert self._touched is not None
+        missing = [name for name, _ in self.module.named_parameters() if name not in self._touched]
+        self._touched.clear()
+        if missing:
+            raise RuntimeError(f"{len(missing)} parameters got no gradient on this rank, the first {missing[0]}")
 
     def step(self, lr: float) -> None:
         """Clip and apply the accumulated gradients with learning rate `lr`; call after the last `backward` of a step."""
@@ -95,7 +112,7 @@ def _initialise(model: nn.Module, optim: Optim, tree: dict[str, Any], device: to
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     offload = "offload_optimizer" in tree.get("zero_optimization", {})
-    optimizer = _optimizer(expert_parallel.parameter_groups(model), optim, torch.device("cpu") if offload else device)
+    optimizer = _optimizer(expert_groups.parameter_groups(model), optim, torch.device("cpu") if offload else device)
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
     except ValidationError as error:

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
 
-from raphael_dist import ds_config
+from raphael_dist import ds_config, placement
 from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.config import Config, load_config, preset_names, to_yaml
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_USER_ERROR, NonFiniteError, UserError
@@ -78,13 +78,14 @@ def describe(config: Config, plan: BatchPlan, merged: dict) -> str:
         f"# {plan.world_size} ranks x {plan.micro_batch} images x {plan.accumulation} micro-steps for exactly "
         f"{plan.global_batch} images per step; {plan.waste:.1%} of the slots are empty",
         *(f"# warning: {line}" for line in plan.advice()),
-        *_placement(config, plan.world_size),
+        *_spread(config, plan.world_size),
+        *(f"# {line}" for line in placement.describe(placement.place(config, plan))),
         "# DeepSpeed: " + json.dumps(merged),
     ]
     return "\n".join(lines)
 
 
-def _placement(config: Config, world_size: int) -> list[str]:
+def _spread(config: Config, world_size: int) -> list[str]:
     lines = []
     for kind in ("space", "time"):
         experts, ep = getattr(config.model, f"{kind}_experts"), getattr(config.parallel, f"{kind}_ep")

@@ -58,15 +58,25 @@ def run_ranks(command: list[str], world_size: int, timeout: float = 240, exit_co
 
 def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
     """Run tests/workers/train_steps.py; return its losses, norms and the whole parameters put together."""
+    return train_many(folder, world_size, [spec])[0]
+
+
+def train_many(folder: Path, world_size: int, specs: list[dict[str, Any]], timeout: float = 240) -> list[dict[str, Any]]:
+    """As `train_steps` for several runs, one after the other in the same processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spec.json").write_text(json.dumps(spec))
+    (folder / "spec.json").write_text(json.dumps(specs))
     out = str(folder / "out.pt")
-    run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size)
+    run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size, timeout)
+    return [_read_steps(f"{out}.{i}", world_size) for i in range(len(specs))]
+
+
+def _read_steps(out: str, world_size: int) -> dict[str, Any]:
     parts = [torch.load(f"{out}.{rank}") for rank in range(world_size)]
     return {
         "losses": parts[0]["losses"],
         "norms": parts[0]["norms"],
         "sent": [part["sent"] for part in parts],
+        "spread": parts[0]["spread"],
         **put_together([part["fragments"] for part in parts]),
         "resumed": put_together([part["resumed"] for part in parts]),
     }

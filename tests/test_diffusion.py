@@ -83,7 +83,7 @@ def test_any_run_of_positions_covers_the_timesteps_evenly(global_batch, run):
 
 
 def test_time_experts_of_a_group_are_loaded_evenly():
-    """8 samples a group and 4 experts with a quarter of the range each: one to three samples each, where chance gives 0 to 8."""
+    """8 samples a group and 4 experts with a quarter of the range each: one to three samples each, not 0 to 8."""
     for step in range(5):
         timesteps = [draw_timestep(Diffusion(), 1, step * 2000 + i, 2000) for i in range(2000)]
         loads = np.stack([np.bincount(np.array(timesteps[g : g + 8]) // 250, minlength=4) for g in range(0, 2000, 8)])

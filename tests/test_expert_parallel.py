@@ -1,13 +1,17 @@
 """Experts spread over ranks compute what one process computes: outputs, gradients, clip norms, steps, checkpoints."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
+from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.reader import open_newest
 from raphael_dist.model.unet import RaphaelUNet
-from tests.launch import run_ranks, train_steps
+from raphael_dist.placement import place
+from tests.launch import run_ranks, train_many, train_steps
 from tests.synthetic import tiny_config
-from tests.test_zero_parity import ADAM_EPS, STEPS, one_process, same_steps
+from tests.test_zero_parity import ADAM_EPS, EQUAL_SIZES, STEPS, one_process, same_steps
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -15,61 +19,134 @@ def test_layers_equal_the_plain_layers_on_all_data_in_every_dispatch(world_size)
     run_ranks(["tests/workers/expert_layers.py"], world_size)
 
 
-# (ranks, space_ep, time_ep, ZeRO stage, global batch, optimizer, last_experts_until): 13 in micro-batches of 3 on 2 ranks is
-# 3 micro-steps with 5 empty slots. Each case has clipping, gate noise, recomputation and other hash seeds on every rank.
-CASES = [
-    (2, 2, 1, 1, 13, "sgd", None),
-    (2, 1, 2, 2, 13, "sgd", None),
-    (2, 2, 2, 2, 12, "sgd", 3),  # the last experts are used on rank 0 in step 1 and nowhere after
-    (2, 2, 2, 1, 12, "sgd", 0),  # the last experts are never used
-]
+# (ranks, space_ep, time_ep, global batch, last_experts_until): 13 in micro-batches of 3 on 2 ranks is 3 micro-steps with 5
+# empty slots; on 4 ranks all but rank 0 have none in the last micro-step. With last_experts_until 3 the last experts are
+# used on rank 0 in step 1 and nowhere after, with 0 never.
+CASES = [(2, 2, 1, 13, None), (2, 2, 2, 12, 3)]
 SLOW = [
-    (2, 2, 2, 1, 13, "adamw", None),
-    (2, 2, 2, 2, 7, "adamw", None),
-    (3, 3, 1, 1, 13, "sgd", None),
-    (3, 3, 1, 2, 12, "sgd", 3),
-    (4, 2, 2, 1, 13, "sgd", None),
-    (4, 2, 4, 2, 13, "sgd", 3),
-    (6, 3, 2, 1, 20, "sgd", None),
-    (6, 3, 2, 2, 20, "sgd", 3),
-    (6, 3, 2, 2, 20, "adamw", None),
-    (12, 6, 4, 2, 25, "sgd", None),
+    (2, 1, 2, 7, 0),
+    (3, 3, 1, 13, 3),
+    (4, 2, 2, 13, 0),
+    (4, 2, 4, 13, 3),
+    (6, 3, 2, 20, None),
+    (12, 6, 4, 25, 3),
 ]
 
 
 @pytest.mark.parametrize(
-    ("world_size", "space_ep", "time_ep", "stage", "global_batch", "kind", "last_experts_until"),
+    ("world_size", "space_ep", "time_ep", "global_batch", "last_experts_until"),
     [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)],
 )
 def test_spread_experts_take_the_steps_of_one_process(
-    world_size, space_ep, time_ep, stage, global_batch, kind, last_experts_until, tmp_path
+    world_size, space_ep, time_ep, global_batch, last_experts_until, tmp_path
 ):
-    clip = 0.5
-    expected = one_process(global_batch, clip, kind, last_experts_until)
-    assert min(expected["norms"]) > clip, "clipping must be at work"
-    sections = {
-        "train": {"global_batch": global_batch},
-        "optim": {"kind": kind, "clip": clip, "eps": ADAM_EPS},
-        "parallel": {"space_ep": space_ep, "time_ep": time_ep},
-    }
-    # ZeRO-2 with small buckets reduces gradients between the exchanges of the backward pass; some parameters exceed one.
-    tree = {"zero_optimization": {"stage": stage, **({"reduce_bucket_size": 3000} if stage == 2 else {})}}
-    found = train_steps(
-        tmp_path, world_size, sections=sections, deepspeed=tree, steps=STEPS, last_experts_until=last_experts_until
-    )
-    same_steps(found, expected)
+    """ZeRO-1 and 2, SGD and AdamW, each with clipping, gate noise, recomputation and other hash seeds on every rank."""
+    parallel = {"space_ep": space_ep, "time_ep": time_ep, "placement": ["move"]}
+    runs = [
+        Spread(stage, kind, equal) for stage in (1, 2) for kind, equal in (("sgd", False), ("adamw", True), ("grad", False))
+    ]
+    specs = [run.spec(global_batch, parallel, last_experts_until) for run in runs]
+    for run, found in zip(runs, train_many(tmp_path, world_size, specs), strict=True):
+        expected = run.expected(global_batch, last_experts_until)
+        assert min(expected["norms"]) > CLIP, "clipping must be at work"
+        assert all(sent > 0 for sent in found["sent"])
+        if run.kind == "grad":
+            same_gradients(found, expected)
+            continue
+        same_steps(found, expected)
+        for name, weight in expected["weights"].items():
+            # Relative to the way gone: small gradients of the wrong scale do not show beside the weights.
+            moved = (weight - expected["start"][name]).abs().max()
+            rounding = 3e-7 * weight.abs().max()
+            assert (found["weights"][name] - weight).abs().max() <= 1e-3 * moved + rounding, name
+
+
+CLIP = 0.5
+HUGE = 1e4  # a learning rate by which one step of SGD leaves little but the gradient in the weights
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One run of the grid; "grad" is one step of SGD whose weights show the reduced, clipped gradient itself."""
+
+    stage: int
+    kind: str
+    equal_sizes: bool
+
+    def spec(self, global_batch: int, parallel: dict, last_experts_until: int | None) -> dict:
+        # ZeRO-2 with small buckets reduces gradients between the exchanges of the backward pass; some parameters exceed one.
+        zero = {"stage": self.stage, **({"reduce_bucket_size": 3000} if self.stage == 2 else {})}
+        optim = {"kind": "adamw" if self.kind == "adamw" else "sgd", "clip": CLIP, "eps": ADAM_EPS}
+        if self.kind == "grad":
+            optim["lr"] = HUGE
+        sections = {
+            "train": {"global_batch": global_batch, "check_gradients": self.stage == 1},
+            "optim": optim,
+            "parallel": parallel,
+            "model": EQUAL_SIZES if self.equal_sizes else {},
+        }
+        steps = 1 if self.kind == "grad" else STEPS
+        return {
+            "sections": sections,
+            "deepspeed": {"zero_optimization": zero},
+            "steps": steps,
+            "last_experts_until": last_experts_until,
+        }
+
+    def expected(self, global_batch: int, last_experts_until: int | None) -> dict:
+        if self.kind == "grad":
+            return one_process(global_batch, CLIP, "sgd", last_experts_until, HUGE, 1)
+        return one_process(global_batch, CLIP, self.kind, last_experts_until, equal_sizes=self.equal_sizes)
+
+
+def same_gradients(found: dict, expected: dict) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
     for name, weight in expected["weights"].items():
-        # Relative to the way gone: small gradients of the wrong scale do not show beside the weights.
-        moved = (weight - expected["start"][name]).abs().max()
-        rounding = 3e-7 * weight.abs().max()
-        assert (found["weights"][name] - weight).abs().max() <= 1e-3 * moved + rounding, name
-    assert all(sent > 0 for sent in found["sent"])
+        wanted = expected["start"][name] - weight  # HUGE times the clipped gradient
+        difference = (expected["start"][name] - found["weights"][name] - wanted).abs().max()
+        assert difference <= 1e-5 * wanted.abs().max() + 1e-6 * HUGE * CLIP, name
+
+
+def test_levels_that_keep_their_experts_and_levels_that_move_rows_train_together(tmp_path):
+    found = train_steps(
+        tmp_path,
+        2,
+        sections={
+            "train": {"global_batch": 12},
+            "optim": {"kind": "sgd", "clip": CLIP},
+            "parallel": {"space_ep": 2, "time_ep": 2, "placement": ["keep", "move"]},
+        },
+        deepspeed={"zero_optimization": {"stage": 2}},
+        steps=STEPS,
+    )
+    same_steps(found, one_process(12, CLIP))
+    assert found["spread"] == ["mid_block.attentions.0.transformer_blocks.0.space_moe.w1"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_bytes_of_space_experts_that_move_are_those_that_placement_reckons_with(recompute, tmp_path):
+    sections = {
+        "train": {"global_batch": 13},
+        "parallel": {"space_ep": 2, "placement": ["move"], "dispatch": "all_gather"},
+        "model": {"checkpoint_activations": recompute},
+        "image": {"buckets": [[8, 8]]},  # in pixel space, as the synthetic batches
+    }
+    tree = {"zero_optimization": {"stage": 1}}
+    found = train_steps(tmp_path, 2, sections=sections, deepspeed=tree, steps=1)
+    config = tiny_config(**sections)
+    costs = place(config, BatchPlan.of(config, 2))
+    reckoned = sum(c.moved for c in costs)  # no weights: each expert is on one rank alone
+    if not recompute:
+        assert found["sent"] == [reckoned, reckoned]
+    else:  # recomputation stops before the way back
+        assert 0.8 * reckoned < found["sent"][0] < reckoned
 
 
 def test_a_checkpoint_goes_from_spread_experts_to_one_rank_and_back_bit_for_bit(tmp_path):
     optim = {"kind": "adamw", "clip": 0.5, "eps": ADAM_EPS}
     sections = {"optim": optim, "train": {"global_batch": 12}, "run": {"dir": str(tmp_path / "run")}}
-    spread = {**sections, "parallel": {"space_ep": 2, "time_ep": 2}}
+    spread = {**sections, "parallel": {"space_ep": 2, "time_ep": 2, "placement": ["move"]}}
     expected = one_process(12, 0.5, "adamw")
     shapes = {n: tuple(p.shape) for n, p in RaphaelUNet(tiny_config()).named_parameters()}
 

@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "raphael_dist"
 # that does not exist yet is no harm.
 LEVELS = {
     0: "raphael_dist presets errors rng config ds_config",
-    1: """batch_plan model model.experts model.moe model.routing model.edge model.layers model.unet diffusion batch objective
-          parallel""",
-    2: """fragments ema metrics report rundir conditioning vae expert_parallel
+    1: """batch_plan placement model model.experts model.moe model.routing model.edge model.layers model.unet diffusion batch
+          objective parallel""",
+    2: """fragments ema metrics report rundir conditioning vae exchange expert_groups expert_parallel
           data data.captions data.tar_scan data.buckets data.shards data.dataset data.prefetch data.order data.edges
           data.emoji_names data.emoji data.cache_build data.cache data.stream data.batches data.features""",
     3: "checkpoint checkpoint.reader checkpoint.load checkpoint.store engine",
@@ -26,8 +26,8 @@ LEVELS = {
 }
 ORDER = {name: (level, i) for level, names in LEVELS.items() for i, name in enumerate(names.split())}
 PURE = {"batch_plan", "diffusion", "batch", "objective"} | {n for n in ORDER if n.startswith("model") or ORDER[n][0] == 0}
-MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_parallel"}
-LIGHT = {"config", "ds_config", "batch_plan", "errors"}
+MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_groups"}
+LIGHT = {"config", "ds_config", "batch_plan", "placement", "errors"}
 
 
 def name_of(path: Path) -> str:

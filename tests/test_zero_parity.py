@@ -23,6 +23,7 @@ from tests.synthetic import synthetic_batch, tiny_config
 
 STEPS = 3
 ADAM_EPS = 1e-3  # large, or Adam makes whole steps of the rounding errors in gradients that cancel
+EQUAL_SIZES = {"channels": [16, 16], "expert_width": [16, 16]}  # experts of all layers have the same shapes
 SCHEDULE = NoiseSchedule.create(tiny_config().diffusion)
 
 
@@ -32,9 +33,20 @@ def batch_loss(model: RaphaelUNet, config, positions: range, last_experts_until:
 
 
 @cache
-def one_process(global_batch: int, clip: float, kind: str = "sgd", last_experts_until: int | None = None) -> dict:
+def one_process(
+    global_batch: int,
+    clip: float,
+    kind: str = "sgd",
+    last_experts_until: int | None = None,
+    lr: float = 0.05,
+    steps: int = STEPS,
+    equal_sizes: bool = False,
+) -> dict:
     """Train in this process, the whole batch at once."""
-    config = tiny_config(train={"global_batch": global_batch}, optim={"kind": kind, "clip": clip})
+    model_section = EQUAL_SIZES if equal_sizes else {}
+    config = tiny_config(
+        train={"global_batch": global_batch}, optim={"kind": kind, "clip": clip, "lr": lr}, model=model_section
+    )
     torch.manual_seed(config.run.seed)
     model = RaphaelUNet(config)
     adamw = partial(torch.optim.AdamW, weight_decay=0.0, eps=ADAM_EPS)
@@ -42,7 +54,7 @@ def one_process(global_batch: int, clip: float, kind: str = "sgd", last_experts_
     optimizer = torch_optimizer(model.parameters(), lr=config.optim.lr)
     start = {n: p.detach().clone().flatten() for n, p in model.named_parameters()}
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         positions = range(step * global_batch, (step + 1) * global_batch)
         loss = batch_loss(model, config, positions, last_experts_until)

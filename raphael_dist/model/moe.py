@@ -55,8 +55,9 @@ class SpaceMoE(Experts):
         if self.backend == "literal":
             return literal_space_moe(self, x_BND, mask_BNY, weight_BYK), used_BK
         x_RD, w_RK = x_BND.flatten(0, 1), w_BNK.flatten(0, 1).to(x_BND.dtype)
-        out_RD = self.routed_sum(x_RD, w_RK)
+        # First, so that recomputation, which stops at the last tensor it needs, spares the way back from other ranks.
         constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.constants_KD()
+        out_RD = self.routed_sum(x_RD, w_RK)
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1), used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:

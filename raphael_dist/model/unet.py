@@ -79,7 +79,7 @@ class RaphaelUNet(nn.Module):
         self.reentrant_checkpoint = False
         # Expert parallelism needs the counts of other ranks too, and puts its own function here.
         self.count_samples: Callable[[Tensor], list[list[int]]] = count_samples
-        self.num_blocks = 0
+        self.block_levels: list[int] = []  # of the transformer blocks, in order of execution
         channels, embed = m.channels, 4 * m.channels[0]
         self.conv_in = nn.Conv2d(m.latent_channels, channels[0], 3, padding=1)
         self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -124,8 +124,13 @@ class RaphaelUNet(nn.Module):
             edge_channels=self.edge_channels,
             seed=self.seed * 1000 + self.num_blocks,
         )
-        self.num_blocks += 1
+        self.block_levels.append(level)
         return SpatialTransformer(spec, m.norm_groups)
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of transformer blocks."""
+        return len(self.block_levels)
 
     def _stage(self, level: int, pairs: list[tuple[int, int]], resize: nn.Module | None) -> Stage:
         resnets = [self._resnet(inner, outer) for inner, outer in pairs]

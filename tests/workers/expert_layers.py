@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from raphael_dist import parallel
-from raphael_dist.expert_parallel import STACKED, ParallelSpaceMoE, ParallelTimeMoE, Placement, count_samples
+from raphael_dist.exchange import Peers
+from raphael_dist.expert_parallel import STACKED, ParallelSpaceMoE, ParallelTimeMoE, count_samples
 from raphael_dist.model import moe
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 
@@ -49,27 +50,27 @@ def target_grad(shape: Sequence[int], rank: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(99 + rank), dtype=torch.float64)
 
 
-def check_space(case: str, dispatch: str, backend: str, recompute: bool, place: Placement) -> int:
+def check_space(case: str, dispatch: str, backend: str, recompute: bool, peers: Peers) -> int:
     """Return the bytes that this rank sent."""
     whole = SpaceMoE(K, D, HIDDEN, backend, seed=4).double()
-    layer = ParallelSpaceMoE(whole, place, dispatch)
-    per_rank = [space_inputs(case, r) for r in range(place.size)]
+    layer = ParallelSpaceMoE(whole, peers, dispatch)
+    per_rank = [space_inputs(case, r) for r in range(peers.size)]
     h, mask, weight = (torch.cat(parts) for parts in zip(*per_rank, strict=True))
     expected_in = [h.requires_grad_(), weight.requires_grad_()]
     expected, expected_used = whole(h, mask, weight)
-    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(place.size)])
+    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(peers.size)])
     expected_grads = torch.autograd.grad(expected, [*expected_in, *whole.parameters()], grad_out, materialize_grads=True)
 
-    h, mask, weight = (t.clone() for t in per_rank[place.index])
+    h, mask, weight = (t.clone() for t in per_rank[peers.index])
     inputs = [h.requires_grad_(), weight.requires_grad_()]
-    place.traffic.take()
+    peers.traffic.take()
     if recompute:
         out, used = checkpoint(lambda h, w: layer(h, mask, w), h, weight, use_reentrant=False)
     else:
         out, used = layer(h, mask, weight)
-    grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), place.index))
-    sent = place.traffic.take()
-    mine, first = slice(place.index * B, (place.index + 1) * B), place.index * layer.num_experts
+    grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), peers.index))
+    sent = peers.traffic.take()
+    mine, first = slice(peers.index * B, (peers.index + 1) * B), peers.index * layer.num_experts
     close(out, expected[mine], "output")
     assert torch.equal(used, expected_used[mine])
     for found, wanted, what in zip(grads[:2], expected_grads[:2], ("tokens", "weights"), strict=True):
@@ -87,46 +88,46 @@ def check_space(case: str, dispatch: str, backend: str, recompute: bool, place: 
     return sent
 
 
-def space_bytes(case: str, dispatch: str, place: Placement) -> int:
+def space_bytes(case: str, dispatch: str, peers: Peers) -> int:
     """Count by hand what one forward and backward pass sends: dispatch, combine, their gradients, counts and constants."""
-    others, here = place.size - 1, K // place.size
+    others, here = peers.size - 1, K // peers.size
     rows = []
-    for p in range(place.size):
+    for p in range(peers.size):
         _, mask, weight = space_inputs(case, p)
-        needed = ((mask @ weight) > 0).view(B * N, place.size, here).any(dim=2)
+        needed = ((mask @ weight) > 0).view(B * N, peers.size, here).any(dim=2)
         rows.append([int(n) for n in needed.sum(dim=0)])
-    out = sum(n for q, n in enumerate(rows[place.index]) if q != place.index)
-    into = sum(rows[p][place.index] for p in range(place.size) if p != place.index)
+    out = sum(n for q, n in enumerate(rows[peers.index]) if q != peers.index)
+    into = sum(rows[p][peers.index] for p in range(peers.size) if p != peers.index)
     total = 2 * others * here * D * 8  # the constants and their gradients
-    full = sum(n for p in range(place.size) for q, n in enumerate(rows[p]) if p != q) == place.size * others * B * N
+    full = sum(n for p in range(peers.size) for q, n in enumerate(rows[p]) if p != q) == peers.size * others * B * N
     if dispatch != "all_gather":
-        total += others * place.size * 8
+        total += others * peers.size * 8
     if dispatch == "all_gather" or (dispatch == "auto" and full):
         return total + others * B * N * (4 * D + 2 * here) * 8
     return total + (out + into) * (2 * D + here) * 8
 
 
-def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, place: Placement) -> None:
+def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, peers: Peers) -> None:
     whole = TimeMoE(experts, D, HIDDEN, activation, seed=9).double()
-    layer = ParallelTimeMoE(whole, place)
+    layer = ParallelTimeMoE(whole, peers)
     expert = torch.tensor(chosen)
-    h = torch.stack([space_inputs("random", r)[0] for r in range(place.size)])
-    factor = torch.linspace(0.5, 1.5, place.size * B, dtype=torch.float64).view(place.size, B)
+    h = torch.stack([space_inputs("random", r)[0] for r in range(peers.size)])
+    factor = torch.linspace(0.5, 1.5, peers.size * B, dtype=torch.float64).view(peers.size, B)
     inputs = [h.flatten(0, 1).requires_grad_(), factor.flatten().requires_grad_()]
     counts = torch.bincount(expert.flatten(), minlength=experts).tolist()
     expected = whole(inputs[0], expert.flatten(), counts, inputs[1])
-    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(place.size)])
+    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(peers.size)])
     expected_grads = torch.autograd.grad(expected, [*inputs, *whole.parameters()], grad_out)
 
-    mine, me = slice(place.index * B, (place.index + 1) * B), place.index
-    samples = count_samples(torch.nn.functional.one_hot(expert[None, me], experts), place)
+    mine, me = slice(peers.index * B, (peers.index + 1) * B), peers.index
+    samples = count_samples(torch.nn.functional.one_hot(expert[None, me], experts), peers, [True])
     inputs = [h[me].clone().requires_grad_(), factor[me].clone().requires_grad_()]
-    place.traffic.take()
+    peers.traffic.take()
     out = layer(inputs[0], expert[me], samples[0], inputs[1])
     grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), me))
-    here = experts // place.size
+    here = experts // peers.size
     crossing = int((expert[me] // here != me).sum()) + int((torch.cat([expert[:me], expert[me + 1 :]]) // here == me).sum())
-    assert place.traffic.take() == 2 * crossing * N * D * 8
+    assert peers.traffic.take() == 2 * crossing * N * D * 8
     close(out, expected[mine], "output")
     for found, wanted in zip(grads[:2], expected_grads[:2], strict=True):
         close(found, wanted[mine], "gradient of the inputs")
@@ -138,22 +139,22 @@ def main() -> None:
     ranks = parallel.discover()
     parallel.initialise(ranks)
     torch.set_num_threads(1)
-    place = Placement(dist.group.WORLD, ranks.world_size, ranks.rank)
+    peers = Peers(dist.group.WORLD, ranks.world_size, ranks.rank)
     for case in CASES:
         for dispatch in ("auto", "all_to_all", "all_gather"):
             for backend in ("grouped", "wide"):
-                sent = check_space(case, dispatch, backend, False, place)
-                assert sent == space_bytes(case, dispatch, place), (case, dispatch, sent)
+                sent = check_space(case, dispatch, backend, False, peers)
+                assert sent == space_bytes(case, dispatch, peers), (case, dispatch, sent)
             # Each rank by its own density: ranks that run different products still agree about the exchanges.
-            check_space(case, dispatch, "auto", True, place)
-        print(f"{case}: {check_space(case, 'all_to_all', 'grouped', False, place)} bytes sent by rank {ranks.rank}")
+            check_space(case, dispatch, "auto", True, peers)
+        print(f"{case}: {check_space(case, 'all_to_all', 'grouped', False, peers)} bytes sent by rank {ranks.rank}")
     moe.WIDE_DENSITY = 0.5 if ranks.is_main else 2.0
-    check_space("random", "all_to_all", "auto", True, place)
+    check_space("random", "all_to_all", "auto", True, peers)
     for activation in ("gelu", "geglu"):
         draw = torch.Generator().manual_seed(1)
-        check_time(6, torch.randint(6, (place.size, B), generator=draw).tolist(), activation, place)
-        check_time(6, [[5] * B] * place.size, activation, place)  # one expert for all, the last rank's
-        check_time(6, [[0] * B] + [[3] * B] * (place.size - 1), activation, place)
+        check_time(6, torch.randint(6, (peers.size, B), generator=draw).tolist(), activation, peers)
+        check_time(6, [[5] * B] * peers.size, activation, peers)  # one expert for all, the last rank's
+        check_time(6, [[0] * B] + [[3] * B] * (peers.size - 1), activation, peers)
     dist.destroy_process_group()
 
 

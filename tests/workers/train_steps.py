@@ -1,7 +1,8 @@
 """Rank process: trains some steps of the tiny model on synthetic batches and writes what it ended with.
 
 Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps", "last_experts_until",
-"checkpoint"}. With a checkpoint it resumes from run.dir, takes the steps that are missing and saves.
+"checkpoint"}, or a list of such to be run one after the other, into OUT.pt.0 and so on. With a checkpoint it resumes from
+run.dir, takes the steps that are missing and saves.
 """
 
 import json
@@ -30,10 +31,18 @@ def state(fragments: Fragments) -> list[tuple]:
     return found
 
 
-def main(out: str, spec: dict) -> None:
+def main(out: str, specs: dict | list[dict]) -> None:
     ranks = parallel.discover()
     device = parallel.initialise(ranks)
     torch.set_num_threads(1)
+    if isinstance(specs, dict):
+        train(out, specs, ranks, device)
+    else:
+        for i, spec in enumerate(specs):
+            train(f"{out}.{i}", spec, ranks, device)
+
+
+def train(out: str, spec: dict, ranks: parallel.Ranks, device: torch.device) -> None:
     config = tiny_config(**spec["sections"])
     plan = BatchPlan.of(config, ranks.world_size)
     engine = Engine(config, spec["deepspeed"], plan, device)
@@ -55,7 +64,8 @@ def main(out: str, spec: dict) -> None:
     if store and spec["steps"] > first:
         store.save(spec["steps"], spec["steps"] * config.train.global_batch)
     result = {"losses": losses, "norms": norms, "resumed": resumed, "fragments": state(engine.fragments)}
-    torch.save({**result, "sent": engine.traffic.take()}, f"{out}.{ranks.rank}")
+    spread = [n for n, p in engine.module.named_parameters() if hasattr(p, "expert_slice") and n.endswith("space_moe.w1")]
+    torch.save({**result, "sent": engine.traffic.take(), "spread": spread}, f"{out}.{ranks.rank}")
 
 
 if __name__ == "__main__":
