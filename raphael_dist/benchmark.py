@@ -28,9 +28,9 @@ class SpaceCase:
     hidden: int
     experts: int
 
-    def inputs(self, mask: float, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, mask: float, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return h [B, N, D], a mask [B, N, Y] with each region `mask` of the image, and random routing [B, Y, K]."""
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator().manual_seed(seed)
         h_BND = torch.randn(self.batch, self.tokens, self.dim, generator=draw)
         rank_BNY = torch.rand(self.batch, self.tokens, self.text_tokens, generator=draw).argsort(dim=1).argsort(dim=1)
         mask_BNY = (rank_BNY < max(1, round(mask * self.tokens))).float()

@@ -41,22 +41,26 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int
 
 @lru_cache(maxsize=4)
 def _strata(seed: int, step: int, global_batch: int) -> np.ndarray:
-    """Return the stratum of each index of a batch: of any 2^k consecutive ones, each 2^-k of the range has one.
+    """Return the stratum of each index of a batch: of 2^k consecutive ones, each 2^-k of the range has one.
 
-    A van der Corput sequence, scrambled at random (Owen 1995) and turned by a random offset, which makes each index uniform.
+    A van der Corput sequence, scrambled at random (Owen 1995): every other index goes to the lower or upper half, at random
+    which, and so on within the halves. Where halves are unequal a random turn makes every index uniform again; there alone
+    consecutive indices may miss a range and meet its neighbour twice.
     """
     draw = generator(seed, Purpose.STRATA, step)
     strata = np.empty(global_batch, np.int64)
-    strata[_scramble(np.arange(global_batch), iter(draw.integers(2, size=global_batch)))] = np.arange(global_batch)
-    return (strata + draw.integers(global_batch)) % global_batch
+    strata[_scramble(np.arange(global_batch), iter(draw.random(2 * global_batch)))] = np.arange(global_batch)
+    return strata
 
 
-def _scramble(indices: np.ndarray, coins: Iterator[int]) -> np.ndarray:
-    """Return indices by stratum: every other one in one half of the strata, at random which, and so on within the halves."""
-    if len(indices) < 2:
+def _scramble(indices: np.ndarray, draws: Iterator[float]) -> np.ndarray:
+    """Return indices by stratum."""
+    size = len(indices)
+    if size < 2:
         return indices
-    halves = [_scramble(indices[first::2], coins) for first in (0, 1)]
-    return np.concatenate(halves[:: 1 if next(coins) else -1])
+    halves = [_scramble(indices[first::2], draws) for first in (0, 1)]
+    by_stratum = np.concatenate(halves[:: 1 if next(draws) < 0.5 else -1])
+    return np.roll(by_stratum, int(next(draws) * size)) if size % 2 else by_stratum
 
 
 @dataclass(frozen=True)

@@ -110,3 +110,33 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
         if total_samples:
             values[f"{prefix}/L{layer:02d}/density"] = float(load_K.mean() / total_samples)
     return values
+
+
+class LoadWatch:
+    """Says once of an expert that it is dead (almost nothing reaches it) or overloaded (almost everything does)."""
+
+    DEAD, OVERLOADED = 0.02, 0.75  # relative to an even share; share of all
+    ENOUGH = 20.0  # samples that an expert would get if the load were even, to judge it
+
+    def __init__(self) -> None:
+        self._said: set[tuple[str, int, int]] = set()
+
+    def new(self, kind: str, load_LK: Tensor, samples: float) -> list[str]:
+        """Return a line with what to do for each expert of which none has been returned; loads as in `load_metrics`."""
+        num_experts = load_LK.shape[1]
+        if num_experts == 1 or samples / num_experts < self.ENOUGH:
+            return []
+        share_LK = load_LK / load_LK.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        found = []
+        for layer, expert in ((share_LK * num_experts < self.DEAD) | (share_LK > self.OVERLOADED)).nonzero().tolist():
+            if (kind, layer, expert) not in self._said:
+                self._said.add((kind, layer, expert))
+                found.append(self._line(kind, layer, expert, float(share_LK[layer, expert])))
+        return found
+
+    def _line(self, kind: str, layer: int, expert: int, share: float) -> str:
+        what = f"{share:.1%} of the load since the last log line" if share > self.OVERLOADED else "almost nothing to do"
+        remedy = "raise model.gate_noise"
+        if kind == "space":
+            remedy += " or set model.balance_weight=0.01"
+        return f"{kind} expert {expert} of block {layer} has {what} ; if that lasts (see moe/{kind}/L{layer:02d}), {remedy}"

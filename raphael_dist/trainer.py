@@ -26,7 +26,7 @@ from raphael_dist.ema import Ema
 from raphael_dist.engine import Engine, learning_rate
 from raphael_dist.errors import NonFiniteError, UserError
 from raphael_dist.evaluate import Validator, sample_prompts
-from raphael_dist.metrics import Metrics, MetricsWriter, load_metrics
+from raphael_dist.metrics import LoadWatch, Metrics, MetricsWriter, load_metrics
 from raphael_dist.objective import compute_losses
 from raphael_dist.report import Reporter
 from raphael_dist.sampling import caption_grid, save_image
@@ -52,6 +52,7 @@ class Run:
     store: CheckpointStore
     schedule: NoiseSchedule
     metrics: Metrics
+    watch: LoadWatch
     writer: MetricsWriter | None
     lock: IO[str] | None
     flops: float = 0.0
@@ -97,6 +98,7 @@ def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, devi
         store=store,
         schedule=schedule,
         metrics=Metrics(device),
+        watch=LoadWatch(),
         writer=MetricsWriter(config.run.dir) if ranks.is_main else None,
         lock=lock,
     )
@@ -169,6 +171,8 @@ def log_scalars(run: Run) -> dict[str, float]:
     for kind, total in (("space", samples), ("time", None)):
         if f"load/{kind}" in reduced:
             values |= load_metrics(f"moe/{kind}", reduced[f"load/{kind}"], total)
+            for line in run.watch.new(kind, reduced[f"load/{kind}"], samples) if run.ranks.is_main else ():
+                _log.warning("%s", line)
     elapsed = now - run.timers["logged"]
     values |= measure.throughput(samples, elapsed, run.flops, run.device, run.engine.dtype, run.ranks.world_size)
     values["optim/lr"] = learning_rate(run.config, run.step)

@@ -21,12 +21,12 @@ LEVELS = {
           data data.captions data.tar_scan data.buckets data.shards data.dataset data.prefetch data.order data.edges
           data.emoji_names data.emoji data.cache_build data.cache data.stream data.batches data.features""",
     3: "checkpoint checkpoint.reader checkpoint.load checkpoint.store engine",
-    4: "measure sampling sample evaluate paths benchmark trainer",
+    4: "measure sampling sample evaluate paths benchmark benchmark_moe trainer",
     5: "train cli",
 }
 ORDER = {name: (level, i) for level, names in LEVELS.items() for i, name in enumerate(names.split())}
 PURE = {"batch_plan", "diffusion", "batch", "objective"} | {n for n in ORDER if n.startswith("model") or ORDER[n][0] == 0}
-MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_groups"}
+MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_groups", "benchmark_moe"}
 LIGHT = {"config", "ds_config", "batch_plan", "placement", "errors"}
 
 

@@ -179,14 +179,14 @@ def test_time_moe_by_hand():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("counts", [[8, 8, 8, 0], [0, 13, 0, 11], [0, 0, 0, 24]])
-def test_grouped_products_equal_the_loop_over_experts(counts, centred, activation, dtype, tolerance):
+def test_grouped_products_equal_the_loop_over_experts(counts, bias, activation, dtype, tolerance):
     torch.manual_seed(0)
     layer = Experts(4, 16, 32, activation).to(dtype)
     x_RD = torch.randn(24, 16, dtype=dtype, requires_grad=True)
-    parameters = [x_RD, layer.w1, layer.b1, layer.w2, *([] if centred else [layer.b2])]
-    loop, grouped = layer.apply_sorted(x_RD, counts, centred), layer._grouped(x_RD, counts, centred)
+    parameters = [x_RD, layer.w1, layer.b1, layer.w2, *([layer.b2] if bias else [])]
+    loop, grouped = layer.apply_sorted(x_RD, counts, bias), layer._grouped(x_RD, counts, bias)
     close(grouped, loop, tolerance)
     for one, other in zip(*(torch.autograd.grad(o.square().sum(), parameters) for o in (grouped, loop)), strict=True):
         close(one, other, 2 * tolerance)
@@ -279,11 +279,11 @@ def test_the_megablocks_backend_hands_over_rows_and_weights_as_its_product_takes
     monkeypatch.setitem(sys.modules, "megablocks", types.SimpleNamespace(grouped_gemm_util=util))
     experts = Experts(3, 8, 16, "gelu", seed=1)
     x, counts = torch.randn(7, 8), [4, 0, 3]
-    for centred in (False, True):
+    for bias in (False, True):
         experts.use_megablocks = False
-        expected = experts.apply_sorted(x, counts, centred)
+        expected = experts.apply_sorted(x, counts, bias)
         experts.use_megablocks = True
-        torch.testing.assert_close(experts.apply_sorted(x, counts, centred), expected)
+        torch.testing.assert_close(experts.apply_sorted(x, counts, bias), expected)
 
 
 def test_the_megablocks_backend_without_megablocks_is_refused_in_one_line(monkeypatch):

@@ -35,7 +35,7 @@ def test_a_level_may_be_decided_by_hand():
 
 
 def test_the_bytes_of_one_level_by_hand():
-    """Level 0: one block of 16 channels and 20 hidden units, 64 tokens of an 8 x 8 image; 2 ranks, micro-batch 3, 13 images."""
+    """Level 0: 16 channels, 20 hidden units, 64 tokens of an 8 x 8 image; 2 ranks, micro-batch 3, 13 images."""
     config = tiny_config(
         image={"buckets": [[8, 8]]},
         train={"global_batch": 13},

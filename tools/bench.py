@@ -2,10 +2,14 @@
 
 import argparse
 
+import numpy as np
 import torch
 
+from raphael_dist import parallel
 from raphael_dist.benchmark import SpaceCase, bench_space
+from raphael_dist.benchmark_moe import MoeRow, bench_balance, bench_moe
 from raphael_dist.config import load_config
+from raphael_dist.diffusion import draw_timestep
 
 
 def space(args: argparse.Namespace) -> None:
@@ -40,21 +44,81 @@ def space_case(case: SpaceCase, args: argparse.Namespace) -> None:
         )
 
 
+def moe(args: argparse.Namespace) -> None:
+    """Print our expert layers beside DeepSpeed's and a loop, on the ranks that torchrun starts, or one."""
+    ranks = parallel.discover()
+    parallel.initialise(ranks)
+    torch.set_num_threads(args.threads)
+    for case in cases(args):
+        for mask in args.masks:
+            rows = bench_moe(case, mask, args.repeats, ranks)
+            if ranks.is_main:
+                moe_table(case, mask, rows, ranks.world_size, args)
+    torch.distributed.destroy_process_group()
+
+
+def moe_table(case: SpaceCase, mask: float, rows: list[MoeRow], world_size: int, args: argparse.Namespace) -> None:
+    """Print one table."""
+    print(f"{case}, mask {mask}, {world_size} ranks, {args.threads} threads each, median of {args.repeats}")
+    print("layer                        rows       ms   rows/s  time per row / DeepSpeed's k=1, k=2    MB sent")
+    native = [row for row in rows if row.name.startswith("DeepSpeed")]
+    for row in rows:
+        ratios = "  ".join(f"{row.rows_per_second / other.rows_per_second:8.2f}x" for other in native)
+        print(
+            f"{row.name:<24} {row.rows:>8} {row.milliseconds:8.2f} {row.rows_per_second:8.0f}  faster by {ratios}  "
+            f"{row.sent / 1e6:14.2f}"
+        )
+
+
+def balance(args: argparse.Namespace) -> None:
+    """Print how even the loads of time experts are when timesteps are drawn independently, by stratum, and as we do."""
+    config, seed = load_config("raphael-3b").diffusion, 0
+    total, T = args.global_batch, config.num_timesteps
+    bins = lambda uniform: (np.asarray(uniform) * args.experts).astype(int).tolist()  # noqa: E731
+    draws = {
+        "independent": lambda step: bins(np.random.default_rng(step).random(total)),
+        "strata in random order": lambda step: bins((np.random.default_rng(step).permutation(total) + 0.5) / total),
+        "strata, runs even (ours)": lambda step: bins(
+            [draw_timestep(config, seed, step * total + i, total) / T for i in range(total)]
+        ),
+    }
+    for group in args.group:
+        print(
+            f"global batch {total}, {args.experts} time experts, {group} samples of a group a micro-step, {args.steps} steps"
+        )
+        for row in bench_balance(draws, args.steps, group, args.experts):
+            print(f"  {row.name:<26} busiest expert {row.mean:5.2f}x an even share on average, {row.worst:5.2f}x at worst")
+
+
+def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) -> None:
+    """Add what describes a Space-MoE layer and the measurement."""
+    for name, default in (("batch", batch), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6)):
+        command.add_argument(f"--{name}", type=int, default=default)
+    command.add_argument("--repeats", type=int, default=7)
+    command.add_argument("--config", help="take the sizes of every attention level of a preset instead")
+    command.add_argument("--latent", type=int, default=16, help="side of the latents, with --config")
+    command.add_argument("--hidden", type=int, help="width of an expert (4 x dim)")
+    command.add_argument("--masks", type=float, nargs="+", default=masks)
+    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
 def main() -> None:
     """Read the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("space", help="the Space-MoE: literal, grouped and wide", description=space.__doc__)
     command.set_defaults(run=space)
-    for name, default in (("batch", 4), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6), ("repeats", 7)):
-        command.add_argument(f"--{name}", type=int, default=default)
-    command.add_argument("--config", help="take the sizes of every attention level of a preset instead")
-    command.add_argument("--latent", type=int, default=16, help="side of the latents, with --config")
-    command.add_argument("--hidden", type=int, help="width of an expert (4 x dim)")
-    command.add_argument("--masks", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2, 0.4, 1.0])
+    add_sizes(command, 4, [0.02, 0.05, 0.1, 0.2, 0.4, 1.0])
     command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command = commands.add_parser("moe", help="our layers beside DeepSpeed's MoE and a loop", description=moe.__doc__)
+    command.set_defaults(run=moe)
+    add_sizes(command, 8, [0.05, 1.0])
+    command = commands.add_parser("balance", help="how even time experts' loads are", description=balance.__doc__)
+    command.set_defaults(run=balance, threads=1)
+    for name, default in (("global-batch", 2000), ("experts", 4), ("steps", 20)):
+        command.add_argument(f"--{name}", type=int, default=default)
+    command.add_argument("--group", type=int, nargs="+", default=[4, 8, 16, 64])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

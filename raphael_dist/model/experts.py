@@ -64,41 +64,42 @@ class Experts(nn.Module):
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
-    def at_zero_KD(self) -> Tensor:
-        """Return `e_k(0)` of every expert, [K, D]: what a masked-out token gets (docs/architecture.md, the identity)."""
-        return torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1)) + self.b2
+    def at_zero_KD(self, bias: bool = True) -> Tensor:
+        """Return `e_k(0)` of every expert, [K, D]: what a masked-out token gets (docs/architecture.md, the identity).
 
-    def apply_sorted(self, x_RD: Tensor, counts: Sequence[int], centred: bool = False) -> Tensor:
+        Without `bias`, b2 is left out, here and in the other methods.
+        """
+        hidden_KD = torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1))
+        return hidden_KD + self.b2 if bias else hidden_KD
+
+    def apply_sorted(self, x_RD: Tensor, counts: Sequence[int], bias: bool = True) -> Tensor:
         """Apply expert k to its rows; the rows lie sorted by expert, `counts[k]` of them for expert k.
 
-        With `centred`, return `e_k(x) - e_k(0)` instead. Every expert takes part, with zero rows if it has none, so that
+        Every expert takes part, with zero rows if it has none, so that
         every parameter has a gradient on every rank (ZeRO would otherwise add up gradients of different experts).
         """
         # Without a single row grouped_mm fails in its backward.
         if x_RD.shape[0] and (self.use_megablocks or _use_grouped_mm(x_RD, self.hidden)):
-            return self._grouped(x_RD, counts, centred)
-        parts = [self._one(k, rows, centred) for k, rows in enumerate(x_RD.split(list(counts)))]
+            return self._grouped(x_RD, counts, bias)
+        parts = [self._one(k, rows, bias) for k, rows in enumerate(x_RD.split(list(counts)))]
         return torch.cat(parts)
 
-    def _one(self, k: int, x_RD: Tensor, centred: bool) -> Tensor:
+    def _one(self, k: int, x_RD: Tensor, bias: bool) -> Tensor:
         hidden_RF = self.act(F.linear(x_RD, self.w1[k], self.b1[k]))
-        if centred:
-            return F.linear(hidden_RF - self.act(self.b1[k]), self.w2[k])
-        return F.linear(hidden_RF, self.w2[k], self.b2[k])
+        return F.linear(hidden_RF, self.w2[k], self.b2[k] if bias else None)
 
-    def _grouped(self, x_RD: Tensor, counts: Sequence[int], centred: bool) -> Tensor:
+    def _grouped(self, x_RD: Tensor, counts: Sequence[int], bias: bool) -> Tensor:
         product = megablocks_product(counts) if self.use_megablocks else _torch_product(counts, x_RD.device)
         counts_K = torch.tensor(counts, device=x_RD.device)
         expert_R = torch.repeat_interleave(counts_K, output_size=x_RD.shape[0])
         hidden_RF = self.act(product(x_RD, self.w1) + self.b1[expert_R])
-        if centred:
-            return product(hidden_RF - self.act(self.b1)[expert_R], self.w2)
-        return product(hidden_RF, self.w2) + self.b2[expert_R]
+        out_RD = product(hidden_RF, self.w2)
+        return out_RD + self.b2[expert_R] if bias else out_RD
 
     def wide(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D], as two dense products over all experts' hidden units."""
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], as two dense products over all experts' hidden units."""
         fused_RKF = F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()).unflatten(1, self.b1.shape)
-        hidden_RKF = (self.act(fused_RKF) - self.act(self.b1)) * w_RK.unsqueeze(-1)
+        hidden_RKF = self.act(fused_RKF) * w_RK.unsqueeze(-1)
         return hidden_RKF.flatten(1) @ self.w2.transpose(1, 2).flatten(0, 1)
 
 

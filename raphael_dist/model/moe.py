@@ -62,9 +62,9 @@ class SpaceMoE(Experts):
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]."""
-        if self._choose_wide((w_RK.detach() > 0).float()):
-            return self.wide(x_RD, w_RK)
-        return grouped_space_moe(self, x_RD, w_RK)
+        wide = self._choose_wide((w_RK.detach() > 0).float())
+        y_RD = self.wide(x_RD, w_RK) if wide else grouped_space_moe(self, x_RD, w_RK)
+        return y_RD - w_RK @ self.at_zero_KD(bias=False)
 
     def constants_KD(self) -> Tensor:
         """Return `e_k(0)` of every expert, [K, D]."""
@@ -79,10 +79,10 @@ class SpaceMoE(Experts):
 
 
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-    """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D], from the (row, expert) pairs with w > 0 alone."""
+    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], from the (row, expert) pairs with w > 0 alone."""
     needed_KR = (w_RK.detach() > 0).t()
     expert_P, row_P = needed_KR.nonzero(as_tuple=True)
-    y_PD = experts.apply_sorted(x_RD[row_P], needed_KR.sum(dim=1).tolist(), centred=True)
+    y_PD = experts.apply_sorted(x_RD[row_P], needed_KR.sum(dim=1).tolist(), bias=False)
     return torch.zeros_like(x_RD).index_add(0, row_P, y_PD * w_RK[row_P, expert_P].unsqueeze(-1))
 
 

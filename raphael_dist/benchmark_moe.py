@@ -1,0 +1,185 @@
+"""The cases of `tools/bench.py moe`: our expert layers beside DeepSpeed's own `MoE` and a plain loop, on 1 or more ranks.
+
+All do forward and backward on equally many tokens of equal width through equally many experts of equal width, in the same
+processes. A *routed row* is one (token, expert) pair that is computed: layers that route differently are compared by it.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raphael_dist import expert_groups, parallel
+from raphael_dist.benchmark import SpaceCase
+from raphael_dist.exchange import Peers, Traffic
+from raphael_dist.expert_parallel import ParallelSpaceMoE, ParallelTimeMoE, count_samples
+from raphael_dist.model.experts import Experts
+from raphael_dist.model.moe import SpaceMoE, TimeMoE
+
+
+@dataclass(frozen=True)
+class MoeRow:
+    """One layer: rows routed by all ranks, median milliseconds of forward and backward, bytes that this rank sent."""
+
+    name: str
+    rows: int
+    milliseconds: float
+    sent: int = 0
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows / self.milliseconds * 1e3
+
+
+class Blocking(Peers):
+    """Peers whose exchanges are waited for at once: what overlap gains is the difference."""
+
+    def all_to_all(self, *arguments: Any) -> tuple[Tensor, Any]:
+        return _waited(super().all_to_all(*arguments))
+
+    def all_gather(self, rows: Tensor) -> tuple[Tensor, Any]:
+        return _waited(super().all_gather(rows))
+
+    def reduce_scatter(self, rows: Tensor) -> tuple[Tensor, Any]:
+        return _waited(super().reduce_scatter(rows))
+
+
+def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: parallel.Ranks) -> list[MoeRow]:
+    """Return a row per layer; regions of text tokens cover `mask` of the image. Collective: all ranks call it."""
+    measured = []
+    for name, (rows, step, traffic) in _layers(case, mask, ranks).items():
+        milliseconds, sent = _median_ms(step, repeats, traffic)
+        measured.append(MoeRow(name, int(parallel.total([rows], torch.device("cpu"))[0]), milliseconds, sent))
+    return measured
+
+
+def _layers(case: SpaceCase, mask: float, ranks: parallel.Ranks) -> dict[str, tuple[int, Callable[[], None], Traffic]]:
+    world, traffic = ranks.world_size, Traffic()
+    peers = expert_groups.join(world, traffic) if world > 1 else None
+    h_BND, mask_BNY, weight_BYK = case.inputs(mask, "cpu", torch.float32, seed=ranks.rank)
+    tokens, pairs = case.batch * case.tokens, int(((mask_BNY @ weight_BYK.detach()) > 0).sum())
+    expert_B = (torch.arange(case.batch) + ranks.rank) % case.experts
+    loop = Experts(case.experts, case.dim, case.hidden)
+    expert_R = torch.randint(case.experts, (tokens,), generator=torch.Generator().manual_seed(ranks.rank))
+    found: dict[str, tuple[int, Callable[[], None], Traffic]] = {}
+    kinds = {"": peers}
+    if peers is not None:
+        kinds[", no overlap"] = Blocking(peers.group, peers.size, peers.index, traffic)
+    for suffix, to in kinds.items():
+        space, moved = _space(case, to), _time(case, to)
+        samples = torch.nn.functional.one_hot(expert_B, case.experts).sum(dim=0).tolist()
+        if to is not None:
+            samples = count_samples(torch.nn.functional.one_hot(expert_B[None], case.experts), to, [True])[0]
+        factor_B = torch.ones(case.batch)
+        found[f"Space-MoE{suffix}"] = (pairs, _step(space, h_BND, mask_BNY, weight_BYK), traffic)
+        found[f"Time-MoE{suffix}"] = (tokens, _step(moved, h_BND, expert_B, samples, factor_B), traffic)
+    for k in (1, 2):
+        found[f"DeepSpeed MoE, k={k}"] = (k * tokens, _step(_deepspeed_moe(case, k, world), h_BND), Traffic())
+    if world == 1:
+        found["plain loop"] = (tokens, _step(_Loop(loop, expert_R), h_BND), Traffic())
+    return found
+
+
+def _space(case: SpaceCase, peers: Peers | None) -> nn.Module:
+    whole = SpaceMoE(case.experts, case.dim, case.hidden, "auto", seed=0)
+    return whole if peers is None else ParallelSpaceMoE(whole, peers, "auto")
+
+
+def _time(case: SpaceCase, peers: Peers | None) -> nn.Module:
+    whole = TimeMoE(case.experts, case.dim, case.hidden)
+    return whole if peers is None else ParallelTimeMoE(whole, peers)
+
+
+class _Loop(nn.Module):
+    """What one writes first: for each expert pick its tokens, run it, put the rows back."""
+
+    def __init__(self, experts: Experts, expert_R: Tensor) -> None:
+        super().__init__()
+        self.experts, self.expert_R = experts, expert_R
+
+    def forward(self, h_BND: Tensor) -> Tensor:
+        x_RD, out_RD = h_BND.flatten(0, 1), torch.zeros_like(h_BND).flatten(0, 1)
+        for k in range(self.experts.num_experts):
+            (row,) = (self.expert_R == k).nonzero(as_tuple=True)
+            hidden = self.experts.act(nn.functional.linear(x_RD[row], self.experts.w1[k], self.experts.b1[k]))
+            out_RD = out_RD.index_add(0, row, nn.functional.linear(hidden, self.experts.w2[k], self.experts.b2[k]))
+        return out_RD
+
+
+def _deepspeed_moe(case: SpaceCase, k: int, world: int) -> nn.Module:
+    from deepspeed.moe.layer import MoE
+
+    expert = nn.Sequential(nn.Linear(case.dim, case.hidden), nn.GELU(), nn.Linear(case.hidden, case.dim))
+    # No token is dropped, as in ours.
+    layer = MoE(case.dim, expert, case.experts, ep_size=world, k=k, drop_tokens=False, use_rts=False)
+    layer.set_deepspeed_parallelism()
+    return layer
+
+
+def _step(layer: nn.Module, h_BND: Tensor, *inputs: Any) -> Callable[[], None]:
+    def step() -> None:
+        out = layer(h_BND, *inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        torch.autograd.grad(out.square().sum(), [h_BND, *layer.parameters()], allow_unused=True)
+
+    return step
+
+
+def _median_ms(step: Callable[[], None], repeats: int, traffic: Traffic) -> tuple[float, int]:
+    """Return the median milliseconds, of the slowest rank each time, and the bytes of one call."""
+    times = []
+    for _ in range(repeats + 1):
+        traffic.take()
+        dist.barrier()
+        began = time.perf_counter()
+        step()
+        elapsed = torch.tensor((time.perf_counter() - began) * 1e3)
+        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+        times.append(float(elapsed))
+    return statistics.median(times[1:]), traffic.take()
+
+
+class _Done:
+    def wait(self) -> None:
+        """Do nothing: the work is done."""
+
+
+def _waited(started: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    started[1].wait()
+    return started[0], _Done()
+
+
+# ---- how even the loads of time experts are --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BalanceRow:
+    """The largest load of a group's time experts, relative to an even share: its mean and its worst over all micro-steps."""
+
+    name: str
+    mean: float
+    worst: float
+
+
+def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, group: int, experts: int) -> list[BalanceRow]:
+    """Compare ways to draw timesteps: `draws[name](step)` gives those of a global batch in order of position.
+
+    Experts serve equal ranges of timesteps; a group takes `group` consecutive positions in a micro-step, and waits for its
+    busiest expert.
+    """
+    rows = []
+    for name, draw in draws.items():
+        largest = []
+        for step in range(steps):
+            expert_P = torch.tensor(draw(step))
+            expert_GP = expert_P[: len(expert_P) // group * group].view(-1, group)
+            loads_GK = torch.nn.functional.one_hot(expert_GP, experts).sum(dim=1)
+            largest.append(loads_GK.amax(dim=1).float() * experts / group)
+        every = torch.cat(largest)
+        rows.append(BalanceRow(name, float(every.mean()), float(every.max())))
+    return rows

@@ -1,0 +1,30 @@
+"""Loads of experts: relative to an even share, and said once when one is dead or overloaded."""
+
+import pytest
+import torch
+
+from raphael_dist.metrics import LoadWatch, load_metrics
+
+
+def test_loads_are_relative_to_an_even_share_and_density_to_all_pairs():
+    values = load_metrics("moe/space", torch.tensor([[3.0, 1.0], [2.0, 2.0]]), total_samples=4.0)
+    assert values["moe/space/L00/load_max"] == 1.5
+    assert values["moe/space/L00/load_min"] == 0.5
+    assert values["moe/space/L00/density"] == 0.5
+    assert values["moe/space/L01/load_max"] == values["moe/space/L01/load_min"] == 1.0
+
+
+def test_a_dead_and_an_overloaded_expert_are_named_once_with_what_to_do():
+    watch, load_LK = LoadWatch(), torch.tensor([[100.0, 100.0, 100.0, 100.0], [0.0, 390.0, 5.0, 5.0]])
+    lines = watch.new("space", load_LK, samples=400)
+    assert len(lines) == 2
+    assert "space expert 0 of block 1 has almost nothing to do" in lines[0]
+    assert "space expert 1 of block 1 has 97.5% of the load" in lines[1]
+    assert all("model.gate_noise" in line and "model.balance_weight=0.01" in line for line in lines)
+    assert watch.new("space", load_LK, samples=400) == []
+    assert "balance" not in watch.new("time", load_LK, samples=400)[0]  # there is no such loss for the time gate
+
+
+@pytest.mark.parametrize(("load", "samples"), [([[0.0, 8.0]], 8), ([[40.0]], 400), ([[30.0, 70.0]], 100)])
+def test_few_samples_one_expert_or_a_tolerable_load_say_nothing(load, samples):
+    assert LoadWatch().new("time", torch.tensor(load), samples) == []
