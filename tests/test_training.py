@@ -231,10 +231,15 @@ def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, cache: str)
     assert (folder / "checkpoints" / "latest").is_file()
 
 
-def test_several_image_sizes_train_and_validate(tmp_path: Path, cache: str) -> None:
-    sizes = ("image.buckets=[[8,8],[8,16]]", "data.bucket_run=6", "train.micro_batch=3", "train.global_batch=12")
-    arguments_ = arguments(tmp_path / "run", cache, 1, *sizes, "train.max_steps=2", "sample.prompts=[]")
-    output = run_ranks(arguments_, 1)[0]
+SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=move")
+
+
+@pytest.mark.parametrize(("world_size", "spread"), [(1, ()), (2, SPREAD)])
+def test_several_image_sizes_train_and_validate(world_size: int, spread: tuple, tmp_path: Path, cache: str) -> None:
+    """Ranks that share experts see one size at a time, also where the batch of 11 is no multiple of their 6 slots."""
+    sizes = ("image.buckets=[[8,8],[8,16]]", "data.bucket_run=6", "train.micro_batch=3", "train.global_batch=11")
+    more = ("train.max_steps=2", "sample.prompts=[]", *spread)
+    output = run_ranks(arguments(tmp_path / "run", cache, 1, *sizes, *more), world_size)[0]
     assert "validation loss" in output
 
 

@@ -135,6 +135,26 @@ def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, p
         close(found, wanted[me * here : (me + 1) * here], name)
 
 
+def check_saving(peers: Peers) -> None:
+    """At full density a token travels once to each rank, not once to each expert: 6 experts of width 32 on 2 ranks."""
+    width, experts_there = 32, K // 2
+    layer = ParallelSpaceMoE(SpaceMoE(K, width, HIDDEN, "grouped", seed=4), peers, "all_to_all")
+    draw = torch.Generator().manual_seed(peers.index)
+    h_BND = torch.randn(B, N, width, generator=draw, requires_grad=True)
+    weight_BYK = torch.nn.functional.one_hot(torch.arange(Y) % K, K).float().expand(B, Y, K) / Y
+    peers.traffic.take()
+    out, used_BK = layer(h_BND, torch.ones(B, N, Y), weight_BYK)
+    out.square().sum().backward()
+    assert (used_BK == 1).all()
+    # Every pair whose expert is elsewhere would send D numbers there and D back, and as many in the backward pass.
+    pairs = B * N * experts_there * 2 * 2 * width * 4
+    share = peers.traffic.take() / pairs
+    assert share <= 0.38, share  # with counts and constants, which these 30 tokens can hardly spread
+    rows = B * N * 2 * (2 * width + experts_there) * 4
+    assert rows / pairs <= 0.36
+    print(f"bytes beside (token, expert) pairs: {rows / pairs:.3f}, with counts and constants {share:.3f}")
+
+
 def main() -> None:
     ranks = parallel.discover()
     parallel.initialise(ranks)
@@ -148,6 +168,8 @@ def main() -> None:
             # Each rank by its own density: ranks that run different products still agree about the exchanges.
             check_space(case, dispatch, "auto", True, peers)
         print(f"{case}: {check_space(case, 'all_to_all', 'grouped', False, peers)} bytes sent by rank {ranks.rank}")
+    if peers.size == 2:
+        check_saving(peers)
     moe.WIDE_DENSITY = 0.5 if ranks.is_main else 2.0
     check_space("random", "all_to_all", "auto", True, peers)
     for activation in ("gelu", "geglu"):
