@@ -143,6 +143,12 @@ def test_the_bytes_of_space_experts_that_move_are_those_that_placement_reckons_w
         assert 0.8 * reckoned < found["sent"][0] < reckoned
 
 
+def test_the_debug_mode_finds_a_parameter_without_a_gradient_on_one_rank():
+    outputs = run_ranks(["tests/workers/missing_gradient.py"], 2)
+    assert "found: rank 1 failed:" in outputs[0]
+    assert "parameters got no gradient on this rank, the first time_embedding.linear_1.weight" in outputs[1]
+
+
 def test_a_checkpoint_goes_from_spread_experts_to_one_rank_and_back_bit_for_bit(tmp_path):
     optim = {"kind": "adamw", "clip": 0.5, "eps": ADAM_EPS}
     sections = {"optim": optim, "train": {"global_batch": 12}, "run": {"dir": str(tmp_path / "run")}}

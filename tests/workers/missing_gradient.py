@@ -1,0 +1,27 @@
+"""Rank process: on rank 1 most parameters get no gradient; prints what the debug mode says."""
+
+from raphael_dist import parallel
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.diffusion import NoiseSchedule
+from raphael_dist.engine import Engine
+from raphael_dist.objective import compute_losses
+from tests.synthetic import synthetic_batch, tiny_config
+
+
+def main() -> None:
+    ranks = parallel.discover()
+    device = parallel.initialise(ranks)
+    config = tiny_config(train={"global_batch": 12, "check_gradients": True})
+    plan = BatchPlan.of(config, ranks.world_size)
+    assert plan.accumulation == 2  # nothing is reduced after the first micro-step
+    engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
+    batch = synthetic_batch(config, plan.slots(0, ranks.rank, 0), engine.module.num_blocks)
+    loss = compute_losses(engine, batch, NoiseSchedule.create(config.diffusion), config, engine.dtype).total.sum()
+    try:
+        engine.backward(loss if ranks.is_main else engine.module.conv_in(batch.x0).sum())
+    except RuntimeError as error:
+        print(f"found: {error}")
+
+
+if __name__ == "__main__":
+    main()
