@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from raphael_dist import rundir
 from raphael_dist.checkpoint import files
 from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, newest, open_newest, seal, sha256
+from raphael_dist.config import config_from_tree
 from raphael_dist.errors import UserError
 from tests.launch import ROOT
 
@@ -136,6 +138,28 @@ def test_set_aside_keeps_what_is_there(tmp_path: Path) -> None:
     for _ in range(3):
         files.set_aside(write_checkpoint(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {f"damaged-step-00000001{end}" for end in ("", ".1", ".2")}
+
+
+def test_a_run_directory_has_one_owner_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    code = f"""
+import time
+from raphael_dist import rundir
+from raphael_dist.config import config_from_tree
+lock = rundir.claim(config_from_tree({{"run": {{"dir": {str(tmp_path)!r}}}}}))
+print("claimed", flush=True)
+time.sleep(60)
+"""
+    config = config_from_tree({"run": {"dir": str(tmp_path)}})
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "claimed\n"
+        with pytest.raises(UserError, match="another process is training in"):
+            rundir.claim(config)
+    finally:
+        owner.kill()
+        owner.wait()
+    rundir.claim(config).close()
 
 
 def test_an_unreadable_folder_is_a_clear_error_and_not_an_empty_one(tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all_and_changes_nothing(
 
 def test_three_bad_steps_in_a_row_end_the_run_with_its_own_exit_code(forks: Forks, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    codes = forks.run(run, 2, **spec(faults={"nan": [2 * G, 3 * G + 5, 4 * G + 11]}, train={"max_steps": 9}))
+    waiting = {"every": 1, "keep": 99, "background": False}
+    faults = {"nan": [2 * G, 3 * G + 5, 4 * G + 11]}
+    codes = forks.run(run, 2, **spec(faults=faults, train={"max_steps": 9}, checkpoint=waiting))
     assert codes == [EXIT_NON_FINITE] * 2, output_of(run, 2)
     errors = [line for line in output_of(run, 2).splitlines() if line.startswith("error")]
     assert len(errors) == 1
@@ -143,9 +145,10 @@ SPIKE = MIN_LOSSES + 2  # the step, from 1
 SPIKED = {"spike": [(SPIKE - 1) * G + 7]}
 
 
-def spike_spec(action: str, max_steps: int = SPIKE + 1, faults: dict | None = None) -> dict[str, Any]:
+def spike_spec(action: str, max_steps: int = SPIKE + 1, faults: dict | None = None, stage: int = 2) -> dict[str, Any]:
+    ep = (2, 2) if stage in (1, 2) else (1, 1)
     train = {"max_steps": max_steps, "spike_action": action, "spike_sigma": 8.0}
-    return spec(faults=SPIKED if faults is None else faults, train=train, checkpoint={"every": SPIKE - 2})
+    return spec(stage, ep, SPIKED if faults is None else faults, train=train, checkpoint={"every": SPIKE - 2})
 
 
 @pytest.mark.slow
@@ -167,9 +170,12 @@ def test_a_spike_may_only_be_told(forks: Forks, tmp_path: Path) -> None:
     assert at(run, SPIKE).manifest["updates"] == SPIKE
 
 
-def test_a_rollback_goes_on_with_the_samples_after_the_spike_and_survives_a_resume(forks: Forks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 3))])
+def test_a_rollback_goes_on_with_the_samples_after_the_spike_and_survives_a_resume(
+    forks: Forks, tmp_path: Path, stage: int
+) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
-    forks.must(run, 2, **spike_spec("rollback"))
+    forks.must(run, 2, **spike_spec("rollback", stage=stage))
     back = SPIKE - 2  # the checkpoint before the spike
     assert f"back at step {back}, going on with sample {SPIKE * G}" in log(run)
     assert at(run, back).manifest["samples_seen"] == SPIKE * G
@@ -179,7 +185,7 @@ def test_a_rollback_goes_on_with_the_samples_after_the_spike_and_survives_a_resu
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints" / f"step-{SPIKE + 1:08d}")
     (again / "train.log").unlink()
-    forks.must(again, 2, **spike_spec("rollback"))
+    forks.must(again, 2, **spike_spec("rollback", stage=stage))
     assert "is a spike" not in log(again), "the samples of the spike were met again"
     assert differing(at(run, SPIKE + 1), at(again, SPIKE + 1)) == set()
 

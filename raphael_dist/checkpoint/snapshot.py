@@ -22,7 +22,10 @@ class Snapshot:
         self.starts: dict[str, int] = {}
 
     def plan(self) -> int:
-        """Lay out what this rank will save now; return its bytes. Moments join after the first optimizer step."""
+        """Lay out what this rank will save now and make room for it on the host; return its bytes.
+
+        Moments join after the first optimizer step. Raises RuntimeError or MemoryError when the host has no room.
+        """
         self._values, self.layout, self.starts = [], [], {}
         for f, kinds in self._owned():
             for kind, value in kinds.items():
@@ -30,14 +33,15 @@ class Snapshot:
                 self._values.append(value)
                 self.layout.append((key, f.numel))
                 self.starts[key] = f.start
-        return 4 * sum(numel for _, numel in self.layout)
+        total = sum(numel for _, numel in self.layout)
+        if self._buffer.numel() < total:
+            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        return 4 * total
 
     @torch.no_grad()
     def take(self) -> Tensor:
         """Copy what `plan` laid out into the buffer and return it, float32 [n] on the host; valid until the next call."""
         total = sum(numel for _, numel in self.layout)
-        if self._buffer.numel() < total:
-            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
         parts = list(self._buffer[:total].split([numel for _, numel in self.layout]))
         torch._foreach_copy_(parts, self._values, non_blocking=True)
         if torch.cuda.is_available():

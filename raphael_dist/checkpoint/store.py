@@ -199,15 +199,16 @@ class CheckpointStore:
 
     def _make_room(self, save: Save) -> tuple[int, str | None]:
         """Clear the folder to write into and compare what all ranks need with what is free; return bytes and problem."""
-        need, free, problem = self._snapshot.plan(), 0, None
+        need, free, problem = 0, 0, None
         try:
+            need = self._snapshot.plan()
             if self._ranks.is_main:
                 need += self._manifest_bytes
                 if save.temporary.exists():
                     files.remove(save.temporary)
                 save.temporary.mkdir(parents=True)
             free = files.free_bytes(self.root)
-        except OSError as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             problem = str(error)
         found = parallel.gather((need, free, problem))
         total, least = sum(n for n, _, _ in found), min(f for _, f, _ in found)

@@ -116,6 +116,8 @@ def inject(run: trainer.Run, faults: dict[str, Any], rank: int) -> None:
 
     def armed_begin(progress: Any) -> None:
         due = [f for f in faults.get("saving", []) if f["step"] == progress.step]
+        if due:
+            run.store.finish()  # what fails is this save, not the one before it
         for fault in due:
             if rank in fault["ranks"]:
                 arm(fault, run)
