@@ -33,6 +33,7 @@ class Section(BaseModel):
 class Run(Section):
     dir: Path = Field(Path("runs/default"), description="checkpoints, logs, metrics and samples of one run")
     seed: Seed = Field(0, description="fixes weights, data order, noise and timesteps")
+    fresh: bool = Field(False, description="start anew where checkpoints exist but none verifies; they are kept aside")
     init_from: Path | None = Field(None, description="diffusers unet/ folder that a new dense run starts from")
 
 
@@ -144,6 +145,10 @@ class Train(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     caption_drop: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
     check_gradients: bool = Field(False, description="debug: stop when a parameter got no gradient on some rank")
+    max_skipped: Positive = Field(3, description="end the run at this many steps in a row without a usable gradient")
+    spike_sigma: NonNegativeFloat = Field(6.0, description="a spike is so many deviations above the mean; 0: no rule")
+    spike_window: Positive = Field(100, description="last losses that the mean and the deviation are taken over")
+    spike_action: Literal["warn", "skip", "rollback"] = Field("warn", description="rollback: to the newest checkpoint")
     log_every: Positive = 10
     val_every: NonNegative = Field(0, description="0: only at the end")
     sample_every: NonNegative = Field(0, description="0: only at the end")
@@ -158,6 +163,8 @@ class Ema(Section):
 class Checkpoint(Section):
     every: NonNegative = Field(1000, description="steps; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints to keep")
+    keep_every: NonNegative = Field(0, description="also keep each checkpoint of a multiple of this step; 0: none")
+    background: bool = Field(True, description="write while training goes on")
 
 
 class Parallel(Section):

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,15 @@ from raphael_dist.config import Config, Optim
 from raphael_dist.errors import UserError
 from raphael_dist.fragments import Fragments
 from raphael_dist.model.unet import RaphaelUNet
+
+# DeepSpeed drops a step whose gradient norm is not finite, with all that this takes in each stage. Where each of its
+# optimizers takes the norm from, and an answer that is infinite; under ZeRO-0 torch's optimizer does nothing instead.
+_DROP: dict[str, Callable[..., Any]] = {
+    "scaled_global_norm": lambda *_, **__: torch.tensor(math.inf),  # ZeRO-1 and 2
+    "_get_norm_groups": lambda *_, **__: [torch.tensor(math.inf)],  # ZeRO-3
+    "get_grads_for_norm": lambda *_, **__: ([torch.tensor([math.inf])], {}),  # bfloat16 under ZeRO-1
+    "step": lambda *_, **__: None,  # ZeRO-0
+}
 
 
 class Engine:
@@ -68,8 +79,11 @@ class Engine:
         if missing:
             raise RuntimeError(f"{len(missing)} parameters got no gradient on this rank, the first {missing[0]}")
 
-    def step(self, lr: float) -> None:
-        """Clip and apply the accumulated gradients with learning rate `lr`; call after the last `backward` of a step."""
+    def step(self, lr: float) -> bool:
+        """Clip and apply the accumulated gradients with learning rate `lr`; call after the last `backward` of a step.
+
+        Returns False on all ranks, with weights and moments unchanged, when the gradients of any are not finite.
+        """
         assert self._engine.is_gradient_accumulation_boundary()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -77,7 +91,30 @@ class Engine:
             self._grad_norm = float(
                 torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             )
+            if not math.isfinite(self._grad_norm):  # reduced already, so it is the same on all ranks
+                self.discard()
+                return False
         self._engine.step()
+        return not getattr(self._engine.optimizer, "overflow", False)
+
+    def discard(self) -> None:
+        """Drop the accumulated gradients instead of calling `step`: weights and moments stay. On all ranks or on none."""
+        optimizer = self._engine.optimizer
+        if self.stage == 0:
+            self._grad_norm = math.inf
+            for p in self.module.parameters():
+                if p.grad is not None:
+                    p.grad.zero_()
+        name = next(name for name in _DROP if hasattr(optimizer, name))
+        setattr(optimizer, name, _DROP[name])
+        try:
+            self._engine.step()
+        finally:
+            delattr(optimizer, name)
+
+    def save_deepspeed(self, folder: Path) -> None:
+        """Write DeepSpeed's own checkpoint, to compare with; training never reads it. Collective."""
+        self._engine.save_checkpoint(str(folder), tag="benchmark")
 
     def grad_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping."""

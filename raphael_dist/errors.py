@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 # Exit codes are an interface: a launcher may restart a run on other codes, never on these.
 EXIT_USER_ERROR = 2
-EXIT_NON_FINITE = 3
+EXIT_NON_FINITE = 3  # the loss or the gradients stayed infinite, NaN or far too large
+EXIT_NOT_SAVED = 4  # the last state could not be saved, the disk being full, say; the checkpoint before it stands
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving; the same command continues
 
 
@@ -26,7 +27,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradients became infinite or NaN; all ranks stop, the last checkpoint is untouched."""
+    """Too many steps in a row were no good; raised on all ranks alike, the last checkpoint is untouched."""
+
+
+class NotSavedError(RuntimeError):
+    """The last checkpoint of a run could not be written; raised on all ranks alike."""
 
 
 def exit_code_of(command: Callable[[], object]) -> int:

@@ -110,6 +110,13 @@ def total(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch
     return tensor.cpu()
 
 
+def gather(value: T) -> list[T]:
+    """Return the value of every rank, in order. For small values: they are pickled."""
+    found: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return cast(list[T], found)
+
+
 def all_or_none(work: Callable[[], T]) -> T:
     """Run `work` on every rank; when it fails on any, raise on all, so that none waits for it.
 

@@ -17,7 +17,15 @@ if __name__ == "__main__":
 from raphael_dist import ds_config, placement
 from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.config import Config, load_config, preset_names, to_yaml
-from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_USER_ERROR, NonFiniteError, UserError
+from raphael_dist.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_NON_FINITE,
+    EXIT_NOT_SAVED,
+    EXIT_USER_ERROR,
+    NonFiniteError,
+    NotSavedError,
+    UserError,
+)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -59,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USER_ERROR, training)
     except NonFiniteError as error:
         return _fail(error, EXIT_NON_FINITE, training)
+    except NotSavedError as error:
+        return _fail(error, EXIT_NOT_SAVED, training)
 
 
 def _launched_ranks() -> int:

@@ -1,17 +1,16 @@
 """The training loop: build(), train_step(), train()."""
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 
-from raphael_dist import measure, parallel, rundir
+from raphael_dist import measure, parallel, recovery, rundir
 from raphael_dist.batch import Batch
 from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.store import CheckpointStore
@@ -24,8 +23,9 @@ from raphael_dist.data.stream import TrainStream
 from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.ema import Ema
 from raphael_dist.engine import Engine, learning_rate
-from raphael_dist.errors import NonFiniteError, UserError
+from raphael_dist.errors import NotSavedError, UserError
 from raphael_dist.evaluate import Validator, sample_prompts
+from raphael_dist.guard import Guard
 from raphael_dist.metrics import LoadWatch, Metrics, MetricsWriter, load_metrics
 from raphael_dist.objective import compute_losses
 from raphael_dist.report import Reporter
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Everything a training run holds on this rank. `samples_seen` is its whole progress."""
+    """Everything a training run holds on this rank. `step` and `samples_seen` are its whole progress."""
 
     config: Config
     ranks: parallel.Ranks
@@ -50,6 +50,7 @@ class Run:
     engine: Engine
     ema: Ema | None
     store: CheckpointStore
+    guard: Guard
     schedule: NoiseSchedule
     metrics: Metrics
     watch: LoadWatch
@@ -61,6 +62,11 @@ class Run:
     signalled: bool = False  # on this rank, at any moment
     stop_requested: bool = False  # agreed by all ranks, at a step's end
     timers: dict[str, float] = field(default_factory=lambda: {"wait": 0.0, "logged": time.monotonic()})
+
+    def warn(self, text: str) -> None:
+        """Write a warning, once for all ranks."""
+        if self.ranks.is_main:
+            _log.warning("%s", text)
 
 
 def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, device: torch.device) -> Run:
@@ -96,19 +102,23 @@ def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, devi
         engine=engine,
         ema=ema,
         store=store,
+        guard=Guard(config.train),
         schedule=schedule,
         metrics=Metrics(device),
         watch=LoadWatch(),
         writer=MetricsWriter(config.run.dir) if ranks.is_main else None,
         lock=lock,
     )
-    run.step, run.samples_seen = store.resume() or (0, 0)
+    recovery.restore(run, store.resume())
     run.flops = measure.dry_run(engine, run.builder.build(plan.slots(run.samples_seen, ranks.rank, 0)), schedule)
     return run
 
 
-def train_step(run: Run, batches: Iterator[Batch]) -> None:
-    """One optimizer step on exactly the global batch: accumulate, agree that the loss is finite, clip, update, average."""
+def train_step(run: Run, batches: Iterator[Batch]) -> bool:
+    """One optimizer step on exactly the global batch: accumulate, agree that the loss is sound, clip, update, average.
+
+    Returns False when the run went back to a checkpoint instead.
+    """
     loss_sum, bad_positions = torch.zeros((), device=run.device), []
     run.engine.traffic.take()  # what validation and sampling sent is no part of a step
     for _ in range(run.plan.accumulation):
@@ -120,17 +130,24 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         loss_sum += losses.total.detach().sum()
         bad_positions.append((batch.position, losses.total.detach()))
         measure.record(run.metrics, batch, losses, run.engine.traffic.take())
-    total, stop = parallel.total([float(loss_sum), float(run.signalled)], run.device).tolist()
+    agreed = parallel.total([float(loss_sum), float(run.signalled), float(run.store.written)], run.device)
+    total, stop, written = agreed.tolist()
     run.stop_requested = stop > 0
-    if not math.isfinite(total):
-        raise NonFiniteError(_name_bad_samples(run, bad_positions))
-    run.step += 1
-    run.engine.step(learning_rate(run.config, run.step))
-    if not math.isfinite(run.engine.grad_norm()):
-        raise NonFiniteError(f"step {run.step}: the gradient norm is {run.engine.grad_norm()}; lower optim.lr")
-    run.samples_seen += run.config.train.global_batch
-    if run.ema is not None:
-        run.ema.update(run.step)
+    if written == run.ranks.world_size:
+        run.store.settle()
+    return recovery.apply(run, total / run.config.train.global_batch, bad_positions)
+
+
+def save(run: Run, last: bool) -> None:
+    """Start a checkpoint, and wait for the last one. NotSavedError when that fails; an earlier one is tried again when the
+    next is due. Collective.
+    """
+    run.guard.rollbacks = 0
+    run.store.begin(recovery.progress(run))
+    if last or not run.config.checkpoint.background:
+        failure = run.store.finish()
+        if failure and last:
+            raise NotSavedError(failure)
 
 
 def train(run: Run) -> bool:
@@ -139,12 +156,14 @@ def train(run: Run) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: setattr(run, "signalled", True))
     with (
+        run.store,
         Reporter(run.ranks.is_main, run.step, config.train.max_steps) as report,
         Prefetcher(run.builder.build, _slots(run), depth=max(1, config.data.prefetch)) as batches,
     ):
         report.line(_greeting(run))
         while run.step < config.train.max_steps and not run.stop_requested:
-            train_step(run, batches)
+            if not train_step(run, batches):
+                continue
             last = run.step == config.train.max_steps
             report.advance(run.step)
             if run.step % config.train.log_every == 0 or last:
@@ -154,7 +173,8 @@ def train(run: Run) -> bool:
             if config.sample.prompts and (_due(run.step, config.train.sample_every) or last):
                 report.line(log_samples(run))
             if _due(run.step, config.checkpoint.every) or last or run.stop_requested:
-                report.line(f"saved {run.store.save(run.step, run.samples_seen)}")
+                save(run, last or run.stop_requested)
+            log_saves(run, report)
         if run.stop_requested and run.step < config.train.max_steps:
             report.line(f"stopped by a signal at step {run.step}; the same command continues")
     if run.writer is not None:
@@ -177,10 +197,20 @@ def log_scalars(run: Run) -> dict[str, float]:
     values |= measure.throughput(samples, elapsed, run.flops, run.device, run.engine.dtype, run.ranks.world_size)
     values["optim/lr"] = learning_rate(run.config, run.step)
     values["optim/grad_norm"] = run.engine.grad_norm()
+    values["train/skipped"], values["train/spikes"] = float(run.guard.skipped), float(run.guard.spikes)
+    values["checkpoint/failed"] = float(run.store.failed)
     values["time/data_wait_frac"] = run.timers["wait"] / max(elapsed, 1e-9)
     run.timers.update(wait=0.0, logged=now)
     _write(run, values)
     return values
+
+
+def log_saves(run: Run, report: Reporter) -> None:
+    """Tell of the checkpoints that were published since the last call."""
+    for saved in run.store.news():
+        report.line(saved.line)
+        if run.writer is not None:
+            run.writer.write(saved.manifest["step"], saved.manifest["samples_seen"], saved.metrics())
 
 
 def log_validation(run: Run) -> str:
@@ -208,9 +238,9 @@ def _write(run: Run, values: dict[str, float]) -> None:
 
 
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
-    # Read ahead of training: the starting point is fixed here, since `samples_seen` moves on meanwhile.
-    batch, start = run.config.train.global_batch, run.samples_seen
-    for first in range(start, start + (run.config.train.max_steps - run.step) * batch, batch):
+    # Read ahead of training: the starting point is fixed here, since `samples_seen` moves on meanwhile. Without an end: a
+    # run that goes back to a checkpoint takes more samples than it has steps.
+    for first in count(run.samples_seen, run.config.train.global_batch):
         for micro in range(run.plan.accumulation):
             yield run.plan.slots(first, run.ranks.rank, micro)
 
@@ -228,16 +258,6 @@ def _greeting(run: Run) -> str:
         f"{state}: {c.run.dir}, {size}, {run.ranks.world_size} ranks on {run.device.type}, ZeRO-{run.engine.stage}, global "
         f"batch {c.train.global_batch} = {run.plan.accumulation} x {run.ranks.world_size} x {c.train.micro_batch} slots"
     )
-
-
-def _name_bad_samples(run: Run, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
-    bad = [int(p) for positions, losses in seen for p, x in zip(positions, losses, strict=True) if not x.isfinite()]
-    everywhere: list[list[int]] = [[] for _ in range(run.ranks.world_size)]
-    dist.all_gather_object(everywhere, bad)
-    found = sorted(p for part in everywhere for p in part)
-    keys = ", ".join(run.stream.sample(p).key for p in found[:5])
-    where = f"step {run.step + 1}: the loss of {len(found)} samples is not finite"
-    return f"{where} ({keys}); the last checkpoint is untouched"
 
 
 def check_complete(config: Config) -> None:

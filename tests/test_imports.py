@@ -17,11 +17,12 @@ LEVELS = {
     0: "raphael_dist presets errors rng config ds_config",
     1: """batch_plan placement model model.experts model.moe model.routing model.edge model.layers model.unet diffusion batch
           objective parallel""",
-    2: """fragments ema metrics report rundir conditioning vae exchange expert_groups expert_parallel
+    2: """guard fragments ema metrics report rundir conditioning vae exchange expert_groups expert_parallel
           data data.captions data.tar_scan data.buckets data.shards data.dataset data.prefetch data.order data.edges
           data.emoji_names data.emoji data.cache_build data.cache data.stream data.batches data.features""",
-    3: "checkpoint checkpoint.reader checkpoint.load checkpoint.store engine",
-    4: "measure sampling sample evaluate paths benchmark benchmark_moe trainer",
+    3: """checkpoint checkpoint.files checkpoint.progress checkpoint.reader checkpoint.load checkpoint.snapshot
+          checkpoint.restore checkpoint.store engine""",
+    4: "measure sampling sample evaluate paths benchmark benchmark_moe benchmark_checkpoint recovery trainer",
     5: "train cli",
 }
 ORDER = {name: (level, i) for level, names in LEVELS.items() for i, name in enumerate(names.split())}

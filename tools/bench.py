@@ -1,6 +1,7 @@
-"""Times parts of the model: `python tools/bench.py space --tokens 256 --text-tokens 77 --dim 128 --experts 6`."""
+"""Times parts of a run: `python tools/bench.py space`, `torchrun --nproc_per_node 2 tools/bench.py checkpoint`."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,6 +103,13 @@ def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) 
     command.add_argument("--threads", type=int, default=torch.get_num_threads())
 
 
+def checkpoint(args: argparse.Namespace) -> None:
+    """Print what a save costs beside torch.save and DeepSpeed's own; as one process, or as the ranks of a launcher."""
+    from raphael_dist import benchmark_checkpoint
+
+    benchmark_checkpoint.run(load_config(args.config), args.zero, args.folder, args.repeats)
+
+
 def main() -> None:
     """Read the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,6 +127,12 @@ def main() -> None:
     for name, default in (("global-batch", 2000), ("experts", 4), ("steps", 20)):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--group", type=int, nargs="+", default=[4, 8, 16, 64])
+    command = commands.add_parser("checkpoint", help="save, write, verify", description=checkpoint.__doc__)
+    command.set_defaults(run=checkpoint, threads=1)
+    command.add_argument("--config", default="emoji-tiny")
+    command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
+    command.add_argument("--folder", type=Path, default=Path("runs/bench-checkpoint"), help="on the disk to measure")
+    command.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000100/` with one `rank-00000.safetensors` per rank that wrote it and a `manifest.json`,
 written last. Keys are `<kind>/<parameter>`: a flat range of the parameter's fp32 weights (master), Adam moments (exp_avg,
-exp_avg_sq) or average (ema). Where a range starts stands in the file's header. Nothing is pickled.
+exp_avg_sq) or average (ema). Where a range starts stands in the manifest and in the file's header. Nothing is pickled.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from raphael_dist.checkpoint.files import step_folders
 from raphael_dist.config import ARCHITECTURE_FIELDS, Config, config_from_tree
 from raphael_dist.errors import UserError
 
@@ -28,18 +29,17 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._open: dict[str, Any] = {}
         try:
             self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         except FileNotFoundError:
             raise UserError(f"checkpoint {folder}: no {MANIFEST}; it was never finished") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"checkpoint {folder}: {MANIFEST} is unreadable: {error}") from None
-        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
-            raise UserError(f"checkpoint {folder}: {MANIFEST} is not of format {FORMAT}")
-        lacking = {"step", "samples_seen", "dataset", "config", "tensors", "files"} - self.manifest.keys()
-        if lacking:
-            raise UserError(f"checkpoint {folder}: {MANIFEST} lacks {', '.join(sorted(lacking))}")
-        unsafe = [name for name in self.manifest["files"] if Path(name).name != name]
+        problem = _malformed(self.manifest)
+        if problem:
+            raise UserError(f"checkpoint {folder}: {MANIFEST} {problem}")
+        unsafe = [name for name in self.manifest["files"] if Path(name).name != name or name.startswith(".")]
         if unsafe:
             raise UserError(f"checkpoint {folder}: {MANIFEST} names a file outside the folder: {unsafe[0]!r}")
 
@@ -68,19 +68,46 @@ class CheckpointReader:
                 return f"{name} does not match its checksum"
         return None
 
+    def incomplete(self) -> str | None:
+        """Return which tensor lacks elements, has some twice or belongs to no parameter; None when all is there once."""
+        kinds = self.kinds() | {"master"}
+        for key in sorted({f"{kind}/{name}" for kind in kinds for name in self.shapes} | self._ranges.keys()):
+            kind, _, name = key.partition("/")
+            if name not in self.shapes:
+                return f"{key} belongs to no parameter"
+            at = 0
+            for first, numel, _ in self._ranges.get(key, []):
+                if first != at:
+                    return f"{kind} of {name} " + (f"has no element {at}" if first > at else f"has element {first} twice")
+                at += numel
+            if at != torch.Size(self.shapes[name]).numel():
+                return f"{kind} of {name} has {at} elements, not {torch.Size(self.shapes[name]).numel()}"
+        return None
+
     @cached_property
-    def _ranges(self) -> dict[str, list[tuple[int, int, Any, str]]]:
-        """For each key, the (start, numel, open file, file name) of its ranges, in order."""
+    def _ranges(self) -> dict[str, list[tuple[int, int, str]]]:
+        """For each key, the (start, numel, file name) of its ranges, in order, by the manifest: no file is opened."""
         ranges = defaultdict(list)
-        for name in self.manifest["files"]:
+        for name, entry in self.manifest["files"].items():
+            for key, (start, numel) in (entry.get("ranges") or self._ranges_in(name)).items():
+                ranges[key].append((start, numel, name))
+        return {key: sorted(found) for key, found in ranges.items()}
+
+    def _ranges_in(self, name: str) -> dict[str, tuple[int, int]]:
+        file = self._file(name)
+        try:
+            starts = json.loads((file.metadata() or {})["starts"])
+            return {key: (int(starts[key]), int(file.get_slice(key).get_shape()[0])) for key in file.keys()}  # noqa: SIM118
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
+            raise UserError(f"checkpoint {self.folder}: {name} is unreadable: {error}") from None
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
             try:
-                file = safe_open(self.folder / name, framework="pt")
-                starts = json.loads((file.metadata() or {})["starts"])
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except (OSError, SafetensorError) as error:
                 raise UserError(f"checkpoint {self.folder}: {name} is unreadable: {error}") from None
-            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                ranges[key].append((int(starts[key]), file.get_slice(key).get_shape()[0], file, name))
-        return {key: sorted(found, key=lambda r: r[0]) for key, found in ranges.items()}
+        return self._open[name]
 
     def kinds(self) -> set[str]:
         """Return the kinds of values the checkpoint holds."""
@@ -88,21 +115,64 @@ class CheckpointReader:
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Return elements [start, start + numel) of a flattened tensor, float32. UserError when any is missing."""
-        out, at = torch.empty(numel), start
-        for first, size, file, _ in self._ranges.get(f"{kind}/{name}", []):
+        key, at, parts = f"{kind}/{name}", start, []
+        for first, size, file in self._ranges.get(key, []):
             low, high = max(at, first), min(start + numel, first + size)
             if low != at or high <= low:
                 continue
-            out[low - start : high - start] = file.get_slice(f"{kind}/{name}")[low - first : high - first]
+            parts.append((low - first, high - first, file))
             at = high
         if at < start + numel:
             raise UserError(f"checkpoint {self.folder}: {kind} of {name} has no element {at} of {start + numel}")
+        out = torch.empty(numel)  # only now: a manifest may claim any size
+        try:
+            found = [self._file(file).get_slice(key)[low:high] for low, high, file in parts]
+            if sum(part.numel() for part in found) != numel:
+                raise ValueError("the files hold less of it than the manifest says")
+            torch.cat(found, out=out)
+        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {self.folder}: {key} cannot be read: {error}") from None
         return out
 
     def whole(self, kind: str, name: str) -> Tensor:
         """Return a whole tensor in its shape, float32."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """Return the text of a manifest, one key a line, with a checksum of all else in it."""
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**body, "checksum": _checksum(body)}.items()]
+    return ("{\n " + ",\n ".join(lines) + "\n}\n").encode()
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _malformed(manifest: Any) -> str | None:
+    """Return what is wrong with a manifest as such, or None."""
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return f"is not of format {FORMAT}"
+    lacking = {"step", "samples_seen", "dataset", "config", "tensors", "files"} - manifest.keys()
+    if lacking:
+        return f"lacks {', '.join(sorted(lacking))}"
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    if manifest.get("checksum", _checksum(body)) != _checksum(body):
+        return "does not match its own checksum"
+    tensors, files = manifest["tensors"], manifest["files"]
+    if not isinstance(tensors, dict) or not all(_is_shape(shape) for shape in tensors.values()):
+        return "gives a tensor no proper shape"
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()
+    ):
+        return "gives a file no size and checksum"
+    return None
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
 
 
 def sha256(path: Path) -> str:
@@ -125,8 +195,11 @@ def check_architecture(found: Config, wanted: Config, where: str) -> None:
 
 
 def newest(root: Path) -> list[Path]:
-    """Return the finished checkpoint folders below `root`, the newest first."""
-    return sorted((p for p in root.glob("step-*") if (p / MANIFEST).is_file()), reverse=True)
+    """Return the checkpoint folders below `root`, the newest first, whole or not. UserError when `root` is unreadable."""
+    try:
+        return step_folders(root)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be read: {error.strerror}") from None
 
 
 def open_newest(path: Path) -> CheckpointReader:

@@ -1,184 +1,284 @@
-"""Writes checkpoints that are either whole or absent, and resumes from the newest that verifies.
+"""Writes checkpoints that are either whole or absent, while training goes on, and resumes from the newest that verifies.
 
-Every rank writes its fragments into a temporary folder; when all have succeeded, rank 0 writes the manifest with sizes and
-checksums, and renames the folder. A kill at any moment leaves the previous checkpoint and at most a temporary folder.
+A save has three parts. `begin`: all ranks agree that there is room, copy their fragments to the host and go on training; a
+thread of each writes its file, syncs it and reads it back. `settle`, once every rank has said at a step's end that its
+thread is done: the ranks exchange what they wrote, and a thread of rank 0 writes the manifest and renames the folder into
+place.
+`finish`: wait for both. Threads never call a collective. A kill at any moment leaves the previous checkpoint whole.
 """
 
+import errno
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable
-from functools import partial
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raphael_dist import parallel
-from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, check_architecture, newest, sha256
+from raphael_dist.checkpoint import files
+from raphael_dist.checkpoint.progress import Progress
+from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, newest, seal
+from raphael_dist.checkpoint.restore import Restorer
+from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.config import Config
 from raphael_dist.ema import Ema
-from raphael_dist.errors import UserError
-from raphael_dist.fragments import MOMENTS, Fragments
+from raphael_dist.errors import NonFiniteError, NotSavedError
+from raphael_dist.fragments import Fragments
 from raphael_dist.rundir import versions
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass
+class Save:
+    """One save on this rank. manifest: all but the files. failure: the same text on all ranks once they have agreed."""
+
+    temporary: Path
+    final: Path
+    manifest: dict[str, Any]
+    bytes: int = 0  # of all ranks
+    stall_s: float = 0.0
+    write_s: float = 0.0
+    written: Future[dict[str, Any]] | None = None  # until settled
+    published: Future[None] | None = None  # on rank 0, from then on
+    failure: str | None = None
+    concluded: bool = False
+
+    @property
+    def line(self) -> str:
+        """What a person reads about it."""
+        cost = f"training waited {self.stall_s:.3f} s, written and read back in {self.write_s:.2f} s"
+        return f"saved {self.final} ({self.bytes / 2**20:.1f} MiB, {cost})"
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the save cost, by tag."""
+        values = {"stall_s": self.stall_s, "write_s": self.write_s, "bytes": float(self.bytes)}
+        return {f"checkpoint/{name}": value for name, value in values.items()}
+
+
 class CheckpointStore:
-    """The checkpoints of one run. Every method is collective: all ranks call it."""
+    """The checkpoints of one run. Methods are collective, all ranks call them alike; `written` and `news` are not.
+
+    Use it as a context manager around training.
+    """
 
     def __init__(self, config: Config, ranks: parallel.Ranks, fragments: Fragments, ema: Ema | None, dataset: str) -> None:
         self.root = config.run.dir / "checkpoints"
-        self._config, self._ranks, self._fragments, self._ema, self._dataset = config, ranks, fragments, ema, dataset
+        self.failed = 0  # saves that were given up
+        self._config, self._ranks = config, ranks
+        self._restorer = Restorer(config, ranks, fragments, ema, dataset)
+        self._snapshot = Snapshot(fragments, ema, ranks.rank, ranks.world_size)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._constant = {
+            "world_size": ranks.world_size,
+            "dataset": dataset,
+            "versions": versions(),
+            "config": config.model_dump(mode="json"),
+            "tensors": fragments.shapes,
+        }
+        # What stands in it of every file and range is guessed, generously.
+        self._manifest_bytes = len(json.dumps(self._constant)) + 1000 * ranks.world_size + 600 * len(fragments.shapes)
+        self._save: Save | None = None
+        self._news: list[Save] = []
 
-    def save(self, step: int, samples_seen: int) -> Path:
-        """Write and publish the checkpoint of optimizer step `step`. Raises OSError on all ranks when any cannot write."""
-        final = self.root / f"step-{step:08d}"
-        temporary = self.root / f".writing-{final.name}"
-        parallel.all_or_none(lambda: self._clear(temporary) if self._ranks.is_main else None)
-        entries = self._together(lambda: self._write_rank_file(temporary), temporary)
-        manifest = self._manifest(step, samples_seen, entries)
-        parallel.all_or_none(lambda: self._publish(temporary, final, manifest) if self._ranks.is_main else None)
-        return final
+    # ---- saving -----------------------------------------------------------------------------------------------------
 
-    def _clear(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    def save(self, progress: Progress) -> Path:
+        """Write and publish a checkpoint before returning. Raises OSError on all ranks when that failed on any."""
+        self.begin(progress)
+        failure = self.finish()
+        assert self._save is not None
+        if failure:
+            raise OSError(failure)
+        return self._save.final
 
-    def _publish(self, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync_folder(self.root)
-        _write_synced(self.root / ".latest", final.name.encode())
-        (self.root / ".latest").replace(self.root / "latest")
-        for old in newest(self.root)[self._config.checkpoint.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+    def begin(self, progress: Progress) -> None:
+        """Copy the state and start writing it; waits for the save before this one. What fails is told by `finish`."""
+        began = time.monotonic()
+        self._wait()
+        final = self.root / f"step-{progress.step:08d}"
+        temporary = self.root / (files.WRITING + final.name)
+        save = self._save = Save(temporary, final, self._manifest(progress))
+        save.bytes, problem = self._make_room(save)
+        if problem:
+            self._give_up(save, problem)
+        else:
+            save.written = self._thread.submit(self._write, save, self._snapshot.take())
+        save.stall_s += time.monotonic() - began
 
-    def resume(self) -> tuple[int, int] | None:
-        """Restore the newest checkpoint that verifies; return its (step, samples_seen), or None without any.
+    @property
+    def stall_s(self) -> float:
+        """How long training has waited for the last save so far."""
+        return self._save.stall_s if self._save is not None else 0.0
 
-        Raises UserError when there are checkpoints but none verifies, or when it is of another architecture.
-        """
-        folders = self._shared(newest(self.root) if self._ranks.is_main else None)
-        for folder in folders:
-            damage = self._verify(folder)
-            if damage is None:
-                progress = parallel.all_or_none(partial(self._restore, CheckpointReader(folder)))
-                self._fragments.publish()
-                return progress
+    @property
+    def written(self) -> bool:
+        """Whether this rank's part is written, or failed, and waits for the others; ranks tell each other every step."""
+        return self._save is not None and self._save.written is not None and self._save.written.done()
+
+    def settle(self) -> None:
+        """Exchange what was written; when all succeeded, rank 0 starts to publish it. Waits for this rank's thread."""
+        save = self._save
+        if save is None or save.written is None:
+            return
+        began = time.monotonic()
+        found = parallel.gather(_outcome(save.written))
+        save.written = None
+        problem = next((f"rank {rank}: {text}" for rank, (_, text) in enumerate(found) if text), None)
+        if problem:
+            self._give_up(save, problem)
+        else:
+            entries = [entry for entry, _ in found]
+            save.write_s = max(entry.pop("seconds") for entry in entries)
+            save.manifest["files"] = {entry.pop("name"): entry for entry in entries}
             if self._ranks.is_main:
-                _log.warning("skipping checkpoint %s: %s", folder, damage)
-        if folders:
-            raise UserError(f"run.dir: no checkpoint in {self.root} verifies; repair one or use another run.dir")
-        return None
+                save.published = self._thread.submit(self._publish, save)
+        save.stall_s += time.monotonic() - began
 
-    def _restore(self, reader: CheckpointReader) -> tuple[int, int]:
-        check_architecture(reader.config(), self._config, str(reader.folder))
-        if reader.manifest["dataset"] != self._dataset and not self._config.data.allow_change:
-            raise UserError(
-                f"data.shards: {reader.folder} was trained on other shards, and the order of samples would change; give the "
-                "same shards, another run.dir, or data.allow_change=true"
-            )
-        self._fragments.create_moments(reader.step)
-        average = "ema" if "ema" in reader.kinds() else "master"
-        with torch.no_grad():
-            for i, f in enumerate(self._fragments):
-                f.master.copy_(reader.read("master", f.name, f.start, f.numel))
-                for kind in MOMENTS:
-                    moment = self._fragments.moment(f, kind)
-                    if moment is not None:
-                        moment.copy_(reader.read(kind, f.name, f.start, f.numel))
-                if self._ema is not None:
-                    self._ema.values[i].copy_(reader.read(average, f.name, f.start, f.numel))
-        return reader.step, int(reader.manifest["samples_seen"])
+    def finish(self) -> str | None:
+        """Wait for the save in flight; return why the last one failed, or None. The same on all ranks."""
+        began = time.monotonic()
+        self._wait()
+        if self._save is None:
+            return None
+        self._save.stall_s += time.monotonic() - began
+        return self._save.failure
 
-    def _write_rank_file(self, folder: Path) -> tuple[str, dict[str, Any]]:
-        tensors, starts = self._owned()
-        path = folder / f"rank-{self._ranks.rank:05d}.safetensors"
-        save_file(tensors, path, {"starts": json.dumps(starts)})
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        return path.name, {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    def news(self) -> list[Save]:
+        """Return, once each, the saves that have been published. For rank 0."""
+        if self._save is not None and self._save.published is not None and self._save.published.done():
+            self._conclude(self._save)
+        found, self._news = self._news, []
+        return found
 
-    def _owned(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        tensors, starts = {}, {}
-        for i, f in enumerate(self._fragments):
-            if f.shared and i % self._ranks.world_size != self._ranks.rank:
-                continue
-            values = {"master": f.master, **{kind: self._fragments.moment(f, kind) for kind in MOMENTS}}
-            if self._ema is not None:
-                values["ema"] = self._ema.values[i]
-            for kind, value in values.items():
-                if value is not None:
-                    tensors[f"{kind}/{f.name}"] = value.detach().to("cpu", copy=True)
-                    starts[f"{kind}/{f.name}"] = f.start
-            if not tensors[f"master/{f.name}"].isfinite().all():
-                raise OSError(f"weights of {f.name} are not finite; this state is not worth keeping")
-        return tensors, starts
+    def __enter__(self) -> Self:
+        return self
 
-    def _manifest(self, step: int, samples_seen: int, entries: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Wait for the save in flight; after an exception of one rank alone only for this rank's thread, unpublished."""
+        try:
+            if kind is None or issubclass(kind, NonFiniteError | NotSavedError):  # raised on all ranks alike
+                self.finish()
+        finally:
+            self._thread.shutdown(wait=True)
+
+    def amend(self, progress: Progress) -> None:
+        """Note other progress in the checkpoint of the step: training goes on from it, but with other samples."""
+        folder = self.root / f"step-{progress.step:08d}"
+
+        def rewrite() -> None:
+            manifest = CheckpointReader(folder).manifest | progress.as_manifest()
+            files.replace_bytes(folder / MANIFEST, seal(manifest))
+
+        parallel.all_or_none(lambda: rewrite() if self._ranks.is_main else None)
+
+    def _wait(self) -> None:
+        save = self._save
+        if save is None:
+            return
+        self.settle()
+        if self._ranks.is_main:
+            self._conclude(save)
+        save.failure = parallel.gather(save.failure)[0]
+
+    def _conclude(self, save: Save) -> None:
+        """Wait for what rank 0 publishes, and note how that went."""
+        if save.published is None or save.concluded:
+            return
+        save.concluded = True
+        problem = _outcome(save.published)[1]
+        if problem:
+            self._give_up(save, problem)
+        else:
+            self._news.append(save)
+
+    def _make_room(self, save: Save) -> tuple[int, str | None]:
+        """Clear the folder to write into and compare what all ranks need with what is free; return bytes and problem."""
+        need, free, problem = 0, 0, None
+        try:
+            need = self._snapshot.plan()
+            if self._ranks.is_main:
+                need += self._manifest_bytes
+                if save.temporary.exists():
+                    files.remove(save.temporary)
+                save.temporary.mkdir(parents=True)
+            free = files.free_bytes(self.root)
+        except (OSError, RuntimeError, MemoryError) as error:
+            problem = str(error)
+        found = parallel.gather((need, free, problem))
+        total, least = sum(n for n, _, _ in found), min(f for _, f, _ in found)
+        problem = next((f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(found) if text), None)
+        if problem is None and total > least:
+            problem = _no_space(total, least, self.root)
+        return total, problem
+
+    def _write(self, save: Save, values: Tensor) -> dict[str, Any]:
+        name = f"rank-{self._ranks.rank:05d}.safetensors"
+        layout, starts = self._snapshot.layout, self._snapshot.starts
+        metadata = {"step": str(save.manifest["step"]), "rank": str(self._ranks.rank), "starts": json.dumps(starts)}
+        began = time.monotonic()
+        try:
+            entry = files.write_tensors(save.temporary / name, layout, values, metadata)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(_no_space(save.bytes, files.free_bytes(self.root), self.root) + f" ({error.strerror})") from None
+        ranges = {key: (starts[key], numel) for key, numel in layout}
+        return {"name": name, "seconds": max(1e-9, time.monotonic() - began), **entry, "ranges": ranges}
+
+    def _publish(self, save: Save) -> None:
+        files.write_bytes(save.temporary / MANIFEST, seal(save.manifest))
+        problem = CheckpointReader(save.temporary).incomplete()
+        if problem:
+            raise OSError(problem)
+        files.publish(save.temporary, save.final)
+        files.replace_bytes(self.root / "latest", save.final.name.encode())
+        # Every file was read back before it was named here, so that older checkpoints may go.
+        keep = self._config.checkpoint
+        for old in files.surplus(newest(self.root), keep.keep, keep.keep_every):
+            if old != save.final:
+                files.remove(old)
+
+    def _give_up(self, save: Save, problem: str) -> None:
+        save.failure = f"checkpoint of step {save.manifest['step']} not written, the previous one stays: {problem}"
+        self.failed += 1
+        if self._ranks.is_main:
+            _log.warning("%s", save.failure)
+            if save.temporary.exists():
+                files.remove(save.temporary)
+
+    def _manifest(self, progress: Progress) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "step": step,
-            "samples_seen": samples_seen,
-            "world_size": self._ranks.world_size,
-            "dataset": self._dataset,
-            "versions": versions(),
-            "config": self._config.model_dump(mode="json"),
-            "tensors": self._fragments.shapes,
-            "files": dict(entries),
+            **progress.as_manifest(),
+            **self._constant,
+            "files": {},
         }
 
-    def _verify(self, folder: Path) -> str | None:
-        """Check the files, divided over the ranks; return what is wrong on any of them."""
-        damage = None
-        try:
-            reader = CheckpointReader(folder)
-            files = sorted(reader.manifest["files"])
-            damage = reader.damage(files[self._ranks.rank :: self._ranks.world_size])
-        except (UserError, OSError, KeyError) as error:
-            damage = str(error)
-        found: list[str | None] = [None] * self._ranks.world_size
-        dist.all_gather_object(found, damage)
-        return next((d for d in found if d is not None), None)
+    # ---- resuming ---------------------------------------------------------------------------------------------------
 
-    def _shared(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def resume(self) -> Progress | None:
+        """Restore the newest checkpoint that verifies; see Restorer.resume."""
+        return self._restorer.resume()
 
-    def _together(self, write: Callable[[], tuple[str, dict[str, Any]]], temporary: Path) -> list[Any]:
-        """Run `write` on every rank; return all results, or remove the folder and raise the first failure on all."""
-        try:
-            result: Any = write()
-        except Exception as error:
-            result = f"rank {self._ranks.rank}: {error}"
-        results: list[Any] = [None] * self._ranks.world_size
-        dist.all_gather_object(results, result)
-        failures = [r for r in results if isinstance(r, str)]
-        if failures:
-            if self._ranks.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"checkpoint not written, the previous one stays: {failures[0]}")
-        return results
+    def rewind(self) -> Progress | None:
+        """The same in the middle of training; None, and no change, without a checkpoint."""
+        self.finish()
+        return self._restorer.rewind()
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _outcome(future: Future[Any]) -> tuple[Any, str | None]:
+    """Wait for a thread; return its result and what went wrong in words."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return future.result(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+
+
+def _no_space(need: int, free: int, where: Path) -> str:
+    return f"no space: {need} bytes needed, {free} free in {where}"

@@ -13,6 +13,7 @@ import torch
 
 from raphael_dist import parallel
 from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.engine import Engine
@@ -48,7 +49,8 @@ def train(out: str, spec: dict, ranks: parallel.Ranks, device: torch.device) -> 
     engine = Engine(config, spec["deepspeed"], plan, device)
     schedule = NoiseSchedule.create(config.diffusion)
     store = CheckpointStore(config, ranks, engine.fragments, None, "synthetic") if spec.get("checkpoint") else None
-    first = ((store.resume() if store else None) or (0, 0))[0]
+    progress = store.resume() if store else None
+    first = progress.step if progress else 0
     losses, norms, resumed = [], [], state(engine.fragments)
     for step in range(first, spec["steps"]):
         total = torch.zeros(())
@@ -62,7 +64,7 @@ def train(out: str, spec: dict, ranks: parallel.Ranks, device: torch.device) -> 
         losses.append(float(parallel.total([float(total)], device)[0]) / config.train.global_batch)
         norms.append(engine.grad_norm())
     if store and spec["steps"] > first:
-        store.save(spec["steps"], spec["steps"] * config.train.global_batch)
+        store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch, spec["steps"], {}))
     result = {"losses": losses, "norms": norms, "resumed": resumed, "fragments": state(engine.fragments)}
     spread = [n for n, p in engine.module.named_parameters() if hasattr(p, "expert_slice") and n.endswith("space_moe.w1")]
     torch.save({**result, "sent": engine.traffic.take(), "spread": spread}, f"{out}.{ranks.rank}")

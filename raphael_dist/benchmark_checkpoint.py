@@ -1,0 +1,101 @@
+"""What a checkpoint costs: the trainer's own save beside torch.save of the same bytes and DeepSpeed's `save_checkpoint`."""
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raphael_dist import parallel
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.checkpoint.progress import Progress
+from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.checkpoint.snapshot import Snapshot
+from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.config import Config
+from raphael_dist.ema import Ema
+from raphael_dist.engine import Engine
+
+
+def bench_checkpoint(
+    config: Config, tree: dict[str, Any], ranks: parallel.Ranks, device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Return medians over `repeats` of the seconds of each way to save, and the MiB of all ranks. Collective."""
+    engine = Engine(config, tree, BatchPlan.of(config, ranks.world_size), device)
+    engine.fragments.create_moments(1)
+    ema = Ema(engine.fragments, config.ema)
+    folder = config.run.dir
+    snapshot = Snapshot(engine.fragments, ema, ranks.rank, ranks.world_size)
+    rows: dict[str, list[float]] = {}
+    with CheckpointStore(config, ranks, engine.fragments, ema, "benchmark") as store:
+        store.resume()
+        for i in range(repeats + 1):  # the first makes buffers and is not counted
+            found = _ours(store, i + 1, ranks, device)
+            found["DeepSpeed save_checkpoint"] = _timed(lambda i=i: engine.save_deepspeed(folder / f"deepspeed-{i}"))  # type: ignore[misc]
+            path = folder / f"torch-{ranks.rank}.pt"
+            snapshot.plan()
+            values = snapshot.take()
+            found["torch.save of the same bytes"] = _timed(lambda p=path, v=values: torch.save(v, p))  # type: ignore[misc]
+            for name, seconds in found.items():
+                rows.setdefault(name, []).append(seconds)
+            dist.barrier()
+            if ranks.is_main:
+                shutil.rmtree(folder / f"deepspeed-{i}")
+            path.unlink()
+    return {name: statistics.median(values[1:]) for name, values in rows.items()}
+
+
+def _ours(store: CheckpointStore, step: int, ranks: parallel.Ranks, device: torch.device) -> dict[str, float]:
+    dist.barrier()
+    began = time.monotonic()
+    store.begin(Progress(step, step, step, {}))
+    while float(parallel.total([float(store.written)], device)[0]) < ranks.world_size:
+        time.sleep(0.002)  # where a training step would be
+    store.settle()
+    stall = store.stall_s
+    failure = store.finish()
+    assert failure is None, failure
+    published = time.monotonic() - began
+    reader = CheckpointReader(store.root / f"step-{step:08d}")
+    names = sorted(reader.manifest["files"])[ranks.rank :: ranks.world_size]
+    verify = _timed(lambda: reader.damage(names))
+    found = {"stall": stall, "until published": published, "verify": verify}
+    return {**found, "MiB": sum(e["bytes"] for e in reader.manifest["files"].values()) / 2**20}
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Return the seconds until every rank has done the work."""
+    dist.barrier()
+    began = time.monotonic()
+    work()
+    dist.barrier()
+    return time.monotonic() - began
+
+
+def table(medians: dict[str, float], world_size: int, repeats: int) -> str:
+    """Return the result as text."""
+    size, deepspeed = medians["MiB"], medians["DeepSpeed save_checkpoint"]
+    lines = [f"{size:.0f} MiB in all on {world_size} ranks, median of {repeats}; only this store syncs and reads back"]
+    for name, seconds in medians.items():
+        if name != "MiB":
+            ratio = f"{seconds / deepspeed:7.2f} x DeepSpeed's"
+            lines.append(f"  {name:30} {seconds:8.3f} s {size / seconds:8.0f} MiB/s {ratio}")
+    return "\n".join(lines)
+
+
+def run(config: Config, stage: int, folder: Path, repeats: int) -> None:
+    """Join the ranks that the launcher started, measure, print."""
+    ranks = parallel.discover()
+    device = parallel.initialise(ranks)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
+    try:
+        medians = bench_checkpoint(config, {"zero_optimization": {"stage": stage}}, ranks, device, repeats)
+        if ranks.is_main:
+            print(table(medians, ranks.world_size, repeats), flush=True)
+            shutil.rmtree(folder)
+    finally:
+        dist.destroy_process_group()

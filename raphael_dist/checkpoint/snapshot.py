@@ -1,0 +1,60 @@
+"""A copy of this rank's state on the host, from which a checkpoint is written while training goes on."""
+
+import torch
+from torch import Tensor
+
+from raphael_dist.ema import Ema
+from raphael_dist.fragments import MOMENTS, Fragment, Fragments
+
+
+class Snapshot:
+    """One float32 buffer, made once and filled at every save; pinned where there is a GPU, so that the copy is a DMA.
+
+    layout: (key, number of elements) of the parts in the buffer, in order; key is `<kind>/<parameter>`.
+    starts: where each part begins in its flattened parameter.
+    """
+
+    def __init__(self, fragments: Fragments, ema: Ema | None, rank: int, world_size: int) -> None:
+        self._fragments, self._ema, self._rank, self._world_size = fragments, ema, rank, world_size
+        self._buffer = torch.empty(0)
+        self._values: list[Tensor] = []  # live, in the order of the layout
+        self.layout: list[tuple[str, int]] = []
+        self.starts: dict[str, int] = {}
+
+    def plan(self) -> int:
+        """Lay out what this rank will save now and make room for it on the host; return its bytes.
+
+        Moments join after the first optimizer step. Raises RuntimeError or MemoryError when the host has no room.
+        """
+        self._values, self.layout, self.starts = [], [], {}
+        for f, kinds in self._owned():
+            for kind, value in kinds.items():
+                key = f"{kind}/{f.name}"
+                self._values.append(value)
+                self.layout.append((key, f.numel))
+                self.starts[key] = f.start
+        total = sum(numel for _, numel in self.layout)
+        if self._buffer.numel() < total:
+            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        return 4 * total
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """Copy what `plan` laid out into the buffer and return it, float32 [n] on the host; valid until the next call."""
+        total = sum(numel for _, numel in self.layout)
+        parts = list(self._buffer[:total].split([numel for _, numel in self.layout]))
+        torch._foreach_copy_(parts, self._values, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._buffer[:total]
+
+    def _owned(self) -> list[tuple[Fragment, dict[str, Tensor]]]:
+        found = []
+        for i, f in enumerate(self._fragments):
+            if f.shared and i % self._world_size != self._rank:
+                continue
+            kinds = {"master": f.master, **{kind: self._fragments.moment(f, kind) for kind in MOMENTS}}
+            if self._ema is not None:
+                kinds["ema"] = self._ema.values[i]
+            found.append((f, {kind: value.detach() for kind, value in kinds.items() if value is not None}))
+        return found

@@ -1,0 +1,142 @@
+"""Starts real ranks quickly: a clean process imports everything once and forks each rank from itself.
+
+A run of two ranks then takes a second or two, so that many of them can be killed. `Forks` is the test's end of it; run as a
+program, this file is the other.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+GRACE = 4.0  # seconds that ranks get to notice that one of them is gone
+
+
+class Forks:
+    """The server process; use as a context manager."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=env,
+        )
+
+    def run(self, folder: Path, world_size: int, timeout: float = 90, **spec: Any) -> list[int]:
+        """Run tests/workers/forked_train.py with `spec` as ranks; return exit codes, the negative signal of a killed one.
+
+        Output of rank N is in folder/out-N.txt. AssertionError when a rank outlives the time-out.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {
+            "folder": str(folder),
+            "world_size": world_size,
+            "timeout": timeout,
+            "spec": {"folder": str(folder), **spec},
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        assert not answer["late"], f"ranks {answer['late']} did not end in {timeout} s:\n{output_of(folder, world_size)}"
+        return answer["codes"]
+
+    def must(self, folder: Path, world_size: int, **spec: Any) -> None:
+        """Run and require that every rank succeeds."""
+        codes = self.run(folder, world_size, **spec)
+        assert codes == [0] * world_size, f"exit codes {codes}:\n{output_of(folder, world_size)}"
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+def output_of(folder: Path, world_size: int) -> str:
+    """Return what the ranks printed."""
+    return "\n".join(f"--- rank {r}\n" + (folder / f"out-{r}.txt").read_text()[-3000:] for r in range(world_size))
+
+
+def fork_rank(request: dict[str, Any], rank: int, port: int) -> int:
+    """Return the process id of the rank."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        out = os.open(f"{request['folder']}/out-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.setpgid(0, 0)
+        world = str(request["world_size"])
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=str(port)
+        )
+        from tests.workers import forked_train
+
+        code = forked_train.main(request["spec"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(pids: list[int], timeout: float) -> dict[str, Any]:
+    """Wait for all ranks; when one has failed the others get GRACE seconds more, as under a launcher."""
+    codes: dict[int, int] = {}
+    began, late = time.monotonic(), []
+    deadline, failed_at = began + timeout, None
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+                    if codes[pid] and failed_at is None:
+                        failed_at = time.monotonic()
+        now = time.monotonic()
+        if now > deadline:
+            late = [rank for rank, pid in enumerate(pids) if pid not in codes]
+        if now > deadline or (failed_at is not None and now > failed_at + GRACE):
+            for pid in pids:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return {"codes": [codes[pid] for pid in pids], "late": late}
+
+
+def main() -> None:
+    """Serve requests, one a line, until the test closes the pipe."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing else may talk on the pipe
+    import deepspeed  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    from raphael_dist.parallel import free_port
+    from tests.workers import forked_train  # noqa: F401
+
+    for line in sys.stdin:
+        request, port = json.loads(line), free_port()
+        pids = [fork_rank(request, rank, port) for rank in range(request["world_size"])]
+        answers.write(json.dumps(wait_for(pids, request["timeout"])) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Steps that would harm the weights: skipped on all ranks alike, or undone; what that costs survives a resume."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.config import Train
+from raphael_dist.errors import EXIT_NON_FINITE
+from raphael_dist.guard import MIN_LOSSES, Guard
+from raphael_dist.metrics import read_metrics
+from tests.forks import Forks, output_of
+
+G = 12
+
+
+def spec(stage: int = 2, ep: tuple[int, int] = (2, 2), faults: dict | None = None, **sections: dict) -> dict[str, Any]:
+    base: dict[str, dict[str, Any]] = {
+        "train": {"global_batch": G, "micro_batch": 3, "max_steps": 4, "log_every": 1},
+        "optim": {"lr": 1e-3, "clip": 0.5},
+        "checkpoint": {"every": 1, "keep": 99},
+        "parallel": {"space_ep": ep[0], "time_ep": ep[1]},
+    }
+    merged = {n: {**base.get(n, {}), **sections.get(n, {})} for n in base | sections}
+    return {"stage": stage, "sections": merged, "faults": faults or {}}
+
+
+def at(run: Path, step: int) -> CheckpointReader:
+    return CheckpointReader(run / "checkpoints" / f"step-{step:08d}")
+
+
+def differing(a: CheckpointReader, b: CheckpointReader) -> set[str]:
+    """Return the kinds in which two checkpoints differ anywhere."""
+    return {kind for kind in a.kinds() for name in a.shapes if not torch.equal(a.whole(kind, name), b.whole(kind, name))}
+
+
+def log(run: Path) -> str:
+    return (run / "train.log").read_text()
+
+
+# ---- the rule -------------------------------------------------------------------------------------------------------
+
+
+def guard(**settings: Any) -> Guard:
+    return Guard(Train(**settings))
+
+
+def test_a_spike_lies_sigma_deviations_above_the_mean_of_the_last_losses() -> None:
+    g = guard(spike_sigma=3, spike_window=10)
+    for loss in [1.0, 3.0] * 5:  # mean 2, deviation 1
+        assert g.judge(1e9) == "good", "too few losses to judge"
+        g.took(loss)
+    assert [g.judge(x) for x in (-100, 5.0, 5.001)] == ["good", "good", "spike"]
+    assert [g.judge(x) for x in (math.nan, math.inf, -math.inf)] == ["not finite"] * 3
+    for _ in range(10):
+        g.took(100.0)  # the old losses leave the window
+    assert g.judge(100.0) == "good"
+    assert guard(spike_sigma=0).judge(1e30) == "good"
+
+
+def test_the_state_survives_json_and_judges_alike() -> None:
+    import json
+
+    g = guard(spike_sigma=2)
+    for i in range(2 * MIN_LOSSES):
+        g.took(1 / (i + 3))
+    g.skip()
+    other = guard(spike_sigma=2)
+    other.restore(json.loads(json.dumps(g.state())))
+    assert other.state() == g.state()
+    limit = 0.2
+    for _ in range(60):  # close in on the limit: both agree at every float on the way
+        limit = math.nextafter(limit, 1) if g.judge(limit) == "good" else math.nextafter(limit, 0)
+        assert g.judge(limit) == other.judge(limit)
+
+
+def test_only_skips_in_a_row_end_a_run() -> None:
+    g = guard(max_skipped=3)
+    assert [g.skip(), g.skip()] == [False, False]
+    g.took(1.0)
+    assert [g.skip(), g.skip(), g.skip()] == [False, False, True]
+    assert g.skipped == 5
+
+
+# ---- real runs ------------------------------------------------------------------------------------------------------
+
+INF = {"ranks": [1], "steps": [2], "name": "down_blocks.0.attentions.0.transformer_blocks.0.space_moe.w1"}
+CASES = [
+    ("nan", 2, (2, 2), "float32"),
+    ("inf_grad", 2, (2, 2), "float32"),
+]
+SLOW_CASES = [
+    ("nan", 0, (1, 1), "float32"), ("nan", 1, (1, 2), "float32"), ("nan", 3, (1, 1), "float32"),
+    ("inf_grad", 0, (1, 1), "float32"), ("inf_grad", 1, (2, 1), "float32"), ("inf_grad", 3, (1, 1), "float32"),
+    ("nan", 1, (2, 2), "bfloat16"), ("inf_grad", 2, (2, 2), "bfloat16"), ("inf_grad", 1, (1, 1), "bfloat16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "ep", "dtype"), [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW_CASES)]
+)
+def test_a_bad_step_of_one_rank_is_skipped_on_all_and_changes_nothing(
+    forks: Forks, tmp_path: Path, kind: str, stage: int, ep: tuple[int, int], dtype: str
+) -> None:
+    run = tmp_path / "run"
+    bad = G + 4  # the second step, the second rank
+    faults = {"nan": [bad]} if kind == "nan" else {"inf_grad": INF}
+    forks.must(run, 2, **spec(stage, ep, faults, train={"dtype": dtype}))
+    assert differing(at(run, 1), at(run, 2)) == set()
+    assert differing(at(run, 2), at(run, 3)) == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert [at(run, step).manifest["updates"] for step in (1, 2, 3, 4)] == [1, 1, 2, 3]
+    assert at(run, 4).manifest["samples_seen"] == 4 * G, "the samples of a skipped step are used up"
+    assert [v for _, v in read_metrics(run / "metrics.jsonl")["train/skipped"]] == [0, 1, 1, 1]
+    assert (f"positions [{bad}]" if kind == "nan" else f"at positions {G} to {2 * G - 1}") in log(run)
+    if kind == "inf_grad":
+        return
+    # Adam counts updates, not steps: a resumed run must not think it took the skipped one.
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for step in (3, 4):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    forks.must(again, 2, **spec(stage, ep, train={"dtype": dtype}))
+    assert differing(at(run, 4), at(again, 4)) == set()
+
+
+def test_three_bad_steps_in_a_row_end_the_run_with_its_own_exit_code(forks: Forks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    waiting = {"every": 1, "keep": 99, "background": False}
+    faults = {"nan": [2 * G, 3 * G + 5, 4 * G + 11]}
+    codes = forks.run(run, 2, **spec(faults=faults, train={"max_steps": 9}, checkpoint=waiting))
+    assert codes == [EXIT_NON_FINITE] * 2, output_of(run, 2)
+    errors = [line for line in output_of(run, 2).splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "step 5: skipped, the loss is not finite" in errors[0]
+    assert "train.max_skipped = 3 in a row" in errors[0]
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000004"
+    assert at(run, 4).damage() is None
+
+
+SPIKE = MIN_LOSSES + 2  # the step, from 1
+SPIKED = {"spike": [(SPIKE - 1) * G + 7]}
+
+
+def spike_spec(action: str, max_steps: int = SPIKE + 1, faults: dict | None = None, stage: int = 2) -> dict[str, Any]:
+    ep = (2, 2) if stage in (1, 2) else (1, 1)
+    train = {"max_steps": max_steps, "spike_action": action, "spike_sigma": 8.0}
+    return spec(stage, ep, SPIKED if faults is None else faults, train=train, checkpoint={"every": SPIKE - 2})
+
+
+@pytest.mark.slow
+def test_a_spike_is_skipped_before_it_touches_the_weights(forks: Forks, tmp_path: Path) -> None:
+    run, calm = tmp_path / "run", tmp_path / "calm"
+    forks.must(run, 2, **spike_spec("skip", SPIKE))
+    forks.must(calm, 2, **spike_spec("skip", SPIKE - 1))
+    assert differing(at(run, SPIKE), at(calm, SPIKE - 1)) == set()
+    assert f"step {SPIKE}: the loss" in log(run)
+    assert dict(read_metrics(run / "metrics.jsonl")["train/spikes"])[SPIKE] == 1
+    assert "is a spike" not in log(calm)
+
+
+@pytest.mark.slow
+def test_a_spike_may_only_be_told(forks: Forks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    forks.must(run, 2, **spike_spec("warn", SPIKE))
+    assert "is a spike" in log(run)
+    assert at(run, SPIKE).manifest["updates"] == SPIKE
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 3))])
+def test_a_rollback_goes_on_with_the_samples_after_the_spike_and_survives_a_resume(
+    forks: Forks, tmp_path: Path, stage: int
+) -> None:
+    run, again = tmp_path / "run", tmp_path / "again"
+    forks.must(run, 2, **spike_spec("rollback", stage=stage))
+    back = SPIKE - 2  # the checkpoint before the spike
+    assert f"back at step {back}, going on with sample {SPIKE * G}" in log(run)
+    assert at(run, back).manifest["samples_seen"] == SPIKE * G
+    # Steps back+1 .. SPIKE+1 were taken after it, on samples that were not seen before.
+    assert at(run, SPIKE + 1).manifest["samples_seen"] == (SPIKE + SPIKE + 1 - back) * G
+    assert at(run, SPIKE + 1).manifest["updates"] == SPIKE + 1
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / f"step-{SPIKE + 1:08d}")
+    (again / "train.log").unlink()
+    forks.must(again, 2, **spike_spec("rollback", stage=stage))
+    assert "is a spike" not in log(again), "the samples of the spike were met again"
+    assert differing(at(run, SPIKE + 1), at(again, SPIKE + 1)) == set()
+
+
+@pytest.mark.slow
+def test_rollbacks_that_lead_nowhere_end_the_run(forks: Forks, tmp_path: Path) -> None:
+    run, late = tmp_path / "run", [(SPIKE - 1 + k) * G for k in range(40)]
+    codes = forks.run(run, 2, **spike_spec("rollback", SPIKE + 9, {"spike": late}))
+    assert codes == [EXIT_NON_FINITE] * 2, output_of(run, 2)
+    assert "3 returns to step" in output_of(run, 2)
