@@ -19,7 +19,6 @@ from raphael_dist.config import config_from_tree
 from raphael_dist.model.unet import RaphaelUNet, UNetOutput
 from raphael_dist.sampling import generate_with
 
-
 _Pipeline: Any = DiffusionPipeline  # type checkers do not see what its mixins add
 
 

@@ -1,7 +1,8 @@
-"""Conversions: every layout to every other and back bit for bit, and what is wrong is said in one line, with nothing left."""
+"""Conversions: every layout to every other and back bit for bit; what is wrong is said in one line, with nothing left."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
 from raphael_dist.convert.convert import LAYOUTS, convert, open_checkpoint
+from raphael_dist.convert.inspection import layers, open_for_inspection
 from raphael_dist.convert.plan import Options
 from raphael_dist.errors import UserError
 from raphael_dist.fragments import MOMENTS
@@ -28,13 +30,25 @@ DENSE = tiny_config(
     edge={"weight": 0.0},
 )
 WHOLE = ("raphael", "deepspeed", "canonical")
-# (ranks, space_ep, time_ep, ZeRO): the edges of what is allowed on 1, 2, 4 and 6 ranks.
+# (ranks, space_ep, time_ep, ZeRO): all that is allowed on 1, 2, 4 and 6 ranks, of which some run each time.
+QUICK = [
+    (1, 1, 1, 0),
+    (1, 1, 1, 1),
+    (2, 1, 1, 3),
+    (2, 2, 2, 2),
+    (4, 2, 4, 1),
+    (4, 1, 1, 0),
+    (6, 3, 2, 2),
+    (6, 6, 1, 1),
+    (6, 1, 1, 3),
+]
 TOPOLOGIES = [
     *[(world, 1, 1, stage) for world in (1, 2, 4, 6) for stage in (0, 1, 2, 3)],
     *[(world, space, time, stage)
       for world in (2, 4, 6) for space in (1, 2, 3, 6) for time in (1, 2, 4) for stage in (1, 2)
       if world % space == 0 and world % time == 0 and (space, time) != (1, 1)],
 ]  # fmt: skip
+TOPOLOGIES = [pytest.param(t, id=str(t), marks=() if t in QUICK else pytest.mark.slow) for t in TOPOLOGIES]
 
 
 def options(layout: str, topology: tuple[int, int, int, int] = (2, 1, 1, 2), **more) -> Options:
@@ -59,7 +73,7 @@ def weights(state, kind="master"):
     return {("master", name): value for (k, name), value in state.items() if k == kind}
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_state_survives_every_topology_in_both_layouts_of_ranks(tmp_path, sources, topology):
     state, canonical = sources["moe"]
     convert("canonical", canonical, "raphael", tmp_path / "run", options("raphael", topology))
@@ -74,7 +88,7 @@ def test_a_state_survives_every_topology_in_both_layouts_of_ranks(tmp_path, sour
 
 
 PAIRS = [("moe", a, b) for a, b in product(LAYOUTS, LAYOUTS) if "dense" not in (a, b)] + [
-    ("dense", a, b) for a, b in product(LAYOUTS, LAYOUTS) if "megablocks" not in (a, b)
+    ("dense", a, b) for a, b in product(LAYOUTS, LAYOUTS) if "megablocks" not in (a, b) and {a, b} & {"dense", "diffusers"}
 ]
 
 
@@ -144,7 +158,9 @@ def test_weights_are_rounded_when_asked(tmp_path, sources, dtype):
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-def tool(*arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def tool(
+    *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     command = [*launcher, sys.executable, f"tools/{name}.py", *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
@@ -251,7 +267,7 @@ DAMAGES = [
     (lose_an_expert, r"master of down.*space_moe.w1, expert 3 is missing"),
     (double_an_expert, r"experts.3.w1.weight is there twice"),
     (one_expert_more, r"experts.6.w1.weight is no tensor of this.*one expert too many"),
-    (another_architecture, r"has shape \[10, .*\], the model wants \[11,"),
+    (another_architecture, r"has shape \[10\], the model wants \[11\]"),
     (flip_a_bit, r"exp_avg.safetensors does not match its checksum"),
     (truncate, r"ema.safetensors cannot be read: it has .* bytes, its header says"),
     (remove_a_file, r"exp_avg_sq.safetensors is missing"),
@@ -280,8 +296,8 @@ def test_a_disk_that_is_too_small_is_found_out_before_writing(tmp_path, sources,
 def test_a_killed_conversion_leaves_no_target_and_the_next_one_works(tmp_path, sources):
     state, canonical = sources["moe"]
     arguments = ["--from", "auto", str(canonical), "--to", "raphael", str(tmp_path / "out"), "--world", "6"]
-    code = "import os, sys; sys.path[:0] = ['tools']; import raphael_dist.convert.plan as p, raphael_dist.convert.convert as c\n"
-    code += "write, done = p.write_file, []\n"
+    code = "import os, sys; sys.path[:0] = ['tools']; import raphael_dist.convert.convert as c\n"
+    code += "write, done = c.write_file, []\n"
     code += "def dying(*a):\n  done.append(write(*a))\n  if len(done) == 3: os.kill(os.getpid(), 9)\n  return done[-1]\n"
     code += "c.write_file = dying; import convert_checkpoint; convert_checkpoint.main(sys.argv[1:])"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -318,13 +334,39 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, sources, file):
     time.sleep(0.1)
     assert canary.exists()  # it would run
     canary.unlink()
-    for arguments in (("--from", "auto", tmp_path / "ds", "--to", "canonical", tmp_path / "out"),):
-        done = tool(*arguments)
-        assert done.returncode == 2
-        assert "is refused: it is a pickle of more than weights, and was not run" in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+    done = tool("--from", "auto", tmp_path / "ds", "--to", "canonical", tmp_path / "out")
+    assert done.returncode == 2
+    assert "is refused: it is a pickle of more than weights, and was not run" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    for path, unpickle, message in (
+        (tmp_path / "ds", False, "is not opened"),
+        (tmp_path / "ds", True, "was not run"),
+        (victim, False, "no manifest vouches for"),
+        (victim, True, "was not run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_for_inspection(path, unpickle, None)
     assert not canary.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_inspection_warns_of_dead_and_identical_experts_and_says_what_is_there(tmp_path):
+    state = random_state(MOE, ("master",))
+    layer = "mid_block.attentions.0.transformer_blocks.0.space_moe"
+    for leaf in ("w1", "b1", "w2", "b2"):
+        state["master", f"{layer}.{leaf}"][2] = 0
+        state["master", f"{layer}.{leaf}"][5] = state["master", f"{layer}.{leaf}"][1]
+    folder = handmade_canonical(tmp_path / "canonical", MOE, state)
+    found = {one.name: one for one in layers(open_checkpoint("auto", folder))}
+    assert (found[layer].dead, found[layer].same) == ([2], [(1, 5)])
+    assert not any(one.warnings for name, one in found.items() if name != layer)
+    expected = sum(float(state["master", f"{layer}.{leaf}"][3].square().sum()) for leaf in ("w1", "b1", "w2", "b2")) ** 0.5
+    assert found[layer].norms[3] == pytest.approx(expected)
+    done = tool(folder, name="inspect_checkpoint")
+    assert done.returncode == 1, done.stderr
+    assert all(
+        word in done.stdout for word in ("canonical", "step 7", "84 samples", "161,512", "identical", "dead", "verified")
+    )
 
 
 DEEPSPEED_DAMAGES = [
@@ -356,25 +398,32 @@ def bytes_below(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def mpirun() -> tuple[str, ...]:
-    import shutil
-
+def mpirun(processes: int) -> tuple[str, ...]:
     pytest.importorskip("mpi4py")
     program = shutil.which("mpirun")
     if program is None:
         pytest.skip("no mpirun")
-    return (program, "--allow-run-as-root", "--oversubscribe", "-n", "4")
+    return (program, "--allow-run-as-root", "--oversubscribe", "-n", str(processes))
 
 
+def test_two_processes_write_the_same_bytes_as_one(tmp_path, sources):
+    launcher = mpirun(2)
+    convert("auto", sources["moe"][1], "canonical", tmp_path / "one", options("canonical"))
+    two = tool("--from", "auto", sources["moe"][1], "--to", "canonical", tmp_path / "two", launcher=launcher)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("exp_avg_sq") == 1
+    assert bytes_below(tmp_path / "one") == bytes_below(tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_four_processes_write_the_same_bytes_as_one_and_fail_together(tmp_path, sources):
-    launcher = mpirun()
+    launcher = mpirun(4)
     convert("auto", sources["moe"][1], "raphael", tmp_path / "run", options("raphael", (6, 2, 1, 1)))
-    one = tool("--from", "auto", tmp_path / "run", "--to", "deepspeed", tmp_path / "a/ds", "--world", 3, "--zero", 2)
+    convert("auto", tmp_path / "run", "deepspeed", tmp_path / "a/ds", options("deepspeed", (3, 1, 1, 2)))
     four = tool("--from", "auto", tmp_path / "run", "--to", "deepspeed", tmp_path / "b/ds", "--world", 3, "--zero", 2,
                 launcher=launcher)  # fmt: skip
-    assert (one.returncode, four.returncode) == (0, 0), one.stderr + four.stderr
+    assert four.returncode == 0, four.stderr
     assert bytes_below(tmp_path / "a") == bytes_below(tmp_path / "b")
-    assert four.stdout.count("exp_avg_sq") == 1
     step = tmp_path / "run/checkpoints/step-00000007"
     with open(step / "rank-00004.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)

@@ -84,7 +84,9 @@ def test_a_dense_export_is_a_unet_of_diffusers_and_samples_the_same_image(tmp_pa
 def test_an_encoder_that_does_not_fit_is_named_before_anything_is_written(tmp_path):
     config = emoji(text_width=24)
     trained(config, tmp_path / "canonical")
-    with pytest.raises(UserError, match=r"text.encoder: 'minilm' gives 384 numbers a token.*model.text_width = 24.*--unet-only"):
+    with pytest.raises(
+        UserError, match=r"text.encoder: 'minilm' gives 384 numbers a token.*model.text_width = 24.*--unet-only"
+    ):
         convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["canonical"]
     convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options(unet_only=True))

@@ -141,7 +141,9 @@ def test_what_does_not_fit_is_named(tmp_path, changes, model, message):
 
 def test_a_new_run_says_how_to_start_from_a_dense_folder(tmp_path):
     stable_diffusion().save_pretrained(tmp_path / "unet")
-    with pytest.raises(UserError, match=r"run.init_from: .* do not fit the model.*tools/convert_checkpoint.py --config upcycles"):
+    with pytest.raises(
+        UserError, match=r"run.init_from: .* do not fit the model.*tools/convert_checkpoint.py --config upcycles"
+    ):
         load_initial(RaphaelUNet(target()), tmp_path / "unet")
 
 

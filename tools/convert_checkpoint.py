@@ -1,4 +1,4 @@
-"""Convert a checkpoint between layouts (docs/checkpoints.md). `mpirun -n 4 python tools/convert_checkpoint.py ...` shares it.
+"""Convert a checkpoint between layouts (docs/checkpoints.md); `mpirun -n 4 python tools/convert_checkpoint.py` shares it.
 
 python tools/convert_checkpoint.py --from auto runs/demo --to diffusers exported
 """

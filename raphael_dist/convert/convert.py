@@ -15,12 +15,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from raphael_dist.config import Config
 from raphael_dist.convert import canonical, deepspeed_read, deepspeed_write, dense, diffusers_folder, megablocks, run_layout
 from raphael_dist.convert.plan import Options, OutFile, Plan, Source, check_complete, write_file
 from raphael_dist.convert.ranks import Ranks
 from raphael_dist.convert.state import Checkpoint, damage
 from raphael_dist.convert.upcycle import Upcycled
-from raphael_dist.config import Config
 from raphael_dist.errors import UserError, did_you_mean
 
 LAYOUTS = ("raphael", "deepspeed", "canonical", "diffusers", "megablocks", "dense")

@@ -1,6 +1,7 @@
 """The dense layout: a U-Net of Stable Diffusion 2's structure, as a diffusers `unet/` folder or a single file.
 
-A single file may have diffusers' names, or those of the original LDM code (below `model.diffusion_model.`). Sizes are read from `config.json`, or from the shapes in a single file.
+A single file may have diffusers' names, or those of the original LDM code (below `model.diffusion_model.`). Sizes are read
+from `config.json`, or from the shapes in a single file.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Raw tensor files: what a safetensors file holds, and files that are hashed as they are written.
 
-Reading goes through pread into buffers of our own, never through a memory map, so that memory in use is what is asked for. A header is checked before anything is allocated: it may come from a stranger.
+Reading goes through pread into buffers of our own, never through a memory map, so that memory in use is what is asked for.
+A header is checked before anything is allocated: it may come from a stranger.
 """
 
 import hashlib
