@@ -188,10 +188,13 @@ def entries_of(tree: Any) -> Iterator[Entry]:
 def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> list[OutFile]:
     """Divide entries over STEM-00001-of-00003.safetensors of about `part_bytes`; one part alone is STEM.safetensors."""
     groups: list[list[Entry]] = [[]]
+    size = 0
     for entry in entries:
-        if groups[-1] and sum(e.bytes for e in groups[-1]) + entry.bytes > part_bytes:
+        if groups[-1] and size + entry.bytes > part_bytes:
             groups.append([])
+            size = 0
         groups[-1].append(entry)
+        size += entry.bytes
     if len(groups) == 1:
         return [OutFile(f"{stem}.safetensors", tuple(groups[0]), {"format": "pt"})]
     names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]

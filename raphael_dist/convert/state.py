@@ -88,9 +88,12 @@ class Checkpoint:
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Return elements [start, start + numel) of a flattened tensor, float32."""
-        out = torch.empty(numel)
+        out = torch.empty(0)
         for r in self.ranges[kind, name]:
             low, high = max(start, r.start), min(start + numel, r.start + r.numel)
+            if high - low == numel:
+                return self._piece(r, low - r.start, numel).float()
+            out = out if out.numel() else torch.empty(numel)
             if low < high:
                 out[low - start : high - start] = self._piece(r, low - r.start, high - low)
         return out

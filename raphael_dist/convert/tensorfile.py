@@ -34,7 +34,8 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
-CHUNK = 16 << 20  # elements moved at a time
+# Elements moved at a time: 4 MiB, which the allocator hands out again and again; larger blocks are mapped anew each time.
+CHUNK = 1 << 20
 _OPEN_FILES = 64
 
 
