@@ -24,7 +24,7 @@ from tests.checkpoints import KINDS, assert_same, fingerprint, handmade_canonica
 from tests.launch import ROOT
 from tests.synthetic import TREE, tiny_config
 
-MOE = tiny_config()
+MOE = tiny_config(parallel={"placement": ["move"]})
 DENSE = tiny_config(
     model={**TREE["model"], "space_experts": 0, "time_experts": 0, "time_activation": "geglu", "expert_width": [64, 96]},
     edge={"weight": 0.0},
@@ -85,6 +85,16 @@ def test_a_state_survives_every_topology_in_both_layouts_of_ranks(tmp_path, sour
     convert("auto", tmp_path / "ds", "canonical", tmp_path / "back", Options(part_bytes=300_000))
     assert len(list((tmp_path / "back").glob("model-*"))) > 2
     assert_same(read_state("auto", tmp_path / "back"), state)
+
+
+@pytest.mark.parametrize("placement", [["keep", "move"], ["move", "keep"], ["auto"]])
+def test_levels_whose_experts_stay_on_every_rank_survive_too(tmp_path, placement):
+    config = tiny_config(parallel={"placement": placement})
+    state = random_state(config)
+    handmade_canonical(tmp_path / "canonical", config, state)
+    for stage, layout in ((1, "raphael"), (2, "deepspeed")):
+        convert("canonical", tmp_path / "canonical", layout, tmp_path / layout, options(layout, (4, 2, 4, stage)))
+        assert_same(read_state("auto", tmp_path / layout), state)
 
 
 PAIRS = [("moe", a, b) for a, b in product(LAYOUTS, LAYOUTS) if "dense" not in (a, b)] + [

@@ -19,7 +19,8 @@ Case = tuple[int, int, int, int, str]
 def sections(case: Case, **run: str) -> dict:
     _, space, time, _, dtype = case
     train = {"global_batch": 12, "micro_batch": 2, "dtype": dtype}
-    return {"parallel": {"space_ep": space, "time_ep": time}, "train": train, "optim": {"lr": 0.01, "clip": 0.5}, "run": run}
+    parallel = {"space_ep": space, "time_ep": time, "placement": ["move", "keep"] if world == 4 else ["move"]}
+    return {"parallel": parallel, "train": train, "optim": {"lr": 0.01, "clip": 0.5}, "run": run}
 
 
 def steps(folder: Path, case: Case, **spec) -> dict:

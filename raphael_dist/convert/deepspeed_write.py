@@ -20,9 +20,9 @@ from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.config import Config
 from raphael_dist.convert.canonical import kind_files
 from raphael_dist.convert.manifest import base_manifest
-from raphael_dist.convert.partition import Group, Slot, Topology, groups, local, zero3
+from raphael_dist.convert.partition import Group, Slot, groups, local, zero3
 from raphael_dist.convert.plan import STEP, ZEROS, Entry, Options, OutFile, Plan, Source, Take, entries_of
-from raphael_dist.convert.run_layout import alignment, parallel_config
+from raphael_dist.convert.run_layout import alignment, parallel_config, topology_of
 from raphael_dist.fragments import MOMENTS
 
 
@@ -34,13 +34,13 @@ class _Target:
         self.config: Config = parallel_config(source.config, options)
         train = self.config.train
         self.dtype = getattr(torch, train.dtype)
-        batch = BatchPlan(train.global_batch, options.world, train.micro_batch)
+        batch = BatchPlan.of(self.config, options.world)
         json_tree = {"zero_optimization": {"stage": options.stage}}
         self.ds_config = ds_config.merge(self.config, json_tree, batch.accumulation, options.world)
         # With bfloat16 and gradients added up in float32, stage 1 is another class of DeepSpeed's, which aligns nothing.
         self.bf16_optimizer = options.stage == 1 and train.dtype == "bfloat16" and batch.accumulation > 1
         aligned = 1 if self.bf16_optimizer else alignment(self.config, options.stage)
-        self.topology = Topology(options.world, options.space_ep, options.time_ep, options.stage, aligned)
+        self.topology = topology_of(self.config, options, aligned)
         self.resumes = all(kind in source.kinds() for kind in MOMENTS)
         self.adam = self.config.optim.kind == "adamw"
         self.step = source.step if self.resumes or not self.adam else 0
@@ -106,7 +106,7 @@ def _model_file(target: _Target, folder: str, rank: int) -> OutFile:
         "ds_config": target.ds_config,
         "ds_version": _version(),
     }
-    if max(options.space_ep, options.time_ep) > 1:
+    if any(target.topology.spread(name) > 1 for name in source.shapes):
         model = source.config.model
         tree |= {"num_experts": [model.space_experts + model.time_experts], "ds_autoep_layers": None}
     name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if options.stage == 3 else "mp_rank_00_model_states.pt"

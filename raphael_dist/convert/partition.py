@@ -15,21 +15,35 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks, ranks that share a set of space and of time experts, ZeRO stage; `alignment`: elements that a parameter of
-    ZeRO-1 and 2 is rounded up to."""
+    """Ranks, ranks that share a set of space and of time experts, ZeRO stage.
+
+    alignment: elements that a parameter of ZeRO-1 and 2 is rounded up to. kept: (kind, level) of experts that every rank
+    holds all the same (`placement`), of a U-Net of `levels`.
+    """
 
     world: int = 1
     space_ep: int = 1
     time_ep: int = 1
     stage: int = 1
     alignment: int = 1
+    kept: frozenset[tuple[str, int]] = frozenset()
+    levels: int = 0
 
     def spread(self, name: str) -> int:
         """Return over how many ranks the parameter's experts are spread; 1 for what every rank holds whole."""
         found = stacked(name)
         if found is None:
             return 1
-        return self.space_ep if found[0].endswith("space_moe") else self.time_ep
+        kind = "space" if found[0].endswith("space_moe") else "time"
+        if self.kept and (kind, self._level(name)) in self.kept:
+            return 1
+        return self.space_ep if kind == "space" else self.time_ep
+
+    def _level(self, name: str) -> int:
+        stage, number, _ = name.split(".", 2)
+        if stage == "mid_block":
+            return self.levels - 1
+        return int(number) if stage == "down_blocks" else self.levels - 1 - int(number)
 
 
 @dataclass(frozen=True)

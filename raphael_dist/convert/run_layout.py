@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from raphael_dist import ds_config
+from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, newest
 from raphael_dist.config import Config, config_from_tree, to_yaml
 from raphael_dist.convert.manifest import base_manifest
@@ -18,6 +19,7 @@ from raphael_dist.convert.state import Checkpoint, Range
 from raphael_dist.convert.tensorfile import read_header
 from raphael_dist.errors import UserError
 from raphael_dist.fragments import MOMENTS
+from raphael_dist.placement import place
 
 
 def open_run(path: Path) -> Checkpoint:
@@ -83,6 +85,16 @@ def alignment(config: Config, stage: int) -> int:
     return 16 // getattr(torch, config.train.dtype).itemsize if stage in (1, 2) else 1
 
 
+def topology_of(config: Config, options: Options, alignment: int) -> Topology:
+    """Return where the options put everything; `config` has their expert parallelism already."""
+    kept: frozenset[tuple[str, int]] = frozenset()
+    if max(options.space_ep, options.time_ep) > 1:
+        costs = place(config, BatchPlan.of(config, options.world))
+        kept = frozenset((cost.kind, cost.level) for cost in costs if not cost.move)
+    levels = len(config.model.channels)
+    return Topology(options.world, options.space_ep, options.time_ep, options.stage, alignment, kept, levels)
+
+
 def plan(source: Source, options: Options, target: Path) -> Plan:
     """Plan a run directory with one checkpoint as of `options.world` ranks; without moments it begins at step 0."""
     config = parallel_config(source.config, options)
@@ -90,7 +102,7 @@ def plan(source: Source, options: Options, target: Path) -> Plan:
     resumes = all(kind in source.kinds() for kind in MOMENTS)
     step = source.step if resumes else 0
     folder = f"checkpoints/step-{step:08d}"
-    topology = Topology(options.world, options.space_ep, options.time_ep, options.stage, alignment(config, options.stage))
+    topology = topology_of(config, options, alignment(config, options.stage))
     made = () if resumes or config.optim.kind == "sgd" else MOMENTS
     files = [_rank_file(source, topology, rank, folder, made) for rank in range(options.world)]
     manifest = base_manifest("raphael", source) | {

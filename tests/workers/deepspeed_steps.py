@@ -27,7 +27,7 @@ def main(out: str, spec: dict) -> None:
     device = parallel.initialise(ranks)
     torch.set_num_threads(1)
     config = tiny_config(**spec["sections"])
-    plan = BatchPlan(config.train.global_batch, ranks.world_size, config.train.micro_batch)
+    plan = BatchPlan.of(config, ranks.world_size)
     engine = Engine(config, spec["deepspeed"], plan, device)
     if spec.get("load"):
         path, _ = engine._engine.load_checkpoint(spec["load"])
