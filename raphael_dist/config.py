@@ -34,7 +34,7 @@ class Run(Section):
     dir: Path = Field(Path("runs/default"), description="checkpoints, logs, metrics and samples of one run")
     seed: Seed = Field(0, description="fixes weights, data order, noise and timesteps")
     fresh: bool = Field(False, description="start anew where checkpoints exist but none verifies; they are kept aside")
-    init_from: Path | None = Field(None, description="diffusers unet/ folder that a new dense run starts from")
+    init_from: Path | None = Field(None, description="checkpoint in any layout whose weights a new run starts from")
 
 
 class Model(Section):

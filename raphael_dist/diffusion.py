@@ -6,6 +6,7 @@ Shape legend: B samples, C latent channels, h and w latent height and width.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,21 @@ def alphas_cumprod(config: Diffusion) -> Tensor:
     else:
         betas = torch.linspace(config.beta_start, config.beta_end, config.num_timesteps, dtype=torch.float64)
     return torch.cumprod(1 - betas, dim=0).float()
+
+
+def make_scheduler(config: Diffusion, name: str) -> Any:
+    """Return diffusers' scheduler "ddim" or "dpm++" (DPM-Solver++) for the training noise schedule."""
+    from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    kind = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
+    common = {
+        "num_train_timesteps": config.num_timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": config.schedule,
+        "prediction_type": config.prediction,
+    }
+    return kind(**common, clip_sample=False, set_alpha_to_one=False) if name == "ddim" else kind(**common)
 
 
 def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raphael_dist import ds_config, expert_groups, expert_parallel, parallel
 from raphael_dist.batch_plan import BatchPlan
-from raphael_dist.checkpoint.load import load_diffusers_unet
+from raphael_dist.checkpoint.load import load_initial
 from raphael_dist.config import Config, Optim
 from raphael_dist.errors import UserError
 from raphael_dist.fragments import Fragments
@@ -43,7 +43,7 @@ class Engine:
         torch.manual_seed(config.run.seed)  # every rank starts from the same weights
         model = RaphaelUNet(config)
         if config.run.init_from is not None:
-            load_diffusers_unet(model, config.run.init_from)
+            load_initial(model, config.run.init_from)
         # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
         model.reentrant_checkpoint = self.stage == 3
         self.traffic = expert_parallel.apply(model, config, plan)

@@ -32,14 +32,16 @@ def join(size: int, traffic: Traffic) -> Peers:
     return Peers(ep[name], size, dist.get_rank(ep[name]), traffic)
 
 
-def marker(num_experts: int) -> nn.Module:
-    """Return a module without parameters by which DeepSpeed's engine knows that there are experts."""
+def marker(num_experts: int, ep: int) -> nn.Module:
+    """Return a module without parameters by which DeepSpeed's engine knows of experts; `ep` is one of their sizes."""
     from deepspeed.moe.layer import MoE
 
     class Marker(MoE):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = num_experts
+            # For DeepSpeed's save_checkpoint: no expert files of its own, our stacked layers are in the ZeRO files.
+            self.num_local_experts, self.expert_group_name = 0, f"ep_size_{ep}"
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             """Do nothing: the groups exist."""

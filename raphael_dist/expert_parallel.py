@@ -189,5 +189,6 @@ def apply(model: RaphaelUNet, config: Config, plan: BatchPlan) -> Traffic:
     if any(moved):
         model.count_samples = partial(count_samples, peers=groups[config.parallel.time_ep], moved=moved)
     if costs:
-        model.add_module("deepspeed_marker", expert_groups.marker(config.model.space_experts + config.model.time_experts))
+        num_experts = config.model.space_experts + config.model.time_experts
+        model.add_module("deepspeed_marker", expert_groups.marker(num_experts, costs[0].ep))
     return traffic

@@ -11,22 +11,8 @@ from torch import Tensor, nn
 
 from raphael_dist.conditioning import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.config import Diffusion
+from raphael_dist.diffusion import make_scheduler
 from raphael_dist.rng import Purpose, generator
-
-
-def make_scheduler(config: Diffusion, name: str) -> Any:
-    """Return diffusers' scheduler "ddim" or "dpm++" (DPM-Solver++) for the training noise schedule."""
-    from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    kind = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
-    common = {
-        "num_train_timesteps": config.num_timesteps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "beta_schedule": config.schedule,
-        "prediction_type": config.prediction,
-    }
-    return kind(**common, clip_sample=False, set_alpha_to_one=False) if name == "ddim" else kind(**common)
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
@@ -82,11 +68,31 @@ def generate(
     seed: int,
 ) -> np.ndarray:
     """Return images, uint8 [B, H, W, 3], for `prompts`; `indices` number them within their set and fix their noise."""
+    made = make_scheduler(diffusion, scheduler)
+    return generate_with(
+        model, text, image, made, prompts, indices, size_hw=size_hw, steps=steps, guidance=guidance, seed=seed
+    )
+
+
+def generate_with(
+    model: nn.Module,
+    text: TextEncoder,
+    image: ImageEncoder,
+    scheduler: Any,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    *,
+    size_hw: tuple[int, int],
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> np.ndarray:
+    """As `generate`, with a scheduler of diffusers'."""
     shape = (image.channels, size_hw[0] // image.factor, size_hw[1] // image.factor)
     noise = torch.stack([initial_noise(seed, i, shape) for i in indices])
     latents = sample_latents(
         model,
-        make_scheduler(diffusion, scheduler),
+        scheduler,
         noise,
         text.encode(prompts),
         text.encode([""]),

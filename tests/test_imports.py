@@ -20,14 +20,18 @@ LEVELS = {
     2: """guard fragments ema metrics report rundir conditioning vae exchange expert_groups expert_parallel
           data data.captions data.tar_scan data.buckets data.shards data.dataset data.prefetch data.order data.edges
           data.emoji_names data.emoji data.cache_build data.cache data.stream data.batches data.features""",
-    3: """checkpoint checkpoint.files checkpoint.progress checkpoint.reader checkpoint.load checkpoint.snapshot
-          checkpoint.restore checkpoint.store engine""",
-    4: "measure sampling sample evaluate paths benchmark benchmark_moe benchmark_checkpoint recovery trainer",
+    3: """checkpoint checkpoint.files checkpoint.progress checkpoint.reader
+          convert convert.tensorfile convert.torchfile convert.state convert.partition convert.plan convert.manifest
+          convert.canonical convert.run_layout convert.deepspeed_read convert.deepspeed_write convert.dense
+          convert.megablocks convert.diffusers_folder convert.upcycle convert.ranks convert.convert convert.command
+          convert.inspection checkpoint.load checkpoint.snapshot checkpoint.restore checkpoint.store engine""",
+    4: """measure sampling pipeline sample evaluate paths benchmark benchmark_moe benchmark_checkpoint recovery trainer""",
     5: "train cli",
 }
 ORDER = {name: (level, i) for level, names in LEVELS.items() for i, name in enumerate(names.split())}
 PURE = {"batch_plan", "diffusion", "batch", "objective"} | {n for n in ORDER if n.startswith("model") or ORDER[n][0] == 0}
-MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_groups", "benchmark_moe"}
+# The writer of DeepSpeed's layout pickles three of its small classes.
+MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_groups", "benchmark_moe", "convert.deepspeed_write"}
 LIGHT = {"config", "ds_config", "batch_plan", "placement", "errors"}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from raphael_dist.checkpoint.load import load_diffusers_unet
+from raphael_dist.checkpoint.load import load_initial
 from raphael_dist.config import Config, config_from_tree, load_config
 from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.errors import UserError
@@ -88,13 +88,13 @@ def test_a_diffusers_folder_loads_whole_or_in_parts_with_no_key_missing_or_left_
     reference = theirs(config)
     reference.save_pretrained(tmp_path / "unet", max_shard_size=max_shard_size)
     model = RaphaelUNet(config)
-    load_diffusers_unet(model, tmp_path / "unet")
+    load_initial(model, tmp_path / "unet")
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in reference.state_dict().items())
     with_experts = RaphaelUNet(config_from_tree({**SMALL_DENSE, "model": {**SMALL_DENSE["model"], "space_experts": 2}}))
     with pytest.raises(UserError, match=r"run.init_from.*do not fit the model"):
-        load_diffusers_unet(with_experts, tmp_path / "unet")
+        load_initial(with_experts, tmp_path / "unet")
     with pytest.raises(UserError, match=r"run.init_from.*cannot read"):
-        load_diffusers_unet(model, tmp_path)
+        load_initial(model, tmp_path)
 
 
 def test_raphael_3b_has_the_papers_size_and_sides_that_tile():

@@ -1,18 +1,14 @@
-"""A U-Net with the weights of a checkpoint or of a diffusers folder, in one process."""
+"""A U-Net with the weights of a checkpoint, in any layout, in one process."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.convert.convert import open_checkpoint
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' file name
 
 
 def load_unet(reader: CheckpointReader, weights: str = "ema") -> RaphaelUNet:
@@ -35,23 +31,28 @@ def load_unet(reader: CheckpointReader, weights: str = "ema") -> RaphaelUNet:
     return model.eval()
 
 
-def load_diffusers_unet(model: nn.Module, folder: Path) -> None:
-    """Copy the weights of a diffusers `unet/` folder (safetensors, whole or in parts) into a model of the same names.
+def load_initial(model: nn.Module, path: Path) -> None:
+    """Copy weights (averaged ones, if there are any) of a checkpoint in any layout into a model of the same names.
 
     Raises UserError naming the first tensor that is missing, left over or of another shape; nothing is copied then.
     """
-    index = folder / f"{WEIGHTS}.index.json"
     try:
-        parts = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
-        weights = {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"run.init_from: cannot read a diffusers unet/ folder in {folder}: {error}") from None
+        found = open_checkpoint("auto", path)
+        damage = found.damage()
+    except UserError as error:
+        raise UserError(f"run.init_from: cannot read {path}: {str(error).removeprefix('--from ')}") from None
+    if damage:
+        raise UserError(f"run.init_from: {damage}")
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    wrong = sorted(n for n in expected.keys() | found.shapes.keys() if expected.get(n) != found.shapes.get(n))
     if wrong:
+        hint = "; tools/convert_checkpoint.py --config upcycles a dense model" if found.layout == "dense" else ""
         raise UserError(
-            f"run.init_from: {len(wrong)} tensors of {folder} do not fit the model, the first {wrong[0]}: "
-            f"{found.get(wrong[0], 'missing')} there, {expected.get(wrong[0], 'not in the model')} here"
+            f"run.init_from: {len(wrong)} tensors of {path} do not fit the model, the first {wrong[0]}: "
+            f"{found.shapes.get(wrong[0], 'missing')} there, {expected.get(wrong[0], 'not in the model')} here{hint}"
         )
-    model.load_state_dict(weights)
+    kind = "ema" if "ema" in found.kinds() else "master"
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(found.read(kind, name, 0, p.numel()).view(p.shape))
+    found.close()

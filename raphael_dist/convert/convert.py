@@ -1,0 +1,253 @@
+"""Converts a checkpoint from one layout to another: plan, write, verify, publish.
+
+The target appears by one rename at the end, so a conversion that is killed leaves nothing that looks like a checkpoint.
+Files are divided over the ranks of `mpirun`; what each holds depends on the plan alone, so any number of ranks writes the
+same bytes.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from raphael_dist.config import Config
+from raphael_dist.convert import canonical, deepspeed_read, deepspeed_write, dense, diffusers_folder, megablocks, run_layout
+from raphael_dist.convert.plan import Options, OutFile, Plan, Source, check_complete, write_file
+from raphael_dist.convert.ranks import Ranks
+from raphael_dist.convert.state import Checkpoint, damage
+from raphael_dist.convert.upcycle import Upcycled
+from raphael_dist.errors import UserError, did_you_mean
+
+LAYOUTS = ("raphael", "deepspeed", "canonical", "diffusers", "megablocks", "dense")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: how many tensors, parameters and bytes of a kind went where."""
+
+    kind: str
+    tensors: int
+    parameters: int
+    bytes: int
+    files: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    source: str
+    target: str
+    rows: list[Row]
+    notes: list[str]
+    verified: str
+    seconds: float
+
+
+def detect(path: Path) -> str:
+    """Return the layout of what lies at `path`. UserError when it is none that is known."""
+    if not path.exists():
+        raise UserError(f"--from {path}: no such file or folder")
+    if path.is_file():
+        return "dense"
+    manifest = path / "manifest.json"
+    if manifest.is_file():
+        try:
+            said = json.loads(manifest.read_text()).get("layout", "raphael")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"--from {path}: manifest.json is unreadable: {error}") from None
+        return check_layout("--from", str(said))
+    tests = {
+        "raphael": (path / "checkpoints").is_dir() or any(path.glob("step-*")),
+        "deepspeed": deepspeed_read.tag_folder(path) is not None,
+        "diffusers": (path / "model_index.json").is_file(),
+        "dense": (path / "config.json").is_file(),
+    }
+    found = next((layout for layout, holds in tests.items() if holds), None)
+    if found is None:
+        raise UserError(f"--from {path}: no layout is recognised there; known: {', '.join(LAYOUTS)}")
+    return found
+
+
+def check_layout(option: str, layout: str) -> str:
+    """Return `layout`, or raise UserError when it is unknown."""
+    if layout not in LAYOUTS:
+        raise UserError(f"{option} {layout}: unknown layout{did_you_mean(layout, LAYOUTS)}; known: {', '.join(LAYOUTS)}")
+    return layout
+
+
+def open_checkpoint(layout: str, path: Path, config: Config | None = None) -> Checkpoint:
+    """Open a checkpoint in a layout ("auto": by what is there); only headers are read. UserError for what does not fit.
+
+    `config`: the model, for layouts that may not say it (a folder that DeepSpeed wrote).
+    """
+    layout = detect(path) if layout == "auto" else check_layout("--from", layout)
+    if not path.exists():
+        raise UserError(f"--from {layout} {path}: no such file or folder")
+    if layout == "raphael":
+        return run_layout.open_run(path)
+    if layout == "canonical":
+        return canonical.open_canonical(path)
+    if layout == "deepspeed":
+        return deepspeed_read.open_deepspeed(path, config)
+    if layout == "diffusers":
+        return diffusers_folder.open_diffusers(path)
+    return megablocks.open_megablocks(path) if layout == "megablocks" else dense.open_dense(path)
+
+
+def make_plan(layout: str, source: Source, options: Options, target: Path) -> Plan:
+    """Return what is to be written. UserError when the layout cannot hold the model, or the topology is impossible."""
+    if layout == "raphael":
+        return run_layout.plan(source, options, target)
+    if layout == "canonical":
+        return canonical.plan(source, options.part_bytes)
+    if layout == "deepspeed":
+        return deepspeed_write.plan(source, options)
+    if layout == "diffusers":
+        return diffusers_folder.plan(source, options)
+    return megablocks.plan(source, options) if layout == "megablocks" else dense.plan(source, options)
+
+
+def convert(
+    from_layout: str,
+    path: Path,
+    to_layout: str,
+    target: Path,
+    options: Options,
+    config: Config | None = None,
+    ranks: Ranks | None = None,
+) -> Report:
+    """Convert `path` to the new folder `target`; return what was done. Collective over `ranks`.
+
+    Raises UserError when the source is damaged or incomplete, the target exists or cannot hold the model; nothing is left
+    then.
+    """
+    ranks, began = ranks or Ranks(), time.monotonic()
+    temporary = target.parent / f".converting-{target.name}"
+    check_layout("--to", to_layout)
+    try:
+        opened, source, plan = ranks.together(lambda: _prepare(from_layout, path, to_layout, target, options, config))[
+            ranks.rank
+        ]
+        ranks.main_only(lambda: _claim(target, temporary, plan))
+        entries = _write(plan, source, opened, temporary, ranks)
+        ranks.main_only(lambda: _publish(plan, entries, temporary, target, to_layout))
+    except BaseException:
+        if ranks.is_main and not target.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    opened.close()
+    how = "sizes and SHA-256 of its manifest" if opened.files else "no manifest: only that every tensor is there once"
+    return Report(opened.layout, to_layout, _rows(plan), plan.notes, how, time.monotonic() - began)
+
+
+def _prepare(
+    from_layout: str, path: Path, to_layout: str, target: Path, options: Options, config: Config | None
+) -> tuple[Checkpoint, Source, Plan]:
+    if target.exists():
+        raise UserError(f"--to {to_layout} {target}: exists already; give a new path, nothing is overwritten")
+    opened = open_checkpoint(from_layout, path, config)
+    source: Source = opened
+    if config is not None and opened.layout in ("dense", "diffusers") and not opened.config.model.time_experts:
+        source = Upcycled(opened, config) if config.model.time_experts or config.model.space_experts else opened
+    plan = make_plan(to_layout, source, options, target)
+    check_complete(plan, source)
+    return opened, source, plan
+
+
+def _claim(target: Path, temporary: Path, plan: Plan) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+    try:
+        temporary.mkdir(parents=True)
+        free, needed = shutil.disk_usage(temporary).free, sum(f.bytes for f in plan.files)
+    except OSError as error:
+        raise UserError(f"--to {target}: cannot write there: {error.strerror}") from None
+    if free < needed:
+        raise UserError(f"--to {target}: {needed} bytes are needed, {free} are free")
+
+
+def _write(plan: Plan, source: Source, opened: Checkpoint, temporary: Path, ranks: Ranks) -> dict[str, Any]:
+    """Write this rank's files while a second thread checks its share of the source; return all ranks' manifest entries."""
+    mine = _share([(f.bytes, f) for f in plan.files], ranks)
+    to_check = _share([(entry["bytes"], (file, entry)) for file, entry in opened.files.items()], ranks)
+
+    def work() -> dict[str, Any]:
+        found: list[str | None] = []
+        checking = threading.Thread(target=lambda: found.append(damage(to_check)), daemon=True)
+        checking.start()
+        written = {file.name: write_file(file, temporary, source) for file in mine}
+        checking.join()
+        if not found or found[0] is not None:
+            raise UserError(f"{opened.path} is damaged: {found[0] if found else 'it cannot be read'}")
+        return written
+
+    return {name: entry for written in ranks.together(work) for name, entry in written.items()}
+
+
+def _share(weighted: list[tuple[int, Any]], ranks: Ranks) -> list[Any]:
+    """Divide things over ranks, the heaviest first to whoever has least; return this rank's."""
+    loads, mine = [0] * ranks.size, []
+    order = sorted(range(len(weighted)), key=lambda i: (-weighted[i][0], i))
+    for i in order:
+        rank = loads.index(min(loads))
+        loads[rank] += weighted[i][0] + 1
+        if rank == ranks.rank:
+            mine.append(weighted[i][1])
+    return mine
+
+
+def _publish(plan: Plan, entries: dict[str, Any], temporary: Path, target: Path, layout: str) -> None:
+    """Write what belongs to the whole, read the result back by its own layout, and give it its name."""
+    missing = {f.name for f in plan.files} ^ entries.keys()
+    assert not missing, f"not written: {missing}"
+    for name, data in plan.small.items():
+        _write_synced(temporary / name, data)
+    if plan.finish is not None:
+        plan.finish(temporary)
+    home = (temporary / plan.manifest_name).parent
+    files = {os.path.relpath(temporary / name, home): entries[name] for name in sorted(entries)}
+    _write_synced(temporary / plan.manifest_name, json.dumps(plan.manifest | {"files": files}, indent=1).encode())
+    again = open_checkpoint(layout, temporary)
+    assert len(plan.kinds) <= len(again.kinds())
+    again.close()
+    temporary.rename(target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rows(plan: Plan) -> list[Row]:
+    found: dict[str, list[tuple[OutFile, Any, Any]]] = {}
+    for file in plan.files:
+        for entry in file.entries:
+            for kind in dict.fromkeys("copies" if t.copy else t.kind for t in entry.takes):
+                found.setdefault(kind, []).append((file, entry, None))
+    return [_row(kind, items) for kind, items in found.items()]
+
+
+def _row(kind: str, items: list[tuple[OutFile, Any, Any]]) -> Row:
+    def mine(take: Any) -> bool:
+        return ("copies" if take.copy else take.kind) == kind
+
+    takes = [(entry, take) for _, entry, _ in items for take in entry.takes if mine(take)]
+    parameters = sum(take.numel for _, take in takes)
+    size = sum(take.numel * entry.dtype.itemsize for entry, take in takes)
+    return Row(kind, len({take.name for _, take in takes}), parameters, size, len({file.name for file, _, _ in items}))
+
+
+def describe_source(source: Source) -> dict[str, int]:
+    """Return the number of parameters of each kind."""
+    return {kind: sum(prod(shape) for shape in source.shapes.values()) for kind in source.kinds()}

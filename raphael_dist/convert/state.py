@@ -1,0 +1,161 @@
+"""A checkpoint in any layout: what it holds, as named ranges of files. Layouts differ only in how they find the ranges.
+
+A tensor is (kind, name): one of the trainer's parameters, and "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam's
+moments) or "ema" (averaged weights). Stacked experts are [K, ...], so expert k is a contiguous range.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config import Config
+from raphael_dist.convert.tensorfile import CHUNK, FileReader, Stored
+from raphael_dist.errors import UserError
+from raphael_dist.model.unet import RaphaelUNet
+
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+_STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Elements [start, start + numel) of a flattened tensor lie at `stored`.
+
+    transposed: the stretch is a matrix that is stored the other way round.
+    """
+
+    start: int
+    stored: Stored
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.stored.numel
+
+
+@dataclass
+class Checkpoint:
+    """What was found at `path`. `files`: size and SHA-256 of each file by its manifest; empty without one."""
+
+    layout: str
+    path: Path
+    config: Config
+    step: int
+    samples_seen: int
+    dataset: str
+    ranges: dict[tuple[str, str], list[Range]]
+    files: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    topology: str = ""
+
+    def __post_init__(self) -> None:
+        self.shapes = parameter_shapes(self.config)
+        self._reader = FileReader()
+        self._whole: tuple[Range, Tensor] | None = None
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds of values that are there, in the usual order."""
+        return tuple(kind for kind in KINDS if any(k == kind for k, _ in self.ranges))
+
+    def check(self) -> None:
+        """Raise UserError unless every parameter of the model is there exactly once, in every kind."""
+        unknown = [name for _, name in self.ranges if name not in self.shapes]
+        if unknown:
+            raise UserError(f"{self.path}: {unknown[0]} is no parameter of the model of this configuration")
+        for kind in self.kinds():
+            for name, shape in self.shapes.items():
+                ranges = self.ranges.get((kind, name), [])
+                ranges.sort(key=lambda r: (r.start, r.numel))
+                self._check_cover(kind, name, shape, ranges)
+
+    def _check_cover(self, kind: str, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
+        at = 0
+        for r in ranges:
+            if r.start != at and r.numel:
+                wrong = "is missing" if r.start > at else "is there twice"
+                raise UserError(f"{self.path}: {kind} of {describe(name, shape, min(at, r.start))} {wrong}")
+            at += r.numel
+        if at != prod(shape):
+            wrong = "is missing" if at < prod(shape) else "is one too many"
+            raise UserError(f"{self.path}: {kind} of {describe(name, shape, at)} {wrong}")
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Return elements [start, start + numel) of a flattened tensor, float32."""
+        out = torch.empty(0)
+        for r in self.ranges[kind, name]:
+            low, high = max(start, r.start), min(start + numel, r.start + r.numel)
+            if high - low == numel:
+                return self._piece(r, low - r.start, numel).float()
+            out = out if out.numel() else torch.empty(numel)
+            if low < high:
+                out[low - start : high - start] = self._piece(r, low - r.start, high - low)
+        return out
+
+    def _piece(self, r: Range, first: int, numel: int) -> Tensor:
+        if not r.transposed:
+            return self._reader.read(r.stored.path, r.stored.offset + first * r.stored.dtype.itemsize, r.stored.dtype, numel)
+        if self._whole is None or self._whole[0] is not r:
+            matrix = self._reader.read(r.stored.path, r.stored.offset, r.stored.dtype, r.numel).view(r.stored.shape)
+            self._whole = (r, matrix.t().contiguous().view(-1))
+        return self._whole[1][first : first + numel]
+
+    def damage(self) -> str | None:
+        """Return which file does not agree with the manifest, or None; without a manifest there is nothing to compare."""
+        return damage(self.files.items())
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+
+
+def damage(files: Iterable[tuple[Path, dict[str, Any]]]) -> str | None:
+    """Return what is wrong with one of the files (size or SHA-256), or None."""
+    for path, entry in files:
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                return f"{path} does not match its checksum"
+    return None
+
+
+@lru_cache(maxsize=8)
+def _shapes(architecture: str) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = RaphaelUNet(Config.model_validate_json(architecture))
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of the configuration's model, in the model's order."""
+    # `megablocks` asks for its package when the model is built; shapes do not depend on it.
+    model = config.model.model_copy(update={"space_backend": "auto"})
+    return dict(_shapes(Config(model=model, edge=config.edge).model_dump_json()))
+
+
+def stacked(name: str) -> tuple[str, str] | None:
+    """Return (layer, "w1" | "b1" | "w2" | "b2") of a parameter that stacks experts, else None."""
+    found = _STACKED.fullmatch(name)
+    return (found[1], found[2]) if found else None
+
+
+def describe(name: str, shape: tuple[int, ...], element: int) -> str:
+    """Name the parameter that holds an element, and its expert."""
+    if not stacked(name):
+        return name
+    return f"{name}, expert {element // prod(shape[1:])}"
+
+
+def chunks(start: int, numel: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Yield (start, numel) of pieces of at most `size`."""
+    for first in range(start, start + numel, size):
+        yield first, min(size, start + numel - first)

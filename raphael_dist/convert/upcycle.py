@@ -1,0 +1,116 @@
+"""Sparse upcycling: a RAPHAEL model that computes what a dense one computes, at step 0 (not in the paper).
+
+- Every time expert is a copy of the feed-forward layer, so it does not matter which one serves a sample.
+- The last layer of every space expert is zero, so the Space-MoE adds nothing yet; its gradient is not zero, and the experts
+  part at the first step, since their first layers are drawn apart by the usual seeds.
+- Gates, edge modules and the norm in front of the space experts are new; all else is the source's.
+"""
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from raphael_dist.checkpoint.reader import check_architecture
+from raphael_dist.config import Config
+from raphael_dist.convert.plan import Source
+from raphael_dist.convert.state import parameter_shapes, stacked
+from raphael_dist.errors import UserError
+from raphael_dist.model.edge import EdgeModule
+from raphael_dist.model.moe import SpaceMoE
+from raphael_dist.model.routing import Gate
+
+_FEED_FORWARD = {"w1": "ff.net.0.proj.weight", "b1": "ff.net.0.proj.bias", "w2": "ff.net.2.weight", "b2": "ff.net.2.bias"}
+_OF_EXPERTS = {"space_experts", "time_experts", "gate_width", "time_activation", "expert_width"}
+
+
+class Upcycled:
+    """The tensors of `config`'s model, made from a dense source when they are read. Only weights, at step 0."""
+
+    def __init__(self, source: Source, config: Config) -> None:
+        self._source, self.config, self.path = source, config, source.path
+        self.step, self.samples_seen, self.dataset = 0, 0, ""
+        self._check()
+        self.shapes = parameter_shapes(config)
+        self._blocks = {block: i for i, block in enumerate(_blocks(self.shapes, config))}
+        self._kind = "ema" if "ema" in source.kinds() else "master"
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return what there is: weights alone."""
+        return ("master",)
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Return elements [start, start + numel) of a flattened tensor, float32."""
+        if name in self._source.shapes:
+            return self._source.read(self._kind, name, start, numel)
+        found = stacked(name)
+        if found and found[0].endswith("time_moe"):
+            return self._copies(found[0].removesuffix("time_moe") + _FEED_FORWARD[found[1]], start, numel)
+        return self._new(name).view(-1)[start : start + numel]
+
+    def _copies(self, name: str, start: int, numel: int) -> Tensor:
+        each, pieces = prod(self._source.shapes[name]), []
+        while numel:
+            first = start % each
+            size = min(numel, each - first)
+            pieces.append(self._source.read(self._kind, name, first, size))
+            start, numel = start + size, numel - size
+        return torch.cat(pieces)
+
+    def _new(self, name: str) -> Tensor:
+        owner, _, rest = self._owner(name)
+        if self._last[0] != owner:
+            made = self._module(owner)
+            self._last = (owner, {n: p.detach() for n, p in made.named_parameters()})
+        return self._last[1][rest]
+
+    def _owner(self, name: str) -> tuple[str, str, str]:
+        """Divide a new parameter's name into the module that is made as a whole, a dot, and the rest."""
+        for mark in (".space_moe.", ".edge."):
+            if mark in name:
+                block, _, rest = name.partition(mark)
+                return block + mark[:-1], ".", rest
+        gates, index, rest = name.split(".", 2)
+        return f"{gates}.{index}", ".", rest
+
+    def _module(self, owner: str) -> nn.Module:
+        m, seed = self.config.model, self.config.run.seed
+        if owner.endswith(".space_moe"):
+            experts, hidden, dim = self.shapes[f"{owner}.w1"]
+            block = seed * 1000 + self._blocks[owner.removesuffix(".space_moe")]
+            layer = SpaceMoE(experts, dim, hidden, "auto", seed=2 * block + 1)  # as in a new run
+            nn.init.zeros_(layer.w2)
+            nn.init.zeros_(layer.b2)
+            return layer
+        with torch.random.fork_rng(devices=[]):
+            if owner.endswith(".edge"):
+                torch.manual_seed(seed * 1000 + self._blocks[owner.removesuffix(".edge")])
+                return EdgeModule(self.config.edge.channels)
+            kind, index = owner.split(".")
+            torch.manual_seed(seed * 1000 + int(index) + (500 if kind == "text_gates" else 250))
+            if kind == "text_gates":
+                return Gate(m.text_width, m.gate_width, m.space_experts)
+            return Gate(4 * m.channels[0], m.gate_width, m.time_experts)
+
+    def _check(self) -> None:
+        dense, wanted = self._source.config.model, self.config.model
+        if wanted.time_experts and (
+            wanted.time_activation != dense.time_activation or wanted.expert_width != dense.expert_width
+        ):
+            raise UserError(
+                f"--config: to copy the feed-forward layers of {self.path}, model.time_activation must be "
+                f"{dense.time_activation} and model.expert_width {list(dense.expert_width)}; given {wanted.time_activation} "
+                f"and {list(wanted.expert_width)}"
+            )
+        same = wanted.model_copy(update={field: getattr(dense, field) for field in _OF_EXPERTS})
+        edge = self._source.config.edge
+        check_architecture(self._source.config, self.config.model_copy(update={"model": same, "edge": edge}), str(self.path))
+
+
+def _blocks(shapes: dict[str, tuple[int, ...]], config: Config) -> Iterator[str]:
+    """Yield the names of the transformer blocks in order of execution: down, middle, up."""
+    found = dict.fromkeys(n[: n.index(".norm1.")] for n in shapes if ".transformer_blocks.0.norm1." in n)
+    for stage in ("down_blocks", "mid_block", "up_blocks"):
+        yield from (name for name in found if name.startswith(stage))

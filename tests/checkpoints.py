@@ -1,0 +1,94 @@
+"""Checkpoints made by hand, with nothing but safetensors and json: the oracle of the conversions."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raphael_dist.config import Config
+from raphael_dist.convert.convert import open_checkpoint
+from raphael_dist.convert.state import Checkpoint
+from raphael_dist.model.unet import RaphaelUNet
+
+State = dict[tuple[str, str], Tensor]
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+
+
+def random_state(config: Config, kinds: tuple[str, ...] = KINDS, seed: int = 0) -> State:
+    """Return a whole random state: every element of every tensor is different."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in RaphaelUNet(config).named_parameters()}
+    return {(kind, name): torch.randn(shape, generator=draw) for kind in kinds for name, shape in shapes.items()}
+
+
+def handmade_canonical(folder: Path, config: Config, state: State, step: int = 7) -> Path:
+    """Write a canonical folder, one file per kind."""
+    folder.mkdir(parents=True)
+    files = {}
+    for kind in dict.fromkeys(kind for kind, _ in state):
+        tensors = {}
+        for (k, name), value in state.items():
+            if k == kind:
+                tensors |= by_expert(name, value)
+        path = folder / {"master": "model.safetensors"}.get(kind, f"{kind}.safetensors")
+        save_file(tensors, path)
+        files[path.name] = fingerprint(path)
+    manifest = {
+        "layout": "canonical",
+        "format": 1,
+        "step": step,
+        "samples_seen": step * config.train.global_batch,
+        "dataset": "synthetic",
+        "config": config.model_dump(mode="json"),
+        "files": files,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def by_expert(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Return a parameter under its canonical keys."""
+    layer, _, leaf = name.rpartition(".")
+    if not layer.endswith(("space_moe", "time_moe")) or leaf not in ("w1", "b1", "w2", "b2"):
+        return {name: value}
+    kind = "weight" if leaf[0] == "w" else "bias"
+    return {f"{layer}.experts.{k}.w{leaf[1]}.{kind}": value[k].contiguous() for k in range(len(value))}
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return a manifest's entry for a file."""
+    data = path.read_bytes()
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def vouch_again(folder: Path) -> None:
+    """Bring a manifest up to date with files that a test changed or removed on purpose."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: fingerprint(folder / name) for name in manifest["files"] if (folder / name).is_file()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def state_of(found: Checkpoint) -> State:
+    """Return everything that a checkpoint holds."""
+    return {
+        (kind, name): found.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
+        for kind in found.kinds()
+        for name, shape in found.shapes.items()
+    }
+
+
+def read_state(layout: str, path: Path, config: Config | None = None) -> State:
+    """Open a checkpoint and return everything in it."""
+    return state_of(open_checkpoint(layout, path, config))
+
+
+def assert_same(found: State, expected: State) -> None:
+    """Compare bit for bit."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key

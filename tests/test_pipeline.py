@@ -1,0 +1,103 @@
+"""Exports to diffusers: a folder that loads as a pipeline and samples the same image as our sampler at the same seed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from raphael_dist.conditioning import ImageEncoder, TextEncoder
+from raphael_dist.config import Config, load_config
+from raphael_dist.convert.convert import convert
+from raphael_dist.convert.plan import Options
+from raphael_dist.errors import UserError
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.pipeline import RaphaelPipeline
+from raphael_dist.sampling import generate
+from tests.checkpoints import State, assert_same, handmade_canonical, read_state
+from tests.synthetic import TREE
+
+VAE = "data/vae-emoji"
+PROMPTS = ["a red heart, noto style", "a lemon"]
+
+
+def emoji(**model) -> Config:
+    """Return the tiny model with the demo's encoders."""
+    sizes = {**TREE["model"], "text_width": 384, **model}
+    overrides = [f"model.{key}={json.dumps(value)}" for key, value in sizes.items()]
+    return load_config("emoji-tiny", [*overrides, "edge.channels=4", "sample.steps=3", "text.max_tokens=16"])
+
+
+def trained(config: Config, folder: Path) -> tuple[RaphaelUNet, State]:
+    """Return a model with random weights, and write it as a canonical checkpoint with other averaged weights."""
+    torch.manual_seed(5)
+    model = RaphaelUNet(config).eval()
+    state = {("ema", name): p.detach() for name, p in model.named_parameters()}
+    state |= {("master", name): p.detach() + 1 for name, p in model.named_parameters()}
+    handmade_canonical(folder, config, state)
+    return model, state
+
+
+def sampled(model, config: Config) -> np.ndarray:
+    text = TextEncoder.load("minilm", config.text.max_tokens, "cpu", torch.float32)
+    image = ImageEncoder.load(VAE, "cpu", torch.float32)
+    return generate(model, text, image, config.diffusion, PROMPTS, range(2), size_hw=(64, 64), steps=3, guidance=4.0,
+                    scheduler="ddim", seed=11)  # fmt: skip
+
+
+def test_the_exported_pipeline_samples_the_same_image_as_our_sampler(tmp_path):
+    config = emoji()
+    model, state = trained(config, tmp_path / "canonical")
+    report = convert("canonical", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options())
+    assert [row.kind for row in report.rows] == ["ema"]
+    assert "master: left out" in report.notes[0]
+    shutil.rmtree(tmp_path / "canonical")
+    folders = {p.name for p in (tmp_path / "exported").iterdir() if p.is_dir()}
+    assert folders == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    pipeline = RaphaelPipeline.from_pretrained(tmp_path / "exported")
+    images = pipeline(PROMPTS, seed=11).images
+    assert np.array_equal(np.stack([np.asarray(image) for image in images]), sampled(model, config))
+    # What diffusers saves again comes back too, without a manifest.
+    pipeline.save_pretrained(tmp_path / "again")
+    convert("auto", tmp_path / "again", "canonical", tmp_path / "back", Options())
+    assert_same(read_state("auto", tmp_path / "back"), {("master", n): v for (k, n), v in state.items() if k == "ema"})
+
+
+def test_a_dense_export_is_a_unet_of_diffusers_and_samples_the_same_image(tmp_path):
+    config = emoji(space_experts=0, time_experts=0, time_activation="geglu", expert_width=[64, 96])
+    config = config.model_copy(update={"edge": config.edge.model_copy(update={"weight": 0.0})})
+    model, state = trained(config, tmp_path / "canonical")
+    convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options(weights="ema"))
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "exported" / "unet", low_cpu_mem_usage=False)
+    assert all(torch.equal(unet.state_dict()[n], v) for (k, n), v in state.items() if k == "ema")
+    pipeline = RaphaelPipeline.from_pretrained(tmp_path / "exported")
+    images = np.stack([np.asarray(image) for image in pipeline(PROMPTS, seed=11).images])
+    # diffusers' attention rounds in another order than ours.
+    assert np.abs(images.astype(int) - sampled(model, config).astype(int)).max() <= 1
+    convert("diffusers", tmp_path / "exported", "dense", tmp_path / "dense", Options())
+    assert_same(read_state("dense", tmp_path / "dense"), {("master", n): v for (k, n), v in state.items() if k == "ema"})
+
+
+def test_an_encoder_that_does_not_fit_is_named_before_anything_is_written(tmp_path):
+    config = emoji(text_width=24)
+    trained(config, tmp_path / "canonical")
+    with pytest.raises(
+        UserError, match=r"text.encoder: 'minilm' gives 384 numbers a token.*model.text_width = 24.*--unet-only"
+    ):
+        convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["canonical"]
+    convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options(unet_only=True))
+    assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == ["manifest.json", "unet"]
+
+
+def test_the_scheduler_of_the_export_is_the_runs(tmp_path):
+    config = emoji()
+    config = config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"prediction": "v_prediction"})})
+    trained(config, tmp_path / "canonical")
+    convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options())
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "exported" / "scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert not scheduler.config.clip_sample

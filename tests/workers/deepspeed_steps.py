@@ -1,0 +1,59 @@
+"""Rank process: trains the tiny model under a real DeepSpeed engine, which saves and loads by DeepSpeed's own functions.
+
+Usage: deepspeed_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "first", "steps", "load", "save", "run"}:
+steps [first, steps) are taken after DeepSpeed's `load_checkpoint` of the folder `load`; `save` gets its `save_checkpoint`;
+with "run" the trainer's own checkpoint is written to run.dir as well.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from raphael_dist import parallel
+from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.diffusion import NoiseSchedule
+from raphael_dist.ema import Ema
+from raphael_dist.engine import Engine
+from raphael_dist.objective import compute_losses
+from tests.synthetic import synthetic_batch, tiny_config
+from tests.workers.train_steps import state
+
+
+def main(out: str, spec: dict) -> None:
+    ranks = parallel.discover()
+    device = parallel.initialise(ranks)
+    torch.set_num_threads(1)
+    config = tiny_config(**spec["sections"])
+    plan = BatchPlan.of(config, ranks.world_size)
+    engine = Engine(config, spec["deepspeed"], plan, device)
+    if spec.get("load"):
+        path, _ = engine._engine.load_checkpoint(spec["load"])
+        assert path is not None
+        engine.fragments.publish()  # DeepSpeed's file of the model knows the experts of rank 0 alone
+    resumed = state(engine.fragments)
+    schedule, losses = NoiseSchedule.create(config.diffusion), []
+    ema = Ema(engine.fragments, config.ema)
+    for step in range(spec["first"], spec["steps"]):
+        total = torch.zeros(())
+        for micro in range(plan.accumulation):
+            slots = plan.slots(step * config.train.global_batch, ranks.rank, micro)
+            batch = synthetic_batch(config, slots, engine.module.num_blocks)
+            loss = compute_losses(engine, batch, schedule, config, engine.dtype).total.sum()
+            engine.backward(loss * plan.loss_scale)
+            total += loss.detach()
+        engine.step(config.optim.lr)
+        ema.update(step + 1)
+        losses.append(float(parallel.total([float(total)], device)[0]) / config.train.global_batch)
+    if spec.get("save"):
+        engine._engine.save_checkpoint(spec["save"], tag=f"global_step{spec['steps']}")
+    if spec.get("run"):
+        store = CheckpointStore(config, ranks, engine.fragments, ema, "synthetic")
+        store.save(spec["steps"], spec["steps"] * config.train.global_batch)
+    torch.save({"losses": losses, "resumed": resumed, "fragments": state(engine.fragments)}, f"{out}.{ranks.rank}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))

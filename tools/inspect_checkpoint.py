@@ -1,0 +1,40 @@
+"""Say what a checkpoint is, whether it verifies, and how its experts are: `python tools/inspect_checkpoint.py runs/demo`.
+
+Exit code 0: sound; 1: damaged, or experts are dead, identical or not finite; 2: not a checkpoint.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raphael_dist.errors import exit_code_of
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; argparse exits with 2 on a mistake."""
+    parser = argparse.ArgumentParser(description="Say what a checkpoint is, whether it verifies, and how its experts are.")
+    parser.add_argument("path", type=Path, help="a checkpoint in any layout, or a run directory")
+    parser.add_argument("--config", help="preset or YAML: the model of a folder that DeepSpeed wrote")
+    parser.add_argument(
+        "--unpickle", action="store_true", help="open .pt files that no manifest vouches for (still as weights alone)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args, sound = parse(sys.argv[1:] if argv is None else argv), []
+
+    def run() -> None:
+        from raphael_dist.config import load_config
+        from raphael_dist.convert.inspection import open_for_inspection, show
+
+        config = load_config(args.config) if args.config else None
+        sound.append(show(open_for_inspection(args.path, args.unpickle, config)))
+
+    return exit_code_of(run) or int(not sound[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
