@@ -54,16 +54,16 @@ def _ours(store: CheckpointStore, step: int, ranks: parallel.Ranks, device: torc
     began = time.monotonic()
     store.begin(Progress(step, step, step, {}))
     while float(parallel.total([float(store.written)], device)[0]) < ranks.world_size:
-        time.sleep(0.002)  # where a training step would be
+        time.sleep(0.02)  # where a training step would be
     store.settle()
-    stall = store.stall_s
+    stall, write = store.last.stall_s, store.last.write_s
     failure = store.finish()
     assert failure is None, failure
     published = time.monotonic() - began
     reader = CheckpointReader(store.root / f"step-{step:08d}")
     names = sorted(reader.manifest["files"])[ranks.rank :: ranks.world_size]
     verify = _timed(lambda: reader.damage(names))
-    found = {"stall": stall, "until published": published, "verify": verify}
+    found = {"stall": stall, "write, sync, read back": write, "until published": published, "verify": verify}
     return {**found, "MiB": sum(e["bytes"] for e in reader.manifest["files"].values()) / 2**20}
 
 

@@ -47,7 +47,7 @@ class CheckpointReader:
     def step(self) -> int:
         return int(self.manifest["step"])
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter by name."""
         return {name: tuple(shape) for name, shape in self.manifest["tensors"].items()}

@@ -92,10 +92,9 @@ class CheckpointStore:
         """Write and publish a checkpoint before returning. Raises OSError on all ranks when that failed on any."""
         self.begin(progress)
         failure = self.finish()
-        assert self._save is not None
         if failure:
             raise OSError(failure)
-        return self._save.final
+        return self.last.final
 
     def begin(self, progress: Progress) -> None:
         """Copy the state and start writing it; waits for the save before this one. What fails is told by `finish`."""
@@ -112,9 +111,10 @@ class CheckpointStore:
         save.stall_s += time.monotonic() - began
 
     @property
-    def stall_s(self) -> float:
-        """How long training has waited for the last save so far."""
-        return self._save.stall_s if self._save is not None else 0.0
+    def last(self) -> Save:
+        """The last save, as far as it got."""
+        assert self._save is not None
+        return self._save
 
     @property
     def written(self) -> bool:
