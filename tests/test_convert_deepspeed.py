@@ -69,6 +69,7 @@ def test_experts_spread_over_ranks_go_there_and_back(tmp_path):
     there_and_back(tmp_path, case, case)
 
 
+@pytest.mark.slow
 def test_zero_3_goes_to_zero_1_with_spread_experts(tmp_path):
     there_and_back(tmp_path, (2, 1, 1, 3, "float32"), (2, 1, 2, 1, "float32"))
 
