@@ -43,6 +43,8 @@ def handmade_canonical(folder: Path, config: Config, state: State, step: int = 7
         "format": 1,
         "step": step,
         "samples_seen": step * config.train.global_batch,
+        "updates": step - 2,
+        "guard": {"skipped": 2},
         "dataset": "synthetic",
         "config": config.model_dump(mode="json"),
         "files": files,

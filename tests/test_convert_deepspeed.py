@@ -16,19 +16,19 @@ from tests.synthetic import tiny_config
 Case = tuple[int, int, int, int, str]
 
 
-def sections(case: Case, **run: str) -> dict:
-    world, space, time, _, dtype = case
+def sections(case: Case, placement: str, **run: str) -> dict:
+    _, space, time, _, dtype = case
     train = {"global_batch": 12, "micro_batch": 2, "dtype": dtype}
-    parallel = {"space_ep": space, "time_ep": time, "placement": ["move", "keep"] if world == 4 else ["move"]}
+    parallel = {"space_ep": space, "time_ep": time, "placement": placement.split()}
     return {"parallel": parallel, "train": train, "optim": {"lr": 0.01, "clip": 0.5}, "run": run}
 
 
-def steps(folder: Path, case: Case, **spec) -> dict:
+def steps(folder: Path, case: Case, placement: str, **spec) -> dict:
     """Train on real ranks; return losses and whole tensors, before and after, by (kind, name)."""
     folder.mkdir(parents=True)
     world, _, _, stage, _ = case
     json_tree = {"zero_optimization": {"stage": stage}}
-    whole = {"sections": sections(case, dir=str(folder / "run")), "deepspeed": json_tree, "first": 0, **spec}
+    whole = {"sections": sections(case, placement, dir=str(folder / "run")), "deepspeed": json_tree, "first": 0, **spec}
     (folder / "spec.json").write_text(json.dumps(whole))
     run_ranks(["tests/workers/deepspeed_steps.py", str(folder / "out"), str(folder / "spec.json")], world)
     parts = [torch.load(f"{folder}/out.{rank}") for rank in range(world)]
@@ -43,11 +43,11 @@ def steps(folder: Path, case: Case, **spec) -> dict:
     return found
 
 
-def there_and_back(tmp_path: Path, case: Case, other: Case) -> None:
+def there_and_back(tmp_path: Path, case: Case, other: Case, placement: str = "move") -> None:
     """Train 2 steps, save by DeepSpeed, convert over canonical to `other`, load by DeepSpeed, train the third step."""
-    reference = steps(tmp_path / "whole", case, steps=3)
-    half = steps(tmp_path / "half", case, steps=2, save=str(tmp_path / "ds"), run=True)
-    config = tiny_config(**sections(case))
+    reference = steps(tmp_path / "whole", case, placement, steps=3)
+    half = steps(tmp_path / "half", case, placement, steps=2, save=str(tmp_path / "ds"), run=True)
+    config = tiny_config(**sections(case, placement))
     saved = open_checkpoint("auto", tmp_path / "ds", config)
     assert (saved.layout, saved.step, saved.samples_seen) == ("deepspeed", 2, 24)
     assert_same(state_of(saved), half["fragments"])
@@ -56,7 +56,7 @@ def there_and_back(tmp_path: Path, case: Case, other: Case) -> None:
     convert("deepspeed", tmp_path / "ds", "canonical", tmp_path / "canonical", Options(), config)
     world, space, time, stage, _ = other
     convert("canonical", tmp_path / "canonical", "deepspeed", tmp_path / "to", Options(space, time, world, stage))
-    again = steps(tmp_path / "again", other, first=2, steps=3, load=str(tmp_path / "to"))
+    again = steps(tmp_path / "again", other, placement, first=2, steps=3, load=str(tmp_path / "to"))
     assert_same(again["resumed"], half["fragments"])
     exact = case == other
     assert again["losses"] == pytest.approx(reference["losses"][2:], rel=0 if exact else 1e-5, abs=0)
@@ -69,6 +69,7 @@ def test_experts_spread_over_ranks_go_there_and_back(tmp_path):
     there_and_back(tmp_path, case, case)
 
 
+@pytest.mark.slow
 def test_zero_3_goes_to_zero_1_with_spread_experts(tmp_path):
     there_and_back(tmp_path, (2, 1, 1, 3, "float32"), (2, 1, 2, 1, "float32"))
 
@@ -82,6 +83,12 @@ SLOW = [
     ((2, 1, 2, 1, "bfloat16"), (2, 1, 2, 1, "bfloat16")),
     ((3, 1, 1, 3, "float32"), (3, 1, 1, 3, "float32")),
 ]
+
+
+@pytest.mark.slow
+def test_a_level_whose_experts_stay_on_every_rank_goes_there_and_back(tmp_path):
+    case = (4, 2, 4, 2, "float32")
+    there_and_back(tmp_path, case, case, "move keep")
 
 
 @pytest.mark.slow

@@ -72,6 +72,8 @@ def open_canonical(folder: Path) -> Checkpoint:
         manifest["dataset"],
         read_kinds(folder, manifest, parameter_shapes(config)),
         vouched(folder, manifest),
+        updates=manifest.get("updates"),
+        guard=manifest.get("guard") or {},
     )
     found.check()
     return found

@@ -54,10 +54,11 @@ def open_deepspeed(path: Path, config: Config | None) -> Checkpoint:
     model = load_tree(folder / (MODEL if (folder / MODEL).is_file() else MODEL_3))
     shapes = parameter_shapes(config)
     ranges, stage, topology = _ranges(folder, model, shapes, config)
-    step = int(model["global_steps"]) - int(model.get("skipped_steps", 0))
+    step = int(model["global_steps"])
     samples, dataset = step * config.train.global_batch, ""
+    guard: dict[str, Any] = {}
     if manifest is not None:
-        samples, dataset = int(manifest["samples_seen"]), manifest["dataset"]
+        samples, dataset, guard = int(manifest["samples_seen"]), manifest["dataset"], manifest.get("guard") or {}
         ranges |= canonical.read_kinds(folder, manifest, shapes)
     found = Checkpoint(
         "deepspeed",
@@ -69,6 +70,8 @@ def open_deepspeed(path: Path, config: Config | None) -> Checkpoint:
         ranges,
         vouched(folder, manifest) if manifest else {},
         f"{model['dp_world_size']} ranks, ZeRO-{stage}{topology}",
+        step - int(model.get("skipped_steps", 0)),
+        guard,
     )
     found.check()
     return found

@@ -44,6 +44,7 @@ class _Target:
         self.resumes = all(kind in source.kinds() for kind in MOMENTS)
         self.adam = self.config.optim.kind == "adamw"
         self.step = source.step if self.resumes or not self.adam else 0
+        self.updates = (source.updates or 0) if self.step else 0
 
     def moment(self, kind: str) -> str:
         return kind if self.resumes else ZEROS
@@ -70,6 +71,7 @@ def plan(source: Source, options: Options) -> Plan:
     manifest = base_manifest("deepspeed", source) | {
         "step": target.step,
         "samples_seen": source.samples_seen if target.resumes else 0,
+        "updates": target.updates,
         "world_size": options.world,
         "zero_stage": options.stage,
         "config": target.config.model_dump(mode="json"),
@@ -97,7 +99,7 @@ def _model_file(target: _Target, folder: str, rank: int) -> OutFile:
         "lr_scheduler": None,
         "data_sampler": None,
         "random_ltd": None,
-        "skipped_steps": 0,
+        "skipped_steps": target.step - target.updates,
         "global_steps": target.step,
         "global_samples": target.step * target.ds_config["train_batch_size"],
         "dp_world_size": options.world,
@@ -157,7 +159,7 @@ def _flat(kind: str, slots: tuple[Slot, ...] | list[Slot], size: int) -> Entry:
 def _state(target: _Target, slots: tuple[Slot, ...] | list[Slot], size: int) -> dict[str, Any]:
     if not target.adam:
         return {}
-    step = Entry("step", (), (Take(STEP, "", target.step, 1),))
+    step = Entry("step", (), (Take(STEP, "", target.updates, 1),))
     return {"step": step, **{kind: _flat(target.moment(kind), slots, size) for kind in MOMENTS}}
 
 

@@ -19,6 +19,8 @@ def base_manifest(layout: str, source: Source) -> dict[str, Any]:
         "format": FORMAT,
         "step": source.step,
         "samples_seen": source.samples_seen,
+        "updates": source.updates,
+        "guard": source.guard,
         "dataset": source.dataset,
         "versions": versions(),
         "config": source.config.model_dump(mode="json"),

@@ -33,6 +33,8 @@ class Source(Protocol):
     step: int
     samples_seen: int
     dataset: str
+    updates: int | None
+    guard: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
 
     def kinds(self) -> tuple[str, ...]: ...

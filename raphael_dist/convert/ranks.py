@@ -24,6 +24,11 @@ class Ranks:
                 raise UserError(f'mpirun needs mpi4py and an MPI: pip install "raphael_dist[mpi]" ({first})') from None
             self._comm = MPI.COMM_WORLD
             self.rank, self.size = self._comm.rank, self._comm.size
+            started = int(os.environ.get("OMPI_COMM_WORLD_SIZE", self.size))
+            if started != self.size:  # every process would convert everything
+                raise UserError(
+                    f"mpirun started {started} processes, mpi4py sees {self.size}: they belong to different MPIs"
+                )
 
     @property
     def is_main(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from raphael_dist import ds_config
 from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.checkpoint.progress import progress_of
 from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, newest
 from raphael_dist.config import Config, config_from_tree, to_yaml
 from raphael_dist.convert.manifest import base_manifest
@@ -50,7 +51,7 @@ def _open_step(folder: Path) -> Checkpoint:
                 ranges.setdefault((kind, name), []).append(Range(int(starts[key]), stored))
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{folder / file} does not say where its ranges start: {error}") from None
-    manifest = reader.manifest
+    manifest, progress = reader.manifest, progress_of(reader.manifest)
     config = reader.config()
     found = Checkpoint(
         "raphael",
@@ -62,6 +63,8 @@ def _open_step(folder: Path) -> Checkpoint:
         ranges,
         {folder / name: entry for name, entry in manifest["files"].items()},
         f"{manifest.get('world_size', '?')} ranks, ep {config.parallel.space_ep},{config.parallel.time_ep}",
+        progress.updates,
+        progress.guard,
     )
     if set(found.shapes) != set(reader.shapes):
         wrong = sorted(set(found.shapes) ^ set(reader.shapes))
@@ -109,6 +112,8 @@ def plan(source: Source, options: Options, target: Path) -> Plan:
         "format": FORMAT,
         "step": step,
         "samples_seen": source.samples_seen if resumes else 0,
+        "updates": source.updates if resumes else 0,
+        "guard": source.guard if resumes else {},
         "world_size": options.world,
         "config": config.model_dump(mode="json"),
         "tensors": {name: list(shape) for name, shape in source.shapes.items()},

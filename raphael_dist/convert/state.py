@@ -43,7 +43,11 @@ class Range:
 
 @dataclass
 class Checkpoint:
-    """What was found at `path`. `files`: size and SHA-256 of each file by its manifest; empty without one."""
+    """What was found at `path`.
+
+    files: size and SHA-256 of each file by its manifest; empty without one. updates: steps that changed the weights, which
+    is what Adam counts (default: `step`). guard: the state of the rules against bad steps.
+    """
 
     layout: str
     path: Path
@@ -54,8 +58,11 @@ class Checkpoint:
     ranges: dict[tuple[str, str], list[Range]]
     files: dict[Path, dict[str, Any]] = field(default_factory=dict)
     topology: str = ""
+    updates: int | None = None
+    guard: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.updates = self.step if self.updates is None else self.updates
         self.shapes = parameter_shapes(self.config)
         self._reader = FileReader()
         self._whole: tuple[Range, Tensor] | None = None

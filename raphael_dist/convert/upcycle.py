@@ -8,6 +8,7 @@
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class Upcycled:
     def __init__(self, source: Source, config: Config) -> None:
         self._source, self.config, self.path = source, config, source.path
         self.step, self.samples_seen, self.dataset = 0, 0, ""
+        self.updates: int | None = 0
+        self.guard: dict[str, Any] = {}
         self._check()
         self.shapes = parameter_shapes(config)
         self._blocks = {block: i for i, block in enumerate(_blocks(self.shapes, config))}
