@@ -32,6 +32,7 @@ EVERY = 5
 LONG = (
     "train.max_steps=120",
     f"checkpoint.every={EVERY}",
+    "checkpoint.background=false",  # or the steps that a kill costs depend on how busy the disk is
     "sample.prompts=[]",
     "data.val_shards=[]",
     "run.hang_timeout_s=60",
@@ -156,8 +157,8 @@ def test_a_run_survives_signals_kills_requeues_and_a_lost_node(
     whole, found = losses(alone), losses(job.dir)
     assert found == whole
     assert files_of(job.dir, 120) == files_of(alone, 120)
-    # Three ends without warning (the requeue of a starting run loses nothing): an interval and a write's time for each.
-    assert len(job.steps) - 120 <= 3 * (EVERY + 3)
+    # Three ends without warning (the requeue of a starting run loses nothing) and at most an interval for each.
+    assert len(job.steps) - 120 <= 3 * EVERY
 
 
 def test_on_fewer_nodes_the_run_goes_on_with_the_same_global_batch(
