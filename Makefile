@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/demo
 
-.PHONY: help demo test test-slow lint install clean
+.PHONY: help demo test test-slow test-slurm soak lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 6 minutes on 2 CPU cores"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"
+	@echo "make test-slurm on a Slurm of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
+	@echo "make soak       a run under random kills for SOAK_MINUTES (default 30)"
 	@echo "make lint       ruff and types only"
 
 install: $(INSTALLED)
@@ -32,10 +34,16 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not slurm"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow and not slurm"
+
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slurm
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak
 
 clean:
 	rm -rf $(VENV) runs .cache build *.egg-info

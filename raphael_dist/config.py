@@ -35,6 +35,8 @@ class Run(Section):
     seed: Seed = Field(0, description="fixes weights, data order, noise and timesteps")
     fresh: bool = Field(False, description="start anew where checkpoints exist but none verifies; they are kept aside")
     init_from: Path | None = Field(None, description="checkpoint in any layout whose weights a new run starts from")
+    hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
+    lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
 
 
 class Model(Section):
@@ -170,6 +172,7 @@ class Checkpoint(Section):
 class Parallel(Section):
     space_ep: Positive = Field(1, description="ranks that share one set of space experts")
     time_ep: Positive = Field(1, description="ranks that share one set of time experts")
+    elastic: bool = Field(False, description="make space_ep and time_ep smaller where they do not fit the number of ranks")
     dispatch: Dispatch = Field("auto", description="tokens go only where needed, everywhere, or as density says")
     placement: tuple[Placement, ...] = Field(
         ("auto",),

@@ -99,6 +99,18 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
     return merged
 
 
+def fit_to_ranks(config: Config, world_size: int) -> Config:
+    """With `parallel.elastic`, return the configuration with the largest space_ep and time_ep that the ranks allow."""
+    if not config.parallel.elastic or world_size < 1:
+        return config
+    sizes = {}
+    for kind in ("space", "time"):
+        experts, ep = getattr(config.model, f"{kind}_experts"), getattr(config.parallel, f"{kind}_ep")
+        fits = [n for n in range(1, ep + 1) if world_size % n == 0 and experts % n == 0]
+        sizes[f"{kind}_ep"] = max(fits)
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+
+
 def check_expert_parallel(config: Config, tree: dict[str, Any], world_size: int) -> None:
     """Raise UserError when experts cannot be spread as `parallel` says over the ranks, or not under this DeepSpeed JSON."""
     sizes = {f"parallel.{kind}_ep": getattr(config.parallel, f"{kind}_ep") for kind in ("space", "time")}
@@ -109,7 +121,8 @@ def check_expert_parallel(config: Config, tree: dict[str, Any], world_size: int)
             allowed = [n for n in range(1, experts + 1) if experts % n == 0 and world_size % n == 0]
             raise UserError(
                 f"{field} = {size} must divide the number of ranks ({world_size}) as well as {experts_field} = {experts}; "
-                f"allowed on {world_size} ranks: {allowed}; or use {-(-world_size // size) * size} ranks"
+                f"allowed on {world_size} ranks: {allowed}; or use {-(-world_size // size) * size} ranks, "
+                "or parallel.elastic=true"
             )
     spread = " and ".join(f"{field} = {size}" for field, size in sizes.items() if size > 1)
     if not spread:

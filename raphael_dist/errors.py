@@ -1,14 +1,22 @@
 """The one exception that means "the user can fix this"; everything else is a bug or a broken machine."""
 
+import contextlib
 import difflib
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 # Exit codes are an interface: a launcher may restart a run on other codes, never on these.
 EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3  # the loss or the gradients stayed infinite, NaN or far too large
 EXIT_NOT_SAVED = 4  # the last state could not be saved, the disk being full, say; the checkpoint before it stands
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving; the same command continues
+EXIT_HUNG = 76  # the watchdog ended a run without progress; the same command continues
+
+_SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password|passwd)$")
 
 
 class UserError(ValueError):
@@ -32,6 +40,21 @@ class NonFiniteError(RuntimeError):
 
 class NotSavedError(RuntimeError):
     """The last checkpoint of a run could not be written; raised on all ranks alike."""
+
+
+def leave_exit_code(code: int) -> None:
+    """Write the exit code into the file that RAPHAEL_EXIT_FILE names, since some launchers turn every code into 1."""
+    path = os.environ.get("RAPHAEL_EXIT_FILE")
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(f"{code}\n")
+
+
+def redact(tree: Any) -> Any:
+    """Return a copy of nested dicts and lists in which what is named like a secret is hidden."""
+    if isinstance(tree, dict):
+        return {k: "(hidden)" if _SECRET.search(str(k)) and v is not None else redact(v) for k, v in tree.items()}
+    return [redact(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def exit_code_of(command: Callable[[], object]) -> int:

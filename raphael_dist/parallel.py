@@ -4,19 +4,21 @@ Ranks come from the launcher: DeepSpeed or torchrun (RANK), srun (SLURM_PROCID),
 one there is a single rank.
 """
 
+import logging
 import os
 import socket
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from raphael_dist.errors import UserError
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of every process group
 
@@ -74,6 +76,8 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT) -> torch.device:
 
     # DeepSpeed calls collectives under names that torch 2.13 has renamed; nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
+    if ranks.launcher == "mpirun" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meet_by_mpi()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.launcher == "none":
         os.environ["MASTER_PORT"] = str(free_port())
@@ -89,11 +93,45 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT) -> torch.device:
         device, backend = torch.device("cuda", ranks.local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+        torch.set_num_threads(num_threads(ranks))
         # DeepSpeed would compile a shared-memory all-reduce in C++ for about a minute on first use; gloo needs none.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def _meet_by_mpi() -> tuple[str, str]:
+    """Return the address and port of rank 0, which mpirun does not tell."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError(
+            "mpirun says nothing of where rank 0 is: install mpi4py, or set MASTER_ADDR and MASTER_PORT (mpirun -x)"
+        ) from None
+    world = MPI.COMM_WORLD
+    return cast(tuple[str, str], world.bcast((socket.gethostname(), str(free_port())) if world.rank == 0 else None))
+
+
+def num_threads(ranks: Ranks) -> int:
+    """Return how many threads a rank on a CPU may use: OMP_NUM_THREADS, or its share of the cores it may run on."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+
+
+def host_name() -> str:
+    """Return the name of this host, or of this node as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def rank_table(ranks: Ranks, device: torch.device) -> list[str]:
+    """Write a line about every rank to the log of rank 0; return their hosts. Collective."""
+    table: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(table, (host_name(), str(device), ranks.local_rank, os.getpid()))
+    for rank, (host, name, local_rank, pid) in enumerate(table if ranks.is_main else []):
+        _log.info("rank %d: %s, %s, local rank %d, pid %d, started by %s", rank, host, name, local_rank, pid, ranks.launcher)
+    return [host for host, *_ in table]
 
 
 def free_port() -> int:

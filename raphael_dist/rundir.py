@@ -3,8 +3,10 @@
 import fcntl
 import json
 import logging
+import os
 import platform
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +16,7 @@ import yaml
 from raphael_dist import __version__
 from raphael_dist.config import ARCHITECTURE_FIELDS, Config, to_yaml
 from raphael_dist.errors import UserError
+from raphael_dist.parallel import host_name
 
 # Beside the architecture, what makes a run this run; all else (learning rate, length, ZeRO, ranks) may change on resume.
 IDENTITY = (
@@ -43,14 +46,45 @@ def claim(config: Config) -> IO[str]:
         lock = open(folder / ".lock", "a")
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}; choose another run.dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"run.dir: another process is training in {folder}; wait for it or choose another run.dir") from None
+    if not _lock(lock, config.run.lock_wait_s):
+        raise UserError(f"run.dir: another process is training in {folder}; wait for it or choose another run.dir")
     _check_identity(config, folder)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
     return lock
+
+
+def _lock(file: IO[str], patience: float) -> bool:
+    # After a lost node, what is left of the run before may take a while to notice that it has lost the others.
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.5)
+        except OSError as error:  # some parallel file systems are mounted without locks
+            print(
+                f"warning: {file.name}: {error.strerror}: nothing keeps another run out of this directory", file=sys.stderr
+            )
+            break
+        else:
+            break
+    file.truncate(0)
+    file.write(_owner())
+    file.flush()
+    return True
+
+
+def _owner() -> str:
+    return f"{host_name()} {os.getpid()} {os.environ.get('SLURM_JOB_ID', '')} {os.environ.get('SLURM_RESTART_COUNT', '')}"
+
+
+def check_owner(lock: IO[str] | None) -> None:
+    """Raise RuntimeError when another run has taken the directory over: on some file systems a lock ends with its node."""
+    if lock is not None and Path(lock.name).read_text() != _owner():
+        raise RuntimeError(f"another process has taken over {Path(lock.name).parent}; this one writes nothing more there")
 
 
 def versions() -> dict[str, str]:

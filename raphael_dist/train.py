@@ -4,6 +4,7 @@ Arguments are checked before torch is imported, so --help, --dry-run and mistake
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,10 @@ from raphael_dist.errors import (
     NonFiniteError,
     NotSavedError,
     UserError,
+    leave_exit_code,
+    redact,
 )
+from raphael_dist.stopping import StopWish, parse_time
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -41,6 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and batch plan, then stop")
     parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run")
+    parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, written like Slurm's --time")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50 optim.lr=1e-4")
@@ -49,26 +54,43 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (see errors.py)."""
-    args, training = parse(sys.argv[1:] if argv is None else argv), False
     try:
+        code = _main(sys.argv[1:] if argv is None else argv)
+    except SystemExit as error:  # argparse
+        code = error.code if isinstance(error.code, int) else EXIT_USER_ERROR
+    if _rank() == "0":
+        leave_exit_code(code)
+    return code
+
+
+def _main(argv: Sequence[str]) -> int:
+    args, training = parse(argv), False
+    try:
+        stop_wish = StopWish(None if args.max_time is None else parse_time(args.max_time))
         config = load_config(args.config, args.overrides)
         tree = ds_config.read_deepspeed_json(args.deepspeed_config)
         world_size = _launched_ranks() if args.world_size is None else args.world_size
         if world_size < 1:
             raise UserError(f"--world-size: given {world_size}, must be 1 or more")
+        config = ds_config.fit_to_ranks(config, world_size)
         plan = BatchPlan.of(config, world_size)
         merged = ds_config.merge(config, tree, plan.accumulation, world_size)
         if args.dry_run:
             print(describe(config, plan, merged))
             return 0
         training = True
-        return run(config, tree)
+        stop_wish.listen()
+        return run(config, tree, stop_wish)
     except UserError as error:
         return _fail(error, EXIT_USER_ERROR, training)
     except NonFiniteError as error:
         return _fail(error, EXIT_NON_FINITE, training)
     except NotSavedError as error:
         return _fail(error, EXIT_NOT_SAVED, training)
+
+
+def _rank() -> str:
+    return next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID") if name in os.environ), "0")
 
 
 def _launched_ranks() -> int:
@@ -90,7 +112,7 @@ def describe(config: Config, plan: BatchPlan, merged: dict) -> str:
         *(f"# warning: {line}" for line in plan.advice()),
         *_spread(config, plan.world_size),
         *(f"# {line}" for line in placement.describe(placement.place(config, plan))),
-        "# DeepSpeed: " + json.dumps(merged),
+        "# DeepSpeed: " + json.dumps(redact(merged)),
     ]
     return "\n".join(lines)
 
@@ -107,8 +129,8 @@ def _spread(config: Config, world_size: int) -> list[str]:
     return lines
 
 
-def run(config: Config, tree: dict) -> int:
-    """Train; return 0 when complete, EXIT_INTERRUPTED when a signal stopped it after saving."""
+def run(config: Config, tree: dict, stop_wish: StopWish) -> int:
+    """Train; return 0 when complete, EXIT_INTERRUPTED when a signal or the time limit stopped it after saving."""
     import torch.distributed as dist
 
     from raphael_dist import parallel, trainer
@@ -117,15 +139,21 @@ def run(config: Config, tree: dict) -> int:
     ranks = parallel.discover()
     device = parallel.initialise(ranks)
     try:
-        complete = trainer.train(trainer.build(config, tree, ranks, device))
-    finally:
+        complete = trainer.train(trainer.build(config, tree, ranks, device, stop_wish))
+    except (UserError, NonFiniteError):
         dist.destroy_process_group()
+        raise
+    except Exception:
+        # Into this rank's log too. The process group stays as it is: taking it down might wait for ranks that are gone.
+        logging.getLogger("raphael_dist").exception("rank %d failed", ranks.rank)
+        raise
+    dist.destroy_process_group()
     return 0 if complete else EXIT_INTERRUPTED
 
 
 def _fail(error: Exception, code: int, training: bool) -> int:
     # What every rank knows is said once; what only one rank met, by that rank.
-    rank = next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID") if name in os.environ), "0")
+    rank = _rank()
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif training and not getattr(error, "agreed", True):

@@ -1,7 +1,6 @@
 """The training loop: build(), train_step(), train()."""
 
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +29,9 @@ from raphael_dist.metrics import LoadWatch, Metrics, MetricsWriter, load_metrics
 from raphael_dist.objective import compute_losses
 from raphael_dist.report import Reporter
 from raphael_dist.sampling import caption_grid, save_image
+from raphael_dist.stopping import StopWish
+from raphael_dist.straggler import Stopwatch, Stragglers
+from raphael_dist.watchdog import SLOW, Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -56,11 +58,16 @@ class Run:
     watch: LoadWatch
     writer: MetricsWriter | None
     lock: IO[str] | None
+    stop_wish: StopWish  # of this rank, at any moment
+    watchdog: Watchdog
+    stopwatch: Stopwatch
+    stragglers: Stragglers
     flops: float = 0.0
     samples_seen: int = 0
     step: int = 0
-    signalled: bool = False  # on this rank, at any moment
     stop_requested: bool = False  # agreed by all ranks, at a step's end
+    first_step: int = 0  # of this process
+    logged_step: int = 0
     timers: dict[str, float] = field(default_factory=lambda: {"wait": 0.0, "logged": time.monotonic()})
 
     def warn(self, text: str) -> None:
@@ -68,8 +75,14 @@ class Run:
         if self.ranks.is_main:
             _log.warning("%s", text)
 
+    def patience(self, micro_step: int) -> float:
+        """Return how many times longer than usual a micro-step may take: the first of all compiles and allocates."""
+        return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 
-def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, device: torch.device) -> Run:
+
+def build(
+    config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, device: torch.device, stop_wish: StopWish | None = None
+) -> Run:
     """Check everything, open the data, build the engine, resume if there is a checkpoint. Collective.
 
     Raises UserError on all ranks for what the user can fix, before anything is trained.
@@ -77,6 +90,7 @@ def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, devi
     plan = BatchPlan.of(config, ranks.world_size)
     lock = parallel.all_or_none(lambda: rundir.claim(config) if ranks.is_main else None)
     parallel.all_or_none(lambda: rundir.start_logging(config, ranks.rank))
+    hosts = parallel.rank_table(ranks, device)
     dtype = getattr(torch, config.train.dtype)
     text = parallel.all_or_none(lambda: TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype))
     image = parallel.all_or_none(lambda: ImageEncoder.load(config.image.encoder, device, torch.float32))
@@ -108,8 +122,13 @@ def build(config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, devi
         watch=LoadWatch(),
         writer=MetricsWriter(config.run.dir) if ranks.is_main else None,
         lock=lock,
+        stop_wish=StopWish() if stop_wish is None else stop_wish,
+        watchdog=Watchdog(ranks, config.run.dir, config.run.hang_timeout_s),
+        stopwatch=Stopwatch(device),
+        stragglers=Stragglers(hosts),
     )
     recovery.restore(run, store.resume())
+    run.first_step = run.logged_step = run.step
     run.flops = measure.dry_run(engine, run.builder.build(plan.slots(run.samples_seen, ranks.rank, 0)), schedule)
     return run
 
@@ -121,16 +140,22 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
     """
     loss_sum, bad_positions = torch.zeros((), device=run.device), []
     run.engine.traffic.take()  # what validation and sampling sent is no part of a step
-    for _ in range(run.plan.accumulation):
+    for micro in range(run.plan.accumulation):
+        run.watchdog.beat(f"the data of step {run.step + 1}", run.patience(micro))
         waited = time.monotonic()
         batch = next(batches).to(run.device)
-        run.timers["wait"] += time.monotonic() - waited
+        waited = time.monotonic() - waited
+        run.timers["wait"] += waited
+        run.stopwatch.add(waited)
+        run.watchdog.beat(f"step {run.step + 1}", run.patience(micro))
+        began = run.stopwatch.start()
         losses = compute_losses(run.engine, batch, run.schedule, run.config, run.engine.dtype)
+        run.stopwatch.stop(began)
         run.engine.backward(losses.total.sum() * run.plan.loss_scale)
         loss_sum += losses.total.detach().sum()
         bad_positions.append((batch.position, losses.total.detach()))
         measure.record(run.metrics, batch, losses, run.engine.traffic.take())
-    agreed = parallel.total([float(loss_sum), float(run.signalled), float(run.store.written)], run.device)
+    agreed = parallel.total([float(loss_sum), float(run.stop_wish.wanted), float(run.store.written)], run.device)
     total, stop, written = agreed.tolist()
     run.stop_requested = stop > 0
     if written == run.ranks.world_size:
@@ -142,6 +167,8 @@ def save(run: Run, last: bool) -> None:
     """Start a checkpoint, and wait for the last one. NotSavedError when that fails; an earlier one is tried again when the
     next is due. Collective.
     """
+    parallel.all_or_none(lambda: rundir.check_owner(run.lock))
+    run.watchdog.beat(f"saving step {run.step}", SLOW)
     run.guard.rollbacks = 0
     run.store.begin(recovery.progress(run))
     if last or not run.config.checkpoint.background:
@@ -151,11 +178,12 @@ def save(run: Run, last: bool) -> None:
 
 
 def train(run: Run) -> bool:
-    """Train to `train.max_steps`, or until a signal asks to stop; return whether the run is complete."""
+    """Train to `train.max_steps`, or until a signal or the time asks to stop; return whether the run is complete."""
     config = run.config
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda *_: setattr(run, "signalled", True))
+    run.stop_wish.listen()
+    run.stop_requested = float(parallel.total([float(run.stop_wish.wanted)], run.device)) > 0  # while it was being built
     with (
+        run.watchdog,
         run.store,
         Reporter(run.ranks.is_main, run.step, config.train.max_steps) as report,
         Prefetcher(run.builder.build, _slots(run), depth=max(1, config.data.prefetch)) as batches,
@@ -164,6 +192,7 @@ def train(run: Run) -> bool:
         while run.step < config.train.max_steps and not run.stop_requested:
             if not train_step(run, batches):
                 continue
+            run.watchdog.beat(f"the end of step {run.step}", SLOW)
             last = run.step == config.train.max_steps
             report.advance(run.step)
             if run.step % config.train.log_every == 0 or last:
@@ -176,7 +205,9 @@ def train(run: Run) -> bool:
                 save(run, last or run.stop_requested)
             log_saves(run, report)
         if run.stop_requested and run.step < config.train.max_steps:
-            report.line(f"stopped by a signal at step {run.step}; the same command continues")
+            saved = "" if run.step > run.first_step else ", with nothing new to save"
+            report.line(f"stopped by a signal or the time limit at step {run.step}{saved}; the same command continues")
+        run.stop_wish.ignore()
     if run.writer is not None:
         run.writer.close()
     return run.step >= config.train.max_steps
@@ -201,6 +232,11 @@ def log_scalars(run: Run) -> dict[str, float]:
     values["checkpoint/failed"] = float(run.store.failed)
     values["time/data_wait_frac"] = run.timers["wait"] / max(elapsed, 1e-9)
     run.timers.update(wait=0.0, logged=now)
+    run.stragglers.observe(max(1, run.step - run.logged_step), run.stopwatch.take(), run.device)
+    run.logged_step = run.step
+    values["time/slowest_rank_ratio"] = run.stragglers.slowest_ratio()
+    if run.ranks.is_main and (slow := run.stragglers.slow()):
+        _log.warning("step %d: %s", run.step, slow)
     _write(run, values)
     return values
 

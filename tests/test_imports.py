@@ -14,10 +14,11 @@ PACKAGE = Path(__file__).parent.parent / "raphael_dist"
 # A module may import those of lower levels and those to its left in its own level. A new module must be added here; a name
 # that does not exist yet is no harm.
 LEVELS = {
-    0: "raphael_dist presets errors rng config ds_config",
+    0: "raphael_dist presets errors rng stopping preflight_report config ds_config",
     1: """batch_plan placement model model.experts model.moe model.routing model.edge model.layers model.unet diffusion batch
           objective parallel""",
-    2: """guard fragments ema metrics report rundir conditioning vae exchange expert_groups expert_parallel
+    2: """guard fragments ema metrics report rundir watchdog straggler conditioning vae exchange expert_groups
+          expert_parallel
           data data.captions data.tar_scan data.buckets data.shards data.dataset data.prefetch data.order data.edges
           data.emoji_names data.emoji data.cache_build data.cache data.stream data.batches data.features""",
     3: """checkpoint checkpoint.files checkpoint.progress checkpoint.reader
@@ -25,14 +26,15 @@ LEVELS = {
           convert.canonical convert.run_layout convert.deepspeed_read convert.deepspeed_write convert.dense
           convert.megablocks convert.diffusers_folder convert.upcycle convert.ranks convert.convert convert.command
           convert.inspection checkpoint.load checkpoint.snapshot checkpoint.restore checkpoint.store engine""",
-    4: """measure sampling pipeline sample evaluate paths benchmark benchmark_moe benchmark_checkpoint recovery trainer""",
+    4: """preflight measure sampling pipeline sample evaluate paths benchmark benchmark_moe benchmark_checkpoint
+          recovery trainer""",
     5: "train cli",
 }
 ORDER = {name: (level, i) for level, names in LEVELS.items() for i, name in enumerate(names.split())}
 PURE = {"batch_plan", "diffusion", "batch", "objective"} | {n for n in ORDER if n.startswith("model") or ORDER[n][0] == 0}
 # The writer of DeepSpeed's layout pickles three of its small classes.
 MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_groups", "benchmark_moe", "convert.deepspeed_write"}
-LIGHT = {"config", "ds_config", "batch_plan", "placement", "errors"}
+LIGHT = {"config", "preflight_report", "stopping", "ds_config", "batch_plan", "placement", "errors"}
 
 
 def name_of(path: Path) -> str:

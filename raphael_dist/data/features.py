@@ -68,3 +68,20 @@ def open_stream(
             max_bad_fraction=d.max_bad_fraction,
         )
     )
+
+
+def fill_cache(
+    config: Config, text: TextEncoder, image: ImageEncoder, part: int, num_parts: int, *, training: bool
+) -> tuple[int, int]:
+    """Compute what is not cached of every `num_parts`-th shard; return how many that were, and all shards there are.
+
+    For processes that do not know of each other. Raises UserError as `open_stream` does.
+    """
+    d, flip = config.data, config.data.flip and training
+    index = build_index(expand_shards(d.shards if training else d.val_shards), d.cache_dir / "index")
+    dataset = ImageDataset(index, config.image.buckets, d.edges if config.edge.weight > 0 else "none")
+    cache = FeatureCache(d.cache_dir, index, dataset, text, image, config.image.buckets, flip)
+    # By number, not by place in the list, which gets shorter while others work.
+    mine = [shard for shard in cache.missing() if shard % num_parts == part]
+    cache.build(mine)
+    return len(mine), len(index.shards)

@@ -1,0 +1,57 @@
+# shellcheck shell=bash
+# What the scripts beside this one share. Values travel in arrays and quotes; nothing is evaluated a second time.
+
+umask "${RUN_UMASK:-077}"
+cd "${home:?}" || exit 2
+export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+say() {
+    printf '[%s] %s\n' "$(date +%FT%T)" "$*"
+}
+
+# Refuse what no honest value holds; a newline would forge lines of a log.
+no_control_characters() {
+    [[ $2 != *[[:cntrl:]]* ]] || die "$1 holds a control character, such as a newline: $(printf '%q' "$2")"
+}
+
+# split_words TEXT: set `overrides` to its words, split at blanks, without expanding anything.
+split_words() {
+    # shellcheck disable=SC2034
+    read -r -d '' -a overrides <<<"$1" || true
+}
+
+# Run a command, or with DRY_RUN=1 print it.
+run() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '%q ' "$@"
+        printf '\n'
+    else
+        "$@"
+    fi
+}
+
+# Replace this (sub)shell by a command, or with DRY_RUN=1 print it.
+become() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then run "$@"; else exec "$@"; fi
+}
+
+if [[ -n ${PYTHON:-} ]]; then
+    python=$PYTHON
+elif [[ -x $home/.venv/bin/python ]]; then
+    python=$home/.venv/bin/python
+else
+    python=$(command -v python3) || die "no python: run 'make install', or set PYTHON"
+fi
+[[ -x $(command -v "$python") ]] || die "PYTHON: given $python, which is not a program"
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    [[ ${DRY_RUN:-0} == 1 ]] || die "not in a Slurm job: start with 'sbatch slurm/$(basename "$0")', or look with DRY_RUN=1"
+    SLURM_JOB_ID=0
+fi
+[[ $SLURM_JOB_ID =~ ^[0-9]+$ ]] || die "SLURM_JOB_ID is not a number: $(printf '%q' "$SLURM_JOB_ID")"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Computes embeddings and latents of all shards before training, an array task for each part of them.
+#   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh data.shards=... [as for training]
+#SBATCH --job-name=raphael-data
+#SBATCH --array=0-3
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%A_%a.log
+# Settings from the environment: CONFIG OVERRIDES DRY_RUN PYTHON RAPHAEL_HOME RUN_UMASK.
+set -uo pipefail
+home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+[[ -f $home/slurm/common.sh ]] || home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to it" >&2; exit 2; }
+# shellcheck source=slurm/common.sh
+source "$home/slurm/common.sh"
+
+overrides=()
+split_words "${OVERRIDES:-}"
+first=${SLURM_ARRAY_TASK_MIN:-0} task=${SLURM_ARRAY_TASK_ID:-0} step=${SLURM_ARRAY_TASK_STEP:-1} parts=${SLURM_ARRAY_TASK_COUNT:-1}
+for value in "$first" "$task" "$step" "$parts"; do
+    [[ $value =~ ^[0-9]+$ ]] || die "SLURM_ARRAY_TASK_*: not a number: $(printf '%q' "$value")"
+done
+part=$(((task - first) / step))
+((part < parts)) || die "the array's numbers must follow each other evenly, as in --array=0-15"
+run "$python" tools/prepare_data.py --config "${CONFIG:-emoji-tiny}" --part "$part" --parts "$parts" "${overrides[@]}" "$@"

@@ -1,0 +1,231 @@
+#!/usr/bin/env bash
+# Trains on whole nodes, and goes on by itself after a time limit, a preemption, a crash or a lost node. See slurm/README.md.
+#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_raphael.sh [train.py arguments]
+#SBATCH --job-name=raphael
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+# Settings from the environment: CONFIG DS_CONFIG RUN_DIR OVERRIDES LAUNCHER DRY_RUN PREFLIGHT SPARE_NODES REQUEUE
+# MAX_RESTARTS TASKS_PER_NODE PYTHON RAPHAEL_HOME RUN_UMASK MASTER_ADDR MASTER_PORT.
+set -uo pipefail
+
+# Slurm runs a copy of this file, so the repository is where sbatch was called.
+home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+[[ -f $home/slurm/common.sh ]] || home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to it" >&2; exit 2; }
+# shellcheck source=slurm/common.sh
+source "$home/slurm/common.sh"
+
+# --- what to train ---------------------------------------------------------------------------------------------------
+run_dir=${RUN_DIR:-}
+for argument in "$@"; do
+    [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
+done
+if [[ -z $run_dir ]]; then
+    name=${SLURM_JOB_NAME:-raphael}
+    [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "the job name $(printf '%q' "$name") is no folder name: set RUN_DIR"
+    run_dir=runs/$name
+fi
+no_control_characters RUN_DIR "$run_dir"
+overrides=()
+split_words "${OVERRIDES:-}"
+arguments=(--config "${CONFIG:-emoji-tiny}" --deepspeed_config "${DS_CONFIG:-ds_configs/zero1.json}")
+arguments+=("run.dir=$run_dir" "${overrides[@]}")
+# After a restart, what is left of the run before may hold the directory until it notices that its peers are gone.
+[[ ${SLURM_RESTART_COUNT:-0} == 0 ]] || arguments+=("run.lock_wait_s=120")
+arguments+=("$@")
+train=("$python" raphael_dist/train.py)
+
+# --- on which nodes and ranks ----------------------------------------------------------------------------------------
+number() { [[ $2 =~ ^[0-9]+$ ]] || die "$1 is not a number: $(printf '%q' "$2")"; }
+nodes=() num_nodes=${SLURM_JOB_NUM_NODES:-1} spares=${SPARE_NODES:-0} limit=${MAX_RESTARTS:-5}
+# One rank per GPU; without GPUs, as many as tasks were asked for.
+tasks=${TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+number SLURM_JOB_NUM_NODES "$num_nodes"
+number SPARE_NODES "$spares"
+number MAX_RESTARTS "$limit"
+number "TASKS_PER_NODE or SLURM_GPUS_ON_NODE" "$tasks"
+if ((tasks == 0)); then
+    tasks=$((${SLURM_NTASKS:-$num_nodes} / num_nodes))
+    ((tasks > 0)) || tasks=1
+fi
+cpus=$((${SLURM_CPUS_ON_NODE:-$tasks} / tasks))
+((cpus > 0)) || cpus=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+# Every rank must see all GPUs of its node and picks its own; these would hide the others from it.
+unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPU_BIND SLURM_TRES_PER_TASK SLURM_CPUS_PER_TASK SLURM_NTASKS_PER_NODE
+if command -v scontrol >/dev/null && [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+fi
+((num_nodes > spares)) || die "SPARE_NODES = $spares leaves none of the $num_nodes nodes to train on"
+
+# A node's name, or where Slurm reaches it when the name means nothing to the resolver.
+address_of() {
+    local address=
+    getent hosts "$1" >/dev/null || address=$(scontrol -o show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    printf '%s\n' "${address:-$1}"
+}
+
+# use_nodes COUNT: the ranks of the steps that follow, and where they meet: rank 0 is on the first node.
+use_nodes() {
+    local first=${nodes[0]:-$(hostname)}
+    world_size=$(($1 * tasks))
+    step=("--nodes=$1" "--cpus-per-task=$cpus" --mem=0 --kill-on-bad-exit=1)
+    ((${#nodes[@]} == 0)) || step+=("--nodelist=$(IFS=, && echo "${nodes[*]:0:$1}")")
+    export MASTER_ADDR=${given_addr:-$(address_of "$first")}
+}
+given_addr=${MASTER_ADDR:-}
+# From the job, so that two jobs on a node do not meet; another after a restart, when the old one may still be bound.
+# Below the range that systems hand out by themselves.
+export MASTER_PORT=${MASTER_PORT:-$((15000 + (SLURM_JOB_ID * 13 + ${SLURM_RESTART_COUNT:-0}) % 7000))}
+
+# --- the launchers ---------------------------------------------------------------------------------------------------
+# launch_LAUNCHER PROGRAM...: become the launcher. The scripts in quotes are constant; programs are their arguments. They
+# keep the launchers, which would die of it, from USR1; Slurm gives it to the ranks too.
+launch_srun() {
+    become srun "${step[@]}" "--ntasks=$world_size" "--ntasks-per-node=$tasks" "$@"
+}
+
+launch_torchrun() {
+    # shellcheck disable=SC2016  # the node's rank is known on the node
+    become srun "${step[@]}" "--ntasks=$((world_size / tasks))" --ntasks-per-node=1 \
+        bash -c 'trap "" USR1; exec "$0" -m torch.distributed.run --node_rank "$SLURM_NODEID" "$@"' "$python" \
+        --nnodes "$((world_size / tasks))" --nproc_per_node "$tasks" \
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "${@:2}"
+}
+
+launch_deepspeed() {
+    local hosts=$run_dir/.hostfile-$SLURM_JOB_ID count=$((world_size / tasks))
+    if [[ ${DRY_RUN:-0} != 1 ]]; then
+        printf "%s slots=$tasks\n" "${nodes[@]:0:count}" >"$hosts" || return
+    fi
+    # shellcheck disable=SC2016
+    become srun "${step[@]}" "--ntasks=$count" --ntasks-per-node=1 \
+        bash -c 'trap "" USR1; exec "$0" -m deepspeed.launcher.runner --node_rank "$SLURM_NODEID" "$@"' "$python" \
+        --hostfile "$hosts" --no_ssh --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "${@:2}"
+}
+
+launch_mpirun() {
+    local name keep=()
+    for name in PATH PYTHONPATH PYTHONUNBUFFERED OMP_NUM_THREADS MASTER_ADDR MASTER_PORT RAPHAEL_EXIT_FILE; do
+        keep+=(-x "$name")
+    done
+    become mpirun -np "$world_size" --map-by "ppr:$tasks:node:oversubscribe" --bind-to none "${keep[@]}" "$@"
+}
+
+launcher=${LAUNCHER:-srun}
+case $launcher in
+srun | torchrun | deepspeed | mpirun) ;;
+*) die "LAUNCHER: given $(printf '%q' "$launcher"); one of srun, torchrun, deepspeed, mpirun" ;;
+esac
+
+# --- going on, or not ------------------------------------------------------------------------------------------------
+child='' cancelled=0 timed_out=0
+
+# On TERM the job is over: Slurm itself queues a preempted or requeued job again, never one whose time ran out.
+on_term() {
+    if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %r 2>/dev/null) == TimeLimit ]]; then timed_out=1; else cancelled=1; fi
+}
+trap on_term TERM
+trap '[[ -z $child ]] || kill -USR1 "$child" 2>/dev/null' USR1
+
+# supervise COMMAND...: run it beside this shell, whose traps would otherwise wait for it; return its exit code.
+supervise() {
+    local code
+    "$@" &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    wait "$child"
+    code=$?
+    child=''
+    return "$code"
+}
+
+newest_checkpoint() {
+    local found=("$run_dir"/checkpoints/step-*)
+    if [[ -d ${found[-1]} ]]; then basename "${found[-1]}"; else echo none; fi
+}
+
+# requeue CODE WHY: put the job back into the queue; give up when that did not help before.
+requeue() {
+    local count=0 before='' now
+    now=$(newest_checkpoint)
+    [[ ! -f $run_dir/.restarts ]] || read -r count before <"$run_dir/.restarts"
+    [[ $count =~ ^[0-9]+$ && $before == "$now" ]] || count=0
+    count=$((count + 1))
+    if ((count > limit)); then
+        say "giving up: $2, and $limit restarts brought no newer checkpoint (newest: $now); mend it, then: rm $run_dir/.restarts"
+        exit "$1"
+    fi
+    printf '%s %s\n' "$count" "$now" >"$run_dir/.restarts"
+    if [[ ${REQUEUE:-1} != 1 ]]; then
+        say "$2; REQUEUE=${REQUEUE:-}: not queued again"
+    elif ! command -v scontrol >/dev/null; then
+        say "$2; there is no scontrol here (a container?): submit again, or let the administrator set RequeueExit=75,76"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "$2; queued again (restart $count with checkpoint $now; Slurm waits about two minutes)"
+        exit 0
+    fi
+    exit "$1"
+}
+
+finish() {
+    local code=$1
+    # Some launchers turn every code into 1, and a rank that left last may have been ended by srun: rank 0 knows better.
+    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then read -r code <"$RAPHAEL_EXIT_FILE"; fi
+    rm -f "$RAPHAEL_EXIT_FILE"
+    if ((code == 0)); then
+        say "complete: $run_dir"
+        rm -f "$run_dir/.restarts"
+        exit 0
+    fi
+    if ((code == 2 || code == 3)); then
+        say "exit code $code: a restart would not help (see above)"
+        exit "$code"
+    fi
+    if ((cancelled)); then
+        say "exit code $code after a cancellation, preemption or requeue, which Slurm deals with"
+        exit "$code"
+    fi
+    ((timed_out)) && requeue "$code" "the time limit came before the run could save"
+    case $code in
+    75 | 138) requeue 75 "stopped after saving" ;;  # 138: USR1 met a rank that was still starting
+    76) requeue 76 "the run hung (stacks in $run_dir/logs)" ;;
+    *) requeue "$code" "exit code $code" ;;
+    esac
+}
+
+# --- preflight, then training ----------------------------------------------------------------------------------------
+# Check the nodes, again without those that failed as long as spares remain.
+preflight() {
+    local out=$run_dir/preflight code needed=$((num_nodes - spares))
+    while :; do
+        run rm -rf "$out"
+        # A rank that fails must not take the others' reports with it.
+        use_nodes "$((${#nodes[@]} > 0 ? ${#nodes[@]} : num_nodes))"
+        step+=(--kill-on-bad-exit=0)
+        MASTER_PORT=$((MASTER_PORT + 7000)) supervise launch_srun "$python" tools/check_cluster.py --out "$out" "${arguments[@]}"
+        code=$?
+        case $code in 2 | 75 | 138) finish "$code" ;; esac
+        ((cancelled || timed_out)) && finish "$code"
+        run "$python" tools/check_cluster.py --judge "$out" --ranks "$world_size" --need "$needed" --nodes "${nodes[@]}"
+        code=$?
+        ((code != 4)) && break
+        mapfile -t nodes <"$out/good-nodes"
+    done
+    ((code == 0)) || finish "$code"
+}
+
+run mkdir -p "$run_dir/checkpoints" || die "RUN_DIR: cannot make $run_dir/checkpoints"
+export RAPHAEL_EXIT_FILE=$run_dir/.exit-code-$SLURM_JOB_ID
+run rm -f "$RAPHAEL_EXIT_FILE"
+say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $((num_nodes - spares)) nodes x $tasks ranks, $launcher, $run_dir"
+[[ ${PREFLIGHT:-1} != 1 ]] || preflight
+use_nodes "$((num_nodes - spares))"
+supervise "launch_$launcher" "${train[@]}" "${arguments[@]}"
+code=$?
+[[ ${DRY_RUN:-0} == 1 ]] || finish "$code"

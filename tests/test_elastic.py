@@ -1,0 +1,49 @@
+"""The run does not depend on how many ranks it has: the same global batch in the same order on any number of them."""
+
+from pathlib import Path
+
+import pytest
+
+from raphael_dist import ds_config, train
+from raphael_dist.config import load_config
+from raphael_dist.metrics import read_metrics
+from tests.launch import run_ranks
+from tests.test_training import SMALL
+
+# Adam divides by the root of the second moment: without an eps, rounding in a gradient of nearly 0 becomes a full step.
+FIFTY = ("train.global_batch=50", "train.micro_batch=4", "optim.eps=1e-4", "checkpoint.every=5", "sample.prompts=[]")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_fifty_images_a_step_on_any_number_of_ranks_and_across_a_resume_on_fewer(tmp_path: Path) -> None:
+    def losses(name: str, world_size: int, steps: int = 10) -> list[float]:
+        more = (
+            f"run.dir={tmp_path / name}",
+            f"data.cache_dir={tmp_path}/cache",
+            "data.val_shards=[]",
+            f"train.max_steps={steps}",
+        )
+        run_ranks(["raphael_dist/train.py", *SMALL, *FIFTY, *more], world_size, timeout=600)
+        return [loss for _, loss in read_metrics(tmp_path / name / "metrics.jsonl")["train/loss"]]
+
+    expected = losses("1", 1)
+    assert len(expected) == 10
+    for world_size in (2, 3, 4, 7):
+        assert losses(str(world_size), world_size) == pytest.approx(expected, rel=1e-5), world_size
+    losses("resumed", 4, steps=5)
+    assert losses("resumed", 3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_expert_groups_become_as_large_as_the_ranks_allow_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("parallel.space_ep=6", "parallel.time_ep=4")
+    elastic = load_config("emoji-tiny", [*sizes, "parallel.elastic=true"])
+    for world_size, expected in {12: (6, 4), 8: (2, 4), 6: (6, 2), 4: (2, 4), 3: (3, 1), 5: (1, 1)}.items():
+        found = ds_config.fit_to_ranks(elastic, world_size).parallel
+        assert (found.space_ep, found.time_ep) == expected, world_size
+    assert train.main(["--config", "emoji-tiny", "--dry-run", "--world-size", "3", *sizes, "parallel.elastic=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "space_ep: 3" in shown
+    assert "time_ep: 1" in shown
+    assert train.main(["--config", "emoji-tiny", "--dry-run", "--world-size", "3", *sizes]) == 2
+    assert "or parallel.elastic=true" in capsys.readouterr().err

@@ -1,0 +1,185 @@
+"""A hang becomes stacks, a name and an exit; a slow rank becomes a name; a wish to stop becomes a checkpoint."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raphael_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, UserError
+from raphael_dist.metrics import read_metrics
+from raphael_dist.stopping import StopWish, parse_time
+from raphael_dist.straggler import Stragglers
+from raphael_dist.watchdog import Heartbeat, blame
+from tests.launch import ROOT, rank_env, run_ranks
+from tests.test_training import SMALL, wait_for
+
+ALONE = """
+import ctypes, sys, time
+from pathlib import Path
+from raphael_dist.parallel import Ranks
+from raphael_dist.watchdog import Watchdog
+with Watchdog(Ranks(), Path(sys.argv[1]), 1.0) as dog:
+    for step in range(30):
+        dog.beat(f"step {step}")
+        time.sleep(0.1)
+    if sys.argv[2] == "sleep":
+        def stuck_here():
+            time.sleep(100)
+        stuck_here()
+    if sys.argv[2] == "lock":
+        ctypes.PyDLL(None).sleep(100)
+print("done")
+"""
+
+
+def test_a_hang_ends_with_stacks_even_when_the_interpreter_lock_is_held(tmp_path: Path) -> None:
+    began = {}
+    for how in ("none", "sleep", "lock"):
+        env = rank_env(1) | {"RAPHAEL_EXIT_FILE": str(tmp_path / f"{how}.code")}
+        command = [sys.executable, "-c", ALONE, str(tmp_path / how), how]
+        began[how] = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    outputs = {how: process.communicate(timeout=60)[0] for how, process in began.items()}
+    assert outputs["none"] == "done\n"
+    assert not list((tmp_path / "none" / "logs").rglob("*rank*")), "nothing is left of a run that ended well"
+    assert began["sleep"].returncode == EXIT_HUNG
+    assert (tmp_path / "sleep.code").read_text() == f"{EXIT_HUNG}\n"
+    assert "no progress for 1 s at step 29" in outputs["sleep"]
+    assert "stuck_here" in (tmp_path / "sleep" / "logs" / "stacks-rank-0.txt").read_text()
+    assert began["lock"].returncode not in (0, 2, 3, EXIT_INTERRUPTED)
+    assert "line 15" in (tmp_path / "lock" / "logs" / "stacks-rank-0.txt").read_text()
+
+
+def test_the_rank_that_is_behind_or_silent_is_the_one_to_blame() -> None:
+    def rank(number: int, beats: int, age: float) -> Heartbeat:
+        return Heartbeat(number, f"n{number}", beats, f"step {beats}", 1e9 - age)
+
+    assert blame([rank(0, 9, 0), rank(1, 9, 1)], 2.0) == "all 2 ranks are at the same place"
+    assert blame([rank(0, 9, 0), rank(1, 8, 1)], 2.0) == "rank 1 on n1 is behind, at step 8"
+    silent = "rank 1 on n1 has given no sign of life for 30 s (last: step 9)"
+    assert blame([rank(0, 9, 0), rank(1, 9, 30), rank(2, 9, 1)], 2.0) == silent
+    assert blame([rank(i, i % 2, 0) for i in range(100)], 2.0).endswith("and 45 more")
+
+
+def test_a_slow_rank_is_named_from_its_own_time_over_twenty_steps() -> None:
+    found = Stragglers(["a", "b", "c"])
+    for seconds in ([1.0, 1.1, 1.0], [1.0, 1.2, 9.0]):
+        found._recent.append((10, seconds))
+    assert found.slow() == "slow for 20 steps or more: rank 2 on c (4.3 times the median)"
+    assert found.slowest_ratio() == pytest.approx(10 / 2.3)
+
+
+def test_times_are_read_as_slurm_writes_them() -> None:
+    expected = {"90": 5400, "1:30": 90, "1:00:30": 3630, "2-1": 176400, "1-0:30": 88200, "0-0:0:5": 5}
+    assert {text: parse_time(text) for text in expected} == expected
+    for wrong in ("", "x", "-5", "1:2:3:4", "1-", "1h", "10\n"):
+        with pytest.raises(UserError, match="--max-time"):
+            parse_time(wrong)
+    assert [StopWish(time).wanted for time in (60.0, 0.0, None)] == [False, True, False]
+
+
+def start(folder: Path, how: str, rank: int, *more: str, world_size: int = 2) -> list[subprocess.Popen]:
+    env = rank_env(world_size)
+    command = [sys.executable, "tests/workers/hang_run.py", how, str(rank), *SMALL, f"run.dir={folder}", *more]
+    return [
+        subprocess.Popen(
+            [*command, f"data.cache_dir={folder.parent}/cache", "sample.prompts=[]", "data.val_shards=[]"],
+            env={**env, "RANK": str(r), "LOCAL_RANK": str(r), "SLURMD_NODENAME": f"host{r}"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(world_size)
+    ]
+
+
+def end(ranks: list[subprocess.Popen], timeout: float) -> list[str]:
+    try:
+        return [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stop", "data", "lock"])
+def test_a_hung_run_names_the_late_rank_and_ends(tmp_path: Path, how: str) -> None:
+    """Spread experts: the exchange in a group of theirs hangs, which no process group's time-out would end."""
+    spread = ("parallel.space_ep=2", "parallel.time_ep=2", "--deepspeed_config=ds_configs/zero2.json")
+    ranks = start(tmp_path / "run", how, 1, "run.hang_timeout_s=20", "train.max_steps=1000", *spread)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        code = ranks[0].wait(timeout=120)
+        # When the timer has ended the rank that keeps the lock, the other may find the connection closed.
+        assert code == EXIT_HUNG or (how == "lock" and code == 1)
+        assert time.time() - metrics.stat().st_mtime < 50, "it took longer than the time-out to end"
+        if how != "stop":
+            assert ranks[1].wait(timeout=10) not in (0, 2, 3, EXIT_INTERRUPTED)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    output = ranks[0].communicate()[0]
+    said = "has given no sign of life" if how != "data" else "is behind, at the data of step"
+    assert f"rank 1 on host1 {said}" in output
+    assert f"rank 1 on host1 {said}" in (tmp_path / "run" / "train.log").read_text()
+    logs = tmp_path / "run" / "logs"
+    assert "expert_parallel.py" in (logs / "stacks-rank-0.txt").read_text()
+    if how != "stop":
+        assert "hang_run.py" in (logs / "stacks-rank-1.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named_with_its_host_within_fifty_steps(tmp_path: Path) -> None:
+    ranks = start(tmp_path / "run", "slow", 1, "train.max_steps=25", "train.log_every=5")
+    end(ranks, 280)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "rank 1 on host1 (" in log
+    assert "rank 0 on host0 (" not in log
+    ratios = [value for _, value in read_metrics(tmp_path / "run" / "metrics.jsonl")["time/slowest_rank_ratio"]]
+    assert ratios[-1] > 1.5
+
+
+@pytest.mark.slow
+def test_a_bug_on_one_rank_is_in_its_log_with_the_traceback(tmp_path: Path) -> None:
+    end(start(tmp_path / "run", "raise", 1, "train.max_steps=30"), 120)
+    log = (tmp_path / "run" / "logs" / "rank-00001.log").read_text()
+    assert "ZeroDivisionError: a bug on one rank" in log
+    assert "Traceback" in log
+
+
+def test_no_time_left_and_a_signal_while_starting_end_a_run_that_can_go_on(tmp_path: Path) -> None:
+    """After the first step it is the same as with any signal (test_training.py)."""
+    command = [sys.executable, "raphael_dist/train.py", *SMALL, "train.max_steps=100000", "sample.prompts=[]"]
+    command += ["data.val_shards=[]", f"data.cache_dir={tmp_path}/cache"]
+    began = {}
+    for name, more in (("timed", ["--max-time", "0:00"]), ("early", [])):
+        env = rank_env(1) | {"RAPHAEL_EXIT_FILE": str(tmp_path / f"{name}.code")}
+        began[name] = subprocess.Popen(
+            [*command, f"run.dir={tmp_path / name}", *more], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+    try:
+        wait_for((tmp_path / "early" / "train.log").exists)  # the data, the model and the engine are still to come
+        began["early"].send_signal(signal.SIGUSR1)
+        for name, process in began.items():
+            output = process.communicate(timeout=120)[0]
+            assert process.returncode == EXIT_INTERRUPTED, name
+            assert "stopped by a signal or the time limit at step 0, with nothing new to save" in output, name
+            assert (tmp_path / f"{name}.code").read_text() == f"{EXIT_INTERRUPTED}\n"
+    finally:
+        for process in began.values():
+            process.kill()
+
+
+@pytest.mark.slow
+def test_max_time_saves_and_the_same_command_continues(tmp_path: Path) -> None:
+    command = ["raphael_dist/train.py", *SMALL, "sample.prompts=[]", "data.val_shards=[]", f"run.dir={tmp_path}/run"]
+    command += [f"data.cache_dir={tmp_path}/cache", "checkpoint.every=0", "train.max_steps=100000"]
+    output = run_ranks([*command, "--max-time", "1:40"], 1, exit_code=EXIT_INTERRUPTED)[0]
+    step = output.split("time limit at step ")[1].split(";")[0]
+    assert "saved " in output
+    assert f"resumed at step {step}" in run_ranks([*command, "--max-time", "0:00"], 1, exit_code=EXIT_INTERRUPTED)[0]

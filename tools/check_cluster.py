@@ -1,0 +1,77 @@
+"""Checks nodes before a long job: `srun ... check_cluster.py --out DIR [train.py arguments]`, then once `--judge DIR`.
+
+The first form is one task per rank, 60 seconds at most; the second prints the verdict. slurm/train_raphael.sh runs both.
+Exit codes of --judge: 0 passed, 1 failed, 2 a mistake that no other node would mend, 4 passed without the nodes named, which
+`good-nodes` in DIR leaves out.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raphael_dist import ds_config, train
+from raphael_dist.config import load_config
+from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from raphael_dist.preflight_report import judge, read_reports
+
+EXIT_LEFT_OUT = 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, help="folder for the ranks' reports")
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="folder with reports to put together")
+    parser.add_argument("--ranks", type=int, default=0, help="with --judge: how many ranks there should be")
+    parser.add_argument("--need", type=int, default=0, help="with --judge: how many nodes are enough")
+    parser.add_argument("--nodes", nargs="*", default=[], help="with --judge: the names of all nodes")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        return verdict(args) if args.judge else probe(args.out, train.parse(rest))
+    except UserError as error:
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def probe(out: Path | None, args: argparse.Namespace) -> int:
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
+    from raphael_dist import parallel, preflight
+
+    if out is None:
+        raise UserError("--out: none given; the folder for the reports, on a file system that all nodes share")
+    ranks = parallel.discover()
+    config = ds_config.fit_to_ranks(load_config(args.config, args.overrides), ranks.world_size)
+    out.mkdir(parents=True, exist_ok=True)
+    passed = preflight.Probe(config, ranks, out).run()
+    sys.stdout.flush()
+    os._exit(0 if passed else 1)  # a broken process group may not let go
+
+
+def verdict(args: argparse.Namespace) -> int:
+    found = judge(read_reports(args.judge), args.ranks, args.nodes)
+    print("\n".join([*found.lines, *(f"warning: {text}" for text in found.warnings)]))
+    for node, texts in found.faults.items():
+        print("\n".join(f"fault: {node}: {text}" for text in texts))
+    if not found.faults:
+        print("preflight passed")
+        return 0
+    good = [node for node in args.nodes if node not in found.faults]
+    if found.everywhere:
+        print("preflight failed, alike on every node")
+        return EXIT_USER_ERROR
+    if not args.need or len(good) < args.need:
+        print(f"preflight failed: exclude {', '.join(found.faults)} (sbatch --exclude), or ask for spares (SPARE_NODES=1)")
+        return 1
+    (args.judge / "good-nodes").write_text("\n".join(good) + "\n")
+    print(f"left out: {', '.join(found.faults)}; {len(good)} nodes remain")
+    return EXIT_LEFT_OUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
