@@ -32,6 +32,8 @@ from raphael_dist.ema import Ema
 from raphael_dist.engine import Engine
 from raphael_dist.guard import Guard
 from raphael_dist.metrics import LoadWatch, Metrics, MetricsWriter
+from raphael_dist.straggler import Stopwatch, Stragglers
+from raphael_dist.watchdog import Watchdog
 from tests.synthetic import TREE, synthetic_batch
 
 COUNTED = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
@@ -53,12 +55,15 @@ class Builder:
         return batch
 
 
-def build(faults: dict[str, Any], config: Config, tree: dict[str, Any], ranks: parallel.Ranks, device: Any) -> trainer.Run:
+def build(
+    faults: dict[str, Any], config: Config, tree: dict[str, Any], ranks: parallel.Ranks, device: Any, stop: Any
+) -> trainer.Run:
     """What trainer.build does, without a data set."""
     torch.set_num_threads(1)
     plan = BatchPlan.of(config, ranks.world_size)
     lock = parallel.all_or_none(lambda: rundir.claim(config) if ranks.is_main else None)
     parallel.all_or_none(lambda: rundir.start_logging(config, ranks.rank))
+    hosts = parallel.rank_table(ranks, device)
     engine = Engine(config, tree, plan, device)
     ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
     empty = SimpleNamespace(num_samples=0, bad=[])
@@ -73,10 +78,13 @@ def build(faults: dict[str, Any], config: Config, tree: dict[str, Any], ranks: p
         config=config, ranks=ranks, device=device, plan=plan, builder=Builder(config, engine.module.num_blocks, faults),
         validator=None, engine=engine, ema=ema, store=CheckpointStore(config, ranks, engine.fragments, ema, "synthetic"),
         guard=Guard(config.train), schedule=NoiseSchedule.create(config.diffusion), metrics=Metrics(device),
-        watch=LoadWatch(), writer=MetricsWriter(config.run.dir) if ranks.is_main else None, lock=lock, flops=1.0, **anything,
+        watch=LoadWatch(), writer=MetricsWriter(config.run.dir) if ranks.is_main else None, lock=lock, flops=1.0,
+        stop_wish=stop, watchdog=Watchdog(ranks, config.run.dir, config.run.hang_timeout_s), stopwatch=Stopwatch(device),
+        stragglers=Stragglers(hosts), **anything,
     )  # fmt: skip
     with counted_reads(config.run.dir / f"read-{ranks.rank}.json"):
         recovery.restore(run, run.store.resume())
+    run.first_step = run.logged_step = run.step
     inject(run, faults, ranks.rank)
     return run
 
