@@ -28,13 +28,20 @@ class SpaceCase:
     hidden: int
     experts: int
 
-    def inputs(self, mask: float, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return h [B, N, D], a mask [B, N, Y] with each region `mask` of the image, and random routing [B, Y, K]."""
+    def inputs(
+        self, mask: float, device: str, dtype: torch.dtype, seed: int = 0, uneven: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return h [B, N, D], a mask [B, N, Y] with each region `mask` of the image, and random routing [B, Y, K].
+
+        `uneven`: half of the text tokens want expert 0.
+        """
         draw = torch.Generator().manual_seed(seed)
         h_BND = torch.randn(self.batch, self.tokens, self.dim, generator=draw)
         rank_BNY = torch.rand(self.batch, self.tokens, self.text_tokens, generator=draw).argsort(dim=1).argsort(dim=1)
         mask_BNY = (rank_BNY < max(1, round(mask * self.tokens))).float()
         chosen_BY = torch.randint(self.experts, (self.batch, self.text_tokens), generator=draw)
+        if uneven:
+            chosen_BY[:, : self.text_tokens // 2] = 0
         weight_BYK = space_weights_BYK(chosen_BY, torch.ones(chosen_BY.shape), self.experts, None)
         return h_BND.to(device, dtype).requires_grad_(), mask_BNY.to(device), weight_BYK.to(device).requires_grad_()
 

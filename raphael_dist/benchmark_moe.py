@@ -2,6 +2,8 @@
 
 All do forward and backward on equally many tokens of equal width through equally many experts of equal width, in the same
 processes. A *routed row* is one (token, expert) pair that is computed: layers that route differently are compared by it.
+With `uneven` half of the load wants one expert, as timesteps and words do; DeepSpeed, told not to drop tokens, pads all
+experts to the busiest.
 """
 
 import statistics
@@ -49,23 +51,27 @@ class Blocking(Peers):
         return _waited(super().reduce_scatter(rows))
 
 
-def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: parallel.Ranks) -> list[MoeRow]:
+def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: parallel.Ranks, uneven: bool = False) -> list[MoeRow]:
     """Return a row per layer; regions of text tokens cover `mask` of the image. Collective: all ranks call it."""
     measured = []
-    for name, (rows, step, traffic) in _layers(case, mask, ranks).items():
+    for name, (rows, step, traffic) in _layers(case, mask, ranks, uneven).items():
         milliseconds, sent = _median_ms(step, repeats, traffic)
         measured.append(MoeRow(name, int(parallel.total([rows], torch.device("cpu"))[0]), milliseconds, sent))
     return measured
 
 
-def _layers(case: SpaceCase, mask: float, ranks: parallel.Ranks) -> dict[str, tuple[int, Callable[[], None], Traffic]]:
+def _layers(
+    case: SpaceCase, mask: float, ranks: parallel.Ranks, uneven: bool
+) -> dict[str, tuple[int, Callable[[], None], Traffic]]:
     world, traffic = ranks.world_size, Traffic()
     peers = expert_groups.join(world, traffic) if world > 1 else None
-    h_BND, mask_BNY, weight_BYK = case.inputs(mask, "cpu", torch.float32, seed=ranks.rank)
+    h_BND, mask_BNY, weight_BYK = case.inputs(mask, "cpu", torch.float32, seed=ranks.rank, uneven=uneven)
     tokens, pairs = case.batch * case.tokens, int(((mask_BNY @ weight_BYK.detach()) > 0).sum())
     expert_B = (torch.arange(case.batch) + ranks.rank) % case.experts
-    loop = Experts(case.experts, case.dim, case.hidden)
     expert_R = torch.randint(case.experts, (tokens,), generator=torch.Generator().manual_seed(ranks.rank))
+    if uneven:
+        expert_B[: case.batch // 2] = expert_R[: tokens // 2] = 0
+    loop = Experts(case.experts, case.dim, case.hidden)
     found: dict[str, tuple[int, Callable[[], None], Traffic]] = {}
     kinds = {"": peers}
     if peers is not None:
@@ -79,7 +85,7 @@ def _layers(case: SpaceCase, mask: float, ranks: parallel.Ranks) -> dict[str, tu
         found[f"Space-MoE{suffix}"] = (pairs, _step(space, h_BND, mask_BNY, weight_BYK), traffic)
         found[f"Time-MoE{suffix}"] = (tokens, _step(moved, h_BND, expert_B, samples, factor_B), traffic)
     for k in (1, 2):
-        found[f"DeepSpeed MoE, k={k}"] = (k * tokens, _step(_deepspeed_moe(case, k, world), h_BND), Traffic())
+        found[f"DeepSpeed MoE, k={k}"] = (k * tokens, _step(_deepspeed_moe(case, k, world, uneven), h_BND), Traffic())
     if world == 1:
         found["plain loop"] = (tokens, _step(_Loop(loop, expert_R), h_BND), Traffic())
     return found
@@ -111,13 +117,16 @@ class _Loop(nn.Module):
         return out_RD
 
 
-def _deepspeed_moe(case: SpaceCase, k: int, world: int) -> nn.Module:
+def _deepspeed_moe(case: SpaceCase, k: int, world: int, uneven: bool) -> nn.Module:
     from deepspeed.moe.layer import MoE
 
     expert = nn.Sequential(nn.Linear(case.dim, case.hidden), nn.GELU(), nn.Linear(case.hidden, case.dim))
     # No token is dropped, as in ours.
     layer = MoE(case.dim, expert, case.experts, ep_size=world, k=k, drop_tokens=False, use_rts=False)
     layer.set_deepspeed_parallelism()
+    if uneven:  # the sign of a token's first number decides, and half are positive
+        with torch.no_grad():
+            layer.deepspeed_moe.gate.wg.weight[0, 0] = 1e3
     return layer
 
 

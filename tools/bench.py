@@ -52,7 +52,7 @@ def moe(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     for case in cases(args):
         for mask in args.masks:
-            rows = bench_moe(case, mask, args.repeats, ranks)
+            rows = bench_moe(case, mask, args.repeats, ranks, args.uneven)
             if ranks.is_main:
                 moe_table(case, mask, rows, ranks.world_size, args)
     torch.distributed.destroy_process_group()
@@ -60,7 +60,8 @@ def moe(args: argparse.Namespace) -> None:
 
 def moe_table(case: SpaceCase, mask: float, rows: list[MoeRow], world_size: int, args: argparse.Namespace) -> None:
     """Print one table."""
-    print(f"{case}, mask {mask}, {world_size} ranks, {args.threads} threads each, median of {args.repeats}")
+    load = "half of the load wants one expert" if args.uneven else "even load"
+    print(f"{case}, mask {mask}, {load}, {world_size} ranks, {args.threads} threads each, median of {args.repeats}")
     print("layer                        rows       ms   rows/s  time per row / DeepSpeed's k=1, k=2    MB sent")
     native = [row for row in rows if row.name.startswith("DeepSpeed")]
     for row in rows:
@@ -122,6 +123,7 @@ def main() -> None:
     command = commands.add_parser("moe", help="our layers beside DeepSpeed's MoE and a loop", description=moe.__doc__)
     command.set_defaults(run=moe)
     add_sizes(command, 8, [0.05, 1.0])
+    command.add_argument("--uneven", action="store_true", help="half of the load wants one expert")
     command = commands.add_parser("balance", help="how even time experts' loads are", description=balance.__doc__)
     command.set_defaults(run=balance, threads=1)
     for name, default in (("global-batch", 2000), ("experts", 4), ("steps", 20)):
