@@ -140,7 +140,7 @@ def run(config: Config, tree: dict, stop_wish: StopWish) -> int:
     device = parallel.initialise(ranks)
     try:
         complete = trainer.train(trainer.build(config, tree, ranks, device, stop_wish))
-    except (UserError, NonFiniteError):
+    except (UserError, NonFiniteError, NotSavedError):
         dist.destroy_process_group()
         raise
     except Exception:

@@ -183,7 +183,7 @@ finish() {
         rm -f "$run_dir/.restarts"
         exit 0
     fi
-    if ((code == 2 || code == 3)); then
+    if ((code == 2 || code == 3 || code == 4)); then
         say "exit code $code: a restart would not help (see above)"
         exit "$code"
     fi
