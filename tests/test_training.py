@@ -42,6 +42,8 @@ SMALL = [
     "optim.decay=constant",
 ]
 
+SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=move")
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -100,8 +102,8 @@ def test_a_run_with_spread_experts_is_the_run_of_one_rank(tmp_path: Path, cache:
     """The whole trainer: validation, samples and averages, and a checkpoint that one process loads."""
     spread, alone = tmp_path / "spread", tmp_path / "alone"
     run_ranks(arguments(alone, cache, 1, "train.max_steps=3"), 1)
-    sizes = ("parallel.space_ep=2", "parallel.time_ep=2", "model.checkpoint_activations=true")
-    run_ranks(arguments(spread, cache, 2, "train.max_steps=3", *sizes), 2)
+    more = (*SPREAD, "model.checkpoint_activations=true")
+    run_ranks(arguments(spread, cache, 2, "train.max_steps=3", *more), 2)
     expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (alone, spread))
     for tag in ("train/loss", "optim/grad_norm", "val/loss", "moe/space/L00/density", "moe/time/L00/load_max"):
         assert [v for _, v in found[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-4), tag
@@ -229,9 +231,6 @@ def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, cache: str)
         for rank in ranks:
             rank.kill()
     assert (folder / "checkpoints" / "latest").is_file()
-
-
-SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=move")
 
 
 @pytest.mark.parametrize(("world_size", "spread"), [(1, ()), (2, SPREAD)])

@@ -13,6 +13,7 @@ import torch
 
 from raphael_dist import parallel
 from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.ema import Ema
@@ -51,7 +52,7 @@ def main(out: str, spec: dict) -> None:
         engine._engine.save_checkpoint(spec["save"], tag=f"global_step{spec['steps']}")
     if spec.get("run"):
         store = CheckpointStore(config, ranks, engine.fragments, ema, "synthetic")
-        store.save(spec["steps"], spec["steps"] * config.train.global_batch)
+        store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch, spec["steps"], {}))
     torch.save({"losses": losses, "resumed": resumed, "fragments": state(engine.fragments)}, f"{out}.{ranks.rank}")
 
 
