@@ -52,6 +52,7 @@ def main(out: str, spec: dict) -> None:
         engine._engine.save_checkpoint(spec["save"], tag=f"global_step{spec['steps']}")
     if spec.get("run"):
         store = CheckpointStore(config, ranks, engine.fragments, ema, "synthetic")
+        store.root.mkdir(parents=True, exist_ok=True)
         store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch, spec["steps"], {}))
     torch.save({"losses": losses, "resumed": resumed, "fragments": state(engine.fragments)}, f"{out}.{ranks.rank}")
 
