@@ -115,7 +115,7 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
 class LoadWatch:
     """Says once of an expert that it is dead (almost nothing reaches it) or overloaded (almost everything does)."""
 
-    DEAD, OVERLOADED = 0.02, 0.75  # relative to an even share; share of all
+    DEAD, OVERLOADED = 0.02, 0.9  # relative to an even share; share of all
     ENOUGH = 20.0  # samples that an expert would get if the load were even, to judge it
 
     def __init__(self) -> None:
@@ -139,4 +139,4 @@ class LoadWatch:
         remedy = "raise model.gate_noise"
         if kind == "space":
             remedy += " or set model.balance_weight=0.01"
-        return f"{kind} expert {expert} of block {layer} has {what} ; if that lasts (see moe/{kind}/L{layer:02d}), {remedy}"
+        return f"{kind} expert {expert} of block {layer} has {what}; if that lasts (see moe/{kind}/L{layer:02d}), {remedy}"
