@@ -51,6 +51,7 @@ class Fragments:
         else:
             found = _plain(module)
         self.all = list(found)
+        self._owners = list({id(f.owner): f.owner for f in self.all}.values())
 
     def __iter__(self) -> Iterator[Fragment]:
         return iter(self.all)
@@ -66,13 +67,18 @@ class Fragments:
             return None
         return state[kind].view(-1).narrow(0, fragment.offset, fragment.numel)
 
+    def moment_addresses(self) -> list[int]:
+        """Return where the optimizer keeps its moments: what changes when views of them, kept by a caller, grow stale."""
+        states = [self._torch_optimizer.state.get(owner, {}) for owner in self._owners]
+        return [state[kind].data_ptr() for state in states for kind in MOMENTS if kind in state]
+
     def create_moments(self, steps_taken: int) -> None:
         """Make the optimizer's state as it is after `steps_taken` steps, with moments of zero to be filled in."""
         if not isinstance(self._torch_optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD keeps nothing
             return
         on_device = self._torch_optimizer.defaults.get("fused") or self._torch_optimizer.defaults.get("capturable")
         # By fragment, not by param_groups: ZeRO-3 empties those between steps.
-        for owner in {id(f.owner): f.owner for f in self.all}.values():
+        for owner in self._owners:
             state = self._torch_optimizer.state[owner]
             state["step"] = torch.tensor(float(steps_taken), device=owner.device if on_device else "cpu")
             for kind in MOMENTS:

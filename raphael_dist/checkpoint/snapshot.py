@@ -18,6 +18,7 @@ class Snapshot:
         self._fragments, self._ema, self._rank, self._world_size = fragments, ema, rank, world_size
         self._buffer = torch.empty(0)
         self._values: list[Tensor] = []  # live, in the order of the layout
+        self._addresses: list[int] | None = None  # of the moments when it was laid out
         self.layout: list[tuple[str, int]] = []
         self.starts: dict[str, int] = {}
 
@@ -26,6 +27,16 @@ class Snapshot:
 
         Moments join after the first optimizer step. Raises RuntimeError or MemoryError when the host has no room.
         """
+        addresses = self._fragments.moment_addresses()
+        if addresses != self._addresses:  # naming thousands of views takes as long as copying them
+            self._lay_out()
+            self._addresses = addresses
+        total = sum(numel for _, numel in self.layout)
+        if self._buffer.numel() < total:
+            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        return 4 * total
+
+    def _lay_out(self) -> None:
         self._values, self.layout, self.starts = [], [], {}
         for f, kinds in self._owned():
             for kind, value in kinds.items():
@@ -33,10 +44,6 @@ class Snapshot:
                 self._values.append(value)
                 self.layout.append((key, f.numel))
                 self.starts[key] = f.start
-        total = sum(numel for _, numel in self.layout)
-        if self._buffer.numel() < total:
-            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
-        return 4 * total
 
     @torch.no_grad()
     def take(self) -> Tensor:
