@@ -1,5 +1,7 @@
-"""What a checkpoint costs: the trainer's own save beside torch.save of the same bytes and DeepSpeed's `save_checkpoint`."""
+"""What a checkpoint costs: the trainer's own save beside torch.save of the same bytes and DeepSpeed's `save_checkpoint`;
+its conversions beside a copy."""
 
+import os
 import shutil
 import statistics
 import time
@@ -13,10 +15,12 @@ import torch.distributed as dist
 from raphael_dist import parallel
 from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.progress import Progress
-from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config
+from raphael_dist.convert.convert import convert
+from raphael_dist.convert.plan import Options
 from raphael_dist.ema import Ema
 from raphael_dist.engine import Engine
 
@@ -67,6 +71,33 @@ def _ours(store: CheckpointStore, step: int, ranks: parallel.Ranks, device: torc
     return {**found, "MiB": sum(e["bytes"] for e in reader.manifest["files"].values()) / 2**20}
 
 
+def bench_convert(config: Config, stage: int, world_size: int, folder: Path, repeats: int) -> dict[str, float]:
+    """Return medians of the seconds that one process takes to copy or convert the newest checkpoint below `folder`."""
+    ep = config.parallel.space_ep, config.parallel.time_ep
+    source, target = newest(folder / "checkpoints")[0], folder / "copy"
+    rows: dict[str, list[float]] = {}
+    for _ in range(repeats + 1):
+        for name, work in {
+            "copy and sync": lambda: _copy(source, target),
+            "convert to canonical": lambda: convert("raphael", source, "canonical", target, Options()),
+            "convert to deepspeed": lambda: convert(
+                "raphael", source, "deepspeed", target, Options(*ep, world=world_size, stage=stage)
+            ),
+        }.items():
+            began = time.monotonic()
+            work()
+            rows.setdefault(name, []).append(time.monotonic() - began)
+            shutil.rmtree(target)
+    return {name: statistics.median(values[1:]) for name, values in rows.items()}
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    for path in target.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def _timed(work: Callable[[], object]) -> float:
     """Return the seconds until every rank has done the work."""
     dist.barrier()
@@ -76,15 +107,11 @@ def _timed(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def table(medians: dict[str, float], world_size: int, repeats: int) -> str:
-    """Return the result as text."""
-    size, deepspeed = medians["MiB"], medians["DeepSpeed save_checkpoint"]
-    lines = [f"{size:.0f} MiB in all on {world_size} ranks, median of {repeats}; only this store syncs and reads back"]
-    for name, seconds in medians.items():
-        if name != "MiB":
-            ratio = f"{seconds / deepspeed:7.2f} x DeepSpeed's"
-            lines.append(f"  {name:30} {seconds:8.3f} s {size / seconds:8.0f} MiB/s {ratio}")
-    return "\n".join(lines)
+def table(seconds: dict[str, float], size: float, unit: str, of: str) -> str:
+    """Return the seconds of each way as text, with the rate of `size` MiB, relative to the way `unit`, called `of`."""
+    return "\n".join(
+        f"  {name:30} {s:8.3f} s {size / s:8.0f} MiB/s {s / seconds[unit]:7.2f} x {of}" for name, s in seconds.items()
+    )
 
 
 def run(config: Config, stage: int, folder: Path, repeats: int) -> None:
@@ -95,7 +122,15 @@ def run(config: Config, stage: int, folder: Path, repeats: int) -> None:
     try:
         medians = bench_checkpoint(config, {"zero_optimization": {"stage": stage}}, ranks, device, repeats)
         if ranks.is_main:
-            print(table(medians, ranks.world_size, repeats), flush=True)
+            size = medians.pop("MiB")
+            print(
+                f"{size:.0f} MiB in all on {ranks.world_size} ranks, median of {repeats}; only this store syncs, reads back"
+            )
+            print(table(medians, size, "DeepSpeed save_checkpoint", "DeepSpeed's"), flush=True)
+            conversions = bench_convert(config, stage, ranks.world_size, folder, repeats)
+            print("by one process, checksums of source and target included")
+            print(table(conversions, size, "copy and sync", "copy"), flush=True)
             shutil.rmtree(folder)
+        dist.barrier()
     finally:
         dist.destroy_process_group()

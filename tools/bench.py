@@ -129,7 +129,7 @@ def main() -> None:
     for name, default in (("global-batch", 2000), ("experts", 4), ("steps", 20)):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--group", type=int, nargs="+", default=[4, 8, 16, 64])
-    command = commands.add_parser("checkpoint", help="save, write, verify", description=checkpoint.__doc__)
+    command = commands.add_parser("checkpoint", help="save, write, verify, convert", description=checkpoint.__doc__)
     command.set_defaults(run=checkpoint, threads=1)
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
