@@ -89,18 +89,18 @@ class ParallelSpaceMoE(SpaceMoE):
         _take_slice(self, whole, peers)
         self.norm, self.backend, self.dispatch = whole.norm, whole.backend, dispatch
 
-    def routed_sum(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
+    def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all ranks, [R, D]."""
         w_RPK = w_RK.unflatten(1, (self.peers.size, self.num_experts))
         needed_PR = (w_RPK.detach() > 0).any(dim=2).t()
         counts_PP = self._rows_between_ranks(needed_PR)
         if counts_PP is None:
-            return self._all_gather(x_RD, w_RPK)
-        return self._all_to_all(x_RD, w_RPK, needed_PR, counts_PP)
+            return self._all_gather(x_RD, w_RPK, zero_KD)
+        return self._all_to_all(x_RD, w_RPK, zero_KD, needed_PR, counts_PP)
 
-    def constants_KD(self) -> Tensor:
-        """Return `e_k(0)` of the experts of all ranks, [K, D]."""
-        return Gather(self.peers)(self.at_zero_KD())
+    def gathered(self, own_KD: Tensor) -> Tensor:
+        """Return the rows of the experts of all ranks, [K, D]."""
+        return Gather(self.peers)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:
         """Return how many rows each member sends to each, or None for fixed sizes; all members return the same."""
@@ -113,7 +113,9 @@ class ParallelSpaceMoE(SpaceMoE):
         dense = others > STATIC_DENSITY * self.peers.size * (self.peers.size - 1) * needed_PR.shape[1]
         return None if self.dispatch == "auto" and dense else counts_PP.fill_diagonal_(0).tolist()
 
-    def _all_to_all(self, x_RD: Tensor, w_RPK: Tensor, needed_PR: Tensor, counts_PP: list[list[int]]) -> Tensor:
+    def _all_to_all(
+        self, x_RD: Tensor, w_RPK: Tensor, zero_KD: Tensor, needed_PR: Tensor, counts_PP: list[list[int]]
+    ) -> Tensor:
         me = self.peers.index
         sent, received = counts_PP[me], [row[me] for row in counts_PP]
         there, back = AllToAll(self.peers, sent, received), AllToAll(self.peers, received, sent)
@@ -122,20 +124,21 @@ class ParallelSpaceMoE(SpaceMoE):
         elsewhere_PR[me] = False
         rank_S, row_S = elsewhere_PR.nonzero(as_tuple=True)
         pending = there.start(torch.cat([x_RD[row_S], w_RPK[row_S, rank_S]], dim=1))
-        out_OD = super().routed_sum(x_RD[own_O], w_RPK[own_O, me])
+        out_OD = super().routed_sum(x_RD[own_O], w_RPK[own_O, me], zero_KD)
         rows = there.finish(pending)
-        pending = back.start(super().routed_sum(rows[:, : self.dim], rows[:, self.dim :]))
+        pending = back.start(super().routed_sum(rows[:, : self.dim], rows[:, self.dim :], zero_KD))
         out_RD = torch.zeros_like(x_RD).index_add(0, own_O, out_OD)
         return out_RD.index_add(0, row_S, back.finish(pending))
 
-    def _all_gather(self, x_RD: Tensor, w_RPK: Tensor) -> Tensor:
+    def _all_gather(self, x_RD: Tensor, w_RPK: Tensor, zero_KD: Tensor) -> Tensor:
         me, each = self.peers.index, [x_RD.shape[0]] * self.peers.size
         tokens, weights = Gather(self.peers), AllToAll(self.peers, each, each)
         pending = tokens.start(x_RD), weights.start(w_RPK.transpose(0, 1).flatten(0, 1))
-        out_RD = super().routed_sum(x_RD, w_RPK[:, me])
+        out_RD = super().routed_sum(x_RD, w_RPK[:, me], zero_KD)
         x_PRD, w_PRK = (t.split(each) for t in (tokens.finish(pending[0]), weights.finish(pending[1])))
         others = [p for p in range(self.peers.size) if p != me]
-        y_SD = super().routed_sum(torch.cat([x_PRD[p] for p in others]), torch.cat([w_PRK[p] for p in others]))
+        x_SD, w_SK = torch.cat([x_PRD[p] for p in others]), torch.cat([w_PRK[p] for p in others])
+        y_SD = super().routed_sum(x_SD, w_SK, zero_KD)
         y_PRD = list(y_SD.split(each[1:]))
         y_PRD.insert(me, torch.zeros_like(x_RD))
         return out_RD + ScatterSum(self.peers)(torch.cat(y_PRD))

@@ -64,19 +64,15 @@ class Experts(nn.Module):
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
-    def at_zero_KD(self, bias: bool = True) -> Tensor:
-        """Return `e_k(0)` of every expert, [K, D]: what a masked-out token gets (docs/architecture.md, the identity).
-
-        Without `bias`, b2 is left out, here and in the other methods.
-        """
-        hidden_KD = torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1))
-        return hidden_KD + self.b2 if bias else hidden_KD
+    def at_zero_KD(self) -> Tensor:
+        """Return `e_k(0) - b2_k` of every expert, [K, D] (docs/architecture.md, the identity)."""
+        return torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1))
 
     def apply_sorted(self, x_RD: Tensor, counts: Sequence[int], bias: bool = True) -> Tensor:
         """Apply expert k to its rows; the rows lie sorted by expert, `counts[k]` of them for expert k.
 
-        Every expert takes part, with zero rows if it has none, so that
-        every parameter has a gradient on every rank (ZeRO would otherwise add up gradients of different experts).
+        Without `bias`, b2 is left out. Every expert takes part, with zero rows if it has none, so that every parameter has a
+        gradient on every rank (ZeRO would otherwise add up gradients of different experts).
         """
         # Without a single row grouped_mm fails in its backward.
         if x_RD.shape[0] and (self.use_megablocks or _use_grouped_mm(x_RD, self.hidden)):

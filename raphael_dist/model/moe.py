@@ -56,19 +56,20 @@ class SpaceMoE(Experts):
             return literal_space_moe(self, x_BND, mask_BNY, weight_BYK), used_BK
         x_RD, w_RK = x_BND.flatten(0, 1), w_BNK.flatten(0, 1).to(x_BND.dtype)
         # First, so that recomputation, which stops at the last tensor it needs, spares the way back from other ranks.
-        constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.constants_KD()
-        out_RD = self.routed_sum(x_RD, w_RK)
+        zero_KD = self.at_zero_KD()
+        constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.gathered(zero_KD + self.b2)
+        out_RD = self.routed_sum(x_RD, w_RK, zero_KD)
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1), used_BK
 
-    def routed_sum(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]."""
+    def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]; zero_KD: `e_k(0) - b2_k` of the experts held here."""
         wide = self._choose_wide((w_RK.detach() > 0).float())
         y_RD = self.wide(x_RD, w_RK) if wide else grouped_space_moe(self, x_RD, w_RK)
-        return y_RD - w_RK @ self.at_zero_KD(bias=False)
+        return y_RD - w_RK @ zero_KD
 
-    def constants_KD(self) -> Tensor:
-        """Return `e_k(0)` of every expert, [K, D]."""
-        return self.at_zero_KD()
+    def gathered(self, own_KD: Tensor) -> Tensor:
+        """Return the rows of all experts, given those of the experts held here."""
+        return own_KD
 
     def _choose_wide(self, used: Tensor) -> bool:
         if self.backend != "auto":
