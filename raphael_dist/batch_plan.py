@@ -7,7 +7,7 @@ that hold no sample repeat one with weight 0: shapes are the same everywhere and
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from raphael_dist.config import Config
@@ -84,18 +84,16 @@ class BatchPlan:
         found = []
         micro, world = self.better_micro_batch(), self.better_world_size()
         if micro != self.micro_batch:
-            plan = BatchPlan(self.global_batch, self.world_size, micro, self.unit, self.run)
-            found.append(f"train.micro_batch={micro} ({plan.waste:.1%})")
+            found.append(f"train.micro_batch={micro} ({replace(self, micro_batch=micro).waste:.1%})")
         if world != self.world_size:
-            plan = BatchPlan(self.global_batch, world, self.micro_batch, self.unit, self.run)
-            found.append(f"{world} ranks ({plan.waste:.1%}), which take as many micro-steps")
+            found.append(f"{world} ranks ({replace(self, world_size=world).waste:.1%}), which take as many micro-steps")
         better = f"; better: {' or '.join(found)}" if found else ""
         return [f"{self.waste:.1%} of the compute goes to empty slots{better}"]
 
     def better_micro_batch(self) -> int:
         """Return the micro-batch no larger than the given one that wastes least, the largest of equals."""
         plans = [
-            BatchPlan(self.global_batch, self.world_size, m, self.unit, self.run)
+            replace(self, micro_batch=m)
             for m in range(1, min(self.micro_batch, -(-self.global_batch // self.world_size)) + 1)
             if self.run % (self.unit * m) == 0
         ]

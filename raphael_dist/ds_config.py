@@ -5,10 +5,10 @@ and schedule belong to our configuration: the same key in the JSON with another 
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+from raphael_dist.batch_plan import unit_of
 from raphael_dist.config import Config
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -105,26 +105,29 @@ def fit_to_ranks(config: Config, world_size: int) -> Config:
         return config
     sizes = {}
     for kind in ("space", "time"):
-        experts, ep = getattr(config.model, f"{kind}_experts"), getattr(config.parallel, f"{kind}_ep")
-        fits = [n for n in range(1, ep + 1) if world_size % n == 0 and experts % n == 0]
-        sizes[f"{kind}_ep"] = max(fits)
+        ep = getattr(config.parallel, f"{kind}_ep")
+        sizes[f"{kind}_ep"] = max(n for n in _allowed(config, kind, world_size) if n <= ep)
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+
+
+def _allowed(config: Config, kind: str, world_size: int) -> list[int]:
+    """Return over how many ranks the experts of a kind can be spread, ascending."""
+    experts = getattr(config.model, f"{kind}_experts")
+    return [n for n in range(1, max(1, experts) + 1) if experts % n == 0 and world_size % n == 0]
 
 
 def check_expert_parallel(config: Config, tree: dict[str, Any], world_size: int) -> None:
     """Raise UserError when experts cannot be spread as `parallel` says over the ranks, or not under this DeepSpeed JSON."""
-    sizes = {f"parallel.{kind}_ep": getattr(config.parallel, f"{kind}_ep") for kind in ("space", "time")}
-    for field, size in sizes.items():
+    sizes = {kind: getattr(config.parallel, f"{kind}_ep") for kind in ("space", "time")}
+    for kind, size in sizes.items():
         if world_size % size:
-            experts_field = field.removesuffix("_ep").replace("parallel", "model") + "_experts"
-            experts = getattr(config.model, experts_field.partition(".")[2])
-            allowed = [n for n in range(1, experts + 1) if experts % n == 0 and world_size % n == 0]
+            experts, allowed = getattr(config.model, f"{kind}_experts"), _allowed(config, kind, world_size)
             raise UserError(
-                f"{field} = {size} must divide the number of ranks ({world_size}) as well as {experts_field} = {experts}; "
-                f"allowed on {world_size} ranks: {allowed}; or use {-(-world_size // size) * size} ranks, "
-                "or parallel.elastic=true"
+                f"parallel.{kind}_ep = {size} must divide the number of ranks ({world_size}) as well as "
+                f"model.{kind}_experts = {experts}; allowed on {world_size} ranks: {allowed}; "
+                f"or use {-(-world_size // size) * size} ranks, or parallel.elastic=true"
             )
-    spread = " and ".join(f"{field} = {size}" for field, size in sizes.items() if size > 1)
+    spread = " and ".join(f"parallel.{kind}_ep = {size}" for kind, size in sizes.items() if size > 1)
     if not spread:
         return
     for wrong, why in _forbidden_with_experts(config, tree):
@@ -159,7 +162,7 @@ def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[
 
 def _check_one_size_per_unit(config: Config) -> None:
     """Ranks that share experts exchange samples, so a micro-step of theirs must stay within one bucket."""
-    unit, run = math.lcm(config.parallel.space_ep, config.parallel.time_ep), config.data.bucket_run
+    unit, run = unit_of(config), config.data.bucket_run
     span = unit * config.train.micro_batch
     if len(config.image.buckets) > 1 and run % span:
         nearest = [str(n) for n in (run // span * span, -(-run // span) * span) if n]

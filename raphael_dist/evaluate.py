@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from raphael_dist import parallel
 from raphael_dist.batch_plan import BatchPlan, run_of, unit_of
@@ -77,6 +76,4 @@ def sample_prompts(
         with ema.in_model():
             images = make()
     engine.module.train()
-    gathered: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(gathered, images)
-    return np.concatenate(gathered)[: len(prompts)]
+    return np.concatenate(parallel.gather(images))[: len(prompts)]

@@ -61,8 +61,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
             found.setdefault(getattr(p, "group_name", ""), []).append((name, p))
     order = sorted(found, key=lambda name: (len(name), name))
     described = repr([(g, [(n, tuple(p.shape)) for n, p in found[g]]) for g in order])
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256(described.encode()).hexdigest())
+    digests = parallel.gather(hashlib.sha256(described.encode()).hexdigest())
     assert len(set(digests)) == 1, "the ranks have different parameter groups"
     groups: list[dict[str, Any]] = [{"params": [p for _, p in found[g]]} for g in order]
     for group, name in zip(groups[1:], order[1:], strict=True):

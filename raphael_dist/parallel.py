@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -127,8 +127,7 @@ def host_name() -> str:
 
 def rank_table(ranks: Ranks, device: torch.device) -> list[str]:
     """Write a line about every rank to the log of rank 0; return their hosts. Collective."""
-    table: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(table, (host_name(), str(device), ranks.local_rank, os.getpid()))
+    table = gather((host_name(), str(device), ranks.local_rank, os.getpid()))
     for rank, (host, name, local_rank, pid) in enumerate(table if ranks.is_main else []):
         _log.info("rank %d: %s, %s, local rank %d, pid %d, started by %s", rank, host, name, local_rank, pid, ranks.launcher)
     return [host for host, *_ in table]
@@ -166,8 +165,7 @@ def all_or_none(work: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     mine = None if failure is None else (isinstance(failure, UserError), str(failure))
-    found: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    found = gather(mine)
     if failure is not None and not isinstance(failure, UserError):
         raise failure
     for rank, problem in enumerate(found):

@@ -165,8 +165,7 @@ class Probe:
             backend, rank=self.ranks.rank, world_size=self.ranks.world_size, timeout=JOIN_TIMEOUT, init_method="env://"
         )
         dist.barrier()
-        self._nodes: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(self._nodes, self.report["node"])
+        self._nodes: list[str] = parallel.gather(self.report["node"])
         return backend
 
     def _clock(self) -> float:
@@ -174,8 +173,7 @@ class Probe:
         differences = []
         for _ in range(3):
             dist.barrier()
-            times: list[Any] = [None] * self.ranks.world_size
-            dist.all_gather_object(times, time.time())
+            times = parallel.gather(time.time())
             differences.append(times[self.ranks.rank] - times[0])
         return min(differences, key=abs)
 

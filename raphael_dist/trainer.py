@@ -222,8 +222,8 @@ def log_scalars(run: Run) -> dict[str, float]:
     for kind, total in (("space", samples), ("time", None)):
         if f"load/{kind}" in reduced:
             values |= load_metrics(f"moe/{kind}", reduced[f"load/{kind}"], total)
-            for line in run.watch.new(kind, reduced[f"load/{kind}"], samples) if run.ranks.is_main else ():
-                _log.warning("%s", line)
+            for line in run.watch.new(kind, reduced[f"load/{kind}"], samples):
+                run.warn(line)
     elapsed = now - run.timers["logged"]
     values |= measure.throughput(samples, elapsed, run.flops, run.device, run.engine.dtype, run.ranks.world_size)
     values["optim/lr"] = learning_rate(run.config, run.step)
@@ -235,8 +235,8 @@ def log_scalars(run: Run) -> dict[str, float]:
     run.stragglers.observe(max(1, run.step - run.logged_step), run.stopwatch.take(), run.device)
     run.logged_step = run.step
     values["time/slowest_rank_ratio"] = run.stragglers.slowest_ratio()
-    if run.ranks.is_main and (slow := run.stragglers.slow()):
-        _log.warning("step %d: %s", run.step, slow)
+    if slow := run.stragglers.slow():
+        run.warn(f"step {run.step}: {slow}")
     _write(run, values)
     return values
 

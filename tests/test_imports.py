@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "raphael_dist"
 # A module may import those of lower levels and those to its left in its own level. A new module must be added here; a name
 # that does not exist yet is no harm.
 LEVELS = {
-    0: "raphael_dist presets errors rng stopping preflight_report config ds_config",
-    1: """batch_plan placement model model.experts model.moe model.routing model.edge model.layers model.unet diffusion batch
+    0: "raphael_dist presets errors rng stopping preflight_report config batch_plan ds_config",
+    1: """placement model model.experts model.moe model.routing model.edge model.layers model.unet diffusion batch
           objective parallel""",
     2: """guard fragments ema metrics report rundir watchdog straggler conditioning vae exchange expert_groups
           expert_parallel

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def write_tensors(
     layout: (key, number of elements) of each part. Returns the manifest's entry: bytes and sha256. Raises OSError when it
     cannot be written, when a value is not finite, or when the device returns something else than was written.
     """
-    header = safetensors_header(layout, metadata)
+    header = safetensors_header(((key, "F32", (numel,), 4 * numel) for key, numel in layout), metadata)
     data = values.numpy().view(np.uint8).data
     digest, each = hashlib.sha256(header), CHUNK_BYTES // 4
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -75,13 +75,13 @@ def write_tensors(
     return {"bytes": len(header) + data.nbytes, "sha256": digest.hexdigest()}
 
 
-def safetensors_header(layout: Iterable[tuple[str, int]], metadata: Mapping[str, str]) -> bytes:
-    """Return the head of a safetensors file of float32 vectors that lie one after the other."""
-    head: dict[str, Any] = {"__metadata__": dict(metadata)}
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Return the head of a safetensors file of tensors (key, dtype, shape, bytes) that lie one after the other."""
+    head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for key, numel in layout:
-        head[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [at, at + 4 * numel]}
-        at += 4 * numel
+    for key, dtype, shape, size in tensors:
+        head[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

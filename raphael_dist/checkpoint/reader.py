@@ -8,6 +8,7 @@ exp_avg_sq) or average (ema). Where a range starts stands in the manifest and in
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,9 @@ class CheckpointReader:
 
     def damage(self, files: list[str] | None = None) -> str | None:
         """Return what is wrong with these files (all, by default), or None when sizes and checksums agree."""
-        for name in self.manifest["files"] if files is None else files:
-            entry, path = self.manifest["files"][name], self.folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            if sha256(path) != entry["sha256"]:
-                return f"{name} does not match its checksum"
-        return None
+        names = self.manifest["files"] if files is None else files
+        found = damage((self.folder / name, self.manifest["files"][name]) for name in names)
+        return None if found is None else found.removeprefix(f"{self.folder}/")
 
     def incomplete(self) -> str | None:
         """Return which tensor lacks elements, has some twice or belongs to no parameter; None when all is there once."""
@@ -173,6 +168,18 @@ def _malformed(manifest: Any) -> str | None:
 
 def _is_shape(shape: Any) -> bool:
     return isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+
+
+def damage(files: Iterable[tuple[Path, dict[str, Any]]]) -> str | None:
+    """Return what is wrong with one of the files, compared with its manifest's entry (size, SHA-256), or None."""
+    for path, entry in files:
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
+        if sha256(path) != entry["sha256"]:
+            return f"{path} does not match its checksum"
+    return None
 
 
 def sha256(path: Path) -> str:

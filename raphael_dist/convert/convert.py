@@ -11,15 +11,16 @@ import shutil
 import threading
 import time
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
+from raphael_dist.checkpoint.files import sync_folder, write_bytes
+from raphael_dist.checkpoint.reader import damage
 from raphael_dist.config import Config
 from raphael_dist.convert import canonical, deepspeed_read, deepspeed_write, dense, diffusers_folder, megablocks, run_layout
-from raphael_dist.convert.plan import Options, OutFile, Plan, Source, check_complete, write_file
+from raphael_dist.convert.plan import Options, Plan, Source, Take, check_complete, write_file
 from raphael_dist.convert.ranks import Ranks
-from raphael_dist.convert.state import Checkpoint, damage
+from raphael_dist.convert.state import Checkpoint
 from raphael_dist.convert.upcycle import Upcycled
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -180,7 +181,8 @@ def _write(plan: Plan, source: Source, opened: Checkpoint, temporary: Path, rank
         found: list[str | None] = []
         checking = threading.Thread(target=lambda: found.append(damage(to_check)), daemon=True)
         checking.start()
-        written = {file.name: write_file(file, temporary, source) for file in mine}
+        files = {file.name: write_file(file, temporary, source) for file in mine}
+        written = {name: file.entry() for name, file in files.items()}
         checking.join()
         if not found or found[0] is not None:
             raise UserError(f"{opened.path} is damaged: {found[0] if found else 'it cannot be read'}")
@@ -206,48 +208,31 @@ def _publish(plan: Plan, entries: dict[str, Any], temporary: Path, target: Path,
     missing = {f.name for f in plan.files} ^ entries.keys()
     assert not missing, f"not written: {missing}"
     for name, data in plan.small.items():
-        _write_synced(temporary / name, data)
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(temporary / name, data)
     if plan.finish is not None:
         plan.finish(temporary)
     home = (temporary / plan.manifest_name).parent
     files = {os.path.relpath(temporary / name, home): entries[name] for name in sorted(entries)}
-    _write_synced(temporary / plan.manifest_name, json.dumps(plan.manifest | {"files": files}, indent=1).encode())
+    write_bytes(temporary / plan.manifest_name, json.dumps(plan.manifest | {"files": files}, indent=1).encode())
     again = open_checkpoint(layout, temporary)
     assert len(plan.kinds) <= len(again.kinds())
     again.close()
     temporary.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    sync_folder(target.parent)
 
 
 def _rows(plan: Plan) -> list[Row]:
-    found: dict[str, list[tuple[OutFile, Any, Any]]] = {}
+    takes: dict[str, list[tuple[str, int, Take]]] = {}
     for file in plan.files:
         for entry in file.entries:
-            for kind in dict.fromkeys("copies" if t.copy else t.kind for t in entry.takes):
-                found.setdefault(kind, []).append((file, entry, None))
-    return [_row(kind, items) for kind, items in found.items()]
+            for take in entry.takes:
+                size = take.numel * entry.dtype.itemsize
+                takes.setdefault("copies" if take.copy else take.kind, []).append((file.name, size, take))
+    return [_row(kind, found) for kind, found in takes.items()]
 
 
-def _row(kind: str, items: list[tuple[OutFile, Any, Any]]) -> Row:
-    def mine(take: Any) -> bool:
-        return ("copies" if take.copy else take.kind) == kind
-
-    takes = [(entry, take) for _, entry, _ in items for take in entry.takes if mine(take)]
-    parameters = sum(take.numel for _, take in takes)
-    size = sum(take.numel * entry.dtype.itemsize for entry, take in takes)
-    return Row(kind, len({take.name for _, take in takes}), parameters, size, len({file.name for file, _, _ in items}))
-
-
-def describe_source(source: Source) -> dict[str, int]:
-    """Return the number of parameters of each kind."""
-    return {kind: sum(prod(shape) for shape in source.shapes.values()) for kind in source.kinds()}
+def _row(kind: str, takes: list[tuple[str, int, Take]]) -> Row:
+    tensors, files = {take.name for _, _, take in takes}, {file for file, _, _ in takes}
+    parameters, size = sum(take.numel for _, _, take in takes), sum(size for _, size, _ in takes)
+    return Row(kind, len(tensors), parameters, size, len(files))

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raphael_dist.checkpoint.reader import MANIFEST
+from raphael_dist.checkpoint.reader import MANIFEST, damage
 from raphael_dist.config import Config
 from raphael_dist.convert import deepspeed_read
 from raphael_dist.convert.convert import detect, open_checkpoint
@@ -53,7 +53,6 @@ def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Ch
 
 def _refuse_unvouched(folder: Path, pickles: list[Path]) -> None:
     from raphael_dist.convert.manifest import read_manifest, vouched
-    from raphael_dist.convert.state import damage
 
     files = vouched(folder, read_manifest(folder / MANIFEST, "deepspeed"))
     for path in pickles:
@@ -110,14 +109,14 @@ def show(found: Checkpoint) -> bool:
     for kind in found.kinds():
         console.print(f"  {kind}: {len(found.shapes):,} tensors, {total:,} parameters", highlight=False)
     sound = _show_experts(found, console)
-    damage = found.damage()
+    wrong = found.damage()
     if not found.files:
         console.print("no manifest: sizes and checksums cannot be verified; every tensor is there once")
-    elif damage is None:
+    elif wrong is None:
         console.print(f"verified: {len(found.files)} files agree with the manifest", highlight=False)
     else:
-        console.print(f"[bold red]damaged:[/] {damage}", highlight=False)
-    return sound and damage is None
+        console.print(f"[bold red]damaged:[/] {wrong}", highlight=False)
+    return sound and wrong is None
 
 
 def _show_experts(found: Checkpoint, console: Console) -> bool:

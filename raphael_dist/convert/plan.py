@@ -155,8 +155,8 @@ def values(entry: Entry, source: Source) -> Iterator[Tensor]:
                 yield source.read(take.kind, take.name, start, numel).to(entry.dtype)
 
 
-def write_file(file: OutFile, folder: Path, source: Source) -> dict[str, Any]:
-    """Write one file below `folder`; return its manifest entry."""
+def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
+    """Write one file below `folder`; the result's `entry` waits until it is durable."""
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with HashedFile(path) as out:
@@ -165,7 +165,7 @@ def write_file(file: OutFile, folder: Path, source: Source) -> dict[str, Any]:
         else:
             heads = [(e.key, e.dtype, e.shape) for e in file.entries]
             write_safetensors(out, heads, file.metadata, (v for e in file.entries for v in values(e, source)))
-    return {"bytes": out.bytes, "sha256": out.sha256}
+    return out
 
 
 def _lazy(node: Any, source: Source) -> Any:

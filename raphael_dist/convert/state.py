@@ -4,9 +4,8 @@ A tensor is (kind, name): one of the trainer's parameters, and "master" (fp32 we
 moments) or "ema" (averaged weights). Stacked experts are [K, ...], so expert k is a contiguous range.
 """
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raphael_dist.checkpoint.reader import damage
 from raphael_dist.config import Config
 from raphael_dist.convert.tensorfile import CHUNK, FileReader, Stored
 from raphael_dist.errors import UserError
@@ -120,19 +120,6 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files."""
         self._reader.close()
-
-
-def damage(files: Iterable[tuple[Path, dict[str, Any]]]) -> str | None:
-    """Return what is wrong with one of the files (size or SHA-256), or None."""
-    for path, entry in files:
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                return f"{path} does not match its checksum"
-    return None
 
 
 @lru_cache(maxsize=8)

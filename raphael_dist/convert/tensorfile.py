@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raphael_dist.checkpoint.files import safetensors_header
 from raphael_dist.errors import UserError
 
 DTYPES = {
@@ -133,14 +134,15 @@ class FileReader:
 
 
 class HashedFile:
-    """A file written from front to end, made durable on leaving; a second thread computes its SHA-256 meanwhile.
+    """A file written from front to end; a second thread computes its SHA-256 meanwhile, and makes it durable after leaving.
 
-    What is given to `write` must not change afterwards. `bytes` and `sha256` hold after a clean exit.
+    What is given to `write` must not change afterwards.
     """
 
     def __init__(self, path: Path) -> None:
-        self.bytes, self.sha256 = 0, ""
-        self._file, self._digest = open(path, "wb"), hashlib.sha256()
+        self.bytes = 0
+        self._file, self._digest = open(path, "wb", buffering=0), hashlib.sha256()
+        self._failure: OSError | None = None
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
         self._thread = threading.Thread(target=self._hash, daemon=True)
 
@@ -150,19 +152,20 @@ class HashedFile:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._queue.put(None)
+
+    def entry(self) -> dict[str, Any]:
+        """Wait until the file is durable; return its manifest entry. Raises OSError when that failed."""
         self._thread.join()
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self.sha256 = self._digest.hexdigest()
-        finally:
-            self._file.close()
+        if self._failure is not None:
+            raise self._failure
+        return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
     def write(self, data: Any) -> int:
         """Append bytes, or anything with a buffer of bytes."""
         self._queue.put(data)
-        self._file.write(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
         self.bytes += len(data)
         return len(data)
 
@@ -176,6 +179,12 @@ class HashedFile:
     def _hash(self) -> None:
         while (data := self._queue.get()) is not None:
             self._digest.update(data)
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._failure = error
+        finally:
+            self._file.close()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -191,16 +200,8 @@ def write_safetensors(
     values: Iterator[Tensor],
 ) -> None:
     """Write a safetensors file of tensors (key, dtype, shape), with their values in order, in any pieces."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    at = 0
-    for key, dtype, shape in tensors:
-        end = at + prod(shape) * dtype.itemsize
-        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    begin = file.bytes
+    heads = [(key, DTYPE_NAMES[dtype], shape, prod(shape) * dtype.itemsize) for key, dtype, shape in tensors]
+    begin = file.write(safetensors_header(heads, metadata))
     for value in values:
         file.write(as_bytes(value))
-    assert file.bytes - begin == at, "the values do not fill the file"
+    assert file.bytes - begin == sum(size for *_, size in heads), "the values do not fill the file"
