@@ -233,9 +233,9 @@ class Config(Section):
                 f"diffusion.beta_start = {self.diffusion.beta_start} and beta_end = {self.diffusion.beta_end} must satisfy "
                 "beta_start <= beta_end < 1"
             )
-        if self.sample.steps > self.diffusion.num_timesteps:
+        if self.sample.steps >= self.diffusion.num_timesteps:
             raise ValueError(
-                f"sample.steps = {self.sample.steps} exceeds diffusion.num_timesteps = {self.diffusion.num_timesteps}"
+                f"sample.steps = {self.sample.steps} must be below diffusion.num_timesteps = {self.diffusion.num_timesteps}"
             )
         for kind in ("space", "time"):
             experts, ep = getattr(self.model, f"{kind}_experts"), getattr(self.parallel, f"{kind}_ep")

@@ -27,7 +27,10 @@ def alphas_cumprod(config: Diffusion) -> Tensor:
 
 
 def make_scheduler(config: Diffusion, name: str) -> Any:
-    """Return diffusers' scheduler "ddim" or "dpm++" (DPM-Solver++) for the training noise schedule."""
+    """Return diffusers' scheduler "ddim" or "dpm++" (DPM-Solver++) for the training noise schedule.
+
+    DDIM as Stable Diffusion has it: its timesteps end at 1, not 0, which StableDiffusionPipeline insists on.
+    """
     from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
 
     kind = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
@@ -38,7 +41,7 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
         "beta_schedule": config.schedule,
         "prediction_type": config.prediction,
     }
-    return kind(**common, clip_sample=False, set_alpha_to_one=False) if name == "ddim" else kind(**common)
+    return kind(**common, clip_sample=False, set_alpha_to_one=False, steps_offset=1) if name == "ddim" else kind(**common)
 
 
 def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int) -> int:

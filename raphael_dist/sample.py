@@ -77,8 +77,8 @@ def _check(prompts: list[str], steps: int, guidance: float, size: tuple[int, ...
         raise UserError(
             '--prompt: none given and sample.prompts of the run is empty; give --prompt "a red heart, noto style"'
         )
-    if not 1 <= steps <= timesteps:
-        raise UserError(f"--steps: given {steps}, allowed 1 to {timesteps}")
+    if not 1 <= steps < timesteps:
+        raise UserError(f"--steps: given {steps}, allowed 1 to {timesteps - 1}")
     if not 0 <= guidance < float("inf"):
         raise UserError(f"--guidance: given {guidance}, must be a number from 0")
     if any(side < factor or side % factor for side in size):

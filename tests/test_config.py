@@ -83,6 +83,7 @@ def test_overrides_win_over_the_file_and_later_over_earlier(tmp_path):
         (["image.buckets=[[64, 64], [64, 64]]"], "image.buckets must be distinct sizes"),
         (["image.buckets=[[64]]"], "image.buckets.0"),
         (["edge.max_timestep=1001"], "edge.max_timestep is 1001, beyond diffusion.num_timesteps = 1000"),
+        (["sample.steps=1000"], "sample.steps = 1000 must be below diffusion.num_timesteps = 1000"),
         (["parallel.space_ep=4"], "parallel.space_ep = 4 must divide model.space_experts = 6; allowed: [1, 2, 3, 6]"),
         (["parallel.time_ep=3"], "parallel.time_ep = 3 must divide model.time_experts = 4; allowed: [1, 2, 4]"),
         (["model.space_experts=0", "parallel.space_ep=2"], "allowed: [1]"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from raphael_dist.conditioning import ImageEncoder, TextEncoder
 from raphael_dist.config import Config, load_config
@@ -16,7 +17,7 @@ from raphael_dist.convert.plan import Options
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.pipeline import RaphaelPipeline
-from raphael_dist.sampling import generate
+from raphael_dist.sampling import generate, initial_noise
 from tests.checkpoints import State, assert_same, handmade_canonical, read_state
 from tests.synthetic import TREE
 
@@ -41,8 +42,29 @@ def trained(config: Config, folder: Path) -> tuple[RaphaelUNet, State]:
     return model, state
 
 
+def dense_emoji(**model) -> Config:
+    """Return one that diffusers has a class for."""
+    config = emoji(space_experts=0, time_experts=0, time_activation="geglu", expert_width=[64, 96], **model)
+    return config.model_copy(update={"edge": config.edge.model_copy(update={"weight": 0.0})})
+
+
+def clip(folder: Path, width: int) -> Path:
+    """Write a CLIP text encoder with random weights and a tokenizer of single letters."""
+    letters = [chr(i) for i in range(33, 127)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77).save_pretrained(folder / "tokenizer")
+    torch.manual_seed(6)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), **sizes, **ids)).save_pretrained(folder / "text_encoder")
+    return folder
+
+
 def sampled(model, config: Config) -> np.ndarray:
-    text = TextEncoder.load("minilm", config.text.max_tokens, "cpu", torch.float32)
+    text = TextEncoder.load(config.text.encoder, config.text.max_tokens, "cpu", torch.float32)
     image = ImageEncoder.load(VAE, "cpu", torch.float32)
     return generate(model, text, image, config.diffusion, PROMPTS, range(2), size_hw=(64, 64), steps=3, guidance=4.0,
                     scheduler="ddim", seed=11)  # fmt: skip
@@ -60,6 +82,8 @@ def test_the_exported_pipeline_samples_the_same_image_as_our_sampler(tmp_path):
     pipeline = RaphaelPipeline.from_pretrained(tmp_path / "exported")
     images = pipeline(PROMPTS, seed=11).images
     assert np.array_equal(np.stack([np.asarray(image) for image in images]), sampled(model, config))
+    generic = DiffusionPipeline.from_pretrained(tmp_path / "exported", custom_pipeline="pipeline", trust_remote_code=True)
+    assert type(generic) is RaphaelPipeline
     # What diffusers saves again comes back too, without a manifest.
     pipeline.save_pretrained(tmp_path / "again")
     convert("auto", tmp_path / "again", "canonical", tmp_path / "back", Options())
@@ -67,8 +91,7 @@ def test_the_exported_pipeline_samples_the_same_image_as_our_sampler(tmp_path):
 
 
 def test_a_dense_export_is_a_unet_of_diffusers_and_samples_the_same_image(tmp_path):
-    config = emoji(space_experts=0, time_experts=0, time_activation="geglu", expert_width=[64, 96])
-    config = config.model_copy(update={"edge": config.edge.model_copy(update={"weight": 0.0})})
+    config = dense_emoji()
     model, state = trained(config, tmp_path / "canonical")
     convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options(weights="ema"))
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "exported" / "unet", low_cpu_mem_usage=False)
@@ -79,6 +102,20 @@ def test_a_dense_export_is_a_unet_of_diffusers_and_samples_the_same_image(tmp_pa
     assert np.abs(images.astype(int) - sampled(model, config).astype(int)).max() <= 1
     convert("diffusers", tmp_path / "exported", "dense", tmp_path / "dense", Options())
     assert_same(read_state("dense", tmp_path / "dense"), {("master", n): v for (k, n), v in state.items() if k == "ema"})
+
+
+def test_a_dense_export_with_clip_is_a_stable_diffusion_pipeline_and_samples_the_same_image(tmp_path):
+    config = dense_emoji(text_width=32)
+    text = config.text.model_copy(update={"encoder": str(clip(tmp_path / "clip", 32)), "max_tokens": 77})
+    config = config.model_copy(update={"text": text})
+    model, _ = trained(config, tmp_path / "canonical")
+    convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options())
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
+    assert type(pipeline) is StableDiffusionPipeline
+    noise = torch.stack([initial_noise(11, i, (4, 16, 16)) for i in range(2)])
+    found = pipeline(PROMPTS, negative_prompt=["", ""], latents=noise, num_inference_steps=3, guidance_scale=4.0)
+    images = np.stack([np.asarray(image) for image in found.images])
+    assert np.abs(images.astype(int) - sampled(model, config).astype(int)).max() <= 1
 
 
 def test_an_encoder_that_does_not_fit_is_named_before_anything_is_written(tmp_path):

@@ -20,6 +20,11 @@ from raphael_dist.diffusion import make_scheduler
 from raphael_dist.errors import UserError
 
 MODULE, UNET, PIPELINE = "raphael_dist.pipeline", "RaphaelUNet2D", "RaphaelPipeline"
+# For those who load with DiffusionPipeline; RaphaelPipeline.from_pretrained runs no code of the folder.
+_PIPELINE_CODE = f'''"""For DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)."""
+
+from {MODULE} import {PIPELINE}
+'''.encode()
 
 
 def is_dense(config: Config) -> bool:
@@ -33,13 +38,18 @@ def plan(source: Source, options: Options) -> Plan:
     config = source.config
     unet = unet_json(config, "--to diffusers") if is_dense(config) else {"_class_name": UNET, "tree": model_tree(config)}
     files, small, kind = unet_files(source, options, "unet/")
-    small["unet/config.json"] = json.dumps({**unet, "_diffusers_version": _version()}, indent=2).encode()
     manifest = base_manifest("diffusers", source) | {"weights": kind}
     finish = None
     if not options.unet_only:
         encoders = Encoders(config)
-        small["model_index.json"] = json.dumps(encoders.model_index(), indent=2).encode()
+        index = encoders.model_index()
+        small["model_index.json"] = json.dumps(index, indent=2).encode()
+        if index["_class_name"] == PIPELINE:
+            small["pipeline.py"] = _PIPELINE_CODE
+        if is_dense(config):
+            unet["sample_size"] = max(config.image.buckets[0]) // encoders.factor()
         finish = encoders.write
+    small["unet/config.json"] = json.dumps({**unet, "_diffusers_version": _version()}, indent=2).encode()
     return Plan("diffusers", files, (kind,), "manifest.json", manifest, small, left_out(source, kind), finish)
 
 
@@ -72,6 +82,10 @@ class Encoders:
                 f"model.text_width = {config.model.text_width}; --unet-only exports without it"
             )
         self.text_class = _text_class(found)
+
+    def factor(self) -> int:
+        """Return how many pixels a latent is wide."""
+        return 1 if self.vae is None else int(2 ** (len(read_json(self.vae / "config.json")["block_out_channels"]) - 1))
 
     def model_index(self) -> dict[str, Any]:
         """Return what stands in model_index.json."""
