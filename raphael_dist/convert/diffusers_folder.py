@@ -36,7 +36,9 @@ def is_dense(config: Config) -> bool:
 def plan(source: Source, options: Options) -> Plan:
     """Plan a pipeline folder (or its unet/ alone). UserError when an encoder of the configuration is not there."""
     config = source.config
-    unet = unet_json(config, "--to diffusers") if is_dense(config) else {"_class_name": UNET, "tree": model_tree(config)}
+    unet: dict[str, Any] = (
+        unet_json(config, "--to diffusers") if is_dense(config) else {"_class_name": UNET, "tree": model_tree(config)}
+    )
     files, small, kind = unet_files(source, options, "unet/")
     manifest = base_manifest("diffusers", source) | {"weights": kind}
     finish = None
