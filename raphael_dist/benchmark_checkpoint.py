@@ -1,7 +1,6 @@
 """What a checkpoint costs: the trainer's own save beside torch.save of the same bytes and DeepSpeed's `save_checkpoint`;
 its conversions beside a copy."""
 
-import os
 import shutil
 import statistics
 import time
@@ -14,12 +13,12 @@ import torch.distributed as dist
 
 from raphael_dist import parallel
 from raphael_dist.batch_plan import BatchPlan
+from raphael_dist.benchmark_convert import bench_convert, table
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config
-from raphael_dist.convert.convert import convert
 from raphael_dist.convert.plan import Options
 from raphael_dist.ema import Ema
 from raphael_dist.engine import Engine
@@ -71,33 +70,6 @@ def _ours(store: CheckpointStore, step: int, ranks: parallel.Ranks, device: torc
     return {**found, "MiB": sum(e["bytes"] for e in reader.manifest["files"].values()) / 2**20}
 
 
-def bench_convert(config: Config, stage: int, world_size: int, folder: Path, repeats: int) -> dict[str, float]:
-    """Return medians of the seconds that one process takes to copy or convert the newest checkpoint below `folder`."""
-    ep = config.parallel.space_ep, config.parallel.time_ep
-    source, target = newest(folder / "checkpoints")[0], folder / "copy"
-    rows: dict[str, list[float]] = {}
-    for _ in range(repeats + 1):
-        for name, work in {
-            "copy and sync": lambda: _copy(source, target),
-            "convert to canonical": lambda: convert("raphael", source, "canonical", target, Options()),
-            "convert to deepspeed": lambda: convert(
-                "raphael", source, "deepspeed", target, Options(*ep, world=world_size, stage=stage)
-            ),
-        }.items():
-            began = time.monotonic()
-            work()
-            rows.setdefault(name, []).append(time.monotonic() - began)
-            shutil.rmtree(target)
-    return {name: statistics.median(values[1:]) for name, values in rows.items()}
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
-    for path in target.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
 def _timed(work: Callable[[], object]) -> float:
     """Return the seconds until every rank has done the work."""
     dist.barrier()
@@ -105,13 +77,6 @@ def _timed(work: Callable[[], object]) -> float:
     work()
     dist.barrier()
     return time.monotonic() - began
-
-
-def table(seconds: dict[str, float], size: float, unit: str, of: str) -> str:
-    """Return the seconds of each way as text, with the rate of `size` MiB, relative to the way `unit`, called `of`."""
-    return "\n".join(
-        f"  {name:30} {s:8.3f} s {size / s:8.0f} MiB/s {s / seconds[unit]:7.2f} x {of}" for name, s in seconds.items()
-    )
 
 
 def run(config: Config, stage: int, folder: Path, repeats: int) -> None:
@@ -127,7 +92,9 @@ def run(config: Config, stage: int, folder: Path, repeats: int) -> None:
                 f"{size:.0f} MiB in all on {ranks.world_size} ranks, median of {repeats}; only this store syncs, reads back"
             )
             print(table(medians, size, "DeepSpeed save_checkpoint", "DeepSpeed's"), flush=True)
-            conversions = bench_convert(config, stage, ranks.world_size, folder, repeats)
+            ep = config.parallel.space_ep, config.parallel.time_ep
+            options = Options(*ep, world=ranks.world_size, stage=stage)
+            conversions = bench_convert(newest(folder / "checkpoints")[0], options, ("canonical", "deepspeed"), repeats)
             print("by one process, checksums of source and target included")
             print(table(conversions, size, "copy and sync", "copy"), flush=True)
             shutil.rmtree(folder)

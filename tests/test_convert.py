@@ -7,17 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file, save_file
 
 from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
 from raphael_dist.convert.convert import LAYOUTS, convert, open_checkpoint
 from raphael_dist.convert.inspection import layers, open_for_inspection
 from raphael_dist.convert.plan import Options
+from raphael_dist.convert.tensorfile import HashedFile
+from raphael_dist.convert.torchfile import load_tree, write_tree
 from raphael_dist.errors import UserError
 from raphael_dist.fragments import MOMENTS
 from tests.checkpoints import KINDS, assert_same, fingerprint, handmade_canonical, random_state, read_state, vouch_again
@@ -386,6 +391,35 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, sources, file):
             open_for_inspection(path, unpickle, None)
     assert not canary.exists()
     assert not (tmp_path / "out").exists()
+
+
+class ByGetattr:
+    """Is pickled as the first releases of Python 3.11 pickle a member of an enum."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_stages_of_zero_are_read_as_any_python_writes_them_and_written_alike_by_all(tmp_path):
+    stages = {stage.name: stage for stage in ZeroStageEnum}
+    torch.save({name: ByGetattr(ZeroStageEnum, name) for name in stages}, tmp_path / "old.pt")
+    with HashedFile(tmp_path / "ours.pt") as file:
+        write_tree(file, stages)
+    file.entry()
+    assert load_tree(tmp_path / "old.pt") == load_tree(tmp_path / "ours.pt") == {n: int(s) for n, s in stages.items()}
+    assert torch.load(tmp_path / "ours.pt", weights_only=False) == stages
+    with zipfile.ZipFile(tmp_path / "ours.pt") as archive:
+        assert b"getattr" not in archive.read("archive/data.pkl")
+
+
+@pytest.mark.parametrize(("of", "name"), [(ZeroStageEnum, "__class__"), (LossScaler, "__init__"), ("text", "upper")])
+def test_getattr_of_anything_else_is_refused(tmp_path, of, name):
+    torch.save({"zero_stage": ByGetattr(of, name)}, tmp_path / "file.pt")
+    with pytest.raises(UserError, match="is refused: it is a pickle of more than weights, and was not run"):
+        load_tree(tmp_path / "file.pt")
 
 
 def test_inspection_warns_of_dead_and_identical_experts_and_says_what_is_there(tmp_path):

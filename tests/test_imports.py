@@ -26,7 +26,8 @@ LEVELS = {
           convert.canonical convert.run_layout convert.deepspeed_read convert.deepspeed_write convert.dense
           convert.megablocks convert.diffusers_folder convert.upcycle convert.ranks convert.convert convert.command
           convert.inspection checkpoint.load checkpoint.snapshot checkpoint.restore checkpoint.store engine""",
-    4: """preflight measure sampling pipeline sample evaluate paths benchmark benchmark_moe benchmark_checkpoint
+    4: """preflight measure sampling pipeline sample evaluate paths benchmark benchmark_moe benchmark_convert
+          benchmark_checkpoint
           recovery trainer""",
     5: "train cli",
 }

@@ -111,6 +111,16 @@ def checkpoint(args: argparse.Namespace) -> None:
     benchmark_checkpoint.run(load_config(args.config), args.zero, args.folder, args.repeats)
 
 
+def conversion(args: argparse.Namespace) -> None:
+    """Print what conversions of a checkpoint cost, one process, beside a copy of it; --folder must have room for two."""
+    from raphael_dist import benchmark_convert
+    from raphael_dist.convert.plan import Options
+
+    config = load_config(args.config, ["optim.kind=sgd"] if "exp_avg" not in args.kinds else [])
+    options = Options(world=args.world, stage=args.zero)
+    benchmark_convert.run(config, args.kinds, options, args.folder, args.to, args.repeats)
+
+
 def main() -> None:
     """Read the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -135,6 +145,15 @@ def main() -> None:
     command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
     command.add_argument("--folder", type=Path, default=Path("runs/bench-checkpoint"), help="on the disk to measure")
     command.add_argument("--repeats", type=int, default=5)
+    command = commands.add_parser("convert", help="conversions of any model", description=conversion.__doc__)
+    command.set_defaults(run=conversion, threads=1)
+    command.add_argument("--config", default="emoji-small")
+    command.add_argument("--kinds", nargs="+", default=["master", "exp_avg", "exp_avg_sq", "ema"])
+    command.add_argument("--world", type=int, default=4, help="files of the source")
+    command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2)
+    command.add_argument("--to", nargs="+", default=["canonical", "deepspeed"])
+    command.add_argument("--folder", type=Path, default=Path("runs/bench-convert"), help="on the disk to measure")
+    command.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

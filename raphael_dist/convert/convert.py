@@ -129,22 +129,30 @@ def convert(
     then.
     """
     ranks, began = ranks or Ranks(), time.monotonic()
-    temporary = target.parent / f".converting-{target.name}"
     check_layout("--to", to_layout)
-    try:
-        opened, source, plan = ranks.together(lambda: _prepare(from_layout, path, to_layout, target, options, config))[
-            ranks.rank
-        ]
-        ranks.main_only(lambda: _claim(target, temporary, plan))
-        entries = _write(plan, source, opened, temporary, ranks)
-        ranks.main_only(lambda: _publish(plan, entries, temporary, target, to_layout))
-    except BaseException:
-        if ranks.is_main and not target.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    prepared = ranks.together(lambda: _prepare(from_layout, path, to_layout, target, options, config))
+    opened, source, plan = prepared[ranks.rank]
+    store(source, plan, target, ranks, opened.files)
     opened.close()
     how = "sizes and SHA-256 of its manifest" if opened.files else "no manifest: only that every tensor is there once"
     return Report(opened.layout, to_layout, _rows(plan), plan.notes, how, time.monotonic() - began)
+
+
+def store(source: Source, plan: Plan, target: Path, ranks: Ranks, vouched: dict[Path, dict[str, Any]]) -> None:
+    """Write what is planned from `source` and publish it as the new folder `target`. Collective over `ranks`.
+
+    vouched: the source's files with their entries in its manifest, with which they are compared meanwhile. Raises UserError
+    as `convert`; nothing is left then.
+    """
+    temporary = target.parent / f".converting-{target.name}"
+    try:
+        ranks.main_only(lambda: _claim(target, temporary, plan))
+        entries = _write(plan, source, vouched, temporary, ranks)
+        ranks.main_only(lambda: _publish(plan, entries, temporary, target))
+    except BaseException:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _prepare(
@@ -172,10 +180,10 @@ def _claim(target: Path, temporary: Path, plan: Plan) -> None:
         raise UserError(f"--to {target}: {needed} bytes are needed, {free} are free")
 
 
-def _write(plan: Plan, source: Source, opened: Checkpoint, temporary: Path, ranks: Ranks) -> dict[str, Any]:
+def _write(plan: Plan, source: Source, vouched: dict[Path, dict[str, Any]], temporary: Path, ranks: Ranks) -> dict[str, Any]:
     """Write this rank's files while a second thread checks its share of the source; return all ranks' manifest entries."""
     mine = _share([(f.bytes, f) for f in plan.files], ranks)
-    to_check = _share([(entry["bytes"], (file, entry)) for file, entry in opened.files.items()], ranks)
+    to_check = _share([(entry["bytes"], (file, entry)) for file, entry in vouched.items()], ranks)
 
     def work() -> dict[str, Any]:
         found: list[str | None] = []
@@ -185,7 +193,7 @@ def _write(plan: Plan, source: Source, opened: Checkpoint, temporary: Path, rank
         written = {name: file.entry() for name, file in files.items()}
         checking.join()
         if not found or found[0] is not None:
-            raise UserError(f"{opened.path} is damaged: {found[0] if found else 'it cannot be read'}")
+            raise UserError(f"{source.path} is damaged: {found[0] if found else 'it cannot be read'}")
         return written
 
     return {name: entry for written in ranks.together(work) for name, entry in written.items()}
@@ -203,7 +211,7 @@ def _share(weighted: list[tuple[int, Any]], ranks: Ranks) -> list[Any]:
     return mine
 
 
-def _publish(plan: Plan, entries: dict[str, Any], temporary: Path, target: Path, layout: str) -> None:
+def _publish(plan: Plan, entries: dict[str, Any], temporary: Path, target: Path) -> None:
     """Write what belongs to the whole, read the result back by its own layout, and give it its name."""
     missing = {f.name for f in plan.files} ^ entries.keys()
     assert not missing, f"not written: {missing}"
@@ -215,7 +223,7 @@ def _publish(plan: Plan, entries: dict[str, Any], temporary: Path, target: Path,
     home = (temporary / plan.manifest_name).parent
     files = {os.path.relpath(temporary / name, home): entries[name] for name in sorted(entries)}
     write_bytes(temporary / plan.manifest_name, json.dumps(plan.manifest | {"files": files}, indent=1).encode())
-    again = open_checkpoint(layout, temporary)
+    again = open_checkpoint(plan.layout, temporary)
     assert len(plan.kinds) <= len(again.kinds())
     again.close()
     temporary.rename(target)

@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,18 @@ def _zero_stage(value: int) -> int:
     return int(value)
 
 
+def _member(of: Any, name: str) -> int:
+    """Stands for `getattr`, by which the first releases of Python 3.11 pickle members of an enum: of ZeRO's stages alone."""
+    if of is not _zero_stage or name not in _STAGES:
+        raise pickle.UnpicklingError("GLOBAL getattr of anything but ZeRO's stages")
+    return _STAGES[name]
+
+
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
 # Exactly what DeepSpeed's files hold beside tensors and plain values.
 ALLOWED: list[Any] = [
     (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_member, "builtins.getattr"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
@@ -120,6 +130,8 @@ class _Pickler(pickle.Pickler):
         self.storages: list[_Storage] = []
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Enum):
+            return type(obj), (obj.value,)  # the same in every release of Python
         if not isinstance(obj, Lazy):
             return NotImplemented
         storage = _Storage(str(len(self.storages)), obj)

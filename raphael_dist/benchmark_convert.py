@@ -1,0 +1,96 @@
+"""What a conversion costs beside a copy of the same files: seconds, rate, and the most memory in use."""
+
+import os
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config import Config
+from raphael_dist.convert.convert import convert, make_plan, store
+from raphael_dist.convert.plan import Options
+from raphael_dist.convert.ranks import Ranks
+from raphael_dist.convert.state import parameter_shapes
+from raphael_dist.convert.tensorfile import CHUNK
+
+
+class Noise:
+    """A checkpoint of a model of any size that is stored nowhere: every piece is a stretch of the same random numbers."""
+
+    def __init__(self, config: Config, kinds: Sequence[str]) -> None:
+        self.path, self.config, self.shapes = Path("noise"), config, parameter_shapes(config)
+        self.step, self.samples_seen, self.dataset = 1, config.train.global_batch, ""
+        self.updates: int | None = 1
+        self.guard: dict[str, Any] = {}
+        self._kinds, self._values = tuple(kinds), torch.randn(CHUNK + 4096)
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return what there is of each parameter."""
+        return self._kinds
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Return `numel` numbers, at most CHUNK."""
+        first = (len(kind) * 31 + len(name) * 7 + start) % 4096
+        return self._values[first : first + numel]
+
+
+def make_run(config: Config, kinds: Sequence[str], options: Options, folder: Path) -> None:
+    """Write a run directory with one checkpoint of such numbers."""
+    source = Noise(config, kinds)
+    store(source, make_plan("raphael", source, options, folder), folder, Ranks(), {})
+
+
+def bench_convert(source: Path, options: Options, layouts: Sequence[str], repeats: int) -> dict[str, float]:
+    """Return the median seconds of copying the run `source`, and of converting it to each layout, one after the other.
+
+    All is synced to the disk. The first round is not counted, unless it is the only one.
+    """
+    target = source.with_name(source.name + "-target")
+    rows: dict[str, list[float]] = {}
+    for _ in range(repeats + (repeats > 1)):
+        began = time.monotonic()
+        _copy(source, target)
+        rows.setdefault("copy and sync", []).append(time.monotonic() - began)
+        shutil.rmtree(target)
+        for layout in layouts:
+            chosen = options if layout == "deepspeed" else Options()
+            began = time.monotonic()
+            convert("raphael", source, layout, target, chosen)
+            rows.setdefault(f"convert to {layout}", []).append(time.monotonic() - began)
+            shutil.rmtree(target)
+    return {name: statistics.median(values[-repeats:]) for name, values in rows.items()}
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    for path in target.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def run(config: Config, kinds: Sequence[str], options: Options, folder: Path, layouts: Sequence[str], repeats: int) -> None:
+    """Make a checkpoint, copy and convert it, print what that took."""
+    source = folder / "run"
+    try:
+        make_run(config, kinds, options, source)
+        size = sum(path.stat().st_size for path in source.rglob("*")) / 2**20
+        seconds = bench_convert(source, options, layouts, repeats)
+        print(f"{size:.0f} MiB ({', '.join(kinds)}) in {options.world} files, one process, median of {repeats}")
+        print(table(seconds, size, "copy and sync", "copy"))
+        print(f"most memory in use: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def table(seconds: dict[str, float], size: float, unit: str, of: str) -> str:
+    """Return the seconds of each way as text, with the rate of `size` MiB, relative to the way `unit`, called `of`."""
+    return "\n".join(
+        f"  {name:30} {s:8.3f} s {size / s:8.0f} MiB/s {s / seconds[unit]:7.2f} x {of}" for name, s in seconds.items()
+    )
