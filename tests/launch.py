@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from raphael_dist.parallel import free_port
 
 ROOT = Path(__file__).parent.parent
+
+
+def leave() -> None:
+    """End a rank's part in the group, together with the others: at exit its threads may outlive what they use."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def rank_env(world_size: int) -> dict[str, str]:

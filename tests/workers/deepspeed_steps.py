@@ -19,6 +19,7 @@ from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.ema import Ema
 from raphael_dist.engine import Engine
 from raphael_dist.objective import compute_losses
+from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 from tests.workers.train_steps import state
 
@@ -55,6 +56,7 @@ def main(out: str, spec: dict) -> None:
         store.root.mkdir(parents=True, exist_ok=True)
         store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch, spec["steps"], {}))
     torch.save({"losses": losses, "resumed": resumed, "fragments": state(engine.fragments)}, f"{out}.{ranks.rank}")
+    leave()
 
 
 if __name__ == "__main__":

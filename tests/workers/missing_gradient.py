@@ -5,6 +5,7 @@ from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.engine import Engine
 from raphael_dist.objective import compute_losses
+from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 
 
@@ -21,6 +22,7 @@ def main() -> None:
         engine.backward(loss if ranks.is_main else engine.module.conv_in(batch.x0).sum())
     except RuntimeError as error:
         print(f"found: {error}")
+    leave()
 
 
 if __name__ == "__main__":

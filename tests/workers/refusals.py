@@ -10,6 +10,7 @@ from pathlib import Path
 from raphael_dist import parallel, trainer
 from raphael_dist.config import load_config
 from raphael_dist.errors import UserError
+from tests.launch import leave
 
 
 def main(out: str, cases: dict[str, list[str]]) -> None:
@@ -23,6 +24,7 @@ def main(out: str, cases: dict[str, list[str]]) -> None:
         except UserError as error:
             messages[name] = str(error)
     Path(out).write_text(json.dumps(messages))
+    leave()
 
 
 if __name__ == "__main__":

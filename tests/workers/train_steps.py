@@ -19,6 +19,7 @@ from raphael_dist.diffusion import NoiseSchedule
 from raphael_dist.engine import Engine
 from raphael_dist.fragments import MOMENTS, Fragments
 from raphael_dist.objective import compute_losses
+from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 
 
@@ -41,6 +42,7 @@ def main(out: str, specs: dict | list[dict]) -> None:
     else:
         for i, spec in enumerate(specs):
             train(f"{out}.{i}", spec, ranks, device)
+    leave()
 
 
 def train(out: str, spec: dict, ranks: parallel.Ranks, device: torch.device) -> None:
