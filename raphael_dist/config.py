@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from raphael_dist.config_errors import explain
 from raphael_dist.errors import UserError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
@@ -273,8 +274,7 @@ def config_from_tree(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(e)) for e in error.errors()]
-        raise UserError("; ".join(lines)) from None
+        raise UserError("; ".join(explain(e, Config) for e in error.errors())) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -331,28 +331,3 @@ def _as_field_type(section: str, field: str, value: Any, text: str) -> Any:
     if kind.startswith("tuple") and not isinstance(value, list):
         return [text if kind.startswith("tuple[str") else value]
     return value
-
-
-def _explain(error: dict[str, Any]) -> str:
-    location = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return _unknown_key(error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    return f"{location}: given {error['input']!r}; {message[0].lower()}{message[1:]}"
-
-
-def _unknown_key(loc: Sequence[Any]) -> str:
-    model: Any = Config
-    for part in loc[:-1]:
-        model = model.model_fields[part].annotation
-    known = list(model.model_fields)
-    where = ".".join(str(part) for part in loc)
-    sections: dict[str, Any] = {name: info.annotation for name, info in Config.model_fields.items()}
-    every = {f"{name}.{field}" for name, section in sections.items() for field in section.model_fields}
-    hint = did_you_mean(str(loc[-1]), known)
-    elsewhere = [name for name in sorted(every) if name.endswith(f".{loc[-1]}")]
-    if not hint and elsewhere:
-        hint = f" (did you mean {elsewhere[0]!r}?)"
-    return f"{where}: unknown key{hint}; known here: {', '.join(known)}"

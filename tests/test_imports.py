@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "raphael_dist"
 # A module may import those of lower levels and those to its left in its own level. A new module must be added here; a name
 # that does not exist yet is no harm.
 LEVELS = {
-    0: "raphael_dist presets errors rng stopping preflight_report config batch_plan ds_config",
+    0: "raphael_dist presets errors rng stopping preflight_report config_errors config batch_plan ds_config",
     1: """placement model model.experts model.moe model.routing model.edge model.layers model.unet diffusion batch
           objective parallel""",
     2: """guard fragments ema metrics report rundir watchdog straggler conditioning vae exchange expert_groups
@@ -26,16 +26,16 @@ LEVELS = {
           convert.canonical convert.run_layout convert.deepspeed_read convert.deepspeed_write convert.dense
           convert.megablocks convert.diffusers_folder convert.upcycle convert.ranks convert.convert convert.command
           convert.inspection checkpoint.load checkpoint.snapshot checkpoint.restore checkpoint.store engine""",
-    4: """preflight measure sampling pipeline sample evaluate paths benchmark benchmark_moe benchmark_convert
-          benchmark_checkpoint
+    4: """preflight measure sampling pipeline sample evaluate paths
+          benchmarks benchmarks.space benchmarks.moe benchmarks.balance benchmarks.convert benchmarks.checkpoint
           recovery trainer""",
     5: "train cli",
 }
 ORDER = {name: (level, i) for level, names in LEVELS.items() for i, name in enumerate(names.split())}
 PURE = {"batch_plan", "diffusion", "batch", "objective"} | {n for n in ORDER if n.startswith("model") or ORDER[n][0] == 0}
 # The writer of DeepSpeed's layout pickles three of its small classes.
-MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_groups", "benchmark_moe", "convert.deepspeed_write"}
-LIGHT = {"config", "preflight_report", "stopping", "ds_config", "batch_plan", "placement", "errors"}
+MAY_IMPORT_DEEPSPEED = {"engine", "parallel", "expert_groups", "benchmarks.moe", "convert.deepspeed_write"}
+LIGHT = {"config", "config_errors", "preflight_report", "stopping", "ds_config", "batch_plan", "placement", "errors"}
 
 
 def name_of(path: Path) -> str:

@@ -1,6 +1,7 @@
-"""What a checkpoint costs: the trainer's own save beside torch.save of the same bytes and DeepSpeed's `save_checkpoint`;
-its conversions beside a copy."""
+"""`tools/bench.py checkpoint`: what the trainer's save costs beside torch.save of the same bytes and DeepSpeed's
+`save_checkpoint`, and conversions beside a copy."""
 
+import argparse
 import shutil
 import statistics
 import time
@@ -13,12 +14,12 @@ import torch.distributed as dist
 
 from raphael_dist import parallel
 from raphael_dist.batch_plan import BatchPlan
-from raphael_dist.benchmark_convert import bench_convert, table
+from raphael_dist.benchmarks.convert import bench_convert, table
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.checkpoint.store import CheckpointStore
-from raphael_dist.config import Config
+from raphael_dist.config import Config, load_config
 from raphael_dist.convert.plan import Options
 from raphael_dist.ema import Ema
 from raphael_dist.engine import Engine
@@ -79,8 +80,18 @@ def _timed(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def run(config: Config, stage: int, folder: Path, repeats: int) -> None:
-    """Join the ranks that the launcher started, measure, print."""
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--config", default="emoji-tiny")
+    command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
+    command.add_argument("--folder", type=Path, default=Path("runs/bench-checkpoint"), help="on the disk to measure")
+    command.add_argument("--repeats", type=int, default=5)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what a save costs beside torch.save and DeepSpeed's own; as one process, or as the ranks of a launcher."""
+    config, stage, folder, repeats = load_config(args.config), args.zero, args.folder, args.repeats
+    torch.set_num_threads(1)
     ranks = parallel.discover()
     device = parallel.initialise(ranks)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
@@ -88,9 +99,7 @@ def run(config: Config, stage: int, folder: Path, repeats: int) -> None:
         medians = bench_checkpoint(config, {"zero_optimization": {"stage": stage}}, ranks, device, repeats)
         if ranks.is_main:
             size = medians.pop("MiB")
-            print(
-                f"{size:.0f} MiB in all on {ranks.world_size} ranks, median of {repeats}; only this store syncs, reads back"
-            )
+            print(f"{size:.0f} MiB on {ranks.world_size} ranks, median of {repeats}; only this store syncs and reads back")
             print(table(medians, size, "DeepSpeed save_checkpoint", "DeepSpeed's"), flush=True)
             ep = config.parallel.space_ep, config.parallel.time_ep
             options = Options(*ep, world=ranks.world_size, stage=stage)

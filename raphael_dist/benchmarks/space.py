@@ -1,8 +1,9 @@
-"""Cases and timing for tools/bench.py. Every case checks that what it compares agrees before it times anything.
+"""`tools/bench.py space`: the ways to run a Space-MoE. Every case checks that they agree before it times anything.
 
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raphael_dist.config import load_config
 from raphael_dist.model.moe import SpaceBackend, SpaceMoE
 from raphael_dist.model.routing import space_weights_BYK
 
@@ -98,3 +100,50 @@ def median_ms(fn: Callable[[], object], repeats: int, device: str = "cpu") -> fl
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    add_sizes(command, 4, [0.02, 0.05, 0.1, 0.2, 0.4, 1.0])
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) -> None:
+    """Declare what describes a Space-MoE layer and the measurement."""
+    for name, default in (("batch", batch), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6)):
+        command.add_argument(f"--{name}", type=int, default=default)
+    command.add_argument("--repeats", type=int, default=7)
+    command.add_argument("--config", help="take the sizes of every attention level of a preset instead")
+    command.add_argument("--latent", type=int, default=16, help="side of the latents, with --config")
+    command.add_argument("--hidden", type=int, help="width of an expert (4 x dim)")
+    command.add_argument("--masks", type=float, nargs="+", default=masks)
+    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def cases(args: argparse.Namespace) -> list[SpaceCase]:
+    """Return the one case of the arguments, or one per attention level of a preset's U-Net."""
+    if args.config is None:
+        return [SpaceCase(args.batch, args.tokens, args.text_tokens, args.dim, args.hidden or 4 * args.dim, args.experts)]
+    config = load_config(args.config)
+    m, found = config.model, []
+    for level, (dim, hidden) in enumerate(zip(m.channels, m.expert_width, strict=True)):
+        if m.attention[level]:
+            tokens = (args.latent // 2**level) ** 2
+            found.append(SpaceCase(config.train.micro_batch, tokens, config.text.max_tokens, dim, hidden, m.space_experts))
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what each way to run a Space-MoE takes, forward and backward, at several densities of the masks."""
+    torch.set_num_threads(args.threads)
+    for case in cases(args):
+        print(f"{case}, {args.dtype} on {args.device}, {args.threads} threads, median of {args.repeats}")
+        print("mask = share of image tokens in a text token's region; density = share of (image token, expert) pairs in use")
+        print("  mask  density  literal ms  grouped ms   wide ms  grouped x  wide x")
+        for row in bench_space(case, args.masks, args.repeats, args.device, getattr(torch, args.dtype)):
+            ms = row.milliseconds
+            print(
+                f"{row.mask:6.2f} {row.density:8.2f} {ms['literal']:11.2f} {ms['grouped']:11.2f} {ms['wide']:9.2f} "
+                f"{ms['literal'] / ms['grouped']:10.1f} {ms['literal'] / ms['wide']:7.1f}"
+            )

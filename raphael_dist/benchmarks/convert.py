@@ -1,5 +1,6 @@
-"""What a conversion costs beside a copy of the same files: seconds, rate, and the most memory in use."""
+"""`tools/bench.py convert`: what conversions cost beside a copy: seconds, rate, and the most memory in use."""
 
+import argparse
 import os
 import resource
 import shutil
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raphael_dist.config import Config
+from raphael_dist.config import Config, load_config
 from raphael_dist.convert.convert import convert, make_plan, store
 from raphael_dist.convert.plan import Options
 from raphael_dist.convert.ranks import Ranks
-from raphael_dist.convert.state import parameter_shapes
+from raphael_dist.convert.state import KINDS, parameter_shapes
 from raphael_dist.convert.tensorfile import CHUNK
 
 
@@ -75,18 +76,31 @@ def _copy(source: Path, target: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def run(config: Config, kinds: Sequence[str], options: Options, folder: Path, layouts: Sequence[str], repeats: int) -> None:
-    """Make a checkpoint, copy and convert it, print what that took."""
-    source = folder / "run"
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--config", default="emoji-small")
+    command.add_argument("--kinds", nargs="+", default=list(KINDS))
+    command.add_argument("--world", type=int, default=4, help="files of the source")
+    command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2)
+    command.add_argument("--to", nargs="+", default=["canonical", "deepspeed"])
+    command.add_argument("--folder", type=Path, default=Path("runs/bench-convert"), help="on the disk to measure")
+    command.add_argument("--repeats", type=int, default=3)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what conversions of a checkpoint cost, one process, beside a copy of it; --folder must have room for two."""
+    # Without moments in the source: SGD, or they would be written as zeros.
+    config = load_config(args.config, [] if "exp_avg" in args.kinds else ["optim.kind=sgd"])
+    options, source = Options(world=args.world, stage=args.zero), args.folder / "run"
     try:
-        make_run(config, kinds, options, source)
+        make_run(config, args.kinds, options, source)
         size = sum(path.stat().st_size for path in source.rglob("*")) / 2**20
-        seconds = bench_convert(source, options, layouts, repeats)
-        print(f"{size:.0f} MiB ({', '.join(kinds)}) in {options.world} files, one process, median of {repeats}")
+        seconds = bench_convert(source, options, args.to, args.repeats)
+        print(f"{size:.0f} MiB ({', '.join(args.kinds)}) in {options.world} files, one process, median of {args.repeats}")
         print(table(seconds, size, "copy and sync", "copy"))
         print(f"most memory in use: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(args.folder, ignore_errors=True)
 
 
 def table(seconds: dict[str, float], size: float, unit: str, of: str) -> str:

@@ -1,4 +1,4 @@
-"""The cases of `tools/bench.py moe`: our expert layers beside DeepSpeed's own `MoE` and a plain loop, on 1 or more ranks.
+"""`tools/bench.py moe`: our expert layers beside DeepSpeed's own `MoE` and a plain loop, on 1 or more ranks.
 
 All do forward and backward on equally many tokens of equal width through equally many experts of equal width, in the same
 processes. A *routed row* is one (token, expert) pair that is computed: layers that route differently are compared by it.
@@ -6,6 +6,7 @@ With `uneven` half of the load wants one expert, as timesteps and words do; Deep
 experts to the busiest.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raphael_dist import expert_groups, parallel
-from raphael_dist.benchmark import SpaceCase
+from raphael_dist.benchmarks.space import SpaceCase, add_sizes, cases
 from raphael_dist.exchange import Peers, Traffic
 from raphael_dist.expert_parallel import ParallelSpaceMoE, ParallelTimeMoE, count_samples
 from raphael_dist.model.experts import Experts
@@ -163,32 +164,34 @@ def _waited(started: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
     return started[0], _Done()
 
 
-# ---- how even the loads of time experts are --------------------------------------------------------------------------
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    add_sizes(command, 8, [0.05, 1.0])
+    command.add_argument("--uneven", action="store_true", help="half of the load wants one expert")
 
 
-@dataclass(frozen=True)
-class BalanceRow:
-    """The largest load of a group's time experts, relative to an even share: its mean and its worst over all micro-steps."""
+def run(args: argparse.Namespace) -> None:
+    """Print our expert layers beside DeepSpeed's and a loop, on the ranks that torchrun starts, or one."""
+    ranks = parallel.discover()
+    parallel.initialise(ranks)
+    torch.set_num_threads(args.threads)
+    load = "half of the load wants one expert" if args.uneven else "even load"
+    how = f"{load}, {ranks.world_size} ranks, {args.threads} threads each, median of {args.repeats}"
+    for case in cases(args):
+        for mask in args.masks:
+            rows = bench_moe(case, mask, args.repeats, ranks, args.uneven)
+            if ranks.is_main:
+                print(f"{case}, mask {mask}, {how}\n{_table(rows)}")
+    dist.destroy_process_group()
 
-    name: str
-    mean: float
-    worst: float
 
-
-def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, group: int, experts: int) -> list[BalanceRow]:
-    """Compare ways to draw timesteps: `draws[name](step)` gives those of a global batch in order of position.
-
-    Experts serve equal ranges of timesteps; a group takes `group` consecutive positions in a micro-step, and waits for its
-    busiest expert.
-    """
-    rows = []
-    for name, draw in draws.items():
-        largest = []
-        for step in range(steps):
-            expert_P = torch.tensor(draw(step))
-            expert_GP = expert_P[: len(expert_P) // group * group].view(-1, group)
-            loads_GK = torch.nn.functional.one_hot(expert_GP, experts).sum(dim=1)
-            largest.append(loads_GK.amax(dim=1).float() * experts / group)
-        every = torch.cat(largest)
-        rows.append(BalanceRow(name, float(every.mean()), float(every.max())))
-    return rows
+def _table(rows: list[MoeRow]) -> str:
+    lines = ["layer                        rows       ms   rows/s  time per row / DeepSpeed's k=1, k=2    MB sent"]
+    native = [row for row in rows if row.name.startswith("DeepSpeed")]
+    for row in rows:
+        ratios = "  ".join(f"{row.rows_per_second / other.rows_per_second:8.2f}x" for other in native)
+        lines.append(
+            f"{row.name:<24} {row.rows:>8} {row.milliseconds:8.2f} {row.rows_per_second:8.0f}  faster by {ratios}  "
+            f"{row.sent / 1e6:14.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""`tools/bench.py balance`: how even the loads of time experts are, by how timesteps are drawn."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raphael_dist.config import load_config
+from raphael_dist.diffusion import draw_timestep
+
+
+@dataclass(frozen=True)
+class BalanceRow:
+    """The largest load of a group's time experts, relative to an even share: its mean and its worst over all micro-steps."""
+
+    name: str
+    mean: float
+    worst: float
+
+
+def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, group: int, experts: int) -> list[BalanceRow]:
+    """Compare ways to draw timesteps: `draws[name](step)` gives those of a global batch in order of position.
+
+    Experts serve equal ranges of timesteps; a group takes `group` consecutive positions in a micro-step, and waits for its
+    busiest expert.
+    """
+    rows = []
+    for name, draw in draws.items():
+        largest = []
+        for step in range(steps):
+            expert_P = torch.tensor(draw(step))
+            expert_GP = expert_P[: len(expert_P) // group * group].view(-1, group)
+            loads_GK = torch.nn.functional.one_hot(expert_GP, experts).sum(dim=1)
+            largest.append(loads_GK.amax(dim=1).float() * experts / group)
+        every = torch.cat(largest)
+        rows.append(BalanceRow(name, float(every.mean()), float(every.max())))
+    return rows
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    for name, default in (("global-batch", 2000), ("experts", 4), ("steps", 20)):
+        command.add_argument(f"--{name}", type=int, default=default)
+    command.add_argument("--group", type=int, nargs="+", default=[4, 8, 16, 64])
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print how even the loads of time experts are when timesteps are drawn independently, by stratum, and as we do."""
+    config, seed = load_config("raphael-3b").diffusion, 0
+    total, T = args.global_batch, config.num_timesteps
+
+    def bins(uniform: object) -> list[int]:
+        return (np.asarray(uniform) * args.experts).astype(int).tolist()
+
+    draws = {
+        "independent": lambda step: bins(np.random.default_rng(step).random(total)),
+        "strata in random order": lambda step: bins((np.random.default_rng(step).permutation(total) + 0.5) / total),
+        "strata, runs even (ours)": lambda step: bins(
+            [draw_timestep(config, seed, step * total + i, total) / T for i in range(total)]
+        ),
+    }
+    for group in args.group:
+        print(
+            f"global batch {total}, {args.experts} time experts, {group} samples of a group a micro-step, {args.steps} steps"
+        )
+        for row in bench_balance(draws, args.steps, group, args.experts):
+            print(f"  {row.name:<26} busiest expert {row.mean:5.2f}x an even share on average, {row.worst:5.2f}x at worst")
