@@ -57,7 +57,7 @@ def test_conversions_of_a_made_up_model_are_timed(tmp_path, capsys):
     convert.run(parser.parse_args([*sizes, "--folder", str(tmp_path / "bench")]))
     printed = capsys.readouterr().out
     rows = r"copy and sync .*1\.00 x copy\n  convert to canonical .*\n  convert to deepspeed .*"
-    assert re.search(rf"\(master\) in 2 files, one process, median of 1\n  {rows}\nmost memory in use: 0\.", printed)
+    assert re.search(rf"\(master\) in 2 files, one process, median of 1\n  {rows}\nmost memory in use: ", printed)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
