@@ -26,6 +26,7 @@ class Noise:
 
     def __init__(self, config: Config, kinds: Sequence[str]) -> None:
         self.path, self.config, self.shapes = Path("noise"), config, parameter_shapes(config)
+        self.whole = True
         self.step, self.samples_seen, self.dataset = 1, config.train.global_batch, ""
         self.updates: int | None = 1
         self.guard: dict[str, Any] = {}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -103,21 +104,36 @@ def free_bytes(folder: Path) -> int:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Return every `step-*` folder, the newest first, whole or not. Raises OSError when `root` cannot be read."""
+    """Return every folder step-00000100, the newest first, whole or not. Raises OSError when `root` cannot be read.
+
+    Others, as a user's copy step-00000100-good, are none of ours: neither resumed from nor removed.
+    """
     try:
-        found = sorted(root.iterdir(), reverse=True)
+        found = [path for path in root.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
     except FileNotFoundError:
         return []
-    return [path for path in found if path.name.startswith("step-")]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Rename a whole folder into place; one of that name steps aside first and comes back if this is not completed."""
     sync_folder(temporary)
     aside = final.with_name(REPLACED + final.name)
+    if aside.exists():
+        remove(aside)
     if final.exists():
         final.rename(aside)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
     sync_folder(final.parent)
     if aside.exists():
         remove(aside)
@@ -159,7 +175,7 @@ def tidy(root: Path) -> None:
 
 def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
     """Return which of `folders`, newest first, retention lets go: all but the last `keep` and every `keep_every`th step."""
-    return [f for f in folders[keep:] if not (keep_every and int(f.name.removeprefix("step-")) % keep_every == 0)]
+    return [f for f in folders[keep:] if not (keep_every and step_of(f) % keep_every == 0)]
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.convert.convert import open_checkpoint
+from raphael_dist.convert.state import Checkpoint
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
 
@@ -41,8 +42,13 @@ def load_initial(model: nn.Module, path: Path) -> None:
         damage = found.damage()
     except UserError as error:
         raise UserError(f"run.init_from: cannot read {path}: {str(error).removeprefix('--from ')}") from None
-    if damage:
-        raise UserError(f"run.init_from: {damage}")
+    with found:
+        if damage:
+            raise UserError(f"run.init_from: {damage}")
+        _copy_weights(model, found, path)
+
+
+def _copy_weights(model: nn.Module, found: Checkpoint, path: Path) -> None:
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wrong = sorted(n for n in expected.keys() | found.shapes.keys() if expected.get(n) != found.shapes.get(n))
     if wrong:
@@ -55,4 +61,3 @@ def load_initial(model: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(found.read(kind, name, 0, p.numel()).view(p.shape))
-    found.close()

@@ -74,7 +74,7 @@ class Restorer:
         for folder in folders:
             damage = self._verify(folder)
             if damage is None:
-                return CheckpointReader(folder), damaged
+                return parallel.all_or_none(partial(CheckpointReader, folder)), damaged
             damaged[folder] = damage.removeprefix(f"checkpoint {folder}: ")
             if self._ranks.is_main:
                 _log.warning("skipping checkpoint %s: %s", folder, damaged[folder])
@@ -87,7 +87,7 @@ class Restorer:
             reader = CheckpointReader(folder)
             names = sorted(reader.manifest["files"])
             damage = reader.damage(names[self._ranks.rank :: self._ranks.world_size]) or reader.incomplete()
-        except (UserError, OSError) as error:
+        except Exception as error:  # a manifest may say anything; the other ranks wait
             damage = str(error)
         return next((d for d in parallel.gather(damage) if d is not None), None)
 

@@ -27,7 +27,7 @@ from raphael_dist.checkpoint.restore import Restorer
 from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.config import Config
 from raphael_dist.ema import Ema
-from raphael_dist.errors import NonFiniteError, NotSavedError
+from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
 from raphael_dist.fragments import Fragments
 from raphael_dist.rundir import versions
 
@@ -237,12 +237,15 @@ class CheckpointStore:
         if problem:
             raise OSError(problem)
         files.publish(save.temporary, save.final)
-        files.replace_bytes(self.root / "latest", save.final.name.encode())
-        # Every file was read back before it was named here, so that older checkpoints may go.
-        keep = self._config.checkpoint
-        for old in files.surplus(newest(self.root), keep.keep, keep.keep_every):
-            if old != save.final:
-                files.remove(old)
+        try:
+            files.replace_bytes(self.root / "latest", save.final.name.encode())
+            # Every file was read back before it was named here, so that older checkpoints may go.
+            keep = self._config.checkpoint
+            for old in files.surplus(newest(self.root), keep.keep, keep.keep_every):
+                if old != save.final:
+                    files.remove(old)
+        except (OSError, UserError) as error:  # the checkpoint is there, and resuming looks for it without `latest`
+            _log.warning("%s is saved, but `latest` or older checkpoints could not be updated: %s", save.final, error)
 
     def _give_up(self, save: Save, problem: str) -> None:
         save.failure = f"checkpoint of step {save.manifest['step']} not written, the previous one stays: {problem}"

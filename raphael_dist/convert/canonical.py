@@ -112,8 +112,8 @@ def gather_indexed(folder: Path, stem: str) -> dict[str, Stored]:
     if index.is_file() and not (folder / names[0]).is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index} cannot be read: {error}") from None
-        if any(Path(name).name != name for name in names):
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise UserError(f"{index} names a file outside its folder")
     return gather(folder, names)

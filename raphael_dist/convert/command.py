@@ -6,9 +6,8 @@ from rich.table import Table
 
 from raphael_dist.convert.convert import Report
 from raphael_dist.convert.plan import Options
+from raphael_dist.convert.state import WHOLE
 from raphael_dist.errors import UserError
-
-WHOLE = ("raphael", "deepspeed", "canonical")
 
 
 def options_of(

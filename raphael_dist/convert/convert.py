@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from raphael_dist.convert import canonical, deepspeed_read, deepspeed_write, den
 from raphael_dist.convert.plan import Options, Plan, Source, Take, check_complete, write_file
 from raphael_dist.convert.ranks import Ranks
 from raphael_dist.convert.state import Checkpoint
+from raphael_dist.convert.tensorfile import HashedFile
 from raphael_dist.convert.upcycle import Upcycled
 from raphael_dist.errors import UserError, did_you_mean
 
+_SYNCING = 16  # files that may be on their way to the device while others are written
 LAYOUTS = ("raphael", "deepspeed", "canonical", "diffusers", "megablocks", "dense")
 
 
@@ -87,9 +90,19 @@ def open_checkpoint(layout: str, path: Path, config: Config | None = None) -> Ch
 
     `config`: the model, for layouts that may not say it (a folder that DeepSpeed wrote).
     """
-    layout = detect(path) if layout == "auto" else check_layout("--from", layout)
-    if not path.exists():
-        raise UserError(f"--from {layout} {path}: no such file or folder")
+    try:
+        layout = detect(path) if layout == "auto" else check_layout("--from", layout)
+        if not path.exists():
+            raise UserError(f"--from {layout} {path}: no such file or folder")
+        return _open(layout, path, config)
+    except OSError as error:
+        raise UserError(f"--from {layout} {path}: {error.strerror or error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        # Whatever a stranger's files lack of what the layout's have.
+        raise UserError(f"--from {layout} {path}: not of this layout: {type(error).__name__}: {error}") from None
+
+
+def _open(layout: str, path: Path, config: Config | None) -> Checkpoint:
     if layout == "raphael":
         return run_layout.open_run(path)
     if layout == "canonical":
@@ -130,12 +143,11 @@ def convert(
     """
     ranks, began = ranks or Ranks(), time.monotonic()
     check_layout("--to", to_layout)
-    prepared = ranks.together(lambda: _prepare(from_layout, path, to_layout, target, options, config))
-    opened, source, plan = prepared[ranks.rank]
-    store(source, plan, target, ranks, opened.files)
-    opened.close()
+    opened, source, plan = ranks.agree(lambda: _prepare(from_layout, path, to_layout, target, options, config))
+    with opened:
+        store(source, plan, target, ranks, opened.files)
     how = "sizes and SHA-256 of its manifest" if opened.files else "no manifest: only that every tensor is there once"
-    return Report(opened.layout, to_layout, _rows(plan), plan.notes, how, time.monotonic() - began)
+    return Report(opened.layout, to_layout, _rows(plan), opened.notes + plan.notes, how, time.monotonic() - began)
 
 
 def store(source: Source, plan: Plan, target: Path, ranks: Ranks, vouched: dict[Path, dict[str, Any]]) -> None:
@@ -158,12 +170,14 @@ def store(source: Source, plan: Plan, target: Path, ranks: Ranks, vouched: dict[
 def _prepare(
     from_layout: str, path: Path, to_layout: str, target: Path, options: Options, config: Config | None
 ) -> tuple[Checkpoint, Source, Plan]:
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"--to {to_layout} {target}: exists already; give a new path, nothing is overwritten")
     opened = open_checkpoint(from_layout, path, config)
     source: Source = opened
-    if config is not None and opened.layout in ("dense", "diffusers") and not opened.config.model.time_experts:
-        source = Upcycled(opened, config) if config.model.time_experts or config.model.space_experts else opened
+    if config is not None and opened.layout != "deepspeed":
+        if not diffusers_folder.is_dense(opened.config):
+            raise UserError(f"--config: {path} says its model itself, and has experts or edge modules already; leave it out")
+        source = Upcycled(opened, config)
     plan = make_plan(to_layout, source, options, target)
     check_complete(plan, source)
     return opened, source, plan
@@ -189,14 +203,21 @@ def _write(plan: Plan, source: Source, vouched: dict[Path, dict[str, Any]], temp
         found: list[str | None] = []
         checking = threading.Thread(target=lambda: found.append(damage(to_check)), daemon=True)
         checking.start()
-        files = {file.name: write_file(file, temporary, source) for file in mine}
-        written = {name: file.entry() for name, file in files.items()}
-        checking.join()
+        written, syncing = {}, deque[tuple[str, HashedFile]]()
+        try:
+            for file in mine:
+                syncing.append((file.name, write_file(file, temporary, source)))
+                if len(syncing) > _SYNCING:
+                    name, oldest = syncing.popleft()
+                    written[name] = oldest.entry()
+        finally:  # no thread goes on writing, whatever happened
+            written |= {name: file.entry() for name, file in syncing}
+            checking.join()
         if not found or found[0] is not None:
             raise UserError(f"{source.path} is damaged: {found[0] if found else 'it cannot be read'}")
         return written
 
-    return {name: entry for written in ranks.together(work) for name, entry in written.items()}
+    return {name: entry for written in ranks.gather(ranks.agree(work)) for name, entry in written.items()}
 
 
 def _share(weighted: list[tuple[int, Any]], ranks: Ranks) -> list[Any]:
@@ -220,14 +241,21 @@ def _publish(plan: Plan, entries: dict[str, Any], temporary: Path, target: Path)
         write_bytes(temporary / name, data)
     if plan.finish is not None:
         plan.finish(temporary)
+        _sync([path for path in temporary.rglob("*") if path.is_file() and str(path.relative_to(temporary)) not in entries])
     home = (temporary / plan.manifest_name).parent
     files = {os.path.relpath(temporary / name, home): entries[name] for name in sorted(entries)}
     write_bytes(temporary / plan.manifest_name, json.dumps(plan.manifest | {"files": files}, indent=1).encode())
-    again = open_checkpoint(plan.layout, temporary)
-    assert len(plan.kinds) <= len(again.kinds())
-    again.close()
+    with open_checkpoint(plan.layout, temporary) as again:
+        assert len(plan.kinds) <= len(again.kinds())
+    _sync([path for path in (temporary, *temporary.rglob("*")) if path.is_dir()])
     temporary.rename(target)
     sync_folder(target.parent)
+
+
+def _sync(paths: list[Path]) -> None:
+    """Wait until files, or the entries of folders, are on the device."""
+    for path in paths:
+        sync_folder(path)
 
 
 def _rows(plan: Plan) -> list[Row]:

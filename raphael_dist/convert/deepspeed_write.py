@@ -21,7 +21,7 @@ from raphael_dist.config import Config
 from raphael_dist.convert.canonical import kind_files
 from raphael_dist.convert.manifest import base_manifest
 from raphael_dist.convert.partition import Group, Slot, groups, local, zero3
-from raphael_dist.convert.plan import STEP, ZEROS, Entry, Options, OutFile, Plan, Source, Take, entries_of
+from raphael_dist.convert.plan import STEP, ZEROS, Entry, Options, OutFile, Plan, Source, Take, entries_of, resumes
 from raphael_dist.convert.run_layout import alignment, parallel_config, topology_of
 from raphael_dist.fragments import MOMENTS
 
@@ -41,13 +41,13 @@ class _Target:
         self.bf16_optimizer = options.stage == 1 and train.dtype == "bfloat16" and batch.accumulation > 1
         aligned = 1 if self.bf16_optimizer else alignment(self.config, options.stage)
         self.topology = topology_of(self.config, options, aligned)
-        self.resumes = all(kind in source.kinds() for kind in MOMENTS)
+        self.resumes = resumes(source)
         self.adam = self.config.optim.kind == "adamw"
-        self.step = source.step if self.resumes or not self.adam else 0
-        self.updates = (source.updates or 0) if self.step else 0
+        self.step = source.step if self.resumes else 0
+        self.updates = (source.updates or 0) if self.resumes else 0
 
     def moment(self, kind: str) -> str:
-        return kind if self.resumes else ZEROS
+        return kind if kind in self.source.kinds() else ZEROS
 
 
 def plan(source: Source, options: Options) -> Plan:
@@ -67,11 +67,12 @@ def plan(source: Source, options: Options) -> Plan:
         more, index = kind_files(source, "ema", options.part_bytes)
         files += [OutFile(f"{folder}/{f.name}", f.entries, f.metadata) for f in more]
         small |= {f"{folder}/{name}": data for name, data in index.items()}
-    notes = [] if target.resumes or not target.adam else ["exp_avg, exp_avg_sq: not in the source; zero, at step 0"]
+    notes = [] if target.resumes else ["exp_avg, exp_avg_sq: not in the source; zero, at step 0"]
     manifest = base_manifest("deepspeed", source) | {
         "step": target.step,
         "samples_seen": source.samples_seen if target.resumes else 0,
         "updates": target.updates,
+        "guard": source.guard if target.resumes else {},
         "world_size": options.world,
         "zero_stage": options.stage,
         "config": target.config.model_dump(mode="json"),

@@ -57,6 +57,20 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "time_cond_proj_dim": (None,),
+    "norm_eps": (1e-5,),
+    "center_input_sample": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_only_cross_attention": (None, False),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "cross_attention_norm": (None,),
+    "attention_type": ("default",),
+    "encoder_hid_dim_type": (None,),
+    "dropout": (0,),
 }
 _DEFAULTS = {"use_linear_projection": False}  # diffusers' own, where it is not ours
 
@@ -255,7 +269,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object. UserError when there is none."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is no JSON object")

@@ -78,9 +78,10 @@ class Encoders:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"text.encoder: cannot load {config.text.encoder!r}: {str(error).splitlines()[0]}") from None
         self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"  # as TextEncoder.load sets it
-        if found.hidden_size != config.model.text_width:
+        text_width = getattr(found, "text_config", found).hidden_size  # a whole CLIP has the text's beside the image's
+        if text_width != config.model.text_width:
             raise UserError(
-                f"text.encoder: {config.text.encoder!r} gives {found.hidden_size} numbers a token, the model takes "
+                f"text.encoder: {config.text.encoder!r} gives {text_width} numbers a token, the model takes "
                 f"model.text_width = {config.model.text_width}; --unet-only exports without it"
             )
         self.text_class = _text_class(found)

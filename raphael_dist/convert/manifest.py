@@ -35,15 +35,20 @@ def read_manifest(path: Path, layout: str) -> dict[str, Any]:
         raise UserError(
             f"{path.parent}: no {path.name}, so this is no {layout} checkpoint, or it was never finished"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is unreadable: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("layout") != layout or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not of layout {layout}, format {FORMAT}")
     lacking = {"step", "samples_seen", "dataset", "config", "files"} - manifest.keys()
     if lacking:
         raise UserError(f"{path} lacks {', '.join(sorted(lacking))}")
-    if not isinstance(manifest["files"], dict) or not all(_inside(name) for name in manifest["files"]):
+    files = manifest["files"]
+    if not isinstance(files, dict) or not all(_inside(name) for name in files):
         raise UserError(f"{path} names a file outside its folder")
+    if not all(isinstance(e, dict) and type(e.get("bytes")) is int and type(e.get("sha256")) is str for e in files.values()):
+        raise UserError(f"{path} gives a file no size and checksum")
+    if type(manifest["step"]) is not int or type(manifest["samples_seen"]) is not int:
+        raise UserError(f"{path}: step and samples_seen must be numbers")
     config_from_tree(manifest["config"])
     return manifest
 

@@ -19,6 +19,7 @@ from raphael_dist.convert.state import chunks, describe
 from raphael_dist.convert.tensorfile import CHUNK, HashedFile, write_safetensors
 from raphael_dist.convert.torchfile import Lazy, write_tree
 from raphael_dist.errors import UserError
+from raphael_dist.fragments import MOMENTS
 
 ZEROS = "zeros"  # the kind of padding, and of moments that the source does not have
 STEP = "step"  # the kind of a single number, given as `start`: the optimizer's count of steps
@@ -37,9 +38,19 @@ class Source(Protocol):
     guard: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing that its run had is left out."""
+
     def kinds(self) -> tuple[str, ...]: ...
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor: ...
+
+
+def resumes(source: Source) -> bool:
+    """Return whether a run can go on from the source: it has the moments, or its run has none (SGD; before any update)."""
+    stateless = source.config.optim.kind == "sgd" or not source.updates
+    return all(kind in source.kinds() for kind in MOMENTS) or (source.whole and stateless)
 
 
 @dataclass(frozen=True)

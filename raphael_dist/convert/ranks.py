@@ -24,7 +24,7 @@ class Ranks:
                 raise UserError(f'mpirun needs mpi4py and an MPI: pip install "raphael_dist[mpi]" ({first})') from None
             self._comm = MPI.COMM_WORLD
             self.rank, self.size = self._comm.rank, self._comm.size
-            started = int(os.environ.get("OMPI_COMM_WORLD_SIZE", self.size))
+            started = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or self.size)
             if started != self.size:  # every process would convert everything
                 raise UserError(
                     f"mpirun started {started} processes, mpi4py sees {self.size}: they belong to different MPIs"
@@ -34,27 +34,31 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` everywhere; return all results, by rank, or raise the first failure everywhere."""
-        result, failure = None, None
+    def agree(self, work: Callable[[], T]) -> T:
+        """Run `work` everywhere; return this rank's result, or raise the first failure everywhere.
+
+        What the operating system refuses becomes a UserError.
+        """
+        result: T | None = None
+        failure: Exception | None = None
         try:
             result = work()
+        except OSError as error:
+            failure = UserError(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
         except Exception as error:
             failure = error
-        if self._comm is None:
-            if failure is not None:
+        text = None if failure is None else (isinstance(failure, UserError), f"{failure}")
+        for rank, problem in enumerate(self.gather(text)):
+            if problem is not None and failure is not None and not isinstance(failure, UserError):
                 raise failure
-            return [cast(T, result)]
-        text = None if failure is None else (isinstance(failure, UserError | OSError), f"{failure}")
-        found = self._comm.allgather((text, result))
-        problems = [(rank, problem) for rank, (problem, _) in enumerate(found) if problem is not None]
-        if problems:
-            rank, (by_user, message) = problems[0]
-            if failure is not None and not by_user:
-                raise failure
-            raise UserError(message) if by_user else RuntimeError(f"rank {rank} failed: {message}")
-        return [value for _, value in found]
+            if problem is not None:
+                raise UserError(problem[1]) if problem[0] else RuntimeError(f"rank {rank} failed: {problem[1]}")
+        return cast(T, result)
 
-    def main_only(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 alone and return its result everywhere."""
-        return cast(T, self.together(lambda: work() if self.is_main else None)[0])
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order."""
+        return [value] if self._comm is None else cast(list[T], self._comm.allgather(value))
+
+    def main_only(self, work: Callable[[], object]) -> None:
+        """Run `work` on rank 0 alone."""
+        self.agree(lambda: work() if self.is_main else None)

@@ -15,7 +15,7 @@ from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, n
 from raphael_dist.config import Config, config_from_tree, to_yaml
 from raphael_dist.convert.manifest import base_manifest
 from raphael_dist.convert.partition import Topology, slots
-from raphael_dist.convert.plan import ZEROS, Entry, Options, OutFile, Plan, Source, Take
+from raphael_dist.convert.plan import ZEROS, Entry, Options, OutFile, Plan, Source, Take, resumes
 from raphael_dist.convert.state import Checkpoint, Range
 from raphael_dist.convert.tensorfile import read_header
 from raphael_dist.errors import UserError
@@ -30,11 +30,14 @@ def open_run(path: Path) -> Checkpoint:
     problems = []
     for folder in newest(path / "checkpoints") or newest(path):
         try:
-            return _open_step(folder)
+            found = _open_step(folder)
         except UserError as error:
             problems.append(str(error))
-    found = f"; damaged: {'; '.join(problems)}" if problems else ""
-    raise UserError(f"{path}: no checkpoint of a run there{found}; give a run directory or one of its step-* folders")
+        else:
+            found.notes += [f"skipped, {folder.name} is taken instead: {problem}" for problem in problems]
+            return found
+    damaged = f"; damaged: {'; '.join(problems)}" if problems else ""
+    raise UserError(f"{path}: no checkpoint of a run there{damaged}; give a run directory or one of its step-* folders")
 
 
 def _open_step(folder: Path) -> Checkpoint:
@@ -102,24 +105,24 @@ def plan(source: Source, options: Options, target: Path) -> Plan:
     """Plan a run directory with one checkpoint as of `options.world` ranks; without moments it begins at step 0."""
     config = parallel_config(source.config, options)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": target, "init_from": None})})
-    resumes = all(kind in source.kinds() for kind in MOMENTS)
-    step = source.step if resumes else 0
+    goes_on = resumes(source)
+    step = source.step if goes_on else 0
     folder = f"checkpoints/step-{step:08d}"
     topology = topology_of(config, options, alignment(config, options.stage))
-    made = () if resumes or config.optim.kind == "sgd" else MOMENTS
+    made = () if config.optim.kind == "sgd" else tuple(kind for kind in MOMENTS if kind not in source.kinds())
     files = [_rank_file(source, topology, rank, folder, made) for rank in range(options.world)]
     manifest = base_manifest("raphael", source) | {
         "format": FORMAT,
         "step": step,
-        "samples_seen": source.samples_seen if resumes else 0,
-        "updates": source.updates if resumes else 0,
-        "guard": source.guard if resumes else {},
+        "samples_seen": source.samples_seen if goes_on else 0,
+        "updates": source.updates if goes_on else 0,
+        "guard": source.guard if goes_on else {},
         "world_size": options.world,
         "config": config.model_dump(mode="json"),
         "tensors": {name: list(shape) for name, shape in source.shapes.items()},
     }
     manifest.pop("layout")
-    notes = [] if resumes else ["exp_avg, exp_avg_sq: not in the source; zero, at step 0, as in a new run"]
+    notes = [] if goes_on else ["exp_avg, exp_avg_sq: not in the source; zero, at step 0, as in a new run"]
     small = {"config.yaml": to_yaml(config).encode(), "checkpoints/latest": Path(folder).name.encode()}
     return Plan("raphael", files, source.kinds(), f"{folder}/{MANIFEST}", manifest, small, notes)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from raphael_dist.convert.tensorfile import CHUNK, FileReader, Stored
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
 
+# Layouts that hold everything a run needs to go on; the others hold weights alone.
+WHOLE = ("raphael", "deepspeed", "canonical")
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 _STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
 
@@ -46,7 +49,7 @@ class Checkpoint:
     """What was found at `path`.
 
     files: size and SHA-256 of each file by its manifest; empty without one. updates: steps that changed the weights, which
-    is what Adam counts (default: `step`). guard: the state of the rules against bad steps.
+    is what Adam counts (default: `step`). guard: the state of the rules against bad steps. notes: what the user should know.
     """
 
     layout: str
@@ -60,6 +63,7 @@ class Checkpoint:
     topology: str = ""
     updates: int | None = None
     guard: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.updates = self.step if self.updates is None else self.updates
@@ -67,15 +71,25 @@ class Checkpoint:
         self._reader = FileReader()
         self._whole: tuple[Range, Tensor] | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing that its run had is left out."""
+        return self.layout in WHOLE
+
     def kinds(self) -> tuple[str, ...]:
         """Return the kinds of values that are there, in the usual order."""
         return tuple(kind for kind in KINDS if any(k == kind for k, _ in self.ranges))
 
     def check(self) -> None:
-        """Raise UserError unless every parameter of the model is there exactly once, in every kind."""
+        """Raise UserError unless every parameter of the model is there exactly once, in every kind, in files vouched for."""
         unknown = [name for _, name in self.ranges if name not in self.shapes]
         if unknown:
             raise UserError(f"{self.path}: {unknown[0]} is no parameter of the model of this configuration")
+        if "master" not in self.kinds():
+            raise UserError(f"{self.path}: it holds no weights ({', '.join(self.kinds()) or 'nothing at all'})")
+        read = {r.stored.path for ranges in self.ranges.values() for r in ranges}
+        if self.files and not read <= self.files.keys():
+            raise UserError(f"{min(read - self.files.keys())} is not in the manifest; remove the one or the other")
         for kind in self.kinds():
             for name, shape in self.shapes.items():
                 ranges = self.ranges.get((kind, name), [])
@@ -95,7 +109,7 @@ class Checkpoint:
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Return elements [start, start + numel) of a flattened tensor, float32."""
-        out = torch.empty(0)
+        out, copied = torch.empty(0), 0
         for r in self.ranges[kind, name]:
             low, high = max(start, r.start), min(start + numel, r.start + r.numel)
             if high - low == numel:
@@ -103,6 +117,8 @@ class Checkpoint:
             out = out if out.numel() else torch.empty(numel)
             if low < high:
                 out[low - start : high - start] = self._piece(r, low - r.start, high - low)
+                copied += high - low
+        assert copied == numel, f"{kind} of {name} has no elements {start} to {start + numel}"
         return out
 
     def _piece(self, r: Range, first: int, numel: int) -> Tensor:
@@ -117,7 +133,10 @@ class Checkpoint:
         """Return which file does not agree with the manifest, or None; without a manifest there is nothing to compare."""
         return damage(self.files.items())
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Close the files."""
         self._reader.close()
 

@@ -68,7 +68,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         _check_extent(found, 8 + length, size)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     return found, metadata
 
@@ -142,7 +142,7 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self.bytes = 0
         self._file, self._digest = open(path, "wb", buffering=0), hashlib.sha256()
-        self._failure: OSError | None = None
+        self._failure: BaseException | None = None
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
         self._thread = threading.Thread(target=self._hash, daemon=True)
 
@@ -152,6 +152,8 @@ class HashedFile:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._queue.put(None)
+        if kind is not None:
+            self._thread.join()
 
     def entry(self) -> dict[str, Any]:
         """Wait until the file is durable; return its manifest entry. Raises OSError when that failed."""
@@ -180,11 +182,10 @@ class HashedFile:
         while (data := self._queue.get()) is not None:
             self._digest.update(data)
         try:
-            os.fsync(self._file.fileno())
+            with self._file:
+                os.fsync(self._file.fileno())
         except OSError as error:
             self._failure = error
-        finally:
-            self._file.close()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

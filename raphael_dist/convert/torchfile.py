@@ -69,10 +69,13 @@ def load_tree(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             pickles = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+            order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
         if size > path.stat().st_size or pickles > MAX_PICKLE:
             raise ValueError("its parts are larger than the file")
+        if order not in (b"", sys.byteorder.encode()):
+            raise ValueError("it was written on a machine of the other byte order")
         with FakeTensorMode(), torch.serialization.safe_globals(ALLOWED):
-            tree = torch.load(path, weights_only=True, map_location="cpu")
+            return _with_places(torch.load(path, weights_only=True, map_location="cpu"), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except pickle.UnpicklingError as error:
@@ -82,15 +85,15 @@ def load_tree(path: Path) -> Any:
         raise UserError(
             f"{path} is refused: it is a pickle of more than weights, and was not run ({unsafe.strip()})"
         ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, zipfile.BadZipFile) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged, or no file of torch.save: {reason}") from None
-    return _with_places(tree, path)
 
 
 def _with_places(node: Any, path: Path) -> Any:
     if isinstance(node, Tensor):
-        assert node.is_contiguous()
+        if node.layout is not torch.strided or not node.is_contiguous():
+            raise ValueError(f"a tensor of shape {list(node.shape)} is not contiguous; save it with .contiguous()")
         storage: Any = node.untyped_storage()
         offset = storage._checkpoint_offset + node.storage_offset() * node.dtype.itemsize
         return Stored(path, offset, node.dtype, tuple(node.shape))

@@ -29,6 +29,8 @@ _OF_EXPERTS = {"space_experts", "time_experts", "gate_width", "time_activation",
 class Upcycled:
     """The tensors of `config`'s model, made from a dense source when they are read. Only weights, at step 0."""
 
+    whole = False
+
     def __init__(self, source: Source, config: Config) -> None:
         self._source, self.config, self.path = source, config, source.path
         self.step, self.samples_seen, self.dataset = 0, 0, ""
@@ -36,6 +38,7 @@ class Upcycled:
         self.guard: dict[str, Any] = {}
         self._check()
         self.shapes = parameter_shapes(config)
+        assert all(self.shapes[n] == shape for n, shape in source.shapes.items() if n in self.shapes)
         self._blocks = {block: i for i, block in enumerate(_blocks(self.shapes, config))}
         self._kind = "ema" if "ema" in source.kinds() else "master"
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
@@ -99,9 +102,8 @@ class Upcycled:
 
     def _check(self) -> None:
         dense, wanted = self._source.config.model, self.config.model
-        if wanted.time_experts and (
-            wanted.time_activation != dense.time_activation or wanted.expert_width != dense.expert_width
-        ):
+        # Without time experts too: the feed-forward layer has this width and activation.
+        if wanted.time_activation != dense.time_activation or wanted.expert_width != dense.expert_width:
             raise UserError(
                 f"--config: to copy the feed-forward layers of {self.path}, model.time_activation must be "
                 f"{dense.time_activation} and model.expert_width {list(dense.expert_width)}; given {wanted.time_activation} "
