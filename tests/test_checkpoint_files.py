@@ -88,6 +88,41 @@ def test_retention_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     assert files.surplus(folders, 9, 0) == []
 
 
+def test_a_users_own_copies_are_neither_resumed_from_nor_removed(tmp_path: Path) -> None:
+    names = ["step-00000200", "step-100000000", "step-00000100", "step-00000100-good", "step-best", "step-00000050.bak", "x"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    found = files.step_folders(tmp_path)
+    assert [f.name for f in found] == ["step-100000000", "step-00000200", "step-00000100"]
+    assert [f.name for f in files.surplus(found, 1, 200)] == ["step-00000100"]
+
+
+def test_publishing_clears_what_an_earlier_replacement_left_and_a_failure_brings_the_old_one_back(tmp_path: Path) -> None:
+    final, temporary = tmp_path / "step-00000001", tmp_path / ".writing-step-00000001"
+    for folder, text in ((final, "old"), (tmp_path / (files.REPLACED + final.name), "older"), (temporary, "new")):
+        folder.mkdir()
+        (folder / "x").write_text(text)
+    files.publish(temporary, final)
+    assert (final / "x").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == [final.name]
+    temporary.mkdir()
+    (temporary / "x").write_text("newest")
+    renamed = []
+
+    def failing(self: Path, to: Path) -> Path:
+        renamed.append(to)
+        if len(renamed) == 2:
+            raise OSError("no")
+        return rename(self, to)
+
+    rename = Path.rename
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="no"):
+            files.publish(temporary, final)
+    assert (final / "x").read_text() == "new"
+
+
 def test_a_removal_that_fails_only_warns_and_leaves_nothing_that_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

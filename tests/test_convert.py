@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -306,6 +307,16 @@ def name_outside(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def in_manifest(folder: Path, **values) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | values))
+
+
+def only_the_average(folder: Path) -> None:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    in_manifest(folder, files={"ema.safetensors": files["ema.safetensors"]})
+
+
 DAMAGES = [
     (lose_an_expert, r"master of down.*space_moe.w1, expert 3 is missing"),
     (double_an_expert, r"experts.3.w1.weight is there twice"),
@@ -317,6 +328,10 @@ DAMAGES = [
     (huge_header, r"cut short, or no safetensors file"),
     (overlapping, r"overlap or leave a gap"),
     (name_outside, r"names a file outside"),
+    (lambda f: in_manifest(f, files={}), r"it holds no weights \(nothing at all\)"),
+    (lambda f: in_manifest(f, files={"model.safetensors": {"bytes": 1}}), r"gives a file no size and checksum"),
+    (lambda f: in_manifest(f, step="7"), r"step and samples_seen must be numbers"),
+    (only_the_average, r"it holds no weights \(ema\)"),
 ]
 
 
@@ -334,6 +349,95 @@ def test_a_disk_that_is_too_small_is_found_out_before_writing(tmp_path, sources,
     with pytest.raises(UserError, match=r"2584192 bytes are needed, 1000 are free"):
         convert("auto", sources["moe"][1], "canonical", tmp_path / "out", Options())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["canonical", "deepspeed"])
+def test_a_disk_that_fills_up_meanwhile_is_one_line_and_nothing_stays(tmp_path, sources, to):
+    limit = ("bash", "-c", 'ulimit -f 200; exec "$@"', "bash")  # KiB a file may have
+    done = tool("--from", "auto", sources["moe"][1], "--to", to, tmp_path / "out", launcher=limit)
+    assert (done.returncode, done.stderr.splitlines()) == (2, ["error: File too large"])
+    assert not list(tmp_path.iterdir())
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_few_files_are_open_at_a_time_however_many_are_written_and_none_after_a_failure(tmp_path, sources, monkeypatch):
+    _, canonical = sources["moe"]
+    most, fsync = [], os.fsync
+
+    def slow(descriptor: int) -> None:
+        most.append(open_files())
+        time.sleep(0.02)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", slow)
+    before = open_files()
+    convert("auto", canonical, "raphael", tmp_path / "out", options("raphael", (60, 1, 1, 1)))
+    assert max(most) < before + 30
+    for i in range(3):
+        folder = copy(canonical, tmp_path / f"source{i}")
+        flip_a_bit(folder)
+        with pytest.raises(UserError, match="does not match its checksum"):
+            convert("auto", folder, "raphael", tmp_path / "none", Options())
+    assert open_files() <= before
+
+
+def test_weights_that_no_manifest_names_are_not_taken_for_verified(tmp_path, sources):
+    convert("auto", sources["moe"][1], "diffusers", tmp_path / "out", options("diffusers", part_bytes=200_000))
+    (tmp_path / "out/unet/diffusion_pytorch_model.safetensors.index.json").unlink()
+    parts = {}
+    for part in (tmp_path / "out/unet").glob("*.safetensors"):
+        parts |= load_file(part)
+    save_file(parts, tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors is not in the manifest"):
+        open_checkpoint("auto", tmp_path / "out")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_note(tmp_path, sources):
+    convert("auto", sources["moe"][1], "raphael", tmp_path / "run", options("raphael"))
+    newer = copy(tmp_path / "run/checkpoints/step-00000007", tmp_path / "run/checkpoints/step-00000009")
+    os.truncate(newer / "rank-00001.safetensors", 1000)
+    report = convert("auto", tmp_path / "run", "canonical", tmp_path / "out", Options())
+    assert len(report.notes) == 1
+    assert re.search(r"skipped, step-00000007 is taken instead: .*step-00000009.*cannot be read", report.notes[0])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_without_moments_keeps_its_step(tmp_path, optimizer):
+    config = tiny_config(optim={"kind": optimizer})
+    folder = handmade_canonical(tmp_path / "canonical", config, random_state(config, ("master", "ema")))
+    updates = 5 if optimizer == "sgd" else 0  # AdamW before its first update
+    in_manifest(folder, updates=updates)
+    convert("auto", folder, "deepspeed", tmp_path / "ds", options("deepspeed"))
+    convert("auto", tmp_path / "ds", "raphael", tmp_path / "run", options("raphael", (4, 2, 2, 1)))
+    for path in (tmp_path / "ds", tmp_path / "run"):
+        found = open_checkpoint("auto", path)
+        assert (found.step, found.samples_seen, found.updates, found.guard) == (7, 84, updates, {"skipped": 2})
+    weights = convert("auto", folder, "megablocks", tmp_path / "weights", Options())
+    assert "ema here" in weights.notes[0]
+    convert("auto", tmp_path / "weights", "raphael", tmp_path / "new", options("raphael"))
+    assert open_checkpoint("auto", tmp_path / "new").step == 0, "weights alone are no run"
+
+
+def test_a_model_is_upcycled_from_any_layout_once(tmp_path, sources):
+    config = tiny_config(model={**TREE["model"], "time_experts": 0, "time_activation": "geglu", "expert_width": [64, 96]})
+    report = convert("auto", sources["dense"][1], "canonical", tmp_path / "out", Options(), config)
+    assert open_checkpoint("auto", tmp_path / "out").config.model.space_experts == config.model.space_experts
+    assert report.rows[0].kind == "master"
+    with pytest.raises(UserError, match=r"--config: .* has experts or edge modules already; leave it out"):
+        convert("auto", tmp_path / "out", "canonical", tmp_path / "again", Options(), config)
+
+
+def test_a_target_that_is_a_link_or_has_no_proper_name_is_refused(tmp_path, sources):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for target, message in ((tmp_path / "link", "exists already"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(UserError, match=message):
+            convert("auto", sources["moe"][1], "canonical", target, Options())
+    with pytest.raises(UserError, match="File name too long"):
+        open_checkpoint("auto", tmp_path / ("x" * 300))
+    assert [p.name for p in tmp_path.iterdir()] == ["link"]
 
 
 def test_a_killed_conversion_leaves_no_target_and_the_next_one_works(tmp_path, sources):
@@ -422,6 +526,36 @@ def test_getattr_of_anything_else_is_refused(tmp_path, of, name):
         load_tree(tmp_path / "file.pt")
 
 
+def other_byte_order(path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, b"big" if name.endswith("byteorder") else data)
+
+
+def contains_itself(path: Path) -> None:
+    loop: list = []
+    loop.append(loop)
+    torch.save(loop, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (other_byte_order, "other byte order"),
+        (contains_itself, "recursion"),
+        (lambda path: torch.save({"w": torch.ones(2, 3).t()}, path), r"a tensor of shape \[3, 2\] is not contiguous"),
+        (lambda path: torch.save({"w": torch.ones(2).to_sparse()}, path), "is damaged, or no file of torch.save"),
+    ],
+)
+def test_a_file_of_torch_that_cannot_be_taken_is_one_line(tmp_path, write, message):
+    write(tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match=message):
+        open_checkpoint("dense", tmp_path / "model.ckpt")
+
+
 def test_inspection_warns_of_dead_and_identical_experts_and_says_what_is_there(tmp_path):
     state = random_state(MOE, ("master",))
     layer = "mid_block.attentions.0.transformer_blocks.0.space_moe"
@@ -451,6 +585,9 @@ DEEPSPEED_DAMAGES = [
         ),
         r"is said to lie at",
     ),
+    (lambda f: torch.save({}, f / "mp_rank_00_model_states.pt"), r"not of this layout: KeyError"),
+    (lambda f: torch.save([1], f / "mp_rank_00_model_states.pt"), r"not of this layout: TypeError"),
+    (lambda f: torch.save({}, f / "zero_pp_rank_1_mp_rank_00_optim_states.pt"), r"not of this layout: KeyError"),
 ]
 
 

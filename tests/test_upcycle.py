@@ -127,6 +127,15 @@ UNFIT = [
     ({"class_embed_type": "timestep"}, {}, r"class_embed_type = 'timestep'"),
     ({}, {"time_activation": "gelu"}, r"model.time_activation must be geglu.*given gelu"),
     ({}, {"expert_width": [64, 64, 64]}, r"model.expert_width \[128, 256, 256\]; given geglu and \[64, 64, 64\]"),
+    (
+        {},
+        {"time_experts": 0, "expert_width": [200, 300, 300]},
+        r"model.expert_width \[128, 256, 256\]; given geglu and \[200",
+    ),
+    ({}, {"time_experts": 0, "time_activation": "gelu"}, r"model.time_activation must be geglu.*given gelu"),
+    ({"norm_eps": 1e-6}, {}, r"norm_eps = 1e-06"),
+    ({"mid_block_scale_factor": 2}, {}, r"mid_block_scale_factor = 2"),
+    ({"resnet_out_scale_factor": 1.4}, {}, r"resnet_out_scale_factor = 1.4"),
     ({}, {"text_width": 24}, r"model.text_width: the checkpoint in .* has 12, this configuration gives 24"),
 ]
 
