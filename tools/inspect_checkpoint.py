@@ -1,6 +1,6 @@
 """Say what a checkpoint is, whether it verifies, and how its experts are: `python tools/inspect_checkpoint.py runs/demo`.
 
-Exit code 0: sound; 1: damaged, or experts are dead, identical or not finite; 2: not a checkpoint.
+Exit code 0: sound; 1: damaged, or experts are dead, identical or not finite; 2: not a checkpoint, or damaged headers.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """A U-Net with the weights of a checkpoint, in any layout, in one process."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from raphael_dist.convert.convert import open_checkpoint
 from raphael_dist.convert.state import Checkpoint
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
+
+_log = logging.getLogger(__name__)
 
 
 def load_unet(reader: CheckpointReader, weights: str = "ema") -> RaphaelUNet:
@@ -45,6 +48,8 @@ def load_initial(model: nn.Module, path: Path) -> None:
     with found:
         if damage:
             raise UserError(f"run.init_from: {damage}")
+        for note in found.notes:
+            _log.warning("run.init_from: %s", note)
         _copy_weights(model, found, path)
 
 

@@ -108,6 +108,8 @@ def show(found: Checkpoint) -> bool:
     )
     for kind in found.kinds():
         console.print(f"  {kind}: {len(found.shapes):,} tensors, {total:,} parameters", highlight=False)
+    for note in found.notes:
+        console.print(f"[bold red]{note}[/]", highlight=False)
     sound = _show_experts(found, console)
     wrong = found.damage()
     if not found.files:
