@@ -95,6 +95,8 @@ def open_checkpoint(layout: str, path: Path, config: Config | None = None) -> Ch
         if not path.exists():
             raise UserError(f"--from {layout} {path}: no such file or folder")
         return _open(layout, path, config)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"--from {layout} {path}: {error.strerror or error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
