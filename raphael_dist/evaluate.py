@@ -5,17 +5,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from raphael_dist import parallel
-from raphael_dist.batch_plan import BatchPlan, run_of, unit_of
-from raphael_dist.conditioning import ImageEncoder, TextEncoder
 from raphael_dist.config import Config
 from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder
 from raphael_dist.data.stream import TrainStream
-from raphael_dist.diffusion import NoiseSchedule
-from raphael_dist.ema import Ema
-from raphael_dist.engine import Engine
-from raphael_dist.objective import compute_losses
-from raphael_dist.sampling import generate
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.parallel.batch_plan import BatchPlan, run_of, unit_of
+from raphael_dist.sampling.sampling import generate
 
 TIME_BINS = 4
 MIN_DRAWS = 32

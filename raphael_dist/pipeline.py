@@ -14,10 +14,10 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
-from raphael_dist.conditioning import ImageEncoder, TextEncoder
 from raphael_dist.config import config_from_tree
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder
 from raphael_dist.model.unet import RaphaelUNet, UNetOutput
-from raphael_dist.sampling import generate_with
+from raphael_dist.sampling.sampling import generate_with
 
 _Pipeline: Any = DiffusionPipeline  # type checkers do not see what its mixins add
 

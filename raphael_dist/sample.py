@@ -33,11 +33,11 @@ def run(args: argparse.Namespace) -> None:
     """Sample and write the grid. Raises UserError for what the user can fix."""
     import torch
 
-    from raphael_dist.checkpoint.load import load_unet
     from raphael_dist.checkpoint.reader import open_newest
-    from raphael_dist.conditioning import ImageEncoder, TextEncoder
-    from raphael_dist.data.features import check_encoders
-    from raphael_dist.sampling import caption_grid, generate, save_image
+    from raphael_dist.convert.load import load_unet
+    from raphael_dist.data.encoders import ImageEncoder, TextEncoder
+    from raphael_dist.data.open import check_encoders
+    from raphael_dist.sampling.sampling import caption_grid, generate, save_image
 
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UserError(f"--seed: given {args.seed}, allowed 0 to 2**63 - 1")

@@ -15,9 +15,8 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
 
-from raphael_dist import ds_config, placement
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.config import Config, load_config, preset_names, to_yaml
+from raphael_dist.engine import ds_config
 from raphael_dist.errors import (
     EXIT_INTERRUPTED,
     EXIT_NON_FINITE,
@@ -29,7 +28,9 @@ from raphael_dist.errors import (
     leave_exit_code,
     redact,
 )
-from raphael_dist.stopping import StopWish, parse_time
+from raphael_dist.parallel import placement
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.training.stopping import StopWish, parse_time
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -133,7 +134,8 @@ def run(config: Config, tree: dict, stop_wish: StopWish) -> int:
     """Train; return 0 when complete, EXIT_INTERRUPTED when a signal or the time limit stopped it after saving."""
     import torch.distributed as dist
 
-    from raphael_dist import parallel, trainer
+    from raphael_dist.parallel import ranks as parallel
+    from raphael_dist.training import trainer
 
     trainer.check_complete(config)
     ranks = parallel.discover()

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raphael_dist.config import Config
-from raphael_dist.convert.convert import open_checkpoint
-from raphael_dist.convert.state import Checkpoint
+from raphael_dist.convert.run import open_checkpoint
+from raphael_dist.convert.source import Checkpoint
 from raphael_dist.model.unet import RaphaelUNet
 
 State = dict[tuple[str, str], Tensor]

@@ -128,7 +128,7 @@ def main() -> None:
     import deepspeed  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
-    from raphael_dist.parallel import free_port
+    from raphael_dist.parallel.ranks import free_port
     from tests.workers import forked_train  # noqa: F401
 
     for line in sys.stdin:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raphael_dist.parallel import free_port
+from raphael_dist.parallel.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 

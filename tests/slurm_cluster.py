@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raphael_dist.parallel import free_port
+from raphael_dist.parallel.ranks import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 # A requeued job waits for cred_expire + 1 seconds (120 by default). KillWait lies between TERM and KILL.

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from raphael_dist.metrics import read_metrics
+from raphael_dist.training.metrics import read_metrics
 from tests.launch import run_ranks
 from tests.slurm_cluster import Cluster, missing
 from tests.test_slurm import EVERY, LONG, Job, files_of

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from raphael_dist.batch import Batch
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.model.batch import Batch
 from raphael_dist.model.unet import GateNoise
 
 TOKENS, TEXT_WIDTH, SIZE = 7, 12, 8

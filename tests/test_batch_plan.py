@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.errors import UserError
+from raphael_dist.parallel.batch_plan import BatchPlan
 from tests.launch import ROOT
 from tests.synthetic import tiny_config
 

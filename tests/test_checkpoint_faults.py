@@ -18,7 +18,7 @@ import pytest
 
 from raphael_dist.checkpoint.reader import MANIFEST, CheckpointReader, open_newest, seal
 from raphael_dist.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR
-from raphael_dist.metrics import read_metrics
+from raphael_dist.training.metrics import read_metrics
 from tests.forks import Forks, output_of
 
 WORLD, STEPS, EVERY = 2, 5, 2

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from raphael_dist import rundir
-from raphael_dist.checkpoint import files
+from raphael_dist.checkpoint import folders as files
 from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, newest, open_newest, seal, sha256
 from raphael_dist.config import config_from_tree
 from raphael_dist.errors import UserError
+from raphael_dist.training import rundir
 from tests.launch import ROOT
 
 LAYOUT = [("master/a.w", 6), ("exp_avg/a.w", 6), ("master/b", 3)]
@@ -178,7 +178,7 @@ def test_set_aside_keeps_what_is_there(tmp_path: Path) -> None:
 def test_a_run_directory_has_one_owner_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     code = f"""
 import time
-from raphael_dist import rundir
+from raphael_dist.training import rundir
 from raphael_dist.config import config_from_tree
 lock = rundir.claim(config_from_tree({{"run": {{"dir": {str(tmp_path)!r}}}}}))
 print("claimed", flush=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raphael_dist.checkpoint.reader import CheckpointReader
-from raphael_dist.metrics import read_metrics
+from raphael_dist.training.metrics import read_metrics
 from tests.forks import Forks
 
 

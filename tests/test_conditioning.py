@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raphael_dist.conditioning import ImageEncoder, TextEncoder
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder
 from raphael_dist.errors import UserError
 
 EOS = 5

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raphael_dist import ds_config
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.config import ARCHITECTURE_FIELDS, Config, Model, load_config, preset_names, to_yaml
+from raphael_dist.engine import ds_config
 from raphael_dist.errors import UserError
+from raphael_dist.parallel.batch_plan import BatchPlan
 
 ROOT = Path(__file__).parent.parent
 JSONS = sorted(ROOT.glob("ds_configs/*.json"))
@@ -135,7 +135,7 @@ def test_the_fields_that_must_fit_a_checkpoint_are_fields_of_the_model():
     assert set(ARCHITECTURE_FIELDS) <= set(Model.model_fields)
 
 
-@pytest.mark.parametrize("module", ["raphael_dist.config", "raphael_dist.ds_config"])
+@pytest.mark.parametrize("module", ["raphael_dist.config", "raphael_dist.engine.ds_config"])
 def test_reading_a_configuration_imports_nothing_heavy(module):
     code = f"import sys, {module}; from raphael_dist.config import load_config; load_config('raphael-3b');"
     code += "print([m for m in ('torch', 'deepspeed', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"

@@ -19,13 +19,13 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file, save_file
 
 from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
-from raphael_dist.convert.convert import LAYOUTS, convert, open_checkpoint
-from raphael_dist.convert.inspection import layers, open_for_inspection
+from raphael_dist.convert.inspect import layers, open_for_inspection
 from raphael_dist.convert.plan import Options
-from raphael_dist.convert.tensorfile import HashedFile
-from raphael_dist.convert.torchfile import load_tree, write_tree
+from raphael_dist.convert.run import LAYOUTS, convert, open_checkpoint
+from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
-from raphael_dist.fragments import MOMENTS
+from raphael_dist.storage.tensorfile import HashedFile
+from raphael_dist.storage.torchfile import load_tree, write_tree
 from tests.checkpoints import KINDS, assert_same, fingerprint, handmade_canonical, random_state, read_state, vouch_again
 from tests.launch import ROOT
 from tests.synthetic import TREE, tiny_config
@@ -443,7 +443,7 @@ def test_a_target_that_is_a_link_or_has_no_proper_name_is_refused(tmp_path, sour
 def test_a_killed_conversion_leaves_no_target_and_the_next_one_works(tmp_path, sources):
     state, canonical = sources["moe"]
     arguments = ["--from", "auto", str(canonical), "--to", "raphael", str(tmp_path / "out"), "--world", "6"]
-    code = "import os, sys; sys.path[:0] = ['tools']; import raphael_dist.convert.convert as c\n"
+    code = "import os, sys; sys.path[:0] = ['tools']; import raphael_dist.convert.run as c\n"
     code += "write, done = c.write_file, []\n"
     code += "def dying(*a):\n  done.append(write(*a))\n  if len(done) == 3: os.kill(os.getpid(), 9)\n  return done[-1]\n"
     code += "c.write_file = dying; import convert_checkpoint; convert_checkpoint.main(sys.argv[1:])"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raphael_dist.convert.convert import convert, open_checkpoint
 from raphael_dist.convert.plan import Options
+from raphael_dist.convert.run import convert, open_checkpoint
 from tests.checkpoints import assert_same, read_state, state_of
 from tests.launch import put_together, run_ranks
 from tests.synthetic import tiny_config

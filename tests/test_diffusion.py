@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from raphael_dist.config import Diffusion
-from raphael_dist.diffusion import NoiseSchedule, alphas_cumprod, denoise_loss_B, draw_timestep
+from raphael_dist.model.diffusion import NoiseSchedule, alphas_cumprod, denoise_loss_B, draw_timestep
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
 GLOBAL_BATCHES = pytest.mark.parametrize("global_batch", [1, 7, 64, 1000, 2000])

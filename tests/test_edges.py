@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from raphael_dist.data.edges import Hed, canny, edge_map, hed_keys, hed_weights_path, load_hed
+from raphael_dist.data.hed import Hed, canny, edge_map, hed_keys, hed_weights_path, load_hed
 from raphael_dist.errors import UserError
 
 needs_weights = pytest.mark.skipif(

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist import ds_config, train
+from raphael_dist import train
 from raphael_dist.config import load_config
-from raphael_dist.metrics import read_metrics
+from raphael_dist.engine import ds_config
+from raphael_dist.training.metrics import read_metrics
 from tests.launch import run_ranks
 from tests.test_training import SMALL
 

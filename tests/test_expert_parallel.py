@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.reader import open_newest
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.placement import place
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.placement import place
 from tests.launch import run_ranks, train_many, train_steps
 from tests.synthetic import tiny_config
 from tests.test_zero_parity import ADAM_EPS, EQUAL_SIZES, STEPS, one_process, same_steps

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raphael_dist.metrics import read_metrics
 from raphael_dist.model.moe import SpaceMoE, literal_space_moe
+from raphael_dist.training.metrics import read_metrics
 from tests.launch import run_ranks
 from tests.test_training import arguments
 

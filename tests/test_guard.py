@@ -11,8 +11,8 @@ import torch
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.config import Train
 from raphael_dist.errors import EXIT_NON_FINITE
-from raphael_dist.guard import MIN_LOSSES, Guard
-from raphael_dist.metrics import read_metrics
+from raphael_dist.training.guard import MIN_LOSSES, Guard
+from raphael_dist.training.metrics import read_metrics
 from tests.forks import Forks, output_of
 
 G = 12

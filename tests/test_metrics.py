@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raphael_dist.metrics import LoadWatch, load_metrics
+from raphael_dist.training.metrics import LoadWatch, load_metrics
 
 
 def test_loads_are_relative_to_an_even_share_and_density_to_all_pairs():

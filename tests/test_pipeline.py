@@ -10,14 +10,14 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from raphael_dist.conditioning import ImageEncoder, TextEncoder
 from raphael_dist.config import Config, load_config
-from raphael_dist.convert.convert import convert
 from raphael_dist.convert.plan import Options
+from raphael_dist.convert.run import convert
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.pipeline import RaphaelPipeline
-from raphael_dist.sampling import generate, initial_noise
+from raphael_dist.sampling.sampling import generate, initial_noise
 from tests.checkpoints import State, assert_same, handmade_canonical, read_state
 from tests.synthetic import TREE
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.config import load_config
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.placement import blocks_per_level, describe, latent_factor, mean_tokens, place
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.placement import blocks_per_level, describe, latent_factor, mean_tokens, place
 from tests.launch import ROOT
 from tests.synthetic import tiny_config
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist.metrics import read_metrics
+from raphael_dist.training.metrics import read_metrics
 from tests import slurm_cluster
 from tests.launch import ROOT, run_ranks
 from tests.slurm_cluster import Cluster, wait_for

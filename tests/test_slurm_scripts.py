@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from raphael_dist.cluster.preflight import rounds
+from raphael_dist.cluster.preflight_report import judge, read_reports
 from raphael_dist.errors import UserError
-from raphael_dist.parallel import Ranks, discover
-from raphael_dist.preflight import rounds
-from raphael_dist.preflight_report import judge, read_reports
+from raphael_dist.parallel.ranks import Ranks, discover
 from tests.launch import ROOT
 from tests.test_training import SMALL
 from tools import check_cluster, prepare_data

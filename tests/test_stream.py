@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from raphael_dist.conditioning import TextFeatures
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.dataset import ImageDataset
+from raphael_dist.data.encoders import TextFeatures
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.shards import build_index

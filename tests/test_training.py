@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from raphael_dist import sample, train
-from raphael_dist.checkpoint.load import load_unet
 from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
+from raphael_dist.convert.load import load_unet
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE
-from raphael_dist.metrics import read_metrics
-from raphael_dist.parallel import free_port
+from raphael_dist.parallel.ranks import free_port
+from raphael_dist.training.metrics import read_metrics
 from tests.launch import ROOT, rank_env, run_ranks
 
 SMALL = [

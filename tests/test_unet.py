@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from raphael_dist.checkpoint.load import load_initial
 from raphael_dist.config import Config, config_from_tree, load_config
-from raphael_dist.diffusion import NoiseSchedule
+from raphael_dist.convert.load import load_initial
 from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.routing import choose
 from raphael_dist.model.unet import GateNoise, RaphaelUNet
-from raphael_dist.objective import compute_losses
 from tests.synthetic import synthetic_batch, tiny_config
 
 torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work

@@ -8,15 +8,15 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 
-from raphael_dist.checkpoint.load import load_initial
 from raphael_dist.config import Config, config_from_tree
-from raphael_dist.convert.convert import convert, open_checkpoint
-from raphael_dist.convert.dense import ldm_key
+from raphael_dist.convert.layouts.dense import ldm_key
+from raphael_dist.convert.load import load_initial
 from raphael_dist.convert.plan import Options
-from raphael_dist.diffusion import NoiseSchedule
+from raphael_dist.convert.run import convert, open_checkpoint
 from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.objective import compute_losses
 from tests.checkpoints import assert_same, read_state
 from tests.synthetic import synthetic_batch
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from raphael_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, UserError
-from raphael_dist.metrics import read_metrics
-from raphael_dist.stopping import StopWish, parse_time
-from raphael_dist.straggler import Stragglers
-from raphael_dist.watchdog import Heartbeat, blame
+from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.stopping import StopWish, parse_time
+from raphael_dist.training.straggler import Stragglers
+from raphael_dist.training.watchdog import Heartbeat, blame
 from tests.launch import ROOT, rank_env, run_ranks
 from tests.test_training import SMALL, wait_for
 
 ALONE = """
 import ctypes, sys, time
 from pathlib import Path
-from raphael_dist.parallel import Ranks
-from raphael_dist.watchdog import Watchdog
+from raphael_dist.parallel.ranks import Ranks
+from raphael_dist.training.watchdog import Watchdog
 with Watchdog(Ranks(), Path(sys.argv[1]), 1.0) as dog:
     for step in range(30):
         dog.beat(f"step {step}")

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.config import Ema as EmaConfig
-from raphael_dist.diffusion import NoiseSchedule
-from raphael_dist.ema import Ema
-from raphael_dist.fragments import Fragments
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.fragments import Fragments
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.objective import compute_losses
+from raphael_dist.parallel.batch_plan import BatchPlan
 from tests.launch import run_ranks, train_steps
 from tests.synthetic import synthetic_batch, tiny_config
 
@@ -158,8 +158,8 @@ def test_an_average_with_warm_up_and_its_weights_in_a_plain_model():
 
 def _ema_rank(folder: Path) -> None:
     """Rank process: train two steps under every stage in turn, then look at the model with and without the average."""
-    from raphael_dist import parallel
-    from raphael_dist.engine import Engine
+    from raphael_dist.engine.engine import Engine
+    from raphael_dist.parallel import ranks as parallel
 
     ranks = parallel.discover()
     device = parallel.initialise(ranks)

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.config import Config, load_config
 from raphael_dist.errors import exit_code_of
+from raphael_dist.parallel.batch_plan import BatchPlan
 
 WORLDS = (1, 7, 8, 48, 64, 96, 128, 256, 512, 1000, 1024)
 EPS = ((1, 1), (2, 2), (2, 4), (3, 2), (6, 4))

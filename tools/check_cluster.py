@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raphael_dist import ds_config, train
+from raphael_dist import train
+from raphael_dist.cluster.preflight_report import judge, read_reports
 from raphael_dist.config import load_config
+from raphael_dist.engine import ds_config
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from raphael_dist.preflight_report import judge, read_reports
 
 EXIT_LEFT_OUT = 4
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def probe(out: Path | None, args: argparse.Namespace) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
-    from raphael_dist import parallel, preflight
+    from raphael_dist.cluster import preflight
+    from raphael_dist.parallel import ranks as parallel
 
     if out is None:
         raise UserError("--out: none given; the folder for the reports, on a file system that all nodes share")

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert and print the table. Raises UserError for what the user can fix; under mpirun rank 0 alone speaks."""
     from raphael_dist.config import load_config
     from raphael_dist.convert.command import options_of, print_report
-    from raphael_dist.convert.convert import convert
-    from raphael_dist.convert.ranks import Ranks
+    from raphael_dist.convert.mpi import Ranks
+    from raphael_dist.convert.run import convert
 
     ranks = Ranks()
     try:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from raphael_dist.errors import UserError
-from raphael_dist.metrics import read_metrics
-from raphael_dist.parallel import free_port
+from raphael_dist.parallel.ranks import free_port
+from raphael_dist.training.metrics import read_metrics
 
 PROMPTS = (
     "a red heart, noto style",

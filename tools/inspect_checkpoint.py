@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         from raphael_dist.config import load_config
-        from raphael_dist.convert.inspection import open_for_inspection, show
+        from raphael_dist.convert.inspect import open_for_inspection, show
 
         config = load_config(args.config) if args.config else None
         sound.append(show(open_for_inspection(args.path, args.unpickle, config)))

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from raphael_dist.data import edges, emoji
+from raphael_dist.data import emoji
+from raphael_dist.data import hed as edges
 from raphael_dist.errors import exit_code_of
 
 # HED was trained on photographs: at 64 pixels its lines are as thick as the objects, enlarged they follow the drawing.

@@ -31,8 +31,8 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
     import torch
 
-    from raphael_dist.conditioning import ImageEncoder, TextEncoder
-    from raphael_dist.data.features import check_encoders, fill_cache
+    from raphael_dist.data.encoders import ImageEncoder, TextEncoder
+    from raphael_dist.data.open import check_encoders, fill_cache
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, getattr(torch, config.train.dtype))

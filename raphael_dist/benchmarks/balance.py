@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from raphael_dist.config import load_config
-from raphael_dist.diffusion import draw_timestep
+from raphael_dist.model.diffusion import draw_timestep
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raphael_dist import parallel
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.benchmarks.convert import bench_convert, table
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
@@ -21,8 +19,10 @@ from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config, load_config
 from raphael_dist.convert.plan import Options
-from raphael_dist.ema import Ema
-from raphael_dist.engine import Engine
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.parallel.batch_plan import BatchPlan
 
 
 def bench_checkpoint(

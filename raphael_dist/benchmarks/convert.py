@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from raphael_dist.config import Config, load_config
-from raphael_dist.convert.convert import convert, make_plan, store
+from raphael_dist.convert.mpi import Ranks
 from raphael_dist.convert.plan import Options
-from raphael_dist.convert.ranks import Ranks
-from raphael_dist.convert.state import KINDS, parameter_shapes
-from raphael_dist.convert.tensorfile import CHUNK
+from raphael_dist.convert.run import convert, make_plan, store
+from raphael_dist.convert.source import KINDS, parameter_shapes
+from raphael_dist.storage.tensorfile import CHUNK
 
 
 class Noise:

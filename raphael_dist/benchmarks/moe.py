@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raphael_dist import expert_groups, parallel
 from raphael_dist.benchmarks.space import SpaceCase, add_sizes, cases
-from raphael_dist.exchange import Peers, Traffic
-from raphael_dist.expert_parallel import ParallelSpaceMoE, ParallelTimeMoE, count_samples
+from raphael_dist.engine import expert_groups
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.parallel.exchange import Peers, Traffic
+from raphael_dist.parallel.expert_parallel import ParallelSpaceMoE, ParallelTimeMoE, count_samples
 
 
 @dataclass(frozen=True)

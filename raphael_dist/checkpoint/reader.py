@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from raphael_dist.checkpoint.files import step_folders
+from raphael_dist.checkpoint.folders import step_folders
 from raphael_dist.config import ARCHITECTURE_FIELDS, Config, config_from_tree
 from raphael_dist.errors import UserError
 

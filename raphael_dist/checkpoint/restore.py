@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from raphael_dist import parallel
-from raphael_dist.checkpoint import files
+from raphael_dist.checkpoint import folders as files
 from raphael_dist.checkpoint.progress import Progress, progress_of
 from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture, newest
 from raphael_dist.config import Config
-from raphael_dist.ema import Ema
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.fragments import MOMENTS, Fragments
 from raphael_dist.errors import UserError
-from raphael_dist.fragments import MOMENTS, Fragments
+from raphael_dist.parallel import ranks as parallel
 
 _log = logging.getLogger(__name__)
 

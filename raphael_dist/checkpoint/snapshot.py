@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from raphael_dist.ema import Ema
-from raphael_dist.fragments import MOMENTS, Fragment, Fragments
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.fragments import MOMENTS, Fragment, Fragments
 
 
 class Snapshot:

@@ -19,17 +19,17 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from raphael_dist import parallel
-from raphael_dist.checkpoint import files
+from raphael_dist.checkpoint import folders as files
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, newest, seal
 from raphael_dist.checkpoint.restore import Restorer
 from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.config import Config
-from raphael_dist.ema import Ema
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.fragments import Fragments
 from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
-from raphael_dist.fragments import Fragments
-from raphael_dist.rundir import versions
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.training.rundir import versions
 
 _log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raphael_dist.convert.convert import Report
 from raphael_dist.convert.plan import Options
-from raphael_dist.convert.state import WHOLE
+from raphael_dist.convert.run import Report
+from raphael_dist.convert.source import WHOLE
 from raphael_dist.errors import UserError
 
 

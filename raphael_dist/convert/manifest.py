@@ -7,7 +7,7 @@ from typing import Any
 from raphael_dist.config import config_from_tree
 from raphael_dist.convert.plan import Source
 from raphael_dist.errors import UserError
-from raphael_dist.rundir import versions
+from raphael_dist.training.rundir import versions
 
 FORMAT = 1
 

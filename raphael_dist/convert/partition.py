@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from raphael_dist.convert.state import stacked
+from raphael_dist.convert.source import stacked
 
 Shapes = Mapping[str, tuple[int, ...]]
 

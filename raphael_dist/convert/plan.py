@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from raphael_dist.config import Config
-from raphael_dist.convert.state import chunks, describe
-from raphael_dist.convert.tensorfile import CHUNK, HashedFile, write_safetensors
-from raphael_dist.convert.torchfile import Lazy, write_tree
+from raphael_dist.convert.source import chunks, describe
+from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
-from raphael_dist.fragments import MOMENTS
+from raphael_dist.storage.tensorfile import CHUNK, HashedFile, write_safetensors
+from raphael_dist.storage.torchfile import Lazy, write_tree
 
 ZEROS = "zeros"  # the kind of padding, and of moments that the source does not have
 STEP = "step"  # the kind of a single number, given as `start`: the optimizer's count of steps

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raphael_dist.checkpoint.reader import check_architecture
 from raphael_dist.config import Config
 from raphael_dist.convert.plan import Source
-from raphael_dist.convert.state import parameter_shapes, stacked
+from raphael_dist.convert.source import parameter_shapes, stacked
 from raphael_dist.errors import UserError
 from raphael_dist.model.edge import EdgeModule
 from raphael_dist.model.moe import SpaceMoE

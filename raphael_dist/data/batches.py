@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raphael_dist.batch import Batch
 from raphael_dist.config import Config
 from raphael_dist.data.stream import StreamSample, TrainStream
-from raphael_dist.diffusion import draw_timestep
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import draw_timestep
 from raphael_dist.model.unet import GateNoise
 from raphael_dist.rng import Purpose, generator
 

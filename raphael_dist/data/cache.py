@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raphael_dist.conditioning import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.cache_build import ShardBuilder, encode_half
 from raphael_dist.data.dataset import ImageDataset
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.data.shards import BadSample, DatasetIndex, atomic_path
 from raphael_dist.errors import UserError
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raphael_dist.conditioning import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.data.dataset import BadSampleError, ImageDataset, Sample
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.errors import UserError
 

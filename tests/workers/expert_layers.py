@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from raphael_dist import parallel
-from raphael_dist.exchange import Peers
-from raphael_dist.expert_parallel import STACKED, ParallelSpaceMoE, ParallelTimeMoE, count_samples
 from raphael_dist.model import moe
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.parallel.exchange import Peers
+from raphael_dist.parallel.expert_parallel import STACKED, ParallelSpaceMoE, ParallelTimeMoE, count_samples
 
 B, N, Y, K, D, HIDDEN = 3, 10, 7, 6, 8, 12
 

@@ -19,21 +19,23 @@ from typing import Any
 import torch
 import yaml
 
-from raphael_dist import parallel, recovery, rundir, train, trainer
-from raphael_dist.batch import Batch
-from raphael_dist.batch_plan import BatchPlan
-from raphael_dist.checkpoint import files
+from raphael_dist import train
+from raphael_dist.checkpoint import folders as files
 from raphael_dist.checkpoint import reader as reader_module
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config
-from raphael_dist.diffusion import NoiseSchedule
-from raphael_dist.ema import Ema
-from raphael_dist.engine import Engine
-from raphael_dist.guard import Guard
-from raphael_dist.metrics import LoadWatch, Metrics, MetricsWriter
-from raphael_dist.straggler import Stopwatch, Stragglers
-from raphael_dist.watchdog import Watchdog
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.training import recovery, rundir, trainer
+from raphael_dist.training.guard import Guard
+from raphael_dist.training.metrics import LoadWatch, Metrics, MetricsWriter
+from raphael_dist.training.straggler import Stopwatch, Stragglers
+from raphael_dist.training.watchdog import Watchdog
 from tests.synthetic import TREE, synthetic_batch
 
 COUNTED = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")

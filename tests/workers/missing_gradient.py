@@ -1,10 +1,10 @@
 """Rank process: on rank 1 most parameters get no gradient; prints what the debug mode says."""
 
-from raphael_dist import parallel
-from raphael_dist.batch_plan import BatchPlan
-from raphael_dist.diffusion import NoiseSchedule
-from raphael_dist.engine import Engine
-from raphael_dist.objective import compute_losses
+from raphael_dist.engine.engine import Engine
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.parallel.batch_plan import BatchPlan
 from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from raphael_dist import parallel, trainer
 from raphael_dist.config import load_config
 from raphael_dist.errors import UserError
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.training import trainer
 from tests.launch import leave
 
 

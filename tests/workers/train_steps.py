@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from raphael_dist import parallel
-from raphael_dist.batch_plan import BatchPlan
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.store import CheckpointStore
-from raphael_dist.diffusion import NoiseSchedule
-from raphael_dist.engine import Engine
-from raphael_dist.fragments import MOMENTS, Fragments
-from raphael_dist.objective import compute_losses
+from raphael_dist.engine.engine import Engine
+from raphael_dist.engine.fragments import MOMENTS, Fragments
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.parallel import ranks as parallel
+from raphael_dist.parallel.batch_plan import BatchPlan
 from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 

@@ -1,0 +1,136 @@
+"""Looks at a checkpoint: what it is, whether it verifies, and whether its experts are alive and different."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from raphael_dist.checkpoint.reader import MANIFEST, damage
+from raphael_dist.config import Config
+from raphael_dist.convert.layouts.deepspeed import read as deepspeed_read
+from raphael_dist.convert.run import detect, open_checkpoint
+from raphael_dist.convert.source import Checkpoint, stacked
+from raphael_dist.errors import UserError
+
+_SAMPLE = 1 << 16  # elements by which two experts are compared first
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts of one layer: norms of their weights, and those that are dead (all zero) or equal to an earlier one."""
+
+    name: str
+    norms: list[float]
+    dead: list[int]
+    same: list[tuple[int, int]]
+    not_finite: list[int]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return what is wrong, in words."""
+        found = [f"expert {k} is dead: all its weights are zero" for k in self.dead]
+        found += [f"experts {a} and {b} are identical" for a, b in self.same]
+        return found + [f"expert {k} is not finite" for k in self.not_finite]
+
+
+def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
+    """Open a checkpoint. UserError for pickles that no manifest vouches for, unless `unpickle`; weights_only in any case."""
+    if not unpickle and path.exists() and detect(path) in ("deepspeed", "dense"):
+        folder = path if path.is_file() else deepspeed_read.tag_folder(path) or path
+        pickles = [folder] if path.is_file() and path.suffix != ".safetensors" else sorted(folder.glob("*.pt"))
+        if pickles and not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"{path}: {pickles[0].name} is a pickle that no manifest vouches for; --unpickle reads it as weights alone"
+            )
+        if pickles:
+            _refuse_unvouched(folder, pickles)
+    return open_checkpoint("auto", path, config)
+
+
+def _refuse_unvouched(folder: Path, pickles: list[Path]) -> None:
+    from raphael_dist.convert.manifest import read_manifest, vouched
+
+    files = vouched(folder, read_manifest(folder / MANIFEST, "deepspeed"))
+    for path in pickles:
+        if path not in files:
+            raise UserError(f"{path} is a pickle that the manifest does not vouch for; --unpickle reads it as weights alone")
+        if wrong := damage([(path, files[path])]):
+            raise UserError(
+                f"{wrong}; a pickle that is not the manifest's is not opened (--unpickle reads it as weights alone)"
+            )
+
+
+def layers(found: Checkpoint) -> Iterator[Layer]:
+    """Yield what the experts of each layer look like, one expert's tensor in memory at a time."""
+    kind = "master" if "master" in found.kinds() else found.kinds()[0]
+    for layer in dict.fromkeys(owner[0] for name in found.shapes if (owner := stacked(name))):
+        names = [f"{layer}.{leaf}" for leaf in ("w1", "b1", "w2", "b2")]
+        num_experts = found.shapes[names[0]][0]
+        norms, heads = [], []
+        for k in range(num_experts):
+            square = 0.0
+            for name in names:
+                each = prod(found.shapes[name][1:])
+                square += float(found.read(kind, name, k * each, each).double().square().sum())
+            norms.append(square**0.5)
+            heads.append([_head(found, kind, name, k) for name in names])
+        same = [
+            (a, b)
+            for b in range(num_experts)
+            for a in range(b)
+            if norms[a] == norms[b] > 0 and all(torch.equal(x, y) for x, y in zip(heads[a], heads[b], strict=True))
+        ]
+        dead = [k for k, norm in enumerate(norms) if norm == 0]
+        yield Layer(layer, norms, dead, same, [k for k, n in enumerate(norms) if not n < float("inf")])
+
+
+def _head(found: Checkpoint, kind: str, name: str, k: int) -> torch.Tensor:
+    each = prod(found.shapes[name][1:])
+    return found.read(kind, name, k * each, min(each, _SAMPLE))
+
+
+def show(found: Checkpoint) -> bool:
+    """Print everything about a checkpoint; return whether it verifies (or nothing vouches for it) and warnings are none."""
+    console = Console()
+    total = sum(prod(shape) for shape in found.shapes.values())
+    console.print(
+        f"{found.path}: layout {found.layout}, step {found.step}, {found.samples_seen:,} samples seen", highlight=False
+    )
+    if found.topology:
+        console.print(f"written by {found.topology}", highlight=False)
+    m = found.config.model
+    console.print(
+        f"channels {list(m.channels)}, {m.space_experts} space experts, {m.time_experts} time experts", highlight=False
+    )
+    for kind in found.kinds():
+        console.print(f"  {kind}: {len(found.shapes):,} tensors, {total:,} parameters", highlight=False)
+    for note in found.notes:
+        console.print(f"[bold red]{note}[/]", highlight=False)
+    sound = _show_experts(found, console)
+    wrong = found.damage()
+    if not found.files:
+        console.print("no manifest: sizes and checksums cannot be verified; every tensor is there once")
+    elif wrong is None:
+        console.print(f"verified: {len(found.files)} files agree with the manifest", highlight=False)
+    else:
+        console.print(f"[bold red]damaged:[/] {wrong}", highlight=False)
+    return sound and wrong is None
+
+
+def _show_experts(found: Checkpoint, console: Console) -> bool:
+    table = Table("layer", "experts", "smallest norm", "largest norm", "warnings")
+    sound, rows = True, 0
+    for layer in layers(found):
+        short = layer.name.replace("transformer_blocks.0.", "")
+        warnings = "; ".join(layer.warnings)
+        sound, rows = sound and not warnings, rows + 1
+        table.add_row(
+            short, str(len(layer.norms)), f"{min(layer.norms):.4g}", f"{max(layer.norms):.4g}", f"[red]{warnings}[/]"
+        )
+    if rows:
+        console.print(table)
+    return sound

@@ -1,0 +1,305 @@
+"""The dense layout: a U-Net of Stable Diffusion 2's structure, as a diffusers `unet/` folder or a single file.
+
+A single file may have diffusers' names, or those of the original LDM code (below `model.diffusion_model.`). Sizes are read
+from `config.json`, or from the shapes in a single file.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.layouts.canonical import gather_indexed
+from raphael_dist.convert.manifest import base_manifest, read_manifest, vouched
+from raphael_dist.convert.plan import Entry, Options, OutFile, Plan, Source, Take, chosen_weights, index_json, parts
+from raphael_dist.convert.source import Checkpoint, Range, parameter_shapes
+from raphael_dist.errors import UserError
+from raphael_dist.storage.tensorfile import Stored, read_header
+from raphael_dist.storage.torchfile import load_tree
+
+STEM = "diffusion_pytorch_model"
+CLASS = "UNet2DConditionModel"
+_LDM = "model.diffusion_model."
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTER = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+# What our U-Net does in one way only; a config.json that says otherwise is another architecture.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "use_linear_projection": (True,),
+    "act_fn": ("silu",),
+    "transformer_layers_per_block": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "class_embed_type": (None,),
+    "addition_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "dual_cross_attention": (False,),
+    "only_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "time_cond_proj_dim": (None,),
+    "norm_eps": (1e-5,),
+    "center_input_sample": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_only_cross_attention": (None, False),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "cross_attention_norm": (None,),
+    "attention_type": ("default",),
+    "encoder_hid_dim_type": (None,),
+    "dropout": (0,),
+}
+_DEFAULTS = {"use_linear_projection": False}  # diffusers' own, where it is not ours
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str, Any] | None = None) -> Config:
+    """Return the configuration of a diffusers U-Net's `config.json`. UserError for a structure that ours does not have."""
+    for field, allowed in _FIXED.items():
+        given = unet.get(field, _DEFAULTS.get(field, allowed[0]))
+        if given not in allowed:
+            raise UserError(
+                f"{where}: {field} = {given!r}; only U-Nets like Stable Diffusion 2's fit ({field} = {allowed[0]!r})"
+            )
+    try:
+        channels, kinds = list(unet["block_out_channels"]), list(unet["down_block_types"])
+        heads = unet.get("num_attention_heads") or unet["attention_head_dim"]  # diffusers' names: both mean heads
+        heads = heads if isinstance(heads, list) else [heads] * len(channels)
+        widths = {c // h for c, h in zip(channels, heads, strict=True)}
+        layers, latent = unet.get("layers_per_block", 2), unet["in_channels"]
+        text, norm = unet["cross_attention_dim"], unet.get("norm_num_groups", 32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not the configuration of a {CLASS}: {error!r}") from None
+    if len(widths) > 1 or latent != unet.get("out_channels", latent) or not isinstance(layers, int):
+        raise UserError(f"{where}: attention heads of {sorted(widths)} channels, {latent} latent channels in, "
+                        f"{unet.get('out_channels')} out, layers {layers}; each must be one number")  # fmt: skip
+    sizes = {"channels": channels, "attention": [k.startswith("CrossAttn") for k in kinds], "layers_per_block": layers,
+             "head_dim": widths.pop(), "norm_groups": norm, "latent_channels": latent, "text_width": text}  # fmt: skip
+    return _dense_config(sizes, diffusion)
+
+
+def _dense_config(sizes: dict[str, Any], diffusion: Mapping[str, Any] | None = None) -> Config:
+    experts = {"space_experts": 0, "time_experts": 0, "time_activation": "geglu"}
+    model = {**sizes, **experts, "expert_width": [4 * c for c in sizes["channels"]]}
+    return config_from_tree({"model": model, "edge": {"weight": 0.0}, "diffusion": dict(diffusion or {})})
+
+
+def unet_json(config: Config, where: str) -> dict[str, Any]:
+    """Return the `config.json` of a dense model. UserError for one that diffusers' U-Net cannot be."""
+    m = config.model
+    if m.space_experts or m.time_experts or config.edge.weight > 0:
+        raise UserError(f"{where}: the model has experts or edge modules, which a dense U-Net cannot hold; use canonical")
+    if m.time_activation != "geglu" or list(m.expert_width) != [4 * c for c in m.channels]:
+        raise UserError(f"{where}: diffusers' U-Net has GEGLU of width 4 x channels; model.expert_width is {m.expert_width}")
+    kinds = ["CrossAttn" * has + "DownBlock2D" for has in m.attention]
+    return {
+        "_class_name": CLASS,
+        "act_fn": "silu",
+        "attention_head_dim": [c // m.head_dim for c in m.channels],
+        "block_out_channels": list(m.channels),
+        "cross_attention_dim": m.text_width,
+        "down_block_types": kinds,
+        "in_channels": m.latent_channels,
+        "layers_per_block": m.layers_per_block,
+        "norm_num_groups": m.norm_groups,
+        "out_channels": m.latent_channels,
+        "sample_size": max(config.image.buckets[0]) // (1 if config.image.encoder == "none" else 8),
+        "up_block_types": [k.replace("Down", "Up") for k in reversed(kinds)],
+        "use_linear_projection": True,
+    }
+
+
+def _config_of_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Config:
+    """Work out a model's sizes from the shapes of its tensors, by diffusers' names; heads of 64 channels, 32 norm groups."""
+    levels = len({n.split(".")[1] for n in shapes if n.startswith("down_blocks.")})
+    try:
+        channels = [shapes[f"down_blocks.{i}.resnets.0.conv2.weight"][0] for i in range(levels)]
+        attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in shapes for i in range(levels)]
+        layers = len({n.split(".")[3] for n in shapes if n.startswith("down_blocks.0.resnets.")})
+        text = shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1]
+        latent = shapes["conv_in.weight"][1]
+        linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
+    except KeyError as error:
+        raise UserError(f"{where}: no U-Net of Stable Diffusion's structure: {error} is missing") from None
+    if not linear or not channels:
+        raise UserError(
+            f"{where}: its projections are convolutions (Stable Diffusion 1); only Stable Diffusion 2's structure fits"
+        )
+    head = next(h for h in (64, 32, 16, 8, 4, 2, 1) if all(c % h == 0 for c in channels))
+    norm = next(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 for c in channels))
+    return _dense_config({"channels": channels, "attention": attention, "layers_per_block": layers, "head_dim": head,
+                          "norm_groups": norm, "latent_channels": latent, "text_width": text})  # fmt: skip
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def ldm_key(name: str, layers: int, attention: tuple[bool, ...]) -> str:
+    """Return the name that the original LDM code gives a parameter of diffusers' U-Net."""
+    owner, _, leaf = name.rpartition(".")
+    if owner in _OUTER:
+        return f"{_OUTER[owner]}.{leaf}"
+    part, _, rest = name.partition(".")
+    if part == "mid_block":
+        kind, index, inner = rest.split(".", 2)
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(index)}.{_inner(kind, inner)}"
+    level, kind, index, inner = rest.split(".", 3)
+    i, j = int(level), int(index)
+    if part == "down_blocks":
+        block = 1 + i * (layers + 1) + (layers if kind == "downsamplers" else j)
+        place = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}[kind]
+        return f"input_blocks.{block}.{place}.{_inner(kind, inner)}"
+    block = i * (layers + 1) + (layers if kind == "upsamplers" else j)
+    after = 2 if attention[len(attention) - 1 - i] else 1
+    place = {"resnets": "0", "attentions": "1", "upsamplers": f"{after}.conv"}[kind]
+    return f"output_blocks.{block}.{place}.{_inner(kind, inner)}"
+
+
+def _inner(kind: str, inner: str) -> str:
+    if kind == "resnets":
+        owner, _, leaf = inner.rpartition(".")
+        return f"{_RESNET[owner]}.{leaf}"
+    return inner.removeprefix("conv.") if kind in ("downsamplers", "upsamplers") else inner
+
+
+def _from_ldm(stored: dict[str, Stored], where: Path) -> dict[str, Stored]:
+    """Return the tensors of an LDM file's U-Net by diffusers' names."""
+    found = {key.removeprefix(_LDM): tensor for key, tensor in stored.items() if key.startswith(_LDM)}
+    blocks = {int(m[1]) for key in found if (m := re.match(r"input_blocks\.(\d+)\.", key))}
+    downs = sorted(int(m[1]) for key in found if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", key)))
+    layers = downs[0] - 1 if downs else len(blocks) - 1
+    levels = range(len(blocks) // (layers + 1) if layers else 0)
+    try:
+        channels = [found[f"input_blocks.{1 + i * (layers + 1)}.0.out_layers.3.weight"].shape[0] for i in levels]
+        attention = tuple(f"input_blocks.{1 + i * (layers + 1)}.1.norm.weight" in found for i in levels)
+        text = found["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+        latent = found["input_blocks.0.0.weight"].shape[1]
+    except KeyError as error:
+        raise UserError(f"{where}: no U-Net of Stable Diffusion's structure: {_LDM}{error.args[0]} is missing") from None
+    sizes = {"channels": channels, "attention": attention, "layers_per_block": layers, "head_dim": 1, "norm_groups": 1,
+             "latent_channels": latent, "text_width": text}  # fmt: skip
+    ours = {ldm_key(name, layers, attention): name for name in parameter_shapes(_dense_config(sizes))}
+    wrong = sorted(found.keys() ^ ours.keys())
+    if wrong:
+        raise UserError(f"{where}: {_LDM}{wrong[0]} {'does not fit' if wrong[0] in found else 'is missing'}")
+    return {ours[key]: tensor for key, tensor in found.items()}
+
+
+# ---- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def open_dense(path: Path) -> Checkpoint:
+    """Open a `unet/` folder (or a pipeline's, for its unet/), or a single file. UserError for another architecture."""
+    if path.is_file():
+        return _open_file(path)
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    manifest = read_manifest(folder / "manifest.json", "dense") if (folder / "manifest.json").is_file() else None
+    if manifest is not None:
+        config = config_from_tree(manifest["config"])
+    else:
+        unet = read_json(folder / "config.json")
+        if unet.get("_class_name") != CLASS:
+            raise UserError(f"{folder / 'config.json'}: holds a {unet.get('_class_name')}, not a {CLASS}")
+        scheduler = path / "scheduler" / "scheduler_config.json"
+        config = config_of_unet(
+            unet, folder / "config.json", _diffusion(read_json(scheduler)) if scheduler.is_file() else None
+        )
+    return weights_by_name("dense", folder, config, gather_indexed(folder, STEM), manifest)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if path.suffix == ".safetensors":
+        stored = read_header(path)[0]
+    else:
+        tree = load_tree(path)
+        tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+        stored = {str(key): value for key, value in tree.items() if isinstance(value, Stored)}
+    if any(key.startswith(_LDM) for key in stored):
+        stored = _from_ldm(stored, path)
+    config = _config_of_shapes({key: tensor.shape for key, tensor in stored.items()}, path)
+    return weights_by_name("dense", path, config, stored, None)
+
+
+def weights_by_name(
+    layout: str, folder: Path, config: Config, stored: dict[str, Stored], manifest: dict[str, Any] | None
+) -> Checkpoint:
+    """Return a checkpoint whose tensors have the trainer's names. UserError naming the first that does not fit the model."""
+    expected = parameter_shapes(config)
+    wrong = sorted(n for n in expected.keys() | stored.keys() if n not in stored or expected.get(n) != stored[n].shape)
+    if wrong:
+        there = list(stored[wrong[0]].shape) if wrong[0] in stored else "missing"
+        here = list(expected[wrong[0]]) if wrong[0] in expected else "not in the model"
+        raise UserError(
+            f"{folder}: {len(wrong)} tensors do not fit the model, the first {wrong[0]}: {there} there, {here} here"
+        )
+    said = manifest or {"step": 0, "samples_seen": 0, "dataset": ""}
+    ranges = {("master", name): [Range(0, tensor)] for name, tensor in stored.items()}
+    files = vouched(folder, manifest) if manifest else {}
+    found = Checkpoint(layout, folder, config, int(said["step"]), int(said["samples_seen"]), said["dataset"], ranges, files)
+    found.check()
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object. UserError when there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no JSON object")
+    return found
+
+
+def _diffusion(scheduler: dict[str, Any]) -> dict[str, Any]:
+    names = {"num_train_timesteps": "num_timesteps", "beta_schedule": "schedule", "beta_start": "beta_start",
+             "beta_end": "beta_end", "prediction_type": "prediction"}  # fmt: skip
+    return {ours: scheduler[theirs] for theirs, ours in names.items() if theirs in scheduler}
+
+
+def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutFile], dict[str, bytes], str]:
+    """Return the weight files of a `unet/` folder under the parameters' own names, their index, and the kind in them."""
+    kind = chosen_weights(source, options)
+    entries = [Entry(n, s, (Take(kind, n, 0, prod(s)),), options.dtype) for n, s in source.shapes.items()]
+    files = parts(entries, f"{folder}{STEM}", options.part_bytes)
+    return files, {f"{folder}{STEM}.safetensors.index.json": index_json(files)} if len(files) > 1 else {}, kind
+
+
+def plan(source: Source, options: Options) -> Plan:
+    """Plan a diffusers `unet/` folder of a dense model. UserError when the model is none."""
+    unet = unet_json(source.config, "--to dense")
+    files, small, kind = unet_files(source, options, "")
+    small["config.json"] = json.dumps(unet, indent=2).encode()
+    manifest = base_manifest("dense", source) | {"weights": kind}
+    return Plan("dense", files, (kind,), "manifest.json", manifest, small, left_out(source, kind))
+
+
+def left_out(source: Source, kind: str) -> list[str]:
+    """Return the note about what a layout of weights alone does not carry."""
+    left = [k for k in source.kinds() if k != kind]
+    return [f"{', '.join(left)}: left out, the layout holds weights alone ({kind} here)"] if left else []

@@ -1,0 +1,168 @@
+"""The diffusers layout: a folder that loads as a pipeline: model_index.json, unet, vae, text_encoder, tokenizer, scheduler.
+
+With experts, U-Net and pipeline are the classes of `raphael_dist.pipeline`. A dense model gives a real UNet2DConditionModel,
+and with a CLIP text encoder a real StableDiffusionPipeline, which loads without this package. Encoders are copied as files.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.layouts.canonical import gather_indexed
+from raphael_dist.convert.layouts.dense import (
+    CLASS,
+    STEM,
+    left_out,
+    open_dense,
+    read_json,
+    unet_files,
+    unet_json,
+    weights_by_name,
+)
+from raphael_dist.convert.manifest import base_manifest, read_manifest
+from raphael_dist.convert.plan import Options, Plan, Source
+from raphael_dist.convert.source import Checkpoint
+from raphael_dist.data.encoders import existing_folder, subfolder, text_folders
+from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import make_scheduler
+
+MODULE, UNET, PIPELINE = "raphael_dist.pipeline", "RaphaelUNet2D", "RaphaelPipeline"
+# For those who load with DiffusionPipeline; RaphaelPipeline.from_pretrained runs no code of the folder.
+_PIPELINE_CODE = f'''"""For DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)."""
+
+from {MODULE} import {PIPELINE}
+'''.encode()
+
+
+def is_dense(config: Config) -> bool:
+    """Return whether the model is one that diffusers has a class for."""
+    m = config.model
+    return not (m.space_experts or m.time_experts or config.edge.weight > 0)
+
+
+def plan(source: Source, options: Options) -> Plan:
+    """Plan a pipeline folder (or its unet/ alone). UserError when an encoder of the configuration is not there."""
+    config = source.config
+    unet: dict[str, Any] = (
+        unet_json(config, "--to diffusers") if is_dense(config) else {"_class_name": UNET, "tree": model_tree(config)}
+    )
+    files, small, kind = unet_files(source, options, "unet/")
+    manifest = base_manifest("diffusers", source) | {"weights": kind}
+    finish = None
+    if not options.unet_only:
+        encoders = Encoders(config)
+        index = encoders.model_index()
+        small["model_index.json"] = json.dumps(index, indent=2).encode()
+        if index["_class_name"] == PIPELINE:
+            small["pipeline.py"] = _PIPELINE_CODE
+        if is_dense(config):
+            unet["sample_size"] = max(config.image.buckets[0]) // encoders.factor()
+        finish = encoders.write
+    small["unet/config.json"] = json.dumps({**unet, "_diffusers_version": _version()}, indent=2).encode()
+    return Plan("diffusers", files, (kind,), "manifest.json", manifest, small, left_out(source, kind), finish)
+
+
+def model_tree(config: Config) -> dict[str, Any]:
+    """Return the part of the configuration that makes the U-Net."""
+    tree = config.model_dump(mode="json")
+    return {"model": tree["model"], "edge": tree["edge"], "run": {"seed": tree["run"]["seed"]}}
+
+
+class Encoders:
+    """The other parts of the pipeline: where they come from, and the classes that load them."""
+
+    def __init__(self, config: Config) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.config = config
+        self.vae: Path | None = None
+        if config.image.encoder != "none":
+            self.vae = subfolder(existing_folder("image.encoder", config.image.encoder), "vae")
+        self.text, tokenizer = text_folders(config.text.encoder)
+        try:
+            found = AutoConfig.from_pretrained(self.text, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"text.encoder: cannot load {config.text.encoder!r}: {str(error).splitlines()[0]}") from None
+        self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"  # as TextEncoder.load sets it
+        text_width = getattr(found, "text_config", found).hidden_size  # a whole CLIP has the text's beside the image's
+        if text_width != config.model.text_width:
+            raise UserError(
+                f"text.encoder: {config.text.encoder!r} gives {text_width} numbers a token, the model takes "
+                f"model.text_width = {config.model.text_width}; --unet-only exports without it"
+            )
+        self.text_class = _text_class(found)
+
+    def factor(self) -> int:
+        """Return how many pixels a latent is wide."""
+        return 1 if self.vae is None else int(2 ** (len(read_json(self.vae / "config.json")["block_out_channels"]) - 1))
+
+    def model_index(self) -> dict[str, Any]:
+        """Return what stands in model_index.json."""
+        config = self.config
+        stable = is_dense(config) and self.text_class == "CLIPTextModel" and self.vae is not None
+        index: dict[str, Any] = {
+            "_class_name": "StableDiffusionPipeline" if stable else PIPELINE,
+            "_diffusers_version": _version(),
+            "unet": ["diffusers", CLASS] if is_dense(config) else [MODULE, UNET],
+            "vae": ["diffusers", "AutoencoderKL"] if self.vae else [None, None],
+            "text_encoder": ["transformers", self.text_class],
+            "tokenizer": ["transformers", type(self.tokenizer).__name__],
+            "scheduler": ["diffusers", type(self._scheduler()).__name__],
+        }
+        if stable:
+            nothing: list[None] = [None, None]
+            return index | {"safety_checker": nothing, "feature_extractor": nothing, "requires_safety_checker": False}
+        sample = {"steps": config.sample.steps, "guidance": config.sample.guidance}
+        return index | sample | {"max_tokens": config.text.max_tokens, "size": list(config.image.buckets[0])}
+
+    def write(self, folder: Path) -> None:
+        """Copy the encoders' files below `folder`, and write scheduler and tokenizer."""
+        self._scheduler().save_pretrained(folder / "scheduler")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        _copy_model(self.text, folder / "text_encoder")
+        if self.vae is not None:
+            _copy_model(self.vae, folder / "vae")
+
+    def _scheduler(self) -> Any:
+        return make_scheduler(self.config.diffusion, self.config.sample.scheduler)
+
+
+def _text_class(config: Any) -> str:
+    from transformers import AutoModelForTextEncoding
+
+    if config.model_type == "clip":
+        return "CLIPTextModel"
+    found: Any = AutoModelForTextEncoding._model_mapping[type(config)]
+    return str(found.__name__)
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    wanted = [p for p in source.iterdir() if p.name == "config.json" or ".safetensors" in p.name]
+    for path in wanted or []:
+        shutil.copyfile(path, target / path.name)
+    if not any(".safetensors" in p.name for p in wanted):
+        raise UserError(f"{source}: no weights in safetensors there; only those are exported")
+
+
+def open_diffusers(folder: Path) -> Checkpoint:
+    """Open a pipeline folder for its U-Net. UserError when that is neither ours nor of Stable Diffusion 2's structure."""
+    unet = read_json(folder / "unet" / "config.json")
+    manifest = read_manifest(folder / "manifest.json", "diffusers") if (folder / "manifest.json").is_file() else None
+    if manifest is None and unet.get("_class_name") == CLASS:
+        found = open_dense(folder)
+        found.layout = "diffusers"
+        return found
+    if manifest is None and (unet.get("_class_name") != UNET or not isinstance(unet.get("tree"), dict)):
+        raise UserError(f"{folder}: its U-Net is a {unet.get('_class_name')}; known: {UNET}, {CLASS}")
+    config = config_from_tree(manifest["config"] if manifest else unet["tree"])
+    return weights_by_name("diffusers", folder, config, gather_indexed(folder / "unet", STEM), manifest)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("diffusers")

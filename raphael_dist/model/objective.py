@@ -1,0 +1,66 @@
+"""The training loss of one micro-batch, as sums over samples, so that every split of a global batch agrees.
+
+Shape legend: B samples, L transformer blocks, K experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config import Config
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B
+from raphael_dist.model.edge import edge_loss_B
+from raphael_dist.model.unet import UNetOutput
+
+
+@dataclass
+class Losses:
+    """Per-sample losses, float32 [B], already multiplied by the slots' weights; `total` alone carries a gradient.
+
+    space_used: weighted sum over samples of the share of image tokens per expert, [L, K], or None.
+    time_load: weighted number of samples per expert, [L, K], or None.
+    """
+
+    total: Tensor
+    denoise: Tensor
+    edge: Tensor
+    space_used: Tensor | None
+    time_load: Tensor | None
+
+
+def compute_losses(
+    model: Callable[..., UNetOutput], batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype
+) -> Losses:
+    """L = L_denoise + L_edge (Sec. 3.2) of a micro-batch on the model's device; the model runs in `dtype`."""
+    noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
+    out = model(noised.to(dtype), batch.timestep, batch.text.to(dtype), batch.text_mask, batch.end, batch.gate_noise)
+    denoise = denoise_loss_B(out.prediction, schedule.target(batch.x0, batch.noise, batch.timestep)) * batch.weight
+    edge = torch.zeros_like(denoise)
+    if out.edge_logits and batch.edge is not None:
+        e = config.edge
+        per_sample = edge_loss_B(
+            out.edge_logits,
+            batch.edge,
+            batch.timestep,
+            max_timestep=e.max_timestep,
+            alpha=e.focal_alpha,
+            gamma=e.focal_gamma,
+        )
+        edge = e.weight * per_sample * batch.weight
+    total = denoise + edge
+    if out.balance:
+        total = total + config.model.balance_weight * torch.stack(out.balance).mean(dim=0) * batch.weight
+    return Losses(total, denoise.detach(), edge.detach(), *_loads(out, batch.weight, config))
+
+
+@torch.no_grad()
+def _loads(out: UNetOutput, weight_B: Tensor, config: Config) -> tuple[Tensor | None, Tensor | None]:
+    space_used = torch.einsum("lbk,b->lk", torch.stack(out.space_used), weight_B) if out.space_used else None
+    time_load = None
+    if out.time_expert:
+        onehot = torch.nn.functional.one_hot(torch.stack(out.time_expert), config.model.time_experts).float()
+        time_load = torch.einsum("lbk,b->lk", onehot, weight_B)
+    return space_used, time_load
