@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/demo
+# Tests at a time: most wait for ranks that start, so two are faster on two cores, and JOBS=0 is for a debugger.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS)
 
 .PHONY: help demo test test-slow test-slurm soak lint install clean
 
@@ -34,10 +37,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not slurm"
+	$(PYTEST) -m "not slow and not slurm"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "slow and not slurm"
+	$(PYTEST) -m "slow and not slurm"
 
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slurm

@@ -6,14 +6,14 @@ are owned here; see `ds_config.py`.
 """
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raphael_dist.config_errors import explain
+from raphael_dist.config_yaml import apply_override, check_size, read_yaml
 from raphael_dist.errors import UserError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
@@ -24,7 +24,12 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
-Placement = Literal["auto", "move", "keep"]
+FocalForm = Literal["focal", "quality"]
+SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
+Placement = Annotated[
+    Literal["auto", "shard", "replicate"],
+    BeforeValidator(lambda given: {"move": "shard", "keep": "replicate"}.get(str(given), given)),  # their former names
+]
 
 
 class Section(BaseModel):
@@ -38,6 +43,7 @@ class Run(Section):
     init_from: Path | None = Field(None, description="checkpoint in any layout whose weights a new run starts from")
     hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
     lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
+    allow_change: tuple[str, ...] = Field((), description="fields, as section.key, that may differ from the run's before")
 
 
 class Model(Section):
@@ -58,14 +64,24 @@ class Model(Section):
     gate_noise: NonNegativeFloat = Field(
         1.0, description="standard deviation of the noise on the gates' logits, in training"
     )
+    gate_noise_steps: NonNegative = Field(
+        0, description="anneal that noise to 0 over so many steps, so that trained and sampled routes agree; 0: never"
+    )
     gate_gradient: Literal["straight_through", "none", "scaled"] = "straight_through"
     mask_threshold: Fraction = Field(0.2, description="alpha of Sec. 3.1: a token's region, relative to its largest weight")
     balance_weight: NonNegativeFloat = Field(0.0, description="weight of the text gates' load-balance loss; 0 in the paper")
     mask_padding: bool = Field(False, description="leave padding tokens out of the Space-MoE")
-    space_backend: Literal["auto", "grouped", "wide", "literal", "megablocks"] = Field(
-        "auto", description="how the Space-MoE runs; megablocks: its grouped product for all experts, on a GPU"
+    space_backend: SpaceBackend = Field(
+        "auto", description="how the Space-MoE runs; megablocks: wide, and its product for the Time-MoE, on a GPU"
     )
-    checkpoint_activations: bool = Field(True, description="recompute transformer blocks in the backward pass")
+    checkpoint_activations: Literal["none", "blocks", "all"] = Field(
+        "blocks", description="recompute in the backward pass: nothing, transformer blocks, or residual blocks as well"
+    )
+
+    @field_validator("checkpoint_activations", mode="before")
+    @classmethod
+    def _as_it_was_written_before(cls, value: Any) -> Any:
+        return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
@@ -89,6 +105,10 @@ class Edge(Section):
     max_timestep: NonNegative = Field(500, description="T_c of Sec. 3.2: no edge loss at or above this timestep")
     focal_alpha: Fraction = 0.5
     focal_gamma: NonNegativeFloat = 2.0
+    focal_form: FocalForm = Field(
+        "focal",
+        description="focal: as printed, which answers a target of 0.1 by 0.31; quality: its minimum is the target",
+    )
     channels: Positive = Field(16, description="width of the edge modules")
 
 
@@ -126,7 +146,6 @@ class Data(Section):
     window_shards: Positive = Field(16, description="samples are shuffled within this many shards at a time")
     bucket_run: Positive = Field(1, description="consecutive sample positions that share an aspect-ratio bucket")
     prefetch: NonNegative = Field(2, description="micro-batches read ahead")
-    allow_change: bool = Field(False, description="let a run continue on other shards than it began with")
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the data set than this is unreadable")
 
 
@@ -146,6 +165,7 @@ class Train(Section):
     global_batch: Positive = Field(32, description="images per optimizer step, on any number of ranks")
     micro_batch: Positive = Field(8, description="images per rank per forward pass")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = Field(False, description="fuse parts of the model by torch.compile; not with ZeRO-3")
     caption_drop: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
     check_gradients: bool = Field(False, description="debug: stop when a parameter got no gradient on some rank")
     max_skipped: Positive = Field(3, description="end the run at this many steps in a row without a usable gradient")
@@ -177,7 +197,7 @@ class Parallel(Section):
     dispatch: Dispatch = Field("auto", description="tokens go only where needed, everywhere, or as density says")
     placement: tuple[Placement, ...] = Field(
         ("auto",),
-        description="move rows to spread experts, keep all on every rank, or what sends less; one, or one per level",
+        description="shard experts and move rows to them, replicate them, or what sends less; one, or one per level",
     )
 
     @field_validator("placement", mode="before")
@@ -209,6 +229,27 @@ class Config(Section):
     parallel: Parallel = Parallel()
     sample: Sample = Sample()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _former_fields(cls, tree: Any) -> Any:
+        """Read `data.allow_change`, which stood for what is run.allow_change=[data.shards] now."""
+        data = tree.get("data") if isinstance(tree, dict) else None
+        if not isinstance(data, dict) or "allow_change" not in data:
+            return tree
+        run = tree.get("run") or {}
+        tree = {**tree, "data": {k: v for k, v in data.items() if k != "allow_change"}}
+        if data["allow_change"]:
+            tree["run"] = {**run, "allow_change": [*run.get("allow_change", []), "data.shards"]}
+        return tree
+
+    @model_validator(mode="after")
+    def _allowed_changes_exist(self) -> Self:
+        known = [f"{section}.{field}" for section, fields in self for field in type(fields).model_fields]
+        for name in self.run.allow_change:
+            if name not in known:
+                raise ValueError(f"run.allow_change: no field {name!r}{did_you_mean(name, known)}; written section.key")
+        return self
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.edge.max_timestep > self.diffusion.num_timesteps:
@@ -227,7 +268,7 @@ class Config(Section):
         if len(placement) not in (1, levels):
             raise ValueError(
                 f"parallel.placement has {len(placement)} entries but model.channels has {levels}; "
-                "give one word (auto, move, keep), or one per level"
+                "give one word (auto, shard, replicate), or one per level"
             )
         if not self.diffusion.beta_start <= self.diffusion.beta_end < 1:
             raise ValueError(
@@ -255,22 +296,17 @@ ARCHITECTURE_FIELDS = (
 )  # fmt: skip
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets that ship with the package."""
-    folder = resources.files("raphael_dist") / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
-
-
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """Read a preset or YAML file, apply `key=value` overrides, validate. Raises UserError naming field and values."""
-    tree = _read_yaml(name_or_path)
+    tree = read_yaml(name_or_path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override, Config)
     return config_from_tree(tree)
 
 
 def config_from_tree(tree: dict[str, Any]) -> Config:
     """Validate a nested dict. Raises UserError with one line for what is wrong."""
+    check_size(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -280,54 +316,3 @@ def config_from_tree(tree: dict[str, Any]) -> Config:
 def to_yaml(config: Config) -> str:
     """Return the whole resolved tree as YAML that `load_config` reads back unchanged."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
-
-
-def _read_yaml(name_or_path: str) -> dict[str, Any]:
-    path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise UserError(f"--config {name_or_path}: no such file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {name_or_path}: cannot be read: {error}") from None
-    elif name_or_path in preset_names():
-        text = (resources.files("raphael_dist") / "presets" / f"{name_or_path}.yaml").read_text()
-    else:
-        hint = did_you_mean(name_or_path, preset_names())
-        raise UserError(
-            f"--config {name_or_path}: no such preset{hint}; presets: {', '.join(preset_names())}, or a .yaml file"
-        )
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {name_or_path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"--config {name_or_path}: must be a mapping of sections, got {type(tree).__name__}")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    section, dot, field = key.partition(".")
-    if not (separator and dot and section and field) or "." in field:
-        raise UserError(f"argument {override!r}: overrides are written section.key=value, e.g. train.max_steps=50")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if not isinstance(tree.setdefault(section, {}), dict):
-        raise UserError(f"{section}: must be a section of keys in the configuration file")
-    tree[section][field] = _as_field_type(section, field, value, text)
-
-
-def _as_field_type(section: str, field: str, value: Any, text: str) -> Any:
-    """YAML reads 1e-4 as a string and a single shard as a scalar; give the field what it plainly means."""
-    info = Config.model_fields.get(section)
-    known = info.annotation.model_fields.get(field) if info and isinstance(info.annotation, type) else None
-    kind = str(known.annotation) if known is not None else ""
-    if ("Path" in kind or kind == "<class 'str'>") and value is not None:
-        return text
-    if kind.startswith("tuple") and not isinstance(value, list):
-        return [text if kind.startswith("tuple[str") else value]
-    return value

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from raphael_dist.config_yaml import shortened
 from raphael_dist.errors import did_you_mean
 
 
@@ -16,7 +17,7 @@ def explain(error: Mapping[str, Any], root: type[BaseModel]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return str(message)
-    return f"{location}: given {error['input']!r}; {message[0].lower()}{message[1:]}"
+    return f"{location}: given {shortened(repr(error['input']))}; {message[0].lower()}{message[1:]}"
 
 
 def _unknown_key(loc: Sequence[Any], root: type[BaseModel]) -> str:
@@ -24,7 +25,7 @@ def _unknown_key(loc: Sequence[Any], root: type[BaseModel]) -> str:
     for part in loc[:-1]:
         model = model.model_fields[part].annotation
     known = list(model.model_fields)
-    where = ".".join(str(part) for part in loc)
+    where = shortened(".".join(str(part) for part in loc))
     sections: dict[str, Any] = {name: info.annotation for name, info in root.model_fields.items()}
     every = {f"{name}.{field}" for name, section in sections.items() for field in section.model_fields}
     hint = did_you_mean(str(loc[-1]), known)

@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +16,7 @@ EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3  # the loss or the gradients stayed infinite, NaN or far too large
 EXIT_NOT_SAVED = 4  # the last state could not be saved, the disk being full, say; the checkpoint before it stands
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving; the same command continues
-EXIT_HUNG = 76  # the watchdog ended a run without progress; the same command continues
+EXIT_HUNG = 76  # a run without progress was ended, by the watchdog or HungError; the same command continues
 
 _SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password|passwd)$")
 
@@ -28,6 +30,13 @@ class UserError(ValueError):
     agreed = False
 
 
+def cannot_write(where: Path, error: OSError) -> Exception:
+    """Return what to raise when nothing can be written: NotSavedError on a full disk, else UserError."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NotSavedError(f"run.dir: cannot write to {where}: {error.strerror}; free some space, nothing was lost")
+    return UserError(f"run.dir: cannot write to {where}: {error.strerror}; choose another run.dir")
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the nearest known name, or "" if none is near."""
     near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
@@ -39,7 +48,13 @@ class NonFiniteError(RuntimeError):
 
 
 class NotSavedError(RuntimeError):
-    """The last checkpoint of a run could not be written; raised on all ranks alike."""
+    """The disk has no room for a start, or for the last checkpoint of a run; raised on all ranks alike."""
+
+    agreed = False
+
+
+class HungError(RuntimeError):
+    """Other ranks make no progress; the text names them. Ranks cannot agree on anything after it."""
 
 
 def leave_exit_code(code: int) -> None:
@@ -58,10 +73,13 @@ def redact(tree: Any) -> Any:
 
 
 def exit_code_of(command: Callable[[], object]) -> int:
-    """Run a command line's work; show a user's mistake as one line and return its exit code, else 0."""
+    """Run a command line's work; show a user's mistake, or Ctrl-C, as one line and return its exit code, else 0."""
     try:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

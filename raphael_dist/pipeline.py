@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raphael_dist.config import config_from_tree
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder
 from raphael_dist.model.unet import RaphaelUNet, UNetOutput
-from raphael_dist.sampling.sampling import generate_with
+from raphael_dist.sampling.sampling import generate
 
 _Pipeline: Any = DiffusionPipeline  # type checkers do not see what its mixins add
 
@@ -83,9 +83,9 @@ class RaphaelPipeline(_Pipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         model = _Dense(cast(Any, self.unet)) if isinstance(self.unet, UNet2DConditionModel) else self.unet
         wanted = self.config.size if size is None else size
-        images = generate_with(
+        images = generate(
             model.eval(),
-            TextEncoder(self.text_encoder.eval(), self.tokenizer, self.config.max_tokens, "pipeline"),
+            TextEncoder.of(self.text_encoder.eval(), self.tokenizer, self.config.max_tokens, "pipeline"),
             ImageEncoder.of(None if self.vae is None else self.vae.eval()),
             self.scheduler,
             prompts,

@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
 
     from raphael_dist.checkpoint.reader import open_newest
     from raphael_dist.convert.load import load_unet
-    from raphael_dist.data.encoders import ImageEncoder, TextEncoder
-    from raphael_dist.data.open import check_encoders
+    from raphael_dist.data.open import load_encoders
+    from raphael_dist.model.diffusion import make_scheduler
     from raphael_dist.sampling.sampling import caption_grid, generate, save_image
 
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -50,22 +50,19 @@ def run(args: argparse.Namespace) -> None:
     steps, guidance = s.steps if args.steps is None else args.steps, s.guidance if args.guidance is None else args.guidance
     size = tuple(args.size) if args.size else config.image.buckets[0]
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" and device.type == "cuda" else torch.float32
-    text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype)
-    image = ImageEncoder.load(config.image.encoder, device, torch.float32)
-    check_encoders(config, text, image)
+    text, image = load_encoders(config, device, dtype)
     _check(prompts, steps, guidance, size, image.factor, config.diffusion.num_timesteps)
     model = load_unet(reader, args.weights).to(device, dtype)
     images = generate(
         model,
         text,
         image,
-        config.diffusion,
+        make_scheduler(config.diffusion, args.scheduler or s.scheduler),
         prompts,
         range(len(prompts)),
         size_hw=size,
         steps=steps,
         guidance=guidance,
-        scheduler=args.scheduler or s.scheduler,
         seed=s.seed if args.seed is None else args.seed,
     )
     save_image(caption_grid(images, prompts), args.out)

@@ -15,13 +15,16 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
 
-from raphael_dist.config import Config, load_config, preset_names, to_yaml
+from raphael_dist.config import Config, load_config, to_yaml
+from raphael_dist.config_yaml import preset_names
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import (
+    EXIT_HUNG,
     EXIT_INTERRUPTED,
     EXIT_NON_FINITE,
     EXIT_NOT_SAVED,
     EXIT_USER_ERROR,
+    HungError,
     NonFiniteError,
     NotSavedError,
     UserError,
@@ -30,7 +33,7 @@ from raphael_dist.errors import (
 )
 from raphael_dist.parallel import placement
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.training.stopping import StopWish, parse_time
+from raphael_dist.training.stopping import StopRequest, parse_time
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -42,7 +45,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", default="emoji-tiny", help=f"preset ({', '.join(preset_names())}) or a YAML file")
     parser.add_argument(
-        "--deepspeed_config", metavar="JSON", help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-1)"
+        "--deepspeed_config",
+        metavar="JSON",
+        help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-2 in bfloat16, else 1)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and batch plan, then stop")
     parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run")
@@ -67,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     args, training = parse(argv), False
     try:
-        stop_wish = StopWish(None if args.max_time is None else parse_time(args.max_time))
+        stop = StopRequest(None if args.max_time is None else parse_time(args.max_time))
         config = load_config(args.config, args.overrides)
-        tree = ds_config.read_deepspeed_json(args.deepspeed_config)
+        tree = ds_config.read_deepspeed_json(args.deepspeed_config, config.train.dtype)
         world_size = _launched_ranks() if args.world_size is None else args.world_size
         if world_size < 1:
             raise UserError(f"--world-size: given {world_size}, must be 1 or more")
@@ -80,14 +85,19 @@ def _main(argv: Sequence[str]) -> int:
             print(describe(config, plan, merged))
             return 0
         training = True
-        stop_wish.listen()
-        return run(config, tree, stop_wish)
+        stop.listen()
+        return run(config, tree, stop)
     except UserError as error:
         return _fail(error, EXIT_USER_ERROR, training)
     except NonFiniteError as error:
         return _fail(error, EXIT_NON_FINITE, training)
     except NotSavedError as error:
         return _fail(error, EXIT_NOT_SAVED, training)
+    except HungError as error:
+        # Rank 0 may be the one that hangs, and the others may be ended as soon as one leaves.
+        leave_exit_code(EXIT_HUNG)
+        print(f"error on rank {_rank()}: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_HUNG)  # threads may be waiting for the rank that hangs: nothing less is sure to end
 
 
 def _rank() -> str:
@@ -95,7 +105,7 @@ def _rank() -> str:
 
 
 def _launched_ranks() -> int:
-    """Return the number of ranks by the launcher's variables, as `parallel.discover` does, without importing torch."""
+    """Return the number of ranks by the launcher's variables, as `parallel.ranks.discover` does, without importing torch."""
     step = ("SLURM_NTASKS",) if "SLURM_STEP_ID" in os.environ else ()
     given = (os.environ.get(name, "") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", *step))
     return next((int(text) for text in given if text.isdigit()), 1)
@@ -130,18 +140,19 @@ def _spread(config: Config, world_size: int) -> list[str]:
     return lines
 
 
-def run(config: Config, tree: dict, stop_wish: StopWish) -> int:
+def run(config: Config, tree: dict, stop: StopRequest) -> int:
     """Train; return 0 when complete, EXIT_INTERRUPTED when a signal or the time limit stopped it after saving."""
     import torch.distributed as dist
 
-    from raphael_dist.parallel import ranks as parallel
+    from raphael_dist.parallel.ranks import discover, initialise
     from raphael_dist.training import trainer
 
-    trainer.check_complete(config)
-    ranks = parallel.discover()
-    device = parallel.initialise(ranks)
+    if not config.data.shards:
+        raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
+    ranks = discover()
+    device = initialise(ranks)
     try:
-        complete = trainer.train(trainer.build(config, tree, ranks, device, stop_wish))
+        complete = trainer.train(trainer.build(config, tree, ranks, device, stop))
     except (UserError, NonFiniteError, NotSavedError):
         dist.destroy_process_group()
         raise

@@ -20,6 +20,15 @@ no_control_characters() {
     [[ $2 != *[[:cntrl:]]* ]] || die "$1 holds a control character, such as a newline: $(printf '%q' "$2")"
 }
 
+# number NAME [DEFAULT]: make the variable NAME a decimal number, DEFAULT where it is empty. Arithmetic runs what it finds in
+# a variable, so that nothing may reach it unmatched; nor a leading 0, which it takes for octal.
+number() {
+    local -n given=$1
+    given=${given:-${2:-}}
+    [[ $given =~ ^[0-9]{1,10}$ ]] || die "$1 is not a number: $(printf '%q' "$given")"
+    given=$((10#$given))
+}
+
 # split_words TEXT: set `overrides` to its words, split at blanks, without expanding anything.
 split_words() {
     # shellcheck disable=SC2034
@@ -54,4 +63,4 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     [[ ${DRY_RUN:-0} == 1 ]] || die "not in a Slurm job: start with 'sbatch slurm/$(basename "$0")', or look with DRY_RUN=1"
     SLURM_JOB_ID=0
 fi
-[[ $SLURM_JOB_ID =~ ^[0-9]+$ ]] || die "SLURM_JOB_ID is not a number: $(printf '%q' "$SLURM_JOB_ID")"
+number SLURM_JOB_ID

@@ -18,10 +18,11 @@ source "$home/slurm/common.sh"
 
 overrides=()
 split_words "${OVERRIDES:-}"
-first=${SLURM_ARRAY_TASK_MIN:-0} task=${SLURM_ARRAY_TASK_ID:-0} step=${SLURM_ARRAY_TASK_STEP:-1} parts=${SLURM_ARRAY_TASK_COUNT:-1}
-for value in "$first" "$task" "$step" "$parts"; do
-    [[ $value =~ ^[0-9]+$ ]] || die "SLURM_ARRAY_TASK_*: not a number: $(printf '%q' "$value")"
-done
-part=$(((task - first) / step))
-((part < parts)) || die "the array's numbers must follow each other evenly, as in --array=0-15"
+number SLURM_ARRAY_TASK_MIN 0
+number SLURM_ARRAY_TASK_ID 0
+number SLURM_ARRAY_TASK_STEP 1
+number SLURM_ARRAY_TASK_COUNT 1
+((SLURM_ARRAY_TASK_STEP > 0)) || die "SLURM_ARRAY_TASK_STEP is 0"
+part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP)) parts=$SLURM_ARRAY_TASK_COUNT
+((part >= 0 && part < parts)) || die "the array's numbers must follow each other evenly, as in --array=0-15"
 run "$python" tools/prepare_data.py --config "${CONFIG:-emoji-tiny}" --part "$part" --parts "$parts" "${overrides[@]}" "$@"

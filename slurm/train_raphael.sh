@@ -9,8 +9,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
-# Settings from the environment: CONFIG DS_CONFIG RUN_DIR OVERRIDES LAUNCHER DRY_RUN PREFLIGHT SPARE_NODES REQUEUE
-# MAX_RESTARTS TASKS_PER_NODE PYTHON RAPHAEL_HOME RUN_UMASK MASTER_ADDR MASTER_PORT.
+# Settings from the environment: CONFIG DS_CONFIG RUN_DIR OVERRIDES LAUNCHER DRY_RUN PREFLIGHT PREFLIGHT_MINUTES SPARE_NODES
+# REQUEUE MAX_RESTARTS TASKS_PER_NODE PYTHON RAPHAEL_HOME RUN_UMASK MASTER_ADDR MASTER_PORT.
 set -uo pipefail
 
 # Slurm runs a copy of this file, so the repository is where sbatch was called.
@@ -33,27 +33,31 @@ fi
 no_control_characters RUN_DIR "$run_dir"
 overrides=()
 split_words "${OVERRIDES:-}"
-arguments=(--config "${CONFIG:-emoji-tiny}" --deepspeed_config "${DS_CONFIG:-ds_configs/zero1.json}")
+arguments=(--config "${CONFIG:-emoji-tiny}" ${DS_CONFIG:+--deepspeed_config "$DS_CONFIG"})
 arguments+=("run.dir=$run_dir" "${overrides[@]}")
 # After a restart, what is left of the run before may hold the directory until it notices that its peers are gone.
-[[ ${SLURM_RESTART_COUNT:-0} == 0 ]] || arguments+=("run.lock_wait_s=120")
+[[ ${SLURM_RESTART_COUNT:-0} =~ ^0*$ ]] || arguments+=("run.lock_wait_s=120")
 arguments+=("$@")
 train=("$python" raphael_dist/train.py)
 
 # --- on which nodes and ranks ----------------------------------------------------------------------------------------
-number() { [[ $2 =~ ^[0-9]+$ ]] || die "$1 is not a number: $(printf '%q' "$2")"; }
-nodes=() num_nodes=${SLURM_JOB_NUM_NODES:-1} spares=${SPARE_NODES:-0} limit=${MAX_RESTARTS:-5}
+number SLURM_JOB_NUM_NODES 1
+number SPARE_NODES 0
+number MAX_RESTARTS 5
+number PREFLIGHT_MINUTES 3
+number SLURM_RESTART_COUNT 0
+number SLURM_NTASKS "$SLURM_JOB_NUM_NODES"
+nodes=() num_nodes=$SLURM_JOB_NUM_NODES spares=$SPARE_NODES limit=$MAX_RESTARTS
+((num_nodes > 0)) || die "SLURM_JOB_NUM_NODES is 0"
 # One rank per GPU; without GPUs, as many as tasks were asked for.
-tasks=${TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
-number SLURM_JOB_NUM_NODES "$num_nodes"
-number SPARE_NODES "$spares"
-number MAX_RESTARTS "$limit"
-number "TASKS_PER_NODE or SLURM_GPUS_ON_NODE" "$tasks"
+number TASKS_PER_NODE "${SLURM_GPUS_ON_NODE:-0}"
+tasks=$TASKS_PER_NODE
 if ((tasks == 0)); then
-    tasks=$((${SLURM_NTASKS:-$num_nodes} / num_nodes))
+    tasks=$((SLURM_NTASKS / num_nodes))
     ((tasks > 0)) || tasks=1
 fi
-cpus=$((${SLURM_CPUS_ON_NODE:-$tasks} / tasks))
+number SLURM_CPUS_ON_NODE "$tasks"
+cpus=$((SLURM_CPUS_ON_NODE / tasks))
 ((cpus > 0)) || cpus=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 # Every rank must see all GPUs of its node and picks its own; these would hide the others from it.
@@ -81,7 +85,8 @@ use_nodes() {
 given_addr=${MASTER_ADDR:-}
 # From the job, so that two jobs on a node do not meet; another after a restart, when the old one may still be bound.
 # Below the range that systems hand out by themselves.
-export MASTER_PORT=${MASTER_PORT:-$((15000 + (SLURM_JOB_ID * 13 + ${SLURM_RESTART_COUNT:-0}) % 7000))}
+number MASTER_PORT "$((15000 + (SLURM_JOB_ID * 13 + SLURM_RESTART_COUNT) % 7000))"
+export MASTER_PORT
 
 # --- the launchers ---------------------------------------------------------------------------------------------------
 # launch_LAUNCHER PROGRAM...: become the launcher. The scripts in quotes are constant; programs are their arguments. They
@@ -131,14 +136,21 @@ on_term() {
     if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %r 2>/dev/null) == TimeLimit ]]; then timed_out=1; else cancelled=1; fi
 }
 trap on_term TERM
-trap '[[ -z $child ]] || kill -USR1 "$child" 2>/dev/null' USR1
+signalled=''
+on_usr1() {
+    [[ -n $signalled ]] || signalled=$SECONDS
+    [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null
+}
+trap on_usr1 USR1
 
-# supervise COMMAND...: run it beside this shell, whose traps would otherwise wait for it; return its exit code.
+# supervise COMMAND...: run it beside this shell, whose traps would otherwise wait for it; return its exit code. Not by `wait`
+# in a loop: when a signal and the child's end meet there, bash 5.2 forgets the exit code (47 of 300 times).
+exec {silent}<> <(:)
 supervise() {
     local code
-    "$@" &
+    "$@" {silent}>&- &
     child=$!
-    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    while kill -0 "$child" 2>/dev/null; do read -rt 0.5 -u "$silent"; done
     wait "$child"
     code=$?
     child=''
@@ -146,8 +158,25 @@ supervise() {
 }
 
 newest_checkpoint() {
-    local found=("$run_dir"/checkpoints/step-*)
-    if [[ -d ${found[-1]} ]]; then basename "${found[-1]}"; else echo none; fi
+    local path newest=none
+    for path in "$run_dir"/checkpoints/step-*; do
+        # Names that the trainer writes; a copy that somebody made for themselves is no progress.
+        [[ ${path##*/} =~ ^step-[0-9]{8,}$ && -d $path ]] && newest=${path##*/}
+    done
+    echo "$newest"
+}
+
+# Refuse a time limit within which nothing can be trained: Slurm then sends USR1 as soon as the job runs.
+check_time() {
+    local left minutes
+    left=$(squeue -h -j "$SLURM_JOB_ID" -o %L 2>/dev/null)
+    [[ $left =~ ^([0-9]{1,2}:)?[0-9]{1,2}:[0-9]{2}$ ]] || return 0 # more than a day is left
+    [[ $left == *:*:* ]] || left=0:$left
+    minutes=$((10#${left%%:*} * 60 + 10#$(cut -d: -f2 <<<"$left")))
+    ((minutes <= 30 && signalled <= minutes * 60 + 60)) || return 0
+    say "USR1 came ${signalled} s after the job's start, about $minutes minutes before its time limit, and no checkpoint was" \
+        "saved: give a longer --time, or a shorter lead in --signal=USR1@SECONDS"
+    exit 2
 }
 
 # requeue CODE WHY: put the job back into the queue; give up when that did not help before.
@@ -155,13 +184,17 @@ requeue() {
     local count=0 before='' now
     now=$(newest_checkpoint)
     [[ ! -f $run_dir/.restarts ]] || read -r count before <"$run_dir/.restarts"
-    [[ $count =~ ^[0-9]+$ && $before == "$now" ]] || count=0
-    count=$((count + 1))
+    [[ $count =~ ^[0-9]{1,9}$ && $before == "$now" ]] || count=0
+    count=$((10#$count + 1))
     if ((count > limit)); then
         say "giving up: $2, and $limit restarts brought no newer checkpoint (newest: $now); mend it, then: rm $run_dir/.restarts"
         exit "$1"
     fi
-    printf '%s %s\n' "$count" "$now" >"$run_dir/.restarts"
+    # A restart that cannot be counted is not made: a full disk would otherwise queue the job for ever.
+    if ! { printf '%s %s\n' "$count" "$now" >"$run_dir/.restarts.new" && mv "$run_dir/.restarts.new" "$run_dir/.restarts"; }; then
+        say "$2; not queued again: cannot write $run_dir/.restarts, free some space and submit again"
+        exit 4
+    fi
     if [[ ${REQUEUE:-1} != 1 ]]; then
         say "$2; REQUEUE=${REQUEUE:-}: not queued again"
     elif ! command -v scontrol >/dev/null; then
@@ -176,7 +209,9 @@ requeue() {
 finish() {
     local code=$1
     # Some launchers turn every code into 1, and a rank that left last may have been ended by srun: rank 0 knows better.
-    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then read -r code <"$RAPHAEL_EXIT_FILE"; fi
+    local told=''
+    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then read -r told <"$RAPHAEL_EXIT_FILE"; fi
+    [[ ! $told =~ ^[0-9]{1,3}$ ]] || code=$((10#$told))
     rm -f "$RAPHAEL_EXIT_FILE"
     if ((code == 0)); then
         say "complete: $run_dir"
@@ -193,6 +228,9 @@ finish() {
     fi
     ((timed_out)) && requeue "$code" "the time limit came before the run could save"
     case $code in
+    75 | 138)
+        [[ -z $signalled || $(newest_checkpoint) != "$first_checkpoint" ]] || check_time
+        ;;&
     75 | 138) requeue 75 "stopped after saving" ;;  # 138: USR1 met a rank that was still starting
     76) requeue 76 "the run hung (stacks in $run_dir/logs)" ;;
     *) requeue "$code" "exit code $code" ;;
@@ -202,12 +240,13 @@ finish() {
 # --- preflight, then training ----------------------------------------------------------------------------------------
 # Check the nodes, again without those that failed as long as spares remain.
 preflight() {
-    local out=$run_dir/preflight code needed=$((num_nodes - spares))
+    local out=$run_dir/preflight code needed=$((num_nodes - spares)) minutes
+    minutes=$((PREFLIGHT_MINUTES + num_nodes * tasks / 500))
     while :; do
         run rm -rf "$out"
         # A rank that fails must not take the others' reports with it.
         use_nodes "$((${#nodes[@]} > 0 ? ${#nodes[@]} : num_nodes))"
-        step+=(--kill-on-bad-exit=0)
+        step+=(--kill-on-bad-exit=0 "--time=$minutes") # or one node that hangs holds the job for ever
         MASTER_PORT=$((MASTER_PORT + 7000)) supervise launch_srun "$python" tools/check_cluster.py --out "$out" "${arguments[@]}"
         code=$?
         case $code in 2 | 75 | 138) finish "$code" ;; esac
@@ -220,10 +259,11 @@ preflight() {
     ((code == 0)) || finish "$code"
 }
 
+first_checkpoint=$(newest_checkpoint)
 run mkdir -p "$run_dir/checkpoints" || die "RUN_DIR: cannot make $run_dir/checkpoints"
 export RAPHAEL_EXIT_FILE=$run_dir/.exit-code-$SLURM_JOB_ID
 run rm -f "$RAPHAEL_EXIT_FILE"
-say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $((num_nodes - spares)) nodes x $tasks ranks, $launcher, $run_dir"
+say "job $SLURM_JOB_ID, restart $SLURM_RESTART_COUNT: $((num_nodes - spares)) nodes x $tasks ranks, $launcher, $run_dir"
 [[ ${PREFLIGHT:-1} != 1 ]] || preflight
 use_nodes "$((num_nodes - spares))"
 supervise "launch_$launcher" "${train[@]}" "${arguments[@]}"

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raphael_dist.checkpoint.manifest import seal
 from raphael_dist.config import Config
-from raphael_dist.convert.run import open_checkpoint
+from raphael_dist.convert.layouts import layout_of, names, open_checkpoint
+from raphael_dist.convert.plan import Options
 from raphael_dist.convert.source import Checkpoint
 from raphael_dist.model.unet import RaphaelUNet
+from tests.launch import ROOT
+from tests.synthetic import TREE, tiny_config
 
+WHOLE = {name for name in names() if layout_of("--to", name).holds == "everything"}
+MOE = tiny_config(parallel={"placement": ["shard"]})
+DENSE = tiny_config(
+    model={**TREE["model"], "space_experts": 0, "time_experts": 0, "time_activation": "geglu", "expert_width": [64, 96]},
+    edge={"weight": 0.0},
+)
 State = dict[tuple[str, str], Tensor]
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
@@ -49,7 +62,7 @@ def handmade_canonical(folder: Path, config: Config, state: State, step: int = 7
         "config": config.model_dump(mode="json"),
         "files": files,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
     return folder
 
 
@@ -72,7 +85,7 @@ def vouch_again(folder: Path) -> None:
     """Bring a manifest up to date with files that a test changed or removed on purpose."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: fingerprint(folder / name) for name in manifest["files"] if (folder / name).is_file()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
 
 
 def state_of(found: Checkpoint) -> State:
@@ -94,3 +107,42 @@ def assert_same(found: State, expected: State) -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+def options(layout: str, topology: tuple[int, int, int, int] = (2, 1, 1, 2), **more: Any) -> Options:
+    """Return options that the layout heeds: ranks, or the last weights."""
+    world, space, time, stage = topology
+    heeds = layout_of("--to", layout).options
+    more.setdefault("unet_only", "unet_only" in heeds)
+    more.setdefault("weights", "master" if "weights" in heeds else None)
+    return Options(space, time, world, stage, **more) if "world" in heeds else Options(**more)
+
+
+def tool(
+    *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    """Run one of the command lines of checkpoints."""
+    command = [*launcher, sys.executable, f"tools/{name}.py", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+def copy(folder: Path, target: Path) -> Path:
+    """Copy the files of a folder."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def in_manifest(folder: Path, **values: Any) -> None:
+    """Change a manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_bytes(seal(manifest | values))
+
+
+def flip_a_bit(folder: Path) -> None:
+    """Damage the moments of a canonical folder."""
+    data = bytearray((folder / "exp_avg.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "exp_avg.safetensors").write_bytes(data)

@@ -1,6 +1,8 @@
 """One thread per process: ranks and workers share the machine's cores."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,3 +17,16 @@ def forks() -> Iterator[Forks]:
     """A process that has imported everything and forks ranks from itself."""
     with Forks() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
+    """Return the random state of a model with experts and of a dense one, and their canonical folders, not to be changed."""
+    from tests.checkpoints import DENSE, MOE, handmade_canonical, random_state
+
+    folder = tmp_path_factory.mktemp("sources")
+    found = {}
+    for name, config in (("moe", MOE), ("dense", DENSE)):
+        state = random_state(config)
+        found[name] = (state, handmade_canonical(folder / name, config, state))
+    return found

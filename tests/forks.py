@@ -4,6 +4,7 @@ A run of two ranks then takes a second or two, so that many of them can be kille
 program, this file is the other.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -33,9 +34,10 @@ class Forks:
         )
 
     def run(self, folder: Path, world_size: int, timeout: float = 90, **spec: Any) -> list[int]:
-        """Run tests/workers/forked_train.py with `spec` as ranks; return exit codes, the negative signal of a killed one.
+        """Run a worker with `spec` as ranks; return exit codes, the negative signal of a killed one.
 
-        Output of rank N is in folder/out-N.txt. AssertionError when a rank outlives the time-out.
+        The worker is the module of tests/workers that spec["worker"] names, forked_train.py by default. Output of rank N is
+        in folder/out-N.txt. AssertionError when a rank outlives the time-out.
         """
         folder.mkdir(parents=True, exist_ok=True)
         assert self._process.stdin is not None
@@ -86,9 +88,8 @@ def fork_rank(request: dict[str, Any], rank: int, port: int) -> int:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=str(port)
         )
-        from tests.workers import forked_train
-
-        code = forked_train.main(request["spec"])
+        worker = importlib.import_module(f"tests.workers.{request['spec'].get('worker', 'forked_train')}")
+        code = worker.main(request["spec"])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -90,8 +90,7 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         if "slurmctld" in self._daemons:
-            for job in self.run("squeue", "-h", "-o", "%A", check=False).split():
-                self.run("scancel", "--full", "-s", "KILL", job, check=False)
+            self.cancel_all("--full", "--signal=KILL")
         for name in reversed(list(self._daemons)):
             self.stop(name)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -144,6 +143,13 @@ class Cluster:
         done = subprocess.run(command, env={**self.env, **(env or {})}, cwd=cwd, capture_output=True, text=True, timeout=60)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def cancel_all(self, *options: str) -> list[str]:
+        """Cancel every job, with options of scancel, and return those there were."""
+        jobs = self.run("squeue", "-h", "-o", "%A", check=False).split()
+        for job in jobs:
+            self.run("scancel", *options, job, check=False)
+        return jobs
 
     def states(self) -> list[str]:
         """Return the state of every node."""

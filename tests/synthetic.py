@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.engine.fragments import Fragments
+from raphael_dist.engine.zero import Plain
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.unet import GateNoise
 
@@ -65,3 +67,9 @@ def synthetic_batch(
         edge=draw(3, 16, 16).sigmoid(),
         gate_noise=noise,
     )
+
+
+def plain_fragments(model: torch.nn.Module) -> Fragments:
+    """Return the fragments of a model in this process, without DeepSpeed."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return Fragments(model, Plain(optimizer, model, world_size=1), optimizer)

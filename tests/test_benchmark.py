@@ -7,11 +7,11 @@ from math import prod
 import numpy as np
 import yaml
 
-from raphael_dist.benchmarks import convert
-from raphael_dist.benchmarks.balance import bench_balance
+from benchmarks import convert
+from benchmarks.balance import bench_balance
 from raphael_dist.config import config_from_tree, load_config
+from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.plan import Options
-from raphael_dist.convert.run import open_checkpoint
 from raphael_dist.convert.source import parameter_shapes
 from tests.launch import run_ranks
 from tests.synthetic import TREE

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from raphael_dist.checkpoint.reader import MANIFEST, CheckpointReader, open_newest, seal
+from raphael_dist.checkpoint.manifest import MANIFEST, seal
+from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
 from raphael_dist.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR
 from raphael_dist.training.metrics import read_metrics
 from tests.forks import Forks, output_of
@@ -284,7 +285,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "does not match its own checksum",
     ),
-    "missing expert": (lambda run: edit_manifest(run, drop_first_range), "elements, not"),
+    "missing expert": (lambda run: edit_manifest(run, drop_first_range), "is missing"),
     "expert twice": (lambda run: edit_manifest(run, double_range), "twice"),
 }
 

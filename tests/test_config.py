@@ -1,5 +1,6 @@
 """The configuration: strict, layered, and light to import; mistakes are one line that shows the field and the values."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -8,23 +9,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raphael_dist.config import ARCHITECTURE_FIELDS, Config, Model, load_config, preset_names, to_yaml
+from raphael_dist.config import ARCHITECTURE_FIELDS, Config, Model, load_config, to_yaml
+from raphael_dist.config_yaml import preset_names
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.batch_plan import BatchPlan
 
 ROOT = Path(__file__).parent.parent
 JSONS = sorted(ROOT.glob("ds_configs/*.json"))
-PRESETS = pytest.mark.parametrize("preset", preset_names())
 
 
-@PRESETS
-def test_a_preset_written_out_reads_back_equal(preset, tmp_path):
-    config = load_config(preset)
+def test_a_preset_written_out_reads_back_equal(tmp_path):
     path = tmp_path / "resolved.yaml"
-    path.write_text(to_yaml(config))
-    assert load_config(str(path)) == config
-    assert yaml.safe_load(path.read_text()).keys() == Config.model_fields.keys()
+    for preset in preset_names():
+        config = load_config(preset)
+        path.write_text(to_yaml(config))
+        assert load_config(str(path)) == config
+        assert yaml.safe_load(path.read_text()).keys() == Config.model_fields.keys()
 
 
 def test_the_presets_of_the_paper_and_of_the_demo_exist():
@@ -56,68 +57,60 @@ def test_overrides_win_over_the_file_and_later_over_earlier(tmp_path):
     assert load_config(str(path)) == Config()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "wanted"),
-    [
-        (["train.max_step=5"], "train.max_step: unknown key (did you mean 'max_steps'?); known here: max_steps,"),
-        (["trian.max_steps=5"], "trian: unknown key (did you mean 'train'?)"),
-        (["train.lr=1"], "train.lr: unknown key (did you mean 'optim.lr'?)"),
-        (["train.max_steps=0"], "train.max_steps: given 0; input should be greater than or equal to 1"),
-        (["train.max_steps=many"], "train.max_steps: given 'many'"),
-        (["train.dtype=float16"], "train.dtype: given 'float16'"),
-        (["optim.lr=-1"], "optim.lr: given -1"),
-        (["optim.lr=.nan"], "optim.lr: given nan"),
-        (["optim.lr=.inf"], "optim.lr: given inf"),
-        (["train.caption_drop=1.5"], "train.caption_drop: given 1.5"),
-        (["model.mask_threshold=2"], "model.mask_threshold: given 2"),
-        (["run.seed=-1"], "run.seed: given -1"),
-        (["train.max_steps="], "train.max_steps: given None"),
-        (["max_steps=5"], "argument 'max_steps=5': overrides are written section.key=value"),
-        (["train.max_steps"], "argument 'train.max_steps': overrides are written section.key=value"),
-        (["a.b.c=1"], "argument 'a.b.c=1': overrides"),
-        (["model.attention=[true]"], "model.attention has 1 entries but model.channels has 4"),
-        (["model.expert_width=[1, 2]"], "model.expert_width has 2 entries but model.channels has 4"),
-        (["model.channels=[320, 640, 1280, 1270]"], "model.channels 1270 must be a multiple of model.norm_groups (32)"),
-        (["model.head_dim=100"], "model.head_dim (100)"),
-        (["image.buckets=[]"], "image.buckets must be distinct sizes"),
-        (["image.buckets=[[64, 64], [64, 64]]"], "image.buckets must be distinct sizes"),
-        (["image.buckets=[[64]]"], "image.buckets.0"),
-        (["edge.max_timestep=1001"], "edge.max_timestep is 1001, beyond diffusion.num_timesteps = 1000"),
-        (["sample.steps=1000"], "sample.steps = 1000 must be below diffusion.num_timesteps = 1000"),
-        (["parallel.space_ep=4"], "parallel.space_ep = 4 must divide model.space_experts = 6; allowed: [1, 2, 3, 6]"),
-        (["parallel.time_ep=3"], "parallel.time_ep = 3 must divide model.time_experts = 4; allowed: [1, 2, 4]"),
-        (["model.space_experts=0", "parallel.space_ep=2"], "allowed: [1]"),
-        (["train.max_steps=0", "run.seed=-1"], "; train.max_steps: given 0"),
-        (["train.max_steps=[5\n: 3"], "train.max_steps: given"),
-    ],
-)
-def test_a_mistake_is_told_in_one_line_with_field_and_value(overrides, wanted):
-    with pytest.raises(UserError) as caught:
-        load_config("raphael-3b", overrides)
-    assert wanted in str(caught.value)
-    assert "\n" not in str(caught.value)
+MISTAKES = [
+    (["train.max_step=5"], "train.max_step: unknown key (did you mean 'max_steps'?); known here: max_steps,"),
+    (["trian.max_steps=5"], "trian: unknown key (did you mean 'train'?)"),
+    (["train.lr=1"], "train.lr: unknown key (did you mean 'optim.lr'?)"),
+    (["train.max_steps=0"], "train.max_steps: given 0; input should be greater than or equal to 1"),
+    (["train.max_steps=many"], "train.max_steps: given 'many'"),
+    (["train.dtype=float16"], "train.dtype: given 'float16'"),
+    (["optim.lr=.nan"], "optim.lr: given nan"),
+    (["train.max_steps="], "train.max_steps: given None"),
+    (["train.max_steps"], "argument 'train.max_steps': overrides are written section.key=value"),
+    (["model.attention=[true]"], "model.attention has 1 entries but model.channels has 4"),
+    (["model.channels=[320, 640, 1280, 1270]"], "model.channels 1270 must be a multiple of model.norm_groups (32)"),
+    (["model.head_dim=100"], "model.head_dim (100)"),
+    (["image.buckets=[[64, 64], [64, 64]]"], "image.buckets must be distinct sizes"),
+    (["image.buckets=[[64]]"], "image.buckets.0"),
+    (["edge.max_timestep=1001"], "edge.max_timestep is 1001, beyond diffusion.num_timesteps = 1000"),
+    (["sample.steps=1000"], "sample.steps = 1000 must be below diffusion.num_timesteps = 1000"),
+    (["parallel.space_ep=4"], "parallel.space_ep = 4 must divide model.space_experts = 6; allowed: [1, 2, 3, 6]"),
+    (["model.space_experts=0", "parallel.space_ep=2"], "allowed: [1]"),
+    (["train.max_steps=0", "run.seed=-1"], "; train.max_steps: given 0"),
+    (["train.max_steps=[5\n: 3"], "train.max_steps: given"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "wanted"),
-    [
-        ("emoji-tny", None, "no such preset (did you mean 'emoji-tiny'?); presets: emoji-small, emoji-tiny"),
-        ("gone.yaml", None, "gone.yaml: no such file"),
-        ("bad.yaml", "train: {max_steps: [1\nx: }", "not valid YAML"),
-        ("list.yaml", "- 1\n- 2", "must be a mapping of sections, got list"),
-        ("scalar.yaml", "train: 5", "train: given 5"),
-        ("nested.yaml", "train: {max_steps: {a: 1}}", "train.max_steps: given {'a': 1}"),
-        ("key.yaml", "train: {1: 2}", "train.1"),
-        ("binary.yaml", "\x00\x01", "not valid YAML"),
-    ],
-)
-def test_a_wrong_file_is_told_in_one_line(name, text, wanted, tmp_path):
-    if text is not None:
-        (tmp_path / name).write_text(text)
+def told(load, *args) -> str:
+    """Return the one line that a mistake is told in."""
     with pytest.raises(UserError) as caught:
-        load_config(str(tmp_path / name) if name.endswith(".yaml") else name)
-    assert wanted in str(caught.value)
+        load(*args)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_mistake_is_told_in_one_line_with_field_and_value():
+    for overrides, wanted in MISTAKES:
+        assert wanted in told(load_config, "raphael-3b", overrides)
+
+
+WRONG_FILES = [
+    ("emoji-tny", None, "no such preset (did you mean 'emoji-tiny'?); presets: emoji-"),
+    ("gone.yaml", None, "gone.yaml: no such file"),
+    ("bad.yaml", "train: {max_steps: [1\nx: }", "not valid YAML"),
+    ("list.yaml", "- 1\n- 2", "must be a mapping of sections, got list"),
+    ("scalar.yaml", "train: 5", "train: given 5"),
+    ("nested.yaml", "train: {max_steps: {a: 1}}", "train.max_steps: given {'a': 1}"),
+    ("key.yaml", "train: {1: 2}", "train.1"),
+    ("binary.yaml", "\x00\x01", "not valid YAML"),
+]
+
+
+def test_a_wrong_file_is_told_in_one_line(tmp_path):
+    for name, text, wanted in WRONG_FILES:
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        assert wanted in told(load_config, str(tmp_path / name) if name.endswith(".yaml") else name)
 
 
 def test_an_override_of_a_section_that_is_no_mapping_names_it(tmp_path):
@@ -135,9 +128,10 @@ def test_the_fields_that_must_fit_a_checkpoint_are_fields_of_the_model():
     assert set(ARCHITECTURE_FIELDS) <= set(Model.model_fields)
 
 
-@pytest.mark.parametrize("module", ["raphael_dist.config", "raphael_dist.engine.ds_config"])
-def test_reading_a_configuration_imports_nothing_heavy(module):
-    code = f"import sys, {module}; from raphael_dist.config import load_config; load_config('raphael-3b');"
+def test_reading_a_configuration_imports_nothing_heavy():
+    code = (
+        "import sys, raphael_dist.engine.ds_config; from raphael_dist.config import load_config; load_config('raphael-3b');"
+    )
     code += "print([m for m in ('torch', 'deepspeed', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
@@ -146,47 +140,44 @@ def test_reading_a_configuration_imports_nothing_heavy(module):
 # ---- the DeepSpeed JSON ---------------------------------------------------------------------------------------------
 
 
-@PRESETS
-@pytest.mark.parametrize("path", JSONS, ids=lambda p: p.stem)
-def test_every_deepspeed_json_merges_with_every_preset(path, preset):
-    config, tree = load_config(preset), ds_config.read_deepspeed_json(str(path))
-    kept = json.dumps(tree)
-    plan = BatchPlan.of(config, 8)
-    if config.train.dtype == "bfloat16" and ds_config.zero_stage(tree) == 0:
-        with pytest.raises(UserError, match="bfloat16 needs fp32 master weights"):
-            ds_config.merge(config, tree, plan.accumulation, 8)
-        return
-    merged = ds_config.merge(config, tree, plan.accumulation, 8)
-    assert json.dumps(tree) == kept, "the user's tree must stay as it is"
-    assert merged["train_micro_batch_size_per_gpu"] == config.train.micro_batch
-    assert merged["gradient_clipping"] == config.optim.clip
-    assert merged["bf16"]["enabled"] == (config.train.dtype == "bfloat16")
-    assert merged["zero_optimization"].items() >= tree["zero_optimization"].items()
-    product = merged["train_micro_batch_size_per_gpu"] * merged["gradient_accumulation_steps"] * 8
-    assert merged["train_batch_size"] == product >= config.train.global_batch
+def test_every_deepspeed_json_merges_with_every_preset():
+    for preset, path in itertools.product(preset_names(), JSONS):
+        config, tree = load_config(preset), ds_config.read_deepspeed_json(str(path))
+        kept = json.dumps(tree)
+        plan = BatchPlan.of(config, 8)
+        if config.train.dtype == "bfloat16" and ds_config.zero_stage(tree) == 0:
+            with pytest.raises(UserError, match="bfloat16 needs fp32 master weights"):
+                ds_config.merge(config, tree, plan.accumulation, 8)
+            continue
+        merged = ds_config.merge(config, tree, plan.accumulation, 8)
+        assert json.dumps(tree) == kept, "the user's tree must stay as it is"
+        assert merged["train_micro_batch_size_per_gpu"] == config.train.micro_batch
+        assert merged["gradient_clipping"] == config.optim.clip
+        assert merged["bf16"]["enabled"] == (config.train.dtype == "bfloat16")
+        assert merged["zero_optimization"].items() >= tree["zero_optimization"].items()
+        product = merged["train_micro_batch_size_per_gpu"] * merged["gradient_accumulation_steps"] * 8
+        assert merged["train_batch_size"] == product >= config.train.global_batch
 
 
-@pytest.mark.parametrize(
-    ("tree", "wanted"),
-    [
-        ({"train_micro_batch_size_per_gpu": 4}, ["is 4 in the DeepSpeed JSON", "train.micro_batch gives 8"]),
-        ({"gradient_accumulation_steps": 5}, ["is 5 in", "gives 2"]),
-        ({"gradient_clipping": 0.3}, ["is 0.3 in", "optim.clip gives 1.0"]),
-        ({"train_batch_size": 64}, ["is 64 in", "train.global_batch gives 32"]),
-        ({"bf16": {"enabled": True}}, ["bf16.enabled is True", "train.dtype gives False"]),
-        ({"fp16": {"enabled": True}}, ["fp16.enabled is True", "float32 or bfloat16"]),
-        ({"bf16": True}, ["bf16 in the DeepSpeed JSON must be an object, given True"]),
-        ({"optimizer": {"type": "Adam"}}, ["optimizer in the DeepSpeed JSON is not used", "optim.*"]),
-        ({"scheduler": {}}, ["scheduler", "optim.warmup_steps"]),
-        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage", "given 4, allowed 0, 1, 2, 3"]),
-        ({"zero_optimization": 2}, ["zero_optimization.stage", "given None"]),
-    ],
-)
-def test_a_number_that_contradicts_ours_is_told_with_both_values(tree, wanted):
-    with pytest.raises(UserError) as caught:
-        ds_config.merge(Config(), tree, 2, 2)
-    assert all(text in str(caught.value) for text in wanted), caught.value
-    assert "\n" not in str(caught.value)
+CONTRADICTIONS: list[tuple[dict, list[str]]] = [
+    ({"train_micro_batch_size_per_gpu": 4}, ["is 4 in the DeepSpeed JSON", "train.micro_batch gives 8"]),
+    ({"gradient_accumulation_steps": 5}, ["is 5 in", "gives 2"]),
+    ({"gradient_clipping": 0.3}, ["is 0.3 in", "optim.clip gives 1.0"]),
+    ({"train_batch_size": 64}, ["is 64 in", "train.global_batch gives 32"]),
+    ({"bf16": {"enabled": True}}, ["bf16.enabled is True", "train.dtype gives False"]),
+    ({"fp16": {"enabled": True}}, ["fp16.enabled is True", "float32 or bfloat16"]),
+    ({"bf16": True}, ["bf16 in the DeepSpeed JSON must be an object, given True"]),
+    ({"optimizer": {"type": "Adam"}}, ["optimizer in the DeepSpeed JSON is not used", "optim.*"]),
+    ({"scheduler": {}}, ["scheduler", "optim.warmup_steps"]),
+    ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage", "given 4, allowed 0, 1, 2, 3"]),
+    ({"zero_optimization": 2}, ["zero_optimization.stage", "given None"]),
+]
+
+
+def test_a_number_that_contradicts_ours_is_told_with_both_values():
+    for tree, wanted in CONTRADICTIONS:
+        line = told(ds_config.merge, Config(), tree, 2, 2)
+        assert all(text in line for text in wanted), line
 
 
 def test_numbers_that_agree_or_are_auto_are_accepted():
@@ -200,16 +191,19 @@ def test_numbers_that_agree_or_are_auto_are_accepted():
     assert (merged["train_batch_size"], merged["gradient_clipping"], merged["bf16"]["enabled"]) == (32, 1.0, False)
 
 
-@pytest.mark.parametrize(("text", "wanted"), [(None, "no such file"), ("{", "not valid JSON"), ("[1]", "got list")])
-def test_a_wrong_deepspeed_file_is_told_in_one_line(text, wanted, tmp_path):
+def test_a_wrong_deepspeed_file_is_told_in_one_line(tmp_path):
     path = tmp_path / "ds.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError, match=wanted) as caught:
-        ds_config.read_deepspeed_json(str(path))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for text, wanted in ((None, "no such file"), ("{", "not valid JSON"), ("[1]", "got list")):
+        if text is not None:
+            path.write_text(text)
+        line = told(ds_config.read_deepspeed_json, str(path))
+        assert wanted in line
+        assert str(path) in line
+
+
+def test_without_a_deepspeed_file_the_stage_follows_from_the_precision():
     assert ds_config.zero_stage(ds_config.read_deepspeed_json(None)) == 1
+    assert ds_config.zero_stage(ds_config.read_deepspeed_json(None, "bfloat16")) == 2
 
 
 # ---- expert parallelism ---------------------------------------------------------------------------------------------
@@ -218,49 +212,82 @@ SPREAD = {"parallel": {"space_ep": 2, "time_ep": 2}}
 TWO_SIZES = {"image": {"buckets": [[64, 64], [64, 32]]}, "train": {"micro_batch": 4, "global_batch": 24}}
 
 
-@pytest.mark.parametrize(
-    ("sections", "zero", "world_size", "wanted"),
-    [
-        ({"parallel": {"space_ep": 3}}, {"stage": 1}, 4, ["space_ep = 3", "(4)", "space_experts = 6", "[1, 2]", "6 ranks"]),
-        ({"parallel": {"time_ep": 4}}, {"stage": 1}, 6, ["time_ep = 4", "(6)", "time_experts = 4", "[1, 2]", "8 ranks"]),
-        ({"parallel": {"space_ep": 2}}, {"stage": 1}, 1, ["space_ep = 2", "(1)", "[1]", "2 ranks"]),
-        (SPREAD, {"stage": 0}, 2, ["space_ep = 2 and parallel.time_ep = 2", "ZeRO-0", "clip norm", "1 or 2"]),
-        (SPREAD, {"stage": 3}, 2, ["ZeRO-3", "1 or 2", "zero2.json"]),
-        (SPREAD, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2, ["offload_optimizer.device 'cpu'", "remove it"]),
-        (SPREAD, {"stage": 1, "reduce_scatter": False}, 2, ["reduce_scatter", "set both to true"]),
-        (SPREAD, {"stage": 2, "contiguous_gradients": False}, 2, ["contiguous_gradients"]),
-        ({**SPREAD, "model": {"space_backend": "literal"}}, {"stage": 1}, 2, ["literal", "grouped or wide"]),
-        (
-            {**SPREAD, **TWO_SIZES, "data": {"bucket_run": 4}},
-            {"stage": 1},
-            2,
-            ["data.bucket_run = 4", "multiple of 8", "nearest: 8"],
-        ),
-        (
-            {**TWO_SIZES, "parallel": {"space_ep": 3, "time_ep": 2}, "data": {"bucket_run": 12}},
-            {"stage": 1},
-            6,
-            ["data.bucket_run = 12", "multiple of 24 (6 ranks", "nearest: 24"],
-        ),
-        (SPREAD, {"stage": 2, "overlap_comm": True}, 2, ["overlap_comm", "set it to false"]),
-    ],
-)
-def test_experts_that_cannot_be_spread_are_refused_with_the_numbers_and_a_way_out(sections, zero, world_size, wanted):
-    with pytest.raises(UserError) as caught:
-        ds_config.merge(Config.model_validate(sections), {"zero_optimization": zero}, 2, world_size)
-    assert all(text in str(caught.value) for text in wanted), caught.value
-    assert "\n" not in str(caught.value)
+REFUSED: list[tuple[dict, dict, int, list[str]]] = [
+    ({"parallel": {"space_ep": 3}}, {"stage": 1}, 4, ["space_ep = 3", "(4)", "space_experts = 6", "[1, 2]", "6 ranks"]),
+    ({"parallel": {"time_ep": 4}}, {"stage": 1}, 6, ["time_ep = 4", "(6)", "time_experts = 4", "[1, 2]", "8 ranks"]),
+    ({"parallel": {"space_ep": 2}}, {"stage": 1}, 1, ["space_ep = 2", "(1)", "[1]", "2 ranks"]),
+    (SPREAD, {"stage": 0}, 2, ["space_ep = 2 and parallel.time_ep = 2", "ZeRO-0", "clip norm", "1 or 2"]),
+    (SPREAD, {"stage": 3}, 2, ["ZeRO-3", "1 or 2", "zero2.json"]),
+    (SPREAD, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2, ["offload_optimizer.device 'cpu'", "remove it"]),
+    (SPREAD, {"stage": 1, "reduce_scatter": False}, 2, ["reduce_scatter", "set both to true"]),
+    (SPREAD, {"stage": 2, "contiguous_gradients": False}, 2, ["contiguous_gradients"]),
+    ({**SPREAD, "model": {"space_backend": "literal"}}, {"stage": 1}, 2, ["literal", "grouped or wide"]),
+    (
+        {**SPREAD, **TWO_SIZES, "data": {"bucket_run": 4}},
+        {"stage": 1},
+        2,
+        ["data.bucket_run = 4", "multiple of 8", "nearest: 8"],
+    ),
+    (
+        {**TWO_SIZES, "parallel": {"space_ep": 3, "time_ep": 2}, "data": {"bucket_run": 12}},
+        {"stage": 1},
+        6,
+        ["data.bucket_run = 12", "multiple of 24 (6 ranks", "nearest: 24"],
+    ),
+    (SPREAD, {"stage": 2, "overlap_comm": True}, 2, ["overlap_comm", "set it to false"]),
+]
 
 
-@pytest.mark.parametrize(
-    ("sections", "world_size"),
-    [
-        ({"parallel": {"space_ep": 3, "time_ep": 2}}, 6),
-        ({"parallel": {"space_ep": 6, "time_ep": 4}}, 12),
-        ({**SPREAD, **TWO_SIZES, "data": {"bucket_run": 8}}, 4),
-        ({**SPREAD, **TWO_SIZES, "train": {"micro_batch": 4, "global_batch": 21}, "data": {"bucket_run": 8}}, 4),
-    ],
+def test_experts_that_cannot_be_spread_are_refused_with_the_numbers_and_a_way_out():
+    for sections, zero, world_size, wanted in REFUSED:
+        line = told(ds_config.merge, Config.model_validate(sections), {"zero_optimization": zero}, 2, world_size)
+        assert all(text in line for text in wanted), line
+
+
+ACCEPTED: list[tuple[dict, int]] = [
+    ({"parallel": {"space_ep": 3, "time_ep": 2}}, 6),
+    ({"parallel": {"space_ep": 6, "time_ep": 4}}, 12),
+    ({**SPREAD, **TWO_SIZES, "data": {"bucket_run": 8}}, 4),
+    ({**SPREAD, **TWO_SIZES, "train": {"micro_batch": 4, "global_batch": 21}, "data": {"bucket_run": 8}}, 4),
+]
+
+
+def test_experts_that_can_be_spread_are_accepted():
+    for sections, world_size in ACCEPTED:
+        for zero in ({"stage": 1}, {"stage": 2, "offload_optimizer": {"device": "none"}}):
+            ds_config.merge(Config.model_validate(sections), {"zero_optimization": zero}, 2, world_size)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
 )
-@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, "offload_optimizer": {"device": "none"}}])
-def test_experts_that_can_be_spread_are_accepted(sections, zero, world_size):
-    ds_config.merge(Config.model_validate(sections), {"zero_optimization": zero}, 2, world_size)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.max_steps=2020-99-99", "train.max_steps=" + "9" * 5000, "train.max_steps=" + "[" * 3000,
+        "train.max_steps=" + "{a: " * 3000, "run.dir=a\0b", "text.encoder=a\0b", "data.shards=[a\0b]", "x" * 5000,
+        "train." + "y" * 5000 + "=1", "train.max_steps={? [1] : 2}", "train.max_steps=&a [*a]",
+    ],
+)  # fmt: skip
+def test_an_override_that_is_nonsense_is_one_short_line(override: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_config("emoji-tiny", [override])
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "text",
+    [BOMB, "train: &t {max_steps: 1, b: *t}", "train: " + "[" * 5000, "? [1]\n: 2", "train: {max_steps: 2020-99-99}",
+     "train: !!python/object:os.system x"],
+)  # fmt: skip
+def test_a_file_of_nonsense_is_one_short_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError) as refusal:
+        load_config(str(tmp_path / "x.yaml"))
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 1000

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from raphael_dist.model.edge import EdgeModule, edge_loss_B, focal_loss
+from raphael_dist.model.edge import EdgeModule, edge_loss_B, focal_loss, quality_focal_loss
 from raphael_dist.model.unet import RaphaelUNet
 from tests.synthetic import synthetic_batch, tiny_config
 
@@ -112,3 +112,27 @@ def test_edge_modules_and_cross_attention_learn_from_the_edge_loss_alone():
         for n in grads
         if n.startswith("conv_out") or "up_blocks.1.attentions.1.proj_out" in n
     )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0])
+def test_gradients_are_finite_for_every_gamma_and_logit(gamma: float) -> None:
+    logits = torch.tensor([-1e4, -200.0, -1.0, 0.0, 1.0, 200.0, 1e4]).repeat(3).requires_grad_()
+    target = torch.tensor([0.0, 0.5, 1.0]).repeat_interleave(7)
+    for loss in (focal_loss(logits, target, 0.5, gamma), quality_focal_loss(logits, target, gamma)):
+        assert loss.isfinite().all()
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert gradient.isfinite().all()
+
+
+def test_only_the_quality_form_has_its_minimum_at_a_soft_target() -> None:
+    p = torch.linspace(0.001, 0.999, 999)
+    for target in (0.1, 0.5, 0.8):
+        answers = [
+            float(p[loss.argmin()])
+            for loss in (
+                focal_loss(p.logit(), torch.full_like(p, target), 0.5, 2.0),
+                quality_focal_loss(p.logit(), torch.full_like(p, target), 2.0),
+            )
+        ]
+        assert answers[1] == pytest.approx(target, abs=2e-3)
+        assert answers[0] == pytest.approx({0.1: 0.31, 0.5: 0.5, 0.8: 0.62}[target], abs=2e-2)

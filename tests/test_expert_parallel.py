@@ -41,7 +41,7 @@ def test_spread_experts_take_the_steps_of_one_process(
     world_size, space_ep, time_ep, global_batch, last_experts_until, tmp_path
 ):
     """ZeRO-1 and 2, SGD and AdamW, each with clipping, gate noise, recomputation and other hash seeds on every rank."""
-    parallel = {"space_ep": space_ep, "time_ep": time_ep, "placement": ["move"]}
+    parallel = {"space_ep": space_ep, "time_ep": time_ep, "placement": ["shard"]}
     runs = [
         Spread(stage, kind, equal) for stage in (1, 2) for kind, equal in (("sgd", False), ("adamw", True), ("grad", False))
     ]
@@ -115,7 +115,7 @@ def test_levels_that_keep_their_experts_and_levels_that_move_rows_train_together
         sections={
             "train": {"global_batch": 12},
             "optim": {"kind": "sgd", "clip": CLIP},
-            "parallel": {"space_ep": 2, "time_ep": 2, "placement": ["keep", "move"]},
+            "parallel": {"space_ep": 2, "time_ep": 2, "placement": ["replicate", "shard"]},
         },
         deepspeed={"zero_optimization": {"stage": 2}},
         steps=STEPS,
@@ -128,7 +128,7 @@ def test_levels_that_keep_their_experts_and_levels_that_move_rows_train_together
 def test_the_bytes_of_space_experts_that_move_are_those_that_placement_reckons_with(recompute, tmp_path):
     sections = {
         "train": {"global_batch": 13},
-        "parallel": {"space_ep": 2, "placement": ["move"], "dispatch": "all_gather"},
+        "parallel": {"space_ep": 2, "placement": ["shard"], "dispatch": "all_gather"},
         "model": {"checkpoint_activations": recompute},
         "image": {"buckets": [[8, 8]]},  # in pixel space, as the synthetic batches
     }
@@ -136,7 +136,7 @@ def test_the_bytes_of_space_experts_that_move_are_those_that_placement_reckons_w
     found = train_steps(tmp_path, 2, sections=sections, deepspeed=tree, steps=1)
     config = tiny_config(**sections)
     costs = place(config, BatchPlan.of(config, 2))
-    reckoned = sum(c.moved for c in costs)  # no weights: each expert is on one rank alone
+    reckoned = sum(c.sharded_bytes for c in costs)  # no weights: each expert is on one rank alone
     if not recompute:
         assert found["sent"] == [reckoned, reckoned]
     else:  # recomputation stops before the way back
@@ -152,7 +152,7 @@ def test_the_debug_mode_finds_a_parameter_without_a_gradient_on_one_rank():
 def test_a_checkpoint_goes_from_spread_experts_to_one_rank_and_back_bit_for_bit(tmp_path):
     optim = {"kind": "adamw", "clip": 0.5, "eps": ADAM_EPS}
     sections = {"optim": optim, "train": {"global_batch": 12}, "run": {"dir": str(tmp_path / "run")}}
-    spread = {**sections, "parallel": {"space_ep": 2, "time_ep": 2, "placement": ["move"]}}
+    spread = {**sections, "parallel": {"space_ep": 2, "time_ep": 2, "placement": ["shard"]}}
     expected = one_process(12, 0.5, "adamw")
     shapes = {n: tuple(p.shape) for n, p in RaphaelUNet(tiny_config()).named_parameters()}
 

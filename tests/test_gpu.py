@@ -1,13 +1,16 @@
 """What only a GPU can show: NCCL, bfloat16 training, the grouped matrix product. Skipped elsewhere."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
-from raphael_dist.model.moe import SpaceMoE, literal_space_moe
+from raphael_dist.model.moe import SpaceMoE, TimeMoE, literal_space_moe
+from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.training.metrics import read_metrics
 from tests.launch import run_ranks
+from tests.synthetic import synthetic_batch, tiny_config
 from tests.test_training import arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -27,6 +30,60 @@ def test_space_moe_on_a_gpu_equals_the_literal_formula_on_the_cpu(backend: str, 
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     assert (out.float().cpu() - expected).abs().max() <= tolerance * expected.abs().max()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def _time_layer(activation: str = "gelu") -> tuple[TimeMoE, list]:
+    torch.manual_seed(0)
+    layer = TimeMoE(4, 64, 128, activation, seed=1).to("cuda", torch.bfloat16)  # type: ignore[arg-type]
+    expert = torch.tensor([3, 0, 3, 1, 0, 3], device="cuda")
+    samples = torch.tensor([2, 1, 0, 3], device="cuda")
+    h = torch.randn(6, 50, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    return layer, [h, expert, samples, torch.ones(6, device="cuda")]
+
+
+def test_expert_layers_wait_for_nothing_on_a_gpu() -> None:
+    layer, inputs = _time_layer()
+    space = SpaceMoE(4, 64, 128, "auto", seed=2).to("cuda", torch.bfloat16)
+    mask, weight = torch.ones(6, 50, 9, device="cuda"), torch.full((6, 9, 4), 1 / 36, device="cuda")
+    layer(*inputs).sum().backward()  # libraries may wait when they are first used
+    space(inputs[0], mask, weight)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(*inputs).sum().backward()
+        space(inputs[0], mask, weight)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "geglu"])
+@pytest.mark.parametrize("package", ["torch", "grouped_gemm"])
+def test_time_moe_on_a_gpu_equals_the_loop_in_float32(activation: str, package: str) -> None:
+    if package == "grouped_gemm":
+        pytest.importorskip("grouped_gemm")
+    layer, inputs = _time_layer(activation)
+    layer.use_megablocks = package == "grouped_gemm"
+    exact = copy.deepcopy(layer).to("cpu", torch.float32)
+    exact.use_megablocks = False
+    found = layer(*inputs)
+    expected = exact(*(t.detach().cpu().float() if t.is_floating_point() else t.cpu() for t in inputs))
+    assert (found.float().cpu() - expected).abs().max() <= 3e-2 * expected.abs().max()
+    found.float().square().sum().backward()
+    expected.square().sum().backward()
+    for (name, p), q in zip(layer.named_parameters(), exact.parameters(), strict=True):
+        assert p.grad is not None, name
+        assert (p.grad.float().cpu() - q.grad).norm() <= 2e-2 * q.grad.norm(), name
+
+
+def test_feature_maps_are_channels_last_at_every_convolution_on_a_gpu() -> None:
+    config = tiny_config()
+    model = RaphaelUNet(config).cuda()
+    seen = []
+    for m in (m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d) and ".edge." not in n):
+        m.register_forward_pre_hook(lambda _, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last)))
+    batch = synthetic_batch(config, [(p, 1.0) for p in range(4)], model.num_blocks).to(torch.device("cuda"))
+    model(batch.x0, batch.timestep, batch.text, batch.text_mask, batch.end)
+    assert seen
+    assert all(seen)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

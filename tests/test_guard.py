@@ -1,5 +1,6 @@
 """Steps that would harm the weights: skipped on all ranks alike, or undone; what that costs survives a resume."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -7,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from raphael_dist.checkpoint.manifest import MANIFEST, seal
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.config import Train
 from raphael_dist.errors import EXIT_NON_FINITE
+from raphael_dist.storage.files import sha256
 from raphael_dist.training.guard import MIN_LOSSES, Guard
 from raphael_dist.training.metrics import read_metrics
 from tests.forks import Forks, output_of
@@ -110,9 +115,12 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all_and_changes_nothing(
     bad = G + 4  # the second step, the second rank
     faults = {"nan": [bad]} if kind == "nan" else {"inf_grad": INF}
     forks.must(run, 2, **spec(stage, ep, faults, train={"dtype": dtype}))
-    assert differing(at(run, 1), at(run, 2)) == set()
-    assert differing(at(run, 2), at(run, 3)) == {"master", "exp_avg", "exp_avg_sq", "ema"}
-    assert [at(run, step).manifest["updates"] for step in (1, 2, 3, 4)] == [1, 1, 2, 3]
+    short = tmp_path / "short"  # ends with the bad step, and so is saved then
+    forks.must(short, 2, **spec(stage, ep, faults, train={"dtype": dtype, "max_steps": 2}))
+    assert differing(at(run, 1), at(short, 2)) == set()
+    assert not (run / "checkpoints" / "step-00000002").exists(), "saved while steps were being skipped"
+    assert differing(at(short, 2), at(run, 3)) == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert [at(run, step).manifest["updates"] for step in (1, 3, 4)] == [1, 2, 3]
     assert at(run, 4).manifest["samples_seen"] == 4 * G, "the samples of a skipped step are used up"
     assert [v for _, v in read_metrics(run / "metrics.jsonl")["train/skipped"]] == [0, 1, 1, 1]
     assert (f"positions [{bad}]" if kind == "nan" else f"at positions {G} to {2 * G - 1}") in log(run)
@@ -120,9 +128,7 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all_and_changes_nothing(
         return
     # Adam counts updates, not steps: a resumed run must not think it took the skipped one.
     again = tmp_path / "again"
-    shutil.copytree(run, again)
-    for step in (3, 4):
-        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    shutil.copytree(short, again)
     forks.must(again, 2, **spec(stage, ep, train={"dtype": dtype}))
     assert differing(at(run, 4), at(again, 4)) == set()
 
@@ -137,8 +143,44 @@ def test_three_bad_steps_in_a_row_end_the_run_with_its_own_exit_code(forks: Fork
     assert len(errors) == 1
     assert "step 5: skipped, the loss is not finite" in errors[0]
     assert "train.max_skipped = 3 in a row" in errors[0]
-    assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000004"
-    assert at(run, 4).damage() is None
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000002"
+    assert at(run, 2).damage() is None
+
+
+def poison(run: Path, step: int) -> None:
+    """Let the weights of a checkpoint be such that no loss is finite, and the checkpoint be whole."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in manifest["files"]:
+        with safe_open(folder / name, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        save_file({key: t * 1e30 if "master" in key else t for key, t in tensors.items()}, folder / name, metadata)
+        manifest["files"][name] |= {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    (folder / MANIFEST).write_bytes(seal(manifest))
+
+
+def test_a_checkpoint_that_no_step_can_go_on_from_is_left_for_the_one_before(forks: Forks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    forks.must(run, 2, **spec())
+    poison(run, 4)
+    poison(run, 3)
+    ends = forks.run(run, 2, **spec(train={"max_steps": 5}))  # before three steps are skipped
+    assert ends == [EXIT_NON_FINITE] * 2
+    assert "complete, but its last steps were skipped" in output_of(run, 2)
+    assert not (run / "checkpoints" / "step-00000005").exists()
+    forks.must(run, 2, **spec(train={"max_steps": 9}))
+    for step in (4, 3):
+        assert f"no step since the return to step {step} was any good: its checkpoint is set aside" in log(run)
+        assert (run / "checkpoints" / f"damaged-step-{step:08d}").is_dir()
+    assert f"back at step 2, going on with sample {10 * G}" in log(run)
+    assert at(run, 9).damage() is None
+    assert at(run, 9).manifest["samples_seen"] == (4 + 3 + 3 + 7) * G
+    # Without one before it the run ends as it does after good steps, and nothing is renamed.
+    alone = tmp_path / "alone"
+    forks.must(alone, 2, **spec(train={"max_steps": 1}))
+    poison(alone, 1)
+    assert forks.run(alone, 2, **spec()) == [EXIT_NON_FINITE] * 2
+    assert [path.name for path in (alone / "checkpoints").glob("*step*")] == ["step-00000001"]
 
 
 SPIKE = MIN_LOSSES + 2  # the step, from 1

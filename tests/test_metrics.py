@@ -1,9 +1,12 @@
 """Loads of experts: relative to an even share, and said once when one is dead or overloaded."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from raphael_dist.training.metrics import LoadWatch, load_metrics
+from raphael_dist.training.metrics import ExpertLoadMonitor, Metrics, load_metrics
 
 
 def test_loads_are_relative_to_an_even_share_and_density_to_all_pairs():
@@ -15,7 +18,7 @@ def test_loads_are_relative_to_an_even_share_and_density_to_all_pairs():
 
 
 def test_a_dead_and_an_overloaded_expert_are_named_once_with_what_to_do():
-    watch, load_LK = LoadWatch(), torch.tensor([[100.0, 100.0, 100.0, 100.0], [0.0, 390.0, 5.0, 5.0]])
+    watch, load_LK = ExpertLoadMonitor(), torch.tensor([[100.0, 100.0, 100.0, 100.0], [0.0, 390.0, 5.0, 5.0]])
     lines = watch.new("space", load_LK, samples=400)
     assert len(lines) == 2
     assert "space expert 0 of block 1 has almost nothing to do" in lines[0]
@@ -27,4 +30,30 @@ def test_a_dead_and_an_overloaded_expert_are_named_once_with_what_to_do():
 
 @pytest.mark.parametrize(("load", "samples"), [([[0.0, 8.0]], 8), ([[40.0]], 400), ([[30.0, 70.0]], 100)])
 def test_few_samples_one_expert_or_a_tolerable_load_say_nothing(load, samples):
-    assert LoadWatch().new("time", torch.tensor(load), samples) == []
+    assert ExpertLoadMonitor().new("time", torch.tensor(load), samples) == []
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_numbers_and_tensors_are_reduced_alike(alone):
+    numbers, tensors, mixed = (Metrics(torch.device("cpu")) for _ in range(3))
+    for i, (value, count) in enumerate([(3.0, 2.0), (-5.0, 1.0), (4.5, 4.0)]):
+        for name, kind in (("total", "sum"), ("average", "mean"), ("largest", "max")):
+            numbers.add(name, value, kind, count)
+            tensors.add(name, torch.tensor(value), kind, torch.tensor(count))
+            mixed.add(name, value if i % 2 else torch.tensor(value), kind, torch.tensor(count))
+    for metrics in (numbers, tensors, mixed):
+        metrics.add("load", torch.arange(6.0).view(2, 3), "sum")
+        reduced = metrics.reduce()
+        assert {name: float(v) for name, v in reduced.items() if v.ndim == 0} == pytest.approx(
+            {"total": 2.5, "average": 2.5 / 7, "largest": 4.5}
+        )
+        assert torch.equal(reduced["load"], torch.arange(6.0).view(2, 3))
+        assert all(v.dtype == torch.float32 for v in reduced.values())
+        assert metrics.reduce() == {}

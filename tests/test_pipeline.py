@@ -15,6 +15,7 @@ from raphael_dist.convert.plan import Options
 from raphael_dist.convert.run import convert
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder
 from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.pipeline import RaphaelPipeline
 from raphael_dist.sampling.sampling import generate, initial_noise
@@ -66,8 +67,8 @@ def clip(folder: Path, width: int) -> Path:
 def sampled(model, config: Config) -> np.ndarray:
     text = TextEncoder.load(config.text.encoder, config.text.max_tokens, "cpu", torch.float32)
     image = ImageEncoder.load(VAE, "cpu", torch.float32)
-    return generate(model, text, image, config.diffusion, PROMPTS, range(2), size_hw=(64, 64), steps=3, guidance=4.0,
-                    scheduler="ddim", seed=11)  # fmt: skip
+    scheduler = make_scheduler(config.diffusion, "ddim")
+    return generate(model, text, image, scheduler, PROMPTS, range(2), size_hw=(64, 64), steps=3, guidance=4.0, seed=11)
 
 
 def test_the_exported_pipeline_samples_the_same_image_as_our_sampler(tmp_path):

@@ -8,9 +8,10 @@ import pytest
 
 from raphael_dist.config import load_config
 from raphael_dist.errors import UserError
+from raphael_dist.model.latents import latent_factor
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.placement import blocks_per_level, describe, latent_factor, mean_tokens, place
+from raphael_dist.parallel.placement import blocks_per_level, describe, mean_tokens, place
 from tests.launch import ROOT
 from tests.synthetic import tiny_config
 
@@ -18,19 +19,19 @@ from tests.synthetic import tiny_config
 def choices(world_size: int, **parallel) -> dict[tuple[str, int], bool]:
     overrides = [f"parallel.{key}={json.dumps(value)}" for key, value in parallel.items()]
     config = load_config("raphael-3b", overrides)
-    return {(c.kind, c.level): c.move for c in place(config, BatchPlan.of(config, world_size))}
+    return {(c.kind, c.level): c.shard for c in place(config, BatchPlan.of(config, world_size))}
 
 
-def test_outer_levels_keep_their_experts_and_inner_levels_move_rows():
+def test_outer_levels_replicate_their_experts_and_inner_levels_shard_them():
     chosen = choices(984, space_ep=6, time_ep=4)
     assert [chosen["space", level] for level in range(4)] == [False, False, True, True]
     assert [chosen["time", level] for level in range(4)] == [False, True, True, True]
-    assert choices(984, space_ep=6) == {key: move for key, move in chosen.items() if key[0] == "space"}
+    assert choices(984, space_ep=6) == {key: shard for key, shard in chosen.items() if key[0] == "space"}
 
 
 def test_a_level_may_be_decided_by_hand():
-    assert set(choices(984, space_ep=6, time_ep=4, placement="move").values()) == {True}
-    by_hand = choices(984, space_ep=6, placement=["move", "keep", "auto", "keep"])
+    assert set(choices(984, space_ep=6, time_ep=4, placement="shard").values()) == {True}
+    by_hand = choices(984, space_ep=6, placement=["shard", "replicate", "auto", "replicate"])
     assert by_hand == {("space", 0): True, ("space", 1): False, ("space", 2): True, ("space", 3): False}
 
 
@@ -47,9 +48,11 @@ def test_the_bytes_of_one_level_by_hand():
     rows = 3 * 3 * 3 * 64  # blocks, micro-steps, samples, tokens
     weights = 3 * 6 * (20 * 16 + 20 + 16 * 20 + 16)
     assert (space.rows, space.parameters) == (rows, weights)
-    assert space.moved == 4 * 2 * (rows * (2 * 16 + 3) + 3 * 3 * 3 * 16)  # float32, forward and backward; experts' e_k(0)
-    assert space.copied == 4 * 2 * weights // 2  # reduced and gathered, half of it each
-    assert (time.rows, time.moved) == (rows, 4 * 2 * rows * 2 * 16 // 2)
+    assert space.sharded_bytes == 4 * 2 * (
+        rows * (2 * 16 + 3) + 3 * 3 * 3 * 16
+    )  # float32, forward and backward; experts' e_k(0)
+    assert space.replicated_bytes == 4 * 2 * weights // 2  # reduced and gathered, half of it each
+    assert (time.rows, time.sharded_bytes) == (rows, 4 * 2 * rows * 2 * 16 // 2)
 
 
 def test_levels_and_tokens_are_those_of_the_model():
@@ -57,9 +60,9 @@ def test_levels_and_tokens_are_those_of_the_model():
     model = RaphaelUNet(config)
     assert [model.block_levels.count(level) for level in range(2)] == blocks_per_level(config)
     small = load_config("emoji-tiny")
-    assert latent_factor(small) == 4
+    assert latent_factor(small.image.encoder) == 4
     assert [mean_tokens(small, level) for level in range(4)] == [256, 64, 16, 4]
-    assert latent_factor(load_config("raphael-3b")) == 8  # its encoder is not here
+    assert latent_factor(load_config("raphael-3b").image.encoder) == 8  # its encoder is not here
 
 
 def test_without_expert_parallelism_there_is_nothing_to_place():
@@ -73,16 +76,16 @@ def test_dry_run_shows_rows_parameters_bytes_and_the_choice():
     lines = [line for line in done.stdout.splitlines() if line.startswith("# space  ")]
     assert len(lines) == 4
     assert "118040" in lines[0]
-    assert "keep all experts on every rank" in lines[0]
+    assert "replicate" in lines[0]
     assert "755.3 M" in lines[2]
-    assert "move rows, 629.4 M fewer parameters a rank" in lines[2]
+    assert "shard, 629.4 M fewer parameters a rank" in lines[2]
 
 
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
-        ("parallel.placement=mve", "given 'mve'; input should be 'auto', 'move' or 'keep'"),
-        ("parallel.placement=[move, keep]", "2 entries but model.channels has 4"),
+        ("parallel.placement=mve", "given 'mve'; input should be 'auto', 'shard' or 'replicate'"),
+        ("parallel.placement=[shard, replicate]", "2 entries but model.channels has 4"),
     ],
 )
 def test_a_wrong_placement_is_told_in_one_line(override, wanted):

@@ -37,13 +37,20 @@ LONG = (
     "data.val_shards=[]",
     "run.hang_timeout_s=60",
 )
-SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=move")
+SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=shard")
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def four_nodes() -> Iterator[Cluster]:
     with Cluster(4) as running:
         yield running
+
+
+@pytest.fixture
+def cluster(four_nodes: Cluster) -> Iterator[Cluster]:
+    """The nodes without a job; one that a failed test left would keep nodes from the next."""
+    yield four_nodes
+    wait_for(lambda: not four_nodes.cancel_all(), 60, "the end of all jobs")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +196,8 @@ def test_the_time_limit_is_met_by_a_restart_and_a_cancelled_job_stays_cancelled(
     deaf = tmp_path / "python"  # stands for a run that does not get round to saving in time
     deaf.write_text("#!/bin/bash\ntrap '' USR1\nwhile :; do sleep 1; done\n")
     deaf.chmod(0o755)
-    late = Job(cluster, tmp_path / "late", ["--nodes=1", "--time=1"], [], PYTHON=str(deaf))
+    # USR1 a second before the end: at once, which @300 of a minute would be, it could come before the trap is set.
+    late = Job(cluster, tmp_path / "late", ["--nodes=1", "--time=1", "--signal=USR1@1"], [], PYTHON=str(deaf))
     job = Job(
         cluster, tmp_path / "job", ["--nodes=1", "--time=1", "--signal=USR1@1"], [cache, *LONG, "train.max_steps=100000"]
     )
@@ -284,6 +292,16 @@ def test_a_broken_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, c
     python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n2 ] && exit 9\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     settings = {"PYTHON": str(python), "PREFLIGHT": "1", "SPARE_NODES": "1"}
+    job = Job(cluster, tmp_path, ["--nodes=3"], [cache, "train.max_steps=2"], **settings)
+    assert "n2: no report" in job.finish()
+    assert [node for node, _ in job.pids().values()] == ["n1", "n3"]
+
+
+def test_a_node_that_hangs_in_the_preflight_is_named_and_left_out(cluster: Cluster, tmp_path: Path, cache: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n2 ] && exec sleep 1000\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = {"PYTHON": str(python), "PREFLIGHT": "1", "SPARE_NODES": "1", "PREFLIGHT_MINUTES": "1"}
     job = Job(cluster, tmp_path, ["--nodes=3"], [cache, "train.max_steps=2"], **settings)
     assert "n2: no report" in job.finish()
     assert [node for node, _ in job.pids().values()] == ["n1", "n3"]

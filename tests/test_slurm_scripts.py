@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist.cluster.preflight import rounds
+from raphael_dist.cluster.preflight import network, rounds
 from raphael_dist.cluster.preflight_report import judge, read_reports
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.ranks import Ranks, discover
 from tests.launch import ROOT
+from tests.test_conditioning import save_clip
 from tests.test_training import SMALL
 from tools import check_cluster, prepare_data
 
@@ -46,7 +47,9 @@ def test_settings_become_arguments_and_each_gpu_a_rank() -> None:
     assert "--nodes=4 --cpus-per-task=8" in command
     assert "--ntasks=32 --ntasks-per-node=8" in command
     wanted = r"run.dir=my\ runs/x a.b=1 c.d=\* --max-time 1:00:00 e.f=\$\(id\) "
-    assert command.endswith("--config raphael-3b --deepspeed_config ds_configs/zero1.json " + wanted)
+    assert command.endswith("--config raphael-3b " + wanted)
+    chosen = dry("train_raphael.sh", **node, **settings, DS_CONFIG="my zero.json")[-1]
+    assert r"--config raphael-3b --deepspeed_config my\ zero.json run.dir" in chosen
     restarted = dry("train_raphael.sh", **node, **settings, SLURM_RESTART_COUNT="1")[-1]
     assert "run.lock_wait_s=120" in restarted
     spares = dry("train_raphael.sh", **node, **settings | {"PREFLIGHT": "1"}, SPARE_NODES="1")
@@ -65,6 +68,89 @@ def test_settings_become_arguments_and_each_gpu_a_rank() -> None:
 def test_each_launcher_is_called_its_own_way(launcher: str, expected: str) -> None:
     node = {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NUM_NODES": "2", "PREFLIGHT": "0"}
     assert expected in dry("train_raphael.sh", LAUNCHER=launcher, **node)[-1].replace("\\", "")
+
+
+NUMBERS = {
+    "train_raphael.sh": [
+        "MASTER_PORT", "SLURM_RESTART_COUNT", "SLURM_CPUS_ON_NODE", "SLURM_NTASKS", "SLURM_JOB_NUM_NODES", "SPARE_NODES",
+        "MAX_RESTARTS", "PREFLIGHT_MINUTES", "TASKS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_JOB_ID",
+    ],
+    "prepare_data.sh": [f"SLURM_ARRAY_TASK_{name}" for name in ("MIN", "ID", "STEP", "COUNT")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script, names in NUMBERS.items() for name in names])
+def test_a_number_that_is_none_is_refused_and_never_run(tmp_path: Path, script: str, name: str) -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"DRY_RUN": "1", "PYTHON": "python3"}
+    for value in (f"PATH[$(touch {tmp_path}/canary)]", "1; touch canary", "-1", "0x10", "99999999999"):
+        env = {**clean, "SLURM_JOB_ID": "5", name: value, "RAPHAEL_HOME": str(ROOT)}
+        done = subprocess.run(["bash", str(ROOT / "slurm" / script)], env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "is not a number" in done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_number_may_begin_with_a_zero() -> None:
+    node = {"TASKS_PER_NODE": "08", "SLURM_JOB_NUM_NODES": "09", "SLURM_RESTART_COUNT": "08", "SLURM_CPUS_ON_NODE": "064"}
+    assert "--nodes=9 --cpus-per-task=8" in dry("train_raphael.sh", **node, PREFLIGHT="0")[-1]
+
+
+def job(tmp_path: Path, python: str, squeue: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the batch script as job 7 with stand-ins for Python and Slurm's commands; scontrol notes that it was called."""
+    tools = {"python": python, "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"', "squeue": squeue}
+    for name, text in {**tools, "scontrol": f'[[ $1 != requeue ]] || touch "{tmp_path}/requeued"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}"
+    }
+    given = {"SLURM_JOB_ID": "7", "RUN_DIR": str(tmp_path / "run"), "PYTHON": str(tmp_path / "python"), "PREFLIGHT": "0"}
+    command = ["bash", str(ROOT / "slurm" / "train_raphael.sh")]
+    return subprocess.run(command, env={**clean, **given, **env}, capture_output=True, text=True, timeout=60)
+
+
+def test_only_checkpoints_that_the_trainer_names_count_as_progress(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000010").mkdir(parents=True)
+    (tmp_path / "run" / ".restarts").write_text("5 step-00000010\n")
+    for name in ("step-00000020-mine", "step-9", "step-zzz"):
+        (folder / name).mkdir()
+    (folder / "step-00000030").write_text("a file")
+    done = job(tmp_path, "exit 9")
+    assert done.returncode == 9
+    assert "5 restarts brought no newer checkpoint (newest: step-00000010)" in done.stdout
+    (folder / "step-00000040").mkdir()
+    assert "restart 1 with checkpoint step-00000040" in job(tmp_path, "exit 9").stdout
+
+
+def test_a_restart_that_cannot_be_counted_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "run" / ".restarts.new").mkdir(parents=True)  # nothing can be written there, as on a full disk
+    done = job(tmp_path, "exit 9")
+    assert done.returncode == 4
+    assert "free some space and submit again" in done.stdout
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(("left", "code"), [("0:58", 2), ("5:00", 2), ("10:00:00", 0), ("1-00:00:00", 0), ("INVALID", 0)])
+def test_a_time_limit_that_leaves_no_time_to_train_is_refused(tmp_path: Path, left: str, code: int) -> None:
+    done = job(tmp_path, "trap '' USR1; kill -USR1 $PPID; exit 75", squeue=f"echo {left}")
+    assert done.returncode == code
+    assert ("give a longer --time" in done.stdout) == (code == 2)
+    assert (tmp_path / "requeued").exists() == (code == 0)
+    trained = "mkdir -p $(dirname $0)/run/checkpoints/step-00000001; trap '' USR1; kill -USR1 $PPID; exit 75"
+    assert job(tmp_path, trained, squeue=f"echo {left}").returncode == 0
+
+
+def test_the_exit_code_is_kept_when_signals_come_as_the_run_ends(tmp_path: Path) -> None:
+    python = "trap '' USR1; for i in 1 2 3; do kill -USR1 $PPID; done; exit 3"
+    assert [job(tmp_path, python).returncode for _ in range(10)] == [3] * 10
+
+
+@pytest.mark.parametrize("told", ["PATH[$(touch canary)]", "08", "1 2", ""])
+def test_an_exit_code_that_is_told_is_a_number(tmp_path: Path, told: str) -> None:
+    done = job(tmp_path, f"echo '{told}' >\"$RAPHAEL_EXIT_FILE\"; exit 3")
+    assert done.returncode == (0 if told == "08" else 3), done.stdout  # 8 is a crash: queued again
+    assert not (ROOT / "canary").exists()
 
 
 def test_the_other_scripts_pass_their_arguments_on() -> None:
@@ -166,17 +252,23 @@ def test_the_preflight_passes_leaves_out_or_fails_by_its_exit_code(
         read_reports(tmp_path)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
-def test_every_two_nodes_meet_once(count: int) -> None:
-    members = [10 * i for i in range(count)]
-    met = [tuple(sorted(pair)) for partners in rounds(members) for pair in partners.items()]
-    assert sorted(set(met)) == [(a, b) for i, a in enumerate(members) for b in members[i + 1 :]]
-    assert len(met) == count * (count - 1)
-    assert all(partners[b] == a for partners in rounds(members) for a, b in partners.items())
+def test_every_two_nodes_meet_once() -> None:
+    for count in (1, 2, 3, 4, 7, 8):
+        members = [10 * i for i in range(count)]
+        met = [tuple(sorted(pair)) for partners in rounds(members) for pair in partners.items()]
+        assert sorted(set(met)) == [(a, b) for i, a in enumerate(members) for b in members[i + 1 :]]
+        assert len(met) == count * (count - 1)
+        assert all(partners[b] == a for partners in rounds(members) for a, b in partners.items())
+
+
+def test_the_way_to_another_host_is_named_by_interface_and_address() -> None:
+    assert network("127.0.0.1") == "lo 127.0.0.1"
+    assert network("no such host").startswith("no way to no such host: ")
 
 
 def test_parts_prepare_every_shard_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = [f"data.cache_dir={tmp_path}", "image.encoder=none", "image.buckets=[[8,8]]", "model.latent_channels=3"]
+    base += [f"text.encoder={save_clip(tmp_path / 'clip', '[pad]')}", "text.max_tokens=6", "model.text_width=32"]
     for part, built in ((1, 0), (0, 1), (0, 0)):  # one shard of each kind, which is part 0's
         assert prepare_data.main(["--part", str(part), "--parts", "2", *base]) == 0
         assert f"data.shards: {built} of 1 shards" in capsys.readouterr().out

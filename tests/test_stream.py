@@ -6,11 +6,14 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import TextFeatures
@@ -19,6 +22,7 @@ from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
+from tests.synthetic import TREE, tiny_config
 from tests.test_dataset import encode
 from tests.test_shards import png, write_shard
 
@@ -67,7 +71,7 @@ class World:
         self.index = build_index(paths)
         self.text = Text()
         self.dataset = ImageDataset(self.index, BUCKETS, edge)
-        self.cache = FeatureCache(tmp_path / "cache", self.index, self.dataset, self.text, Pixels(), BUCKETS, flip)
+        self.cache = FeatureCache(tmp_path / "cache", self.dataset, self.text, Pixels(), flip)
         self.order = SampleOrder(self.index, BUCKETS, SEED, window_shards=2)
 
     def members(self, n: int):
@@ -102,15 +106,15 @@ def test_the_cache_gives_back_what_the_encoders_gave(world):
                 assert (cached.end, cached.mask.tolist()) == (2, [True] * 3)
                 assert (cached.edge.numpy() == sample.edge).all()
         assert world.cache.num_captions(sample_id) == 2 + sample_id % 2
-    assert world.cache.null_text().tokens.unique().tolist() == [-1]
+    assert world.cache.null_text.tokens.unique().tolist() == [-1]
 
 
 def test_a_caption_is_encoded_once_per_shard_and_nothing_is_computed_twice(tmp_path):
     world = World(tmp_path)
     assert world.cache.missing() == [0, 1, 2]
-    seen = []
-    world.cache.build([2, 0], lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 2), (2, 2)]
+    told: list[str] = []
+    world.cache.build([2, 0], told.append)
+    assert {words.partition(",")[0] for words in told} == {"shard 1 of 2", "shard 2 of 2"}
     assert world.text.calls.count("same") == 2
     assert world.cache.missing() == [1]
     again = World(tmp_path)
@@ -128,14 +132,15 @@ def test_a_changed_caption_of_equal_length_is_computed_again(tmp_path):
     path = tmp_path / "s1.tar"
     path.write_bytes(path.read_bytes().replace(b"caption 12", b"CAPTION 12"))
     index = build_index([tmp_path / f"s{n}.tar" for n in range(3)])
-    cache = FeatureCache(tmp_path / "cache", index, first.dataset, first.text, Pixels(), BUCKETS, True)
+    dataset = ImageDataset(index, BUCKETS, "stored")
+    cache = FeatureCache(tmp_path / "cache", dataset, first.text, Pixels(), True)
     assert index.fingerprint == first.index.fingerprint
     assert cache.missing() == [1]
 
 
 def test_a_damaged_cache_and_wrong_buckets_are_a_users_error(world):
     with pytest.raises(UserError, match=r"\[18, 16\] is not a multiple of 4"):
-        FeatureCache(Path(), world.index, world.dataset, world.text, Pixels(), [(18, 16)], False)
+        FeatureCache(Path(), ImageDataset(world.index, [(18, 16)], "none"), world.text, Pixels(), False)
     path = world.cache.path(0)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="delete it"):
@@ -186,8 +191,8 @@ def test_draws_follow_their_rates_and_latents_their_posterior(world):
 def test_a_corrupt_image_is_replaced_from_its_bucket_counted_and_reported_once(tmp_path, caplog):
     world = World(tmp_path, corrupt=(4, 28))
     world.cache.build([0, 1, 2])
-    assert [(bad.shard, bad.key) for bad in world.cache.bad] == [("s0.tar", "004"), ("s2.tar", "028")]
-    assert world.cache.bad_ids == [4, 28]
+    assert [(bad.shard, bad.key) for bad in world.cache.bad.values()] == [("s0.tar", "004"), ("s2.tar", "028")]
+    assert list(world.cache.bad) == [4, 28]
     with pytest.raises(KeyError, match="bad"):
         world.cache.get(4)
     stream = world.stream(max_bad_fraction=0.1)
@@ -249,7 +254,19 @@ def test_read_ahead_raises_where_the_error_lies_and_stops():
 def test_an_image_of_another_bucket_is_fitted_to_its_own(tmp_path):
     path = write_shard(tmp_path / "a.tar", [("a", {"png": png(90, 40), "txt": b"x"})])
     index = build_index([path])
-    cache = FeatureCache(tmp_path, index, ImageDataset(index, BUCKETS, "none"), Text(), Pixels(), BUCKETS, False)
+    cache = FeatureCache(tmp_path, ImageDataset(index, BUCKETS, "none"), Text(), Pixels(), False)
     cache.build([0])
     assert cache.get(0).mean.shape == (3, 4, 8)
     assert cache.get(0).edge is None
+
+
+def test_the_gates_noise_is_annealed_by_the_step_of_a_position() -> None:
+    config = tiny_config(model={**TREE["model"], "gate_noise": 0.5, "gate_noise_steps": 4})
+    builder = BatchBuilder(config, None, num_blocks=2)  # type: ignore[arg-type]
+    batch = config.train.global_batch
+    deviations = [builder._gate_noise_at(position) for position in (0, batch - 1, batch, 3 * batch, 4 * batch, 99 * batch)]
+    assert deviations == [0.5, 0.5, 0.375, 0.125, 0.0, 0.0]
+    sample: Any = SimpleNamespace(tokens=torch.zeros(7, 3))
+    first, last = (builder._gate_noise([position], [sample]).space_BLYK for position in (0, 4 * batch))
+    assert float(first.std()) == pytest.approx(0.5, rel=0.3)
+    assert not last.any()

@@ -42,7 +42,7 @@ SMALL = [
     "optim.decay=constant",
 ]
 
-SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=move")
+SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=shard")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def files_of(run_dir: Path, step: int) -> dict:
     return json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())["files"]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))])
 def test_six_steps_equal_three_steps_and_a_resume_of_three_bit_for_bit(tmp_path: Path, cache: str, stage: int) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run_ranks(arguments(whole, cache, stage, "train.max_steps=6"), 2)
@@ -233,7 +233,7 @@ def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, cache: str)
     assert (folder / "checkpoints" / "latest").is_file()
 
 
-@pytest.mark.parametrize(("world_size", "spread"), [(1, ()), (2, SPREAD)])
+@pytest.mark.parametrize(("world_size", "spread"), [pytest.param(1, (), marks=pytest.mark.slow), (2, SPREAD)])
 def test_several_image_sizes_train_and_validate(world_size: int, spread: tuple, tmp_path: Path, cache: str) -> None:
     """Ranks that share experts see one size at a time, also where the batch of 11 is no multiple of their 6 slots."""
     sizes = ("image.buckets=[[8,8],[8,16]]", "data.bucket_run=6", "train.micro_batch=3", "train.global_batch=11")
@@ -252,6 +252,17 @@ def test_bfloat16_resumes_bit_for_bit_too(tmp_path: Path, cache: str, stage: int
     shutil.rmtree(resumed / "checkpoints" / "step-00000004")
     run_ranks(arguments(resumed, cache, stage, *more), 2)
     assert files_of(whole, 4) == files_of(resumed, 4)
+
+
+def test_a_bfloat16_run_starts_from_float32_weights_without_rounding_them(run_dir: Path, tmp_path: Path, cache: str) -> None:
+    more = ("train.max_steps=1", "train.dtype=bfloat16", "optim.lr=1e-30", f"run.init_from={run_dir}", "ema.decay=0")
+    output = run_ranks(arguments(tmp_path / "run", cache, 2, *more, "sample.prompts=[]", "data.val_shards=[]"), 2)[0]
+    assert f"from the weights of {run_dir}" in output
+    source, started = (open_newest(folder / "checkpoints") for folder in (run_dir, tmp_path / "run"))
+    for name in source.shapes:
+        averaged = source.whole("ema", name)
+        assert torch.equal(started.whole("master", name), averaged)
+        assert torch.equal(started.whole("ema", name), averaged), "the average begins at the weights"
 
 
 def test_a_termination_signal_saves_and_the_same_command_continues(tmp_path: Path, cache: str) -> None:
@@ -287,7 +298,7 @@ def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: P
         "no encoder": ([*base, "text.encoder=/nowhere"], ["text.encoder", "/nowhere"]),
         "no edge maps": ([*base, "data.edges=none"], ["edge.weight", "edge"]),
         "batch too small": ([*base, "train.global_batch=1"], None),
-        "another run": ([*base, f"run.dir={used}", "run.seed=7"], ["run.seed = 0", "7"]),
+        "another run": ([*base, f"run.dir={used}", "run.seed=7"], ["run.seed was 0", "7", "run.allow_change=[run.seed]"]),
         "another model": ([*base, f"run.dir={other}", "model.gate_width=9"], ["model.gate_width", "8", "9"]),
     }
     spec = tmp_path / "cases.json"

@@ -1,19 +1,23 @@
 """The U-Net is Stable Diffusion 2's where it can be, and recomputation changes nothing."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.utils._pytree
+from deepspeed.runtime.utils import OutputBackwardHookManager, register_output_backward_hooks
 from diffusers import UNet2DConditionModel
 
 from raphael_dist.config import Config, config_from_tree, load_config
 from raphael_dist.convert.load import load_initial
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.moe import FORMS
 from raphael_dist.model.objective import compute_losses
-from raphael_dist.model.routing import choose
+from raphael_dist.model.routing import Gate, choose, gate_logits
 from raphael_dist.model.unet import GateNoise, RaphaelUNet
-from tests.synthetic import synthetic_batch, tiny_config
+from tests.synthetic import plain_fragments, synthetic_batch, tiny_config
 
 torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work
 
@@ -88,13 +92,13 @@ def test_a_diffusers_folder_loads_whole_or_in_parts_with_no_key_missing_or_left_
     reference = theirs(config)
     reference.save_pretrained(tmp_path / "unet", max_shard_size=max_shard_size)
     model = RaphaelUNet(config)
-    load_initial(model, tmp_path / "unet")
+    load_initial(plain_fragments(model), tmp_path / "unet")
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in reference.state_dict().items())
     with_experts = RaphaelUNet(config_from_tree({**SMALL_DENSE, "model": {**SMALL_DENSE["model"], "space_experts": 2}}))
     with pytest.raises(UserError, match=r"run.init_from.*do not fit the model"):
-        load_initial(with_experts, tmp_path / "unet")
+        load_initial(plain_fragments(with_experts), tmp_path / "unet")
     with pytest.raises(UserError, match=r"run.init_from.*cannot read"):
-        load_initial(model, tmp_path)
+        load_initial(plain_fragments(model), tmp_path)
 
 
 def test_raphael_3b_has_the_papers_size_and_sides_that_tile():
@@ -129,12 +133,19 @@ def test_all_but_gates_experts_and_edge_modules_keep_their_diffusers_names(name)
 # ---- recomputation --------------------------------------------------------------------------------------------------
 
 
-def run(checkpointing: bool, reentrant: bool, size: tuple[int, int] | None = None, **model) -> dict[str, torch.Tensor]:
+def run(
+    checkpointing: str,
+    reentrant: bool,
+    size: tuple[int, int] | None = None,
+    prepare: Callable[[RaphaelUNet], object] = lambda _: None,
+    **model,
+) -> dict[str, torch.Tensor]:
     """Return outputs, losses and gradients of one step of the tiny model, gate noise on."""
     config = tiny_config(model={"checkpoint_activations": checkpointing, **model})
     torch.manual_seed(0)
     unet = RaphaelUNet(config)
-    unet.reentrant_checkpoint = reentrant
+    unet.gathers_weights = reentrant
+    prepare(unet)
     batch = synthetic_batch(config, [(p, 1.0) for p in range(4)], unet.num_blocks)
     if size:
         batch.x0, batch.noise = torch.randn(4, 4, *size), torch.randn(4, 4, *size)
@@ -157,18 +168,79 @@ def run(checkpointing: bool, reentrant: bool, size: tuple[int, int] | None = Non
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backend", ["grouped", "wide", "literal"])
-def test_checkpointing_changes_no_output_loss_or_gradient(reentrant, backend):
-    kept, again = run(False, False, space_backend=backend), run(True, reentrant, space_backend=backend)
+@pytest.mark.parametrize("backend", ["literal", *FORMS])
+@pytest.mark.parametrize("recomputed", ["blocks", "all"])
+def test_checkpointing_changes_no_output_loss_or_gradient(recomputed, reentrant, backend):
+    kept, again = run("none", False, space_backend=backend), run(recomputed, reentrant, space_backend=backend)
     assert kept.keys() == again.keys()
     for name, value in kept.items():
         assert value is not None, f"{name} got no gradient"
         torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_the_more_is_recomputed_the_less_is_kept():
+    def kept_bytes(recomputed: str) -> int:
+        storages: dict[int, tuple[int, torch.Tensor]] = {}  # held, so that no address is used twice
+
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            storages[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+            return t
+
+        unet = RaphaelUNet(tiny_config(model={"checkpoint_activations": recomputed, "space_backend": "wide"}))
+        known = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+        batch = synthetic_batch(unet_config := tiny_config(), [(p, 1.0) for p in range(4)], unet.num_blocks)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            compute_losses(unet, batch, NoiseSchedule.create(unet_config.diffusion), unet_config, torch.float32)
+        return sum(size for address, (size, _) in storages.items() if address not in known)
+
+    none, blocks, everything = kept_bytes("none"), kept_bytes("blocks"), kept_bytes("all")
+    assert none > 1.3 * blocks > 1.3 * 1.3 * everything
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "blocks"), (False, "none"), ("all", "all")])
+def test_checkpoints_and_files_that_call_recomputation_true_or_false_still_load(old, new):
+    assert tiny_config(model={"checkpoint_activations": old}).model.checkpoint_activations == new
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_feature_maps_keep_one_memory_format_through_all_convolutions(channels_last, monkeypatch):
+    """Weights stay contiguous: ZeRO flattens them, and a checkpoint holds them in that order."""
+    plain = run("none", False)
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    monkeypatch.setattr("raphael_dist.model.unet.layout", lambda device: wanted)
+    seen = []
+
+    def watch(unet: RaphaelUNet) -> None:
+        for m in (m for n, m in unet.named_modules() if isinstance(m, torch.nn.Conv2d) and ".edge." not in n):
+            assert m.weight.is_contiguous()
+            m.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous(memory_format=wanted)))
+
+    found = run("none", False, prepare=watch)
+    assert len(seen) > 15
+    if channels_last:  # contiguous maps change their format behind a transformer block, whose tokens lie channels last
+        assert all(seen)
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_attention_without_a_map_is_the_fused_kernel(monkeypatch):
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k)
+    )
+    run("none", False)
+    blocks = RaphaelUNet(tiny_config()).num_blocks
+    assert len(calls) == blocks  # self-attention
+    config = config_from_tree(SMALL_DENSE)
+    model = RaphaelUNet(config)
+    model(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 5, 24), torch.ones(1, 5).bool(), torch.tensor([4]))
+    assert len(calls) == blocks + 2 * model.num_blocks  # and cross-attention of blocks whose map nobody wants
+
+
 @pytest.mark.parametrize("size", [(7, 11), (9, 4), (5, 5), (4, 24)])
 def test_odd_and_long_latents_come_back_in_their_size(size):
-    assert run(True, False, size)["prediction"].shape == (4, 4, *size)
+    assert run("all", False, size)["prediction"].shape == (4, 4, *size)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -178,12 +250,45 @@ def test_a_step_routes_each_gate_once_although_blocks_run_twice(reentrant, monke
     from raphael_dist.model.layers import TransformerBlock
 
     forward = TransformerBlock.forward
-    monkeypatch.setattr(TransformerBlock, "forward", lambda self, *a: ran.append(a[3].time_samples) or forward(self, *a))
-    run(True, reentrant)
+    counted = lambda self, *a: ran.append(a[3].time_samples.tolist()) or forward(self, *a)  # noqa: E731
+    monkeypatch.setattr(TransformerBlock, "forward", counted)
+    run("blocks", reentrant)
     blocks = RaphaelUNet(tiny_config()).num_blocks
-    assert len(routed) == 2 * blocks
+    assert len(routed) == 2, "the gates of a kind are routed together"
     assert len(ran) == 2 * blocks
     assert ran[:blocks] == ran[blocks:][::-1]
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7)])
+def test_gates_run_together_compute_what_each_computes_alone(shape):
+    gates = [Gate(6, 10, 4).double() for _ in range(5)]
+    x = torch.randn(*shape, 6, dtype=torch.float64)
+    together, alone = gate_logits(gates, x), torch.stack([gate(x) for gate in gates])
+    assert together.shape == (5, *shape, 4)
+    torch.testing.assert_close(together, alone)
+    weights = torch.randn_like(alone)
+    parameters = [p for gate in gates for p in gate.parameters()]
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), parameters) for y in (together, alone)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_deepspeed_finds_every_output_that_a_loss_may_come_from():
+    """It prepares the backward pass by hooks on tensors in tuples, lists and dicts: an output of any other kind has none."""
+    config = tiny_config(model={"balance_weight": 0.1})
+    model = RaphaelUNet(config)
+    batch = synthetic_batch(config, [(p, 1.0) for p in range(2)], model.num_blocks)
+    out = model(batch.x0, batch.timestep, batch.text, batch.text_mask, batch.end, batch.gate_noise)
+    with_gradient = [out.prediction, *out.edge_logits, *out.balance]
+    assert len(with_gradient) == 1 + 2 * model.num_blocks
+    hooks = OutputBackwardHookManager(lambda: None)
+    hooks.register_hooks_on_outputs(out)
+    assert len(hooks.hook_handles) == len(with_gradient)
+    leaves = {id(leaf) for leaf in torch.utils._pytree.tree_leaves(out)}
+    assert leaves >= {id(t) for t in (*with_gradient, *out.space_used, *out.time_expert)}
+    prepared = []
+    register_output_backward_hooks(out, lambda: prepared.append(1))
+    sum(t.sum() for t in with_gradient).backward()
+    assert prepared == [1]
 
 
 def test_blocks_are_counted_and_run_in_the_order_of_their_gates():
@@ -192,7 +297,7 @@ def test_blocks_are_counted_and_run_in_the_order_of_their_gates():
     assert len(model.time_gates) == len(model.text_gates) == 4
 
 
-@pytest.mark.parametrize("backend", ["grouped", "wide", "literal"])
+@pytest.mark.parametrize("backend", ["literal", *FORMS])
 def test_parameters_of_experts_that_serve_nobody_get_a_zero_gradient_not_none(backend):
     config = tiny_config(model={"space_backend": backend})
     model = RaphaelUNet(config)

@@ -9,16 +9,17 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.layouts.dense import ldm_key
 from raphael_dist.convert.load import load_initial
 from raphael_dist.convert.plan import Options
-from raphael_dist.convert.run import convert, open_checkpoint
+from raphael_dist.convert.run import convert
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from tests.checkpoints import assert_same, read_state
-from tests.synthetic import synthetic_batch
+from tests.synthetic import plain_fragments, synthetic_batch
 
 SIZES = {"channels": [32, 64, 64], "attention": [True, True, False], "expert_width": [128, 256, 256], "head_dim": 16,
          "norm_groups": 16, "text_width": 12, "gate_width": 9}  # fmt: skip
@@ -52,7 +53,7 @@ def test_the_upcycled_model_computes_what_its_source_computes_and_every_part_lea
     dense.save_pretrained(tmp_path / "sd2/unet")
     convert("dense", tmp_path / "sd2/unet", "canonical", tmp_path / "start", Options(), config)
     model = RaphaelUNet(config)
-    load_initial(model, tmp_path / "start")
+    load_initial(plain_fragments(model), tmp_path / "start")
     batch = synthetic_batch(config, [(p, 1.0) for p in range(6)], model.num_blocks)
     inputs = (batch.x0, batch.timestep, batch.text)
     with torch.no_grad():
@@ -153,7 +154,7 @@ def test_a_new_run_says_how_to_start_from_a_dense_folder(tmp_path):
     with pytest.raises(
         UserError, match=r"run.init_from: .* do not fit the model.*tools/convert_checkpoint.py --config upcycles"
     ):
-        load_initial(RaphaelUNet(target()), tmp_path / "unet")
+        load_initial(plain_fragments(RaphaelUNet(target())), tmp_path / "unet")
 
 
 def test_a_pipelines_scheduler_tells_what_the_unet_predicts(tmp_path):

@@ -1,5 +1,6 @@
 """A hang becomes stacks, a name and an exit; a slow rank becomes a name; a wish to stop becomes a checkpoint."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from raphael_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, UserError
 from raphael_dist.training.metrics import read_metrics
-from raphael_dist.training.stopping import StopWish, parse_time
+from raphael_dist.training.stopping import StopRequest, parse_time
 from raphael_dist.training.straggler import Stragglers
 from raphael_dist.training.watchdog import Heartbeat, blame
 from tests.launch import ROOT, rank_env, run_ranks
@@ -22,7 +23,7 @@ from pathlib import Path
 from raphael_dist.parallel.ranks import Ranks
 from raphael_dist.training.watchdog import Watchdog
 with Watchdog(Ranks(), Path(sys.argv[1]), 1.0) as dog:
-    for step in range(30):
+    for step in range(30 if sys.argv[2] != "long" else 80):
         dog.beat(f"step {step}")
         time.sleep(0.1)
     if sys.argv[2] == "sleep":
@@ -54,6 +55,37 @@ def test_a_hang_ends_with_stacks_even_when_the_interpreter_lock_is_held(tmp_path
     assert "line 15" in (tmp_path / "lock" / "logs" / "stacks-rank-0.txt").read_text()
 
 
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["the job", "the rank alone"])
+def test_a_suspension_longer_than_the_time_out_is_no_hang(tmp_path: Path, all_of_it: bool) -> None:
+    command = [sys.executable, "-c", ALONE, str(tmp_path), "long"]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, env=rank_env(1), cwd=ROOT, text=True, start_new_session=True, **output)
+    try:
+        wait_for((tmp_path / "logs" / "heartbeats" / "rank-00000").exists)
+        send = os.killpg if all_of_it else os.kill
+        time.sleep(1.0)
+        send(process.pid, signal.SIGSTOP)
+        time.sleep(6.0)  # the time-out is 1 s, and 5 s at the start
+        send(process.pid, signal.SIGCONT)
+        assert process.communicate(timeout=60)[0] == "done\n"
+        assert process.returncode == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_before_the_first_step_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, "tests/workers/start_run.py", "1", *SMALL, f"run.dir={tmp_path}/run", "run.hang_timeout_s=6"]
+    ranks = spawn([*command, "sample.prompts=[]", "data.val_shards=[]", f"data.cache_dir={tmp_path}/cache"])
+    try:
+        output = ranks[0].communicate(timeout=200)[0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[0].returncode == EXIT_HUNG, output
+    assert "no progress for 30 s at the rehearsal: rank 1 on host1 has given no sign of life" in output
+
+
 def test_the_rank_that_is_behind_or_silent_is_the_one_to_blame() -> None:
     def rank(number: int, beats: int, age: float) -> Heartbeat:
         return Heartbeat(number, f"n{number}", beats, f"step {beats}", 1e9 - age)
@@ -79,15 +111,19 @@ def test_times_are_read_as_slurm_writes_them() -> None:
     for wrong in ("", "x", "-5", "1:2:3:4", "1-", "1h", "10\n"):
         with pytest.raises(UserError, match="--max-time"):
             parse_time(wrong)
-    assert [StopWish(time).wanted for time in (60.0, 0.0, None)] == [False, True, False]
+    assert [StopRequest(time).wanted for time in (60.0, 0.0, None)] == [False, True, False]
 
 
 def start(folder: Path, how: str, rank: int, *more: str, world_size: int = 2) -> list[subprocess.Popen]:
-    env = rank_env(world_size)
     command = [sys.executable, "tests/workers/hang_run.py", how, str(rank), *SMALL, f"run.dir={folder}", *more]
+    return spawn([*command, f"data.cache_dir={folder.parent}/cache", "sample.prompts=[]", "data.val_shards=[]"], world_size)
+
+
+def spawn(command: list[str], world_size: int = 2) -> list[subprocess.Popen]:
+    env = rank_env(world_size)
     return [
         subprocess.Popen(
-            [*command, f"data.cache_dir={folder.parent}/cache", "sample.prompts=[]", "data.val_shards=[]"],
+            command,
             env={**env, "RANK": str(r), "LOCAL_RANK": str(r), "SLURMD_NODENAME": f"host{r}"},
             cwd=ROOT,
             stdout=subprocess.PIPE,

@@ -13,13 +13,12 @@ import torch
 
 from raphael_dist.config import Ema as EmaConfig
 from raphael_dist.engine.ema import Ema
-from raphael_dist.engine.fragments import Fragments
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
 from tests.launch import run_ranks, train_steps
-from tests.synthetic import synthetic_batch, tiny_config
+from tests.synthetic import plain_fragments, synthetic_batch, tiny_config
 
 STEPS = 3
 ADAM_EPS = 1e-3  # large, or Adam makes whole steps of the rounding errors in gradients that cancel
@@ -142,7 +141,7 @@ def test_averaged_weights_are_in_the_model_while_asked_for_and_no_longer(stage, 
 
 def test_an_average_with_warm_up_and_its_weights_in_a_plain_model():
     model = torch.nn.Linear(2, 1)
-    ema = Ema(Fragments(model, torch.optim.SGD(model.parameters(), lr=1.0)), EmaConfig(decay=0.99))
+    ema = Ema(plain_fragments(model), EmaConfig(decay=0.99))
     assert [ema.decay(s) for s in (1, 2, 10**6)] == [2 / 11, 3 / 12, 0.99]
     start = model.weight.detach().clone()
     with torch.no_grad():
@@ -159,10 +158,10 @@ def test_an_average_with_warm_up_and_its_weights_in_a_plain_model():
 def _ema_rank(folder: Path) -> None:
     """Rank process: train two steps under every stage in turn, then look at the model with and without the average."""
     from raphael_dist.engine.engine import Engine
-    from raphael_dist.parallel import ranks as parallel
+    from raphael_dist.parallel.ranks import all_reduce_sum, discover, initialise
 
-    ranks = parallel.discover()
-    device = parallel.initialise(ranks)
+    ranks = discover()
+    device = initialise(ranks)
     torch.set_num_threads(1)
     config = tiny_config(**EMA_SECTIONS)
     plan = BatchPlan(4, 2, 2)
@@ -179,7 +178,7 @@ def _ema_rank(folder: Path) -> None:
         def loss(engine=engine, batch=batch) -> float:
             with torch.no_grad():
                 mine = compute_losses(engine, batch, SCHEDULE, config, engine.dtype).total.sum()
-            return float(parallel.total([float(mine)], device)[0]) / 4
+            return float(all_reduce_sum([float(mine)], device)[0]) / 4
 
         with ema.in_model():
             averaged = loss()

@@ -2,13 +2,16 @@
 
 import argparse
 
-from raphael_dist.benchmarks import balance, checkpoint, convert, moe, space
+from benchmarks import balance, checkpoint, convert, moe, space, start, states, syncs
 
 COMMANDS = {
     "space": (space, "the Space-MoE: literal, grouped and wide"),
     "moe": (moe, "our layers beside DeepSpeed's MoE and a loop"),
     "balance": (balance, "how even time experts' loads are"),
     "checkpoint": (checkpoint, "save, write, verify, convert"),
+    "states": (states, "bytes per parameter of each ZeRO configuration"),
+    "start": (start, "starting up with many ranks"),
+    "syncs": (syncs, "where a step's host waits for the GPU, without one"),
     "convert": (convert, "conversions of a model of any size"),
 }
 

@@ -1,6 +1,7 @@
 """Checks nodes before a long job: `srun ... check_cluster.py --out DIR [train.py arguments]`, then once `--judge DIR`.
 
-The first form is one task per rank, 60 seconds at most; the second prints the verdict. slurm/train_raphael.sh runs both.
+The first form is one task per rank, 55 seconds and 0.1 a rank at most; the second prints the verdict. slurm/train_raphael.sh
+runs both.
 Exit codes of --judge: 0 passed, 1 failed, 2 a mistake that no other node would mend, 4 passed without the nodes named, which
 `good-nodes` in DIR leaves out.
 """
@@ -43,11 +44,11 @@ def probe(out: Path | None, args: argparse.Namespace) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
     from raphael_dist.cluster import preflight
-    from raphael_dist.parallel import ranks as parallel
+    from raphael_dist.parallel.ranks import discover
 
     if out is None:
         raise UserError("--out: none given; the folder for the reports, on a file system that all nodes share")
-    ranks = parallel.discover()
+    ranks = discover()
     config = ds_config.fit_to_ranks(load_config(args.config, args.overrides), ranks.world_size)
     out.mkdir(parents=True, exist_ok=True)
     passed = preflight.Probe(config, ranks, out).run()
@@ -56,22 +57,22 @@ def probe(out: Path | None, args: argparse.Namespace) -> int:
 
 
 def verdict(args: argparse.Namespace) -> int:
-    found = judge(read_reports(args.judge), args.ranks, args.nodes)
-    print("\n".join([*found.lines, *(f"warning: {text}" for text in found.warnings)]))
-    for node, texts in found.faults.items():
+    result = judge(read_reports(args.judge), args.ranks, args.nodes)
+    print("\n".join([*result.lines, *(f"warning: {text}" for text in result.warnings)]))
+    for node, texts in result.faults.items():
         print("\n".join(f"fault: {node}: {text}" for text in texts))
-    if not found.faults:
+    if not result.faults:
         print("preflight passed")
         return 0
-    good = [node for node in args.nodes if node not in found.faults]
-    if found.everywhere:
+    good = [node for node in args.nodes if node not in result.faults]
+    if result.everywhere:
         print("preflight failed, alike on every node")
         return EXIT_USER_ERROR
     if not args.need or len(good) < args.need:
-        print(f"preflight failed: exclude {', '.join(found.faults)} (sbatch --exclude), or ask for spares (SPARE_NODES=1)")
+        print(f"preflight failed: exclude {', '.join(result.faults)} (sbatch --exclude), or ask for spares (SPARE_NODES=1)")
         return 1
     (args.judge / "good-nodes").write_text("\n".join(good) + "\n")
-    print(f"left out: {', '.join(found.faults)}; {len(good)} nodes remain")
+    print(f"left out: {', '.join(result.faults)}; {len(good)} nodes remain")
     return EXIT_LEFT_OUT
 
 

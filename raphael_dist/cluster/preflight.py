@@ -1,16 +1,12 @@
-"""What every rank tries out before a job's training: itself, its data, its disk, its peers, its numerics.
+"""What every rank checks before a job trains: its device, data and disk alone; network and numerics with the others.
 
-A rank leaves `rank-NNNNN.json` in a folder: first what it found out alone, then, when it could join the others, the rest. So
-the report of a node that is broken, or the lack of one, tells it apart from nodes that merely waited for it
-(`preflight_report.judge`).
+Each rank writes its report, `rank-NNNNN.json`, twice: after the checks that it makes alone, and at the end. So a broken node
+can be told from those that only waited for it: its report names a problem, or is missing (`preflight_report.judge`).
 """
 
-import fcntl
 import json
 import os
-import shutil
 import socket
-import struct
 import threading
 import time
 import warnings
@@ -20,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -27,30 +24,32 @@ from raphael_dist.config import Config
 from raphael_dist.data.shards import expand_shards
 from raphael_dist.errors import UserError
 from raphael_dist.model.moe import SpaceMoE
-from raphael_dist.parallel import ranks as parallel
-from raphael_dist.parallel.exchange import Peers
+from raphael_dist.parallel.exchange import ExpertGroup
 from raphael_dist.parallel.expert_parallel import STACKED, ParallelSpaceMoE
-from raphael_dist.training.rundir import versions
+from raphael_dist.parallel.ranks import Ranks, free_port, gather_objects, host_name, num_threads, own_group
+from raphael_dist.storage.files import free_bytes, replace_bytes, write_bytes
+from raphael_dist.storage.versions import versions
 
-TIME_LIMIT_S = 55.0
-JOIN_TIMEOUT = timedelta(seconds=30)
-PROBE_BYTES = 8 << 20
-MAX_ROUNDS = 32  # of pairs of nodes; on up to 33 nodes every pair meets
+# Time limits, (seconds, and seconds more per rank): of all checks together; of joining the others, and of each exchange.
+LIMIT_S = (55.0, 0.1)
+JOIN_S = (30.0, 0.05)
+PROBE_BYTES = 8 << 20  # read from a shard, and written where checkpoints go
+MAX_ROUNDS = 32  # of exchanges between pairs of nodes; on up to 33 nodes every pair meets
 
 
 class Probe:
-    """The checks of one rank. `report` holds what was found; `problems` in it are (what is wrong, what to do)."""
+    """The checks of one rank. `report` holds their results by name; its `problems` say what is wrong and what to do."""
 
-    def __init__(self, config: Config, ranks: parallel.Ranks, out: Path) -> None:
+    def __init__(self, config: Config, ranks: Ranks, out: Path) -> None:
         self.config, self.ranks, self.path = config, ranks, out / f"rank-{ranks.rank:05d}.json"
         self.device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        self.report: dict[str, Any] = {"rank": ranks.rank, "node": parallel.host_name(), "problems": [], "joined": False}
+        self.report: dict[str, Any] = {"rank": ranks.rank, "node": host_name(), "problems": [], "joined": False}
         self.phase = "start"
         self._began = time.monotonic()
 
     def run(self) -> bool:
         """Run all checks; return whether this rank found no problem. Ends the process at the time limit."""
-        timer = threading.Timer(TIME_LIMIT_S, self._out_of_time)
+        timer = threading.Timer(self._limit(LIMIT_S), self._out_of_time)
         timer.daemon = True
         timer.start()
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
@@ -89,14 +88,18 @@ class Probe:
         self.report["problems"].append({"phase": self.phase, "what": what, "fix": fix})
 
     def _write(self) -> None:
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps(self.report))
-        temporary.replace(self.path)
+        replace_bytes(self.path, json.dumps(self.report).encode(), durable=False)
 
     def _out_of_time(self) -> None:
-        self._problem(f"{self.phase}: not done after {TIME_LIMIT_S:.0f} s", "")
-        self._write()
-        os._exit(1)
+        try:
+            self._problem(f"{self.phase}: not done after {self._limit(LIMIT_S):.0f} s", "")
+            self._write()
+        finally:
+            os._exit(1)
+
+    def _limit(self, of: tuple[float, float]) -> float:
+        """Return a time limit in seconds, which grows with the number of ranks."""
+        return of[0] + of[1] * self.ranks.world_size
 
     def _identity(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
@@ -104,7 +107,7 @@ class Probe:
             raise UserError(
                 f"local rank {self.ranks.local_rank} of {torch.cuda.device_count()} GPUs: start one rank per GPU"
             )
-        name = torch.cuda.get_device_name(self.device) if cuda else f"cpu ({parallel.num_threads(self.ranks)} threads)"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"cpu ({num_threads(self.ranks)} threads)"
         library = {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}
         return {
             "name": name,
@@ -113,7 +116,7 @@ class Probe:
         }
 
     def _data(self) -> dict[str, float]:
-        """Read the beginning of one shard, another on each rank."""
+        """Read the first PROBE_BYTES of a shard, a different one on each rank; return MB/s."""
         paths = expand_shards(self.config.data.shards)
         path = paths[self.ranks.rank % len(paths)]
         began = time.perf_counter()
@@ -126,20 +129,18 @@ class Probe:
         return {"mb_per_s": size / 1e6 / max(time.perf_counter() - began, 1e-9)}
 
     def _disk(self) -> dict[str, float]:
-        """Write a file where checkpoints go, sync it, read it back. One rank per node."""
+        """Write a file where checkpoints go, sync it, read it back; return MB/s and GiB free. One rank per node does it."""
         if self.ranks.local_rank != 0:
             return {}
         folder = self.config.run.dir / "checkpoints"
         path, data = folder / f".probe-{self.ranks.rank}", os.urandom(PROBE_BYTES)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of a preflight that was killed
             began = time.perf_counter()
-            with open(path, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_bytes(path, data)
             seconds = time.perf_counter() - began
-            same, free = path.read_bytes() == data, shutil.disk_usage(folder).free
+            same, free = path.read_bytes() == data, free_bytes(folder)
         except OSError as error:
             self._problem(
                 f"run.dir: {folder}: {error.strerror}", "mount it on this node, free space, or mend its permissions"
@@ -158,14 +159,18 @@ class Probe:
     def _join(self) -> str:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(parallel.free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         dist.init_process_group(
-            backend, rank=self.ranks.rank, world_size=self.ranks.world_size, timeout=JOIN_TIMEOUT, init_method="env://"
+            backend,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            timeout=timedelta(seconds=self._limit(JOIN_S)),
+            init_method="env://",
         )
         dist.barrier()
-        self._nodes: list[str] = parallel.gather(self.report["node"])
+        self._nodes: list[str] = gather_objects(self.report["node"])
         return backend
 
     def _clock(self) -> float:
@@ -173,7 +178,7 @@ class Probe:
         differences = []
         for _ in range(3):
             dist.barrier()
-            times = parallel.gather(time.time())
+            times = gather_objects(time.time())
             differences.append(times[self.ranks.rank] - times[0])
         return min(differences, key=abs)
 
@@ -202,9 +207,12 @@ class Probe:
         return (n - 1) / n * sent.nbytes / 1e9 / seconds
 
     def _pairs(self) -> dict[str, float]:
-        """Exchange data with the other nodes, one at a time; return GB/s by the other node's name."""
+        """Exchange data with the other nodes, one after the other; return GB/s by the other node's name.
+
+        Only the first rank of each node takes part; the others wait in the barriers.
+        """
         leaders = [rank for rank, node in enumerate(self._nodes) if self._nodes.index(node) == rank]
-        found = {}
+        speeds: dict[str, float] = {}
         for partners in rounds(leaders)[:MAX_ROUNDS]:
             dist.barrier()
             other = partners.get(self.ranks.rank)
@@ -217,17 +225,18 @@ class Probe:
                 self._problem(
                     f"exchange with {self._nodes[other]}: wrong bytes arrive", "look at both nodes' network for errors"
                 )
-            found[str(self._nodes[other])] = sent.nbytes / 1e9 / seconds
-        return found
+            speeds[str(self._nodes[other])] = sent.nbytes / 1e9 / seconds
+        return speeds
 
     def _experts(self) -> dict[str, float]:
-        """Compare spread space experts, with their gradients, with one process; return group size and difference."""
+        """Compare space experts spread over a few ranks with the same layer on one; return group size and difference."""
         c, n = self.config, self.ranks.world_size
         size = c.parallel.space_ep if c.parallel.space_ep > 1 else 2
         if n % size or c.model.space_experts % size or c.model.space_experts == 0:
             return {}
-        group, _ = dist.new_subgroups(size)
-        difference = expert_parity(Peers(group, size, self.ranks.rank % size), c.model.space_experts, self.device)
+        first = self.ranks.rank // size * size
+        group = own_group(list(range(first, first + size)), timedelta(seconds=self._limit(JOIN_S)))
+        difference = expert_parity(ExpertGroup(group, size, self.ranks.rank - first), c.model.space_experts, self.device)
         if not difference < 1e-3:
             self._problem(
                 f"expert parallelism: {difference:.0e} away from one process",
@@ -246,28 +255,31 @@ class Probe:
         return max(time.perf_counter() - began, 1e-9)
 
 
-def expert_parity(peers: Peers, num_experts: int, device: torch.device) -> float:
-    """Return the largest relative difference of a spread Space-MoE, output and gradients, to the whole one. Collective."""
+def expert_parity(expert_group: ExpertGroup, num_experts: int, device: torch.device) -> float:
+    """Return the largest relative difference between a Space-MoE spread over the group and the same one on a single rank.
+
+    Compared are its output and its gradients, for random inputs that all ranks draw alike. Collective.
+    """
     tokens, text, dim = 32, 7, 16
     whole = SpaceMoE(num_experts, dim, 24, "auto", seed=4).to(device)
     draw = torch.Generator().manual_seed(5)
-    h_BND = torch.randn(peers.size, tokens, dim, generator=draw)
-    mask_BNY = (torch.rand(peers.size, tokens, text, generator=draw) < 0.3).float()
-    chosen_BY = torch.randint(num_experts, (peers.size, text), generator=draw)
+    h_BND = torch.randn(expert_group.size, tokens, dim, generator=draw)
+    mask_BNY = (torch.rand(expert_group.size, tokens, text, generator=draw) < 0.3).float()
+    chosen_BY = torch.randint(num_experts, (expert_group.size, text), generator=draw)
     weight_BYK = torch.nn.functional.one_hot(chosen_BY, num_experts).float() / text
-    grad_BND = torch.randn(peers.size, tokens, dim, generator=draw)
+    grad_BND = torch.randn(expert_group.size, tokens, dim, generator=draw)
     h, mask, weight, grad = (t.to(device) for t in (h_BND, mask_BNY, weight_BYK, grad_BND))
-    mine = slice(peers.index, peers.index + 1)
+    mine = slice(expert_group.index, expert_group.index + 1)
 
     expected, _ = whole(h.requires_grad_(), mask, weight)
     stacked = [getattr(whole, name) for name in STACKED]
     expected_grads = torch.autograd.grad(expected, [h, *stacked], grad, allow_unused=True, materialize_grads=True)
-    layer = ParallelSpaceMoE(whole, peers, "auto")
+    layer = ParallelSpaceMoE(whole, expert_group, "auto")
     own = h[mine].detach().clone().requires_grad_()
     out, _ = layer(own, mask[mine], weight[mine])
     shares = [getattr(layer, name) for name in STACKED]
     grads = torch.autograd.grad(out, [own, *shares], grad[mine], allow_unused=True, materialize_grads=True)
-    held = slice(peers.index * layer.num_experts, (peers.index + 1) * layer.num_experts)
+    held = slice(expert_group.index * layer.num_experts, (expert_group.index + 1) * layer.num_experts)
     wanted = [expected[mine], expected_grads[0][mine], *(g[held] for g in expected_grads[1:])]
     return max(
         float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
@@ -278,33 +290,28 @@ def expert_parity(peers: Peers, num_experts: int, device: torch.device) -> float
 def rounds(members: list[int]) -> list[dict[int, int]]:
     """Return rounds in which every two members meet once, each round as {member: partner} (the circle method)."""
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
-    found = []
+    meetings = []
     for _ in range(len(circle) - 1):
         partners: dict[int, int] = {}
         for a, b in zip(circle[: len(circle) // 2], circle[::-1], strict=False):
             if a is not None and b is not None:
                 partners |= {a: b, b: a}
-        found.append(partners)
+        meetings.append(partners)
         circle = [circle[0], circle[-1], *circle[1:-1]]
-    return found
+    return meetings
 
 
 def network(towards: str) -> str:
-    """Return the interface and address of this host that lead to another."""
+    """Return the network interface and the IPv4 address by which this host reaches another, as "eth0 10.0.0.5"."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             s.connect((towards, 9))  # sends nothing
             address = s.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                try:
-                    request = struct.pack("256s", name.encode()[:15])
-                    if socket.inet_ntoa(fcntl.ioctl(s.fileno(), 0x8915, request)[20:24]) == address:  # SIOCGIFADDR
-                        return f"{name} {address}"
-                except OSError:
-                    continue
-            return str(address)
     except OSError as error:
         return f"no way to {towards}: {error.strerror}"
+    interfaces = psutil.net_if_addrs().items()
+    names = [name for name, addresses in interfaces if any(address == a.address for a in addresses)]
+    return " ".join([*names[:1], address])
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, other: int) -> None:

@@ -1,4 +1,4 @@
-"""Puts the reports of all ranks (preflight.py) together: a table, the faults with their nodes, and what to do."""
+"""Judges the reports of all ranks (preflight.py): a table of results, and which nodes are at fault, why, and what to do."""
 
 import json
 from collections import Counter
@@ -10,19 +10,21 @@ from typing import Any
 from raphael_dist.errors import UserError
 
 MAX_SKEW_S = 5.0
-# A pair of nodes below this share of the median bandwidth is reported.
-SLOW_PAIR = 0.3
-ALONE = ("device", "data", "checkpoints")
+SLOW_PAIR = 0.3  # a pair of nodes is slow below this share of the median bandwidth
+ALONE = ("device", "data", "checkpoints")  # the checks that a rank makes before it joins the others
 
 
 @dataclass
 class Verdict:
-    """What is wrong, by node, what is only worth a look, and the lines to print."""
+    """The outcome. `lines`: the table. `faults`: by node, what keeps it from training. `warnings`: what does not.
+
+    `everywhere`: every node has the same fault, so that leaving nodes out would not help.
+    """
 
     lines: list[str]
     faults: dict[str, list[str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    everywhere: bool = False  # every node has the same fault: not the nodes' doing
+    everywhere: bool = False
 
     def blame(self, node: str, text: str) -> None:
         """Add a fault of a node, once."""
@@ -32,14 +34,14 @@ class Verdict:
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
     """Return the ranks' reports, by rank. Raises UserError when there is none."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
-    if not found:
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    if not reports:
         raise UserError(f"{folder}: no rank left a report; did the ranks start?")
-    return found
+    return reports
 
 
 def judge(reports: list[dict[str, Any]], num_ranks: int, nodes: list[str]) -> Verdict:
-    """Return the verdict over `num_ranks` ranks; `nodes`: the names of all nodes, as far as they are known."""
+    """Return the verdict over `num_ranks` ranks. `nodes` names all nodes, those without a report too; it may be empty."""
     verdict = Verdict([_row(r) for r in reports])
     heard = {r["node"] for r in reports}
     for node in nodes:
@@ -52,7 +54,7 @@ def judge(reports: list[dict[str, Any]], num_ranks: int, nodes: list[str]) -> Ve
     _equal_versions(verdict, reports)
     problems = [(r["node"], p) for r in reports for p in r["problems"] if p["phase"] not in ALONE]
     if not verdict.faults:
-        # Who could not join is at fault; who joined and then waited is not.
+        # A node that could not join is at fault; nodes that joined and timed out waiting for it are not.
         outside = [r["node"] for r in reports if not r["joined"]]
         for node, problem in problems:
             if not outside or node in outside:
@@ -95,10 +97,10 @@ def _equal_versions(verdict: Verdict, reports: list[dict[str, Any]]) -> None:
     if not by_node:
         return
     usual = dict(Counter(tuple(sorted(v.items())) for v in by_node.values()).most_common(1)[0][0])
-    for node, found in by_node.items():
-        differing = {k for k in found.keys() | usual.keys() if found.get(k) != usual.get(k)}
+    for node, installed in by_node.items():
+        differing = {k for k in installed.keys() | usual.keys() if installed.get(k) != usual.get(k)}
         for name in sorted(differing):
-            verdict.blame(node, f"{name} is {found.get(name)}, elsewhere {usual.get(name)}; install the same everywhere")
+            verdict.blame(node, f"{name} is {installed.get(name)}, elsewhere {usual.get(name)}; install the same everywhere")
     shown = ", ".join(f"{k} {usual[k]}" for k in ("python", "torch", "deepspeed", "cuda", "nccl") if k in usual)
     verdict.lines.append(f"versions     {shown}")
 

@@ -4,9 +4,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from raphael_dist.convert.layouts import layout_of
 from raphael_dist.convert.plan import Options
 from raphael_dist.convert.run import Report
-from raphael_dist.convert.source import WHOLE
 from raphael_dist.errors import UserError
 
 
@@ -22,13 +22,14 @@ def options_of(
         ) from None
     if min(space, time, world) < 1:
         raise UserError(f"--ep {ep}, --world {world}: must be 1 or more")
-    if layout not in ("raphael", "deepspeed") and (space, time, world) != (1, 1, 1):
+    heeds = layout_of("--to", layout).options
+    if "world" not in heeds and (space, time, world) != (1, 1, 1):
         raise UserError(f"--ep, --world: a {layout} checkpoint does not depend on ranks; leave them out")
     for name, given in (("--weights", weights), ("--dtype", dtype)):
-        if given and layout in WHOLE:
+        if given and name[2:] not in heeds:
             raise UserError(f"{name} {given}: {layout} holds every kind of values in float32; leave it out")
-    if unet_only and layout != "diffusers":
-        raise UserError(f"--unet-only: belongs to diffusers, not to {layout}")
+    if unet_only and "unet_only" not in heeds:
+        raise UserError(f"--unet-only: a {layout} checkpoint holds no encoders anyway; leave it out")
     return Options(space, time, world, stage, weights, getattr(torch, dtype or "float32"), unet_only=unet_only)
 
 
@@ -40,10 +41,10 @@ def print_report(report: Report, path: str, out: str) -> None:
         table.add_column(column, justify="right")
     for row in report.rows:
         table.add_row(row.kind, f"{row.tensors:,}", f"{row.parameters:,}", f"{row.bytes:,}", f"{row.files}")
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
     for note in report.notes:
-        console.print(f"  {note}", highlight=False)
+        console.print(f"  {note}")
     size = sum(row.bytes for row in report.rows) / 1e9
     rate = size / max(report.seconds, 1e-9)
     console.print(

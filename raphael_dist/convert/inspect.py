@@ -9,12 +9,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raphael_dist.checkpoint.reader import MANIFEST, damage
+from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
+from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.config import Config
-from raphael_dist.convert.layouts.deepspeed import read as deepspeed_read
-from raphael_dist.convert.run import detect, open_checkpoint
-from raphael_dist.convert.source import Checkpoint, stacked
+from raphael_dist.convert.layouts import detect, open_checkpoint
+from raphael_dist.convert.manifest import vouched
+from raphael_dist.convert.source import Checkpoint
 from raphael_dist.errors import UserError
+from raphael_dist.storage.files import damage
 
 _SAMPLE = 1 << 16  # elements by which two experts are compared first
 
@@ -32,52 +34,53 @@ class Layer:
     @property
     def warnings(self) -> list[str]:
         """Return what is wrong, in words."""
-        found = [f"expert {k} is dead: all its weights are zero" for k in self.dead]
-        found += [f"experts {a} and {b} are identical" for a, b in self.same]
-        return found + [f"expert {k} is not finite" for k in self.not_finite]
+        texts = [f"expert {k} is dead: all its weights are zero" for k in self.dead]
+        texts += [f"experts {a} and {b} are identical" for a, b in self.same]
+        return texts + [f"expert {k} is not finite" for k in self.not_finite]
 
 
 def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
     """Open a checkpoint. UserError for pickles that no manifest vouches for, unless `unpickle`; weights_only in any case."""
-    if not unpickle and path.exists() and detect(path) in ("deepspeed", "dense"):
-        folder = path if path.is_file() else deepspeed_read.tag_folder(path) or path
-        pickles = [folder] if path.is_file() and path.suffix != ".safetensors" else sorted(folder.glob("*.pt"))
-        if pickles and not (folder / MANIFEST).is_file():
-            raise UserError(
-                f"{path}: {pickles[0].name} is a pickle that no manifest vouches for; --unpickle reads it as weights alone"
-            )
+    if not unpickle and path.exists():
+        layout = detect(path)
+        pickles = layout.pickles(path)
         if pickles:
-            _refuse_unvouched(folder, pickles)
+            _refuse_unvouched(path, pickles, layout.name)
     return open_checkpoint("auto", path, config)
 
 
-def _refuse_unvouched(folder: Path, pickles: list[Path]) -> None:
-    from raphael_dist.convert.manifest import read_manifest, vouched
-
-    files = vouched(folder, read_manifest(folder / MANIFEST, "deepspeed"))
-    for path in pickles:
-        if path not in files:
-            raise UserError(f"{path} is a pickle that the manifest does not vouch for; --unpickle reads it as weights alone")
-        if wrong := damage([(path, files[path])]):
+def _refuse_unvouched(path: Path, pickles: list[Path], layout: str) -> None:
+    manifest = pickles[0].parent / MANIFEST
+    if path.is_file() or not manifest.is_file():
+        raise UserError(
+            f"{path}: {pickles[0].name} is a pickle that no manifest vouches for; --unpickle reads it as weights alone"
+        )
+    files = vouched(manifest.parent, read_manifest(manifest, layout))
+    for pickle in pickles:
+        if pickle not in files:
+            raise UserError(
+                f"{pickle} is a pickle that the manifest does not vouch for; --unpickle reads it as weights alone"
+            )
+        if wrong := damage([(pickle, files[pickle])]):
             raise UserError(
                 f"{wrong}; a pickle that is not the manifest's is not opened (--unpickle reads it as weights alone)"
             )
 
 
-def layers(found: Checkpoint) -> Iterator[Layer]:
+def layers(checkpoint: Checkpoint) -> Iterator[Layer]:
     """Yield what the experts of each layer look like, one expert's tensor in memory at a time."""
-    kind = "master" if "master" in found.kinds() else found.kinds()[0]
-    for layer in dict.fromkeys(owner[0] for name in found.shapes if (owner := stacked(name))):
+    kind = "master" if "master" in checkpoint.kinds() else checkpoint.kinds()[0]
+    for layer in dict.fromkeys(owner[0] for name in checkpoint.shapes if (owner := stacked(name))):
         names = [f"{layer}.{leaf}" for leaf in ("w1", "b1", "w2", "b2")]
-        num_experts = found.shapes[names[0]][0]
+        num_experts = checkpoint.shapes[names[0]][0]
         norms, heads = [], []
         for k in range(num_experts):
             square = 0.0
             for name in names:
-                each = prod(found.shapes[name][1:])
-                square += float(found.read(kind, name, k * each, each).double().square().sum())
+                each = prod(checkpoint.shapes[name][1:])
+                square += float(checkpoint.read(kind, name, k * each, each).double().square().sum())
             norms.append(square**0.5)
-            heads.append([_head(found, kind, name, k) for name in names])
+            heads.append([_head(checkpoint, kind, name, k) for name in names])
         same = [
             (a, b)
             for b in range(num_experts)
@@ -88,43 +91,40 @@ def layers(found: Checkpoint) -> Iterator[Layer]:
         yield Layer(layer, norms, dead, same, [k for k, n in enumerate(norms) if not n < float("inf")])
 
 
-def _head(found: Checkpoint, kind: str, name: str, k: int) -> torch.Tensor:
-    each = prod(found.shapes[name][1:])
-    return found.read(kind, name, k * each, min(each, _SAMPLE))
+def _head(checkpoint: Checkpoint, kind: str, name: str, k: int) -> torch.Tensor:
+    each = prod(checkpoint.shapes[name][1:])
+    return checkpoint.read(kind, name, k * each, min(each, _SAMPLE))
 
 
-def show(found: Checkpoint) -> bool:
+def show(checkpoint: Checkpoint) -> bool:
     """Print everything about a checkpoint; return whether it verifies (or nothing vouches for it) and warnings are none."""
-    console = Console()
-    total = sum(prod(shape) for shape in found.shapes.values())
-    console.print(
-        f"{found.path}: layout {found.layout}, step {found.step}, {found.samples_seen:,} samples seen", highlight=False
-    )
-    if found.topology:
-        console.print(f"written by {found.topology}", highlight=False)
-    m = found.config.model
-    console.print(
-        f"channels {list(m.channels)}, {m.space_experts} space experts, {m.time_experts} time experts", highlight=False
-    )
-    for kind in found.kinds():
-        console.print(f"  {kind}: {len(found.shapes):,} tensors, {total:,} parameters", highlight=False)
-    for note in found.notes:
-        console.print(f"[bold red]{note}[/]", highlight=False)
-    sound = _show_experts(found, console)
-    wrong = found.damage()
-    if not found.files:
+    console = Console(highlight=False)
+    total = sum(prod(shape) for shape in checkpoint.shapes.values())
+    progress = f"step {checkpoint.progress.step}, {checkpoint.progress.samples_seen:,} samples seen"
+    console.print(f"{checkpoint.path}: layout {checkpoint.layout}, {progress}")
+    if checkpoint.topology:
+        console.print(f"written by {checkpoint.topology}")
+    m = checkpoint.config.model
+    console.print(f"channels {list(m.channels)}, {m.space_experts} space experts, {m.time_experts} time experts")
+    for kind in checkpoint.kinds():
+        console.print(f"  {kind}: {len(checkpoint.shapes):,} tensors, {total:,} parameters")
+    for note in checkpoint.notes:
+        console.print(f"[bold red]{note}[/]")
+    sound = _show_experts(checkpoint, console)
+    wrong = checkpoint.damage()
+    if not checkpoint.files:
         console.print("no manifest: sizes and checksums cannot be verified; every tensor is there once")
     elif wrong is None:
-        console.print(f"verified: {len(found.files)} files agree with the manifest", highlight=False)
+        console.print(f"verified: {len(checkpoint.files)} files agree with the manifest")
     else:
-        console.print(f"[bold red]damaged:[/] {wrong}", highlight=False)
+        console.print(f"[bold red]damaged:[/] {wrong}")
     return sound and wrong is None
 
 
-def _show_experts(found: Checkpoint, console: Console) -> bool:
+def _show_experts(checkpoint: Checkpoint, console: Console) -> bool:
     table = Table("layer", "experts", "smallest norm", "largest norm", "warnings")
     sound, rows = True, 0
-    for layer in layers(found):
+    for layer in layers(checkpoint):
         short = layer.name.replace("transformer_blocks.0.", "")
         warnings = "; ".join(layer.warnings)
         sound, rows = sound and not warnings, rows + 1

@@ -10,7 +10,7 @@ T = TypeVar("T")
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
-class Ranks:
+class MpiRanks:
     """This process among `size`; every method is collective."""
 
     def __init__(self) -> None:

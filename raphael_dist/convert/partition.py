@@ -1,24 +1,30 @@
-"""Which rank holds which stretch of which parameter, for every ZeRO stage and every expert parallelism; no rank has to run.
+"""Which rank holds which span of which parameter, for every ZeRO stage and every expert parallelism; no rank has to run.
 
 ZeRO-1 and 2 lay the parameters of a group end to end, round the sum up, and cut it into equal parts. A group is either all
 that is replicated, or the experts that are spread over equally many ranks. ZeRO-3 cuts every parameter by itself.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from raphael_dist.convert.source import stacked
+import torch
 
-Shapes = Mapping[str, tuple[int, ...]]
+from raphael_dist.checkpoint.tensors import Shapes, Span, stacked
+from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.plan import Options
+from raphael_dist.convert.source import block_levels
+from raphael_dist.engine import ds_config
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.placement import place
 
 
 @dataclass(frozen=True)
 class Topology:
     """Ranks, ranks that share a set of space and of time experts, ZeRO stage.
 
-    alignment: elements that a parameter of ZeRO-1 and 2 is rounded up to. kept: (kind, level) of experts that every rank
-    holds all the same (`placement`), of a U-Net of `levels`.
+    alignment: elements to whose multiple ZeRO-1 and 2 round up each parameter in their flat buffers. kept: names of layers
+    whose experts every rank holds all the same (`placement`).
     """
 
     world: int = 1
@@ -26,52 +32,58 @@ class Topology:
     time_ep: int = 1
     stage: int = 1
     alignment: int = 1
-    kept: frozenset[tuple[str, int]] = frozenset()
-    levels: int = 0
+    kept: frozenset[str] = frozenset()
 
     def spread(self, name: str) -> int:
         """Return over how many ranks the parameter's experts are spread; 1 for what every rank holds whole."""
-        found = stacked(name)
-        if found is None:
+        owner = stacked(name)
+        if owner is None or owner[0] in self.kept:
             return 1
-        kind = "space" if found[0].endswith("space_moe") else "time"
-        if self.kept and (kind, self._level(name)) in self.kept:
-            return 1
-        return self.space_ep if kind == "space" else self.time_ep
-
-    def _level(self, name: str) -> int:
-        stage, number, _ = name.split(".", 2)
-        if stage == "mid_block":
-            return self.levels - 1
-        return int(number) if stage == "down_blocks" else self.levels - 1 - int(number)
+        return self.space_ep if owner[0].endswith("space_moe") else self.time_ep
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Elements [start, start + numel) of a whole parameter, at `offset` of this rank's part of the group."""
+def parallel_config(config: Config, options: Options) -> Config:
+    """Return the configuration with the target's expert parallelism. UserError when model, ranks or stage forbid it."""
+    tree = config.model_dump(mode="json")
+    tree["parallel"] |= {"space_ep": options.space_ep, "time_ep": options.time_ep}
+    made = config_from_tree(tree)
+    stage = {"zero_optimization": {"stage": options.stage}}
+    ds_config.check_expert_parallel(made, stage, options.world)
+    return made
 
-    name: str
-    start: int
-    numel: int
-    offset: int
+
+def topology_of(config: Config, options: Options, *, aligned: bool = True) -> Topology:
+    """Return where the options put everything; `config` has their expert parallelism already.
+
+    aligned: whether ZeRO-1 and 2 round parameters up, to 16 bytes of the type of training, as `ds_config.merge` sets it.
+    """
+    kept: frozenset[str] = frozenset()
+    if max(options.space_ep, options.time_ep) > 1:
+        stay = {(cost.kind, cost.level) for cost in place(config, BatchPlan.of(config, options.world)) if not cost.shard}
+        blocks = block_levels(config).items()
+        kept = frozenset(f"{block}.{kind}_moe" for block, level in blocks for kind, at in stay if at == level)
+    alignment = 16 // getattr(torch, config.train.dtype).itemsize if aligned and options.stage in (1, 2) else 1
+    return Topology(options.world, options.space_ep, options.time_ep, options.stage, alignment, kept)
 
 
 @dataclass(frozen=True)
 class Group:
     """A parameter group as one rank of ZeRO-1 or 2 sees it.
 
-    shapes: what this rank computes with, in order. paddings: after each parameter. part: elements that each rank steps;
-    lean: those that are no padding at the end. ranks: over which it is cut; `index` is this rank's place among them.
+    shapes: what this rank computes with, in order. paddings: elements of padding after each parameter. ranks: how many share
+    the group; `index` is this rank's place among them. per_rank_padded: elements of this rank's part of the flat buffer, the
+    same for every rank; per_rank: those of them that are not padding at the buffer's end. spans: what lies in that part, and
+    at which offset in it.
     """
 
     spread: int
     shapes: dict[str, tuple[int, ...]]
     paddings: list[int]
-    part: int
-    lean: int
+    per_rank_padded: int
+    per_rank: int
     ranks: int
     index: int
-    slots: tuple[Slot, ...]
+    spans: dict[Span, int]
 
     @property
     def name(self) -> str:
@@ -105,40 +117,41 @@ def _group(shapes: Shapes, topology: Topology, rank: int, spread: int, names: li
         at += prod(here[name][0])
         paddings.append(0 if name == names[-1] else -at % topology.alignment)
         at += paddings[-1]
-    part = -(-at // (2 * ranks)) * 2  # an even number each, as DeepSpeed rounds for its all-gather
-    low, high = index * part, (index + 1) * part
-    slots = []
+    per_rank_padded = -(-at // (2 * ranks)) * 2  # an even number each, as DeepSpeed rounds for its all-gather
+    low, high = index * per_rank_padded, (index + 1) * per_rank_padded
+    spans = {}
     for name, offset in zip(names, offsets, strict=True):
         shape, first = here[name]
         begin, end = max(offset, low), min(offset + prod(shape), high)
         if begin < end:
-            slots.append(Slot(name, first + begin - offset, end - begin, begin - low))
-    lean = max(0, min(at, high) - low)
+            spans[Span(name, first + begin - offset, end - begin)] = begin - low
+    per_rank = max(0, min(at, high) - low)
     local_shapes = {name: shape for name, (shape, _) in here.items()}
-    return Group(spread, local_shapes, paddings, part, lean, ranks, index, tuple(slots))
+    return Group(spread, local_shapes, paddings, per_rank_padded, per_rank, ranks, index, spans)
 
 
-def zero3(shapes: Shapes, world: int, rank: int) -> tuple[list[Slot], int]:
-    """Return a rank's parts under ZeRO-3, and how many elements they take with padding."""
-    slots, at = [], 0
+def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
+    """Return a rank's spans under ZeRO-3 with their offsets in its flat buffer, and the buffer's elements."""
+    spans: dict[Span, int] = {}
+    at = 0
     for name, shape in shapes.items():
         each = -(-prod(shape) // world)
         start = rank * each
         numel = min(each, prod(shape) - start)
         if numel > 0:
-            slots.append(Slot(name, start, numel, at))
+            spans[Span(name, start, numel)] = at
         at += each
-    return slots, at
+    return spans, at
 
 
-def slots(shapes: Shapes, topology: Topology, rank: int) -> Iterator[Slot]:
+def spans(shapes: Shapes, topology: Topology, rank: int) -> Iterator[Span]:
     """Yield what a rank owns of the fp32 weights, in any stage; under ZeRO-0 ranks share the parameters."""
     if topology.stage == 0:
         for i, (name, shape) in enumerate(shapes.items()):
             if i % topology.world == rank:
-                yield Slot(name, 0, prod(shape), 0)
+                yield Span(name, 0, prod(shape))
     elif topology.stage == 3:
         yield from zero3(shapes, topology.world, rank)[0]
     else:
         for group in groups(shapes, topology, rank):
-            yield from group.slots
+            yield from group.spans

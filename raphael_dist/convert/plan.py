@@ -1,9 +1,10 @@
-"""What a conversion will write, decided before anything is read: files of entries, entries of stretches of source tensors.
+"""What a conversion will write, decided before anything is read: files of entries, entries of pieces of the source.
 
-A layout as a target is a function from a checkpoint to a Plan. Since the plan says where every element goes, that nothing is
-lost or written twice is checked on it, without data; and ranks divide it by files.
+A layout as a target is a function from a checkpoint to a ConversionPlan. The plan says where every element goes. So it can
+be checked without any data that nothing is lost or written twice; and ranks divide its files among themselves.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from raphael_dist.checkpoint.progress import START, Progress
+from raphael_dist.checkpoint.tensors import Span, fault
 from raphael_dist.config import Config
-from raphael_dist.convert.source import chunks, describe
+from raphael_dist.convert.source import chunks
 from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
-from raphael_dist.storage.tensorfile import CHUNK, HashedFile, write_safetensors
-from raphael_dist.storage.torchfile import Lazy, write_tree
+from raphael_dist.storage.tensorfile import HashedFile, write_safetensors
+from raphael_dist.storage.torchfile import write_tree
 
 ZEROS = "zeros"  # the kind of padding, and of moments that the source does not have
 STEP = "step"  # the kind of a single number, given as `start`: the optimizer's count of steps
@@ -27,15 +30,12 @@ PART_BYTES = 5 << 30
 
 
 class Source(Protocol):
-    """What a plan reads from: a `state.Checkpoint`, or something that makes its tensors up."""
+    """What a plan reads from: a `source.Checkpoint`, or something that makes its tensors up."""
 
     path: Path
     config: Config
-    step: int
-    samples_seen: int
+    progress: Progress
     dataset: str
-    updates: int | None
-    guard: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
 
     @property
@@ -47,34 +47,43 @@ class Source(Protocol):
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor: ...
 
 
-def resumes(source: Source) -> bool:
-    """Return whether a run can go on from the source: it has the moments, or its run has none (SGD; before any update)."""
-    stateless = source.config.optim.kind == "sgd" or not source.updates
-    return all(kind in source.kinds() for kind in MOMENTS) or (source.whole and stateless)
+def progress_of_target(source: Source) -> tuple[Progress, list[str]]:
+    """Return how far a run is that goes on from the source, and a note if it has to begin anew.
+
+    It goes on where the moments are there, or where its run has none (SGD; before any update).
+    """
+    stateless = source.config.optim.kind == "sgd" or not source.progress.updates
+    if all(kind in source.kinds() for kind in MOMENTS) or (source.whole and stateless):
+        return source.progress, []
+    return START, ["exp_avg, exp_avg_sq: not in the source; zero, at step 0, as in a new run"]
 
 
 @dataclass(frozen=True)
-class Take:
-    """Elements [start, start + numel) of the source's tensor (kind, name); `rows`: a matrix of so many rows, transposed.
+class Piece:
+    """A span of the source's values of one kind, as it goes into a file.
 
-    copy: these elements are written elsewhere too, where they count.
+    rows: the span is a matrix of so many rows, and is written transposed. duplicate: these elements are written elsewhere
+    too; the check that all is written once does not count them here.
     """
 
     kind: str
-    name: str
-    start: int
-    numel: int
+    span: Span
     rows: int = 0
-    copy: bool = False
+    duplicate: bool = False
+
+
+def piece(kind: str, name: str, start: int, numel: int, rows: int = 0) -> Piece:
+    """Return the piece of elements [start, start + numel) of a parameter."""
+    return Piece(kind, Span(name, start, numel), rows)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, put together from stretches in order."""
+    """One tensor of a file, put together from pieces in order."""
 
     key: str
     shape: tuple[int, ...]
-    takes: tuple[Take, ...]
+    pieces: tuple[Piece, ...]
     dtype: torch.dtype = torch.float32
 
     @property
@@ -98,8 +107,14 @@ class OutFile:
 
 @dataclass(frozen=True)
 class Options:
-    """How the target is to be: topology (run and deepspeed), which weights and in what type (layouts of weights
-    alone), whether a pipeline is left without its encoders."""
+    """How the target is to be; which of these a layout heeds stands in its `Layout.options`.
+
+    Attributes:
+        space_ep, time_ep: ranks that share one set of space and of time experts. world: ranks. stage: of ZeRO.
+        weights: "master" or "ema", of layouts that hold one kind. dtype: of its values.
+        part_bytes: size at which weights are divided into several files.
+        unet_only: a pipeline is left without its encoders.
+    """
 
     space_ep: int = 1
     time_ep: int = 1
@@ -112,13 +127,18 @@ class Options:
 
 
 @dataclass
-class Plan:
-    """All files of a conversion. `manifest`: its contents but for the checksums, and where it goes; `small`: other files.
+class ConversionPlan:
+    """All that a conversion writes.
 
-    kinds: what is carried over. notes: what is not, in words. finish: last touches in the finished folder, on one rank.
+    Attributes:
+        files: those with tensors, which the ranks share out.
+        kinds: which kinds of values are carried over.
+        manifest_name, manifest: where the manifest goes below the target, and what it says but for the files' checksums.
+        small: other files, by their paths below the target.
+        notes: what the user should know.
+        finish: writes what else belongs into the folder, on one rank, before the manifest.
     """
 
-    layout: str
     files: list[OutFile]
     kinds: tuple[str, ...]
     manifest_name: str
@@ -128,42 +148,31 @@ class Plan:
     finish: Callable[[Path], None] | None = None
 
 
-def check_complete(plan: Plan, source: Source) -> None:
+def check_complete(plan: ConversionPlan, source: Source) -> None:
     """Raise UserError unless every element of every kind that the plan carries is written exactly once."""
-    found = defaultdict(list)
-    for take in (take for file in plan.files for entry in file.entries for take in entry.takes):
-        if take.kind not in (ZEROS, STEP) and not take.copy:
-            found[take.kind, take.name].append((take.start, take.numel))
-    for kind in plan.kinds:
-        for name, shape in source.shapes.items():
-            at = 0
-            for start, numel in sorted(found.pop((kind, name), [])):
-                if start != at:
-                    raise UserError(f"{kind} of {describe(name, shape, min(at, start))} would not be written once")
-                at += numel
-            if at != prod(shape):
-                raise UserError(f"{kind} of {describe(name, shape, at)} would not be written")
-    if found:
-        raise UserError(f"{next(iter(found))} would be written, but is not to be carried over")
+    spans = defaultdict(list)
     for entry in (entry for file in plan.files for entry in file.entries):
-        assert sum(t.numel for t in entry.takes) == prod(entry.shape), entry.key
+        assert sum(p.span.numel for p in entry.pieces) == prod(entry.shape), entry.key
+        for p in entry.pieces:
+            if p.kind not in (ZEROS, STEP) and not p.duplicate:
+                spans[p.kind, p.span.name].append((p.span.start, p.span.numel))
+    wrong = fault(spans, plan.kinds, source.shapes)
+    if wrong:
+        raise UserError(f"the target would not hold everything once: {wrong}")
 
 
 def values(entry: Entry, source: Source) -> Iterator[Tensor]:
     """Yield the elements of an entry in order, in its dtype, in pieces of bounded size."""
-    for take in entry.takes:
-        if take.rows:
-            matrix = source.read(take.kind, take.name, take.start, take.numel).view(take.rows, -1)
+    for p in entry.pieces:
+        if p.kind == STEP:
+            yield torch.tensor([float(p.span.start)], dtype=entry.dtype)
+        elif p.rows:
+            matrix = source.read(p.kind, p.span.name, p.span.start, p.span.numel).view(p.rows, -1)
             yield matrix.t().to(entry.dtype).contiguous()
-            continue
-        if take.kind == STEP:
-            yield torch.tensor([float(take.start)], dtype=entry.dtype)
-            continue
-        for start, numel in chunks(take.start, take.numel, CHUNK):
-            if take.kind == ZEROS:
-                yield torch.zeros(numel, dtype=entry.dtype)
-            else:
-                yield source.read(take.kind, take.name, start, numel).to(entry.dtype)
+        else:
+            for start, numel in chunks(p.span.start, p.span.numel):
+                zero = p.kind == ZEROS
+                yield (torch.zeros(numel) if zero else source.read(p.kind, p.span.name, start, numel)).to(entry.dtype)
 
 
 def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
@@ -172,21 +181,11 @@ def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     with HashedFile(path) as out:
         if file.tree is not None:
-            write_tree(out, _lazy(file.tree, source))
+            write_tree(out, file.tree, Entry, lambda entry: values(entry, source))
         else:
             heads = [(e.key, e.dtype, e.shape) for e in file.entries]
             write_safetensors(out, heads, file.metadata, (v for e in file.entries for v in values(e, source)))
     return out
-
-
-def _lazy(node: Any, source: Source) -> Any:
-    if isinstance(node, Entry):
-        return Lazy(node.dtype, node.shape, lambda: values(node, source))
-    if type(node) in (dict, list) or type(node).__name__ == "OrderedDict":
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        made = [(key, _lazy(value, source)) for key, value in items]
-        return type(node)(made) if isinstance(node, dict) else [value for _, value in made]
-    return node
 
 
 def entries_of(tree: Any) -> Iterator[Entry]:
@@ -198,8 +197,12 @@ def entries_of(tree: Any) -> Iterator[Entry]:
             yield from entries_of(node)
 
 
-def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> list[OutFile]:
-    """Divide entries over STEM-00001-of-00003.safetensors of about `part_bytes`; one part alone is STEM.safetensors."""
+def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
+    """Divide entries over files STEM-00001-of-00003.safetensors of about `part_bytes`.
+
+    Returns also the index STEM.safetensors.index.json, as Hugging Face's libraries read it, by its name. One part alone is
+    STEM.safetensors and needs none.
+    """
     groups: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -209,18 +212,14 @@ def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> list[OutFile]
         groups[-1].append(entry)
         size += entry.bytes
     if len(groups) == 1:
-        return [OutFile(f"{stem}.safetensors", tuple(groups[0]), {"format": "pt"})]
+        return [OutFile(f"{stem}.safetensors", tuple(groups[0]), {"format": "pt"})], {}
     names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    return [OutFile(name, tuple(group), {"format": "pt"}) for name, group in zip(names, groups, strict=True)]
-
-
-def index_json(files: list[OutFile]) -> bytes:
-    """Return the index that says which part holds which key, as Hugging Face's libraries read it."""
-    import json
-
-    weight_map = {e.key: Path(f.name).name for f in files for e in f.entries}
-    total = sum(f.bytes for f in files)
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode()
+    files = [OutFile(name, tuple(group), {"format": "pt"}) for name, group in zip(names, groups, strict=True)]
+    index = {
+        "metadata": {"total_size": sum(f.bytes for f in files)},
+        "weight_map": {e.key: Path(f.name).name for f in files for e in f.entries},
+    }
+    return files, {f"{stem}.safetensors.index.json": json.dumps(index, indent=1).encode()}
 
 
 def chosen_weights(source: Source, options: Options) -> str:

@@ -1,14 +1,8 @@
-"""A checkpoint in any layout: what it holds, as named ranges of files. Layouts differ only in how they find the ranges.
+"""A checkpoint in any layout: what it holds, as spans of parameters in files. Layouts differ only in how they find them."""
 
-A tensor is (kind, name): one of the trainer's parameters, and "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam's
-moments) or "ema" (averaged weights). Stacked experts are [K, ...], so expert k is a contiguous range.
-"""
-
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,118 +10,66 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from raphael_dist.checkpoint.reader import damage
+from raphael_dist.checkpoint.progress import START, Progress
+from raphael_dist.checkpoint.tensors import KINDS, Key, fault
 from raphael_dist.config import Config
 from raphael_dist.errors import UserError
+from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.storage.files import damage
 from raphael_dist.storage.tensorfile import CHUNK, FileReader, Stored
-
-# Layouts that hold everything a run needs to go on; the others hold weights alone.
-WHOLE = ("raphael", "deepspeed", "canonical")
-KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-_STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Elements [start, start + numel) of a flattened tensor lie at `stored`.
-
-    transposed: the stretch is a matrix that is stored the other way round.
-    """
-
-    start: int
-    stored: Stored
-    transposed: bool = False
-
-    @property
-    def numel(self) -> int:
-        return self.stored.numel
 
 
 @dataclass
 class Checkpoint:
-    """What was found at `path`.
+    """What lies at `path`.
 
-    files: size and SHA-256 of each file by its manifest; empty without one. updates: steps that changed the weights, which
-    is what Adam counts (default: `step`). guard: the state of the rules against bad steps. notes: what the user should know.
+    Attributes:
+        spans: where the values of each kind of each parameter are.
+        files: size and SHA-256 of each file by its manifest; empty without one.
+        topology: which ranks wrote it, in words.
+        dataset: what its run was trained on, as a checksum.
+        notes: what the user should know.
+        layout, whole: the name of its layout, and whether that holds all that a run had; `open_checkpoint` sets them.
     """
 
-    layout: str
     path: Path
     config: Config
-    step: int
-    samples_seen: int
-    dataset: str
-    ranges: dict[tuple[str, str], list[Range]]
+    spans: dict[Key, list[Stored]]
+    progress: Progress = START
+    dataset: str = ""
     files: dict[Path, dict[str, Any]] = field(default_factory=dict)
     topology: str = ""
-    updates: int | None = None
-    guard: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    layout: str = ""
+    whole: bool = False
 
     def __post_init__(self) -> None:
-        self.updates = self.step if self.updates is None else self.updates
         self.shapes = parameter_shapes(self.config)
         self._reader = FileReader()
-        self._whole: tuple[Range, Tensor] | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing that its run had is left out."""
-        return self.layout in WHOLE
 
     def kinds(self) -> tuple[str, ...]:
         """Return the kinds of values that are there, in the usual order."""
-        return tuple(kind for kind in KINDS if any(k == kind for k, _ in self.ranges))
+        return tuple(kind for kind in KINDS if any(k == kind for k, _ in self.spans))
 
     def check(self) -> None:
         """Raise UserError unless every parameter of the model is there exactly once, in every kind, in files vouched for."""
-        unknown = [name for _, name in self.ranges if name not in self.shapes]
-        if unknown:
-            raise UserError(f"{self.path}: {unknown[0]} is no parameter of the model of this configuration")
         if "master" not in self.kinds():
             raise UserError(f"{self.path}: it holds no weights ({', '.join(self.kinds()) or 'nothing at all'})")
-        read = {r.stored.path for ranges in self.ranges.values() for r in ranges}
+        read = {span.path for spans in self.spans.values() for span in spans}
         if self.files and not read <= self.files.keys():
             raise UserError(f"{min(read - self.files.keys())} is not in the manifest; remove the one or the other")
-        for kind in self.kinds():
-            for name, shape in self.shapes.items():
-                ranges = self.ranges.get((kind, name), [])
-                ranges.sort(key=lambda r: (r.start, r.numel))
-                self._check_cover(kind, name, shape, ranges)
-
-    def _check_cover(self, kind: str, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
-        at = 0
-        for r in ranges:
-            if r.start != at and r.numel:
-                wrong = "is missing" if r.start > at else "is there twice"
-                raise UserError(f"{self.path}: {kind} of {describe(name, shape, min(at, r.start))} {wrong}")
-            at += r.numel
-        if at != prod(shape):
-            wrong = "is missing" if at < prod(shape) else "is one too many"
-            raise UserError(f"{self.path}: {kind} of {describe(name, shape, at)} {wrong}")
+        wrong = fault(
+            {key: [(s.start, s.numel) for s in spans] for key, spans in self.spans.items()}, self.kinds(), self.shapes
+        )
+        if wrong:
+            raise UserError(f"{self.path}: {wrong}")
+        for spans in self.spans.values():
+            spans.sort(key=lambda span: (span.start, span.numel))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened tensor, float32."""
-        out, copied = torch.empty(0), 0
-        for r in self.ranges[kind, name]:
-            low, high = max(start, r.start), min(start + numel, r.start + r.numel)
-            if high - low == numel:
-                return self._piece(r, low - r.start, numel).float()
-            out = out if out.numel() else torch.empty(numel)
-            if low < high:
-                out[low - start : high - start] = self._piece(r, low - r.start, high - low)
-                copied += high - low
-        assert copied == numel, f"{kind} of {name} has no elements {start} to {start + numel}"
-        return out
-
-    def _piece(self, r: Range, first: int, numel: int) -> Tensor:
-        if not r.transposed:
-            return self._reader.read(r.stored.path, r.stored.offset + first * r.stored.dtype.itemsize, r.stored.dtype, numel)
-        if self._whole is None or self._whole[0] is not r:
-            matrix = self._reader.read(r.stored.path, r.stored.offset, r.stored.dtype, r.numel).view(r.stored.shape)
-            self._whole = (r, matrix.t().contiguous().view(-1))
-        return self._whole[1][first : first + numel]
+        """Return elements [start, start + numel) of a flattened tensor, float32. LookupError when there are none."""
+        return self._reader.read(self.spans[kind, name], start, numel)
 
     def damage(self) -> str | None:
         """Return which file does not agree with the manifest, or None; without a manifest there is nothing to compare."""
@@ -142,30 +84,34 @@ class Checkpoint:
 
 
 @lru_cache(maxsize=8)
-def _shapes(architecture: str) -> dict[str, tuple[int, ...]]:
+def _structure(architecture: str) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     with torch.device("meta"):
         model = RaphaelUNet(Config.model_validate_json(architecture))
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    blocks = [name for name, module in model.named_modules() if isinstance(module, TransformerBlock)]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return shapes, dict(zip(blocks, model.block_levels, strict=True))
+
+
+def _structure_of(config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    # `megablocks` asks for its package when the model is built; shapes do not depend on it.
+    model = config.model.model_copy(update={"space_backend": "auto"})
+    return _structure(Config(model=model, edge=config.edge).model_dump_json())
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of the configuration's model, in the model's order."""
-    # `megablocks` asks for its package when the model is built; shapes do not depend on it.
-    model = config.model.model_copy(update={"space_backend": "auto"})
-    return dict(_shapes(Config(model=model, edge=config.edge).model_dump_json()))
+    return dict(_structure_of(config)[0])
 
 
-def stacked(name: str) -> tuple[str, str] | None:
-    """Return (layer, "w1" | "b1" | "w2" | "b2") of a parameter that stacks experts, else None."""
-    found = _STACKED.fullmatch(name)
-    return (found[1], found[2]) if found else None
+def block_levels(config: Config) -> dict[str, int]:
+    """Return the name of every transformer block of the model with its U-Net level, in order of execution."""
+    return dict(_structure_of(config)[1])
 
 
-def describe(name: str, shape: tuple[int, ...], element: int) -> str:
-    """Name the parameter that holds an element, and its expert."""
-    if not stacked(name):
-        return name
-    return f"{name}, expert {element // prod(shape[1:])}"
+def is_dense(config: Config) -> bool:
+    """Return whether the model has neither experts nor edge modules, so that diffusers has a class for it."""
+    m = config.model
+    return not (m.space_experts or m.time_experts or config.edge.weight > 0)
 
 
 def chunks(start: int, numel: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:

@@ -6,17 +6,17 @@
 - Gates, edge modules and the norm in front of the space experts are new; all else is the source's.
 """
 
-from collections.abc import Iterator
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from raphael_dist.checkpoint.progress import START
 from raphael_dist.checkpoint.reader import check_architecture
+from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.config import Config
 from raphael_dist.convert.plan import Source
-from raphael_dist.convert.source import parameter_shapes, stacked
+from raphael_dist.convert.source import block_levels, parameter_shapes
 from raphael_dist.errors import UserError
 from raphael_dist.model.edge import EdgeModule
 from raphael_dist.model.moe import SpaceMoE
@@ -33,13 +33,11 @@ class Upcycled:
 
     def __init__(self, source: Source, config: Config) -> None:
         self._source, self.config, self.path = source, config, source.path
-        self.step, self.samples_seen, self.dataset = 0, 0, ""
-        self.updates: int | None = 0
-        self.guard: dict[str, Any] = {}
+        self.progress, self.dataset = START, ""
         self._check()
         self.shapes = parameter_shapes(config)
         assert all(self.shapes[n] == shape for n, shape in source.shapes.items() if n in self.shapes)
-        self._blocks = {block: i for i, block in enumerate(_blocks(self.shapes, config))}
+        self._blocks = {block: i for i, block in enumerate(block_levels(config))}
         self._kind = "ema" if "ema" in source.kinds() else "master"
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
@@ -51,9 +49,9 @@ class Upcycled:
         """Return elements [start, start + numel) of a flattened tensor, float32."""
         if name in self._source.shapes:
             return self._source.read(self._kind, name, start, numel)
-        found = stacked(name)
-        if found and found[0].endswith("time_moe"):
-            return self._copies(found[0].removesuffix("time_moe") + _FEED_FORWARD[found[1]], start, numel)
+        owner = stacked(name)
+        if owner and owner[0].endswith("time_moe"):
+            return self._copies(owner[0].removesuffix("time_moe") + _FEED_FORWARD[owner[1]], start, numel)
         return self._new(name).view(-1)[start : start + numel]
 
     def _copies(self, name: str, start: int, numel: int) -> Tensor:
@@ -66,20 +64,11 @@ class Upcycled:
         return torch.cat(pieces)
 
     def _new(self, name: str) -> Tensor:
-        owner, _, rest = self._owner(name)
+        owner, rest = _owner(name)
         if self._last[0] != owner:
             made = self._module(owner)
             self._last = (owner, {n: p.detach() for n, p in made.named_parameters()})
         return self._last[1][rest]
-
-    def _owner(self, name: str) -> tuple[str, str, str]:
-        """Divide a new parameter's name into the module that is made as a whole, a dot, and the rest."""
-        for mark in (".space_moe.", ".edge."):
-            if mark in name:
-                block, _, rest = name.partition(mark)
-                return block + mark[:-1], ".", rest
-        gates, index, rest = name.split(".", 2)
-        return f"{gates}.{index}", ".", rest
 
     def _module(self, owner: str) -> nn.Module:
         m, seed = self.config.model, self.config.run.seed
@@ -114,8 +103,11 @@ class Upcycled:
         check_architecture(self._source.config, self.config.model_copy(update={"model": same, "edge": edge}), str(self.path))
 
 
-def _blocks(shapes: dict[str, tuple[int, ...]], config: Config) -> Iterator[str]:
-    """Yield the names of the transformer blocks in order of execution: down, middle, up."""
-    found = dict.fromkeys(n[: n.index(".norm1.")] for n in shapes if ".transformer_blocks.0.norm1." in n)
-    for stage in ("down_blocks", "mid_block", "up_blocks"):
-        yield from (name for name in found if name.startswith(stage))
+def _owner(name: str) -> tuple[str, str]:
+    """Divide a new parameter's name into the module that is made as a whole, and its name in there."""
+    for mark in (".space_moe.", ".edge."):
+        if mark in name:
+            block, _, rest = name.partition(mark)
+            return block + mark[:-1], rest
+    gates, index, rest = name.split(".", 2)
+    return f"{gates}.{index}", rest

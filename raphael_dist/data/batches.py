@@ -15,7 +15,7 @@ from raphael_dist.rng import Purpose, generator
 
 
 class BatchBuilder:
-    """Turns (position, weight) slots into a Batch; everything drawn depends on (seed, position) alone."""
+    """Turns the (position, weight) pairs of a micro-step into a `Batch`; a pair of weight 0 only fills a place."""
 
     def __init__(
         self,
@@ -25,9 +25,15 @@ class BatchBuilder:
         *,
         global_batch: int | None = None,
         gate_noise: bool = True,
+        pin: bool = False,
     ) -> None:
+        """`global_batch`: positions over which timesteps are stratified (default: `train.global_batch`).
+
+        `pin`: put the batch into pinned memory, which a GPU copies without making the host wait.
+        """
         self.config, self.stream, self.num_blocks = config, stream, num_blocks
         self.seed, self.global_batch = config.run.seed, global_batch or config.train.global_batch
+        self.pin = pin
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
@@ -35,7 +41,7 @@ class BatchBuilder:
         samples = [self.stream.sample(position) for position, _ in slots]
         positions = [position for position, _ in slots]
         edges = [s.edge for s in samples if s.edge is not None]
-        return Batch(
+        batch = Batch(
             position=torch.tensor(positions),
             weight=torch.tensor([weight for _, weight in slots], dtype=torch.float32),
             x0=torch.stack([s.latents for s in samples]),
@@ -49,6 +55,7 @@ class BatchBuilder:
             edge=torch.stack(edges) if len(edges) == len(samples) else None,
             gate_noise=self._gate_noise(positions, samples) if self.gate_noise else None,
         )
+        return batch.packed() if self.pin else batch
 
     def _noise(self, position: int, sample: StreamSample) -> Tensor:
         draw = generator(self.seed, Purpose.NOISE, position)
@@ -58,7 +65,14 @@ class BatchBuilder:
         m, tokens = self.config.model, samples[0].tokens.shape[0]
         time = self._normal(Purpose.TIME_GATE, positions, (self.num_blocks, m.time_experts))
         space = self._normal(Purpose.SPACE_GATE, positions, (self.num_blocks, tokens, m.space_experts))
-        return GateNoise(time * m.gate_noise, space * m.gate_noise)
+        scale = torch.tensor([self._gate_noise_at(position) for position in positions])
+        return GateNoise(time * scale.view(-1, 1, 1), space * scale.view(-1, 1, 1, 1))
+
+    def _gate_noise_at(self, position: int) -> float:
+        """Return the deviation of a position's gate noise: linear from `gate_noise` to 0 over `gate_noise_steps` steps."""
+        m = self.config.model
+        left = 1 - position // self.global_batch / m.gate_noise_steps if m.gate_noise_steps else 1.0
+        return m.gate_noise * max(0.0, left)
 
     def _normal(self, purpose: Purpose, positions: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         draws = [generator(self.seed, purpose, p).standard_normal(shape, dtype=np.float32) for p in positions]

@@ -9,9 +9,9 @@ _TIE = 1e-9
 
 
 def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return int64 [N]: for each image, the number of the bucket nearest in log aspect ratio; ties go to area.
+    """Return int64 [N]: for each image the number of the bucket with the nearest aspect ratio (in logarithms).
 
-    `widths` and `heights` are pixels [N]; a bucket is (height, width).
+    Among buckets of equal ratio the one of nearest area. `widths`, `heights`: pixels [N]; a bucket is (height, width).
     """
     h_B, w_B = np.array(buckets, np.float64).reshape(-1, 2).T
     w_N1, h_N1 = widths.astype(np.float64)[:, None], heights.astype(np.float64)[:, None]
@@ -27,7 +27,7 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) 
 
 
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Scale `image` until it covers `size_hw`, cut the centre out, and mirror it left to right if `flip`."""
+    """Scale `image` until it covers `size_hw` (height, width), cut out the centre, mirror it left to right if `flip`."""
     height, width = size_hw
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height)

@@ -1,8 +1,8 @@
-"""Latents, captions' features and edge maps, computed once per shard and read by sample through memory maps."""
+"""The cache of latents, encoded captions and edge maps: computed once per shard, read a sample at a time by memory map."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,8 +17,10 @@ from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.cache_build import ShardBuilder, encode_half
 from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
-from raphael_dist.data.shards import BadSample, DatasetIndex, atomic_path
+from raphael_dist.data.shards import BadSample
 from raphael_dist.errors import UserError
+from raphael_dist.parallel.long_work import Tell, quiet
+from raphael_dist.storage.files import atomic_path
 
 _VERSION = 1
 _OPEN_FILES = 64
@@ -26,7 +28,11 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True, eq=False)
 class CachedSample:
-    """mean, std float32 [C, h, w]; tokens float32 [Y, D]; mask bool [Y]; end; edge uint8 [H, W] or None."""
+    """A sample with one of its captions.
+
+    mean, std float32 [C, h, w]: the distribution of its latents; tokens float32 [Y, D]; mask bool [Y]; end: index of the
+    end-of-text token; edge uint8 [H, W] or None.
+    """
 
     mean: Tensor
     std: Tensor
@@ -39,34 +45,27 @@ class CachedSample:
 class FeatureCache:
     """One safetensors file per shard under `root`/`fingerprint`, named by the shard and its content.
 
-    The fingerprint covers both encoders, the buckets, flip and the kind of edges; a file's name covers the shard's
-    content. So shards may be added or moved without computing the others again, and nothing stale is ever read.
-    Several processes may build and read at once: files appear whole or not at all.
+    The fingerprint follows from both encoders, the buckets, flip and the kind of edges; a file's name from the shard's
+    content. So shards may be added or moved without computing the others again, and no file is read for data that has
+    changed. Several processes may build and read at once: a file appears whole or not at all.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        index: DatasetIndex,
-        dataset: ImageDataset,
-        text: TextEncoder,
-        image: ImageEncoder,
-        buckets: Sequence[tuple[int, int]],
-        flip: bool,
-    ) -> None:
-        """UserError: a bucket that the image encoder's factor does not divide."""
-        for height, width in buckets:
+    def __init__(self, root: Path, dataset: ImageDataset, text: TextEncoder, image: ImageEncoder, flip: bool) -> None:
+        """With `flip` it holds the latents of mirrored images too.
+
+        UserError: a bucket that the image encoder's factor does not divide.
+        """
+        for height, width in dataset.buckets:
             if height % image.factor or width % image.factor:
                 raise UserError(
                     f"image.buckets: [{height}, {width}] is not a multiple of {image.factor}, the image encoder's factor"
                 )
-        self.index, self.dataset, self.text, self.flip = index, dataset, text, flip
-        self.buckets = tuple((int(height), int(width)) for height, width in buckets)
-        self._builder = ShardBuilder(dataset, text, image, flip)
+        self.dataset, self.index, self.buckets, self.flip = dataset, dataset.index, dataset.buckets, flip
+        self._text, self._builder = text, ShardBuilder(dataset, text, image, flip)
         parts = [_VERSION, text.fingerprint, image.fingerprint, self.buckets, flip, dataset.edge, dataset.max_pixels]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         self.folder = Path(root) / self.fingerprint
-        self._shard = lru_cache(maxsize=_OPEN_FILES)(self._open)
+        self._shard = lru_cache(maxsize=_OPEN_FILES)(lambda shard: _CachedShard(self.path(shard)))
         self._bad_of = lru_cache(maxsize=None)(self._read_bad)
 
     def path(self, shard: int) -> Path:
@@ -78,18 +77,19 @@ class FeatureCache:
         """Return the numbers of the shards that have samples and no file yet."""
         return [n for n, shard in enumerate(self.index.shards) if shard.num_samples and not self.path(n).is_file()]
 
-    def build(self, shards: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
-        """Compute and write the files of these shards; `progress(done, total)` is called after each.
+    def build(self, shards: Sequence[int], tell: Tell = quiet) -> None:
+        """Compute and write the files of these shards; `tell` is told of every batch (`parallel.long_work`).
 
         Corrupt samples are recorded, not raised. UserError: no room or right to write, features beyond float16.
         """
-        for done, shard in enumerate(shards, start=1):
-            sizes = self.index.shards[shard].sizes
-            buckets = nearest_buckets(sizes[:, 0], sizes[:, 1], self.buckets).tolist()
-            tensors, bad = self._builder.build(int(self.index.starts[shard]), buckets)
-            self._write(self.path(shard), tensors, {"bad": json.dumps(bad)})
-            if progress is not None:
-                progress(done, len(shards))
+        for number, shard in enumerate(shards, start=1):
+            self._build_one(shard, f"shard {number} of {len(shards)}", tell)
+
+    def _build_one(self, shard: int, which: str, tell: Tell) -> None:
+        sizes, first = self.index.shards[shard].sizes, int(self.index.starts[shard])
+        buckets = nearest_buckets(sizes[:, 0], sizes[:, 1], self.buckets).tolist()
+        tensors, bad = self._builder.build(first, buckets, lambda words: tell(f"{which}, {words}"))
+        self._write(self.path(shard), tensors, {"bad": json.dumps(bad)})
 
     def get(self, sample_id: int, caption: int = 0, flip: bool = False) -> CachedSample:
         """Return a good sample with its caption number `caption`.
@@ -108,25 +108,18 @@ class FeatureCache:
         return int(offsets[local + 1] - offsets[local])
 
     @property
-    def bad(self) -> list[BadSample]:
-        """The samples found bad in the files there are; those found by the index are in `index.bad`."""
-        return [bad for _, bad in self._all_bad()]
-
-    @property
-    def bad_ids(self) -> list[int]:
-        """The sample ids of `bad`, in the same order."""
-        return [sample_id for sample_id, _ in self._all_bad()]
-
-    def null_text(self) -> TextFeatures:
-        """Return the features of the empty caption, B = 1, on the CPU in float32."""
-        return self._null_text
+    def bad(self) -> dict[int, BadSample]:
+        """Sample id -> what is wrong, of the samples that could not be encoded; what the index refused is in `index.bad`."""
+        missing = set(self.missing())
+        present = [n for n, shard in enumerate(self.index.shards) if shard.num_samples and n not in missing]
+        return {sample_id: bad for number in present for sample_id, bad in self._bad_of(number).items()}
 
     @cached_property
-    def _null_text(self) -> TextFeatures:
+    def null_text(self) -> TextFeatures:
+        """The features of the empty caption, B = 1, on the CPU, tokens float32; computed if no file has them."""
         path = self.folder / "null_text.safetensors"
         if not path.is_file():
-            features = encode_half(self.text, [""])
-            self._write(path, {"tokens": features.tokens, "mask": features.mask, "end": features.end}, {})
+            self._write(path, vars(encode_half(self._text, [""])), {})
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -140,22 +133,14 @@ class FeatureCache:
         except (OSError, SafetensorError) as error:
             raise UserError(f"data.cache_dir: cannot write {path}: {error}; check space and rights") from error
 
-    def _open(self, shard: int) -> "_ShardFile":
-        return _ShardFile(self.path(shard))
-
-    def _all_bad(self) -> list[tuple[int, BadSample]]:
-        missing = set(self.missing())
-        present = [n for n, shard in enumerate(self.index.shards) if shard.num_samples and n not in missing]
-        return [bad for number in present for bad in self._bad_of(number)]
-
-    def _read_bad(self, shard: int) -> list[tuple[int, BadSample]]:
+    def _read_bad(self, shard: int) -> dict[int, BadSample]:
         source, first = self.index.shards[shard], int(self.index.starts[shard])
-        found = json.loads(_open_tensors(self.path(shard)).metadata()["bad"])
-        return [(first + n, BadSample(source.name, source.keys[n], reason)) for n, reason in found]
+        entries = json.loads(_open_tensors(self.path(shard)).metadata()["bad"])
+        return {first + n: BadSample(source.name, source.keys[n], reason) for n, reason in entries}
 
 
-class _ShardFile:
-    """One shard's file: the small tables in memory, rows of the large ones read when asked for."""
+class _CachedShard:
+    """One shard's file (cache_build.py lists its tensors): small ones in memory, of large ones single rows."""
 
     def __init__(self, path: Path) -> None:
         self._file = _open_tensors(path)
@@ -183,7 +168,7 @@ class _ShardFile:
         )
 
     def _slice(self, name: str, row: int) -> Tensor:
-        # The clone frees a row from the map; a view would let a later write into it go astray.
+        # A copy: a view would keep the whole map alive, and what writes into it would change the cached values.
         return self._file.get_slice(name)[row : row + 1][0].clone()
 
 

@@ -1,9 +1,17 @@
-"""What is cached of one shard, computed: latents, captions' features and edge maps as tensors to be written.
+"""Computes what is cached of one shard: latents, encoded captions and edge maps, as the tensors of one file.
 
-n samples, U distinct captions, per bucket b its n_b good samples:
-bucket int16 [n] (-1: bad)    row int32 [n], within the bucket    caption_offsets int64 [n+1]
-caption_rows int64 [captions], into: tokens float16 [U, Y, D]    mask bool [U, Y]    end int64 [U]
-mean.b, std.b, mean_flip.b, std_flip.b float16 [n_b, C, h, w]    edge.b uint8 [n_b, H, W]
+Of n samples with U distinct captions, n_b of them good and in bucket b:
+
+| tensor | type and shape | holds |
+|---|---|---|
+| bucket | int16 [n] | the bucket of each sample; -1: it is bad |
+| row | int32 [n] | its row in the tensors of that bucket |
+| mean.b, std.b | float16 [n_b, C, h, w] | its latents' distribution; no std where the encoder is deterministic |
+| mean_flip.b, std_flip.b | the same | that of the mirrored image, with data.flip |
+| edge.b | uint8 [n_b, H, W] | its edge map |
+| caption_offsets | int64 [n + 1] | where its captions begin in caption_rows, and end |
+| caption_rows | int64 [captions] | the row of each caption in the next three |
+| tokens, mask, end | float16 [U, Y, D], bool [U, Y], int64 [U] | encoded captions |
 """
 
 from collections import defaultdict
@@ -14,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raphael_dist.data.dataset import BadSampleError, ImageDataset, Sample
+from raphael_dist.data.dataset import BadSampleError, DecodedSample, ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.errors import UserError
+from raphael_dist.parallel.long_work import Tell, quiet
 
 IMAGE_BATCH = 16
 TEXT_BATCH = 64
@@ -25,7 +34,7 @@ TEXT_BATCH = 64
 
 @dataclass
 class _Rows:
-    """What has been gathered of a shard so far."""
+    """What has been gathered of a shard so far; `stacks` holds batches of the tensors above that have a row per image."""
 
     bucket: list[int]
     row: list[int]
@@ -35,19 +44,24 @@ class _Rows:
 
 
 class ShardBuilder:
-    """Computes the tensors of shards (table above) with both encoders."""
+    """Computes the tensors of a shard (table above) with both encoders."""
 
     def __init__(self, dataset: ImageDataset, text: TextEncoder, image: ImageEncoder, flip: bool) -> None:
         self.dataset, self.text, self.image, self.flip = dataset, text, image, flip
 
-    def build(self, first_id: int, buckets: Sequence[int]) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
-        """Return the tensors of the samples `first_id` and on, one per entry of `buckets`, and (number, reason) of
-        the bad ones. UserError: captions' features that float16 cannot hold."""
+    def build(
+        self, first_id: int, buckets: Sequence[int], tell: Tell = quiet
+    ) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
+        """Return a shard's tensors, and (number in the shard, reason) of its bad samples.
+
+        `first_id` is the shard's first sample id, `buckets` has the bucket of each of its samples; `tell` is told of every
+        batch. UserError: encoded captions that float16 cannot hold.
+        """
         count = len(buckets)
         rows = _Rows([-1] * count, [0] * count, [[] for _ in range(count)])
-        pending: dict[int, list[tuple[int, Sample]]] = defaultdict(list)
+        pending: dict[int, list[tuple[int, DecodedSample]]] = defaultdict(list)
 
-        def load(number: int) -> Sample | BadSampleError:
+        def load(number: int) -> DecodedSample | BadSampleError:
             try:
                 return self.dataset.load(first_id + number, buckets[number])
             except BadSampleError as error:
@@ -61,14 +75,15 @@ class ShardBuilder:
                 batch = pending[buckets[number]]
                 batch.append((number, sample))
                 if len(batch) == IMAGE_BATCH:
+                    tell(f"image {number + 1} of {count}")
                     self._add_images(rows, buckets[number], batch)
                     batch.clear()
         for bucket, batch in pending.items():
             self._add_images(rows, bucket, batch)
         tensors = {name: torch.cat(parts) for name, parts in rows.stacks.items()}
-        return {**tensors, **self._tables(rows)}, sorted(rows.bad)
+        return {**tensors, **self._tables(rows, tell)}, sorted(rows.bad)
 
-    def _add_images(self, rows: _Rows, bucket: int, batch: list[tuple[int, Sample]]) -> None:
+    def _add_images(self, rows: _Rows, bucket: int, batch: list[tuple[int, DecodedSample]]) -> None:
         """Encode one batch of a bucket and add its samples, those with latents beyond float16 as bad ones."""
         if not batch:
             return
@@ -96,27 +111,26 @@ class ShardBuilder:
             latents[f"std{suffix}"] = std.half().cpu()
         return latents
 
-    def _tables(self, rows: _Rows) -> dict[str, Tensor]:
+    def _tables(self, rows: _Rows, tell: Tell) -> dict[str, Tensor]:
         row_of = {caption: row for row, caption in enumerate(dict.fromkeys(c for cs in rows.captions for c in cs))}
-        features = encode_half(self.text, list(row_of))
+        features = encode_half(self.text, list(row_of), tell)
         return {
             "bucket": torch.tensor(rows.bucket, dtype=torch.int16),
             "row": torch.tensor(rows.row, dtype=torch.int32),
             "caption_offsets": torch.tensor(np.cumsum([0, *map(len, rows.captions)]), dtype=torch.int64),
             "caption_rows": torch.tensor([row_of[c] for cs in rows.captions for c in cs], dtype=torch.int64),
-            "tokens": features.tokens,
-            "mask": features.mask,
-            "end": features.end,
+            **vars(features),
         }
 
 
-def encode_half(text: TextEncoder, captions: Sequence[str]) -> TextFeatures:
-    """Return the captions' features on the CPU, tokens in float16; UserError where that overflows."""
+def encode_half(text: TextEncoder, captions: Sequence[str], tell: Tell = quiet) -> TextFeatures:
+    """Return the encoded captions on the CPU, with tokens in float16. UserError: they do not fit into float16."""
     tokens = torch.zeros(len(captions), text.max_tokens, text.width, dtype=torch.float16)
     mask = torch.zeros(len(captions), text.max_tokens, dtype=torch.bool)
     end = torch.zeros(len(captions), dtype=torch.int64)
     for first in range(0, len(captions), TEXT_BATCH):
         some = slice(first, first + TEXT_BATCH)
+        tell(f"caption {first + 1} of {len(captions)}")
         features = text.encode(captions[some])
         tokens[some], mask[some], end[some] = features.tokens.half().cpu(), features.mask.cpu(), features.end.cpu()
         if not tokens[some].isfinite().all():

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_CAPTION_CHARS = 2000
@@ -29,8 +30,30 @@ def clean_caption(text: str) -> str:
     return _SPACE.sub(" ", text).strip()[:MAX_CAPTION_CHARS].rstrip()
 
 
-def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Return the JSON object in `data`; ValueError with a short reason if it is anything else."""
+def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, Any], list[str]]:
+    """Return what the json of a sample holds ({} without one), and its captions, cleaned: at least one.
+
+    Captions are the json's list `captions`, or else its string `caption`; where these are empty, the txt is one caption.
+    `members` maps "json" and "txt", if the sample has them, to their bytes. ValueError with a short reason: no caption, not
+    UTF-8, over 1 MiB, json that is no object, captions that are not strings.
+    """
+    meta = _json_object(members["json"]) if "json" in members else {}
+    given = meta.get("captions") or meta.get("caption") or []
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ValueError("json captions are not a list of strings")
+    captions = _cleaned(given[:MAX_CAPTIONS]) or _cleaned([_decode(members.get("txt", b""))])
+    if not captions:
+        raise ValueError("no caption")
+    return meta, captions
+
+
+def _cleaned(texts: Iterable[str]) -> list[str]:
+    return [text for text in map(clean_caption, texts) if text]
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(_decode(data))
     except RecursionError as error:
@@ -40,28 +63,6 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("json is not an object")
     return value
-
-
-def captions_of(meta: dict[str, Any]) -> list[str]:
-    """Return the clean, non-empty captions of a sample's json: its list `captions`, else its string `caption`."""
-    found = meta.get("captions") or meta.get("caption") or []
-    if isinstance(found, str):
-        found = [found]
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise ValueError("json captions are not a list of strings")
-    return [text for text in map(clean_caption, found[:MAX_CAPTIONS]) if text]
-
-
-def read_captions(data: bytes, ext: str | None = None) -> list[str]:
-    """Return the clean, non-empty captions in a sample's json or txt member.
-
-    `ext` is "json" or "txt"; without it, text that opens with a brace is json. A txt is one caption.
-    ValueError with a short reason: not UTF-8, over 1 MiB, not a JSON object, captions that are not strings.
-    """
-    if ext == "json" or (ext is None and data.lstrip()[:1] == b"{"):
-        return captions_of(parse_json_object(data))
-    text = clean_caption(_decode(data))
-    return [text] if text else []
 
 
 def _decode(data: bytes) -> str:

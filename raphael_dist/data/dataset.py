@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from raphael_dist.data.buckets import fit, resize_and_crop
-from raphael_dist.data.captions import captions_of, parse_json_object, read_captions
+from raphael_dist.data.captions import read_texts
 from raphael_dist.data.shards import DatasetIndex
 from raphael_dist.data.tar_scan import EDGE_EXT, IMAGE_EXTS, IMAGE_FORMATS, MAX_MEMBER_BYTES
 from raphael_dist.errors import UserError
@@ -33,8 +33,8 @@ class BadSampleError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
-    """image uint8 [3, h, w]; clean captions, at least one; edge uint8 [h, w] or None."""
+class DecodedSample:
+    """A decoded sample: image uint8 [3, h, w] (RGB); captions, cleaned, at least one; edge uint8 [h, w] or None; its key."""
 
     image: np.ndarray
     captions: list[str]
@@ -52,15 +52,16 @@ class ImageDataset:
         edge: Literal["stored", "none"],
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        """`max_pixels` is checked on an image's header, before any pixel is decoded."""
-        self.index, self.buckets, self.edge, self.max_pixels = index, tuple(buckets), edge, max_pixels
-        self._file = lru_cache(maxsize=64)(_ShardFile)
+        """`edge`: edge maps are members of the shards, or not used. `max_pixels`: an image's header must not claim more."""
+        self.index, self.edge, self.max_pixels = index, edge, max_pixels
+        self.buckets = tuple((int(height), int(width)) for height, width in buckets)
+        self._file = lru_cache(maxsize=64)(_OpenTar)
 
     @property
     def has_edges(self) -> bool:
         return self.edge == "stored"
 
-    def load(self, sample_id: int, bucket: int, flip: bool = False) -> Sample:
+    def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
         """Return the sample fitted to `buckets[bucket]`, mirrored if `flip`.
 
         BadSampleError: it cannot be decoded, is over the pixel cap, or lacks an edge map where edges are "stored".
@@ -74,8 +75,8 @@ class ImageDataset:
         try:
             image = self._image(next(members[ext] for ext in IMAGE_EXTS if ext in members))
             edge = self._edge(members, size, flip) if self.has_edges else None
-            return Sample(resize_and_crop(image, size, flip), _captions(members), edge, shard.keys[row])
-        except Exception as error:  # whatever a decoder raises, it is this sample that is bad
+            return DecodedSample(resize_and_crop(image, size, flip), read_texts(members)[1], edge, shard.keys[row])
+        except Exception as error:  # decoders raise nearly anything; whatever it is, this sample is bad
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise BadSampleError(shard.name, shard.keys[row], reason) from error
 
@@ -102,10 +103,10 @@ class ImageDataset:
         return np.array(fit(edge, size, flip, Image.Resampling.BILINEAR), np.uint8)
 
 
-class _ShardFile:
-    """An open shard, read at offsets only: no shared file position, so threads and forks do not disturb each other.
+class _OpenTar:
+    """An open shard, read at offsets only. Without a shared file position threads and forks do not disturb each other.
 
-    Closed when the last reader drops it, never under a reader's hands.
+    It is closed with its last reference, so never while a thread reads from it.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
@@ -124,11 +125,3 @@ class _ShardFile:
     def __del__(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
-
-
-def _captions(members: dict[str, bytes]) -> list[str]:
-    captions = captions_of(parse_json_object(members["json"])) if "json" in members else []
-    captions = captions or read_captions(members.get("txt", b""), "txt")
-    if not captions:
-        raise ValueError("no caption")
-    return captions

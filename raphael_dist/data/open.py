@@ -1,20 +1,52 @@
-"""From the configuration to streams of training and validation samples: index, cache, order."""
+"""From the configuration to streams of training and validation samples: encoders, index, cache, order."""
 
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from raphael_dist.config import Config
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.dataset import ImageDataset
-from raphael_dist.data.encoders import ImageEncoder, TextEncoder
+from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards import build_index, expand_shards
+from raphael_dist.data.shards import DatasetIndex, build_index, expand_shards, scan_shards
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.batch_plan import run_of
-from raphael_dist.parallel.ranks import Ranks, all_or_none, main_first
+from raphael_dist.parallel.long_work import Tell, from_main, together
+from raphael_dist.parallel.ranks import Ranks, all_or_none
 
 _log = logging.getLogger(__name__)
+
+
+def open_encoders(config: Config, device: torch.device) -> tuple[TextEncoder, ImageEncoder]:
+    """Return both encoders without their weights, which are loaded by the ranks that encode, when they do. Collective.
+
+    Rank 0 reads configurations, tokenizer and fingerprints for all. Raises UserError on all ranks as `check_encoders` does.
+    """
+    dtype = getattr(torch, config.train.dtype)
+
+    def look(_: Tell) -> tuple[TextFacts, ImageFacts]:
+        text = TextFacts.read(config.text.encoder, config.text.max_tokens, dtype)
+        return text, ImageFacts.read(config.image.encoder)
+
+    text_facts, image_facts = from_main("reading what the encoders are", look)
+    text = TextEncoder.lazy(config.text.encoder, text_facts, device, dtype)
+    image = ImageEncoder.lazy(config.image.encoder, image_facts, device, torch.float32)
+    all_or_none(lambda: check_encoders(config, text, image))
+    return text, image
+
+
+def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[TextEncoder, ImageEncoder]:
+    """Return both encoders with their weights, the text encoder in `dtype`, the image encoder in float32.
+
+    For a process alone. Raises UserError as `check_encoders` does, and for files that cannot be read.
+    """
+    text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype)
+    image = ImageEncoder.load(config.image.encoder, device, torch.float32)
+    check_encoders(config, text, image)
+    return text, image
 
 
 def check_encoders(config: Config, text: TextEncoder, image: ImageEncoder) -> None:
@@ -38,50 +70,65 @@ def open_stream(
 
     Collective. Raises UserError on all ranks for missing or empty shards, too many bad samples, missing edge maps.
     """
-    d, flip = config.data, config.data.flip and training
-    paths = all_or_none(lambda: expand_shards(patterns))
-    index = main_first(ranks, lambda: build_index(paths, d.cache_dir / "index"))
-    edges = d.edges if config.edge.weight > 0 else "none"
-    dataset = ImageDataset(index, config.image.buckets, edges)
-    if config.edge.weight > 0 and not dataset.has_edges:
-        raise UserError(
-            f"edge.weight is {config.edge.weight}, but the shards of data.{'shards' if training else 'val_shards'} hold no "
-            "edge.png (or data.edges is none); add edge maps (tools/make_emoji_dataset.py shows how) or set edge.weight=0"
-        )
-    cache = all_or_none(lambda: FeatureCache(d.cache_dir, index, dataset, text, image, config.image.buckets, flip))
-    missing = all_or_none(cache.missing)  # all ranks look before any builds
+    d = config.data
+    paths = from_main("looking for shards", lambda _: expand_shards(patterns))
+    folder = d.cache_dir / "index"
+    together("indexing", lambda tell: scan_shards(paths[ranks.rank :: ranks.world_size], folder, tell))
+    index = together("reading the index", lambda tell: build_index(paths, folder, tell))
+    cache = all_or_none(lambda: _cache_of(config, index, text, image, training))
+    missing = from_main("looking for cached features", lambda _: cache.missing())
     if missing and ranks.is_main:
         _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(index.shards))
-    all_or_none(lambda: cache.build(missing[ranks.rank :: ranks.world_size]))
-    # A micro-batch holds one image size, so the pairs of a bucket come in runs.
+
+    def fill(tell: Tell) -> None:
+        cache.build(missing[ranks.rank :: ranks.world_size], tell=tell)
+        if ranks.is_main:  # here, since every rank that misses it would load the encoder for it
+            _ = cache.null_text
+
+    together("caching", fill)
+    # A micro-batch holds one image size, so samples of one size come in runs.
     run = run_of(config, training) or 1
-    order = all_or_none(
-        lambda: SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run)
+    order = together(
+        "ordering the samples",
+        lambda _: SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run),
     )
-    return all_or_none(
-        lambda: TrainStream(
+    return together(
+        "opening the cached features",
+        lambda _: TrainStream(
             order,
             cache,
             seed=config.run.seed,
             caption_drop=config.train.caption_drop if training else 0.0,
-            flip=flip,
+            flip=cache.flip,
             max_bad_fraction=d.max_bad_fraction,
-        )
+        ),
     )
 
 
 def fill_cache(
     config: Config, text: TextEncoder, image: ImageEncoder, part: int, num_parts: int, *, training: bool
 ) -> tuple[int, int]:
-    """Compute what is not cached of every `num_parts`-th shard; return how many that were, and all shards there are.
+    """Compute what is not cached of the shards part, part + num_parts, ...; return how many these were, and how many shards
+    there are.
 
-    For processes that do not know of each other. Raises UserError as `open_stream` does.
+    For processes that do not know of each other (tools/prepare_data.py). Raises UserError as `open_stream` does.
     """
-    d, flip = config.data, config.data.flip and training
+    d = config.data
     index = build_index(expand_shards(d.shards if training else d.val_shards), d.cache_dir / "index")
-    dataset = ImageDataset(index, config.image.buckets, d.edges if config.edge.weight > 0 else "none")
-    cache = FeatureCache(d.cache_dir, index, dataset, text, image, config.image.buckets, flip)
+    cache = _cache_of(config, index, text, image, training)
     # By number, not by place in the list, which gets shorter while others work.
     mine = [shard for shard in cache.missing() if shard % num_parts == part]
     cache.build(mine)
     return len(mine), len(index.shards)
+
+
+def _cache_of(config: Config, index: DatasetIndex, text: TextEncoder, image: ImageEncoder, training: bool) -> FeatureCache:
+    """Return the cache of indexed shards as it is configured, filled or not. UserError: edge maps are wanted, not there."""
+    d, wants_edges = config.data, config.edge.weight > 0
+    dataset = ImageDataset(index, config.image.buckets, d.edges if wants_edges else "none")
+    if wants_edges and not dataset.has_edges:
+        raise UserError(
+            f"edge.weight is {config.edge.weight}, but the shards of data.{'shards' if training else 'val_shards'} hold no "
+            "edge.png (or data.edges is none); add edge maps (tools/make_emoji_dataset.py shows how) or set edge.weight=0"
+        )
+    return FeatureCache(d.cache_dir, dataset, text, image, d.flip and training)

@@ -1,9 +1,9 @@
 """The order of training samples: a pure function of (index, seed, position), so that progress is one integer.
 
-Per epoch: shards are permuted and taken in windows (disk locality); the samples of a window are permuted; those of one
-bucket are cut into runs of `run_length`, and the runs of a window are permuted. A run that a window cannot fill takes
-what the windows before it left over, so an epoch drops fewer than `run_length` samples per bucket, no matter how small
-the windows are, and every epoch has the same length.
+In every epoch the shards are permuted and taken in windows of `window_shards`, so that only a few files are read at a time.
+The samples of a window are permuted, those of one bucket (image size) are cut into runs of `run_length`, and the window's
+runs are permuted. Samples that do not fill a run are carried over to the next window. So an epoch drops fewer than
+`run_length` samples of each bucket, however small the windows are, and all epochs have the same length.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from raphael_dist.rng import Purpose, generator
 
 
 @dataclass(frozen=True)
-class Slot:
-    """What lies at one global sample position."""
+class SamplePosition:
+    """What training reads at one global sample position: the sample, its image size, and in which epoch that is."""
 
     epoch: int
     sample_id: int
@@ -29,8 +29,11 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class _Epoch:
-    """shards [S]: shard numbers in this epoch's order; counts [W+1, B]: samples of each bucket before
-    window W; starts [W+1]: positions (within the epoch) before a window."""
+    """Where the windows of one epoch begin.
+
+    shards int64 [S]: shard numbers in this epoch's order; counts [W+1, B]: samples of each bucket in the windows before;
+    starts [W+1]: positions of the epoch before each window, and its length.
+    """
 
     shards: np.ndarray
     counts: np.ndarray
@@ -40,8 +43,9 @@ class _Epoch:
 class SampleOrder:
     """Maps any global sample position to a sample. Holds no state but caches, and may be shared by threads.
 
-    Attributes: `buckets`; `bucket_of` int16 [num_samples]; `samples_per_epoch`; `dropped_per_epoch`;
-    `run_length`, 1 where all samples share a bucket.
+    Attributes: `buckets`, (height, width) in pixels; `bucket_of`, int16 [num_samples], the bucket of each sample id;
+    `run_length`, consecutive positions that share a bucket (1 where all samples do); `samples_per_epoch`;
+    `dropped_per_epoch`.
     """
 
     def __init__(
@@ -53,9 +57,10 @@ class SampleOrder:
         run_length: int = 1,
     ) -> None:
         """UserError: no bucket, a count below 1, or fewer than `run_length` samples in every bucket."""
-        for name, value in (("number of buckets", len(buckets)), ("window_shards", window_shards)):
-            _at_least_one(name, value)
-        _at_least_one("run_length", run_length)
+        counts = {"number of buckets": len(buckets), "window_shards": window_shards, "run_length": run_length}
+        for name, value in counts.items():
+            if value < 1:
+                raise UserError(f"data: {name} is {value}; it must be at least 1")
         self.index, self.seed, self.window_shards = index, seed, window_shards
         self.buckets = tuple((int(height), int(width)) for height, width in buckets)
         per_shard = [nearest_buckets(shard.sizes[:, 0], shard.sizes[:, 1], self.buckets) for shard in index.shards]
@@ -74,15 +79,15 @@ class SampleOrder:
         self._members = lru_cache(maxsize=32)(self._make_members)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
-    def lookup(self, position: int) -> Slot:
-        """Return the slot of a global sample position (0, 1, 2, ... without end)."""
+    def lookup(self, position: int) -> SamplePosition:
+        """Return what lies at a global sample position (0, 1, 2, ... without end). ValueError: a negative one."""
         if position < 0:
             raise ValueError(f"sample position {position} is negative")
         epoch, offset = divmod(position, self.samples_per_epoch)
         starts = self._epoch(epoch).starts
         window = int(np.searchsorted(starts, offset, side="right")) - 1
         sample_id = int(self._window(epoch, window)[offset - starts[window]])
-        return Slot(epoch, sample_id, int(self.bucket_of[sample_id]))
+        return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         shards = generator(self.seed, Purpose.ORDER, epoch).permutation(len(self.index.shards))
@@ -92,7 +97,7 @@ class SampleOrder:
         return _Epoch(shards, counts, (counts // self.run_length).sum(axis=1) * self.run_length)
 
     def _make_members(self, epoch: int, window: int) -> list[np.ndarray]:
-        """Return, per bucket, the window's sample ids of it in random order."""
+        """Return the window's sample ids of each bucket, in random order."""
         first = window * self.window_shards
         shards, starts = self._epoch(epoch).shards[first : first + self.window_shards], self.index.starts
         ids = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
@@ -108,7 +113,7 @@ class SampleOrder:
         return generator(self.seed, Purpose.ORDER, epoch, extra=2 + 2 * window).permutation(runs).reshape(-1)
 
     def _take(self, epoch: int, bucket: int, first: int, last: int) -> np.ndarray:
-        """Return numbers first .. last - 1 of the epoch's sequence of one bucket, which runs through the windows."""
+        """Return entries first .. last - 1 of the epoch's list of one bucket's sample ids, which spans all windows."""
         if first == last:
             return np.zeros(0, np.int64)
         counts = self._epoch(epoch).counts[:, bucket]
@@ -116,8 +121,3 @@ class SampleOrder:
         to_window = int(np.searchsorted(counts, last, side="left"))
         parts = [self._members(epoch, window)[bucket] for window in range(from_window, to_window)]
         return np.concatenate(parts)[first - counts[from_window] : last - counts[from_window]]
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"data: {name} is {value}; it must be at least 1")

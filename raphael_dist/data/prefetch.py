@@ -1,4 +1,4 @@
-"""Read ahead with threads: decoding and file reads leave the interpreter lock, so threads are enough."""
+"""Read ahead with threads. Threads are enough: decoders and file reads release Python's global lock."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +13,9 @@ V = TypeVar("V")
 class Prefetcher(Generic[K, V]):
     """Iterates over `fn(key)` for each key, in order, with up to `depth` calls made ahead by `workers` threads.
 
-    An exception of `fn` is raised in the place of its value, one of `keys` after the values before it; either ends the
-    iteration. `close()`, the end of a `with` block or the last value stop the threads; no call starts after that.
+    When `fn` raises for a key, iteration gives the values before it, then raises that exception and ends; so it does when
+    `keys` raises. The threads stop at the end of iteration, by `close()`, or at the end of a `with` block; no call starts
+    later.
     """
 
     def __init__(self, fn: Callable[[K], V], keys: Iterable[K], depth: int = 4, workers: int = 1) -> None:

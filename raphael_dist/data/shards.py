@@ -5,27 +5,27 @@ extracted, unpickled or run, and a member's name is never used as a path.
 """
 
 import hashlib
-import itertools
 import json
-import os
+import math
 import re
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from braceexpand import braceexpand
 
 from raphael_dist.data.tar_scan import EXTS, IMAGE_EXTS, check_sample, gunzip, samples_of
 from raphael_dist.errors import UserError
+from raphael_dist.parallel.long_work import Tell, quiet
+from raphael_dist.storage.files import atomic_path
 
 _CACHE_VERSION = 1
 _MAX_SHARDS = 1_000_000
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)[.}]")
 _GZIPPED = re.compile(r"(\.tar\.gz|\.tgz)$", re.IGNORECASE)
 
 
@@ -43,10 +43,11 @@ class BadSample:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The usable samples of one tar, as columns, and its bad ones. `path` is the plain tar; of a .tar.gz, its expansion.
+    """The usable samples of one tar, a row of each array for each, and its bad ones.
 
-    `table` is int64 [num_samples, len(EXTS), 2]: offset and size in bytes of each member, size -1 where absent.
-    `sizes` is int32 [num_samples, 2]: width and height in pixels. `text_digest` is a sha256 over captions and json.
+    path: the plain tar; of a .tar.gz, the file it was expanded to. num_bytes: its size. keys: the samples' names. sizes
+    int32 [num_samples, 2]: width and height in pixels. table int64 [num_samples, len(EXTS), 2]: offset and size in bytes of
+    each member, size -1 where a sample has none. text_digest: sha256 over all txt and json members.
     """
 
     path: Path
@@ -67,12 +68,12 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over base name, size in bytes and keys; not over where the file lies, nor whether it came gzipped."""
+        """sha256 over base name, size in bytes and keys: the same in any folder, and for a shard that came gzipped."""
         return _digest([self.name, self.num_bytes, self.keys])
 
     @cached_property
     def content(self) -> str:
-        """sha256 over the fingerprint, the layout and the texts: what must be equal for caches of it to hold."""
+        """sha256 over all that cached features depend on: fingerprint, texts, image sizes, and where each member lies."""
         digest = hashlib.sha256(f"{self.fingerprint} {self.text_digest}".encode())
         digest.update(np.ascontiguousarray(self.sizes).tobytes() + np.ascontiguousarray(self.table).tobytes())
         return digest.hexdigest()
@@ -85,7 +86,7 @@ class ShardIndex:
 
 @dataclass(frozen=True, eq=False)
 class DatasetIndex:
-    """All shards in order. A sample id counts usable samples over all shards, from 0."""
+    """All shards in order. A sample id is the number of a usable sample, counted from 0 over all shards."""
 
     shards: tuple[ShardIndex, ...]
 
@@ -107,6 +108,11 @@ class DatasetIndex:
         """sha256 over the shards' base names, sizes and sample keys, in order."""
         return hashlib.sha256("".join(shard.fingerprint for shard in self.shards).encode()).hexdigest()
 
+    @cached_property
+    def text_digest(self) -> str:
+        """sha256 over the captions of all samples, in order."""
+        return hashlib.sha256("".join(shard.text_digest for shard in self.shards).encode()).hexdigest()
+
     def locate(self, sample_id: int) -> tuple[int, int]:
         """Return (shard number, sample number in the shard); IndexError outside 0 .. num_samples - 1."""
         if not 0 <= sample_id < self.num_samples:
@@ -125,28 +131,35 @@ def expand_shards(patterns: Sequence[str]) -> list[Path]:
     Relative patterns are taken from the working directory. UserError: a URL or pipe, a missing file, a glob without
     a match, no pattern at all.
     """
-    found: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
     for pattern in patterns:
         if _SCHEME.match(pattern):
             raise UserError(f"data.shards: {pattern!r} is a URL or a pipe; only local tar files are read: copy them first")
-        names = list(itertools.islice(_expand_braces(pattern), _MAX_SHARDS + 1))
-        if len(names) > _MAX_SHARDS:
-            raise UserError(f"data.shards: {pattern!r} expands to more than {_MAX_SHARDS} files; use a smaller range")
-        for path in itertools.chain.from_iterable(_matches(name, pattern) for name in names):
-            found.setdefault(path.absolute(), path)
-    if not found:
+        for name in _expand_braces(pattern):
+            for path in _matches(name, pattern):
+                files.setdefault(path.absolute(), path)
+    if not files:
         raise UserError('data.shards: no pattern was given; name at least one, as "data/train-{0000..0011}.tar"')
-    return sorted(found.values())
+    return sorted(files.values())
 
 
-def build_index(paths: Sequence[Path], cache_dir: Path | None = None) -> DatasetIndex:
-    """Index the tars, reading `cache_dir` where it knows the same file (path, size, mtime) and adding to it.
+def scan_shards(paths: Sequence[Path], cache_dir: Path | None = None, tell: Tell = quiet) -> list[ShardIndex]:
+    """Index each tar by itself, as `build_index` does; `tell` is told of every shard (`parallel.long_work`)."""
+    shards = []
+    for number, path in enumerate(paths, start=1):
+        tell(f"shard {number} of {len(paths)}")
+        shards.append(_shard_index(Path(path), cache_dir))
+    return shards
+
+
+def build_index(paths: Sequence[Path], cache_dir: Path | None = None, tell: Tell = quiet) -> DatasetIndex:
+    """Index the tars. What `cache_dir` holds of the same file (path, size, mtime) is read, the rest is added to it.
 
     A .tar.gz or .tgz is expanded once, to `cache_dir`/expanded/<digest of its path, size and mtime>/<its name>.tar.
     UserError: a file that is not a whole tar, is compressed otherwise, expands beyond bounds, or is gzipped while
     `cache_dir` is None; a data set without one usable sample.
     """
-    index = DatasetIndex(tuple(_shard_index(Path(path), cache_dir) for path in paths))
+    index = DatasetIndex(tuple(scan_shards(paths, cache_dir, tell)))
     if index.num_samples == 0:
         why = f"; the first bad one is {index.bad[0]}" if index.bad else ""
         raise UserError(
@@ -156,37 +169,18 @@ def build_index(paths: Sequence[Path], cache_dir: Path | None = None) -> Dataset
     return index
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it becomes `path` when the block ends well, and is removed when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    match = _BRACES.search(pattern)
-    if match is None:
-        yield pattern
-        return
-    body = match[1]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
+def _expand_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern stands for; braces mean what they mean to bash and webdataset."""
+    ranges = [(int(first), int(last)) for first, last in _RANGE.findall(pattern)]
+    for first, last in ranges:
         if first > last:
-            raise UserError(f"data.shards: the range {{{body}}} in {pattern!r} runs backwards; write {{{last}..{first}}}")
-        width = len(numbers[1]) if numbers[1].startswith("0") else 0
-        choices: Iterator[str] = (f"{number:0{width}d}" for number in range(first, last + 1))
-    elif "," in body:
-        choices = iter(body.split(","))
-    else:
-        raise UserError(f"data.shards: cannot read braces {{{body}}} in {pattern!r}; use {{0000..0011}} or {{a,b}}")
-    for choice in choices:
-        yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+            raise UserError(f"data.shards: the range {{{first}..{last}}} in {pattern!r} runs backwards; turn it round")
+    if math.prod(last - first + 1 for first, last in ranges) > _MAX_SHARDS:
+        raise UserError(f"data.shards: {pattern!r} expands to more than {_MAX_SHARDS} files; use a smaller range")
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:
+        raise UserError(f"data.shards: cannot read the braces in {pattern!r}; use {{0000..0011}} or {{a,b}}") from None
 
 
 def _matches(name: str, pattern: str) -> list[Path]:
@@ -218,7 +212,7 @@ def _identity(path: Path) -> list[Any]:
 
 
 def _plain_tar(path: Path, cache_dir: Path | None) -> Path:
-    """Return `path`, or where the tar inside it lies, expanded if it does not yet. Ranks may race: the last one wins."""
+    """Return `path`; of a gzipped shard the expanded tar, which is written first if need be (ranks may do so at once)."""
     name = _GZIPPED.sub(".tar", path.name)
     if name == path.name:
         return path
@@ -233,79 +227,63 @@ def _plain_tar(path: Path, cache_dir: Path | None) -> Path:
 
 
 def _shard_index(path: Path, cache_dir: Path | None) -> ShardIndex:
+    """Return the index of a shard, from the cache or by reading it."""
     try:
         tar = _plain_tar(path, cache_dir)
         if cache_dir is None:
-            return _scan(tar, path)
+            return _from_entry(tar, tar.stat().st_size, _scan(tar, path))
         identity = _identity(tar)
         cached = cache_dir / f"{_digest(identity)}.json"
-        known = _load(tar, cached, identity)
-        if known is None:
-            known = _scan(tar, path)
-            with atomic_path(cached) as temporary:
-                temporary.write_text(json.dumps(_to_json(known, identity)), encoding="utf-8")
-        return known
+        known = _cached_index(tar, cached, identity)
+        if known is not None:
+            return known
+        entry = _scan(tar, path)
+        with atomic_path(cached) as temporary:
+            temporary.write_text(json.dumps({"identity": identity, **entry}), encoding="utf-8")
+        return _from_entry(tar, identity[2], entry)
     except OSError as error:
         field = "data.cache_dir" if cache_dir and str(error.filename or "").startswith(str(cache_dir)) else "data.shards"
         raise UserError(f"{field}: {error.filename or path}: {error.strerror or error}; check it") from error
 
 
-def _to_json(shard: ShardIndex, identity: list[Any]) -> dict[str, Any]:
-    return {
-        "identity": identity,
-        "keys": shard.keys,
-        "sizes": shard.sizes.tolist(),
-        "table": shard.table.tolist(),
-        "bad": [[bad.key, bad.reason] for bad in shard.bad],
-        "text_digest": shard.text_digest,
-    }
-
-
-def _load(path: Path, cached: Path, identity: list[Any]) -> ShardIndex | None:
-    """Return the cached index, or None where there is none or it does not read as one."""
+def _cached_index(path: Path, cached: Path, identity: list[Any]) -> ShardIndex | None:
+    """Return the index in the file `cached`, or None where it is of another file or does not read as an index."""
     try:
-        data = json.loads(cached.read_text(encoding="utf-8"))
-        if data["identity"] != identity:
-            return None
-        bad = [BadSample(path.name, key, reason) for key, reason in data["bad"]]
-        return _columns(path, identity[2], data["keys"], data["sizes"], data["table"], bad, data["text_digest"])
+        entry = json.loads(cached.read_text(encoding="utf-8"))
+        return _from_entry(path, identity[2], entry) if entry["identity"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _columns(
-    path: Path, num_bytes: int, keys: list, sizes: list, table: list, bad: list[BadSample], text_digest: str
-) -> ShardIndex:
+def _from_entry(path: Path, num_bytes: int, entry: dict[str, Any]) -> ShardIndex:
+    """Return the index of the plain tar at `path` from what `_scan` returned, or JSON made of that."""
+    keys = entry["keys"]
     return ShardIndex(
         path=path,
         num_bytes=num_bytes,
         keys=keys,
-        sizes=np.array(sizes, np.int32).reshape(len(keys), 2),
-        table=np.array(table, np.int64).reshape(len(keys), len(EXTS), 2),
-        bad=bad,
-        text_digest=text_digest,
+        sizes=np.array(entry["sizes"], np.int32).reshape(len(keys), 2),
+        table=np.array(entry["table"], np.int64).reshape(len(keys), len(EXTS), 2),
+        bad=[BadSample(path.name, key, reason) for key, reason in entry["bad"]],
+        text_digest=entry["text_digest"],
     )
 
 
-def _scan(path: Path, given: Path) -> ShardIndex:
-    """Read the plain tar at `path`; errors name the file that was given."""
-    keys: list[str] = []
-    sizes: list[tuple[int, int]] = []
-    table: list[list[tuple[int, int]]] = []
-    bad: list[BadSample] = []
+def _scan(path: Path, given: Path) -> dict[str, Any]:
+    """Read the plain tar at `path` and return what there is to know of its samples; errors name the file `given`."""
+    entry: dict[str, Any] = {"keys": [], "sizes": [], "table": [], "bad": []}
     seen: set[str] = set()
     texts = hashlib.sha256()
     with open(path, "rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
         for key, members in samples_of(given, file):
             try:
                 if key in seen:
                     raise ValueError("duplicate key")
                 seen.add(key)
-                sizes.append(check_sample(file.fileno(), members, texts.update))
+                entry["sizes"].append(check_sample(file.fileno(), members, texts.update))
             except ValueError as error:
-                bad.append(BadSample(path.name, key, str(error)))
+                entry["bad"].append((key, str(error)))
                 continue
-            keys.append(key)
-            table.append([members.get(ext, (0, -1)) for ext in EXTS])
-    return _columns(path, num_bytes, keys, sizes, table, bad, texts.hexdigest())
+            entry["keys"].append(key)
+            entry["table"].append([members.get(ext, (0, -1)) for ext in EXTS])
+    return {**entry, "text_digest": texts.hexdigest()}

@@ -1,4 +1,4 @@
-"""The training stream: the sample of a global position, with everything random about it drawn from that position."""
+"""The stream of samples: what lies at a global position, with everything random about it drawn from that position."""
 
 import logging
 import threading
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raphael_dist.data.cache import FeatureCache
-from raphael_dist.data.order import SampleOrder, Slot
+from raphael_dist.data.order import SampleOrder, SamplePosition
 from raphael_dist.data.shards import BadSample
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
@@ -20,10 +20,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class StreamSample:
-    """One training sample.
+    """One sample as training sees it.
 
-    latents float32 [C, h, w]; tokens float32 [Y, D]; mask bool [Y]; end, the end-of-text token;
-    edge float32 [H, W] in 0..1 or None; `dropped`: the caption is the empty one.
+    latents float32 [C, h, w]; tokens float32 [Y, D]; mask bool [Y], true at attended tokens; end: index of the end-of-text
+    token; edge float32 [H, W] in 0..1 or None; flipped: mirrored left to right; dropped: its caption was replaced by the
+    empty one.
     """
 
     position: int
@@ -42,7 +43,8 @@ class StreamSample:
 class TrainStream:
     """Samples by position: a pure function of (order, cache, seed), so any rank may read any position at any time.
 
-    A bad sample is replaced by the next good sample id of its bucket, cyclically; `replaced` counts how often.
+    A bad sample is replaced by the next good one of its bucket (by sample id, the first after the last); `replaced` counts
+    these.
     """
 
     def __init__(
@@ -55,8 +57,11 @@ class TrainStream:
         flip: bool,
         max_bad_fraction: float = 0.05,
     ) -> None:
-        """UserError: an incomplete cache, a cache for other data or buckets, too many bad samples, a bucket of bad
-        samples only."""
+        """`caption_drop`: share of captions replaced by the empty one; `flip`: mirror half of the images.
+
+        UserError: an incomplete cache, a cache of other data or buckets, more than `max_bad_fraction` of the samples bad, or
+        all of a bucket.
+        """
         if cache.index.fingerprint != order.index.fingerprint or cache.buckets != order.buckets:
             raise UserError("data: the order and the cache are of different shards or buckets; build both from one")
         if flip and not cache.flip:
@@ -68,8 +73,8 @@ class TrainStream:
         self.order, self.cache, self.seed = order, cache, seed
         self.caption_drop, self.flip = caption_drop, flip
         self.replaced = 0
-        self._null = cache.null_text()
-        self._bad = dict(zip(cache.bad_ids, cache.bad, strict=True))
+        self._null = cache.null_text
+        self._bad = cache.bad
         _check_bad([*order.index.bad, *self._bad.values()], order.index.num_samples + len(order.index.bad), max_bad_fraction)
         self._stand_in = self._stand_ins()
         self._warned: set[int] = set()
@@ -77,8 +82,8 @@ class TrainStream:
 
     def sample(self, position: int) -> StreamSample:
         """Return the sample at a global position. Safe to call from several threads."""
-        slot = self.order.lookup(position)
-        sample_id = self._good(slot)
+        place = self.order.lookup(position)
+        sample_id = self._good(place)
         flipped = self.flip and self._draw(Purpose.FLIP, position).random() < 0.5
         dropped = self._draw(Purpose.DROP, position).random() < self.caption_drop
         caption = int(self._draw(Purpose.CAPTION, position).integers(self.cache.num_captions(sample_id)))
@@ -89,7 +94,7 @@ class TrainStream:
             position=position,
             sample_id=sample_id,
             key=self.order.index.key(sample_id),
-            bucket=slot.bucket,
+            bucket=place.bucket,
             latents=cached.mean + cached.std * torch.from_numpy(noise),
             tokens=null.tokens[0] if dropped else cached.tokens,
             mask=null.mask[0] if dropped else cached.mask,
@@ -102,17 +107,17 @@ class TrainStream:
     def _draw(self, purpose: Purpose, position: int) -> np.random.Generator:
         return generator(self.seed, purpose, position)
 
-    def _good(self, slot: Slot) -> int:
-        """Return the slot's sample id, or its stand-in's if it is bad: counted, and warned of once."""
-        if slot.sample_id not in self._bad:
-            return slot.sample_id
+    def _good(self, place: SamplePosition) -> int:
+        """Return the sample id of a place; of a bad one, its stand-in's, which is counted, and warned of the first time."""
+        if place.sample_id not in self._bad:
+            return place.sample_id
         with self._lock:
             self.replaced += 1
-            is_new = slot.sample_id not in self._warned
-            self._warned.add(slot.sample_id)
+            is_new = place.sample_id not in self._warned
+            self._warned.add(place.sample_id)
         if is_new:
-            _log.warning("bad sample %s; another of its bucket takes its place", self._bad[slot.sample_id])
-        return self._stand_in[slot.sample_id]
+            _log.warning("bad sample %s; another of its bucket takes its place", self._bad[place.sample_id])
+        return self._stand_in[place.sample_id]
 
     def _stand_ins(self) -> dict[int, int]:
         """Return, for each bad sample id, the next good one of its bucket, from the start again after the last."""

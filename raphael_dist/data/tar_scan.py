@@ -1,4 +1,4 @@
-"""What is inside one shard: its samples by byte offset, each checked without decoding its pixels."""
+"""What is inside one shard: where each sample's members lie, each sample checked without decoding its pixels."""
 
 import gzip
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from raphael_dist.data.captions import captions_of, parse_json_object, read_captions
+from raphael_dist.data.captions import read_texts
 from raphael_dist.errors import UserError
 
 IMAGE_EXTS = ("webp", "png", "jpg", "jpeg")
@@ -29,9 +29,9 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 def gunzip(source: Path, target: Path) -> None:
-    """Write what the gzip file `source` holds to `target`, piece by piece; neither is held in memory.
+    """Expand the gzip file `source` to `target`, a piece at a time.
 
-    UserError: `source` is no whole gzip file, or holds more than the limits above allow (`target` then stays within them).
+    UserError: `source` is not a whole gzip file, or expands to more than the limits above (no more than that is written).
     """
     limit = min(MAX_BYTES, max(SMALL_BYTES, MAX_RATIO * source.stat().st_size))
     written = 0
@@ -47,9 +47,10 @@ def gunzip(source: Path, target: Path) -> None:
 
 
 def samples_of(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yield (key, {ext: (offset, size)}) of each run of adjacent members with one key (webdataset's naming).
+    """Yield (key, {ext: (offset, size)}) of each sample: adjacent members with the same key, by webdataset's naming.
 
-    `file` is the plain tar; errors call it `path`.
+    A member KEY.EXT belongs to the sample KEY; EXT begins at the first dot of the base name. Offsets and sizes are bytes.
+    `file` is the plain tar; error messages call it `path`.
     """
     key, members = "", dict[str, tuple[int, int]]()
     for member in _tar_members(path, file):
@@ -77,7 +78,7 @@ def _tar_members(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # or a shard of a million members stays in memory
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a million of them in memory
                 if member.isreg() and not member.issparse():
                     yield member
             end = tar.offset
@@ -89,9 +90,10 @@ def _tar_members(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
 
 
 def check_sample(fd: int, members: dict[str, tuple[int, int]], seen_text: Callable[[bytes], None]) -> tuple[int, int]:
-    """Return (width, height) of a usable sample; ValueError with the reason if it is not usable.
+    """Return (width, height) in pixels of a usable sample; ValueError with the reason if it is not usable.
 
-    `seen_text` is called with the bytes of the json and of the txt.
+    `seen_text` is called with the bytes of its json and txt. The size is the one that the json states, else the image
+    header's.
     """
     for ext, (_, size) in members.items():
         if size > MAX_MEMBER_BYTES:
@@ -99,11 +101,9 @@ def check_sample(fd: int, members: dict[str, tuple[int, int]], seen_text: Callab
     image_ext = next((ext for ext in IMAGE_EXTS if ext in members), None)
     if image_ext is None:
         raise ValueError("no image")
-    texts = {ext: _read(fd, members[ext]) for ext in ("json", "txt") if ext in members}
+    texts: dict[str, bytes] = {ext: _read(fd, members[ext]) for ext in ("json", "txt") if ext in members}
     seen_text(b"".join(texts.values()))
-    meta = parse_json_object(texts["json"]) if "json" in texts else {}
-    if not captions_of(meta) and not read_captions(texts.get("txt", b""), "txt"):
-        raise ValueError("no caption")
+    meta, _ = read_texts(texts)
     width, height = meta.get("width"), meta.get("height")
     if type(width) is int and type(height) is int and min(width, height) > 0 and max(width, height) < 1 << 24:
         return width, height

@@ -32,10 +32,15 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def read_deepspeed_json(path: str | None) -> dict[str, Any]:
-    """Read a DeepSpeed JSON; None means ZeRO stage 1. Raises UserError when it is missing or not a JSON object."""
+def read_deepspeed_json(path: str | None, dtype: str = "float32") -> dict[str, Any]:
+    """Read a DeepSpeed JSON; None means the ZeRO stage that suits `train.dtype`.
+
+    In bfloat16 that is 2: DeepSpeed's ZeRO-1 keeps the sum of all gradients in float32 on every rank, begins most
+    parameters at addresses that the grouped product must copy from, and reduces everything after the backward pass. Raises
+    UserError when the file is missing or not a JSON object.
+    """
     if path is None:
-        return {"zero_optimization": {"stage": 1}}
+        return {"zero_optimization": {"stage": 2 if dtype == "bfloat16" else 1}}
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--deepspeed_config {path}: no such file")
@@ -90,10 +95,12 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
     merged.setdefault("zero_allow_untested_optimizer", True)
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     merged.setdefault("steps_per_print", 10**9)
+    # It waits for the GPU twice a micro-step, for numbers that only `steps_per_print` would show.
+    _section(merged, "timers", "throughput").setdefault("enabled", False)
     if zero_stage(merged) == 0 and config.train.dtype == "bfloat16":
         raise UserError(
             "train.dtype = bfloat16 needs fp32 master weights, which DeepSpeed's ZeRO-0 does not clip correctly; "
-            "use ds_configs/zero1.json (the same memory on one GPU) or train.dtype=float32"
+            "use ds_configs/zero2.json (the same memory on one GPU) or train.dtype=float32"
         )
     check_expert_parallel(config, merged, world_size)
     return merged
@@ -173,13 +180,18 @@ def _check_one_size_per_unit(config: Config) -> None:
         )
 
 
+def _section(merged: dict[str, Any], *names: str) -> dict[str, Any]:
+    node = merged
+    for name in names:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise UserError(f"{name} in the DeepSpeed JSON must be an object, given {node!r}")
+    return node
+
+
 def _set_owned(merged: dict[str, Any], dotted: str, value: Any, owner: str) -> None:
     *sections, key = dotted.split(".")
-    node = merged
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise UserError(f"{section} in the DeepSpeed JSON must be an object, given {node!r}")
+    node = _section(merged, *sections)
     given = node.get(key, "auto")
     if given != "auto" and given != value:
         _contradiction(dotted, given, owner, value)

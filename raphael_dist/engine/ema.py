@@ -9,6 +9,8 @@ from torch import Tensor
 from raphael_dist.config import Ema as EmaConfig
 from raphael_dist.engine.fragments import Fragments
 
+PIECE = 2**24  # elements exchanged at a time: 64 MiB
+
 
 class Ema:
     """ema = decay * ema + (1 - decay) * weights after every optimizer step, in float32."""
@@ -16,6 +18,11 @@ class Ema:
     def __init__(self, fragments: Fragments, config: EmaConfig) -> None:
         self.values: list[Tensor] = [m.clone() for m in fragments.masters()]
         self._fragments, self._config = fragments, config
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the weights as they are."""
+        torch._foreach_copy_(self.values, self._fragments.masters())
 
     def decay(self, step: int) -> float:
         """Return the decay after optimizer step `step` (from 1), with its warm-up."""
@@ -30,17 +37,19 @@ class Ema:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Run the body with the averaged weights in the model, then put the exact weights back (a collective)."""
-        kept = [m.clone() for m in self._fragments.masters()]
-        _write(self._fragments, self.values)
+        """Run the body with the averaged weights in the model, then put the exact weights back. Collective."""
+        self._swap()
         try:
             yield
         finally:
-            _write(self._fragments, kept)
+            self._swap()
 
-
-@torch.no_grad()
-def _write(fragments: Fragments, values: list[Tensor]) -> None:
-    for master, value in zip(fragments.masters(), values, strict=True):
-        master.copy_(value)
-    fragments.publish()
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange averaged and exact weights in pieces, since a second copy of all would not fit beside a large model."""
+        for master, value in zip(self._fragments.masters(), self.values, strict=True):
+            for exact, average in zip(master.split(PIECE), value.split(PIECE), strict=True):
+                kept = exact.clone()
+                exact.copy_(average)
+                average.copy_(kept)
+        self._fragments.sync_model()

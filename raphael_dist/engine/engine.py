@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,16 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from raphael_dist.config import Config, Optim
-from raphael_dist.convert.load import load_initial
 from raphael_dist.engine import ds_config, expert_groups
 from raphael_dist.engine.fragments import Fragments
+from raphael_dist.engine.zero import adapter
 from raphael_dist.errors import UserError
+from raphael_dist.model.compiling import compile_parts
+from raphael_dist.model.device import is_gpu
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel import expert_parallel
-from raphael_dist.parallel import ranks as parallel
 from raphael_dist.parallel.batch_plan import BatchPlan
-
-# DeepSpeed drops a step whose gradient norm is not finite, with all that this takes in each stage. Where each of its
-# optimizers takes the norm from, and an answer that is infinite; under ZeRO-0 torch's optimizer does nothing instead.
-_DROP: dict[str, Callable[..., Any]] = {
-    "scaled_global_norm": lambda *_, **__: torch.tensor(math.inf),  # ZeRO-1 and 2
-    "_get_norm_groups": lambda *_, **__: [torch.tensor(math.inf)],  # ZeRO-3
-    "get_grads_for_norm": lambda *_, **__: ([torch.tensor([math.inf])], {}),  # bfloat16 under ZeRO-1
-    "step": lambda *_, **__: None,  # ZeRO-0
-}
+from raphael_dist.parallel.ranks import all_or_none, all_reduce_sum
 
 
 class Engine:
@@ -37,34 +29,55 @@ class Engine:
     (ZeRO), dtype, device.
     """
 
-    def __init__(self, config: Config, json_tree: dict[str, Any], plan: BatchPlan, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        json_tree: dict[str, Any],
+        plan: BatchPlan,
+        device: torch.device,
+        model: RaphaelUNet | None = None,
+    ) -> None:
+        """`model`: equal on every rank; None makes a new one."""
         self.config, self.plan, self.device = config, plan, device
         self.dtype = getattr(torch, config.train.dtype)
         self.ds_config = ds_config.merge(config, json_tree, plan.accumulation, plan.world_size)
         self.stage = ds_config.zero_stage(self.ds_config)
         torch.manual_seed(config.run.seed)  # every rank starts from the same weights
-        model = RaphaelUNet(config)
-        if config.run.init_from is not None:
-            load_initial(model, config.run.init_from)
+        model = RaphaelUNet(config) if model is None else model
         # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
-        model.reentrant_checkpoint = self.stage == 3
-        self.traffic = expert_parallel.apply(model, config, plan)
-        self._engine = _initialise(model, config.optim, self.ds_config, device)
+        model.gathers_weights = self.stage == 3
+        self.traffic = expert_parallel.apply(model, config, plan, expert_groups.join)
+        expert_groups.mark(model, config.model.space_experts + config.model.time_experts)
+        if config.train.compile:
+            _compile(model, config, self.stage, device)
+        optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim, self._optimizer_device())
+        self._engine = _initialise(model, optimizer, self.ds_config)
         self.module: RaphaelUNet = self._engine.module
-        self.fragments = Fragments(self.module, self._engine.optimizer)
-        self._grad_norm: float | None = None
+        self._zero = adapter(self._engine.optimizer, self.module, plan.world_size)
+        self._zero.quiet()
+        self._engine.gradient_clipping = lambda: 0.0  # clipped here, by the norm that the step knows anyway
+        self.fragments = Fragments(self.module, self._zero, optimizer)
+        self.grad_norm = math.nan
+        self._micro_step = 0
         self._touched: set[str] | None = self._watch_gradients() if config.train.check_gradients else None
 
     def __call__(self, *args: Any) -> Any:
         """Run the model's forward pass through DeepSpeed."""
         return self._engine(*args)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of one micro-step; the last of a step also reduces them over ranks."""
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
+        """Accumulate gradients of one micro-step; the last of a step also reduces them over ranks.
+
+        `last`: whether this is the step's last; None counts `accumulation` calls.
+        """
+        self._micro_step += 1
+        last = self._micro_step == self.plan.accumulation if last is None else last
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed divides the loss by the accumulation it counts; what `plan.loss_scale` expects.
         self._engine.backward(loss)
         if self._touched is not None:
-            parallel.all_or_none(self._check_gradients)
-        if not self._engine.is_gradient_accumulation_boundary():
+            all_or_none(self._check_gradients)
+        if not last:
             self._engine.step()
 
     def _watch_gradients(self) -> set[str]:
@@ -81,49 +94,61 @@ class Engine:
         if missing:
             raise RuntimeError(f"{len(missing)} parameters got no gradient on this rank, the first {missing[0]}")
 
+    @torch.no_grad()
+    def grad_square(self) -> Tensor:
+        """Return this rank's part of the squared norm of a step's gradients, float64 [], on its device.
+
+        The sum over all ranks is the square of the global norm before clipping; it is not finite when a gradient is not.
+        """
+        norms = torch._foreach_norm(list(self._zero.gradients()), dtype=torch.float32)
+        return torch.stack(norms).double().square().sum().to(self.device) / self._zero.copies
+
     def step(self, lr: float) -> bool:
         """Clip and apply the accumulated gradients with learning rate `lr`; call after the last `backward` of a step.
 
-        Returns False on all ranks, with weights and moments unchanged, when the gradients of any are not finite.
+        Returns False on all ranks, with weights and moments unchanged, when the gradients of any are not finite. Collective.
         """
+        norm = math.sqrt(float(all_reduce_sum(self.grad_square(), self.device)))
+        if math.isfinite(norm):
+            self.update(lr, norm)
+        else:
+            self.discard()
+        return math.isfinite(norm)
+
+    @torch.no_grad()
+    def update(self, lr: float, norm: float) -> None:
+        """Clip and apply the accumulated gradients; `norm`, finite: their global norm, which all ranks know alike."""
         assert self._engine.is_gradient_accumulation_boundary()
+        clip, self.grad_norm, self._micro_step = self.config.optim.clip, norm, 0
+        if clip and norm > clip:
+            torch._foreach_mul_(list(self._zero.gradients()), clip / (norm + 1e-6))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.stage == 0:
-            self._grad_norm = float(
-                torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-            )
-            if not math.isfinite(self._grad_norm):  # reduced already, so it is the same on all ranks
-                self.discard()
-                return False
         self._engine.step()
-        return not getattr(self._engine.optimizer, "overflow", False)
 
     def discard(self) -> None:
-        """Drop the accumulated gradients instead of calling `step`: weights and moments stay. On all ranks or on none."""
-        optimizer = self._engine.optimizer
-        if self.stage == 0:
-            self._grad_norm = math.inf
-            for p in self.module.parameters():
-                if p.grad is not None:
-                    p.grad.zero_()
-        name = next(name for name in _DROP if hasattr(optimizer, name))
-        setattr(optimizer, name, _DROP[name])
-        try:
+        """Drop the accumulated gradients instead of applying them: weights and moments stay. On all ranks or on none."""
+        self.grad_norm, self._micro_step = math.inf, 0
+        with self._zero.drop():
             self._engine.step()
-        finally:
-            delattr(optimizer, name)
 
     def save_deepspeed(self, folder: Path) -> None:
         """Write DeepSpeed's own checkpoint, to compare with; training never reads it. Collective."""
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
-    def grad_norm(self) -> float:
-        """Return the global gradient norm of the last step, before clipping."""
-        if self.stage == 0:
-            return self._grad_norm if self._grad_norm is not None else math.nan
-        norm = self._engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+    def _optimizer_device(self) -> torch.device:
+        offload = "offload_optimizer" in self.ds_config.get("zero_optimization", {})
+        return torch.device("cpu") if offload else self.device
+
+
+def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.device) -> None:
+    if stage == 3:
+        raise UserError(
+            "train.compile=true does not go with ZeRO-3, which gathers weights by hooks inside the parts that are compiled; "
+            "use ds_configs/zero2.json or train.compile=false"
+        )
+    spread = max(config.parallel.space_ep, config.parallel.time_ep) > 1
+    compile_parts(model, device, dynamic=spread or len(config.image.buckets) > 1)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -140,18 +165,25 @@ def learning_rate(config: Config, step: int) -> float:
 def _optimizer(parameters: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(parameters, lr=optim.lr)
-    fused = device.type == "cuda"
+    fused = is_gpu(device)
     return torch.optim.AdamW(
         parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
     )
 
 
-def _initialise(model: nn.Module, optim: Optim, tree: dict[str, Any], device: torch.device) -> Any:
+def _not_of_a_dropped_step(record: logging.LogRecord) -> bool:
+    # `discard` makes DeepSpeed see an overflow. Whether a step was skipped, and why, is the trainer's to say.
+    return "OVERFLOW!" not in record.getMessage()
+
+
+def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> Any:
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    offload = "offload_optimizer" in tree.get("zero_optimization", {})
-    optimizer = _optimizer(expert_groups.parameter_groups(model), optim, torch.device("cpu") if offload else device)
+    # DeepSpeed would compile a shared-memory all-reduce in C++ for about a minute on first use on CPUs; gloo needs none.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)
+    log.addFilter(_not_of_a_dropped_step)
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
     except ValidationError as error:

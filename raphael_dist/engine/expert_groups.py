@@ -6,12 +6,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from raphael_dist.parallel import ranks as parallel
-from raphael_dist.parallel.exchange import Peers, Traffic
+from raphael_dist.parallel.exchange import ExpertGroup, Traffic
+from raphael_dist.parallel.ranks import gather_objects, own_group
 
 
-def join(size: int, traffic: Traffic) -> Peers:
-    """Create the groups of one size, of which every rank is a member, and return this rank's. Collective.
+def join(size: int, traffic: Traffic) -> ExpertGroup:
+    """Create this rank's two groups of one size, where they do not exist, and return its view of the first. Collective.
 
     Consecutive ranks share a set of experts (ep); ranks `size` apart hold the same experts and reduce their gradients
     (edp). DeepSpeed looks both up in its registry, and gives the groups it makes itself no time-out.
@@ -21,32 +21,32 @@ def join(size: int, traffic: Traffic) -> Peers:
     name, world, me = f"ep_size_{size}", dist.get_world_size(), dist.get_rank()
     ep, edp = groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP
     if name not in ep:
-        consecutive = [list(range(first, first + size)) for first in range(0, world, size)]
-        apart = [list(range(i, world, size)) for i in range(size)]
-        ep_ranks, edp_ranks = groups._EXPERT_PARALLEL_GROUP_RANKS, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS
-        for division, group_of, ranks_of in ((consecutive, ep, ep_ranks), (apart, edp, edp_ranks)):
-            for members in division:
-                group = dist.new_group(members, timeout=parallel.TIMEOUT)
-                if me in members:
-                    group_of[name], ranks_of[name] = group, members
-    return Peers(ep[name], size, dist.get_rank(ep[name]), traffic)
+        first = me // size * size
+        consecutive, apart = list(range(first, first + size)), list(range(me % size, world, size))
+        ep[name], groups._EXPERT_PARALLEL_GROUP_RANKS[name] = own_group(consecutive), consecutive
+        edp[name], groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = own_group(apart), apart
+    return ExpertGroup(ep[name], size, dist.get_rank(ep[name]), traffic)
 
 
-def marker(num_experts: int, ep: int) -> nn.Module:
-    """Return a module without parameters by which DeepSpeed's engine knows of experts; `ep` is one of their sizes."""
+def mark(model: nn.Module, num_experts: int) -> None:
+    """Give a model whose experts are spread a module without parameters, by which DeepSpeed's engine knows of experts."""
     from deepspeed.moe.layer import MoE
+
+    spread = sorted({p.group_name for p in model.parameters() if hasattr(p, "group_name")})
+    if not spread:
+        return
 
     class Marker(MoE):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = num_experts
             # For DeepSpeed's save_checkpoint: no expert files of its own, our stacked layers are in the ZeRO files.
-            self.num_local_experts, self.expert_group_name = 0, f"ep_size_{ep}"
+            self.num_local_experts, self.expert_group_name = 0, spread[0]
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             """Do nothing: the groups exist."""
 
-    return Marker()
+    model.add_module("deepspeed_marker", Marker())
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
             found.setdefault(getattr(p, "group_name", ""), []).append((name, p))
     order = sorted(found, key=lambda name: (len(name), name))
     described = repr([(g, [(n, tuple(p.shape)) for n, p in found[g]]) for g in order])
-    digests = parallel.gather(hashlib.sha256(described.encode()).hexdigest())
+    digests = gather_objects(hashlib.sha256(described.encode()).hexdigest())
     assert len(set(digests)) == 1, "the ranks have different parameter groups"
     groups: list[dict[str, Any]] = [{"params": [p for _, p in found[g]]} for g in order]
     for group, name in zip(groups[1:], order[1:], strict=True):

@@ -4,8 +4,8 @@ Shape legend: R rows, K experts, D width, F hidden width (2F for the fused GEGLU
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from raphael_dist.errors import UserError
 
+# One command, tried as far as a machine without a GPU allows (docs/installing.md says how far).
+GROUPED_GEMM = "GROUPED_GEMM_CUTLASS=1 pip install --no-build-isolation --no-deps grouped_gemm==0.3.0"
 Activation = Literal["gelu", "geglu"]
 
 
@@ -68,63 +70,126 @@ class Experts(nn.Module):
         """Return `e_k(0) - b2_k` of every expert, [K, D] (docs/architecture.md, the identity)."""
         return torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1))
 
-    def apply_sorted(self, x_RD: Tensor, counts: Sequence[int], bias: bool = True) -> Tensor:
-        """Apply expert k to its rows; the rows lie sorted by expert, `counts[k]` of them for expert k.
+    def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
+        """Apply expert k to its rows; the rows lie sorted by expert, `counts_K[k]` (int64) of them for expert k.
 
         Without `bias`, b2 is left out. Every expert takes part, with zero rows if it has none, so that every parameter has a
-        gradient on every rank (ZeRO would otherwise add up gradients of different experts).
+        gradient on every rank (ZeRO would otherwise add up gradients of different experts). The grouped product takes the
+        counts where they are, on the device; the loop reads them, which waits for nothing on a CPU and for a GPU otherwise
+        (float32 there, and widths that are not multiples of 8).
         """
-        # Without a single row grouped_mm fails in its backward.
-        if x_RD.shape[0] and (self.use_megablocks or _use_grouped_mm(x_RD, self.hidden)):
-            return self._grouped(x_RD, counts, bias)
-        parts = [self._one(k, rows, bias) for k, rows in enumerate(x_RD.split(list(counts)))]
+        if not x_RD.shape[0]:
+            # Without a single row grouped_mm fails in its backward; that there is none is known without reading the counts.
+            return self._loop(x_RD, [0] * self.num_experts, bias)
+        if self.use_megablocks or _use_grouped_mm(x_RD, self.hidden):
+            return self._grouped(x_RD, counts_K, bias)
+        return self._loop(x_RD, counts_K.tolist(), bias)
+
+    def _loop(self, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:
+        # unbind: one gradient for all experts, where indexing would add up K gradients of the whole stack.
+        stacks = (p.unbind(0) for p in (self.w1, self.b1, self.w2, self.b2))
+        parts = []
+        for rows, w1, b1, w2, b2 in zip(x_RD.split(counts), *stacks, strict=True):
+            parts.append(F.linear(self.act(F.linear(rows, w1, b1)), w2, b2 if bias else None))
         return torch.cat(parts)
 
-    def _one(self, k: int, x_RD: Tensor, bias: bool) -> Tensor:
-        hidden_RF = self.act(F.linear(x_RD, self.w1[k], self.b1[k]))
-        return F.linear(hidden_RF, self.w2[k], self.b2[k] if bias else None)
+    def _grouped(self, x_RD: Tensor, counts_K: Tensor, bias: bool) -> Tensor:
+        product = grouped_gemm_product(counts_K) if self.use_megablocks else _torch_product(counts_K)
+        onehot_RK = expert_of_rows(counts_K, x_RD.shape[0]).to(x_RD.dtype)
+        out_RD = product(self.activate(product(x_RD, self.w1), onehot_RK), self.w2)
+        return add_bias(out_RD, onehot_RK, self.b2) if bias else out_RD
 
-    def _grouped(self, x_RD: Tensor, counts: Sequence[int], bias: bool) -> Tensor:
-        product = megablocks_product(counts) if self.use_megablocks else _torch_product(counts, x_RD.device)
-        counts_K = torch.tensor(counts, device=x_RD.device)
-        expert_R = torch.repeat_interleave(counts_K, output_size=x_RD.shape[0])
-        hidden_RF = self.act(product(x_RD, self.w1) + self.b1[expert_R])
-        out_RD = product(hidden_RF, self.w2)
-        return out_RD + self.b2[expert_R] if bias else out_RD
+    def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
+        """Return `act(y + b1_k)` for rows of `w1_k x`, with k the expert of each row."""
+        return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def wide(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], as two dense products over all experts' hidden units."""
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with shapes that no routing changes.
+
+        The weights scale the experts' outputs, which are narrower than their hidden units.
+        """
         fused_RKF = F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()).unflatten(1, self.b1.shape)
-        hidden_RKF = self.act(fused_RKF) * w_RK.unsqueeze(-1)
-        return hidden_RKF.flatten(1) @ self.w2.transpose(1, 2).flatten(0, 1)
+        out_KRD = _GeluProduct.apply(fused_RKF.transpose(0, 1), self.w2)
+        return (out_KRD * w_RK.t().unsqueeze(-1)).sum(dim=0)
 
 
-def _torch_product(counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+class _GeluProduct(torch.autograd.Function):
+    """`gelu(a_k) w_k^T` of every expert. It keeps `a` alone, and applies GELU to it again in the backward pass.
+
+    Autograd would keep gelu(a) as well, and for weights that are flattened to one matrix a copy of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
+        ctx.save_for_backward(a_KRF, w_KDF)
+        return F.gelu(a_KRF) @ w_KDF.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor, Tensor]:
+        a_KRF, w_KDF = ctx.saved_tensors
+        grad_w = grad_KRD.transpose(1, 2) @ F.gelu(a_KRF)
+        return torch.ops.aten.gelu_backward(grad_KRD @ w_KDF, a_KRF), grad_w
+
+
+def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
+    """Return a one-hot bool [R, K] of the expert of each row, for rows sorted by expert; computed where the counts are."""
+    ends_K = counts_K.cumsum(0)
+    row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
+    return (row_R1 < ends_K) & (row_R1 >= ends_K - counts_K)
+
+
+def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
+    """Return y with the bias of each row's expert added.
+
+    As a product with the one-hot, because its gradient is one too: products add up in float32 on every device. The gradient
+    of `bias[expert]` adds up in its own dtype, on a GPU row after row (bfloat16: 7 to 24% wrong at 4 to 8 thousand rows).
+    """
+    return torch.addmm(y_RF, onehot_RK, bias_KF)
+
+
+def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Return `(x, w) -> x w_k^T` for rows sorted by expert, w [K, out, in], by torch's grouped product."""
-    ends_K = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    ends_K = counts_K.cumsum(0).to(torch.int32)
     return lambda x, w: F.grouped_mm(x, _aligned(w).transpose(1, 2), offs=ends_K)
 
 
-def megablocks_product(counts: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the same product by MegaBlocks (bfloat16 on a GPU). Raises UserError when it is not installed."""
-    try:
-        from megablocks import grouped_gemm_util
+def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the same product by the package of MegaBlocks, grouped_gemm (bfloat16 on a GPU), with counts on the device.
 
-        gmm = grouped_gemm_util.ops.gmm
-    except (ImportError, AttributeError):
+    Raises UserError when the package is not installed.
+    """
+    try:
+        from grouped_gemm.ops import gmm
+    except ImportError:
         raise UserError(
-            "model.space_backend: megablocks needs MegaBlocks with its grouped GEMM and a GPU; "
-            'pip install "raphael_dist[megablocks]" grouped_gemm, or use auto'
+            "model.space_backend: megablocks needs the package grouped_gemm, built on a machine with nvcc and a GPU: "
+            f"{GROUPED_GEMM} (docs/installing.md), or use auto"
         ) from None
-    sizes_K = torch.tensor(counts, dtype=torch.int64)
-    return lambda x, w: gmm(x, w, sizes_K, trans_b=True)
+    return lambda x, w: gmm(x.contiguous(), w, counts_K, trans_b=True)
+
+
+def require_grouped_gemm() -> None:
+    """Raise UserError where `model.space_backend=megablocks` cannot run: no package, or built to read counts on the host."""
+    sizes_K = torch.tensor([8])
+    product = grouped_gemm_product(sizes_K.cuda() if torch.cuda.is_available() else sizes_K)
+    if not torch.cuda.is_available():
+        return
+    x, w = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in ((8, 8), (1, 8, 8)))
+    try:
+        product(x, w)
+    except RuntimeError as error:
+        raise UserError(
+            f"model.space_backend: megablocks needs a grouped_gemm that takes counts on the device: {GROUPED_GEMM} "
+            f"(what is installed says: {str(error).splitlines()[0]})"
+        ) from error
 
 
 def _use_grouped_mm(x_RD: Tensor, hidden: int) -> bool:
     # The CUDA kernel takes bfloat16 rows of whole 16 bytes alone; on the CPU a loop over a few experts is as fast.
-    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and x_RD.shape[1] % 8 == 0 and hidden % 8 == 0
+    return x_RD.device.type != "cpu" and x_RD.dtype == torch.bfloat16 and x_RD.shape[1] % 8 == 0 and hidden % 8 == 0
 
 
 def _aligned(weight: Tensor) -> Tensor:
     # ZeRO makes parameters views of a flat buffer that may begin anywhere; the CUDA kernel wants multiples of 16 bytes.
-    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+    # torch's own storages begin at such multiples.
+    return weight if weight.storage_offset() * weight.element_size() % 16 == 0 else weight.clone()

@@ -12,8 +12,9 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from raphael_dist.config import SpaceBackend
 from raphael_dist.model.edge import EdgeModule
-from raphael_dist.model.moe import SpaceBackend, SpaceMoE, TimeMoE
+from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.routing import BlockPlan, region_mask_BNY
 
 

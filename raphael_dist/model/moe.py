@@ -3,15 +3,14 @@
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width, R rows (B * N).
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from raphael_dist.config import SpaceBackend
 from raphael_dist.model.experts import Experts
 
-SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 # Above this share of (token, expert) pairs in use, two dense products beat gathering on the CPU. Measured with
 # tools/bench.py space: 0.68 at width 320, 0.85 at 32 and 64, never at 128.
 WIDE_DENSITY = 0.8
@@ -20,13 +19,14 @@ WIDE_DENSITY = 0.8
 class TimeMoE(Experts):
     """`h' = te_{t_router(t)}(h_c)` (Sec. 7.3): one expert per sample, chosen by its timestep."""
 
-    def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Sequence[int], factor_B: Tensor) -> Tensor:
+    def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
         """Return [B, N, D]; sample b goes through expert `expert_B[b]` (int64), scaled by `factor_B[b]` (value 1).
 
-        `samples[k]` is the number of samples of expert k, known on the host so that no layer waits for the device.
+        `samples_K[k]` (int64) is the number of samples of expert k; it stays where it is, so that nothing waits for the
+        device.
         """
         order_B = torch.argsort(expert_B, stable=True)
-        out_RD = self.apply_sorted(h_BND[order_B].flatten(0, 1), [n * h_BND.shape[1] for n in samples])
+        out_RD = self.apply_sorted(h_BND[order_B].flatten(0, 1), samples_K * h_BND.shape[1])
         out_BND = torch.empty_like(h_BND).index_copy(0, order_B, out_RD.view_as(h_BND))
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
@@ -41,7 +41,7 @@ class SpaceMoE(Experts):
     def __init__(self, num_experts: int, dim: int, hidden: int, backend: SpaceBackend, seed: int) -> None:
         super().__init__(num_experts, dim, hidden, "gelu", seed)
         self.norm = nn.LayerNorm(dim)
-        self.backend = backend
+        self.backend: str = backend
         self.use_megablocks = backend == "megablocks"
 
     def forward(self, h_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,8 @@ class SpaceMoE(Experts):
         if self.backend == "literal":
             return literal_space_moe(self, x_BND, mask_BNY, weight_BYK), used_BK
         x_RD, w_RK = x_BND.flatten(0, 1), w_BNK.flatten(0, 1).to(x_BND.dtype)
-        # First, so that recomputation, which stops at the last tensor it needs, spares the way back from other ranks.
+        # Compute the constants before `routed_sum`: recomputation stops at the last saved tensor, so the exchange at the end
+        # of `routed_sum`, which brings outputs back from other ranks, is not repeated.
         zero_KD = self.at_zero_KD()
         constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.gathered(zero_KD + self.b2)
         out_RD = self.routed_sum(x_RD, w_RK, zero_KD)
@@ -63,28 +64,35 @@ class SpaceMoE(Experts):
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]; zero_KD: `e_k(0) - b2_k` of the experts held here."""
-        wide = self._choose_wide((w_RK.detach() > 0).float())
-        y_RD = self.wide(x_RD, w_RK) if wide else grouped_space_moe(self, x_RD, w_RK)
-        return y_RD - w_RK @ zero_KD
+        form = FORMS[self._choose_form((w_RK.detach() > 0).float())]
+        return form(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
         """Return the rows of all experts, given those of the experts held here."""
         return own_KD
 
-    def _choose_wide(self, used: Tensor) -> bool:
-        if self.backend != "auto":
-            return self.backend == "wide"
+    def _choose_form(self, used: Tensor) -> str:
+        if self.backend in FORMS:
+            return self.backend
         # Reading the density is free on the CPU; on a GPU it would stop the launch queue in every layer, and the wide
-        # form has static shapes.
-        return used.is_cuda or bool(used.mean() > WIDE_DENSITY)
+        # form has static shapes. MegaBlocks' product is for the Time-MoE: here it would need the pairs counted.
+        sparse = self.backend == "auto" and used.device.type == "cpu" and bool(used.mean() <= WIDE_DENSITY)
+        return "grouped" if sparse else "wide"
 
 
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], from the (row, expert) pairs with w > 0 alone."""
+    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], from the (row, expert) pairs with w > 0 alone.
+
+    How many pairs there are decides the shapes, so that a GPU is waited for once in every layer.
+    """
     needed_KR = (w_RK.detach() > 0).t()
     expert_P, row_P = needed_KR.nonzero(as_tuple=True)
-    y_PD = experts.apply_sorted(x_RD[row_P], needed_KR.sum(dim=1).tolist(), bias=False)
+    y_PD = experts.apply_sorted(x_RD[row_P], needed_KR.sum(dim=1), bias=False)
     return torch.zeros_like(x_RD).index_add(0, row_P, y_PD * w_RK[row_P, expert_P].unsqueeze(-1))
+
+
+# Each takes the experts, rows x [R, D] and weights w [R, K], and returns `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D].
+FORMS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {"grouped": grouped_space_moe, "wide": Experts.wide}
 
 
 def literal_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> Tensor:
@@ -94,6 +102,6 @@ def literal_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_
     order_S = torch.argsort(chosen_S, stable=True)
     masked_SND = torch.einsum("bnd,bny->bynd", x_BND, mask_BNY.to(x_BND.dtype)).flatten(0, 1)
     counts = torch.bincount(chosen_S, minlength=experts.num_experts) * x_BND.shape[1]
-    y_SND = experts.apply_sorted(masked_SND[order_S].flatten(0, 1), counts.tolist()).view_as(masked_SND)
+    y_SND = experts.apply_sorted(masked_SND[order_S].flatten(0, 1), counts).view_as(masked_SND)
     y_SND = torch.empty_like(y_SND).index_copy(0, order_S, y_SND) * factor_S.to(y_SND.dtype)[:, None, None]
     return y_SND.unflatten(0, weight_BYK.shape[:2]).sum(dim=1)

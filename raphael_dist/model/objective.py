@@ -13,6 +13,7 @@ from raphael_dist.config import Config
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B
 from raphael_dist.model.edge import edge_loss_B
+from raphael_dist.model.routing import one_hot
 from raphael_dist.model.unet import UNetOutput
 
 
@@ -48,6 +49,7 @@ def compute_losses(
             max_timestep=e.max_timestep,
             alpha=e.focal_alpha,
             gamma=e.focal_gamma,
+            form=e.focal_form,
         )
         edge = e.weight * per_sample * batch.weight
     total = denoise + edge
@@ -61,6 +63,6 @@ def _loads(out: UNetOutput, weight_B: Tensor, config: Config) -> tuple[Tensor | 
     space_used = torch.einsum("lbk,b->lk", torch.stack(out.space_used), weight_B) if out.space_used else None
     time_load = None
     if out.time_expert:
-        onehot = torch.nn.functional.one_hot(torch.stack(out.time_expert), config.model.time_experts).float()
+        onehot = one_hot(torch.stack(out.time_expert), config.model.time_experts).float()
         time_load = torch.einsum("lbk,b->lk", onehot, weight_B)
     return space_used, time_load

@@ -4,21 +4,21 @@ Shape legend: B samples, C channels, Y text tokens, K experts, L transformer blo
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raphael_dist.config import Config
-from raphael_dist.model.experts import megablocks_product
+from raphael_dist.model.experts import require_grouped_gemm
 from raphael_dist.model.layers import BlockSpec, SpatialTransformer
-from raphael_dist.model.routing import BlockPlan, Gate, balance_loss_B, choose, space_weights_BYK
+from raphael_dist.model.residual import ResidualBlock, layout
+from raphael_dist.model.routing import BlockPlan, Gate, balance_loss_B, choose, gate_logits, one_hot, space_weights_BYK
 
 
 class GateNoise(NamedTuple):
@@ -28,9 +28,9 @@ class GateNoise(NamedTuple):
     space_BLYK: Tensor
 
 
-@dataclass
-class UNetOutput:
-    """What one forward pass returns.
+class UNetOutput(NamedTuple):
+    """What one forward pass returns. A tuple, because DeepSpeed looks for the outputs' tensors in tuples, lists and dicts
+    alone; where it finds none it never prepares for the backward pass, and gradients of earlier micro-steps stay.
 
     prediction: [B, C, h, w]. edge_logits: per block with an edge module, float32 [B, h, w].
     space_used: per block, share of image tokens that need each space expert, [B, K]. time_expert: per block, int64 [B].
@@ -38,15 +38,19 @@ class UNetOutput:
     """
 
     prediction: Tensor
-    edge_logits: list[Tensor] = field(default_factory=list)
-    space_used: list[Tensor] = field(default_factory=list)
-    time_expert: list[Tensor] = field(default_factory=list)
-    balance: list[Tensor] = field(default_factory=list)
+    edge_logits: tuple[Tensor, ...] = ()
+    space_used: tuple[Tensor, ...] = ()
+    time_expert: tuple[Tensor, ...] = ()
+    balance: tuple[Tensor, ...] = ()
 
 
-def count_samples(onehot_LBK: Tensor) -> list[list[int]]:
-    """Return how many samples each expert of each layer serves, [L][K], on the host."""
-    return onehot_LBK.sum(dim=1).tolist()
+def _present(found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(value for value in found if value is not None)
+
+
+def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
+    """Return how many samples each expert of each layer serves, int64 [K] per layer, where the one-hot is."""
+    return onehot_LBK.sum(dim=1).unbind(0)
 
 
 class Stage(nn.Module):
@@ -75,10 +79,10 @@ class RaphaelUNet(nn.Module):
         self.config = m = config.model
         self.seed, self.edge_channels = config.run.seed, config.edge.channels if config.edge.weight > 0 else 0
         if m.space_backend == "megablocks":
-            megablocks_product([])  # is it there?
-        self.reentrant_checkpoint = False
+            require_grouped_gemm()
+        self.gathers_weights = False  # ZeRO-3: a module's weights are there around its own forward alone
         # Expert parallelism needs the counts of other ranks too, and puts its own function here.
-        self.count_samples: Callable[[Tensor], list[list[int]]] = count_samples
+        self.count_samples: Callable[[Tensor], Sequence[Any]] = count_samples
         self.block_levels: list[int] = []  # of the transformer blocks, in order of execution
         channels, embed = m.channels, 4 * m.channels[0]
         self.conv_in = nn.Conv2d(m.latent_channels, channels[0], 3, padding=1)
@@ -103,11 +107,8 @@ class RaphaelUNet(nn.Module):
                 Gate(m.text_width, m.gate_width, m.space_experts) for _ in range(self.num_blocks)
             )
 
-    def _resnet(self, inner: int, outer: int) -> ResnetBlock2D:
-        groups = self.config.norm_groups
-        return ResnetBlock2D(
-            in_channels=inner, out_channels=outer, temb_channels=4 * self.config.channels[0], groups=groups, eps=1e-5
-        )
+    def _resnet(self, inner: int, outer: int) -> ResidualBlock:
+        return ResidualBlock(inner, outer, 4 * self.config.channels[0], self.config.norm_groups)
 
     def _transformer(self, level: int, width: int) -> SpatialTransformer:
         m = self.config
@@ -173,15 +174,19 @@ class RaphaelUNet(nn.Module):
         embedding = self.time_embedding(self.time_proj(timestep_B).to(x_BCHW.dtype))
         planned = self.plan(embedding, text_BYD, text_mask_BY, noise)
         plans = iter(planned)
-        out = UNetOutput(prediction=x_BCHW, balance=[p.balance_B for p in planned if p.balance_B is not None])
+        edge_logits: list[Tensor | None] = []
+        space_used: list[Tensor | None] = []
 
         def run(stage: Stage, index: int, x: Tensor) -> Tensor:
-            x = stage.resnets[index](x, embedding)
+            x = self._run(self.config.checkpoint_activations == "all", stage.resnets[index], x, embedding)
             if stage.attentions is not None:
-                x = self._attend(cast(SpatialTransformer, stage.attentions[index]), x, text_BYD, end_B, next(plans), out)
+                transformer = cast(SpatialTransformer, stage.attentions[index])
+                x, logits, used = self._attend(transformer, x, text_BYD, end_B, next(plans))
+                edge_logits.append(logits)
+                space_used.append(used)
             return x
 
-        x = self.conv_in(x_BCHW)
+        x = self.conv_in(x_BCHW.contiguous(memory_format=layout(x_BCHW.device)))
         skips = [x]
         for stage in cast(list[Stage], self.down_blocks):
             for i in range(len(stage.resnets)):
@@ -191,52 +196,54 @@ class RaphaelUNet(nn.Module):
                 x = stage.downsamplers[0](x)
                 skips.append(x)
         x = run(self.mid_block, 0, x)
-        x = self.mid_block.resnets[1](x, embedding)
+        x = self._run(self.config.checkpoint_activations == "all", self.mid_block.resnets[1], x, embedding)
         for stage in cast(list[Stage], self.up_blocks):
             for i in range(len(stage.resnets)):
                 x = run(stage, i, torch.cat([x, skips.pop()], dim=1))
             if stage.upsamplers is not None:
                 # The size of the next skip, so that odd sizes come back as they went.
                 x = stage.upsamplers[0](x, output_size=skips[-1].shape[-2:])
-        out.prediction = self.conv_out(nn.functional.silu(self.conv_norm_out(x)))
-        return out
+        return UNetOutput(
+            prediction=self.conv_out(nn.functional.silu(self.conv_norm_out(x))),
+            edge_logits=_present(edge_logits),
+            space_used=_present(space_used),
+            time_expert=_present([plan.time_expert_B for plan in planned]),
+            balance=_present([plan.balance_B for plan in planned]),
+        )
 
     def plan(self, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None) -> list[BlockPlan]:
-        """Route every block (Sec. 3.1 and 7.3) from the timestep embedding and the caption alone."""
-        blocks = range(self.num_blocks)
-        none: list = [None] * self.num_blocks
-        time_expert, time_samples, time_factor = none, none, none
-        if self.config.time_experts:
-            routed = [
-                self._choose(self.time_gates[i](embedding_BE), noise.time_BLK[:, i] if noise else None) for i in blocks
-            ]
-            time_expert, time_factor = [r[0] for r in routed], [r[1] for r in routed]
-            onehot_LBK = nn.functional.one_hot(torch.stack(time_expert), self.config.time_experts)
-            time_samples = self.count_samples(onehot_LBK)  # the one wait for the device in a forward pass
-        space_weight, balance = none, none
-        if self.config.space_experts:
-            logits = [self.text_gates[i](text_BYD) for i in blocks]
-            routed = [self._choose(logits[i], noise.space_BLYK[:, i] if noise else None) for i in blocks]
-            taking_part = text_mask_BY if self.config.mask_padding else None
-            space_weight = [space_weights_BYK(r[0], r[1], self.config.space_experts, taking_part) for r in routed]
-            if self.config.balance_weight > 0:
-                balance = [balance_loss_B(logits[i], routed[i][0]) for i in blocks]
+        """Route every block (Sec. 3.1 and 7.3) from the timestep embedding and the caption alone, all blocks at once."""
+        m = self.config
+        none: Sequence[Any] = [None] * self.num_blocks
+        time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
+        if m.time_experts:
+            logits_LBK = self._gate_logits(self.time_gates, embedding_BE)
+            noise_LBK = noise.time_BLK.transpose(0, 1) if noise else None
+            expert_LB, factor_LB = choose(logits_LBK, noise_LBK, m.gate_gradient)
+            time_samples = self.count_samples(one_hot(expert_LB, m.time_experts))
+            time_expert, time_factor = expert_LB.unbind(), factor_LB.unbind()
+        if m.space_experts:
+            logits_LBYK = self._gate_logits(self.text_gates, text_BYD)
+            noise_LBYK = noise.space_BLYK.transpose(0, 1) if noise else None
+            expert_LBY, factor_LBY = choose(logits_LBYK, noise_LBYK, m.gate_gradient)
+            taking_part = text_mask_BY if m.mask_padding else None
+            space_weight = space_weights_BYK(expert_LBY, factor_LBY, m.space_experts, taking_part).unbind()
+            if m.balance_weight > 0:
+                balance = balance_loss_B(logits_LBYK, expert_LBY).unbind()
         return [
             BlockPlan(*fields) for fields in zip(time_expert, time_samples, time_factor, space_weight, balance, strict=True)
         ]
 
-    def _choose(self, logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        return choose(logits, noise, self.config.gate_gradient)
+    def _gate_logits(self, gates: nn.ModuleList, x: Tensor) -> Tensor:
+        """Return the logits of every block's gate, float32 [L, ..., K], for x [..., D]."""
+        if self.gathers_weights:
+            return torch.stack([gate(x) for gate in gates])
+        return gate_logits(cast(Sequence[Gate], gates), x)
 
     def _attend(
-        self,
-        transformer: SpatialTransformer,
-        x_BCHW: Tensor,
-        text_BYD: Tensor,
-        end_B: Tensor,
-        plan: BlockPlan,
-        out: UNetOutput,
-    ) -> Tensor:
+        self, transformer: SpatialTransformer, x_BCHW: Tensor, text_BYD: Tensor, end_B: Tensor, plan: BlockPlan
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the feature map, and the block's edge logits and used share as in `BlockOutput`."""
         size_hw = (x_BCHW.shape[2], x_BCHW.shape[3])
         h_BND = transformer.enter(x_BCHW)
         block = transformer.transformer_blocks[0]
@@ -245,16 +252,12 @@ class RaphaelUNet(nn.Module):
             return tuple(block(h, text, end_B, replace(plan, time_factor_B=factor, space_weight_BYK=weight), size_hw))
 
         tensors = (h_BND, text_BYD, plan.time_factor_B, plan.space_weight_BYK)
-        if self.config.checkpoint_activations and torch.is_grad_enabled():
-            # No randomness inside a block, so there is no generator state to keep.
-            result = checkpoint(body, *tensors, use_reentrant=self.reentrant_checkpoint, preserve_rng_state=False)
-        else:
-            result = body(*tensors)
-        h_BND, edge_logits, used_BK = result
-        if edge_logits is not None:
-            out.edge_logits.append(edge_logits)
-        if used_BK is not None:
-            out.space_used.append(used_BK)
-        if plan.time_expert_B is not None:
-            out.time_expert.append(plan.time_expert_B)
-        return transformer.leave(h_BND, x_BCHW)
+        h_BND, edge_logits, used_BK = self._run(self.config.checkpoint_activations != "none", body, *tensors)
+        return transformer.leave(h_BND, x_BCHW), edge_logits, used_BK
+
+    def _run(self, recompute: bool, part: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        """Run a part of the model; with `recompute` it runs again in the backward pass, and its activations are not kept."""
+        if not recompute or not torch.is_grad_enabled():
+            return part(*tensors)
+        # No randomness inside a part, so there is no generator state to keep.
+        return checkpoint(part, *tensors, use_reentrant=self.gathers_weights, preserve_rng_state=False)

@@ -1,8 +1,8 @@
 """The ranks that share one set of experts, and the differentiable exchanges between them.
 
-The gradient of an exchange is the exchange backwards. An exchange has two ends: `start` sends, `finish` waits, and what is
-computed between them overlaps with it. Backwards the ends change roles: the gradient sets out where the forward pass waited,
-and is waited for where it had set out.
+An exchange has two ends, so that computation between them overlaps with it: in the forward pass `start` launches the
+collective and `finish` waits for it. In the backward pass autograd meets the ends in reverse order: `finish` launches the
+exchange of the gradient (the transposed exchange), and `start` waits for it.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Peers:
+class ExpertGroup:
     """The `size` ranks of one group that share one set of experts, seen from its member `index`.
 
     The methods are the raw collectives; each returns its result, to be read after the work with it is done. They count the
@@ -35,7 +35,7 @@ class Peers:
     `size - 1` times.
     """
 
-    group: dist.ProcessGroup
+    process_group: dist.ProcessGroup
     size: int
     index: int
     traffic: Traffic = field(default_factory=Traffic)
@@ -48,21 +48,23 @@ class Peers:
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Any]:
         """Send `sent[0]` rows to member 0, and so on; return `received[p]` rows from each member p, and the work."""
         out = rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=self.group, async_op=True)
+        work = dist.all_to_all_single(
+            out, rows.contiguous(), list(received), list(sent), group=self.process_group, async_op=True
+        )
         self.traffic.sent += (sum(sent) - sent[self.index]) * rows.shape[1:].numel() * rows.element_size()
         return out, work
 
     def all_gather(self, rows: Tensor) -> tuple[Tensor, Any]:
         """Return the rows of all members, in their order, and the work; every member has equally many."""
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        work = dist.all_gather_into_tensor(out, rows.contiguous(), group=self.group, async_op=True)
+        work = dist.all_gather_into_tensor(out, rows.contiguous(), group=self.process_group, async_op=True)
         self.traffic.sent += (self.size - 1) * rows.nbytes
         return out, work
 
     def reduce_scatter(self, rows: Tensor) -> tuple[Tensor, Any]:
         """Return this member's part of the sum over all members' rows, and the work."""
         out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
-        work = dist.reduce_scatter_tensor(out, rows.contiguous(), group=self.group, async_op=True)
+        work = dist.reduce_scatter_tensor(out, rows.contiguous(), group=self.process_group, async_op=True)
         self.traffic.sent += (self.size - 1) * out.nbytes
         return out, work
 
@@ -70,8 +72,8 @@ class Peers:
 class Exchange:
     """One exchange, which sets out in `start` and arrives in `finish`."""
 
-    def __init__(self, peers: Peers) -> None:
-        self.peers = peers
+    def __init__(self, group: ExpertGroup) -> None:
+        self.group = group
         self._pending: tuple[Tensor, Any] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
@@ -108,35 +110,35 @@ class Exchange:
 class AllToAll(Exchange):
     """`sent[p]` rows go to member p, `received[p]` come from it; the gradient goes the way back."""
 
-    def __init__(self, peers: Peers, sent: Sequence[int], received: Sequence[int]) -> None:
-        super().__init__(peers)
+    def __init__(self, group: ExpertGroup, sent: Sequence[int], received: Sequence[int]) -> None:
+        super().__init__(group)
         self._sent, self._received = sent, received
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Any]:
-        return self.peers.all_to_all(rows, self._sent, self._received)
+        return self.group.all_to_all(rows, self._sent, self._received)
 
     def _backward(self, grad: Tensor) -> tuple[Tensor, Any]:
-        return self.peers.all_to_all(grad, self._received, self._sent)
+        return self.group.all_to_all(grad, self._received, self._sent)
 
 
-class Gather(Exchange):
+class AllGather(Exchange):
     """Every member gets the rows of all; a row's gradient is the sum of what all members have for it."""
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Any]:
-        return self.peers.all_gather(rows)
+        return self.group.all_gather(rows)
 
     def _backward(self, grad: Tensor) -> tuple[Tensor, Any]:
-        return self.peers.reduce_scatter(grad)
+        return self.group.reduce_scatter(grad)
 
 
-class ScatterSum(Exchange):
+class ReduceScatter(Exchange):
     """Every member gets its part of the sum of all members' rows; every summand has the gradient of the sum."""
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Any]:
-        return self.peers.reduce_scatter(rows)
+        return self.group.reduce_scatter(rows)
 
     def _backward(self, grad: Tensor) -> tuple[Tensor, Any]:
-        return self.peers.all_gather(grad)
+        return self.group.all_gather(grad)
 
 
 class _Start(torch.autograd.Function):

@@ -7,7 +7,8 @@ rows of sending (token, expert) pairs. Where nearly every token needs every rank
 tokens are gathered everywhere, and the outputs are added up on their way back (reduce-scatter).
 
 Time-MoE moves whole samples, to the one rank that holds their expert and back. How many go where is known for all layers
-before the first runs: one small all-gather per forward pass, the only wait for the device.
+before the first runs: one small all-gather per forward pass, and the one wait for the device in it. Without spread time
+experts there is none.
 
 What needs only experts of this rank stays here, and is computed while the other rows are on their way; so is its gradient
 while theirs are. One rank is the degenerate case: the layers' own code runs between dispatch and combine. Ranks of a group
@@ -17,21 +18,20 @@ Shape legend: B samples, N image tokens, K experts, D width, R rows here, O rows
 that share the experts, L transformer blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from raphael_dist.config import Config, Dispatch
-from raphael_dist.engine import expert_groups
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.exchange import AllToAll, Gather, Peers, ScatterSum, Traffic
+from raphael_dist.parallel.exchange import AllGather, AllToAll, ExpertGroup, ReduceScatter, Traffic
 from raphael_dist.parallel.placement import place
 
 STACKED = ("w1", "b1", "w2", "b2")  # the parameters of `Experts`, one slice per expert
@@ -39,59 +39,71 @@ STACKED = ("w1", "b1", "w2", "b2")  # the parameters of `Experts`, one slice per
 STATIC_DENSITY = 0.9
 
 
+class GroupSamples(NamedTuple):
+    """The samples of one layer: `[p, q, k]` is how many of member p go to expert k of member q, int64 [P, P, K/P].
+
+    On the host, which an exchange needs to know its sizes, and on the device, for the product over the experts.
+    """
+
+    host_PPK: Tensor
+    device_PPK: Tensor
+
+
 class ParallelTimeMoE(TimeMoE):
     """TimeMoE with K/P of the experts here; samples travel to their expert and back."""
 
-    peers: Peers
+    group: ExpertGroup
 
-    def __init__(self, whole: TimeMoE, peers: Peers) -> None:
+    def __init__(self, whole: TimeMoE, group: ExpertGroup) -> None:
         nn.Module.__init__(self)
-        _take_slice(self, whole, peers)
+        _take_slice(self, whole, group)
 
-    def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Sequence[int], factor_B: Tensor) -> Tensor:
-        """As `TimeMoE.forward`, but `samples[p * K + k]` counts the samples of member p for expert k (`count_samples`)."""
-        me, K = self.peers.index, self.num_experts
-        counts_PPK = torch.tensor(samples).view(self.peers.size, self.peers.size, K)
-        own_K = counts_PPK[me, me].tolist()
-        counts_PPK[range(self.peers.size), range(self.peers.size)] = 0
-        sent, received = counts_PPK[me].sum(dim=1).tolist(), counts_PPK[:, me].sum(dim=1).tolist()
+    def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Any, factor_B: Tensor) -> Tensor:
+        """As `TimeMoE.forward`, with the samples of all members (`GroupSamples`)."""
+        me, (host_PPK, device_PPK) = self.group.index, samples
+        sent, received = host_PPK[me].sum(dim=1).tolist(), host_PPK[:, me].sum(dim=1).tolist()
+        stays, sent[me], received[me] = sent[me], 0, 0
         # Sorted by expert, samples lie sorted by the rank that holds it; those that stay are a range in the middle.
         order_B = torch.argsort(expert_B, stable=True)
         first = sum(sent[:me])
-        stay_O = order_B[first : first + sum(own_K)]
-        leave_S = torch.cat([order_B[:first], order_B[first + sum(own_K) :]])
-        there, back = AllToAll(self.peers, sent, received), AllToAll(self.peers, received, sent)
+        stay_O = order_B[first : first + stays]
+        leave_S = torch.cat([order_B[:first], order_B[first + stays :]])
+        there, back = AllToAll(self.group, sent, received), AllToAll(self.group, received, sent)
         pending = there.start(h_BND[leave_S])
-        out_OND = self._apply_blocks(h_BND[stay_O], torch.tensor([own_K]))
-        out_SND = back(self._apply_blocks(there.finish(pending), counts_PPK[:, me]))
+        out_OND = self._by_expert(h_BND[stay_O], device_PPK[me, me])
+        others = [p for p in range(self.group.size) if p != me]
+        arrived_K = device_PPK[:, me].sum(dim=0) - device_PPK[me, me]
+        out_SND = back(self._apply_blocks(there.finish(pending), host_PPK[others, me], arrived_K))
         out_BND = torch.empty_like(h_BND).index_copy(0, torch.cat([stay_O, leave_S]), torch.cat([out_OND, out_SND]))
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
-    def _apply_blocks(self, h_SND: Tensor, counts_PK: Tensor) -> Tensor:
-        """Run samples that lie by sender and then expert, and return them so."""
-        sizes_PK, sizes_KP = counts_PK.flatten().tolist(), counts_PK.t().flatten().tolist()
-        senders, experts = counts_PK.shape
+    def _by_expert(self, h_SND: Tensor, samples_K: Tensor) -> Tensor:
+        """Run samples that lie by expert."""
+        return self.apply_sorted(h_SND.flatten(0, 1), samples_K * h_SND.shape[1]).view_as(h_SND)
+
+    def _apply_blocks(self, h_SND: Tensor, host_PK: Tensor, samples_K: Tensor) -> Tensor:
+        """Run samples that lie by sender and then expert, host_PK of them, and return them so."""
+        sizes_PK, sizes_KP = host_PK.flatten().tolist(), host_PK.t().flatten().tolist()
+        senders, experts = host_PK.shape
         blocks = h_SND.split(sizes_PK)
         by_expert_SND = torch.cat([blocks[p * experts + k] for k in range(experts) for p in range(senders)])
-        rows = (counts_PK.sum(dim=0) * h_SND.shape[1]).tolist()
-        out_SND = self.apply_sorted(by_expert_SND.flatten(0, 1), rows).view_as(by_expert_SND)
-        blocks = out_SND.split(sizes_KP)
+        blocks = self._by_expert(by_expert_SND, samples_K).split(sizes_KP)
         return torch.cat([blocks[k * senders + p] for p in range(senders) for k in range(experts)])
 
 
 class ParallelSpaceMoE(SpaceMoE):
     """SpaceMoE with K/P of the experts here; image tokens travel to the ranks of the experts they need."""
 
-    peers: Peers
+    group: ExpertGroup
 
-    def __init__(self, whole: SpaceMoE, peers: Peers, dispatch: Dispatch) -> None:
+    def __init__(self, whole: SpaceMoE, group: ExpertGroup, dispatch: Dispatch) -> None:
         nn.Module.__init__(self)
-        _take_slice(self, whole, peers)
+        _take_slice(self, whole, group)
         self.norm, self.backend, self.dispatch = whole.norm, whole.backend, dispatch
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all ranks, [R, D]."""
-        w_RPK = w_RK.unflatten(1, (self.peers.size, self.num_experts))
+        w_RPK = w_RK.unflatten(1, (self.group.size, self.num_experts))
         needed_PR = (w_RPK.detach() > 0).any(dim=2).t()
         counts_PP = self._rows_between_ranks(needed_PR)
         if counts_PP is None:
@@ -100,25 +112,25 @@ class ParallelSpaceMoE(SpaceMoE):
 
     def gathered(self, own_KD: Tensor) -> Tensor:
         """Return the rows of the experts of all ranks, [K, D]."""
-        return Gather(self.peers)(own_KD)
+        return AllGather(self.group)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:
         """Return how many rows each member sends to each, or None for fixed sizes; all members return the same."""
         # Knowing the counts stops the launch queue of a GPU in every layer.
-        if self.dispatch == "all_gather" or (self.dispatch == "auto" and needed_PR.is_cuda):
+        if self.dispatch == "all_gather" or (self.dispatch == "auto" and needed_PR.device.type != "cpu"):
             return None
-        counts_PP, work = self.peers.all_gather(needed_PR.sum(dim=1).unsqueeze(0))
+        counts_PP, work = self.group.all_gather(needed_PR.sum(dim=1).unsqueeze(0))
         work.wait()
         others = (counts_PP.sum() - counts_PP.trace()).item()
-        dense = others > STATIC_DENSITY * self.peers.size * (self.peers.size - 1) * needed_PR.shape[1]
+        dense = others > STATIC_DENSITY * self.group.size * (self.group.size - 1) * needed_PR.shape[1]
         return None if self.dispatch == "auto" and dense else counts_PP.fill_diagonal_(0).tolist()
 
     def _all_to_all(
         self, x_RD: Tensor, w_RPK: Tensor, zero_KD: Tensor, needed_PR: Tensor, counts_PP: list[list[int]]
     ) -> Tensor:
-        me = self.peers.index
+        me = self.group.index
         sent, received = counts_PP[me], [row[me] for row in counts_PP]
-        there, back = AllToAll(self.peers, sent, received), AllToAll(self.peers, received, sent)
+        there, back = AllToAll(self.group, sent, received), AllToAll(self.group, received, sent)
         own_O = needed_PR[me].nonzero().squeeze(1)
         elsewhere_PR = needed_PR.clone()
         elsewhere_PR[me] = False
@@ -131,55 +143,58 @@ class ParallelSpaceMoE(SpaceMoE):
         return out_RD.index_add(0, row_S, back.finish(pending))
 
     def _all_gather(self, x_RD: Tensor, w_RPK: Tensor, zero_KD: Tensor) -> Tensor:
-        me, each = self.peers.index, [x_RD.shape[0]] * self.peers.size
-        tokens, weights = Gather(self.peers), AllToAll(self.peers, each, each)
+        me, each = self.group.index, [x_RD.shape[0]] * self.group.size
+        tokens, weights = AllGather(self.group), AllToAll(self.group, each, each)
         pending = tokens.start(x_RD), weights.start(w_RPK.transpose(0, 1).flatten(0, 1))
         out_RD = super().routed_sum(x_RD, w_RPK[:, me], zero_KD)
         x_PRD, w_PRK = (t.split(each) for t in (tokens.finish(pending[0]), weights.finish(pending[1])))
-        others = [p for p in range(self.peers.size) if p != me]
+        others = [p for p in range(self.group.size) if p != me]
         x_SD, w_SK = torch.cat([x_PRD[p] for p in others]), torch.cat([w_PRK[p] for p in others])
         y_SD = super().routed_sum(x_SD, w_SK, zero_KD)
         y_PRD = list(y_SD.split(each[1:]))
         y_PRD.insert(me, torch.zeros_like(x_RD))
-        return out_RD + ScatterSum(self.peers)(torch.cat(y_PRD))
+        return out_RD + ReduceScatter(self.group)(torch.cat(y_PRD))
 
 
-def count_samples(onehot_LBK: Tensor, peers: Peers, moved: Sequence[bool]) -> list[list[int]]:
-    """Return each layer's samples for each expert on the host: of every member, [P * K], where samples move, else own [K].
+def count_samples(onehot_LBK: Tensor, group: ExpertGroup, moved: Sequence[bool]) -> list[GroupSamples | Tensor]:
+    """Return each layer's samples: of all members where samples move, else the own ones for each expert, int64 [K].
 
-    Collective, once for all layers.
+    Collective, once for all layers; a GPU is waited for here.
     """
-    counts_PLK, work = peers.all_gather(onehot_LBK.sum(dim=1).unsqueeze(0))
+    counts_PLK, work = group.all_gather(onehot_LBK.sum(dim=1).unsqueeze(0))
     work.wait()
-    counts_LPK = counts_PLK.transpose(0, 1)
-    own_LK, all_LPK = counts_LPK[:, peers.index].tolist(), counts_LPK.flatten(1).tolist()
-    return [everyones if move else own for everyones, own, move in zip(all_LPK, own_LK, moved, strict=True)]
+    device_LPPK = counts_PLK.transpose(0, 1).unflatten(2, (group.size, -1))
+    host_LPPK = device_LPPK.cpu()
+    return [
+        GroupSamples(host_LPPK[i], device_LPPK[i]) if move else device_LPPK[i, group.index].flatten()
+        for i, move in enumerate(moved)
+    ]
 
 
-def _take_slice(layer: Any, whole: Experts, peers: Peers) -> None:
+def _take_slice(layer: Any, whole: Experts, group: ExpertGroup) -> None:
     """Give `layer` this rank's experts of `whole`, marked for DeepSpeed and for `fragments`."""
-    layer.num_experts, layer.peers = whole.num_experts // peers.size, peers
+    layer.num_experts, layer.group = whole.num_experts // group.size, group
     layer.dim, layer.hidden, layer.activation = whole.dim, whole.hidden, whole.activation
     layer.use_megablocks = whole.use_megablocks
-    first = peers.index * layer.num_experts
+    first = group.index * layer.num_experts
     for name in STACKED:
         stack = getattr(whole, name).detach()
         p: Any = nn.Parameter(stack[first : first + layer.num_experts].clone())
         p.expert_slice = (first, whole.num_experts)
-        p.allreduce, p.group_name = False, peers.name  # DeepSpeed: reduced over the ranks with the same experts alone
+        p.allreduce, p.group_name = False, group.name  # DeepSpeed: reduced over the ranks with the same experts alone
         setattr(layer, name, p)
 
 
-def apply(model: RaphaelUNet, config: Config, plan: BatchPlan) -> Traffic:
-    """Swap the model's experts for this rank's share, on the levels where `placement` moves rows to them. Collective.
+def apply(model: RaphaelUNet, config: Config, plan: BatchPlan, join: Callable[[int, Traffic], ExpertGroup]) -> Traffic:
+    """Swap the model's experts for this rank's share, on the levels where `placement` shards them. Collective.
 
-    Call before the optimizer is built, on equal models. Where nothing moves the model stays as it is. Returns the counter of
-    all exchanges.
+    Call before the optimizer is built, on equal models. Where nothing moves the model stays as it is. `join(size, traffic)`
+    makes this rank's group of so many ranks. Returns the counter of all exchanges.
     """
     traffic = Traffic()
-    costs = [cost for cost in place(config, plan) if cost.move]
+    costs = [cost for cost in place(config, plan) if cost.shard]
     # Every rank creates every group, in the same order.
-    groups = {size: expert_groups.join(size, traffic) for size in sorted({cost.ep for cost in costs})}
+    groups = {size: join(size, traffic) for size in sorted({cost.ep for cost in costs})}
     blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
     for cost in costs:
         for level, block in zip(model.block_levels, blocks, strict=True):
@@ -190,8 +205,5 @@ def apply(model: RaphaelUNet, config: Config, plan: BatchPlan) -> Traffic:
                 block.time_moe = ParallelTimeMoE(block.time_moe, groups[cost.ep])
     moved = [isinstance(block.time_moe, ParallelTimeMoE) for block in blocks] if config.model.time_experts else []
     if any(moved):
-        model.count_samples = partial(count_samples, peers=groups[config.parallel.time_ep], moved=moved)
-    if costs:
-        num_experts = config.model.space_experts + config.model.time_experts
-        model.add_module("deepspeed_marker", expert_groups.marker(num_experts, costs[0].ep))
+        model.count_samples = partial(count_samples, group=groups[config.parallel.time_ep], moved=moved)
     return traffic

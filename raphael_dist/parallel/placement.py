@@ -1,4 +1,4 @@
-"""Where expert parallelism pays: per U-Net level, move rows to the experts or keep the level's experts on every rank.
+"""Where expert parallelism pays: per U-Net level, shard the experts and move rows to them, or replicate them on every rank.
 
 Ranks that share experts send image tokens (Space-MoE) or samples (Time-MoE) in every pass; ranks that hold all experts send
 their weights and gradients once a step. Outer levels have many tokens and small experts, inner levels the reverse. All of
@@ -8,17 +8,15 @@ Bytes are what one rank sends in an optimizer step, on average. Gathers and redu
 cost n (r - 1) / r a rank, once to reduce gradients and once to gather weights (ZeRO-1 and 2).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from raphael_dist.config import Config
+from raphael_dist.model.latents import latent_factor
 from raphael_dist.parallel.batch_plan import BatchPlan
 
 Kind = Literal["space", "time"]
-LATENT_FACTOR = 8  # of Stable Diffusion's autoencoders, when the configured one cannot be read
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class LevelCost:
     Attributes:
         blocks: transformer blocks of the level. rows: image tokens that one rank sends through the experts per step.
         parameters: of the level's experts of this kind, all together.
-        moved: bytes sent per rank and step when rows move, and copied: when every rank keeps all experts.
-        move: the choice.
+        sharded_bytes: sent per rank and step when rows move to sharded experts; replicated_bytes: when every rank has all.
+        shard: the choice.
     """
 
     kind: Kind
@@ -38,13 +36,13 @@ class LevelCost:
     ep: int
     rows: int
     parameters: int
-    moved: int
-    copied: int
-    move: bool
+    sharded_bytes: int
+    replicated_bytes: int
+    shard: bool
 
     @property
     def saved(self) -> int:
-        """Parameters that a rank need not hold when rows move."""
+        """Parameters that a rank need not hold when the experts are sharded."""
         return self.parameters - self.parameters // self.ep
 
 
@@ -77,38 +75,25 @@ def _cost(config: Config, plan: BatchPlan, kind: Kind, level: int, blocks: int) 
     else:
         # A sample's expert is elsewhere with probability (P - 1) / P.
         sent = rows * 2 * dim * (ep - 1) // ep
-    passes = 3 if m.checkpoint_activations else 2  # forward, recomputed, backward
+    passes = 2 if m.checkpoint_activations == "none" else 3  # forward, recomputed, backward
     size, world = 2 if config.train.dtype == "bfloat16" else 4, plan.world_size
-    kept = _sync(parameters // ep, world // ep)
-    moved, copied = size * (passes * sent + kept), size * _sync(parameters, world)
+    own = synced(parameters // ep, world // ep)
+    sharded, replicated = size * (passes * sent + own), size * synced(parameters, world)
     wanted = config.parallel.placement[level if len(config.parallel.placement) > 1 else 0]
-    move = moved < copied if wanted == "auto" else wanted == "move"
-    return LevelCost(kind, level, blocks, ep, rows, parameters, moved, copied, move)
+    shard = sharded < replicated if wanted == "auto" else wanted == "shard"
+    return LevelCost(kind, level, blocks, ep, rows, parameters, sharded, replicated, shard)
 
 
-def _sync(parameters: int, ranks: int) -> int:
+def synced(parameters: int, ranks: int) -> int:
     """Return how many numbers a rank sends to reduce the gradients of `parameters` and gather the new weights."""
     return 2 * parameters * (ranks - 1) // max(1, ranks)
 
 
 def mean_tokens(config: Config, level: int) -> int:
     """Return the image tokens of a level, averaged over the image sizes."""
-    side = latent_factor(config) * 2**level
+    side = latent_factor(config.image.encoder) * 2**level
     tokens = [-(-height // side) * -(-width // side) for height, width in config.image.buckets]
     return sum(tokens) // len(tokens)
-
-
-def latent_factor(config: Config) -> int:
-    """Return the pixels to a latent's side, by the image encoder's own configuration file where it can be read."""
-    if config.image.encoder == "none":
-        return 1
-    folder = Path(config.image.encoder).expanduser()
-    for path in (folder / "vae" / "config.json", folder / "config.json"):
-        try:
-            return int(2 ** (len(json.loads(path.read_text())["block_out_channels"]) - 1))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return LATENT_FACTOR
 
 
 def describe(costs: Sequence[LevelCost]) -> list[str]:
@@ -117,12 +102,12 @@ def describe(costs: Sequence[LevelCost]) -> list[str]:
         return []
     lines = [
         "placement of experts, per U-Net level (MB sent per rank and step; M parameters over all blocks of the level):",
-        "kind   level  blocks  rows/rank  parameters  rows move  weights move  choice",
+        "kind   level  blocks  rows/rank  parameters     sharded     replicated  choice",
     ]
     for c in costs:
-        choice = f"move rows, {c.saved / 1e6:.1f} M fewer parameters a rank" if c.move else "keep all experts on every rank"
+        choice = f"shard, {c.saved / 1e6:.1f} M fewer parameters a rank" if c.shard else "replicate"
         lines.append(
-            f"{c.kind:<6} {c.level:>5} {c.blocks:>7} {c.rows:>10} {c.parameters / 1e6:>9.1f} M {c.moved / 1e6:>7.1f} MB "
-            f"{c.copied / 1e6:>10.1f} MB  {choice}"
+            f"{c.kind:<6} {c.level:>5} {c.blocks:>7} {c.rows:>10} {c.parameters / 1e6:>9.1f} M "
+            f"{c.sharded_bytes / 1e6:>7.1f} MB {c.replicated_bytes / 1e6:>10.1f} MB  {choice}"
         )
     return lines

@@ -16,10 +16,12 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from raphael_dist.errors import UserError
+from raphael_dist.errors import NotSavedError, UserError
+from raphael_dist.model.device import from_host
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+TOLD = (UserError, NotSavedError)  # raised on every rank when it is on one
 TIMEOUT = timedelta(minutes=30)  # of every process group
 
 # (launcher, rank, world size, local rank, ranks on this host)
@@ -72,8 +74,6 @@ def discover(env: dict[str, str] | None = None) -> Ranks:
 
 def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
-    import deepspeed
-
     # DeepSpeed calls collectives under names that torch 2.13 has renamed; nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
     if ranks.launcher == "mpirun" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -94,10 +94,17 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT) -> torch.device:
     else:
         device, backend = torch.device("cpu"), "gloo"
         torch.set_num_threads(num_threads(ranks))
-        # DeepSpeed would compile a shared-memory all-reduce in C++ for about a minute on first use; gloo needs none.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    dist.init_process_group(backend, timeout=timeout)
     return device
+
+
+def own_group(members: list[int], timeout: timedelta = TIMEOUT) -> dist.ProcessGroup:
+    """Create the group of these ranks, to which this rank belongs. Only its members take part, and all at once.
+
+    So a division of the world into groups costs a rank one call instead of one per group. Every rank must have made equally
+    many groups before, since the members find each other by a name in which that number stands.
+    """
+    return cast(dist.ProcessGroup, dist.new_group(members, timeout=timeout, use_local_synchronization=True))
 
 
 def _meet_by_mpi() -> tuple[str, str]:
@@ -127,7 +134,7 @@ def host_name() -> str:
 
 def rank_table(ranks: Ranks, device: torch.device) -> list[str]:
     """Write a line about every rank to the log of rank 0; return their hosts. Collective."""
-    table = gather((host_name(), str(device), ranks.local_rank, os.getpid()))
+    table = gather_objects((host_name(), str(device), ranks.local_rank, os.getpid()))
     for rank, (host, name, local_rank, pid) in enumerate(table if ranks.is_main else []):
         _log.info("rank %d: %s, %s, local rank %d, pid %d, started by %s", rank, host, name, local_rank, pid, ranks.launcher)
     return [host for host, *_ in table]
@@ -140,14 +147,17 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def total(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the sum of each value over all ranks, float64, on the host."""
-    tensor = torch.as_tensor(values, dtype=torch.float64).to(device, copy=True)
+def all_reduce_sum(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the sum of each value over all ranks, float64, on the host: one wait for the device."""
+    if isinstance(values, torch.Tensor):
+        tensor = values.to(device, torch.float64, copy=True)
+    else:
+        tensor = from_host(values, device, torch.float64)
     dist.all_reduce(tensor)
     return tensor.cpu()
 
 
-def gather(value: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """Return the value of every rank, in order. For small values: they are pickled."""
     found: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
@@ -157,29 +167,31 @@ def gather(value: T) -> list[T]:
 def all_or_none(work: Callable[[], T]) -> T:
     """Run `work` on every rank; when it fails on any, raise on all, so that none waits for it.
 
-    A UserError anywhere is raised everywhere; another exception is raised where it happened, a RuntimeError elsewhere.
+    A UserError or NotSavedError anywhere is raised everywhere; another exception is raised where it happened, a RuntimeError
+    elsewhere. For short work: the ranks that are done wait in a collective (`long_work.together` has no such limit).
     """
-    result, failure = None, None
+    return agree(*attempt(work))
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return what `work` returns, and what it raises."""
     try:
-        result = work()
+        return work(), None
     except Exception as error:
-        failure = error
-    mine = None if failure is None else (isinstance(failure, UserError), str(failure))
-    found = gather(mine)
-    if failure is not None and not isinstance(failure, UserError):
+        return None, error
+
+
+def agree(result: T | None, failure: Exception | None) -> T:
+    """Return this rank's result when no rank has a failure; raise as `all_or_none` does otherwise. Collective."""
+    kind = next((k for k in TOLD if isinstance(failure, k)), None)
+    found = gather_objects(None if failure is None else (kind, str(failure)))
+    if failure is not None and kind is None:
         raise failure
     for rank, problem in enumerate(found):
-        if problem is not None and problem[0]:
-            agreed = UserError(problem[1])
+        if problem is not None and problem[0] is not None:
+            agreed = problem[0](problem[1])
             agreed.agreed = True
             raise agreed from None
         if problem is not None:
             raise RuntimeError(f"rank {rank} failed: {problem[1]}")
     return cast(T, result)
-
-
-def main_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and then on the others, which find its result in a cache."""
-    result = all_or_none(lambda: work() if ranks.is_main else None)
-    others = all_or_none(lambda: None if ranks.is_main else work())
-    return cast(T, result if ranks.is_main else others)

@@ -9,14 +9,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from raphael_dist.config import Diffusion
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
-from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.rng import Purpose, generator
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the noise that image `index` of a set starts from, float32; the same in any batch and on any device."""
+    """Return the noise, float32, that image number `index` of a set starts from: the same in any batch and on any device."""
     return torch.from_numpy(generator(seed, Purpose.NOISE, index, extra=1).standard_normal(shape, dtype=np.float32))
 
 
@@ -31,9 +29,10 @@ def sample_latents(
     steps: int,
     guidance: float,
 ) -> Tensor:
-    """Denoise [B, C, h, w] with classifier-free guidance: eps_null + guidance * (eps_text - eps_null).
+    """Denoise with classifier-free guidance: eps_null + guidance * (eps_text - eps_null).
 
-    `text` holds B captions, `null` the empty one. Routing is without noise. Returns float32 latents.
+    `noise_BChw` float32; `text` holds B encoded captions, `null` the empty one; `steps` denoising steps. Gates get no noise.
+    Returns float32 latents [B, C, h, w] on the model's device.
     """
     weight = next(model.parameters())
     batch = noise_BChw.shape[0]
@@ -57,27 +56,6 @@ def generate(
     model: nn.Module,
     text: TextEncoder,
     image: ImageEncoder,
-    diffusion: Diffusion,
-    prompts: Sequence[str],
-    indices: Sequence[int],
-    *,
-    size_hw: tuple[int, int],
-    steps: int,
-    guidance: float,
-    scheduler: str,
-    seed: int,
-) -> np.ndarray:
-    """Return images, uint8 [B, H, W, 3], for `prompts`; `indices` number them within their set and fix their noise."""
-    made = make_scheduler(diffusion, scheduler)
-    return generate_with(
-        model, text, image, made, prompts, indices, size_hw=size_hw, steps=steps, guidance=guidance, seed=seed
-    )
-
-
-def generate_with(
-    model: nn.Module,
-    text: TextEncoder,
-    image: ImageEncoder,
     scheduler: Any,
     prompts: Sequence[str],
     indices: Sequence[int],
@@ -87,29 +65,22 @@ def generate_with(
     guidance: float,
     seed: int,
 ) -> np.ndarray:
-    """As `generate`, with a scheduler of diffusers'."""
+    """Return images, uint8 [B, H, W, 3], for `prompts`; `indices` number them within their set and fix their noise.
+
+    `scheduler` is one of diffusers' (`model.diffusion.make_scheduler`).
+    """
     shape = (image.channels, size_hw[0] // image.factor, size_hw[1] // image.factor)
     noise = torch.stack([initial_noise(seed, i, shape) for i in indices])
-    latents = sample_latents(
-        model,
-        scheduler,
-        noise,
-        text.encode(prompts),
-        text.encode([""]),
-        steps=steps,
-        guidance=guidance,
-    )
+    captions, empty = text.encode(prompts), text.encode([""])
+    latents = sample_latents(model, scheduler, noise, captions, empty, steps=steps, guidance=guidance)
     pixels = (image.decode(latents) + 1) * 127.5
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def caption_grid(
-    images: np.ndarray, captions: Sequence[str], columns: int | None = None, scale: int | None = None
-) -> Image.Image:
-    """Lay images [B, H, W, 3] out in a grid with their captions below. Small images are enlarged `scale` times."""
+def caption_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """Lay images, uint8 [B, H, W, 3], out in up to six columns with their captions below, small ones enlarged."""
     count, height, width = images.shape[:3]
-    columns = columns or min(6, count)
-    scale = scale or max(1, 128 // width)
+    columns, scale = min(6, count), max(1, 128 // width)
     cell_w, cell_h, text_h = width * scale + 12, height * scale + 44, 34
     grid = Image.new("RGB", (columns * cell_w, -(-count // columns) * cell_h), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)

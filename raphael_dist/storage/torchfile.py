@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,9 @@ def load_tree(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             pickles = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+            if size > path.stat().st_size or pickles > MAX_PICKLE:
+                raise ValueError("its parts are larger than the file")
             order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
-        if size > path.stat().st_size or pickles > MAX_PICKLE:
-            raise ValueError("its parts are larger than the file")
         if order not in (b"", sys.byteorder.encode()):
             raise ValueError("it was written on a machine of the other byte order")
         with FakeTensorMode(), torch.serialization.safe_globals(ALLOWED):
@@ -107,35 +108,23 @@ def _with_places(node: Any, path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """A tensor of a tree to be written; `values` yields its elements in order, in any pieces."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    values: Callable[[], Iterator[Tensor]]
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True)
 class _Storage:
     key: str
-    tensor: Lazy
+    tensor: Any
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a tree as `torch.save` does, with a place for the data of every `Lazy`."""
+    """Pickles a tree as `torch.save` does, with a place for the data of every placeholder."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, placeholder: type[Any]) -> None:
         super().__init__(file, protocol=2)
         self.storages: list[_Storage] = []
+        self._placeholder = placeholder
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Enum):
             return type(obj), (obj.value,)  # the same in every release of Python
-        if not isinstance(obj, Lazy):
+        if not isinstance(obj, self._placeholder):
             return NotImplemented
         storage = _Storage(str(len(self.storages)), obj)
         self.storages.append(storage)
@@ -145,7 +134,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
             return None
-        return "storage", _STORAGES[obj.tensor.dtype], obj.key, "cpu", obj.tensor.numel
+        return "storage", _STORAGES[obj.tensor.dtype], obj.key, "cpu", prod(obj.tensor.shape)
 
 
 class _Forward(io.RawIOBase):
@@ -164,16 +153,20 @@ class _Forward(io.RawIOBase):
         return self._file.write(data)
 
 
-def write_tree(file: HashedFile, tree: Any) -> None:
-    """Write `tree`, in which tensors are `Lazy`, so that `torch.load` reads it. Only one piece is in memory at a time."""
+def write_tree(file: HashedFile, tree: Any, placeholder: type, values: Callable[[Any], Iterator[Tensor]]) -> None:
+    """Write `tree` so that `torch.load` reads it.
+
+    Tensors in it are objects of the class `placeholder`, with dtype and shape; `values` yields the elements of one in order,
+    in any pieces. Only one piece is in memory at a time.
+    """
     buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
+    pickler = _Pickler(buffer, placeholder)
     pickler.dump(tree)
     with zipfile.ZipFile(_Forward(file), "w", zipfile.ZIP_STORED) as archive:
         _record(archive, file, "data.pkl", iter([memoryview(buffer.getvalue())]))
         _record(archive, file, "byteorder", iter([memoryview(sys.byteorder.encode())]))
         for storage in pickler.storages:
-            _record(archive, file, f"data/{storage.key}", (as_bytes(v) for v in storage.tensor.values()))
+            _record(archive, file, f"data/{storage.key}", map(as_bytes, values(storage.tensor)))
         _record(archive, file, "version", iter([memoryview(b"3\n")]))
 
 

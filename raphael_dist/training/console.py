@@ -3,7 +3,6 @@
 import logging
 import sys
 import time
-from types import TracebackType
 
 _log = logging.getLogger(__name__)
 
@@ -59,9 +58,7 @@ class Reporter:
         else:
             print(text, flush=True)
 
-    def __enter__(self) -> "Reporter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Take the bar off the screen."""
         if self._bar is not None:
             self._bar.stop()

@@ -1,20 +1,20 @@
-"""Throughput, model FLOPs and memory, and what one micro-batch adds to the metrics."""
+"""Throughput, model FLOPs and memory, and the rehearsal before step 1 that measures them."""
 
 import resource
 from functools import lru_cache
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
 from raphael_dist.model.batch import Batch
+from raphael_dist.model.compiling import uncompiled
+from raphael_dist.model.device import is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.objective import Losses, compute_losses
-from raphael_dist.training.metrics import Metrics
+from raphael_dist.model.objective import compute_losses
 
 # Dense bfloat16 TFLOP/s by the start of the device's name, from NVIDIA's data sheets.
 PEAK_BF16_TFLOPS = {
@@ -26,44 +26,46 @@ PEAK_BF16_TFLOPS = {
 }
 
 
-def dry_run(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
+def grouped_product_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of torch's grouped product of shapes a and b.
+
+    A matrix is cut into groups along one axis, and 3 axes are a matrix for each group. So every row (or column) meets one
+    matrix, however the groups are cut: 2 m k n, and that for each group where both have 3 axes.
+    """
+    groups = a[0] if len(a) == len(b) == 3 else 1
+    return int(2 * groups * a[-2] * a[-1] * b[-1])
+
+
+# torch's own counter passes it over (as of 2.13).
+FLOPS = {torch.ops.aten._grouped_mm: grouped_product_flops}
+
+
+def rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
     """Run one micro-batch before step 1, so that what cannot work or fit fails now; return model FLOPs per sample.
 
-    Counts the forward pass without recomputation, times three (forward, and backward at twice its cost). Then a forward and
-    backward pass to the input alone, which leaves no gradient behind, but under ZeRO-3, where recomputation forbids it.
+    Everything that a step keeps in memory is there: activations, gradients, reduction buffers, Adam's moments. The gradients
+    are dropped afterwards, and nothing has changed. FLOPs are those of the forward pass without recomputation, times three
+    (the backward pass costs twice as much). Collective.
     """
     try:
-        return _dry_run(engine, batch.to(engine.device), schedule)
+        return _rehearse(engine, batch.to(engine.device), schedule)
     except torch.OutOfMemoryError:
         micro = engine.config.train.micro_batch
         raise UserError(
             f"train.micro_batch = {micro} does not fit into the memory of {engine.device}; use a smaller one, "
-            "model.checkpoint_activations=true, or ds_configs/zero3.json"
+            "model.checkpoint_activations=blocks, ds_configs/zero2_offload.json or ds_configs/zero3.json"
         ) from None
 
 
-def _dry_run(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+def _rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
+    with uncompiled(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         compute_losses(engine.module, batch, schedule, engine.config, engine.dtype)
-    if engine.stage < 3:
-        batch.x0.requires_grad_()
-        losses = compute_losses(engine.module, batch, schedule, engine.config, engine.dtype)
-        torch.autograd.grad(losses.total.sum(), batch.x0)
+    if engine.fragments.moment_addresses() == []:
+        engine.fragments.create_moments(0)  # as the first step would
+    losses = compute_losses(engine, batch, schedule, engine.config, engine.dtype)
+    engine.backward(losses.total.sum() * engine.plan.loss_scale, last=True)
+    engine.discard()
     return 3 * counter.get_total_flops() / len(batch.weight)
-
-
-def record(metrics: Metrics, batch: Batch, losses: Losses, bytes_sent: int) -> None:
-    """Add a micro-batch's sums to the metrics, without waiting for the device; `bytes_sent` went to experts elsewhere."""
-    count = batch.weight.sum()
-    metrics.add("samples", count, "sum")
-    for tag, value in (("loss", losses.total), ("loss_denoise", losses.denoise), ("loss_edge", losses.edge)):
-        metrics.add(f"train/{tag}", value.sum(), "mean", count)
-    if losses.space_used is not None:
-        metrics.add("load/space", losses.space_used, "sum")
-    if losses.time_load is not None:
-        metrics.add("load/time", losses.time_load, "sum")
-    metrics.add("comm/bytes_sent", float(bytes_sent), "sum")
-    metrics.add("memory/peak_gib", peak_gib(batch.weight.device), "max")
 
 
 def throughput(
@@ -82,7 +84,7 @@ def throughput(
 @lru_cache(maxsize=1)
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the device's peak: from its data sheet where known, else measured by a large matrix product."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    if is_gpu(device) and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for start, peak in PEAK_BF16_TFLOPS.items():
             if name.startswith(start):
@@ -98,11 +100,6 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 def peak_gib(device: torch.device) -> float:
     """Return the largest memory use so far, in GiB: of the GPU, or of this process on the CPU."""
-    if device.type == "cuda":
+    if is_gpu(device):
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def as_array(image: Any) -> np.ndarray:
-    """Return a PIL image as uint8 [h, w, 3]."""
-    return np.asarray(image.convert("RGB"))

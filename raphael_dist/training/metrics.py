@@ -1,13 +1,22 @@
 """Metrics with their reduction over ranks, written to metrics.jsonl and TensorBoard under the same tags."""
 
 import json
+import logging
+import threading
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from raphael_dist.model.device import from_host
+from raphael_dist.storage.files import write_all
+
+_log = logging.getLogger(__name__)
 
 Reduction = Literal["sum", "mean", "max"]
 
@@ -15,80 +24,148 @@ Reduction = Literal["sum", "mean", "max"]
 class Metrics:
     """Collects values on this rank without waiting for the device; `reduce` combines them over ranks in two collectives.
 
-    Repeated values of one name add up (sum, mean) or give the largest (max).
+    Repeated values of one name add up (sum, mean) or give the largest (max). Tensors stay on the device, numbers on the
+    host.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-        self._maxima: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, Tensor | float] = {}
+        self._maxima: dict[str, Tensor | float] = {}
 
     def add(self, name: str, value: Tensor | float, reduction: Reduction, count: Tensor | float = 1.0) -> None:
-        """Record a value; a mean is sum(value) / sum(count). Values may be tensors of any one shape per name."""
-        value = self._tensor(value)
+        """Record a value; a mean is sum(value) / sum(count). Values may be tensors of any one shape per name, on the
+        metrics' device, or numbers.
+        """
+        value = _plain(value)
         if reduction == "max":
-            self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
+            self._maxima[name] = _larger(self._maxima[name], value) if name in self._maxima else value
             return
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         if reduction == "mean":
-            n = self._tensor(count)
+            n = _plain(count)
             self._counts[name] = self._counts[name] + n if name in self._counts else n
 
     def reduce(self) -> dict[str, Tensor]:
-        """Combine over all ranks and start anew. Every rank must have recorded the same names and shapes."""
-        summed = _all_reduce(self._sums | {f"#{n}": c for n, c in self._counts.items()}, dist.ReduceOp.SUM, self._device)
-        result = {
-            n: v / summed[f"#{n}"].clamp(min=1e-12) if f"#{n}" in summed else v for n, v in summed.items() if n[0] != "#"
-        }
-        result |= _all_reduce(self._maxima, dist.ReduceOp.MAX, self._device)
+        """Combine over all ranks and start anew; float32 on the host. Waits for the device, once.
+
+        Every rank must have recorded the same names and shapes.
+        """
+        sums = self._sums | {f"#{n}": c for n, c in self._counts.items()}
+        parts = [_flat(sums, self._device), _flat(self._maxima, self._device)]
+        for flat, op in zip(parts, (dist.ReduceOp.SUM, dist.ReduceOp.MAX), strict=True):
+            if flat.numel():
+                dist.all_reduce(flat, op=op)
+        on_host = torch.cat(parts).cpu().split([flat.numel() for flat in parts])
+        summed, result = _named(on_host[0], sums), _named(on_host[1], self._maxima)
+        for name in self._sums:
+            result[name] = summed[name] / summed[f"#{name}"].clamp(min=1e-12) if name in self._counts else summed[name]
         self._sums, self._counts, self._maxima = {}, {}, {}
         return result
 
-    def _tensor(self, value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float32, device=self._device).detach()
+
+def _plain(value: Tensor | float) -> Tensor | float:
+    return value.detach().float() if isinstance(value, Tensor) else float(value)
 
 
-def _all_reduce(values: dict[str, Tensor], op: Any, device: torch.device) -> dict[str, Tensor]:
-    if not values:
-        return {}
-    names = sorted(values)
-    flat = torch.cat([values[n].reshape(-1) for n in names])
-    dist.all_reduce(flat, op=op)
-    parts = flat.cpu().split([values[n].numel() for n in names])
-    return {n: part.view(values[n].shape) for n, part in zip(names, parts, strict=True)}
+def _larger(one: Tensor | float, other: Tensor | float) -> Tensor | float:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.maximum(one, other)
+    if isinstance(one, Tensor):
+        return one.clamp(min=float(other))
+    return _larger(other, one) if isinstance(other, Tensor) else max(one, other)
+
+
+def _flat(values: dict[str, Tensor | float], device: torch.device) -> Tensor:
+    """Return all values by name as one vector on the device; the numbers go there in one copy."""
+    numbers = from_host([v for _, v in sorted(values.items()) if not isinstance(v, Tensor)], device)
+    rest = iter(numbers.split(1))
+    parts = [v.reshape(-1) if isinstance(v, Tensor) else next(rest) for _, v in sorted(values.items())]
+    return torch.cat(parts) if parts else numbers
+
+
+def _named(flat: Tensor, like: dict[str, Tensor | float]) -> dict[str, Tensor]:
+    shapes = {name: v.shape if isinstance(v, Tensor) else torch.Size() for name, v in sorted(like.items())}
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 class MetricsWriter:
-    """Writes scalars to `metrics.jsonl` and to TensorBoard below the run directory. For rank 0."""
+    """Writes scalars to `metrics.jsonl` and to TensorBoard below the run directory. For rank 0.
+
+    What cannot be written, the disk being full, say, is lost with one warning: it ends no run.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
-        self._file = open(run_dir / "metrics.jsonl", "a", buffering=1)
+        threading.excepthook = _without_tensorboards(threading.excepthook)
+        self._warned = self._broken = False
+        self._path = run_dir / "metrics.jsonl"
+        self._board: SummaryWriter | None = None
+        self._try("TensorBoard's file", lambda: setattr(self, "_board", SummaryWriter(str(run_dir / "tensorboard"))))
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Append one line, and one TensorBoard scalar per tag, for optimizer step `step`."""
-        self._file.write(json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n")
+        line = json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
+        self._try(str(self._path), lambda: self._append(line))
         for tag, value in values.items():
-            self._board.add_scalar(tag, value, step)
+            self._to_board("add_scalar", tag, value, step)
 
-    def image(self, tag: str, step: int, image_hwc: Any) -> None:
-        """Show an RGB image, uint8 [h, w, 3], in TensorBoard."""
-        self._board.add_image(tag, image_hwc, step, dataformats="HWC")
+    def image(self, tag: str, step: int, image: Any) -> None:
+        """Show a PIL image in TensorBoard."""
+        pixels = np.asarray(image.convert("RGB"))
+        self._to_board("add_image", tag, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush both."""
-        self._file.close()
-        self._board.close()
+        """Write out what TensorBoard holds back."""
+        self._to_board("close")
+
+    def _append(self, line: str) -> None:
+        with open(self._path, "ab", buffering=0) as file:
+            text = ("\n" * self._broken + line).encode()  # behind half a line, a line of its own
+            self._broken = True
+            write_all(file.fileno(), memoryview(text))
+            self._broken = False
+
+    def _to_board(self, method: str, *args: Any, **kwargs: Any) -> None:
+        board = self._board
+        if board is not None and not self._try("TensorBoard's file", lambda: getattr(board, method)(*args, **kwargs)):
+            self._board = None  # its thread is gone, and a flush would wait for it
+
+    def _try(self, what: str, work: Callable[[], Any]) -> bool:
+        try:
+            work()
+        except OSError as error:
+            if not self._warned:
+                _log.warning("cannot write %s: %s; training goes on, metrics are lost", what, error.strerror or error)
+            self._warned = True
+            return False
+        return True
+
+
+def _without_tensorboards(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a hook for threads' exceptions that leaves out what TensorBoard cannot write: the next call raises it too."""
+
+    def quiet(args: Any) -> None:
+        if not (type(args.thread).__name__ == "_AsyncWriterThread" and isinstance(args.exc_value, OSError)):
+            hook(args)
+
+    return quiet
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the (step, value) pairs of each tag in a metrics.jsonl; after a resume the later value of a step counts."""
+    """Return the (step, value) pairs of each tag in a metrics.jsonl; after a resume the later value of a step counts.
+
+    Half a line, which a kill or a full disk leaves, is passed over.
+    """
     series: dict[str, dict[int, float]] = defaultdict(dict)
     for line in path.read_text().splitlines():
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
         step = row.pop("step")
         row.pop("samples_seen", None)
         for tag, value in row.items():
@@ -112,7 +189,7 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
     return values
 
 
-class LoadWatch:
+class ExpertLoadMonitor:
     """Says once of an expert that it is dead (almost nothing reaches it) or overloaded (almost everything does)."""
 
     DEAD, OVERLOADED = 0.02, 0.9  # relative to an even share; share of all

@@ -4,57 +4,48 @@ import fcntl
 import json
 import logging
 import os
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import yaml
 
-from raphael_dist import __version__
-from raphael_dist.config import ARCHITECTURE_FIELDS, Config, to_yaml
-from raphael_dist.errors import UserError
+from raphael_dist.checkpoint.reader import CheckpointReader, newest
+from raphael_dist.config import Config, config_from_tree, to_yaml
+from raphael_dist.errors import UserError, cannot_write
+from raphael_dist.identity import check_same_run
+from raphael_dist.parallel.long_work import Tell, quiet
 from raphael_dist.parallel.ranks import host_name
-
-# Beside the architecture, what makes a run this run; all else (learning rate, length, ZeRO, ranks) may change on resume.
-IDENTITY = (
-    "run.seed",
-    "diffusion.num_timesteps",
-    "diffusion.schedule",
-    "diffusion.prediction",
-    "text.max_tokens",
-    "image.buckets",
-    "data.bucket_run",
-    "data.window_shards",
-    "data.flip",
-    "train.global_batch",
-)
-PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "numpy")
+from raphael_dist.storage import files
+from raphael_dist.storage.versions import versions
 
 
-def claim(config: Config) -> IO[str]:
+def claim(config: Config, tell: Tell = quiet) -> IO[str]:
     """Make the run directory this process's own and record configuration and versions in it. For rank 0.
 
+    `tell` gets a word while another run is waited for.
+
     Returns the lock file: the directory is locked while it is open. Raises UserError when another run is in there, in use
-    or of another identity, or when the directory cannot be written.
+    or of another identity, or when the directory cannot be written; NotSavedError when it is full.
     """
     folder = config.run.dir
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
+        if not _lock(lock, config.run.lock_wait_s, tell):
+            raise UserError(f"run.dir: another process is training in {folder}; wait for it or choose another run.dir")
+        before = _recorded(folder)
+        if before is not None:
+            check_same_run(before, config, str(folder))
+        files.replace_bytes(folder / "config.yaml", to_yaml(config).encode())
+        files.replace_bytes(folder / "versions.json", json.dumps(versions(), indent=1).encode())
     except OSError as error:
-        raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}; choose another run.dir") from None
-    if not _lock(lock, config.run.lock_wait_s):
-        raise UserError(f"run.dir: another process is training in {folder}; wait for it or choose another run.dir")
-    _check_identity(config, folder)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+        raise cannot_write(folder, error) from None
     return lock
 
 
-def _lock(file: IO[str], patience: float) -> bool:
+def _lock(file: IO[str], patience: float, tell: Tell) -> bool:
     # After a lost node, what is left of the run before may take a while to notice that it has lost the others.
     deadline = time.monotonic() + patience
     while True:
@@ -63,6 +54,7 @@ def _lock(file: IO[str], patience: float) -> bool:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
+            tell("waiting for another run to leave it")
             time.sleep(0.5)
         except OSError as error:  # some parallel file systems are mounted without locks
             print(
@@ -87,38 +79,43 @@ def check_owner(lock: IO[str] | None) -> None:
         raise RuntimeError(f"another process has taken over {Path(lock.name).parent}; this one writes nothing more there")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and those it stands on."""
-    return {"python": platform.python_version(), "raphael_dist": __version__, **{name: version(name) for name in PACKAGES}}
-
-
-def _check_identity(config: Config, folder: Path) -> None:
-    recorded = folder / "config.yaml"
-    if not recorded.is_file():
-        return
+def _recorded(folder: Path) -> Config | None:
+    """Return the configuration that the run had when it last started, or else its newest checkpoint; None without any."""
     try:
-        old: Any = yaml.safe_load(recorded.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        old = None
-    if not isinstance(old, dict) or not all(isinstance(section, dict) for section in old.values()):
-        raise UserError(f"run.dir: {recorded} is not readable; repair it or choose another run.dir") from None
-    new = yaml.safe_load(to_yaml(config))
-    for dotted in (*(f"model.{f}" for f in ARCHITECTURE_FIELDS), *IDENTITY):
-        section, field = dotted.split(".")
-        was, wanted = old.get(section, {}).get(field), new[section][field]
-        if was != wanted:
-            raise UserError(
-                f"run.dir: {folder} holds another run, with {dotted} = {was} where this one has {wanted}; "
-                f"choose another run.dir, or {dotted}={was} to continue it"
-            )
+        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if isinstance(tree, dict):
+            return config_from_tree(tree)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, UserError):
+        pass
+    for checkpoint in newest(folder / "checkpoints"):
+        try:
+            return CheckpointReader(checkpoint).config()
+        except UserError:
+            continue
+    return None
+
+
+class _LogFile(logging.FileHandler):
+    """A log that ends no run when it cannot be written, and says so once."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say what is wrong, where logging would print a traceback at every line."""
+        if not self._told:
+            print(f"warning: cannot write {self.baseFilename}: {sys.exc_info()[1]}; training goes on", file=sys.stderr)
+        self._told = True
 
 
 def start_logging(config: Config, rank: int) -> None:
     """Send log lines to `train.log` (rank 0) or `logs/rank-NNNNN.log`, and warnings of rank 0 to stderr too."""
     name = "train.log" if rank == 0 else f"logs/rank-{rank:05d}.log"
     path = config.run.dir / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_file = _LogFile(path)
+    except OSError as error:
+        raise cannot_write(config.run.dir, error) from None
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("raphael_dist")
     root.handlers = [to_file]

@@ -1,4 +1,4 @@
-"""When to stop early: a signal, or the time that was given. A wish of this rank; ranks agree on it at a step's end."""
+"""When to stop early: a signal, or the time that was given. A request of this rank; ranks agree on it at a step's end."""
 
 import re
 import signal
@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<day_clock>\d+(?::\d+){0,2})|(?P<clock>\d+(?::\d+){0,2}))")
 
 
-class StopWish:
+class StopRequest:
     """Whether this rank wants to stop, and why. Handlers only set a flag, so that no collective is torn.
 
-    `max_time`: seconds from now after which it wishes to by itself; None: never.
+    `max_time`: seconds from now after which it wants to by itself; None: never.
     """
 
     def __init__(self, max_time: float | None = None) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from raphael_dist.model.device import from_host, is_gpu
+
 SLOW_RATIO = 1.5
 WINDOW = 20  # steps that a judgement is based on, at least
 
@@ -25,7 +27,7 @@ class Stopwatch:
 
     def start(self) -> "float | torch.cuda.Event":
         """Return the mark of a span's beginning."""
-        return self._mark() if self._device.type == "cuda" else time.perf_counter()
+        return self._mark() if is_gpu(self._device) else time.perf_counter()
 
     def stop(self, began: "float | torch.cuda.Event") -> None:
         """Add the time since the mark `began`."""
@@ -61,7 +63,7 @@ class Stragglers:
 
     def observe(self, steps: int, seconds: float, device: torch.device) -> None:
         """Take in what each rank needed for the last `steps` steps. Collective."""
-        mine = torch.tensor([seconds], device=device)
+        mine = from_host([seconds], device)
         everywhere = [torch.empty_like(mine) for _ in self.hosts]
         dist.all_gather(everywhere, mine)
         self._recent.append((steps, torch.cat(everywhere).tolist()))

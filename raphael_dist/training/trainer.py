@@ -1,176 +1,171 @@
 """The training loop: build(), train_step(), train()."""
 
-import logging
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import count
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config
-from raphael_dist.data.batches import BatchBuilder
-from raphael_dist.data.encoders import ImageEncoder, TextEncoder
-from raphael_dist.data.open import check_encoders, open_stream
+from raphael_dist.convert.load import load_initial
 from raphael_dist.data.prefetch import Prefetcher
-from raphael_dist.data.stream import TrainStream
+from raphael_dist.data.source import DataSource, open_source
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine, learning_rate
-from raphael_dist.errors import NotSavedError, UserError
-from raphael_dist.evaluate import Validator, sample_prompts
+from raphael_dist.errors import NonFiniteError, NotSavedError
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
-from raphael_dist.parallel import ranks as parallel
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.long_work import together
+from raphael_dist.parallel.ranks import Ranks, all_or_none, all_reduce_sum, rank_table
 from raphael_dist.sampling.sampling import caption_grid, save_image
 from raphael_dist.training import measure, recovery, rundir
-from raphael_dist.training.console import Reporter
 from raphael_dist.training.guard import Guard
-from raphael_dist.training.metrics import LoadWatch, Metrics, MetricsWriter, load_metrics
-from raphael_dist.training.stopping import StopWish
-from raphael_dist.training.straggler import Stopwatch, Stragglers
+from raphael_dist.training.run import Run
+from raphael_dist.training.stopping import StopRequest
+from raphael_dist.training.telemetry import Telemetry
+from raphael_dist.training.validation import Validator, ready_to_sample, sample_prompts
 from raphael_dist.training.watchdog import SLOW, Watchdog
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """Everything a training run holds on this rank. `step` and `samples_seen` are its whole progress."""
-
-    config: Config
-    ranks: parallel.Ranks
-    device: torch.device
-    plan: BatchPlan
-    text: TextEncoder
-    image: ImageEncoder
-    stream: TrainStream
-    builder: BatchBuilder
-    validator: Validator | None
-    engine: Engine
-    ema: Ema | None
-    store: CheckpointStore
-    guard: Guard
-    schedule: NoiseSchedule
-    metrics: Metrics
-    watch: LoadWatch
-    writer: MetricsWriter | None
-    lock: IO[str] | None
-    stop_wish: StopWish  # of this rank, at any moment
-    watchdog: Watchdog
-    stopwatch: Stopwatch
-    stragglers: Stragglers
-    flops: float = 0.0
-    samples_seen: int = 0
-    step: int = 0
-    stop_requested: bool = False  # agreed by all ranks, at a step's end
-    first_step: int = 0  # of this process
-    logged_step: int = 0
-    timers: dict[str, float] = field(default_factory=lambda: {"wait": 0.0, "logged": time.monotonic()})
-
-    def warn(self, text: str) -> None:
-        """Write a warning, once for all ranks."""
-        if self.ranks.is_main:
-            _log.warning("%s", text)
-
-    def patience(self, micro_step: int) -> float:
-        """Return how many times longer than usual a micro-step may take: the first of all compiles and allocates."""
-        return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 
 
 def build(
-    config: Config, json_tree: dict[str, Any], ranks: parallel.Ranks, device: torch.device, stop_wish: StopWish | None = None
+    config: Config,
+    json_tree: dict[str, Any],
+    ranks: Ranks,
+    device: torch.device,
+    stop: StopRequest | None = None,
+    open_data: Callable[[Config, Ranks, torch.device], DataSource] = open_source,
 ) -> Run:
     """Check everything, open the data, build the engine, resume if there is a checkpoint. Collective.
 
     Raises UserError on all ranks for what the user can fix, before anything is trained.
     """
     plan = BatchPlan.of(config, ranks.world_size)
-    lock = parallel.all_or_none(lambda: rundir.claim(config) if ranks.is_main else None)
-    parallel.all_or_none(lambda: rundir.start_logging(config, ranks.rank))
-    hosts = parallel.rank_table(ranks, device)
-    dtype = getattr(torch, config.train.dtype)
-    text = parallel.all_or_none(lambda: TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype))
-    image = parallel.all_or_none(lambda: ImageEncoder.load(config.image.encoder, device, torch.float32))
-    parallel.all_or_none(lambda: check_encoders(config, text, image))
-    stream = open_stream(config, config.data.shards, ranks, text, image, training=True)
-    val_stream = None
-    if config.data.val_shards:
-        val_stream = open_stream(config, config.data.val_shards, ranks, text, image, training=False)
-    engine = Engine(config, json_tree, plan, device)
-    ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
-    store = CheckpointStore(config, ranks, engine.fragments, ema, stream.order.index.fingerprint)
-    schedule = NoiseSchedule.create(config.diffusion, device)
-    run = Run(
-        config=config,
-        ranks=ranks,
-        device=device,
-        plan=plan,
-        text=text,
-        image=image,
-        stream=stream,
-        builder=BatchBuilder(config, stream, engine.module.num_blocks),
-        validator=Validator(config, ranks, val_stream, engine, schedule) if val_stream else None,
-        engine=engine,
-        ema=ema,
-        store=store,
-        guard=Guard(config.train),
-        schedule=schedule,
-        metrics=Metrics(device),
-        watch=LoadWatch(),
-        writer=MetricsWriter(config.run.dir) if ranks.is_main else None,
-        lock=lock,
-        stop_wish=StopWish() if stop_wish is None else stop_wish,
-        watchdog=Watchdog(ranks, config.run.dir, config.run.hang_timeout_s),
-        stopwatch=Stopwatch(device),
-        stragglers=Stragglers(hosts),
-    )
-    recovery.restore(run, store.resume())
-    run.first_step = run.logged_step = run.step
-    run.flops = measure.dry_run(engine, run.builder.build(plan.slots(run.samples_seen, ranks.rank, 0)), schedule)
-    return run
+    lock = together("taking the run directory", lambda tell: rundir.claim(config, tell) if ranks.is_main else None)
+    all_or_none(lambda: rundir.start_logging(config, ranks.rank))
+    with ExitStack() as on_error:
+        watchdog = Watchdog(ranks, config.run.dir, config.run.hang_timeout_s)
+        all_or_none(watchdog.start)
+        on_error.callback(watchdog.stop)
+        telemetry = Telemetry(config, ranks, device, rank_table(ranks, device))
+        watchdog.beat("opening the data", SLOW)
+        data = open_data(config, ranks, device)
+        watchdog.beat("building the engine", SLOW)
+        engine = Engine(config, json_tree, plan, device)
+        together("reading the encoders", lambda _: ready_to_sample(config, ranks, engine, data.text, data.image))
+        ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
+        schedule = NoiseSchedule.create(config.diffusion, device)
+        run = Run(
+            config=config,
+            ranks=ranks,
+            device=device,
+            plan=plan,
+            data=data,
+            builder=data.builder(config, engine.module.num_blocks, device),
+            validator=Validator(config, ranks, data.held_out, engine, schedule) if data.held_out else None,
+            engine=engine,
+            ema=ema,
+            schedule=schedule,
+            store=CheckpointStore(config, ranks, engine.fragments, ema, data.fingerprints()),
+            guard=Guard(config.train),
+            telemetry=telemetry,
+            watchdog=watchdog,
+            stop=StopRequest() if stop is None else stop,
+            lock=lock,
+        )
+        watchdog.beat("looking for a checkpoint", SLOW)
+        saved = run.store.resume()
+        recovery.restore(run, saved)
+        if saved is None and config.run.init_from is not None:
+            _start_from(run, config.run.init_from)
+        run.first_step = run.step
+        watchdog.beat("the rehearsal", SLOW)
+        first = run.builder.build(plan.slots(run.samples_seen, ranks.rank, 0))
+        telemetry.begin(run.step, measure.rehearse(engine, first, schedule))
+        on_error.pop_all()
+        return run
+
+
+def _start_from(run: Run, path: Path) -> None:
+    """Give a new run the weights of a checkpoint. Collective."""
+    fragments, verify = run.engine.fragments, run.ranks.is_main
+    together("reading run.init_from", lambda tell: load_initial(fragments, path, verify=verify, tell=tell))
+    fragments.sync_model()
+    if run.ema is not None:
+        run.ema.restart()
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> bool:
-    """One optimizer step on exactly the global batch: accumulate, agree that the loss is sound, clip, update, average.
+    """One optimizer step on exactly the global batch: accumulate, agree, clip and update, average.
 
-    Returns False when the run went back to a checkpoint instead.
+    Returns False when the run went back to a checkpoint.
     """
-    loss_sum, bad_positions = torch.zeros((), device=run.device), []
+    loss_sum, seen = accumulate(run, batches)
+    loss, norm = agree(run, loss_sum)
+    objection = recovery.objection(run, loss, norm)
+    if objection is not None and objection.goes_back and recovery.roll_back(run):
+        return False
+    run.step += 1
+    run.samples_seen += run.config.train.global_batch
+    if objection is not None:
+        run.engine.discard()
+        return recovery.skip(run, objection.why, seen)
+    run.engine.update(learning_rate(run.config, run.step), norm)
+    run.guard.took(loss)
+    run.trained = True
+    if run.ema is not None:
+        run.ema.update(run.step)
+    return True
+
+
+def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recovery.Seen]:
+    """Add up the gradients of this rank's micro-batches; the last one's backward also reduces them over the ranks.
+
+    Returns the sum of the losses, float32 [] on the device, and which samples had which loss.
+    """
+    loss_sum, seen = torch.zeros((), device=run.device), []
     run.engine.traffic.take()  # what validation and sampling sent is no part of a step
     for micro in range(run.plan.accumulation):
         run.watchdog.beat(f"the data of step {run.step + 1}", run.patience(micro))
-        waited = time.monotonic()
-        batch = next(batches).to(run.device)
-        waited = time.monotonic() - waited
-        run.timers["wait"] += waited
-        run.stopwatch.add(waited)
+        with run.telemetry.waiting():
+            batch = next(batches).to(run.device)
         run.watchdog.beat(f"step {run.step + 1}", run.patience(micro))
-        began = run.stopwatch.start()
-        losses = compute_losses(run.engine, batch, run.schedule, run.config, run.engine.dtype)
-        run.stopwatch.stop(began)
+        with run.telemetry.computing():
+            losses = compute_losses(run.engine, batch, run.schedule, run.config, run.engine.dtype)
         run.engine.backward(losses.total.sum() * run.plan.loss_scale)
         loss_sum += losses.total.detach().sum()
-        bad_positions.append((batch.position, losses.total.detach()))
-        measure.record(run.metrics, batch, losses, run.engine.traffic.take())
-    agreed = parallel.total([float(loss_sum), float(run.stop_wish.wanted), float(run.store.written)], run.device)
-    total, stop, written = agreed.tolist()
+        seen.append((batch.position, losses.total.detach()))
+        run.telemetry.record(batch, losses, run.engine.traffic.take())
+    return loss_sum, seen
+
+
+def agree(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
+    """Return the mean loss and the gradient norm of the step, the same on all ranks. The step's one wait for the device.
+
+    The same exchange tells whether any rank wants to stop, and lets a checkpoint go on that all ranks have written.
+    """
+    mine = [float(run.stop.wanted), float(run.store.written)]
+    # new_full, not a copy from the host, which would wait.
+    values = [loss_sum.double(), run.engine.grad_square(), *(loss_sum.new_full((), x, dtype=torch.float64) for x in mine)]
+    total, square, stop, written = all_reduce_sum(torch.stack(values), run.device).tolist()
     run.stop_requested = stop > 0
     if written == run.ranks.world_size:
         run.store.settle()
-    return recovery.apply(run, total / run.config.train.global_batch, bad_positions)
+    return total / run.config.train.global_batch, math.sqrt(square) if square >= 0 else math.nan
 
 
 def save(run: Run, last: bool) -> None:
     """Start a checkpoint, and wait for the last one. NotSavedError when that fails; an earlier one is tried again when the
     next is due. Collective.
     """
-    parallel.all_or_none(lambda: rundir.check_owner(run.lock))
+    all_or_none(lambda: rundir.check_owner(run.lock))
     run.watchdog.beat(f"saving step {run.step}", SLOW)
-    run.guard.rollbacks = 0
+    run.guard.rollbacks, run.save_due = 0, False
     run.store.begin(recovery.progress(run))
     if last or not run.config.checkpoint.background:
         failure = run.store.finish()
@@ -180,98 +175,74 @@ def save(run: Run, last: bool) -> None:
 
 def train(run: Run) -> bool:
     """Train to `train.max_steps`, or until a signal or the time asks to stop; return whether the run is complete."""
-    config = run.config
-    run.stop_wish.listen()
-    run.stop_requested = float(parallel.total([float(run.stop_wish.wanted)], run.device)) > 0  # while it was being built
+    config, telemetry = run.config, run.telemetry
+    run.stop.listen()
+    run.stop_requested = float(all_reduce_sum([float(run.stop.wanted)], run.device)) > 0  # while it was being built
     with (
         run.watchdog,
         run.store,
-        Reporter(run.ranks.is_main, run.step, config.train.max_steps) as report,
+        telemetry,
         Prefetcher(run.builder.build, _slots(run), depth=max(1, config.data.prefetch)) as batches,
     ):
-        report.line(_greeting(run))
-        while run.step < config.train.max_steps and not run.stop_requested:
+        telemetry.line(_greeting(run))
+        while not run.complete and not run.stop_requested:
             if not train_step(run, batches):
                 continue
             run.watchdog.beat(f"the end of step {run.step}", SLOW)
-            last = run.step == config.train.max_steps
-            report.advance(run.step)
+            last = run.complete
+            telemetry.advance(run.step)
             if run.step % config.train.log_every == 0 or last:
-                report.scalars(run.step, log_scalars(run))
+                log_step(run)
             if run.validator and (_due(run.step, config.train.val_every) or last):
-                report.line(log_validation(run))
+                validate(run, run.validator)
             if config.sample.prompts and (_due(run.step, config.train.sample_every) or last):
-                report.line(log_samples(run))
-            if _due(run.step, config.checkpoint.every) or last or run.stop_requested:
+                sample(run)
+            run.save_due |= _due(run.step, config.checkpoint.every) or run.stop_requested
+            # Not while steps are being skipped: the update before them may be what is wrong with the weights.
+            if last and run.guard.in_a_row and run.suspect:
+                raise NonFiniteError(_worthless(run))
+            if last or (run.save_due and not run.guard.in_a_row):
                 save(run, last or run.stop_requested)
-            log_saves(run, report)
-        if run.stop_requested and run.step < config.train.max_steps:
-            saved = "" if run.step > run.first_step else ", with nothing new to save"
-            report.line(f"stopped by a signal or the time limit at step {run.step}{saved}; the same command continues")
-        run.stop_wish.ignore()
-    if run.writer is not None:
-        run.writer.close()
-    return run.step >= config.train.max_steps
+            for saved in run.store.news():
+                telemetry.log_save(saved)
+        if run.stop_requested and not run.complete:
+            telemetry.line(
+                f"stopped by a signal or the time limit at step {run.step}{_unsaved(run)}; the same command continues"
+            )
+        run.stop.ignore()
+    return run.complete
 
 
-def log_scalars(run: Run) -> dict[str, float]:
-    """Reduce what was recorded since the last call and write it with the step's own numbers. Collective."""
-    run.metrics.add("data/replaced", float(run.stream.replaced), "sum")
-    reduced, now = run.metrics.reduce(), time.monotonic()
-    values = {tag: float(v) for tag, v in reduced.items() if v.ndim == 0 and tag != "samples"}
-    samples = float(reduced["samples"])
-    for kind, total in (("space", samples), ("time", None)):
-        if f"load/{kind}" in reduced:
-            values |= load_metrics(f"moe/{kind}", reduced[f"load/{kind}"], total)
-            for line in run.watch.new(kind, reduced[f"load/{kind}"], samples):
-                run.warn(line)
-    elapsed = now - run.timers["logged"]
-    values |= measure.throughput(samples, elapsed, run.flops, run.device, run.engine.dtype, run.ranks.world_size)
-    values["optim/lr"] = learning_rate(run.config, run.step)
-    values["optim/grad_norm"] = run.engine.grad_norm()
-    values["train/skipped"], values["train/spikes"] = float(run.guard.skipped), float(run.guard.spikes)
-    values["checkpoint/failed"] = float(run.store.failed)
-    values["time/data_wait_frac"] = run.timers["wait"] / max(elapsed, 1e-9)
-    run.timers.update(wait=0.0, logged=now)
-    run.stragglers.observe(max(1, run.step - run.logged_step), run.stopwatch.take(), run.device)
-    run.logged_step = run.step
-    values["time/slowest_rank_ratio"] = run.stragglers.slowest_ratio()
-    if slow := run.stragglers.slow():
-        run.warn(f"step {run.step}: {slow}")
-    _write(run, values)
-    return values
+def log_step(run: Run) -> None:
+    """Log what was recorded since the last call, with the step's own numbers. Collective."""
+    own = {
+        "optim/lr": learning_rate(run.config, run.step),
+        "optim/grad_norm": run.engine.grad_norm,
+        "train/skipped": float(run.guard.skipped),
+        "train/spikes": float(run.guard.spikes),
+        "checkpoint/failed": float(run.store.failed),
+    }
+    run.telemetry.log_step(run.step, run.samples_seen, run.data.replaced, own)
 
 
-def log_saves(run: Run, report: Reporter) -> None:
-    """Tell of the checkpoints that were published since the last call."""
-    for saved in run.store.news():
-        report.line(saved.line)
-        if run.writer is not None:
-            run.writer.write(saved.manifest["step"], saved.manifest["samples_seen"], saved.metrics())
+def validate(run: Run, validator: Validator) -> None:
+    """Measure the loss on the held-out pairs and log it. Collective."""
+    values = validator.run()
+    run.telemetry.write(run.step, run.samples_seen, values)
+    run.telemetry.line(f"step {run.step}: validation loss {values['val/loss']:.4f}")
 
 
-def log_validation(run: Run) -> str:
-    """Measure the loss on the held-out pairs, write it, and return a line about it. Collective."""
-    assert run.validator is not None
-    values = run.validator.run()
-    _write(run, values)
-    return f"step {run.step}: validation loss {values['val/loss']:.4f}"
-
-
-def log_samples(run: Run) -> str:
-    """Sample the configured prompts with the averaged weights, write the grid, and return a line about it. Collective."""
-    images = sample_prompts(run.config, run.ranks, run.engine, run.ema, run.text, run.image)
-    path = run.config.run.dir / "samples" / f"step-{run.step:08d}.png"
-    if run.ranks.is_main and run.writer is not None:
+def sample(run: Run) -> None:
+    """Sample the configured prompts with the averaged weights, and write the grid. Collective."""
+    images = sample_prompts(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image)
+    if images is not None:
+        path = run.config.run.dir / "samples" / f"step-{run.step:08d}.png"
         grid = caption_grid(images, run.config.sample.prompts)
-        save_image(grid, path)
-        run.writer.image("samples", run.step, measure.as_array(grid))
-    return f"step {run.step}: samples in {path}"
-
-
-def _write(run: Run, values: dict[str, float]) -> None:
-    if run.writer is not None:
-        run.writer.write(run.step, run.samples_seen, values)
+        try:
+            save_image(grid, path)
+        except OSError as error:
+            run.telemetry.warn(f"cannot write {path}: {error.strerror or error}; training goes on")
+        run.telemetry.log_images(run.step, grid, path)
 
 
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
@@ -282,22 +253,28 @@ def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
             yield run.plan.slots(first, run.ranks.rank, micro)
 
 
+def _worthless(run: Run) -> str:
+    return (
+        f"step {run.step}: the run is complete, but its last steps were skipped, without one finite loss: the weights "
+        "are not saved, the last checkpoint stands; lower optim.lr"
+    )
+
+
+def _unsaved(run: Run) -> str:
+    if run.guard.in_a_row:
+        return f", unsaved because of the {run.guard.in_a_row} steps that were skipped last"
+    return "" if run.step > run.first_step else ", with nothing new to save"
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
 def _greeting(run: Run) -> str:
-    c, index = run.config, run.stream.order.index
-    bad = len(index.bad) + len(run.stream.cache.bad)
-    size = f"{index.num_samples} images" + (f" ({bad} bad samples left out)" if bad else "")
-    state = f"resumed at step {run.step}" if run.step else "from scratch"
+    c, ranks = run.config, run.ranks.world_size
+    new = f"new, from the weights of {c.run.init_from}" if c.run.init_from else "from scratch"
+    state = f"resumed at step {run.step}" if run.step else new
     return (
-        f"{state}: {c.run.dir}, {size}, {run.ranks.world_size} ranks on {run.device.type}, ZeRO-{run.engine.stage}, global "
-        f"batch {c.train.global_batch} = {run.plan.accumulation} x {run.ranks.world_size} x {c.train.micro_batch} slots"
+        f"{state}: {c.run.dir}, {run.data.describe()}, {ranks} ranks on {run.device.type}, ZeRO-{run.engine.stage}, "
+        f"global batch {c.train.global_batch} = {run.plan.accumulation} x {ranks} x {c.train.micro_batch} slots"
     )
-
-
-def check_complete(config: Config) -> None:
-    """Raise UserError when the configuration lacks what training needs."""
-    if not config.data.shards:
-        raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")

@@ -4,8 +4,8 @@ It watches the progress of the loop, not process groups, so a hang in any of the
 heartbeat in a file of the run directory; the rank that runs out of patience reads all of them, names who is behind, writes
 every thread's stack to `logs/stacks-rank-N.txt` and leaves with EXIT_HUNG, after which the launcher ends the others.
 
-A thread that never gives up the interpreter lock would stop this one too. The last resort is a timer of faulthandler, in C,
-that this thread winds up again and again: when it no longer can, the timer writes the stacks and ends the process.
+A thread that never gives up the interpreter lock would stop this one too. The last resort is a small process beside each
+rank (last_resort.py), which gets a byte from this thread now and then, and ends the rank when none comes any more.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import faulthandler
 import json
 import logging
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,11 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from raphael_dist.errors import EXIT_HUNG, leave_exit_code
+from raphael_dist.errors import EXIT_HUNG, cannot_write, leave_exit_code
+from raphael_dist.parallel import long_work
+from raphael_dist.parallel.clock import RunningClock
 from raphael_dist.parallel.ranks import Ranks, host_name
+from raphael_dist.storage.files import replace_bytes
 
 _log = logging.getLogger(__name__)
-# The first step, validation, sampling and saving may take this many times as long as a step.
+# Start-up, the first step, validation, sampling and saving may take this many times as long as a step.
 SLOW = 5.0
 
 
@@ -41,49 +46,80 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Context around the loop; `beat` says that it moves. Ends the process when nothing is said for `timeout_s` seconds."""
+    """Watches from `start` to `stop`; `beat` says that the run moves. Ends the process when it does not for `timeout_s`.
+
+    What `long_work` hears of other ranks counts too. Time in which the process was suspended does not count.
+    """
 
     def __init__(self, ranks: Ranks, run_dir: Path, timeout_s: float) -> None:
         self._ranks, self._timeout = ranks, timeout_s
         self._folder, self._host = run_dir / "logs", host_name()
         self._beats, self._where = 0, "start"
-        self._deadline = time.monotonic() + timeout_s * SLOW
         self._tick = min(30.0, timeout_s / 8)
+        self._clock = RunningClock(4 * self._tick)
+        self._deadline, self._patience = timeout_s * SLOW, SLOW
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._stacks: TextIO | None = None
+        self._last_resort: subprocess.Popen[bytes] | None = None
 
     def beat(self, where: str, patience: float = 1.0) -> None:
         """Say that the loop has come to `where` and should get on within `patience` times the time-out."""
         self._beats, self._where = self._beats + 1, where
-        self._deadline = time.monotonic() + self._timeout * patience
+        self._patience = patience
+        self._extend()
 
-    def __enter__(self) -> "Watchdog":
-        (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)
-        self._stacks = open(self._folder / f"stacks-rank-{self._ranks.rank}.txt", "w")
+    def _extend(self) -> None:
+        self._deadline = self._clock.now() + self._timeout * self._patience
+
+    def start(self) -> "Watchdog":
+        """Begin to watch, with the patience of a step's slowest part. UserError, or NotSavedError on a full disk."""
+        self._extend()
+        try:
+            (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)
+            self._stacks = open(self._folder / f"stacks-rank-{self._ranks.rank}.txt", "w")
+        except OSError as error:
+            raise cannot_write(self._folder, error) from None
+        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        # After the others' deadline, so that they can name this rank first.
+        patience = [str(seconds) for seconds in (self._timeout + 2 * self._tick, self._tick)]
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("last_resort.py")), str(os.getpid()), *patience]
+        self._last_resort = subprocess.Popen(command, stdin=subprocess.PIPE)
+        long_work.listeners.append(self._extend)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def stop(self) -> None:
+        """Watch no longer, and leave nothing behind."""
+        long_work.listeners.remove(self._extend)
         self._ended.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
         assert self._stacks is not None
+        assert self._last_resort is not None
+        with contextlib.suppress(OSError):
+            self._last_resort.communicate()  # the end of its input is its end
+        faulthandler.unregister(signal.SIGUSR2)
         self._stacks.close()
         for path in (self._path(self._ranks.rank), Path(self._stacks.name)):
             path.unlink(missing_ok=True)
 
+    def __enter__(self) -> "Watchdog":
+        return self if self._thread.is_alive() else self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
     def _watch(self) -> None:
-        assert self._stacks is not None
+        assert self._last_resort is not None
+        assert self._last_resort.stdin is not None
         while True:
-            # Time for this thread to come round again, which it does unless the lock is held. After the others' deadline, so
-            # that they can name this rank first.
-            faulthandler.dump_traceback_later(self._timeout + 2 * self._tick, file=self._stacks, exit=True)
+            with contextlib.suppress(OSError):
+                os.write(self._last_resort.stdin.fileno(), b".")
             with contextlib.suppress(OSError):  # a full disk is not a hang
                 self._publish()
             if self._ended.wait(self._tick):
                 return
-            if time.monotonic() > self._deadline:
+            if self._clock.now() > self._deadline:
                 self._give_up()
 
     def _path(self, rank: int) -> Path:
@@ -91,17 +127,14 @@ class Watchdog:
 
     def _publish(self) -> None:
         mine = Heartbeat(self._ranks.rank, self._host, self._beats, self._where)
-        path = self._path(self._ranks.rank)
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(asdict(mine)))
-        temporary.replace(path)
+        replace_bytes(self._path(self._ranks.rank), json.dumps(asdict(mine)).encode(), durable=False)
 
     def _give_up(self) -> None:
         with contextlib.suppress(OSError):
             self._publish()
         time.sleep(min(self._tick, 1.0))  # the others are about to say where they are, too
         accused = blame(found := self._read(), self._tick)
-        message = f"no progress for {self._timeout:g} s at {self._where}: {accused}"
+        message = f"no progress for {self._timeout * self._patience:g} s at {self._where}: {accused}"
         _log.error("%s; stacks of this rank: %s", message, getattr(self._stacks, "name", ""))
         print(f"error on rank {self._ranks.rank} ({self._host}): {message}", file=sys.stderr, flush=True)
         assert self._stacks is not None

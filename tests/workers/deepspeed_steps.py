@@ -17,16 +17,16 @@ from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
-from raphael_dist.parallel import ranks as parallel
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import all_reduce_sum, discover, initialise
 from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 from tests.workers.train_steps import state
 
 
 def main(out: str, spec: dict) -> None:
-    ranks = parallel.discover()
-    device = parallel.initialise(ranks)
+    ranks = discover()
+    device = initialise(ranks)
     torch.set_num_threads(1)
     config = tiny_config(**spec["sections"])
     plan = BatchPlan.of(config, ranks.world_size)
@@ -34,7 +34,7 @@ def main(out: str, spec: dict) -> None:
     if spec.get("load"):
         path, _ = engine._engine.load_checkpoint(spec["load"])
         assert path is not None
-        engine.fragments.publish()  # DeepSpeed's file of the model knows the experts of rank 0 alone
+        engine.fragments.sync_model()  # DeepSpeed's file of the model knows the experts of rank 0 alone
     resumed = state(engine.fragments)
     schedule, losses = NoiseSchedule.create(config.diffusion), []
     ema = Ema(engine.fragments, config.ema)
@@ -48,11 +48,11 @@ def main(out: str, spec: dict) -> None:
             total += loss.detach()
         engine.step(config.optim.lr)
         ema.update(step + 1)
-        losses.append(float(parallel.total([float(total)], device)[0]) / config.train.global_batch)
+        losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch)
     if spec.get("save"):
         engine._engine.save_checkpoint(spec["save"], tag=f"global_step{spec['steps']}")
     if spec.get("run"):
-        store = CheckpointStore(config, ranks, engine.fragments, ema, "synthetic")
+        store = CheckpointStore(config, ranks, engine.fragments, ema, {"data.shards": "synthetic"})
         store.root.mkdir(parents=True, exist_ok=True)
         store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch, spec["steps"], {}))
     torch.save({"losses": losses, "resumed": resumed, "fragments": state(engine.fragments)}, f"{out}.{ranks.rank}")

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from raphael_dist.model import moe
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
-from raphael_dist.parallel import ranks as parallel
-from raphael_dist.parallel.exchange import Peers
+from raphael_dist.parallel.exchange import ExpertGroup
 from raphael_dist.parallel.expert_parallel import STACKED, ParallelSpaceMoE, ParallelTimeMoE, count_samples
+from raphael_dist.parallel.ranks import discover, initialise
 
 B, N, Y, K, D, HIDDEN = 3, 10, 7, 6, 8, 12
 
@@ -50,27 +50,27 @@ def target_grad(shape: Sequence[int], rank: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(99 + rank), dtype=torch.float64)
 
 
-def check_space(case: str, dispatch: str, backend: str, recompute: bool, peers: Peers) -> int:
+def check_space(case: str, dispatch: str, backend: str, recompute: bool, group: ExpertGroup) -> int:
     """Return the bytes that this rank sent."""
     whole = SpaceMoE(K, D, HIDDEN, backend, seed=4).double()
-    layer = ParallelSpaceMoE(whole, peers, dispatch)
-    per_rank = [space_inputs(case, r) for r in range(peers.size)]
+    layer = ParallelSpaceMoE(whole, group, dispatch)
+    per_rank = [space_inputs(case, r) for r in range(group.size)]
     h, mask, weight = (torch.cat(parts) for parts in zip(*per_rank, strict=True))
     expected_in = [h.requires_grad_(), weight.requires_grad_()]
     expected, expected_used = whole(h, mask, weight)
-    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(peers.size)])
+    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(group.size)])
     expected_grads = torch.autograd.grad(expected, [*expected_in, *whole.parameters()], grad_out, materialize_grads=True)
 
-    h, mask, weight = (t.clone() for t in per_rank[peers.index])
+    h, mask, weight = (t.clone() for t in per_rank[group.index])
     inputs = [h.requires_grad_(), weight.requires_grad_()]
-    peers.traffic.take()
+    group.traffic.take()
     if recompute:
         out, used = checkpoint(lambda h, w: layer(h, mask, w), h, weight, use_reentrant=False)
     else:
         out, used = layer(h, mask, weight)
-    grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), peers.index))
-    sent = peers.traffic.take()
-    mine, first = slice(peers.index * B, (peers.index + 1) * B), peers.index * layer.num_experts
+    grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), group.index))
+    sent = group.traffic.take()
+    mine, first = slice(group.index * B, (group.index + 1) * B), group.index * layer.num_experts
     close(out, expected[mine], "output")
     assert torch.equal(used, expected_used[mine])
     for found, wanted, what in zip(grads[:2], expected_grads[:2], ("tokens", "weights"), strict=True):
@@ -88,46 +88,46 @@ def check_space(case: str, dispatch: str, backend: str, recompute: bool, peers: 
     return sent
 
 
-def space_bytes(case: str, dispatch: str, peers: Peers) -> int:
+def space_bytes(case: str, dispatch: str, group: ExpertGroup) -> int:
     """Count by hand what one forward and backward pass sends: dispatch, combine, their gradients, counts and constants."""
-    others, here = peers.size - 1, K // peers.size
+    others, here = group.size - 1, K // group.size
     rows = []
-    for p in range(peers.size):
+    for p in range(group.size):
         _, mask, weight = space_inputs(case, p)
-        needed = ((mask @ weight) > 0).view(B * N, peers.size, here).any(dim=2)
+        needed = ((mask @ weight) > 0).view(B * N, group.size, here).any(dim=2)
         rows.append([int(n) for n in needed.sum(dim=0)])
-    out = sum(n for q, n in enumerate(rows[peers.index]) if q != peers.index)
-    into = sum(rows[p][peers.index] for p in range(peers.size) if p != peers.index)
+    out = sum(n for q, n in enumerate(rows[group.index]) if q != group.index)
+    into = sum(rows[p][group.index] for p in range(group.size) if p != group.index)
     total = 2 * others * here * D * 8  # the constants and their gradients
-    full = sum(n for p in range(peers.size) for q, n in enumerate(rows[p]) if p != q) == peers.size * others * B * N
+    full = sum(n for p in range(group.size) for q, n in enumerate(rows[p]) if p != q) == group.size * others * B * N
     if dispatch != "all_gather":
-        total += others * peers.size * 8
+        total += others * group.size * 8
     if dispatch == "all_gather" or (dispatch == "auto" and full):
         return total + others * B * N * (4 * D + 2 * here) * 8
     return total + (out + into) * (2 * D + here) * 8
 
 
-def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, peers: Peers) -> None:
+def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, group: ExpertGroup) -> None:
     whole = TimeMoE(experts, D, HIDDEN, activation, seed=9).double()
-    layer = ParallelTimeMoE(whole, peers)
+    layer = ParallelTimeMoE(whole, group)
     expert = torch.tensor(chosen)
-    h = torch.stack([space_inputs("random", r)[0] for r in range(peers.size)])
-    factor = torch.linspace(0.5, 1.5, peers.size * B, dtype=torch.float64).view(peers.size, B)
+    h = torch.stack([space_inputs("random", r)[0] for r in range(group.size)])
+    factor = torch.linspace(0.5, 1.5, group.size * B, dtype=torch.float64).view(group.size, B)
     inputs = [h.flatten(0, 1).requires_grad_(), factor.flatten().requires_grad_()]
-    counts = torch.bincount(expert.flatten(), minlength=experts).tolist()
+    counts = torch.bincount(expert.flatten(), minlength=experts)
     expected = whole(inputs[0], expert.flatten(), counts, inputs[1])
-    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(peers.size)])
+    grad_out = torch.cat([target_grad((B, N, D), r) for r in range(group.size)])
     expected_grads = torch.autograd.grad(expected, [*inputs, *whole.parameters()], grad_out)
 
-    mine, me = slice(peers.index * B, (peers.index + 1) * B), peers.index
-    samples = count_samples(torch.nn.functional.one_hot(expert[None, me], experts), peers, [True])
+    mine, me = slice(group.index * B, (group.index + 1) * B), group.index
+    samples = count_samples(torch.nn.functional.one_hot(expert[None, me], experts), group, [True])
     inputs = [h[me].clone().requires_grad_(), factor[me].clone().requires_grad_()]
-    peers.traffic.take()
+    group.traffic.take()
     out = layer(inputs[0], expert[me], samples[0], inputs[1])
     grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), me))
-    here = experts // peers.size
+    here = experts // group.size
     crossing = int((expert[me] // here != me).sum()) + int((torch.cat([expert[:me], expert[me + 1 :]]) // here == me).sum())
-    assert peers.traffic.take() == 2 * crossing * N * D * 8
+    assert group.traffic.take() == 2 * crossing * N * D * 8
     close(out, expected[mine], "output")
     for found, wanted in zip(grads[:2], expected_grads[:2], strict=True):
         close(found, wanted[mine], "gradient of the inputs")
@@ -135,20 +135,20 @@ def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, p
         close(found, wanted[me * here : (me + 1) * here], name)
 
 
-def check_saving(peers: Peers) -> None:
+def check_saving(group: ExpertGroup) -> None:
     """At full density a token travels once to each rank, not once to each expert: 6 experts of width 32 on 2 ranks."""
     width, experts_there = 32, K // 2
-    layer = ParallelSpaceMoE(SpaceMoE(K, width, HIDDEN, "grouped", seed=4), peers, "all_to_all")
-    draw = torch.Generator().manual_seed(peers.index)
+    layer = ParallelSpaceMoE(SpaceMoE(K, width, HIDDEN, "grouped", seed=4), group, "all_to_all")
+    draw = torch.Generator().manual_seed(group.index)
     h_BND = torch.randn(B, N, width, generator=draw, requires_grad=True)
     weight_BYK = torch.nn.functional.one_hot(torch.arange(Y) % K, K).float().expand(B, Y, K) / Y
-    peers.traffic.take()
+    group.traffic.take()
     out, used_BK = layer(h_BND, torch.ones(B, N, Y), weight_BYK)
     out.square().sum().backward()
     assert (used_BK == 1).all()
     # Every pair whose expert is elsewhere would send D numbers there and D back, and as many in the backward pass.
     pairs = B * N * experts_there * 2 * 2 * width * 4
-    share = peers.traffic.take() / pairs
+    share = group.traffic.take() / pairs
     assert share <= 0.38, share  # with counts and constants, which these 30 tokens can hardly spread
     rows = B * N * 2 * (2 * width + experts_there) * 4
     assert rows / pairs <= 0.36
@@ -156,27 +156,27 @@ def check_saving(peers: Peers) -> None:
 
 
 def main() -> None:
-    ranks = parallel.discover()
-    parallel.initialise(ranks)
+    ranks = discover()
+    initialise(ranks)
     torch.set_num_threads(1)
-    peers = Peers(dist.group.WORLD, ranks.world_size, ranks.rank)
+    group = ExpertGroup(dist.group.WORLD, ranks.world_size, ranks.rank)
     for case in CASES:
         for dispatch in ("auto", "all_to_all", "all_gather"):
             for backend in ("grouped", "wide"):
-                sent = check_space(case, dispatch, backend, False, peers)
-                assert sent == space_bytes(case, dispatch, peers), (case, dispatch, sent)
+                sent = check_space(case, dispatch, backend, False, group)
+                assert sent == space_bytes(case, dispatch, group), (case, dispatch, sent)
             # Each rank by its own density: ranks that run different products still agree about the exchanges.
-            check_space(case, dispatch, "auto", True, peers)
-        print(f"{case}: {check_space(case, 'all_to_all', 'grouped', False, peers)} bytes sent by rank {ranks.rank}")
-    if peers.size == 2:
-        check_saving(peers)
+            check_space(case, dispatch, "auto", True, group)
+        print(f"{case}: {check_space(case, 'all_to_all', 'grouped', False, group)} bytes sent by rank {ranks.rank}")
+    if group.size == 2:
+        check_saving(group)
     moe.WIDE_DENSITY = 0.5 if ranks.is_main else 2.0
-    check_space("random", "all_to_all", "auto", True, peers)
+    check_space("random", "all_to_all", "auto", True, group)
     for activation in ("gelu", "geglu"):
         draw = torch.Generator().manual_seed(1)
-        check_time(6, torch.randint(6, (peers.size, B), generator=draw).tolist(), activation, peers)
-        check_time(6, [[5] * B] * peers.size, activation, peers)  # one expert for all, the last rank's
-        check_time(6, [[0] * B] + [[3] * B] * (peers.size - 1), activation, peers)
+        check_time(6, torch.randint(6, (group.size, B), generator=draw).tolist(), activation, group)
+        check_time(6, [[5] * B] * group.size, activation, group)  # one expert for all, the last rank's
+        check_time(6, [[0] * B] + [[3] * B] * (group.size - 1), activation, group)
     dist.destroy_process_group()
 
 

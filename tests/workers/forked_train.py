@@ -13,31 +13,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import yaml
 
 from raphael_dist import train
-from raphael_dist.checkpoint import folders as files
-from raphael_dist.checkpoint import reader as reader_module
 from raphael_dist.checkpoint.reader import CheckpointReader
-from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config
-from raphael_dist.engine.ema import Ema
-from raphael_dist.engine.engine import Engine
+from raphael_dist.data.source import DataSource
 from raphael_dist.model.batch import Batch
-from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.parallel import ranks as parallel
-from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.training import recovery, rundir, trainer
-from raphael_dist.training.guard import Guard
-from raphael_dist.training.metrics import LoadWatch, Metrics, MetricsWriter
-from raphael_dist.training.straggler import Stopwatch, Stragglers
-from raphael_dist.training.watchdog import Watchdog
+from raphael_dist.parallel.ranks import Ranks
+from raphael_dist.storage import files, tensorfile
+from raphael_dist.training import recovery, trainer
+from raphael_dist.training.run import Run
 from tests.synthetic import TREE, synthetic_batch
 
+real_build = trainer.build  # before main replaces it
 COUNTED = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
@@ -57,36 +49,34 @@ class Builder:
         return batch
 
 
-def build(
-    faults: dict[str, Any], config: Config, tree: dict[str, Any], ranks: parallel.Ranks, device: Any, stop: Any
-) -> trainer.Run:
-    """What trainer.build does, without a data set."""
+class Synthetic(DataSource):
+    """Data without a data set."""
+
+    replaced = 0
+
+    def __init__(self, faults: dict[str, Any]) -> None:
+        nothing: Any = None
+        super().__init__(nothing, nothing, nothing, None)
+        self._faults = faults
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data.shards": "synthetic"}
+
+    def describe(self) -> str:
+        return "0 images"
+
+    def key(self, position: int) -> str:
+        return f"sample {position}"
+
+    def builder(self, config: Config, num_blocks: int, device: torch.device) -> Any:
+        return Builder(config, num_blocks, self._faults)
+
+
+def build(faults: dict[str, Any], config: Config, tree: dict[str, Any], ranks: Ranks, device: Any, stop: Any) -> Run:
+    """Build a run with faults in it."""
     torch.set_num_threads(1)
-    plan = BatchPlan.of(config, ranks.world_size)
-    lock = parallel.all_or_none(lambda: rundir.claim(config) if ranks.is_main else None)
-    parallel.all_or_none(lambda: rundir.start_logging(config, ranks.rank))
-    hosts = parallel.rank_table(ranks, device)
-    engine = Engine(config, tree, plan, device)
-    ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
-    empty = SimpleNamespace(num_samples=0, bad=[])
-    stream = SimpleNamespace(
-        replaced=0,
-        order=SimpleNamespace(index=empty),
-        cache=empty,
-        sample=lambda position: SimpleNamespace(key=f"sample {position}"),
-    )
-    anything: dict[str, Any] = {"text": None, "image": None, "stream": stream}
-    run = trainer.Run(
-        config=config, ranks=ranks, device=device, plan=plan, builder=Builder(config, engine.module.num_blocks, faults),
-        validator=None, engine=engine, ema=ema, store=CheckpointStore(config, ranks, engine.fragments, ema, "synthetic"),
-        guard=Guard(config.train), schedule=NoiseSchedule.create(config.diffusion), metrics=Metrics(device),
-        watch=LoadWatch(), writer=MetricsWriter(config.run.dir) if ranks.is_main else None, lock=lock, flops=1.0,
-        stop_wish=stop, watchdog=Watchdog(ranks, config.run.dir, config.run.hang_timeout_s), stopwatch=Stopwatch(device),
-        stragglers=Stragglers(hosts), **anything,
-    )  # fmt: skip
     with counted_reads(config.run.dir / f"read-{ranks.rank}.json"):
-        recovery.restore(run, run.store.resume())
-    run.first_step = run.logged_step = run.step
+        run = real_build(config, tree, ranks, device, stop, lambda *_: Synthetic(faults))
     inject(run, faults, ranks.rank)
     return run
 
@@ -95,7 +85,7 @@ def build(
 def counted_reads(report: Path) -> Iterator[None]:
     """Write how many elements this rank read of a checkpoint, and which files it summed up."""
     elements, hashed, opened = [0], [], set()
-    read, sha256, open_file = CheckpointReader.read, reader_module.sha256, CheckpointReader._file
+    read, sha256, open_file = CheckpointReader.read, files.sha256, CheckpointReader._stored
 
     def counting_read(self: Any, kind: str, name: str, start: int, numel: int) -> Any:
         elements[0] += numel
@@ -105,19 +95,19 @@ def counted_reads(report: Path) -> Iterator[None]:
         opened.add(name)
         return open_file(self, name)
 
-    CheckpointReader.read, CheckpointReader._file = counting_read, counting_open  # type: ignore[method-assign]
-    reader_module.sha256 = lambda path: (hashed.append(path.name), sha256(path))[1]
+    CheckpointReader.read, CheckpointReader._stored = counting_read, counting_open  # type: ignore[method-assign]
+    files.sha256 = lambda path: (hashed.append(path.name), sha256(path))[1]
     try:
         yield
     finally:
-        CheckpointReader.read, CheckpointReader._file = read, open_file  # type: ignore[method-assign]
-        reader_module.sha256 = sha256
+        CheckpointReader.read, CheckpointReader._stored = read, open_file  # type: ignore[method-assign]
+        files.sha256 = sha256
         report.write_text(json.dumps({"elements": elements[0], "hashed": hashed, "opened": sorted(opened)}))
 
 
-def inject(run: trainer.Run, faults: dict[str, Any], rank: int) -> None:
+def inject(run: Run, faults: dict[str, Any], rank: int) -> None:
     """Arrange for this rank's faults; those of the file system come to life when the save of `step` begins."""
-    files.CHUNK_BYTES = faults.get("chunk", files.CHUNK_BYTES)
+    tensorfile.CHUNK = faults.get("chunk", 4 * tensorfile.CHUNK) // 4
     if rank in faults.get("inf_grad", {}).get("ranks", []):
         spec = faults["inf_grad"]
         p = dict(run.engine.module.named_parameters())[spec["name"]]
@@ -139,7 +129,7 @@ def inject(run: trainer.Run, faults: dict[str, Any], rank: int) -> None:
     run.store.begin = armed_begin  # type: ignore[method-assign]
 
 
-def arm(fault: dict[str, Any], run: trainer.Run) -> None:
+def arm(fault: dict[str, Any], run: Run) -> None:
     """Let the file system, or the process, fail from now on."""
     if "nan_weight" in fault:
         run.engine.fragments.masters()[0][0] = float("nan")
@@ -182,9 +172,9 @@ def count_calls(log: str, kill_at: int | None) -> None:
         setattr(os, name, counted(name, getattr(os, name)))
 
 
-def save_again(run: trainer.Run) -> bool:
+def save_again(run: Run) -> bool:
     """Save what was restored, as step 99, without a step in between; the optimizer says how many updates it took."""
-    state = next(iter(run.engine.fragments._torch_optimizer.state.values()))
+    state = next(iter(run.engine.fragments._optimizer.state.values()))
     with run.store:
         run.store.save(recovery.progress(run)._replace(step=99, updates=int(state["step"])))
     return True

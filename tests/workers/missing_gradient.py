@@ -3,15 +3,15 @@
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
-from raphael_dist.parallel import ranks as parallel
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import discover, initialise
 from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 
 
 def main() -> None:
-    ranks = parallel.discover()
-    device = parallel.initialise(ranks)
+    ranks = discover()
+    device = initialise(ranks)
     config = tiny_config(train={"global_batch": 12, "check_gradients": True})
     plan = BatchPlan.of(config, ranks.world_size)
     assert plan.accumulation == 2  # nothing is reduced after the first micro-step

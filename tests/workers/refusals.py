@@ -9,14 +9,14 @@ from pathlib import Path
 
 from raphael_dist.config import load_config
 from raphael_dist.errors import UserError
-from raphael_dist.parallel import ranks as parallel
+from raphael_dist.parallel.ranks import discover, initialise
 from raphael_dist.training import trainer
 from tests.launch import leave
 
 
 def main(out: str, cases: dict[str, list[str]]) -> None:
-    ranks = parallel.discover()
-    device = parallel.initialise(ranks)
+    ranks = discover()
+    device = initialise(ranks)
     messages: dict[str, str | None] = {}
     for name, overrides in cases.items():
         try:

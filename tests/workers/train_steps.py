@@ -17,8 +17,8 @@ from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.fragments import MOMENTS, Fragments
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
-from raphael_dist.parallel import ranks as parallel
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import Ranks, all_reduce_sum, discover, initialise
 from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 
@@ -34,8 +34,8 @@ def state(fragments: Fragments) -> list[tuple]:
 
 
 def main(out: str, specs: dict | list[dict]) -> None:
-    ranks = parallel.discover()
-    device = parallel.initialise(ranks)
+    ranks = discover()
+    device = initialise(ranks)
     torch.set_num_threads(1)
     if isinstance(specs, dict):
         train(out, specs, ranks, device)
@@ -45,12 +45,16 @@ def main(out: str, specs: dict | list[dict]) -> None:
     leave()
 
 
-def train(out: str, spec: dict, ranks: parallel.Ranks, device: torch.device) -> None:
+def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
     config = tiny_config(**spec["sections"])
     plan = BatchPlan.of(config, ranks.world_size)
     engine = Engine(config, spec["deepspeed"], plan, device)
     schedule = NoiseSchedule.create(config.diffusion)
-    store = CheckpointStore(config, ranks, engine.fragments, None, "synthetic") if spec.get("checkpoint") else None
+    store = (
+        CheckpointStore(config, ranks, engine.fragments, None, {"data.shards": "synthetic"})
+        if spec.get("checkpoint")
+        else None
+    )
     progress = store.resume() if store else None
     first = progress.step if progress else 0
     losses, norms, resumed = [], [], state(engine.fragments)
@@ -63,8 +67,8 @@ def train(out: str, spec: dict, ranks: parallel.Ranks, device: torch.device) -> 
             engine.backward(loss * plan.loss_scale)
             total += loss.detach()
         engine.step(config.optim.lr)
-        losses.append(float(parallel.total([float(total)], device)[0]) / config.train.global_batch)
-        norms.append(engine.grad_norm())
+        losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch)
+        norms.append(engine.grad_norm)
     if store and spec["steps"] > first:
         store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch, spec["steps"], {}))
     result = {"losses": losses, "norms": norms, "resumed": resumed, "fragments": state(engine.fragments)}

@@ -10,14 +10,18 @@ Expert 3 of a Space-MoE is `....space_moe.experts.3.w1.weight` [F, D], `.w1.bias
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from raphael_dist.config import config_from_tree
-from raphael_dist.convert.manifest import base_manifest, read_manifest, vouched
-from raphael_dist.convert.plan import Entry, OutFile, Plan, Source, Take, index_json, parts
-from raphael_dist.convert.source import KINDS, Checkpoint, Range, parameter_shapes, stacked
+from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
+from raphael_dist.checkpoint.tensors import KINDS, Key, stacked
+from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.layouts import Layout
+from raphael_dist.convert.manifest import base_manifest, checkpoint_of
+from raphael_dist.convert.plan import ConversionPlan, Entry, Options, OutFile, Source, parts, piece
+from raphael_dist.convert.source import Checkpoint, parameter_shapes
 from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import Stored, read_header
 
@@ -27,62 +31,48 @@ _LEAVES = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias
 
 def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Yield (key, first element, shape) of the tensors that hold a parameter: one per expert, or the parameter itself."""
-    found = stacked(name)
-    if found is None:
+    owner = stacked(name)
+    if owner is None:
         yield name, 0, shape
         return
     for k in range(shape[0]):
-        yield f"{found[0]}.experts.{k}.{_LEAVES[found[1]]}", k * prod(shape[1:]), shape[1:]
+        yield f"{owner[0]}.experts.{k}.{_LEAVES[owner[1]]}", k * prod(shape[1:]), shape[1:]
 
 
 def entries(source: Source, kind: str) -> Iterator[Entry]:
     """Yield the canonical tensors of one kind."""
     for name, shape in source.shapes.items():
         for key, start, one in keys(name, shape):
-            yield Entry(key, one, (Take(kind, name, start, prod(one)),))
+            yield Entry(key, one, (piece(kind, name, start, prod(one)),))
 
 
 def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Return the files of one kind, and the index that belongs to them."""
-    files = parts(entries(source, kind), STEMS[kind], part_bytes)
-    return files, {f"{STEMS[kind]}.safetensors.index.json": index_json(files)}
+    """Return the files of one kind, and the index that belongs to them if there are several."""
+    return parts(entries(source, kind), STEMS[kind], part_bytes)
 
 
-def plan(source: Source, part_bytes: int) -> Plan:
+def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Plan a canonical folder with everything that the source holds."""
     files: list[OutFile] = []
     small: dict[str, bytes] = {}
     for kind in source.kinds():
-        more, index = kind_files(source, kind, part_bytes)
+        more, index = kind_files(source, kind, options.part_bytes)
         files += more
         small |= index
-    return Plan("canonical", files, source.kinds(), "manifest.json", base_manifest("canonical", source), small)
+    return ConversionPlan(files, source.kinds(), MANIFEST, base_manifest("canonical", source), small)
 
 
-def open_canonical(folder: Path) -> Checkpoint:
+def open_canonical(folder: Path, config: Config | None = None) -> Checkpoint:
     """Open a canonical folder; nothing is read but headers. UserError for a missing, extra, doubled or misshapen tensor."""
-    manifest = read_manifest(folder / "manifest.json", "canonical")
-    config = config_from_tree(manifest["config"])
-    found = Checkpoint(
-        "canonical",
-        folder,
-        config,
-        int(manifest["step"]),
-        int(manifest["samples_seen"]),
-        manifest["dataset"],
-        read_kinds(folder, manifest, parameter_shapes(config)),
-        vouched(folder, manifest),
-        updates=manifest.get("updates"),
-        guard=manifest.get("guard") or {},
-    )
-    found.check()
-    return found
+    manifest = read_manifest(folder / MANIFEST, "canonical")
+    shapes = parameter_shapes(config_from_tree(manifest["config"]))
+    return checkpoint_of(folder, manifest, read_kinds(folder, manifest, shapes))
 
 
-def read_kinds(folder: Path, manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[Any, list[Range]]:
-    """Return the ranges of all kinds that the manifest's safetensors files hold, by their canonical keys."""
+def read_kinds(folder: Path, manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[Key, list[Stored]]:
+    """Return the spans of all kinds that the manifest's safetensors files hold, by their canonical keys."""
     wanted = {key: (name, start, one) for name, shape in shapes.items() for key, start, one in keys(name, shape)}
-    ranges: dict[tuple[str, str], list[Range]] = {}
+    spans: dict[Key, list[Stored]] = {}
     for kind in KINDS:
         mine = [f for f in manifest["files"] if f.endswith(".safetensors") and f.split("-")[0].split(".")[0] == STEMS[kind]]
         for key, stored in gather(folder, mine).items():
@@ -91,19 +81,19 @@ def read_kinds(folder: Path, manifest: dict[str, Any], shapes: dict[str, tuple[i
             name, start, one = wanted[key]
             if stored.shape != one:
                 raise UserError(f"{stored.path}: {key} has shape {list(stored.shape)}, the model wants {list(one)}")
-            ranges.setdefault((kind, name), []).append(Range(start, stored))
-    return ranges
+            spans.setdefault((kind, name), []).append(replace(stored, start=start))
+    return spans
 
 
 def gather(folder: Path, names: list[str]) -> dict[str, Stored]:
     """Return the tensors of several safetensors files by key. UserError for a key that is in two of them."""
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name in names:
         for key, stored in read_header(folder / name)[0].items():
-            if key in found:
-                raise UserError(f"{key} is there twice: in {found[key].path} and in {stored.path}")
-            found[key] = stored
-    return found
+            if key in tensors:
+                raise UserError(f"{key} is there twice: in {tensors[key].path} and in {stored.path}")
+            tensors[key] = stored
+    return tensors
 
 
 def gather_indexed(folder: Path, stem: str) -> dict[str, Stored]:
@@ -117,3 +107,6 @@ def gather_indexed(folder: Path, stem: str) -> dict[str, Stored]:
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise UserError(f"{index} names a file outside its folder")
     return gather(folder, names)
+
+
+LAYOUT = Layout("canonical", "everything", lambda path: False, open_canonical, plan)

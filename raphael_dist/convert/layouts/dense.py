@@ -11,11 +11,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.layouts import WEIGHTS, Layout
 from raphael_dist.convert.layouts.canonical import gather_indexed
-from raphael_dist.convert.manifest import base_manifest, read_manifest, vouched
-from raphael_dist.convert.plan import Entry, Options, OutFile, Plan, Source, Take, chosen_weights, index_json, parts
-from raphael_dist.convert.source import Checkpoint, Range, parameter_shapes
+from raphael_dist.convert.manifest import base_manifest, checkpoint_of, manifest_beside
+from raphael_dist.convert.plan import ConversionPlan, Entry, Options, OutFile, Source, chosen_weights, parts, piece
+from raphael_dist.convert.source import Checkpoint, is_dense, parameter_shapes
 from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import Stored, read_header
 from raphael_dist.storage.torchfile import load_tree
@@ -112,7 +114,7 @@ def _dense_config(sizes: dict[str, Any], diffusion: Mapping[str, Any] | None = N
 def unet_json(config: Config, where: str) -> dict[str, Any]:
     """Return the `config.json` of a dense model. UserError for one that diffusers' U-Net cannot be."""
     m = config.model
-    if m.space_experts or m.time_experts or config.edge.weight > 0:
+    if not is_dense(config):
         raise UserError(f"{where}: the model has experts or edge modules, which a dense U-Net cannot hold; use canonical")
     if m.time_activation != "geglu" or list(m.expert_width) != [4 * c for c in m.channels]:
         raise UserError(f"{where}: diffusers' U-Net has GEGLU of width 4 x channels; model.expert_width is {m.expert_width}")
@@ -189,36 +191,36 @@ def _inner(kind: str, inner: str) -> str:
 
 def _from_ldm(stored: dict[str, Stored], where: Path) -> dict[str, Stored]:
     """Return the tensors of an LDM file's U-Net by diffusers' names."""
-    found = {key.removeprefix(_LDM): tensor for key, tensor in stored.items() if key.startswith(_LDM)}
-    blocks = {int(m[1]) for key in found if (m := re.match(r"input_blocks\.(\d+)\.", key))}
-    downs = sorted(int(m[1]) for key in found if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", key)))
+    unet = {key.removeprefix(_LDM): tensor for key, tensor in stored.items() if key.startswith(_LDM)}
+    blocks = {int(m[1]) for key in unet if (m := re.match(r"input_blocks\.(\d+)\.", key))}
+    downs = sorted(int(m[1]) for key in unet if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", key)))
     layers = downs[0] - 1 if downs else len(blocks) - 1
     levels = range(len(blocks) // (layers + 1) if layers else 0)
     try:
-        channels = [found[f"input_blocks.{1 + i * (layers + 1)}.0.out_layers.3.weight"].shape[0] for i in levels]
-        attention = tuple(f"input_blocks.{1 + i * (layers + 1)}.1.norm.weight" in found for i in levels)
-        text = found["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-        latent = found["input_blocks.0.0.weight"].shape[1]
+        channels = [unet[f"input_blocks.{1 + i * (layers + 1)}.0.out_layers.3.weight"].shape[0] for i in levels]
+        attention = tuple(f"input_blocks.{1 + i * (layers + 1)}.1.norm.weight" in unet for i in levels)
+        text = unet["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+        latent = unet["input_blocks.0.0.weight"].shape[1]
     except KeyError as error:
         raise UserError(f"{where}: no U-Net of Stable Diffusion's structure: {_LDM}{error.args[0]} is missing") from None
     sizes = {"channels": channels, "attention": attention, "layers_per_block": layers, "head_dim": 1, "norm_groups": 1,
              "latent_channels": latent, "text_width": text}  # fmt: skip
     ours = {ldm_key(name, layers, attention): name for name in parameter_shapes(_dense_config(sizes))}
-    wrong = sorted(found.keys() ^ ours.keys())
+    wrong = sorted(unet.keys() ^ ours.keys())
     if wrong:
-        raise UserError(f"{where}: {_LDM}{wrong[0]} {'does not fit' if wrong[0] in found else 'is missing'}")
-    return {ours[key]: tensor for key, tensor in found.items()}
+        raise UserError(f"{where}: {_LDM}{wrong[0]} {'does not fit' if wrong[0] in unet else 'is missing'}")
+    return {ours[key]: tensor for key, tensor in unet.items()}
 
 
 # ---- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def open_dense(path: Path) -> Checkpoint:
+def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
     """Open a `unet/` folder (or a pipeline's, for its unet/), or a single file. UserError for another architecture."""
     if path.is_file():
         return _open_file(path)
     folder = path / "unet" if (path / "unet").is_dir() else path
-    manifest = read_manifest(folder / "manifest.json", "dense") if (folder / "manifest.json").is_file() else None
+    manifest = manifest_beside(folder, "dense")
     if manifest is not None:
         config = config_from_tree(manifest["config"])
     else:
@@ -229,7 +231,7 @@ def open_dense(path: Path) -> Checkpoint:
         config = config_of_unet(
             unet, folder / "config.json", _diffusion(read_json(scheduler)) if scheduler.is_file() else None
         )
-    return weights_by_name("dense", folder, config, gather_indexed(folder, STEM), manifest)
+    return weights_by_name(folder, config, gather_indexed(folder, STEM), manifest)
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -242,12 +244,10 @@ def _open_file(path: Path) -> Checkpoint:
     if any(key.startswith(_LDM) for key in stored):
         stored = _from_ldm(stored, path)
     config = _config_of_shapes({key: tensor.shape for key, tensor in stored.items()}, path)
-    return weights_by_name("dense", path, config, stored, None)
+    return weights_by_name(path, config, stored, None)
 
 
-def weights_by_name(
-    layout: str, folder: Path, config: Config, stored: dict[str, Stored], manifest: dict[str, Any] | None
-) -> Checkpoint:
+def weights_by_name(folder: Path, config: Config, stored: dict[str, Stored], manifest: dict[str, Any] | None) -> Checkpoint:
     """Return a checkpoint whose tensors have the trainer's names. UserError naming the first that does not fit the model."""
     expected = parameter_shapes(config)
     wrong = sorted(n for n in expected.keys() | stored.keys() if n not in stored or expected.get(n) != stored[n].shape)
@@ -257,23 +257,23 @@ def weights_by_name(
         raise UserError(
             f"{folder}: {len(wrong)} tensors do not fit the model, the first {wrong[0]}: {there} there, {here} here"
         )
-    said = manifest or {"step": 0, "samples_seen": 0, "dataset": ""}
-    ranges = {("master", name): [Range(0, tensor)] for name, tensor in stored.items()}
-    files = vouched(folder, manifest) if manifest else {}
-    found = Checkpoint(layout, folder, config, int(said["step"]), int(said["samples_seen"]), said["dataset"], ranges, files)
-    found.check()
-    return found
+    spans = {("master", name): [tensor] for name, tensor in stored.items()}
+    if manifest is not None:
+        return checkpoint_of(folder, manifest, spans)
+    checkpoint = Checkpoint(folder, config, spans)
+    checkpoint.check()
+    return checkpoint
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object. UserError when there is none."""
     try:
-        found = json.loads(path.read_text())
+        tree = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(tree, dict):
         raise UserError(f"{path} is no JSON object")
-    return found
+    return tree
 
 
 def _diffusion(scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -285,21 +285,27 @@ def _diffusion(scheduler: dict[str, Any]) -> dict[str, Any]:
 def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutFile], dict[str, bytes], str]:
     """Return the weight files of a `unet/` folder under the parameters' own names, their index, and the kind in them."""
     kind = chosen_weights(source, options)
-    entries = [Entry(n, s, (Take(kind, n, 0, prod(s)),), options.dtype) for n, s in source.shapes.items()]
-    files = parts(entries, f"{folder}{STEM}", options.part_bytes)
-    return files, {f"{folder}{STEM}.safetensors.index.json": index_json(files)} if len(files) > 1 else {}, kind
+    entries = [Entry(n, s, (piece(kind, n, 0, prod(s)),), options.dtype) for n, s in source.shapes.items()]
+    return *parts(entries, f"{folder}{STEM}", options.part_bytes), kind
 
 
-def plan(source: Source, options: Options) -> Plan:
+def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Plan a diffusers `unet/` folder of a dense model. UserError when the model is none."""
     unet = unet_json(source.config, "--to dense")
     files, small, kind = unet_files(source, options, "")
     small["config.json"] = json.dumps(unet, indent=2).encode()
     manifest = base_manifest("dense", source) | {"weights": kind}
-    return Plan("dense", files, (kind,), "manifest.json", manifest, small, left_out(source, kind))
+    return ConversionPlan(files, (kind,), MANIFEST, manifest, small)
 
 
-def left_out(source: Source, kind: str) -> list[str]:
-    """Return the note about what a layout of weights alone does not carry."""
-    left = [k for k in source.kinds() if k != kind]
-    return [f"{', '.join(left)}: left out, the layout holds weights alone ({kind} here)"] if left else []
+def detect(path: Path) -> bool:
+    """Return whether this is a single file, or a folder as diffusers saves a model (not a pipeline)."""
+    return path.is_file() or ((path / "config.json").is_file() and not (path / "model_index.json").is_file())
+
+
+def pickles(path: Path) -> list[Path]:
+    """Return the file itself unless it is safetensors; a folder is read from safetensors alone."""
+    return [path] if path.is_file() and path.suffix != ".safetensors" else []
+
+
+LAYOUT = Layout("dense", "weights", detect, open_dense, plan, WEIGHTS, pickles=pickles)

@@ -9,24 +9,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.layouts import WEIGHTS, Layout
 from raphael_dist.convert.layouts.canonical import gather_indexed
-from raphael_dist.convert.layouts.dense import (
-    CLASS,
-    STEM,
-    left_out,
-    open_dense,
-    read_json,
-    unet_files,
-    unet_json,
-    weights_by_name,
-)
-from raphael_dist.convert.manifest import base_manifest, read_manifest
-from raphael_dist.convert.plan import Options, Plan, Source
-from raphael_dist.convert.source import Checkpoint
-from raphael_dist.data.encoders import existing_folder, subfolder, text_folders
+from raphael_dist.convert.layouts.dense import CLASS, STEM, open_dense, read_json, unet_files, unet_json, weights_by_name
+from raphael_dist.convert.manifest import base_manifest, manifest_beside
+from raphael_dist.convert.plan import ConversionPlan, Options, Source
+from raphael_dist.convert.source import Checkpoint, is_dense
+from raphael_dist.data.encoders import text_folders, vae_folder
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
+from raphael_dist.model.latents import latent_factor
+from raphael_dist.storage.versions import versions
 
 MODULE, UNET, PIPELINE = "raphael_dist.pipeline", "RaphaelUNet2D", "RaphaelPipeline"
 # For those who load with DiffusionPipeline; RaphaelPipeline.from_pretrained runs no code of the folder.
@@ -36,13 +31,7 @@ from {MODULE} import {PIPELINE}
 '''.encode()
 
 
-def is_dense(config: Config) -> bool:
-    """Return whether the model is one that diffusers has a class for."""
-    m = config.model
-    return not (m.space_experts or m.time_experts or config.edge.weight > 0)
-
-
-def plan(source: Source, options: Options) -> Plan:
+def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Plan a pipeline folder (or its unet/ alone). UserError when an encoder of the configuration is not there."""
     config = source.config
     unet: dict[str, Any] = (
@@ -58,10 +47,10 @@ def plan(source: Source, options: Options) -> Plan:
         if index["_class_name"] == PIPELINE:
             small["pipeline.py"] = _PIPELINE_CODE
         if is_dense(config):
-            unet["sample_size"] = max(config.image.buckets[0]) // encoders.factor()
+            unet["sample_size"] = max(config.image.buckets[0]) // latent_factor(config.image.encoder)
         finish = encoders.write
-    small["unet/config.json"] = json.dumps({**unet, "_diffusers_version": _version()}, indent=2).encode()
-    return Plan("diffusers", files, (kind,), "manifest.json", manifest, small, left_out(source, kind), finish)
+    small["unet/config.json"] = json.dumps({**unet, "_diffusers_version": versions()["diffusers"]}, indent=2).encode()
+    return ConversionPlan(files, (kind,), MANIFEST, manifest, small, finish=finish)
 
 
 def model_tree(config: Config) -> dict[str, Any]:
@@ -77,27 +66,21 @@ class Encoders:
         from transformers import AutoConfig, AutoTokenizer
 
         self.config = config
-        self.vae: Path | None = None
-        if config.image.encoder != "none":
-            self.vae = subfolder(existing_folder("image.encoder", config.image.encoder), "vae")
+        self.vae = None if config.image.encoder == "none" else vae_folder(config.image.encoder)
         self.text, tokenizer = text_folders(config.text.encoder)
         try:
-            found = AutoConfig.from_pretrained(self.text, local_files_only=True)
+            encoder = AutoConfig.from_pretrained(self.text, local_files_only=True)
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"text.encoder: cannot load {config.text.encoder!r}: {str(error).splitlines()[0]}") from None
         self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"  # as TextEncoder.load sets it
-        text_width = getattr(found, "text_config", found).hidden_size  # a whole CLIP has the text's beside the image's
+        text_width = getattr(encoder, "text_config", encoder).hidden_size  # a whole CLIP has the text's beside the image's
         if text_width != config.model.text_width:
             raise UserError(
                 f"text.encoder: {config.text.encoder!r} gives {text_width} numbers a token, the model takes "
                 f"model.text_width = {config.model.text_width}; --unet-only exports without it"
             )
-        self.text_class = _text_class(found)
-
-    def factor(self) -> int:
-        """Return how many pixels a latent is wide."""
-        return 1 if self.vae is None else int(2 ** (len(read_json(self.vae / "config.json")["block_out_channels"]) - 1))
+        self.text_class = _text_class(encoder)
 
     def model_index(self) -> dict[str, Any]:
         """Return what stands in model_index.json."""
@@ -105,7 +88,7 @@ class Encoders:
         stable = is_dense(config) and self.text_class == "CLIPTextModel" and self.vae is not None
         index: dict[str, Any] = {
             "_class_name": "StableDiffusionPipeline" if stable else PIPELINE,
-            "_diffusers_version": _version(),
+            "_diffusers_version": versions()["diffusers"],
             "unet": ["diffusers", CLASS] if is_dense(config) else [MODULE, UNET],
             "vae": ["diffusers", "AutoencoderKL"] if self.vae else [None, None],
             "text_encoder": ["transformers", self.text_class],
@@ -135,8 +118,8 @@ def _text_class(config: Any) -> str:
 
     if config.model_type == "clip":
         return "CLIPTextModel"
-    found: Any = AutoModelForTextEncoding._model_mapping[type(config)]
-    return str(found.__name__)
+    model_class: Any = AutoModelForTextEncoding._model_mapping[type(config)]
+    return str(model_class.__name__)
 
 
 def _copy_model(source: Path, target: Path) -> None:
@@ -148,21 +131,21 @@ def _copy_model(source: Path, target: Path) -> None:
         raise UserError(f"{source}: no weights in safetensors there; only those are exported")
 
 
-def open_diffusers(folder: Path) -> Checkpoint:
+def open_diffusers(folder: Path, given: Config | None = None) -> Checkpoint:
     """Open a pipeline folder for its U-Net. UserError when that is neither ours nor of Stable Diffusion 2's structure."""
     unet = read_json(folder / "unet" / "config.json")
-    manifest = read_manifest(folder / "manifest.json", "diffusers") if (folder / "manifest.json").is_file() else None
+    manifest = manifest_beside(folder, "diffusers")
     if manifest is None and unet.get("_class_name") == CLASS:
-        found = open_dense(folder)
-        found.layout = "diffusers"
-        return found
+        return open_dense(folder)
     if manifest is None and (unet.get("_class_name") != UNET or not isinstance(unet.get("tree"), dict)):
         raise UserError(f"{folder}: its U-Net is a {unet.get('_class_name')}; known: {UNET}, {CLASS}")
     config = config_from_tree(manifest["config"] if manifest else unet["tree"])
-    return weights_by_name("diffusers", folder, config, gather_indexed(folder / "unet", STEM), manifest)
+    return weights_by_name(folder, config, gather_indexed(folder / "unet", STEM), manifest)
 
 
-def _version() -> str:
-    from importlib.metadata import version
+def detect(path: Path) -> bool:
+    """Return whether this is a folder of a pipeline."""
+    return (path / "model_index.json").is_file()
 
-    return version("diffusers")
+
+LAYOUT = Layout("diffusers", "weights", detect, open_diffusers, plan, WEIGHTS | {"unet_only"})

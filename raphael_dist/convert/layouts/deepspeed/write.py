@@ -6,24 +6,39 @@
     PATH/global_step100/manifest.json, ema-*.safetensors                        ours; DeepSpeed passes them by
 
 The model file holds the experts of rank 0, as DeepSpeed saves our stacked layers; the other ranks' are in their ZeRO files,
-so after `load_checkpoint` with spread experts `Fragments.publish` brings every rank's weights up to date.
+so after `load_checkpoint` with spread experts `Fragments.sync_model` brings every rank's weights up to date.
 """
 
 from collections import OrderedDict
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from raphael_dist.checkpoint.manifest import MANIFEST
+from raphael_dist.checkpoint.tensors import Span
 from raphael_dist.config import Config
 from raphael_dist.convert.layouts.canonical import kind_files
-from raphael_dist.convert.layouts.raphael import alignment, parallel_config, topology_of
 from raphael_dist.convert.manifest import base_manifest
-from raphael_dist.convert.partition import Group, Slot, groups, local, zero3
-from raphael_dist.convert.plan import STEP, ZEROS, Entry, Options, OutFile, Plan, Source, Take, entries_of, resumes
+from raphael_dist.convert.partition import groups, local, parallel_config, topology_of, zero3
+from raphael_dist.convert.plan import (
+    STEP,
+    ZEROS,
+    ConversionPlan,
+    Entry,
+    Options,
+    OutFile,
+    Piece,
+    Source,
+    entries_of,
+    piece,
+    progress_of_target,
+)
 from raphael_dist.engine import ds_config
 from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.storage.versions import versions
 
 
 class _Target:
@@ -39,45 +54,35 @@ class _Target:
         self.ds_config = ds_config.merge(self.config, json_tree, batch.accumulation, options.world)
         # With bfloat16 and gradients added up in float32, stage 1 is another class of DeepSpeed's, which aligns nothing.
         self.bf16_optimizer = options.stage == 1 and train.dtype == "bfloat16" and batch.accumulation > 1
-        aligned = 1 if self.bf16_optimizer else alignment(self.config, options.stage)
-        self.topology = topology_of(self.config, options, aligned)
-        self.resumes = resumes(source)
+        self.topology = topology_of(self.config, options, aligned=not self.bf16_optimizer)
+        self.progress, self.notes = progress_of_target(source)
         self.adam = self.config.optim.kind == "adamw"
-        self.step = source.step if self.resumes else 0
-        self.updates = (source.updates or 0) if self.resumes else 0
 
     def moment(self, kind: str) -> str:
         return kind if kind in self.source.kinds() else ZEROS
 
 
-def plan(source: Source, options: Options) -> Plan:
+def plan(source: Source, options: Options, path: Path) -> ConversionPlan:
     """Plan a folder for DeepSpeed. Raises UserError for a topology that the model or DeepSpeed does not allow."""
     target = _Target(source, options)
-    folder = f"global_step{target.step}"
-    if options.stage == 0:
-        files = [_model_file(target, folder, 0)]
-    elif options.stage == 3:
-        files = [_model_file(target, folder, rank) for rank in range(options.world)]
-        files += [_zero_file(target, folder, rank, _zero3_state(target, rank)) for rank in range(options.world)]
-    else:
-        files = [_model_file(target, folder, 0)]
-        files += [_zero_file(target, folder, rank, _zero12_state(target, rank)) for rank in range(options.world)]
+    folder, stage = f"global_step{target.progress.step}", options.stage
+    ranks = range(options.world)
+    files = [_model_file(target, folder, rank) for rank in (ranks if stage == 3 else range(1))]
+    if stage > 0:
+        state = _zero3_state if stage == 3 else _zero12_state
+        files += [_zero_file(target, folder, rank, state(target, rank)) for rank in ranks]
     small = {"latest": folder.encode()}
     if "ema" in source.kinds():
         more, index = kind_files(source, "ema", options.part_bytes)
         files += [OutFile(f"{folder}/{f.name}", f.entries, f.metadata) for f in more]
         small |= {f"{folder}/{name}": data for name, data in index.items()}
-    notes = [] if target.resumes else ["exp_avg, exp_avg_sq: not in the source; zero, at step 0"]
     manifest = base_manifest("deepspeed", source) | {
-        "step": target.step,
-        "samples_seen": source.samples_seen if target.resumes else 0,
-        "updates": target.updates,
-        "guard": source.guard if target.resumes else {},
+        **target.progress.as_manifest(),
         "world_size": options.world,
-        "zero_stage": options.stage,
+        "zero_stage": stage,
         "config": target.config.model_dump(mode="json"),
     }
-    return Plan("deepspeed", files, source.kinds(), f"{folder}/manifest.json", manifest, small, notes)
+    return ConversionPlan(files, source.kinds(), f"{folder}/{MANIFEST}", manifest, small, target.notes)
 
 
 def _tree_file(name: str, tree: dict[str, Any]) -> OutFile:
@@ -100,14 +105,14 @@ def _model_file(target: _Target, folder: str, rank: int) -> OutFile:
         "lr_scheduler": None,
         "data_sampler": None,
         "random_ltd": None,
-        "skipped_steps": target.step - target.updates,
-        "global_steps": target.step,
-        "global_samples": target.step * target.ds_config["train_batch_size"],
+        "skipped_steps": target.progress.step - target.progress.updates,
+        "global_steps": target.progress.step,
+        "global_samples": target.progress.step * target.ds_config["train_batch_size"],
         "dp_world_size": options.world,
         "mp_world_size": 1,
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
         "ds_config": target.ds_config,
-        "ds_version": _version(),
+        "ds_version": versions()["deepspeed"],
     }
     if any(target.topology.spread(name) > 1 for name in source.shapes):
         model = source.config.model
@@ -117,22 +122,22 @@ def _model_file(target: _Target, folder: str, rank: int) -> OutFile:
 
 
 def _module(target: _Target) -> "OrderedDict[str, Entry]":
-    found: OrderedDict[str, Entry] = OrderedDict()
+    weights: OrderedDict[str, Entry] = OrderedDict()
     for name, shape in target.source.shapes.items():
         if target.options.stage == 3:
-            found[name] = Entry(name, (0,), (), target.dtype)  # ZeRO-3 keeps the weights in its own files
+            weights[name] = Entry(name, (0,), (), target.dtype)  # ZeRO-3 keeps the weights in its own files
             continue
         here, first = local(name, shape, target.topology, 0)
-        take = Take("master", name, first, prod(here), copy=target.options.stage != 0)
-        found[name] = Entry(name, here, (take,), target.dtype)
-    return found
+        values = Piece("master", Span(name, first, prod(here)), duplicate=target.options.stage != 0)
+        weights[name] = Entry(name, here, (values,), target.dtype)
+    return weights
 
 
 def _param_shapes(target: _Target, rank: int) -> list["OrderedDict[str, torch.Size]"]:
     if target.options.stage == 3:
         return [OrderedDict((name, torch.Size(shape)) for name, shape in target.source.shapes.items())]
-    found = groups(target.source.shapes, target.topology, rank)
-    return [OrderedDict((name, torch.Size(shape)) for name, shape in g.shapes.items()) for g in found]
+    by_spread = groups(target.source.shapes, target.topology, rank)
+    return [OrderedDict((name, torch.Size(shape)) for name, shape in g.shapes.items()) for g in by_spread]
 
 
 # ---- the optimizer's file --------------------------------------------------------------------------------------------
@@ -140,28 +145,28 @@ def _param_shapes(target: _Target, rank: int) -> list["OrderedDict[str, torch.Si
 
 def _zero_file(target: _Target, folder: str, rank: int, state: dict[str, Any]) -> OutFile:
     prefix = "bf16_" if target.dtype == torch.bfloat16 else ""
-    tree = {"optimizer_state_dict": state, "ds_config": target.ds_config, "ds_version": _version()}
+    tree = {"optimizer_state_dict": state, "ds_config": target.ds_config, "ds_version": versions()["deepspeed"]}
     return _tree_file(f"{folder}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", tree)
 
 
-def _flat(kind: str, slots: tuple[Slot, ...] | list[Slot], size: int) -> Entry:
-    """Return a flat buffer of `size` elements with the slots of one kind in it, zero elsewhere."""
-    takes, at = [], 0
-    for slot in slots:
-        if slot.offset > at:
-            takes.append(Take(ZEROS, "", 0, slot.offset - at))
-        takes.append(Take(kind, slot.name, slot.start, slot.numel))
-        at = slot.offset + slot.numel
+def _flat(kind: str, spans: dict[Span, int], size: int) -> Entry:
+    """Return a flat buffer of `size` elements with the spans of one kind at their offsets in it, zero elsewhere."""
+    pieces, at = [], 0
+    for span, offset in spans.items():
+        if offset > at:
+            pieces.append(piece(ZEROS, "", 0, offset - at))
+        pieces.append(Piece(kind, span))
+        at = offset + span.numel
     if size > at:
-        takes.append(Take(ZEROS, "", 0, size - at))
-    return Entry(kind, (size,), tuple(takes))
+        pieces.append(piece(ZEROS, "", 0, size - at))
+    return Entry(kind, (size,), tuple(pieces))
 
 
-def _state(target: _Target, slots: tuple[Slot, ...] | list[Slot], size: int) -> dict[str, Any]:
+def _state(target: _Target, spans: dict[Span, int], size: int) -> dict[str, Any]:
     if not target.adam:
         return {}
-    step = Entry("step", (), (Take(STEP, "", target.updates, 1),))
-    return {"step": step, **{kind: _flat(target.moment(kind), slots, size) for kind in MOMENTS}}
+    step = Entry("step", (), (piece(STEP, "", target.progress.updates, 1),))
+    return {"step": step, **{kind: _flat(target.moment(kind), spans, size) for kind in MOMENTS}}
 
 
 def _settings(target: _Target, index: int | list[int], spread: int = 1) -> dict[str, Any]:
@@ -173,77 +178,65 @@ def _settings(target: _Target, index: int | list[int], spread: int = 1) -> dict[
         made = torch.optim.AdamW([model], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     else:
         made = torch.optim.SGD([model], lr=optim.lr)
-    found = dict(made.state_dict()["param_groups"][0])
+    settings = dict(made.state_dict()["param_groups"][0])
     if spread > 1:
-        found |= {"moe": True, "name": f"ep_size_{spread}"}
-    return found | {"params": index if isinstance(index, list) else [index]}
+        settings |= {"moe": True, "name": f"ep_size_{spread}"}
+    return settings | {"params": index if isinstance(index, list) else [index]}
 
 
 def _zero12_state(target: _Target, rank: int) -> dict[str, Any]:
-    import deepspeed.runtime.zero.config as zero
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    found = groups(target.source.shapes, target.topology, rank)
+    by_spread = groups(target.source.shapes, target.topology, rank)
     optimizer = {
-        "state": {i: _state(target, g.slots, g.part) for i, g in enumerate(found)} if target.adam else {},
-        "param_groups": [_settings(target, i, g.spread) for i, g in enumerate(found)],
+        "state": {i: _state(target, g.spans, g.per_rank_padded) for i, g in enumerate(by_spread)} if target.adam else {},
+        "param_groups": [_settings(target, i, g.spread) for i, g in enumerate(by_spread)],
     }
+    sizes = [g.per_rank_padded if target.bf16_optimizer else g.per_rank for g in by_spread]
     state: dict[str, Any] = {
         "clip_grad": target.config.optim.clip,
         "base_optimizer_state": optimizer,
-        "single_partition_of_fp32_groups": [_flat("master", g.slots, _saved(target, g)) for g in found],
-        "group_paddings": [g.part - g.lean for g in found],
-        "partition_count": [g.ranks for g in found],
-        "ds_version": _version(),
-        "param_slice_mappings": [OrderedDict((s.name, _address(s)) for s in g.slots) for g in found],
+        "single_partition_of_fp32_groups": [_flat("master", g.spans, n) for g, n in zip(by_spread, sizes, strict=True)],
+        "group_paddings": [g.per_rank_padded - g.per_rank for g in by_spread],
+        "partition_count": [g.ranks for g in by_spread],
+        "ds_version": versions()["deepspeed"],
+        "param_slice_mappings": [
+            OrderedDict((span.name, fragment_address(numel=span.numel, start=at)) for span, at in g.spans.items())
+            for g in by_spread
+        ],
     }
     if not target.bf16_optimizer:
-        stage = zero.ZeroStageEnum.gradients if target.options.stage == 2 else zero.ZeroStageEnum.optimizer_states
-        state |= {"loss_scaler": LossScaler(scale=1.0), "dynamic_loss_scale": False, "overflow": False, "zero_stage": stage}
-        state["param_alignment_paddings"] = [g.paddings for g in found]
+        state |= _loss_scale(target.options.stage) | {"param_alignment_paddings": [g.paddings for g in by_spread]}
     return state
 
 
-def _saved(target: _Target, group: Group) -> int:
-    return group.part if target.bf16_optimizer else group.lean
-
-
-def _address(slot: Slot) -> Any:
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return fragment_address(numel=slot.numel, start=slot.offset)
-
-
 def _zero3_state(target: _Target, rank: int) -> dict[str, Any]:
-    import deepspeed.runtime.zero.config as zero
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-
-    slots, size = zero3(target.source.shapes, target.options.world, rank)
+    spans, size = zero3(target.source.shapes, target.options.world, rank)
     return {
-        "zero_stage": zero.ZeroStageEnum.weights,
-        "loss_scaler": LossScaler(scale=1.0),
-        "dynamic_loss_scale": False,
-        "overflow": False,
+        **_loss_scale(target.options.stage),
         "partition_count": target.options.world,
         "optimizer_state_dict": {
-            "state": {0: _state(target, slots, size)} if target.adam else {},
+            "state": {0: _state(target, spans, size)} if target.adam else {},
             "param_groups": [_settings(target, 0)],
         },
-        "fp32_flat_groups": [_flat("master", slots, size)],
+        "fp32_flat_groups": [_flat("master", spans, size)],
     }
+
+
+def _loss_scale(stage: int) -> dict[str, Any]:
+    """Return the state of a loss scale that never changes, and the ZeRO stage that DeepSpeed saves beside it."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    scale = {"loss_scaler": LossScaler(scale=1.0), "dynamic_loss_scale": False, "overflow": False}
+    return {**scale, "zero_stage": ZeroStageEnum(stage)}
 
 
 def _plain_optimizer(target: _Target) -> dict[str, Any]:
     state = {}
     for i, (name, shape) in enumerate(target.source.shapes.items()):
-        one = _state(target, [Slot(name, 0, prod(shape), 0)], prod(shape))
+        one = _state(target, {Span(name, 0, prod(shape)): 0}, prod(shape))
         # Moments have their parameter's shape here.
-        state[i] = {k: Entry(k, shape, e.takes, e.dtype) if k in MOMENTS else e for k, e in one.items()}
+        state[i] = {k: Entry(k, shape, e.pieces, e.dtype) if k in MOMENTS else e for k, e in one.items()}
     indices = list(range(len(target.source.shapes)))
     return {"state": state if target.adam else {}, "param_groups": [_settings(target, indices)]}
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("deepspeed")

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raphael_dist.benchmarks.space import SpaceCase, add_sizes, cases
+from benchmarks.space import SpaceCase, add_sizes, cases
 from raphael_dist.engine import expert_groups
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
-from raphael_dist.parallel import ranks as parallel
-from raphael_dist.parallel.exchange import Peers, Traffic
+from raphael_dist.parallel.exchange import ExpertGroup, Traffic
 from raphael_dist.parallel.expert_parallel import ParallelSpaceMoE, ParallelTimeMoE, count_samples
+from raphael_dist.parallel.ranks import Ranks, all_reduce_sum, discover, initialise
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class MoeRow:
         return self.rows / self.milliseconds * 1e3
 
 
-class Blocking(Peers):
-    """Peers whose exchanges are waited for at once: what overlap gains is the difference."""
+class Blocking(ExpertGroup):
+    """A group whose exchanges are waited for at once: what overlap gains is the difference."""
 
     def all_to_all(self, *arguments: Any) -> tuple[Tensor, Any]:
         return _waited(super().all_to_all(*arguments))
@@ -53,20 +53,18 @@ class Blocking(Peers):
         return _waited(super().reduce_scatter(rows))
 
 
-def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: parallel.Ranks, uneven: bool = False) -> list[MoeRow]:
+def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: Ranks, uneven: bool = False) -> list[MoeRow]:
     """Return a row per layer; regions of text tokens cover `mask` of the image. Collective: all ranks call it."""
     measured = []
     for name, (rows, step, traffic) in _layers(case, mask, ranks, uneven).items():
         milliseconds, sent = _median_ms(step, repeats, traffic)
-        measured.append(MoeRow(name, int(parallel.total([rows], torch.device("cpu"))[0]), milliseconds, sent))
+        measured.append(MoeRow(name, int(all_reduce_sum([rows], torch.device("cpu"))[0]), milliseconds, sent))
     return measured
 
 
-def _layers(
-    case: SpaceCase, mask: float, ranks: parallel.Ranks, uneven: bool
-) -> dict[str, tuple[int, Callable[[], None], Traffic]]:
+def _layers(case: SpaceCase, mask: float, ranks: Ranks, uneven: bool) -> dict[str, tuple[int, Callable[[], None], Traffic]]:
     world, traffic = ranks.world_size, Traffic()
-    peers = expert_groups.join(world, traffic) if world > 1 else None
+    group = expert_groups.join(world, traffic) if world > 1 else None
     h_BND, mask_BNY, weight_BYK = case.inputs(mask, "cpu", torch.float32, seed=ranks.rank, uneven=uneven)
     tokens, pairs = case.batch * case.tokens, int(((mask_BNY @ weight_BYK.detach()) > 0).sum())
     expert_B = (torch.arange(case.batch) + ranks.rank) % case.experts
@@ -75,12 +73,12 @@ def _layers(
         expert_B[: case.batch // 2] = expert_R[: tokens // 2] = 0
     loop = Experts(case.experts, case.dim, case.hidden)
     found: dict[str, tuple[int, Callable[[], None], Traffic]] = {}
-    kinds = {"": peers}
-    if peers is not None:
-        kinds[", no overlap"] = Blocking(peers.group, peers.size, peers.index, traffic)
+    kinds = {"": group}
+    if group is not None:
+        kinds[", no overlap"] = Blocking(group.process_group, group.size, group.index, traffic)
     for suffix, to in kinds.items():
         space, moved = _space(case, to), _time(case, to)
-        samples = torch.nn.functional.one_hot(expert_B, case.experts).sum(dim=0).tolist()
+        samples: Any = torch.nn.functional.one_hot(expert_B, case.experts).sum(dim=0)
         if to is not None:
             samples = count_samples(torch.nn.functional.one_hot(expert_B[None], case.experts), to, [True])[0]
         factor_B = torch.ones(case.batch)
@@ -93,14 +91,14 @@ def _layers(
     return found
 
 
-def _space(case: SpaceCase, peers: Peers | None) -> nn.Module:
+def _space(case: SpaceCase, group: ExpertGroup | None) -> nn.Module:
     whole = SpaceMoE(case.experts, case.dim, case.hidden, "auto", seed=0)
-    return whole if peers is None else ParallelSpaceMoE(whole, peers, "auto")
+    return whole if group is None else ParallelSpaceMoE(whole, group, "auto")
 
 
-def _time(case: SpaceCase, peers: Peers | None) -> nn.Module:
+def _time(case: SpaceCase, group: ExpertGroup | None) -> nn.Module:
     whole = TimeMoE(case.experts, case.dim, case.hidden)
-    return whole if peers is None else ParallelTimeMoE(whole, peers)
+    return whole if group is None else ParallelTimeMoE(whole, group)
 
 
 class _Loop(nn.Module):
@@ -120,8 +118,11 @@ class _Loop(nn.Module):
 
 
 def _deepspeed_moe(case: SpaceCase, k: int, world: int, uneven: bool) -> nn.Module:
+    import deepspeed
     from deepspeed.moe.layer import MoE
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
+    deepspeed.init_distributed(verbose=False)
     expert = nn.Sequential(nn.Linear(case.dim, case.hidden), nn.GELU(), nn.Linear(case.hidden, case.dim))
     # No token is dropped, as in ours.
     layer = MoE(case.dim, expert, case.experts, ep_size=world, k=k, drop_tokens=False, use_rts=False)
@@ -173,8 +174,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print our expert layers beside DeepSpeed's and a loop, on the ranks that torchrun starts, or one."""
-    ranks = parallel.discover()
-    parallel.initialise(ranks)
+    ranks = discover()
+    initialise(ranks)
     torch.set_num_threads(args.threads)
     load = "half of the load wants one expert" if args.uneven else "even load"
     how = f"{load}, {ranks.world_size} ranks, {args.threads} threads each, median of {args.repeats}"

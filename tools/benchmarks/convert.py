@@ -1,23 +1,25 @@
 """`tools/bench.py convert`: what conversions cost beside a copy: seconds, rate, and the most memory in use."""
 
 import argparse
-import os
 import resource
 import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from raphael_dist.checkpoint.progress import Progress
+from raphael_dist.checkpoint.tensors import KINDS
 from raphael_dist.config import Config, load_config
-from raphael_dist.convert.mpi import Ranks
+from raphael_dist.convert.layouts import layout_of
+from raphael_dist.convert.mpi import MpiRanks
 from raphael_dist.convert.plan import Options
-from raphael_dist.convert.run import convert, make_plan, store
-from raphael_dist.convert.source import KINDS, parameter_shapes
+from raphael_dist.convert.run import convert, store
+from raphael_dist.convert.source import parameter_shapes
+from raphael_dist.storage.files import sync
 from raphael_dist.storage.tensorfile import CHUNK
 
 
@@ -27,9 +29,7 @@ class Noise:
     def __init__(self, config: Config, kinds: Sequence[str]) -> None:
         self.path, self.config, self.shapes = Path("noise"), config, parameter_shapes(config)
         self.whole = True
-        self.step, self.samples_seen, self.dataset = 1, config.train.global_batch, ""
-        self.updates: int | None = 1
-        self.guard: dict[str, Any] = {}
+        self.progress, self.dataset = Progress(1, config.train.global_batch, 1, {}), ""
         self._kinds, self._values = tuple(kinds), torch.randn(CHUNK + 4096)
 
     def kinds(self) -> tuple[str, ...]:
@@ -45,7 +45,8 @@ class Noise:
 def make_run(config: Config, kinds: Sequence[str], options: Options, folder: Path) -> None:
     """Write a run directory with one checkpoint of such numbers."""
     source = Noise(config, kinds)
-    store(source, make_plan("raphael", source, options, folder), folder, Ranks(), {})
+    plan = layout_of("--to", "raphael").plan(source, options, folder)
+    store("raphael", source, plan, folder, MpiRanks(), {})
 
 
 def bench_convert(source: Path, options: Options, layouts: Sequence[str], repeats: int) -> dict[str, float]:
@@ -72,9 +73,7 @@ def bench_convert(source: Path, options: Options, layouts: Sequence[str], repeat
 def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
     for path in target.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        sync(path)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from raphael_dist.config import load_config
-from raphael_dist.model.moe import SpaceBackend, SpaceMoE
+from raphael_dist.model.moe import FORMS, SpaceMoE
 from raphael_dist.model.routing import space_weights_BYK
 
-BACKENDS: tuple[SpaceBackend, ...] = ("literal", "grouped", "wide")
+BACKENDS = ("literal", *FORMS)
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ def bench_space(
         yield SpaceRow(mask, float(used_BK.mean()), times)
 
 
-def _forward(layer: SpaceMoE, backend: SpaceBackend, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _forward(layer: SpaceMoE, backend: str, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     layer.backend = backend
     return layer(*inputs)
 
 
-def _step(layer: SpaceMoE, backend: SpaceBackend, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def _step(layer: SpaceMoE, backend: str, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     h_BND, _, weight_BYK = inputs
     out, _ = _forward(layer, backend, inputs)
     torch.autograd.grad(out.float().square().sum(), [h_BND, weight_BYK, *layer.parameters()])
@@ -140,10 +140,8 @@ def run(args: argparse.Namespace) -> None:
     for case in cases(args):
         print(f"{case}, {args.dtype} on {args.device}, {args.threads} threads, median of {args.repeats}")
         print("mask = share of image tokens in a text token's region; density = share of (image token, expert) pairs in use")
-        print("  mask  density  literal ms  grouped ms   wide ms  grouped x  wide x")
+        print("  mask  density" + "".join(f"{b:>9} ms" for b in BACKENDS) + "".join(f"{b:>9} x" for b in FORMS))
         for row in bench_space(case, args.masks, args.repeats, args.device, getattr(torch, args.dtype)):
             ms = row.milliseconds
-            print(
-                f"{row.mask:6.2f} {row.density:8.2f} {ms['literal']:11.2f} {ms['grouped']:11.2f} {ms['wide']:9.2f} "
-                f"{ms['literal'] / ms['grouped']:10.1f} {ms['literal'] / ms['wide']:7.1f}"
-            )
+            times = "".join(f"{ms[b]:12.2f}" for b in BACKENDS)
+            print(f"{row.mask:6.2f} {row.density:8.2f}{times}" + "".join(f"{ms['literal'] / ms[b]:11.1f}" for b in FORMS))

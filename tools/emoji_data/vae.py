@@ -4,10 +4,8 @@ Latent diffusion needs an autoencoder (RAPHAEL works on VAE latents of 4 channel
 latents of 16 x 16. Images are float32 (B, 3, H, W) in [-1, 1], as in diffusers.
 """
 
-import io
 import json
 import math
-import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from webdataset import WebDataset, imagehandler
 
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
@@ -37,15 +35,14 @@ def read_images(shards: Iterable[Path]) -> Tensor:
 
     Raises UserError when there are none, or not all of one size.
     """
-    images = []
-    for path in shards:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".webp") and (file := tar.extractfile(member)):
-                    images.append(np.asarray(Image.open(io.BytesIO(file.read()), formats=["WEBP"]).convert("RGB")))
+    paths = [str(path) for path in shards]
+    images: list[Tensor] = []
+    if paths:
+        samples = WebDataset(paths, shardshuffle=False).decode(imagehandler("torchrgb8", ["webp"]), only=["webp"])
+        images = [sample["webp"] for sample in samples if "webp" in sample]
     if len({image.shape for image in images}) != 1:
         raise UserError(f"the shards hold {len(images)} .webp images, none or of unequal sizes; expected one size")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return torch.stack(images)
 
 
 def to_unit_range(images: Tensor) -> Tensor:

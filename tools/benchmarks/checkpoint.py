@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raphael_dist.benchmarks.convert import bench_convert, table
+from benchmarks.convert import bench_convert, table
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.checkpoint.snapshot import Snapshot
@@ -21,12 +21,12 @@ from raphael_dist.config import Config, load_config
 from raphael_dist.convert.plan import Options
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
-from raphael_dist.parallel import ranks as parallel
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import Ranks, all_reduce_sum, discover, initialise
 
 
 def bench_checkpoint(
-    config: Config, tree: dict[str, Any], ranks: parallel.Ranks, device: torch.device, repeats: int
+    config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device, repeats: int
 ) -> dict[str, float]:
     """Return medians over `repeats` of the seconds of each way to save, and the MiB of all ranks. Collective."""
     engine = Engine(config, tree, BatchPlan.of(config, ranks.world_size), device)
@@ -35,13 +35,13 @@ def bench_checkpoint(
     folder = config.run.dir
     snapshot = Snapshot(engine.fragments, ema, ranks.rank, ranks.world_size)
     rows: dict[str, list[float]] = {}
-    with CheckpointStore(config, ranks, engine.fragments, ema, "benchmark") as store:
+    with CheckpointStore(config, ranks, engine.fragments, ema, {"data.shards": "benchmark"}) as store:
         store.resume()
         for i in range(repeats + 1):  # the first makes buffers and is not counted
             found = _ours(store, i + 1, ranks, device)
             found["DeepSpeed save_checkpoint"] = _timed(lambda i=i: engine.save_deepspeed(folder / f"deepspeed-{i}"))  # type: ignore[misc]
             path = folder / f"torch-{ranks.rank}.pt"
-            snapshot.plan()
+            snapshot.prepare()
             values = snapshot.take()
             found["torch.save of the same bytes"] = _timed(lambda p=path, v=values: torch.save(v, p))  # type: ignore[misc]
             for name, seconds in found.items():
@@ -53,11 +53,11 @@ def bench_checkpoint(
     return {name: statistics.median(values[1:]) for name, values in rows.items()}
 
 
-def _ours(store: CheckpointStore, step: int, ranks: parallel.Ranks, device: torch.device) -> dict[str, float]:
+def _ours(store: CheckpointStore, step: int, ranks: Ranks, device: torch.device) -> dict[str, float]:
     dist.barrier()
     began = time.monotonic()
     store.begin(Progress(step, step, step, {}))
-    while float(parallel.total([float(store.written)], device)[0]) < ranks.world_size:
+    while float(all_reduce_sum([float(store.written)], device)[0]) < ranks.world_size:
         time.sleep(0.02)  # where a training step would be
     store.settle()
     stall, write = store.last.stall_s, store.last.write_s
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
     """Print what a save costs beside torch.save and DeepSpeed's own; as one process, or as the ranks of a launcher."""
     config, stage, folder, repeats = load_config(args.config), args.zero, args.folder, args.repeats
     torch.set_num_threads(1)
-    ranks = parallel.discover()
-    device = parallel.initialise(ranks)
+    ranks = discover()
+    device = initialise(ranks)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
     try:
         medians = bench_checkpoint(config, {"zero_optimization": {"stage": stage}}, ranks, device, repeats)

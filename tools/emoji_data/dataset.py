@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from webdataset import TarWriter
 
-from raphael_dist.data.emoji_names import captions, clean_name, slug
+from emoji_data.names import captions, clean_name, slug
 from raphael_dist.errors import UserError, did_you_mean
 
 SIZE = 64
@@ -244,12 +245,10 @@ def make_samples(
 def write_tar(path: Path, samples: Iterable[Sample]) -> None:
     """Write one shard, gzipped if its name says so; the same samples give the same bytes, whoever writes them and when."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with TarWriter(buffer, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
         for sample in samples:
-            for suffix, data in sample.members.items():
-                info = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            for suffix, data in sample.members.items():  # one at a time: TarWriter sorts the members of a sample by name
+                tar.write({"__key__": sample.key, suffix: data})
     plain = buffer.getvalue()
     path.write_bytes(gzip.compress(plain, 9, mtime=0) if path.suffix == ".gz" else plain)
 

@@ -1,0 +1,20 @@
+"""Which devices are GPUs, whose work the host does not wait for."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# The kinds of device whose way is taken. `tools/bench.py syncs` adds the kind of tensor that stands for a GPU's.
+GPU_KINDS: tuple[str, ...] = ("cuda",)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Return whether work on `device` is queued, so that reading its results makes the host wait."""
+    return device.type in GPU_KINDS
+
+
+def from_host(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return numbers of the host as a vector on `device`, without a wait: a GPU copies them out of pinned memory."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if is_gpu(device) else tensor.to(device)

@@ -1,0 +1,41 @@
+"""The convolutional part of the U-Net: diffusers' residual block, under its parameter names, with a forward pass of our own.
+
+Shape legend: B samples, C channels, H and W of the feature map, E width of the timestep embedding.
+"""
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class ResidualBlock(ResnetBlock2D):
+    """`x + conv(silu(norm(conv(silu(norm(x))) + time)))`, as diffusers computes it.
+
+    diffusers' own forward pass brings the input of the shortcut into the contiguous format while training; this one keeps
+    the format that the feature map comes in (`layout`).
+    """
+
+    def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
+        super().__init__(in_channels=inner, out_channels=outer, temb_channels=embed, groups=groups, eps=1e-5)
+
+    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
+        """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
+        time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
+        h_BCHW = self.conv1(_like(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
+        h_BCHW = self.conv2(_like(F.silu(self.norm2(h_BCHW)), x_BCHW))
+        return h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
+
+
+def _like(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    # Up to torch 2.13 GroupNorm on CUDA answers in the contiguous format whatever it is given.
+    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """Return the memory format of feature maps: channels last on GPUs, whose convolutions want it; contiguous on CPUs.
+
+    Weights stay contiguous everywhere: ZeRO flattens them, and checkpoints hold them in that order.
+    """
+    return torch.contiguous_format if device.type == "cpu" else torch.channels_last

@@ -1,0 +1,42 @@
+"""Ends a process that keeps Python's lock for ever: `python last_resort.py PID SECONDS TICK`, beside that process.
+
+A byte on standard input is a sign of life, and its end is the process's end. Without either for SECONDS it lets the process
+write its stacks (SIGUSR2, which faulthandler answers in C) and kills it. Time in which either was stopped does
+not count: a suspended job has not hung, and a rank that is stopped alone is named by the others.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+
+
+def stopped(pid: int) -> bool:
+    """Return whether a process is stopped by a signal or a debugger."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+    return False
+
+
+def main(pid: int, seconds: float, tick: float) -> None:
+    """Watch until the process ends, or has been silent for too long."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they are for the process
+        signal.signal(number, signal.SIG_IGN)
+    silent, last = 0.0, time.monotonic()
+    while silent < seconds:
+        heard, _, _ = select.select([0], [], [], tick)
+        now = time.monotonic()
+        passed, last = min(now - last, 2 * tick), now
+        if heard and not os.read(0, 4096):
+            return
+        silent = 0.0 if heard else silent + (0.0 if stopped(pid) else passed)
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGUSR2)
+        time.sleep(1.0)
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))

@@ -1,0 +1,116 @@
+"""Validation loss at fixed noise, and sample grids, with the work spread over all ranks."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from raphael_dist.config import Config
+from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder
+from raphael_dist.data.stream import TrainStream
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.model.device import is_gpu
+from raphael_dist.model.diffusion import NoiseSchedule, make_scheduler
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.parallel.batch_plan import BatchPlan, run_of, unit_of
+from raphael_dist.parallel.ranks import Ranks, all_reduce_sum
+from raphael_dist.sampling.sampling import generate
+
+TIME_BINS = 4
+MIN_DRAWS = 32
+
+
+class Validator:
+    """The denoising loss on every held-out pair, at noise and timesteps that never change; a few pairs take several rounds.
+
+    `val/loss_t0` .. `val/loss_t3` split it by quarters of the timestep range, t0 the least noisy.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, stream: TrainStream, engine: Engine, schedule: NoiseSchedule) -> None:
+        self._config, self._ranks, self._engine, self._schedule = config, ranks, engine, schedule
+        pairs = stream.order.samples_per_epoch
+        micro, unit, run = config.train.micro_batch, unit_of(config), run_of(config, training=False)
+        group = ranks_together(config, engine, ranks.world_size)
+        # Whole rounds over the pairs, as many on any number of ranks; ranks for which there are none have no part in it.
+        count = pairs * -(-max(MIN_DRAWS, group) // pairs)
+        self._drawing = drawing_ranks(count, ranks.world_size, group, min(group * micro, run or group * micro))
+        self._plan = BatchPlan(count, self._drawing, micro, unit, run)
+        pin, blocks = is_gpu(engine.device), engine.module.num_blocks
+        self._builder = BatchBuilder(config, stream, blocks, global_batch=count, gate_noise=False, pin=pin)
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """Return the scalars by tag. Collective."""
+        sums, device = torch.zeros(2, TIME_BINS, device=self._engine.device), self._engine.device
+        self._engine.module.eval()
+        for micro in range(self._plan.accumulation if self._ranks.rank < self._drawing else 0):
+            batch = self._builder.build(self._plan.slots(0, self._ranks.rank, micro)).to(device)
+            losses = compute_losses(self._engine.module, batch, self._schedule, self._config, self._engine.dtype)
+            bins = batch.timestep * TIME_BINS // self._config.diffusion.num_timesteps
+            sums[0].index_add_(0, bins, losses.denoise)
+            sums[1].index_add_(0, bins, batch.weight)
+        self._engine.module.train()
+        loss, count = all_reduce_sum(sums, device)
+        values = {"val/loss": float(loss.sum() / count.sum())}
+        return values | {f"val/loss_t{i}": float(loss[i] / count[i]) for i in range(TIME_BINS) if count[i] > 0}
+
+
+def ranks_together(config: Config, engine: Engine, world_size: int) -> int:
+    """Return how many consecutive ranks must run the model's forward pass together, because it holds collectives."""
+    return world_size if engine.stage == 3 else unit_of(config)
+
+
+def drawing_ranks(count: int, world_size: int, group: int, span: int) -> int:
+    """Return on how many ranks, in whole groups, `count` samples are drawn: no more than have one, at least one group.
+
+    span: samples that a group draws at a time.
+    """
+    units = min(-(-count // span), count // group, world_size // group)
+    return max(1, units) * group
+
+
+def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> list[int]:
+    """Return the numbers of the prompts that a rank draws: [] where there are none left for its group.
+
+    Ranks of a group draw equally many, so that they meet in collectives; the last prompt is then drawn more than once.
+    """
+    each = -(-num_prompts // world_size)
+    if rank // group * group * each >= num_prompts:
+        return []
+    return [min(rank * each + i, num_prompts - 1) for i in range(each)]
+
+
+def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> None:
+    """Load the encoders where prompts will be drawn: what is wrong with them is better found before the first step."""
+    if prompt_share(
+        len(config.sample.prompts), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size)
+    ):
+        text.ready()
+        image.ready()
+
+
+def sample_prompts(
+    config: Config, ranks: Ranks, engine: Engine, ema: Ema | None, text: TextEncoder, image: ImageEncoder
+) -> np.ndarray | None:
+    """Return images of `sample.prompts`, uint8 [P, H, W, 3], from the averaged weights, on rank 0. Collective."""
+    s, prompts, size = config.sample, list(config.sample.prompts), config.image.buckets[0]
+    mine = prompt_share(len(prompts), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size))
+    images = torch.zeros(len(prompts), *size, 3, dtype=torch.uint8)
+    engine.module.eval()
+    with nullcontext() if ema is None else ema.in_model():
+        if mine:
+            arguments: dict[str, Any] = {"steps": s.steps, "guidance": s.guidance, "seed": s.seed}
+            captions, scheduler = [prompts[i] for i in mine], make_scheduler(config.diffusion, s.scheduler)
+            drawn = generate(engine.module, text, image, scheduler, captions, mine, size_hw=size, **arguments)
+            for i, image_HW3 in zip(mine, drawn, strict=True):
+                if i // len(mine) == ranks.rank:  # not one that is drawn only to keep company
+                    images[i] = torch.from_numpy(image_HW3)
+    engine.module.train()
+    # Every image is one rank's, and nothing elsewhere: the sum is all of them. Its size does not grow with the ranks.
+    images = images.to(engine.device)
+    dist.reduce(images, dst=0)
+    return images.cpu().numpy() if ranks.is_main else None

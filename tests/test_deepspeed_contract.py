@@ -1,0 +1,78 @@
+"""What the adapters of engine/zero.py use of DeepSpeed is there, by name; a new DeepSpeed fails here, in one clear place."""
+
+import ast
+import importlib
+import inspect
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from raphael_dist.engine import zero
+
+ROOT = Path(__file__).parent.parent
+# Each adapter, DeepSpeed's class behind it, and every name of that class which the adapter reads, replaces or calls.
+CONTRACT = {
+    "Flat": (
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
+        "single_partition_of_fp32_groups update_lp_params cpu_offload _wait_for_offload_copies averaged_gradients "
+        "check_grad_overflow clip_grad scaled_global_norm overflow check_overflow",
+    ),
+    "Bf16": (
+        "deepspeed.runtime.bf16_optimizer.BF16_Optimizer",
+        "fp32_groups_flat_partition update_lp_params fp32_groups_gradient_flat_partition clip_grad get_grads_for_norm",
+    ),
+    "Sharded": (
+        "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3",
+        "fp32_partitioned_groups_flat fp16_partitioned_groups_flat grad_position get_param_id _partition_all_parameters "
+        "persistent_parameters offload_optimizer averaged_gradients clip_grad _get_norm_groups",
+    ),
+}
+# By these names of theirs an optimizer's kind is told, in this order: none may have that of an earlier kind.
+TELLING = {
+    "Sharded": "fp32_partitioned_groups_flat",
+    "Bf16": "fp32_groups_gradient_flat_partition",
+    "Flat": "single_partition_of_fp32_groups",
+}
+
+
+def names_of(path: str) -> set[str]:
+    """Return the methods of a class and what it sets on itself."""
+    module, _, name = path.rpartition(".")
+    tree = ast.parse(inspect.getsource(getattr(importlib.import_module(module), name)))
+    found = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+    return found
+
+
+def used_by(adapter: str) -> set[str]:
+    """Return what an adapter uses of `self._zero`, or of `zero` where that stands for it."""
+    source = inspect.getsource(getattr(zero, adapter))
+    found = set(re.findall(r"(?<![\w.])(?:self\._zero|zero)\.(\w+)", source))
+    return found | set(re.findall(r"_replaced\((?:self\._zero|zero), \"(\w+)\"", source))
+
+
+@pytest.mark.parametrize("adapter", CONTRACT)
+def test_every_name_that_an_adapter_uses_is_in_the_contract_and_in_deepspeed(adapter):
+    path, names = CONTRACT[adapter]
+    assert used_by(adapter) == set(names.split()), "the contract must name what the adapter uses"
+    missing = set(names.split()) - names_of(path)
+    assert not missing, f"DeepSpeed {version('deepspeed')} has no {path}.{sorted(missing)}: see engine/zero.py {adapter}"
+
+
+def test_each_kind_is_told_by_a_name_that_no_kind_asked_later_has():
+    for i, (kind, name) in enumerate(TELLING.items()):
+        assert name in names_of(CONTRACT[kind][0])
+        for other in list(TELLING)[i + 1 :]:
+            assert name not in names_of(CONTRACT[other][0]), f"{other} would be taken for {kind}"
+
+
+def test_deepspeed_is_bound_to_the_minor_version_that_the_adapters_know():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bound = next(line for line in project["dependencies"] if line.startswith("deepspeed"))
+    major, minor = version("deepspeed").split(".")[:2]
+    assert bound.endswith(f"<{major}.{int(minor) + 1}"), f"{bound}: raise the bound when this file passes on a newer one"

@@ -1,0 +1,97 @@
+"""A disk that is full ends nothing it need not: what is only told is lost with a warning, what cannot start says so."""
+
+import logging
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raphael_dist.config import load_config
+from raphael_dist.errors import EXIT_NOT_SAVED, NotSavedError
+from raphael_dist.parallel.ranks import Ranks
+from raphael_dist.training import rundir
+from raphael_dist.training.metrics import MetricsWriter, read_metrics
+from raphael_dist.training.watchdog import Watchdog
+from tests.launch import run_ranks
+from tests.test_training import SMALL
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    path = disk / "filler"
+    with open(path, "wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(4096))
+            except OSError:
+                return path
+
+
+def test_metrics_are_lost_with_one_warning_while_there_is_no_room(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = MetricsWriter(disk)
+    writer.write(1, 8, {"train/loss": 1.0})
+    filler = fill(disk)
+    caplog.set_level(logging.WARNING, "raphael_dist")
+    logging.getLogger("raphael_dist").propagate = True
+    for step in range(2, 200):
+        writer.write(step, 8 * step, {f"a/metric{i}": 0.1234567 for i in range(20)} | {"train/loss": 1.0})
+    assert len([record for record in caplog.records if "metrics are lost" in record.message]) == 1
+    filler.unlink()
+    writer.write(200, 1600, {"train/loss": 2.0})
+    writer.close()
+    losses = read_metrics(disk / "metrics.jsonl")["train/loss"]
+    assert losses[0] == (1, 1.0)
+    assert losses[-1] == (200, 2.0)
+    assert len(losses) < 199
+
+
+def test_a_log_and_heartbeats_that_cannot_be_written_end_nothing(disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = load_config("emoji-tiny", [f"run.dir={disk}"])
+    rundir.start_logging(config, 0)
+    log = logging.getLogger("raphael_dist")
+    with Watchdog(Ranks(), disk, 1.0) as dog:
+        fill(disk)
+        for step in range(300):
+            dog.beat(f"step {step}")
+            log.info("%d %s", step, "x" * 200)
+    error = capfd.readouterr().err
+    assert error.count("No space left on device") == 1
+    assert "training goes on" in error
+    assert "Traceback" not in error
+    log.handlers = []
+
+
+@pytest.mark.parametrize("what", ["claim", "log", "watchdog"])
+def test_a_start_without_room_says_so(disk: Path, what: str) -> None:
+    run = disk / "run"
+    config = load_config("emoji-tiny", [f"run.dir={run}"])
+    subprocess.run(["mount", "-o", f"remount,nr_inodes={1 + sum(1 for _ in disk.rglob('*'))}", str(disk)], check=True)
+    starts = {
+        "claim": lambda: rundir.claim(config),
+        "log": lambda: rundir.start_logging(config, 0),
+        "watchdog": Watchdog(Ranks(), run, 1.0).start,
+    }
+    with pytest.raises(NotSavedError, match="No space left on device; free some space, nothing was lost"):
+        starts[what]()
+
+
+@pytest.mark.slow
+def test_the_command_line_on_a_full_disk_is_one_line_and_exit_code_4(disk: Path, tmp_path: Path) -> None:
+    fill(disk)
+    command = ["raphael_dist/train.py", *SMALL, f"run.dir={disk}/run", f"data.cache_dir={tmp_path}/cache"]
+    for output in run_ranks(command, 2, exit_code=EXIT_NOT_SAVED):
+        assert "Traceback" not in output
+        assert output.count("error") <= 1
+    assert not list((disk / "run" / "checkpoints").iterdir())

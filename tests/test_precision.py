@@ -1,0 +1,171 @@
+"""Every precision, ZeRO stage, accumulation and placement of experts takes the step that plain PyTorch takes in float32.
+
+One step of SGD, since Adam hides the scale of a gradient: the change of the fp32 master weights is the gradient. The oracle
+starts from the masters that the run started from, so that what is compared is the gradient and no rounding of the weights.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from raphael_dist.engine.ds_config import merge
+from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.batch_plan import BatchPlan
+from tests.launch import run_ranks, train_many
+from tests.synthetic import synthetic_batch, tiny_config
+
+GLOBAL_BATCH, LR, CLIP = 8, 0.05, 0.5
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+ZERO = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero2 overlapped": {"stage": 2, "overlap_comm": True},
+    "zero2 offloaded": {"stage": 2, **OFFLOAD},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 100},
+    "zero3 offloaded": {"stage": 3, "stage3_param_persistence_threshold": 100, **OFFLOAD},
+}
+# Several buckets: the tiny model has 40 thousand parameters, its largest tensor 9 thousand.
+SMALL_BUCKETS = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: everything that could change a gradient and must not."""
+
+    dtype: str
+    zero: str
+    micro_steps: int
+    world_size: int
+    ep: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-{self.zero}-{self.micro_steps}x{self.world_size}-ep{self.ep}".replace(" ", "_")
+
+    @property
+    def clip(self) -> float:
+        return CLIP if self.world_size == 2 else 0.0
+
+    @property
+    def sections(self) -> dict:
+        micro = GLOBAL_BATCH // (self.micro_steps * self.world_size)
+        return {
+            "train": {"global_batch": GLOBAL_BATCH, "micro_batch": micro, "dtype": self.dtype, "check_gradients": True},
+            "optim": {"kind": "sgd", "clip": self.clip, "lr": LR},
+            "parallel": {"space_ep": self.ep, "time_ep": self.ep, "placement": ["shard"]},
+        }
+
+    @property
+    def deepspeed(self) -> dict:
+        return {"zero_optimization": {**ZERO[self.zero], **SMALL_BUCKETS}}
+
+    def refusal(self) -> str | None:
+        """Return why this cannot be run, by the trainer's own word."""
+        config = tiny_config(**self.sections)
+        plan = BatchPlan.of(config, self.world_size)
+        assert plan.accumulation == self.micro_steps
+        try:
+            merge(config, self.deepspeed, plan.accumulation, self.world_size)
+        except UserError as error:
+            return str(error)
+        return None
+
+
+CASES = [
+    Case(dtype, zero, micro_steps, world_size, ep)
+    for dtype, zero, micro_steps, (world_size, ep) in product(
+        ("float32", "bfloat16"), ZERO, (1, 4), ((1, 1), (2, 1), (2, 2))
+    )
+]
+REFUSED = {case: why for case in CASES if (why := case.refusal()) is not None}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run all cases of a world size in the same processes, when the first of them is asked for."""
+
+    @cache
+    def of(world_size: int) -> dict[Case, dict]:
+        cases = [case for case in CASES if case.world_size == world_size and case not in REFUSED]
+        folder: Path = tmp_path_factory.mktemp(f"precision-{world_size}")
+        specs = [{"sections": case.sections, "deepspeed": case.deepspeed, "steps": 1} for case in cases]
+        return dict(zip(cases, train_many(folder, world_size, specs, timeout=280), strict=True))
+
+    return lambda case: of(case.world_size)[case]
+
+
+def plain_gradient(start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the gradient of the whole batch in float32, by torch alone."""
+    config = tiny_config(train={"global_batch": GLOBAL_BATCH})
+    model = RaphaelUNet(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(start[name].view(p.shape))
+    batch = synthetic_batch(config, [(p, 1.0) for p in range(GLOBAL_BATCH)], model.num_blocks)
+    losses = compute_losses(model, batch, NoiseSchedule.create(config.diffusion), config, torch.float32)
+    losses.total.mean().backward()
+    return {name: p.grad.flatten() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=() if case.world_size == 2 else pytest.mark.slow)
+        for case in CASES
+        if case not in REFUSED
+    ],
+)
+def test_one_step_changes_the_masters_by_the_gradient_of_the_whole_batch(case, runs):
+    found = runs(case)
+    start = found["resumed"]["weights"]
+    expected = plain_gradient(start)
+    norm = float(torch.cat(list(expected.values())).norm())
+    assert found["norms"][0] == pytest.approx(norm, rel=0.01 if case.dtype == "bfloat16" else 1e-5)
+    assert norm > 2 * CLIP, "clipping must be at work"
+    scale = LR * min(1.0, CLIP / norm if case.clip else 1.0)
+    change = {name: (start[name] - weight) / scale for name, weight in found["weights"].items()}
+    a, b = (torch.cat([g[name].double() for name in sorted(expected)]) for g in (change, expected))
+    cosine, length = float(a @ b / (a.norm() * b.norm())), float(a.norm() / b.norm())
+    if case.dtype == "bfloat16":
+        assert cosine > 0.999, f"cosine {cosine:.5f}, length {length:.4f}"
+        assert length == pytest.approx(1, abs=0.01)
+    else:
+        assert cosine > 1 - 1e-5
+        assert length == pytest.approx(1, abs=1e-5)
+        for name, gradient in expected.items():
+            rounding = 1e-6 * start[name].abs().max() / scale  # of the masters, in which the change is seen
+            assert (change[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + rounding, name
+
+
+def test_what_cannot_be_right_is_refused_with_a_reason():
+    """bfloat16 without float32 masters, and experts spread under stages that would reduce them wrongly."""
+    for case, why in REFUSED.items():
+        assert case.ep > 1 or (case.dtype == "bfloat16" and case.zero == "zero0"), f"{case}: {why}"
+        assert "use " in why or "set " in why, why
+    assert {case.zero for case in CASES if case.ep > 1 and case not in REFUSED} == {"zero1", "zero2"}
+
+
+ADAMW = {"optim": {"kind": "adamw", "clip": 0.5, "lr": 3e-3}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero1", "zero2"])
+def test_thirty_steps_of_adamw_in_bfloat16_stay_by_those_in_float32(zero, tmp_path):
+    """With four micro-steps on two ranks; the losses within 2%."""
+    cases = [Case(dtype, zero, 4, 2) for dtype in ("float32", "bfloat16")]
+    specs = [{"sections": {**case.sections, **ADAMW}, "deepspeed": case.deepspeed, "steps": 30} for case in cases]
+    exact, rounded = (run["losses"] for run in train_many(tmp_path, 2, specs, timeout=280))
+    assert sum(exact[-5:]) < 0.8 * sum(exact[:5]), "it must learn"
+    assert rounded == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_the_rehearsal_before_training_holds_all_that_a_step_holds_and_changes_nothing(world_size):
+    run_ranks(["tests/workers/rehearsal.py"], world_size)

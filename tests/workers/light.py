@@ -1,0 +1,121 @@
+"""Rank: parts of a start and of validation by themselves (see tests/forks.py); writes what it saw to seen-N.json.
+
+spec: {"folder", "case", ...} with the keys that the case reads.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raphael_dist.config import Config, config_from_tree, load_config
+from raphael_dist.data import encoders
+from raphael_dist.data.encoders import ImageEncoder, TextFeatures
+from raphael_dist.data.open import open_encoders, open_stream
+from raphael_dist.engine import expert_groups
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.exchange import Traffic
+from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from raphael_dist.training import validation
+from tests.synthetic import SIZE, TEXT_WIDTH, TOKENS, TREE
+
+
+def groups_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Join the groups of each size; return the sums of rank numbers in them, as DeepSpeed's registry finds them."""
+    from deepspeed.utils import groups
+
+    found = {}
+    for size in spec["sizes"]:
+        expert_group = expert_groups.join(size, Traffic())
+        sums = []
+        for group in (
+            groups._get_expert_parallel_group(expert_group.name),
+            groups._get_expert_data_parallel_group(expert_group.name),
+        ):
+            value = torch.tensor([float(ranks.rank)])
+            dist.all_reduce(value, group=group)
+            sums.append(float(value))
+        again = expert_groups.join(size, Traffic())
+        found[size] = {"sums": sums, "index": expert_group.index, "same": again.process_group is expert_group.process_group}
+    return found
+
+
+def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Open the data twice, then get ready to sample; return how often this rank had loaded the text encoder each time."""
+    loads, load = [0], encoders._text_model
+
+    def counting(*args: Any) -> Any:
+        loads[0] += 1
+        return load(*args)
+
+    encoders._text_model = counting
+    config, seen = load_config("emoji-tiny", spec["overrides"]), []
+    for _ in range(2):
+        text, image = open_encoders(config, torch.device("cpu"))
+        open_stream(config, config.data.shards, ranks, text, image, training=True)
+        seen.append(loads[0])
+    validation.ready_to_sample(config, ranks, SimpleNamespace(stage=spec.get("stage", 1)), text, image)  # type: ignore[arg-type]
+    return {"loads": [*seen, loads[0]], "width": text.width, "fingerprint": text.fingerprint}
+
+
+class Letters:
+    """Stands for a text encoder: tokens drawn from the caption's letters."""
+
+    def encode(self, captions: list[str]) -> TextFeatures:
+        seeds = [sum(map(ord, caption)) for caption in captions]
+        tokens = [torch.randn(TOKENS, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        mask = torch.ones(len(captions), TOKENS, dtype=torch.bool)
+        return TextFeatures(torch.stack(tokens), mask, torch.full((len(captions),), TOKENS - 1))
+
+
+def config_of_prompts(prompts: list[str], space_ep: int) -> Config:
+    """Return the tiny model's configuration with these prompts."""
+    given = {
+        "image": {"encoder": "none", "buckets": [[SIZE, SIZE]]},
+        "model": {**TREE["model"], "latent_channels": 3},
+        "sample": {"prompts": prompts, "steps": 2},
+        "parallel": {"space_ep": space_ep},
+    }
+    return config_from_tree({**TREE, **given})
+
+
+def tiny_unet(config: Config) -> RaphaelUNet:
+    """Return a model whose pictures depend on the caption: the last layer starts from zero otherwise."""
+    torch.manual_seed(0)
+    model = RaphaelUNet(config)
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def prompts_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Sample prompts on all ranks; return the images rank 0 has, and how many this rank drew."""
+    config, drawn, generate = config_of_prompts(spec["prompts"], spec["space_ep"]), [], validation.generate
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        drawn.extend(args[5])
+        return generate(*args, **kwargs)
+
+    validation.generate = counting  # type: ignore[assignment]
+    engine: Any = SimpleNamespace(module=tiny_unet(config), stage=spec["stage"], device=torch.device("cpu"))
+    text: Any = Letters()
+    images = validation.sample_prompts(config, ranks, engine, None, text, ImageEncoder.of(None))
+    return {"drawn": drawn, "images": None if images is None else images.tolist()}
+
+
+CASES = {"groups": groups_case, "encoders": encoders_case, "prompts": prompts_case}
+
+
+def main(spec: dict[str, Any]) -> int:
+    torch.set_num_threads(1)
+    ranks = discover()
+    initialise(ranks)
+    seen = CASES[spec["case"]](spec, ranks)
+    (Path(spec["folder"]) / f"seen-{ranks.rank}.json").write_text(json.dumps(seen))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0

@@ -1,0 +1,72 @@
+"""Rank: one piece of long work, with a fault on request (see tests/forks.py); writes what came of it to result-N.txt.
+
+spec: {"folder", "case", "at": the rank that is special, "collective_s", "silence_s"}. A rank that raises HungError exits
+with EXIT_HUNG.
+"""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raphael_dist.errors import EXIT_HUNG, HungError, UserError
+from raphael_dist.parallel import long_work
+from raphael_dist.parallel.long_work import Tell
+from raphael_dist.parallel.ranks import discover, initialise
+
+
+def work_of(case: str, here: bool, folder: Path, rank: int) -> Any:
+    """Return the work of a rank; `here`: it is the special one."""
+
+    def long(tell: Tell) -> str:
+        for i in range(30 if here else 0):
+            time.sleep(0.2)
+            tell(f"shard {i} of 30")
+        return "done"
+
+    def stops(tell: Tell) -> str:
+        (folder / f"began-{rank}").touch()
+        if here:
+            while len(list(folder.glob("began-*"))) < int(os.environ["WORLD_SIZE"]):
+                time.sleep(0.05)
+            tell("shard 3 of 7")
+            time.sleep(2.0)  # until the others know
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return "done"
+
+    def fails(tell: Tell) -> str:
+        if here:
+            tell("shard 3 of 7")
+            raise UserError("data.shards: no such shard")
+        for i in range(300):  # half a minute, unless it hears of the failure
+            time.sleep(0.1)
+            tell(f"shard {i} of 300")
+        return "done"
+
+    return {"long": long, "stops": stops, "fails": fails}[case]
+
+
+def main(spec: dict[str, Any]) -> int:
+    torch.set_num_threads(1)
+    long_work.SILENCE_S = spec.get("silence_s", long_work.SILENCE_S)
+    ranks = discover()
+    initialise(ranks, timedelta(seconds=spec["collective_s"]))
+    work = work_of(spec["case"], ranks.rank == spec["at"], Path(spec["folder"]), ranks.rank)
+    began, code = time.monotonic(), 0
+    try:
+        result = long_work.together("indexing", work)
+        if ranks.rank == 0 or not spec.get("share"):
+            result += f" by rank {ranks.rank}"
+        if spec.get("share"):
+            result = long_work.from_main("sharing", lambda _: result)
+    except UserError as error:
+        result, code = f"UserError: {error}", 2
+    except HungError as error:
+        result, code = f"HungError: {error}", EXIT_HUNG
+    folder = Path(spec["folder"])
+    (folder / f"result-{ranks.rank}.txt").write_text(f"{time.monotonic() - began:.1f} {result}")
+    return code

@@ -1,0 +1,23 @@
+"""Rank process: `start_run.py RANK ARGUMENT ...` trains like train.py, but rank RANK stops itself before the first step."""
+
+import os
+import signal
+import sys
+
+import torch
+
+from raphael_dist import train
+from raphael_dist.training import measure
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    rank, *arguments = sys.argv[1:]
+    rehearse = measure.rehearse
+
+    def stopping(*args: object) -> float:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return rehearse(*args)
+
+    if os.environ["RANK"] == rank:
+        measure.rehearse = stopping
+    sys.exit(train.main(arguments))

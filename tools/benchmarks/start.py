@@ -1,0 +1,151 @@
+"""`tools/bench.py start`: what starting up costs with many ranks that do no arithmetic.
+
+One process imports everything and forks the ranks from itself, so that hundreds fit into a machine's memory. All of them
+share its cores and talk by gloo over loopback: a network has more latency, and a node has cores of its own for its ranks, so
+the numbers show what grows with the ranks rather than what it takes on a cluster.
+"""
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raphael_dist.config import load_config
+from raphael_dist.parallel import long_work
+from raphael_dist.parallel.ranks import (
+    Ranks,
+    all_or_none,
+    all_reduce_sum,
+    discover,
+    free_port,
+    gather_objects,
+    initialise,
+    own_group,
+    rank_table,
+)
+from raphael_dist.training import rundir
+
+TIMEOUT = timedelta(minutes=5)
+RANGES = 40  # entries of one rank's file in a manifest: a thousandth of raphael-3b is a few tensors of four kinds
+
+
+def bench_start(world_size: int, ep: int, repeats: int) -> dict[str, float]:
+    """Fork `world_size` ranks; return seconds by name, each the slowest rank's, the median of `repeats` where repeated."""
+    port, pids = free_port(), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            pids = [_fork(rank, world_size, ep, repeats, port, folder) for rank in range(world_size)]
+            for rank, pid in enumerate(pids.copy()):
+                status = os.waitpid(pid, 0)[1]
+                pids.remove(pid)
+                if status:
+                    raise RuntimeError(f"rank {rank} of {world_size} ended with status {status}")
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        return dict(json.loads((folder / "times.json").read_text()))
+
+
+def _fork(rank: int, world_size: int, ep: int, repeats: int, port: int, folder: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        world = str(world_size)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        times = measure(discover(), ep, repeats, folder)
+        if rank == 0:
+            (folder / "times.json").write_text(json.dumps(times))
+        dist.barrier()
+        code = 0
+    except BaseException as error:
+        print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
+    finally:
+        os._exit(code)
+
+
+def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, float]:
+    """Return the slowest rank's seconds of each part of a start, of a step's agreement and of a save's. Collective."""
+    began = time.perf_counter()
+    device = initialise(ranks, TIMEOUT)
+    dist.barrier()
+    seconds = {"join the process group": [time.perf_counter() - began]}
+    config = load_config("emoji-tiny", [f"run.dir={folder / 'run'}"])
+    entry = {f"master/block.{i}.weight": (i, 10_000) for i in range(RANGES)}
+    once: dict[str, Callable[[], Any]] = {
+        "claim the run directory": lambda: long_work.together(
+            "claiming", lambda tell: rundir.claim(config, tell) if ranks.is_main else None
+        ),
+        "expert groups, every rank in every call": lambda: _groups_of_all(ep),
+        "expert groups, members only": lambda: _own_groups(ep),
+    }
+    often: dict[str, Callable[[], Any]] = {
+        "all_or_none": lambda: all_or_none(lambda: None),
+        "gather a table row": lambda: rank_table(ranks, device),
+        "together, no work": lambda: long_work.together("nothing", lambda _: None),
+        "from_main": lambda: long_work.from_main("nothing", lambda _: ["a path"] * 100),
+        "step: sum of three numbers": lambda: all_reduce_sum([1.0, 0.0, 0.0], device),
+        "save: agree on room": lambda: gather_objects((1, 1, None)),
+        "save: exchange what was written": lambda: gather_objects((entry, None)),
+    }
+    for times, works in ((1, once), (repeats, often)):
+        for name, work in works.items():
+            seconds[name] = [_timed(work) for _ in range(times)]
+    slowest = torch.tensor([sorted(found)[len(found) // 2] for found in seconds.values()], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return dict(zip(seconds, slowest.tolist(), strict=True))
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    dist.barrier()
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _groups_of_all(ep: int) -> None:
+    """As it was: every rank creates every group."""
+    world = dist.get_world_size()
+    for members in [list(range(first, first + ep)) for first in range(0, world, ep)]:
+        dist.new_group(members, timeout=TIMEOUT)
+    for members in [list(range(i, world, ep)) for i in range(ep)]:
+        dist.new_group(members, timeout=TIMEOUT)
+
+
+def _own_groups(ep: int) -> None:
+    world, me = dist.get_world_size(), dist.get_rank()
+    first = me // ep * ep
+    own_group(list(range(first, first + ep)))
+    own_group(list(range(me % ep, world, ep)))
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64], help="numbers of ranks, multiples of --ep")
+    command.add_argument("--ep", type=int, default=4, help="ranks that share experts")
+    command.add_argument("--repeats", type=int, default=5)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the seconds of each part of a start, by the number of ranks."""
+    import deepspeed  # noqa: F401  # before the fork, so that no rank does
+
+    torch.set_num_threads(1)
+    found = {world: bench_start(world, args.ep, args.repeats) for world in args.ranks}
+    print(f"{os.cpu_count()} cores, gloo over loopback, ep {args.ep}; milliseconds, the slowest rank's")
+    print(f"{'ranks':<42}" + "".join(f"{world:>10}" for world in found))
+    for name in next(iter(found.values())):
+        print(f"{name:<42}" + "".join(f"{times[name] * 1e3:>10.1f}" for times in found.values()), flush=True)

@@ -1,0 +1,102 @@
+"""`tools/bench.py states`: what a ZeRO configuration keeps per parameter on a rank, counted in live tensors.
+
+A model on the CPU, small activations; what is counted is what a rank
+holds right after the last micro-step's reduction and after the update, over all tensors of the process, once per storage.
+"""
+
+import argparse
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config import Config, load_config
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import Ranks, discover, initialise
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero2_offload": {"stage": 2, **OFFLOAD},
+}
+# Small, or the reduction buffers of a small model would look as large as its gradients.
+BUCKETS = {"reduce_bucket_size": 200_000, "allgather_bucket_size": 200_000}
+SIDE = 8  # of the latents: activations are small beside the model
+
+
+def random_batch(config: Config, samples: int, side: int = SIDE) -> Batch:
+    """Return a batch of random numbers in the shapes that training has."""
+    m, text = config.model, config.text.max_tokens
+    return Batch(
+        position=torch.arange(samples),
+        weight=torch.ones(samples),
+        x0=torch.randn(samples, m.latent_channels, side, side),
+        noise=torch.randn(samples, m.latent_channels, side, side),
+        timestep=torch.randint(config.diffusion.num_timesteps, (samples,)),
+        text=torch.randn(samples, text, m.text_width),
+        text_mask=torch.ones(samples, text, dtype=torch.bool),
+        end=torch.full((samples,), text - 1),
+        edge=torch.rand(samples, 4 * side, 4 * side),
+        gate_noise=None,
+    )
+
+
+def tensor_bytes() -> int:
+    """Return the bytes of all live tensors of this process, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor) and not thing.is_meta:
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def bench_states(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[float, float]:
+    """Return bytes per parameter on this rank before and after the update of the second step. Collective."""
+    before = tensor_bytes()
+    plan = BatchPlan.of(config, ranks.world_size)
+    engine = Engine(config, tree, plan, device)
+    ema = Ema(engine.fragments, config.ema)
+    schedule = NoiseSchedule.create(config.diffusion, device)
+    batch = random_batch(config, plan.micro_batch)
+    num_parameters = sum(torch.Size(shape).numel() for shape in engine.fragments.shapes.values())
+    found: list[float] = []
+    for step in (1, 2):
+        for _ in range(plan.accumulation):
+            engine.backward(compute_losses(engine, batch, schedule, config, engine.dtype).total.sum() * plan.loss_scale)
+        found = [(tensor_bytes() - before) / num_parameters]
+        engine.step(config.optim.lr)
+        ema.update(step)
+        found.append((tensor_bytes() - before) / num_parameters)
+    return found[0], found[1]
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this benchmark's arguments."""
+    command.add_argument("--config", default="emoji-tiny")
+    command.add_argument("--zero", choices=CONFIGURATIONS, default="zero2")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.dtype=bfloat16")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Bytes per parameter of model, gradients, optimizer and average on each rank, of one configuration."""
+    ranks = discover()
+    device = initialise(ranks)
+    small = ["train.global_batch=8", "train.micro_batch=2", "model.checkpoint_activations=true"]
+    config = load_config(args.config, [*small, *args.overrides])
+    zero = {"zero_optimization": {**CONFIGURATIONS[args.zero], **BUCKETS}}
+    peak, rest = bench_states(config, zero, ranks, device)
+    if ranks.is_main:
+        where = f"{config.train.dtype} {args.zero}, {ranks.world_size} ranks"
+        print(f"{where}: {peak:.1f} bytes per parameter before the update, {rest:.1f} after")

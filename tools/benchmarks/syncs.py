@@ -1,0 +1,188 @@
+"""`tools/bench.py syncs`: where the host waits for the GPU in an optimizer step, found on a machine without one.
+
+The real trainer, engine and DeepSpeed run one whole step (data, forward, backward, reduce, clip, update, metrics) on
+tensors without data, which stand for a GPU's (`pretend_gpu` says what counts as a wait, a launch and a byte), among ranks
+that do not exist (torch's `fake` process group). So the model keeps its true widths: 3 B parameters need no memory and no
+arithmetic. What that cannot show: time; the kernels inside an operation; what the CUDA library does by itself (making room
+waits, in the first steps); fused attention, which torch takes apart on such tensors: too many launches and bytes. Counted
+is the fourth step: DeepSpeed's timer sleeps for two, and optimizers make their state in the first. Samples are of the first
+size of `image.buckets`.
+"""
+
+import argparse
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.gpu_stand_ins import GPU
+from benchmarks.pretend_gpu import Notes, PretendGpu
+from raphael_dist.config import Config, load_config
+from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.stream import StreamSample
+from raphael_dist.engine.ds_config import read_deepspeed_json
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.latents import latent_factor
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import Ranks
+from raphael_dist.training import trainer
+from raphael_dist.training.guard import Guard
+from raphael_dist.training.run import Run
+from raphael_dist.training.stopping import StopRequest
+from raphael_dist.training.telemetry import Telemetry
+from raphael_dist.training.watchdog import Watchdog
+
+STEADY = 3  # steps before the one that is counted
+
+
+@dataclass(frozen=True)
+class StepNotes:
+    """What happened in one optimizer step, and in the log lines after it."""
+
+    step: Notes
+    log: Notes
+    micro_steps: int
+
+    @property
+    def waits(self) -> int:
+        return self.step.waits.total()
+
+
+def note_step(config: Config, json_tree: dict[str, Any], world_size: int) -> StepNotes:
+    """Return what one optimizer step does on rank 0 of `world_size`. Joins a process group, for the whole process."""
+    _join(world_size)
+    with PretendGpu() as gpu:
+        gpu.noting = False
+        run = _build(config, json_tree, world_size)
+        batches = _batches(run)
+        for _ in range(STEADY):
+            trainer.train_step(run, batches)
+        trainer.log_step(run)  # measures the peak of the device, once
+        gpu.noting = True
+        trainer.train_step(run, batches)
+        step = gpu.take()
+        trainer.log_step(run)
+        return StepNotes(step, gpu.take(), run.plan.accumulation)
+
+
+def _join(world_size: int) -> None:
+    import deepspeed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # DeepSpeed calls collectives under names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
+    os.environ["LOCAL_RANK"] = "0"
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
+
+
+def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
+    """Return a run as `trainer.build` makes it, without data, encoders and checkpoints."""
+    ranks, plan = Ranks(0, world_size), BatchPlan.of(config, world_size)
+    with GPU:
+        model = RaphaelUNet(config)
+    engine = Engine(config, json_tree, plan, GPU, model)
+    stream: Any = _Stream(config)
+    data: Any = SimpleNamespace(replaced=0)
+    store: Any = SimpleNamespace(written=False, settle=lambda: None, failed=0)
+    return Run(
+        config=config,
+        ranks=ranks,
+        device=GPU,
+        plan=plan,
+        data=data,
+        builder=BatchBuilder(config, stream, engine.module.num_blocks, pin=True),
+        validator=None,
+        engine=engine,
+        ema=Ema(engine.fragments, config.ema) if config.ema.enabled else None,
+        schedule=NoiseSchedule.create(config.diffusion, GPU),
+        store=store,
+        guard=Guard(config.train),
+        telemetry=Telemetry(config, Ranks(1, world_size), GPU, ["host"] * world_size),  # of rank 0 it would write files
+        watchdog=Watchdog(ranks, config.run.dir, config.run.hang_timeout_s),
+        stop=StopRequest(),
+        lock=None,
+    )
+
+
+class _Stream:
+    """Stands for the training stream: black pictures with empty captions, of the right shapes."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def sample(self, position: int) -> StreamSample:
+        c, (height, width) = self._config, self._config.image.buckets[0]
+        factor = latent_factor(c.image.encoder)
+        return StreamSample(
+            position=position,
+            sample_id=position,
+            key=str(position),
+            bucket=0,
+            latents=torch.zeros(c.model.latent_channels, height // factor, width // factor),
+            tokens=torch.zeros(c.text.max_tokens, c.model.text_width),
+            mask=torch.ones(c.text.max_tokens, dtype=torch.bool),
+            end=0,
+            edge=torch.zeros(height, width) if c.edge.weight > 0 else None,
+            flipped=False,
+            dropped=False,
+        )
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    """Yield what the prefetching thread would have made; here in this thread, where it is seen."""
+    return map(run.builder.build, trainer._slots(run))
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--config", default="raphael-3b")
+    command.add_argument("--deepspeed_config", help="a DeepSpeed JSON; without one the default")
+    command.add_argument("--world", type=int, default=8, help="ranks that are pretended")
+    command.add_argument("--micro-steps", type=int, default=2)
+    command.add_argument("--places", type=int, default=25, help="so many of the places with the most launches are shown")
+    command.add_argument("overrides", nargs="*", help="key=value of the configuration")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print every host synchronisation of an optimizer step, its launches and bytes, by place."""
+    began = time.monotonic()
+    config = load_config(args.config, args.overrides)
+    batch = config.train.micro_batch * args.world * args.micro_steps
+    config = load_config(args.config, [*args.overrides, f"train.global_batch={batch}"])
+    notes = note_step(config, read_deepspeed_json(args.deepspeed_config, config.train.dtype), args.world)
+    print(
+        f"{args.config}, {config.train.dtype}, {args.world} ranks, {args.deepspeed_config or 'the default DeepSpeed JSON'}, "
+        f"{notes.micro_steps} micro-steps of {config.train.micro_batch}; rank 0, in {time.monotonic() - began:.0f} s"
+    )
+    print(report(notes, args.places))
+
+
+def report(notes: StepNotes, places: int) -> str:
+    """Return the tables; the last line is the number of host synchronisations."""
+    lines = ["", "the host waits", *_waits(notes.step), "", "a log line adds", *_waits(notes.log), ""]
+    launches, num_bytes = notes.step.launches, notes.step.bytes
+    lines += [f"{'launches':>8} {'MB':>10}  place, of {len(launches)}"]
+    lines += [f"{n:>8} {num_bytes[place] / 1e6:>10.1f}  {place}" for place, n in launches.most_common(places)]
+    lines += [f"{launches.total():>8} {num_bytes.total() / 1e6:>10.1f}  in all", ""]
+    lines += [f"{notes.log.launches.total():>8} {notes.log.bytes.total() / 1e6:>10.1f}  added by a log line", ""]
+    return "\n".join([*lines, f"host synchronisations per step: {notes.waits}"])
+
+
+def _waits(notes: Notes) -> list[str]:
+    counts: Counter[tuple[str, str]] = notes.waits
+    return [f"{n:>8}  {place}: {kind}" for (place, kind), n in sorted(counts.items(), key=lambda x: (-x[1], x[0]))]
