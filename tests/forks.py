@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,19 @@ class Forks:
             env=env,
         )
 
-    def run(self, folder: Path, world_size: int, timeout: float = 90, **spec: Any) -> list[int]:
+    def run(
+        self,
+        folder: Path,
+        world_size: int,
+        timeout: float = 90,
+        meanwhile: Callable[[list[int]], None] | None = None,
+        **spec: Any,
+    ) -> list[int]:
         """Run a worker with `spec` as ranks; return exit codes, the negative signal of a killed one.
 
         The worker is the module of tests/workers that spec["worker"] names, forked_train.py by default. Output of rank N is
-        in folder/out-N.txt. AssertionError when a rank outlives the time-out.
+        in folder/out-N.txt. meanwhile: gets the ranks' process ids as soon as they have begun. AssertionError when a rank
+        outlives the time-out.
         """
         folder.mkdir(parents=True, exist_ok=True)
         assert self._process.stdin is not None
@@ -50,6 +59,9 @@ class Forks:
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+        pids = json.loads(self._process.stdout.readline())
+        if meanwhile is not None:
+            meanwhile(pids)
         answer = json.loads(self._process.stdout.readline())
         assert not answer["late"], f"ranks {answer['late']} did not end in {timeout} s:\n{output_of(folder, world_size)}"
         return answer["codes"]
@@ -135,8 +147,9 @@ def main() -> None:
     for line in sys.stdin:
         request, port = json.loads(line), free_port()
         pids = [fork_rank(request, rank, port) for rank in range(request["world_size"])]
-        answers.write(json.dumps(wait_for(pids, request["timeout"])) + "\n")
-        answers.flush()
+        for answer in (lambda: pids, lambda: wait_for(pids, request["timeout"])):
+            answers.write(json.dumps(answer()) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

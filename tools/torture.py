@@ -1,0 +1,55 @@
+"""Injects faults at random, against real ranks and a real Slurm: `python tools/torture.py --minutes 120 --seed 0`.
+
+Each trial is compared with a run that nothing happens to. docs/reliability.md says what is tried and what must hold.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from raphael_dist.errors import UserError, exit_code_of
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long to go on (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of kinds, places and times")
+    parser.add_argument("--out", type=Path, default=Path("runs/torture"), help="where results.json and table.md go")
+    parser.add_argument("--only", action="append", default=[], metavar="KIND", help="a kind, or a group or place of kinds")
+    parser.add_argument("--again", metavar="SEED", help="repeat one trial of --only, by the seed that was printed")
+    parser.add_argument("--list", action="store_true", help="list the kinds of faults")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0: nothing was lost."""
+    args, lost = parse(argv), []
+    code = exit_code_of(lambda: lost.append(not torture(args)))
+    return code or int(any(lost))
+
+
+def torture(args: argparse.Namespace) -> bool:
+    """Run trials until the time is over; return whether nothing was lost."""
+    from tests.torture.campaign import KINDS, Campaign, available
+
+    if args.list:
+        print("\n".join(f"{kind.where:9} {kind.group:13} {name}" for name, kind in sorted(KINDS.items())))
+        return True
+    if unknown := set(args.only) - {word for k in KINDS.values() for word in (k.name, k.group, k.where)}:
+        raise UserError(f"--only: no kind {sorted(unknown)[0]!r}; see --list")
+    names, notes = available(args.only)
+    for note in notes:
+        print(f"left out: {note}", flush=True)
+    with Campaign(args.seed, args.out, names, lambda line: print(line, flush=True)) as campaign:
+        if args.again is not None:
+            return all(campaign.try_one(KINDS[name], args.again).outcome != "lost" for name in names)
+        good = campaign.run(60 * args.minutes)
+    print((args.out / "table.md").read_text())
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(main())
