@@ -147,9 +147,8 @@ def main() -> None:
     for line in sys.stdin:
         request, port = json.loads(line), free_port()
         pids = [fork_rank(request, rank, port) for rank in range(request["world_size"])]
-        for answer in (lambda: pids, lambda: wait_for(pids, request["timeout"])):
-            answers.write(json.dumps(answer()) + "\n")
-            answers.flush()
+        print(json.dumps(pids), file=answers, flush=True)
+        print(json.dumps(wait_for(pids, request["timeout"])), file=answers, flush=True)
 
 
 if __name__ == "__main__":

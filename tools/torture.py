@@ -4,6 +4,7 @@ Each trial is compared with a run that nothing happens to. docs/reliability.md s
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -33,20 +34,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def torture(args: argparse.Namespace) -> bool:
     """Run trials until the time is over; return whether nothing was lost."""
-    from tests.torture.campaign import KINDS, Campaign, available
-
+    campaign = importlib.import_module(
+        "tests.torture.campaign"
+    )  # beside the tests, which have what starts ranks and a Slurm
+    kinds = campaign.KINDS
     if args.list:
-        print("\n".join(f"{kind.where:9} {kind.group:13} {name}" for name, kind in sorted(KINDS.items())))
+        print("\n".join(f"{kind.where:9} {kind.group:13} {name}" for name, kind in sorted(kinds.items())))
         return True
-    if unknown := set(args.only) - {word for k in KINDS.values() for word in (k.name, k.group, k.where)}:
+    if unknown := set(args.only) - {word for k in kinds.values() for word in (k.name, k.group, k.where)}:
         raise UserError(f"--only: no kind {sorted(unknown)[0]!r}; see --list")
-    names, notes = available(args.only)
+    names, notes = campaign.available(args.only)
     for note in notes:
         print(f"left out: {note}", flush=True)
-    with Campaign(args.seed, args.out, names, lambda line: print(line, flush=True)) as campaign:
+    with campaign.Campaign(args.seed, args.out, names, lambda line: print(line, flush=True)) as trials:
         if args.again is not None:
-            return all(campaign.try_one(KINDS[name], args.again).outcome != "lost" for name in names)
-        good = campaign.run(60 * args.minutes)
+            return all(trials.try_one(kinds[name], args.again).outcome != "lost" for name in names)
+        good = bool(trials.run(60 * args.minutes))
     print((args.out / "table.md").read_text())
     return good
 

@@ -67,7 +67,7 @@ class Campaign:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, seconds: float) -> bool:
-        """Try kinds in a random order, each once before any comes again, until the time is over; return whether none lost."""
+        """Try kinds in a random order, each once before any comes again, until the time is over; return whether all held."""
         order, number = random.Random(self.seed), 0
         while True:
             for kind in order.sample(self._kinds, len(self._kinds)):
@@ -87,7 +87,8 @@ class Campaign:
             why = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
             folder.mkdir(exist_ok=True)
             (folder / "why.txt").write_text(why)
-            outcome = Outcome("lost", f"{why.strip().splitlines()[0] if why.strip() else error!r} (all of it: {folder})")
+            lines = why.strip().splitlines() or [repr(error)]
+            outcome = Outcome("lost", f"{lines[0 if isinstance(error, AssertionError) else -1]} (all of it: {folder})")
         name = str(setting) if kind.where == "ranks" else ""
         result = Result(len(self.results), seed, kind.name, name, outcome.kind, outcome.line, time.monotonic() - began)
         self._tell(result)

@@ -119,7 +119,9 @@ def file_size(trial: Trial) -> Outcome:
 @fault("a call to the file system that fails once", "disks")
 def fails_once(trial: Trial) -> Outcome:
     at, rank, call = trial.begin(), trial.draw.randrange(WORLD), int(trial.draw.triangular(4, 200, 30))
-    number = trial.draw.choice([errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ESTALE, errno.EDQUOT, errno.EMFILE])
+    number = trial.draw.choice(
+        [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ESTALE, errno.EDQUOT, errno.EMFILE]
+    )
     around = {rank: {"calls": ["", number, call]}}
     codes = trial.train(around=around, sections={"run": {"hang_timeout_s": 20}})
     newest = trial.newest()

@@ -26,7 +26,7 @@ def falls_back(trial: Trial, at: int, what: str) -> Outcome:
     kept = trial.run / "checkpoints" / f"damaged-step-{at:08d}"
     assert f"resumed at step {at - EVERY}" in trial.log, f"it did not fall back:\n{trial.log[-2000:]}"
     assert "skipping checkpoint" in trial.log, "in silence"
-    assert kept.exists() or os.path.islink(kept), "the damaged one was not kept"
+    assert kept.exists() or kept.is_symlink(), "the damaged one was not kept"
     said = next(line for line in trial.log.splitlines() if "skipping checkpoint" in line)
     return survived(f"{what}: {said.split('skipping checkpoint ', 1)[1].replace(str(trial.run), '')[:160]}")
 

@@ -107,7 +107,9 @@ def spike(trial: Trial) -> Outcome:
     assert "is a spike" in trial.log
     peace = trial.run.rename(trial.folder / "peace")
     victim, last = trial.draw.randrange(WORLD), f"step-{at + 4:08d}"
-    codes = trial.train(at_random(trial, lambda p: send(p[victim], signal.SIGKILL) and None), faults=faults, sections=sections)
+    codes = trial.train(
+        at_random(trial, lambda p: send(p[victim], signal.SIGKILL) and None), faults=faults, sections=sections
+    )
     if not (trial.run / "checkpoints" / last).exists():
         again = trial.train(faults=faults, sections=sections)
         assert again == [0] * WORLD, f"exit codes {again}:\n{trial.output}"

@@ -1,8 +1,8 @@
 """Rank: `raphael_dist/train.py` on the tiny model and synthetic batches, with faults on request (see tests/forks.py).
 
 spec: {"folder": run directory, "sections": configuration, "stage": ZeRO stage, "faults": {...}, "save_again": bool}. All but
-the data is the real thing: command line, trainer, engine, store. With "save_again", what was restored is saved as step 99. With
-"run_dir", that is the run directory, and the folder holds what belongs to the test.
+the data is the real thing: command line, trainer, engine, store. With "save_again", what was restored is saved as step 99.
+With "run_dir", that is the run directory, and the folder holds what belongs to the test.
 """
 
 import json

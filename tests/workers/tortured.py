@@ -1,8 +1,8 @@
 """Rank: the command line in surroundings that fail (see tests/torture/).
 
-spec: as for forked_train.py, or {"arguments": [...]} for the command line on a real data set. "around" says what is wrong, by
-rank: {"0": {...}, "1": {...}} of
-    calls: [log, how, n] - the n-th call that changes the file system kills the rank ("kill") or fails with an errno (a number)
+spec: as for forked_train.py, or {"arguments": [...]} for the command line on a real data set. "around" says what is wrong,
+by rank: {"0": {...}, "1": {...}} of
+    calls: [log, how, n] - the n-th call that changes the file system kills the rank ("kill") or fails with an errno
     clock: seconds - from the 30th look on, time.time() is so far off
     memory: bytes - RLIMIT_AS, beyond what the process has
     umask: number; env: {name: value}; chdir: folder
