@@ -5,6 +5,7 @@ Each trial is compared with a run that nothing happens to. docs/reliability.md s
 
 import argparse
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0: nothing was lost."""
     args, lost = parse(argv), []
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a Slurm must not be left behind
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = exit_code_of(lambda: lost.append(not torture(args)))
     return code or int(any(lost))
 
