@@ -25,6 +25,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
+TextLayer = Literal["last", "penultimate"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
@@ -123,6 +124,9 @@ class Diffusion(Section):
 
 class Text(Section):
     encoder: str = Field("minilm", description="'minilm' (ships in a package) or the folder of a transformers text encoder")
+    layer: TextLayer = Field(
+        "last", description="whose tokens the model reads; penultimate: as Stable Diffusion 2 took OpenCLIP's, then its norm"
+    )
     max_tokens: Positive = 77
 
 
@@ -154,7 +158,7 @@ class Optim(Section):
     lr: PositiveFloat = 1e-4
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's, on weights alone: norms, biases and gates have none")
     warmup_steps: NonNegative = 0
     decay: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at train.max_steps")
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 turns clipping off")

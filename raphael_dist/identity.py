@@ -7,11 +7,11 @@ from raphael_dist.config import ARCHITECTURE_FIELDS, Config
 from raphael_dist.errors import UserError
 
 # How a run is carried out and watched, not what it computes: free to change whenever it starts again. Everything else is
-# compared, a new field too until it is named here. Encoders and shards are compared by what is in them (data/source.py).
+# compared, a new field too until it is named here. Encoders, and shards, are compared by what is in them (data/source.py).
 FREE_SECTIONS = {"checkpoint", "parallel", "sample"}
 FREE = {
     "run.dir", "run.fresh", "run.init_from", "run.hang_timeout_s", "run.lock_wait_s", "run.allow_change",
-    "model.space_backend", "model.checkpoint_activations", "text.encoder", "image.encoder",
+    "model.space_backend", "model.checkpoint_activations", "text.encoder", "text.layer", "image.encoder",
     "data.shards", "data.val_shards", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
     "train.max_steps", "train.micro_batch", "train.compile", "train.check_gradients", "train.max_skipped",
     "train.spike_sigma", "train.spike_window", "train.spike_action", "train.log_every", "train.val_every",

@@ -91,14 +91,16 @@ def test_a_diffusers_folder_loads_whole_or_in_parts_with_no_key_missing_or_left_
     config = config_from_tree(SMALL_DENSE)
     reference = theirs(config)
     reference.save_pretrained(tmp_path / "unet", max_shard_size=max_shard_size)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
     model = RaphaelUNet(config)
-    load_initial(plain_fragments(model), tmp_path / "unet")
+    load_initial(plain_fragments(model), tmp_path / "unet", config)
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in reference.state_dict().items())
     with_experts = RaphaelUNet(config_from_tree({**SMALL_DENSE, "model": {**SMALL_DENSE["model"], "space_experts": 2}}))
     with pytest.raises(UserError, match=r"run.init_from.*do not fit the model"):
-        load_initial(plain_fragments(with_experts), tmp_path / "unet")
+        load_initial(plain_fragments(with_experts), tmp_path / "unet", config)
     with pytest.raises(UserError, match=r"run.init_from.*cannot read"):
-        load_initial(plain_fragments(model), tmp_path)
+        load_initial(plain_fragments(model), tmp_path, config)
 
 
 def test_raphael_3b_has_the_papers_size_and_sides_that_tile():

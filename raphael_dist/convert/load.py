@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.config import Config
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.source import Checkpoint, is_dense
 from raphael_dist.engine.fragments import Fragments
@@ -37,13 +38,14 @@ def load_unet(reader: CheckpointReader, weights: str = "ema") -> RaphaelUNet:
 
 
 def load_initial(
-    fragments: Fragments, path: Path, *, verify: bool = True, tell: Callable[[str], None] = lambda _: None
+    fragments: Fragments, path: Path, config: Config, *, verify: bool = True, tell: Callable[[str], None] = lambda _: None
 ) -> None:
     """Copy weights (averaged ones, if there are any) of a checkpoint in any layout into this rank's fp32 weights.
 
     Each rank reads what it owns, in float32, so that nothing is rounded to the type that the model computes in; call
     `fragments.sync_model` after it. verify: hash the files first, which one rank does for all. tell: gets a word about every
-    parameter. Raises UserError naming the first tensor that is missing, left over or of another shape, and copies nothing.
+    parameter. Raises UserError naming the first tensor that is missing, left over or of another shape, or where the model
+    predicts another thing than `config` trains, and copies nothing.
     """
     try:
         checkpoint = open_checkpoint("auto", path)
@@ -57,6 +59,7 @@ def load_initial(
         for note in checkpoint.notes:
             _log.warning("run.init_from: %s", note)
         _check_shapes(fragments.shapes, checkpoint, path)
+        checkpoint.check_prediction(config.diffusion.prediction)
         kind = "ema" if "ema" in checkpoint.kinds() else "master"
         with torch.no_grad():
             for f in fragments:

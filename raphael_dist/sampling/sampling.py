@@ -1,5 +1,6 @@
 """From prompts to images: guidance, diffusers' schedulers, and the captioned grid."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
+from raphael_dist.model.diffusion import starts_late
 from raphael_dist.rng import Purpose, generator
+
+_log = logging.getLogger(__name__)
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
@@ -37,6 +41,8 @@ def sample_latents(
     weight = next(model.parameters())
     batch = noise_BChw.shape[0]
     scheduler.set_timesteps(steps)
+    if late := starts_late(scheduler):
+        _log.warning("%s", late)
     x = noise_BChw.to(weight.device) * scheduler.init_noise_sigma
     both = [_both(getattr(text, f), getattr(null, f), batch).to(weight.device) for f in ("tokens", "mask", "end")]
     tokens, mask, end = both[0].to(weight.dtype), both[1], both[2]

@@ -94,7 +94,7 @@ def build(
 def _start_from(run: Run, path: Path) -> None:
     """Give a new run the weights of a checkpoint. Collective."""
     fragments, verify = run.engine.fragments, run.ranks.is_main
-    together("reading run.init_from", lambda tell: load_initial(fragments, path, verify=verify, tell=tell))
+    together("reading run.init_from", lambda tell: load_initial(fragments, path, run.config, verify=verify, tell=tell))
     fragments.sync_model()
     if run.ema is not None:
         run.ema.restart()
