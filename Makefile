@@ -8,14 +8,14 @@ RUN := runs/demo
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help demo test test-slow test-slurm soak lint install clean
+.PHONY: help demo test test-slow test-slurm torture lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 6 minutes on 2 CPU cores"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"
 	@echo "make test-slurm on a Slurm of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
-	@echo "make soak       a run under random kills for SOAK_MINUTES (default 30)"
+	@echo "make torture    faults at random for TORTURE_MINUTES (default 30), see docs/reliability.md"
 	@echo "make lint       ruff and types only"
 
 install: $(INSTALLED)
@@ -45,8 +45,8 @@ test-slow: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slurm
 
-soak: $(INSTALLED)
-	$(BIN)/python -m tests.soak
+torture: $(INSTALLED)
+	$(BIN)/python tools/torture.py --minutes $${TORTURE_MINUTES:-30} --seed $${TORTURE_SEED:-0}
 
 clean:
 	rm -rf $(VENV) runs .cache build *.egg-info
