@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch import ROOT
+from tests.launch import ROOT, rank_env
 from tests.test_slurm_scripts import NUMBERS
 from tests.torture.kinds import fault
-from tests.torture.trial import Outcome, Trial, one_line, refused, survived
+from tests.torture.trial import SLOW_MACHINE, WORLD, Outcome, Trial, one_line, refused, survived
 
 FIELDS = (
     "train.max_steps", "train.global_batch", "optim.lr", "optim.betas", "model.channels", "image.buckets", "run.dir",
@@ -220,32 +220,37 @@ PLACES = (
 @fault("a run directory, a locale or a Python cache that is out of the ordinary", "surroundings", "ranks")
 def places(trial: Trial) -> Outcome:
     """With Python started anew: these things are read when it begins."""
-    from tests.launch import run_ranks
-
     name, locale = trial.draw.choice(PLACES), trial.draw.choice(["C", "POSIX", "C.UTF-8", "nonsense"])
-    run = trial.folder / name
+    run, code = trial.folder / name, trial.folder / "code"
     if name == "link":
         (trial.folder / "elsewhere").mkdir()
         run.symlink_to("elsewhere")
-    cache = trial.shared["folder"] / "pycache"  # of all trials: torch takes minutes to compile
-    spec = trial.folder / "spec.json"
+    for part in ("raphael_dist", "tests"):  # whose byte code may be damaged
+        shutil.copytree(ROOT / part, code / part, ignore=shutil.ignore_patterns("data"))
     told = {"folder": str(trial.said), "run_dir": str(run), "stage": trial.setting.stage, "sections": trial.sections}
-    spec.write_text(json.dumps(told))
+    (trial.folder / "spec.json").write_text(json.dumps(told))
     trial.said.mkdir()
-    saved = {key: os.environ.get(key) for key in ("LC_ALL", "LANG", "PYTHONPYCACHEPREFIX", "PYTHONUTF8")}
-    os.environ.update(LC_ALL=locale, LANG=locale, PYTHONPYCACHEPREFIX=str(cache), PYTHONUTF8="0")
-    try:
-        for attempt in range(2):
-            output = run_ranks(["-m", "tests.workers.spec", str(spec)], 2, timeout=300)
-            if attempt == 0:  # a second time, on what is left of the first one's byte code
-                shutil.rmtree(run / "checkpoints" / "step-00000008")
-                for path in cache.rglob("raphael_dist/**/*.pyc"):
-                    path.write_bytes(path.read_bytes()[: trial.draw.choice([0, 8, 16, 40])])
-    finally:
-        for key, value in saved.items():
-            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
-    assert "Traceback" not in "".join(output)
+    for path in code.rglob("*.pyc"):
+        path.write_bytes(path.read_bytes()[: trial.draw.choice([0, 8, 16, 40])])
+    output = start_anew(trial.folder / "spec.json", code, {"LC_ALL": locale, "LANG": locale, "PYTHONUTF8": "0"})
+    assert "Traceback" not in output
     trial.run = run
     trial.check_equals_oracle()
-    assert not (ROOT / "canary").exists()
+    assert not (code / "canary").exists()
     return survived(f"{name[:40]!r}, LC_ALL={locale}, byte code cut off")
+
+
+def start_anew(spec: Path, code: Path, env: dict[str, str]) -> str:
+    """Run the ranks of a spec, each as a Python of its own, with the package in `code`; return what they printed."""
+    base = {**rank_env(WORLD), **env, "PYTHONPATH": str(code)}
+    command = [sys.executable, "-m", "tests.workers.spec", str(spec)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": code}
+    ranks = [subprocess.Popen(command, env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipe) for r in range(WORLD)]
+    try:
+        outputs = [rank.communicate(timeout=SLOW_MACHINE)[0].decode(errors="replace") for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    codes = [rank.returncode for rank in ranks]
+    assert codes == [0] * WORLD, f"exit codes {codes}:\n{outputs[0][-3000:]}"
+    return "".join(outputs)

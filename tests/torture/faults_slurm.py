@@ -288,7 +288,9 @@ def full_disk(case: SlurmTrial) -> Outcome:
 def preflight(case: SlurmTrial) -> Outcome:
     how, node = case.draw.choice(["exit 9", "sleep 1000", "kill -9 $$"]), case.draw.choice(["n1", "n2", "n3"])
     python = case.trial.folder / "python"
-    python.write_text(f'#!/bin/bash\n[ "$SLURMD_NODENAME" = {node} ] && {{ {how}; exit 1; }}\nexec {sys.executable} "$@"\n')
+    # Only ranks: the batch shell, on the first node, is to judge the others.
+    broken = f'[ "$SLURMD_NODENAME" = {node} ] && [ -n "$SLURM_STEP_ID" ] && {{ {how}; exit 1; }}'
+    python.write_text(f'#!/bin/bash\n{broken}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     settings = {"PYTHON": str(python), "PREFLIGHT": "1", "SPARE_NODES": "1", "PREFLIGHT_MINUTES": "1"}
     job = case.submit(nodes=3, **settings)
