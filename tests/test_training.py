@@ -1,6 +1,7 @@
 """Whole runs with real ranks on real pictures, at a size for tests: the demo's emoji as 8 x 8 pixels, a tiny U-Net."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from raphael_dist.convert.load import load_unet
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE
 from raphael_dist.parallel.ranks import free_port
 from raphael_dist.training.metrics import read_metrics
+from tests.documents import text_of
 from tests.launch import ROOT, rank_env, run_ranks
 
 SMALL = [
@@ -147,6 +149,10 @@ def test_the_deepspeed_launcher_trains_and_leaves_metrics_samples_and_a_checkpoi
     }  # fmt: skip
     assert wanted <= set(metrics)
     assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4]
+    told = re.search(r"^    runs/NAME/(.*)", text_of("README.md"), re.MULTILINE)
+    assert told
+    missing = [name for name in told[1].split() if not (run_dir / name.replace("00000100", "00000004")).exists()]
+    assert missing == [], "the README names what a run leaves"
     assert (run_dir / "samples" / "step-00000004.png").is_file()
     assert list((run_dir / "tensorboard").iterdir())
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000004"
