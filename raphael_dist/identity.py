@@ -1,4 +1,4 @@
-"""What makes a run this run: the fields that decide its numbers, which must not change unnoticed when it goes on."""
+"""Which fields decide the numbers of a run: when the run goes on, these must not change unnoticed."""
 
 from collections.abc import Mapping
 from typing import Any

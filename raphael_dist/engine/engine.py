@@ -73,7 +73,7 @@ class Engine:
         self._micro_step += 1
         last = self._micro_step == self.plan.accumulation if last is None else last
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed divides the loss by the accumulation it counts; what `plan.loss_scale` expects.
+        # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` makes up for it.
         self._engine.backward(loss)
         if self._touched is not None:
             all_or_none(self._check_gradients)
