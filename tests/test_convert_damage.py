@@ -41,7 +41,7 @@ def test_the_command_line_prints_a_table_and_a_mistake_is_one_line(tmp_path, sou
     done = tool("--from", "auto", canonical, "--to", "raphael", tmp_path / "run", "--ep", "2,1", "--world", 2)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("master", "exp_avg_sq", "ema", "161,512", "646,048", "GB/s"))
-    again = tool("--from", "auto", canonical, "--to", "raphael", tmp_path / "run")
+    again = tool("--from", "auto", canonical, "--to", "raphael", tmp_path / "run", launcher=("env",))  # a program of its own
     assert (again.returncode, again.stdout, len(again.stderr.splitlines())) == (2, "", 1)
     assert "exists already" in again.stderr
 
