@@ -1,7 +1,7 @@
 """Every knob, typed and strict. Importing this module does not import torch, so `--help` and `--dry-run` are instant.
 
-Precedence, lowest first: the defaults below, the preset or YAML file of `--config`, then dotted overrides
-(`train.max_steps=50`) from left to right. Numbers that DeepSpeed also has (micro-batch, accumulation, clipping, dtype)
+Precedence, lowest first: the defaults below, the preset or YAML file of `--config` on top of its `base`, then dotted
+overrides (`train.max_steps=50`), each key once. Numbers that DeepSpeed also has (micro-batch, accumulation, clipping, dtype)
 are owned here; see `ds_config.py`.
 """
 
@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raphael_dist.config_errors import explain
-from raphael_dist.config_yaml import apply_override, check_size, read_yaml
+from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
 from raphael_dist.errors import UserError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
@@ -297,20 +297,25 @@ ARCHITECTURE_FIELDS = (
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a preset or YAML file, apply `key=value` overrides, validate. Raises UserError naming field and values."""
-    tree = read_yaml(name_or_path)
+    """Read a preset or YAML file, apply `key=value` overrides, validate. Raises UserError naming field, values and line."""
+    given = read_yaml(name_or_path)
+    check_once(overrides, Config)
     for override in overrides:
-        apply_override(tree, override, Config)
-    return config_from_tree(tree)
+        apply_override(given, override, Config)
+    return _validated(given)
 
 
 def config_from_tree(tree: dict[str, Any]) -> Config:
     """Validate a nested dict. Raises UserError with one line for what is wrong."""
-    check_size(tree)
+    return _validated(Given(tree))
+
+
+def _validated(given: Given) -> Config:
+    check_size(given.tree)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(given.tree)
     except ValidationError as error:
-        raise UserError("; ".join(explain(e, Config) for e in error.errors())) from None
+        raise UserError("; ".join(explain(e, Config) + given.place(e["loc"]) for e in error.errors())) from None
 
 
 def to_yaml(config: Config) -> str:

@@ -15,8 +15,8 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
 
+from raphael_dist import command_line
 from raphael_dist.config import Config, load_config, to_yaml
-from raphael_dist.config_yaml import preset_names
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import (
     EXIT_HUNG,
@@ -37,15 +37,16 @@ from raphael_dist.training.stopping import StopRequest, parse_time
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Return the arguments; argparse exits with 2 on a mistake. UserError when no configuration was chosen."""
     parser = argparse.ArgumentParser(
         prog="raphael_dist/train.py",
         description="Train RAPHAEL. The same command continues a run from its newest checkpoint.",
-        epilog="precedence: defaults < --config < overrides, left to right. All keys: --dry-run prints them.",
+        epilog="precedence: defaults < --config < overrides, each key once. All keys: --dry-run prints them.",
     )
-    parser.add_argument("--config", default="emoji-tiny", help=f"preset ({', '.join(preset_names())}) or a YAML file")
+    command_line.add_config(parser)
     parser.add_argument(
         "--deepspeed_config",
+        action=command_line.Once,
         metavar="JSON",
         help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-2 in bfloat16, else 1)",
     )
@@ -54,8 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, written like Slurm's --time")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50 optim.lr=1e-4")
-    return parser.parse_intermixed_args(argv)
+    return command_line.parse(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    args, training = parse(argv), False
+    training = False
     try:
+        args = parse(argv)
         stop = StopRequest(None if args.max_time is None else parse_time(args.max_time))
         config = load_config(args.config, args.overrides)
         tree = ds_config.read_deepspeed_json(args.deepspeed_config, config.train.dtype)

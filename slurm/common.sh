@@ -35,6 +35,26 @@ split_words() {
     read -r -d '' -a overrides <<<"$1" || true
 }
 
+# given WORD ARGUMENT...: whether an argument is WORD, or begins with WORD and =.
+given() {
+    local word=$1 argument
+    for argument in "${@:2}"; do
+        [[ $argument != "$word" && $argument != "$word="* ]] || return 0
+    done
+    return 1
+}
+
+# choose_config ARGUMENT...: set `config` to the option that names the configuration, nothing where an argument does.
+choose_config() {
+    # shellcheck disable=SC2034
+    config=(${CONFIG:+--config "$CONFIG"})
+    if given --config "$@"; then
+        [[ -z ${CONFIG:-} ]] || die "both CONFIG=$CONFIG and --config are given: give one"
+    elif [[ -z ${CONFIG:-} ]]; then
+        die "no configuration is chosen: give --config NAME among the arguments, or set CONFIG (a preset, or a YAML file)"
+    fi
+}
+
 # Run a command, or with DRY_RUN=1 print it.
 run() {
     if [[ ${DRY_RUN:-0} == 1 ]]; then

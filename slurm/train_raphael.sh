@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on whole nodes, and goes on by itself after a time limit, a preemption, a crash or a lost node. See slurm/README.md.
-#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_raphael.sh [train.py arguments]
+#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_raphael.sh --config NAME [...]
 #SBATCH --job-name=raphael
 #SBATCH --nodes=1
 #SBATCH --exclusive
@@ -22,7 +22,9 @@ source "$home/slurm/common.sh"
 
 # --- what to train ---------------------------------------------------------------------------------------------------
 run_dir=${RUN_DIR:-}
-for argument in "$@"; do
+overrides=()
+split_words "${OVERRIDES:-}"
+for argument in "${overrides[@]}" "$@"; do
     [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
 done
 if [[ -z $run_dir ]]; then
@@ -31,12 +33,13 @@ if [[ -z $run_dir ]]; then
     run_dir=runs/$name
 fi
 no_control_characters RUN_DIR "$run_dir"
-overrides=()
-split_words "${OVERRIDES:-}"
-arguments=(--config "${CONFIG:-emoji-tiny}" ${DS_CONFIG:+--deepspeed_config "$DS_CONFIG"})
-arguments+=("run.dir=$run_dir" "${overrides[@]}")
+choose_config "$@"
+arguments=("${config[@]}" ${DS_CONFIG:+--deepspeed_config "$DS_CONFIG"})
+# A key that is given twice is refused: what is said here must not be among the arguments too.
+given run.dir "$@" "${overrides[@]}" || arguments+=("run.dir=$run_dir")
+arguments+=("${overrides[@]}")
 # After a restart, what is left of the run before may hold the directory until it notices that its peers are gone.
-[[ ${SLURM_RESTART_COUNT:-0} =~ ^0*$ ]] || arguments+=("run.lock_wait_s=120")
+[[ ${SLURM_RESTART_COUNT:-0} =~ ^0*$ ]] || given run.lock_wait_s "$@" "${overrides[@]}" || arguments+=("run.lock_wait_s=120")
 arguments+=("$@")
 train=("$python" raphael_dist/train.py)
 

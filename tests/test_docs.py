@@ -247,10 +247,13 @@ def test_the_training_that_the_readme_shows_trains(code: Code, workspace: Path, 
     launcher = {"deepspeed": ["--master_port", str(free_port())], "torchrun": ["--master_port", str(free_port())]}
     program, *words = shlex.split(code.text)
     mine = [f"run.dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache", "train.max_steps=1", "sample.prompts=[]"]
-    small = [*SMALL[1:], "data.shards=data/emoji-demo/train-*", "data.val_shards=[]"]
+    mine += ["data.shards=data/emoji-demo/train-*", "data.val_shards=[]"]
+    at = words.index("--config")
+    own = {word.partition("=")[0] for word in mine}
+    words = [*words[:at], *SMALL, *(word for word in words[at + 2 :] if word.partition("=")[0] not in own)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    command = [program, *launcher.get(program, []), *words, *small, *mine]
+    command = [program, *launcher.get(program, []), *words, *mine]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()

@@ -21,26 +21,7 @@ from raphael_dist.parallel.ranks import free_port
 from raphael_dist.training.metrics import read_metrics
 from tests.launch import ROOT, rank_env, run_ranks
 
-SMALL = [
-    "--config=emoji-tiny",
-    "image.encoder=none",
-    "image.buckets=[[8,8]]",
-    "model.latent_channels=3",
-    "model.channels=[16,24]",
-    "model.attention=[true,false]",
-    "model.expert_width=[16,24]",
-    "model.layers_per_block=1",
-    "model.head_dim=8",
-    "model.norm_groups=8",
-    "model.gate_width=8",
-    "train.global_batch=10",
-    "train.micro_batch=3",
-    "train.log_every=1",
-    "checkpoint.every=3",
-    "sample.steps=2",
-    "optim.warmup_steps=2",
-    "optim.decay=constant",
-]
+SMALL = ["--config=tests/data/small.yaml"]
 
 SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=shard")
 
@@ -289,7 +270,7 @@ def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: P
     other = tmp_path / "other"
     shutil.copytree(run_dir, other)
     (other / "config.yaml").unlink()
-    base = [cache, *SMALL[1:]]
+    base = [cache]
     cases = {
         "channels": ([*base, "model.latent_channels=4"], ["model.latent_channels is 4", "3 channels"]),
         "text width": ([*base, "model.text_width=100"], ["model.text_width is 100", "384"]),
@@ -303,7 +284,10 @@ def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: P
     }
     spec = tmp_path / "cases.json"
     # Each in a directory of its own, unless the case is about the directory.
-    spec.write_text(json.dumps({name: [f"run.dir={tmp_path / name}", *given] for name, (given, _) in cases.items()}))
+    own = {
+        name: [] if "run.dir=" in "".join(given) else [f"run.dir={tmp_path / name}"] for name, (given, _) in cases.items()
+    }
+    spec.write_text(json.dumps({name: [*own[name], *given] for name, (given, _) in cases.items()}))
     run_ranks(["tests/workers/refusals.py", str(tmp_path / "out.json"), str(spec)], 1)
     messages = json.loads((tmp_path / "out.json").read_text())
     for name, (_, parts) in cases.items():
@@ -322,6 +306,8 @@ def test_the_command_line_exits_with_2_and_one_line(
     cases = {
         ("--config", "emoji-tiny", "train.max_step=5"): "did you mean 'max_steps'?",
         ("--config", "emoji-tini"): "did you mean 'emoji-tiny'?",
+        ("train.max_steps=1",): "--config: none given; name a preset (emoji-small, emoji-tiny,",
+        ("--config", "emoji-tiny", "--config", "raphael-3b"): "--config: given twice, 'emoji-tiny' and 'raphael-3b'",
         ("--config", "emoji-tiny", "train.micro_batch=0"): "train.micro_batch: given 0",
         ("--config", "raphael-3b"): "data.shards: none given",
         ("--config", "emoji-tiny", "--world-size", "64", "--dry-run"): "cannot serve 64 ranks",
