@@ -41,6 +41,9 @@ class Run(Section):
     seed: Seed = Field(0, description="fixes weights, data order, noise and timesteps")
     fresh: bool = Field(False, description="start anew where checkpoints exist but none verifies; they are kept aside")
     init_from: Path | None = Field(None, description="checkpoint in any layout whose weights a new run starts from")
+    init_missing: tuple[Literal["edge", "space", "time", "text"], ...] = Field(
+        (), description="parts that init_from need not fit: edge modules, space or time experts, what reads the captions"
+    )
     hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
     lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
     allow_change: tuple[str, ...] = Field((), description="fields, as section.key, that may differ from the run's before")
@@ -259,10 +262,10 @@ class Config(Section):
             )
         if len(self.image.buckets) > 1:
             micro, run = self.train.micro_batch, self.data.bucket_run
-            if run % micro:
+            if run < micro:
                 raise ValueError(
-                    f"data.bucket_run = {run} must be a multiple of train.micro_batch = {micro} with several image.buckets: "
-                    f"a micro-batch holds one image size; nearest: {-(-run // micro) * micro}"
+                    f"data.bucket_run = {run} must be at least train.micro_batch = {micro} with several image.buckets: a "
+                    f"micro-batch holds one image size, and the rest of it would be empty; e.g. data.bucket_run={8 * micro}"
                 )
         placement, levels = self.parallel.placement, len(self.model.channels)
         if len(placement) not in (1, levels):

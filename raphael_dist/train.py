@@ -1,6 +1,6 @@
 """Command line: `deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50`, or plain python.
 
-Arguments are checked before torch is imported, so --help, --dry-run and mistakes answer at once.
+Arguments are checked before torch is imported, so --help, --plan and mistakes answer at once.
 """
 
 import argparse
@@ -50,8 +50,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="JSON",
         help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-2 in bfloat16, else 1)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and batch plan, then stop")
-    parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print configuration and batch plan, check shards, encoders, folders, and stop",
+    )
+    parser.add_argument("--plan", action="store_true", help="print configuration and batch plan alone; looks at no file")
+    parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run and --plan")
     parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, written like Slurm's --time")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
@@ -82,9 +87,9 @@ def _main(argv: Sequence[str]) -> int:
         config = ds_config.fit_to_ranks(config, world_size)
         plan = BatchPlan.of(config, world_size)
         merged = ds_config.merge(config, tree, plan.accumulation, world_size)
-        if args.dry_run:
-            print(describe(config, plan, merged))
-            return 0
+        if args.plan or args.dry_run:
+            print(describe(config, plan, merged), flush=True)
+            return 0 if args.plan else _check_ready(config)
         training = True
         stop.listen()
         return run(config, tree, stop)
@@ -99,6 +104,16 @@ def _main(argv: Sequence[str]) -> int:
         leave_exit_code(EXIT_HUNG)
         print(f"error on rank {_rank()}: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_HUNG)  # threads may be waiting for the rank that hangs: nothing less is sure to end
+
+
+def _check_ready(config: Config) -> int:
+    """Print what a start would be refused for, a line each; return the exit code."""
+    from raphael_dist.training.ready import problems
+
+    found = problems(config)
+    for line in found:
+        print(f"error: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR if found else 0
 
 
 def _rank() -> str:

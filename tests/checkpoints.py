@@ -119,11 +119,11 @@ def options(layout: str, topology: tuple[int, int, int, int] = (2, 1, 1, 2), **m
 
 
 def tool(
-    *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = ()
+    *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = (), **env: str
 ) -> subprocess.CompletedProcess:
     """Run one of the command lines of checkpoints."""
     command = [*launcher, sys.executable, f"tools/{name}.py", *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160", **env}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 

@@ -315,7 +315,11 @@ def test_the_command_line_exits_with_2_and_one_line(
         ("--config", "emoji-tiny", "parallel.time_ep=2"): "allowed on 1 ranks: [1]",
         ("--config", "emoji-tiny", "--deepspeed_config", "nowhere.json"): "nowhere.json: no such file",
         ("--config", "emoji-tiny", "--world-size", "-4", "--dry-run"): "--world-size: given -4",
-        ("--config", "emoji-tiny", "image.buckets=[[8,8],[8,16]]"): "data.bucket_run = 1 must be a multiple of",
+        (
+            "--config",
+            "emoji-tiny",
+            "image.buckets=[[8,8],[8,16]]",
+        ): "data.bucket_run = 1 must be at least train.micro_batch = 16",
         ("--config", "emoji-tiny", "run.seed=100000000000000000000000"): "run.seed: given",
         ("--config", "emoji-tiny", "diffusion.beta_end=5"): "diffusion.beta_start",
     }
