@@ -1,4 +1,4 @@
-"""Every knob, typed and strict. Importing this module does not import torch, so `--help` and `--dry-run` are instant.
+"""Every knob, typed and strict. Importing this module does not import torch, so `--help` and `--plan` are instant.
 
 Precedence, lowest first: the defaults below, the preset or YAML file of `--config` on top of its `base`, then dotted
 overrides (`train.max_steps=50`), each key once. Numbers that DeepSpeed also has (micro-batch, accumulation, clipping, dtype)

@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="raphael_dist/train.py",
         description="Train RAPHAEL. The same command continues a run from its newest checkpoint.",
-        epilog="precedence: defaults < --config < overrides, each key once. All keys: --dry-run prints them.",
+        epilog="precedence: defaults < --config < overrides, each key once. All keys: --plan prints them.",
     )
     command_line.add_config(parser)
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 Commands are taken from the code blocks of DOCUMENTS and from what stands `in backticks` and begins with a program. One in
 NOT_RUN is left out, for the reason given there; any other must have a way to be run, or the test fails. Training is
-planned (`--dry-run`) here and, at a size for tests, done by the slow cases; tools run on a tiny checkpoint, in a folder that
+planned (`--plan`) here and, at a size for tests, done by the slow cases; tools run on a tiny checkpoint, in a folder that
 looks like the repository.
 """
 
@@ -148,7 +148,7 @@ class Runner:
     def plan(self, program: str, words: list[str], ranks: int = 1) -> None:
         """Do all that training does before it imports torch."""
         size = [] if "--world-size" in words else ["--world-size", str(ranks)]
-        self.main(program, [*words, *size, *([] if "--dry-run" in words else ["--dry-run"])])
+        self.main(program, [*words, *size, *([] if {"--plan", "--dry-run"} & set(words) else ["--plan"])])
 
     def torchrun(self, program: str, words: list[str]) -> None:
         from torch.distributed.run import get_args_parser

@@ -223,6 +223,20 @@ def test_several_image_sizes_train_and_validate(world_size: int, spread: tuple, 
     assert "validation loss" in output
 
 
+def test_a_run_goes_on_with_other_image_sizes_batch_and_learning_rate(tmp_path: Path, cache: str) -> None:
+    """A curriculum by hand: step 4 begins at sample 30, within a run of one image size and no multiple of the batch."""
+    folder, quiet = tmp_path / "run", ("sample.prompts=[]", "data.val_shards=[]")
+    run_ranks(arguments(folder, cache, 1, "train.max_steps=3", *quiet), 1)
+    changed = ("image.buckets=[[8,8],[8,16]]", "data.bucket_run=7", "train.global_batch=11", "optim.lr=1e-4")
+    names = [name.partition("=")[0] for name in changed]
+    more = (*changed, "train.max_steps=5", f"run.allow_change=[{', '.join(names)}]", *quiet)
+    output = run_ranks(arguments(folder, cache, 1, *more), 1)[0]
+    assert "resumed at step 3" in output
+    assert all(f"{name} was " in output for name in names)
+    last = CheckpointReader(folder / "checkpoints" / "step-00000005").manifest
+    assert (last["samples_seen"], last["updates"]) == (3 * 10 + 2 * 11, 5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_resumes_bit_for_bit_too(tmp_path: Path, cache: str, stage: int) -> None:
@@ -331,8 +345,8 @@ def test_the_command_line_exits_with_2_and_one_line(
         assert error.count("\n") == 1
 
 
-def test_help_and_dry_run_answer_within_a_second_and_a_half_without_torch() -> None:
-    for flag in ("--help", "--dry-run"):
+def test_help_and_plan_answer_within_a_second_and_a_half_without_torch() -> None:
+    for flag in ("--help", "--plan"):
         code = f"import sys; from raphael_dist import train; train.main(['--config', 'raphael-3b', '{flag}'])"
         began = time.monotonic()
         done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
