@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.shipped import located
 
 # What YAML's reader raises: for its own grammar; 2020-99-99 and numbers of 5,000 digits; deep brackets.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError)
@@ -107,6 +108,8 @@ def _read_one(name_or_path: str) -> Given:
         root = yaml.compose(text, yaml.SafeLoader)
         places = _places(root, name_or_path)
         tree = yaml.safe_load(text) or {}
+        if not path.suffix:
+            tree = _shipped(tree)
     except UserError:
         raise
     except UNREADABLE as error:
@@ -114,6 +117,17 @@ def _read_one(name_or_path: str) -> Given:
     if not isinstance(tree, dict):
         raise UserError(f"--config {name_or_path}: must be a mapping of sections, got {type(tree).__name__}")
     return Given(tree, places)
+
+
+def _shipped(preset: Any) -> Any:
+    """Return a preset's values, with its data's paths as they are found from the working directory."""
+    for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "encoder")):
+        value = preset.get(section, {}).get(name)
+        if isinstance(value, str):
+            preset[section][name] = located(value)
+        elif value is not None:
+            preset[section][name] = [located(one) for one in value]
+    return preset
 
 
 def _places(root: yaml.Node | None, file: str) -> dict[str, str]:

@@ -2,8 +2,15 @@
 # What the scripts beside this one share. Values travel in arrays and quotes; nothing is evaluated a second time.
 
 umask "${RUN_UMASK:-077}"
-cd "${home:?}" || exit 2
-export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}"
+# shellcheck disable=SC2034
+if [[ -f ${home:?}/raphael_dist/train.py ]]; then
+    cd "$home" || exit 2
+    export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}"
+    train_py=raphael_dist/train.py tools=tools
+else # an installed package: this folder is its assets/, and runs belong where sbatch was called
+    train_py=$(cd "$home/.." && pwd)/train.py tools=$home/tools
+    [[ -f $train_py ]] || { echo "error: $home is neither the repository nor what raphael-slurm --home prints" >&2; exit 2; }
+fi
 export PYTHONUNBUFFERED=1
 
 die() {

@@ -10,6 +10,7 @@ from typing import Any
 
 from raphael_dist.config import Config
 from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.shipped import located
 
 _NOT_OURS = {
     "optimizer": "use optim.* of the configuration",
@@ -40,7 +41,7 @@ def read_deepspeed_json(path: str | None, dtype: str = "float32") -> dict[str, A
     """
     if path is None:
         return {"zero_optimization": {"stage": 2 if dtype == "bfloat16" else 1}}
-    file = Path(path)
+    file = Path(located(path))
     if not file.is_file():
         raise UserError(f"--deepspeed_config {path}: no such file")
     try:

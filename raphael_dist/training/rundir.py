@@ -111,7 +111,7 @@ class _LogFile(logging.FileHandler):
 
 
 def start_logging(config: Config, rank: int) -> None:
-    """Send log lines to `train.log` (rank 0) or `logs/rank-NNNNN.log`, and warnings of rank 0 to stderr too."""
+    """Send log lines to `train.log` (rank 0) or `logs/rank-NNNNN.log`, and rank 0's from run.log_level on to stderr too."""
     name = "train.log" if rank == 0 else f"logs/rank-{rank:05d}.log"
     path = config.run.dir / name
     try:
@@ -122,10 +122,11 @@ def start_logging(config: Config, rank: int) -> None:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("raphael_dist")
     root.handlers = [to_file]
-    root.setLevel(logging.INFO)
+    level = getattr(logging, config.run.log_level.upper())
+    root.setLevel(min(logging.INFO, level))
     root.propagate = False
     if rank == 0:
         to_terminal = logging.StreamHandler(sys.stderr)
-        to_terminal.setLevel(logging.WARNING)
+        to_terminal.setLevel(level)
         to_terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         root.addHandler(to_terminal)
