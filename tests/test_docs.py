@@ -51,7 +51,7 @@ NOT_RUN = {
     "mpirun -n 4 python tools/convert_checkpoint.py ...": "cut short; tests/test_convert.py converts under mpirun",
 }
 # What stands in a command for something of the reader's: an example of it, or nothing.
-FILLED_IN = {"NAME": "emoji-tiny", "YOURS": "raphael-3b", "N": "2"}
+FILLED_IN = {"NAME": "emoji-tiny", "YOURS": "raphael-3b", "N": "2", "WORD": "optim"}
 LEFT_OUT = ("...", "SBATCH-OPTIONS", "[options]")
 # Files that are named and are not ours: written by runs and conversions, or other projects'.
 NOT_OURS = """
@@ -185,6 +185,9 @@ class Runner:
         assert option == "-k"
         assert re.search(rf"def test_\w*{name}", Path(file).read_text())
 
+    def package(self, program: str, words: list[str]) -> None:
+        self.main("raphael_dist.__main__", words)
+
     def make(self, program: str, words: list[str]) -> None:
         assert set(words) <= make_targets()
 
@@ -208,6 +211,7 @@ class Runner:
         r"raphael_dist/train\.py": plan,
         r"raphael_dist\.sample|tools/batch_plan\.py": main,
         r"tools/inspect_checkpoint\.py": inspect,
+        r"raphael_dist": package,
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
