@@ -38,7 +38,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class Run(Section):
+class RunConfig(Section):
     dir: Path = Field(Path("runs/default"), description="checkpoints, logs, metrics and samples of one run")
     seed: Seed = Field(0, description="fixes weights, data order, noise and timesteps")
     fresh: bool = Field(False, description="start anew where checkpoints exist but none verifies; they are kept aside")
@@ -189,13 +189,13 @@ class Train(Section):
     sample_every: NonNegative = Field(0, description="steps between grids of samples; 0: only at the end")
 
 
-class Ema(Section):
+class EmaConfig(Section):
     enabled: bool = Field(True, description="keep an average of the weights, for samples and exports")
     decay: Fraction = Field(0.9999, description="of the average, per step")
     warmup: bool = Field(True, description="use min(decay, (1 + step) / (10 + step))")
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     every: NonNegative = Field(1000, description="steps; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints to keep")
     keep_every: NonNegative = Field(0, description="also keep each checkpoint of a multiple of this step; 0: none")
@@ -227,7 +227,7 @@ class Sample(Section):
 
 
 class Config(Section):
-    run: Run = Run()
+    run: RunConfig = RunConfig()
     model: Model = Model()
     edge: Edge = Edge()
     diffusion: Diffusion = Diffusion()
@@ -236,8 +236,8 @@ class Config(Section):
     data: Data = Data()
     optim: Optim = Optim()
     train: Train = Train()
-    ema: Ema = Ema()
-    checkpoint: Checkpoint = Checkpoint()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: Parallel = Parallel()
     sample: Sample = Sample()
 

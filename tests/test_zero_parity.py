@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raphael_dist.config import Ema as EmaConfig
+from raphael_dist.config import EmaConfig
 from raphael_dist.engine.ema import Ema
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses

@@ -172,7 +172,7 @@ class RaphaelUNet(nn.Module):
             noise: gate noise in training; None routes without noise.
         """
         embedding = self.time_embedding(self.time_proj(timestep_B).to(x_BCHW.dtype))
-        planned = self.plan(embedding, text_BYD, text_mask_BY, noise)
+        planned = self.route_blocks(embedding, text_BYD, text_mask_BY, noise)
         plans = iter(planned)
         edge_logits: list[Tensor | None] = []
         space_used: list[Tensor | None] = []
@@ -211,7 +211,9 @@ class RaphaelUNet(nn.Module):
             balance=_present([plan.balance_B for plan in planned]),
         )
 
-    def plan(self, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None) -> list[BlockPlan]:
+    def route_blocks(
+        self, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
+    ) -> list[BlockPlan]:
         """Route every block (Sec. 3.1 and 7.3) from the timestep embedding and the caption alone, all blocks at once."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks

@@ -20,7 +20,6 @@ from raphael_dist.convert.source import Checkpoint, is_dense
 from raphael_dist.data.encoders import text_folders, vae_folder
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
-from raphael_dist.model.latents import latent_factor
 from raphael_dist.storage.versions import versions
 
 MODULE, UNET, PIPELINE = "raphael_dist.pipeline", "RaphaelUNet2D", "RaphaelPipeline"
@@ -46,8 +45,6 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
         small["model_index.json"] = json.dumps(index, indent=2).encode()
         if index["_class_name"] == PIPELINE:
             small["pipeline.py"] = _PIPELINE_CODE
-        if is_dense(config):
-            unet["sample_size"] = max(config.image.buckets[0]) // latent_factor(config.image.encoder)
         finish = encoders.write
     small["unet/config.json"] = json.dumps({**unet, "_diffusers_version": versions()["diffusers"]}, indent=2).encode()
     return ConversionPlan(files, (kind,), MANIFEST, manifest, small, finish=finish)
