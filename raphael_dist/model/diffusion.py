@@ -44,16 +44,18 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
     return kind(**common, clip_sample=False, set_alpha_to_one=False, steps_offset=1) if name == "ddim" else kind(**common)
 
 
-def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int) -> int:
+def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int, phase: int = 0) -> int:
     """Return the timestep of a sample position, uniform over 0 .. T-1.
 
     Stratified: the positions of one global batch fall into `global_batch` equal strata, dealt by a permutation that
     depends on (seed, step). Every topology draws the same, and a batch covers the range evenly; so does every run of
-    consecutive positions within it, which is what the ranks that share experts get (`batch_plan`).
+    consecutive positions within it, which is what the ranks that share experts get (`batch_plan`). phase: where in
+    [0, global_batch) steps begin, which is 0 until a run changes its global batch.
     """
     uniform = generator(seed, Purpose.TIMESTEP, position).random()
     if config.stratified:
-        stratum = _strata(seed, position // global_batch, global_batch)[position % global_batch]
+        step, index = divmod(position - phase, global_batch)
+        stratum = _strata(seed, step, global_batch)[index]
         uniform = (stratum + uniform) / global_batch
     return min(int(uniform * config.num_timesteps), config.num_timesteps - 1)
 
