@@ -25,6 +25,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
+Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
@@ -173,6 +174,7 @@ class Train(Section):
     spike_window: Positive = Field(100, description="last losses that the mean and the deviation are taken over")
     spike_action: Literal["warn", "skip", "rollback"] = Field("warn", description="rollback: to the newest checkpoint")
     log_every: Positive = 10
+    load_scalars: bool = Field(False, description="each block's expert loads as TensorBoard scalars too, beside heat maps")
     val_every: NonNegative = Field(0, description="0: only at the end")
     sample_every: NonNegative = Field(0, description="0: only at the end")
 
@@ -210,7 +212,7 @@ class Sample(Section):
     prompts: tuple[str, ...] = ()
     steps: Positive = 25
     guidance: NonNegativeFloat = 4.5
-    scheduler: Literal["ddim", "dpm++"] = "ddim"
+    scheduler: Scheduler = Field("ddim", description="DDIM, DPM-Solver++ or Euler's method")
     seed: Seed = 0
 
 
