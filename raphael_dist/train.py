@@ -33,6 +33,7 @@ from raphael_dist.errors import (
 )
 from raphael_dist.parallel import placement
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.stages import every_stage
 from raphael_dist.training.stopping import StopRequest, parse_time
 
 
@@ -90,11 +91,14 @@ def _main(argv: Sequence[str]) -> int:
         if world_size < 1:
             raise UserError(f"--world-size: given {world_size}, must be 1 or more")
         config = ds_config.fit_to_ranks(config, world_size)
-        plan = BatchPlan.of(config, world_size)
-        merged = ds_config.merge(config, tree, plan.accumulation, world_size)
+        stages = every_stage(config)
+        for stage in stages:
+            plan = BatchPlan.of(stage, world_size)
+            merged = ds_config.merge(stage, tree, plan.accumulation, world_size)
+            if args.plan or args.dry_run:
+                print(describe(stage, plan, merged), flush=True)
         if args.plan or args.dry_run:
-            print(describe(config, plan, merged), flush=True)
-            return 0 if args.plan else _check_ready(config)
+            return 0 if args.plan else _check_ready(stages)
         training = True
         stop.listen()
         return run(config, tree, stop)
@@ -111,11 +115,11 @@ def _main(argv: Sequence[str]) -> int:
         os._exit(EXIT_HUNG)  # threads may be waiting for the rank that hangs: nothing less is sure to end
 
 
-def _check_ready(config: Config) -> int:
+def _check_ready(stages: Sequence[Config]) -> int:
     """Print what a start would be refused for, a line each; return the exit code."""
     from raphael_dist.training.ready import problems
 
-    found = problems(config)
+    found = list(dict.fromkeys(line for stage in stages for line in problems(stage)))
     for line in found:
         print(f"error: {line}", file=sys.stderr)
     return EXIT_USER_ERROR if found else 0
@@ -173,7 +177,7 @@ def run(config: Config, tree: dict, stop: StopRequest) -> int:
     ranks = discover()
     device = initialise(ranks)
     try:
-        complete = trainer.train(trainer.build(config, tree, ranks, device, stop))
+        complete = trainer.train_stages(config, tree, ranks, device, stop)
     except (UserError, NonFiniteError, NotSavedError):
         dist.destroy_process_group()
         raise
