@@ -26,6 +26,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
+Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -190,6 +191,7 @@ class Train(Section):
     spike_window: Positive = Field(100, description="last losses that the mean and the deviation are taken over")
     spike_action: Literal["warn", "skip", "rollback"] = Field("warn", description="rollback: to the newest checkpoint")
     log_every: Positive = Field(10, description="steps between lines of metrics, which are means over these steps")
+    load_scalars: bool = Field(False, description="each block's expert loads as TensorBoard scalars too, beside heat maps")
     val_every: NonNegative = Field(0, description="steps between validations; 0: only at the end")
     sample_every: NonNegative = Field(0, description="steps between grids of samples; 0: only at the end")
 
@@ -228,7 +230,7 @@ class Sample(Section):
     prompts: tuple[str, ...] = Field((), description="captions that are drawn while training; empty: none")
     steps: Positive = Field(25, description="denoising steps")
     guidance: NonNegativeFloat = Field(4.5, description="weight of the caption against the empty one; 1: no guidance")
-    scheduler: Literal["ddim", "dpm++"] = Field("ddim", description="DDIM, or DPM-Solver++ for fewer steps")
+    scheduler: Scheduler = Field("ddim", description="DDIM, DPM-Solver++ for fewer steps, or Euler's method")
     seed: Seed = Field(0, description="fixes the initial noise")
 
 

@@ -1,4 +1,4 @@
-"""What makes a run this run: the fields that decide its numbers, which must not change unnoticed when it goes on."""
+"""Which fields decide the numbers of a run: when the run goes on, these must not change unnoticed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ FREE = {
     "data.shards", "data.val_shards", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
     "train.max_steps", "train.micro_batch", "train.compile", "train.check_gradients", "train.max_skipped",
     "train.spike_sigma", "train.spike_window", "train.spike_action", "train.log_every", "train.val_every",
-    "train.sample_every",
+    "train.sample_every", "train.load_scalars",
 }  # fmt: skip
 OTHER_DATA = {
     "data.shards": "other shards, and the order of samples would change",

@@ -209,7 +209,8 @@ class Runner:
 
     WAYS: dict[str, Callable[..., None]] = {  # noqa: RUF012
         r"raphael_dist/train\.py": plan,
-        r"raphael_dist\.sample|tools/batch_plan\.py": main,
+        r"raphael_dist\.(sample|paths)|tools/batch_plan\.py": main,
+        r"raphael_dist\.evaluate": parse,
         r"tools/inspect_checkpoint\.py": inspect,
         r"raphael_dist": package,
         r"pytest": pytest,

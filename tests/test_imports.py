@@ -21,10 +21,12 @@ ROOMS = {
     "engine": "base model parallel",
     "checkpoint": "base storage parallel engine",
     "convert": "base storage model parallel data engine checkpoint",
-    "sampling": "base model data",
-    "training": "base storage model parallel data engine checkpoint convert sampling",
+    "sampling": "base storage model parallel data engine checkpoint convert",
+    "insight": "base model data sampling",
+    "evaluation": "base storage model parallel data sampling",
+    "training": "base storage model parallel data engine checkpoint convert sampling insight",
     "cluster": "base storage model parallel data",
-    "commands": "base storage model parallel data engine checkpoint convert sampling training cluster",
+    "commands": "base storage model parallel data engine checkpoint convert sampling insight evaluation training cluster",
 }
 BASE = {
     "raphael_dist",

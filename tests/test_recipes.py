@@ -76,7 +76,7 @@ def test_zero_terminal_snr_is_the_algorithm_of_its_paper_and_sampling_begins_the
     torch.testing.assert_close(abar, expected, rtol=2e-4, atol=1e-7)
     assert abar[-1] == 0
     assert abar[0] == pytest.approx(float(alphas_cumprod(Diffusion())[0]), abs=1e-6)
-    for name in ("ddim", "dpm++"):
+    for name in ("ddim", "dpm++", "euler"):
         scheduler = make_scheduler(config, name)
         scheduler.set_timesteps(20)
         assert int(scheduler.timesteps[0]) == 999

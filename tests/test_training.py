@@ -1,6 +1,7 @@
 """Whole runs with real ranks on real pictures, at a size for tests: the demo's emoji as 8 x 8 pixels, a tiny U-Net."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from raphael_dist.convert.load import load_unet
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE
 from raphael_dist.parallel.ranks import free_port
 from raphael_dist.training.metrics import read_metrics
+from tests.documents import text_of
 from tests.launch import ROOT, rank_env, run_ranks
 
 SMALL = ["--config=tests/data/small.yaml"]
@@ -128,6 +130,10 @@ def test_the_deepspeed_launcher_trains_and_leaves_metrics_samples_and_a_checkpoi
     }  # fmt: skip
     assert wanted <= set(metrics)
     assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4]
+    told = re.search(r"^    runs/NAME/(.*)", text_of("README.md"), re.MULTILINE)
+    assert told
+    missing = [name for name in told[1].split() if not (run_dir / name.replace("00000100", "00000004")).exists()]
+    assert missing == [], "the README names what a run leaves"
     assert (run_dir / "samples" / "step-00000004.png").is_file()
     assert list((run_dir / "tensorboard").iterdir())
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000004"
@@ -203,10 +209,12 @@ def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, cache: str)
     folder, env = tmp_path / "run", rank_env(2)
     more = ("train.max_steps=4000", "checkpoint.every=0", "sample.prompts=[]", "data.val_shards=[]")
     command = [sys.executable, *arguments(folder, cache, 2, *more)]
-    ranks = [subprocess.Popen(command, env={**env, "RANK": r, "LOCAL_RANK": r}, cwd=ROOT) for r in "01"]
+    output = {"stdout": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env={**env, "RANK": r, "LOCAL_RANK": r}, cwd=ROOT, **output) for r in "01"]
     try:
         wait_for(lambda: len(logged(folder)) >= 2)
-        ranks[1].send_signal(signal.SIGUSR1)
+        ranks[1].send_signal(signal.SIGTERM)  # SIGUSR1 is in test_watchdog.py
+        assert "stopped by a signal" in ranks[0].communicate(timeout=60)[0]
         assert [rank.wait(timeout=60) for rank in ranks] == [EXIT_INTERRUPTED] * 2
     finally:
         for rank in ranks:
@@ -258,23 +266,6 @@ def test_a_bfloat16_run_starts_from_float32_weights_without_rounding_them(run_di
         averaged = source.whole("ema", name)
         assert torch.equal(started.whole("master", name), averaged)
         assert torch.equal(started.whole("ema", name), averaged), "the average begins at the weights"
-
-
-def test_a_termination_signal_saves_and_the_same_command_continues(tmp_path: Path, cache: str) -> None:
-    folder = tmp_path / "run"
-    command = arguments(
-        folder, cache, 1, "train.max_steps=400", "checkpoint.every=0", "sample.prompts=[]", "data.val_shards=[]"
-    )
-    process = subprocess.Popen([sys.executable, *command], env=rank_env(1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: len(logged(folder)) >= 2)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == EXIT_INTERRUPTED
-    assert "stopped by a signal" in output
-    assert (folder / "checkpoints" / "latest").is_file()
 
 
 def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: Path, tmp_path: Path, cache: str) -> None:

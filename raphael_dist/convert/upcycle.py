@@ -1,8 +1,8 @@
 """Sparse upcycling: a RAPHAEL model that computes what a dense one computes, at step 0 (not in the paper).
 
 - Every time expert is a copy of the feed-forward layer, so it does not matter which one serves a sample.
-- The last layer of every space expert is zero, so the Space-MoE adds nothing yet; its gradient is not zero, and the experts
-  part at the first step, since their first layers are drawn apart by the usual seeds.
+- The last layer of every space expert is zero, so the Space-MoE adds nothing yet. Its gradient is not zero, and differs from
+  expert to expert, since their first layers are drawn by the usual seeds: they differ after the first step.
 - Gates, edge modules and the norm in front of the space experts are new; all else is the source's.
 """
 

@@ -79,7 +79,7 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         if self._noise is not None:
             self._noise.step = step if last else 0
-        # DeepSpeed divides the loss by the accumulation it counts; what `plan.loss_scale` expects.
+        # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` makes up for it.
         self._engine.backward(loss)
         if self._touched is not None:
             all_or_none(self._check_gradients)

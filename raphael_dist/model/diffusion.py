@@ -34,13 +34,12 @@ def zero_terminal_snr(abar_T: Tensor) -> Tensor:
 
 
 def make_scheduler(config: Diffusion, name: str) -> Any:
-    """Return diffusers' scheduler "ddim" or "dpm++" (DPM-Solver++) for the training noise schedule.
+    """Return diffusers' scheduler "ddim", "dpm++" (DPM-Solver++) or "euler" for the training noise schedule.
 
-    DDIM as Stable Diffusion has it: its timesteps end at 1, not 0, which StableDiffusionPipeline insists on.
+    DDIM and Euler as Stable Diffusion has them: timesteps are whole and end at 1, which StableDiffusionPipeline insists on.
     """
-    from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+    from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-    kind = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
     common: dict[str, Any] = {
         "num_train_timesteps": config.num_timesteps,
         "beta_start": config.beta_start,
@@ -48,9 +47,14 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
         "beta_schedule": config.schedule,
         "prediction_type": config.prediction,
     }
+    spacing = {"timestep_spacing": "leading", "steps_offset": 1} if name != "dpm++" else {}
     if config.zero_terminal_snr:  # sampling must begin where there is no signal, as training did
-        common |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return kind(**common, clip_sample=False, set_alpha_to_one=False, steps_offset=1) if name == "ddim" else kind(**common)
+        common, spacing = {**common, "rescale_betas_zero_snr": True}, {"timestep_spacing": "trailing"}
+    if name == "ddim":
+        return DDIMScheduler(**common, **spacing, clip_sample=False, set_alpha_to_one=False)
+    if name == "euler":
+        return EulerDiscreteScheduler(**common, **spacing)
+    return DPMSolverMultistepScheduler(**common, **spacing)
 
 
 def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int, phase: int = 0) -> int:

@@ -118,7 +118,11 @@ def unit_of(config: Config) -> int:
 
 
 def run_of(config: Config, training: bool = True) -> int:
-    """Return how many consecutive positions share an image size; 0 when all do. Short in validation: it drops less."""
+    """Return how many consecutive positions share an image size; 0 when all do.
+
+    Samples of one size that do not fill a run are left out of an epoch. In validation runs are as short as can be, so that
+    few are left out.
+    """
     if len(config.image.buckets) == 1:
         return 0
     return config.data.bucket_run if training else config.train.micro_batch

@@ -25,14 +25,14 @@ from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.long_work import from_main, together
 from raphael_dist.parallel.ranks import Ranks, all_or_none, all_reduce_sum, rank_table
-from raphael_dist.sampling.sampling import caption_grid, save_image
+from raphael_dist.sampling.grid import caption_grid, save_image
 from raphael_dist.stages import stage_at
 from raphael_dist.training import measure, recovery, rundir
 from raphael_dist.training.guard import Guard
 from raphael_dist.training.run import Run
 from raphael_dist.training.stopping import StopRequest
 from raphael_dist.training.telemetry import Telemetry
-from raphael_dist.training.validation import Validator, ready_to_sample, sample_prompts
+from raphael_dist.training.validation import Validator, figures_of, ready_to_sample, sample_prompts
 from raphael_dist.training.watchdog import SLOW, Watchdog
 
 
@@ -263,15 +263,17 @@ def validate(run: Run, validator: Validator) -> None:
 
 def sample(run: Run) -> None:
     """Sample the configured prompts with the averaged weights, and write the grid. Collective."""
-    images = sample_prompts(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image)
-    if images is not None:
+    samples = sample_prompts(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image)
+    if samples is not None:
+        prompts = run.config.sample.prompts
         path = run.config.run.dir / "samples" / f"step-{run.step:08d}.png"
-        grid = caption_grid(images, run.config.sample.prompts)
+        grid = caption_grid(samples.images, prompts)
         try:
             save_image(grid, path)
         except OSError as error:
             run.telemetry.warn(f"cannot write {path}: {error.strerror or error}; training goes on")
-        run.telemetry.log_images(run.step, grid, path)
+        run.telemetry.log_images(run.step, {"samples": grid, **figures_of(samples, prompts[0], run.data.text)})
+        run.telemetry.line(f"step {run.step}: samples in {path}")
 
 
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
