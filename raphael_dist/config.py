@@ -28,7 +28,6 @@ Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
-LOG_LEVELS = ("debug", "info", "warning", "error")
 LogLevel = Literal["debug", "info", "warning", "error"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
