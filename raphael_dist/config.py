@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raphael_dist.config_errors import explain
+from raphael_dist.config_recipes import Decay, Recipe, check_decay
 from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -27,7 +28,6 @@ Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
-LOG_LEVELS = ("debug", "info", "warning", "error")
 LogLevel = Literal["debug", "info", "warning", "error"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
@@ -128,6 +128,9 @@ class Diffusion(Section):
     )
     beta_start: PositiveFloat = Field(0.00085, description="variance of the first step's noise")
     beta_end: PositiveFloat = Field(0.012, description="variance of the last step's noise")
+    zero_terminal_snr: bool = Field(
+        False, description="scale betas so that the last step is pure noise (arXiv 2305.08891); wants v_prediction"
+    )
     prediction: Literal["epsilon", "v_prediction"] = Field("epsilon", description="what the U-Net predicts: the noise, or v")
     stratified: bool = Field(True, description="spread the timesteps of a global batch evenly over the range")
 
@@ -167,7 +170,8 @@ class Optim(Section):
     eps: PositiveFloat = Field(1e-8, description="added to the root of Adam's second moment")
     weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, decoupled from the gradient")
     warmup_steps: NonNegative = Field(0, description="over which the learning rate rises linearly from 0")
-    decay: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at train.max_steps")
+    decay: Decay = Field("constant", description="after warm-up, by transformers' name; all but two end at train.max_steps")
+    decay_arguments: dict[str, float] = Field({}, description="of decay, e.g. {num_cycles: 3, power: 2, min_lr_rate: 0.1}")
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 turns clipping off")
 
 
@@ -194,6 +198,7 @@ class Train(Section):
 class EmaConfig(Section):
     enabled: bool = Field(True, description="keep an average of the weights, for samples and exports")
     decay: Fraction = Field(0.9999, description="of the average, per step")
+    start_step: NonNegative = Field(0, description="the average is the weights themselves up to this step")
     warmup: bool = Field(True, description="use min(decay, (1 + step) / (10 + step))")
 
 
@@ -242,6 +247,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: Parallel = Parallel()
     sample: Sample = Sample()
+    recipe: Recipe = Recipe()
 
     @model_validator(mode="before")
     @classmethod
@@ -289,6 +295,12 @@ class Config(Section):
                 f"diffusion.beta_start = {self.diffusion.beta_start} and beta_end = {self.diffusion.beta_end} must satisfy "
                 "beta_start <= beta_end < 1"
             )
+        if self.diffusion.zero_terminal_snr and self.diffusion.prediction == "epsilon":
+            raise ValueError(
+                "diffusion.zero_terminal_snr = true needs diffusion.prediction=v_prediction: at the last step a "
+                "model sees the noise itself, and would learn nothing"
+            )
+        check_decay(self.optim.decay, self.optim.decay_arguments)
         if self.sample.steps >= self.diffusion.num_timesteps:
             raise ValueError(
                 f"sample.steps = {self.sample.steps} must be below diffusion.num_timesteps = {self.diffusion.num_timesteps}"
