@@ -19,7 +19,7 @@ class Quick(Campaign):
     """Without ranks."""
 
     def __enter__(self) -> "Quick":
-        self._forks: Any = type("NoRanks", (), {"__exit__": lambda *_: None})()
+        self._forks: Any = type("NoRanks", (), {"close": lambda _: None})()
         return self
 
     def _place(self, kind: Kind, folder: Path, draw: random.Random, setting: Any) -> Any:

@@ -56,13 +56,13 @@ class Campaign:
         self._began = time.monotonic()
 
     def __enter__(self) -> "Campaign":
-        self._forks = Forks().__enter__()
+        self._forks = Forks()
         return self
 
     def __exit__(self, *error: object) -> None:
         for close in reversed(self._shared.get("close", [])):
             close()
-        self._forks.__exit__()
+        self._forks.close()
         if not any(result.outcome == "lost" for result in self.results):
             shutil.rmtree(self._folder, ignore_errors=True)
 
