@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.launch import ROOT
 from tests.test_guard import poison
 from tests.torture.campaign import KINDS, Campaign, table
 from tests.torture.kinds import Kind
@@ -25,6 +27,9 @@ class Quick(Campaign):
     def _place(self, kind: Kind, folder: Path, draw: random.Random, setting: Any) -> Any:
         folder.mkdir()
         return draw
+
+
+DOCUMENT = (ROOT / "docs/reliability.md").read_text()
 
 
 def drawn(draw: random.Random) -> Outcome:
@@ -68,6 +73,21 @@ def test_what_is_lost_is_told_with_the_reason_and_kept(kinds: None, tmp_path: Pa
     assert (tmp_path / "table.md").read_text() == table(trials.results)
     assert "| | all | 4 | 1 | 1 | 2 |" in table(trials.results)
     assert [line.split()[0] for line in said] == ["survived", "lost", "lost", "refused"]
+
+
+def test_another_campaign_adds_to_what_an_earlier_one_found(kinds: None, tmp_path: Path) -> None:
+    for seed in (5, 6):
+        with Quick(seed, tmp_path, [], lambda _: None) as trials:
+            trials.try_one(KINDS["drawn"], f"{seed}.0")
+    assert [row["seed"] for row in json.loads((tmp_path / "results.json").read_text())["results"]] == ["5.0", "6.0"]
+
+
+def test_the_table_of_the_document_is_of_kinds_that_there_are() -> None:
+    """And nothing was lost."""
+    rows = re.findall(r"^\| [\w ]+ \| (.+?) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", DOCUMENT, re.M)
+    assert rows
+    assert {kind for kind, *_ in rows} - {"all"} <= KINDS.keys()
+    assert all(int(tried) == int(held) + int(said) for _, tried, held, said, _ in rows)
 
 
 def test_every_kind_comes_before_any_comes_again(kinds: None, tmp_path: Path) -> None:

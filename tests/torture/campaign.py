@@ -44,7 +44,10 @@ class Result:
 
 
 class Campaign:
-    """Context: trials on this machine, in a folder that is removed with what survived."""
+    """Context: trials on this machine, in a folder that is removed with what survived.
+
+    The results in `out` of an earlier campaign are added to.
+    """
 
     def __init__(self, seed: int, out: Path, kinds: list[str], say: Any = print) -> None:
         self.seed, self.out, self.say = seed, out, say
@@ -52,7 +55,7 @@ class Campaign:
         self._folder = Path(tempfile.mkdtemp(prefix="torture-"))
         self._oracles: dict[Setting, Path] = {}
         self._shared: dict[str, Any] = {"folder": self._folder}
-        self.results: list[Result] = []
+        self.results, self._before_s = _earlier(out / "results.json")
         self._began = time.monotonic()
 
     def __enter__(self) -> "Campaign":
@@ -114,11 +117,19 @@ class Campaign:
     def write(self) -> None:
         """Leave results.json and table.md."""
         self.out.mkdir(parents=True, exist_ok=True)
-        minutes = (time.monotonic() - self._began) / 60
+        minutes = (self._before_s + time.monotonic() - self._began) / 60
         facts = {"seed": self.seed, "minutes": round(minutes, 1), "cores": os.cpu_count()}
         found = {**facts, "results": [asdict(result) for result in self.results]}
         replace_bytes(self.out / "results.json", json.dumps(found, indent=1).encode())
         replace_bytes(self.out / "table.md", table(self.results).encode())
+
+
+def _earlier(path: Path) -> tuple[list[Result], float]:
+    """Return the results in a file and the seconds they took; none where there is no file."""
+    if not path.is_file():
+        return [], 0.0
+    found = json.loads(path.read_text())
+    return [Result(**result) for result in found["results"]], 60 * float(found["minutes"])
 
 
 def table(results: list[Result]) -> str:

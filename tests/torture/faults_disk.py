@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -136,6 +137,22 @@ def fails_once(trial: Trial) -> Outcome:
     said = [line for line in ended.splitlines() if line.startswith("error")]
     assert said, f"{what}: ended with {codes} without a word"
     return refused(f"{what}: {said[0].replace(str(trial.run), '')[:140]}; went on from step {newest}")
+
+
+@fault("a rank whose user may not write to the run directory", "disks")
+def permissions(trial: Trial) -> Outcome:
+    at, rank = trial.begin(), trial.draw.randrange(WORLD)
+    trial.said.mkdir()
+    for folder in (trial.folder.parent, trial.folder, trial.said):
+        folder.chmod(0o777)
+    before = trial.snapshot()
+    codes = trial.train(around={rank: {"uid": 65534}})
+    line = trial.check_refused(codes)
+    assert "Permission denied" in line, line
+    assert trial.snapshot() == before
+    shutil.rmtree(trial.said)  # some of it is the other user's
+    trial.finish()
+    return refused(f"rank {rank}: {line.replace(str(trial.run), '')}; went on from step {at}")
 
 
 @fault("a read-only file system in the middle of training", "disks")

@@ -5,7 +5,7 @@ by rank: {"0": {...}, "1": {...}} of
     calls: [log, how, n] - the n-th call that changes the file system kills the rank ("kill") or fails with an errno
     clock: seconds - from the 30th look on, time.time() is so far off
     memory: bytes - RLIMIT_AS, beyond what the process has
-    umask: number; env: {name: value}; chdir: folder
+    umask, uid: numbers; env: {name: value}; chdir: folder
     ema: step - the average holds a NaN from the save of that step on
 """
 
@@ -83,6 +83,8 @@ def surround(around: dict[str, Any]) -> None:
         os.umask(around["umask"])
     if "chdir" in around:
         os.chdir(around["chdir"])
+    if "uid" in around:
+        os.setuid(around["uid"])
     if "clock" in around:
         jump(around["clock"])
     if "calls" in around:
