@@ -123,15 +123,15 @@ def options(layout: str, topology: tuple[int, int, int, int] = (2, 1, 1, 2), **m
 
 
 def tool(
-    *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = ()
+    *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = (), **env: str
 ) -> subprocess.CompletedProcess:
     """Run one of the command lines of checkpoints: as a program under a launcher, else its `main` in this process."""
-    command, columns = [f"tools/{name}.py", *map(str, arguments)], {"COLUMNS": "160"}  # paths are long
+    command, env = [f"tools/{name}.py", *map(str, arguments)], {"COLUMNS": "160", **env}  # paths are long
     if launcher:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **columns}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
         command = [*launcher, sys.executable, *command]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, mock.patch.dict(os.environ, columns):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, mock.patch.dict(os.environ, env):
         code = importlib.import_module(name).main(command[1:])
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 

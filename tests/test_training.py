@@ -23,26 +23,7 @@ from raphael_dist.training.metrics import read_metrics
 from tests.documents import text_of
 from tests.launch import ROOT, rank_env, run_ranks
 
-SMALL = [
-    "--config=emoji-tiny",
-    "image.encoder=none",
-    "image.buckets=[[8,8]]",
-    "model.latent_channels=3",
-    "model.channels=[16,24]",
-    "model.attention=[true,false]",
-    "model.expert_width=[16,24]",
-    "model.layers_per_block=1",
-    "model.head_dim=8",
-    "model.norm_groups=8",
-    "model.gate_width=8",
-    "train.global_batch=10",
-    "train.micro_batch=3",
-    "train.log_every=1",
-    "checkpoint.every=3",
-    "sample.steps=2",
-    "optim.warmup_steps=2",
-    "optim.decay=constant",
-]
+SMALL = ["--config=tests/data/small.yaml"]
 
 SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=shard")
 
@@ -250,6 +231,20 @@ def test_several_image_sizes_train_and_validate(world_size: int, spread: tuple, 
     assert "validation loss" in output
 
 
+def test_a_run_goes_on_with_other_image_sizes_batch_and_learning_rate(tmp_path: Path, cache: str) -> None:
+    """A curriculum by hand: step 4 begins at sample 30, within a run of one image size and no multiple of the batch."""
+    folder, quiet = tmp_path / "run", ("sample.prompts=[]", "data.val_shards=[]")
+    run_ranks(arguments(folder, cache, 1, "train.max_steps=3", *quiet), 1)
+    changed = ("image.buckets=[[8,8],[8,16]]", "data.bucket_run=7", "train.global_batch=11", "optim.lr=1e-4")
+    names = [name.partition("=")[0] for name in changed]
+    more = (*changed, "train.max_steps=5", f"run.allow_change=[{', '.join(names)}]", *quiet)
+    output = run_ranks(arguments(folder, cache, 1, *more), 1)[0]
+    assert "resumed at step 3" in output
+    assert all(f"{name} was " in output for name in names)
+    last = CheckpointReader(folder / "checkpoints" / "step-00000005").manifest
+    assert (last["samples_seen"], last["updates"]) == (3 * 10 + 2 * 11, 5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_resumes_bit_for_bit_too(tmp_path: Path, cache: str, stage: int) -> None:
@@ -280,7 +275,7 @@ def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: P
     other = tmp_path / "other"
     shutil.copytree(run_dir, other)
     (other / "config.yaml").unlink()
-    base = [cache, *SMALL[1:]]
+    base = [cache]
     cases = {
         "channels": ([*base, "model.latent_channels=4"], ["model.latent_channels is 4", "3 channels"]),
         "text width": ([*base, "model.text_width=100"], ["model.text_width is 100", "384"]),
@@ -294,7 +289,10 @@ def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: P
     }
     spec = tmp_path / "cases.json"
     # Each in a directory of its own, unless the case is about the directory.
-    spec.write_text(json.dumps({name: [f"run.dir={tmp_path / name}", *given] for name, (given, _) in cases.items()}))
+    own = {
+        name: [] if "run.dir=" in "".join(given) else [f"run.dir={tmp_path / name}"] for name, (given, _) in cases.items()
+    }
+    spec.write_text(json.dumps({name: [*own[name], *given] for name, (given, _) in cases.items()}))
     run_ranks(["tests/workers/refusals.py", str(tmp_path / "out.json"), str(spec)], 1)
     messages = json.loads((tmp_path / "out.json").read_text())
     for name, (_, parts) in cases.items():
@@ -313,6 +311,8 @@ def test_the_command_line_exits_with_2_and_one_line(
     cases = {
         ("--config", "emoji-tiny", "train.max_step=5"): "did you mean 'max_steps'?",
         ("--config", "emoji-tini"): "did you mean 'emoji-tiny'?",
+        ("train.max_steps=1",): "--config: none given; name a preset (emoji-small, emoji-tiny,",
+        ("--config", "emoji-tiny", "--config", "raphael-3b"): "--config: given twice, 'emoji-tiny' and 'raphael-3b'",
         ("--config", "emoji-tiny", "train.micro_batch=0"): "train.micro_batch: given 0",
         ("--config", "raphael-3b"): "data.shards: none given",
         ("--config", "emoji-tiny", "--world-size", "64", "--dry-run"): "cannot serve 64 ranks",
@@ -320,7 +320,11 @@ def test_the_command_line_exits_with_2_and_one_line(
         ("--config", "emoji-tiny", "parallel.time_ep=2"): "allowed on 1 ranks: [1]",
         ("--config", "emoji-tiny", "--deepspeed_config", "nowhere.json"): "nowhere.json: no such file",
         ("--config", "emoji-tiny", "--world-size", "-4", "--dry-run"): "--world-size: given -4",
-        ("--config", "emoji-tiny", "image.buckets=[[8,8],[8,16]]"): "data.bucket_run = 1 must be a multiple of",
+        (
+            "--config",
+            "emoji-tiny",
+            "image.buckets=[[8,8],[8,16]]",
+        ): "data.bucket_run = 1 must be at least train.micro_batch = 16",
         ("--config", "emoji-tiny", "run.seed=100000000000000000000000"): "run.seed: given",
         ("--config", "emoji-tiny", "diffusion.beta_end=5"): "diffusion.beta_start",
     }
@@ -332,8 +336,8 @@ def test_the_command_line_exits_with_2_and_one_line(
         assert error.count("\n") == 1
 
 
-def test_help_and_dry_run_answer_within_a_second_and_a_half_without_torch() -> None:
-    for flag in ("--help", "--dry-run"):
+def test_help_and_plan_answer_within_a_second_and_a_half_without_torch() -> None:
+    for flag in ("--help", "--plan"):
         code = f"import sys; from raphael_dist import train; train.main(['--config', 'raphael-3b', '{flag}'])"
         began = time.monotonic()
         done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
