@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """Collects on every rank without waiting for the device, and writes on rank 0. Context: the time of training.
+    """Collects on every rank without waiting for the device, and writes on rank 0. Use it as a context around training.
 
     `flops`: model FLOPs per sample.
     """

@@ -71,9 +71,9 @@ def ranks_together(config: Config, engine: Engine, world_size: int) -> int:
 
 
 def drawing_ranks(count: int, world_size: int, group: int, span: int) -> int:
-    """Return on how many ranks, in whole groups, `count` samples are drawn: no more than have one, at least one group.
+    """Return how many ranks draw `count` samples: a multiple of `group`, such that every group has samples to draw.
 
-    span: samples that a group draws at a time.
+    group: ranks that run the model together. span: samples that a group draws at a time.
     """
     units = min(-(-count // span), count // group, world_size // group)
     return max(1, units) * group
@@ -124,7 +124,7 @@ def sample_prompts(
             with recorder if ranks.is_main else nullcontext():
                 drawn = sampler.draw(requests, scheduler, steps=s.steps, guidance=s.guidance)
             for i, image_HW3 in zip(mine, drawn, strict=True):
-                if i // len(mine) == ranks.rank:  # not one that is drawn only to keep company
+                if i // len(mine) == ranks.rank:  # else it was drawn only so that the group's ranks draw equally many
                     images[i] = torch.from_numpy(image_HW3)
     engine.module.train()
     # Every image is one rank's, and nothing elsewhere: the sum is all of them. Its size does not grow with the ranks.
