@@ -29,6 +29,7 @@ FocalForm = Literal["focal", "quality"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+Tracker = Literal["wandb", "mlflow"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
     BeforeValidator(lambda given: {"move": "shard", "keep": "replicate"}.get(str(given), given)),  # their former names
@@ -49,6 +50,8 @@ class RunConfig(Section):
     )
     hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
     lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
+    trackers: tuple[Tracker, ...] = Field((), description="where metrics go as well; each is a package to be installed")
+    project: str = Field("raphael", description="the trackers' project or experiment")
     log_level: LogLevel = Field("warning", description="least severe lines of the log that the terminal shows as well")
     allow_change: tuple[str, ...] = Field((), description="fields, as section.key, that may differ from the run's before")
 

@@ -13,7 +13,7 @@ from raphael_dist.stages import staged_keys
 FREE_SECTIONS = {"checkpoint", "parallel", "sample"}
 FREE = {
     "run.dir", "run.fresh", "run.init_from", "run.init_missing", "run.hang_timeout_s", "run.lock_wait_s",
-    "run.log_level", "run.allow_change",
+    "run.log_level", "run.trackers", "run.project", "run.allow_change",
     "model.space_backend", "model.checkpoint_activations", "text.encoder", "image.encoder",
     "data.shards", "data.val_shards", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
     "train.max_steps", "train.micro_batch", "train.compile", "train.check_gradients", "train.max_skipped",
