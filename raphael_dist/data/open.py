@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -49,13 +50,18 @@ def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> t
     return text, image
 
 
-def check_encoders(config: Config, text: TextEncoder, image: ImageEncoder) -> None:
-    """Raise UserError when the encoders do not fit the model, naming both numbers."""
+def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEncoder | ImageFacts) -> None:
+    """Raise UserError when the encoders do not fit the model or the image sizes, naming both numbers."""
     if text.width != config.model.text_width:
         raise UserError(
             f"model.text_width is {config.model.text_width}, but text.encoder {config.text.encoder!r} is {text.width} wide; "
             f"set model.text_width={text.width}"
         )
+    for height, width in config.image.buckets:
+        if height % image.factor or width % image.factor:
+            raise UserError(
+                f"image.buckets: [{height}, {width}] is not a multiple of {image.factor}, the image encoder's factor"
+            )
     if image.channels != config.model.latent_channels:
         raise UserError(
             f"model.latent_channels is {config.model.latent_channels}, but image.encoder {config.image.encoder!r} has "
@@ -71,7 +77,7 @@ def open_stream(
     Collective. Raises UserError on all ranks for missing or empty shards, too many bad samples, missing edge maps.
     """
     d = config.data
-    paths = from_main("looking for shards", lambda _: expand_shards(patterns))
+    paths = from_main("looking for shards", lambda _: find_shards(config, training=training))
     folder = d.cache_dir / "index"
     together("indexing", lambda tell: scan_shards(paths[ranks.rank :: ranks.world_size], folder, tell))
     index = together("reading the index", lambda tell: build_index(paths, folder, tell))
@@ -88,10 +94,15 @@ def open_stream(
     together("caching", fill)
     # A micro-batch holds one image size, so samples of one size come in runs.
     run = run_of(config, training) or 1
-    order = together(
-        "ordering the samples",
-        lambda _: SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run),
-    )
+
+    def in_order(_: Tell) -> SampleOrder:
+        try:
+            return SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run)
+        except UserError as error:
+            field = "data.shards" if training else "data.val_shards"
+            raise UserError(str(error).replace("data:", f"{field}:", 1)) from None
+
+    order = together("ordering the samples", in_order)
     return together(
         "opening the cached features",
         lambda _: TrainStream(
@@ -105,6 +116,16 @@ def open_stream(
     )
 
 
+def find_shards(config: Config, *, training: bool) -> list[Path]:
+    """Return the files that data.shards, or data.val_shards, name. UserError as `expand_shards` does, naming that field."""
+    if training:
+        return expand_shards(config.data.shards)
+    try:
+        return expand_shards(config.data.val_shards)
+    except UserError as error:
+        raise UserError(str(error).replace("data.shards:", "data.val_shards:", 1)) from None
+
+
 def fill_cache(
     config: Config, text: TextEncoder, image: ImageEncoder, part: int, num_parts: int, *, training: bool
 ) -> tuple[int, int]:
@@ -114,7 +135,7 @@ def fill_cache(
     For processes that do not know of each other (tools/prepare_data.py). Raises UserError as `open_stream` does.
     """
     d = config.data
-    index = build_index(expand_shards(d.shards if training else d.val_shards), d.cache_dir / "index")
+    index = build_index(find_shards(config, training=training), d.cache_dir / "index")
     cache = _cache_of(config, index, text, image, training)
     # By number, not by place in the list, which gets shorter while others work.
     mine = [shard for shard in cache.missing() if shard % num_parts == part]

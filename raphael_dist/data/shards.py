@@ -242,7 +242,10 @@ def _shard_index(path: Path, cache_dir: Path | None) -> ShardIndex:
             temporary.write_text(json.dumps({"identity": identity, **entry}), encoding="utf-8")
         return _from_entry(tar, identity[2], entry)
     except OSError as error:
-        field = "data.cache_dir" if cache_dir and str(error.filename or "").startswith(str(cache_dir)) else "data.shards"
+        # Where the folder cannot be made, it is one above it that is named.
+        culprit = Path(error.filename or path)
+        in_cache = cache_dir is not None and (culprit.is_relative_to(cache_dir) or cache_dir.is_relative_to(culprit))
+        field = "data.cache_dir" if in_cache else "data.shards"
         raise UserError(f"{field}: {error.filename or path}: {error.strerror or error}; check it") from error
 
 

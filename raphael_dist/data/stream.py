@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.order import SampleOrder, SamplePosition
 from raphael_dist.data.shards import BadSample
+from raphael_dist.data.tar_scan import EDGE_EXT
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
@@ -138,7 +139,13 @@ class TrainStream:
 def _check_bad(bad: list[BadSample], total: int, max_fraction: float) -> None:
     if len(bad) > max_fraction * total:
         first = "; ".join(str(one) for one in bad[:3])
+        (reason, times), *others = Counter(one.reason for one in bad).most_common()
+        why = f"{times} of them: {reason}" if others else reason
+        if reason == f"no {EDGE_EXT}":
+            remedy = f"add edge maps ({EDGE_EXT} in each sample), or train without by edge.weight=0"
+        else:
+            remedy = "repair the shards or raise the limit"
         raise UserError(
-            f"data.max_bad_fraction: {len(bad)} of {total} samples are bad, more than {max_fraction:.1%} of them; "
-            f"repair the shards or raise the limit. The first: {first}"
+            f"data.max_bad_fraction: {len(bad)} of {total} samples are bad ({why}), more than {max_fraction:.1%}; "
+            f"{remedy}. The first: {first}"
         )
