@@ -26,12 +26,12 @@ ROOMS = {
     "cluster": "base storage model parallel data",
     "commands": "base storage model parallel data engine checkpoint convert sampling training cluster",
 }
-BASE = {"raphael_dist", "errors", "rng", "config", "config_errors", "config_yaml", "identity", "presets"}
+BASE = {"raphael_dist", "errors", "rng", "config", "config_data", "config_errors", "config_yaml", "identity", "presets"}
 COMMANDS = {"train", "sample", "evaluate", "paths", "pipeline"}
 # The writer of DeepSpeed's layout pickles three of its small classes.
 MAY_IMPORT_DEEPSPEED = {"engine.engine", "engine.expert_groups", "convert.layouts.deepspeed.write"}
 LIGHT = {
-    "config", "config_errors", "config_yaml", "identity", "errors", "engine.ds_config", "parallel.batch_plan",
+    "config", "config_data", "config_errors", "config_yaml", "identity", "errors", "engine.ds_config", "parallel.batch_plan",
     "parallel.placement", "parallel.communication", "cluster.preflight_report", "training.stopping",
     "model.latents",
 }  # fmt: skip

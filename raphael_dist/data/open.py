@@ -1,7 +1,6 @@
 """From the configuration to streams of training and validation samples: encoders, index, cache, order."""
 
 import logging
-from collections.abc import Sequence
 
 import torch
 
@@ -9,11 +8,11 @@ from raphael_dist.config import Config
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
-from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards import DatasetIndex, build_index, expand_shards, scan_shards
+from raphael_dist.data.index import DatasetIndex
+from raphael_dist.data.open_index import names_of, open_order, store_of
+from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
-from raphael_dist.parallel.batch_plan import run_of
 from raphael_dist.parallel.long_work import Tell, from_main, together
 from raphael_dist.parallel.ranks import Ranks, all_or_none
 
@@ -63,22 +62,17 @@ def check_encoders(config: Config, text: TextEncoder, image: ImageEncoder) -> No
         )
 
 
-def open_stream(
-    config: Config, patterns: Sequence[str], ranks: Ranks, text: TextEncoder, image: ImageEncoder, *, training: bool
-) -> TrainStream:
+def open_stream(config: Config, ranks: Ranks, text: TextEncoder, image: ImageEncoder, *, training: bool) -> TrainStream:
     """Index the shards, compute what is not cached yet (each rank its part), and return the stream of samples.
 
     Collective. Raises UserError on all ranks for missing or empty shards, too many bad samples, missing edge maps.
     """
     d = config.data
-    paths = from_main("looking for shards", lambda _: expand_shards(patterns))
-    folder = d.cache_dir / "index"
-    together("indexing", lambda tell: scan_shards(paths[ranks.rank :: ranks.world_size], folder, tell))
-    index = together("reading the index", lambda tell: build_index(paths, folder, tell))
-    cache = all_or_none(lambda: _cache_of(config, index, text, image, training))
+    order = open_order(config, ranks, training=training)
+    cache = all_or_none(lambda: _cache_of(config, order.index, text, image, training))
     missing = from_main("looking for cached features", lambda _: cache.missing())
     if missing and ranks.is_main:
-        _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(index.shards))
+        _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(order.index.shards))
 
     def fill(tell: Tell) -> None:
         cache.build(missing[ranks.rank :: ranks.world_size], tell=tell)
@@ -86,12 +80,6 @@ def open_stream(
             _ = cache.null_text
 
     together("caching", fill)
-    # A micro-batch holds one image size, so samples of one size come in runs.
-    run = run_of(config, training) or 1
-    order = together(
-        "ordering the samples",
-        lambda _: SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run),
-    )
     return together(
         "opening the cached features",
         lambda _: TrainStream(
@@ -114,7 +102,8 @@ def fill_cache(
     For processes that do not know of each other (tools/prepare_data.py). Raises UserError as `open_stream` does.
     """
     d = config.data
-    index = build_index(expand_shards(d.shards if training else d.val_shards), d.cache_dir / "index")
+    names = [name for source in names_of(config, training) for name in source]
+    index = build_index(names, store=store_of(d))
     cache = _cache_of(config, index, text, image, training)
     # By number, not by place in the list, which gets shorter while others work.
     mine = [shard for shard in cache.missing() if shard % num_parts == part]
