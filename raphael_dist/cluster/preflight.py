@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from raphael_dist.config import Config
-from raphael_dist.data.open_index import names_of, store_of
-from raphael_dist.data.shard_store import ShardError
+from raphael_dist.data.open_index import names_of
+from raphael_dist.data.shard_store import ShardError, store_of
 from raphael_dist.errors import UserError
 from raphael_dist.model.moe import SpaceMoE
 from raphael_dist.parallel.exchange import ExpertGroup

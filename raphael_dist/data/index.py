@@ -32,7 +32,7 @@ from raphael_dist.errors import UserError
 VERSION = 1
 SAMPLES, KEYS, BAD, NUM_BAD, BYTES = range(5)  # columns of shards.npy
 DIGESTS = ("fingerprint", "content", "text_digest")
-_SHARDS_IN_MEMORY = 64
+_SHARDS_IN_MEMORY = 32
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def open_table(folder: Path, store: ShardStore) -> DatasetIndex:
         keys, bad = (_bytes_of(folder / name) for name in ("keys.bin", "bad.bin"))
         if len(arrays["place"]) != len(arrays["size"]) or len(arrays["place"]) != arrays["shards"][-1, SAMPLES]:
             raise ValueError("its files do not belong together")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data.cache_dir: the index {folder} cannot be read ({error}); delete it, it is made again"
         ) from error

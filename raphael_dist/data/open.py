@@ -9,7 +9,8 @@ from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.index import DatasetIndex
-from raphael_dist.data.open_index import names_of, open_order, store_of
+from raphael_dist.data.open_index import names_of, open_order
+from raphael_dist.data.shard_store import store_of
 from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError

@@ -5,13 +5,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from raphael_dist.config import Config, Data
+from raphael_dist.config import Config
 from raphael_dist.data import shards
 from raphael_dist.data.index import DatasetIndex, open_table
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.remote import Patience
-from raphael_dist.data.shard_store import ShardStore
+from raphael_dist.data.shard_store import store_of
 from raphael_dist.data.view import View, columns_of, open_view
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.batch_plan import run_of
@@ -20,13 +19,6 @@ from raphael_dist.parallel.ranks import Ranks
 
 _log = logging.getLogger(__name__)
 Order = SampleOrder | MixedOrder
-
-
-def store_of(d: Data) -> ShardStore:
-    """Return how the shards of a configuration are reached."""
-    fetched = d.cache_dir / "shards" if d.shard_cache is None else d.shard_cache
-    patience = Patience(d.retries, d.timeout_s)
-    return ShardStore(d.cache_dir / "index", fetched, int(d.shard_cache_gb * 2**30), patience)
 
 
 def patterns_of(config: Config, training: bool) -> list[tuple[tuple[str, ...], float]]:

@@ -15,13 +15,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raphael_dist.data import remote
 from raphael_dist.data.remote import PATIENCE, Patience, RemoteError, shown
 from raphael_dist.data.tar_scan import gunzip
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import atomic_path, write_all
+
+if TYPE_CHECKING:
+    from raphael_dist.config import Data  # worker processes do without pydantic
 
 _GZIPPED = re.compile(r"(\.tar\.gz|\.tgz)$", re.IGNORECASE)
 _CACHE_VERSION = 1
@@ -196,6 +199,13 @@ class ShardStore:
                     return
                 path.unlink(missing_ok=True)
                 excess -= size
+
+
+def store_of(d: "Data") -> ShardStore:
+    """Return how the shards of a configuration are reached."""
+    fetched = d.cache_dir / "shards" if d.shard_cache is None else d.shard_cache
+    patience = Patience(d.retries, d.timeout_s)
+    return ShardStore(d.cache_dir / "index", fetched, int(d.shard_cache_gb * 2**30), patience)
 
 
 def base_name(name: str) -> str:

@@ -88,7 +88,7 @@ def open_view(index: DatasetIndex, buckets: Sequence[tuple[int, int]], filters: 
         if len(bucket_of) != index.num_samples or len(counts) != len(index.shards):
             raise ValueError("it is of other shards")
         return _checked(View(sizes, bucket_of, counts, dropped, about["digest"]), index)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(
             f"data.cache_dir: the view {folder} cannot be read ({error}); delete it, it is made again"
         ) from error
