@@ -2,10 +2,11 @@
 
 import io
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -14,10 +15,12 @@ from raphael_dist.data.buckets import fit, resize_and_crop
 from raphael_dist.data.captions import read_texts
 from raphael_dist.data.index import DatasetIndex
 from raphael_dist.data.remote import is_remote
+from raphael_dist.data.shard_store import ShardError
 from raphael_dist.data.tar_scan import EDGE_EXT, EXTS, IMAGE_EXTS, IMAGE_FORMATS, MAX_SAMPLE_BYTES, members_of
 
 MAX_PIXELS = 64 << 20
 _OPEN_FILES = 64
+_TRY_AGAIN_S = 600.0
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 
 # Half an image trained as a whole one is worse than one image fewer; some libraries turn this on.
@@ -45,6 +48,19 @@ class DecodedSample:
     key: str
 
 
+Request = tuple[int, int, bool]  # sample id, bucket, flip
+
+
+class Workers(Protocol):
+    """What decodes samples elsewhere (workers.py)."""
+
+    def ahead(self, requests: Iterable[Request]) -> None:
+        """Begin what `load` will be called for."""
+
+    def load(self, request: Request) -> "DecodedSample":
+        """Return what `ImageDataset.load(*request)` returns, or raise what it raises."""
+
+
 class ImageDataset:
     """Loads samples of an index by id, scaled and cut to a bucket (height, width). Threads and forks may share it."""
 
@@ -59,6 +75,21 @@ class ImageDataset:
         self.index, self.edge, self.max_pixels = index, edge, max_pixels
         self.buckets = tuple((int(height), int(width)) for height, width in buckets)
         self._files = _OpenFiles(index)
+        self._lost: dict[int, tuple[float, ShardError]] = {}
+        self._workers: Workers | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent to another process it has no workers."""
+        return {**vars(self), "_workers": None, "_lost": {}}
+
+    def use(self, workers: "Workers | None") -> None:
+        """Let `load` have its work done by these workers; None: by itself."""
+        self._workers = workers
+
+    def ahead(self, requests: Iterable[Request]) -> None:
+        """Begin what `load(*request)` will be called for soon; each is to be called for. Without workers nothing happens."""
+        if self._workers is not None:
+            self._workers.ahead(requests)
 
     @property
     def has_edges(self) -> bool:
@@ -71,12 +102,23 @@ class ImageDataset:
         """
         number, row = self.index.locate(sample_id)
         shard = self.index.shards[number]
-        key, stretch = shard.keys[row], self._files.read(number, *shard.span(row))
+        key, stretch = shard.keys[row], self._stretch(number, row)
         try:
             members = members_of(stretch, key)
         except ValueError as error:
             raise BadSampleError(shard.name, key, str(error)) from error
         return {ext: members[ext] for ext in exts if ext in members}
+
+    def _stretch(self, number: int, row: int) -> bytes:
+        """Return the bytes of a sample in its shard. A shard that could not be read is not tried again for a while."""
+        when, error = self._lost.get(number, (0.0, None))
+        if error is not None and time.monotonic() - when < _TRY_AGAIN_S:
+            raise error
+        try:
+            return self._files.read(number, *self.index.shards[number].span(row))
+        except ShardError as error:
+            self._lost[number] = (time.monotonic(), error)
+            raise
 
     def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
         """Return the sample fitted to `buckets[bucket]`, mirrored if `flip`.
@@ -84,6 +126,11 @@ class ImageDataset:
         BadSampleError: it cannot be decoded, is over the pixel cap, or lacks an edge map where edges are "stored".
         ShardError as for `read`.
         """
+        if self._workers is None:
+            return self._load(sample_id, bucket, flip)
+        return self._workers.load((sample_id, bucket, flip))
+
+    def _load(self, sample_id: int, bucket: int, flip: bool) -> DecodedSample:
         members = self.read(sample_id)
         number, row = self.index.locate(sample_id)
         shard, size = self.index.shards[number], self.buckets[bucket]

@@ -155,7 +155,7 @@ class ShardStore:
         """Write a remote shard to `path`; room is made first."""
         if stamp.num_bytes > self.max_bytes:
             limit = f"data.shard_cache_gb={self.max_bytes / 2**30:g}"
-            raise ShardError(base_name(url), f"{shown(url)} has {stamp.num_bytes} bytes and does not fit into {limit}")
+            raise UserError(f"{limit} is too little for {shown(url)}, which has {stamp.num_bytes} bytes; raise it")
         self._make_room(stamp.num_bytes)
         try:
             self._write(url, stamp, path)

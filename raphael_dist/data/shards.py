@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from raphael_dist.data.tar_scan import IMAGE_EXTS
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import atomic_path
 
+_log = logging.getLogger(__name__)
 # Beyond so many bytes of shards without a record a run does not index them itself; tools/index_shards.py does.
 MAX_BYTES_IN_RUN = 64 << 30
 _MAX_SHARDS = 1_000_000
@@ -100,6 +102,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, tell: Tell = _quiet) ->
         try:
             record = scan_shard(store, name)
         except ShardError as error:
+            _log.warning("%s", error)
             records.append(unreached_record(name, error.reason))
             continue
         if store.folder is not None:
@@ -123,7 +126,7 @@ def join_records(names: Sequence[str], store: ShardStore, columns: Sequence[str]
     def records() -> Iterator[ShardRecord]:
         for number, name in enumerate(names, start=1):
             tell(f"record {number} of {len(names)}")
-            yield load_record(store.folder, name) or unreached_record(name, "it could not be read")  # type: ignore[arg-type]
+            yield load_record(store.folder, name) or unreached_record(name, "could not be read")  # type: ignore[arg-type]
 
     num_samples, bad = 0, list[str]()
     for record in records():
