@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from raphael_dist.config import Config
-from raphael_dist.data.open_index import names_of
+from raphael_dist.data.open_index import find_shards
 from raphael_dist.data.shard_store import ShardError, store_of
 from raphael_dist.errors import UserError
 from raphael_dist.model.moe import SpaceMoE
@@ -118,7 +118,7 @@ class Probe:
 
     def _data(self) -> dict[str, float]:
         """Read the first PROBE_BYTES of a shard, a different one on each rank; return MB/s."""
-        names = [name for source in names_of(self.config, training=True) for name in source]
+        names = find_shards(self.config, training=True)
         name, store = names[self.ranks.rank % len(names)], store_of(self.config.data)
         began = time.perf_counter()
         try:

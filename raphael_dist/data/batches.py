@@ -33,6 +33,7 @@ class BatchBuilder:
         """
         self.config, self.stream, self.num_blocks = config, stream, num_blocks
         self.seed, self.global_batch = config.run.seed, global_batch or config.train.global_batch
+        self.phase = 0  # where in [0, global_batch) steps begin
         self.pin = pin
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
@@ -47,7 +48,7 @@ class BatchBuilder:
             x0=torch.stack([s.latents for s in samples]),
             noise=torch.stack([self._noise(p, s) for p, s in zip(positions, samples, strict=True)]),
             timestep=torch.tensor(
-                [draw_timestep(self.config.diffusion, self.seed, p, self.global_batch) for p in positions]
+                [draw_timestep(self.config.diffusion, self.seed, p, self.global_batch, self.phase) for p in positions]
             ),
             text=torch.stack([s.tokens for s in samples]).float(),
             text_mask=torch.stack([s.mask for s in samples]),
@@ -71,7 +72,7 @@ class BatchBuilder:
     def _gate_noise_at(self, position: int) -> float:
         """Return the deviation of a position's gate noise: linear from `gate_noise` to 0 over `gate_noise_steps` steps."""
         m = self.config.model
-        left = 1 - position // self.global_batch / m.gate_noise_steps if m.gate_noise_steps else 1.0
+        left = 1 - (position - self.phase) // self.global_batch / m.gate_noise_steps if m.gate_noise_steps else 1.0
         return m.gate_noise * max(0.0, left)
 
     def _normal(self, purpose: Purpose, positions: Sequence[int], shape: tuple[int, ...]) -> Tensor:

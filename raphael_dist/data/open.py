@@ -9,7 +9,7 @@ from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.index import DatasetIndex
-from raphael_dist.data.open_index import names_of, open_order
+from raphael_dist.data.open_index import find_shards, open_order
 from raphael_dist.data.shard_store import store_of
 from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import TrainStream
@@ -49,13 +49,18 @@ def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> t
     return text, image
 
 
-def check_encoders(config: Config, text: TextEncoder, image: ImageEncoder) -> None:
-    """Raise UserError when the encoders do not fit the model, naming both numbers."""
+def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEncoder | ImageFacts) -> None:
+    """Raise UserError when the encoders do not fit the model or the image sizes, naming both numbers."""
     if text.width != config.model.text_width:
         raise UserError(
             f"model.text_width is {config.model.text_width}, but text.encoder {config.text.encoder!r} is {text.width} wide; "
             f"set model.text_width={text.width}"
         )
+    for height, width in config.image.buckets:
+        if height % image.factor or width % image.factor:
+            raise UserError(
+                f"image.buckets: [{height}, {width}] is not a multiple of {image.factor}, the image encoder's factor"
+            )
     if image.channels != config.model.latent_channels:
         raise UserError(
             f"model.latent_channels is {config.model.latent_channels}, but image.encoder {config.image.encoder!r} has "
@@ -103,8 +108,7 @@ def fill_cache(
     For processes that do not know of each other (tools/prepare_data.py). Raises UserError as `open_stream` does.
     """
     d = config.data
-    names = [name for source in names_of(config, training) for name in source]
-    index = build_index(names, store=store_of(d))
+    index = build_index(find_shards(config, training=training), store=store_of(d))
     cache = _cache_of(config, index, text, image, training)
     # By number, not by place in the list, which gets shorter while others work.
     mine = [shard for shard in cache.missing() if shard % num_parts == part]

@@ -1,8 +1,10 @@
 """Opening the index of a run: what is missing is divided over the ranks, or refused where it is too much. Collective."""
 
 import logging
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from raphael_dist.config import Config
@@ -10,7 +12,7 @@ from raphael_dist.data import shards
 from raphael_dist.data.index import DatasetIndex, open_table
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shard_store import store_of
+from raphael_dist.data.shard_store import ShardError, store_of
 from raphael_dist.data.view import View, columns_of, open_view
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.batch_plan import run_of
@@ -29,10 +31,27 @@ def patterns_of(config: Config, training: bool) -> list[tuple[tuple[str, ...], f
     return [(source.shards, source.weight) for source in d.sources] or [(d.shards, 1.0)]
 
 
+@contextmanager
+def naming(training: bool) -> Iterator[None]:
+    """Let errors of the shards name the field that named these."""
+    try:
+        yield
+    except UserError as error:
+        if training or isinstance(error, ShardError):
+            raise
+        raise UserError(re.sub(r"^data(\.shards)?:", "data.val_shards:", str(error))) from None
+
+
 def names_of(config: Config, training: bool) -> list[list[str]]:
-    """Return the shards of each source. UserError as `expand_shards`."""
+    """Return the shards of each source. UserError as `expand_shards`, naming the field."""
     patience = store_of(config.data).patience
-    return [shards.expand_shards(patterns, patience) for patterns, _ in patterns_of(config, training)]
+    with naming(training):
+        return [shards.expand_shards(patterns, patience) for patterns, _ in patterns_of(config, training)]
+
+
+def find_shards(config: Config, *, training: bool) -> list[str]:
+    """Return the paths and URLs of all shards that data.shards or data.sources, or data.val_shards, name. UserError."""
+    return [name for source in names_of(config, training) for name in source]
 
 
 def command_of(config: Config, training: bool) -> str:
@@ -49,6 +68,11 @@ def open_order(config: Config, ranks: Ranks, *, training: bool) -> Order:
     Raises UserError on all ranks: missing shards, no usable sample, too much to index within a run, too many damaged shards,
     filters that drop everything.
     """
+    with naming(training):
+        return _open_order(config, ranks, training=training)
+
+
+def _open_order(config: Config, ranks: Ranks, *, training: bool) -> Order:
     d, store = config.data, store_of(config.data)
     columns = columns_of(d.filters) if training else []
     by_source = from_main("looking for shards", lambda _: names_of(config, training))

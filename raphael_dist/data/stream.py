@@ -3,7 +3,7 @@
 import itertools
 import logging
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,10 +15,12 @@ from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.index import BadSample
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder, SamplePosition
+from raphael_dist.data.tar_scan import EDGE_EXT
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
 _log = logging.getLogger(__name__)
+_LOOKED_AT = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +143,17 @@ class TrainStream:
 
 
 def _check_bad(num_bad: int, bad: Iterable[BadSample], total: int, max_fraction: float) -> None:
+    """Raise UserError where `num_bad` are too many; `bad` are the first of them, enough to tell what is wrong with most."""
     if num_bad > max_fraction * total:
-        first = "; ".join(str(one) for one in itertools.islice(bad, 3))
+        looked_at = list(itertools.islice(bad, _LOOKED_AT))
+        first = "; ".join(str(one) for one in looked_at[:3])
+        (reason, times), *others = Counter(one.reason for one in looked_at).most_common()
+        why = f"{times} of them: {reason}" if others else reason
+        if reason == f"no {EDGE_EXT}":
+            remedy = f"add edge maps ({EDGE_EXT} in each sample), or train without by edge.weight=0"
+        else:
+            remedy = "repair the shards or raise the limit"
         raise UserError(
-            f"data.max_bad_fraction: {num_bad} of {total} samples are bad, more than {max_fraction:.1%} of them; "
-            f"repair the shards or raise the limit. The first: {first}"
+            f"data.max_bad_fraction: {num_bad} of {total} samples are bad ({why}), more than {max_fraction:.1%}; "
+            f"{remedy}. The first: {first}"
         )
