@@ -113,7 +113,7 @@ def _again(url: str, patience: Patience, request: Callable[[Any, str, dict[str, 
             fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
             return request(fs, path, {"timeout": patience.timeout_s} if fs.async_impl else {})
         except ImportError as error:
-            raise UserError(f'data.shards: {shown(url)}: {error}; pip install "raphael_dist[remote]"') from None
+            raise UserError(f'data.shards: {shown(url)}: {error} (pip install "raphael_dist[remote]")') from None
         except Exception as error:  # each library has errors of its own
             why, final = _reason(error), _is_final(error)
             if final or attempt == patience.retries:
