@@ -186,6 +186,9 @@ def test_a_truncated_shard_keeps_its_whole_samples_and_one_among_many_stops_noth
     check_damage(index, "skip", 0.05)
     with pytest.raises(UserError, match=r"on_error=stop: 1 shards are damaged.*1\.tar"):
         check_damage(index, "stop", 0.05)
+    mute = build_index([write_shard(tmp_path / "mute.tar", [good(1), ("mute", {"png": png()})])])
+    with pytest.raises(UserError, match=r"on_error=stop: 1 samples are bad, the first mute\.tar:'mute': no caption"):
+        check_damage(mute, "stop", 0.05)
     paths[2].write_bytes(b"no tar at all" * 99)
     index = build_index(paths, tmp_path / "cache")
     with pytest.raises(UserError, match=r"2 of 4 shards are damaged, the first .*1\.tar"):

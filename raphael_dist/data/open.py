@@ -10,6 +10,7 @@ from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.index import DatasetIndex
 from raphael_dist.data.open_index import find_shards, open_order
+from raphael_dist.data.reading import Reading
 from raphael_dist.data.shard_store import store_of
 from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import TrainStream
@@ -81,7 +82,8 @@ def open_stream(config: Config, ranks: Ranks, text: TextEncoder, image: ImageEnc
         _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(order.index.shards))
 
     def fill(tell: Tell) -> None:
-        cache.build(missing[ranks.rank :: ranks.world_size], tell=tell)
+        with Reading(config, cache.dataset):
+            cache.build(missing[ranks.rank :: ranks.world_size], tell=tell)
         if ranks.is_main:  # here, since every rank that misses it would load the encoder for it
             _ = cache.null_text
 
@@ -112,7 +114,8 @@ def fill_cache(
     cache = _cache_of(config, index, text, image, training)
     # By number, not by place in the list, which gets shorter while others work.
     mine = [shard for shard in cache.missing() if shard % num_parts == part]
-    cache.build(mine)
+    with Reading(config, cache.dataset):
+        cache.build(mine)
     return len(mine), len(index.shards)
 
 

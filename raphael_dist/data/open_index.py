@@ -141,7 +141,11 @@ def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
 
 
 def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) -> None:
-    """Raise UserError when shards are damaged that must not be, or too many; one of several may be."""
+    """Raise UserError when shards or samples are bad and must not be, or too many shards; one of several may be."""
+    if on_error == "stop" and index.num_bad:
+        raise UserError(
+            f"data.on_error=stop: {index.num_bad} samples are bad, the first {next(index.iter_bad())}; repair them"
+        )
     if not index.damaged:
         return
     number, why = next(iter(index.damaged.items()))
