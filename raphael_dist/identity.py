@@ -13,9 +13,10 @@ from raphael_dist.stages import staged_keys
 FREE_SECTIONS = {"checkpoint", "parallel", "sample"}
 FREE = {
     "run.dir", "run.fresh", "run.init_from", "run.init_missing", "run.hang_timeout_s", "run.lock_wait_s",
-    "run.log_level", "run.allow_change",
+    "run.log_level", "run.trackers", "run.project", "run.allow_change",
     "model.space_backend", "model.checkpoint_activations", "text.encoder", "text.layer", "image.encoder",
-    "data.shards", "data.val_shards", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
+    "data.shards", "data.sources", "data.val_shards", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
+    "data.workers", "data.on_error", "data.shard_cache", "data.shard_cache_gb", "data.retries", "data.timeout_s",
     "train.max_steps", "train.micro_batch", "train.compile", "train.check_gradients", "train.max_skipped",
     "train.spike_sigma", "train.spike_window", "train.spike_action", "train.log_every", "train.val_every",
     "train.sample_every", "train.load_scalars",

@@ -55,7 +55,8 @@ def build(
         watchdog = Watchdog(ranks, config.run.dir, config.run.hang_timeout_s)
         all_or_none(watchdog.start)
         on_error.callback(watchdog.stop)
-        telemetry = Telemetry(config, ranks, device, rank_table(ranks, device))
+        table = rank_table(ranks, device)
+        telemetry = all_or_none(lambda: Telemetry(config, ranks, device, table))
         for line in plan.advice():
             telemetry.warn(line)
         watchdog.beat("opening the data", SLOW)
@@ -228,9 +229,9 @@ def train(run: Run) -> bool:
                 sample(run)
             run.save_due |= _due(run.step, config.checkpoint.every) or run.stop_requested
             # Not while steps are being skipped: the update before them may be what is wrong with the weights.
-            if last and run.guard.in_a_row and run.suspect:
+            if run.over and run.guard.in_a_row and run.suspect:
                 raise NonFiniteError(_worthless(run))
-            if last or run.over or (run.save_due and not run.guard.in_a_row):
+            if run.over or (run.save_due and not run.guard.in_a_row):
                 save(run, run.over or run.stop_requested)
             for saved in run.store.news():
                 telemetry.log_save(saved)
@@ -238,6 +239,8 @@ def train(run: Run) -> bool:
             telemetry.line(
                 f"stopped by a signal or the time limit at step {run.step}{_unsaved(run)}; the same command continues"
             )
+        elif run.complete:
+            telemetry.closing(config.run.dir, run.step, run.samples_seen)
         run.stop.ignore()
     return run.complete
 
