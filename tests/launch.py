@@ -22,10 +22,14 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def rank_env(world_size: int) -> dict[str, str]:
-    """Return the environment of a group of ranks on this host, for rank 0 until RANK and LOCAL_RANK are set."""
+def rank_env(world_size: int, gpus: bool = False) -> dict[str, str]:
+    """Return the environment of a group of ranks on this host, for rank 0 until RANK and LOCAL_RANK are set.
+
+    They run on the CPU, also where there are GPUs, unless `gpus`.
+    """
     return {
         **os.environ,
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         "PYTHONPATH": str(ROOT),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -37,9 +41,11 @@ def rank_env(world_size: int) -> dict[str, str]:
     }
 
 
-def run_ranks(command: list[str], world_size: int, timeout: float = 240, exit_code: int = 0) -> list[str]:
+def run_ranks(
+    command: list[str], world_size: int, timeout: float = 240, exit_code: int = 0, gpus: bool = False
+) -> list[str]:
     """Run `python COMMAND` as `world_size` ranks; return each rank's output. AssertionError when one exits otherwise."""
-    base = rank_env(world_size)
+    base = rank_env(world_size, gpus)
     ranks = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -68,12 +74,14 @@ def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
     return train_many(folder, world_size, [spec])[0]
 
 
-def train_many(folder: Path, world_size: int, specs: list[dict[str, Any]], timeout: float = 240) -> list[dict[str, Any]]:
+def train_many(
+    folder: Path, world_size: int, specs: list[dict[str, Any]], timeout: float = 240, gpus: bool = False
+) -> list[dict[str, Any]]:
     """As `train_steps` for several runs, one after the other in the same processes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(specs))
     out = str(folder / "out.pt")
-    run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size, timeout)
+    run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size, timeout, gpus=gpus)
     return [_read_steps(f"{out}.{i}", world_size) for i in range(len(specs))]
 
 
