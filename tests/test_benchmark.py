@@ -36,7 +36,7 @@ def test_a_whole_step_is_timed_beside_that_of_diffusers_and_computes_as_much():
     dense = ["model.space_experts=0", "model.time_experts=0", "model.time_activation=geglu", "edge.weight=0"]
     arguments = ["--config", "emoji-tiny", "--micro-batch", "1", "2", "--steps", "1", *small]
     for more, same in ((dense, True), ([], False)):
-        output = run_ranks(["tools/bench.py", "step", *arguments, *more], 1)[0]
+        output = run_ranks(["tools/bench.py", "gpu", *arguments, *more], 1)[0]
         assert re.match(r"1 x .+; python 3.* torch 2", output[output.index("1 x ") :])
         table = re.findall(r"^\| (\S.*?) \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.e-]+) \| [\d.]+% \|", output, flags=re.M)
         assert [(name, micro) for name, micro, *_ in table] == [

@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree
 from deepspeed.runtime.utils import OutputBackwardHookManager, register_output_backward_hooks
 
-from benchmarks.step import diffusers_unet
+from benchmarks.gpu_step import diffusers_unet
 from raphael_dist.config import Config, config_from_tree, load_config
 from raphael_dist.convert.load import load_initial
 from raphael_dist.errors import UserError

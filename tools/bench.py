@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import balance, checkpoint, convert, moe, space, start, states, step, syncs
+from benchmarks import balance, checkpoint, convert, gpu_step, moe, space, start, states, syncs
 
 COMMANDS = {
     "space": (space, "the Space-MoE: literal, grouped and wide"),
@@ -11,7 +11,7 @@ COMMANDS = {
     "checkpoint": (checkpoint, "save, write, verify, convert"),
     "states": (states, "bytes per parameter of each ZeRO configuration"),
     "start": (start, "starting up with many ranks"),
-    "step": (step, "a whole optimizer step beside diffusers' U-Net"),
+    "gpu": (gpu_step, "a whole optimizer step beside diffusers' U-Net"),
     "syncs": (syncs, "where a step's host waits for the GPU, without one"),
     "convert": (convert, "conversions of a model of any size"),
 }

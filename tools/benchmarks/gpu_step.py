@@ -1,4 +1,4 @@
-"""`tools/bench.py step`: a whole optimizer step of a preset, beside that of diffusers' U-Net of the same widths.
+"""`tools/bench.py gpu`: a whole optimizer step of a preset, beside that of diffusers' U-Net of the same widths.
 
 Ours is what training runs: the engine with its ZeRO stage, forward, backward, clipping, AdamW on fp32 masters, the moving
 average, and the copy of the batch. Theirs is plain PyTorch as diffusers' training scripts have it: fp32 weights, autocast,
