@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Computes embeddings and latents of all shards before training, an array task for each part of them.
-#   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh data.shards=... [as for training]
+#   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh --config NAME [as for training]
 #SBATCH --job-name=raphael-data
 #SBATCH --array=0-3
 #SBATCH --nodes=1
@@ -12,7 +12,8 @@
 set -uo pipefail
 home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [[ -f $home/slurm/common.sh ]] || home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to it" >&2; exit 2; }
+[[ -f $home/slurm/common.sh ]] || home=$(raphael-slurm --home 2>/dev/null)
+[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to what raphael-slurm --home prints" >&2; exit 2; }
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh"
 
@@ -25,4 +26,5 @@ number SLURM_ARRAY_TASK_COUNT 1
 ((SLURM_ARRAY_TASK_STEP > 0)) || die "SLURM_ARRAY_TASK_STEP is 0"
 part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP)) parts=$SLURM_ARRAY_TASK_COUNT
 ((part >= 0 && part < parts)) || die "the array's numbers must follow each other evenly, as in --array=0-15"
-run "$python" tools/prepare_data.py --config "${CONFIG:-emoji-tiny}" --part "$part" --parts "$parts" "${overrides[@]}" "$@"
+choose_config "$@"
+run "$python" "$tools"/prepare_data.py "${config[@]}" --part "$part" --parts "$parts" "${overrides[@]}" "$@"

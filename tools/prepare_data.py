@@ -8,18 +8,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from raphael_dist import command_line
 from raphael_dist.config import load_config
 from raphael_dist.errors import UserError, exit_code_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="emoji-tiny", help="as for training")
+    command_line.add_config(parser)
     parser.add_argument("--part", type=int, default=0, help="which part, from 0")
     parser.add_argument("--parts", type=int, default=1, help="number of parts")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for training")
-    args = parser.parse_intermixed_args(argv)
-    return exit_code_of(lambda: prepare(args))
+    return exit_code_of(lambda: prepare(command_line.parse(parser, sys.argv[1:] if argv is None else argv)))
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -27,7 +26,7 @@ def prepare(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     if not 0 <= args.part < args.parts:
         raise UserError(f"--part: given {args.part}; allowed 0 to {args.parts - 1}, one less than --parts")
-    if not config.data.shards:
+    if not config.data.shards and not config.data.sources:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
     import torch
 

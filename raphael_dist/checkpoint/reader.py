@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from raphael_dist.checkpoint.folders import step_folders, step_of
+from raphael_dist.checkpoint.folders import followed, step_folders, step_of
 from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
 from raphael_dist.checkpoint.tensors import Key, fault
 from raphael_dist.config import ARCHITECTURE_FIELDS, Config, config_from_tree
@@ -151,6 +151,7 @@ def open_newest(path: Path) -> CheckpointReader:
             raise UserError(wrong)
         return reader
 
+    path = followed(path)
     return first_good(path, verified, f"--checkpoint {path}")[0]
 
 

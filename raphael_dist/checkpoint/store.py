@@ -88,7 +88,7 @@ class CheckpointStore:
             "config": config.model_dump(mode="json"),
             "tensors": fragments.shapes,
         }
-        # What stands in it of every file and range is guessed, generously.
+        # A generous guess: the entries of files and ranges are not known yet.
         self._manifest_bytes = len(json.dumps(self._constant)) + 1000 * ranks.world_size + 600 * len(fragments.shapes)
         self._save: Save | None = None
         self._news: list[Save] = []

@@ -39,19 +39,25 @@ class Run:
     guard: Guard
     telemetry: Telemetry
     watchdog: Watchdog
-    stop: StopRequest  # of this rank, at any moment
+    stop: StopRequest  # what this rank wants
     lock: IO[str] | None
     samples_seen: int = 0
     step: int = 0
-    stop_requested: bool = False  # agreed by all ranks, at a step's end
-    first_step: int = 0  # of this process, or where it returned to
+    until: int = 0  # the step that this configuration holds to, a stage's last (recipe.stages); 0: the run's
+    stop_requested: bool = False  # what all ranks agreed on at a step's end
+    first_step: int = 0  # where this process began, or returned to
     trained: bool = False  # a step since then changed the weights
-    suspect: bool = False  # in the last step that was skipped no sample had a finite loss: it is the weights
+    suspect: bool = False  # no sample of the last skipped step had a finite loss, so the weights are to blame
     save_due: bool = False  # a checkpoint is wanted, as soon as a step is good
 
     @property
     def complete(self) -> bool:
         return self.step >= self.config.train.max_steps
+
+    @property
+    def over(self) -> bool:
+        """Whether the stage is over, or the run, which then is complete."""
+        return self.step >= (self.until or self.config.train.max_steps)
 
     def patience(self, micro_step: int) -> float:
         """Return how many times longer than usual a micro-step may take: the first of all compiles and allocates."""

@@ -71,7 +71,7 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
         total = torch.zeros((), device=device)
         for micro in range(plan.accumulation):
             loss = compute_losses(engine, batch_of(step, micro), schedule, config, engine.dtype).total.sum()
-            engine.backward(loss * plan.loss_scale * factor)
+            engine.backward(loss * plan.loss_scale * factor, step=step + 1)
             total += loss.detach()
         return total
 
