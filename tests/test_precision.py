@@ -39,7 +39,6 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
     "kept": {"model": {"checkpoint_activations": "none"}},
     "recomputed": {"model": {"checkpoint_activations": "all"}},
     "wide": {"model": {"space_backend": "wide"}},
-    "compiled": {"train": {"compile": True}},
 }
 
 
