@@ -8,13 +8,14 @@ RUN := runs/demo
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help demo test test-slow test-slurm soak lint install clean
+.PHONY: help demo test test-slow test-slurm test-gpu soak lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 6 minutes on 2 CPU cores"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"
 	@echo "make test-slurm on a Slurm of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
+	@echo "make test-gpu   gradients in every precision and stage, and the tests that need a GPU; on a machine with one or more"
 	@echo "make soak       a run under random kills for SOAK_MINUTES (default 30)"
 	@echo "make lint       ruff and types only"
 
@@ -45,6 +46,11 @@ test-slow: $(INSTALLED)
 
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slurm
+
+# Gradients first: nothing that comes after them means much where they are wrong.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/test_precision.py
+	$(BIN)/python -m pytest -q -m gpu
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak
