@@ -10,7 +10,7 @@ RUN := runs/demo
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help demo test test-slow test-slurm soak lint install clean
+.PHONY: help demo test test-slow test-slurm soak docs lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 6 minutes on 2 CPU cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  the long tests"
 	@echo "make test-slurm on a Slurm of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
 	@echo "make soak       a run under random kills for SOAK_MINUTES (default 30)"
+	@echo "make docs       the documentation as a site in build/site, every link checked"
 	@echo "make lint       ruff and types only"
 
 install: $(INSTALLED)
@@ -47,6 +48,12 @@ test-slow: $(INSTALLED)
 
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slurm
+
+# In an environment of its own: the site needs nothing of the package's but its text.
+docs:
+	test -x build/docs/bin/mkdocs || { $(PYTHON) -m venv build/docs && build/docs/bin/python -m pip install --quiet \
+		--disable-pip-version-check -c constraints-docs.txt 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'; }
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak
