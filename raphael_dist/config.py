@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from raphael_dist.config_data import Filter, Section, Source
 from raphael_dist.config_errors import explain
 from raphael_dist.config_recipes import Decay, Recipe, check_decay
 from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
@@ -34,10 +35,6 @@ Placement = Annotated[
     Literal["auto", "shard", "replicate"],
     BeforeValidator(lambda given: {"move": "shard", "keep": "replicate"}.get(str(given), given)),  # their former names
 ]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -155,15 +152,23 @@ class Image(Section):
 
 
 class Data(Section):
-    shards: tuple[str, ...] = Field((), description="webdataset tars: paths, globs, {000..999} ranges")
+    shards: tuple[str, ...] = Field((), description="webdataset tars: paths, URLs, globs, {000..999} ranges")
+    sources: tuple[Source, ...] = Field((), description="instead of shards: several of them, each {shards, weight}")
     val_shards: tuple[str, ...] = Field((), description="held-out shards; empty: no validation")
     cache_dir: Path = Field(Path(".cache/raphael_dist"), description="indices, embeddings and latents, computed once")
     edges: Literal["stored", "none"] = Field("stored", description="edge maps: members of the shard, or none (no edge loss)")
+    filters: tuple[Filter, ...] = Field((), description="rules on columns: {column, min, max, words, on_missing}")
     flip: bool = Field(False, description="mirror half of the images")
     window_shards: Positive = Field(16, description="samples are shuffled within this many shards at a time")
     bucket_run: Positive = Field(1, description="consecutive sample positions that share an aspect-ratio bucket")
     prefetch: NonNegative = Field(2, description="micro-batches read ahead")
+    workers: NonNegative = Field(0, description="processes per rank that decode images; 0: threads of the rank itself")
+    on_error: Literal["skip", "stop"] = Field("skip", description="at a sample or shard that cannot be used")
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the data set than this is unreadable")
+    shard_cache: Path | None = Field(None, description="where remote shards are kept, best on a local disk; null: cache_dir")
+    shard_cache_gb: PositiveFloat = Field(64.0, description="remote shards kept there, in GiB; the oldest go first")
+    retries: NonNegative = Field(5, description="of a request to a remote store, after pauses that double")
+    timeout_s: PositiveFloat = Field(60.0, description="that such a request for at most 16 MiB may take")
 
 
 class Optim(Section):
@@ -275,6 +280,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        if self.data.shards and self.data.sources:
+            raise ValueError("data.shards and data.sources are both given; data.sources is for several sources with weights")
         if self.edge.max_timestep > self.diffusion.num_timesteps:
             raise ValueError(
                 f"edge.max_timestep is {self.edge.max_timestep}, "

@@ -173,7 +173,7 @@ def run(config: Config, tree: dict, stop: StopRequest) -> int:
     from raphael_dist.parallel.ranks import discover, initialise
     from raphael_dist.training import trainer
 
-    if not config.data.shards:
+    if not config.data.shards and not config.data.sources:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
     ranks = discover()
     device = initialise(ranks)

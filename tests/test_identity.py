@@ -17,6 +17,7 @@ OTHER = {
     "edge.focal_alpha": 0.4, "edge.focal_gamma": 1.0, "diffusion.num_timesteps": 900, "diffusion.schedule": "linear",
     "diffusion.beta_start": 0.001, "diffusion.beta_end": 0.02, "diffusion.prediction": "v_prediction",
     "diffusion.stratified": False, "text.max_tokens": 5, "image.buckets": [[32, 32]], "data.edges": "none",
+    "data.filters": [{"column": "width", "min": 64.0, "max": None, "words": [], "on_missing": "drop"}],
     "data.flip": True, "data.window_shards": 3, "data.bucket_run": 4, "optim.kind": "sgd", "optim.lr": 1e-5,
     "optim.betas": [0.8, 0.9], "optim.eps": 1e-6, "optim.weight_decay": 0.1, "optim.warmup_steps": 77,
     "optim.decay": "cosine", "optim.clip": 0.3, "train.global_batch": 5, "train.dtype": "bfloat16",

@@ -26,6 +26,7 @@ ROOMS = {
     "evaluation": "base storage model parallel data sampling",
     "training": "base storage model parallel data engine checkpoint convert sampling insight",
     "cluster": "base storage model parallel data",
+    "planning": "base model parallel engine checkpoint convert training",
     "commands": "base storage model parallel data engine checkpoint convert sampling insight evaluation training cluster",
 }
 BASE = {
@@ -33,6 +34,7 @@ BASE = {
     "errors",
     "rng",
     "config",
+    "config_data",
     "config_errors",
     "config_yaml",
     "config_recipes",
@@ -46,7 +48,8 @@ COMMANDS = {"__main__", "config_reference", "train", "sample", "evaluate", "path
 # The writer of DeepSpeed's layout pickles three of its small classes.
 MAY_IMPORT_DEEPSPEED = {"engine.engine", "engine.expert_groups", "convert.layouts.deepspeed.write"}
 LIGHT = {
-    "config", "config_errors", "config_recipes", "config_yaml", "stages", "command_line", "shipped", "identity", "errors",
+    "config", "config_data", "config_errors", "config_recipes", "config_yaml", "stages", "command_line", "shipped",
+    "identity", "errors",
     "engine.ds_config", "parallel.batch_plan", "parallel.placement", "parallel.communication",
     "cluster.preflight_report", "training.stopping", "model.latents",
 }  # fmt: skip

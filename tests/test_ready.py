@@ -13,8 +13,9 @@ from raphael_dist.config import Config, load_config
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.plan import Options
 from raphael_dist.convert.run import convert
-from raphael_dist.data.open import find_shards
-from raphael_dist.data.shards import BadSample, build_index
+from raphael_dist.data.index import BadSample
+from raphael_dist.data.open_index import find_shards
+from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import _check_bad
 from raphael_dist.errors import UserError
 from raphael_dist.training.ready import problems
@@ -113,11 +114,11 @@ def test_a_start_that_failed_owns_nothing(tmp_path: Path) -> None:
 def test_a_reason_that_all_bad_samples_share_is_told_first() -> None:
     bad = [BadSample("a.tar", str(i), "no edge.png") for i in range(352)]
     with pytest.raises(UserError) as told:
-        _check_bad(bad, 352, 0.05)
+        _check_bad(352, bad, 352, 0.05)
     assert "352 of 352 samples are bad (no edge.png)" in str(told.value)
     assert "train without by edge.weight=0" in str(told.value)
     with pytest.raises(UserError, match=r"4 of 4 samples are bad \(3 of them: no caption\), .*; repair the shards"):
-        _check_bad([BadSample("a.tar", str(i), "no caption" if i else "no image") for i in range(4)], 4, 0.05)
+        _check_bad(4, [BadSample("a.tar", str(i), "no caption" if i else "no image") for i in range(4)], 4, 0.05)
 
 
 def test_mistakes_in_held_out_shards_name_them(tmp_path: Path) -> None:
