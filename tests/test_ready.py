@@ -13,8 +13,9 @@ from raphael_dist.config import Config, load_config
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.plan import Options
 from raphael_dist.convert.run import convert
-from raphael_dist.data.open import find_shards
-from raphael_dist.data.shards import BadSample, build_index
+from raphael_dist.data.index import BadSample
+from raphael_dist.data.open_index import find_shards
+from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import _check_bad
 from raphael_dist.errors import UserError
 from raphael_dist.training.ready import problems
@@ -113,11 +114,11 @@ def test_a_start_that_failed_owns_nothing(tmp_path: Path) -> None:
 def test_a_reason_that_all_bad_samples_share_is_told_first() -> None:
     bad = [BadSample("a.tar", str(i), "no edge.png") for i in range(352)]
     with pytest.raises(UserError) as told:
-        _check_bad(bad, 352, 0.05)
+        _check_bad(352, bad, 352, 0.05)
     assert "352 of 352 samples are bad (no edge.png)" in str(told.value)
     assert "train without by edge.weight=0" in str(told.value)
     with pytest.raises(UserError, match=r"4 of 4 samples are bad \(3 of them: no caption\), .*; repair the shards"):
-        _check_bad([BadSample("a.tar", str(i), "no caption" if i else "no image") for i in range(4)], 4, 0.05)
+        _check_bad(4, [BadSample("a.tar", str(i), "no caption" if i else "no image") for i in range(4)], 4, 0.05)
 
 
 def test_mistakes_in_held_out_shards_name_them(tmp_path: Path) -> None:
@@ -130,15 +131,14 @@ def test_a_cache_that_cannot_be_made_is_not_blamed_on_the_shards() -> None:
         build_index([ROOT / "data/emoji-demo/val-0000.tar"], Path("/proc/x/index"))
 
 
-def test_sampling_from_an_export_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_takes_an_export_and_the_file_latest(tmp_path: Path) -> None:
+    """Neither is called damaged."""
     convert("auto", OLD_RUN, "canonical", tmp_path / "canonical", Options())
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    for name, layout in (("canonical", "canonical"), ("pipeline", "diffusers")):
-        assert sample.main(["--checkpoint", str(tmp_path / name), "--prompt", "x"]) == 2
-        error = capsys.readouterr().err
-        assert f"it is in the layout '{layout}', not a run's own" in error
-        assert "damaged" not in error
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    (tmp_path / "run/checkpoints/latest").write_text("step-00000003")
+    for path in ("canonical", "run/checkpoints/latest"):
+        out = ["--out", str(tmp_path / "x.png"), "--steps", "1"]
+        assert sample.main(["--checkpoint", str(tmp_path / path), "--prompt", "x", *out]) == 0
 
 
 def test_the_file_latest_stands_for_the_checkpoint_that_it_names(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def prepare(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     if not 0 <= args.part < args.parts:
         raise UserError(f"--part: given {args.part}; allowed 0 to {args.parts - 1}, one less than --parts")
-    if not config.data.shards:
+    if not config.data.shards and not config.data.sources:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
     import torch
 

@@ -17,7 +17,7 @@ from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.cache_build import ShardBuilder, encode_half
 from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
-from raphael_dist.data.shards import BadSample
+from raphael_dist.data.index import BadSample
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.long_work import Tell, quiet
 from raphael_dist.storage.files import atomic_path

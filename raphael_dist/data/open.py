@@ -1,8 +1,6 @@
 """From the configuration to streams of training and validation samples: encoders, index, cache, order."""
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -10,11 +8,13 @@ from raphael_dist.config import Config
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
-from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards import DatasetIndex, build_index, expand_shards, scan_shards
+from raphael_dist.data.index import DatasetIndex
+from raphael_dist.data.open_index import find_shards, open_order
+from raphael_dist.data.reading import Reading
+from raphael_dist.data.shard_store import store_of
+from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
-from raphael_dist.parallel.batch_plan import run_of
 from raphael_dist.parallel.long_work import Tell, from_main, together
 from raphael_dist.parallel.ranks import Ranks, all_or_none
 
@@ -69,40 +69,25 @@ def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEn
         )
 
 
-def open_stream(
-    config: Config, patterns: Sequence[str], ranks: Ranks, text: TextEncoder, image: ImageEncoder, *, training: bool
-) -> TrainStream:
+def open_stream(config: Config, ranks: Ranks, text: TextEncoder, image: ImageEncoder, *, training: bool) -> TrainStream:
     """Index the shards, compute what is not cached yet (each rank its part), and return the stream of samples.
 
     Collective. Raises UserError on all ranks for missing or empty shards, too many bad samples, missing edge maps.
     """
     d = config.data
-    paths = from_main("looking for shards", lambda _: find_shards(config, training=training))
-    folder = d.cache_dir / "index"
-    together("indexing", lambda tell: scan_shards(paths[ranks.rank :: ranks.world_size], folder, tell))
-    index = together("reading the index", lambda tell: build_index(paths, folder, tell))
-    cache = all_or_none(lambda: _cache_of(config, index, text, image, training))
+    order = open_order(config, ranks, training=training)
+    cache = all_or_none(lambda: _cache_of(config, order.index, text, image, training))
     missing = from_main("looking for cached features", lambda _: cache.missing())
     if missing and ranks.is_main:
-        _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(index.shards))
+        _log.info("computing embeddings and latents of %d of %d shards, once", len(missing), len(order.index.shards))
 
     def fill(tell: Tell) -> None:
-        cache.build(missing[ranks.rank :: ranks.world_size], tell=tell)
+        with Reading(config, cache.dataset):
+            cache.build(missing[ranks.rank :: ranks.world_size], tell=tell)
         if ranks.is_main:  # here, since every rank that misses it would load the encoder for it
             _ = cache.null_text
 
     together("caching", fill)
-    # A micro-batch holds one image size, so samples of one size come in runs.
-    run = run_of(config, training) or 1
-
-    def in_order(_: Tell) -> SampleOrder:
-        try:
-            return SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run)
-        except UserError as error:
-            field = "data.shards" if training else "data.val_shards"
-            raise UserError(str(error).replace("data:", f"{field}:", 1)) from None
-
-    order = together("ordering the samples", in_order)
     return together(
         "opening the cached features",
         lambda _: TrainStream(
@@ -116,16 +101,6 @@ def open_stream(
     )
 
 
-def find_shards(config: Config, *, training: bool) -> list[Path]:
-    """Return the files that data.shards, or data.val_shards, name. UserError as `expand_shards` does, naming that field."""
-    if training:
-        return expand_shards(config.data.shards)
-    try:
-        return expand_shards(config.data.val_shards)
-    except UserError as error:
-        raise UserError(str(error).replace("data.shards:", "data.val_shards:", 1)) from None
-
-
 def fill_cache(
     config: Config, text: TextEncoder, image: ImageEncoder, part: int, num_parts: int, *, training: bool
 ) -> tuple[int, int]:
@@ -135,11 +110,12 @@ def fill_cache(
     For processes that do not know of each other (tools/prepare_data.py). Raises UserError as `open_stream` does.
     """
     d = config.data
-    index = build_index(find_shards(config, training=training), d.cache_dir / "index")
+    index = build_index(find_shards(config, training=training), store=store_of(d))
     cache = _cache_of(config, index, text, image, training)
     # By number, not by place in the list, which gets shorter while others work.
     mine = [shard for shard in cache.missing() if shard % num_parts == part]
-    cache.build(mine)
+    with Reading(config, cache.dataset):
+        cache.build(mine)
     return len(mine), len(index.shards)
 
 

@@ -1,8 +1,10 @@
 """The stream of samples: what lies at a global position, with everything random about it drawn from that position."""
 
+import itertools
 import logging
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +12,15 @@ import torch
 from torch import Tensor
 
 from raphael_dist.data.cache import FeatureCache
+from raphael_dist.data.index import BadSample
+from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder, SamplePosition
-from raphael_dist.data.shards import BadSample
 from raphael_dist.data.tar_scan import EDGE_EXT
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
 _log = logging.getLogger(__name__)
+_LOOKED_AT = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ class TrainStream:
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: SampleOrder | MixedOrder,
         cache: FeatureCache,
         *,
         seed: int,
@@ -76,7 +80,9 @@ class TrainStream:
         self.replaced = 0
         self._null = cache.null_text
         self._bad = cache.bad
-        _check_bad([*order.index.bad, *self._bad.values()], order.index.num_samples + len(order.index.bad), max_bad_fraction)
+        num_bad = order.index.num_bad + len(self._bad)
+        first = itertools.chain(order.index.iter_bad(), self._bad.values())
+        _check_bad(num_bad, first, order.index.num_samples + order.index.num_bad, max_bad_fraction)
         self._stand_in = self._stand_ins()
         self._warned: set[int] = set()
         self._lock = threading.Lock()
@@ -136,16 +142,18 @@ class TrainStream:
         return stand_in
 
 
-def _check_bad(bad: list[BadSample], total: int, max_fraction: float) -> None:
-    if len(bad) > max_fraction * total:
-        first = "; ".join(str(one) for one in bad[:3])
-        (reason, times), *others = Counter(one.reason for one in bad).most_common()
+def _check_bad(num_bad: int, bad: Iterable[BadSample], total: int, max_fraction: float) -> None:
+    """Raise UserError where `num_bad` are too many; `bad` are the first of them, enough to tell what is wrong with most."""
+    if num_bad > max_fraction * total:
+        looked_at = list(itertools.islice(bad, _LOOKED_AT))
+        first = "; ".join(str(one) for one in looked_at[:3])
+        (reason, times), *others = Counter(one.reason for one in looked_at).most_common()
         why = f"{times} of them: {reason}" if others else reason
         if reason == f"no {EDGE_EXT}":
             remedy = f"add edge maps ({EDGE_EXT} in each sample), or train without by edge.weight=0"
         else:
             remedy = "repair the shards or raise the limit"
         raise UserError(
-            f"data.max_bad_fraction: {len(bad)} of {total} samples are bad ({why}), more than {max_fraction:.1%}; "
+            f"data.max_bad_fraction: {num_bad} of {total} samples are bad ({why}), more than {max_fraction:.1%}; "
             f"{remedy}. The first: {first}"
         )

@@ -13,7 +13,10 @@ from raphael_dist.checkpoint.reader import newest
 from raphael_dist.config import Config
 from raphael_dist.convert.initial import check_initial, open_initial
 from raphael_dist.data.encoders import ImageFacts, TextFacts
-from raphael_dist.data.open import check_encoders, find_shards
+from raphael_dist.data.open import check_encoders
+from raphael_dist.data.open_index import find_shards
+from raphael_dist.data.remote import is_remote
+from raphael_dist.data.shard_store import store_of
 from raphael_dist.data.tar_scan import EDGE_EXT
 from raphael_dist.errors import UserError
 from raphael_dist.training.rundir import check_unowned
@@ -59,12 +62,15 @@ def _encoders(config: Config) -> None:
 
 
 def _shards(config: Config, name: str) -> None:
-    patterns = getattr(config.data, name)
-    if not patterns:
+    if not getattr(config.data, name) and not (name == "shards" and config.data.sources):
         if name == "shards":
             raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
         return
-    first = Path(find_shards(config, training=name == "shards")[0])
+    given = find_shards(config, training=name == "shards")[0]
+    if is_remote(given):
+        store_of(config.data).stamp(given)
+        return
+    first = Path(given)
     if config.edge.weight > 0 and config.data.edges == "stored" and not any(_edges_in(first)):
         raise UserError(
             f"edge.weight is {config.edge.weight}, but the first samples of {first} (data.{name}) hold no {EDGE_EXT}; add "

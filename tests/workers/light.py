@@ -56,7 +56,7 @@ def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     config, seen = load_config("emoji-tiny", spec["overrides"]), []
     for _ in range(2):
         text, image = open_encoders(config, torch.device("cpu"))
-        open_stream(config, config.data.shards, ranks, text, image, training=True)
+        open_stream(config, ranks, text, image, training=True)
         seen.append(loads[0])
     validation.ready_to_sample(config, ranks, SimpleNamespace(stage=spec.get("stage", 1)), text, image)  # type: ignore[arg-type]
     return {"loads": [*seen, loads[0]], "width": text.width, "fingerprint": text.fingerprint}
