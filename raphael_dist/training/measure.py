@@ -44,7 +44,9 @@ def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: A
     return int(sdpa_flop_count(query, key, value))
 
 
-def attention_backward_flops(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+def attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
     """Return the FLOPs of its backward pass: five products, as torch counts for other devices."""
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
