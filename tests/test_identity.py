@@ -21,6 +21,7 @@ OTHER = {
     "optim.betas": [0.8, 0.9], "optim.eps": 1e-6, "optim.weight_decay": 0.1, "optim.warmup_steps": 77,
     "optim.decay": "cosine", "optim.clip": 0.3, "train.global_batch": 5, "train.dtype": "bfloat16",
     "train.caption_drop": 0.4, "ema.enabled": False, "ema.decay": 0.5, "ema.warmup": False, "edge.channels": 3,
+    "image.dtype": "bfloat16", "data.caption_from": "txt", "data.caption_weights": {"txt": 1.0},
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.parallel.long_work import Tell, quiet
 from raphael_dist.storage.files import atomic_path
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _MAX_SHARDS = 1_000_000
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)[.}]")

@@ -15,7 +15,8 @@ from raphael_dist.errors import UserError
 
 IMAGE_EXTS = ("webp", "png", "jpg", "jpeg")
 EDGE_EXT = "edge.png"
-EXTS = (*IMAGE_EXTS, "json", "txt", EDGE_EXT)
+FEATURES_EXT = "features"  # latents, tokens, edges: features.py
+EXTS = (*IMAGE_EXTS, "json", "txt", EDGE_EXT, FEATURES_EXT)
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
 MAX_MEMBER_BYTES = 64 << 20
 # A gzipped shard may expand to MAX_RATIO times its size, or to SMALL_BYTES where that is more, but never beyond MAX_BYTES.

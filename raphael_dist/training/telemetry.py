@@ -19,6 +19,7 @@ from raphael_dist.training.console import Reporter
 from raphael_dist.training.measure import peak_gib, throughput
 from raphael_dist.training.metrics import ExpertLoadMonitor, Metrics, MetricsWriter, load_metrics
 from raphael_dist.training.straggler import Stopwatch, Stragglers
+from raphael_dist.training.waiting import DataWait
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Telemetry:
         self._stopwatch, self._stragglers = Stopwatch(device), Stragglers(hosts)
         self._writer = MetricsWriter(config.run.dir) if ranks.is_main else None
         self._console: Reporter | None = None
-        self._waited = 0.0
+        self._wait = DataWait()
         self._logged_step, self._logged_at = 0, time.monotonic()
         self.flops = 0.0
 
@@ -55,14 +56,11 @@ class Telemetry:
         if self._writer is not None:
             self._writer.close()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time what waits for data."""
-        began = time.monotonic()
-        yield
-        waited = time.monotonic() - began
-        self._waited += waited
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch on the device, and time the wait for it."""
+        batch, waited = self._wait.next(batches, self._device)
         self._stopwatch.add(waited)
+        return batch
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -95,9 +93,12 @@ class Telemetry:
         samples, elapsed = float(reduced["samples"]), now - self._logged_at
         values |= self._log_loads(reduced, samples)
         values |= throughput(samples, elapsed, self.flops, self._device, self._dtype, self._ranks.world_size)
-        values["time/data_wait_frac"] = self._waited / max(elapsed, 1e-9)
+        waited, line = self._wait.take(elapsed)
+        values |= waited
+        if line is not None:
+            self.warn(f"step {step}: {line}")
         values["time/slowest_rank_ratio"] = self._log_stragglers(step)
-        self._waited, self._logged_at, self._logged_step = 0.0, now, step
+        self._logged_at, self._logged_step = now, step
         self.write(step, samples_seen, values)
         if self._console is not None:
             self._console.scalars(step, values)
