@@ -22,9 +22,10 @@ ROOMS = {
     "checkpoint": "base storage parallel engine",
     "convert": "base storage model parallel data engine checkpoint",
     "sampling": "base model data",
+    "prepare": "base storage model parallel data",
     "training": "base storage model parallel data engine checkpoint convert sampling",
     "cluster": "base storage model parallel data",
-    "commands": "base storage model parallel data engine checkpoint convert sampling training cluster",
+    "commands": "base storage model parallel data prepare engine checkpoint convert sampling training cluster",
 }
 BASE = {"raphael_dist", "errors", "rng", "config", "config_errors", "config_yaml", "identity", "presets"}
 COMMANDS = {"train", "sample", "evaluate", "paths", "pipeline"}
