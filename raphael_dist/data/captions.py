@@ -88,7 +88,7 @@ def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[
         given = _decode(members.get("txt", b"")) if name == "txt" else meta.get(name) or []
         found = _cleaned(_strings(given)[:MAX_CAPTIONS])
         captions += found
-        weights += [weight / len(found)] * len(found)
+        weights += [weight / max(1, len(found))] * len(found)
     if not captions:
         raise ValueError(f"no caption in {', '.join(name for name, _ in choice.weights)}")
     return captions, weights

@@ -14,6 +14,8 @@ from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.tar_scan import EXTS
 
 _SHOWN = 3
+_STEP = 4  # grey levels of 255 that count as a difference: less is a JPEG's noise
+_NEAR_BITS = 4  # of 64
 _NEAR = 6.0  # mean difference of two thumbnails, of 255, below which their pictures count as the same
 
 
@@ -81,24 +83,23 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def difference_hash(thumbnail: np.ndarray) -> int:
-    """Return the perceptual hash of a thumbnail [8, 9, 3]: 64 bits, whether grey falls from each pixel to its right one."""
+    """Return the perceptual hash of a thumbnail [8, 9, 3]: 64 bits, whether it gets darker from each pixel to the next."""
     grey = thumbnail.mean(axis=2)
-    return int.from_bytes(np.packbits(grey[:, 1:] < grey[:, :-1] - 0.5).tobytes(), "big")
+    return int.from_bytes(np.packbits(grey[:, 1:] < grey[:, :-1] - _STEP).tobytes(), "big")
 
 
 def duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[list[str]]:
-    """Return groups of keys whose pictures look the same: equal hashes, and colours that hardly differ."""
-    of_hash: dict[int, list[tuple[str, np.ndarray]]] = defaultdict(list)
-    for key, code, small in thumbnails:
-        of_hash[code].append((key, small))
-    groups = []
-    for alike in of_hash.values():
-        while len(alike) > 1:
-            (key, small), rest = alike[0], alike[1:]
-            near = [other for other, its in rest if np.abs(its - small).mean() < _NEAR]
-            if near:
-                groups.append([key, *near])
-            alike = [one for one in rest if one[0] not in near]
+    """Return groups of keys whose pictures look the same: hashes that differ in a few bits, and colours that hardly do."""
+    codes = np.array([code for _, code, _ in thumbnails], np.uint64)
+    groups, taken = [], np.zeros(len(codes), bool)
+    for number, (key, code, small) in enumerate(thumbnails):
+        if taken[number]:
+            continue
+        near = np.flatnonzero((np.bitwise_count(codes ^ np.uint64(code)) <= _NEAR_BITS) & ~taken)
+        same = [n for n in near.tolist() if n > number and np.abs(thumbnails[n][2] - small).mean() < _NEAR]
+        if same:
+            groups.append([key, *(thumbnails[n][0] for n in same)])
+            taken[same] = True
     return groups
 
 
