@@ -1,7 +1,7 @@
-"""Every knob, typed and strict. Importing this module does not import torch, so `--help` and `--dry-run` are instant.
+"""Every knob, typed and strict. Importing this module does not import torch, so `--help` and `--plan` are instant.
 
-Precedence, lowest first: the defaults below, the preset or YAML file of `--config`, then dotted overrides
-(`train.max_steps=50`) from left to right. Numbers that DeepSpeed also has (micro-batch, accumulation, clipping, dtype)
+Precedence, lowest first: the defaults below, the preset or YAML file of `--config` on top of its `base`, then dotted
+overrides (`train.max_steps=50`), each key once. Numbers that DeepSpeed also has (micro-batch, accumulation, clipping, dtype)
 are owned here; see `ds_config.py`.
 """
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from raphael_dist.config_data import Filter, Section, Source
 from raphael_dist.config_errors import explain
-from raphael_dist.config_yaml import apply_override, check_size, read_yaml
+from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
 from raphael_dist.errors import UserError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
@@ -25,24 +26,27 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
+Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LogLevel = Literal["debug", "info", "warning", "error"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
     BeforeValidator(lambda given: {"move": "shard", "keep": "replicate"}.get(str(given), given)),  # their former names
 ]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class Run(Section):
+class RunConfig(Section):
     dir: Path = Field(Path("runs/default"), description="checkpoints, logs, metrics and samples of one run")
     seed: Seed = Field(0, description="fixes weights, data order, noise and timesteps")
     fresh: bool = Field(False, description="start anew where checkpoints exist but none verifies; they are kept aside")
     init_from: Path | None = Field(None, description="checkpoint in any layout whose weights a new run starts from")
+    init_missing: tuple[Literal["edge", "space", "time", "text"], ...] = Field(
+        (), description="parts that init_from need not fit: edge modules, space or time experts, what reads the captions"
+    )
     hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
     lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
+    log_level: LogLevel = Field("warning", description="least severe lines of the log that the terminal shows as well")
     allow_change: tuple[str, ...] = Field((), description="fields, as section.key, that may differ from the run's before")
 
 
@@ -51,9 +55,9 @@ class Model(Section):
         (320, 640, 1280, 1280), min_length=1, description="U-Net width per level, outermost first"
     )
     attention: tuple[bool, ...] = Field((True, True, True, False), description="which levels hold transformer blocks")
-    layers_per_block: Positive = 2
+    layers_per_block: Positive = Field(2, description="residual blocks of a level on the way down; one more on the way up")
     head_dim: Positive = Field(64, description="width of one attention head")
-    norm_groups: Positive = 32
+    norm_groups: Positive = Field(32, description="groups of every GroupNorm")
     latent_channels: Positive = Field(4, description="channels of the image encoder's latents (3 in pixel space)")
     text_width: Positive = Field(1024, description="width of the text encoder's tokens")
     space_experts: NonNegative = Field(6, description="experts of each Space-MoE; 0 turns the layer off")
@@ -67,7 +71,9 @@ class Model(Section):
     gate_noise_steps: NonNegative = Field(
         0, description="anneal that noise to 0 over so many steps, so that trained and sampled routes agree; 0: never"
     )
-    gate_gradient: Literal["straight_through", "none", "scaled"] = "straight_through"
+    gate_gradient: Literal["straight_through", "none", "scaled"] = Field(
+        "straight_through", description="how gates learn: by p / p.detach() on the chosen expert, not at all, or by p itself"
+    )
     mask_threshold: Fraction = Field(0.2, description="alpha of Sec. 3.1: a token's region, relative to its largest weight")
     balance_weight: NonNegativeFloat = Field(0.0, description="weight of the text gates' load-balance loss; 0 in the paper")
     mask_padding: bool = Field(False, description="leave padding tokens out of the Space-MoE")
@@ -103,8 +109,8 @@ class Model(Section):
 class Edge(Section):
     weight: NonNegativeFloat = Field(1.0, description="weight of the edge loss; 0 removes the edge modules")
     max_timestep: NonNegative = Field(500, description="T_c of Sec. 3.2: no edge loss at or above this timestep")
-    focal_alpha: Fraction = 0.5
-    focal_gamma: NonNegativeFloat = 2.0
+    focal_alpha: Fraction = Field(0.5, description="weight of edge pixels in the focal loss; 1 - alpha of the others")
+    focal_gamma: NonNegativeFloat = Field(2.0, description="how much less pixels count that are right already")
     focal_form: FocalForm = Field(
         "focal",
         description="focal: as printed, which answers a target of 0.1 by 0.31; quality: its minimum is the target",
@@ -113,17 +119,19 @@ class Edge(Section):
 
 
 class Diffusion(Section):
-    num_timesteps: Positive = 1000
-    schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
-    beta_start: PositiveFloat = 0.00085
-    beta_end: PositiveFloat = 0.012
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    num_timesteps: Positive = Field(1000, description="T, steps of the noise schedule")
+    schedule: Literal["scaled_linear", "linear"] = Field(
+        "scaled_linear", description="of beta: linear in its root, or in itself"
+    )
+    beta_start: PositiveFloat = Field(0.00085, description="variance of the first step's noise")
+    beta_end: PositiveFloat = Field(0.012, description="variance of the last step's noise")
+    prediction: Literal["epsilon", "v_prediction"] = Field("epsilon", description="what the U-Net predicts: the noise, or v")
     stratified: bool = Field(True, description="spread the timesteps of a global batch evenly over the range")
 
 
 class Text(Section):
     encoder: str = Field("minilm", description="'minilm' (ships in a package) or the folder of a transformers text encoder")
-    max_tokens: Positive = 77
+    max_tokens: Positive = Field(77, description="tokens of a caption; longer ones are cut, shorter ones padded")
 
 
 class Image(Section):
@@ -139,7 +147,8 @@ class Image(Section):
 
 
 class Data(Section):
-    shards: tuple[str, ...] = Field((), description="webdataset tars: paths, globs, {000..999} ranges")
+    shards: tuple[str, ...] = Field((), description="webdataset tars: paths, URLs, globs, {000..999} ranges")
+    sources: tuple[Source, ...] = Field((), description="instead of shards: several of them, each {shards, weight}")
     val_shards: tuple[str, ...] = Field((), description="held-out shards; empty: no validation")
     cache_dir: Path = Field(Path(".cache/raphael_dist"), description="indices, embeddings and latents, computed once")
     features: Literal["online", "cached", "stored"] = Field(
@@ -162,11 +171,18 @@ class Data(Section):
     caption_weights: dict[str, PositiveFloat] = Field(
         {}, description="fields of the json that hold captions ('txt': the txt), each with how often it is drawn"
     )
+    filters: tuple[Filter, ...] = Field((), description="rules on columns: {column, min, max, words, on_missing}")
     flip: bool = Field(False, description="mirror half of the images")
     window_shards: Positive = Field(16, description="samples are shuffled within this many shards at a time")
     bucket_run: Positive = Field(1, description="consecutive sample positions that share an aspect-ratio bucket")
     prefetch: NonNegative = Field(2, description="micro-batches read ahead")
+    workers: NonNegative = Field(0, description="processes per rank that decode images; 0: threads of the rank itself")
+    on_error: Literal["skip", "stop"] = Field("skip", description="at a sample or shard that cannot be used")
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the data set than this is unreadable")
+    shard_cache: Path | None = Field(None, description="where remote shards are kept, best on a local disk; null: cache_dir")
+    shard_cache_gb: PositiveFloat = Field(64.0, description="remote shards kept there, in GiB; the oldest go first")
+    retries: NonNegative = Field(5, description="of a request to a remote store, after pauses that double")
+    timeout_s: PositiveFloat = Field(60.0, description="that such a request for at most 16 MiB may take")
 
     @model_validator(mode="after")
     def _captions_are_chosen_one_way(self) -> Self:
@@ -179,20 +195,22 @@ class Data(Section):
 
 class Optim(Section):
     kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd (no momentum) is for numerical tests")
-    lr: PositiveFloat = 1e-4
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    warmup_steps: NonNegative = 0
+    lr: PositiveFloat = Field(1e-4, description="learning rate after the warm-up")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="decay of Adam's two moments")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of Adam's second moment")
+    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, decoupled from the gradient")
+    warmup_steps: NonNegative = Field(0, description="over which the learning rate rises linearly from 0")
     decay: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at train.max_steps")
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 turns clipping off")
 
 
 class Train(Section):
-    max_steps: Positive = 1000
+    max_steps: Positive = Field(1000, description="optimizer steps after which the run is complete")
     global_batch: Positive = Field(32, description="images per optimizer step, on any number of ranks")
     micro_batch: Positive = Field(8, description="images per rank per forward pass")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what the model computes in; its master weights are float32"
+    )
     compile: bool = Field(False, description="fuse parts of the model by torch.compile; not with ZeRO-3")
     caption_drop: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
     check_gradients: bool = Field(False, description="debug: stop when a parameter got no gradient on some rank")
@@ -200,18 +218,19 @@ class Train(Section):
     spike_sigma: NonNegativeFloat = Field(6.0, description="a spike is so many deviations above the mean; 0: no rule")
     spike_window: Positive = Field(100, description="last losses that the mean and the deviation are taken over")
     spike_action: Literal["warn", "skip", "rollback"] = Field("warn", description="rollback: to the newest checkpoint")
-    log_every: Positive = 10
-    val_every: NonNegative = Field(0, description="0: only at the end")
-    sample_every: NonNegative = Field(0, description="0: only at the end")
+    log_every: Positive = Field(10, description="steps between lines of metrics, which are means over these steps")
+    load_scalars: bool = Field(False, description="each block's expert loads as TensorBoard scalars too, beside heat maps")
+    val_every: NonNegative = Field(0, description="steps between validations; 0: only at the end")
+    sample_every: NonNegative = Field(0, description="steps between grids of samples; 0: only at the end")
 
 
-class Ema(Section):
-    enabled: bool = True
-    decay: Fraction = 0.9999
+class EmaConfig(Section):
+    enabled: bool = Field(True, description="keep an average of the weights, for samples and exports")
+    decay: Fraction = Field(0.9999, description="of the average, per step")
     warmup: bool = Field(True, description="use min(decay, (1 + step) / (10 + step))")
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     every: NonNegative = Field(1000, description="steps; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints to keep")
     keep_every: NonNegative = Field(0, description="also keep each checkpoint of a multiple of this step; 0: none")
@@ -235,15 +254,15 @@ class Parallel(Section):
 
 
 class Sample(Section):
-    prompts: tuple[str, ...] = ()
-    steps: Positive = 25
-    guidance: NonNegativeFloat = 4.5
-    scheduler: Literal["ddim", "dpm++"] = "ddim"
-    seed: Seed = 0
+    prompts: tuple[str, ...] = Field((), description="captions that are drawn while training; empty: none")
+    steps: Positive = Field(25, description="denoising steps")
+    guidance: NonNegativeFloat = Field(4.5, description="weight of the caption against the empty one; 1: no guidance")
+    scheduler: Scheduler = Field("ddim", description="DDIM, DPM-Solver++ for fewer steps, or Euler's method")
+    seed: Seed = Field(0, description="fixes the initial noise")
 
 
 class Config(Section):
-    run: Run = Run()
+    run: RunConfig = RunConfig()
     model: Model = Model()
     edge: Edge = Edge()
     diffusion: Diffusion = Diffusion()
@@ -252,8 +271,8 @@ class Config(Section):
     data: Data = Data()
     optim: Optim = Optim()
     train: Train = Train()
-    ema: Ema = Ema()
-    checkpoint: Checkpoint = Checkpoint()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: Parallel = Parallel()
     sample: Sample = Sample()
 
@@ -280,6 +299,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        if self.data.shards and self.data.sources:
+            raise ValueError("data.shards and data.sources are both given; data.sources is for several sources with weights")
         if self.edge.max_timestep > self.diffusion.num_timesteps:
             raise ValueError(
                 f"edge.max_timestep is {self.edge.max_timestep}, "
@@ -287,10 +308,10 @@ class Config(Section):
             )
         if len(self.image.buckets) > 1:
             micro, run = self.train.micro_batch, self.data.bucket_run
-            if run % micro:
+            if run < micro:
                 raise ValueError(
-                    f"data.bucket_run = {run} must be a multiple of train.micro_batch = {micro} with several image.buckets: "
-                    f"a micro-batch holds one image size; nearest: {-(-run // micro) * micro}"
+                    f"data.bucket_run = {run} must be at least train.micro_batch = {micro} with several image.buckets: a "
+                    f"micro-batch holds one image size, and the rest of it would be empty; e.g. data.bucket_run={8 * micro}"
                 )
         placement, levels = self.parallel.placement, len(self.model.channels)
         if len(placement) not in (1, levels):
@@ -325,20 +346,25 @@ ARCHITECTURE_FIELDS = (
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a preset or YAML file, apply `key=value` overrides, validate. Raises UserError naming field and values."""
-    tree = read_yaml(name_or_path)
+    """Read a preset or YAML file, apply `key=value` overrides, validate. Raises UserError naming field, values and line."""
+    given = read_yaml(name_or_path)
+    check_once(overrides, Config)
     for override in overrides:
-        apply_override(tree, override, Config)
-    return config_from_tree(tree)
+        apply_override(given, override, Config)
+    return _validated(given)
 
 
 def config_from_tree(tree: dict[str, Any]) -> Config:
     """Validate a nested dict. Raises UserError with one line for what is wrong."""
-    check_size(tree)
+    return _validated(Given(tree))
+
+
+def _validated(given: Given) -> Config:
+    check_size(given.tree)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(given.tree)
     except ValidationError as error:
-        raise UserError("; ".join(explain(e, Config) for e in error.errors())) from None
+        raise UserError("; ".join(explain(e, Config) + given.place(e["loc"]) for e in error.errors())) from None
 
 
 def to_yaml(config: Config) -> str:

@@ -1,7 +1,7 @@
 """What pydantic says of a configuration, in a user's words."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -23,7 +23,8 @@ def explain(error: Mapping[str, Any], root: type[BaseModel]) -> str:
 def _unknown_key(loc: Sequence[Any], root: type[BaseModel]) -> str:
     model: Any = root
     for part in loc[:-1]:
-        model = model.model_fields[part].annotation
+        # The number of an entry in a tuple of sections: each is of the type that the tuple names.
+        model = get_args(model)[0] if isinstance(part, int) else model.model_fields[part].annotation
     known = list(model.model_fields)
     where = shortened(".".join(str(part) for part in loc))
     sections: dict[str, Any] = {name: info.annotation for name, info in root.model_fields.items()}

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"; everything else is a bug or a broken machine."""
+"""Exit codes, and the exceptions behind them: UserError means "the user can fix this", the others say why a run ended."""
 
 import contextlib
 import difflib

@@ -1,4 +1,4 @@
-"""What makes a run this run: the fields that decide its numbers, which must not change unnoticed when it goes on."""
+"""Which fields decide the numbers of a run: when the run goes on, these must not change unnoticed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,15 @@ from raphael_dist.errors import UserError
 # compared, a new field too until it is named here. Encoders and shards are compared by what is in them (data/source.py).
 FREE_SECTIONS = {"checkpoint", "parallel", "sample"}
 FREE = {
-    "run.dir", "run.fresh", "run.init_from", "run.hang_timeout_s", "run.lock_wait_s", "run.allow_change",
+    "run.dir", "run.fresh", "run.init_from", "run.init_missing", "run.hang_timeout_s", "run.lock_wait_s",
+    "run.log_level", "run.allow_change",
     "model.space_backend", "model.checkpoint_activations", "text.encoder", "image.encoder",
-    "data.shards", "data.val_shards", "data.features", "data.cache_fill", "data.cached_text", "data.hed_weights",
-    "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
+    "data.shards", "data.sources", "data.val_shards", "data.features", "data.cache_fill", "data.cached_text",
+    "data.hed_weights", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
+    "data.workers", "data.on_error", "data.shard_cache", "data.shard_cache_gb", "data.retries", "data.timeout_s",
     "train.max_steps", "train.micro_batch", "train.compile", "train.check_gradients", "train.max_skipped",
     "train.spike_sigma", "train.spike_window", "train.spike_action", "train.log_every", "train.val_every",
-    "train.sample_every",
+    "train.sample_every", "train.load_scalars",
 }  # fmt: skip
 CLEANING = "data.caption_from (cleaning)"
 OTHER_DATA = {
@@ -45,12 +47,11 @@ def _value(tree: dict[str, Any], name: str) -> Any:
 def check_same_run(was: Config, now: Config, where: str) -> list[str]:
     """Return a line for each change that `run.allow_change` allows; UserError for one that it does not.
 
-    Nothing allows weights of another shape, or a global batch that would cut runs of one image size in two.
+    Nothing allows weights of another shape.
     """
     changed = changes(was, now)
-    never = ARCHITECTURE | ({"train.global_batch"} if len(now.image.buckets) > 1 else set())
     told = [f"{name} was {a} there and is {b} here" for name, (a, b) in changed.items()]
-    if final := sorted(never & changed.keys()):
+    if final := sorted(ARCHITECTURE & changed.keys()):
         first = final[0]
         raise UserError(
             f"run.dir: {where} holds another run: {'; '.join(told)}; choose another run.dir, or "

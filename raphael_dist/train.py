@@ -1,6 +1,6 @@
 """Command line: `deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50`, or plain python.
 
-Arguments are checked before torch is imported, so --help, --dry-run and mistakes answer at once.
+Arguments are checked before torch is imported, so --help, --plan and mistakes answer at once.
 """
 
 import argparse
@@ -15,8 +15,8 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
 
-from raphael_dist.config import Config, load_config, to_yaml
-from raphael_dist.config_yaml import preset_names
+from raphael_dist import command_line
+from raphael_dist.config import LOG_LEVELS, Config, load_config, to_yaml
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import (
     EXIT_HUNG,
@@ -37,25 +37,35 @@ from raphael_dist.training.stopping import StopRequest, parse_time
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Return the arguments; argparse exits with 2 on a mistake. UserError when no configuration was chosen."""
     parser = argparse.ArgumentParser(
         prog="raphael_dist/train.py",
         description="Train RAPHAEL. The same command continues a run from its newest checkpoint.",
-        epilog="precedence: defaults < --config < overrides, left to right. All keys: --dry-run prints them.",
+        epilog="precedence: defaults < --config < overrides, each key once. All keys: --plan prints them.",
     )
-    parser.add_argument("--config", default="emoji-tiny", help=f"preset ({', '.join(preset_names())}) or a YAML file")
+    command_line.add_config(parser)
     parser.add_argument(
         "--deepspeed_config",
+        action=command_line.Once,
         metavar="JSON",
         help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-2 in bfloat16, else 1)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and batch plan, then stop")
-    parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print configuration and batch plan, check shards, encoders, folders, and stop",
+    )
+    parser.add_argument("--plan", action="store_true", help="print configuration and batch plan alone; looks at no file")
+    parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run and --plan")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, help="what the terminal shows of the log: run.log_level")
+    command_line.add_version(parser)
     parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, written like Slurm's --time")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50 optim.lr=1e-4")
-    return parser.parse_intermixed_args(argv)
+    args = command_line.parse(parser, argv)
+    if args.log_level:
+        args.overrides.append(f"run.log_level={args.log_level}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    args, training = parse(argv), False
+    training = False
     try:
+        args = parse(argv)
         stop = StopRequest(None if args.max_time is None else parse_time(args.max_time))
         config = load_config(args.config, args.overrides)
         tree = ds_config.read_deepspeed_json(args.deepspeed_config, config.train.dtype)
@@ -81,9 +92,9 @@ def _main(argv: Sequence[str]) -> int:
         config = ds_config.fit_to_ranks(config, world_size)
         plan = BatchPlan.of(config, world_size)
         merged = ds_config.merge(config, tree, plan.accumulation, world_size)
-        if args.dry_run:
-            print(describe(config, plan, merged))
-            return 0
+        if args.plan or args.dry_run:
+            print(describe(config, plan, merged), flush=True)
+            return 0 if args.plan else _check_ready(config)
         training = True
         stop.listen()
         return run(config, tree, stop)
@@ -98,6 +109,16 @@ def _main(argv: Sequence[str]) -> int:
         leave_exit_code(EXIT_HUNG)
         print(f"error on rank {_rank()}: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_HUNG)  # threads may be waiting for the rank that hangs: nothing less is sure to end
+
+
+def _check_ready(config: Config) -> int:
+    """Print what a start would be refused for, a line each; return the exit code."""
+    from raphael_dist.training.ready import problems
+
+    found = problems(config)
+    for line in found:
+        print(f"error: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR if found else 0
 
 
 def _rank() -> str:
@@ -147,7 +168,7 @@ def run(config: Config, tree: dict, stop: StopRequest) -> int:
     from raphael_dist.parallel.ranks import discover, initialise
     from raphael_dist.training import trainer
 
-    if not config.data.shards:
+    if not config.data.shards and not config.data.sources:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
     ranks = discover()
     device = initialise(ranks)

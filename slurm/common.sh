@@ -2,8 +2,15 @@
 # What the scripts beside this one share. Values travel in arrays and quotes; nothing is evaluated a second time.
 
 umask "${RUN_UMASK:-077}"
-cd "${home:?}" || exit 2
-export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}"
+# shellcheck disable=SC2034
+if [[ -f ${home:?}/raphael_dist/train.py ]]; then
+    cd "$home" || exit 2
+    export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}"
+    train_py=raphael_dist/train.py tools=tools
+else # an installed package: this folder is its assets/, and runs belong where sbatch was called
+    train_py=$(cd "$home/.." && pwd)/train.py tools=$home/tools
+    [[ -f $train_py ]] || { echo "error: $home is neither the repository nor what raphael-slurm --home prints" >&2; exit 2; }
+fi
 export PYTHONUNBUFFERED=1
 
 die() {
@@ -33,6 +40,26 @@ number() {
 split_words() {
     # shellcheck disable=SC2034
     read -r -d '' -a overrides <<<"$1" || true
+}
+
+# given WORD ARGUMENT...: whether an argument is WORD, or begins with WORD and =.
+given() {
+    local word=$1 argument
+    for argument in "${@:2}"; do
+        [[ $argument != "$word" && $argument != "$word="* ]] || return 0
+    done
+    return 1
+}
+
+# choose_config ARGUMENT...: set `config` to the option that names the configuration, nothing where an argument does.
+choose_config() {
+    # shellcheck disable=SC2034
+    config=(${CONFIG:+--config "$CONFIG"})
+    if given --config "$@"; then
+        [[ -z ${CONFIG:-} ]] || die "both CONFIG=$CONFIG and --config are given: give one"
+    elif [[ -z ${CONFIG:-} ]]; then
+        die "no configuration is chosen: give --config NAME among the arguments, or set CONFIG (a preset, or a YAML file)"
+    fi
 }
 
 # Run a command, or with DRY_RUN=1 print it.

@@ -13,7 +13,8 @@
 set -uo pipefail
 home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [[ -f $home/slurm/common.sh ]] || home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to it" >&2; exit 2; }
+[[ -f $home/slurm/common.sh ]] || home=$(raphael-slurm --home 2>/dev/null)
+[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to what raphael-slurm --home prints" >&2; exit 2; }
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh"
 
@@ -26,4 +27,5 @@ number SLURM_ARRAY_TASK_COUNT 1
 ((SLURM_ARRAY_TASK_STEP > 0)) || die "SLURM_ARRAY_TASK_STEP is 0"
 part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP)) parts=$SLURM_ARRAY_TASK_COUNT
 ((part >= 0 && part < parts)) || die "the array's numbers must follow each other evenly, as in --array=0-15"
-run "$python" tools/prepare_data.py --config "${CONFIG:-emoji-tiny}" --part "$part" --parts "$parts" "${overrides[@]}" "$@"
+choose_config "$@"
+run "$python" "$tools"/prepare_data.py "${config[@]}" --part "$part" --parts "$parts" "${overrides[@]}" "$@"

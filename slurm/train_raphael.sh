@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on whole nodes, and goes on by itself after a time limit, a preemption, a crash or a lost node. See slurm/README.md.
-#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_raphael.sh [train.py arguments]
+#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_raphael.sh --config NAME [...]
 #SBATCH --job-name=raphael
 #SBATCH --nodes=1
 #SBATCH --exclusive
@@ -16,13 +16,16 @@ set -uo pipefail
 # Slurm runs a copy of this file, so the repository is where sbatch was called.
 home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [[ -f $home/slurm/common.sh ]] || home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to it" >&2; exit 2; }
+[[ -f $home/slurm/common.sh ]] || home=$(raphael-slurm --home 2>/dev/null)
+[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to what raphael-slurm --home prints" >&2; exit 2; }
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh"
 
 # --- what to train ---------------------------------------------------------------------------------------------------
 run_dir=${RUN_DIR:-}
-for argument in "$@"; do
+overrides=()
+split_words "${OVERRIDES:-}"
+for argument in "${overrides[@]}" "$@"; do
     [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
 done
 if [[ -z $run_dir ]]; then
@@ -31,14 +34,15 @@ if [[ -z $run_dir ]]; then
     run_dir=runs/$name
 fi
 no_control_characters RUN_DIR "$run_dir"
-overrides=()
-split_words "${OVERRIDES:-}"
-arguments=(--config "${CONFIG:-emoji-tiny}" ${DS_CONFIG:+--deepspeed_config "$DS_CONFIG"})
-arguments+=("run.dir=$run_dir" "${overrides[@]}")
+choose_config "$@"
+arguments=("${config[@]}" ${DS_CONFIG:+--deepspeed_config "$DS_CONFIG"})
+# A key that is given twice is refused: what is said here must not be among the arguments too.
+given run.dir "$@" "${overrides[@]}" || arguments+=("run.dir=$run_dir")
+arguments+=("${overrides[@]}")
 # After a restart, what is left of the run before may hold the directory until it notices that its peers are gone.
-[[ ${SLURM_RESTART_COUNT:-0} =~ ^0*$ ]] || arguments+=("run.lock_wait_s=120")
+[[ ${SLURM_RESTART_COUNT:-0} =~ ^0*$ ]] || given run.lock_wait_s "$@" "${overrides[@]}" || arguments+=("run.lock_wait_s=120")
 arguments+=("$@")
-train=("$python" raphael_dist/train.py)
+train=("$python" "$train_py")
 
 # --- on which nodes and ranks ----------------------------------------------------------------------------------------
 number SLURM_JOB_NUM_NODES 1
@@ -247,11 +251,11 @@ preflight() {
         # A rank that fails must not take the others' reports with it.
         use_nodes "$((${#nodes[@]} > 0 ? ${#nodes[@]} : num_nodes))"
         step+=(--kill-on-bad-exit=0 "--time=$minutes") # or one node that hangs holds the job for ever
-        MASTER_PORT=$((MASTER_PORT + 7000)) supervise launch_srun "$python" tools/check_cluster.py --out "$out" "${arguments[@]}"
+        MASTER_PORT=$((MASTER_PORT + 7000)) supervise launch_srun "$python" "$tools"/check_cluster.py --out "$out" "${arguments[@]}"
         code=$?
         case $code in 2 | 75 | 138) finish "$code" ;; esac
         ((cancelled || timed_out)) && finish "$code"
-        run "$python" tools/check_cluster.py --judge "$out" --ranks "$world_size" --need "$needed" --nodes "${nodes[@]}"
+        run "$python" "$tools"/check_cluster.py --judge "$out" --ranks "$world_size" --need "$needed" --nodes "${nodes[@]}"
         code=$?
         ((code != 4)) && break
         mapfile -t nodes <"$out/good-nodes"

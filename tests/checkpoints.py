@@ -1,12 +1,16 @@
 """Checkpoints made by hand, with nothing but safetensors and json: the oracle of the conversions."""
 
 import hashlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -119,12 +123,17 @@ def options(layout: str, topology: tuple[int, int, int, int] = (2, 1, 1, 2), **m
 
 
 def tool(
-    *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = ()
+    *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = (), **env: str
 ) -> subprocess.CompletedProcess:
-    """Run one of the command lines of checkpoints."""
-    command = [*launcher, sys.executable, f"tools/{name}.py", *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    """Run one of the command lines of checkpoints: as a program under a launcher, else its `main` in this process."""
+    command, env = [f"tools/{name}.py", *map(str, arguments)], {"COLUMNS": "160", **env}  # paths are long
+    if launcher:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+        command = [*launcher, sys.executable, *command]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, mock.patch.dict(os.environ, env):
+        code = importlib.import_module(name).main(command[1:])
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def copy(folder: Path, target: Path) -> Path:

@@ -7,16 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.forks import Forks
+from tests.forks import Forks, server
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
+def forks() -> Forks:
     """A process that has imported everything and forks ranks from itself."""
-    with Forks() as server:
-        yield server
+    return server()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_server_is_left() -> Iterator[None]:
+    yield
+    if server.cache_info().currsize:
+        server().close()
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,20 @@
 """Starts real ranks quickly: a clean process imports everything once and forks each rank from itself.
 
-A run of two ranks then takes a second or two, so that many of them can be killed. `Forks` is the test's end of it; run as a
-program, this file is the other.
+A rank that starts by itself spends seconds on imports; a forked one spends none. `Forks` is the test's end of it; run as a
+program, this file is the other. All ranks of a server hash strings alike: where nothing may depend on the order of a set,
+a test starts its ranks afresh (`launch.run_ranks`).
 """
 
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +42,19 @@ class Forks:
         The worker is the module of tests/workers that spec["worker"] names, forked_train.py by default. Output of rank N is
         in folder/out-N.txt. AssertionError when a rank outlives the time-out.
         """
+        return self._ask(folder, world_size, timeout, GRACE, {"spec": {"folder": str(folder), **spec}})
+
+    def run_program(
+        self, folder: Path, world_size: int, timeout: float, command: list[str], env: dict[str, str]
+    ) -> list[int]:
+        """Run `python COMMAND` as ranks in an environment that is complete but for the rank; return as `run` does."""
+        return self._ask(folder, world_size, timeout, timeout, {"command": command, "env": env})
+
+    def _ask(self, folder: Path, world_size: int, timeout: float, grace: float, what: dict[str, Any]) -> list[int]:
         folder.mkdir(parents=True, exist_ok=True)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {
-            "folder": str(folder),
-            "world_size": world_size,
-            "timeout": timeout,
-            "spec": {"folder": str(folder), **spec},
-        }
+        request = {"folder": str(folder), "world_size": world_size, "timeout": timeout, "grace": grace, **what}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
@@ -59,13 +66,17 @@ class Forks:
         codes = self.run(folder, world_size, **spec)
         assert codes == [0] * world_size, f"exit codes {codes}:\n{output_of(folder, world_size)}"
 
-    def __enter__(self) -> "Forks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the server."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=30)
+
+
+@cache
+def server() -> Forks:
+    """Return the one server of this process; `conftest.forks` closes it."""
+    return Forks()
 
 
 def output_of(folder: Path, world_size: int) -> str:
@@ -85,11 +96,18 @@ def fork_rank(request: dict[str, Any], rank: int, port: int) -> int:
         os.dup2(out, 2)
         os.setpgid(0, 0)
         world = str(request["world_size"])
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=str(port)
-        )
-        worker = importlib.import_module(f"tests.workers.{request['spec'].get('worker', 'forked_train')}")
-        code = worker.main(request["spec"])
+        os.environ.update(request.get("env", {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": str(port)}))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        if "command" in request:
+            sys.argv = request["command"]
+            sys.path.insert(0, str((ROOT / sys.argv[0]).parent))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        else:
+            worker = importlib.import_module(f"tests.workers.{request['spec'].get('worker', 'forked_train')}")
+            code = worker.main(request["spec"])
+    except SystemExit as error:  # as the interpreter takes it
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -98,8 +116,8 @@ def fork_rank(request: dict[str, Any], rank: int, port: int) -> int:
         os._exit(code)
 
 
-def wait_for(pids: list[int], timeout: float) -> dict[str, Any]:
-    """Wait for all ranks; when one has failed the others get GRACE seconds more, as under a launcher."""
+def wait_for(pids: list[int], timeout: float, grace: float) -> dict[str, Any]:
+    """Wait for all ranks; when one has failed the others get `grace` seconds more, as under a launcher."""
     codes: dict[int, int] = {}
     began, late = time.monotonic(), []
     deadline, failed_at = began + timeout, None
@@ -114,7 +132,7 @@ def wait_for(pids: list[int], timeout: float) -> dict[str, Any]:
         now = time.monotonic()
         if now > deadline:
             late = [rank for rank, pid in enumerate(pids) if pid not in codes]
-        if now > deadline or (failed_at is not None and now > failed_at + GRACE):
+        if now > deadline or (failed_at is not None and now > failed_at + grace):
             for pid in pids:
                 if pid not in codes:
                     os.kill(pid, signal.SIGKILL)
@@ -128,6 +146,7 @@ def main() -> None:
     os.dup2(2, 1)  # nothing else may talk on the pipe
     import deepspeed  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.bert.modeling_bert  # noqa: F401
 
     from raphael_dist.parallel.ranks import free_port
     from tests.workers import forked_train  # noqa: F401
@@ -135,7 +154,7 @@ def main() -> None:
     for line in sys.stdin:
         request, port = json.loads(line), free_port()
         pids = [fork_rank(request, rank, port) for rank in range(request["world_size"])]
-        answers.write(json.dumps(wait_for(pids, request["timeout"])) + "\n")
+        answers.write(json.dumps(wait_for(pids, request["timeout"], request["grace"])) + "\n")
         answers.flush()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from raphael_dist.parallel.ranks import free_port
+from tests import forks
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,14 +39,31 @@ def rank_env(world_size: int) -> dict[str, str]:
     }
 
 
-def run_ranks(command: list[str], world_size: int, timeout: float = 240, exit_code: int = 0) -> list[str]:
-    """Run `python COMMAND` as `world_size` ranks; return each rank's output. AssertionError when one exits otherwise."""
-    base = rank_env(world_size)
+def run_ranks(
+    command: list[str], world_size: int, timeout: float = 240, exit_code: int = 0, *, fresh: bool = False
+) -> list[str]:
+    """Run `python COMMAND` as `world_size` ranks; return each rank's output. AssertionError when one exits otherwise.
+
+    Ranks are forked from a process that has imported everything. fresh: each is a Python of its own, and hashes strings
+    differently, as without PYTHONHASHSEED: where nothing may depend on the order of a set.
+    """
+    env = rank_env(world_size)
+    if fresh:
+        codes, outputs = _fresh_ranks(command, world_size, timeout, env)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            codes = forks.server().run_program(Path(folder), world_size, timeout, command, env)
+            outputs = [(Path(folder) / f"out-{rank}.txt").read_text() for rank in range(world_size)]
+    for rank, (code, output) in enumerate(zip(codes, outputs, strict=True)):
+        assert code == exit_code, f"rank {rank} of {world_size} exited with {code}:\n{output[-4000:]}"
+    return outputs
+
+
+def _fresh_ranks(command: list[str], world_size: int, timeout: float, env: dict[str, str]) -> tuple[list[int], list[str]]:
     ranks = [
         subprocess.Popen(
             [sys.executable, *command],
-            # Ranks hash strings differently, as without PYTHONHASHSEED: nothing may depend on the order of a set.
-            env={**base, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONHASHSEED": str(r + 1)},
+            env={**env, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONHASHSEED": str(r + 1)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -58,9 +77,7 @@ def run_ranks(command: list[str], world_size: int, timeout: float = 240, exit_co
     finally:
         for p in ranks:
             p.kill()
-    for rank, (p, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert p.returncode == exit_code, f"rank {rank} of {world_size} exited with {p.returncode}:\n{output[-4000:]}"
-    return outputs
+    return [p.returncode for p in ranks], outputs
 
 
 def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
@@ -68,12 +85,14 @@ def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
     return train_many(folder, world_size, [spec])[0]
 
 
-def train_many(folder: Path, world_size: int, specs: list[dict[str, Any]], timeout: float = 240) -> list[dict[str, Any]]:
-    """As `train_steps` for several runs, one after the other in the same processes."""
+def train_many(
+    folder: Path, world_size: int, specs: list[dict[str, Any]], timeout: float = 240, *, fresh: bool = False
+) -> list[dict[str, Any]]:
+    """As `train_steps` for several runs, one after the other in the same processes; `fresh` as in `run_ranks`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(specs))
     out = str(folder / "out.pt")
-    run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size, timeout)
+    run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size, timeout, fresh=fresh)
     return [_read_steps(f"{out}.{i}", world_size) for i in range(len(specs))]
 
 

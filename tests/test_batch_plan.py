@@ -84,9 +84,17 @@ SIZES = [
     for ep in EPS
     for micro in (1, 2)
     for run in (0, 24, 48)
-    if world % ep[0] == 0 and world % ep[1] == 0 and run % (math.lcm(*ep) * micro) == 0
+    if world % ep[0] == 0 and world % ep[1] == 0
 ]
-SIZES += [(50, 4, 3, 2, 6), (13, 6, 2, 6, 12), (13, 6, 1, 2, 4), (7, 2, 3, 1, 3), (30, 4, 2, 4, 40)]
+SIZES += [
+    (50, 4, 3, 2, 5),
+    (30, 12, 2, 12, 7),
+    (50, 4, 3, 2, 6),
+    (13, 6, 2, 6, 12),
+    (13, 6, 1, 2, 4),
+    (7, 2, 3, 1, 3),
+    (30, 4, 2, 4, 40),
+]
 
 
 @pytest.mark.parametrize(("global_batch", "world_size", "micro_batch", "unit", "run"), SIZES)
@@ -111,7 +119,9 @@ def test_the_waste_is_bounded(global_batch, world_size, micro_batch, unit, run):
     """At most one micro-step's slots, and with several image sizes one chunk at each end of the batch and of its runs."""
     plan = BatchPlan(global_batch, world_size, micro_batch, unit, run)
     slots, span = plan.accumulation * world_size * micro_batch, unit * micro_batch
-    chunks = math.ceil(global_batch / span) + (2 if run else 0)
+    chunks = math.ceil(global_batch / span)
+    if run:  # a run that is no multiple of a unit's slots ends within some
+        chunks = global_batch // run * math.ceil(run / span) + math.ceil(global_batch % run / span) + 2
     assert global_batch <= slots <= math.ceil(chunks / (world_size // unit)) * world_size * micro_batch
 
 
@@ -125,6 +135,25 @@ def test_a_batch_over_two_image_sizes_on_four_ranks_by_hand():
     second = [[p for p, w in plan.slots(10, rank, micro) if w] for micro in range(2) for rank in range(4)]
     assert second == [[10, 11], [12, 13], [14, 15], [], [16, 17], [18, 19], [], []]
     assert plan.slots(0, 2, 1) == [(8, 0.0), (9, 0.0)]  # no chunk is left: of the last chunk, without weight
+
+
+@pytest.mark.parametrize(("run", "before", "batch"), [(24, 7, 20), (6, 11, 4), (5, 3, 13)])
+def test_after_a_change_of_the_global_batch_each_sample_is_seen_once(run, before, batch):
+    """A run goes on with another global batch wherever it stopped, so a step may begin anywhere within a run of one size."""
+    config = tiny_config(
+        train={"global_batch": batch, "micro_batch": 3},
+        image={"buckets": [[8, 8], [8, 16]]},
+        data={"bucket_run": run},
+        parallel={"space_ep": 2},
+    )
+    for stopped_at in range(1, 6):
+        seen = stopped_at * before
+        plan = BatchPlan.of(config, 4, [seen])
+        for step in range(4):
+            first = seen + step * batch
+            slots = all_slots(plan, first)
+            assert [p for p, weight in slots if weight] == list(range(first, first + batch))
+    assert BatchPlan.of(config, 4, [3 * batch]) == BatchPlan.of(config, 4)
 
 
 def test_the_plan_of_a_configuration_knows_who_must_see_the_same_size():
@@ -142,6 +171,7 @@ def test_the_plan_of_a_configuration_knows_who_must_see_the_same_size():
         (BatchPlan(2000, 600, 2), "better: 500 ranks (0.0%), which take as many micro-steps"),
         (BatchPlan(2000, 1000, 8), "better: train.micro_batch=2 (0.0%) or 250 ranks (0.0%)"),
         (BatchPlan(2000, 1200, 1, 12, 24), "better: 1008 ranks (0.8%)"),
+        (BatchPlan(2000, 48, 8, 1, 25), "data.bucket_run=32 in a new run"),
     ],
 )
 def test_a_plan_that_wastes_a_tenth_says_so_and_names_better_numbers(plan, wanted):

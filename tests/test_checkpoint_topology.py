@@ -10,7 +10,7 @@ import torch
 
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.training.metrics import read_metrics
-from tests.forks import Forks
+from tests.forks import Forks, output_of
 
 
 class Topology(NamedTuple):
@@ -104,6 +104,31 @@ def test_loading_and_saving_again_changes_no_bit_along_a_chain_of_topologies(
         reports = [json.loads((run / f"read-{rank}.json").read_text()) for rank in range(topology.ranks)]
         assert_each_rank_read_its_part(reports, expected, topology)
         shutil.rmtree(run / "checkpoints" / "step-00000006", ignore_errors=True)  # from now on only what the chain wrote
+
+
+CURRICULUM: dict[str, dict[str, Any]] = {
+    "optim": {"lr": 1e-2},
+    "train": {"global_batch": 9},
+    "image": {"buckets": [[8, 8], [8, 16]]},
+    "data": {"bucket_run": 5},
+}
+CHANGED = {"optim.lr", "train.global_batch", "image.buckets", "data.bucket_run"}
+
+
+def test_what_changes_on_resume_must_be_allowed_is_listed_and_keeps_adams_moments(
+    forks: Forks, whole: Path, tmp_path: Path
+) -> None:
+    run, expected = copy_with(whole, tmp_path / "run", 6), opened(whole, 6)
+    assert forks.run(run, 4, **FIRST.spec(**CURRICULUM)) == [2] * 4
+    assert all(f"{name} was " in output_of(run, 4) for name in CHANGED)
+    assert forks.run(run, 4, **FIRST.spec(optim={"kind": "sgd"})) == [2] * 4
+    assert "optim.kind was adamw there and is sgd here" in output_of(run, 4)
+    allowed = FIRST.spec(**CURRICULUM, run={"allow_change": sorted(CHANGED)})
+    forks.must(run, 4, **allowed, save_again=True)
+    log = (run / "train.log").read_text()
+    for line in ("optim.lr was 0.001 there and is 0.01 here", "train.global_batch was 12 there and is 9 here"):
+        assert line in log
+    assert_same(opened(run, 99), expected)
 
 
 def assert_each_rank_read_its_part(reports: list[dict], expected: CheckpointReader, topology: Topology) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_the_command_line_prints_a_table_and_a_mistake_is_one_line(tmp_path, sou
     done = tool("--from", "auto", canonical, "--to", "raphael", tmp_path / "run", "--ep", "2,1", "--world", 2)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("master", "exp_avg_sq", "ema", "161,512", "646,048", "GB/s"))
-    again = tool("--from", "auto", canonical, "--to", "raphael", tmp_path / "run")
+    again = tool("--from", "auto", canonical, "--to", "raphael", tmp_path / "run", launcher=("env",))  # a program of its own
     assert (again.returncode, again.stdout, len(again.stderr.splitlines())) == (2, "", 1)
     assert "exists already" in again.stderr
 
@@ -157,8 +158,12 @@ def test_a_disk_that_is_too_small_is_found_out_before_writing(tmp_path, sources,
 
 @pytest.mark.parametrize("to", ["canonical", "deepspeed"])
 def test_a_disk_that_fills_up_meanwhile_is_one_line_and_nothing_stays(tmp_path, sources, to):
-    limit = ("bash", "-c", 'ulimit -f 200; exec "$@"', "bash")  # KiB a file may have
-    done = tool("--from", "auto", sources["moe"][1], "--to", to, tmp_path / "out", launcher=limit)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200 << 10, before[1]))
+    try:
+        done = tool("--from", "auto", sources["moe"][1], "--to", to, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (done.returncode, done.stderr.splitlines()) == (2, ["error: File too large"])
     assert not list(tmp_path.iterdir())
 

@@ -71,6 +71,17 @@ def test_each_kind_is_told_by_a_name_that_no_kind_asked_later_has():
             assert name not in names_of(CONTRACT[other][0]), f"{other} would be taken for {kind}"
 
 
+def test_no_room_but_the_engines_reaches_into_deepspeeds_objects():
+    """Only attributes count: convert/layouts/deepspeed names keys of DeepSpeed's files, which are strings."""
+    private = {name for _, names in CONTRACT.values() for name in names.split()} - {"overflow"}
+    private |= {"_hp_mapping", "ds_shape", "ds_numel", "ds_process_group", "__compatible_ops__", "optimizer_state_dict"}
+    outside = [path for path in (ROOT / "raphael_dist").rglob("*.py") if "engine" not in path.parts]
+    nodes = {path: ast.walk(ast.parse(path.read_text())) for path in outside}
+    reached = [(p.name, n.attr) for p in outside for n in nodes[p] if isinstance(n, ast.Attribute) and n.attr in private]
+    assert len(outside) > 50
+    assert not reached
+
+
 def test_deepspeed_is_bound_to_the_minor_version_that_the_adapters_know():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bound = next(line for line in project["dependencies"] if line.startswith("deepspeed"))

@@ -2,7 +2,7 @@
 
 Commands are taken from the code blocks of DOCUMENTS and from what stands `in backticks` and begins with a program. One in
 NOT_RUN is left out, for the reason given there; any other must have a way to be run, or the test fails. Training is
-planned (`--dry-run`) here and, at a size for tests, done by the slow cases; tools run on a tiny checkpoint, in a folder that
+planned (`--plan`) here and, at a size for tests, done by the slow cases; tools run on a tiny checkpoint, in a folder that
 looks like the repository.
 """
 
@@ -54,7 +54,7 @@ NOT_RUN = {
     "mpirun -n 4 python tools/convert_checkpoint.py ...": "cut short; tests/test_convert.py converts under mpirun",
 }
 # What stands in a command for something of the reader's: an example of it, or nothing.
-FILLED_IN = {"NAME": "emoji-tiny", "YOURS": "raphael-3b", "N": "2"}
+FILLED_IN = {"NAME": "emoji-tiny", "YOURS": "raphael-3b", "N": "2", "WORD": "optim"}
 LEFT_OUT = ("...", "SBATCH-OPTIONS", "[options]")
 # Files that are named and are not ours: written by runs and conversions, or other projects'.
 NOT_OURS = """
@@ -152,7 +152,7 @@ class Runner:
     def plan(self, program: str, words: list[str], ranks: int = 1) -> None:
         """Do all that training does before it imports torch."""
         size = [] if "--world-size" in words else ["--world-size", str(ranks)]
-        self.main(program, [*words, *size, *([] if "--dry-run" in words else ["--dry-run"])])
+        self.main(program, [*words, *size, *([] if {"--plan", "--dry-run"} & set(words) else ["--plan"])])
 
     def torchrun(self, program: str, words: list[str]) -> None:
         from torch.distributed.run import get_args_parser
@@ -189,6 +189,9 @@ class Runner:
         assert option == "-k"
         assert re.search(rf"def test_\w*{name}", Path(file).read_text())
 
+    def package(self, program: str, words: list[str]) -> None:
+        self.main("raphael_dist.__main__", words)
+
     def make(self, program: str, words: list[str]) -> None:
         assert set(words) <= make_targets()
 
@@ -210,8 +213,10 @@ class Runner:
 
     WAYS: dict[str, Callable[..., None]] = {  # noqa: RUF012
         r"raphael_dist/train\.py": plan,
-        r"raphael_dist\.sample|tools/batch_plan\.py|tools/prepare_data\.py": main,
+        r"raphael_dist\.(sample|paths)|tools/batch_plan\.py|tools/prepare_data\.py": main,
+        r"raphael_dist\.evaluate": parse,
         r"tools/inspect_(checkpoint|data)\.py": inspect,
+        r"raphael_dist": package,
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
@@ -251,10 +256,13 @@ def test_the_training_that_the_readme_shows_trains(code: Code, workspace: Path, 
     launcher = {"deepspeed": ["--master_port", str(free_port())], "torchrun": ["--master_port", str(free_port())]}
     program, *words = shlex.split(code.text)
     mine = [f"run.dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache", "train.max_steps=1", "sample.prompts=[]"]
-    small = [*SMALL[1:], "data.shards=data/emoji-demo/train-*", "data.val_shards=[]"]
+    mine += ["data.shards=data/emoji-demo/train-*", "data.val_shards=[]"]
+    at = words.index("--config")
+    own = {word.partition("=")[0] for word in mine}
+    words = [*words[:at], *SMALL, *(word for word in words[at + 2 :] if word.partition("=")[0] not in own)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    command = [program, *launcher.get(program, []), *words, *small, *mine]
+    command = [program, *launcher.get(program, []), *words, *mine]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()

@@ -42,9 +42,9 @@ def test_expert_groups_become_as_large_as_the_ranks_allow_when_asked(capsys: pyt
     for world_size, expected in {12: (6, 4), 8: (2, 4), 6: (6, 2), 4: (2, 4), 3: (3, 1), 5: (1, 1)}.items():
         found = ds_config.fit_to_ranks(elastic, world_size).parallel
         assert (found.space_ep, found.time_ep) == expected, world_size
-    assert train.main(["--config", "emoji-tiny", "--dry-run", "--world-size", "3", *sizes, "parallel.elastic=true"]) == 0
+    assert train.main(["--config", "emoji-tiny", "--plan", "--world-size", "3", *sizes, "parallel.elastic=true"]) == 0
     shown = capsys.readouterr().out
     assert "space_ep: 3" in shown
     assert "time_ep: 1" in shown
-    assert train.main(["--config", "emoji-tiny", "--dry-run", "--world-size", "3", *sizes]) == 2
+    assert train.main(["--config", "emoji-tiny", "--plan", "--world-size", "3", *sizes]) == 2
     assert "or parallel.elastic=true" in capsys.readouterr().err

@@ -254,7 +254,7 @@ def test_waiting_is_split_by_what_it_was_for_and_names_the_setting_once(monkeypa
     _, line = wait.take(20.0)
     assert line is not None
     assert "20% of the time" in line
-    assert "most of it for decoding: set data.features=cached or stored" in line
+    assert "most of it for decoding: raise data.workers, or set data.features=cached" in line
     wait.next(batches, CPU)  # type: ignore[arg-type]
     assert wait.take(20.0)[1] is None
 

@@ -14,19 +14,15 @@ from raphael_dist.training import rundir
 from raphael_dist.training.metrics import MetricsWriter, read_metrics
 from raphael_dist.training.watchdog import Watchdog
 from tests.launch import run_ranks
+from tests.small_disk import small_disk
 from tests.test_training import SMALL
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", 256 << 10) as folder:
+        yield folder
 
 
 def fill(disk: Path) -> Path:

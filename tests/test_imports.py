@@ -21,20 +21,35 @@ ROOMS = {
     "engine": "base model parallel",
     "checkpoint": "base storage parallel engine",
     "convert": "base storage model parallel data engine checkpoint",
-    "sampling": "base model data",
+    "sampling": "base storage model parallel data engine checkpoint convert",
     "prepare": "base storage model parallel data",
-    "training": "base storage model parallel data engine checkpoint convert sampling",
+    "insight": "base model data sampling",
+    "evaluation": "base storage model parallel data sampling",
+    "training": "base storage model parallel data engine checkpoint convert sampling insight",
     "cluster": "base storage model parallel data",
-    "commands": "base storage model parallel data prepare engine checkpoint convert sampling training cluster",
+    "commands": "base storage model parallel data prepare engine checkpoint convert sampling insight evaluation training "
+    "cluster",
 }
-BASE = {"raphael_dist", "errors", "rng", "config", "config_errors", "config_yaml", "identity", "presets"}
-COMMANDS = {"train", "sample", "evaluate", "paths", "pipeline"}
+BASE = {
+    "raphael_dist",
+    "errors",
+    "rng",
+    "config",
+    "config_data",
+    "config_errors",
+    "config_yaml",
+    "command_line",
+    "shipped",
+    "identity",
+    "presets",
+}
+COMMANDS = {"__main__", "config_reference", "train", "sample", "evaluate", "paths", "pipeline"}
 # The writer of DeepSpeed's layout pickles three of its small classes.
 MAY_IMPORT_DEEPSPEED = {"engine.engine", "engine.expert_groups", "convert.layouts.deepspeed.write"}
 LIGHT = {
-    "config", "config_errors", "config_yaml", "identity", "errors", "engine.ds_config", "parallel.batch_plan",
-    "parallel.placement", "parallel.communication", "cluster.preflight_report", "training.stopping",
-    "model.latents",
+    "config", "config_data", "config_errors", "config_yaml", "command_line", "shipped", "identity", "errors",
+    "engine.ds_config", "parallel.batch_plan", "parallel.placement", "parallel.communication",
+    "cluster.preflight_report", "training.stopping", "model.latents",
 }  # fmt: skip
 
 

@@ -39,11 +39,6 @@ def test_the_layout_of_contributing_md_is_a_layout(tmp_path: Path, monkeypatch, 
     assert "onefile" in capsys.readouterr().out
 
 
-def test_the_docs_have_a_row_for_every_layout() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/checkpoints.md").read_text(), re.M)
-    assert sorted(rows) == layouts.names()
-
-
 @pytest.mark.parametrize("name", layouts.names())
 def test_a_layout_has_its_modules_name_and_says_what_it_holds(name: str) -> None:
     layout = layouts.layout_of("--to", name)

@@ -1,16 +1,17 @@
 """The sample order: every sample once per epoch, from any position, with runs that share a bucket."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from raphael_dist.data.buckets import nearest_bucket, resize_and_crop
+from raphael_dist.data.index import DatasetIndex
+from raphael_dist.data.index_write import table_in_memory
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards import DatasetIndex, ShardIndex
-from raphael_dist.data.tar_scan import EXTS
+from raphael_dist.data.shard_record import ShardRecord
+from raphael_dist.data.shard_store import ShardStore, Stamp
 from raphael_dist.errors import UserError
 
 BUCKETS = [(64, 64), (48, 80), (80, 48)]
@@ -19,12 +20,17 @@ BUCKETS = [(64, 64), (48, 80), (80, 48)]
 def make_index(shard_sizes: list[int], shapes: int = 3, seed: int = 0) -> DatasetIndex:
     """An index without files: shards of these many samples, of `shapes` random shapes."""
     rng = np.random.default_rng(seed)
-    shards = []
+    records = []
     for number, count in enumerate(shard_sizes):
         sizes = np.array(BUCKETS, np.int32)[rng.integers(0, shapes, count), ::-1]
-        table = np.zeros((count, len(EXTS), 2), np.int64)
-        shards.append(ShardIndex(Path(f"{number}.tar"), 1, [f"{i}" for i in range(count)], sizes, table, []))
-    return DatasetIndex(tuple(shards))
+        records.append(record_of(f"{number}.tar", sizes))
+    return table_in_memory(ShardStore(), records)
+
+
+def record_of(name: str, sizes: np.ndarray, **columns: np.ndarray) -> ShardRecord:
+    """A record of a shard that does not exist, with samples of these sizes."""
+    keys, places = [f"{i}" for i in range(len(sizes))], np.zeros((len(sizes), 2), np.uint32)
+    return ShardRecord(name, Stamp(1, ""), 1, places, sizes, keys, [], "", name, name, "", columns)
 
 
 def epoch_of(order: SampleOrder, epoch: int) -> list[int]:

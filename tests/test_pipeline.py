@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from raphael_dist.config import Config, load_config
@@ -18,7 +25,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.pipeline import RaphaelPipeline
-from raphael_dist.sampling.sampling import generate, initial_noise
+from raphael_dist.sampling.sampling import Request, Sampler, denoiser, initial_noise, sample_latents, to_pixels
 from tests.checkpoints import State, assert_same, handmade_canonical, read_state
 from tests.synthetic import TREE
 
@@ -64,11 +71,16 @@ def clip(folder: Path, width: int) -> Path:
     return folder
 
 
-def sampled(model, config: Config) -> np.ndarray:
+def sampled(model, config: Config, scheduler: str = "ddim", negative: str = "", **how) -> np.ndarray:
     text = TextEncoder.load(config.text.encoder, config.text.max_tokens, "cpu", torch.float32)
     image = ImageEncoder.load(VAE, "cpu", torch.float32)
-    scheduler = make_scheduler(config.diffusion, "ddim")
-    return generate(model, text, image, scheduler, PROMPTS, range(2), size_hw=(64, 64), steps=3, guidance=4.0, seed=11)
+    requests = [Request(prompt, (64, 64), 11, i, negative=negative) for i, prompt in enumerate(PROMPTS)]
+    made = make_scheduler(config.diffusion, scheduler)
+    return Sampler.of(model, text, image).draw(requests, made, **{"steps": 3, "guidance": 4.0, **how})
+
+
+def stacked(images) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
 
 
 def test_the_exported_pipeline_samples_the_same_image_as_our_sampler(tmp_path):
@@ -81,12 +93,18 @@ def test_the_exported_pipeline_samples_the_same_image_as_our_sampler(tmp_path):
     folders = {p.name for p in (tmp_path / "exported").iterdir() if p.is_dir()}
     assert folders == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     pipeline = RaphaelPipeline.from_pretrained(tmp_path / "exported")
-    images = pipeline(PROMPTS, seed=11).images
-    assert np.array_equal(np.stack([np.asarray(image) for image in images]), sampled(model, config))
-    generic = DiffusionPipeline.from_pretrained(tmp_path / "exported", custom_pipeline="pipeline", trust_remote_code=True)
+    images = pipeline(PROMPTS, seed=11, guidance_scale=4.0).images
+    assert np.array_equal(stacked(images), sampled(model, config))
+    generic = DiffusionPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     assert type(generic) is RaphaelPipeline
+    assert np.array_equal(stacked(generic(PROMPTS, seed=11, guidance_scale=4.0).images), stacked(images))
     # What diffusers saves again comes back too, without a manifest.
     pipeline.save_pretrained(tmp_path / "again")
+    for again in (RaphaelPipeline, DiffusionPipeline):
+        loaded = again.from_pretrained(
+            tmp_path / "again", **({} if again is RaphaelPipeline else {"trust_remote_code": True})
+        )
+        assert np.array_equal(stacked(loaded(PROMPTS, seed=11, guidance_scale=4.0).images), stacked(images))
     convert("auto", tmp_path / "again", "canonical", tmp_path / "back", Options())
     assert_same(read_state("auto", tmp_path / "back"), {("master", n): v for (k, n), v in state.items() if k == "ema"})
 
@@ -98,7 +116,7 @@ def test_a_dense_export_is_a_unet_of_diffusers_and_samples_the_same_image(tmp_pa
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "exported" / "unet", low_cpu_mem_usage=False)
     assert all(torch.equal(unet.state_dict()[n], v) for (k, n), v in state.items() if k == "ema")
     pipeline = RaphaelPipeline.from_pretrained(tmp_path / "exported")
-    images = np.stack([np.asarray(image) for image in pipeline(PROMPTS, seed=11).images])
+    images = stacked(pipeline(PROMPTS, seed=11, guidance_scale=4.0).images)
     # diffusers' attention rounds in another order than ours.
     assert np.abs(images.astype(int) - sampled(model, config).astype(int)).max() <= 1
     convert("diffusers", tmp_path / "exported", "dense", tmp_path / "dense", Options())
@@ -114,9 +132,104 @@ def test_a_dense_export_with_clip_is_a_stable_diffusion_pipeline_and_samples_the
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
     assert type(pipeline) is StableDiffusionPipeline
     noise = torch.stack([initial_noise(11, i, (4, 16, 16)) for i in range(2)])
-    found = pipeline(PROMPTS, negative_prompt=["", ""], latents=noise, num_inference_steps=3, guidance_scale=4.0)
-    images = np.stack([np.asarray(image) for image in found.images])
-    assert np.abs(images.astype(int) - sampled(model, config).astype(int)).max() <= 1
+    for scheduler in ("ddim", "dpm++", "euler"):
+        pipeline.scheduler = make_scheduler(config.diffusion, scheduler)
+        given = {"negative_prompt": ["a sun"] * 2, "num_inference_steps": 3, "guidance_scale": 4.0}
+        # Its own noise is scaled by the scheduler's first sigma; ours is handed over unscaled.
+        images = stacked(pipeline(PROMPTS, latents=noise.clone(), **given).images)
+        ours = sampled(model, config, scheduler, "a sun")
+        assert np.abs(images.astype(int) - ours.astype(int)).max() <= 1, scheduler
+
+
+def test_a_picture_is_drawn_anew_as_diffusers_does(tmp_path):
+    config = dense_emoji(text_width=32)
+    text = config.text.model_copy(update={"encoder": str(clip(tmp_path / "clip", 32)), "max_tokens": 77})
+    config = config.model_copy(update={"text": text})
+    model, _ = trained(config, tmp_path / "canonical")
+    convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options())
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(tmp_path / "exported")
+    encoder = TextEncoder.load(config.text.encoder, 77, "cpu", torch.float32)
+    start = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    for scheduler in ("ddim", "dpm++", "euler"):
+        pipeline.scheduler = make_scheduler(config.diffusion, scheduler)
+        given = {"num_inference_steps": 6, "strength": 0.55, "guidance_scale": 4.0, "output_type": "latent"}
+        expected = pipeline(PROMPTS, image=start, generator=torch.Generator().manual_seed(2), **given).images
+        found = sample_latents(
+            denoiser(model), make_scheduler(config.diffusion, scheduler), noise, encoder.encode(PROMPTS),
+            encoder.encode([""]), steps=6, guidance=4.0, start_BChw=start, strength=0.55,
+        )  # fmt: skip
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> RaphaelPipeline:
+    folder = tmp_path_factory.mktemp("exported")
+    trained(emoji(), folder / "canonical")
+    convert("canonical", folder / "canonical", "diffusers", folder / "exported", Options())
+    pipeline = RaphaelPipeline.from_pretrained(folder / "exported")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_pipeline_is_called_like_diffusers(exported):
+    def drawn(**given):
+        return exported("a sun", num_inference_steps=2, output_type="np", **given).images
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    first = drawn(generator=seeded(), num_images_per_prompt=2)
+    assert first.shape == (2, 64, 64, 3)
+    assert (first == drawn(generator=seeded(), num_images_per_prompt=2)).all()
+    assert (first[0] != first[1]).any()
+    assert (drawn(seed=4) != drawn(seed=5)).any()
+    assert (drawn(seed=4) != drawn(seed=4, negative_prompt="a red heart")).any()
+    assert (drawn(seed=4, guidance_scale=1.0) == drawn(seed=4, guidance_scale=1.0, negative_prompt="a red heart")).all()
+    assert drawn(seed=4, height=32, width=96).shape == (1, 32, 96, 3)
+    tensors = exported("a sun", num_inference_steps=2, output_type="pt", seed=4).images
+    np.testing.assert_array_equal(tensors.permute(0, 2, 3, 1).numpy(), drawn(seed=4))
+    as_tuple = exported("a sun", num_inference_steps=2, output_type="np", seed=4, return_dict=False)
+    assert (as_tuple[0] == drawn(seed=4)).all()
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(exported):
+    seen = []
+
+    def callback(pipeline, step, timestep, values):
+        seen.append((step, int(timestep)))
+        return {"latents": torch.zeros_like(values["latents"])} if step == 2 else {}
+
+    latents = exported("a sun", num_inference_steps=3, output_type="latent", callback_on_step_end=callback, seed=1).images
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert [t for _, t in seen] == exported.scheduler.timesteps.tolist()
+    assert not latents.any()
+
+
+def test_a_picture_that_is_not_drawn_anew_stays_what_the_vae_makes_of_it(exported):
+    picture = Image.fromarray(np.full((64, 64, 3), 200, np.uint8))
+    same = np.asarray(exported("a sun", image=picture, strength=0.0, num_inference_steps=4, seed=1).images[0])
+    vae = ImageEncoder.load(VAE, "cpu", torch.float32)
+    mean, _ = vae.encode(torch.full((1, 3, 64, 64), 200 / 127.5 - 1))
+    np.testing.assert_array_equal(same, to_pixels(vae.decode(mean))[0])
+    changed = np.asarray(exported("a sun", image=picture, strength=0.5, num_inference_steps=4, seed=1).images[0])
+    assert (changed != same).any()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps: given 0"),
+        ({"height": 30}, r"height, width: given \[30, 64\]"),
+        ({"strength": 2.0}, "strength: given 2.0"),
+        ({"output_type": "jpeg"}, "output_type: given 'jpeg'"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 given for 1 prompts"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents: given"),
+    ],
+)
+def test_the_pipeline_names_an_argument_that_does_not_fit(exported, given, message):
+    with pytest.raises(UserError, match=message):
+        exported("a sun", **given)
 
 
 def test_an_encoder_that_does_not_fit_is_named_before_anything_is_written(tmp_path):

@@ -1,4 +1,4 @@
-"""Which levels move rows to their experts: arithmetic by hand, and what --dry-run says."""
+"""Which levels move rows to their experts: arithmetic by hand, and what --plan says."""
 
 import json
 import subprocess
@@ -71,7 +71,7 @@ def test_without_expert_parallelism_there_is_nothing_to_place():
 
 
 def test_dry_run_shows_rows_parameters_bytes_and_the_choice():
-    command = ["raphael_dist/train.py", "--config", "raphael-3b", "--dry-run", "--world-size", "984", "parallel.space_ep=6"]
+    command = ["raphael_dist/train.py", "--config", "raphael-3b", "--plan", "--world-size", "984", "parallel.space_ep=6"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("# space  ")]
     assert len(lines) == 4

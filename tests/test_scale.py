@@ -16,7 +16,7 @@ from raphael_dist.data.encoders import ImageEncoder
 from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import Ranks
-from raphael_dist.sampling.sampling import generate
+from raphael_dist.sampling.sampling import Request, Sampler
 from raphael_dist.training.validation import drawing_ranks, prompt_share
 from tests.launch import ROOT
 from tests.test_conditioning import save_clip
@@ -71,10 +71,9 @@ def test_prompts_are_drawn_by_the_ranks_they_need_and_arrive_at_rank_0(
     assert [of["images"] for of in found[1:]] == [None] * 3
     config = config_of_prompts(prompts, 1)
     s, text, none = config.sample, Letters(), ImageEncoder.of(None)
-    alone = generate(
-        tiny_unet(config), text, none, make_scheduler(config.diffusion, s.scheduler), prompts, range(count),
-        size_hw=config.image.buckets[0], steps=s.steps, guidance=s.guidance, seed=s.seed,
-    )  # fmt: skip
+    requests = [Request(prompt, config.image.buckets[0], s.seed, i) for i, prompt in enumerate(prompts)]
+    scheduler = make_scheduler(config.diffusion, s.scheduler)
+    alone = Sampler.of(tiny_unet(config), text, none).draw(requests, scheduler, steps=s.steps, guidance=s.guidance)
     np.testing.assert_allclose(np.array(found[0]["images"]), alone, atol=1)
     assert len({image.tobytes() for image in alone}) == count
 

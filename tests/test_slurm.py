@@ -75,7 +75,7 @@ class Job:
         folder.mkdir(exist_ok=True)
         self._log = folder / "slurm.log"
         settings = {"RUN_DIR": str(self.dir), "PYTHON": sys.executable, "PREFLIGHT": "0", "OMP_NUM_THREADS": "1"}
-        settings |= {"OVERRIDES": " ".join(SMALL[1:])} | env
+        settings |= {"CONFIG": "tests/data/small.yaml"} | env
         command = ["sbatch", "--parsable", f"--output={self._log}", *options, "slurm/train_raphael.sh", *arguments]
         self.id = cluster.run(*command, env=settings, cwd=ROOT).strip()
 
@@ -199,7 +199,7 @@ def test_the_time_limit_is_met_by_a_restart_and_a_cancelled_job_stays_cancelled(
     # USR1 a second before the end: at once, which @300 of a minute would be, it could come before the trap is set.
     late = Job(cluster, tmp_path / "late", ["--nodes=1", "--time=1", "--signal=USR1@1"], [], PYTHON=str(deaf))
     job = Job(
-        cluster, tmp_path / "job", ["--nodes=1", "--time=1", "--signal=USR1@1"], [cache, *LONG, "train.max_steps=100000"]
+        cluster, tmp_path / "job", ["--nodes=1", "--time=1", "--signal=USR1@1"], [cache, *LONG[1:], "train.max_steps=100000"]
     )
     late.wait_restart(1)
     assert "the time limit came before the run could save" in late.log
@@ -229,7 +229,7 @@ def test_a_crash_loop_ends_and_a_mistake_is_not_tried_again(cluster: Cluster, tm
 
 
 def test_two_jobs_never_train_in_one_directory(cluster: Cluster, tmp_path: Path, cache: str) -> None:
-    first = Job(cluster, tmp_path / "a", ["--nodes=1"], [cache, *LONG, "train.max_steps=100000"])
+    first = Job(cluster, tmp_path / "a", ["--nodes=1"], [cache, *LONG[1:], "train.max_steps=100000"])
     first.wait_step(1)
     second = Job(cluster, tmp_path / "b", ["--nodes=1"], [cache, *LONG, f"run.dir={first.dir}"])
     assert "another process is training in" in second.finish("FAILED")

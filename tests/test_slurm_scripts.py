@@ -26,7 +26,7 @@ def dry(script: str, *arguments: str, **env: str) -> list[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     done = subprocess.run(
         ["bash", str(ROOT / "slurm" / script), *arguments],
-        env={**clean, "DRY_RUN": "1", "PYTHON": "python3", **env},
+        env={**clean, "DRY_RUN": "1", "PYTHON": "python3", "CONFIG": "emoji-tiny", **env},
         capture_output=True,
         text=True,
     )
@@ -57,6 +57,29 @@ def test_settings_become_arguments_and_each_gpu_a_rank() -> None:
     assert "--ntasks=24" in spares[-1]
 
 
+@pytest.mark.parametrize("script", ["train_raphael.sh", "prepare_data.sh"])
+def test_a_job_whose_configuration_was_not_chosen_is_refused(script: str) -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"DRY_RUN": "1", "PYTHON": "python3"}
+    cases = [((), {}, "no configuration is chosen"), (("--config", "a"), {"CONFIG": "b"}, "both CONFIG=b and --config")]
+    for arguments, env, wanted in cases:
+        command = ["bash", str(ROOT / "slurm" / script), *arguments]
+        done = subprocess.run(command, env={**clean, **env}, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert wanted in done.stderr
+    chosen = dry(script, "--config", "raphael-3b", CONFIG="", PREFLIGHT="0")[-1]
+    assert "--config raphael-3b" in chosen
+    assert "emoji-tiny" not in chosen
+
+
+def test_the_script_repeats_no_key_that_its_arguments_give() -> None:
+    """A key that is given twice is refused by the trainer."""
+    given = ("run.dir=mine", "run.lock_wait_s=5")
+    for arguments, env in ((given, {}), ((), {"OVERRIDES": " ".join(given)})):
+        command = dry("train_raphael.sh", *arguments, PREFLIGHT="0", SLURM_RESTART_COUNT="1", **env)
+        assert command[0] == "mkdir -p mine/checkpoints "
+        assert [command[-1].count(key) for key in ("run.dir=", "run.lock_wait_s=")] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("launcher", "expected"),
     {
@@ -81,7 +104,8 @@ NUMBERS = {
 
 @pytest.mark.parametrize(("script", "name"), [(script, name) for script, names in NUMBERS.items() for name in names])
 def test_a_number_that_is_none_is_refused_and_never_run(tmp_path: Path, script: str, name: str) -> None:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"DRY_RUN": "1", "PYTHON": "python3"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    clean |= {"DRY_RUN": "1", "PYTHON": "python3", "CONFIG": "emoji-tiny"}
     for value in (f"PATH[$(touch {tmp_path}/canary)]", "1; touch canary", "-1", "0x10", "99999999999"):
         env = {**clean, "SLURM_JOB_ID": "5", name: value, "RAPHAEL_HOME": str(ROOT)}
         done = subprocess.run(["bash", str(ROOT / "slurm" / script)], env=env, capture_output=True, text=True, cwd=tmp_path)
@@ -105,6 +129,7 @@ def job(tmp_path: Path, python: str, squeue: str = "", **env: str) -> subprocess
         "PATH": f"{tmp_path}:{os.environ['PATH']}"
     }
     given = {"SLURM_JOB_ID": "7", "RUN_DIR": str(tmp_path / "run"), "PYTHON": str(tmp_path / "python"), "PREFLIGHT": "0"}
+    given["CONFIG"] = "emoji-tiny"
     command = ["bash", str(ROOT / "slurm" / "train_raphael.sh")]
     return subprocess.run(command, env={**clean, **given, **env}, capture_output=True, text=True, timeout=60)
 

@@ -1,6 +1,7 @@
 """Whole runs with real ranks on real pictures, at a size for tests: the demo's emoji as 8 x 8 pixels, a tiny U-Net."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,28 +20,10 @@ from raphael_dist.convert.load import load_unet
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE
 from raphael_dist.parallel.ranks import free_port
 from raphael_dist.training.metrics import read_metrics
+from tests.documents import text_of
 from tests.launch import ROOT, rank_env, run_ranks
 
-SMALL = [
-    "--config=emoji-tiny",
-    "image.encoder=none",
-    "image.buckets=[[8,8]]",
-    "model.latent_channels=3",
-    "model.channels=[16,24]",
-    "model.attention=[true,false]",
-    "model.expert_width=[16,24]",
-    "model.layers_per_block=1",
-    "model.head_dim=8",
-    "model.norm_groups=8",
-    "model.gate_width=8",
-    "train.global_batch=10",
-    "train.micro_batch=3",
-    "train.log_every=1",
-    "checkpoint.every=3",
-    "sample.steps=2",
-    "optim.warmup_steps=2",
-    "optim.decay=constant",
-]
+SMALL = ["--config=tests/data/small.yaml"]
 
 SPREAD = ("parallel.space_ep=2", "parallel.time_ep=2", "parallel.placement=shard")
 
@@ -147,6 +130,10 @@ def test_the_deepspeed_launcher_trains_and_leaves_metrics_samples_and_a_checkpoi
     }  # fmt: skip
     assert wanted <= set(metrics)
     assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4]
+    told = re.search(r"^    runs/NAME/(.*)", text_of("README.md"), re.MULTILINE)
+    assert told
+    missing = [name for name in told[1].split() if not (run_dir / name.replace("00000100", "00000004")).exists()]
+    assert missing == [], "the README names what a run leaves"
     assert (run_dir / "samples" / "step-00000004.png").is_file()
     assert list((run_dir / "tensorboard").iterdir())
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000004"
@@ -222,10 +209,12 @@ def test_a_signal_to_one_rank_stops_all_after_saving(tmp_path: Path, cache: str)
     folder, env = tmp_path / "run", rank_env(2)
     more = ("train.max_steps=4000", "checkpoint.every=0", "sample.prompts=[]", "data.val_shards=[]")
     command = [sys.executable, *arguments(folder, cache, 2, *more)]
-    ranks = [subprocess.Popen(command, env={**env, "RANK": r, "LOCAL_RANK": r}, cwd=ROOT) for r in "01"]
+    output = {"stdout": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env={**env, "RANK": r, "LOCAL_RANK": r}, cwd=ROOT, **output) for r in "01"]
     try:
         wait_for(lambda: len(logged(folder)) >= 2)
-        ranks[1].send_signal(signal.SIGUSR1)
+        ranks[1].send_signal(signal.SIGTERM)  # SIGUSR1 is in test_watchdog.py
+        assert "stopped by a signal" in ranks[0].communicate(timeout=60)[0]
         assert [rank.wait(timeout=60) for rank in ranks] == [EXIT_INTERRUPTED] * 2
     finally:
         for rank in ranks:
@@ -240,6 +229,20 @@ def test_several_image_sizes_train_and_validate(world_size: int, spread: tuple, 
     more = ("train.max_steps=2", "sample.prompts=[]", *spread)
     output = run_ranks(arguments(tmp_path / "run", cache, 1, *sizes, *more), world_size)[0]
     assert "validation loss" in output
+
+
+def test_a_run_goes_on_with_other_image_sizes_batch_and_learning_rate(tmp_path: Path, cache: str) -> None:
+    """A curriculum by hand: step 4 begins at sample 30, within a run of one image size and no multiple of the batch."""
+    folder, quiet = tmp_path / "run", ("sample.prompts=[]", "data.val_shards=[]")
+    run_ranks(arguments(folder, cache, 1, "train.max_steps=3", *quiet), 1)
+    changed = ("image.buckets=[[8,8],[8,16]]", "data.bucket_run=7", "train.global_batch=11", "optim.lr=1e-4")
+    names = [name.partition("=")[0] for name in changed]
+    more = (*changed, "train.max_steps=5", f"run.allow_change=[{', '.join(names)}]", *quiet)
+    output = run_ranks(arguments(folder, cache, 1, *more), 1)[0]
+    assert "resumed at step 3" in output
+    assert all(f"{name} was " in output for name in names)
+    last = CheckpointReader(folder / "checkpoints" / "step-00000005").manifest
+    assert (last["samples_seen"], last["updates"]) == (3 * 10 + 2 * 11, 5)
 
 
 @pytest.mark.slow
@@ -265,23 +268,6 @@ def test_a_bfloat16_run_starts_from_float32_weights_without_rounding_them(run_di
         assert torch.equal(started.whole("ema", name), averaged), "the average begins at the weights"
 
 
-def test_a_termination_signal_saves_and_the_same_command_continues(tmp_path: Path, cache: str) -> None:
-    folder = tmp_path / "run"
-    command = arguments(
-        folder, cache, 1, "train.max_steps=400", "checkpoint.every=0", "sample.prompts=[]", "data.val_shards=[]"
-    )
-    process = subprocess.Popen([sys.executable, *command], env=rank_env(1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: len(logged(folder)) >= 2)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == EXIT_INTERRUPTED
-    assert "stopped by a signal" in output
-    assert (folder / "checkpoints" / "latest").is_file()
-
-
 def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: Path, tmp_path: Path, cache: str) -> None:
     (tmp_path / "empty.tar").write_bytes(b"\0" * 10240)
     used = tmp_path / "used"
@@ -289,7 +275,7 @@ def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: P
     other = tmp_path / "other"
     shutil.copytree(run_dir, other)
     (other / "config.yaml").unlink()
-    base = [cache, *SMALL[1:]]
+    base = [cache]
     cases = {
         "channels": ([*base, "model.latent_channels=4"], ["model.latent_channels is 4", "3 channels"]),
         "text width": ([*base, "model.text_width=100"], ["model.text_width is 100", "384"]),
@@ -303,7 +289,10 @@ def test_mistakes_are_refused_in_one_line_that_names_field_and_values(run_dir: P
     }
     spec = tmp_path / "cases.json"
     # Each in a directory of its own, unless the case is about the directory.
-    spec.write_text(json.dumps({name: [f"run.dir={tmp_path / name}", *given] for name, (given, _) in cases.items()}))
+    own = {
+        name: [] if "run.dir=" in "".join(given) else [f"run.dir={tmp_path / name}"] for name, (given, _) in cases.items()
+    }
+    spec.write_text(json.dumps({name: [*own[name], *given] for name, (given, _) in cases.items()}))
     run_ranks(["tests/workers/refusals.py", str(tmp_path / "out.json"), str(spec)], 1)
     messages = json.loads((tmp_path / "out.json").read_text())
     for name, (_, parts) in cases.items():
@@ -322,6 +311,8 @@ def test_the_command_line_exits_with_2_and_one_line(
     cases = {
         ("--config", "emoji-tiny", "train.max_step=5"): "did you mean 'max_steps'?",
         ("--config", "emoji-tini"): "did you mean 'emoji-tiny'?",
+        ("train.max_steps=1",): "--config: none given; name a preset (emoji-small, emoji-tiny,",
+        ("--config", "emoji-tiny", "--config", "raphael-3b"): "--config: given twice, 'emoji-tiny' and 'raphael-3b'",
         ("--config", "emoji-tiny", "train.micro_batch=0"): "train.micro_batch: given 0",
         ("--config", "raphael-3b"): "data.shards: none given",
         ("--config", "emoji-tiny", "--world-size", "64", "--dry-run"): "cannot serve 64 ranks",
@@ -329,7 +320,11 @@ def test_the_command_line_exits_with_2_and_one_line(
         ("--config", "emoji-tiny", "parallel.time_ep=2"): "allowed on 1 ranks: [1]",
         ("--config", "emoji-tiny", "--deepspeed_config", "nowhere.json"): "nowhere.json: no such file",
         ("--config", "emoji-tiny", "--world-size", "-4", "--dry-run"): "--world-size: given -4",
-        ("--config", "emoji-tiny", "image.buckets=[[8,8],[8,16]]"): "data.bucket_run = 1 must be a multiple of",
+        (
+            "--config",
+            "emoji-tiny",
+            "image.buckets=[[8,8],[8,16]]",
+        ): "data.bucket_run = 1 must be at least train.micro_batch = 16",
         ("--config", "emoji-tiny", "run.seed=100000000000000000000000"): "run.seed: given",
         ("--config", "emoji-tiny", "diffusion.beta_end=5"): "diffusion.beta_start",
     }
@@ -341,8 +336,8 @@ def test_the_command_line_exits_with_2_and_one_line(
         assert error.count("\n") == 1
 
 
-def test_help_and_dry_run_answer_within_a_second_and_a_half_without_torch() -> None:
-    for flag in ("--help", "--dry-run"):
+def test_help_and_plan_answer_within_a_second_and_a_half_without_torch() -> None:
+    for flag in ("--help", "--plan"):
         code = f"import sys; from raphael_dist import train; train.main(['--config', 'raphael-3b', '{flag}'])"
         began = time.monotonic()
         done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -10,7 +10,7 @@ from deepspeed.runtime.utils import OutputBackwardHookManager, register_output_b
 from diffusers import UNet2DConditionModel
 
 from raphael_dist.config import Config, config_from_tree, load_config
-from raphael_dist.convert.load import load_initial
+from raphael_dist.convert.initial import load_initial
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.moe import FORMS
@@ -92,13 +92,13 @@ def test_a_diffusers_folder_loads_whole_or_in_parts_with_no_key_missing_or_left_
     reference = theirs(config)
     reference.save_pretrained(tmp_path / "unet", max_shard_size=max_shard_size)
     model = RaphaelUNet(config)
-    load_initial(plain_fragments(model), tmp_path / "unet")
+    load_initial(plain_fragments(model), tmp_path / "unet", config)
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in reference.state_dict().items())
-    with_experts = RaphaelUNet(config_from_tree({**SMALL_DENSE, "model": {**SMALL_DENSE["model"], "space_experts": 2}}))
+    experts = config_from_tree({**SMALL_DENSE, "model": {**SMALL_DENSE["model"], "space_experts": 2}})
     with pytest.raises(UserError, match=r"run.init_from.*do not fit the model"):
-        load_initial(plain_fragments(with_experts), tmp_path / "unet")
+        load_initial(plain_fragments(RaphaelUNet(experts)), tmp_path / "unet", experts)
     with pytest.raises(UserError, match=r"run.init_from.*cannot read"):
-        load_initial(plain_fragments(model), tmp_path)
+        load_initial(plain_fragments(model), tmp_path, config)
 
 
 def test_raphael_3b_has_the_papers_size_and_sides_that_tile():

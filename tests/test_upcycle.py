@@ -9,16 +9,16 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.initial import load_initial
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.layouts.dense import ldm_key
-from raphael_dist.convert.load import load_initial
 from raphael_dist.convert.plan import Options
 from raphael_dist.convert.run import convert
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
-from tests.checkpoints import assert_same, read_state
+from tests.checkpoints import assert_same, handmade_canonical, random_state, read_state
 from tests.synthetic import plain_fragments, synthetic_batch
 
 SIZES = {"channels": [32, 64, 64], "attention": [True, True, False], "expert_width": [128, 256, 256], "head_dim": 16,
@@ -53,7 +53,7 @@ def test_the_upcycled_model_computes_what_its_source_computes_and_every_part_lea
     dense.save_pretrained(tmp_path / "sd2/unet")
     convert("dense", tmp_path / "sd2/unet", "canonical", tmp_path / "start", Options(), config)
     model = RaphaelUNet(config)
-    load_initial(plain_fragments(model), tmp_path / "start")
+    load_initial(plain_fragments(model), tmp_path / "start", config)
     batch = synthetic_batch(config, [(p, 1.0) for p in range(6)], model.num_blocks)
     inputs = (batch.x0, batch.timestep, batch.text)
     with torch.no_grad():
@@ -149,12 +149,54 @@ def test_what_does_not_fit_is_named(tmp_path, changes, model, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_new_run_says_how_to_start_from_a_dense_folder(tmp_path):
-    stable_diffusion().save_pretrained(tmp_path / "unet")
-    with pytest.raises(
-        UserError, match=r"run.init_from: .* do not fit the model.*tools/convert_checkpoint.py --config upcycles"
-    ):
-        load_initial(plain_fragments(RaphaelUNet(target())), tmp_path / "unet")
+def starting(config: Config, **run) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update=run)})
+
+
+def test_a_new_run_says_how_to_start_from_a_dense_folder_and_starts_so(tmp_path):
+    dense, config = stable_diffusion(), target()
+    dense.save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"run.init_from: .* do not fit.*set run.init_missing=\[edge, space, time\]"):
+        load_initial(plain_fragments(RaphaelUNet(config)), tmp_path / "unet", config)
+    config = starting(config, init_missing=("edge", "space", "time"))
+    model = RaphaelUNet(config)
+    said = load_initial(plain_fragments(model), tmp_path / "unet", config).describe(tmp_path)
+    assert "experts begin as the dense model" in said
+    assert "drawn anew: 110 (edge)" in said
+    assert "left out there: 44 (time)" in said
+    batch = synthetic_batch(config, [(p, 1.0) for p in range(3)], model.num_blocks)
+    with torch.no_grad():
+        ours = model(batch.x0, batch.timestep, batch.text, batch.text_mask, batch.end, batch.gate_noise).prediction
+        theirs = dense(batch.x0, batch.timestep, batch.text).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_parts_that_may_differ_are_drawn_anew_or_left_and_all_else_is_taken(tmp_path):
+    """Fine-tuning without edge maps, and with captions of another width."""
+    config = target()
+    handmade_canonical(tmp_path / "before", config, state := random_state(config, ("master",)))
+    other = config_from_tree({**TARGET, "model": {**TARGET["model"], "text_width": 20}, "edge": {"weight": 0.0}})
+    for missing in ((), ("edge",), ("text",)):
+        wanted = r"set run.init_missing=\[(edge, )?(text)?"
+        with pytest.raises(UserError, match=wanted):
+            load_initial(plain_fragments(RaphaelUNet(other)), tmp_path / "before", starting(other, init_missing=missing))
+    config = starting(other, init_missing=("edge", "text"))
+    model, drawn = RaphaelUNet(config), RaphaelUNet(config)
+    drawn.load_state_dict(model.state_dict())
+    initial = load_initial(plain_fragments(model), tmp_path / "before", config)
+    anew = {n for n, _ in model.named_parameters() if "attn2.to_k." in n or "attn2.to_v." in n}
+    anew |= {n for n, _ in model.named_parameters() if n.startswith("text_gates.") and n.endswith("net.0.weight")}
+    assert set(initial.anew) == anew
+    assert {n.split(".edge.")[1].split(".")[0] for n in initial.left if ".edge." in n} == {"net"}
+    for (name, found), before in zip(model.named_parameters(), drawn.parameters(), strict=True):
+        assert torch.equal(found, before if name in anew else state["master", name]), name
+
+
+def test_another_width_of_the_unet_is_refused_whatever_may_differ(tmp_path):
+    handmade_canonical(tmp_path / "before", target(), random_state(target(), ("master",)))
+    config = starting(target(channels=[32, 64, 96]), init_missing=("edge", "space", "time", "text"))
+    with pytest.raises(UserError, match=r"do not fit .* the model must be the checkpoint's but for edge modules"):
+        load_initial(plain_fragments(RaphaelUNet(config)), tmp_path / "before", config)
 
 
 def test_a_pipelines_scheduler_tells_what_the_unet_predicts(tmp_path):

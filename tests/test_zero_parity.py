@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from raphael_dist.config import Ema as EmaConfig
+from raphael_dist.config import EmaConfig
 from raphael_dist.engine.ema import Ema
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
-from tests.launch import run_ranks, train_steps
+from tests.launch import run_ranks, train_many
 from tests.synthetic import plain_fragments, synthetic_batch, tiny_config
 
 STEPS = 3
@@ -70,16 +70,32 @@ CASES = [(0, 13, 0.5), (1, 13, 0.5), (2, 7, 0.5), (3, 13, 0.5)]
 SLOW = [(0, 7, 0.0), (1, 7, 0.0), (1, 12, 0.5), (2, 13, 0.0), (2, 12, 0.5), (3, 7, 0.5), (3, 12, 0.0)]
 
 
-@pytest.mark.parametrize(
-    ("stage", "global_batch", "clip"), [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
-)
-def test_two_ranks_take_the_steps_of_one_process(stage, global_batch, clip, tmp_path):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run all the cases of a list in the same processes, when the first of them is asked for."""
+
+    @cache
+    def of(slow: bool) -> dict[tuple, dict]:
+        cases = SLOW if slow else CASES
+        specs = [
+            {
+                "sections": {"train": {"global_batch": global_batch}, "optim": {"kind": "sgd", "clip": clip}},
+                "deepspeed": {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}},
+                "steps": STEPS,
+            }
+            for stage, global_batch, clip in cases
+        ]
+        return dict(zip(cases, train_many(tmp_path_factory.mktemp("runs"), 2, specs), strict=True))
+
+    return lambda case: of(case in SLOW)[case]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
+def test_two_ranks_take_the_steps_of_one_process(case, runs):
+    stage, global_batch, clip = case
     expected = one_process(global_batch, clip)
     assert not clip or min(expected["norms"]) > clip, "clipping must be at work"
-    sections = {"train": {"global_batch": global_batch}, "optim": {"kind": "sgd", "clip": clip}}
-    tree = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}}
-    found = train_steps(tmp_path, 2, sections=sections, deepspeed=tree, steps=STEPS)
-    same_steps(found, expected, copies=2 if stage == 0 else 1)
+    same_steps(runs(case), expected, copies=2 if stage == 0 else 1)
 
 
 def same_steps(found: dict, expected: dict, copies: int = 1) -> None:

@@ -28,8 +28,6 @@ def _cell(config: Config, world: int) -> str:
     if world % config.parallel.space_ep or world % config.parallel.time_ep:
         return "-"
     plan = BatchPlan.of(config, world)
-    if plan.run % (plan.unit * plan.micro_batch):
-        return "refused"
     return f"{plan.accumulation} ({plan.waste:.1%})"
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import balance, checkpoint, convert, features, moe, space, start, states, syncs
+from benchmarks import balance, checkpoint, convert, features, index, moe, space, start, states, syncs
 
 COMMANDS = {
     "space": (space, "the Space-MoE: literal, grouped and wide"),
@@ -12,6 +12,7 @@ COMMANDS = {
     "states": (states, "bytes per parameter of each ZeRO configuration"),
     "start": (start, "starting up with many ranks"),
     "syncs": (syncs, "where a step's host waits for the GPU, without one"),
+    "index": (index, "the index of 100 million samples"),
     "convert": (convert, "conversions of a model of any size"),
     "features": (features, "latents and tokens made ahead, cached, or stored in the shards"),
 }

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 def fill(config: Config, part: int, parts: int) -> None:
     """Fill the feature cache of a run."""
-    if not config.data.shards:
+    if not config.data.shards and not config.data.sources:
         raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
     from raphael_dist.prepare.run import fill_caches
 

@@ -9,10 +9,12 @@ import re
 import shutil
 from pathlib import Path
 
+from raphael_dist.errors import UserError
 from raphael_dist.storage.files import sync
 
 _log = logging.getLogger(__name__)
 
+_STEP = re.compile(r"step-(\d{8,18})")
 WRITING, REMOVING, REPLACED, DAMAGED = ".writing-", ".removing-", ".replaced-", "damaged-"
 
 
@@ -30,8 +32,18 @@ def step_folders(root: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int | None:
     """Return the step in the name of a checkpoint's folder, None where the name is not one that the trainer gives."""
-    match = re.fullmatch(r"step-(\d{8,18})", folder.name)
+    match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else None
+
+
+def followed(path: Path) -> Path:
+    """Return the checkpoint that the file `latest` beside it names; any other path as it is. UserError: it names none."""
+    if path.name != "latest" or not path.is_file():
+        return path
+    name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]
+    if not _STEP.fullmatch(name) or not path.with_name(name).is_dir():
+        raise UserError(f"{path}: names {name!r}, which is no checkpoint beside it; give the run directory instead")
+    return path.with_name(name)
 
 
 def publish(temporary: Path, final: Path) -> None:

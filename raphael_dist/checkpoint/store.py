@@ -3,8 +3,7 @@
 A save has three parts. `begin`: all ranks agree that there is room, copy their fragments to the host and go on training; a
 thread of each writes its file, syncs it and reads it back. `settle`, once every rank has said at a step's end that its
 thread is done: the ranks exchange what they wrote, and a thread of rank 0 writes the manifest and renames the folder into
-place.
-`finish`: wait for both. Threads never call a collective. A kill at any moment leaves the previous checkpoint whole.
+place. `finish`: wait for both. Threads never call a collective. A kill at any moment leaves the previous checkpoint whole.
 """
 
 import errno
@@ -85,7 +84,7 @@ class CheckpointStore:
             "config": config.model_dump(mode="json"),
             "tensors": fragments.shapes,
         }
-        # What stands in it of every file and range is guessed, generously.
+        # A generous guess: the entries of files and ranges are not known yet.
         self._manifest_bytes = len(json.dumps(self._constant)) + 1000 * ranks.world_size + 600 * len(fragments.shapes)
         self._save: Save | None = None
         self._news: list[Save] = []

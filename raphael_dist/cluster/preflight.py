@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from raphael_dist.config import Config
-from raphael_dist.data.shards import expand_shards
+from raphael_dist.data.open_index import find_shards
+from raphael_dist.data.shard_store import ShardError, store_of
 from raphael_dist.errors import UserError
 from raphael_dist.model.moe import SpaceMoE
 from raphael_dist.parallel.exchange import ExpertGroup
@@ -117,14 +118,13 @@ class Probe:
 
     def _data(self) -> dict[str, float]:
         """Read the first PROBE_BYTES of a shard, a different one on each rank; return MB/s."""
-        paths = expand_shards(self.config.data.shards)
-        path = paths[self.ranks.rank % len(paths)]
+        names = find_shards(self.config, training=True)
+        name, store = names[self.ranks.rank % len(names)], store_of(self.config.data)
         began = time.perf_counter()
         try:
-            with open(path, "rb") as file:
-                size = len(file.read(PROBE_BYTES))
-        except OSError as error:
-            self._problem(f"data.shards: {path}: {error.strerror}", "mount it on this node, or mend its permissions")
+            size = len(store.head(name, PROBE_BYTES))
+        except ShardError as error:
+            self._problem(str(error), "mount it on this node, or mend its permissions")
             return {}
         return {"mb_per_s": size / 1e6 / max(time.perf_counter() - began, 1e-9)}
 

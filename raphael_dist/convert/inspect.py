@@ -1,5 +1,6 @@
 """Looks at a checkpoint: what it is, whether it verifies, and whether its experts are alive and different."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
 from raphael_dist.checkpoint.tensors import stacked
@@ -98,7 +99,8 @@ def _head(checkpoint: Checkpoint, kind: str, name: str, k: int) -> torch.Tensor:
 
 def show(checkpoint: Checkpoint) -> bool:
     """Print everything about a checkpoint; return whether it verifies (or nothing vouches for it) and warnings are none."""
-    console = Console(highlight=False)
+    # Where nobody sees its edge, as in a pipe, no name is cut off.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
     total = sum(prod(shape) for shape in checkpoint.shapes.values())
     progress = f"step {checkpoint.progress.step}, {checkpoint.progress.samples_seen:,} samples seen"
     console.print(f"{checkpoint.path}: layout {checkpoint.layout}, {progress}")
@@ -122,7 +124,7 @@ def show(checkpoint: Checkpoint) -> bool:
 
 
 def _show_experts(checkpoint: Checkpoint, console: Console) -> bool:
-    table = Table("layer", "experts", "smallest norm", "largest norm", "warnings")
+    table = Table(Column("layer", no_wrap=True, overflow="fold"), "experts", "smallest norm", "largest norm", "warnings")
     sound, rows = True, 0
     for layer in layers(checkpoint):
         short = layer.name.replace("transformer_blocks.0.", "")

@@ -1,19 +1,10 @@
-"""A U-Net with the weights of a checkpoint, in any layout, in one process."""
-
-import logging
-from collections.abc import Callable
-from pathlib import Path
+"""A U-Net with the weights of a checkpoint, in one process."""
 
 import torch
 
 from raphael_dist.checkpoint.reader import CheckpointReader
-from raphael_dist.convert.layouts import open_checkpoint
-from raphael_dist.convert.source import Checkpoint, is_dense
-from raphael_dist.engine.fragments import Fragments
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
-
-_log = logging.getLogger(__name__)
 
 
 def load_unet(reader: CheckpointReader, weights: str = "ema") -> RaphaelUNet:
@@ -34,41 +25,3 @@ def load_unet(reader: CheckpointReader, weights: str = "ema") -> RaphaelUNet:
         for name, p in model.named_parameters():
             p.copy_(reader.whole(weights, name))
     return model.eval()
-
-
-def load_initial(
-    fragments: Fragments, path: Path, *, verify: bool = True, tell: Callable[[str], None] = lambda _: None
-) -> None:
-    """Copy weights (averaged ones, if there are any) of a checkpoint in any layout into this rank's fp32 weights.
-
-    Each rank reads what it owns, in float32, so that nothing is rounded to the type that the model computes in; call
-    `fragments.sync_model` after it. verify: hash the files first, which one rank does for all. tell: gets a word about every
-    parameter. Raises UserError naming the first tensor that is missing, left over or of another shape, and copies nothing.
-    """
-    try:
-        checkpoint = open_checkpoint("auto", path)
-        tell("its checksums")
-        damage = checkpoint.damage() if verify else None
-    except UserError as error:
-        raise UserError(f"run.init_from: cannot read {path}: {str(error).removeprefix('--from ')}") from None
-    with checkpoint:
-        if damage:
-            raise UserError(f"run.init_from: {damage}")
-        for note in checkpoint.notes:
-            _log.warning("run.init_from: %s", note)
-        _check_shapes(fragments.shapes, checkpoint, path)
-        kind = "ema" if "ema" in checkpoint.kinds() else "master"
-        with torch.no_grad():
-            for f in fragments:
-                tell(f.name)
-                f.master.copy_(checkpoint.read(kind, f.name, f.start, f.numel).view(-1))
-
-
-def _check_shapes(expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint, path: Path) -> None:
-    wrong = sorted(n for n in expected.keys() | checkpoint.shapes.keys() if expected.get(n) != checkpoint.shapes.get(n))
-    if wrong:
-        hint = "; tools/convert_checkpoint.py --config upcycles a dense model" if is_dense(checkpoint.config) else ""
-        raise UserError(
-            f"run.init_from: {len(wrong)} tensors of {path} do not fit the model, the first {wrong[0]}: "
-            f"{checkpoint.shapes.get(wrong[0], 'missing')} there, {expected.get(wrong[0], 'not in the model')} here{hint}"
-        )

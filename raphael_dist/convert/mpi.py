@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from raphael_dist.errors import UserError
+from raphael_dist.parallel.ranks import agree, attempt
 
 T = TypeVar("T")
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
@@ -35,25 +36,14 @@ class MpiRanks:
         return self.rank == 0
 
     def agree(self, work: Callable[[], T]) -> T:
-        """Run `work` everywhere; return this rank's result, or raise the first failure everywhere.
+        """Run `work` everywhere; return this rank's result, or raise the first failure everywhere, as `ranks.all_or_none`.
 
         What the operating system refuses becomes a UserError.
         """
-        result: T | None = None
-        failure: Exception | None = None
-        try:
-            result = work()
-        except OSError as error:
-            failure = UserError(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-        except Exception as error:
-            failure = error
-        text = None if failure is None else (isinstance(failure, UserError), f"{failure}")
-        for rank, problem in enumerate(self.gather(text)):
-            if problem is not None and failure is not None and not isinstance(failure, UserError):
-                raise failure
-            if problem is not None:
-                raise UserError(problem[1]) if problem[0] else RuntimeError(f"rank {rank} failed: {problem[1]}")
-        return cast(T, result)
+        result, failure = attempt(work)
+        if isinstance(failure, OSError):
+            failure = UserError(f"{failure.strerror or failure}" + (f": {failure.filename}" if failure.filename else ""))
+        return agree(result, failure, self.gather)
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in order."""

@@ -21,10 +21,12 @@ from raphael_dist.parallel.placement import place
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks, ranks that share a set of space and of time experts, ZeRO stage.
+    """How many ranks there are and how a run is divided over them.
 
-    alignment: elements to whose multiple ZeRO-1 and 2 round up each parameter in their flat buffers. kept: names of layers
-    whose experts every rank holds all the same (`placement`).
+    Attributes:
+        space_ep, time_ep: ranks that share one set of space and of time experts. stage: of ZeRO.
+        alignment: ZeRO-1 and 2 round each parameter in their flat buffers up to a multiple of so many elements.
+        replicated: names of the layers whose experts every rank holds in spite of `space_ep` and `time_ep` (`placement`).
     """
 
     world: int = 1
@@ -32,12 +34,12 @@ class Topology:
     time_ep: int = 1
     stage: int = 1
     alignment: int = 1
-    kept: frozenset[str] = frozenset()
+    replicated: frozenset[str] = frozenset()
 
     def spread(self, name: str) -> int:
         """Return over how many ranks the parameter's experts are spread; 1 for what every rank holds whole."""
         owner = stacked(name)
-        if owner is None or owner[0] in self.kept:
+        if owner is None or owner[0] in self.replicated:
             return 1
         return self.space_ep if owner[0].endswith("space_moe") else self.time_ep
 
@@ -57,13 +59,13 @@ def topology_of(config: Config, options: Options, *, aligned: bool = True) -> To
 
     aligned: whether ZeRO-1 and 2 round parameters up, to 16 bytes of the type of training, as `ds_config.merge` sets it.
     """
-    kept: frozenset[str] = frozenset()
+    replicated: frozenset[str] = frozenset()
     if max(options.space_ep, options.time_ep) > 1:
         stay = {(cost.kind, cost.level) for cost in place(config, BatchPlan.of(config, options.world)) if not cost.shard}
         blocks = block_levels(config).items()
-        kept = frozenset(f"{block}.{kind}_moe" for block, level in blocks for kind, at in stay if at == level)
+        replicated = frozenset(f"{block}.{kind}_moe" for block, level in blocks for kind, at in stay if at == level)
     alignment = 16 // getattr(torch, config.train.dtype).itemsize if aligned and options.stage in (1, 2) else 1
-    return Topology(options.world, options.space_ep, options.time_ep, options.stage, alignment, kept)
+    return Topology(options.world, options.space_ep, options.time_ep, options.stage, alignment, replicated)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ PART_BYTES = 5 << 30
 
 
 class Source(Protocol):
-    """What a plan reads from: a `source.Checkpoint`, or something that makes its tensors up."""
+    """What a plan reads from: a `source.Checkpoint`, or tensors that are made when they are read, as `upcycle.Upcycled`."""
 
     path: Path
     config: Config

@@ -1,8 +1,8 @@
 """Sparse upcycling: a RAPHAEL model that computes what a dense one computes, at step 0 (not in the paper).
 
 - Every time expert is a copy of the feed-forward layer, so it does not matter which one serves a sample.
-- The last layer of every space expert is zero, so the Space-MoE adds nothing yet; its gradient is not zero, and the experts
-  part at the first step, since their first layers are drawn apart by the usual seeds.
+- The last layer of every space expert is zero, so the Space-MoE adds nothing yet. Its gradient is not zero, and differs from
+  expert to expert, since their first layers are drawn by the usual seeds: they differ after the first step.
 - Gates, edge modules and the norm in front of the space experts are new; all else is the source's.
 """
 
@@ -31,12 +31,14 @@ class Upcycled:
 
     whole = False
 
-    def __init__(self, source: Source, config: Config) -> None:
+    def __init__(self, source: Source, config: Config, *, any_text_width: bool = False) -> None:
+        """`any_text_width`: what reads captions may have another shape here, and is not read then."""
         self._source, self.config, self.path = source, config, source.path
         self.progress, self.dataset = START, ""
-        self._check()
+        self._check({"text_width"} if any_text_width else set())
         self.shapes = parameter_shapes(config)
-        assert all(self.shapes[n] == shape for n, shape in source.shapes.items() if n in self.shapes)
+        other = {n for n, shape in source.shapes.items() if self.shapes.get(n, shape) != shape}
+        assert any_text_width or not other
         self._blocks = {block: i for i, block in enumerate(block_levels(config))}
         self._kind = "ema" if "ema" in source.kinds() else "master"
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
@@ -89,7 +91,7 @@ class Upcycled:
                 return Gate(m.text_width, m.gate_width, m.space_experts)
             return Gate(4 * m.channels[0], m.gate_width, m.time_experts)
 
-    def _check(self) -> None:
+    def _check(self, free: set[str]) -> None:
         dense, wanted = self._source.config.model, self.config.model
         # Without time experts too: the feed-forward layer has this width and activation.
         if wanted.time_activation != dense.time_activation or wanted.expert_width != dense.expert_width:
@@ -98,7 +100,7 @@ class Upcycled:
                 f"{dense.time_activation} and model.expert_width {list(dense.expert_width)}; given {wanted.time_activation} "
                 f"and {list(wanted.expert_width)}"
             )
-        same = wanted.model_copy(update={field: getattr(dense, field) for field in _OF_EXPERTS})
+        same = wanted.model_copy(update={field: getattr(dense, field) for field in _OF_EXPERTS | free})
         edge = self._source.config.edge
         check_architecture(self._source.config, self.config.model_copy(update={"model": same, "edge": edge}), str(self.path))
 

@@ -36,13 +36,14 @@ class BatchBuilder:
         """
         self.config, self.stream, self.encoder, self.num_blocks = config, stream, encoder, num_blocks
         self.seed, self.global_batch = config.run.seed, global_batch or config.train.global_batch
+        self.phase = 0  # where in [0, global_batch) steps begin
         self.pin = pin
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
         """Read, encode and assemble one micro-batch."""
-        samples = [self.stream.sample(position) for position, _ in slots]
         positions = [position for position, _ in slots]
+        samples = self.stream.samples(positions)
         encoded = self.encoder.encode(samples)
         batch = Batch(
             position=torch.tensor(positions),
@@ -50,7 +51,7 @@ class BatchBuilder:
             x0=encoded.x0,
             noise=torch.stack([self._noise(p, encoded.x0.shape[1:]) for p in positions]),
             timestep=torch.tensor(
-                [draw_timestep(self.config.diffusion, self.seed, p, self.global_batch) for p in positions]
+                [draw_timestep(self.config.diffusion, self.seed, p, self.global_batch, self.phase) for p in positions]
             ),
             text=encoded.text,
             text_mask=encoded.mask,
@@ -78,7 +79,7 @@ class BatchBuilder:
     def _gate_noise_at(self, position: int) -> float:
         """Return the deviation of a position's gate noise: linear from `gate_noise` to 0 over `gate_noise_steps` steps."""
         m = self.config.model
-        left = 1 - position // self.global_batch / m.gate_noise_steps if m.gate_noise_steps else 1.0
+        left = 1 - (position - self.phase) // self.global_batch / m.gate_noise_steps if m.gate_noise_steps else 1.0
         return m.gate_noise * max(0.0, left)
 
     def _normal(self, purpose: Purpose, positions: Sequence[int], shape: tuple[int, ...]) -> Tensor:

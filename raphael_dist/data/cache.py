@@ -21,8 +21,8 @@ from raphael_dist.data.dataset import BadSampleError, ImageDataset
 from raphael_dist.data.encoders import TextFeatures
 from raphael_dist.data.encoding import Encoders
 from raphael_dist.data.features import OnlineFeatures
+from raphael_dist.data.index import BadSample
 from raphael_dist.data.packing import Pick, SampleFeatures, unpack
-from raphael_dist.data.shards import BadSample
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.long_work import Tell, quiet
 from raphael_dist.storage.files import atomic_path

@@ -111,6 +111,11 @@ class TextEncoder(_Frozen):
         """Return the encoder around a loaded model."""
         return cls(lambda: (model, tokenizer), TextFacts(max_tokens, int(model.config.hidden_size), fingerprint))
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, of transformers."""
+        return self._loaded()[1]
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Return the features of `captions` (Y = max_tokens, D = width), on the encoder's device."""

@@ -1,7 +1,6 @@
 """From the configuration to streams of training and validation samples: encoders, index, cache, order."""
 
 import logging
-from collections.abc import Sequence
 
 import torch
 
@@ -13,11 +12,13 @@ from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, Te
 from raphael_dist.data.encoding import Encoders
 from raphael_dist.data.features import FeatureSource, OnlineFeatures, StoredFeatures
 from raphael_dist.data.hed import EdgeEncoder
-from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards import DatasetIndex, build_index, expand_shards, scan_shards
+from raphael_dist.data.index import DatasetIndex
+from raphael_dist.data.open_index import find_shards, open_order
+from raphael_dist.data.reading import Reading
+from raphael_dist.data.shard_store import store_of
+from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
-from raphael_dist.parallel.batch_plan import run_of
 from raphael_dist.parallel.long_work import Tell, from_main, together
 from raphael_dist.parallel.ranks import Ranks, all_or_none
 
@@ -61,13 +62,18 @@ def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> t
     return text, image
 
 
-def check_encoders(config: Config, text: TextEncoder, image: ImageEncoder) -> None:
-    """Raise UserError when the encoders do not fit the model, naming both numbers."""
+def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEncoder | ImageFacts) -> None:
+    """Raise UserError when the encoders do not fit the model or the image sizes, naming both numbers."""
     if text.width != config.model.text_width:
         raise UserError(
             f"model.text_width is {config.model.text_width}, but text.encoder {config.text.encoder!r} is {text.width} wide; "
             f"set model.text_width={text.width}"
         )
+    for height, width in config.image.buckets:
+        if height % image.factor or width % image.factor:
+            raise UserError(
+                f"image.buckets: [{height}, {width}] is not a multiple of {image.factor}, the image encoder's factor"
+            )
     if image.channels != config.model.latent_channels:
         raise UserError(
             f"model.latent_channels is {config.model.latent_channels}, but image.encoder {config.image.encoder!r} has "
@@ -75,25 +81,17 @@ def check_encoders(config: Config, text: TextEncoder, image: ImageEncoder) -> No
         )
 
 
-def open_stream(config: Config, patterns: Sequence[str], ranks: Ranks, encoders: Encoders, *, training: bool) -> TrainStream:
+def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: bool) -> TrainStream:
     """Index the shards, compute what is to be cached before step 1 (each rank its part), and return the stream of samples.
 
     Collective. Raises UserError on all ranks for missing or empty shards, too many bad samples, missing edge maps.
     """
     d = config.data
-    paths = from_main("looking for shards", lambda _: expand_shards(patterns))
-    folder = d.cache_dir / "index"
-    together("indexing", lambda tell: scan_shards(paths[ranks.rank :: ranks.world_size], folder, tell))
-    index = together("reading the index", lambda tell: build_index(paths, folder, tell))
-    source = all_or_none(lambda: source_of(config, index, encoders, training))
+    order = open_order(config, ranks, training=training)
+    source = all_or_none(lambda: source_of(config, order.index, encoders, training))
     if isinstance(source, FeatureCache):
         _fill(source, config, ranks)
-    # A micro-batch holds one image size, so samples of one size come in runs.
-    run = run_of(config, training) or 1
-    order = together(
-        "ordering the samples",
-        lambda _: SampleOrder(index, config.image.buckets, config.run.seed, window_shards=d.window_shards, run_length=run),
-    )
+    reading = Reading(config, source.dataset, order, ranks.local_rank) if isinstance(source, OnlineFeatures) else None
     return together(
         "opening the features",
         lambda _: TrainStream(
@@ -103,6 +101,8 @@ def open_stream(config: Config, patterns: Sequence[str], ranks: Ranks, encoders:
             caption_drop=config.train.caption_drop if training else 0.0,
             flip=d.flip and training,
             max_bad_fraction=d.max_bad_fraction,
+            on_error=d.on_error,
+            reading=reading,
         ),
     )
 
@@ -122,7 +122,8 @@ def _fill(cache: FeatureCache, config: Config, ranks: Ranks) -> None:
 
     def fill(tell: Tell) -> None:
         if not aside:
-            cache.build(mine, tell=tell)
+            with Reading(config, cache.dataset):
+                cache.build(mine, tell=tell)
         if ranks.is_main:  # here, since every rank that misses it would load the encoder for it
             _ = cache.null_text
 
@@ -137,11 +138,12 @@ def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *,
     For processes that do not know of each other (tools/prepare_data.py). Raises UserError as `open_stream` does.
     """
     d = config.data
-    index = build_index(expand_shards(d.shards if training else d.val_shards), d.cache_dir / "index")
+    index = build_index(find_shards(config, training=training), store=store_of(d))
     cache = _cache_of(config, dataset_of(config, index, training=training), encoders, training)
     # By number, not by place in the list, which gets shorter while others work.
     mine = [shard for shard in cache.missing() if shard % num_parts == part]
-    cache.build(mine)
+    with Reading(config, cache.dataset):
+        cache.build(mine)
     return len(mine), len(index.shards)
 
 

@@ -4,6 +4,8 @@ In every epoch the shards are permuted and taken in windows of `window_shards`, 
 The samples of a window are permuted, those of one bucket (image size) are cut into runs of `run_length`, and the window's
 runs are permuted. Samples that do not fill a run are carried over to the next window. So an epoch drops fewer than
 `run_length` samples of each bucket, however small the windows are, and all epochs have the same length.
+
+Nothing here grows with the number of samples: shards are counted, and samples are listed a window at a time.
 """
 
 from collections.abc import Sequence
@@ -12,8 +14,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from raphael_dist.data.buckets import nearest_buckets
-from raphael_dist.data.shards import DatasetIndex
+from raphael_dist.data.index import DatasetIndex
+from raphael_dist.data.view import View, open_view
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
@@ -43,8 +45,8 @@ class _Epoch:
 class SampleOrder:
     """Maps any global sample position to a sample. Holds no state but caches, and may be shared by threads.
 
-    Attributes: `buckets`, (height, width) in pixels; `bucket_of`, int16 [num_samples], the bucket of each sample id;
-    `run_length`, consecutive positions that share a bucket (1 where all samples do); `samples_per_epoch`;
+    Attributes: `buckets`, (height, width) in pixels; `bucket_of`, [num_samples], the bucket of each sample id, -1 where a
+    filter drops it; `run_length`, consecutive positions that share a bucket (1 where all samples do); `samples_per_epoch`;
     `dropped_per_epoch`.
     """
 
@@ -55,42 +57,70 @@ class SampleOrder:
         seed: int,
         window_shards: int = 16,
         run_length: int = 1,
+        view: View | None = None,
+        shards: range | None = None,
     ) -> None:
-        """UserError: no bucket, a count below 1, or fewer than `run_length` samples in every bucket."""
-        counts = {"number of buckets": len(buckets), "window_shards": window_shards, "run_length": run_length}
+        """`view`: of the index, with these buckets (default: all samples). `shards`: use these alone (default: all).
+
+        UserError: no bucket, a count below 1, or fewer than `run_length` samples in every bucket.
+        """
+        counts = {"window_shards": window_shards, "run_length": run_length}
         for name, value in counts.items():
             if value < 1:
                 raise UserError(f"data: {name} is {value}; it must be at least 1")
         self.index, self.seed, self.window_shards = index, seed, window_shards
-        self.buckets = tuple((int(height), int(width)) for height, width in buckets)
-        per_shard = [nearest_buckets(shard.sizes[:, 0], shard.sizes[:, 1], self.buckets) for shard in index.shards]
-        self.bucket_of = np.concatenate(per_shard).astype(np.int16)
-        self._counts_SB = np.stack([np.bincount(part, minlength=len(self.buckets)) for part in per_shard])
+        self.view = open_view(index, buckets) if view is None else view
+        self.buckets, self.bucket_of = self.view.buckets, self.view.bucket_of
+        self.first_shard, end = (shards.start, shards.stop) if shards else (0, len(index.shards))
+        self._counts_SB = self.view.counts[self.first_shard : end]
         totals_B = self._counts_SB.sum(axis=0)
+        num_samples = int(totals_B.sum())
         self.run_length = run_length if np.count_nonzero(totals_B) > 1 else 1
         self.samples_per_epoch = int((totals_B // self.run_length).sum()) * self.run_length
-        self.dropped_per_epoch = index.num_samples - self.samples_per_epoch
+        self.dropped_per_epoch = num_samples - self.samples_per_epoch
         if self.samples_per_epoch == 0:
             raise UserError(
-                f"data: no bucket holds {run_length} samples (the fullest has {totals_B.max()} of {index.num_samples}) "
+                f"data: no bucket holds {run_length} samples (the fullest has {totals_B.max()} of {num_samples}) "
                 "to share a micro-step; use fewer buckets, more data or a smaller micro-batch"
             )
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._members = lru_cache(maxsize=32)(self._make_members)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the samples or their order would: the shards', unless filters choose among their samples."""
+        return f"{self.index.fingerprint} {self.view.digest}" if self.view.dropped else self.index.fingerprint
+
     def lookup(self, position: int) -> SamplePosition:
         """Return what lies at a global sample position (0, 1, 2, ... without end). ValueError: a negative one."""
+        epoch, window, offset = self._find(position)
+        sample_id = int(self._window(epoch, window)[offset])
+        return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
+
+    def shards_from(self, position: int, windows: int = 2) -> list[int]:
+        """Return the numbers of the shards that the window of a position reads first, and the windows after it."""
+        epoch, window, _ = self._find(position)
+        found: list[int] = []
+        for _ in range(windows):
+            if window == len(self._epoch(epoch).starts) - 1:
+                epoch, window = epoch + 1, 0
+            first = window * self.window_shards
+            found += (self.first_shard + self._epoch(epoch).shards[first : first + self.window_shards]).tolist()
+            window += 1
+        return found
+
+    def _find(self, position: int) -> tuple[int, int, int]:
+        """Return (epoch, window, place in the window) of a position."""
         if position < 0:
             raise ValueError(f"sample position {position} is negative")
         epoch, offset = divmod(position, self.samples_per_epoch)
         starts = self._epoch(epoch).starts
         window = int(np.searchsorted(starts, offset, side="right")) - 1
-        sample_id = int(self._window(epoch, window)[offset - starts[window]])
-        return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
+        return epoch, window, offset - int(starts[window])
 
     def _make_epoch(self, epoch: int) -> _Epoch:
-        shards = generator(self.seed, Purpose.ORDER, epoch).permutation(len(self.index.shards))
+        shards = generator(self.seed, Purpose.ORDER, epoch).permutation(len(self._counts_SB))
         firsts = np.arange(0, len(shards), self.window_shards)
         per_window = np.add.reduceat(self._counts_SB[shards], firsts, axis=0)
         counts = np.concatenate([np.zeros_like(per_window[:1]), per_window.cumsum(axis=0)])
@@ -99,11 +129,16 @@ class SampleOrder:
     def _make_members(self, epoch: int, window: int) -> list[np.ndarray]:
         """Return the window's sample ids of each bucket, in random order."""
         first = window * self.window_shards
-        shards, starts = self._epoch(epoch).shards[first : first + self.window_shards], self.index.starts
-        ids = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
+        shards = self.first_shard + self._epoch(epoch).shards[first : first + self.window_shards]
+        starts = self.index.starts
+        ids = np.concatenate([self._ids(int(starts[shard]), int(starts[shard + 1])) for shard in shards])
         ids = generator(self.seed, Purpose.ORDER, epoch, extra=1 + 2 * window).permutation(ids)
         of_ids = self.bucket_of[ids]
-        return [ids[of_ids == bucket] for bucket in range(len(self.buckets))]
+        kind = np.uint32 if self.index.num_samples < 1 << 32 else np.int64  # many windows are kept
+        return [ids[of_ids == bucket].astype(kind) for bucket in range(len(self.buckets))]
+
+    def _ids(self, first: int, end: int) -> np.ndarray:
+        return first + np.flatnonzero(self.bucket_of[first:end] >= 0)
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         """Return the sample ids at the window's positions: the runs that fill up within it, permuted."""

@@ -1,172 +1,217 @@
-"""Which samples there are: an index of webdataset tars that decodes nothing but captions and image headers.
-
-Shards are untrusted. They are read as plain tars by offset; a .tar.gz becomes one first, within bounds. No member is
-extracted, unpickled or run, and a member's name is never used as a path.
-"""
+"""From the names of shards to their index: records that are missing are made, and joined to one table."""
 
 import hashlib
 import json
+import logging
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from braceexpand import braceexpand
 
-from raphael_dist.data.tar_scan import EXTS, IMAGE_EXTS, check_sample, gunzip, samples_of
+from raphael_dist.data import remote
+from raphael_dist.data.index import VERSION, BadSample, DatasetIndex, open_table
+from raphael_dist.data.index_write import table_in_memory, write_table
+from raphael_dist.data.remote import PATIENCE, Patience, RemoteError, shown
+from raphael_dist.data.shard_record import ShardRecord, load_record, save_record, scan_shard, unreached_record
+from raphael_dist.data.shard_store import ShardError, ShardStore, Stamp
+from raphael_dist.data.tar_scan import IMAGE_EXTS
 from raphael_dist.errors import UserError
-from raphael_dist.parallel.long_work import Tell, quiet
 from raphael_dist.storage.files import atomic_path
 
-_CACHE_VERSION = 2
+_log = logging.getLogger(__name__)
+# Beyond so many bytes of shards without a record a run does not index them itself; tools/index_shards.py does.
+MAX_BYTES_IN_RUN = 64 << 30
 _MAX_SHARDS = 1_000_000
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)[.}]")
-_GZIPPED = re.compile(r"(\.tar\.gz|\.tgz)$", re.IGNORECASE)
+_STAT_THREADS = 32
+Tell = Callable[[str], None]  # as parallel.long_work has it, which would bring torch into worker processes
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that cannot be trained on: the shard's base name, its key there, and why."""
-
-    shard: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.key!r}: {self.reason}"
+def _quiet(_: str) -> None:
+    """Tell nobody."""
 
 
-@dataclass(frozen=True, eq=False)
-class ShardIndex:
-    """The usable samples of one tar, a row of each array for each, and its bad ones.
+def expand_shards(patterns: Sequence[str], patience: Patience = PATIENCE) -> list[str]:
+    """Return the paths and URLs that `patterns` name, each once: braces ("a-{0000..0011}.tar", "{a,b}.tar") and globs.
 
-    path: the plain tar; of a .tar.gz, the file it was expanded to. num_bytes: its size. keys: the samples' names. sizes
-    int32 [num_samples, 2]: width and height in pixels. table int64 [num_samples, len(EXTS), 2]: offset and size in bytes of
-    each member, size -1 where a sample has none. text_digest: sha256 over all txt and json members.
-    """
-
-    path: Path
-    num_bytes: int
-    keys: list[str]
-    sizes: np.ndarray
-    table: np.ndarray
-    bad: list[BadSample]
-    text_digest: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.keys)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over base name, size in bytes and keys: the same in any folder, and for a shard that came gzipped."""
-        return _digest([self.name, self.num_bytes, self.keys])
-
-    @cached_property
-    def content(self) -> str:
-        """sha256 over all that cached features depend on: fingerprint, texts, image sizes, and where each member lies."""
-        digest = hashlib.sha256(f"{self.fingerprint} {self.text_digest}".encode())
-        digest.update(np.ascontiguousarray(self.sizes).tobytes() + np.ascontiguousarray(self.table).tobytes())
-        return digest.hexdigest()
-
-    def members(self, number: int) -> dict[str, tuple[int, int]]:
-        """Return {ext: (offset, size)} of the sample with that number in this shard."""
-        rows = self.table[number].tolist()
-        return {ext: (offset, size) for ext, (offset, size) in zip(EXTS, rows, strict=True) if size >= 0}
-
-
-@dataclass(frozen=True, eq=False)
-class DatasetIndex:
-    """All shards in order. A sample id is the number of a usable sample, counted from 0 over all shards."""
-
-    shards: tuple[ShardIndex, ...]
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """int64 [num_shards + 1]: the first sample id of each shard, and the end."""
-        return np.cumsum([0, *(shard.num_samples for shard in self.shards)], dtype=np.int64)
-
-    @property
-    def num_samples(self) -> int:
-        return int(self.starts[-1])
-
-    @cached_property
-    def bad(self) -> list[BadSample]:
-        return [bad for shard in self.shards for bad in shard.bad]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over the shards' base names, sizes and sample keys, in order."""
-        return hashlib.sha256("".join(shard.fingerprint for shard in self.shards).encode()).hexdigest()
-
-    @cached_property
-    def text_digest(self) -> str:
-        """sha256 over the captions of all samples, in order."""
-        return hashlib.sha256("".join(shard.text_digest for shard in self.shards).encode()).hexdigest()
-
-    def locate(self, sample_id: int) -> tuple[int, int]:
-        """Return (shard number, sample number in the shard); IndexError outside 0 .. num_samples - 1."""
-        if not 0 <= sample_id < self.num_samples:
-            raise IndexError(f"sample id {sample_id} outside 0..{self.num_samples - 1}")
-        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
-        return shard, sample_id - int(self.starts[shard])
-
-    def key(self, sample_id: int) -> str:
-        shard, number = self.locate(sample_id)
-        return self.shards[shard].keys[number]
-
-
-def expand_shards(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that `patterns` name, sorted, each once: braces ("a-{0000..0011}.tar", "{a,b}.tar") and globs.
-
-    Relative patterns are taken from the working directory. UserError: a URL or pipe, a missing file, a glob without
-    a match, no pattern at all.
+    Files come first, sorted, then URLs, sorted. Relative patterns are taken from the working directory. UserError: a pipe, a
+    scheme that is not read, a missing file, a glob without a match, no pattern at all.
     """
     files: dict[Path, Path] = {}
+    urls: set[str] = set()
     for pattern in patterns:
-        if _SCHEME.match(pattern):
-            raise UserError(f"data.shards: {pattern!r} is a URL or a pipe; only local tar files are read: copy them first")
+        is_url = remote.is_remote(pattern)
         for name in _expand_braces(pattern):
+            if is_url:
+                urls.update(_remote_matches(name, patience))
+                continue
             for path in _matches(name, pattern):
                 files.setdefault(path.absolute(), path)
-    if not files:
+    if not files and not urls:
         raise UserError('data.shards: no pattern was given; name at least one, as "data/train-{0000..0011}.tar"')
-    return sorted(files.values())
+    return [*(str(path) for path in sorted(files.values())), *sorted(urls)]
 
 
-def scan_shards(paths: Sequence[Path], cache_dir: Path | None = None, tell: Tell = quiet) -> list[ShardIndex]:
-    """Index each tar by itself, as `build_index` does; `tell` is told of every shard (`parallel.long_work`)."""
-    shards = []
-    for number, path in enumerate(paths, start=1):
-        tell(f"shard {number} of {len(paths)}")
-        shards.append(_shard_index(Path(path), cache_dir))
-    return shards
+def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] = ()) -> DatasetIndex | None:
+    """Return the index of these shards if its table was written with these columns, and no local file has changed since."""
+    if store.folder is None:
+        return None
+    pointer = _pointer(store.folder, names)
+    try:
+        folder = store.folder / "tables" / json.loads(pointer.read_text())["table"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if not folder.is_dir():
+        return None
+    index = open_table(folder, store)
+    if not set(columns) <= set(index.columns):
+        return None
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        now = list(pool.map(lambda name: _local_stamp(store, name), index.about["names"]))
+    was = [Stamp(*stamp) for stamp in index.about["stamps"]]
+    return index if all(new in (None, old) for new, old in zip(now, was, strict=True)) else None
 
 
-def build_index(paths: Sequence[Path], cache_dir: Path | None = None, tell: Tell = quiet) -> DatasetIndex:
-    """Index the tars. What `cache_dir` holds of the same file (path, size, mtime) is read, the rest is added to it.
+def unindexed(names: Sequence[str], store: ShardStore, tell: Tell = _quiet) -> list[tuple[str, int]]:
+    """Return (name, bytes) of the shards without a record, or with that of another file."""
 
-    A .tar.gz or .tgz is expanded once, to `cache_dir`/expanded/<digest of its path, size and mtime>/<its name>.tar.
-    UserError: a file that is not a whole tar, is compressed otherwise, expands beyond bounds, or is gzipped while
-    `cache_dir` is None; a data set without one usable sample.
+    def look(name: str) -> tuple[str, int] | None:
+        record = None if store.folder is None else load_record(store.folder, name)
+        try:
+            stamp = store.stamp(name)
+        except ShardError:
+            return (name, 0)
+        tell(f"looking at {shown(name)}")
+        return None if record is not None and record.stamp == stamp else (name, stamp.num_bytes)
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return [found for found in pool.map(look, names) if found is not None]
+
+
+def scan_shards(names: Sequence[str], store: ShardStore, tell: Tell = _quiet) -> list[ShardRecord]:
+    """Read each tar and write its record; return the records. `tell` is told of every shard.
+
+    A shard that cannot be reached gets a record of its damage, which is not written. UserError: nothing can be written.
     """
-    index = DatasetIndex(tuple(scan_shards(paths, cache_dir, tell)))
-    if index.num_samples == 0:
-        why = f"; the first bad one is {index.bad[0]}" if index.bad else ""
+    records = []
+    for number, name in enumerate(names, start=1):
+        tell(f"shard {number} of {len(names)}")
+        try:
+            record = scan_shard(store, name)
+        except ShardError as error:
+            _log.warning("%s", error)
+            records.append(unreached_record(name, error.reason))
+            continue
+        if store.folder is not None:
+            try:
+                save_record(store.folder, record)
+            except OSError as error:
+                where = error.filename or store.folder
+                raise UserError(f"data.cache_dir: {where}: {error.strerror or error}; check room and rights") from error
+        records.append(record)
+    return records
+
+
+def join_records(names: Sequence[str], store: ShardStore, columns: Sequence[str] = (), tell: Tell = _quiet) -> DatasetIndex:
+    """Write the table of these shards' records and return it. A shard without a record counts as one that is damaged.
+
+    `columns`: which the table gets. UserError: no usable sample, nothing can be written.
+    """
+    assert store.folder is not None
+    digest, damaged = hashlib.sha256(json.dumps([VERSION, sorted(columns)]).encode()), list[str]()
+
+    def records() -> Iterator[ShardRecord]:
+        for number, name in enumerate(names, start=1):
+            tell(f"record {number} of {len(names)}")
+            yield load_record(store.folder, name) or unreached_record(name, "could not be read")  # type: ignore[arg-type]
+
+    num_samples, bad = 0, list[str]()
+    for record in records():
+        digest.update(f"{record.name} {record.stamp} {record.content}".encode())
+        num_samples += record.num_samples
+        if len(bad) < 1:
+            bad += [f"{BadSample(record.name, key, reason)}" for key, reason in record.bad[:1]]
+        damaged += [f"{record.name} {record.damage}"] if record.damage else []
+    if num_samples == 0:
+        raise _nothing_usable(names, damaged, bad)
+    folder = store.folder / "tables" / digest.hexdigest()[:32]
+    try:
+        if not (folder / "shards.json").is_file():
+            write_table(folder, records(), sorted(columns))
+        with atomic_path(_pointer(store.folder, names)) as temporary:
+            temporary.write_text(json.dumps({"table": folder.name}))
+    except OSError as error:
         raise UserError(
-            f"data.shards: no usable sample in {len(paths)} files, the first {paths[0]} ({len(index.bad)} bad{why}); "
-            f"a sample is an image ({'/'.join(IMAGE_EXTS)}) and a caption (txt, or json with captions)"
+            f"data.cache_dir: {error.filename or folder}: {error.strerror or error}; check room and rights"
+        ) from error
+    return open_table(folder, store)
+
+
+def build_index(
+    paths: Sequence[str | Path],
+    folder: Path | None = None,
+    tell: Tell = _quiet,
+    *,
+    store: ShardStore | None = None,
+    columns: Sequence[str] = (),
+) -> DatasetIndex:
+    """Return the index of the shards, making what `folder` does not hold of it; without one, everything in memory.
+
+    For a process alone. A .tar.gz or .tgz is expanded once, to `folder`/expanded/<digest of its path, size and mtime>/<its
+    name>.tar. UserError: no usable sample, nothing can be written, a gzipped or remote shard without a folder for it.
+    """
+    names = [str(name) for name in paths]
+    if store is None:
+        store = ShardStore(folder, None if folder is None else folder / "fetched")
+    if store.folder is None:
+        records = scan_shards(names, store, tell)
+        index = table_in_memory(store, records)
+        if index.num_samples == 0:
+            damaged = [f"{record.name} {record.damage}" for record in records if record.damage]
+            raise _nothing_usable(names, damaged, [str(bad) for bad in index.bad[:1]])
+        return index
+    index_or_none = open_index(names, store, columns)
+    if index_or_none is not None:
+        return index_or_none
+    scan_shards([name for name, _ in unindexed(names, store)], store, tell)
+    return join_records(names, store, columns, tell)
+
+
+def check_index_in_run(missing: Sequence[tuple[str, int]], command: str) -> None:
+    """Raise UserError with the command to give when a run would have to index too much by itself."""
+    total = sum(size for _, size in missing)
+    if total > MAX_BYTES_IN_RUN:
+        raise UserError(
+            f"data.shards: {len(missing)} shards ({total / 1e9:.0f} GB) have no index, the first {shown(missing[0][0])}; "
+            f"a run indexes at most {MAX_BYTES_IN_RUN / 1e9:.0f} GB by itself. Run: {command}"
         )
-    return index
+
+
+def _nothing_usable(names: Sequence[str], damaged: Sequence[str], bad: Sequence[str]) -> UserError:
+    why = f"; the first damaged shard: {damaged[0]}" if damaged else ""
+    why += f"; the first bad sample: {bad[0]}" if bad else ""
+    return UserError(
+        f"data.shards: no usable sample in {len(names)} files, the first {shown(names[0])}{why}; "
+        f"a sample is an image ({'/'.join(IMAGE_EXTS)}) and a caption (txt, or json with captions)"
+    )
+
+
+def _pointer(folder: Path, names: Sequence[str]) -> Path:
+    whole = [name if remote.is_remote(name) else str(Path(name).resolve()) for name in names]
+    return folder / "tables" / f"{hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:32]}.json"
+
+
+def _local_stamp(store: ShardStore, name: str) -> Stamp | None:
+    """Return what a local file looks like now; None for a remote one, which is compared when it is fetched."""
+    if remote.is_remote(name):
+        return None
+    try:
+        return store.stamp(name)
+    except ShardError:
+        return Stamp(0, "")
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -181,6 +226,21 @@ def _expand_braces(pattern: str) -> list[str]:
         return list(braceexpand(pattern, escape=False))
     except ValueError:
         raise UserError(f"data.shards: cannot read the braces in {pattern!r}; use {{0000..0011}} or {{a,b}}") from None
+
+
+def _remote_matches(url: str, patience: Patience) -> list[str]:
+    address = shown(url)  # a ? begins the query of an https URL
+    if not any(char in address for char in "*["):
+        return [url]
+    if url.partition(":")[0].lower() in remote.NO_LISTING:
+        raise UserError(f"data.shards: {address!r}: web servers list no files; use a range, as part-{{00000..00511}}.tar")
+    try:
+        found = remote.matches(url, patience)
+    except RemoteError as error:
+        raise UserError(f"data.shards: {error}; check the name and your access") from error
+    if not found:
+        raise UserError(f"data.shards: {address!r} matches no file; check the name")
+    return found
 
 
 def _matches(name: str, pattern: str) -> list[Path]:
@@ -200,90 +260,3 @@ def _matches(name: str, pattern: str) -> list[Path]:
     if not path.is_file():
         raise UserError(f"data.shards: {str(path)!r} (from {pattern!r}) is not a file; check the path or the range")
     return [path]
-
-
-def _digest(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _identity(path: Path) -> list[Any]:
-    stat = path.stat()
-    return [_CACHE_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def _plain_tar(path: Path, cache_dir: Path | None) -> Path:
-    """Return `path`; of a gzipped shard the expanded tar, which is written first if need be (ranks may do so at once)."""
-    name = _GZIPPED.sub(".tar", path.name)
-    if name == path.name:
-        return path
-    if cache_dir is None:
-        raise UserError(f"data.shards: {path} is gzipped and there is no cache folder to expand it in; gunzip it")
-    # The folder follows the file, so that a changed .tar.gz is expanded anew; the base name is the plain tar's.
-    tar = cache_dir / "expanded" / _digest(_identity(path))[:32] / name
-    if not tar.is_file():
-        with atomic_path(tar) as temporary:
-            gunzip(path, temporary)
-    return tar
-
-
-def _shard_index(path: Path, cache_dir: Path | None) -> ShardIndex:
-    """Return the index of a shard, from the cache or by reading it."""
-    try:
-        tar = _plain_tar(path, cache_dir)
-        if cache_dir is None:
-            return _from_entry(tar, tar.stat().st_size, _scan(tar, path))
-        identity = _identity(tar)
-        cached = cache_dir / f"{_digest(identity)}.json"
-        known = _cached_index(tar, cached, identity)
-        if known is not None:
-            return known
-        entry = _scan(tar, path)
-        with atomic_path(cached) as temporary:
-            temporary.write_text(json.dumps({"identity": identity, **entry}), encoding="utf-8")
-        return _from_entry(tar, identity[2], entry)
-    except OSError as error:
-        field = "data.cache_dir" if cache_dir and str(error.filename or "").startswith(str(cache_dir)) else "data.shards"
-        raise UserError(f"{field}: {error.filename or path}: {error.strerror or error}; check it") from error
-
-
-def _cached_index(path: Path, cached: Path, identity: list[Any]) -> ShardIndex | None:
-    """Return the index in the file `cached`, or None where it is of another file or does not read as an index."""
-    try:
-        entry = json.loads(cached.read_text(encoding="utf-8"))
-        return _from_entry(path, identity[2], entry) if entry["identity"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _from_entry(path: Path, num_bytes: int, entry: dict[str, Any]) -> ShardIndex:
-    """Return the index of the plain tar at `path` from what `_scan` returned, or JSON made of that."""
-    keys = entry["keys"]
-    return ShardIndex(
-        path=path,
-        num_bytes=num_bytes,
-        keys=keys,
-        sizes=np.array(entry["sizes"], np.int32).reshape(len(keys), 2),
-        table=np.array(entry["table"], np.int64).reshape(len(keys), len(EXTS), 2),
-        bad=[BadSample(path.name, key, reason) for key, reason in entry["bad"]],
-        text_digest=entry["text_digest"],
-    )
-
-
-def _scan(path: Path, given: Path) -> dict[str, Any]:
-    """Read the plain tar at `path` and return what there is to know of its samples; errors name the file `given`."""
-    entry: dict[str, Any] = {"keys": [], "sizes": [], "table": [], "bad": []}
-    seen: set[str] = set()
-    texts = hashlib.sha256()
-    with open(path, "rb") as file:
-        for key, members in samples_of(given, file):
-            try:
-                if key in seen:
-                    raise ValueError("duplicate key")
-                seen.add(key)
-                entry["sizes"].append(check_sample(file.fileno(), members, texts.update))
-            except ValueError as error:
-                entry["bad"].append((key, str(error)))
-                continue
-            entry["keys"].append(key)
-            entry["table"].append([members.get(ext, (0, -1)) for ext in EXTS])
-    return {**entry, "text_digest": texts.hexdigest()}

@@ -37,7 +37,7 @@ class DataSource:
         """Return what a checkpoint notes of the data, by the fields that name them: a run does not go on with others."""
         index = self.training.order.index
         return {
-            "data.shards": index.fingerprint,
+            "data.shards": self.training.order.fingerprint,
             "data.shards (captions)": index.text_digest,
             CLEANING: f"version {CLEANING_VERSION}",
             "text.encoder": self.text.fingerprint,
@@ -52,7 +52,7 @@ class DataSource:
     def describe(self) -> str:
         """Return the data set's size in words."""
         index = self.training.order.index
-        bad = len(index.bad) + len(self.training.found_bad)
+        bad = index.num_bad + len(self.training.found_bad)
         return f"{index.num_samples} images" + (f" ({bad} bad samples left out)" if bad else "")
 
     def key(self, position: int) -> str:
@@ -83,8 +83,8 @@ def open_source(config: Config, ranks: Ranks, device: torch.device) -> DataSourc
     Raises UserError on all ranks as `open_encoders` and `open_stream` do.
     """
     encoders = open_encoders(config, device)
-    training = open_stream(config, config.data.shards, ranks, encoders, training=True)
+    training = open_stream(config, ranks, encoders, training=True)
     held_out = None
     if config.data.val_shards:
-        held_out = open_stream(config, config.data.val_shards, ranks, encoders, training=False)
+        held_out = open_stream(config, ranks, encoders, training=False)
     return DataSource(encoders, training, held_out)

@@ -1,8 +1,10 @@
 """The stream of samples: what lies at a global position, with everything random about it drawn from that position."""
 
+import itertools
 import logging
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,14 +14,19 @@ from torch import Tensor
 
 from raphael_dist.data.captions import pick
 from raphael_dist.data.dataset import BadSampleError
-from raphael_dist.data.features import FeatureSource
+from raphael_dist.data.features import FeatureSource, OnlineFeatures
+from raphael_dist.data.index import BadSample
+from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder, SamplePosition
 from raphael_dist.data.packing import SampleFeatures, Text
-from raphael_dist.data.shards import BadSample
+from raphael_dist.data.reading import Reading
+from raphael_dist.data.shard_store import ShardError
+from raphael_dist.data.tar_scan import EDGE_EXT
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
 _log = logging.getLogger(__name__)
+_LOOKED_AT = 100_000
 _PIECE = 1 << 16
 _ENOUGH = 1000  # samples, from which on a share says something
 
@@ -57,15 +64,19 @@ class TrainStream:
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: SampleOrder | MixedOrder,
         source: FeatureSource,
         *,
         seed: int,
         caption_drop: float,
         flip: bool,
         max_bad_fraction: float = 0.05,
+        on_error: str = "skip",
+        reading: Reading | None = None,
     ) -> None:
         """`caption_drop`: share of captions replaced by the empty one; `flip`: mirror half of the images.
+
+        `on_error`: stop at a bad sample, or skip it. `reading`: workers that decode, and shards brought ahead.
 
         UserError: features of other data or buckets, more than `max_bad_fraction` of the samples known to be bad, or all of
         a bucket.
@@ -76,20 +87,39 @@ class TrainStream:
         self.caption_drop, self.flip = caption_drop, flip
         self.replaced = self._read = 0
         self.found_bad = dict(source.known_bad)
-        self._max_bad_fraction = max_bad_fraction
-        index_bad, total = order.index.bad, order.index.num_samples + len(order.index.bad)
-        _check_bad([*index_bad, *self.found_bad.values()], total, max_bad_fraction)
+        self._max_bad_fraction, self._on_error, self._reading = max_bad_fraction, on_error, reading
+        num_bad = order.index.num_bad + len(self.found_bad)
+        first = itertools.chain(order.index.iter_bad(), self.found_bad.values())
+        _check_bad(num_bad, first, order.index.num_samples + order.index.num_bad, max_bad_fraction)
         self._stand_in: dict[int, int] = {}
         for sample_id in self.found_bad:
-            self._replacement(sample_id, int(order.bucket_of[sample_id]))
+            if order.bucket_of[sample_id] >= 0:  # else a filter has dropped it
+                self._replacement(sample_id, int(order.bucket_of[sample_id]))
         self._null = source.null_text
         self._warned: set[int] = set()
         self._lock = threading.Lock()
 
+    def samples(self, positions: Sequence[int]) -> list[StreamSample]:
+        """Return the samples at these positions, which workers read and decode at once where there are some."""
+        if self._reading is not None and len(positions):
+            decodes = type(self.source) is OnlineFeatures
+            self._reading.ahead(positions[0], [self._request(position) for position in positions] if decodes else [])
+        return [self.sample(position) for position in positions]
+
+    def _request(self, position: int) -> tuple[int, int, bool]:
+        """Return what `sample` will have decoded first."""
+        place = self.order.lookup(position)
+        is_bad = place.sample_id in self.found_bad
+        sample_id = self._replacement(place.sample_id, place.bucket) if is_bad else place.sample_id
+        return sample_id, place.bucket, self._flips(position)
+
+    def _flips(self, position: int) -> bool:
+        return self.flip and bool(self._draw(Purpose.FLIP, position).random() < 0.5)
+
     def sample(self, position: int) -> StreamSample:
         """Return the sample at a global position. Safe to call from several threads."""
         place = self.order.lookup(position)
-        flipped = self.flip and self._draw(Purpose.FLIP, position).random() < 0.5
+        flipped = self._flips(position)
         dropped = self._draw(Purpose.DROP, position).random() < self.caption_drop
         sample_id, features = self._get(place, position, flipped)
         factor, (height, width) = self.source.latent_factor, self.source.buckets[place.bucket]
@@ -118,6 +148,8 @@ class TrainStream:
     def close(self) -> None:
         """End what the source of the features does beside training."""
         self.source.close()
+        if self._reading is not None:
+            self._reading.close()
 
     def _draw(self, purpose: Purpose, position: int) -> np.random.Generator:
         return generator(self.seed, purpose, position)
@@ -131,12 +163,21 @@ class TrainStream:
                     draw = partial(pick, draw=self._draw(Purpose.CAPTION, position))
                     features = self.source.get(sample_id, place.bucket, draw, flip)
                     break
-                except BadSampleError as error:
-                    with self._lock:
-                        self.found_bad[sample_id] = BadSample(error.shard, error.key, error.reason)
+                except (BadSampleError, ShardError) as error:
+                    self._note(sample_id, error)
             sample_id = self._replacement(sample_id, place.bucket)
         self._count(place.sample_id, replaced=sample_id != place.sample_id)
         return sample_id, features
+
+    def _note(self, sample_id: int, error: BadSampleError | ShardError) -> None:
+        """Take a sample for a bad one from here on. UserError: data.on_error says to stop."""
+        shard, row = self.order.index.locate(sample_id)
+        source = self.order.index.shards[shard]
+        bad = BadSample(source.name, source.keys[row], getattr(error, "reason", str(error)))
+        if self._on_error == "stop":
+            raise UserError(f"data.on_error=stop: the bad sample {bad}; repair it, or set data.on_error=skip") from error
+        with self._lock:
+            self.found_bad[sample_id] = bad
 
     def _count(self, sample_id: int, replaced: bool) -> None:
         with self._lock:
@@ -148,7 +189,8 @@ class TrainStream:
         if is_new:
             _log.warning("bad sample %s; another of its bucket takes its place", self.found_bad[sample_id])
             if self.replaced > self._max_bad_fraction * max(self._read, _ENOUGH):
-                _check_bad([self.found_bad[n] for n in self._warned], self._read, self._max_bad_fraction)
+                found = [self.found_bad[n] for n in self._warned]
+                _check_bad(self.replaced, found, self._read, self._max_bad_fraction)
 
     def _replacement(self, sample_id: int, bucket: int) -> int:
         """Return the next sample of a bucket that is not known to be bad, from the start again after the last."""
@@ -170,10 +212,18 @@ class TrainStream:
                 yield from (start + np.flatnonzero(piece == bucket)).tolist()
 
 
-def _check_bad(bad: list[BadSample], total: int, max_fraction: float) -> None:
-    if len(bad) > max_fraction * total:
-        first = "; ".join(str(one) for one in bad[:3])
+def _check_bad(num_bad: int, bad: Iterable[BadSample], total: int, max_fraction: float) -> None:
+    """Raise UserError where `num_bad` are too many; `bad` are the first of them, enough to tell what is wrong with most."""
+    if num_bad > max_fraction * total:
+        looked_at = list(itertools.islice(bad, _LOOKED_AT))
+        first = "; ".join(str(one) for one in looked_at[:3])
+        (reason, times), *others = Counter(one.reason for one in looked_at).most_common()
+        why = f"{times} of them: {reason}" if others else reason
+        if reason == f"no {EDGE_EXT}":
+            remedy = f"add edge maps ({EDGE_EXT} in each sample), or train without by edge.weight=0"
+        else:
+            remedy = "repair the shards or raise the limit"
         raise UserError(
-            f"data.max_bad_fraction: {len(bad)} of {total} samples are bad, more than {max_fraction:.1%} of them; "
-            f"repair the shards or raise the limit. The first: {first}"
+            f"data.max_bad_fraction: {num_bad} of {total} samples are bad ({why}), more than {max_fraction:.1%}; "
+            f"{remedy}. The first: {first}"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from raphael_dist.config import Config
 from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.parallel.batch_plan import unit_of
+from raphael_dist.shipped import located
 
 _NOT_OURS = {
     "optimizer": "use optim.* of the configuration",
@@ -41,7 +41,7 @@ def read_deepspeed_json(path: str | None, dtype: str = "float32") -> dict[str, A
     """
     if path is None:
         return {"zero_optimization": {"stage": 2 if dtype == "bfloat16" else 1}}
-    file = Path(path)
+    file = Path(located(path))
     if not file.is_file():
         raise UserError(f"--deepspeed_config {path}: no such file")
     try:
@@ -140,7 +140,6 @@ def check_expert_parallel(config: Config, tree: dict[str, Any], world_size: int)
     for wrong, why in _forbidden_with_experts(config, tree):
         if wrong:
             raise UserError(f"{spread}: {why}; or set parallel.space_ep=1 parallel.time_ep=1")
-    _check_one_size_per_unit(config)
 
 
 def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[bool, str]]:
@@ -165,19 +164,6 @@ def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[
             "model.space_backend = 'literal' runs on whole samples; use auto, grouped or wide",
         ),
     ]
-
-
-def _check_one_size_per_unit(config: Config) -> None:
-    """Ranks that share experts exchange samples, so a micro-step of theirs must stay within one bucket."""
-    unit, run = unit_of(config), config.data.bucket_run
-    span = unit * config.train.micro_batch
-    if len(config.image.buckets) > 1 and run % span:
-        nearest = [str(n) for n in (run // span * span, -(-run // span) * span) if n]
-        raise UserError(
-            f"data.bucket_run = {run} must be a multiple of {span} ({unit} ranks that share experts x train.micro_batch "
-            f"{config.train.micro_batch}) with several image.buckets, so that these ranks see one image size at a time; "
-            f"nearest: {', '.join(nearest)}"
-        )
 
 
 def _section(merged: dict[str, Any], *names: str) -> dict[str, Any]:

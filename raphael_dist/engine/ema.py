@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from raphael_dist.config import Ema as EmaConfig
+from raphael_dist.config import EmaConfig
 from raphael_dist.engine.fragments import Fragments
 
 PIECE = 2**24  # elements exchanged at a time: 64 MiB

@@ -73,7 +73,7 @@ class Engine:
         self._micro_step += 1
         last = self._micro_step == self.plan.accumulation if last is None else last
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed divides the loss by the accumulation it counts; what `plan.loss_scale` expects.
+        # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` makes up for it.
         self._engine.backward(loss)
         if self._touched is not None:
             all_or_none(self._check_gradients)
@@ -176,11 +176,19 @@ def _not_of_a_dropped_step(record: logging.LogRecord) -> bool:
     return "OVERFLOW!" not in record.getMessage()
 
 
-def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> Any:
+def import_deepspeed() -> Any:
+    """Return the module `deepspeed`, with its shared-memory all-reduce turned off.
+
+    On CPUs it would compile that in C++ on first use, for about a minute; gloo needs none.
+    """
     import deepspeed
 
-    # DeepSpeed would compile a shared-memory all-reduce in C++ for about a minute on first use on CPUs; gloo needs none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> Any:
+    deepspeed = import_deepspeed()
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
     log.addFilter(_not_of_a_dropped_step)

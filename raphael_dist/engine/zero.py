@@ -54,7 +54,10 @@ class Zero(Protocol):
         """Turn off DeepSpeed's own norm, overflow check and clipping: the engine has taken the norm and clipped already."""
 
     def drop(self) -> Any:
-        """Return a context in which DeepSpeed's `step` drops the gradients, with all that this takes in each stage."""
+        """Return a context in which DeepSpeed's `step` throws the gradients away and changes nothing.
+
+        To that end it is made to see an overflow, or an infinite norm. Each kind of optimizer looks for these elsewhere.
+        """
 
     copies: int
 

@@ -1,11 +1,11 @@
-"""Which devices are GPUs, whose work the host does not wait for."""
+"""Which devices are GPUs: they work through a queue, and the host must not wait for it."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# The kinds of device whose way is taken. `tools/bench.py syncs` adds the kind of tensor that stands for a GPU's.
+# Types of device for which the package does what suits a GPU. `tools/bench.py syncs` adds that of its stand-in for a GPU.
 GPU_KINDS: tuple[str, ...] = ("cuda",)
 
 

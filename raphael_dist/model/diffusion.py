@@ -27,13 +27,12 @@ def alphas_cumprod(config: Diffusion) -> Tensor:
 
 
 def make_scheduler(config: Diffusion, name: str) -> Any:
-    """Return diffusers' scheduler "ddim" or "dpm++" (DPM-Solver++) for the training noise schedule.
+    """Return diffusers' scheduler "ddim", "dpm++" (DPM-Solver++) or "euler" for the training noise schedule.
 
-    DDIM as Stable Diffusion has it: its timesteps end at 1, not 0, which StableDiffusionPipeline insists on.
+    DDIM and Euler as Stable Diffusion has them: timesteps are whole and end at 1, which StableDiffusionPipeline insists on.
     """
-    from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+    from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-    kind = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
     common = {
         "num_train_timesteps": config.num_timesteps,
         "beta_start": config.beta_start,
@@ -41,19 +40,25 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
         "beta_schedule": config.schedule,
         "prediction_type": config.prediction,
     }
-    return kind(**common, clip_sample=False, set_alpha_to_one=False, steps_offset=1) if name == "ddim" else kind(**common)
+    if name == "ddim":
+        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    if name == "euler":
+        return EulerDiscreteScheduler(**common, timestep_spacing="leading", steps_offset=1)
+    return DPMSolverMultistepScheduler(**common)
 
 
-def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int) -> int:
+def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int, phase: int = 0) -> int:
     """Return the timestep of a sample position, uniform over 0 .. T-1.
 
     Stratified: the positions of one global batch fall into `global_batch` equal strata, dealt by a permutation that
     depends on (seed, step). Every topology draws the same, and a batch covers the range evenly; so does every run of
-    consecutive positions within it, which is what the ranks that share experts get (`batch_plan`).
+    consecutive positions within it, which is what the ranks that share experts get (`batch_plan`). phase: where in
+    [0, global_batch) steps begin, which is 0 until a run changes its global batch.
     """
     uniform = generator(seed, Purpose.TIMESTEP, position).random()
     if config.stratified:
-        stratum = _strata(seed, position // global_batch, global_batch)[position % global_batch]
+        step, index = divmod(position - phase, global_batch)
+        stratum = _strata(seed, step, global_batch)[index]
         uniform = (stratum + uniform) / global_batch
     return min(int(uniform * config.num_timesteps), config.num_timesteps - 1)
 

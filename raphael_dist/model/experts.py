@@ -74,9 +74,9 @@ class Experts(nn.Module):
         """Apply expert k to its rows; the rows lie sorted by expert, `counts_K[k]` (int64) of them for expert k.
 
         Without `bias`, b2 is left out. Every expert takes part, with zero rows if it has none, so that every parameter has a
-        gradient on every rank (ZeRO would otherwise add up gradients of different experts). The grouped product takes the
-        counts where they are, on the device; the loop reads them, which waits for nothing on a CPU and for a GPU otherwise
-        (float32 there, and widths that are not multiples of 8).
+        gradient on every rank (ZeRO would otherwise add up gradients of different experts). The grouped product leaves the
+        counts on the device. The loop reads them: on a GPU, which takes it for float32 and for widths that are not multiples
+        of 8, the host waits for that.
         """
         if not x_RD.shape[0]:
             # Without a single row grouped_mm fails in its backward; that there is none is known without reading the counts.
@@ -185,7 +185,7 @@ def require_grouped_gemm() -> None:
 
 
 def _use_grouped_mm(x_RD: Tensor, hidden: int) -> bool:
-    # The CUDA kernel takes bfloat16 rows of whole 16 bytes alone; on the CPU a loop over a few experts is as fast.
+    # The CUDA kernel takes only bfloat16 rows of a multiple of 16 bytes; on the CPU a loop over a few experts is as fast.
     return x_RD.device.type != "cpu" and x_RD.dtype == torch.bfloat16 and x_RD.shape[1] % 8 == 0 and hidden % 8 == 0
 
 

@@ -1,4 +1,4 @@
-"""How many pixels wide a latent is, by the image encoder's configuration file alone: `--dry-run` asks, without torch."""
+"""How many pixels wide a latent is, by the image encoder's configuration file alone: `--plan` asks, without torch."""
 
 import json
 from collections.abc import Mapping

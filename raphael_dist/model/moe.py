@@ -83,7 +83,7 @@ class SpaceMoE(Experts):
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
     """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], from the (row, expert) pairs with w > 0 alone.
 
-    How many pairs there are decides the shapes, so that a GPU is waited for once in every layer.
+    Shapes depend on the number of pairs, so on a GPU the host waits once in every layer.
     """
     needed_KR = (w_RK.detach() > 0).t()
     expert_P, row_P = needed_KR.nonzero(as_tuple=True)

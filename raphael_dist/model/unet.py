@@ -29,8 +29,10 @@ class GateNoise(NamedTuple):
 
 
 class UNetOutput(NamedTuple):
-    """What one forward pass returns. A tuple, because DeepSpeed looks for the outputs' tensors in tuples, lists and dicts
-    alone; where it finds none it never prepares for the backward pass, and gradients of earlier micro-steps stay.
+    """What one forward pass returns.
+
+    It is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. Where it finds none, it does not
+    prepare for the backward pass, and gradients of earlier micro-steps are added once more.
 
     prediction: [B, C, h, w]. edge_logits: per block with an edge module, float32 [B, h, w].
     space_used: per block, share of image tokens that need each space expert, [B, K]. time_expert: per block, int64 [B].
@@ -49,7 +51,7 @@ def _present(found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return how many samples each expert of each layer serves, int64 [K] per layer, where the one-hot is."""
+    """Return how many samples each expert of each layer serves, int64 [K] per layer, on the device of the one-hot."""
     return onehot_LBK.sum(dim=1).unbind(0)
 
 
@@ -80,7 +82,7 @@ class RaphaelUNet(nn.Module):
         self.seed, self.edge_channels = config.run.seed, config.edge.channels if config.edge.weight > 0 else 0
         if m.space_backend == "megablocks":
             require_grouped_gemm()
-        self.gathers_weights = False  # ZeRO-3: a module's weights are there around its own forward alone
+        self.gathers_weights = False  # ZeRO-3: a module has its weights only while its own forward runs
         # Expert parallelism needs the counts of other ranks too, and puts its own function here.
         self.count_samples: Callable[[Tensor], Sequence[Any]] = count_samples
         self.block_levels: list[int] = []  # of the transformer blocks, in order of execution
@@ -172,7 +174,7 @@ class RaphaelUNet(nn.Module):
             noise: gate noise in training; None routes without noise.
         """
         embedding = self.time_embedding(self.time_proj(timestep_B).to(x_BCHW.dtype))
-        planned = self.plan(embedding, text_BYD, text_mask_BY, noise)
+        planned = self.route_blocks(embedding, text_BYD, text_mask_BY, noise)
         plans = iter(planned)
         edge_logits: list[Tensor | None] = []
         space_used: list[Tensor | None] = []
@@ -211,7 +213,9 @@ class RaphaelUNet(nn.Module):
             balance=_present([plan.balance_B for plan in planned]),
         )
 
-    def plan(self, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None) -> list[BlockPlan]:
+    def route_blocks(
+        self, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
+    ) -> list[BlockPlan]:
         """Route every block (Sec. 3.1 and 7.3) from the timestep embedding and the caption alone, all blocks at once."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks

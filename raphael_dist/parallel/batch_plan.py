@@ -2,11 +2,13 @@
 
 Progress is one integer, `samples_seen`: step s takes the positions [s * G, (s + 1) * G). They are cut into chunks and dealt
 in order, over *units* of ranks and then micro-steps. A unit is one rank, or the ranks that exchange samples because they
-share experts; these see one image size at a time, so with several sizes a chunk ends where a run of one size ends. Slots
+share experts; these see one image size at a time, so with several sizes a chunk ends where a run of one size ends, whatever
+the length of the runs: one that is no multiple of a unit's slots leaves some of them empty. Slots
 that hold no sample repeat one with weight 0: shapes are the same everywhere and no rank leaves a collective.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -21,6 +23,7 @@ class BatchPlan:
     Attributes:
         unit: consecutive ranks that must see the same image size at a time; divides `world_size`.
         run: positions [n * run, (n + 1) * run) share an image size; 0: all positions do.
+        aligned: steps begin at multiples of `global_batch`; not so once a run has changed it.
     """
 
     global_batch: int
@@ -28,11 +31,14 @@ class BatchPlan:
     micro_batch: int
     unit: int = 1
     run: int = 0
+    aligned: bool = True
 
     @classmethod
-    def of(cls, config: Config, world_size: int) -> "BatchPlan":
-        """Return the plan of a configuration's training step."""
-        return cls(config.train.global_batch, world_size, config.train.micro_batch, unit_of(config), run_of(config))
+    def of(cls, config: Config, world_size: int, samples_seen: Iterable[int] = ()) -> "BatchPlan":
+        """Return the plan of a configuration's training step. `samples_seen`: where a run that goes on may begin."""
+        batch, run = config.train.global_batch, run_of(config)
+        aligned = all(seen % math.gcd(run, batch) == 0 for seen in samples_seen)
+        return cls(batch, world_size, config.train.micro_batch, unit_of(config), run, aligned)
 
     def __post_init__(self) -> None:
         if self.global_batch < self.world_size:
@@ -48,7 +54,7 @@ class BatchPlan:
 
     @cached_property
     def _most_chunks(self) -> int:
-        offsets = range(0, self.run, math.gcd(self.run, self.global_batch)) if self.run else [0]
+        offsets = range(0, self.run, math.gcd(self.run, self.global_batch) if self.aligned else 1) if self.run else [0]
         return max(len(_chunks(self.global_batch, self._span, self.run, offset)) for offset in offsets)
 
     @property
@@ -87,6 +93,9 @@ class BatchPlan:
             found.append(f"train.micro_batch={micro} ({replace(self, micro_batch=micro).waste:.1%})")
         if world != self.world_size:
             found.append(f"{world} ranks ({replace(self, world_size=world).waste:.1%}), which take as many micro-steps")
+        if self.run % self._span:
+            run = -(-self.run // self._span) * self._span
+            found.append(f"data.bucket_run={run} in a new run ({replace(self, run=run).waste:.1%})")
         better = f"; better: {' or '.join(found)}" if found else ""
         return [f"{self.waste:.1%} of the compute goes to empty slots{better}"]
 
@@ -95,7 +104,6 @@ class BatchPlan:
         plans = [
             replace(self, micro_batch=m)
             for m in range(1, min(self.micro_batch, -(-self.global_batch // self.world_size)) + 1)
-            if self.run % (self.unit * m) == 0
         ]
         return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch)).micro_batch
 
@@ -110,7 +118,11 @@ def unit_of(config: Config) -> int:
 
 
 def run_of(config: Config, training: bool = True) -> int:
-    """Return how many consecutive positions share an image size; 0 when all do. Short in validation: it drops less."""
+    """Return how many consecutive positions share an image size; 0 when all do.
+
+    Samples of one size that do not fill a run are left out of an epoch. In validation runs are as short as can be, so that
+    few are left out.
+    """
     if len(config.image.buckets) == 1:
         return 0
     return config.data.bucket_run if training else config.train.micro_batch

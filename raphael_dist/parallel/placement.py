@@ -4,8 +4,8 @@ Ranks that share experts send image tokens (Space-MoE) or samples (Time-MoE) in 
 their weights and gradients once a step. Outer levels have many tokens and small experts, inner levels the reverse. All of
 this is arithmetic on the configuration: `--dry-run` prints it and the engine applies it, on every rank alike.
 
-Bytes are what one rank sends in an optimizer step, on average. Gathers and reductions count as rings: n numbers over r ranks
-cost n (r - 1) / r a rank, once to reduce gradients and once to gather weights (ZeRO-1 and 2).
+Bytes are what one rank sends in an optimizer step, on average. Gathers and reductions count as rings: for n numbers over r
+ranks each rank sends n (r - 1) / r, once to reduce gradients and once to gather weights (ZeRO-1 and 2).
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -181,13 +181,16 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def agree(result: T | None, failure: Exception | None) -> T:
-    """Return this rank's result when no rank has a failure; raise as `all_or_none` does otherwise. Collective."""
+def agree(result: T | None, failure: Exception | None, gather: Callable[[Any], list[Any]] = gather_objects) -> T:
+    """Return this rank's result when no rank has a failure; raise as `all_or_none` does otherwise. Collective.
+
+    gather: returns the value of every rank, in order; for ranks that talk by other means than the process group.
+    """
     kind = next((k for k in TOLD if isinstance(failure, k)), None)
-    found = gather_objects(None if failure is None else (kind, str(failure)))
+    problems = gather(None if failure is None else (kind, str(failure)))
     if failure is not None and kind is None:
         raise failure
-    for rank, problem in enumerate(found):
+    for rank, problem in enumerate(problems):
         if problem is not None and problem[0] is not None:
             agreed = problem[0](problem[1])
             agreed.agreed = True

@@ -26,9 +26,10 @@ from raphael_dist.data.cache_build import ShardBuilder, sample_of
 from raphael_dist.data.dataset import MAX_PIXELS, decode_image
 from raphael_dist.data.encoding import Encoders
 from raphael_dist.data.hed import EdgeEncoder, edge_map
+from raphael_dist.data.index import BadSample
 from raphael_dist.data.open import dataset_of, stores_text
 from raphael_dist.data.prefetch import Prefetcher
-from raphael_dist.data.shards import BadSample, build_index
+from raphael_dist.data.shards import build_index
 from raphael_dist.data.tar_scan import EDGE_EXT, FEATURES_EXT, IMAGE_EXTS
 from raphael_dist.errors import UserError
 from raphael_dist.prepare.source import Part, RawSample

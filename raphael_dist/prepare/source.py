@@ -11,7 +11,9 @@ from PIL import Image
 
 from raphael_dist.data.captions import clean_caption
 from raphael_dist.data.dataset import ImageDataset
-from raphael_dist.data.shards import BadSample, build_index, expand_shards
+from raphael_dist.data.index import BadSample
+from raphael_dist.data.shard_store import base_name
+from raphael_dist.data.shards import build_index, expand_shards
 from raphael_dist.data.tar_scan import EXTS, FEATURES_EXT, IMAGE_FORMATS
 from raphael_dist.errors import UserError
 from raphael_dist.prepare.folder import Picture, pictures_of
@@ -92,16 +94,16 @@ def _sample_of(key: str, picture: Picture) -> RawSample:
 def _of_shards(patterns: list[str]) -> list[Part]:
     parts: dict[str, Part] = {}
     for path in expand_shards(patterns):
-        name = Path(path).name
+        name = base_name(path)
         for suffix in _TARS:
             name = name.removesuffix(suffix)
         if name in parts:
             raise UserError(f"SOURCE: two shards are called {name}.tar; prepare them into different folders")
-        parts[name] = Part(name, _shard_reader(Path(path)))
+        parts[name] = Part(name, _shard_reader(path))
     return list(parts.values())
 
 
-def _shard_reader(path: Path) -> Callable[[], Iterator[RawSample | BadSample]]:
+def _shard_reader(path: str) -> Callable[[], Iterator[RawSample | BadSample]]:
     def read() -> Iterator[RawSample | BadSample]:
         with TemporaryDirectory() as folder:  # a gzipped shard is expanded in it
             index = build_index([path], Path(folder))

@@ -1,26 +1,56 @@
-"""From prompts to images: guidance, diffusers' schedulers, and the captioned grid."""
+"""From prompts to images: guidance around diffusers' schedulers, from noise or from a picture.
 
-from collections.abc import Sequence
-from pathlib import Path
+Shape legend: B images, C latent channels, h and w latent height and width, H and W image height and width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.rng import Purpose, generator
 
+# What the U-Net predicts for noised latents [B, C, h, w], timesteps [B] and captions.
+Denoise = Callable[[Tensor, Tensor, TextFeatures], Tensor]
+# Called after each step with its number, its timestep and the latents; what it returns replaces them.
+OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
-def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the noise, float32, that image number `index` of a set starts from: the same in any batch and on any device."""
-    return torch.from_numpy(generator(seed, Purpose.NOISE, index, extra=1).standard_normal(shape, dtype=np.float32))
+
+@dataclass(frozen=True)
+class Request:
+    """One image to draw. `seed`, `index` and `copy` fix its noise, so that it is the same in any batch and on any rank.
+
+    index: the number of the prompt within its set. copy: the number among the images of one prompt. start: a picture to
+    begin from, uint8 [H, W, 3] of size `size_hw`, or None to begin from noise.
+    """
+
+    prompt: str
+    size_hw: tuple[int, int]
+    seed: int = 0
+    index: int = 0
+    copy: int = 0
+    negative: str = ""
+    start: np.ndarray | None = None
+
+
+def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
+    """Return the noise, float32, that image `copy` of prompt number `index` starts from: the same in any batch, anywhere."""
+    draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
+    return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
+
+
+def denoiser(model: nn.Module) -> Denoise:
+    """Return the prediction of a `RaphaelUNet` as a function of captions."""
+    return lambda x, timestep, text: model(x, timestep, text.tokens, text.mask, text.end).prediction
 
 
 @torch.no_grad()
 def sample_latents(
-    model: nn.Module,
+    denoise: Denoise,
     scheduler: Any,
     noise_BChw: Tensor,
     text: TextFeatures,
@@ -28,82 +58,125 @@ def sample_latents(
     *,
     steps: int,
     guidance: float,
+    dtype: torch.dtype = torch.float32,
+    start_BChw: Tensor | None = None,
+    strength: float = 1.0,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise with classifier-free guidance: eps_null + guidance * (eps_text - eps_null).
 
-    `noise_BChw` float32; `text` holds B encoded captions, `null` the empty one; `steps` denoising steps. Gates get no noise.
-    Returns float32 latents [B, C, h, w] on the model's device.
+    Args:
+        scheduler: one of diffusers' (`model.diffusion.make_scheduler`); its noise scale and input scaling are honoured.
+        noise_BChw: float32, on the device that computes. text: B captions; null: B negative ones, or one for all.
+        steps: denoising steps. guidance: 1 leaves `null` out. dtype: of the model's weights. Gates get no noise.
+        start_BChw: latents of pictures, of which the share `strength` in 0..1 of the steps is drawn anew; None: from noise.
+
+    Returns float32 latents [B, C, h, w].
     """
-    weight = next(model.parameters())
-    batch = noise_BChw.shape[0]
-    scheduler.set_timesteps(steps)
-    x = noise_BChw.to(weight.device) * scheduler.init_noise_sigma
-    both = [_both(getattr(text, f), getattr(null, f), batch).to(weight.device) for f in ("tokens", "mask", "end")]
-    tokens, mask, end = both[0].to(weight.dtype), both[1], both[2]
-    for t in scheduler.timesteps:
-        doubled = torch.cat([x, x]).to(weight.dtype)
-        timestep = torch.full((2 * batch,), int(t), device=weight.device)
-        conditional, unconditional = model(doubled, timestep, tokens, mask, end).prediction.float().chunk(2)
-        x = scheduler.step(unconditional + guidance * (conditional - unconditional), t, x).prev_sample
+    device, batch = noise_BChw.device, len(noise_BChw)
+    captions = _on(text, device, dtype) if guidance == 1 else _both(text, null, batch, device, dtype)
+    copies = len(captions.tokens) // batch
+    x, timesteps = _begin(scheduler, noise_BChw, steps, start_BChw, strength)
+    for number, t in enumerate(timesteps):
+        scaled = scheduler.scale_model_input(x, t).to(dtype).repeat(copies, 1, 1, 1)
+        timestep = torch.full((len(scaled),), t.item(), device=device)
+        parts = denoise(scaled, timestep, captions).float().chunk(copies)
+        prediction = parts[0] if copies == 1 else parts[1] + guidance * (parts[0] - parts[1])
+        x = scheduler.step(prediction, t, x).prev_sample
+        if on_step is not None:
+            x = on_step(number, t, x)
     return x
 
 
-def _both(text: Tensor, null: Tensor, batch: int) -> Tensor:
-    return torch.cat([text, null.to(text.device).expand(batch, *null.shape[1:])])
+def _begin(
+    scheduler: Any, noise: Tensor, steps: int, start: Tensor | None, strength: float
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return what the first step denoises, and the timesteps to go."""
+    scheduler.set_timesteps(steps)
+    if start is None:
+        return noise * scheduler.init_noise_sigma, scheduler.timesteps
+    skipped = steps - min(int(steps * strength), steps)  # as diffusers counts
+    timesteps = scheduler.timesteps[skipped:]
+    if not len(timesteps):
+        return start, timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return scheduler.add_noise(start, noise, timesteps[:1].expand(len(start))), timesteps
 
 
-def generate(
-    model: nn.Module,
-    text: TextEncoder,
-    image: ImageEncoder,
-    scheduler: Any,
-    prompts: Sequence[str],
-    indices: Sequence[int],
-    *,
-    size_hw: tuple[int, int],
-    steps: int,
-    guidance: float,
-    seed: int,
-) -> np.ndarray:
-    """Return images, uint8 [B, H, W, 3], for `prompts`; `indices` number them within their set and fix their noise.
-
-    `scheduler` is one of diffusers' (`model.diffusion.make_scheduler`).
-    """
-    shape = (image.channels, size_hw[0] // image.factor, size_hw[1] // image.factor)
-    noise = torch.stack([initial_noise(seed, i, shape) for i in indices])
-    captions, empty = text.encode(prompts), text.encode([""])
-    latents = sample_latents(model, scheduler, noise, captions, empty, steps=steps, guidance=guidance)
-    pixels = (image.decode(latents) + 1) * 127.5
-    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def _on(text: TextFeatures, device: torch.device, dtype: torch.dtype) -> TextFeatures:
+    return TextFeatures(text.tokens.to(device, dtype), text.mask.to(device), text.end.to(device))
 
 
-def caption_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
-    """Lay images, uint8 [B, H, W, 3], out in up to six columns with their captions below, small ones enlarged."""
-    count, height, width = images.shape[:3]
-    columns, scale = min(6, count), max(1, 128 // width)
-    cell_w, cell_h, text_h = width * scale + 12, height * scale + 44, 34
-    grid = Image.new("RGB", (columns * cell_w, -(-count // columns) * cell_h), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
-    for i, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = (i % columns) * cell_w + 6, (i // columns) * cell_h + 4
-        grid.paste(Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.BICUBIC), (x, y))
-        for row, line in enumerate(_wrap(caption, draw, font, cell_w - 6)[: text_h // 14]):
-            draw.text((x, y + height * scale + 3 + 14 * row), line, fill="black", font=font)
-    return grid
+def _both(text: TextFeatures, null: TextFeatures, batch: int, device: torch.device, dtype: torch.dtype) -> TextFeatures:
+    def joined(name: str) -> Tensor:
+        own, other = getattr(text, name).to(device), getattr(null, name).to(device)
+        return torch.cat([own, other.expand(batch, *other.shape[1:])])
+
+    return _on(TextFeatures(joined("tokens"), joined("mask"), joined("end")), device, dtype)
 
 
-def _wrap(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font=font) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """A model with its encoders, ready to draw. `dtype`: of the model's weights; latents are float32 on `device`."""
+
+    denoise: Denoise
+    text: TextEncoder
+    image: ImageEncoder
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
+        """Return the sampler of a `RaphaelUNet`, on its device and in its type."""
+        weight = next(model.parameters())
+        return cls(denoiser(model), text, image, weight.device, weight.dtype)
+
+    def draw(
+        self,
+        requests: Sequence[Request],
+        scheduler: Any,
+        *,
+        steps: int,
+        guidance: float,
+        strength: float = 0.8,
+        on_step: OnStep | None = None,
+    ) -> np.ndarray:
+        """Return images, uint8 [B, H, W, 3], of requests of one size, all with a picture to start from or none."""
+        (size_hw,) = {request.size_hw for request in requests}
+        shape = (self.image.channels, size_hw[0] // self.image.factor, size_hw[1] // self.image.factor)
+        noise = torch.stack([initial_noise(r.seed, r.index, shape, r.copy) for r in requests]).to(self.device)
+        captions = self.text.encode([r.prompt for r in requests])
+        negatives = sorted({r.negative for r in requests})
+        null = self.text.encode(negatives if len(negatives) == 1 else [r.negative for r in requests])
+        latents = sample_latents(
+            self.denoise,
+            scheduler,
+            noise,
+            captions,
+            null,
+            steps=steps,
+            guidance=guidance,
+            dtype=self.dtype,
+            start_BChw=self._start(requests),
+            strength=strength,
+            on_step=on_step,
+        )
+        return to_pixels(self.image.decode(latents))
+
+    def _start(self, requests: Sequence[Request]) -> Tensor | None:
+        pictures = [r.start for r in requests if r.start is not None]
+        if not pictures:
+            return None
+        mean, _ = self.image.encode(to_tensor(np.stack(pictures)).to(self.device))
+        return mean.to(self.device)
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+def to_pixels(images_B3HW: Tensor) -> np.ndarray:
+    """Return uint8 [B, H, W, 3] of images in [-1, 1]."""
+    return ((images_B3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
+    """Return float32 [B, 3, H, W] in [-1, 1] of uint8 images."""
+    return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,6 +1,6 @@
 """Files that survive a crash: written and synced before anything refers to them, replaced in one step, checked by SHA-256.
 
-Nothing is buffered here: a test can stop a process between any two calls of the operating system.
+Nothing is buffered here, so that tests can kill a process between any two calls to the operating system.
 """
 
 import errno

@@ -1,8 +1,7 @@
 """Files of `torch.save`, read without running anything and written a tensor at a time.
 
-Reading unpickles with `weights_only=True` and a short list of allowed globals, never otherwise: a pickle from a stranger can
-run anything. DeepSpeed's classes are replaced by stand-ins, so that reading needs no DeepSpeed. Tensors come without their
-data, as a place in the file.
+Reading unpickles with `weights_only=True`, never otherwise: a pickle from a stranger can run anything. Tensors come without
+their data, as a place in the file.
 """
 
 import io
@@ -10,7 +9,7 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
@@ -28,43 +27,11 @@ MAX_PICKLE = 256 << 20  # bytes of the object tree, without tensor data
 _STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}
 
 
-class FragmentAddress:
-    """Stands for DeepSpeed's `fragment_address`: `numel` elements from `start` on."""
-
-    numel: int
-    start: int
-
-
-class LossScaler:
-    """Stands for DeepSpeed's loss scalers."""
-
-
-def _zero_stage(value: int) -> int:
-    return int(value)
-
-
-def _member(of: Any, name: str) -> int:
-    """Stands for `getattr`, by which the first releases of Python 3.11 pickle members of an enum: of ZeRO's stages alone."""
-    if of is not _zero_stage or name not in _STAGES:
-        raise pickle.UnpicklingError("GLOBAL getattr of anything but ZeRO's stages")
-    return _STAGES[name]
-
-
-_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
-# Exactly what DeepSpeed's files hold beside tensors and plain values.
-ALLOWED: list[Any] = [
-    (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_member, "builtins.getattr"),
-    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
-]
-
-
-def load_tree(path: Path) -> Any:
+def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
     """Return the object that `torch.save` wrote, with a `Stored` for every tensor.
 
-    UserError when the file is missing, damaged, or holds anything but tensors and plain values: nothing of it is run.
+    allowed: classes and functions that the pickle may name, as `torch.serialization.safe_globals` takes them. UserError when
+    the file is missing, damaged, or holds anything but these, tensors and plain values: nothing else of it is run.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -75,7 +42,7 @@ def load_tree(path: Path) -> Any:
             order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
         if order not in (b"", sys.byteorder.encode()):
             raise ValueError("it was written on a machine of the other byte order")
-        with FakeTensorMode(), torch.serialization.safe_globals(ALLOWED):
+        with FakeTensorMode(), torch.serialization.safe_globals(list(allowed)):
             return _with_places(torch.load(path, weights_only=True, map_location="cpu"), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -91,13 +92,28 @@ def _named(flat: Tensor, like: dict[str, Tensor | float]) -> dict[str, Tensor]:
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
+# What TensorBoard's page of custom scalars opens with: the curves that matter first.
+LAYOUT = {
+    "first": {
+        "loss": ["Multiline", ["^train/loss"]],
+        "validation loss by timestep (t0: least noisy)": ["Multiline", ["^val/loss"]],
+        "images per second": ["Multiline", ["^throughput/samples_per_s$"]],
+        "gradient norm": ["Multiline", ["^optim/grad_norm$"]],
+        "busiest and idlest expert (1: an even share)": ["Multiline", ["^moe/(space|time)/load_"]],
+    }
+}
+_OF_A_BLOCK = re.compile(r"moe/\w+/L\d+/")
+
+
 class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and to TensorBoard below the run directory. For rank 0.
+
+    TensorBoard gets no scalars of single blocks (moe/space/L00/...) unless `every_scalar`: heat maps show these.
 
     What cannot be written, the disk being full, say, is lost with one warning: it ends no run.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, every_scalar: bool = False) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         threading.excepthook = _without_tensorboards(threading.excepthook)
@@ -105,13 +121,16 @@ class MetricsWriter:
         self._path = run_dir / "metrics.jsonl"
         self._board: SummaryWriter | None = None
         self._try("TensorBoard's file", lambda: setattr(self, "_board", SummaryWriter(str(run_dir / "tensorboard"))))
+        self._every_scalar = every_scalar
+        self._to_board("add_custom_scalars", LAYOUT)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Append one line, and one TensorBoard scalar per tag, for optimizer step `step`."""
         line = json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
         self._try(str(self._path), lambda: self._append(line))
         for tag, value in values.items():
-            self._to_board("add_scalar", tag, value, step)
+            if self._every_scalar or not _OF_A_BLOCK.match(tag):
+                self._to_board("add_scalar", tag, value, step)
 
     def image(self, tag: str, step: int, image: Any) -> None:
         """Show a PIL image in TensorBoard."""
@@ -174,19 +193,27 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = None) -> dict[str, float]:
-    """Return per-layer scalars from expert loads [L, K]: the largest and smallest load relative to an even share.
+    """Return scalars from expert loads [L, K], of each layer and over all: the largest and smallest load relative to an even
+    share.
 
     With `total_samples`, load_LK is a sum over samples of the share of image tokens per expert, and `density` is the share
     of (token, expert) pairs in use.
     """
-    values = {}
-    for layer, load_K in enumerate(load_LK):
-        relative = load_K / load_K.mean().clamp(min=1e-12)
+    share_LK = relative_load(load_LK)
+    values = {f"{prefix}/load_max": float(share_LK.max()), f"{prefix}/load_min": float(share_LK.min())}
+    if total_samples:
+        values[f"{prefix}/density"] = float(load_LK.mean() / total_samples)
+    for layer, (load_K, relative) in enumerate(zip(load_LK, share_LK, strict=True)):
         values[f"{prefix}/L{layer:02d}/load_max"] = float(relative.max())
         values[f"{prefix}/L{layer:02d}/load_min"] = float(relative.min())
         if total_samples:
             values[f"{prefix}/L{layer:02d}/density"] = float(load_K.mean() / total_samples)
     return values
+
+
+def relative_load(load_LK: Tensor) -> Tensor:
+    """Return loads relative to an even share of their layer, [L, K]."""
+    return load_LK / load_LK.mean(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 class ExpertLoadMonitor:

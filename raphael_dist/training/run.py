@@ -39,14 +39,14 @@ class Run:
     guard: Guard
     telemetry: Telemetry
     watchdog: Watchdog
-    stop: StopRequest  # of this rank, at any moment
+    stop: StopRequest  # what this rank wants
     lock: IO[str] | None
     samples_seen: int = 0
     step: int = 0
-    stop_requested: bool = False  # agreed by all ranks, at a step's end
-    first_step: int = 0  # of this process, or where it returned to
+    stop_requested: bool = False  # what all ranks agreed on at a step's end
+    first_step: int = 0  # where this process began, or returned to
     trained: bool = False  # a step since then changed the weights
-    suspect: bool = False  # in the last step that was skipped no sample had a finite loss: it is the weights
+    suspect: bool = False  # no sample of the last skipped step had a finite loss, so the weights are to blame
     save_due: bool = False  # a checkpoint is wanted, as soon as a step is good
 
     @property

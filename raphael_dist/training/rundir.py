@@ -1,5 +1,6 @@
 """The run directory: who owns it, what runs in it, and where its log goes."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -9,10 +10,9 @@ import time
 from pathlib import Path
 from typing import IO
 
-import yaml
-
+from raphael_dist.checkpoint.progress import progress_of
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
-from raphael_dist.config import Config, config_from_tree, to_yaml
+from raphael_dist.config import Config, to_yaml
 from raphael_dist.errors import UserError, cannot_write
 from raphael_dist.identity import check_same_run
 from raphael_dist.parallel.long_work import Tell, quiet
@@ -35,9 +35,7 @@ def claim(config: Config, tell: Tell = quiet) -> IO[str]:
         lock = open(folder / ".lock", "a")
         if not _lock(lock, config.run.lock_wait_s, tell):
             raise UserError(f"run.dir: another process is training in {folder}; wait for it or choose another run.dir")
-        before = _recorded(folder)
-        if before is not None:
-            check_same_run(before, config, str(folder))
+        check_unowned(config)
         files.replace_bytes(folder / "config.yaml", to_yaml(config).encode())
         files.replace_bytes(folder / "versions.json", json.dumps(versions(), indent=1).encode())
     except OSError as error:
@@ -79,20 +77,25 @@ def check_owner(lock: IO[str] | None) -> None:
         raise RuntimeError(f"another process has taken over {Path(lock.name).parent}; this one writes nothing more there")
 
 
-def _recorded(folder: Path) -> Config | None:
-    """Return the configuration that the run had when it last started, or else its newest checkpoint; None without any."""
-    try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        if isinstance(tree, dict):
-            return config_from_tree(tree)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, UserError):
-        pass
-    for checkpoint in newest(folder / "checkpoints"):
+def check_unowned(config: Config) -> None:
+    """Raise UserError when the run directory holds another run: by its newest checkpoint, since nothing was trained before
+    the first; a start that failed owns nothing."""
+    for checkpoint in newest(config.run.dir / "checkpoints"):
         try:
-            return CheckpointReader(checkpoint).config()
+            before = CheckpointReader(checkpoint).config()
         except UserError:
             continue
-    return None
+        check_same_run(before, config, str(config.run.dir))
+        return
+
+
+def beginnings(config: Config) -> list[int]:
+    """Return from how many samples seen on the run may go on: those of each of its checkpoints that says so."""
+    found = []
+    for checkpoint in newest(config.run.dir / "checkpoints"):
+        with contextlib.suppress(UserError):
+            found.append(progress_of(CheckpointReader(checkpoint).manifest).samples_seen)
+    return found
 
 
 class _LogFile(logging.FileHandler):
@@ -108,7 +111,7 @@ class _LogFile(logging.FileHandler):
 
 
 def start_logging(config: Config, rank: int) -> None:
-    """Send log lines to `train.log` (rank 0) or `logs/rank-NNNNN.log`, and warnings of rank 0 to stderr too."""
+    """Send log lines to `train.log` (rank 0) or `logs/rank-NNNNN.log`, and rank 0's from run.log_level on to stderr too."""
     name = "train.log" if rank == 0 else f"logs/rank-{rank:05d}.log"
     path = config.run.dir / name
     try:
@@ -119,10 +122,11 @@ def start_logging(config: Config, rank: int) -> None:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("raphael_dist")
     root.handlers = [to_file]
-    root.setLevel(logging.INFO)
+    level = getattr(logging, config.run.log_level.upper())
+    root.setLevel(min(logging.INFO, level))
     root.propagate = False
     if rank == 0:
         to_terminal = logging.StreamHandler(sys.stderr)
-        to_terminal.setLevel(logging.WARNING)
+        to_terminal.setLevel(level)
         to_terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         root.addHandler(to_terminal)

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 
 from raphael_dist.checkpoint.store import Save
 from raphael_dist.config import Config
+from raphael_dist.insight.figures import heat_map
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.objective import Losses
 from raphael_dist.parallel.ranks import Ranks
 from raphael_dist.training.console import Reporter
 from raphael_dist.training.measure import peak_gib, throughput
-from raphael_dist.training.metrics import ExpertLoadMonitor, Metrics, MetricsWriter, load_metrics
+from raphael_dist.training.metrics import ExpertLoadMonitor, Metrics, MetricsWriter, load_metrics, relative_load
 from raphael_dist.training.straggler import Stopwatch, Stragglers
 from raphael_dist.training.waiting import DataWait
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """Collects on every rank without waiting for the device, and writes on rank 0. Context: the time of training.
+    """Collects on every rank without waiting for the device, and writes on rank 0. Use it as a context around training.
 
     `flops`: model FLOPs per sample.
     """
@@ -36,7 +36,7 @@ class Telemetry:
         self._max_steps = config.train.max_steps
         self._metrics, self._loads = Metrics(device), ExpertLoadMonitor()
         self._stopwatch, self._stragglers = Stopwatch(device), Stragglers(hosts)
-        self._writer = MetricsWriter(config.run.dir) if ranks.is_main else None
+        self._writer = MetricsWriter(config.run.dir, config.train.load_scalars) if ranks.is_main else None
         self._console: Reporter | None = None
         self._wait = DataWait()
         self._logged_step, self._logged_at = 0, time.monotonic()
@@ -91,7 +91,7 @@ class Telemetry:
         reduced, now = self._metrics.reduce(), time.monotonic()
         values = {tag: float(v) for tag, v in reduced.items() if v.ndim == 0 and tag != "samples"} | own
         samples, elapsed = float(reduced["samples"]), now - self._logged_at
-        values |= self._log_loads(reduced, samples)
+        values |= self._log_loads(step, reduced, samples)
         values |= throughput(samples, elapsed, self.flops, self._device, self._dtype, self._ranks.world_size)
         waited, line = self._wait.take(elapsed)
         values |= waited
@@ -104,11 +104,14 @@ class Telemetry:
             self._console.scalars(step, values)
         return values
 
-    def _log_loads(self, reduced: dict[str, torch.Tensor], samples: float) -> dict[str, float]:
+    def _log_loads(self, step: int, reduced: dict[str, torch.Tensor], samples: float) -> dict[str, float]:
         values: dict[str, float] = {}
         for kind, total in (("space", samples), ("time", None)):
             if f"load/{kind}" in reduced:
                 values |= load_metrics(f"moe/{kind}", reduced[f"load/{kind}"], total)
+                if self._writer is not None:
+                    share_LK = relative_load(reduced[f"load/{kind}"]).numpy()
+                    self._writer.image(f"loads/{kind}", step, heat_map(share_LK, f"load of the {kind} experts by block"))
                 for line in self._loads.new(kind, reduced[f"load/{kind}"], samples):
                     self.warn(line)
         return values
@@ -124,11 +127,11 @@ class Telemetry:
         self.line(saved.line)
         self.write(saved.manifest["step"], saved.manifest["samples_seen"], saved.metrics())
 
-    def log_images(self, step: int, grid: Any, path: Path) -> None:
-        """Show a grid, a PIL image, that was saved at `path`."""
+    def log_images(self, step: int, images: dict[str, Any]) -> None:
+        """Show PIL images by tag."""
         if self._writer is not None:
-            self._writer.image("samples", step, grid)
-        self.line(f"step {step}: samples in {path}")
+            for tag, image in images.items():
+                self._writer.image(tag, step, image)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Write scalars by tag, on rank 0."""

@@ -11,7 +11,7 @@ import torch
 
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config
-from raphael_dist.convert.load import load_initial
+from raphael_dist.convert.initial import load_initial
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.source import DataSource, open_source
 from raphael_dist.engine.ema import Ema
@@ -21,15 +21,15 @@ from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.long_work import together
+from raphael_dist.parallel.long_work import from_main, together
 from raphael_dist.parallel.ranks import Ranks, all_or_none, all_reduce_sum, rank_table
-from raphael_dist.sampling.sampling import caption_grid, save_image
+from raphael_dist.sampling.grid import caption_grid, save_image
 from raphael_dist.training import measure, recovery, rundir
 from raphael_dist.training.guard import Guard
 from raphael_dist.training.run import Run
 from raphael_dist.training.stopping import StopRequest
 from raphael_dist.training.telemetry import Telemetry
-from raphael_dist.training.validation import Validator, ready_to_sample, sample_prompts
+from raphael_dist.training.validation import Validator, figures_of, ready_to_sample, sample_prompts
 from raphael_dist.training.watchdog import SLOW, Watchdog
 
 
@@ -45,14 +45,16 @@ def build(
 
     Raises UserError on all ranks for what the user can fix, before anything is trained.
     """
-    plan = BatchPlan.of(config, ranks.world_size)
     lock = together("taking the run directory", lambda tell: rundir.claim(config, tell) if ranks.is_main else None)
+    plan = BatchPlan.of(config, ranks.world_size, from_main("looking for checkpoints", lambda _: rundir.beginnings(config)))
     all_or_none(lambda: rundir.start_logging(config, ranks.rank))
     with ExitStack() as on_error:
         watchdog = Watchdog(ranks, config.run.dir, config.run.hang_timeout_s)
         all_or_none(watchdog.start)
         on_error.callback(watchdog.stop)
         telemetry = Telemetry(config, ranks, device, rank_table(ranks, device))
+        for line in plan.advice():
+            telemetry.warn(line)
         watchdog.beat("opening the data", SLOW)
         data = open_data(config, ranks, device)
         on_error.callback(data.close)
@@ -84,7 +86,7 @@ def build(
         recovery.restore(run, saved)
         if saved is None and config.run.init_from is not None:
             _start_from(run, config.run.init_from)
-        run.first_step = run.step
+        run.first_step, run.builder.phase = run.step, run.samples_seen % config.train.global_batch
         watchdog.beat("the rehearsal", SLOW)
         first = run.builder.build(plan.slots(run.samples_seen, ranks.rank, 0))
         telemetry.begin(run.step, measure.rehearse(engine, first, schedule))
@@ -95,7 +97,11 @@ def build(
 def _start_from(run: Run, path: Path) -> None:
     """Give a new run the weights of a checkpoint. Collective."""
     fragments, verify = run.engine.fragments, run.ranks.is_main
-    together("reading run.init_from", lambda tell: load_initial(fragments, path, verify=verify, tell=tell))
+    initial = together(
+        "reading run.init_from", lambda tell: load_initial(fragments, path, run.config, verify=verify, tell=tell)
+    )
+    if run.ranks.is_main:
+        print(f"run.init_from: {initial.describe(path)}", flush=True)
     fragments.sync_model()
     if run.ema is not None:
         run.ema.restart()
@@ -235,15 +241,17 @@ def validate(run: Run, validator: Validator) -> None:
 
 def sample(run: Run) -> None:
     """Sample the configured prompts with the averaged weights, and write the grid. Collective."""
-    images = sample_prompts(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image)
-    if images is not None:
+    samples = sample_prompts(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image)
+    if samples is not None:
+        prompts = run.config.sample.prompts
         path = run.config.run.dir / "samples" / f"step-{run.step:08d}.png"
-        grid = caption_grid(images, run.config.sample.prompts)
+        grid = caption_grid(samples.images, prompts)
         try:
             save_image(grid, path)
         except OSError as error:
             run.telemetry.warn(f"cannot write {path}: {error.strerror or error}; training goes on")
-        run.telemetry.log_images(run.step, grid, path)
+        run.telemetry.log_images(run.step, {"samples": grid, **figures_of(samples, prompts[0], run.data.text)})
+        run.telemetry.line(f"step {run.step}: samples in {path}")
 
 
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:

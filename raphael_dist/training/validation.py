@@ -1,23 +1,29 @@
 """Validation loss at fixed noise, and sample grids, with the work spread over all ranks."""
 
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from raphael_dist.config import Config
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder
 from raphael_dist.data.source import DataSource
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
+from raphael_dist.insight.figures import bands, overlays, route_table
+from raphael_dist.insight.prompt import followed
+from raphael_dist.insight.recorder import Record, Recorder
+from raphael_dist.insight.routes import words_of
 from raphael_dist.model.diffusion import NoiseSchedule, make_scheduler
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan, run_of, unit_of
 from raphael_dist.parallel.ranks import Ranks, all_reduce_sum
-from raphael_dist.sampling.sampling import generate
+from raphael_dist.sampling.sampling import Request, Sampler
 
+RECORDED_AT = 0.6  # of the denoising steps: the regions that are shown
 TIME_BINS = 4
 MIN_DRAWS = 32
 
@@ -64,9 +70,9 @@ def ranks_together(config: Config, engine: Engine, world_size: int) -> int:
 
 
 def drawing_ranks(count: int, world_size: int, group: int, span: int) -> int:
-    """Return on how many ranks, in whole groups, `count` samples are drawn: no more than have one, at least one group.
+    """Return how many ranks draw `count` samples: a multiple of `group`, such that every group has samples to draw.
 
-    span: samples that a group draws at a time.
+    group: ranks that run the model together. span: samples that a group draws at a time.
     """
     units = min(-(-count // span), count // group, world_size // group)
     return max(1, units) * group
@@ -92,24 +98,48 @@ def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEnco
         image.ready()
 
 
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images of `sample.prompts`, uint8 [P, H, W, 3], and what the first of them went through."""
+
+    images: np.ndarray
+    record: Record
+
+
 def sample_prompts(
     config: Config, ranks: Ranks, engine: Engine, ema: Ema | None, text: TextEncoder, image: ImageEncoder
-) -> np.ndarray | None:
-    """Return images of `sample.prompts`, uint8 [P, H, W, 3], from the averaged weights, on rank 0. Collective."""
+) -> Samples | None:
+    """Return images of `sample.prompts` from the averaged weights, on rank 0. Collective."""
     s, prompts, size = config.sample, list(config.sample.prompts), config.image.buckets[0]
     mine = prompt_share(len(prompts), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size))
     images = torch.zeros(len(prompts), *size, 3, dtype=torch.uint8)
     engine.module.eval()
+    recorder = Recorder(engine.module, at=round(RECORDED_AT * s.steps) - 1)
     with nullcontext() if ema is None else ema.in_model():
         if mine:
-            arguments: dict[str, Any] = {"steps": s.steps, "guidance": s.guidance, "seed": s.seed}
-            captions, scheduler = [prompts[i] for i in mine], make_scheduler(config.diffusion, s.scheduler)
-            drawn = generate(engine.module, text, image, scheduler, captions, mine, size_hw=size, **arguments)
+            requests = [Request(prompts[i], size, s.seed, i) for i in mine]
+            scheduler = make_scheduler(config.diffusion, s.scheduler)
+            sampler = Sampler.of(engine.module, text, image)
+            with recorder if ranks.is_main else nullcontext():
+                drawn = sampler.draw(requests, scheduler, steps=s.steps, guidance=s.guidance)
             for i, image_HW3 in zip(mine, drawn, strict=True):
-                if i // len(mine) == ranks.rank:  # not one that is drawn only to keep company
+                if i // len(mine) == ranks.rank:  # else it was drawn only so that the group's ranks draw equally many
                     images[i] = torch.from_numpy(image_HW3)
     engine.module.train()
     # Every image is one rank's, and nothing elsewhere: the sum is all of them. Its size does not grow with the ranks.
     images = images.to(engine.device)
     dist.reduce(images, dst=0)
-    return images.cpu().numpy() if ranks.is_main else None
+    return Samples(images.cpu().numpy(), recorder.record) if ranks.is_main else None
+
+
+def figures_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Image.Image]:
+    """Return figures by tag of what the first sample went through: routes and regions of its words, its time experts."""
+    record, figures = samples.record, {}
+    if record.time_LS is not None:
+        figures["paths/time"] = bands(record.time_LS.numpy(), record.timesteps, "time expert of each block by timestep")
+    seen = followed(samples.images[0], words_of(text.tokenizer, prompt, text.max_tokens), record)
+    if seen.route_WL is not None and seen.words:
+        figures["paths/words"] = route_table(seen.words, seen.route_WL, f"space expert of each word by block: {prompt}")
+        title = f"regions at timestep {seen.timestep:.0f}: {prompt}"
+        figures["paths/regions"] = overlays(seen.pixels, seen.words, seen.regions, seen.route_WL, title)
+    return figures

@@ -10,8 +10,8 @@ from raphael_dist.model.batch import Batch
 KINDS = ("reading", "decoding", "encoding", "copying")
 WORTH_SAYING = 0.03  # share of the time
 _HELP = {
-    "reading": "raise data.prefetch, or keep the shards on a faster disk",
-    "decoding": "set data.features=cached or stored, which decode nothing, or raise data.prefetch",
+    "reading": "raise data.prefetch, or keep the shards (data.shard_cache) on a faster disk",
+    "decoding": "raise data.workers, or set data.features=cached or stored, which decode nothing",
     "encoding": "set data.features=cached or stored, or image.dtype=bfloat16 on a GPU",
     "copying": "raise data.prefetch",
 }

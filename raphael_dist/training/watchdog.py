@@ -142,9 +142,8 @@ class Watchdog:
             faulthandler.dump_traceback(self._stacks, all_threads=True)
         leave_exit_code(EXIT_HUNG)
         if silent(found, self._tick):
-            time.sleep(
-                4 * self._tick
-            )  # its timer is about to write its stacks; when this rank ends, the launcher ends it too
+            # The silent rank's last resort is about to write its stacks; when this rank ends, the launcher ends that one.
+            time.sleep(4 * self._tick)
         os._exit(EXIT_HUNG)  # the training thread is stuck: nothing less ends it
 
     def _read(self) -> list[Heartbeat]:

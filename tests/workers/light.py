@@ -19,6 +19,7 @@ from raphael_dist.engine import expert_groups
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.exchange import Traffic
 from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from raphael_dist.sampling.sampling import Request, Sampler
 from raphael_dist.training import validation
 from tests.synthetic import SIZE, TEXT_WIDTH, TOKENS, TREE
 
@@ -55,7 +56,7 @@ def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     config, seen = load_config("emoji-tiny", spec["overrides"]), []
     for _ in range(2):
         encoders_ = open_encoders(config, torch.device("cpu"))
-        open_stream(config, config.data.shards, ranks, encoders_, training=True)
+        open_stream(config, ranks, encoders_, training=True)
         text, image = encoders_.text, encoders_.image
         seen.append(loads[0])
     validation.ready_to_sample(config, ranks, SimpleNamespace(stage=spec.get("stage", 1)), text, image)  # type: ignore[arg-type]
@@ -95,17 +96,17 @@ def tiny_unet(config: Config) -> RaphaelUNet:
 
 def prompts_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Sample prompts on all ranks; return the images rank 0 has, and how many this rank drew."""
-    config, drawn, generate = config_of_prompts(spec["prompts"], spec["space_ep"]), [], validation.generate
+    config, drawn, draw = config_of_prompts(spec["prompts"], spec["space_ep"]), [], Sampler.draw
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        drawn.extend(args[5])
-        return generate(*args, **kwargs)
+    def counting(self: Sampler, requests: list[Request], *args: Any, **kwargs: Any) -> Any:
+        drawn.extend(request.index for request in requests)
+        return draw(self, requests, *args, **kwargs)
 
-    validation.generate = counting  # type: ignore[assignment]
+    Sampler.draw = counting  # type: ignore[method-assign]
     engine: Any = SimpleNamespace(module=tiny_unet(config), stage=spec["stage"], device=torch.device("cpu"))
     text: Any = Letters()
-    images = validation.sample_prompts(config, ranks, engine, None, text, ImageEncoder.of(None))
-    return {"drawn": drawn, "images": None if images is None else images.tolist()}
+    samples = validation.sample_prompts(config, ranks, engine, None, text, ImageEncoder.of(None))
+    return {"drawn": drawn, "images": None if samples is None else samples.images.tolist()}
 
 
 CASES = {"groups": groups_case, "encoders": encoders_case, "prompts": prompts_case}

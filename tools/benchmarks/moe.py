@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.space import SpaceCase, add_sizes, cases
 from raphael_dist.engine import expert_groups
+from raphael_dist.engine.engine import import_deepspeed
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.parallel.exchange import ExpertGroup, Traffic
@@ -118,11 +119,9 @@ class _Loop(nn.Module):
 
 
 def _deepspeed_moe(case: SpaceCase, k: int, world: int, uneven: bool) -> nn.Module:
-    import deepspeed
     from deepspeed.moe.layer import MoE
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
-    deepspeed.init_distributed(verbose=False)
+    import_deepspeed().init_distributed(verbose=False)
     expert = nn.Sequential(nn.Linear(case.dim, case.hidden), nn.GELU(), nn.Linear(case.hidden, case.dim))
     # No token is dropped, as in ours.
     layer = MoE(case.dim, expert, case.experts, ep_size=world, k=k, drop_tokens=False, use_rts=False)

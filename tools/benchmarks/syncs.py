@@ -30,7 +30,7 @@ from raphael_dist.data.encoding import AheadEncoder
 from raphael_dist.data.stream import StreamSample
 from raphael_dist.engine.ds_config import read_deepspeed_json
 from raphael_dist.engine.ema import Ema
-from raphael_dist.engine.engine import Engine
+from raphael_dist.engine.engine import Engine, import_deepspeed
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
@@ -78,17 +78,15 @@ def note_step(config: Config, json_tree: dict[str, Any], world_size: int) -> Ste
 
 
 def _join(world_size: int) -> None:
-    import deepspeed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     # DeepSpeed calls collectives under names that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
     os.environ["LOCAL_RANK"] = "0"
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
+    import_deepspeed().init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
 
 
 def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:

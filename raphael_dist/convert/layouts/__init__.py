@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from raphael_dist.checkpoint.folders import followed
 from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -94,6 +95,7 @@ def open_checkpoint(name: str, path: Path, config: "Config | None" = None) -> "C
 
     config: the model, for layouts whose files may not say it (a folder that DeepSpeed wrote).
     """
+    path = followed(path)
     try:
         layout = detect(path) if name == "auto" else layout_of("--from", name)
         name = layout.name

@@ -4,6 +4,7 @@ A single file may have diffusers' names, or those of the original LDM code (belo
 from `config.json`, or from the shapes in a single file.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from raphael_dist.convert.manifest import base_manifest, checkpoint_of, manifest
 from raphael_dist.convert.plan import ConversionPlan, Entry, Options, OutFile, Source, chosen_weights, parts, piece
 from raphael_dist.convert.source import Checkpoint, is_dense, parameter_shapes
 from raphael_dist.errors import UserError
+from raphael_dist.model.latents import latent_factor
 from raphael_dist.storage.tensorfile import Stored, read_header
 from raphael_dist.storage.torchfile import load_tree
 
@@ -40,41 +42,13 @@ _OUTER = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-# What our U-Net does in one way only; a config.json that says otherwise is another architecture.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "use_linear_projection": (True,),
-    "act_fn": ("silu",),
-    "transformer_layers_per_block": (1,),
-    "resnet_time_scale_shift": ("default",),
-    "class_embed_type": (None,),
-    "addition_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "dual_cross_attention": (False,),
-    "only_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "time_cond_proj_dim": (None,),
-    "norm_eps": (1e-5,),
-    "center_input_sample": (False,),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_only_cross_attention": (None, False),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1,),
-    "time_embedding_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "cross_attention_norm": (None,),
-    "attention_type": ("default",),
-    "encoder_hid_dim_type": (None,),
-    "dropout": (0,),
-}
-_DEFAULTS = {"use_linear_projection": False}  # diffusers' own, where it is not ours
+# The fields of a diffusers U-Net's `config.json` that may have any value: our sizes, and what does not change the
+# architecture. All others must have diffusers' default, which is what our U-Net does; `_LINEAR` is the one exception.
+_FREE = {
+    "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "in_channels", "out_channels",
+    "cross_attention_dim", "norm_num_groups", "attention_head_dim", "num_attention_heads", "sample_size", "upcast_attention",
+}  # fmt: skip
+_LINEAR = "use_linear_projection"  # Stable Diffusion 2's transformers have it, diffusers' default has not
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -82,11 +56,14 @@ _DEFAULTS = {"use_linear_projection": False}  # diffusers' own, where it is not 
 
 def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str, Any] | None = None) -> Config:
     """Return the configuration of a diffusers U-Net's `config.json`. UserError for a structure that ours does not have."""
-    for field, allowed in _FIXED.items():
-        given = unet.get(field, _DEFAULTS.get(field, allowed[0]))
-        if given not in allowed:
+    from diffusers import UNet2DConditionModel
+
+    parameters = inspect.signature(UNet2DConditionModel.__init__).parameters.items()
+    for field, default in [(name, parameter.default) for name, parameter in parameters if name not in _FREE | {"self"}]:
+        given, wanted = unet.get(field, default), field == _LINEAR or default
+        if given != wanted and (given or wanted):  # None and False turn the same things off
             raise UserError(
-                f"{where}: {field} = {given!r}; only U-Nets like Stable Diffusion 2's fit ({field} = {allowed[0]!r})"
+                f"{where}: {field} = {given!r}; only U-Nets like Stable Diffusion 2's fit ({field} = {wanted!r})"
             )
     try:
         channels, kinds = list(unet["block_out_channels"]), list(unet["down_block_types"])
@@ -130,9 +107,9 @@ def unet_json(config: Config, where: str) -> dict[str, Any]:
         "layers_per_block": m.layers_per_block,
         "norm_num_groups": m.norm_groups,
         "out_channels": m.latent_channels,
-        "sample_size": max(config.image.buckets[0]) // (1 if config.image.encoder == "none" else 8),
+        "sample_size": max(config.image.buckets[0]) // latent_factor(config.image.encoder),
         "up_block_types": [k.replace("Down", "Up") for k in reversed(kinds)],
-        "use_linear_projection": True,
+        _LINEAR: True,
     }
 
 

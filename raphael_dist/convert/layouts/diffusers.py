@@ -20,15 +20,15 @@ from raphael_dist.convert.source import Checkpoint, is_dense
 from raphael_dist.data.encoders import text_folders, vae_folder
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
-from raphael_dist.model.latents import latent_factor
 from raphael_dist.storage.versions import versions
 
 MODULE, UNET, PIPELINE = "raphael_dist.pipeline", "RaphaelUNet2D", "RaphaelPipeline"
+CODE = "pipeline"  # the folder's own module, by which diffusers finds the class
 # For those who load with DiffusionPipeline; RaphaelPipeline.from_pretrained runs no code of the folder.
-_PIPELINE_CODE = f'''"""For DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)."""
+PIPELINE_CODE = f'''"""For DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)."""
 
 from {MODULE} import {PIPELINE}
-'''.encode()
+'''
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
@@ -44,8 +44,8 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
         encoders = Encoders(config)
         index = encoders.model_index()
         small["model_index.json"] = json.dumps(index, indent=2).encode()
-        if index["_class_name"] == PIPELINE:
-            small["pipeline.py"] = _PIPELINE_CODE
+        if index["_class_name"] == [CODE, PIPELINE]:
+            small[f"{CODE}.py"] = PIPELINE_CODE.encode()
         if is_dense(config):
             unet["sample_size"] = max(config.image.buckets[0]) // latent_factor(config.image.encoder)
         finish = encoders.write
@@ -87,7 +87,7 @@ class Encoders:
         config = self.config
         stable = is_dense(config) and self.text_class == "CLIPTextModel" and self.vae is not None
         index: dict[str, Any] = {
-            "_class_name": "StableDiffusionPipeline" if stable else PIPELINE,
+            "_class_name": "StableDiffusionPipeline" if stable else [CODE, PIPELINE],
             "_diffusers_version": versions()["diffusers"],
             "unet": ["diffusers", CLASS] if is_dense(config) else [MODULE, UNET],
             "vae": ["diffusers", "AutoencoderKL"] if self.vae else [None, None],

@@ -13,6 +13,7 @@ from raphael_dist.checkpoint.progress import Progress, progress_of
 from raphael_dist.checkpoint.tensors import Key, Span
 from raphael_dist.config import Config, config_from_tree
 from raphael_dist.convert.layouts import canonical
+from raphael_dist.convert.layouts.deepspeed.classes import ALLOWED
 from raphael_dist.convert.manifest import manifest_beside, vouched
 from raphael_dist.convert.partition import Group, Topology, groups, zero3
 from raphael_dist.convert.source import Checkpoint, parameter_shapes
@@ -61,7 +62,7 @@ def open_deepspeed(path: Path, config: Config | None) -> Checkpoint:
         config = config_from_tree(manifest["config"])
     if config is None:
         raise UserError(f"--from deepspeed {path}: the files do not say the model; give --config PRESET_OR_YAML")
-    model = load_tree(folder / (MODEL if (folder / MODEL).is_file() else MODEL_3))
+    model = load_tree(folder / (MODEL if (folder / MODEL).is_file() else MODEL_3), ALLOWED)
     shapes = parameter_shapes(config)
     files = _Files(folder, model, shapes)
     step = int(model["global_steps"])
@@ -100,7 +101,7 @@ class _Files:
         if not any(_OPTIM.fullmatch(p.name) for p in folder.iterdir()):
             self._read_plain()
         else:
-            shards = {file: load_tree(file)["optimizer_state_dict"] for file in _shards(folder, self._world)}
+            shards = {file: load_tree(file, ALLOWED)["optimizer_state_dict"] for file in _shards(folder, self._world)}
             stage = 3 if (folder / MODEL_3).is_file() else int(next(iter(shards.values())).get("zero_stage", 1))
             for rank, (file, state) in enumerate(shards.items()):
                 if stage == 3:

@@ -1,0 +1,149 @@
+"""The weights that a new run starts from (`run.init_from`), also of a checkpoint that does not fit in every part.
+
+`run.init_missing` names the parts that may differ: what a part has in the model alone is drawn anew, what it has in the
+checkpoint alone is left there, and so is what has another shape. A dense model's feed-forward layers become time experts.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config import Config
+from raphael_dist.convert.layouts import open_checkpoint
+from raphael_dist.convert.source import Checkpoint, is_dense, parameter_shapes
+from raphael_dist.convert.upcycle import Upcycled
+from raphael_dist.engine.fragments import Fragments
+from raphael_dist.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model, as run.init_missing names it, that a parameter belongs to; "" for all that is common."""
+    if ".edge." in name:
+        return "edge"
+    if ".attn2.to_k." in name or ".attn2.to_v." in name:
+        return "text"
+    if ".space_moe." in name or name.startswith("text_gates."):
+        return "space"
+    return "time" if ".time_moe." in name or ".ff." in name or name.startswith("time_gates.") else ""
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What a new run's model takes from a checkpoint: parameters that are taken, drawn anew, left in the checkpoint.
+
+    copied: those of a dense model that become experts here.
+    """
+
+    taken: tuple[str, ...]
+    anew: tuple[str, ...]
+    left: tuple[str, ...]
+    copied: tuple[str, ...] = ()
+
+    def describe(self, path: Path) -> str:
+        """Return one line about it."""
+        words = [f"{len(self.taken)} parameters were taken from {path}"]
+        if self.copied:
+            words.append(f"experts begin as the dense model ({len(self.copied)}: {_parts(self.copied)})")
+        for names, what in ((self.anew, "drawn anew"), (self.left, "left out there")):
+            words += [f"{what}: {len(names)} ({_parts(names)})"] if names else []
+        return "; ".join(words)
+
+
+def check_initial(config: Config, checkpoint: Checkpoint) -> Initial:
+    """Return what the model of a configuration takes from an opened checkpoint.
+
+    UserError names the first parameter that does not fit and that run.init_missing does not allow, or what keeps a dense
+    model from becoming experts.
+    """
+    ours, theirs, allowed = parameter_shapes(config), checkpoint.shapes, set[str](config.run.init_missing)
+    anew = tuple(n for n in ours if theirs.get(n) != ours[n])
+    left = tuple(n for n in theirs if theirs[n] != ours.get(n))
+    refused = [n for n in sorted({*anew, *left}) if not _may_differ(n, n in anew and n in left, allowed)]
+    if refused:
+        raise UserError(_refusal(refused, ours, checkpoint, config))
+    copied = tuple(n for n in anew if part_of(n) in ("time", "space")) if _upcycles(config, checkpoint) else ()
+    taken = tuple(n for n in ours if n not in set(anew))
+    initial = Initial(taken, tuple(n for n in anew if n not in set(copied)), left, copied)
+    _reader(config, checkpoint, initial)
+    return initial
+
+
+def load_initial(
+    fragments: Fragments, path: Path, config: Config, *, verify: bool = True, tell: Callable[[str], None] = lambda _: None
+) -> Initial:
+    """Copy weights (averaged ones, if there are any) of a checkpoint in any layout into this rank's fp32 weights.
+
+    Each rank reads what it owns, in float32, so that nothing is rounded to the type that the model computes in; call
+    `fragments.sync_model` after it. verify: hash the files first, which one rank does for all. tell: gets a word about every
+    parameter. Returns what was taken. Raises UserError as `check_initial` does, and copies nothing.
+    """
+    checkpoint = open_initial(path)
+    tell("its checksums")
+    with checkpoint:
+        if verify and (damage := checkpoint.damage()):
+            raise UserError(f"run.init_from: {damage}")
+        for note in checkpoint.notes:
+            _log.warning("run.init_from: %s", note)
+        initial = check_initial(config, checkpoint)
+        read = _reader(config, checkpoint, initial)
+        wanted = {*initial.taken, *initial.copied}
+        with torch.no_grad():
+            for f in fragments:
+                tell(f.name)
+                if f.name in wanted:
+                    f.master.copy_(read(f.name, f.start, f.numel).view(-1))
+    return initial
+
+
+def open_initial(path: Path) -> Checkpoint:
+    """Open the checkpoint of run.init_from. UserError: it cannot be read."""
+    try:
+        return open_checkpoint("auto", path)
+    except UserError as error:
+        raise UserError(f"run.init_from: cannot read {path}: {str(error).removeprefix('--from ')}") from None
+
+
+def _upcycles(config: Config, checkpoint: Checkpoint) -> bool:
+    return is_dense(checkpoint.config) and config.model.space_experts + config.model.time_experts > 0
+
+
+def _reader(config: Config, checkpoint: Checkpoint, initial: Initial) -> Callable[[str, int, int], Tensor]:
+    if initial.copied:
+        try:
+            upcycled = Upcycled(checkpoint, config, any_text_width="text" in config.run.init_missing)
+        except UserError as error:
+            raise UserError(str(error).replace("--config:", "run.init_from:", 1)) from None
+        return lambda name, start, numel: upcycled.read("master", name, start, numel)
+    kind = "ema" if "ema" in checkpoint.kinds() else "master"
+    return lambda name, start, numel: checkpoint.read(kind, name, start, numel)
+
+
+def _may_differ(name: str, reshaped: bool, allowed: set[str]) -> bool:
+    # The first layer of a text gate reads the captions' tokens.
+    by_width = reshaped and name.startswith("text_gates.") and name.endswith(".net.0.weight")
+    return part_of(name) in allowed or (by_width and "text" in allowed)
+
+
+def _refusal(refused: list[str], ours: Shapes, checkpoint: Checkpoint, config: Config) -> str:
+    first, theirs = refused[0], checkpoint.shapes
+    text = (
+        f"run.init_from: {len(refused)} tensors of {checkpoint.path} do not fit the model, the first {first}: "
+        f"{theirs.get(first, 'missing')} there, {ours.get(first, 'not in the model')} here"
+    )
+    parts = {part_of(name) for name in refused}
+    if "" in parts:
+        return text + "; the model must be the checkpoint's but for edge modules, experts and the captions' width"
+    wanted = sorted({*config.run.init_missing, *parts})
+    return text + f"; to start without what does not fit, set run.init_missing=[{', '.join(wanted)}]"
+
+
+def _parts(names: tuple[str, ...]) -> str:
+    return ", ".join(dict.fromkeys(part_of(name) or "others" for name in names))

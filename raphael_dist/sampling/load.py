@@ -1,0 +1,131 @@
+"""A model to sample from, out of a run directory, an exported pipeline or any other layout."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raphael_dist.checkpoint.reader import open_newest
+from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.layouts import detect, open_checkpoint
+from raphael_dist.convert.source import Checkpoint
+from raphael_dist.data.open import load_encoders
+from raphael_dist.errors import UserError
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.sampling.sampling import Sampler
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What was loaded: the model, its sampler, the configuration of its run, and where it comes from in words.
+
+    digest: a checksum of the checkpoint by its manifest, or of where it lies where there is none.
+    """
+
+    model: RaphaelUNet
+    sampler: Sampler
+    config: Config
+    origin: str
+    digest: str
+
+
+def load_trained(path: Path, weights: str, device: torch.device, dtype: torch.dtype | None = None) -> Trained:
+    """Load a model with its encoders; `weights`: "ema", or "master" for the last ones. Files are checked by their checksums.
+
+    dtype: of the weights; None: bfloat16 for a run in bfloat16 on a GPU, float32 otherwise. UserError: nothing is there,
+    damage, no such weights, encoders that are missing.
+    """
+    with open_for_sampling(path) as checkpoint:
+        config = exported_config(checkpoint, path)
+        if dtype is None:
+            half = config.train.dtype == "bfloat16" and device.type == "cuda"
+            dtype = torch.bfloat16 if half else torch.float32
+        text, image = load_encoders(config, device, dtype)
+        model = read_model(checkpoint, config, weights).to(device, dtype)
+        step = f"step {checkpoint.progress.step} of " if checkpoint.progress.step else ""
+        sums = sorted(str(entry.get("sha256")) for entry in checkpoint.files.values()) or [str(path)]
+    digest = hashlib.sha256("".join([weights, *sums]).encode()).hexdigest()[:16]
+    return Trained(model, Sampler.of(model, text, image), config, f"{step}{path}", digest)
+
+
+def open_for_sampling(path: Path) -> Checkpoint:
+    """Open what lies at `path` in whatever layout, of a run the newest checkpoint that verifies.
+
+    UserError, which begins with the option that named it: nothing there, or damage.
+    """
+    try:
+        layout = detect(path).name
+    except UserError as error:
+        if path.is_dir():
+            raise UserError(
+                f"--checkpoint {path}: no checkpoint there; give a run directory, a step-* folder or an exported pipeline"
+            ) from None
+        raise UserError(f"--checkpoint {str(error).removeprefix('--from ')}") from None
+    if layout == "raphael":
+        return open_checkpoint(layout, open_newest(path).folder)  # which has compared the checksums
+    checkpoint = open_checkpoint(layout, path)
+    if wrong := checkpoint.damage():
+        raise UserError(f"--checkpoint {path}: {wrong}")
+    return checkpoint
+
+
+def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
+    """Return the run's configuration; of an exported pipeline, with the encoders and the scheduler that lie beside it."""
+    config = checkpoint.config
+    if not (path / "model_index.json").is_file():
+        return config
+    tree = config.model_dump(mode="json")
+    index, schedule = _read(path / "model_index.json"), _read(path / "scheduler" / "scheduler_config.json")
+    tree["text"]["encoder"] = str(path)
+    tree["image"]["encoder"] = str(path) if (path / "vae").is_dir() else "none"
+    found = {
+        ("text", "max_tokens"): index.get("max_tokens"),
+        ("sample", "steps"): index.get("steps"),
+        ("sample", "guidance"): index.get("guidance"),
+        ("image", "buckets"): [index["size"]] if "size" in index and not checkpoint.files else None,
+        ("diffusion", "num_timesteps"): schedule.get("num_train_timesteps"),
+        ("diffusion", "beta_start"): schedule.get("beta_start"),
+        ("diffusion", "beta_end"): schedule.get("beta_end"),
+        ("diffusion", "schedule"): schedule.get("beta_schedule"),
+        ("diffusion", "prediction"): schedule.get("prediction_type"),
+    }
+    for (section, field), value in found.items():
+        if value is not None:
+            tree[section][field] = value
+    return config_from_tree(tree)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def read_model(checkpoint: Checkpoint, config: Config, weights: str) -> RaphaelUNet:
+    """Return the model in float32 on the CPU, in eval mode. UserError: the checkpoint holds no such weights.
+
+    A layout of weights alone has one kind, which is taken for the averaged ones.
+    """
+    kinds = checkpoint.kinds()
+    kind = "master" if weights == "ema" and not checkpoint.whole and "ema" not in kinds else weights
+    if kind not in kinds:
+        raise UserError(f"--weights {weights}: the checkpoint holds only {', '.join(kinds)}")
+    with torch.device("meta"):
+        model = RaphaelUNet(config)
+    model.to_empty(device="cpu")
+    fill(model, lambda name, numel: checkpoint.read(kind, name, 0, numel))
+    return model.eval()
+
+
+def fill(model: torch.nn.Module, read: Callable[[str, int], torch.Tensor]) -> None:
+    """Copy into each parameter what `read` returns for its name and number of elements."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(read(name, p.numel()).view(p.shape))

@@ -1,0 +1,43 @@
+"""What a wheel holds beside the package: what the repository keeps next to it, and the commit that it was built from."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+# Folders and patterns of what goes to raphael_dist/assets/ (raphael_dist/shipped.py finds it there).
+ASSETS = (
+    ("data/emoji-demo", "*"),
+    ("data/vae-emoji", "*"),
+    ("ds_configs", "*.json"),
+    ("slurm", "*"),
+    ("tools", "*.py"),
+)
+
+
+class BuildWithAssets(build_py):
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        assets = Path(self.build_lib) / "raphael_dist" / "assets"
+        for folder, pattern in ASSETS:
+            (assets / folder).mkdir(parents=True, exist_ok=True)
+            for path in sorted((HERE / folder).glob(pattern)):
+                if path.is_file():
+                    shutil.copy(path, assets / folder / path.name)
+        (assets / "commit").write_text(commit())
+
+
+def commit() -> str:
+    try:
+        git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return git.stdout.strip() if git.returncode == 0 else ""
+
+
+setup(cmdclass={"build_py": BuildWithAssets})

@@ -1,0 +1,165 @@
+"""Servers that tests start: files over HTTP, S3 by moto, and faults between them and the client."""
+
+import http.client
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+SLOW_S = 3.0
+
+
+@dataclass
+class Faults:
+    """What goes wrong: `of[name]` lists what the next GETs of a file of that name meet, and every `every`-th GET of a byte
+    range meets the next of `kinds` ("500", "503", "cut": half of the body and no more, "slow"). `asked`: what was asked for.
+    """
+
+    of: dict[str, list[str]] = field(default_factory=dict)
+    every: int = 0
+    kinds: tuple[str, ...] = ("500", "cut", "503")
+    asked: list[str] = field(default_factory=list)
+    injected: int = 0
+    _ranges: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def next(self, path: str, is_range: bool) -> str | None:
+        name = path.partition("?")[0].rpartition("/")[2]
+        with self._lock:
+            self.asked.append(name)
+            kind = self.of[name].pop(0) if self.of.get(name) else None
+            self._ranges += is_range
+            if kind is None and self.every and is_range and self._ranges % self.every == 0:
+                kind = self.kinds[self._ranges // self.every % len(self.kinds)]
+            self.injected += kind is not None
+        return kind
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    faults: Faults
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        """Send an answer, unless a fault takes its place."""
+        fault = self.faults.next(self.path, "Range" in self.headers) if self.command == "GET" else None
+        if fault is not None and fault.isdigit():
+            status, headers, body = int(fault), {}, b""
+        if fault == "slow":
+            time.sleep(SLOW_S)
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "connection", "date", "server", "transfer-encoding"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length") if self.command == "HEAD" else None
+        self.send_header("Content-Length", length or str(len(body)))
+        self.end_headers()
+        if fault == "cut":
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+        elif self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        raise NotImplementedError
+
+
+class _Files(_Handler):
+    folder: Path
+    knows_ranges = True
+
+    def do_GET(self) -> None:
+        path = self.folder / self.path.partition("?")[0].lstrip("/")
+        if not path.is_file():
+            return self.answer(404, {}, b"")
+        status = path.stat()
+        headers = {"Last-Modified": formatdate(status.st_mtime, usegmt=True), "ETag": f'"{status.st_mtime_ns:x}"'}
+        data, code = path.read_bytes(), 200
+        if self.knows_ranges:
+            headers["Accept-Ranges"] = "bytes"
+            if "Range" in self.headers:
+                first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+                headers["Content-Range"], code = f"bytes {first}-{last}/{len(data)}", 206
+                data = data[int(first) : int(last) + 1]
+        headers["Content-Length"] = str(len(data))
+        return self.answer(code, headers, data)
+
+
+class _Proxy(_Handler):
+    upstream: tuple[str, int]
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        there = http.client.HTTPConnection(*self.upstream, timeout=60)
+        there.request(self.command, self.path, body, dict(self.headers))
+        reply = there.getresponse()
+        self.answer(reply.status, dict(reply.getheaders()), reply.read())
+        there.close()
+
+    do_PUT = do_POST = do_DELETE = do_GET
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Clients that give up leave broken pipes behind."""
+
+
+@contextmanager
+def _serving(handler: type[_Handler]) -> Iterator[int]:
+    server = _Quiet(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def http_files(folder: Path, faults: Faults | None = None, knows_ranges: bool = True) -> Iterator[str]:
+    """Serve a folder; yield the address."""
+    about = {"folder": folder, "faults": faults or Faults(), "knows_ranges": knows_ranges}
+    with _serving(type("Files", (_Files,), about)) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def s3_bucket(files: list[Path], bucket: str = "laion", faults: Faults | None = None) -> Iterator[dict[str, str]]:
+    """Serve files as a bucket of an S3 server; yield the environment that its clients need, which is set here as well."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    before = dict(os.environ)
+    S3FileSystem.clear_instance_cache()  # an instance keeps the address that it was made with
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ.update(environment)
+    try:
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client.create_bucket(Bucket=bucket)
+        for path in files:
+            client.upload_file(str(path), bucket, path.name)
+        with _serving(type("Proxy", (_Proxy,), {"upstream": (host, port), "faults": faults or Faults()})) as proxy:
+            environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy}"
+            os.environ.update(environment)
+            yield environment
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        server.stop()

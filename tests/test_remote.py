@@ -1,0 +1,167 @@
+"""Shards behind HTTP and S3: the samples of local ones, whatever the network does; a cache that stays within its bounds."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from raphael_dist.data import remote
+from raphael_dist.data.dataset import ImageDataset
+from raphael_dist.data.remote import Patience, RemoteError
+from raphael_dist.data.shard_store import ShardError, ShardStore
+from raphael_dist.data.shards import build_index, expand_shards
+from raphael_dist.errors import UserError
+from tests.servers import Faults, http_files, s3_bucket
+from tests.small_disk import small_disk
+from tests.test_index import laion_shard
+
+BUCKETS = [(16, 16)]
+QUICK = Patience(retries=3, timeout_s=1.0, pause_s=0.01)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    return [laion_shard(folder / f"{n:05d}.tar", 5 * n, 5) for n in range(3)]
+
+
+def store_in(folder: Path, **options) -> ShardStore:
+    return ShardStore(folder / "index", folder / "fetched", **{"patience": QUICK, **options})
+
+
+def loaded(store: ShardStore, names: list[str]) -> list[tuple[str, list[str], bytes]]:
+    index = build_index(names, store=store)
+    data = ImageDataset(index, BUCKETS, "none")
+    samples = [data.load(n, 0) for n in range(index.num_samples)]
+    return [(sample.key, sample.captions, sample.image.tobytes()) for sample in samples]
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "fetched").rglob("*.tar"))
+
+
+def test_http_and_s3_give_the_samples_of_local_shards(local: list[Path], tmp_path: Path) -> None:
+    want = loaded(store_in(tmp_path / "a"), [str(path) for path in local])
+    with http_files(local[0].parent) as address:
+        names = expand_shards([f"{address}/{{00000..00002}}.tar"])
+        assert loaded(store_in(tmp_path / "b"), names) == want
+        fingerprint = build_index(names, store=store_in(tmp_path / "b")).fingerprint
+    with s3_bucket(local):
+        names = expand_shards(["s3://laion/*.tar"])
+        assert names == [f"s3://laion/{path.name}" for path in local]
+        assert loaded(store_in(tmp_path / "c"), names) == want
+        assert build_index(names, store=store_in(tmp_path / "c")).fingerprint == fingerprint
+    assert fingerprint == build_index([str(path) for path in local]).fingerprint
+
+
+def test_what_passes_is_asked_for_again_and_what_was_read_stays_right(
+    local: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = loaded(store_in(tmp_path / "a"), [str(path) for path in local])
+    monkeypatch.setattr(remote, "PIECE_BYTES", 8192)
+    faults = Faults(of={"00001.tar": ["slow", "cut", "503"]}, every=3)
+    with http_files(local[0].parent, faults) as address:
+        assert loaded(store_in(tmp_path / "b"), [f"{address}/{path.name}" for path in local]) == want
+    assert faults.injected > 5
+    faults = Faults(every=3)
+    with s3_bucket(local, faults=faults):
+        assert loaded(store_in(tmp_path / "c"), [f"s3://laion/{path.name}" for path in local]) == want
+    assert faults.injected > 2
+    with http_files(local[0].parent, knows_ranges=False) as address:
+        assert loaded(store_in(tmp_path / "d"), [f"{address}/{path.name}" for path in local]) == want
+
+
+def test_what_does_not_pass_is_named_without_secrets(local: list[Path], tmp_path: Path) -> None:
+    cases = {"403": "access is denied", "404": "it is not there", "500": "status 500 .4 attempts."}
+    for status, said in cases.items():
+        faults = Faults(of={"00000.tar": [status] * 9})
+        with http_files(local[0].parent, faults) as address:
+            secret = address.replace("//", "//user:passw0rd@")
+            with pytest.raises(RemoteError, match=rf"00000\.tar: {said}") as caught:
+                remote.read(f"{secret}/00000.tar?signature=s3cret", 0, 10, 100, QUICK)
+        assert "s3cret" not in str(caught.value)
+        assert "passw0rd" not in str(caught.value)
+        assert len(faults.asked) == (4 if status == "500" else 1), "what asking again does not change is asked once"
+    with pytest.raises(UserError, match="web servers list no files"):
+        expand_shards(["https://x.org/*.tar"])
+    with pytest.raises(UserError, match="matches no file"), s3_bucket(local):
+        expand_shards(["s3://laion/val-*.tar"])
+
+
+def test_a_shard_that_vanishes_or_changes_is_told_and_never_mixed(local: list[Path], tmp_path: Path) -> None:
+    with http_files(local[0].parent) as address:
+        names, store = [f"{address}/{path.name}" for path in local], store_in(tmp_path / "a")
+        index = build_index(names, store=store)
+        for path in (tmp_path / "a" / "fetched").rglob("*.tar"):
+            path.unlink()
+        laion_shard(local[0], 50, 5)
+        local[1].unlink()
+        data = ImageDataset(index, BUCKETS, "none")
+        with pytest.raises(ShardError, match=r"00000\.tar has changed since it was indexed"):
+            data.load(0, 0)
+        with pytest.raises(ShardError, match=r"00001\.tar: it is not there"):
+            data.load(5, 0)
+        assert data.load(10, 0).key == "000000010"
+    assert kept(tmp_path / "a") == ["00002.tar"]
+
+
+def test_the_cache_stays_within_its_bound_and_forgets_what_was_used_longest_ago(local: list[Path], tmp_path: Path) -> None:
+    size = local[0].stat().st_size
+    with http_files(local[0].parent, faults := Faults()) as address:
+        names = [f"{address}/{path.name}" for path in local]
+        store = store_in(tmp_path / "a", max_bytes=2 * size + size // 2)
+        data = ImageDataset(build_index(names, store=store), BUCKETS, "none")
+        assert kept(tmp_path / "a") == ["00001.tar", "00002.tar"]
+        for path in (tmp_path / "a" / "fetched").rglob("00001.tar"):
+            os.utime(path, (time.time() + 100, time.time() + 100))  # used last
+        data.load(0, 0)
+        assert kept(tmp_path / "a") == ["00000.tar", "00001.tar"]
+        faults.asked.clear()
+        data.load(6, 0)
+        assert faults.asked == []
+        for path in (tmp_path / "a" / "fetched").rglob("*.tar"):  # another process makes room at any moment
+            path.unlink()
+        assert data.load(6, 0).key == "000000006"
+        small = store_in(tmp_path / "b", max_bytes=size // 2)
+        with pytest.raises(UserError, match=r"data\.shard_cache_gb=.* is too little for .*00000\.tar"):
+            build_index(names[:1], store=small)
+
+
+def test_a_shard_is_fetched_once_however_many_want_it(local: list[Path], tmp_path: Path) -> None:
+    with http_files(local[0].parent, faults := Faults()) as address:
+        name, store = f"{address}/00000.tar", store_in(tmp_path)
+        stamp = store.stamp(name)
+        threads = [threading.Thread(target=store.bring, args=(name, stamp)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert faults.asked == ["00000.tar"]
+
+
+def test_a_full_disk_makes_room_once_and_is_told_by_name(
+    local: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system of its own, which fills up for real."""
+    size = local[0].stat().st_size
+    with small_disk(tmp_path / "disk", 2 * size) as disk, http_files(local[0].parent) as address:
+        names, store = [f"{address}/{path.name}" for path in local], ShardStore(tmp_path / "index", disk, patience=QUICK)
+        index = build_index(names, store=store)
+        assert index.num_samples == 15, "each shard was read in turn: the one before made room"
+        (disk / "filled").write_bytes(bytes(2 * size - sum(p.stat().st_size for p in disk.rglob("*.tar"))))
+        for path in disk.rglob("*.tar"):
+            path.unlink()
+        (disk / "filled more").write_bytes(bytes(size // 2))
+        with pytest.raises(ShardError, match=r"00000\.tar: .*No space left"):
+            ImageDataset(index, BUCKETS, "none").load(0, 0)
+
+
+def test_other_services_are_opened_by_their_libraries_or_named() -> None:
+    for scheme in ("gs", "az"):
+        with pytest.raises((UserError, RemoteError), match=r"pip install|://b/x"):
+            remote.read(f"{scheme}://b/x.tar", 0, 10, 100, Patience(retries=0, timeout_s=0.5))
+    assert fsspec.get_filesystem_class("hf").__name__ == "HfFileSystem"

@@ -1,0 +1,163 @@
+"""Worker processes decode what the rank itself would, survive what kills one of them, and end with the rank."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from raphael_dist.data import workers
+from raphael_dist.data.dataset import BadSampleError, ImageDataset
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shard_ahead import ShardAhead
+from raphael_dist.data.shard_store import ShardError, ShardStore
+from raphael_dist.data.shards import build_index
+from raphael_dist.data.workers import DecodePool
+from tests.launch import ROOT
+from tests.servers import Faults, http_files
+from tests.test_dataset import encode
+from tests.test_index import laion_shard
+from tests.test_remote import QUICK
+from tests.test_shards import png_header, write_raw
+
+BUCKETS = [(24, 24), (24, 32)]
+
+
+def shard(tmp_path: Path, count: int = 30) -> ImageDataset:
+    rng = np.random.default_rng(0)
+    members = []
+    for n in range(count):
+        image = encode(rng.integers(0, 256, (40, 40, 3), np.uint8)) if n % 7 else png_header(30_000, 30_000)
+        sized = b'{"caption": "picture %d", "width": 40, "height": 40}' % n
+        members += [(f"{n:09d}.png", image), (f"{n:09d}.json", sized)]
+    return ImageDataset(build_index([write_raw(tmp_path / "a.tar", members)], tmp_path / "cache"), BUCKETS, "none")
+
+
+def outcome(data: ImageDataset, request: tuple[int, int, bool]) -> object:
+    try:
+        sample = data.load(*request)
+    except BadSampleError as error:
+        return str(error)
+    sample.image[0, 0, 0] ^= 1  # whoever got it may write to it
+    return sample.key, sample.captions, sample.image.tobytes()
+
+
+@pytest.fixture
+def pool(tmp_path: Path):
+    data = shard(tmp_path)
+    pool = DecodePool(data, 2)
+    yield data, pool
+    data.use(None)
+    pool.close()
+
+
+def test_workers_give_what_the_rank_itself_decodes(pool) -> None:
+    data, workers = pool
+    requests = [(n, n % 2, n % 3 == 0) for n in range(30)] * 2
+    want = [outcome(data, request) for request in requests]
+    data.use(workers)
+    data.ahead(requests[:20])
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda request: outcome(data, request), requests)) == want
+    assert sum(isinstance(one, str) for one in want) == 10
+
+
+def workers_of(rank: psutil.Process) -> list[psutil.Process]:
+    """Return the worker processes: children of the process that they are forked from."""
+    return [one for one in rank.children(recursive=True) if one.ppid() != rank.pid]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_worker_that_hangs_or_is_killed_costs_one_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    data = shard(tmp_path)
+    data.use(decoders := DecodePool(data, 1))
+    before = workers_of(psutil.Process())
+    assert data.load(1, 0).key == "000000001"
+    (worker,) = set(workers_of(psutil.Process())) - set(before)
+    worker.send_signal(kind)
+    monkeypatch.setattr(workers, "LIMIT_S", 2.0)
+    found = [outcome(data, (n, 0, False)) for n in (1, 1, 2, 3)]
+    said = "longer than 2 s" if kind == signal.SIGSTOP else "ended its process (exit code -9)"
+    assert said in str(found[0])
+    assert all(isinstance(one, tuple) for one in found[1:])
+    decoders.close()
+
+
+def test_shards_come_a_window_ahead_and_a_lost_one_is_not_asked_for_again_and_again(tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    paths = [laion_shard(tmp_path / "served" / f"{n:05d}.tar", 5 * n, 5) for n in range(6)]
+    with http_files(tmp_path / "served", faults := Faults()) as address:
+        store = ShardStore(tmp_path / "index", tmp_path / "fetched", patience=QUICK)
+        index = build_index([f"{address}/{path.name}" for path in paths], store=store)
+        for path in (tmp_path / "fetched").rglob("*.tar"):
+            path.unlink()
+        order = SampleOrder(index, [(24, 24)], seed=0, window_shards=2)
+        ahead = ShardAhead(order, first=1)
+        faults.asked.clear()
+        ahead.at(0)
+        ahead.at(1)
+        deadline = time.monotonic() + 20
+        while len(list((tmp_path / "fetched").rglob("*.tar"))) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        wanted = [f"{n:05d}.tar" for n in order.shards_from(0)]
+        assert sorted(faults.asked) == sorted(wanted)
+        ahead.close()
+        last = next(n for n in range(6) if f"{n:05d}.tar" not in wanted)
+        faults.of[f"{last:05d}.tar"] = ["403"] * 9
+        faults.asked.clear()
+        data = ImageDataset(index, [(24, 24)], "none")
+        for row in range(3):
+            with pytest.raises(ShardError, match="access is denied"):
+                data.load(int(index.starts[last]) + row, 0)
+        assert len(faults.asked) == 1
+
+
+def test_workers_end_with_a_rank_that_is_killed(tmp_path: Path) -> None:
+    shard(tmp_path)
+    code = """
+import sys, time
+from pathlib import Path
+from raphael_dist.data.dataset import ImageDataset
+from raphael_dist.data.shards import build_index
+from raphael_dist.data.workers import DecodePool
+if __name__ == "__main__":
+    data = ImageDataset(build_index([sys.argv[1] + "/a.tar"], Path(sys.argv[1]) / "cache"), [(24, 24)], "none")
+    data.use(DecodePool(data, 2))
+    data.ahead([(n, 0, False) for n in (1, 2, 3)])
+    print(data.load(1, 0, False).key, "torch" in sys.modules, flush=True)
+    time.sleep(60)
+"""
+    script = tmp_path / "rank.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, script, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as rank:
+        assert rank.stdout is not None
+        assert rank.stdout.readline().split() == ["000000001", "False"]
+        children = psutil.Process(rank.pid).children(recursive=True)
+        assert workers_of(psutil.Process(rank.pid))
+        rank.kill()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+
+
+def test_many_threads_may_wait_for_one_pool(pool) -> None:
+    data, decoders = pool
+    data.use(decoders)
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda n=n: found.append(outcome(data, (n, 0, False)))) for n in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 6

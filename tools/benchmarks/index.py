@@ -1,0 +1,85 @@
+"""What the index costs at a size: bytes a sample, time and memory to open it and the order, time to read positions."""
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from raphael_dist.data.index import open_table
+from raphael_dist.data.index_write import write_table
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shard_record import ShardRecord
+from raphael_dist.data.shard_store import ShardStore, Stamp
+from raphael_dist.data.view import open_view
+
+PAPER = [(448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576), (704, 512), (768, 512), (832, 448)]
+PER_SHARD = 10_000  # as img2dataset writes them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's options."""
+    parser.add_argument("--samples", type=int, default=100_000_000)
+    parser.add_argument("--folder", type=Path, help="keep the index here, and use it again")
+    parser.add_argument("--ranks", type=int, default=2, help="processes that open it, one after the other and together")
+
+
+def records(num_samples: int) -> Iterator[ShardRecord]:
+    """Yield records as of LAION: nine-digit keys, sizes of photographs, an aesthetic score."""
+    for number in range(num_samples // PER_SHARD):
+        rng = np.random.default_rng(number)
+        sizes = np.stack([rng.integers(256, 1024, PER_SHARD), rng.integers(256, 1024, PER_SHARD)], axis=1).astype(np.int32)
+        blocks = rng.integers(100, 300, PER_SHARD)
+        places = np.stack([np.cumsum(blocks) - blocks, blocks], axis=1).astype(np.uint32)
+        keys = [f"{number:05d}{row:04d}" for row in range(PER_SHARD)]
+        name, digest = f"/data/laion-high-resolution/{number:05d}.tar", f"{number:064d}"
+        columns = {"aesthetic": rng.normal(5, 1, PER_SHARD).astype(np.float32)}
+        num_bytes = int(blocks.sum()) * 512
+        stamp = Stamp(num_bytes, "1700000000000000000")
+        yield ShardRecord(name, stamp, num_bytes, places, sizes, keys, [], "", digest, digest, digest, columns)
+
+
+def _private_mb() -> float:
+    """Return MB of memory that only this process has: mapped files are shared by all."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+
+
+def _open(folder: Path, queue: "multiprocessing.SimpleQueue[tuple[float, float, float]]") -> None:
+    before, began = _private_mb(), time.perf_counter()
+    index = open_table(folder, ShardStore())
+    order = SampleOrder(index, PAPER, seed=0, window_shards=16, run_length=24, view=open_view(index, PAPER))
+    order.lookup(0)
+    opened = time.perf_counter() - began
+    for position in range(0, 2_000_000, 100):
+        order.index.key(order.lookup(position).sample_id)
+    queue.put((opened, _private_mb() - before, time.perf_counter() - began - opened))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write an index of made-up samples, if it is not there, and open it in processes of its own."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)) / "tables" / f"made-up-{args.samples}"
+        began = time.perf_counter()
+        if not folder.is_dir():
+            write_table(folder, records(args.samples), ["aesthetic"])
+            print(f"written in {time.perf_counter() - began:.0f} s")
+        began = time.perf_counter()
+        open_view(open_table(folder, ShardStore()), PAPER)
+        print(f"view in {time.perf_counter() - began:.1f} s (0 where it was there)")
+        size = sum(path.stat().st_size for path in folder.parent.parent.rglob("*") if path.is_file())
+        print(f"{size / args.samples:.1f} bytes a sample on disk, view included")
+        context = multiprocessing.get_context("spawn")
+        for number in range(args.ranks):
+            queue: multiprocessing.SimpleQueue[tuple[float, float, float]] = context.SimpleQueue()
+            process = context.Process(target=_open, args=(folder, queue))
+            process.start()
+            opened, memory, walked = queue.get()
+            process.join()
+            print(
+                f"rank {number}: index, view and order opened, first position found in {opened:.2f} s; 20,000 positions "
+                f"over 125 shards and their keys in {walked:.2f} s; {memory:.0f} MB of its own memory"
+            )
