@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from raphael_dist.config_data import Filter, Section, Source
 from raphael_dist.config_errors import explain
+from raphael_dist.config_recipes import Decay, Recipe, check_decay
 from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -28,8 +29,8 @@ Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
-LOG_LEVELS = ("debug", "info", "warning", "error")
 LogLevel = Literal["debug", "info", "warning", "error"]
+Tracker = Literal["wandb", "mlflow"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
     BeforeValidator(lambda given: {"move": "shard", "keep": "replicate"}.get(str(given), given)),  # their former names
@@ -46,6 +47,8 @@ class RunConfig(Section):
     )
     hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
     lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
+    trackers: tuple[Tracker, ...] = Field((), description="where metrics go as well; each is a package to be installed")
+    project: str = Field("raphael", description="the trackers' project or experiment")
     log_level: LogLevel = Field("warning", description="least severe lines of the log that the terminal shows as well")
     allow_change: tuple[str, ...] = Field((), description="fields, as section.key, that may differ from the run's before")
 
@@ -125,6 +128,9 @@ class Diffusion(Section):
     )
     beta_start: PositiveFloat = Field(0.00085, description="variance of the first step's noise")
     beta_end: PositiveFloat = Field(0.012, description="variance of the last step's noise")
+    zero_terminal_snr: bool = Field(
+        False, description="scale betas so that the last step is pure noise (arXiv 2305.08891); wants v_prediction"
+    )
     prediction: Literal["epsilon", "v_prediction"] = Field("epsilon", description="what the U-Net predicts: the noise, or v")
     stratified: bool = Field(True, description="spread the timesteps of a global batch evenly over the range")
 
@@ -200,7 +206,8 @@ class Optim(Section):
     eps: PositiveFloat = Field(1e-8, description="added to the root of Adam's second moment")
     weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, decoupled from the gradient")
     warmup_steps: NonNegative = Field(0, description="over which the learning rate rises linearly from 0")
-    decay: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at train.max_steps")
+    decay: Decay = Field("constant", description="after warm-up, by transformers' name; all but two end at train.max_steps")
+    decay_arguments: dict[str, float] = Field({}, description="of decay, e.g. {num_cycles: 3, power: 2, min_lr_rate: 0.1}")
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 turns clipping off")
 
 
@@ -227,6 +234,7 @@ class Train(Section):
 class EmaConfig(Section):
     enabled: bool = Field(True, description="keep an average of the weights, for samples and exports")
     decay: Fraction = Field(0.9999, description="of the average, per step")
+    start_step: NonNegative = Field(0, description="the average is the weights themselves up to this step")
     warmup: bool = Field(True, description="use min(decay, (1 + step) / (10 + step))")
 
 
@@ -275,6 +283,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: Parallel = Parallel()
     sample: Sample = Sample()
+    recipe: Recipe = Recipe()
 
     @model_validator(mode="before")
     @classmethod
@@ -324,6 +333,12 @@ class Config(Section):
                 f"diffusion.beta_start = {self.diffusion.beta_start} and beta_end = {self.diffusion.beta_end} must satisfy "
                 "beta_start <= beta_end < 1"
             )
+        if self.diffusion.zero_terminal_snr and self.diffusion.prediction == "epsilon":
+            raise ValueError(
+                "diffusion.zero_terminal_snr = true needs diffusion.prediction=v_prediction: at the last step a "
+                "model sees the noise itself, and would learn nothing"
+            )
+        check_decay(self.optim.decay, self.optim.decay_arguments)
         if self.sample.steps >= self.diffusion.num_timesteps:
             raise ValueError(
                 f"sample.steps = {self.sample.steps} must be below diffusion.num_timesteps = {self.diffusion.num_timesteps}"

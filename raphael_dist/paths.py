@@ -105,6 +105,7 @@ def _prompt(args: argparse.Namespace, trained: "Trained", number: int, prompt: s
     from raphael_dist.insight.coverage import coverage
     from raphael_dist.insight.figures import overlays, route_table
     from raphael_dist.insight.prompt import follow
+    from raphael_dist.insight.routes import noisy_word_routes
 
     s = trained.config.sample
     steps = s.steps if args.steps is None else args.steps
@@ -117,8 +118,10 @@ def _prompt(args: argparse.Namespace, trained: "Trained", number: int, prompt: s
     title = f"regions of the words in each block at timestep {seen.timestep:.0f}: {prompt}"
     pixels, regions = seen.pixels, seen.regions
     overlays(pixels, seen.words, regions, seen.route_WL, title).save(args.out / f"prompt-{number}-regions.png")
-    mask_Y = trained.sampler.text.encode([prompt]).mask[0].cpu()
-    report.add_prompt(prompt, seen, coverage(seen.record, mask_Y, trained.config.model.space_experts))
+    text, m = trained.sampler.text.encode([prompt]), trained.config.model
+    noisy_LY = noisy_word_routes(trained.model, text.tokens, m.gate_noise)[0]
+    agree = float((noisy_LY == seen.record.space_LY)[:, text.mask[0].cpu()].float().mean())
+    report.add_prompt(prompt, seen, coverage(seen.record, noisy_LY, text.mask[0].cpu(), m.space_experts), agree)
 
 
 def _experts(args: argparse.Namespace, trained: "Trained", report: Any) -> None:

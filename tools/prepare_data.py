@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--caption", help="the column or field with the captions, where it has no usual name")
     parser.add_argument("--per-shard", type=int, default=1000, help="pictures of a folder that go into one shard")
     parser.add_argument("--held-out", type=float, default=0.0, help="share of a folder's pictures for validation, e.g. 0.02")
-    parser.add_argument("--config", default="emoji-tiny", help="as for training")
+    parser.add_argument("--config", help="as for training: whose encoders and image sizes to use, or whose cache to fill")
     parser.add_argument("--part", type=int, help="which part of the work, from 0")
     parser.add_argument("--parts", type=int, help="number of parts")
     args = parser.parse_intermixed_args(argv)
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line says. Raises UserError for what the user can fix."""
     from raphael_dist.prepare.run import EDGES, my_part, prepare
 
-    config = load_config(args.config, [word for word in args.words if _OVERRIDE.match(word)])
+    if args.config is None and (args.features or args.out is None):
+        raise UserError("--config: none given; name the preset or YAML file of the run that is to be prepared for")
+    config = load_config(args.config or "emoji-tiny", [word for word in args.words if _OVERRIDE.match(word)])
     sources = [word for word in args.words if not _OVERRIDE.match(word)]
     part, parts = my_part(args.part, args.parts)
     if args.out is None:

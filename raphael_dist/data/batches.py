@@ -1,5 +1,6 @@
 """Assembles micro-batches: everything drawn for a sample depends on (seed, position) alone."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -11,9 +12,17 @@ from raphael_dist.config import Config
 from raphael_dist.data.encoding import AheadEncoder
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.model.batch import Batch
-from raphael_dist.model.diffusion import draw_timestep
+from raphael_dist.model.diffusion import draw_offset, draw_timestep
 from raphael_dist.model.unet import GateNoise
 from raphael_dist.rng import Purpose, generator
+
+
+def annealed(schedule: str, done: float) -> float:
+    """Return what is left of a deviation when the share `done` of its schedule is over: 1 at first, 0 from the end on."""
+    if done >= 1:
+        return 0.0
+    left = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "exponential": 0.01**done}
+    return left[schedule]
 
 
 class BatchBuilder:
@@ -67,7 +76,9 @@ class BatchBuilder:
 
     def _noise(self, position: int, shape: torch.Size) -> Tensor:
         draw = generator(self.seed, Purpose.NOISE, position)
-        return torch.from_numpy(draw.standard_normal(tuple(shape), dtype=np.float32))
+        noise = torch.from_numpy(draw.standard_normal(tuple(shape), dtype=np.float32))
+        strength = self.config.recipe.offset_noise
+        return noise + strength * draw_offset(self.seed, position, len(noise)) if strength else noise
 
     def _gate_noise(self, positions: Sequence[int], tokens: int) -> GateNoise:
         m = self.config.model
@@ -77,10 +88,10 @@ class BatchBuilder:
         return GateNoise(time * scale.view(-1, 1, 1), space * scale.view(-1, 1, 1, 1))
 
     def _gate_noise_at(self, position: int) -> float:
-        """Return the deviation of a position's gate noise: linear from `gate_noise` to 0 over `gate_noise_steps` steps."""
+        """Return the deviation of a position's gate noise: from `gate_noise` to 0 over `gate_noise_steps` steps."""
         m = self.config.model
-        left = 1 - (position - self.phase) // self.global_batch / m.gate_noise_steps if m.gate_noise_steps else 1.0
-        return m.gate_noise * max(0.0, left)
+        done = (position - self.phase) // self.global_batch / m.gate_noise_steps if m.gate_noise_steps else 0.0
+        return m.gate_noise * annealed(self.config.recipe.gate_noise_schedule, done)
 
     def _normal(self, purpose: Purpose, positions: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         draws = [generator(self.seed, purpose, p).standard_normal(shape, dtype=np.float32) for p in positions]

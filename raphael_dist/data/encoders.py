@@ -117,12 +117,16 @@ class TextEncoder(_Frozen):
         return self._loaded()[1]
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Return the features of `captions` (Y = max_tokens, D = width), on the encoder's device."""
+    def encode(self, captions: Sequence[str], pad: bool = True) -> TextFeatures:
+        """Return the features of `captions` (Y = max_tokens, D = width), on the encoder's device.
+
+        pad: without it, Y is what the longest of them needs.
+        """
         model, tokenizer = self._loaded()
+        padding = "max_length" if pad else "longest"
         with self._tokenizing:
             batch = tokenizer(
-                list(captions), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+                list(captions), padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
             )
         batch = batch.to(model.device)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()

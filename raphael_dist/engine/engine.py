@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raphael_dist.config import Config, Optim
 from raphael_dist.engine import ds_config, expert_groups
 from raphael_dist.engine.fragments import Fragments
+from raphael_dist.engine.gradient_noise import GradientNoise
 from raphael_dist.engine.zero import adapter
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
@@ -47,6 +48,8 @@ class Engine:
         # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
         model.gathers_weights = self.stage == 3
         self.traffic = expert_parallel.apply(model, config, plan, expert_groups.join)
+        eta = config.recipe.gradient_noise
+        self._noise = GradientNoise(model, eta, config.run.seed) if eta else None
         expert_groups.mark(model, config.model.space_experts + config.model.time_experts)
         if config.train.compile:
             _compile(model, config, self.stage, device)
@@ -65,14 +68,17 @@ class Engine:
         """Run the model's forward pass through DeepSpeed."""
         return self._engine(*args)
 
-    def backward(self, loss: Tensor, last: bool | None = None) -> None:
+    def backward(self, loss: Tensor, last: bool | None = None, step: int = 0) -> None:
         """Accumulate gradients of one micro-step; the last of a step also reduces them over ranks.
 
-        `last`: whether this is the step's last; None counts `accumulation` calls.
+        `last`: whether this is the step's last; None counts `accumulation` calls. `step`: the optimizer step, from 1, by
+        which noise on gradients is drawn; 0: none.
         """
         self._micro_step += 1
         last = self._micro_step == self.plan.accumulation if last is None else last
         self._engine.set_gradient_accumulation_boundary(last)
+        if self._noise is not None:
+            self._noise.step = step if last else 0
         # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` makes up for it.
         self._engine.backward(loss)
         if self._touched is not None:
@@ -149,17 +155,6 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
         )
     spread = max(config.parallel.space_ep, config.parallel.time_ep) > 1
     compile_parts(model, device, dynamic=spread or len(config.image.buckets) > 1)
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 1): linear warm-up, then constant or half a cosine."""
-    optim = config.optim
-    if step <= optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
-    if optim.decay == "constant":
-        return optim.lr
-    progress = (step - 1 - optim.warmup_steps) / max(1, config.train.max_steps - optim.warmup_steps)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def _optimizer(parameters: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.Optimizer:

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
@@ -36,8 +36,22 @@ def grouped_product_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> i
     return int(2 * groups * a[-2] * a[-1] * b[-1])
 
 
-# torch's own counter passes it over (as of 2.13).
-FLOPS = {torch.ops.aten._grouped_mm: grouped_product_flops}
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of fused attention on a CPU: those of its two products."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+def attention_backward_flops(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of its backward pass: five products, as torch counts for other devices."""
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+# torch's own counter passes these over (as of 2.13).
+FLOPS = {
+    torch.ops.aten._grouped_mm: grouped_product_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
 
 
 def rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:

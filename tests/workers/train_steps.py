@@ -64,7 +64,7 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
             slots = plan.slots(step * config.train.global_batch, ranks.rank, micro)
             batch = synthetic_batch(config, slots, engine.module.num_blocks, spec.get("last_experts_until"))
             loss = compute_losses(engine, batch, schedule, config, engine.dtype).total.sum()
-            engine.backward(loss * plan.loss_scale)
+            engine.backward(loss * plan.loss_scale, step=step + 1)
             total += loss.detach()
         engine.step(config.optim.lr)
         losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch)

@@ -20,6 +20,7 @@ from raphael_dist.convert.source import Checkpoint, is_dense
 from raphael_dist.data.encoders import text_folders, vae_folder
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
+from raphael_dist.model.latents import latent_factor
 from raphael_dist.storage.versions import versions
 
 MODULE, UNET, PIPELINE = "raphael_dist.pipeline", "RaphaelUNet2D", "RaphaelPipeline"
