@@ -40,14 +40,14 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line says. Raises UserError for what the user can fix."""
     from raphael_dist.prepare.run import EDGES, my_part, prepare
 
+    sources = [word for word in args.words if not _OVERRIDE.match(word)]
+    if args.out is None and sources:
+        raise UserError(f"--out: missing; give the folder that the shards of {sources[0]} go to")
     if args.config is None and (args.features or args.out is None):
         raise UserError("--config: none given; name the preset or YAML file of the run that is to be prepared for")
     config = load_config(args.config or "emoji-tiny", [word for word in args.words if _OVERRIDE.match(word)])
-    sources = [word for word in args.words if not _OVERRIDE.match(word)]
     part, parts = my_part(args.part, args.parts)
     if args.out is None:
-        if sources:
-            raise UserError(f"--out: missing; give the folder that the shards of {sources[0]} go to")
         return fill(config, part, parts)
     if not sources:
         raise UserError("SOURCE: missing; give a folder of pictures or shards, e.g. 'shards/*.tar'")
