@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import balance, checkpoint, convert, gpu_step, index, moe, plan, space, start, states, step, syncs
+from benchmarks import balance, checkpoint, convert, features, gpu_step, index, moe, plan, space, start, states, step, syncs
 
 COMMANDS = {
     "space": (space, "the Space-MoE: literal, grouped and wide"),
@@ -17,6 +17,7 @@ COMMANDS = {
     "syncs": (syncs, "where a step's host waits for the GPU, without one"),
     "index": (index, "the index of 100 million samples"),
     "convert": (convert, "conversions of a model of any size"),
+    "features": (features, "latents and tokens made ahead, cached, or stored in the shards"),
 }
 
 
