@@ -10,7 +10,7 @@ RUN := runs/demo
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help demo test test-slow test-slurm test-gpu soak docs lint install clean
+.PHONY: help demo test test-slow test-slurm test-gpu torture docs lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 6 minutes on 2 CPU cores"
@@ -18,8 +18,8 @@ help:
 	@echo "make test-slow  the long tests"
 	@echo "make test-slurm on a Slurm of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
 	@echo "make test-gpu   gradients in every precision and stage, and the tests that need a GPU; on a machine with one or more"
-	@echo "make soak       a run under random kills for SOAK_MINUTES (default 30)"
 	@echo "make docs       the documentation as a site in build/site, every link checked"
+	@echo "make torture    faults at random for TORTURE_MINUTES (default 30), see docs/reliability.md"
 	@echo "make lint       ruff and types only"
 
 install: $(INSTALLED)
@@ -61,8 +61,8 @@ docs:
 		--disable-pip-version-check -c constraints-docs.txt 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'; }
 	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
 
-soak: $(INSTALLED)
-	$(BIN)/python -m tests.soak
+torture: $(INSTALLED)
+	$(BIN)/python tools/torture.py --minutes $${TORTURE_MINUTES:-30} --seed $${TORTURE_SEED:-0}
 
 clean:
 	rm -rf $(VENV) runs .cache build *.egg-info
