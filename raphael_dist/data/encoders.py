@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ class TextEncoder(_Frozen):
         """`load` returns model and tokenizer."""
         super().__init__(load, facts.fingerprint)
         self.max_tokens, self.width = facts.max_tokens, facts.width
+        self.dtype = torch.float32
+        # A fast tokenizer is borrowed while it works: samples are drawn while the stream encodes.
+        self._tokenizing = threading.Lock()
 
     @classmethod
     def load(
@@ -104,7 +108,9 @@ class TextEncoder(_Frozen):
         cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
     ) -> Self:
         """As `load`, but no file is opened before the first caption is encoded."""
-        return cls(lambda: (_freeze(_text_model(spec, dtype, layer), device), _tokenizer(spec)), facts)
+        encoder = cls(lambda: (_freeze(_text_model(spec, dtype, layer), device), _tokenizer(spec)), facts)
+        encoder.dtype = dtype
+        return encoder
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, max_tokens: int, fingerprint: str) -> Self:
@@ -124,9 +130,11 @@ class TextEncoder(_Frozen):
         """
         model, tokenizer = self._loaded()
         padding = "max_length" if pad else "longest"
-        batch = tokenizer(
-            list(captions), padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(model.device)
+        with self._tokenizing:
+            batch = tokenizer(
+                list(captions), padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            )
+        batch = batch.to(model.device)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         # Stable Diffusion runs CLIP without a mask (it is causal, only padding differs); others need theirs.
         is_clip = model.config.model_type.startswith("clip")
@@ -161,7 +169,7 @@ class ImageFacts:
         return cls(factor_of(config), int(config.get("latent_channels", 4)), fingerprint)
 
     @classmethod
-    def read(cls, spec: str) -> "ImageFacts":
+    def read(cls, spec: str, dtype: torch.dtype = torch.float32) -> "ImageFacts":
         """Read the configuration and hash the files. UserError: no such folder, or not an AutoencoderKL."""
         if spec == "none":
             return NO_IMAGE_ENCODER
@@ -169,7 +177,8 @@ class ImageFacts:
 
         folder = vae_folder(spec)
         with _reported("image.encoder", spec):
-            return cls.of(AutoencoderKL.load_config(folder, local_files_only=True), _fingerprint([folder]))
+            settings = () if dtype == torch.float32 else (str(dtype),)
+            return cls.of(AutoencoderKL.load_config(folder, local_files_only=True), _fingerprint([folder], settings))
 
 
 NO_IMAGE_ENCODER = ImageFacts(factor=1, channels=3, fingerprint="none", deterministic=True)
@@ -192,7 +201,7 @@ class ImageEncoder(_Frozen):
 
         UserError: no such folder, or not an AutoencoderKL.
         """
-        return cls.lazy(spec, ImageFacts.read(spec), device, dtype).ready()
+        return cls.lazy(spec, ImageFacts.read(spec, dtype), device, dtype).ready()
 
     @classmethod
     def lazy(cls, spec: str, facts: ImageFacts, device: torch.device | str, dtype: torch.dtype) -> Self:

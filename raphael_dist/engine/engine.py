@@ -147,8 +147,7 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
     def _optimizer_device(self) -> torch.device:
-        offload = "offload_optimizer" in self.ds_config.get("zero_optimization", {})
-        return torch.device("cpu") if offload else self.device
+        return torch.device("cpu") if ds_config.offload_device(self.ds_config) else self.device
 
 
 def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.device) -> None:

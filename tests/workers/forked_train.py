@@ -22,6 +22,7 @@ import yaml
 from raphael_dist import train
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.config import Config
+from raphael_dist.data.encoding import Encoders
 from raphael_dist.data.source import DataSource
 from raphael_dist.model.batch import Batch
 from raphael_dist.parallel.ranks import Ranks
@@ -57,7 +58,7 @@ class Synthetic(DataSource):
 
     def __init__(self, faults: dict[str, Any]) -> None:
         nothing: Any = None
-        super().__init__(nothing, nothing, nothing, None)
+        super().__init__(Encoders(nothing, nothing, None, torch.device("cpu")), nothing, None)
         self._faults = faults
 
     def fingerprints(self) -> dict[str, str]:
