@@ -35,6 +35,7 @@ from raphael_dist.errors import (
 from raphael_dist.parallel import placement
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.stages import every_stage
+from raphael_dist.training.console import let_output_fail
 from raphael_dist.training.stopping import StopRequest, parse_time
 
 
@@ -101,6 +102,7 @@ def _main(argv: Sequence[str]) -> int:
         if args.plan or args.dry_run:
             return 0 if args.plan else _check_ready(stages)
         training = True
+        let_output_fail()
         stop.listen()
         return run(config, tree, stop)
     except UserError as error:
