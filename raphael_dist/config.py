@@ -27,6 +27,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
+TextLayer = Literal["last", "penultimate"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -137,6 +138,9 @@ class Diffusion(Section):
 
 class Text(Section):
     encoder: str = Field("minilm", description="'minilm' (ships in a package) or the folder of a transformers text encoder")
+    layer: TextLayer = Field(
+        "last", description="whose tokens the model reads; penultimate: as Stable Diffusion 2 took OpenCLIP's, then its norm"
+    )
     max_tokens: Positive = Field(77, description="tokens of a caption; longer ones are cut, shorter ones padded")
 
 
@@ -204,7 +208,7 @@ class Optim(Section):
     lr: PositiveFloat = Field(1e-4, description="learning rate after the warm-up")
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="decay of Adam's two moments")
     eps: PositiveFloat = Field(1e-8, description="added to the root of Adam's second moment")
-    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, decoupled from the gradient")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's, on weights alone: norms, biases and gates have none")
     warmup_steps: NonNegative = Field(0, description="over which the learning rate rises linearly from 0")
     decay: Decay = Field("constant", description="after warm-up, by transformers' name; all but two end at train.max_steps")
     decay_arguments: dict[str, float] = Field({}, description="of decay, e.g. {num_cycles: 3, power: 2, min_lr_rate: 0.1}")

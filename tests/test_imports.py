@@ -27,6 +27,7 @@ ROOMS = {
     "evaluation": "base storage model parallel data sampling",
     "training": "base storage model parallel data engine checkpoint convert sampling insight",
     "cluster": "base storage model parallel data",
+    "planning": "base model parallel engine checkpoint convert training",
     "commands": "base storage model parallel data prepare engine checkpoint convert sampling insight evaluation training "
     "cluster",
 }

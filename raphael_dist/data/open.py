@@ -34,11 +34,11 @@ def open_encoders(config: Config, device: torch.device) -> Encoders:
     dtype, image_dtype = getattr(torch, config.train.dtype), getattr(torch, config.image.dtype)
 
     def look(_: Tell) -> tuple[TextFacts, ImageFacts]:
-        text = TextFacts.read(config.text.encoder, config.text.max_tokens, dtype)
+        text = TextFacts.read(config.text.encoder, config.text.max_tokens, dtype, config.text.layer)
         return text, ImageFacts.read(config.image.encoder, image_dtype)
 
     text_facts, image_facts = from_main("reading what the encoders are", look)
-    text = TextEncoder.lazy(config.text.encoder, text_facts, device, dtype)
+    text = TextEncoder.lazy(config.text.encoder, text_facts, device, dtype, config.text.layer)
     image = ImageEncoder.lazy(config.image.encoder, image_facts, device, image_dtype)
     all_or_none(lambda: check_encoders(config, text, image))
     return Encoders(text, image, all_or_none(lambda: edge_encoder(config, device)), device)
@@ -56,7 +56,7 @@ def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> t
 
     For a process alone. Raises UserError as `check_encoders` does, and for files that cannot be read.
     """
-    text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype)
+    text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype, config.text.layer)
     image = ImageEncoder.load(config.image.encoder, device, getattr(torch, config.image.dtype))
     check_encoders(config, text, image)
     return text, image

@@ -175,8 +175,8 @@ def save(run: Run, last: bool) -> None:
     """
     all_or_none(lambda: rundir.check_owner(run.lock))
     run.watchdog.beat(f"saving step {run.step}", SLOW)
-    run.guard.rollbacks, run.save_due = 0, False
-    run.store.begin(recovery.progress(run))
+    run.save_due = False
+    run.store.begin(recovery.progress(run, rollbacks=0))
     if last or not run.config.checkpoint.background:
         failure = run.store.finish()
         if failure and last:
