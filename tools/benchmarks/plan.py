@@ -1,7 +1,7 @@
 """`tools/bench.py plan`: what the planner says beside what is measured on this machine, and beside published runs.
 
-memory: activations alive in a real pass, and a process's resident memory, beside the plan, for several configurations. time: a
-micro-step beside the plan with a calibrated description. published: runs of Stable Diffusion 2 on GPUs; nothing in the
+memory: activations alive in a real pass, and a process's resident memory, for several configurations. time: a micro-step
+beside the plan with a calibrated description. published: runs of Stable Diffusion 2 on GPUs; nothing in the
 clusters' descriptions was fitted to them.
 """
 
@@ -126,8 +126,12 @@ _PROFILES: dict = {}
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--cluster", default="cpu", help="a description that --calibrate of tools/plan_run.py wrote")
-    command.add_argument("--parts", nargs="+", choices=["memory", "time", "published"], default=["memory", "time", "published"])
-    command.add_argument("--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process")
+    command.add_argument(
+        "--parts", nargs="+", choices=["memory", "time", "published"], default=["memory", "time", "published"]
+    )
+    command.add_argument(
+        "--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

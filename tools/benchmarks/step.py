@@ -259,7 +259,9 @@ def run(args: argparse.Namespace) -> None:
         micro = config.train.micro_batch
         config = _with(config, "train", global_batch=micro)
         rows = bench_step(config, args.rounds, not args.no_literal)
-        print(f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, fastest of {args.rounds}")
+        print(
+            f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, fastest of {args.rounds}"
+        )
         print(_table(rows))
         if name == "demo":
             print(_engine_table(bench_engine(config, args.rounds, ranks, device)))
