@@ -217,7 +217,7 @@ class Runner:
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/bench\.py|tools/make_emoji_dataset\.py": parse,
+        r"tools/bench\.py|tools/make_emoji_dataset\.py|tools/plan_run\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,

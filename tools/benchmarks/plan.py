@@ -152,8 +152,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{'ms of a micro-step':<28}{'measured':>12}{'plan':>9}")
         for name in CONFIGURATIONS:
             config = configuration(name)
-            measured, reckoned = measured_step(config), reckoned_step(config, cluster)
-            print(f"{name:<28}{_beside(measured * 1e3, reckoned * 1e3)}", flush=True)
+            taken, expected = measured_step(config), reckoned_step(config, cluster)
+            print(f"{name:<28}{_beside(taken * 1e3, expected * 1e3)}", flush=True)
     if "published" in args.parts:
         print(f"\n{'images/s of a GPU':<28}{'published':>12}{'plan':>9}")
         for one in PUBLISHED:

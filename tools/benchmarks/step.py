@@ -176,9 +176,7 @@ def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
         dim, hidden = m.channels[level], m.expert_width[level]
         block.norm3, block.ff = (
             nn.Identity(),
-            nn.Sequential(  # type: ignore[assignment]
-                _NativeMoE(dim, hidden, m.time_experts), _NativeMoE(dim, hidden, m.space_experts)
-            ),
+            nn.Sequential(_NativeMoE(dim, hidden, m.time_experts), _NativeMoE(dim, hidden, m.space_experts)),
         )
     return Contender(model, lambda model: compute_losses(model, batch, schedule, dense, torch.float32).total.sum())
 
@@ -260,7 +258,8 @@ def run(args: argparse.Namespace) -> None:
         config = _with(config, "train", global_batch=micro)
         rows = bench_step(config, args.rounds, not args.no_literal)
         print(
-            f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, fastest of {args.rounds}"
+            f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, "
+            f"fastest of {args.rounds}"
         )
         print(_table(rows))
         if name == "demo":
