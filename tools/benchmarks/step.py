@@ -92,7 +92,7 @@ class Contender:
 
 def contenders(config: Config, literal: bool, side: int = 16) -> dict[str, Contender]:
     """Return what is compared. `config`: with experts; `literal`: with the paper's formula as printed."""
-    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, config.train.micro_batch, side)
+    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, config.train.micro_batch, (side, side))
 
     def ours(config: Config) -> Contender:
         torch.manual_seed(0)
@@ -203,7 +203,7 @@ def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device
     plain = contenders(config, literal=False)["RAPHAEL, auto"]
     engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
     ema, metrics = Ema(engine.fragments, config.ema), Metrics(device)
-    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch, 16)
+    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch, (16, 16))
     times: dict[str, list[float]] = defaultdict(list)
     for i in range(rounds + 1):
         times["plain loop"].append(sum(plain.step()))
