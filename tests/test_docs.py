@@ -222,7 +222,7 @@ class Runner:
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/(bench|make_emoji_dataset|torture)\.py": parse,
+        r"tools/(bench|make_emoji_dataset|plan_run|torture)\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,
