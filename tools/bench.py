@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import balance, checkpoint, convert, index, moe, space, start, states, syncs
+from benchmarks import balance, checkpoint, convert, data, index, moe, space, start, states, syncs
 
 COMMANDS = {
     "space": (space, "the Space-MoE: literal, grouped and wide"),
@@ -12,6 +12,7 @@ COMMANDS = {
     "states": (states, "bytes per parameter of each ZeRO configuration"),
     "start": (start, "starting up with many ranks"),
     "syncs": (syncs, "where a step's host waits for the GPU, without one"),
+    "data": (data, "decoding and reading shards, beside other libraries"),
     "index": (index, "the index of 100 million samples"),
     "convert": (convert, "conversions of a model of any size"),
 }

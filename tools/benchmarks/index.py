@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(num_samples: int) -> Iterator[ShardRecord]:
-    """Yield records as of LAION: nine-digit keys, sizes of photographs, an aesthetic score."""
+    """Yield records as of LAION: nine-digit keys, sizes of photographs, an aesthetic score; shards differ in their keys."""
     for number in range(num_samples // PER_SHARD):
-        rng = np.random.default_rng(number)
+        rng = np.random.default_rng(number % 16)
         sizes = np.stack([rng.integers(256, 1024, PER_SHARD), rng.integers(256, 1024, PER_SHARD)], axis=1).astype(np.int32)
         blocks = rng.integers(100, 300, PER_SHARD)
         places = np.stack([np.cumsum(blocks) - blocks, blocks], axis=1).astype(np.uint32)
