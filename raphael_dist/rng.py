@@ -21,6 +21,8 @@ class Purpose(IntEnum):
     SPACE_GATE = 7
     POSTERIOR = 8
     STRATA = 9
+    OFFSET = 10
+    GRADIENT = 11
 
 
 def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:

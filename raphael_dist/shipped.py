@@ -3,7 +3,6 @@
 In the repository they lie beside the package; setup.py puts them into a wheel, in `raphael_dist/assets/`.
 """
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -18,10 +17,10 @@ def root() -> Path:
 
 def located(path: str) -> str:
     """Return a relative path as it is where its folder exists, else where it was shipped, if it was."""
-    folder = os.path.dirname(path)
-    if not folder or os.path.isabs(path) or os.path.isdir(folder) or not (root() / folder).is_dir():
-        return path
-    return str(root() / path)
+    given = Path(path)
+    folder = given.parent
+    here = given.is_absolute() or folder == Path() or folder.is_dir()
+    return path if here or not (root() / folder).is_dir() else str(root() / path)
 
 
 def git_commit() -> str:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 if __name__ == "__main__":
     # Run as a file, Python puts this package's own folder first on the path; its modules must not shadow others.
@@ -16,7 +17,7 @@ if __name__ == "__main__":
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
 
 from raphael_dist import command_line
-from raphael_dist.config import LOG_LEVELS, Config, load_config, to_yaml
+from raphael_dist.config import Config, LogLevel, load_config, to_yaml
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import (
     EXIT_HUNG,
@@ -33,6 +34,7 @@ from raphael_dist.errors import (
 )
 from raphael_dist.parallel import placement
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.stages import every_stage
 from raphael_dist.training.stopping import StopRequest, parse_time
 
 
@@ -57,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="print configuration and batch plan alone; looks at no file")
     parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run and --plan")
-    parser.add_argument("--log-level", choices=LOG_LEVELS, help="what the terminal shows of the log: run.log_level")
+    parser.add_argument("--log-level", choices=get_args(LogLevel), help="what the terminal shows of the log: run.log_level")
     command_line.add_version(parser)
     parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, written like Slurm's --time")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -90,11 +92,14 @@ def _main(argv: Sequence[str]) -> int:
         if world_size < 1:
             raise UserError(f"--world-size: given {world_size}, must be 1 or more")
         config = ds_config.fit_to_ranks(config, world_size)
-        plan = BatchPlan.of(config, world_size)
-        merged = ds_config.merge(config, tree, plan.accumulation, world_size)
+        stages = every_stage(config)
+        for stage in stages:
+            plan = BatchPlan.of(stage, world_size)
+            merged = ds_config.merge(stage, tree, plan.accumulation, world_size)
+            if args.plan or args.dry_run:
+                print(describe(stage, plan, merged), flush=True)
         if args.plan or args.dry_run:
-            print(describe(config, plan, merged), flush=True)
-            return 0 if args.plan else _check_ready(config)
+            return 0 if args.plan else _check_ready(stages)
         training = True
         stop.listen()
         return run(config, tree, stop)
@@ -111,11 +116,11 @@ def _main(argv: Sequence[str]) -> int:
         os._exit(EXIT_HUNG)  # threads may be waiting for the rank that hangs: nothing less is sure to end
 
 
-def _check_ready(config: Config) -> int:
+def _check_ready(stages: Sequence[Config]) -> int:
     """Print what a start would be refused for, a line each; return the exit code."""
     from raphael_dist.training.ready import problems
 
-    found = problems(config)
+    found = list(dict.fromkeys(line for stage in stages for line in problems(stage)))
     for line in found:
         print(f"error: {line}", file=sys.stderr)
     return EXIT_USER_ERROR if found else 0
@@ -173,7 +178,7 @@ def run(config: Config, tree: dict, stop: StopRequest) -> int:
     ranks = discover()
     device = initialise(ranks)
     try:
-        complete = trainer.train(trainer.build(config, tree, ranks, device, stop))
+        complete = trainer.train_stages(config, tree, ranks, device, stop)
     except (UserError, NonFiniteError, NotSavedError):
         dist.destroy_process_group()
         raise

@@ -21,8 +21,18 @@ OTHER = {
     "data.flip": True, "data.window_shards": 3, "data.bucket_run": 4, "optim.kind": "sgd", "optim.lr": 1e-5,
     "optim.betas": [0.8, 0.9], "optim.eps": 1e-6, "optim.weight_decay": 0.1, "optim.warmup_steps": 77,
     "optim.decay": "cosine", "optim.clip": 0.3, "train.global_batch": 5, "train.dtype": "bfloat16",
+    "optim.decay_arguments": {"power": 2.0}, "diffusion.zero_terminal_snr": True, "ema.start_step": 5,
+    "recipe.min_snr_gamma": 5.0, "recipe.offset_noise": 0.1, "recipe.gradient_noise": 0.01,
+    "recipe.gate_noise_schedule": "cosine", "recipe.stages": [{"until": None, "set": {"optim.lr": 0.1}}],
     "train.caption_drop": 0.4, "ema.enabled": False, "ema.decay": 0.5, "ema.warmup": False, "edge.channels": 3,
+    "image.dtype": "bfloat16", "data.caption_from": "txt", "data.caption_weights": {"txt": 1.0},
 }  # fmt: skip
+
+# What must be so for a value above to be allowed.
+WITH = {
+    "optim.decay_arguments": {"optim.decay": "polynomial"},
+    "diffusion.zero_terminal_snr": {"diffusion.prediction": "v_prediction"},
+}
 
 
 def with_fields(config: Config, values: dict[str, object]) -> Config:
@@ -43,17 +53,18 @@ def test_every_field_is_free_or_compared() -> None:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_a_changed_number_is_refused_with_both_values_or_told(name: str) -> None:
-    old, new = BASE.model_dump(mode="json"), OTHER[name]
+    base = with_fields(BASE, WITH.get(name, {}))
+    old, new = base.model_dump(mode="json"), OTHER[name]
     section, field = name.split(".")
-    changed = with_fields(BASE, {name: new})
-    assert changes(BASE, changed).keys() == {name}
+    changed = with_fields(base, {name: new})
+    assert changes(base, changed).keys() == {name}
     with pytest.raises(UserError) as refusal:
-        check_same_run(BASE, changed, "runs/x")
+        check_same_run(base, changed, "runs/x")
     for part in (name, str(old[section][field]), str(new), f"run.allow_change=[{name}]"):
         assert part in str(refusal.value)
     assert "\n" not in str(refusal.value)
     allowed = with_fields(changed, {"run.allow_change": [name]})
-    assert check_same_run(BASE, allowed, "x") == [
+    assert check_same_run(base, allowed, "x") == [
         f"{name} was {old[section][field]} there and is {new} here (run.allow_change)"
     ]
 

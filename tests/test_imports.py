@@ -22,11 +22,14 @@ ROOMS = {
     "checkpoint": "base storage parallel engine",
     "convert": "base storage model parallel data engine checkpoint",
     "sampling": "base storage model parallel data engine checkpoint convert",
+    "prepare": "base storage model parallel data",
     "insight": "base model data sampling",
     "evaluation": "base storage model parallel data sampling",
     "training": "base storage model parallel data engine checkpoint convert sampling insight",
     "cluster": "base storage model parallel data",
-    "commands": "base storage model parallel data engine checkpoint convert sampling insight evaluation training cluster",
+    "planning": "base model parallel engine checkpoint convert training",
+    "commands": "base storage model parallel data prepare engine checkpoint convert sampling insight evaluation training "
+    "cluster",
 }
 BASE = {
     "raphael_dist",
@@ -36,6 +39,8 @@ BASE = {
     "config_data",
     "config_errors",
     "config_yaml",
+    "config_recipes",
+    "stages",
     "command_line",
     "shipped",
     "identity",
@@ -45,7 +50,8 @@ COMMANDS = {"__main__", "config_reference", "train", "sample", "evaluate", "path
 # The writer of DeepSpeed's layout pickles three of its small classes.
 MAY_IMPORT_DEEPSPEED = {"engine.engine", "engine.expert_groups", "convert.layouts.deepspeed.write"}
 LIGHT = {
-    "config", "config_data", "config_errors", "config_yaml", "command_line", "shipped", "identity", "errors",
+    "config", "config_data", "config_errors", "config_recipes", "config_yaml", "stages", "command_line", "shipped",
+    "identity", "errors",
     "engine.ds_config", "parallel.batch_plan", "parallel.placement", "parallel.communication",
     "cluster.preflight_report", "training.stopping", "model.latents",
 }  # fmt: skip

@@ -45,7 +45,7 @@ class OneHot:
 
     max_tokens = TOKENS
 
-    def encode(self, captions: list[str]) -> TextFeatures:
+    def encode(self, captions: list[str], pad: bool = True) -> TextFeatures:
         tokens = torch.zeros(len(captions), TOKENS, TEXT_WIDTH)
         for i, caption in enumerate(captions):
             for j, letter in enumerate(caption):
@@ -140,7 +140,10 @@ def test_coverage_counts_regions_and_the_pairs_they_need():
     """Worked out by hand: 4 image tokens, 3 text tokens of which the last is padding, 2 experts."""
     map_NY = torch.tensor([[1.0, 0.1, 1.0], [0.5, 1.0, 1.0], [0.1, 0.1, 1.0], [0.1, 0.1, 1.0]])
     record = Record(space_LY=torch.tensor([[0, 0, 1]]), maps=[map_NY])
-    low, high = coverage(record, torch.tensor([True, True, False]), 2, (0.2, 0.8))
+    noisy = torch.tensor([[0, 1, 1]])
+    low, high = coverage(record, noisy, torch.tensor([True, True, False]), 2, (0.2, 0.8))
+    assert low.trained_of_words == [pytest.approx((2 + 1) / 8)]
+    assert low.trained == [pytest.approx((2 + 4) / 8)]
     assert low.words == [pytest.approx((2 / 4 + 1 / 4) / 2)]
     assert high.words == [pytest.approx(1 / 4)]
     assert low.padding == high.padding == [1.0]

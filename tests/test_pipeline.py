@@ -211,7 +211,8 @@ def test_a_picture_that_is_not_drawn_anew_stays_what_the_vae_makes_of_it(exporte
     same = np.asarray(exported("a sun", image=picture, strength=0.0, num_inference_steps=4, seed=1).images[0])
     vae = ImageEncoder.load(VAE, "cpu", torch.float32)
     mean, _ = vae.encode(torch.full((1, 3, 64, 64), 200 / 127.5 - 1))
-    np.testing.assert_array_equal(same, to_pixels(vae.decode(mean))[0])
+    # A level apart at most: how many threads compute it decides how a value between two levels is rounded.
+    np.testing.assert_allclose(same, to_pixels(vae.decode(mean))[0].astype(int), atol=1)
     changed = np.asarray(exported("a sun", image=picture, strength=0.5, num_inference_steps=4, seed=1).images[0])
     assert (changed != same).any()
 

@@ -131,15 +131,14 @@ def test_a_cache_that_cannot_be_made_is_not_blamed_on_the_shards() -> None:
         build_index([ROOT / "data/emoji-demo/val-0000.tar"], Path("/proc/x/index"))
 
 
-def test_sampling_from_an_export_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_takes_an_export_and_the_file_latest(tmp_path: Path) -> None:
+    """Neither is called damaged."""
     convert("auto", OLD_RUN, "canonical", tmp_path / "canonical", Options())
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    for name, layout in (("canonical", "canonical"), ("pipeline", "diffusers")):
-        assert sample.main(["--checkpoint", str(tmp_path / name), "--prompt", "x"]) == 2
-        error = capsys.readouterr().err
-        assert f"it is in the layout '{layout}', not a run's own" in error
-        assert "damaged" not in error
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    (tmp_path / "run/checkpoints/latest").write_text("step-00000003")
+    for path in ("canonical", "run/checkpoints/latest"):
+        out = ["--out", str(tmp_path / "x.png"), "--steps", "1"]
+        assert sample.main(["--checkpoint", str(tmp_path / path), "--prompt", "x", *out]) == 0
 
 
 def test_the_file_latest_stands_for_the_checkpoint_that_it_names(tmp_path: Path) -> None:

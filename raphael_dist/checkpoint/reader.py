@@ -152,22 +152,7 @@ def open_newest(path: Path) -> CheckpointReader:
         return reader
 
     path = followed(path)
-    layout = layout_said(path)
-    if layout not in (None, "raphael"):
-        raise UserError(
-            f"--checkpoint {path}: it is in the layout {layout!r}, not a run's own; give the run directory, or bring it "
-            f"back: python tools/convert_checkpoint.py --from auto {path} --to raphael RUN_DIR"
-        )
     return first_good(path, verified, f"--checkpoint {path}")[0]
-
-
-def layout_said(path: Path) -> str | None:
-    """Return the layout that a manifest names, None for a run's own, which names none, and where there is no manifest."""
-    try:
-        said = json.loads((path / MANIFEST).read_text()).get("layout")
-    except (OSError, ValueError, AttributeError):
-        return "diffusers" if (path / "model_index.json").is_file() else None
-    return None if said is None else str(said)
 
 
 def first_good(path: Path, open_step: Callable[[Path], T], given: str) -> tuple[T, list[str]]:

@@ -24,6 +24,7 @@ from raphael_dist.convert.plan import ConversionPlan, Options, Source, check_com
 from raphael_dist.convert.source import Checkpoint, is_dense
 from raphael_dist.convert.upcycle import Upcycled
 from raphael_dist.errors import UserError
+from raphael_dist.parallel.bar import Bar
 from raphael_dist.storage.files import damage, sync, write_bytes
 from raphael_dist.storage.tensorfile import HashedFile
 
@@ -108,6 +109,7 @@ def _prepare(
     if target.exists() or target.is_symlink():
         raise UserError(f"--to {to_layout} {target}: exists already; give a new path, nothing is overwritten")
     opened = open_checkpoint(from_layout, path, config)
+    opened.state_prediction(options.prediction)
     source: Source = opened
     if config is not None and not layout_of("--from", opened.layout).takes_config:
         if not is_dense(opened.config):
@@ -142,7 +144,8 @@ def _write(
         checking.start()
         written, syncing = {}, deque[tuple[str, HashedFile]]()
         try:
-            for file in mine:
+            for number, file in enumerate(mine, start=1):
+                bar.tell(f"file {number} of {len(mine)}")
                 syncing.append((file.name, write_file(file, temporary, source)))
                 if len(syncing) > _SYNCING:
                     name, oldest = syncing.popleft()
@@ -154,7 +157,9 @@ def _write(
             raise UserError(f"{source.path} is damaged: {verdicts[0] if verdicts else 'it cannot be read'}")
         return written
 
-    return {name: entry for written in ranks.gather(ranks.agree(work)) for name, entry in written.items()}
+    with Bar("writing", shown=ranks.is_main) as bar:
+        done = ranks.agree(work)
+    return {name: entry for written in ranks.gather(done) for name, entry in written.items()}
 
 
 def _share(weighted: list[tuple[int, Any]], ranks: MpiRanks) -> list[Any]:

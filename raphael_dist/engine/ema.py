@@ -25,14 +25,16 @@ class Ema:
         torch._foreach_copy_(self.values, self._fragments.masters())
 
     def decay(self, step: int) -> float:
-        """Return the decay after optimizer step `step` (from 1), with its warm-up."""
-        target = self._config.decay
+        """Return the decay after optimizer step `step` (from 1), with its warm-up, which begins after start_step."""
+        target, step = self._config.decay, step - self._config.start_step
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights after optimizer step `step`."""
-        if self.values:
+        if self.values and step <= self._config.start_step:
+            self.restart()
+        elif self.values:
             torch._foreach_lerp_(self.values, self._fragments.masters(), 1 - self.decay(step))
 
     @contextmanager

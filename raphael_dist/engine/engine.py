@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raphael_dist.config import Config, Optim
 from raphael_dist.engine import ds_config, expert_groups
 from raphael_dist.engine.fragments import Fragments
+from raphael_dist.engine.gradient_noise import GradientNoise
 from raphael_dist.engine.zero import adapter
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
@@ -47,6 +48,8 @@ class Engine:
         # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
         model.gathers_weights = self.stage == 3
         self.traffic = expert_parallel.apply(model, config, plan, expert_groups.join)
+        eta = config.recipe.gradient_noise
+        self._noise = GradientNoise(model, eta, config.run.seed) if eta else None
         expert_groups.mark(model, config.model.space_experts + config.model.time_experts)
         if config.train.compile:
             _compile(model, config, self.stage, device)
@@ -57,6 +60,8 @@ class Engine:
         self._zero.quiet()
         self._engine.gradient_clipping = lambda: 0.0  # clipped here, by the norm that the step knows anyway
         self.fragments = Fragments(self.module, self._zero, optimizer)
+        decayed = config.optim.kind == "adamw" and config.optim.weight_decay > 0
+        self._decayed = [f.master for f in self.fragments if decayed and decays(f.name)]
         self.grad_norm = math.nan
         self._micro_step = 0
         self._touched: set[str] | None = self._watch_gradients() if config.train.check_gradients else None
@@ -65,14 +70,17 @@ class Engine:
         """Run the model's forward pass through DeepSpeed."""
         return self._engine(*args)
 
-    def backward(self, loss: Tensor, last: bool | None = None) -> None:
+    def backward(self, loss: Tensor, last: bool | None = None, step: int = 0) -> None:
         """Accumulate gradients of one micro-step; the last of a step also reduces them over ranks.
 
-        `last`: whether this is the step's last; None counts `accumulation` calls.
+        `last`: whether this is the step's last; None counts `accumulation` calls. `step`: the optimizer step, from 1, by
+        which noise on gradients is drawn; 0: none.
         """
         self._micro_step += 1
         last = self._micro_step == self.plan.accumulation if last is None else last
         self._engine.set_gradient_accumulation_boundary(last)
+        if self._noise is not None:
+            self._noise.step = step if last else 0
         # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` makes up for it.
         self._engine.backward(loss)
         if self._touched is not None:
@@ -124,6 +132,8 @@ class Engine:
             torch._foreach_mul_(list(self._zero.gradients()), clip / (norm + 1e-6))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._decayed:
+            torch._foreach_mul_(self._decayed, 1 - lr * self.config.optim.weight_decay)
         self._engine.step()
 
     def discard(self) -> None:
@@ -137,8 +147,7 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
     def _optimizer_device(self) -> torch.device:
-        offload = "offload_optimizer" in self.ds_config.get("zero_optimization", {})
-        return torch.device("cpu") if offload else self.device
+        return torch.device("cpu") if ds_config.offload_device(self.ds_config) else self.device
 
 
 def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.device) -> None:
@@ -151,24 +160,22 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
     compile_parts(model, device, dynamic=spread or len(config.image.buckets) > 1)
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 1): linear warm-up, then constant or half a cosine."""
-    optim = config.optim
-    if step <= optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
-    if optim.decay == "constant":
-        return optim.lr
-    progress = (step - 1 - optim.warmup_steps) / max(1, config.train.max_steps - optim.warmup_steps)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def decays(name: str) -> bool:
+    """Return whether `optim.weight_decay` acts on a parameter: on matrices and kernels, not on norms, biases and gates.
+
+    By name, since stacked experts' biases [K, F] look like matrices, and flat parts under ZeRO have no shape.
+    """
+    owner, _, leaf = name.rpartition(".")
+    norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")
+    return leaf in ("weight", "w1", "w2") and not norm and not name.startswith(("text_gates.", "time_gates."))
 
 
 def _optimizer(parameters: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(parameters, lr=optim.lr)
+    # Weight decay is the engine's (`update`): torch's acts on whole groups, and more groups would cut ZeRO's buffers anew.
     fused = is_gpu(device)
-    return torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
-    )
+    return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=fused)
 
 
 def _not_of_a_dropped_step(record: logging.LogRecord) -> bool:

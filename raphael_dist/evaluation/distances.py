@@ -15,14 +15,18 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
     FID, where the features are Inception's. Needs two pictures a set; few of them (fewer than D) bias it upwards.
     """
     a, b = a_ND.double(), b_MD.double()
-    mean, cov_a, cov_b = a.mean(dim=0) - b.mean(dim=0), _covariance(a), _covariance(b)
-    roots = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
-    return float(mean @ mean + cov_a.trace() + cov_b.trace() - 2 * roots)
+    mean = a.mean(dim=0) - b.mean(dim=0)
+    a, b = ((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # S = x^T x
+    return float(mean @ mean + a.square().sum() + b.square().sum() - 2 * _trace_of_root(a, b))
 
 
-def _covariance(x_ND: Tensor) -> Tensor:
-    centred = x_ND - x_ND.mean(dim=0)
-    return centred.T @ centred / (len(x_ND) - 1)
+def _trace_of_root(a_ND: Tensor, b_MD: Tensor) -> Tensor:
+    """Return tr (S_a S_b)^(1/2), the sum of the singular values of a b^T, by the smaller of two symmetric problems."""
+    if min(len(a_ND), len(b_MD)) < a_ND.shape[1]:
+        return torch.linalg.svdvals(a_ND @ b_MD.T).sum()
+    value_D, vector_DD = torch.linalg.eigh(a_ND.T @ a_ND)
+    root_DD = (vector_DD * value_D.clamp(min=0).sqrt()) @ vector_DD.T
+    return torch.linalg.eigvalsh(root_DD @ (b_MD.T @ b_MD) @ root_DD).clamp(min=0).sqrt().sum()
 
 
 def kernel_distance(

@@ -28,7 +28,7 @@ def claim(folder: Path, protocol: dict[str, Any]) -> None:
         if path.is_file():
             before = json.loads(path.read_text())
             now = json.loads(json.dumps(protocol))
-            changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+            changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
             if changed:
                 first = changed[0]
                 was, is_now = before.get(first), now.get(first)

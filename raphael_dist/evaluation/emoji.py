@@ -20,12 +20,12 @@ from raphael_dist.data.encoders import ImageEncoder
 from raphael_dist.data.plain import read_samples
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.distances import bootstrap, frechet_distance
-from raphael_dist.evaluation.features import HED, compute_all, hed_features
+from raphael_dist.evaluation.features import HED, PARTS, compute_all, hed_parts
 from raphael_dist.sampling.sampling import to_pixels, to_tensor
 from raphael_dist.storage.files import atomic_path
 
 PRINCIPAL = 32  # directions that the Frechet distance is taken in: there are but a hundred held-out pairs
-PENALTY = 1.0  # of the classifier of styles
+PENALTY = 0.1  # of the classifier of styles
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,77 +68,78 @@ class Pictures:
 
 
 class Space:
-    """The fixed feature space of the true pictures, in which drawn ones are judged."""
+    """The fixed feature space of the true pictures, in which drawn ones are judged (`features.hed_parts`).
+
+    Features are scaled to the mean and deviation of the training pictures, and to length 1.
+    """
 
     def __init__(self, pictures: Pictures, cache_dir: Path, device: torch.device) -> None:
-        self.pictures, self._features = pictures, hed_features(device)
-        path = cache_dir / "features" / f"{HED}-{pictures.digest()}.npy"
-        raw_ND = _cached(path, lambda: compute_all(self._features, pictures.pixels))
+        self.pictures, self._compute = pictures, hed_parts(device)
+        path = cache_dir / "features" / f"{HED}-parts-{pictures.digest()}.npy"
+        raw = _views(_cached(path, lambda: compute_all(self._compute, pictures.pixels)))
         train = torch.from_numpy(~pictures.held_out)
-        self._mean, self._deviation = raw_ND[train].mean(dim=0), raw_ND[train].std(dim=0) + 1e-6
-        self.true_ND = self._normed(raw_ND)
+        self._scale = [(x[train].mean(dim=0), x[train].std(dim=0) + 1e-6) for x in raw]
+        self.true = self._judged(raw)
         self.style_names = sorted(set(pictures.styles))
         self._style_N = np.array([self.style_names.index(style) for style in pictures.styles])
-        self._classifier = self._fit_styles(self.true_ND[train], self._style_N[~pictures.held_out])
-        centred_ND = self.true_ND[train] - self.true_ND[train].mean(dim=0)
-        rank = min(PRINCIPAL, *centred_ND.shape)
-        self._basis_DK = torch.linalg.svd(centred_ND.double(), full_matrices=False)[2][:rank].T
-        of_style = [torch.from_numpy(self._style_N == s) for s in range(self._styles)]
-        self._centre_SD = torch.stack([self.true_ND[rows].mean(dim=0) for rows in of_style])
+        self._classifier = self._fit_styles(self.true.style[train], self._style_N[~pictures.held_out])
+        whole_ND = self.true.whole[train].double()
+        centred_ND = whole_ND - whole_ND.mean(dim=0)
+        basis_DD = torch.linalg.eigh(centred_ND.T @ centred_ND)[1].flip(1)
+        self._basis_DK = basis_DD[:, : min(PRINCIPAL, *centred_ND.shape)]
 
-    @property
-    def _styles(self) -> int:
-        return len(self.style_names)
+    def _judged(self, raw: Sequence[Tensor]) -> "Judged":
+        style, third, fourth, whole = (
+            F.normalize((x - mean) / deviation, dim=1) for x, (mean, deviation) in zip(raw, self._scale, strict=True)
+        )
+        return Judged(style, torch.cat([third, fourth], dim=1) / 2**0.5, whole)
 
-    def _normed(self, raw_ND: Tensor) -> Tensor:
-        return F.normalize((raw_ND - self._mean) / self._deviation, dim=1)
-
-    def features(self, pixels: Sequence[np.ndarray]) -> Tensor:
-        """Return features [B, D] of length 1."""
-        return self._normed(compute_all(self._features, pixels))
+    def features(self, pixels: Sequence[np.ndarray]) -> "Judged":
+        """Return the features of pictures, uint8 [H, W, 3]."""
+        return self._judged(_views(compute_all(self._compute, pixels)))
 
     def _fit_styles(self, x_ND: Tensor, style_N: np.ndarray) -> Tensor:
-        """Return the weights [D + 1, S] of a ridge regression onto the styles, by its dual, since D may exceed N."""
-        x, onehot = _with_one(x_ND), F.one_hot(torch.from_numpy(style_N), self._styles).double()
-        gram = x @ x.T + PENALTY * torch.eye(len(x), dtype=torch.float64) if len(x) <= x.shape[1] else None
-        if gram is not None:
-            return x.T @ torch.linalg.solve(gram, onehot)
+        """Return the weights [D + 1, S] of a ridge regression onto the styles."""
+        x, onehot = _with_one(x_ND), F.one_hot(torch.from_numpy(style_N), len(self.style_names)).double()
         return torch.linalg.solve(x.T @ x + PENALTY * torch.eye(x.shape[1], dtype=torch.float64), x.T @ onehot)
 
-    def style_right(self, x_PD: Tensor, wanted: Sequence[str]) -> np.ndarray:
+    def style_right(self, judged: "Judged", wanted: Sequence[str]) -> np.ndarray:
         """Return 1 where a picture is taken to be of the style that was asked for, else 0, float64 [P]."""
-        found = (_with_one(x_PD) @ self._classifier).argmax(dim=1).tolist()
+        found = (_with_one(judged.style) @ self._classifier).argmax(dim=1).tolist()
         return np.array([self.style_names[s] == style for s, style in zip(found, wanted, strict=True)], np.float64)
 
-    def rank(self, x_PD: Tensor, things: Sequence[str], wanted: Sequence[str], gallery: str = "same") -> np.ndarray:
-        """Return the rank, from 0, of the thing's true picture among those of all things in one style, int [P].
+    def rank(self, judged: "Judged", things: Sequence[str], among: Sequence[str]) -> np.ndarray:
+        """Return the rank, from 0, of the thing's true picture among those of all things in the style `among`, int [P]."""
+        return np.array([self._rank(*one) for one in zip(judged.cells, things, among, strict=True)])
 
-        gallery: the style that was asked for ("same"), or another in which the thing is there ("other"), where features are
-        less their style's mean. -1 where there is none.
-        """
-        ranks = []
-        for x_D, thing, style in zip(x_PD, things, wanted, strict=True):
-            among = style if gallery == "same" else self._another(thing, style)
-            ranks.append(-1 if among is None else self._rank(x_D, thing, style, among))
-        return np.array(ranks)
-
-    def _another(self, thing: str, style: str) -> str | None:
-        p = self.pictures
-        return next((s for t, s in zip(p.things, p.styles, strict=True) if t == thing and s != style), None)
-
-    def _rank(self, x_D: Tensor, thing: str, style: str, among: str) -> int:
-        number, other = self.style_names.index(style), self.style_names.index(among)
-        rows = np.flatnonzero(self._style_N == other)
-        query, gallery = x_D, self.true_ND[torch.from_numpy(rows)]
-        if among != style:
-            query, gallery = x_D - self._centre_SD[number], gallery - self._centre_SD[other]
-        similar = F.normalize(gallery, dim=1) @ query
+    def _rank(self, x_D: Tensor, thing: str, among: str) -> int:
+        rows = np.flatnonzero(self._style_N == self.style_names.index(among))
+        similar = self.true.cells[torch.from_numpy(rows)] @ x_D
         target = next(i for i, row in enumerate(rows) if self.pictures.things[row] == thing)
         return int((similar > similar[target]).sum())
 
-    def distance(self, a_PD: Tensor, b_MD: Tensor) -> float:
-        """Return the Frechet distance in the principal directions of the training pictures."""
-        return frechet_distance(a_PD.double() @ self._basis_DK, b_MD.double() @ self._basis_DK)
+    def distance(self, a: Tensor, b: Tensor) -> float:
+        """Return the Frechet distance of features over whole pictures, in the principal directions of the training's."""
+        return frechet_distance(a.double() @ self._basis_DK, b.double() @ self._basis_DK)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Features of length 1, each [P, D]: of the style, of the thing by cells, and of pictures as a whole."""
+
+    style: Tensor
+    cells: Tensor
+    whole: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Judged":
+        return Judged(self.style[rows], self.cells[rows], self.whole[rows])
+
+
+def _views(raw_ND: Tensor) -> list[Tensor]:
+    """Return the parts of features, and the stages averaged over their cells."""
+    style, third, fourth = raw_ND.split(list(PARTS.values()), dim=1)
+    whole = [part.unflatten(1, (-1, cells)).mean(dim=2) for part, cells in ((third, 16), (fourth, 4))]
+    return [style, third, fourth, torch.cat(whole, dim=1)]
 
 
 def _with_one(x_ND: Tensor) -> Tensor:
@@ -167,16 +168,22 @@ class Row:
     high: float
 
 
-def judge(space: Space, x_PD: Tensor, things: Sequence[str], styles: Sequence[str]) -> list[Row]:
-    """Return style accuracy, retrieval of the thing in the same style and in another, and the Frechet distance."""
-    rows = [_mean("style accuracy", space.style_right(x_PD, styles))]
-    for gallery, name in (("same", "own true picture found"), ("other", "thing found in another style")):
-        rank = space.rank(x_PD, things, styles, gallery)
-        known = rank[rank >= 0]
+def judge(space: Space, judged: Judged, things: Sequence[str], styles: Sequence[str]) -> list[Row]:
+    """Return style accuracy, retrieval of the thing in the style asked for and in the others, and the Frechet distance."""
+    rows = [_mean("style accuracy", space.style_right(judged, styles))]
+    rank = space.rank(judged, things, styles)
+    rows += [_mean(f"own true picture found, at {k}", (rank < k).astype(np.float64)) for k in (1, 5)]
+    of_thing: dict[str, set[str]] = {}
+    for thing, style in zip(space.pictures.things, space.pictures.styles, strict=True):
+        of_thing.setdefault(thing, set()).add(style)
+    others = [sorted(of_thing[thing] - {style}) for thing, style in zip(things, styles, strict=True)]
+    known = [n for n, of in enumerate(others) if of]
+    if known:
+        ranks = [[space.rank(judged[torch.tensor([n])], [things[n]], [s])[0] for s in others[n]] for n in known]
         for k in (1, 5):
-            if len(known):
-                rows.append(_mean(f"{name}, at {k}", (known < k).astype(np.float64)))
-    rows.append(_frechet(space, x_PD))
+            found = np.array([np.mean([rank < k for rank in of_pair]) for of_pair in ranks])
+            rows.append(_mean(f"thing found in another style, at {k}", found))
+    rows.append(_frechet(space, judged))
     return rows
 
 
@@ -184,12 +191,12 @@ def _mean(what: str, values: np.ndarray) -> Row:
     return Row(what, float(values.mean()), *bootstrap(values))
 
 
-def _frechet(space: Space, x_PD: Tensor, draws: int = 100) -> Row:
-    true_PD = space.true_ND[torch.from_numpy(space.pictures.held_out)]
-    value, draw, found = space.distance(x_PD, true_PD), np.random.default_rng(0), []
+def _frechet(space: Space, judged: Judged, draws: int = 100) -> Row:
+    drawn, true = judged.whole, space.true.whole[torch.from_numpy(space.pictures.held_out)]
+    value, draw, found = space.distance(drawn, true), np.random.default_rng(0), []
     for _ in range(draws):
-        a, b = (torch.from_numpy(draw.integers(0, len(x), len(x))) for x in (x_PD, true_PD))
-        found.append(space.distance(x_PD[a], true_PD[b]))
+        a, b = (torch.from_numpy(draw.integers(0, len(x), len(x))) for x in (drawn, true))
+        found.append(space.distance(drawn[a], true[b]))
     low, high = np.quantile(found, [0.025, 0.975])
     return Row("Frechet distance", value, float(low), float(high))
 
@@ -207,8 +214,8 @@ def references(space: Space, image: ImageEncoder) -> dict[str, list[Row]]:
     copies = [next((i for i in range(len(p.things)) if p.things[i] == p.things[h] and not p.held_out[i]), -1) for h in held]
     have = [n for n, i in enumerate(copies) if i >= 0]
     if len(have) > 1:
-        x_PD = space.true_ND[torch.tensor([copies[n] for n in have])]
-        found["the thing in a trained style"] = judge(space, x_PD, [things[n] for n in have], [styles[n] for n in have])
+        copied = space.true[torch.tensor([copies[n] for n in have])]
+        found["the thing in a trained style"] = judge(space, copied, [things[n] for n in have], [styles[n] for n in have])
     return found
 
 

@@ -5,7 +5,7 @@ Shape legend: L transformer blocks, T timesteps, W words, Y text tokens, K exper
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
         return None
     weight = next(model.parameters())
     return _route(model.text_gates, tokens_BYD.to(weight.device, weight.dtype)).transpose(0, 1).cpu()
+
+
+@torch.no_grad()
+def noisy_word_routes(model: RaphaelUNet, tokens_BYD: Tensor, deviation: float, seed: int = 0) -> Tensor:
+    """As `word_routes`, with noise of that deviation on the gates' logits, as in training."""
+    weight = next(model.parameters())
+    logits = gate_logits(cast(Any, model.text_gates), tokens_BYD.to(weight.device, weight.dtype)).cpu()
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+    return choose(logits, deviation * noise, "none")[0].transpose(0, 1)
 
 
 def _route(gates: Any, x: Tensor) -> Tensor:
@@ -81,7 +90,7 @@ def paths_of_words(
     found = []
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
-        routes_BLY = word_routes(model, text.encode(part).tokens)
+        routes_BLY = word_routes(model, text.encode(part, pad=False).tokens)
         assert routes_BLY is not None
         for number, (caption, route_LY) in enumerate(zip(part, routes_BLY, strict=True), start=start):
             words = words_of(text.tokenizer, caption, text.max_tokens)

@@ -23,7 +23,14 @@ def alphas_cumprod(config: Diffusion) -> Tensor:
         betas = roots**2
     else:
         betas = torch.linspace(config.beta_start, config.beta_end, config.num_timesteps, dtype=torch.float64)
-    return torch.cumprod(1 - betas, dim=0).float()
+    abar = torch.cumprod(1 - betas, dim=0)
+    return (zero_terminal_snr(abar) if config.zero_terminal_snr else abar).float()
+
+
+def zero_terminal_snr(abar_T: Tensor) -> Tensor:
+    """Shift and scale the roots of abar so that the last is 0 and the first stays (Lin et al., arXiv 2305.08891, Alg. 1)."""
+    roots = abar_T.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
 
 
 def make_scheduler(config: Diffusion, name: str) -> Any:
@@ -33,18 +40,36 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
     """
     from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-    common = {
+    common: dict[str, Any] = {
         "num_train_timesteps": config.num_timesteps,
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
         "beta_schedule": config.schedule,
         "prediction_type": config.prediction,
     }
+    spacing = {"timestep_spacing": "leading", "steps_offset": 1} if name != "dpm++" else {}
+    if config.zero_terminal_snr:  # sampling must begin where there is no signal, as training did
+        common, spacing = {**common, "rescale_betas_zero_snr": True}, {"timestep_spacing": "trailing"}
     if name == "ddim":
-        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+        return DDIMScheduler(**common, **spacing, clip_sample=False, set_alpha_to_one=False)
     if name == "euler":
-        return EulerDiscreteScheduler(**common, timestep_spacing="leading", steps_offset=1)
-    return DPMSolverMultistepScheduler(**common)
+        return EulerDiscreteScheduler(**common, **spacing)
+    return DPMSolverMultistepScheduler(**common, **spacing)
+
+
+def starts_late(scheduler: Any) -> str | None:
+    """Say that a scheduler whose timesteps are set begins far from pure noise, None where it does not.
+
+    DDIM spaces its steps by whole timesteps from the low end, so that 600 of 1,000 begin at 600: such images come out flat.
+    """
+    first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
+    if total - first <= max(2 * total / steps, total / 20):
+        return None
+    nearest = min((n for n in range(1, total) if total % n == 0), key=lambda n: abs(n - steps))
+    return (
+        f"{steps} sampling steps begin at timestep {first} of {total}, far from pure noise: take {nearest}, which divides "
+        "it, or the scheduler dpm++"
+    )
 
 
 def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int, phase: int = 0) -> int:
@@ -61,6 +86,12 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int
         stratum = _strata(seed, step, global_batch)[index]
         uniform = (stratum + uniform) / global_batch
     return min(int(uniform * config.num_timesteps), config.num_timesteps - 1)
+
+
+def draw_offset(seed: int, position: int, channels: int) -> Tensor:
+    """Return a number of unit deviation for each channel of a sample's latents, float32 [C, 1, 1] (recipe.offset_noise)."""
+    drawn = generator(seed, Purpose.OFFSET, position).standard_normal((channels, 1, 1), dtype=np.float32)
+    return torch.from_numpy(drawn)
 
 
 @lru_cache(maxsize=4)
@@ -113,6 +144,17 @@ class NoiseSchedule:
             return noise_BChw
         signal, sigma = self._roots(timestep_B)
         return signal * noise_BChw - sigma * x0_BChw
+
+
+def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
+    """Return min(SNR, gamma) / SNR for predicted noise, / (SNR + 1) for v, float32 [B] (arXiv 2303.09556, Sec. 3.4).
+
+    SNR = abar / (1 - abar). In terms of abar nothing is divided by a signal of 0.
+    """
+    signal, noise = abar_B, 1 - abar_B
+    if prediction == "epsilon":
+        return torch.minimum(torch.ones_like(signal), gamma * noise / signal)
+    return torch.minimum(signal, gamma * noise)
 
 
 def denoise_loss_B(prediction_BChw: Tensor, target_BChw: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raphael_dist.config import Config
 from raphael_dist.model.batch import Batch
-from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B
+from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B, min_snr_weight_B
 from raphael_dist.model.edge import edge_loss_B
 from raphael_dist.model.routing import one_hot
 from raphael_dist.model.unet import UNetOutput
@@ -39,6 +39,9 @@ def compute_losses(
     noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
     out = model(noised.to(dtype), batch.timestep, batch.text.to(dtype), batch.text_mask, batch.end, batch.gate_noise)
     denoise = denoise_loss_B(out.prediction, schedule.target(batch.x0, batch.noise, batch.timestep)) * batch.weight
+    total = denoise
+    if gamma := config.recipe.min_snr_gamma:
+        total = denoise * min_snr_weight_B(schedule.abar_T[batch.timestep], gamma, schedule.prediction)
     edge = torch.zeros_like(denoise)
     if out.edge_logits and batch.edge is not None:
         e = config.edge
@@ -52,7 +55,7 @@ def compute_losses(
             form=e.focal_form,
         )
         edge = e.weight * per_sample * batch.weight
-    total = denoise + edge
+    total = total + edge
     if out.balance:
         total = total + config.model.balance_weight * torch.stack(out.balance).mean(dim=0) * batch.weight
     return Losses(total, denoise.detach(), edge.detach(), *_loads(out, batch.weight, config))

@@ -79,7 +79,7 @@ def step_cost(
     overlap: gradients are reduced during the backward pass and weights gathered during the forward pass, as far as the
     scheme and the time allow. ValueError: experts that are spread, with a scheme that has no place for them.
     """
-    parts = _parts(config, plan, cluster, parameters, scheme)
+    parts = communication(config, plan, cluster, parameters, scheme)
     hidden = 0.0
     for behind, share in (("forward", 1 - BACKWARD_SHARE), ("backward", BACKWARD_SHARE)):
         wanted = sum(part.seconds for part in parts if part.behind == behind)
@@ -101,6 +101,18 @@ def ring(what: str, behind: Behind, size: float, ranks: int, cluster: Cluster, s
     transfer = max(sent / cluster.node_gb_s if lanes > 1 else 0.0, network_gb / cluster.net_gb_s)
     hops = (ranks - nodes) * cluster.node_hop_us + (nodes - 1) * cluster.net_hop_us
     return Part(what, transfer + calls * hops * 1e-6, network_gb, behind)
+
+
+def communication(
+    config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme, reductions: int = 1
+) -> list[Part]:
+    """Return the communication of a step. reductions: how often gradients are reduced in it, and gathered under ZeRO-3.
+
+    ValueError: experts that are spread, with a scheme that has no place for them.
+    """
+    parts = _parts(config, plan, cluster, parameters, scheme)
+    again = [part for part in parts if part.behind != "nothing"]  # what does not hide is the update's, and the rows of all
+    return parts + (reductions - 1) * again
 
 
 def _parts(config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme) -> list[Part]:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from raphael_dist.errors import HungError
+from raphael_dist.parallel.bar import Bar
 from raphael_dist.parallel.clock import RunningClock
 from raphael_dist.parallel.ranks import TIMEOUT, agree, attempt, host_name
 
@@ -48,7 +49,13 @@ def together(doing: str, work: Callable[[Tell], T]) -> T:
     must call no collective. Raises HungError when the ranks that have not finished tell nothing for that long.
     """
     watch = Watch(doing, SILENCE_S)
-    result, failure = attempt(lambda: work(watch.tell))
+    with Bar(doing, shown=dist.get_rank() == 0) as bar:
+
+        def tell(words: str) -> None:
+            bar.tell(words)
+            watch.tell(words)
+
+        result, failure = attempt(lambda: work(tell))
     watch.finish(failed=failure is not None)
     watch.wait()
     return agree(result, None if isinstance(failure, AbandonedError) else failure)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from raphael_dist.checkpoint.folders import followed
 from raphael_dist.checkpoint.reader import open_newest
 from raphael_dist.config import Config, config_from_tree
 from raphael_dist.convert.layouts import detect, open_checkpoint
@@ -58,6 +59,7 @@ def open_for_sampling(path: Path) -> Checkpoint:
 
     UserError, which begins with the option that named it: nothing there, or damage.
     """
+    path = followed(path)
     try:
         layout = detect(path).name
     except UserError as error:
@@ -93,6 +95,7 @@ def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
         ("diffusion", "beta_end"): schedule.get("beta_end"),
         ("diffusion", "schedule"): schedule.get("beta_schedule"),
         ("diffusion", "prediction"): schedule.get("prediction_type"),
+        ("diffusion", "zero_terminal_snr"): schedule.get("rescale_betas_zero_snr"),
     }
     for (section, field), value in found.items():
         if value is not None:

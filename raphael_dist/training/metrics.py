@@ -6,6 +6,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,6 +124,16 @@ class MetricsWriter:
         self._try("TensorBoard's file", lambda: setattr(self, "_board", SummaryWriter(str(run_dir / "tensorboard"))))
         self._every_scalar = every_scalar
         self._to_board("add_custom_scalars", LAYOUT)
+
+    def describe(self, yaml: str, values: dict[str, Any]) -> None:
+        """Show a run's configuration: a page of text, and its values among the hyperparameters that runs are compared by."""
+        from torch.utils.tensorboard.summary import hparams
+
+        self._to_board("add_text", "configuration", f"```yaml\n{yaml}\n```")
+        # Not by add_hparams, which would put them into a run of their own, apart from the curves.
+        writer: Any = None if self._board is None else self._board.file_writer
+        for summary in hparams(values, {"train/loss": 0.0, "val/loss": 0.0}) if writer else ():
+            self._try("TensorBoard's file", partial(writer.add_summary, summary))
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Append one line, and one TensorBoard scalar per tag, for optimizer step `step`."""

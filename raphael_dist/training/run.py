@@ -43,6 +43,7 @@ class Run:
     lock: IO[str] | None
     samples_seen: int = 0
     step: int = 0
+    until: int = 0  # the step that this configuration holds to, a stage's last (recipe.stages); 0: the run's
     stop_requested: bool = False  # what all ranks agreed on at a step's end
     first_step: int = 0  # where this process began, or returned to
     trained: bool = False  # a step since then changed the weights
@@ -52,6 +53,11 @@ class Run:
     @property
     def complete(self) -> bool:
         return self.step >= self.config.train.max_steps
+
+    @property
+    def over(self) -> bool:
+        """Whether the stage is over, or the run, which then is complete."""
+        return self.step >= (self.until or self.config.train.max_steps)
 
     def patience(self, micro_step: int) -> float:
         """Return how many times longer than usual a micro-step may take: the first of all compiles and allocates."""

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from raphael_dist.checkpoint.folders import step_of
 from raphael_dist.checkpoint.progress import progress_of
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.config import Config, to_yaml
@@ -87,6 +88,12 @@ def check_unowned(config: Config) -> None:
             continue
         check_same_run(before, config, str(config.run.dir))
         return
+
+
+def newest_step(config: Config) -> int:
+    """Return the step of the newest checkpoint, whole or not; 0 without one."""
+    found = newest(config.run.dir / "checkpoints")
+    return step_of(found[0]) or 0 if found else 0
 
 
 def beginnings(config: Config) -> list[int]:

@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from raphael_dist.checkpoint.store import Save
-from raphael_dist.config import Config
+from raphael_dist.config import Config, to_yaml
 from raphael_dist.insight.figures import heat_map
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.objective import Losses
@@ -19,6 +20,9 @@ from raphael_dist.training.console import Reporter
 from raphael_dist.training.measure import peak_gib, throughput
 from raphael_dist.training.metrics import ExpertLoadMonitor, Metrics, MetricsWriter, load_metrics, relative_load
 from raphael_dist.training.straggler import Stopwatch, Stragglers
+from raphael_dist.training.summary import closing
+from raphael_dist.training.trackers import Trackers, flat
+from raphael_dist.training.waiting import DataWait
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +40,11 @@ class Telemetry:
         self._metrics, self._loads = Metrics(device), ExpertLoadMonitor()
         self._stopwatch, self._stragglers = Stopwatch(device), Stragglers(hosts)
         self._writer = MetricsWriter(config.run.dir, config.train.load_scalars) if ranks.is_main else None
+        self._trackers = Trackers(config) if ranks.is_main else None
+        if self._writer is not None:
+            self._writer.describe(to_yaml(config), flat(config))
         self._console: Reporter | None = None
-        self._waited = 0.0
+        self._wait, self._began = DataWait(), time.monotonic()
         self._logged_step, self._logged_at = 0, time.monotonic()
         self.flops = 0.0
 
@@ -52,17 +59,15 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._console is not None:
             self._console.close()
-        if self._writer is not None:
-            self._writer.close()
+        for sink in (self._writer, self._trackers):
+            if sink is not None:
+                sink.close()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time what waits for data."""
-        began = time.monotonic()
-        yield
-        waited = time.monotonic() - began
-        self._waited += waited
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch on the device, and time the wait for it."""
+        batch, waited = self._wait.next(batches, self._device)
         self._stopwatch.add(waited)
+        return batch
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -95,9 +100,12 @@ class Telemetry:
         samples, elapsed = float(reduced["samples"]), now - self._logged_at
         values |= self._log_loads(step, reduced, samples)
         values |= throughput(samples, elapsed, self.flops, self._device, self._dtype, self._ranks.world_size)
-        values["time/data_wait_frac"] = self._waited / max(elapsed, 1e-9)
+        waited, line = self._wait.take(elapsed)
+        values |= waited
+        if line is not None:
+            self.warn(f"step {step}: {line}")
         values["time/slowest_rank_ratio"] = self._log_stragglers(step)
-        self._waited, self._logged_at, self._logged_step = 0.0, now, step
+        self._logged_at, self._logged_step = now, step
         self.write(step, samples_seen, values)
         if self._console is not None:
             self._console.scalars(step, values)
@@ -128,14 +136,24 @@ class Telemetry:
 
     def log_images(self, step: int, images: dict[str, Any]) -> None:
         """Show PIL images by tag."""
-        if self._writer is not None:
-            for tag, image in images.items():
+        for tag, image in images.items():
+            if self._writer is not None:
                 self._writer.image(tag, step, image)
+            if self._trackers is not None:
+                self._trackers.image(tag, step, image)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Write scalars by tag, on rank 0."""
         if self._writer is not None:
             self._writer.write(step, samples_seen, values)
+        if self._trackers is not None:
+            self._trackers.scalars(step, values)
+
+    def closing(self, run_dir: Path, steps: int, images: int) -> None:
+        """Say where things are and what to run next, when the run is complete."""
+        if self._ranks.is_main:
+            for line in closing(run_dir, steps, images, time.monotonic() - self._began):
+                self.line(line)
 
     def advance(self, step: int) -> None:
         """Show that a step is done."""

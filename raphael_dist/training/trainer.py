@@ -1,8 +1,9 @@
 """The training loop: build(), train_step(), train()."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from raphael_dist.convert.initial import load_initial
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.source import DataSource, open_source
 from raphael_dist.engine.ema import Ema
-from raphael_dist.engine.engine import Engine, learning_rate
+from raphael_dist.engine.engine import Engine
+from raphael_dist.engine.learning_rate import learning_rate
 from raphael_dist.errors import NonFiniteError, NotSavedError
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
@@ -24,6 +26,7 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.long_work import from_main, together
 from raphael_dist.parallel.ranks import Ranks, all_or_none, all_reduce_sum, rank_table
 from raphael_dist.sampling.grid import caption_grid, save_image
+from raphael_dist.stages import stage_at
 from raphael_dist.training import measure, recovery, rundir
 from raphael_dist.training.guard import Guard
 from raphael_dist.training.run import Run
@@ -52,11 +55,13 @@ def build(
         watchdog = Watchdog(ranks, config.run.dir, config.run.hang_timeout_s)
         all_or_none(watchdog.start)
         on_error.callback(watchdog.stop)
-        telemetry = Telemetry(config, ranks, device, rank_table(ranks, device))
+        table = rank_table(ranks, device)
+        telemetry = all_or_none(lambda: Telemetry(config, ranks, device, table))
         for line in plan.advice():
             telemetry.warn(line)
         watchdog.beat("opening the data", SLOW)
         data = open_data(config, ranks, device)
+        on_error.callback(data.close)
         watchdog.beat("building the engine", SLOW)
         engine = Engine(config, json_tree, plan, device)
         together("reading the encoders", lambda _: ready_to_sample(config, ranks, engine, data.text, data.image))
@@ -69,7 +74,7 @@ def build(
             plan=plan,
             data=data,
             builder=data.builder(config, engine.module.num_blocks, device),
-            validator=Validator(config, ranks, data.held_out, engine, schedule) if data.held_out else None,
+            validator=Validator(config, ranks, data, engine, schedule) if data.held_out else None,
             engine=engine,
             ema=ema,
             schedule=schedule,
@@ -138,12 +143,11 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
     run.engine.traffic.take()  # what validation and sampling sent is no part of a step
     for micro in range(run.plan.accumulation):
         run.watchdog.beat(f"the data of step {run.step + 1}", run.patience(micro))
-        with run.telemetry.waiting():
-            batch = next(batches).to(run.device)
+        batch = run.telemetry.next_batch(batches)
         run.watchdog.beat(f"step {run.step + 1}", run.patience(micro))
         with run.telemetry.computing():
             losses = compute_losses(run.engine, batch, run.schedule, run.config, run.engine.dtype)
-        run.engine.backward(losses.total.sum() * run.plan.loss_scale)
+        run.engine.backward(losses.total.sum() * run.plan.loss_scale, step=run.step + 1)
         loss_sum += losses.total.detach().sum()
         seen.append((batch.position, losses.total.detach()))
         run.telemetry.record(batch, losses, run.engine.traffic.take())
@@ -171,16 +175,36 @@ def save(run: Run, last: bool) -> None:
     """
     all_or_none(lambda: rundir.check_owner(run.lock))
     run.watchdog.beat(f"saving step {run.step}", SLOW)
-    run.guard.rollbacks, run.save_due = 0, False
-    run.store.begin(recovery.progress(run))
+    run.save_due = False
+    run.store.begin(recovery.progress(run, rollbacks=0))
     if last or not run.config.checkpoint.background:
         failure = run.store.finish()
         if failure and last:
             raise NotSavedError(failure)
 
 
+def train_stages(
+    config: Config, json_tree: dict[str, Any], ranks: Ranks, device: torch.device, stop: StopRequest | None = None
+) -> bool:
+    """Build and train a run, one stage after another; return whether it is complete. Arguments are those of `build`."""
+    step = from_main("looking for checkpoints", lambda _: rundir.newest_step(config))
+    while True:
+        stage, until = stage_at(config, step)
+        run = build(stage, json_tree, ranks, device, stop)
+        run.until = until
+        if stage_at(config, run.step)[1] == until:  # or a damaged checkpoint was passed over for one of an earlier stage
+            if train(run) or run.stop_requested:
+                return run.complete
+            run.telemetry.warn(f"step {run.step}: the stage is over (recipe.stages)")
+        step = run.step
+        if run.lock is not None:
+            run.lock.close()
+        del run
+        gc.collect()  # the engine's circles, before the next one is built
+
+
 def train(run: Run) -> bool:
-    """Train to `train.max_steps`, or until a signal or the time asks to stop; return whether the run is complete."""
+    """Train to the end of run or stage, or until a signal or the time asks to stop; return whether the run is complete."""
     config, telemetry = run.config, run.telemetry
     run.stop.listen()
     run.stop_requested = float(all_reduce_sum([float(run.stop.wanted)], run.device)) > 0  # while it was being built
@@ -188,10 +212,11 @@ def train(run: Run) -> bool:
         run.watchdog,
         run.store,
         telemetry,
+        closing(run.data),
         Prefetcher(run.builder.build, _slots(run), depth=max(1, config.data.prefetch)) as batches,
     ):
         telemetry.line(_greeting(run))
-        while not run.complete and not run.stop_requested:
+        while not run.over and not run.stop_requested:
             if not train_step(run, batches):
                 continue
             run.watchdog.beat(f"the end of step {run.step}", SLOW)
@@ -205,16 +230,18 @@ def train(run: Run) -> bool:
                 sample(run)
             run.save_due |= _due(run.step, config.checkpoint.every) or run.stop_requested
             # Not while steps are being skipped: the update before them may be what is wrong with the weights.
-            if last and run.guard.in_a_row and run.suspect:
+            if run.over and run.guard.in_a_row and run.suspect:
                 raise NonFiniteError(_worthless(run))
-            if last or (run.save_due and not run.guard.in_a_row):
-                save(run, last or run.stop_requested)
+            if run.over or (run.save_due and not run.guard.in_a_row):
+                save(run, run.over or run.stop_requested)
             for saved in run.store.news():
                 telemetry.log_save(saved)
-        if run.stop_requested and not run.complete:
+        if run.stop_requested and not run.over:
             telemetry.line(
                 f"stopped by a signal or the time limit at step {run.step}{_unsaved(run)}; the same command continues"
             )
+        elif run.complete:
+            telemetry.closing(config.run.dir, run.step, run.samples_seen)
         run.stop.ignore()
     return run.complete
 

@@ -1,0 +1,35 @@
+"""What a run says when it is complete: how long it took, how good it became, where things are, what to run next."""
+
+import math
+from pathlib import Path
+
+from raphael_dist.training.metrics import read_metrics
+
+
+def closing(run_dir: Path, steps: int, images: int, seconds: float) -> list[str]:
+    """Return the lines for a complete run; `seconds`: of this process, which may have continued an earlier one."""
+    minutes, rest = divmod(round(seconds), 60)
+    took = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} in this process"
+    lines = [f"complete: {steps:,} steps, {images:,} images, {took}{_best(run_dir)}"]
+    pictures = sorted((run_dir / "samples").glob("step-*.png"))
+    lines += [f"  pictures    {pictures[-1]}"] if pictures else []
+    lines += [
+        f"  checkpoint  {run_dir}/checkpoints/step-{steps:08d}",
+        f"  curves      tensorboard --logdir {run_dir}/tensorboard",
+        f'  next        python -m raphael_dist sample --checkpoint {run_dir} --prompt "..." --out picture.png',
+        f"              python -m raphael_dist convert --from auto {run_dir} --to diffusers {run_dir}/exported",
+    ]
+    return lines
+
+
+def _best(run_dir: Path) -> str:
+    """Return the best validation loss in words, "" where nothing was validated."""
+    try:
+        found = read_metrics(run_dir / "metrics.jsonl").get("val/loss", [])
+    except OSError:
+        return ""
+    finite = [(loss, step) for step, loss in found if math.isfinite(loss)]
+    if not finite:
+        return ""
+    loss, step = min(finite)
+    return f"; best validation loss {loss:.4f} at step {step:,}"

@@ -1,0 +1,275 @@
+"""Recipes that are not the paper's: each against its formula, off by default, and part of what a run is."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from diffusers.training_utils import compute_snr
+from transformers import get_scheduler
+
+from raphael_dist.config import Config, Diffusion, load_config
+from raphael_dist.config_recipes import Recipe
+from raphael_dist.config_yaml import preset_names
+from raphael_dist.data.batches import BatchBuilder, annealed
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.gradient_noise import GradientNoise, deviation
+from raphael_dist.engine.learning_rate import learning_rate
+from raphael_dist.errors import UserError
+from raphael_dist.identity import changes
+from raphael_dist.model.diffusion import NoiseSchedule, alphas_cumprod, draw_offset, make_scheduler, min_snr_weight_B
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.stages import every_stage, stage_at
+from raphael_dist.training.metrics import read_metrics
+from tests.documents import blocks_of
+from tests.forks import Forks
+from tests.launch import train_many
+from tests.synthetic import plain_fragments, synthetic_batch, tiny_config
+
+
+def test_the_paper_and_all_presets_train_without_recipes() -> None:
+    for preset in preset_names():
+        config = load_config(preset)
+        assert config.recipe == Recipe()
+        assert (config.diffusion.zero_terminal_snr, config.ema.start_step, config.optim.decay_arguments) == (False, 0, {})
+
+
+# ---- the loss and the noise -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_those_of_diffusers_own_training(prediction: str) -> None:
+    """Their formula, by their SNR: min(SNR, gamma) / SNR, for v / (SNR + 1)."""
+    scheduler, gamma = make_scheduler(Diffusion(prediction=prediction), "ddim"), 5.0
+    t = torch.tensor([0, 10, 300, 700, 999])
+    snr = compute_snr(scheduler, t)
+    capped = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+    expected = capped / (snr if prediction == "epsilon" else snr + 1)
+    found = min_snr_weight_B(scheduler.alphas_cumprod[t], gamma, prediction)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert min_snr_weight_B(torch.zeros(1), gamma, "v_prediction") == 0, "no signal, no division by it"
+
+
+def test_min_snr_weighs_the_loss_that_is_trained_and_not_the_one_that_is_told() -> None:
+    plain, weighted = tiny_config(), tiny_config(recipe={"min_snr_gamma": 0.5}, edge={"weight": 0.0})
+    plain = plain.model_copy(update={"edge": weighted.edge})
+    model = RaphaelUNet(plain)
+    batch, schedule = (
+        synthetic_batch(plain, [(p, 1.0) for p in range(5)], model.num_blocks),
+        NoiseSchedule.create(plain.diffusion),
+    )
+    before, after = (compute_losses(model, batch, schedule, config, torch.float32) for config in (plain, weighted))
+    weight = min_snr_weight_B(schedule.abar_T[batch.timestep], 0.5, "epsilon")
+    torch.testing.assert_close(after.total, before.total * weight)
+    torch.testing.assert_close(after.denoise, before.denoise)
+    assert (weight < 1).any()
+
+
+def test_zero_terminal_snr_is_the_algorithm_of_its_paper_and_sampling_begins_there() -> None:
+    config = Diffusion(prediction="v_prediction", zero_terminal_snr=True)
+    abar = alphas_cumprod(config)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+    torch.testing.assert_close(abar, expected, rtol=2e-4, atol=1e-7)
+    assert abar[-1] == 0
+    assert abar[0] == pytest.approx(float(alphas_cumprod(Diffusion())[0]), abs=1e-6)
+    for name in ("ddim", "dpm++", "euler"):
+        scheduler = make_scheduler(config, name)
+        scheduler.set_timesteps(20)
+        assert int(scheduler.timesteps[0]) == 999
+        torch.testing.assert_close(scheduler.alphas_cumprod[:-1], abar[:-1], rtol=2e-4, atol=1e-7)
+    schedule, x0, noise = NoiseSchedule.create(config), torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2, 2)
+    last = torch.tensor([999])
+    assert torch.equal(schedule.add_noise(x0, noise, last), noise)
+    assert torch.equal(schedule.target(x0, noise, last), -x0)
+
+
+def test_offset_noise_shifts_whole_channels_by_its_deviation() -> None:
+    offsets = torch.stack([draw_offset(1, position, 4) for position in range(500)])
+    assert offsets.shape == (500, 4, 1, 1)
+    assert (float(offsets.mean()), float(offsets.std())) == pytest.approx((0, 1), abs=0.05)
+    assert torch.equal(draw_offset(1, 7, 4), offsets[7])
+    plain, shifted = (BatchBuilder(tiny_config(recipe={"offset_noise": s}), None, num_blocks=1) for s in (0.0, 0.3))  # type: ignore[arg-type]
+    sample: Any = SimpleNamespace(latents=torch.zeros(4, 6, 6))
+    shift = shifted._noise(7, sample) - plain._noise(7, sample)
+    torch.testing.assert_close(shift, 0.3 * draw_offset(0, 7, 4).expand(4, 6, 6), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("linear", [1, 0.75, 0.5, 0, 0]), ("cosine", [1, 0.853553, 0.5, 0, 0]), ("exponential", [1, 0.316228, 0.1, 0, 0])],
+)
+def test_gate_noise_falls_as_its_schedule_says(schedule: str, expected: list[float]) -> None:
+    assert [annealed(schedule, done) for done in (0, 0.25, 0.5, 1, 3)] == pytest.approx(expected, abs=1e-6)
+
+
+# ---- the optimizer --------------------------------------------------------------------------------------------------
+
+SCHEDULES = [
+    ("linear", {}), ("cosine_with_restarts", {"num_cycles": 3}), ("polynomial", {"power": 2.0, "lr_end": 1e-5}),
+    ("inverse_sqrt", {"timescale": 40}), ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ("warmup_stable_decay", {"num_decay_steps": 30, "num_stable_steps": 20}), ("cosine", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("decay", "arguments"), SCHEDULES)
+def test_learning_rates_are_those_of_transformers_by_the_same_name(decay: str, arguments: dict[str, float]) -> None:
+    config = tiny_config(
+        optim={"lr": 0.02, "warmup_steps": 10, "decay": decay, "decay_arguments": arguments}, train={"max_steps": 100}
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
+    theirs = get_scheduler(decay, optimizer, 10, 100, scheduler_specific_kwargs=dict(arguments)).lr_lambdas[0]
+    assert [learning_rate(config, step) for step in range(1, 11)] == pytest.approx([0.002 * s for s in range(1, 11)])
+    # Their step 10 is the peak, the first after the warm-up, as our step 11 is.
+    expected = [0.02 * theirs(step) for step in range(10, 100)]
+    assert [learning_rate(config, step) for step in range(11, 101)] == pytest.approx(expected)
+    assert min(expected) < 0.02
+
+
+def test_wrong_arguments_of_a_schedule_are_named() -> None:
+    cases = {
+        ("cosine", "{power: 2}"): "power is none of cosine's; it takes no arguments",
+        ("polynomial", "{powr: 2}"): "powr is none of polynomial's; it takes power, lr_end",
+        ("warmup_stable_decay", "{}"): "needs optim.decay_arguments: one of num_decay_steps",
+        ("cosin", "{}"): "optim.decay: given 'cosin'",
+    }
+    for (decay, arguments), wanted in cases.items():
+        with pytest.raises(UserError) as told:
+            load_config("emoji-tiny", [f"optim.decay={decay}", f"optim.decay_arguments={arguments}"])
+        assert wanted in str(told.value)
+    with pytest.raises(UserError, match=r"diffusion.zero_terminal_snr = true needs diffusion.prediction=v_prediction"):
+        load_config("emoji-tiny", ["diffusion.zero_terminal_snr=true"])
+
+
+def test_the_average_is_the_weights_up_to_its_start_and_then_warms_up_anew() -> None:
+    config = tiny_config(ema={"start_step": 2, "decay": 0.9})
+    fragments = plain_fragments(RaphaelUNet(config))
+    ema, weight = Ema(fragments, config.ema), fragments.masters()[0]
+    for step, expected in ((1, 1.0), (2, 2.0), (3, 2.0 * 2 / 11 + 3.0 * 9 / 11)):
+        with torch.no_grad():
+            weight.fill_(step)
+        ema.update(step)
+        assert float(ema.values[0].view(-1)[0]) == pytest.approx(expected)
+    assert ema.decay(1002) == pytest.approx(0.9)
+
+
+def test_gradient_noise_has_its_papers_deviation_in_the_last_micro_step_alone() -> None:
+    layer = torch.nn.Linear(200, 100)
+    noise = GradientNoise(layer, eta=0.3, seed=1)
+    found = []
+    for step in (0, 1, 1, 9):
+        noise.step = step
+        layer.zero_grad()
+        (layer(torch.zeros(1, 200)).sum() * 0).backward()
+        assert layer.weight.grad is not None
+        found.append(layer.weight.grad.clone())
+    assert not found[0].any()
+    assert torch.equal(found[1], found[2]), "by step and seed alone"
+    for step, gradient in ((1, found[1]), (9, found[3])):
+        assert float(gradient.std()) == pytest.approx((0.3 / (1 + step) ** 0.55) ** 0.5, rel=0.02)
+        assert float(gradient.std()) == pytest.approx(deviation(0.3, step), rel=0.02)
+
+
+def test_gradient_noise_is_the_same_on_any_ranks_and_placement_of_experts(tmp_path: Path) -> None:
+    noisy: dict = {"recipe": {"gradient_noise": 0.02}, "optim": {"kind": "sgd", "lr": 0.05, "clip": 0.0}}
+    one = {"sections": noisy, "deepspeed": {"zero_optimization": {"stage": 0}}, "steps": 2}
+    plain = {**one, "sections": {"optim": noisy["optim"]}}
+    spread = {**noisy, "parallel": {"space_ep": 2, "time_ep": 2, "placement": ["shard"]}}
+    alone, without = train_many(tmp_path / "one", 1, [one, plain])
+    two = train_many(
+        tmp_path / "two",
+        2,
+        [{**one, "deepspeed": {"zero_optimization": {"stage": 2}}, "sections": s} for s in (noisy, spread)],
+    )
+    moved = max(float((alone["weights"][n] - w).abs().max()) for n, w in without["weights"].items())
+    assert moved > 0.005, "the noise must be seen to say anything"
+    for found in two:
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+STAGES = [
+    {"until": 3, "set": {"image.buckets": [[8, 8]], "train.global_batch": 12, "optim.lr": 0.01}},
+    {"set": {"image.buckets": [[8, 8]], "train.global_batch": 9, "optim.lr": 0.02}},
+]
+
+
+def staged(stages: list[dict], **sections: dict) -> Config:
+    return tiny_config(recipe={"stages": stages}, **sections)
+
+
+def test_the_stage_of_a_step_says_what_it_is_trained_with() -> None:
+    config = staged(STAGES, train={"max_steps": 7, "micro_batch": 3})
+    for step, batch, until in ((0, 12, 3), (2, 12, 3), (3, 9, 7), (6, 9, 7), (7, 9, 7)):
+        stage, end = stage_at(config, step)
+        assert (stage.train.global_batch, end) == (batch, until)
+    assert [stage.optim.lr for stage in every_stage(config)] == [0.01, 0.02]
+    plain = tiny_config()
+    assert stage_at(plain, 5) == (plain, plain.train.max_steps)
+    # Which stage a checkpoint is of makes no difference to what run it is; other stages do.
+    first, second = every_stage(config)
+    assert changes(first, second) == {}
+    assert changes(first, every_stage(staged(STAGES[1:]))[0]).keys() == {"recipe.stages"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "wanted"),
+    [
+        ([{"set": {"model.channels": [8]}}], "stage 1 sets 'model.channels'"),
+        ([{"set": {"optim.lrr": 1}}], "did you mean 'optim.lr'"),
+        ([{"set": {"optim.lr": -1}}], "recipe.stages: stage 1: optim.lr: given -1"),
+        ([{"until": 5, "set": {}}], "every stage but the last needs `until`"),
+        ([{"until": 5, "set": {}}, {"until": 5, "set": {}}, {"set": {}}], "until = [5, 5] must rise"),
+        ([{"until": 5, "set": {"optim.lr": 1}}, {"set": {}}], "optim.lr is not in all stages (see stage 2)"),
+    ],
+)
+def test_wrong_stages_are_told_in_one_line(stages: list[dict], wanted: str) -> None:
+    with pytest.raises(UserError) as told:
+        every_stage(staged(stages))
+    assert wanted in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_run_in_stages_is_its_stages_one_after_another_bit_for_bit_also_resumed(forks: Forks, tmp_path: Path) -> None:
+    def spec(steps: int, stages: list[dict], **more: dict) -> dict:
+        train = {"max_steps": steps, "log_every": 1, "micro_batch": 3, **more.pop("train", {})}
+        base = {"optim": {"lr": 0.5, "eps": 1e-3}, "checkpoint": {"every": 2, "keep": 9}}
+        sections = {name: {**base.get(name, {}), **more.get(name, {})} for name in base | more}
+        return {"stage": 2, "sections": {**sections, "train": train, "recipe": {"stages": stages}}}
+
+    whole, killed, by_hand = tmp_path / "whole", tmp_path / "killed", tmp_path / "hand"
+    forks.must(whole, 2, **spec(6, STAGES))
+    log = (whole / "train.log").read_text()
+    assert "step 3: the stage is over" in log
+    assert [step for step, _ in read_metrics(whole / "metrics.jsonl")["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [lr for _, lr in read_metrics(whole / "metrics.jsonl")["optim/lr"]] == pytest.approx([0.01] * 3 + [0.02] * 3)
+    # Stopped in each stage and started again.
+    for steps in (2, 4, 6):
+        forks.must(killed, 2, **spec(steps, STAGES))
+    # What a user would do without stages.
+    forks.must(by_hand, 2, **spec(3, [], optim={"lr": 0.01}, train={"global_batch": 12}))
+    change = {"allow_change": ["optim.lr", "train.global_batch"]}
+    forks.must(by_hand, 2, **spec(6, [], optim={"lr": 0.02}, train={"global_batch": 9}, run=change))
+    expected = files(whole)
+    assert files(killed) == expected
+    assert files(by_hand) == expected
+
+
+@pytest.mark.parametrize("document", ["docs/recipes.md", "docs/own_data.md"])
+def test_the_configurations_in_the_documents_are_right(document: str, tmp_path: Path) -> None:
+    (block,) = [lines for _, lines in blocks_of(document) if lines[0].startswith(("recipe:", "base:"))]
+    (tmp_path / "c.yaml").write_text("\n".join(block))
+    stages = every_stage(load_config(str(tmp_path / "c.yaml")))
+    assert len({str(stage.image.buckets) for stage in stages}) == (3 if document == "docs/recipes.md" else 1)
+
+
+def files(run: Path) -> dict[str, str]:
+    manifest = json.loads((run / "checkpoints/step-00000006/manifest.json").read_text())
+    assert manifest["samples_seen"] == 3 * 12 + 3 * 9
+    return {name: entry["sha256"] for name, entry in manifest["files"].items()}

@@ -1,0 +1,143 @@
+"""Where metrics go beside metrics.jsonl: TensorBoard's pages, Weights & Biases, MLflow; and what a run says at its end.
+
+Weights & Biases (offline) and MLflow (into a folder) are the real packages, where they are installed.
+"""
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from raphael_dist.config import Config
+from raphael_dist.errors import UserError
+from raphael_dist.parallel.bar import Bar
+from raphael_dist.training import trackers
+from raphael_dist.training.metrics import MetricsWriter
+from raphael_dist.training.summary import closing
+from raphael_dist.training.trackers import Trackers, flat
+from tests.synthetic import tiny_config
+
+
+def config_in(folder: Path, *names: str) -> Config:
+    return tiny_config(run={"dir": str(folder), "trackers": list(names), "project": "tests"})
+
+
+def test_tensorboard_shows_the_configuration_as_text_and_as_hyperparameters(tmp_path: Path) -> None:
+    config, writer = config_in(tmp_path), MetricsWriter(tmp_path)
+    writer.describe("optim: {lr: 0.05}", flat(config))
+    writer.write(1, 12, {"train/loss": 0.5})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("configuration/text_summary")
+    assert b"optim: {lr: 0.05}" in text.tensor_proto.string_val[0]
+    data = events.summary_metadata
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= data.keys()
+    assert b"optim.lr" in data["_hparams_/session_start_info"].plugin_data.content
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1, "no second run beside the curves"
+    assert events.Scalars("train/loss")[0].value == 0.5
+
+
+def test_hyperparameters_are_flat_and_hide_secrets() -> None:
+    values = flat(tiny_config())
+    assert values["optim.lr"] == 0.05
+    assert values["model.channels"] == "[16, 24]"
+    assert all(isinstance(value, bool | int | float | str) for value in values.values())
+
+
+def run_of(folder: Path, name: str, steps: range) -> None:
+    tracker = Trackers(config_in(folder, name))
+    assert tracker._open.keys() == {name}
+    for step in steps:
+        tracker.scalars(step, {"train/loss": 1 / step})
+    tracker.image("samples", steps[-1], Image.new("RGB", (4, 4)))
+    tracker.close()
+
+
+def test_mlflow_gets_metrics_parameters_and_pictures_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_of(tmp_path, "mlflow", range(1, 3))
+    run_of(tmp_path, "mlflow", range(3, 5))
+    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tests"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params["optim.lr"] == "0.05"
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 1 / 2, 1 / 3, 1 / 4]
+    assert {path.path for path in client.list_artifacts(run.info.run_id, "samples")} == {
+        "samples/step-00000002.png",
+        "samples/step-00000004.png",
+    }
+
+
+def test_weights_and_biases_gets_them_offline_and_keeps_the_runs_id(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_of(tmp_path, "wandb", range(1, 3))
+    known = (tmp_path / ".tracked-wandb").read_text()
+    run_of(tmp_path, "wandb", range(3, 5))
+    assert (tmp_path / ".tracked-wandb").read_text() == known
+    written = list((tmp_path / "wandb").glob(f"offline-run-*-{known}/*.wandb"))
+    assert len(written) == 2
+    assert any(b"train/loss" in path.read_bytes() for path in written)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch) -> None:
+    def missing(config: Config) -> None:
+        import no_such_tracker  # noqa: F401
+
+    monkeypatch.setitem(trackers._KINDS, "wandb", (missing, "wandb"))
+    with pytest.raises(UserError, match=r"run.trackers: wandb is not installed; pip install wandb, or leave it out"):
+        Trackers(config_in(tmp_path, "wandb"))
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_warning(tmp_path: Path, monkeypatch, caplog) -> None:
+    class Failing:
+        def __init__(self, config: Config) -> None:
+            self.calls = 0
+
+        def scalars(self, step: int, values: object) -> None:
+            raise ConnectionError("no network\nmore")
+
+    monkeypatch.setitem(trackers._KINDS, "mlflow", (Failing, "mlflow"))
+    logging.getLogger("raphael_dist").propagate = True
+    both = Trackers(config_in(tmp_path, "mlflow"))
+    for step in range(3):
+        both.scalars(step, {})
+    both.close()
+    assert [r.getMessage() for r in caplog.records] == [
+        "run.trackers: mlflow fails (no network); training goes on without it"
+    ]
+
+
+def test_a_run_ends_with_where_things_are_and_what_to_run_next(tmp_path: Path) -> None:
+    rows = [{"step": s, "samples_seen": s, "val/loss": v} for s, v in ((1, 0.5), (2, 0.3), (3, float("nan")), (4, 0.4))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/step-00000004.png").write_bytes(b"")
+    lines = closing(tmp_path, 4, 7680, 3725)
+    assert lines[0] == ("complete: 4 steps, 7,680 images, 1:02:05 in this process; best validation loss 0.3000 at step 2")
+    assert lines[1] == f"  pictures    {tmp_path}/samples/step-00000004.png"
+    assert any(f"--from auto {tmp_path} --to diffusers" in line for line in lines)
+    assert closing(tmp_path / "elsewhere", 1, 1, 1)[0] == "complete: 1 steps, 1 images, 0:00:01 in this process"
+
+
+def test_long_work_moves_a_bar_where_somebody_watches() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    with Bar("indexing", shown=True, console=console) as bar:
+        bar.tell("shard 12 of 50, image 3 of 9")
+    assert "indexing" in screen.getvalue()
+    assert "12/50" in screen.getvalue()
+    assert "shard 12 of 50, image 3 of 9" in screen.getvalue()
+    for shown, watched in ((False, console), (True, None)):  # another rank; a file, which pytest's standard output is
+        before = screen.getvalue()
+        with Bar("indexing", shown=shown, console=watched) as bar:
+            bar.tell("shard 1 of 2")
+        assert screen.getvalue() == before

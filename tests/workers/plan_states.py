@@ -1,0 +1,85 @@
+"""Rank process: takes two steps under several DeepSpeed configurations and writes what each kind of tensor holds, in bytes.
+
+Usage: plan_states.py OUT SPECS, with SPECS a JSON list of {"stage", "sections"}. Into OUT.<rank>.json goes a list of
+{kind: bytes}, counted in the engine's own tensors.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.engine.fragments import MOMENTS
+from raphael_dist.engine.zero import Sharded
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from tests.launch import leave
+from tests.synthetic import synthetic_batch, tiny_config
+
+
+def held(tensors: list) -> int:
+    """Return the bytes of tensors, each storage once, with all that its buffer holds."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def kinds(engine: Engine, ema: Ema, gradients: int) -> dict[str, int]:
+    owners = list({id(f.owner): f.owner for f in engine.fragments}.values())
+    optimizer = engine.fragments._optimizer
+    zero = engine._engine.optimizer
+    if isinstance(engine._zero, Sharded):
+        weights = held(list(zero.fp16_partitioned_groups_flat))
+        owners = list(zero.fp32_partitioned_groups_flat)
+    else:
+        weights = held(list(engine.module.parameters()))
+    return {
+        "weights": weights,
+        "master": 0 if engine.stage == 0 else held([o.data for o in owners]),
+        "moments": held([s for state in optimizer.state.values() for kind, s in state.items() if kind in MOMENTS]),
+        "ema": held(ema.values),
+        "gradients": gradients,
+    }
+
+
+def run(spec: dict, ranks: Ranks, device: torch.device) -> dict[str, int]:
+    config = tiny_config(**spec["sections"])
+    plan = BatchPlan.of(config, ranks.world_size)
+    engine = Engine(config, {"zero_optimization": {"stage": spec["stage"], "reduce_bucket_size": 100_000}}, plan, device)
+    ema, schedule = Ema(engine.fragments, config.ema), NoiseSchedule.create(config.diffusion)
+    gradients = 0
+    for step in (1, 2):
+        for micro in range(plan.accumulation):
+            slots = plan.slots((step - 1) * config.train.global_batch, ranks.rank, micro)
+            batch = synthetic_batch(config, slots, engine.module.num_blocks)
+            engine.backward(compute_losses(engine, batch, schedule, config, engine.dtype).total.sum() * plan.loss_scale)
+        gradients = _gradients(engine)
+        engine.step(config.optim.lr)
+        ema.update(step)
+    return kinds(engine, ema, gradients)
+
+
+def _gradients(engine: Engine) -> int:
+    zero = engine._engine.optimizer
+    own = [p.grad for p in engine.module.parameters() if p.grad is not None and p.grad.numel() > 0]
+    if hasattr(zero, "fp32_groups_gradients_flat"):  # of BF16_Optimizer
+        return held(list(zero.fp32_groups_gradients_flat)) + sum(g.nbytes for g in own)
+    parts = list(engine._zero.gradients()) if engine.stage else []
+    flat = {g.untyped_storage()._cdata for g in parts}
+    alone = [g for g in own if g.untyped_storage()._cdata not in flat]
+    return (sum(g.nbytes for g in parts) if engine.stage else 0) + sum(g.nbytes for g in alone)
+
+
+def main(out: str, specs: list[dict]) -> None:
+    ranks = discover()
+    device = initialise(ranks)
+    torch.set_num_threads(1)
+    Path(f"{out}.{ranks.rank}.json").write_text(json.dumps([run(spec, ranks, device) for spec in specs]))
+    leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,286 @@
+"""`tools/bench.py step`: one optimizer step of ours beside what one would use instead, on the same work, in one process.
+
+dense: our U-Net without experts; diffusers' `UNet2DConditionModel` of the same widths, in a plain loop of PyTorch; ours with
+experts (auto), and by the paper's formula as printed (literal); our blocks with DeepSpeed's `MoE` layers instead. All
+see equal batches in float32, and step AdamW. Rounds are interleaved, and the fastest of each part counts, which is the least
+disturbed one. RAPHAEL is compared by its FLOPs at the dense step's own rate: 1.00 is as efficient as dense.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.states import random_batch
+from raphael_dist.config import Config, load_config
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B
+from raphael_dist.model.layers import TransformerBlock
+from raphael_dist.model.objective import Losses, compute_losses
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from raphael_dist.training.measure import FLOPS
+from raphael_dist.training.metrics import Metrics
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]
+WIDTHS = {
+    # The demo's, with experts as wide as the dense layer's; and two levels of the paper's, which fit into a host's memory.
+    "demo": ["model.expert_width=[128,256,384,384]"],
+    "paper": [
+        "model.channels=[384,768]",
+        "model.attention=[true,true]",
+        "model.expert_width=[1536,3072]",
+        "model.layers_per_block=1",
+        "model.head_dim=64",
+        "model.norm_groups=32",
+        "train.micro_batch=2",
+    ],
+}
+DENSE = ["model.space_experts=0", "model.time_experts=0", "model.time_activation=geglu", "edge.weight=0", "data.edges=none"]
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """The fastest forward pass, backward pass and update, in milliseconds, and the step's FLOPs."""
+
+    name: str
+    forward: float
+    backward: float
+    update: float
+    flops: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.update
+
+
+class Contender:
+    """A model, its optimizer and its loss."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+        self.model, self._loss = model, loss
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step(self) -> tuple[float, float, float]:
+        """Take a step; return the seconds of its parts."""
+        self._optimizer.zero_grad()
+        began = clock()
+        loss = self._loss(self.model)
+        forward = clock()
+        loss.backward()
+        backward = clock()
+        self._optimizer.step()
+        return forward - began, backward - forward, clock() - backward
+
+    def flops(self) -> float:
+        """Count the FLOPs of a step."""
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            self._loss(self.model).backward()
+        return float(counter.get_total_flops())
+
+
+def contenders(config: Config, literal: bool, side: int = 16) -> dict[str, Contender]:
+    """Return what is compared. `config`: with experts; `literal`: with the paper's formula as printed."""
+    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, config.train.micro_batch, side)
+
+    def ours(config: Config) -> Contender:
+        torch.manual_seed(0)
+        return Contender(
+            RaphaelUNet(config), lambda model: compute_losses(model, batch, schedule, config, torch.float32).total.sum()
+        )
+
+    dense = dense_of(config)
+    found = {"ours, dense": ours(dense), "diffusers, dense": _diffusers(dense, batch, schedule)}
+    found["RAPHAEL, auto"] = ours(config)
+    found["DeepSpeed MoE, k=1"] = _deepspeed(config, batch, schedule)
+    if literal:
+        found["RAPHAEL, literal"] = ours(_with(config, "model", space_backend="literal"))
+    return found
+
+
+def dense_of(config: Config) -> Config:
+    """Return the configuration without experts and edges: Stable Diffusion's U-Net of the same widths."""
+    config = _with(config, "model", space_experts=0, time_experts=0, time_activation="geglu")
+    return _with(config, "edge", weight=0.0)
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _diffusers(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contender:
+    from diffusers.models import UNet2DConditionModel
+
+    m = config.model
+    torch.manual_seed(0)
+    down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in m.attention)
+    model = UNet2DConditionModel(
+        in_channels=m.latent_channels,
+        out_channels=m.latent_channels,
+        block_out_channels=m.channels,
+        down_block_types=down,
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        layers_per_block=m.layers_per_block,
+        attention_head_dim=tuple(width // m.head_dim for width in m.channels),  # the number of heads, in spite of its name
+        cross_attention_dim=m.text_width,
+        norm_num_groups=m.norm_groups,
+        use_linear_projection=True,
+    )
+
+    def loss(model: nn.Module) -> Tensor:
+        noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
+        predicted = model(noised, batch.timestep, batch.text, return_dict=False)[0]
+        return (denoise_loss_B(predicted, schedule.target(batch.x0, batch.noise, batch.timestep)) * batch.weight).sum()
+
+    return Contender(model.train(), loss)
+
+
+class _NativeMoE(nn.Module):
+    """A residual layer of DeepSpeed's `MoE`, which routes every token; no token is dropped, as in ours."""
+
+    def __init__(self, dim: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        expert = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm = nn.LayerNorm(dim)
+        self.moe = MoE(dim, expert, experts, ep_size=1, k=1, drop_tokens=False, use_rts=False)
+        self.moe.set_deepspeed_parallelism()
+
+    def forward(self, h_BND: Tensor) -> Tensor:
+        return h_BND + self.moe(self.norm(h_BND))[0]
+
+
+def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contender:
+    """Return our dense U-Net with two of DeepSpeed's layers for each feed-forward layer, as many experts as ours have."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
+    deepspeed.init_distributed(verbose=False)
+    m, dense = config.model, _with(dense_of(config), "edge", weight=0.0)
+    torch.manual_seed(0)
+    model = RaphaelUNet(dense)
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    for level, block in zip(model.block_levels, blocks, strict=True):
+        dim, hidden = m.channels[level], m.expert_width[level]
+        block.norm3, block.ff = (
+            nn.Identity(),
+            nn.Sequential(  # type: ignore[assignment]
+                _NativeMoE(dim, hidden, m.time_experts), _NativeMoE(dim, hidden, m.space_experts)
+            ),
+        )
+    return Contender(model, lambda model: compute_losses(model, batch, schedule, dense, torch.float32).total.sum())
+
+
+def bench_step(config: Config, rounds: int, literal: bool = True) -> list[StepRow]:
+    """Return a row for each contender."""
+    found = contenders(config, literal)
+    flops = {name: one.flops() for name, one in found.items()}
+    times: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for i in range(rounds + 1):
+        for name, one in found.items():
+            if name != "RAPHAEL, literal" or i < 3:
+                times[name].append(one.step())
+    rows = []
+    for name, steps in times.items():
+        forward, backward, update = (min(part) * 1e3 for part in zip(*steps[1:], strict=True))
+        rows.append(StepRow(name, forward, backward, update, flops[name]))
+    return rows
+
+
+def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device) -> dict[str, float]:
+    """Return milliseconds of RAPHAEL's step in a plain loop, in the engine, and of what the trainer adds to it."""
+    plan = BatchPlan.of(config, ranks.world_size)
+    plain = contenders(config, literal=False)["RAPHAEL, auto"]
+    engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
+    ema, metrics = Ema(engine.fragments, config.ema), Metrics(device)
+    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch, 16)
+    times: dict[str, list[float]] = defaultdict(list)
+    for i in range(rounds + 1):
+        times["plain loop"].append(sum(plain.step()))
+        began = clock()
+        losses = compute_losses(engine, batch, schedule, config, engine.dtype)
+        engine.backward(losses.total.sum() * plan.loss_scale)
+        engine.step(config.optim.lr)
+        times["engine"].append(clock() - began)
+        times["average"].append(_seconds(partial(ema.update, i + 1)))
+        times["metrics"].append(_seconds(partial(_record, metrics, batch, losses)))
+    return {name: min(values[1:]) * 1e3 for name, values in times.items()}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = clock()
+    work()
+    return clock() - began
+
+
+def _record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
+    """Record what the trainer does of a micro-step, and reduce it, as a log line would, in every step."""
+    count = batch.weight.sum()
+    metrics.add("samples", count, "sum")
+    for tag, value in (("loss", losses.total), ("loss_denoise", losses.denoise), ("loss_edge", losses.edge)):
+        metrics.add(tag, value.sum(), "mean", count)
+    for tag, load in (("load/space", losses.space_used), ("load/time", losses.time_load)):
+        if load is not None:
+            metrics.add(tag, load, "sum")
+    metrics.reduce()
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--widths", choices=WIDTHS, nargs="+", default=list(WIDTHS))
+    command.add_argument("--rounds", type=int, default=9)
+    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: on a machine that is busy")
+    command.add_argument("--no-literal", action="store_true", help="leave out the paper's formula as printed, the slowest")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def run(args: argparse.Namespace) -> None:
+    """One optimizer step of ours beside diffusers' U-Net and DeepSpeed's MoE, and what the engine around it costs."""
+    ranks = discover()
+    device = initialise(ranks)
+    torch.set_num_threads(args.threads)
+    global clock
+    clock = CLOCKS[args.clock]
+    for name in args.widths:
+        config = load_config("emoji-tiny", [*WIDTHS[name], *args.overrides])
+        micro = config.train.micro_batch
+        config = _with(config, "train", global_batch=micro)
+        rows = bench_step(config, args.rounds, not args.no_literal)
+        print(f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, fastest of {args.rounds}")
+        print(_table(rows))
+        if name == "demo":
+            print(_engine_table(bench_engine(config, args.rounds, ranks, device)))
+    torch.distributed.destroy_process_group()
+
+
+def _table(rows: list[StepRow]) -> str:
+    titles = ("forward", "backward", "update", "step", "GFLOP", "GFLOP/s", "by dense", "by FLOPs")
+    lines = [f"{'ms':<22}" + "".join(f"{title:>10}" for title in titles)]
+    dense = rows[0]
+    rate = dense.flops / (dense.forward + dense.backward)
+    for row in rows:
+        work = row.forward + row.backward
+        numbers = [row.forward, row.backward, row.update, row.total, row.flops / 1e9, row.flops / work / 1e6]
+        ratios = [row.total / dense.total, work * rate / row.flops]
+        line = "".join(f"{x:>10.1f}" for x in numbers) + "".join(f"{x:>10.2f}" for x in ratios)
+        lines.append(f"{row.name:<22}{line}")
+    return "\n".join(lines)
+
+
+def _engine_table(times: dict[str, float]) -> str:
+    added = times["engine"] - times["plain loop"] + times["average"] + times["metrics"]
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in times.items())
+    return f"ms of a step: {parts}; engine, average and metrics add {added / times['plain loop']:.1%} to the plain loop"
