@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from raphael_dist.config_data import Filter, Section, Source
+from raphael_dist.config_data import PAPERS_BUCKETS, Filter, Section, Source, generated_buckets
 from raphael_dist.config_errors import explain
 from raphael_dist.config_recipes import Decay, Recipe, check_decay
 from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
@@ -147,7 +147,18 @@ class Text(Section):
 class Image(Section):
     encoder: str = Field("none", description="'none' (pixel space) or the folder of a diffusers AutoencoderKL")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="in which the image encoder computes")
-    buckets: tuple[tuple[Positive, Positive], ...] = Field(((64, 64),), description="image sizes [height, width]")
+    buckets: tuple[tuple[Positive, Positive], ...] = Field(
+        ((64, 64),),
+        description="image sizes [height, width]; paper: its nine; R: generated, of up to R x R pixels",
+    )
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _by_rule(cls, value: Any) -> Any:
+        rule = value[0] if isinstance(value, list) and len(value) == 1 else value  # an override is put into a list
+        if rule == "paper":
+            return PAPERS_BUCKETS
+        return generated_buckets(rule) if type(rule) is int else value
 
     @model_validator(mode="after")
     def _has_buckets(self) -> Self:
