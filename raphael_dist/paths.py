@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from raphael_dist.insight.classifier import Outcome
     from raphael_dist.sampling.load import Trained
 
+CAPTIONS = 2000  # that are read at most
 WORDS = ("captions", "adjectives", "verbs")
 
 
@@ -102,7 +103,7 @@ def _time(out: Path, trained: "Trained", report: Any) -> None:
 
 def _prompt(args: argparse.Namespace, trained: "Trained", number: int, prompt: str, report: Any) -> None:
     """Draw a prompt; show its words' routes, and their regions on the picture."""
-    from raphael_dist.insight.coverage import coverage
+    from raphael_dist.insight.coverage import agreement, coverage
     from raphael_dist.insight.figures import overlays, route_table
     from raphael_dist.insight.prompt import follow
     from raphael_dist.insight.routes import noisy_word_routes
@@ -120,8 +121,9 @@ def _prompt(args: argparse.Namespace, trained: "Trained", number: int, prompt: s
     overlays(pixels, seen.words, regions, seen.route_WL, title).save(args.out / f"prompt-{number}-regions.png")
     text, m = trained.sampler.text.encode([prompt]), trained.config.model
     noisy_LY = noisy_word_routes(trained.model, text.tokens, m.gate_noise)[0]
-    agree = float((noisy_LY == seen.record.space_LY)[:, text.mask[0].cpu()].float().mean())
-    report.add_prompt(prompt, seen, coverage(seen.record, noisy_LY, text.mask[0].cpu(), m.space_experts), agree)
+    mask_Y = text.mask[0].cpu()
+    agree = agreement(seen.record, noisy_LY, mask_Y)
+    report.add_prompt(prompt, seen, coverage(seen.record, noisy_LY, mask_Y, m.space_experts), agree)
 
 
 def _experts(args: argparse.Namespace, trained: "Trained", report: Any) -> None:
@@ -150,8 +152,8 @@ def _captions(args: argparse.Namespace, trained: "Trained") -> list[str]:
     from raphael_dist.data.plain import read_samples
 
     config, option = trained.config, "--captions" if args.captions else "data.shards"
-    samples = read_samples(args.captions or config.data.shards, config.data.cache_dir, (8, 8), option, limit=6000)
-    return [caption for sample in samples for caption in sample.captions]
+    samples = read_samples(args.captions or config.data.shards, config.data.cache_dir, (8, 8), option, limit=CAPTIONS)
+    return [sample.captions[0] for sample in samples]
 
 
 def _classify(args: argparse.Namespace, trained: "Trained", kind: str) -> "Outcome":

@@ -24,10 +24,14 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def rank_env(world_size: int) -> dict[str, str]:
-    """Return the environment of a group of ranks on this host, for rank 0 until RANK and LOCAL_RANK are set."""
+def rank_env(world_size: int, gpus: bool = False) -> dict[str, str]:
+    """Return the environment of a group of ranks on this host, for rank 0 until RANK and LOCAL_RANK are set.
+
+    They run on the CPU, also where there are GPUs, unless `gpus`.
+    """
     return {
         **os.environ,
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         "PYTHONPATH": str(ROOT),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -40,15 +44,15 @@ def rank_env(world_size: int) -> dict[str, str]:
 
 
 def run_ranks(
-    command: list[str], world_size: int, timeout: float = 240, exit_code: int = 0, *, fresh: bool = False
+    command: list[str], world_size: int, timeout: float = 240, exit_code: int = 0, *, fresh: bool = False, gpus: bool = False
 ) -> list[str]:
     """Run `python COMMAND` as `world_size` ranks; return each rank's output. AssertionError when one exits otherwise.
 
     Ranks are forked from a process that has imported everything. fresh: each is a Python of its own, and hashes strings
-    differently, as without PYTHONHASHSEED: where nothing may depend on the order of a set.
+    differently, as without PYTHONHASHSEED: where nothing may depend on the order of a set. gpus: fresh ranks, on the GPUs.
     """
-    env = rank_env(world_size)
-    if fresh:
+    env = rank_env(world_size, gpus)
+    if fresh or gpus:
         codes, outputs = _fresh_ranks(command, world_size, timeout, env)
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -86,13 +90,20 @@ def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
 
 
 def train_many(
-    folder: Path, world_size: int, specs: list[dict[str, Any]], timeout: float = 240, *, fresh: bool = False
+    folder: Path,
+    world_size: int,
+    specs: list[dict[str, Any]],
+    timeout: float = 240,
+    *,
+    fresh: bool = False,
+    gpus: bool = False,
 ) -> list[dict[str, Any]]:
-    """As `train_steps` for several runs, one after the other in the same processes; `fresh` as in `run_ranks`."""
+    """As `train_steps` for several runs, one after the other in the same processes; `fresh`, `gpus` as in `run_ranks`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(specs))
     out = str(folder / "out.pt")
-    run_ranks(["tests/workers/train_steps.py", out, str(folder / "spec.json")], world_size, timeout, fresh=fresh)
+    command = ["tests/workers/train_steps.py", out, str(folder / "spec.json")]
+    run_ranks(command, world_size, timeout, fresh=fresh, gpus=gpus)
     return [_read_steps(f"{out}.{i}", world_size) for i in range(len(specs))]
 
 

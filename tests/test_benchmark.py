@@ -5,6 +5,7 @@ import re
 from math import prod
 
 import numpy as np
+import pytest
 import yaml
 
 from benchmarks import convert
@@ -27,6 +28,24 @@ def test_expert_layers_are_timed_beside_deepspeeds_on_two_ranks():
     assert rows["DeepSpeed MoE, k=2"] == str(2 * tokens)
     assert tokens <= int(rows["Space-MoE"]) <= 6 * tokens
     assert "Time-MoE, no overlap" in rows
+
+
+def test_a_whole_step_is_timed_beside_that_of_diffusers_and_computes_as_much():
+    """Without experts both are the same model, so that only the dense one's FLOPs agree."""
+    small = ["model.channels=[32,64]", "model.attention=[true,false]", "model.expert_width=[128,256]", "text.max_tokens=7"]
+    dense = ["model.space_experts=0", "model.time_experts=0", "model.time_activation=geglu", "edge.weight=0"]
+    arguments = ["--config", "emoji-tiny", "--micro-batch", "1", "2", "--steps", "1", *small]
+    for more, same in ((dense, True), ([], False)):
+        output = run_ranks(["tools/bench.py", "gpu", *arguments, *more], 1)[0]
+        assert re.match(r"1 x .+; python 3.* torch 2", output[output.index("1 x ") :])
+        table = re.findall(r"^\| (\S.*?) \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.e-]+) \| [\d.]+% \|", output, flags=re.M)
+        assert [(name, micro) for name, micro, *_ in table] == [
+            (name, micro) for micro in "12" for name in ("emoji-tiny", "diffusers, widths of emoji-tiny")
+        ]
+        for ours, theirs in (table[:2], table[2:]):
+            per_step = [float(tflops) * float(ms) for _, _, ms, _, tflops in (ours, theirs)]
+            assert (per_step[0] == pytest.approx(per_step[1], rel=0.01)) == same
+            assert float(ours[3]) == pytest.approx(1e3 * int(ours[1]) / float(ours[2]), rel=0.01)
 
 
 def test_the_balance_of_time_experts_by_hand():

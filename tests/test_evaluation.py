@@ -229,6 +229,7 @@ def images_command(made: Path, out: Path, *more: str) -> list[str]:
     return ["images", *common, *captions, *more]
 
 
+@pytest.mark.slow
 def test_a_study_resumes_draws_nothing_twice_and_equals_that_of_two_ranks(made: Path, tmp_path: Path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     guidance = ["--guidance", "1", "3"]
@@ -246,7 +247,7 @@ def test_a_study_resumes_draws_nothing_twice_and_equals_that_of_two_ranks(made: 
     assert json.loads((one / "results.json").read_text()) == first
     run_ranks(["-m", "raphael_dist.evaluate", *images_command(made, two, *guidance)], 2)
     for mine, theirs in zip(first, json.loads((two / "results.json").read_text()), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3)
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-6)
     assert sorted(p.name for p in (one / "guidance-3").iterdir()) == sorted(p.name for p in (two / "guidance-3").iterdir())
     protocol = json.loads((one / "protocol.json").read_text())
     assert protocol["steps"] == 2
@@ -256,6 +257,19 @@ def test_a_study_resumes_draws_nothing_twice_and_equals_that_of_two_ranks(made: 
     capsys.readouterr()
     assert evaluate.main([*images_command(made, one, *guidance), "--seed", "1"]) == 2
     assert "begun with seed = 0, now 1; choose another folder" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_study_of_one_guidance_draws_what_is_missing_alone(made: Path, tmp_path: Path):
+    command = images_command(made, tmp_path / "out", "--guidance", "2", "--count", "4")
+    assert evaluate.main(command) == 0
+    folder, first = tmp_path / "out" / "guidance-2", (tmp_path / "out" / "results.json").read_text()
+    assert {"fid", "kid", "precision", "recall", "pictures"} <= set(json.loads(first)[0])
+    kept = (folder / "000001.png").stat().st_mtime_ns
+    for name in ("000002.png", "features.npy"):
+        (folder / name).unlink()
+    assert evaluate.main(command) == 0
+    assert (folder / "000001.png").stat().st_mtime_ns == kept
+    assert json.loads((tmp_path / "out" / "results.json").read_text())[0] == pytest.approx(json.loads(first)[0], abs=1e-6)
 
 
 def test_lettering_is_scored_by_an_engine_of_the_users(made: Path, tmp_path: Path):
@@ -315,7 +329,7 @@ def test_true_pictures_are_judged_right_and_wrong_ones_wrong(space: Space):
     assert true["Frechet distance"] == pytest.approx(0, abs=1e-5)
     noise = list(np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8))
     wrong = {row.what: row.value for row in judge(space, space.features(noise), things, styles)}
-    assert wrong["own true picture found, at 1"] == 0.0
+    assert wrong["own true picture found, at 1"] <= 1 / 3  # something is nearest to noise, too
     assert wrong["Frechet distance"] > 0.05
     # Another thing of the right style: the style is right, the thing is not.
     others = [next(i for i, s in enumerate(p.styles) if s == p.styles[h] and p.things[i] != p.things[h]) for h in held]
@@ -335,14 +349,17 @@ def test_ranks_are_those_of_a_search_by_hand(space: Space):
 
 
 def test_features_of_true_pictures_are_kept(space: Space, tmp_path: Path):
-    first = Space(space.pictures, tmp_path, torch.device("cpu"))
+    p = space.pictures
+    few = Pictures(p.pixels[-9:], p.things[-9:], p.styles[-9:], p.captions[-9:], p.held_out[-9:])
+    first = Space(few, tmp_path, torch.device("cpu"))
     (kept,) = (tmp_path / "features").iterdir()
     before = kept.stat().st_mtime_ns
-    again = Space(space.pictures, tmp_path, torch.device("cpu"))
+    again = Space(few, tmp_path, torch.device("cpu"))
     assert kept.stat().st_mtime_ns == before
     torch.testing.assert_close(first.true.cells, again.true.cells, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_one_command_and_one_table(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shards = ["--shards", "data/emoji-demo/train-0000.tar", "--val-shards", "data/emoji-demo/val-0000.tar"]
     common = ["--checkpoint", str(made / "model"), "--out", str(tmp_path / "out"), "--steps", "2", "--per-pair", "2"]

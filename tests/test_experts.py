@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.experts import Experts, add_bias, expert_of_rows
 from raphael_dist.model.moe import FORMS, SpaceMoE, TimeMoE
 from raphael_dist.model.unet import RaphaelUNet
-from tests.synthetic import tiny_config
+from raphael_dist.training.measure import forward_flops
+from tests.synthetic import synthetic_batch, tiny_config
 from tests.test_moe import HIDDEN, B, D, K, close
 
 torch.set_num_threads(1)
@@ -144,6 +146,22 @@ def test_the_megablocks_backend_hands_over_rows_and_weights_as_its_product_takes
         expected = experts.apply_sorted(x, counts, bias)
         experts.use_megablocks = True
         torch.testing.assert_close(experts.apply_sorted(x, counts, bias), expected)
+
+
+def test_the_flops_of_a_product_that_torch_does_not_see_are_counted_too(monkeypatch):
+    def unseen(*_, **__):
+        raise AssertionError("while counting, torch's own product stands for it")
+
+    monkeypatch.setitem(sys.modules, "grouped_gemm", types.ModuleType("grouped_gemm"))
+    monkeypatch.setitem(sys.modules, "grouped_gemm.ops", types.SimpleNamespace(gmm=unseen))
+    found = []
+    for backend in ("wide", "megablocks"):
+        config = tiny_config(model={"space_backend": backend})
+        model = RaphaelUNet(config)
+        batch = synthetic_batch(config, [(p, 1.0) for p in range(4)], model.num_blocks)
+        found.append(forward_flops(model, batch, NoiseSchedule.create(config.diffusion), config, torch.float32))
+    assert found[0] == found[1]
+    assert all(m.use_megablocks for m in model.modules() if isinstance(m, Experts))
 
 
 def test_the_megablocks_backend_without_grouped_gemm_is_refused_with_the_command_that_installs_it(monkeypatch):

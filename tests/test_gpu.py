@@ -90,8 +90,8 @@ def test_feature_maps_are_channels_last_at_every_convolution_on_a_gpu() -> None:
 def test_one_gpu_trains_in_bfloat16_and_resumes(tmp_path: Path, stage: int) -> None:
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     more = ("train.dtype=bfloat16", "model.gate_noise=0")
-    run_ranks(arguments(tmp_path / "run", cache, stage, "train.max_steps=6", *more), 1)
-    output = run_ranks(arguments(tmp_path / "run", cache, stage, "train.max_steps=30", *more), 1)[0]
+    run_ranks(arguments(tmp_path / "run", cache, stage, "train.max_steps=6", *more), 1, gpus=True)
+    output = run_ranks(arguments(tmp_path / "run", cache, stage, "train.max_steps=30", *more), 1, gpus=True)[0]
     assert "resumed at step 6" in output
     losses = [loss for _, loss in read_metrics(tmp_path / "run" / "metrics.jsonl")["train/loss"]]
     assert losses[-1] < losses[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from raphael_dist import train
+from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.errors import EXIT_HUNG, HungError
 
 
@@ -21,6 +22,13 @@ def test_a_rank_may_work_longer_than_a_collective_may_wait(forks, tmp_path, at):
     for rank, (seconds, text) in enumerate(results(tmp_path, [0, 1, 2])):
         assert text == f"done by rank {rank}"
         assert seconds > 6, "the others went on before the work was done"
+
+
+def test_a_disk_may_take_longer_to_save_than_a_collective_may_wait(forks, tmp_path):
+    forks.must(tmp_path, 2, worker="slow_save", at=1, collective_s=3, seconds=6)
+    saved = CheckpointReader(tmp_path / "checkpoints" / "step-00000001")
+    assert saved.damage() is None
+    assert len(saved.manifest["files"]) == 2
 
 
 def test_what_rank_0_returns_reaches_all(forks, tmp_path):

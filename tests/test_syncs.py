@@ -194,16 +194,28 @@ SMALL = [
 ]
 
 
+def counted(output: str) -> Counter[tuple[str, str]]:
+    """Return the waits of a step by file and kind, as the tool lists them; its last line must be their number."""
+    found: Counter[tuple[str, str]] = Counter()
+    for count, file, kind in re.findall(r"^ +(\d+)  (\S+):\d+: (.*)$", output.split("a log line adds")[0], flags=re.M):
+        found[file, kind] += int(count)
+    assert output.splitlines()[-1] == f"host synchronisations per step: {found.total()}"
+    return found
+
+
 @pytest.mark.parametrize(
     ("stage", "micro_steps"), [*(pytest.param(*c, marks=pytest.mark.slow) for c in [(1, 1), (1, 3), (2, 1)]), (2, 3)]
 )
 def test_an_optimizer_step_waits_once_and_no_layer_or_micro_step_waits(stage, micro_steps):
     output = bench("emoji-tiny", f"--deepspeed_config=ds_configs/zero{stage}.json", f"--micro-steps={micro_steps}", *SMALL)
-    found: Counter[tuple[str, str]] = Counter()
-    for count, file, kind in re.findall(r"^ +(\d+)  (\S+):\d+: (.*)$", output.split("a log line adds")[0], flags=re.M):
-        found[file, kind] += int(count)
-    assert found == ONE | (ASKED if (stage, micro_steps) == (1, 3) else {})
-    assert output.splitlines()[-1] == f"host synchronisations per step: {found.total()}"
+    assert counted(output) == ONE | (ASKED if (stage, micro_steps) == (1, 3) else {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["raphael-3b", "raphael-sd2", "sd2-dense"])
+def test_a_step_of_a_preset_for_gpus_waits_once(preset):
+    """At the model's true widths, with the DeepSpeed configuration that it gets without being given one."""
+    assert counted(bench(preset, "--micro-steps=1")) == ONE
 
 
 def bench(*arguments: str) -> str:

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.utils._pytree
 from deepspeed.runtime.utils import OutputBackwardHookManager, register_output_backward_hooks
-from diffusers import UNet2DConditionModel
 
+from benchmarks.gpu_step import diffusers_unet
 from raphael_dist.config import Config, config_from_tree, load_config
 from raphael_dist.convert.initial import load_initial
 from raphael_dist.errors import UserError
@@ -37,24 +37,6 @@ SMALL_DENSE = {
 }
 
 
-def theirs(config: Config) -> UNet2DConditionModel:
-    """Return diffusers' model of the same architecture."""
-    m = config.model
-    names = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in m.attention]
-    return UNet2DConditionModel(
-        in_channels=m.latent_channels,
-        out_channels=m.latent_channels,
-        block_out_channels=m.channels,
-        down_block_types=names,
-        up_block_types=[n.replace("Down", "Up") for n in reversed(names)],
-        layers_per_block=m.layers_per_block,
-        norm_num_groups=m.norm_groups,
-        cross_attention_dim=m.text_width,
-        attention_head_dim=[c // m.head_dim for c in m.channels],  # diffusers' name for the number of heads
-        use_linear_projection=True,
-    )
-
-
 def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.state_dict().items()}
 
@@ -67,7 +49,7 @@ def on_meta(config: Config) -> RaphaelUNet:
 def test_sd2_dense_has_exactly_the_keys_and_shapes_of_diffusers():
     config = load_config("sd2-dense")
     with torch.device("meta"):
-        reference = theirs(config)
+        reference = diffusers_unet(config)
     assert shapes(on_meta(config)) == shapes(reference)
     assert sum(p.numel() for p in reference.parameters()) == pytest.approx(0.866e9, rel=1e-3)
 
@@ -76,7 +58,7 @@ def test_sd2_dense_has_exactly_the_keys_and_shapes_of_diffusers():
 def test_a_dense_model_computes_what_diffusers_computes(size_hw):
     config = config_from_tree(SMALL_DENSE)
     torch.manual_seed(0)
-    model, reference = RaphaelUNet(config), theirs(config)
+    model, reference = RaphaelUNet(config), diffusers_unet(config)
     assert shapes(model) == shapes(reference)
     model.load_state_dict(reference.state_dict())
     x, t, text = torch.randn(3, 4, *size_hw), torch.tensor([0, 417, 999]), torch.randn(3, 5, 24)
@@ -89,8 +71,10 @@ def test_a_dense_model_computes_what_diffusers_computes(size_hw):
 @pytest.mark.parametrize("max_shard_size", ["10GB", "2MB"])
 def test_a_diffusers_folder_loads_whole_or_in_parts_with_no_key_missing_or_left_over(tmp_path, max_shard_size):
     config = config_from_tree(SMALL_DENSE)
-    reference = theirs(config)
+    reference = diffusers_unet(config)
     reference.save_pretrained(tmp_path / "unet", max_shard_size=max_shard_size)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
     model = RaphaelUNet(config)
     load_initial(plain_fragments(model), tmp_path / "unet", config)
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in reference.state_dict().items())
@@ -117,7 +101,7 @@ def test_raphael_3b_has_the_papers_size_and_sides_that_tile():
 def test_all_but_gates_experts_and_edge_modules_keep_their_diffusers_names(name):
     config = tiny_config() if name == "tiny" else load_config(name)
     with torch.device("meta"):
-        reference = shapes(theirs(config))
+        reference = shapes(diffusers_unet(config))
     ours = shapes(on_meta(config))
     new = {n for n in ours if n not in reference}
     blocks = r"(down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.0"

@@ -1,6 +1,6 @@
 """A copy of this rank's state on the host, from which a checkpoint is written while training goes on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,25 +73,34 @@ class Snapshot:
         return owned
 
 
-def write_snapshot(path: Path, layout: list[tuple[str, int]], values: Tensor, metadata: Mapping[str, str]) -> dict[str, Any]:
+def write_snapshot(
+    path: Path,
+    layout: list[tuple[str, int]],
+    values: Tensor,
+    metadata: Mapping[str, str],
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Write consecutive parts of `values`, float32 [n] on the host, as one safetensors file, and read it back.
 
-    layout: (key, number of elements) of each part. Returns the manifest's entry: bytes and sha256. Raises OSError when it
-    cannot be written, when a value is not finite, or when the device returns something else than was written.
+    layout: (key, number of elements) of each part. tell: gets a word about every piece. Returns the manifest's entry: bytes
+    and sha256. Raises OSError when it cannot be written, when a value is not finite, or when the device returns something
+    else than was written.
     """
     heads = [(key, torch.float32, (numel,)) for key, numel in layout]
     with tensorfile.HashedFile(path) as file:
-        tensorfile.write_safetensors(file, heads, metadata, _finite(layout, values))
+        tensorfile.write_safetensors(file, heads, metadata, _finite(layout, values, tell))
     entry = file.entry()
+    tell("reading it back")
     # From the device, not from memory: a file that was read back is one that an older checkpoint may be removed for.
     if sha256(path, from_device=True) != entry["sha256"]:
         raise OSError(f"{path}: the file system returned other bytes than were written")
     return entry
 
 
-def _finite(layout: list[tuple[str, int]], values: Tensor) -> Iterator[Tensor]:
-    """Yield the values in pieces. Raises OSError naming the first part that is not finite."""
-    for piece in values.split(tensorfile.CHUNK):
+def _finite(layout: list[tuple[str, int]], values: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
+    """Yield the values in pieces, telling how far they are. Raises OSError naming the first part that is not finite."""
+    for i, piece in enumerate(values.split(tensorfile.CHUNK)):
+        tell(f"{i * tensorfile.CHUNK} of {values.numel()} numbers written")
         # One pass without a mask: NaN and infinities are the extremes of what holds any.
         if piece.numel() and not all(x.isfinite() for x in piece.aminmax()):
             parts = zip(layout, values.split([numel for _, numel in layout]), strict=True)

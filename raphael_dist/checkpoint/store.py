@@ -3,7 +3,8 @@
 A save has three parts. `begin`: all ranks agree that there is room, copy their fragments to the host and go on training; a
 thread of each writes its file, syncs it and reads it back. `settle`, once every rank has said at a step's end that its
 thread is done: the ranks exchange what they wrote, and a thread of rank 0 writes the manifest and renames the folder into
-place. `finish`: wait for both. Threads never call a collective. A kill at any moment leaves the previous checkpoint whole.
+place. `finish`: wait for both, however long a disk takes. Threads never call a collective. A kill at any moment leaves the
+previous checkpoint whole.
 """
 
 import errno
@@ -11,8 +12,9 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +31,8 @@ from raphael_dist.config import Config
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
-from raphael_dist.parallel.ranks import Ranks, all_or_none, gather_objects
+from raphael_dist.parallel.long_work import Tell, from_main, together
+from raphael_dist.parallel.ranks import Ranks, gather_objects
 from raphael_dist.storage import files
 from raphael_dist.storage.versions import versions
 
@@ -48,6 +51,7 @@ class Save:
     write_s: float = 0.0
     written: Future[dict[str, Any]] | None = None  # until settled
     published: Future[None] | None = None  # on rank 0, from then on
+    words: str = ""  # how far this rank's thread is
     failure: str | None = None
     concluded: bool = False
 
@@ -171,23 +175,35 @@ class CheckpointStore:
             self._thread.shutdown(wait=True)
 
     def amend(self, progress: Progress) -> None:
-        """Note other progress in the checkpoint of the step: training goes on from it, but with other samples."""
-        folder = self.root / f"step-{progress.step:08d}"
+        """Note other progress in the checkpoint of the step: training goes on from it, but with other samples.
 
-        def rewrite() -> None:
+        Where that cannot be written the run goes on all the same, and says so; it is a restart that would not know.
+        """
+        if not self._ranks.is_main:
+            return
+        folder = self.root / f"step-{progress.step:08d}"
+        try:
             manifest = CheckpointReader(folder).manifest | progress.as_manifest()
             files.replace_bytes(folder / MANIFEST, seal(manifest))
-
-        all_or_none(lambda: rewrite() if self._ranks.is_main else None)
+        except (OSError, UserError) as error:
+            _log.warning(
+                "cannot note in %s that it was returned to: %s; a restart would meet the same samples", folder, error
+            )
 
     def _wait(self) -> None:
         save = self._save
         if save is None:
             return
+        # Not in a collective: a rank's disk may take longer than one may wait.
+        if save.written is not None:
+            together("writing the checkpoint", partial(_await, save, save.written))
         self.settle()
-        if self._ranks.is_main:
+
+        def concluded(_: Tell) -> str | None:
             self._conclude(save)
-        save.failure = gather_objects(save.failure)[0]
+            return save.failure
+
+        save.failure = from_main("publishing the checkpoint", concluded)
 
     def _conclude(self, save: Save) -> None:
         """Wait for what rank 0 publishes, and note how that went."""
@@ -225,8 +241,12 @@ class CheckpointStore:
         layout, starts = self._snapshot.layout, self._snapshot.starts
         metadata = {"step": str(save.manifest["step"]), "rank": str(self._ranks.rank), "starts": json.dumps(starts)}
         began = time.monotonic()
+
+        def tell(words: str) -> None:
+            save.words = words
+
         try:
-            entry = write_snapshot(save.temporary / name, layout, values, metadata)
+            entry = write_snapshot(save.temporary / name, layout, values, metadata, tell)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -271,6 +291,15 @@ class CheckpointStore:
         """The same in the middle of training; None, and no change, without a checkpoint; see Restorer.rewind."""
         self.finish()
         return self._restorer.rewind(before)
+
+
+def _await(save: Save, written: Future[Any], tell: Tell) -> None:
+    """Wait for a rank's thread, and tell the others how far it is."""
+    told = ""
+    while wait([written], timeout=1.0).not_done:
+        if save.words != told:
+            told = save.words
+            tell(told)
 
 
 def _outcome(future: Future[Any]) -> tuple[Any, str | None]:

@@ -102,8 +102,21 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
             "train.dtype = bfloat16 needs fp32 master weights, which DeepSpeed's ZeRO-0 does not clip correctly; "
             "use ds_configs/zero2.json (the same memory on one GPU) or train.dtype=float32"
         )
+    for name in ("offload_optimizer", "offload_param"):
+        if offload_device(merged, name) == "nvme":
+            raise UserError(
+                f"zero_optimization.{name}.device is 'nvme' in the DeepSpeed JSON: the moving average and checkpoints need "
+                "the fp32 weights in memory; use 'cpu' (ds_configs/zero2_offload.json)"
+            )
     check_expert_parallel(config, merged, world_size)
     return merged
+
+
+def offload_device(ds_config: dict[str, Any], name: str = "offload_optimizer") -> str | None:
+    """Return where a DeepSpeed configuration moves the optimizer ("offload_param": the weights); None: it does not."""
+    given = ds_config.get("zero_optimization", {}).get(name)
+    device = given.get("device") if isinstance(given, dict) else None
+    return None if device == "none" else device
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
@@ -145,11 +158,9 @@ def check_expert_parallel(config: Config, tree: dict[str, Any], world_size: int)
 def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[bool, str]]:
     zero, stage = tree["zero_optimization"], zero_stage(tree)
     remedy = "use zero_optimization.stage 1 or 2 (ds_configs/zero1.json, zero2.json)"
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     return [
         (stage == 0, f"DeepSpeed's ZeRO-0 computes a wrong clip norm over spread experts; {remedy}"),
         (stage == 3, f"DeepSpeed's ZeRO-3 cannot partition experts that differ between ranks; {remedy}"),
-        (offload not in ("none", None), f"offload_optimizer.device {offload!r} is untested with spread experts; remove it"),
         (
             zero.get("reduce_scatter") is False or (stage == 2 and zero.get("contiguous_gradients") is False),
             "DeepSpeed reduces experts' gradients only with reduce_scatter and contiguous_gradients; set both to true",

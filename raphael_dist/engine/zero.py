@@ -152,6 +152,8 @@ class Flat:
                 yield
         finally:
             zero.check_grad_overflow = False
+            if zero.cpu_offload:  # DeepSpeed keeps these float32 sums, and the next step would begin with them
+                zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
 
 
 class Bf16:

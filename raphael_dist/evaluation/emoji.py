@@ -20,13 +20,12 @@ from raphael_dist.data.encoders import ImageEncoder
 from raphael_dist.data.plain import read_samples
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.distances import bootstrap, frechet_distance
-from raphael_dist.evaluation.features import HED, compute_all, hed_features
+from raphael_dist.evaluation.features import HED, PARTS, compute_all, hed_parts
 from raphael_dist.sampling.sampling import to_pixels, to_tensor
 from raphael_dist.storage.files import atomic_path
 
 PRINCIPAL = 32  # directions that the Frechet distance is taken in: there are but a hundred held-out pairs
-PENALTY = 1.0  # of the classifier of styles
-GRID = 4  # cells a side, so that where things are counts too
+PENALTY = 0.1  # of the classifier of styles
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,34 +68,35 @@ class Pictures:
 
 
 class Space:
-    """The fixed feature space of the true pictures, in which drawn ones are judged.
+    """The fixed feature space of the true pictures, in which drawn ones are judged (`features.hed_parts`).
 
-    Averaged over the whole picture, features tell its style, and how pictures are distributed; over a grid of GRID x GRID
-    cells, which thing it is. All are scaled to the mean and deviation of the training pictures, and to length 1.
+    Features are scaled to the mean and deviation of the training pictures, and to length 1.
     """
 
     def __init__(self, pictures: Pictures, cache_dir: Path, device: torch.device) -> None:
-        self.pictures, self._compute = pictures, hed_features(device, GRID)
-        path = cache_dir / "features" / f"{HED}-{GRID}-{pictures.digest()}.npy"
-        raw_ND = _cached(path, lambda: compute_all(self._compute, pictures.pixels))
+        self.pictures, self._compute = pictures, hed_parts(device)
+        path = cache_dir / "features" / f"{HED}-parts-{pictures.digest()}.npy"
+        raw = _views(_cached(path, lambda: compute_all(self._compute, pictures.pixels)))
         train = torch.from_numpy(~pictures.held_out)
-        self._scale = [(x[train].mean(dim=0), x[train].std(dim=0) + 1e-6) for x in (raw_ND, _whole(raw_ND))]
-        self.true = self._judged(raw_ND)
+        self._scale = [(x[train].mean(dim=0), x[train].std(dim=0) + 1e-6) for x in raw]
+        self.true = self._judged(raw)
         self.style_names = sorted(set(pictures.styles))
         self._style_N = np.array([self.style_names.index(style) for style in pictures.styles])
+        self._classifier = self._fit_styles(self.true.style[train], self._style_N[~pictures.held_out])
         whole_ND = self.true.whole[train].double()
-        self._classifier = self._fit_styles(whole_ND, self._style_N[~pictures.held_out])
         centred_ND = whole_ND - whole_ND.mean(dim=0)
         basis_DD = torch.linalg.eigh(centred_ND.T @ centred_ND)[1].flip(1)
         self._basis_DK = basis_DD[:, : min(PRINCIPAL, *centred_ND.shape)]
 
-    def _judged(self, raw_ND: Tensor) -> "Judged":
-        both = zip((raw_ND, _whole(raw_ND)), self._scale, strict=True)
-        return Judged(*(F.normalize((x - mean) / deviation, dim=1) for x, (mean, deviation) in both))
+    def _judged(self, raw: Sequence[Tensor]) -> "Judged":
+        style, third, fourth, whole = (
+            F.normalize((x - mean) / deviation, dim=1) for x, (mean, deviation) in zip(raw, self._scale, strict=True)
+        )
+        return Judged(style, torch.cat([third, fourth], dim=1) / 2**0.5, whole)
 
     def features(self, pixels: Sequence[np.ndarray]) -> "Judged":
         """Return the features of pictures, uint8 [H, W, 3]."""
-        return self._judged(compute_all(self._compute, pixels))
+        return self._judged(_views(compute_all(self._compute, pixels)))
 
     def _fit_styles(self, x_ND: Tensor, style_N: np.ndarray) -> Tensor:
         """Return the weights [D + 1, S] of a ridge regression onto the styles."""
@@ -105,7 +105,7 @@ class Space:
 
     def style_right(self, judged: "Judged", wanted: Sequence[str]) -> np.ndarray:
         """Return 1 where a picture is taken to be of the style that was asked for, else 0, float64 [P]."""
-        found = (_with_one(judged.whole) @ self._classifier).argmax(dim=1).tolist()
+        found = (_with_one(judged.style) @ self._classifier).argmax(dim=1).tolist()
         return np.array([self.style_names[s] == style for s, style in zip(found, wanted, strict=True)], np.float64)
 
     def rank(self, judged: "Judged", things: Sequence[str], among: Sequence[str]) -> np.ndarray:
@@ -125,17 +125,21 @@ class Space:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """Features of length 1: over the cells of a grid, and over whole pictures, each [P, D]."""
+    """Features of length 1, each [P, D]: of the style, of the thing by cells, and of pictures as a whole."""
 
+    style: Tensor
     cells: Tensor
     whole: Tensor
 
     def __getitem__(self, rows: Tensor) -> "Judged":
-        return Judged(self.cells[rows], self.whole[rows])
+        return Judged(self.style[rows], self.cells[rows], self.whole[rows])
 
 
-def _whole(cells_ND: Tensor) -> Tensor:
-    return cells_ND.unflatten(1, (-1, GRID * GRID)).mean(dim=2)
+def _views(raw_ND: Tensor) -> list[Tensor]:
+    """Return the parts of features, and the stages averaged over their cells."""
+    style, third, fourth = raw_ND.split(list(PARTS.values()), dim=1)
+    whole = [part.unflatten(1, (-1, cells)).mean(dim=2) for part, cells in ((third, 16), (fourth, 4))]
+    return [style, third, fourth, torch.cat(whole, dim=1)]
 
 
 def _with_one(x_ND: Tensor) -> Tensor:

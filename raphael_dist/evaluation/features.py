@@ -64,22 +64,49 @@ def inception_features(path: Path, device: torch.device) -> Features:
 HED = "hed"
 
 
-def hed_features(device: torch.device, grid: int = 1, stages: Sequence[int] = (2, 3)) -> Features:
-    """Return features of the trunk of HED (VGG-16 by its weights for edges): two stages, averaged over grid x grid cells.
+def hed_features(device: torch.device) -> Features:
+    """Return stages 3 and 4 of the trunk of HED (VGG-16 by its weights for edges), averaged over pictures of any size.
 
-    Pictures of any size are brought to 64 x 64. D = 768 grid^2.
+    D = 768, in hundreds, which makes them about 1. For comparisons where nothing may be downloaded; they are no FID.
     """
+    trunk = _trunk(device, 4)
+    return lambda pictures: torch.cat([stage.mean(dim=(2, 3)) for stage in trunk(pictures)[2:]], dim=1).cpu() / 100
+
+
+PARTS = {"style": 2080, "stage 3": 256 * 16, "stage 4": 512 * 4}  # of `hed_parts`: how many features each has
+
+
+def hed_parts(device: torch.device) -> Features:
+    """Return, side by side, what PARTS names: of the trunk of HED the logarithms of stage 1's Gram matrix, which tell a
+    style (Gatys et al. 2016), and stages 3 and 4 averaged over 4 x 4 and 2 x 2 cells, which tell a thing.
+
+    Why these: docs/learning.md, by what they tell of true pictures.
+    """
+    trunk = _trunk(device, 4)
+    row, column = torch.triu_indices(64, 64)
+
+    def compute(pictures: Tensor) -> Tensor:
+        first, _, third, fourth = trunk(pictures)
+        flat = first.flatten(2)
+        gram = torch.log1p(flat @ flat.transpose(1, 2) / flat.shape[2])[:, row, column]
+        cells = [F.adaptive_avg_pool2d(stage, grid).flatten(1) for stage, grid in ((third, 4), (fourth, 2))]
+        return torch.cat([gram, *cells], dim=1).cpu()
+
+    return compute
+
+
+def _trunk(device: torch.device, stages: int) -> Callable[[Tensor], list[Tensor]]:
+    """Return the first stages of HED for pictures, uint8 [B, 3, H, W], brought to 64 x 64 pixels."""
     network = load_hed().to(device)
 
     @torch.no_grad()
-    def compute(pictures: Tensor) -> Tensor:
+    def compute(pictures: Tensor) -> list[Tensor]:
         x = F.interpolate(pictures.to(device).float(), (64, 64), mode="bilinear", antialias=True, align_corners=False)
         h, found = x.flip(1) - network.get_buffer("mean_bgr"), []
-        for number, stage in enumerate(network.stages[: max(stages) + 1]):
+        for number, stage in enumerate(network.stages[:stages]):
             h = stage(F.max_pool2d(h, 2, ceil_mode=True) if number else h)
-            if number in stages:
-                found.append(F.adaptive_avg_pool2d(h, grid).flatten(1))
-        return torch.cat(found, dim=1).cpu()
+            found.append(h)
+        return found
 
     return compute
 

@@ -61,7 +61,7 @@ def gather(found: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = ()
     return Samples(np.array(paths), np.array(labels), np.array(groups), words)
 
 
-def classify(samples: Samples, seed: int = 0, rounds: int = 40, threads: int = 1) -> Outcome:
+def classify(samples: Samples, seed: int = 0, rounds: int = 20, threads: int = 1) -> Outcome:
     """Train XGBoost on the paths, one-hot, in five folds of captions; and once more on shuffled labels.
 
     UserError: xgboost is not installed.

@@ -59,3 +59,9 @@ def coverage(
 def _pairs(region_NY: Tensor, route_Y: Tensor, num_experts: int, taking_part: Tensor | None) -> float:
     weight_YK = space_weights_BYK(route_Y[None], torch.ones(1, len(route_Y)), num_experts, taking_part)[0]
     return float((region_NY @ weight_YK > 0).float().mean())
+
+
+def agreement(record: Record, noisy_LY: Tensor, mask_Y: Tensor) -> float:
+    """Return the share of the words' routes, over all blocks, that the noise of training leaves as they are."""
+    assert record.space_LY is not None
+    return float((noisy_LY == record.space_LY)[:, mask_Y].float().mean())

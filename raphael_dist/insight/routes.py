@@ -5,7 +5,7 @@ Shape legend: L transformer blocks, T timesteps, W words, Y text tokens, K exper
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
 def noisy_word_routes(model: RaphaelUNet, tokens_BYD: Tensor, deviation: float, seed: int = 0) -> Tensor:
     """As `word_routes`, with noise of that deviation on the gates' logits, as in training."""
     weight = next(model.parameters())
-    logits = gate_logits(model.text_gates, tokens_BYD.to(weight.device, weight.dtype)).cpu()
+    logits = gate_logits(cast(Any, model.text_gates), tokens_BYD.to(weight.device, weight.dtype)).cpu()
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
     return choose(logits, deviation * noise, "none")[0].transpose(0, 1)
 

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from raphael_dist.config import Config
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.compiling import uncompiled
 from raphael_dist.model.device import is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.experts import Experts
 from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.unet import RaphaelUNet
 
 # Dense bfloat16 TFLOP/s by the start of the device's name, from NVIDIA's data sheets.
 PEAK_BF16_TFLOPS = {
@@ -41,7 +44,9 @@ def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: A
     return int(sdpa_flop_count(query, key, value))
 
 
-def attention_backward_flops(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+def attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
     """Return the FLOPs of its backward pass: five products, as torch counts for other devices."""
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
@@ -55,11 +60,13 @@ FLOPS = {
 
 
 def rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
-    """Run one micro-batch before step 1, so that what cannot work or fit fails now; return model FLOPs per sample.
+    """Run a micro-batch before step 1, so that what cannot work or fit fails now; return model FLOPs per sample.
 
-    Everything that a step keeps in memory is there: activations, gradients, reduction buffers, Adam's moments. The gradients
-    are dropped afterwards, and nothing has changed. FLOPs are those of the forward pass without recomputation, times three
-    (the backward pass costs twice as much). Collective.
+    Everything that a step keeps in memory is there: activations, gradients, reduction buffers, Adam's moments. Where a step
+    has several micro-batches it runs twice, since the second one's activations lie beside the sums of the first one's
+    gradients. (An exception: with CPU offload in bfloat16 a step holds up to 2 bytes a parameter more than was rehearsed.)
+    The gradients are dropped afterwards, and nothing has changed. FLOPs are those of the forward pass without
+    recomputation, times three (the backward pass costs twice as much). Collective.
     """
     try:
         return _rehearse(engine, batch.to(engine.device), schedule)
@@ -72,14 +79,27 @@ def rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
 
 
 def _rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
-    with uncompiled(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-        compute_losses(engine.module, batch, schedule, engine.config, engine.dtype)
+    flops = forward_flops(engine.module, batch, schedule, engine.config, engine.dtype)
     if engine.fragments.moment_addresses() == []:
         engine.fragments.create_moments(0)  # as the first step would
-    losses = compute_losses(engine, batch, schedule, engine.config, engine.dtype)
-    engine.backward(losses.total.sum() * engine.plan.loss_scale, last=True)
+    for last in (False, True) if engine.plan.accumulation > 1 else (True,):
+        losses = compute_losses(engine, batch, schedule, engine.config, engine.dtype)
+        engine.backward(losses.total.sum() * engine.plan.loss_scale, last=last)
     engine.discard()
-    return 3 * counter.get_total_flops() / len(batch.weight)
+    return 3 * flops / len(batch.weight)
+
+
+def forward_flops(model: RaphaelUNet, batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype) -> int:
+    """Return the FLOPs of a forward pass, by running it. Collective where experts are spread or weights cut up."""
+    # grouped_gemm's product is no operation of torch's: the counter does not see it, but sees as much in torch's own.
+    theirs = [m for m in model.modules() if isinstance(m, Experts) and m.use_megablocks]
+    for layer in theirs:
+        layer.use_megablocks = False
+    with uncompiled(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        compute_losses(model, batch, schedule, config, dtype)
+    for layer in theirs:
+        layer.use_megablocks = True
+    return int(counter.get_total_flops())
 
 
 def throughput(

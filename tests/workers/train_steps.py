@@ -1,8 +1,9 @@
 """Rank process: trains some steps of the tiny model on synthetic batches and writes what it ended with.
 
-Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps", "last_experts_until",
-"checkpoint"}, or a list of such to be run one after the other, into OUT.pt.0 and so on. With a checkpoint it resumes from
-run.dir, takes the steps that are missing and saves.
+Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps", "last_experts_until", "checkpoint",
+"spoiled"}, or a list of such to be run one after the other, into OUT.pt.0 and so on. With a checkpoint it resumes from
+run.dir, takes the steps that are missing and saves. "spoiled": before the first step the rehearsal runs, as in every run,
+and then a step of other samples whose gradients are NaN, and dropped.
 """
 
 import json
@@ -15,10 +16,12 @@ from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.fragments import MOMENTS, Fragments
+from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import Ranks, all_reduce_sum, discover, initialise
+from raphael_dist.training.measure import rehearse
 from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 
@@ -29,7 +32,7 @@ def state(fragments: Fragments) -> list[tuple]:
     for f in fragments:
         moments = {kind: fragments.moment(f, kind) for kind in MOMENTS}
         values = {"master": f.master, **{kind: v for kind, v in moments.items() if v is not None}}
-        found.append((f.name, f.shape, f.start, {kind: v.detach().clone() for kind, v in values.items()}))
+        found.append((f.name, f.shape, f.start, {kind: v.detach().cpu().clone() for kind, v in values.items()}))
     return found
 
 
@@ -37,6 +40,7 @@ def main(out: str, specs: dict | list[dict]) -> None:
     ranks = discover()
     device = initialise(ranks)
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is held to float32
     if isinstance(specs, dict):
         train(out, specs, ranks, device)
     else:
@@ -49,7 +53,7 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
     config = tiny_config(**spec["sections"])
     plan = BatchPlan.of(config, ranks.world_size)
     engine = Engine(config, spec["deepspeed"], plan, device)
-    schedule = NoiseSchedule.create(config.diffusion)
+    schedule = NoiseSchedule.create(config.diffusion, device)
     store = (
         CheckpointStore(config, ranks, engine.fragments, None, {"data.shards": "synthetic"})
         if spec.get("checkpoint")
@@ -58,14 +62,25 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
     progress = store.resume() if store else None
     first = progress.step if progress else 0
     losses, norms, resumed = [], [], state(engine.fragments)
-    for step in range(first, spec["steps"]):
-        total = torch.zeros(())
+
+    def batch_of(step: int, micro: int) -> Batch:
+        slots = plan.slots(step * config.train.global_batch, ranks.rank, micro)
+        return synthetic_batch(config, slots, engine.module.num_blocks, spec.get("last_experts_until")).to(device)
+
+    def accumulate(step: int, factor: float = 1.0) -> torch.Tensor:
+        total = torch.zeros((), device=device)
         for micro in range(plan.accumulation):
-            slots = plan.slots(step * config.train.global_batch, ranks.rank, micro)
-            batch = synthetic_batch(config, slots, engine.module.num_blocks, spec.get("last_experts_until"))
-            loss = compute_losses(engine, batch, schedule, config, engine.dtype).total.sum()
-            engine.backward(loss * plan.loss_scale, step=step + 1)
+            loss = compute_losses(engine, batch_of(step, micro), schedule, config, engine.dtype).total.sum()
+            engine.backward(loss * plan.loss_scale * factor, step=step + 1)
             total += loss.detach()
+        return total
+
+    if spec.get("spoiled"):
+        rehearse(engine, batch_of(8, 0), schedule)
+        accumulate(9, float("nan"))
+        engine.discard()
+    for step in range(first, spec["steps"]):
+        total = accumulate(step)
         engine.step(config.optim.lr)
         losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch)
         norms.append(engine.grad_norm)

@@ -1,7 +1,7 @@
 """`tools/bench.py states`: what a ZeRO configuration keeps per parameter on a rank, counted in live tensors.
 
-A model on the CPU, small activations; what is counted is what a rank
-holds right after the last micro-step's reduction and after the update, over all tensors of the process, once per storage.
+A model on the CPU, small activations; what is counted is what a rank holds right after the last micro-step's reduction and
+after the update, over all tensors of the process, once per storage.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.latents import latent_factor
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import Ranks, discover, initialise
@@ -33,19 +34,19 @@ BUCKETS = {"reduce_bucket_size": 200_000, "allgather_bucket_size": 200_000}
 SIDE = 8  # of the latents: activations are small beside the model
 
 
-def random_batch(config: Config, samples: int, side: int = SIDE) -> Batch:
+def random_batch(config: Config, samples: int, latent_hw: tuple[int, int] = (SIDE, SIDE)) -> Batch:
     """Return a batch of random numbers in the shapes that training has."""
-    m, text = config.model, config.text.max_tokens
+    m, text, factor = config.model, config.text.max_tokens, latent_factor(config.image.encoder)
     return Batch(
         position=torch.arange(samples),
         weight=torch.ones(samples),
-        x0=torch.randn(samples, m.latent_channels, side, side),
-        noise=torch.randn(samples, m.latent_channels, side, side),
+        x0=torch.randn(samples, m.latent_channels, *latent_hw),
+        noise=torch.randn(samples, m.latent_channels, *latent_hw),
         timestep=torch.randint(config.diffusion.num_timesteps, (samples,)),
         text=torch.randn(samples, text, m.text_width),
         text_mask=torch.ones(samples, text, dtype=torch.bool),
         end=torch.full((samples,), text - 1),
-        edge=torch.rand(samples, 4 * side, 4 * side),
+        edge=torch.rand(samples, *(factor * side for side in latent_hw)),
         gate_noise=None,
     )
 

@@ -1,0 +1,37 @@
+"""Rank: saves a checkpoint, which takes one rank longer than a collective may wait (see tests/forks.py).
+
+spec: {"folder": run directory, "at": the slow rank, "collective_s", "seconds": how long it takes}.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from raphael_dist.checkpoint import store
+from raphael_dist.checkpoint.progress import Progress
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.ranks import discover, initialise
+from tests.synthetic import plain_fragments, tiny_config
+
+
+def main(spec: dict[str, Any]) -> int:
+    torch.set_num_threads(1)
+    ranks, write = discover(), store.write_snapshot
+    initialise(ranks, timedelta(seconds=spec["collective_s"]))
+
+    def slowly(*given: Any) -> dict[str, Any]:
+        tell: Callable[[str], None] = given[-1]
+        for i in range(int(spec["seconds"]) if ranks.rank == spec["at"] else 0):
+            tell(f"piece {i}")
+            time.sleep(1)
+        return write(*given)
+
+    store.write_snapshot = slowly  # type: ignore[assignment]
+    config = tiny_config(run={"dir": spec["folder"]})
+    torch.manual_seed(0)
+    saved = store.CheckpointStore(config, ranks, plain_fragments(RaphaelUNet(config)), None, {"data.shards": "synthetic"})
+    saved.save(Progress(1, 12, 1, {}))
+    return 0

@@ -1,0 +1,195 @@
+"""`tools/bench.py gpu`: a whole optimizer step of a preset, beside that of diffusers' U-Net of the same widths.
+
+Ours is what training runs: the engine with its ZeRO stage, forward, backward, clipping, AdamW on fp32 masters, the moving
+average, and the copy of the batch. Theirs is plain PyTorch as diffusers' training scripts have it: fp32 weights, autocast,
+AdamW, clipping, no average. Its blocks are dense: beside `sd2-dense` both compute the same, and beside a model with experts
+the difference is what experts, gates and edge modules cost. Samples are random, of the first size of `image.buckets`.
+
+No GPU was at hand when this was written: on one it has not run yet.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.states import random_batch
+from raphael_dist.config import Config, load_config
+from raphael_dist.engine.ds_config import read_deepspeed_json
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.errors import UserError
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.device import is_gpu
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.latents import latent_factor
+from raphael_dist.model.objective import compute_losses
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from raphael_dist.storage.versions import versions
+from raphael_dist.training.measure import rehearse, throughput
+
+WARM_UP = 3  # steps: libraries choose their kernels, optimizers make their state
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """seconds: of a step, the median of several rounds. flops: of the model per sample. peak_gib: most memory of the device;
+    0 on a CPU.
+    """
+
+    seconds: float
+    flops: float
+    peak_gib: float
+
+
+def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device, steps: int) -> StepTime:
+    """Time the trainer's step with one micro-step. Collective."""
+    plan = BatchPlan.of(config, ranks.world_size)
+    engine = Engine(config, tree, plan, device)
+    ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
+    schedule, batch = NoiseSchedule.create(config.diffusion, device), _batch(config, device)
+    flops = rehearse(engine, batch, schedule)
+
+    def step() -> None:
+        losses = compute_losses(engine, batch.to(device), schedule, config, engine.dtype)
+        engine.backward(losses.total.sum() * plan.loss_scale)
+        engine.step(config.optim.lr)
+        if ema is not None:
+            ema.update(1)
+
+    seconds, peak = _timed(step, device, steps)
+    return StepTime(seconds, flops, peak)
+
+
+def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime:
+    """Time a step of diffusers' U-Net on this rank alone, with gradients checkpointed where ours are recomputed."""
+    model: Any = diffusers_unet(config)
+    model.to(device)
+    if config.model.checkpoint_activations != "none":
+        model.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=is_gpu(device))
+    dtype, batch = getattr(torch, config.train.dtype), _batch(config, device)
+
+    def loss() -> torch.Tensor:
+        given = batch.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = model(given.x0, given.timestep, given.text).sample
+        return (out.float() - given.noise).square().mean()
+
+    def step() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss()
+    seconds, peak = _timed(step, device, steps)
+    return StepTime(seconds, 3 * counter.get_total_flops() / config.train.micro_batch, peak)
+
+
+def diffusers_unet(config: Config) -> UNet2DConditionModel:
+    """Return diffusers' model of a configuration's widths, with dense blocks."""
+    m = config.model
+    names = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in m.attention]
+    return UNet2DConditionModel(
+        in_channels=m.latent_channels,
+        out_channels=m.latent_channels,
+        block_out_channels=m.channels,
+        down_block_types=names,
+        up_block_types=[name.replace("Down", "Up") for name in reversed(names)],
+        layers_per_block=m.layers_per_block,
+        norm_num_groups=m.norm_groups,
+        cross_attention_dim=m.text_width,
+        attention_head_dim=[width // m.head_dim for width in m.channels],  # diffusers' name for the number of heads
+        use_linear_projection=True,
+    )
+
+
+def _batch(config: Config, device: torch.device) -> Batch:
+    factor, (height, width) = latent_factor(config.image.encoder), config.image.buckets[0]
+    batch = random_batch(config, config.train.micro_batch, (height // factor, width // factor))
+    return batch.packed() if is_gpu(device) else batch
+
+
+def _timed(step: Callable[[], None], device: torch.device, steps: int) -> tuple[float, float]:
+    """Return the seconds of a step, the median of three rounds of `steps`, and the peak of the device's memory in GiB."""
+
+    def finish() -> None:
+        if is_gpu(device):
+            torch.cuda.synchronize(device)
+
+    if is_gpu(device):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(WARM_UP):
+        step()
+    rounds = []
+    for _ in range(3):
+        finish()
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        finish()
+        rounds.append((time.perf_counter() - began) / steps)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if is_gpu(device) else 0.0
+    return statistics.median(rounds), peak
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--config", default="raphael-3b")
+    command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
+    command.add_argument("--deepspeed_config", help="a DeepSpeed JSON; without one the default")
+    command.add_argument("--steps", type=int, default=10, help="of each of three rounds")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.compile=true")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Time a whole optimizer step beside that of diffusers' U-Net of the same widths."""
+    ranks = discover()
+    device = initialise(ranks)
+    if ranks.is_main:
+        print(_machine(ranks, device), flush=True)
+        print("| model | micro-batch | ms a step | images/s a rank | TFLOP/s a rank | MFU | peak GiB |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+    for micro in args.micro_batch:
+        sizes = [f"train.micro_batch={micro}", f"train.global_batch={micro * ranks.world_size}", f"data.bucket_run={micro}"]
+        config = load_config(args.config, [*args.overrides, *sizes])
+        tree = read_deepspeed_json(args.deepspeed_config, config.train.dtype)
+        works: dict[str, Callable[[], StepTime]] = {
+            args.config: partial(time_ours, config, tree, ranks, device, args.steps),
+            f"diffusers, widths of {args.config}": partial(time_diffusers, config, device, args.steps),
+        }
+        for what, work in works.items():
+            line = _line(config, work, ranks, device)
+            gc.collect()  # DeepSpeed's engine is a circle
+            if ranks.is_main:
+                print(f"| {what} | {micro} | {line} |", flush=True)
+
+
+def _line(config: Config, work: Callable[[], StepTime], ranks: Ranks, device: torch.device) -> str:
+    try:
+        found = work()
+    except (torch.OutOfMemoryError, UserError) as error:
+        return f"{' '.join(str(error).split())[:80]} | | | |"
+    micro, dtype = config.train.micro_batch, getattr(torch, config.train.dtype)
+    rates = throughput(micro * ranks.world_size, found.seconds, found.flops, device, dtype, ranks.world_size)
+    tflops, mfu = rates["throughput/tflops"], rates["throughput/mfu"]
+    return f"{found.seconds * 1e3:.1f} | {micro / found.seconds:.2f} | {tflops:.4g} | {mfu:.1%} | {found.peak_gib:.1f}"
+
+
+def _machine(ranks: Ranks, device: torch.device) -> str:
+    """Return the device and the versions that the numbers stand for."""
+    name = torch.cuda.get_device_name(device) if is_gpu(device) else "CPU"
+    cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if is_gpu(device) else {}
+    return f"{ranks.world_size} x {name}; " + ", ".join(f"{k} {v}" for k, v in {**versions(), **cuda}.items()) + "\n"
