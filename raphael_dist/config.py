@@ -31,8 +31,6 @@ FocalForm = Literal["focal", "quality"]
 TextLayer = Literal["last", "penultimate"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
-LogLevel = Literal["debug", "info", "warning", "error"]
-Tracker = Literal["wandb", "mlflow"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
     BeforeValidator(lambda given: {"move": "shard", "keep": "replicate"}.get(str(given), given)),  # their former names
@@ -49,9 +47,11 @@ class RunConfig(Section):
     )
     hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
     lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
-    trackers: tuple[Tracker, ...] = Field((), description="where metrics go as well; each is a package to be installed")
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field((), description="packages that metrics go to as well")
     project: str = Field("raphael", description="the trackers' project or experiment")
-    log_level: LogLevel = Field("warning", description="least severe lines of the log that the terminal shows as well")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="the terminal shows this and worse"
+    )
     allow_change: tuple[str, ...] = Field((), description="fields, as section.key, that may differ from the run's before")
 
 
@@ -194,14 +194,6 @@ class Data(Section):
     shard_cache_gb: PositiveFloat = Field(64.0, description="remote shards kept there, in GiB; the oldest go first")
     retries: NonNegative = Field(5, description="of a request to a remote store, after pauses that double")
     timeout_s: PositiveFloat = Field(60.0, description="that such a request for at most 16 MiB may take")
-
-    @model_validator(mode="after")
-    def _captions_are_chosen_one_way(self) -> Self:
-        if self.caption_weights and self.caption_from != "auto":
-            raise ValueError(
-                f"data.caption_from is {self.caption_from!r}, but data.caption_weights says where captions are; give one"
-            )
-        return self
 
 
 class Optim(Section):

@@ -18,6 +18,10 @@ def check_agreement(config: Any) -> None:
 def _check_data(config: Any) -> None:
     if config.data.shards and config.data.sources:
         raise ValueError("data.shards and data.sources are both given; data.sources is for several sources with weights")
+    if config.data.caption_weights and config.data.caption_from != "auto":
+        raise ValueError(
+            f"data.caption_from is {config.data.caption_from!r}, but data.caption_weights says where captions are; give one"
+        )
     if len(config.image.buckets) > 1:
         micro, run = config.train.micro_batch, config.data.bucket_run
         if run < micro:
