@@ -58,7 +58,8 @@ LEFT_OUT = ("...", "SBATCH-OPTIONS", "[options]")
 # Files that are named and are not ours: written by runs and conversions, or other projects'.
 NOT_OURS = """
     raphael_dist/convert/layouts/onefile.py
-    results.csv results.json protocol.json metrics.jsonl my.yaml model_index.json slurm.conf logs/stacks-rank-N.txt logs/rank-NNNNN.log
+    results.csv results.json protocol.json
+    metrics.jsonl my.yaml model_index.json slurm.conf logs/stacks-rank-N.txt logs/rank-NNNNN.log
     stage_1_and_2.py layer_L_expert_E_*.pt src/graph/tuning.cc csrc/grouped_gemm.cu
 """.split()  # noqa: SIM905
 OPTIONS_OF_OTHERS = """
