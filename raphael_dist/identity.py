@@ -9,21 +9,24 @@ from raphael_dist.errors import UserError
 from raphael_dist.stages import staged_keys
 
 # How a run is carried out and watched, not what it computes: free to change whenever it starts again. Everything else is
-# compared, a new field too until it is named here. Encoders and shards are compared by what is in them (data/source.py).
+# compared, a new field too until it is named here. Encoders, and shards, are compared by what is in them (data/source.py).
 FREE_SECTIONS = {"checkpoint", "parallel", "sample"}
 FREE = {
     "run.dir", "run.fresh", "run.init_from", "run.init_missing", "run.hang_timeout_s", "run.lock_wait_s",
     "run.log_level", "run.trackers", "run.project", "run.allow_change",
-    "model.space_backend", "model.checkpoint_activations", "text.encoder", "image.encoder",
-    "data.shards", "data.sources", "data.val_shards", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
+    "model.space_backend", "model.checkpoint_activations", "text.encoder", "text.layer", "image.encoder",
+    "data.shards", "data.sources", "data.val_shards", "data.features", "data.cache_fill", "data.cached_text",
+    "data.hed_weights", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
     "data.workers", "data.on_error", "data.shard_cache", "data.shard_cache_gb", "data.retries", "data.timeout_s",
     "train.max_steps", "train.micro_batch", "train.compile", "train.check_gradients", "train.max_skipped",
     "train.spike_sigma", "train.spike_window", "train.spike_action", "train.log_every", "train.val_every",
     "train.sample_every", "train.load_scalars",
 }  # fmt: skip
+CLEANING = "data.caption_from (cleaning)"
 OTHER_DATA = {
     "data.shards": "other shards, and the order of samples would change",
     "data.shards (captions)": "other captions in shards of the same names",
+    CLEANING: "captions that another version cleaned by other rules",
 }
 ARCHITECTURE = {f"model.{field}" for field in ARCHITECTURE_FIELDS}
 
@@ -81,4 +84,7 @@ def check_same_data(manifest: Mapping[str, Any], now: Mapping[str, str], config:
             raise UserError(
                 f"{field}: {where} was trained with {what}; give the same, another run.dir, or run.allow_change=[{field}]"
             )
-    return [f"{name} is not what it was in {where} (run.allow_change)" for name in changed]
+    told = [f"{name} is not what it was in {where} (run.allow_change)" for name in changed]
+    if CLEANING in now and CLEANING not in was:
+        told.append(f"captions are cleaned by {now[CLEANING]} here; {where} is older, and saw them cleaned by version 1")
+    return told

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Computes embeddings and latents of all shards before training, an array task for each part of them.
-#   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh --config NAME [as for training]
+# Makes shards with edge maps (and features) of pictures or shards, or fills a run's feature cache; an array task for each part.
+#   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh SOURCE --out SHARDS [--features]
+#   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh data.shards=... [as for training]
 #SBATCH --job-name=raphael-data
 #SBATCH --array=0-3
 #SBATCH --nodes=1

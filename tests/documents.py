@@ -9,7 +9,7 @@ from functools import cache
 from tests.launch import ROOT
 
 DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md", "slurm/README.md", "data/emoji/README.md"),
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "slurm/README.md", "data/emoji/README.md"),
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 PROGRAMS = (
@@ -31,6 +31,8 @@ NO_COMMANDS = (
     "runs/NAME/config.yaml ",  # what a run leaves
     "out[j] = sum_k ",
     "seconds = n (W - 1) / W ",
+    "base: raphael-sd2",  # configurations, which tests/test_recipes.py reads
+    "recipe:",
     '"""All weights in one safetensors file',  # a layout, which tests/test_layouts.py runs
 )
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,21 @@ class Forks:
             env=env,
         )
 
-    def run(self, folder: Path, world_size: int, timeout: float = 90, **spec: Any) -> list[int]:
+    def run(
+        self,
+        folder: Path,
+        world_size: int,
+        timeout: float = 90,
+        meanwhile: Callable[[list[int]], None] | None = None,
+        **spec: Any,
+    ) -> list[int]:
         """Run a worker with `spec` as ranks; return exit codes, the negative signal of a killed one.
 
         The worker is the module of tests/workers that spec["worker"] names, forked_train.py by default. Output of rank N is
-        in folder/out-N.txt. AssertionError when a rank outlives the time-out.
+        in folder/out-N.txt. meanwhile: gets the ranks' process ids as soon as they have begun. AssertionError when a rank
+        outlives the time-out.
         """
-        return self._ask(folder, world_size, timeout, GRACE, {"spec": {"folder": str(folder), **spec}})
+        return self._ask(folder, world_size, timeout, GRACE, {"spec": {"folder": str(folder), **spec}}, meanwhile)
 
     def run_program(
         self, folder: Path, world_size: int, timeout: float, command: list[str], env: dict[str, str]
@@ -50,13 +59,24 @@ class Forks:
         """Run `python COMMAND` as ranks in an environment that is complete but for the rank; return as `run` does."""
         return self._ask(folder, world_size, timeout, timeout, {"command": command, "env": env})
 
-    def _ask(self, folder: Path, world_size: int, timeout: float, grace: float, what: dict[str, Any]) -> list[int]:
+    def _ask(
+        self,
+        folder: Path,
+        world_size: int,
+        timeout: float,
+        grace: float,
+        what: dict[str, Any],
+        meanwhile: Callable[[list[int]], None] | None = None,
+    ) -> list[int]:
         folder.mkdir(parents=True, exist_ok=True)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"folder": str(folder), "world_size": world_size, "timeout": timeout, "grace": grace, **what}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+        pids = json.loads(self._process.stdout.readline())
+        if meanwhile is not None:
+            meanwhile(pids)
         answer = json.loads(self._process.stdout.readline())
         assert not answer["late"], f"ranks {answer['late']} did not end in {timeout} s:\n{output_of(folder, world_size)}"
         return answer["codes"]
@@ -154,8 +174,8 @@ def main() -> None:
     for line in sys.stdin:
         request, port = json.loads(line), free_port()
         pids = [fork_rank(request, rank, port) for rank in range(request["world_size"])]
-        answers.write(json.dumps(wait_for(pids, request["timeout"], request["grace"])) + "\n")
-        answers.flush()
+        print(json.dumps(pids), file=answers, flush=True)
+        print(json.dumps(wait_for(pids, request["timeout"], request["grace"])), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The frozen encoders: fixed shapes, the right end token, latents that are scaled once and decode back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from raphael_dist.data.encoders import ImageEncoder, TextEncoder
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder, save_text_model
 from raphael_dist.errors import UserError
 
 EOS = 5
@@ -59,6 +60,28 @@ def test_clip_ends_at_its_first_end_token_whatever_it_pads_with(pad, tmp_path):
     assert features.end.tolist() == [3, 1, 5]
     assert features.mask.sum(dim=1).tolist() == [4, 2, 6]
     assert (encoder.width, encoder.max_tokens) == (32, 6)
+
+
+def test_the_penultimate_layer_goes_through_the_final_norm_and_is_another_encoder(tmp_path):
+    from transformers import CLIPTextModel
+
+    spec = str(save_clip(tmp_path, "[pad]"))
+    last, before = (TextEncoder.load(spec, 6, "cpu", torch.float32, layer) for layer in ("last", "penultimate"))
+    assert last.fingerprint != before.fingerprint
+    model = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
+    tokenizer = last._loaded()[1]
+    ids = tokenizer(["a b c"], padding="max_length", max_length=6, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+        expected = [model.final_layer_norm(h) for h in (hidden[-1], hidden[-2])]
+    for encoder, wanted in zip((last, before), expected, strict=True):
+        torch.testing.assert_close(encoder.encode(["a b c"]).tokens, wanted)
+    save_text_model(spec, "penultimate", tmp_path / "short" / "text_encoder")
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "short" / "tokenizer")
+    exported = CLIPTextModel.from_pretrained(tmp_path / "short" / "text_encoder").eval()
+    torch.testing.assert_close(exported(input_ids=ids).last_hidden_state, expected[1])
+    with pytest.raises(UserError, match=r"text\.layer = penultimate: .* no stack of two layers"):
+        TextEncoder.load(str(tmp_path / "short"), 6, "cpu", torch.float32, "penultimate").ready()
 
 
 def test_a_caption_is_encoded_alike_alone_and_in_a_batch(minilm):

@@ -36,7 +36,7 @@ def test_an_image_of_the_buckets_size_comes_back_as_it_is(tmp_path):
     assert (first.image == pixels.transpose(2, 0, 1)).all()
     assert (second.image == pixels[:, ::-1].transpose(2, 0, 1)).all()
     assert (first.captions, second.captions) == (["one"], ["x", "y"])
-    assert (first.key, first.edge, data.has_edges) == ("a", None, False)
+    assert (first.key, first.edge) == ("a", None)
 
 
 def test_the_edge_map_gets_the_geometry_of_its_image(tmp_path):
@@ -51,7 +51,6 @@ def test_the_edge_map_gets_the_geometry_of_its_image(tmp_path):
         assert sample.edge.shape == (16, 16)
         assert np.abs(sample.image[0].astype(int) - sample.edge).max() < 40
         assert (sample.edge.mean(axis=0).argmax() == 0) == flip
-    assert data.has_edges
 
 
 def test_transparency_lies_on_white_and_other_modes_become_rgb(tmp_path):

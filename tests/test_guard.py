@@ -233,6 +233,27 @@ def test_a_rollback_goes_on_with_the_samples_after_the_spike_and_survives_a_resu
 
 
 @pytest.mark.slow
+def test_rollbacks_end_also_where_every_save_between_them_fails(forks: Forks, tmp_path: Path) -> None:
+    """Spikes and a failing disk: the run comes to the next save each time, and that fails, so that nothing is gained."""
+    run, every_second = tmp_path / "run", [(SPIKE - 1 + 2 * k) * G for k in range(40)]
+    faults = {"spike": every_second, "saving": [{"ranks": [1], "step": SPIKE - 1, "file_size": 1000, "for_one_save": True}]}
+    given = spike_spec("rollback", SPIKE + 9, faults)
+    given["sections"]["checkpoint"] |= {"every": 1, "keep": 2}
+    codes = forks.run(run, 2, **given)
+    assert codes == [EXIT_NON_FINITE] * 2, output_of(run, 2)
+    assert f"3 returns to step {SPIKE - 2} without reaching a new checkpoint" in output_of(run, 2)
+    assert log(run).count(f"checkpoint of step {SPIKE - 1} not written") == 3
+
+
+def test_returns_are_counted_until_there_is_another_checkpoint() -> None:
+    g = guard(max_skipped=3)
+    # The second checkpoint begins at none; a restart counts on from what the checkpoint says.
+    assert [g.roll_back({}, 10), g.roll_back({}, 10), g.roll_back({}, 20)] == [False, False, False]
+    assert [g.roll_back({}, 20), g.roll_back({}, 20)] == [False, True]
+    assert guard(max_skipped=3).roll_back({"rollbacks": 2}, 20)
+
+
+@pytest.mark.slow
 def test_rollbacks_that_lead_nowhere_end_the_run(forks: Forks, tmp_path: Path) -> None:
     run, late = tmp_path / "run", [(SPIKE - 1 + k) * G for k in range(40)]
     codes = forks.run(run, 2, **spike_spec("rollback", SPIKE + 9, {"spike": late}))

@@ -25,6 +25,7 @@ OTHER = {
     "recipe.min_snr_gamma": 5.0, "recipe.offset_noise": 0.1, "recipe.gradient_noise": 0.01,
     "recipe.gate_noise_schedule": "cosine", "recipe.stages": [{"until": None, "set": {"optim.lr": 0.1}}],
     "train.caption_drop": 0.4, "ema.enabled": False, "ema.decay": 0.5, "ema.warmup": False, "edge.channels": 3,
+    "image.dtype": "bfloat16", "data.caption_from": "txt", "data.caption_weights": {"txt": 1.0},
 }  # fmt: skip
 
 # What must be so for a value above to be allowed.

@@ -22,12 +22,14 @@ ROOMS = {
     "checkpoint": "base storage parallel engine",
     "convert": "base storage model parallel data engine checkpoint",
     "sampling": "base storage model parallel data engine checkpoint convert",
+    "prepare": "base storage model parallel data",
     "insight": "base model data sampling",
     "evaluation": "base storage model parallel data sampling",
     "training": "base storage model parallel data engine checkpoint convert sampling insight",
     "cluster": "base storage model parallel data",
     "planning": "base model parallel engine checkpoint convert training",
-    "commands": "base storage model parallel data engine checkpoint convert sampling insight evaluation training cluster",
+    "commands": "base storage model parallel data prepare engine checkpoint convert sampling insight evaluation training "
+    "cluster",
 }
 BASE = {
     "raphael_dist",

@@ -25,6 +25,7 @@ from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.stages import every_stage, stage_at
 from raphael_dist.training.metrics import read_metrics
+from tests.documents import blocks_of
 from tests.forks import Forks
 from tests.launch import train_many
 from tests.synthetic import plain_fragments, synthetic_batch, tiny_config
@@ -258,6 +259,14 @@ def test_a_run_in_stages_is_its_stages_one_after_another_bit_for_bit_also_resume
     expected = files(whole)
     assert files(killed) == expected
     assert files(by_hand) == expected
+
+
+@pytest.mark.parametrize("document", ["docs/recipes.md", "docs/own_data.md"])
+def test_the_configurations_in_the_documents_are_right(document: str, tmp_path: Path) -> None:
+    (block,) = [lines for _, lines in blocks_of(document) if lines[0].startswith(("recipe:", "base:"))]
+    (tmp_path / "c.yaml").write_text("\n".join(block))
+    stages = every_stage(load_config(str(tmp_path / "c.yaml")))
+    assert len({str(stage.image.buckets) for stage in stages}) == (3 if document == "docs/recipes.md" else 1)
 
 
 def files(run: Path) -> dict[str, str]:

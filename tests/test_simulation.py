@@ -20,8 +20,8 @@ def test_without_spread_and_failures_it_is_the_closed_form():
 
 
 def test_one_failure_loses_exactly_what_was_not_on_disk_and_the_restart():
-    # Saved at 10, 20.5, 31 and on disk 3 s later. The failure at 33 s comes before the third is on disk: the run goes on from
-    # step 20, captured at 20.5 + 0.5, so that 12 s are lost, and 7 s of restart.
+    # Saved at 10, 20.5, 31 and on disk 3 s later. The failure at 33 s comes before the third is on disk: the run goes on
+    # from step 20, captured at 20.5 + 0.5, so that 12 s are lost, and 7 s of restart.
     survival = Survival(save_every=10, stall_s=0.5, write_s=3.0, restart_s=7.0)
     result = simulate(CALM, survival, seconds=1040.0, failures=[33.0])
     whole = simulate(CALM, survival, seconds=1040.0 - 12.0 - 7.0, failures=[])

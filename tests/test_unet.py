@@ -73,6 +73,8 @@ def test_a_diffusers_folder_loads_whole_or_in_parts_with_no_key_missing_or_left_
     config = config_from_tree(SMALL_DENSE)
     reference = diffusers_unet(config)
     reference.save_pretrained(tmp_path / "unet", max_shard_size=max_shard_size)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
     model = RaphaelUNet(config)
     load_initial(plain_fragments(model), tmp_path / "unet", config)
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in reference.state_dict().items())

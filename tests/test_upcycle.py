@@ -1,6 +1,7 @@
 """From a dense U-Net of diffusers to RAPHAEL: the same function at step 0, and every new part learns."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def target(**model) -> Config:
 def test_the_upcycled_model_computes_what_its_source_computes_and_every_part_learns(tmp_path):
     dense, config = stable_diffusion(), target()
     dense.save_pretrained(tmp_path / "sd2/unet")
-    convert("dense", tmp_path / "sd2/unet", "canonical", tmp_path / "start", Options(), config)
+    convert("dense", tmp_path / "sd2/unet", "canonical", tmp_path / "start", Options(prediction="epsilon"), config)
     model = RaphaelUNet(config)
     load_initial(plain_fragments(model), tmp_path / "start", config)
     batch = synthetic_batch(config, [(p, 1.0) for p in range(6)], model.num_blocks)
@@ -74,7 +75,7 @@ def test_the_upcycled_model_computes_what_its_source_computes_and_every_part_lea
 def test_new_parts_are_those_that_are_missing_and_first_layers_are_those_of_a_new_run(tmp_path):
     dense, config = stable_diffusion(), target()
     dense.save_pretrained(tmp_path / "unet")
-    convert("auto", tmp_path / "unet", "raphael", tmp_path / "run", Options(world=3), config)
+    convert("auto", tmp_path / "unet", "raphael", tmp_path / "run", Options(world=3, prediction="epsilon"), config)
     state = read_state("auto", tmp_path / "run")
     fresh, source = RaphaelUNet(config), dense.state_dict()
     new = {name for name, _ in fresh.named_parameters()} - source.keys()
@@ -93,7 +94,7 @@ def test_new_parts_are_those_that_are_missing_and_first_layers_are_those_of_a_ne
 def test_only_experts_in_space_keep_the_feed_forward_layer(tmp_path):
     dense, config = stable_diffusion(), target(time_experts=0)
     dense.save_pretrained(tmp_path / "unet")
-    convert("auto", tmp_path / "unet", "canonical", tmp_path / "start", Options(), config)
+    convert("auto", tmp_path / "unet", "canonical", tmp_path / "start", Options(prediction="epsilon"), config)
     state = read_state("auto", tmp_path / "start")
     assert all(torch.equal(state["master", name], value) for name, value in dense.state_dict().items())
 
@@ -117,7 +118,7 @@ def test_a_single_file_gives_what_the_folder_gives(tmp_path, names):
         else:
             path = tmp_path / "model.ckpt"
             torch.save({"state_dict": ldm, "global_step": 3}, path)
-    convert("auto", path, "dense", tmp_path / "out", Options())
+    convert("auto", path, "dense", tmp_path / "out", Options(prediction="epsilon"))
     assert_same(read_state("auto", tmp_path / "out"), read_state("auto", tmp_path / "unet"))
     again = UNet2DConditionModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
     assert all(torch.equal(again.state_dict()[n], v) for n, v in weights.items())
@@ -145,7 +146,7 @@ UNFIT = [
 def test_what_does_not_fit_is_named(tmp_path, changes, model, message):
     stable_diffusion(**changes).save_pretrained(tmp_path / "unet")
     with pytest.raises(UserError, match=message):
-        convert("auto", tmp_path / "unet", "canonical", tmp_path / "out", Options(), target(**model))
+        convert("auto", tmp_path / "unet", "canonical", tmp_path / "out", Options(prediction="epsilon"), target(**model))
     assert not (tmp_path / "out").exists()
 
 
@@ -156,6 +157,7 @@ def starting(config: Config, **run) -> Config:
 def test_a_new_run_says_how_to_start_from_a_dense_folder_and_starts_so(tmp_path):
     dense, config = stable_diffusion(), target()
     dense.save_pretrained(tmp_path / "unet")
+    predicts(tmp_path, "epsilon")
     with pytest.raises(UserError, match=r"run.init_from: .* do not fit.*set run.init_missing=\[edge, space, time\]"):
         load_initial(plain_fragments(RaphaelUNet(config)), tmp_path / "unet", config)
     config = starting(config, init_missing=("edge", "space", "time"))
@@ -199,9 +201,43 @@ def test_another_width_of_the_unet_is_refused_whatever_may_differ(tmp_path):
         load_initial(plain_fragments(RaphaelUNet(config)), tmp_path / "before", config)
 
 
-def test_a_pipelines_scheduler_tells_what_the_unet_predicts(tmp_path):
+def predicts(folder: Path, prediction: str) -> None:
+    """Write the scheduler that says what a U-Net beside it predicts."""
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"prediction_type": prediction}))
+
+
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_a_pipelines_scheduler_tells_what_the_unet_predicts(tmp_path, part):
+    """Stable Diffusion 2 predicts v, its base variant noise: the weights do not show it."""
     stable_diffusion().save_pretrained(tmp_path / "sd2/unet")
-    (tmp_path / "sd2/scheduler").mkdir()
-    (tmp_path / "sd2/scheduler/scheduler_config.json").write_text(json.dumps({"prediction_type": "v_prediction"}))
+    predicts(tmp_path / "sd2", "v_prediction")
     (tmp_path / "sd2/model_index.json").write_text("{}")
-    assert open_checkpoint("auto", tmp_path / "sd2").config.diffusion.prediction == "v_prediction"
+    source = tmp_path / "sd2" / part
+    assert open_checkpoint("auto", source).config.diffusion.prediction == "v_prediction"
+    said = r"predicts v_prediction, the run trains diffusion.prediction = epsilon; set diffusion.prediction=v_prediction"
+    with pytest.raises(UserError, match=f"--config: .* {said}"):
+        convert("auto", source, "canonical", tmp_path / "out", Options(), target())
+    dense = open_checkpoint("auto", source).config
+    fragments = plain_fragments(RaphaelUNet(dense))
+    epsilon = dense.model_copy(update={"diffusion": dense.diffusion.model_copy(update={"prediction": "epsilon"})})
+    with pytest.raises(UserError, match=f"run.init_from: .* {said}"):
+        load_initial(fragments, source, epsilon)
+    load_initial(fragments, source, dense)
+    with pytest.raises(UserError, match=r"--prediction epsilon: .* says that its model predicts v_prediction"):
+        convert("auto", source, "canonical", tmp_path / "out", Options(prediction="epsilon"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_unet_predicts_is_never_assumed(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"no scheduler beside it says what its model predicts; give --prediction"):
+        convert("auto", tmp_path / "unet", "canonical", tmp_path / "out", Options())
+    dense = open_checkpoint("auto", tmp_path / "unet").config
+    fragments = plain_fragments(RaphaelUNet(dense))
+    with pytest.raises(UserError, match=r"run.init_from: no scheduler beside .* convert it with .* --prediction"):
+        load_initial(fragments, tmp_path / "unet", dense)
+    convert("auto", tmp_path / "unet", "canonical", tmp_path / "v", Options(prediction="v_prediction"))
+    assert open_checkpoint("auto", tmp_path / "v").config.diffusion.prediction == "v_prediction"
+    with pytest.raises(UserError, match=r"predicts v_prediction, the run trains diffusion.prediction = epsilon"):
+        load_initial(fragments, tmp_path / "v", dense)

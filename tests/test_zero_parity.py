@@ -13,6 +13,7 @@ import torch
 
 from raphael_dist.config import EmaConfig
 from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import decays
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
@@ -40,6 +41,7 @@ def one_process(
     lr: float = 0.05,
     steps: int = STEPS,
     equal_sizes: bool = False,
+    weight_decay: float = 0.0,
 ) -> dict:
     """Train in this process, the whole batch at once."""
     model_section = EQUAL_SIZES if equal_sizes else {}
@@ -50,7 +52,12 @@ def one_process(
     model = RaphaelUNet(config)
     adamw = partial(torch.optim.AdamW, weight_decay=0.0, eps=ADAM_EPS)
     torch_optimizer = {"sgd": torch.optim.SGD, "adamw": adamw}[kind]
-    optimizer = torch_optimizer(model.parameters(), lr=config.optim.lr)
+    groups = [{"params": list(model.parameters())}]
+    if weight_decay:
+        spared = {id(p) for p in without_decay(model)}
+        parts = [[p for p in model.parameters() if (id(p) in spared) == spare] for spare in (True, False)]
+        groups = [{"params": parts[0]}, {"params": parts[1], "weight_decay": weight_decay}]
+    optimizer = torch_optimizer(groups, lr=config.optim.lr)
     start = {n: p.detach().clone().flatten() for n, p in model.named_parameters()}
     losses, norms = [], []
     for step in range(steps):
@@ -108,6 +115,34 @@ def same_steps(found: dict, expected: dict, copies: int = 1) -> None:
         assert error < 1e-5, f"{name}: relative difference {error:.1e}"
         # Every element has one owner, or two where ZeRO-0 keeps everything everywhere.
         assert found["covered"][name] == weight.numel() * copies, name
+
+
+def without_decay(model: RaphaelUNet) -> list[torch.nn.Parameter]:
+    """Return the parameters of norms and gates, and all biases, by the modules that hold them."""
+    norms = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+    modules = [*(m for m in model.modules() if isinstance(m, norms)), *model.text_gates, *model.time_gates]
+    biases = [p for n, p in model.named_parameters() if n.rpartition(".")[2] in ("bias", "b1", "b2")]
+    return [*biases, *(p for m in modules for p in m.parameters())]
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 3))])
+def test_weight_decay_spares_norms_biases_and_gates(stage, tmp_path):
+    """AdamW of two groups in one process, against the engine's on spread experts (where the stage allows them)."""
+    expected = one_process(12, 0.5, "adamw", weight_decay=0.3)
+    bare = one_process(12, 0.5, "adamw")
+    spared = {n for n, w in expected["weights"].items() if not decays(n)}
+    model = RaphaelUNet(tiny_config())
+    assert spared == {n for n, p in model.named_parameters() if any(p is q for q in without_decay(model))}
+    optim = {"kind": "adamw", "clip": 0.5, "lr": 0.05, "eps": ADAM_EPS, "weight_decay": 0.3}
+    spread = {"space_ep": 2, "time_ep": 2} if stage in (1, 2) else {}
+    tree = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}}
+    sections = {"train": {"global_batch": 12}, "optim": optim, "parallel": spread}
+    (found,) = train_many(tmp_path, 2, [{"sections": sections, "deepspeed": tree, "steps": STEPS}])
+    for name, weight in expected["weights"].items():
+        error = (found["weights"][name] - weight).abs().max() / weight.abs().max()
+        assert error < 1e-4, f"{name}: relative difference {error:.1e}"
+    w1 = next(n for n in expected["weights"] if n.endswith("space_moe.w1"))
+    assert (expected["weights"][w1] - bare["weights"][w1]).abs().max() > 1e-3, "decay must be at work"
 
 
 # ---- averaged weights -----------------------------------------------------------------------------------------------

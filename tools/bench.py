@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import balance, checkpoint, convert, gpu_step, index, moe, space, start, states, step, syncs
+from benchmarks import balance, checkpoint, convert, features, gpu_step, index, moe, plan, space, start, states, step, syncs
 
 COMMANDS = {
     "space": (space, "the Space-MoE: literal, grouped and wide"),
@@ -12,10 +12,12 @@ COMMANDS = {
     "states": (states, "bytes per parameter of each ZeRO configuration"),
     "start": (start, "starting up with many ranks"),
     "gpu": (gpu_step, "a whole optimizer step beside diffusers' U-Net"),
+    "plan": (plan, "the planner beside measurements and published runs"),
     "step": (step, "an optimizer step of ours beside diffusers' and DeepSpeed's"),
     "syncs": (syncs, "where a step's host waits for the GPU, without one"),
     "index": (index, "the index of 100 million samples"),
     "convert": (convert, "conversions of a model of any size"),
+    "features": (features, "latents and tokens made ahead, cached, or stored in the shards"),
 }
 
 

@@ -6,6 +6,7 @@ python tools/convert_checkpoint.py --from auto runs/demo --to diffusers exported
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from raphael_dist.convert.layouts import names
@@ -30,6 +31,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("ema", "master"), help="of layouts that hold one kind (default: ema if there)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of layouts of weights alone")
     parser.add_argument("--config", help="preset or YAML: the model to upcycle to, or of a folder that DeepSpeed wrote")
+    parser.add_argument(
+        "--prediction", choices=("epsilon", "v_prediction"), help="what a U-Net predicts, where no scheduler beside it says"
+    )
     parser.add_argument("--unet-only", action="store_true", help="of a pipeline: leave out encoders and scheduler")
     return parser.parse_args(argv)
 
@@ -51,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         config = load_config(args.config) if args.config else None
         options = options_of(args.target[0], args.ep, args.world, args.zero, args.weights, args.dtype, args.unet_only)
+        options = replace(options, prediction=args.prediction)
         (source, path), (target, out) = args.source, args.target
         report = convert(source, Path(path), target, Path(out), options, config, ranks)
     except UserError:

@@ -25,7 +25,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, help="also draw memory, timeline and scaling into this PNG")
     parser.add_argument("--only", action="append", default=[], metavar="NAME=VALUE", help="e.g. stage=2, space_ep=1")
     parser.add_argument("--simulate", type=float, metavar="DAYS", help="also simulate so many days of the first choice")
-    parser.add_argument("--calibrate", type=Path, metavar="YAML", help="measure this machine for a minute and write its description")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="YAML", help="measure this machine for a minute and write its description"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
 

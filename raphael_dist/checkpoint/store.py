@@ -32,7 +32,7 @@ from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
 from raphael_dist.parallel.long_work import Tell, from_main, together
-from raphael_dist.parallel.ranks import Ranks, all_or_none, gather_objects
+from raphael_dist.parallel.ranks import Ranks, gather_objects
 from raphael_dist.storage import files
 from raphael_dist.storage.versions import versions
 
@@ -175,14 +175,20 @@ class CheckpointStore:
             self._thread.shutdown(wait=True)
 
     def amend(self, progress: Progress) -> None:
-        """Note other progress in the checkpoint of the step: training goes on from it, but with other samples."""
-        folder = self.root / f"step-{progress.step:08d}"
+        """Note other progress in the checkpoint of the step: training goes on from it, but with other samples.
 
-        def rewrite() -> None:
+        Where that cannot be written the run goes on all the same, and says so; it is a restart that would not know.
+        """
+        if not self._ranks.is_main:
+            return
+        folder = self.root / f"step-{progress.step:08d}"
+        try:
             manifest = CheckpointReader(folder).manifest | progress.as_manifest()
             files.replace_bytes(folder / MANIFEST, seal(manifest))
-
-        all_or_none(lambda: rewrite() if self._ranks.is_main else None)
+        except (OSError, UserError) as error:
+            _log.warning(
+                "cannot note in %s that it was returned to: %s; a restart would meet the same samples", folder, error
+            )
 
     def _wait(self) -> None:
         save = self._save

@@ -60,8 +60,8 @@ class Initial:
 def check_initial(config: Config, checkpoint: Checkpoint) -> Initial:
     """Return what the model of a configuration takes from an opened checkpoint.
 
-    UserError names the first parameter that does not fit and that run.init_missing does not allow, or what keeps a dense
-    model from becoming experts.
+    UserError names the first parameter that does not fit and that run.init_missing does not allow, another prediction than
+    the run's, or what keeps a dense model from becoming experts.
     """
     ours, theirs, allowed = parameter_shapes(config), checkpoint.shapes, set[str](config.run.init_missing)
     anew = tuple(n for n in ours if theirs.get(n) != ours[n])
@@ -69,6 +69,7 @@ def check_initial(config: Config, checkpoint: Checkpoint) -> Initial:
     refused = [n for n in sorted({*anew, *left}) if not _may_differ(n, n in anew and n in left, allowed)]
     if refused:
         raise UserError(_refusal(refused, ours, checkpoint, config))
+    checkpoint.check_prediction(config.diffusion.prediction)
     copied = tuple(n for n in anew if part_of(n) in ("time", "space")) if _upcycles(config, checkpoint) else ()
     taken = tuple(n for n in ours if n not in set(anew))
     initial = Initial(taken, tuple(n for n in anew if n not in set(copied)), left, copied)

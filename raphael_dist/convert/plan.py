@@ -114,6 +114,7 @@ class Options:
         weights: "master" or "ema", of layouts that hold one kind. dtype: of its values.
         part_bytes: size at which weights are divided into several files.
         unet_only: a pipeline is left without its encoders.
+        prediction: what the source's model predicts, where its files do not say.
     """
 
     space_ep: int = 1
@@ -124,6 +125,7 @@ class Options:
     dtype: torch.dtype = torch.float32
     part_bytes: int = PART_BYTES
     unet_only: bool = False
+    prediction: str | None = None
 
 
 @dataclass

@@ -109,6 +109,7 @@ def _prepare(
     if target.exists() or target.is_symlink():
         raise UserError(f"--to {to_layout} {target}: exists already; give a new path, nothing is overwritten")
     opened = open_checkpoint(from_layout, path, config)
+    opened.state_prediction(options.prediction)
     source: Source = opened
     if config is not None and not layout_of("--from", opened.layout).takes_config:
         if not is_dense(opened.config):

@@ -31,6 +31,7 @@ class Checkpoint:
         dataset: what its run was trained on, as a checksum.
         notes: what the user should know.
         layout, whole: the name of its layout, and whether that holds all that a run had; `open_checkpoint` sets them.
+        says_prediction: whether its files say what the model predicts; else `config` has a default for it.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     layout: str = ""
     whole: bool = False
+    says_prediction: bool = True
 
     def __post_init__(self) -> None:
         self.shapes = parameter_shapes(self.config)
@@ -70,6 +72,28 @@ class Checkpoint:
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Return elements [start, start + numel) of a flattened tensor, float32. LookupError when there are none."""
         return self._reader.read(self.spans[kind, name], start, numel)
+
+    def state_prediction(self, given: str | None) -> None:
+        """Take the user's word for what the model predicts where the files do not say. UserError: they say otherwise, or
+        nobody does.
+        """
+        found, need = self.config.diffusion.prediction, "give --prediction epsilon or v_prediction"
+        if self.says_prediction and given not in (None, found):
+            raise UserError(f"--prediction {given}: {self.path} says that its model predicts {found}; leave it out")
+        if not self.says_prediction and given is None:
+            raise UserError(f"{self.path}: no scheduler beside it says what its model predicts; {need}")
+        diffusion = self.config.diffusion.model_copy(update={"prediction": given or found})
+        self.config, self.says_prediction = self.config.model_copy(update={"diffusion": diffusion}), True
+
+    def check_prediction(self, wanted: str) -> None:
+        """Raise UserError unless the model is known to predict what a run that starts from it trains it to predict."""
+        if not self.says_prediction:
+            raise UserError(
+                f"run.init_from: no scheduler beside {self.path} says what its model predicts; put its scheduler/ there, or "
+                "convert it with tools/convert_checkpoint.py --prediction epsilon or v_prediction"
+            )
+        if self.config.diffusion.prediction != wanted:
+            raise UserError(other_prediction("run.init_from", self.path, self.config.diffusion.prediction, wanted))
 
     def damage(self) -> str | None:
         """Return which file does not agree with the manifest, or None; without a manifest there is nothing to compare."""
@@ -106,6 +130,14 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def block_levels(config: Config) -> dict[str, int]:
     """Return the name of every transformer block of the model with its U-Net level, in order of execution."""
     return dict(_structure_of(config)[1])
+
+
+def other_prediction(field: str, path: Path, found: str, wanted: str) -> str:
+    """Return what is wrong with a model that predicts another thing than a run is to train."""
+    return (
+        f"{field}: the model of {path} predicts {found}, the run trains diffusion.prediction = {wanted}; set "
+        f"diffusion.prediction={found}, or choose another model"
+    )
 
 
 def is_dense(config: Config) -> bool:

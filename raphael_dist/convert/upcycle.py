@@ -16,7 +16,7 @@ from raphael_dist.checkpoint.reader import check_architecture
 from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.config import Config
 from raphael_dist.convert.plan import Source
-from raphael_dist.convert.source import block_levels, parameter_shapes
+from raphael_dist.convert.source import block_levels, other_prediction, parameter_shapes
 from raphael_dist.errors import UserError
 from raphael_dist.model.edge import EdgeModule
 from raphael_dist.model.moe import SpaceMoE
@@ -100,6 +100,9 @@ class Upcycled:
                 f"{dense.time_activation} and model.expert_width {list(dense.expert_width)}; given {wanted.time_activation} "
                 f"and {list(wanted.expert_width)}"
             )
+        found, trains = self._source.config.diffusion.prediction, self.config.diffusion.prediction
+        if found != trains:
+            raise UserError(other_prediction("--config", self.path, found, trains))
         same = wanted.model_copy(update={field: getattr(dense, field) for field in _OF_EXPERTS | free})
         edge = self._source.config.edge
         check_architecture(self._source.config, self.config.model_copy(update={"model": same, "edge": edge}), str(self.path))

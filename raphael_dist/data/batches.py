@@ -1,6 +1,7 @@
 """Assembles micro-batches: everything drawn for a sample depends on (seed, position) alone."""
 
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from raphael_dist.config import Config
-from raphael_dist.data.stream import StreamSample, TrainStream
+from raphael_dist.data.encoding import AheadEncoder
+from raphael_dist.data.stream import TrainStream
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import draw_offset, draw_timestep
 from raphael_dist.model.unet import GateNoise
@@ -30,6 +32,7 @@ class BatchBuilder:
         self,
         config: Config,
         stream: TrainStream,
+        encoder: AheadEncoder,
         num_blocks: int,
         *,
         global_batch: int | None = None,
@@ -40,41 +43,45 @@ class BatchBuilder:
 
         `pin`: put the batch into pinned memory, which a GPU copies without making the host wait.
         """
-        self.config, self.stream, self.num_blocks = config, stream, num_blocks
+        self.config, self.stream, self.encoder, self.num_blocks = config, stream, encoder, num_blocks
         self.seed, self.global_batch = config.run.seed, global_batch or config.train.global_batch
         self.phase = 0  # where in [0, global_batch) steps begin
         self.pin = pin
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
-        """Read and assemble one micro-batch."""
-        samples = [self.stream.sample(position) for position, _ in slots]
+        """Read, encode and assemble one micro-batch."""
         positions = [position for position, _ in slots]
-        edges = [s.edge for s in samples if s.edge is not None]
+        samples = self.stream.samples(positions)
+        encoded = self.encoder.encode(samples)
         batch = Batch(
             position=torch.tensor(positions),
             weight=torch.tensor([weight for _, weight in slots], dtype=torch.float32),
-            x0=torch.stack([s.latents for s in samples]),
-            noise=torch.stack([self._noise(p, s) for p, s in zip(positions, samples, strict=True)]),
+            x0=encoded.x0,
+            noise=torch.stack([self._noise(p, encoded.x0.shape[1:]) for p in positions]),
             timestep=torch.tensor(
                 [draw_timestep(self.config.diffusion, self.seed, p, self.global_batch, self.phase) for p in positions]
             ),
-            text=torch.stack([s.tokens for s in samples]).float(),
-            text_mask=torch.stack([s.mask for s in samples]),
-            end=torch.stack([torch.as_tensor(s.end) for s in samples]),
-            edge=torch.stack(edges) if len(edges) == len(samples) else None,
-            gate_noise=self._gate_noise(positions, samples) if self.gate_noise else None,
+            text=encoded.text,
+            text_mask=encoded.mask,
+            end=encoded.end,
+            edge=encoded.edge,
+            gate_noise=self._gate_noise(positions, encoded.text.shape[1]) if self.gate_noise else None,
+            seconds=encoded.seconds,
         )
-        return batch.packed() if self.pin else batch
+        began = time.monotonic()
+        batch = batch.packed() if self.pin else batch
+        batch.seconds["copying"] = time.monotonic() - began
+        return batch
 
-    def _noise(self, position: int, sample: StreamSample) -> Tensor:
+    def _noise(self, position: int, shape: torch.Size) -> Tensor:
         draw = generator(self.seed, Purpose.NOISE, position)
-        noise = torch.from_numpy(draw.standard_normal(tuple(sample.latents.shape), dtype=np.float32))
+        noise = torch.from_numpy(draw.standard_normal(tuple(shape), dtype=np.float32))
         strength = self.config.recipe.offset_noise
         return noise + strength * draw_offset(self.seed, position, len(noise)) if strength else noise
 
-    def _gate_noise(self, positions: Sequence[int], samples: Sequence[StreamSample]) -> GateNoise:
-        m, tokens = self.config.model, samples[0].tokens.shape[0]
+    def _gate_noise(self, positions: Sequence[int], tokens: int) -> GateNoise:
+        m = self.config.model
         time = self._normal(Purpose.TIME_GATE, positions, (self.num_blocks, m.time_experts))
         space = self._normal(Purpose.SPACE_GATE, positions, (self.num_blocks, tokens, m.space_experts))
         scale = torch.tensor([self._gate_noise_at(position) for position in positions])

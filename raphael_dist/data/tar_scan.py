@@ -20,7 +20,8 @@ from raphael_dist.data.captions import read_texts
 
 IMAGE_EXTS = ("webp", "png", "jpg", "jpeg")
 EDGE_EXT = "edge.png"
-EXTS = (*IMAGE_EXTS, "json", "txt", EDGE_EXT)
+FEATURES_EXT = "features"  # latents, tokens, edges: features.py
+EXTS = (*IMAGE_EXTS, "json", "txt", EDGE_EXT, FEATURES_EXT)
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
 MAX_MEMBER_BYTES = 64 << 20
 MAX_SAMPLE_BYTES = 256 << 20

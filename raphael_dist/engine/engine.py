@@ -60,6 +60,8 @@ class Engine:
         self._zero.quiet()
         self._engine.gradient_clipping = lambda: 0.0  # clipped here, by the norm that the step knows anyway
         self.fragments = Fragments(self.module, self._zero, optimizer)
+        decayed = config.optim.kind == "adamw" and config.optim.weight_decay > 0
+        self._decayed = [f.master for f in self.fragments if decayed and decays(f.name)]
         self.grad_norm = math.nan
         self._micro_step = 0
         self._touched: set[str] | None = self._watch_gradients() if config.train.check_gradients else None
@@ -130,6 +132,8 @@ class Engine:
             torch._foreach_mul_(list(self._zero.gradients()), clip / (norm + 1e-6))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._decayed:
+            torch._foreach_mul_(self._decayed, 1 - lr * self.config.optim.weight_decay)
         self._engine.step()
 
     def discard(self) -> None:
@@ -156,13 +160,22 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
     compile_parts(model, device, dynamic=spread or len(config.image.buckets) > 1)
 
 
+def decays(name: str) -> bool:
+    """Return whether `optim.weight_decay` acts on a parameter: on matrices and kernels, not on norms, biases and gates.
+
+    By name, since stacked experts' biases [K, F] look like matrices, and flat parts under ZeRO have no shape.
+    """
+    owner, _, leaf = name.rpartition(".")
+    norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")
+    return leaf in ("weight", "w1", "w2") and not norm and not name.startswith(("text_gates.", "time_gates."))
+
+
 def _optimizer(parameters: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(parameters, lr=optim.lr)
+    # Weight decay is the engine's (`update`): torch's acts on whole groups, and more groups would cut ZeRO's buffers anew.
     fused = is_gpu(device)
-    return torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
-    )
+    return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=fused)
 
 
 def _not_of_a_dropped_step(record: logging.LogRecord) -> bool:

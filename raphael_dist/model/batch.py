@@ -1,11 +1,11 @@
 """One micro-batch with everything random about it: a step is a pure function of (weights, batch).
 
-Shape legend: B samples, C latent channels, h and w latent height and width, H and W image height and width, Y text tokens,
-D text width, L transformer blocks, K experts.
+Shape legend: B samples, C latent channels, h and w latent height and width, Y text tokens, D text width,
+L transformer blocks, K experts.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -21,8 +21,9 @@ _ALIGNMENT = 64  # bytes; kernels read whole vectors of up to 16
 @dataclass
 class Batch:
     """position int64 [B]; weight [B], 0 for a slot without a sample; x0 and noise [B, C, h, w]; timestep int64 [B];
-    text [B, Y, D]; text_mask bool [B, Y]; end int64 [B]; edge [B, H, W] in 0..1 or None; gate noise or None.
-    Floats are float32. memory: uint8, the one stretch of memory that all of them lie in, or None.
+    text [B, Y, D]; text_mask bool [B, Y]; end int64 [B]; edge [B, h, w] in 0..1 or None; gate noise or None.
+    Floats are float32. memory: uint8, the one stretch of memory that all on the host lie in, or None. seconds: what making
+    it took, by kind of work.
     """
 
     position: Tensor
@@ -36,39 +37,56 @@ class Batch:
     edge: Tensor | None
     gate_noise: GateNoise | None
     memory: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def packed(self) -> "Batch":
-        """Return the batch in one stretch of pinned memory on the host, which a GPU copies at one go without a wait."""
+        """Return the batch in one stretch of pinned memory on the host, which a GPU copies at one go without a wait.
+
+        What was encoded on a device stays there.
+        """
         tensors: list[Tensor] = []
-        self._map(lambda tensor: tensors.append(tensor))
+        self._map(lambda tensor: tensors.append(tensor) if _on_host(tensor) else None)
         memory = torch.empty(sum(_room(t) for t in tensors), dtype=torch.uint8, pin_memory=True)
         start = 0
 
         def put(tensor: Tensor) -> Tensor:
             nonlocal start
+            if not _on_host(tensor):
+                return tensor
             place = _at(memory, start, tensor).copy_(tensor)
             start += _room(tensor)
             return place
 
-        return Batch(**self._map(put), memory=memory)
+        return Batch(**self._map(put), memory=memory, seconds=self.seconds)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; nothing is copied when it is there, and a GPU's host does not wait if `packed`."""
         if self.memory is None or not is_gpu(device):
-            return Batch(**self._map(lambda tensor: tensor.to(device)))
+            return Batch(**self._map(lambda tensor: tensor.to(device)), seconds=self.seconds)
         memory = _copy_aside(self.memory, device)
-        offset = self.memory.data_ptr()
-        return Batch(**self._map(lambda tensor: _at(memory, tensor.data_ptr() - offset, tensor)), memory=memory)
+        offset, current = self.memory.data_ptr(), torch.cuda.current_stream(device)
+
+        def there(tensor: Tensor) -> Tensor:
+            if _on_host(tensor):
+                return _at(memory, tensor.data_ptr() - offset, tensor)
+            tensor.record_stream(current)  # it was made on the encoders' stream, and is used on this one from here on
+            return tensor
+
+        return Batch(**self._map(there), memory=memory, seconds=self.seconds)
 
     def _map(self, function: Callable[[Tensor], Any]) -> dict[str, Any]:
         """Return the fields with `function` applied to each tensor."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "memory"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("memory", "seconds")}
         for name, value in values.items():
             if isinstance(value, GateNoise):
                 values[name] = GateNoise(*(function(tensor) for tensor in value))
             elif value is not None:
                 values[name] = function(value)
         return values
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _room(tensor: Tensor) -> int:

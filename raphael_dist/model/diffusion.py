@@ -57,6 +57,21 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
     return DPMSolverMultistepScheduler(**common, **spacing)
 
 
+def starts_late(scheduler: Any) -> str | None:
+    """Say that a scheduler whose timesteps are set begins far from pure noise, None where it does not.
+
+    DDIM spaces its steps by whole timesteps from the low end, so that 600 of 1,000 begin at 600: such images come out flat.
+    """
+    first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
+    if total - first <= max(2 * total / steps, total / 20):
+        return None
+    nearest = min((n for n in range(1, total) if total % n == 0), key=lambda n: abs(n - steps))
+    return (
+        f"{steps} sampling steps begin at timestep {first} of {total}, far from pure noise: take {nearest}, which divides "
+        "it, or the scheduler dpm++"
+    )
+
+
 def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int, phase: int = 0) -> int:
     """Return the timestep of a sample position, uniform over 0 .. T-1.
 

@@ -106,7 +106,7 @@ def ring(what: str, behind: Behind, size: float, ranks: int, cluster: Cluster, s
 def communication(
     config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme, reductions: int = 1
 ) -> list[Part]:
-    """Return the communication of a step. reductions: how often in it gradients are reduced; under ZeRO-3 it gathers as often.
+    """Return the communication of a step. reductions: how often gradients are reduced in it, and gathered under ZeRO-3.
 
     ValueError: experts that are spread, with a scheme that has no place for them.
     """

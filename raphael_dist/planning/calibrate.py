@@ -95,7 +95,10 @@ def measure_rates() -> dict[str, tuple[float, float | None, float]]:
     """Return (us, TFLOP/s or None, GB/s) of each class, on this machine with torch's threads."""
     found: dict[str, tuple[float, float | None, float]] = {}
     with torch.no_grad():
-        timed = {name: (seconds_of(small), seconds_of(large), flops, size) for name, (small, large, flops, size) in _operations().items()}
+        timed = {
+            name: (seconds_of(small), seconds_of(large), flops, size)
+            for name, (small, large, flops, size) in _operations().items()
+        }
     least, large, _, size = timed["pointwise"]
     stream = size / max(large - least, 1e-9) / 1e9
     for name in CLASSES:
@@ -192,10 +195,15 @@ def calibrate(path: Path) -> str:
     config = reference()
     taken, expected = measured_step(config), reckoned_step(config, first)
     tree = description(rates, taken / expected, peak)
-    text = f"# {platform.machine()}, {os.cpu_count()} cores. Operations alone give {expected / taken:.0%} of a reference step's time.\n"
+    text = (
+        f"# {platform.machine()}, {os.cpu_count()} cores. Operations alone: {expected / taken:.0%} of the reference step.\n"
+    )
     try:
         path.write_text(text + yaml.safe_dump(tree, sort_keys=False, width=120))
     except OSError as error:
         raise UserError(f"--calibrate {path}: cannot be written: {error.strerror}") from None
-    lines = [f"{name:<15}{us:8.1f} us{'' if t is None else f'{t * 1e3:9.1f} GFLOP/s'}{g:9.1f} GB/s" for name, (us, t, g) in rates.items()]
+    lines = [
+        f"{name:<15}{us:8.1f} us{'' if t is None else f'{t * 1e3:9.1f} GFLOP/s'}{g:9.1f} GB/s"
+        for name, (us, t, g) in rates.items()
+    ]
     return "\n".join([*lines, f"reference step: {taken * 1e3:.0f} ms, reckoned {expected * 1e3:.0f} ms; written to {path}"])

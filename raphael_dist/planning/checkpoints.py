@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Saving:
-    """bytes of a checkpoint, stall_s: how long training waits for a save, write_s: until it is on disk. interval_s: between two
-    saves; mtbf_s: between two failures of the whole run. lost: share of the time that saves, repeated work and restarts take.
+    """How to save. bytes: of a checkpoint. stall_s: how long training waits for a save; write_s: until it is on disk.
+
+    interval_s: between two saves; mtbf_s: between two failures of the whole run. lost: share of the time that goes to saves,
+    repeated work and restarts.
     """
 
     bytes: int
@@ -24,7 +26,7 @@ def young(save_s: float, mtbf_s: float) -> float:
 
 
 def daly(save_s: float, mtbf_s: float) -> float:
-    """Return the interval between saves that loses least, to higher order (Daly 2006, Eq. 37); mtbf where a save takes longer.
+    """Return the interval between saves that loses least, to higher order (Daly 2006, Eq. 37).
 
     `sqrt(2 s M) (1 + 1/3 sqrt(s / 2M) + 1/9 (s / 2M)) - s` for s < 2M, else M.
     """

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.parallel.communication import Cluster
 
-
 MULTIPLY = ("product", "convolution", "attention")  # classes of operations with FLOPs
 
 
@@ -29,7 +28,7 @@ class Number(BaseModel):
 class Rates(BaseModel):
     """What one class of operations takes: `us + max(FLOPs / tflops, bytes / gb_s)` (the roofline, with a smallest time).
 
-    us: microseconds of an operation that has nothing to do. tflops: TFLOP/s of a large one; gb_s: GB/s of inputs and outputs.
+    us: microseconds of an operation with nothing to do. tflops: TFLOP/s of a large one; gb_s: GB/s of inputs and outputs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,7 +45,8 @@ class ClusterSpec(BaseModel):
     those of no entry have that of
     `product` or of `other`. launch_us: what an operation takes the host. node_gb_s .. net_hop_us: as in
     `communication.Cluster`. gpu_hours_per_failure: device hours between two failures that end a run. storage_gb_s: GB/s that
-    a node writes; host_gb_s: from a device to its host. restart_s: from a failure to the first step after it. spread: deviation of a rank's compute time, relative.
+    a node writes; host_gb_s: from a device to its host. restart_s: from a failure to the first step after it.
+    spread: deviation of a rank's compute time, relative.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,7 +107,9 @@ def load_cluster(name_or_path: str) -> ClusterSpec:
             raise UserError(f"--cluster {name_or_path}: cannot be read: {error}") from None
     else:
         hint = did_you_mean(name_or_path, cluster_names())
-        raise UserError(f"--cluster {name_or_path}: no such cluster{hint}; known: {', '.join(cluster_names())}, or a .yaml file")
+        raise UserError(
+            f"--cluster {name_or_path}: no such cluster{hint}; known: {', '.join(cluster_names())}, or a .yaml file"
+        )
     return _parse(name_or_path, text)
 
 

@@ -5,7 +5,7 @@ DeepSpeed 0.19 keeps of it was read and is tested byte for byte. Activations com
 allocates by its own settings.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
@@ -81,6 +81,7 @@ def states(config: Config, shapes: Shapes, where: Topology, accumulation: int, r
     """Return a rank's model states. `accumulation`: micro-steps of a step."""
     width = 2 if config.train.dtype == "bfloat16" else 4
     count = _moments(config)
+    several = width == 2 and accumulation > 1  # sums of bfloat16 gradients are kept in float32 (ds_config.merge)
     if where.stage == 0:
         n = sum(prod(shape) for shape in shapes.values())
         return States(width * n, 0, 4 * count * n, _ema(config, n), width * n)
@@ -88,15 +89,17 @@ def states(config: Config, shapes: Shapes, where: Topology, accumulation: int, r
         part = zero3(shapes, where.world, rank)[1]
         owned = sum(span.numel for span in zero3(shapes, where.world, rank)[0])
         # Its own part of each weight, and the gradients, which it keeps from its first step on.
-        return States(width * part, 4 * part, 4 * count * part, _ema(config, owned), width * part)
+        gradients = (4 if several else width) * part
+        return States(width * part, 4 * part, 4 * count * part, _ema(config, owned), gradients)
+    if where.stage == 1 and several:
+        where = replace(where, alignment=1)  # DeepSpeed's BF16_Optimizer rounds no parameter up
     mine = groups(shapes, where, rank)
     whole = sum(g.per_rank_padded * g.ranks for g in mine)
     part = sum(g.per_rank_padded for g in mine)
     owned = sum(span.numel for g in mine for span in g.spans)
     held = sum(prod(local(name, shape, where, rank)[0]) for name, shape in shapes.items())
-    several = width == 2 and accumulation > 1  # sums of bfloat16 gradients are kept in float32 (ds_config.merge)
-    if where.stage == 1 and several and len(mine) == 1:
-        # DeepSpeed's BF16_Optimizer: all ranks hold the whole sum in float32, and the last micro-step's own gradients.
+    if where.stage == 1 and several:
+        # All ranks hold the whole sum in float32, and the last micro-step's own gradients.
         gradients = 4 * whole + width * held
     elif several:
         gradients = 4 * part
@@ -107,7 +110,7 @@ def states(config: Config, shapes: Shapes, where: Topology, accumulation: int, r
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank holds whatever its micro-batch: its states, the numbers of its own copy of the model, and where they lie."""
+    """What a rank holds whatever its micro-batch. numbers: of its own copy of the model; stage: of ZeRO."""
 
     states: States
     numbers: int
@@ -146,8 +149,7 @@ def memory(
 
 
 def _bf16_optimizer(config: Config, where: Topology, accumulation: int) -> bool:
-    spread = max(config.parallel.space_ep, config.parallel.time_ep) > 1
-    return where.stage == 1 and config.train.dtype == "bfloat16" and accumulation > 1 and not spread
+    return where.stage == 1 and config.train.dtype == "bfloat16" and accumulation > 1
 
 
 def _moments(config: Config) -> int:

@@ -6,7 +6,6 @@ It works on tensors of the `meta` device, which have shapes and no data, as on r
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,7 +58,8 @@ def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Return the FLOPs of one operation: of products, convolutions and attention; 0 for all others."""
     packet = func._overloadpacket
     if packet in FLOPS:
-        return FLOPS[packet](*(a.shape if isinstance(a, Tensor) else a for a in args))
+        shapes: Any = FLOPS[packet]
+        return int(shapes(*(a.shape if isinstance(a, Tensor) else a for a in args)))
     count = flop_registry.get(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 

@@ -13,7 +13,8 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
     """Return the whole report: the best choices, the first of them in detail, what it costs, and the command to run it."""
     c, world, peak = plan.cluster, plan.search.world, plan.cluster.peak_tflops[plan.config.train.dtype].value
     lines = [
-        f"{config_name} on {world} devices of {c.name}, {plan.config.train.dtype}, {plan.config.train.global_batch} images a step",
+        f"{config_name} on {world} devices of {c.name}, {plan.config.train.dtype}, "
+        f"{plan.config.train.global_batch} images a step",
         f"parameters: {plan.parameters / 1e6:,.1f} M, of which an image token meets {plan.active / 1e6:,.1f} M",
         "",
         *_choices(plan.ranked[:shown], peak),
@@ -32,8 +33,7 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
         "to run the first:",
         f"  {command(plan, config_name)}",
         "",
-        "Reckoned, not measured. Assumed of the cluster (its description says why): "
-        + ", ".join(assumed(plan)),
+        "Reckoned, not measured. Assumed of the cluster (its description says why): " + ", ".join(assumed(plan)),
     ]
     return "\n".join(lines)
 
@@ -43,8 +43,8 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
     for o in best:
         step, fits = o.step, "" if o.fits else "  does not fit"
         lines.append(
-            f"{step.images_per_s:>10,.0f}  {step.mfu(peak):>5.1%}  {step.seconds * 1e3:>6,.0f} ms {o.memory.total / 1e9:>6.1f} GB"
-            f"  {o.choice}{fits}"
+            f"{step.images_per_s:>10,.0f}  {step.mfu(peak):>5.1%}  {step.seconds * 1e3:>6,.0f} ms "
+            f"{o.memory.total / 1e9:>6.1f} GB  {o.choice}{fits}"
         )
     return lines
 
@@ -70,7 +70,9 @@ def _blocks(plan: RunPlan) -> list[str]:
         size = "".join(f"{trace.total(trace.bytes, phase, kind) / 1e9:9.2f}" for phase in PHASES)
         counts = np.bincount(trace.phase[trace.kind == i], minlength=len(PHASES))
         lines.append(f"  {kind:<17}{flops}{size}" + "".join(f"{n:7d}" for n in counts))
-    total = f"{trace.total(trace.flops) / 1e12:.3f} TFLOP, {trace.total(trace.bytes) / 1e9:.1f} GB, {trace.launches:,} launches"
+    total = (
+        f"{trace.total(trace.flops) / 1e12:.3f} TFLOP, {trace.total(trace.bytes) / 1e9:.1f} GB, {trace.launches:,} launches"
+    )
     return [*lines, f"  in all {total}"]
 
 
@@ -79,8 +81,8 @@ def _step(plan: RunPlan, peak: float) -> list[str]:
     lines = [
         f"a step of {step.images} images in {plan.best.plan.accumulation} micro-steps takes {step.seconds * 1e3:,.1f} ms: "
         f"{step.images_per_s:,.0f} images/s, {step.images_per_s / step.ranks:.1f} a device, MFU {step.mfu(peak):.1%}",
-        f"  products {step.products * 1e3:.1f} ms  memory traffic {step.traffic * 1e3:.1f} ms  update {step.update * 1e3:.1f} ms"
-        f"  launches not hidden {step.launches * 1e3:.1f} ms",
+        f"  products {step.products * 1e3:.1f} ms  memory traffic {step.traffic * 1e3:.1f} ms  "
+        f"update {step.update * 1e3:.1f} ms  launches not hidden {step.launches * 1e3:.1f} ms",
         f"  communication {step.communication * 1e3:.1f} ms, of which {step.exposed * 1e3:.1f} ms not hidden:",
     ]
     merged: dict[tuple[str, str], tuple[float, float]] = {}
@@ -98,9 +100,9 @@ def _cost(plan: RunPlan) -> list[str]:
     return [
         f"{plan.images:,} images take {plan.seconds / 86400:,.1f} days, {plan.gpu_hours:,.0f} device hours, "
         f"{plan.dollars:,.0f} dollars at {plan.price:.2f} an hour",
-        f"a checkpoint of {s.bytes / 1e9:.1f} GB: training waits {s.stall_s * 1e3:.0f} ms, it is on disk after {s.write_s:.1f} s; "
-        f"a failure every {s.mtbf_s / 3600:,.1f} h: save every {s.interval_s:,.0f} s (Daly), checkpoint.every={plan.save_every()}; "
-        f"{s.lost:.2%} of the time is lost to saves, repeated work and restarts",
+        f"a checkpoint of {s.bytes / 1e9:.1f} GB: training waits {s.stall_s * 1e3:.0f} ms, it is on disk after "
+        f"{s.write_s:.1f} s; a failure every {s.mtbf_s / 3600:,.1f} h: save every {s.interval_s:,.0f} s (Daly), "
+        f"checkpoint.every={plan.save_every()}; {s.lost:.2%} of the time is lost to saves, repeated work and restarts",
     ]
 
 
@@ -115,8 +117,8 @@ def command(plan: RunPlan, config_name: str) -> str:
         )
     nodes = math.ceil(plan.search.world / per_node)
     return (
-        f"CONFIG={config_name} DS_CONFIG={choice.json} sbatch --nodes={nodes} --gpus-per-node={min(per_node, plan.search.world)} "
-        f"slurm/train_raphael.sh {' '.join(settings)}"
+        f"CONFIG={config_name} DS_CONFIG={choice.json} sbatch --nodes={nodes} "
+        f"--gpus-per-node={min(per_node, plan.search.world)} slurm/train_raphael.sh {' '.join(settings)}"
     )
 
 
@@ -126,7 +128,7 @@ def assumed(plan: RunPlan) -> list[str]:
     for name, value in plan.cluster.model_dump().items():
         if isinstance(value, dict) and "source" in value and "assumed" in value["source"]:
             found.append(f"{name} {value['value']:g}")
-    rates = plan.cluster.rates[plan.config.train.dtype]  # type: ignore[index]
+    rates = plan.cluster.rates[plan.config.train.dtype]
     for sort, rate in rates.items():
         for name, number in rate.model_dump().items():
             if number and "assumed" in number["source"]:

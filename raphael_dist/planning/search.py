@@ -19,10 +19,9 @@ from raphael_dist.parallel.placement import mean_tokens, place
 from raphael_dist.planning import memory
 from raphael_dist.planning.cluster import ClusterSpec
 from raphael_dist.planning.step import StepTime, step_time
-from raphael_dist.planning.trace import Profile, Recompute, profile
+from raphael_dist.planning.trace import RECOMPUTE, Profile, Recompute, profile
 
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-RECOMPUTE: tuple[Recompute, ...] = ("none", "blocks", "all")
 FILLED = 0.95  # share of a device's memory that may be used: the driver, NCCL and cuDNN want the rest
 # The JSON of each choice; `overlap` reduces gradients during the backward pass.
 JSONS = {(0, False): "zero0", (1, False): "zero1", (2, False): "zero2", (2, True): "zero2_overlap", (3, False): "zero3"}
@@ -111,11 +110,12 @@ class Search:
         """Yield every choice that configuration and DeepSpeed allow, with its configuration and batch plan."""
         m = self.config.model
         sizes = [[n for n in range(1, max(1, k) + 1) if max(1, k) % n == 0] for k in (m.space_experts, m.time_experts)]
-        for values in product(*sizes, JSONS, MICRO_BATCHES, RECOMPUTE, ("auto", "shard")):
-            space, time, (stage, overlap), micro, recompute, placement = values
-            choice = Choice(space, time, stage, overlap, micro, recompute, placement)
-            if self._is_wanted(choice) and (checked := self.checked(choice)):
-                yield choice, *checked
+        for space, time in product(*sizes):
+            for (stage, overlap), micro in product(JSONS, MICRO_BATCHES):
+                for recompute, placement in product(RECOMPUTE, ("auto", "shard")):
+                    choice = Choice(space, time, stage, overlap, micro, recompute, placement)
+                    if self._is_wanted(choice) and (checked := self.checked(choice)):
+                        yield choice, *checked
 
     def _is_wanted(self, choice: Choice) -> bool:
         if choice.space_ep == choice.time_ep == 1 and choice.placement != "auto":
@@ -150,7 +150,9 @@ class Search:
         where = memory.topology(config, choice.stage, self.world)
         activations = trace.peak + exchanged_bytes(config, plan)
         gpu = self.cluster.device == "gpu"
-        held = memory.memory(config, self._states_of(config, where, plan), activations, overlap=choice.overlap, allocator=gpu)
+        held = memory.memory(
+            config, self._states_of(config, where, plan), activations, overlap=choice.overlap, allocator=gpu
+        )
         step = step_time(
             config, plan, trace, held.states, self.cluster, choice.stage, self.parameters, len(self.shapes), choice.overlap
         )
@@ -176,7 +178,7 @@ class Search:
         def order(o: Outcome) -> tuple[float, ...]:
             if not o.fits:
                 return (1, o.memory.total)
-            # What is as fast as the fastest to a hundredth is called equal: the one that recomputes least, then the smallest.
+            # What is within a hundredth of the fastest counts as equal: least recomputation first, then least memory.
             equal = o.step.images_per_s > 0.99 * fastest
             return (0, not equal, RECOMPUTE.index(o.choice.recompute) if equal else -o.step.images_per_s, o.memory.total)
 
@@ -186,8 +188,8 @@ class Search:
 def exchanged_bytes(config: Config, plan: BatchPlan) -> int:
     """Return the activations that exchanges with spread experts add to a rank's peak.
 
-    On each level where space experts are sharded, a block keeps the rows of the other ranks (fixed sizes): once as they come,
-    once put together, and the outputs for them. With recomputation one block at a time has them.
+    On each level where space experts are sharded, a block keeps the rows of the other ranks (fixed sizes): as they come,
+    put together, and the outputs for them. With recomputation one block at a time has them.
     """
     width, extra = 2 if config.train.dtype == "bfloat16" else 4, []
     for cost in place(config, plan):
@@ -236,4 +238,6 @@ def restriction(text: str) -> tuple[str, tuple[Any, ...]]:
     try:
         return name, tuple(known[name](value) for value in given.split(","))
     except (KeyError, ValueError):
-        raise UserError(f"--only {text}: give one of {', '.join(known)} and its value, e.g. stage=2 or micro_batch=4,8") from None
+        raise UserError(
+            f"--only {text}: give one of {', '.join(known)} and its value, e.g. stage=2 or micro_batch=4,8"
+        ) from None

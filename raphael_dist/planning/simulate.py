@@ -7,7 +7,7 @@ after which the run goes on from the last checkpoint that was on disk.
 """
 
 import heapq
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raphael_dist.planning.plan import RunPlan
 
 _DRAWS = 20_000_000  # random numbers for the steps that are simulated rank by rank
-USEFUL = ("compute", "communication")
+Seconds = defaultdict[str, float]  # by cause
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Survival:
-    """save_every: steps. stall_s: how long training waits for a save; write_s: until it is on disk. mtbf_s: mean time between
-    failures of the whole run, exponential; infinite: none. restart_s: from a failure to the first step.
+    """How a run survives. save_every: steps. stall_s: how long training waits for a save; write_s: until it is on disk.
+
+    mtbf_s: mean time between failures of the whole run, exponential; infinite: none. restart_s: from one to the first step.
     """
 
     save_every: int
@@ -82,7 +83,7 @@ class Result:
 
 
 def step_durations(work: Work, seed: int = 0) -> NDArray[np.float64]:
-    """Return seconds [steps, 3] of steps simulated rank by rank: without any loss, with slow ranks, with waits for data too."""
+    """Return seconds [steps, 3] of steps simulated rank by rank: without loss, with slow ranks, with waits for data too."""
     draw = np.random.default_rng(seed)
     segments = work.exchanges + 1
     count = int(np.clip(_DRAWS // (work.ranks * segments), 8, 4096))
@@ -120,15 +121,14 @@ def simulate(
 
 
 class _Simulation:
-    def __init__(
-        self, work: Work, survival: Survival, end: float, seed: int, failures: Sequence[float] | None
-    ) -> None:
+    def __init__(self, work: Work, survival: Survival, end: float, seed: int, failures: Sequence[float] | None) -> None:
         self.work, self.survival, self.end = work, survival, end
         self.draw = np.random.default_rng(seed + 1)
+        self.write_ends = 0.0
         self.durations = step_durations(work, seed)
         self.now, self.step, self.saved, self.num_failures = 0.0, 0, 0, 0
-        self.kept: Counter[str] = Counter()  # seconds by cause, of what is on disk
-        self.at_risk: list[tuple[int, Counter[str]]] = [(0, Counter())]  # the same up to each save that is not on disk yet
+        self.kept: Seconds = defaultdict(float)  # seconds by cause, of what is on disk
+        self.at_risk: list[tuple[int, Seconds]] = [(0, defaultdict(float))]  # up to each save not on disk yet
         self.events: list[tuple[float, int, str, int]] = []
         self.lives = 0  # events of a life that ended are passed over
         for at in self._failures(failures):
@@ -173,7 +173,7 @@ class _Simulation:
             return
         self.at_risk[-1][1]["saves"] += self.survival.stall_s
         self.now += self.survival.stall_s
-        self.at_risk.append((self.step, Counter()))
+        self.at_risk.append((self.step, defaultdict(float)))
         self.write_ends = self.now + self.survival.write_s
         self._push(self.write_ends, "written", 0)
         self._stretch()
@@ -190,8 +190,9 @@ class _Simulation:
             self.step += steps
 
     def _written(self) -> None:
-        self.saved, self.kept = self.at_risk[1][0], self.kept + self.at_risk[0][1]
-        self.at_risk = self.at_risk[1:]
+        (_, done), *self.at_risk = self.at_risk
+        self.saved = self.at_risk[0][0]
+        _add(self.kept, done)
 
     def _fail(self) -> None:
         """Lose what is not on disk, and come back after the restart; a failure meanwhile begins it anew."""
@@ -206,7 +207,7 @@ class _Simulation:
                 self.num_failures += 1
                 back = min(at + self.survival.restart_s, self.end)
         self.kept["restarts"] += back - self.now
-        self.step, self.at_risk, self.now = self.saved, [(self.saved, Counter())], back
+        self.step, self.at_risk, self.now = self.saved, [(self.saved, defaultdict(float))], back
         self._stretch()
 
     def _push(self, at: float, kind: str, order: int = 1) -> None:
@@ -216,12 +217,17 @@ class _Simulation:
         """Count the steps of the stretch that the end cuts, and the part of a step after them as computation."""
         if len(self.rows):
             self._count(int(np.searchsorted(self.rows, self.end - self.began, side="right")))
-        total: Counter[str] = Counter(self.kept)
+        total = self.kept
         for _, bag in self.at_risk:
-            total += bag
+            _add(total, bag)
         rest = self.end - sum(total.values())
         total["unfinished step" if rest > 0 else "saves"] += rest  # a save that the end cuts was counted whole
         return Result(self.work, self.end, self.step, dict(total), self.num_failures)
+
+
+def _add(total: Seconds, more: Seconds) -> None:
+    for what, seconds in more.items():
+        total[what] += seconds
 
 
 def simulate_plan(plan: RunPlan, days: float, seed: int = 0) -> str:

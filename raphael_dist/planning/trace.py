@@ -33,7 +33,7 @@ from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.residual import ResidualBlock
 from raphael_dist.model.unet import GateNoise, RaphaelUNet
-from raphael_dist.parallel.exchange import ExpertGroup, Traffic
+from raphael_dist.parallel.exchange import Traffic
 from raphael_dist.planning.operations import CLASS_OF, POINTWISE, LiveBytes, flops_of, runs
 
 Recompute = Literal["none", "blocks", "all"]
@@ -53,6 +53,7 @@ _OF_MODULE: dict[type[nn.Module], str] = {
     EdgeModule: "edge modules",
     TransformerBlock: "rest of blocks",
 }
+RECOMPUTE: tuple[Recompute, ...] = ("none", "blocks", "all")
 SAMPLES = (2, 4)  # images of the two traces
 
 
@@ -63,9 +64,10 @@ class Trace:
     kind, phase, sort: int64 [ops], indices into KINDS, PHASES and operations.CLASSES. flops, bytes: int64 [ops]; bytes are
     those of an operation's inputs and outputs by their shapes, as if nothing stayed in a cache. segment: int64 [ops], the
     part that can be recomputed to which an operation belongs (or in the backward pass, what it differentiates), else -1.
-    in_block: bool [segments], whether a part is a transformer block or a residual block. kept: int64 [segments], bytes that a
-    part's forward pass leaves for its backward pass. peaks: int64 [2, segments + 1], the most bytes alive in the forward and
-    in the backward pass while `i` parts have been begun, with gradients of weights let go as they are made, as ZeRO does.
+    in_block: bool [segments], whether a part is a transformer block (or a residual one). kept: int64 [segments], bytes
+    that a part's forward pass leaves for its backward pass. peaks: int64 [2, segments + 1], the most bytes alive in the
+    forward and in the backward pass while `i` parts have been begun, with gradients of weights let go as they are made, as
+    ZeRO does.
     saved: bytes of activations alive after the forward pass. sent: bytes to other ranks' experts.
     """
 
@@ -160,7 +162,10 @@ def profile(config: Config) -> Profile:
 
 
 def trace(
-    config: Config, samples: int, recompute: Recompute | None = None, spread: Callable[[RaphaelUNet, int], Traffic] | None = None
+    config: Config,
+    samples: int,
+    recompute: Recompute | None = None,
+    spread: Callable[[RaphaelUNet, int], Traffic] | None = None,
 ) -> Trace:
     """Trace one micro-step of `samples` images of the largest size in `image.buckets`.
 
@@ -182,10 +187,15 @@ def trace(
         losses = compute_losses(model, batch, schedule, config, dtype)
         saved, notes.phase = notes.live, "backward"
         losses.total.sum().backward()
-    arrays = [np.array(column, dtype=np.int64) for column in zip(*notes.rows, strict=True)]
+    kind, phase, sort, segment, flops, num_bytes = (np.array(c, dtype=np.int64) for c in zip(*notes.rows, strict=True))
     return Trace(
-        samples,
-        *arrays,
+        samples=samples,
+        kind=kind,
+        phase=phase,
+        sort=sort,
+        segment=segment,
+        flops=flops,
+        bytes=num_bytes,
         in_block=np.array([block for block, _ in notes.segments], dtype=bool),
         kept=np.array([kept for _, kept in notes.segments], dtype=np.int64),
         peaks=np.array([[peaks.get(i, 0) for i in range(len(notes.segments) + 1)] for peaks in notes.peaks]),
@@ -225,7 +235,12 @@ class _Notes(LiveBytes):
         if self.stack or self.phase == "forward":
             kind = self.stack[-1] if self.stack else "other"
             self._origin[torch.autograd._get_sequence_nr() - 1] = kind, self.inside, len(self.segments)
-            return kind, PHASES.index("forward" if self.phase == "forward" else "recomputed"), self.inside, len(self.segments)
+            return (
+                kind,
+                PHASES.index("forward" if self.phase == "forward" else "recomputed"),
+                self.inside,
+                len(self.segments),
+            )
         node = torch._C._current_autograd_node()
         known = None if node is None else self._origin.get(node._sequence_nr())
         # What has no node of the forward pass, such as adding up gradients, belongs to the place where the pass is.
@@ -268,13 +283,13 @@ def _kinds(model: RaphaelUNet, notes: _Notes) -> Iterator[None]:
         kind = {"attn1": "self-attention", "attn2": "cross-attention"}.get(name.rpartition(".")[2], kind)
         if kind is not None:
             module.forward = telling(module.forward, kind, isinstance(module, (ResidualBlock, TransformerBlock)))
-    model.plan = telling(model.plan, "routing", False)  # type: ignore[method-assign]
+    model.route_blocks = telling(model.route_blocks, "routing", False)  # type: ignore[method-assign]
     yield
 
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Attention as one kernel, which torch takes apart on the `meta` device, and even loads where a loop reads the counts."""
+    """Make attention one kernel, which torch takes apart on the `meta` device, and loads even where a loop reads counts."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
         assert attn_mask is None

@@ -3,6 +3,7 @@
 Shape legend: B images, C latent channels, h and w latent height and width, H and W image height and width.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
+from raphael_dist.model.diffusion import starts_late
 from raphael_dist.rng import Purpose, generator
 
+_log = logging.getLogger(__name__)
 # What the U-Net predicts for noised latents [B, C, h, w], timesteps [B] and captions.
 Denoise = Callable[[Tensor, Tensor, TextFeatures], Tensor]
 # Called after each step with its number, its timestep and the latents; what it returns replaces them.
@@ -94,6 +97,8 @@ def _begin(
     """Return what the first step denoises, and the timesteps to go."""
     scheduler.set_timesteps(steps)
     if start is None:
+        if late := starts_late(scheduler):
+            _log.warning("%s", late)
         return noise * scheduler.init_noise_sigma, scheduler.timesteps
     skipped = steps - min(int(steps * strength), steps)  # as diffusers counts
     timesteps = scheduler.timesteps[skipped:]

@@ -21,6 +21,7 @@ class Guard:
         self._train = train
         self.window: list[float] = []
         self.skipped = self.in_a_row = self.spikes = self.rollbacks = 0
+        self._returned_to: int | None = None  # the step of the checkpoint that this process went back to last
 
     def judge(self, loss: float) -> Verdict:
         """Return what a step's loss is: a spike lies `spike_sigma` standard deviations above the mean of the last losses."""
@@ -42,11 +43,15 @@ class Guard:
         self.in_a_row += 1
         return self.in_a_row >= self._train.max_skipped
 
-    def roll_back(self, state: dict[str, Any]) -> bool:
-        """Note a return to a checkpoint with this state; return whether these are too many without a new checkpoint."""
-        spikes, rollbacks = self.spikes, max(self.rollbacks, int(state.get("rollbacks", 0))) + 1
+    def roll_back(self, state: dict[str, Any], step: int) -> bool:
+        """Note a return to the checkpoint of `step` with this state; return whether these are too many without a new one.
+
+        Saves that failed in between are none: the returns are counted until there is another checkpoint to return to.
+        """
+        before = self.rollbacks if step == self._returned_to else 0
+        spikes, rollbacks = self.spikes, max(before, int(state.get("rollbacks", 0))) + 1
         self.restore(state)
-        self.spikes, self.rollbacks = spikes, rollbacks
+        self.spikes, self.rollbacks, self._returned_to = spikes, rollbacks, step
         return rollbacks >= self._train.max_skipped
 
     def state(self) -> dict[str, Any]:

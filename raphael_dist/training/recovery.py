@@ -82,7 +82,7 @@ def roll_back(run: Run) -> bool:
 
 
 def _go_back(run: Run, found: Progress, seen: int) -> None:
-    if run.guard.roll_back(found.guard):
+    if run.guard.roll_back(found.guard, found.step):
         raise NonFiniteError(
             f"{run.guard.rollbacks} returns to step {found.step} without reaching a new checkpoint (train.max_skipped); "
             "lower optim.lr, or look at the samples"
@@ -100,9 +100,11 @@ def restore(run: Run, found: Progress | None) -> None:
         run.guard.restore(found.guard)
 
 
-def progress(run: Run) -> Progress:
-    """Return what a checkpoint notes, to be restored."""
-    return Progress(run.step, run.samples_seen, run.step - run.guard.skipped, run.guard.state())
+def progress(run: Run, *, rollbacks: int | None = None) -> Progress:
+    """Return what a checkpoint notes, to be restored. rollbacks: to it; None: the guard's."""
+    state = run.guard.state()
+    state["rollbacks"] = state["rollbacks"] if rollbacks is None else rollbacks
+    return Progress(run.step, run.samples_seen, run.step - run.guard.skipped, state)
 
 
 def _bad_positions(seen: Seen) -> list[int]:

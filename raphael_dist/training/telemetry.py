@@ -22,6 +22,7 @@ from raphael_dist.training.metrics import ExpertLoadMonitor, Metrics, MetricsWri
 from raphael_dist.training.straggler import Stopwatch, Stragglers
 from raphael_dist.training.summary import closing
 from raphael_dist.training.trackers import Trackers, flat
+from raphael_dist.training.waiting import DataWait
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Telemetry:
         if self._writer is not None:
             self._writer.describe(to_yaml(config), flat(config))
         self._console: Reporter | None = None
-        self._waited, self._began = 0.0, time.monotonic()
+        self._wait, self._began = DataWait(), time.monotonic()
         self._logged_step, self._logged_at = 0, time.monotonic()
         self.flops = 0.0
 
@@ -62,14 +63,11 @@ class Telemetry:
             if sink is not None:
                 sink.close()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time what waits for data."""
-        began = time.monotonic()
-        yield
-        waited = time.monotonic() - began
-        self._waited += waited
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch on the device, and time the wait for it."""
+        batch, waited = self._wait.next(batches, self._device)
         self._stopwatch.add(waited)
+        return batch
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -102,9 +100,12 @@ class Telemetry:
         samples, elapsed = float(reduced["samples"]), now - self._logged_at
         values |= self._log_loads(step, reduced, samples)
         values |= throughput(samples, elapsed, self.flops, self._device, self._dtype, self._ranks.world_size)
-        values["time/data_wait_frac"] = self._waited / max(elapsed, 1e-9)
+        waited, line = self._wait.take(elapsed)
+        values |= waited
+        if line is not None:
+            self.warn(f"step {step}: {line}")
         values["time/slowest_rank_ratio"] = self._log_stragglers(step)
-        self._waited, self._logged_at, self._logged_step = 0.0, now, step
+        self._logged_at, self._logged_step = now, step
         self.write(step, samples_seen, values)
         if self._console is not None:
             self._console.scalars(step, values)

@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def build(
             telemetry.warn(line)
         watchdog.beat("opening the data", SLOW)
         data = open_data(config, ranks, device)
+        on_error.callback(data.close)
         watchdog.beat("building the engine", SLOW)
         engine = Engine(config, json_tree, plan, device)
         together("reading the encoders", lambda _: ready_to_sample(config, ranks, engine, data.text, data.image))
@@ -73,7 +74,7 @@ def build(
             plan=plan,
             data=data,
             builder=data.builder(config, engine.module.num_blocks, device),
-            validator=Validator(config, ranks, data.held_out, engine, schedule) if data.held_out else None,
+            validator=Validator(config, ranks, data, engine, schedule) if data.held_out else None,
             engine=engine,
             ema=ema,
             schedule=schedule,
@@ -142,8 +143,7 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
     run.engine.traffic.take()  # what validation and sampling sent is no part of a step
     for micro in range(run.plan.accumulation):
         run.watchdog.beat(f"the data of step {run.step + 1}", run.patience(micro))
-        with run.telemetry.waiting():
-            batch = next(batches).to(run.device)
+        batch = run.telemetry.next_batch(batches)
         run.watchdog.beat(f"step {run.step + 1}", run.patience(micro))
         with run.telemetry.computing():
             losses = compute_losses(run.engine, batch, run.schedule, run.config, run.engine.dtype)
@@ -175,8 +175,8 @@ def save(run: Run, last: bool) -> None:
     """
     all_or_none(lambda: rundir.check_owner(run.lock))
     run.watchdog.beat(f"saving step {run.step}", SLOW)
-    run.guard.rollbacks, run.save_due = 0, False
-    run.store.begin(recovery.progress(run))
+    run.save_due = False
+    run.store.begin(recovery.progress(run, rollbacks=0))
     if last or not run.config.checkpoint.background:
         failure = run.store.finish()
         if failure and last:
@@ -212,6 +212,7 @@ def train(run: Run) -> bool:
         run.watchdog,
         run.store,
         telemetry,
+        closing(run.data),
         Prefetcher(run.builder.build, _slots(run), depth=max(1, config.data.prefetch)) as batches,
     ):
         telemetry.line(_greeting(run))

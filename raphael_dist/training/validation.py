@@ -9,16 +9,14 @@ import torch.distributed as dist
 from PIL import Image
 
 from raphael_dist.config import Config
-from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder
-from raphael_dist.data.stream import TrainStream
+from raphael_dist.data.source import DataSource
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.insight.figures import bands, overlays, route_table
 from raphael_dist.insight.prompt import followed
 from raphael_dist.insight.recorder import Record, Recorder
 from raphael_dist.insight.routes import words_of
-from raphael_dist.model.device import is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule, make_scheduler
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan, run_of, unit_of
@@ -36,17 +34,18 @@ class Validator:
     `val/loss_t0` .. `val/loss_t3` split it by quarters of the timestep range, t0 the least noisy.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, stream: TrainStream, engine: Engine, schedule: NoiseSchedule) -> None:
+    def __init__(self, config: Config, ranks: Ranks, data: DataSource, engine: Engine, schedule: NoiseSchedule) -> None:
         self._config, self._ranks, self._engine, self._schedule = config, ranks, engine, schedule
-        pairs = stream.order.samples_per_epoch
+        assert data.held_out is not None
+        pairs = data.held_out.order.samples_per_epoch
         micro, unit, run = config.train.micro_batch, unit_of(config), run_of(config, training=False)
         group = ranks_together(config, engine, ranks.world_size)
         # Whole rounds over the pairs, as many on any number of ranks; ranks for which there are none have no part in it.
         count = pairs * -(-max(MIN_DRAWS, group) // pairs)
         self._drawing = drawing_ranks(count, ranks.world_size, group, min(group * micro, run or group * micro))
         self._plan = BatchPlan(count, self._drawing, micro, unit, run)
-        pin, blocks = is_gpu(engine.device), engine.module.num_blocks
-        self._builder = BatchBuilder(config, stream, blocks, global_batch=count, gate_noise=False, pin=pin)
+        options = {"global_batch": count, "gate_noise": False}
+        self._builder = data.batches_of(data.held_out, config, engine.module.num_blocks, engine.device, **options)
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 spec: {"folder": run directory, "sections": configuration, "stage": ZeRO stage, "faults": {...}, "save_again": bool}. All but
 the data is the real thing: command line, trainer, engine, store. With "save_again", what was restored is saved as step 99.
+With "run_dir", that is the run directory, and the folder holds what belongs to the test.
 """
 
 import json
@@ -21,6 +22,7 @@ import yaml
 from raphael_dist import train
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.config import Config
+from raphael_dist.data.encoding import Encoders
 from raphael_dist.data.source import DataSource
 from raphael_dist.model.batch import Batch
 from raphael_dist.parallel.ranks import Ranks
@@ -56,7 +58,7 @@ class Synthetic(DataSource):
 
     def __init__(self, faults: dict[str, Any]) -> None:
         nothing: Any = None
-        super().__init__(nothing, nothing, nothing, None)
+        super().__init__(Encoders(nothing, nothing, None, torch.device("cpu")), nothing, None)
         self._faults = faults
 
     def fingerprints(self) -> dict[str, str]:
@@ -72,10 +74,11 @@ class Synthetic(DataSource):
         return Builder(config, num_blocks, self._faults)
 
 
-def build(faults: dict[str, Any], config: Config, tree: dict[str, Any], ranks: Ranks, device: Any, stop: Any) -> Run:
+def build(spec: dict[str, Any], config: Config, tree: dict[str, Any], ranks: Ranks, device: Any, stop: Any) -> Run:
     """Build a run with faults in it."""
     torch.set_num_threads(1)
-    with counted_reads(config.run.dir / f"read-{ranks.rank}.json"):
+    faults = spec.get("faults", {})
+    with counted_reads(Path(spec["folder"]) / f"read-{ranks.rank}.json"):
         run = real_build(config, tree, ranks, device, stop, lambda *_: Synthetic(faults))
     inject(run, faults, ranks.rank)
     return run
@@ -184,13 +187,12 @@ def main(spec: dict[str, Any]) -> int:
     """Return the exit code of the command line."""
     folder = Path(spec["folder"])
     names = TREE.keys() | spec.get("sections", {}).keys() | {"run", "data"}
-    given = {"run": {"dir": str(folder)}, "data": {"shards": ["synthetic"]}}
+    given = {"run": {"dir": spec.get("run_dir", str(folder))}, "data": {"shards": ["synthetic"]}}
     tree = {n: {**TREE.get(n, {}), **given.get(n, {}), **spec.get("sections", {}).get(n, {})} for n in names}
     rank = os.environ["RANK"]
     (folder / f"given-{rank}.yaml").write_text(yaml.safe_dump(tree))
     (folder / f"given-{rank}.json").write_text(json.dumps({"zero_optimization": {"stage": spec.get("stage", 1)}}))
-    faults = spec.get("faults", {})
-    trainer.build = lambda *args: build(faults, *args)  # type: ignore[assignment]
+    trainer.build = lambda *args: build(spec, *args)  # type: ignore[assignment]
     if spec.get("save_again"):
         trainer.train = save_again  # type: ignore[assignment]
     arguments = ["--config", str(folder / f"given-{rank}.yaml"), "--deepspeed_config", str(folder / f"given-{rank}.json")]

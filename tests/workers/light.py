@@ -55,8 +55,9 @@ def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     encoders._text_model = counting
     config, seen = load_config("emoji-tiny", spec["overrides"]), []
     for _ in range(2):
-        text, image = open_encoders(config, torch.device("cpu"))
-        open_stream(config, ranks, text, image, training=True)
+        encoders_ = open_encoders(config, torch.device("cpu"))
+        open_stream(config, ranks, encoders_, training=True)
+        text, image = encoders_.text, encoders_.image
         seen.append(loads[0])
     validation.ready_to_sample(config, ranks, SimpleNamespace(stage=spec.get("stage", 1)), text, image)  # type: ignore[arg-type]
     return {"loads": [*seen, loads[0]], "width": text.width, "fingerprint": text.fingerprint}

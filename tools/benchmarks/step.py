@@ -1,7 +1,7 @@
 """`tools/bench.py step`: one optimizer step of ours beside what one would use instead, on the same work, in one process.
 
 dense: our U-Net without experts; diffusers' `UNet2DConditionModel` of the same widths, in a plain loop of PyTorch; ours with
-experts (auto), and as the paper's formula is printed (literal); our blocks with DeepSpeed's `MoE` layers in place of ours. All
+experts (auto), and by the paper's formula as printed (literal); our blocks with DeepSpeed's `MoE` layers instead. All
 see equal batches in float32, and step AdamW. Rounds are interleaved, and the fastest of each part counts, which is the least
 disturbed one. RAPHAEL is compared by its FLOPs at the dense step's own rate: 1.00 is as efficient as dense.
 """
@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from raphael_dist.parallel.ranks import Ranks, discover, initialise
 from raphael_dist.training.measure import FLOPS
 from raphael_dist.training.metrics import Metrics
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]
 WIDTHS = {
     # The demo's, with experts as wide as the dense layer's; and two levels of the paper's, which fit into a host's memory.
     "demo": ["model.expert_width=[128,256,384,384]"],
@@ -72,13 +75,13 @@ class Contender:
     def step(self) -> tuple[float, float, float]:
         """Take a step; return the seconds of its parts."""
         self._optimizer.zero_grad()
-        began = time.perf_counter()
+        began = clock()
         loss = self._loss(self.model)
-        forward = time.perf_counter()
+        forward = clock()
         loss.backward()
-        backward = time.perf_counter()
+        backward = clock()
         self._optimizer.step()
-        return forward - began, backward - forward, time.perf_counter() - backward
+        return forward - began, backward - forward, clock() - backward
 
     def flops(self) -> float:
         """Count the FLOPs of a step."""
@@ -93,7 +96,9 @@ def contenders(config: Config, literal: bool, side: int = 16) -> dict[str, Conte
 
     def ours(config: Config) -> Contender:
         torch.manual_seed(0)
-        return Contender(RaphaelUNet(config), lambda model: compute_losses(model, batch, schedule, config, torch.float32).total.sum())
+        return Contender(
+            RaphaelUNet(config), lambda model: compute_losses(model, batch, schedule, config, torch.float32).total.sum()
+        )
 
     dense = dense_of(config)
     found = {"ours, dense": ours(dense), "diffusers, dense": _diffusers(dense, batch, schedule)}
@@ -158,7 +163,7 @@ class _NativeMoE(nn.Module):
 
 
 def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contender:
-    """Our dense U-Net whose feed-forward layers are DeepSpeed's layers: one of the time experts, one of the space experts."""
+    """Return our dense U-Net with two of DeepSpeed's layers for each feed-forward layer, as many experts as ours have."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
@@ -166,11 +171,14 @@ def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
     m, dense = config.model, _with(dense_of(config), "edge", weight=0.0)
     torch.manual_seed(0)
     model = RaphaelUNet(dense)
-    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, TransformerBlock)]
     for level, block in zip(model.block_levels, blocks, strict=True):
         dim, hidden = m.channels[level], m.expert_width[level]
-        block.norm3, block.ff = nn.Identity(), nn.Sequential(  # type: ignore[assignment]
-            _NativeMoE(dim, hidden, m.time_experts), _NativeMoE(dim, hidden, m.space_experts)
+        block.norm3, block.ff = (
+            nn.Identity(),
+            nn.Sequential(  # type: ignore[assignment]
+                _NativeMoE(dim, hidden, m.time_experts), _NativeMoE(dim, hidden, m.space_experts)
+            ),
         )
     return Contender(model, lambda model: compute_losses(model, batch, schedule, dense, torch.float32).total.sum())
 
@@ -186,8 +194,8 @@ def bench_step(config: Config, rounds: int, literal: bool = True) -> list[StepRo
                 times[name].append(one.step())
     rows = []
     for name, steps in times.items():
-        parts = (min(part) * 1e3 for part in zip(*steps[1:], strict=True))
-        rows.append(StepRow(name, *parts, flops[name]))
+        forward, backward, update = (min(part) * 1e3 for part in zip(*steps[1:], strict=True))
+        rows.append(StepRow(name, forward, backward, update, flops[name]))
     return rows
 
 
@@ -201,20 +209,20 @@ def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device
     times: dict[str, list[float]] = defaultdict(list)
     for i in range(rounds + 1):
         times["plain loop"].append(sum(plain.step()))
-        began = time.perf_counter()
+        began = clock()
         losses = compute_losses(engine, batch, schedule, config, engine.dtype)
         engine.backward(losses.total.sum() * plan.loss_scale)
         engine.step(config.optim.lr)
-        times["engine"].append(time.perf_counter() - began)
-        times["average"].append(_seconds(lambda i=i: ema.update(i + 1)))  # type: ignore[misc]
-        times["metrics"].append(_seconds(lambda l=losses: _record(metrics, batch, l)))  # type: ignore[misc]
+        times["engine"].append(clock() - began)
+        times["average"].append(_seconds(partial(ema.update, i + 1)))
+        times["metrics"].append(_seconds(partial(_record, metrics, batch, losses)))
     return {name: min(values[1:]) * 1e3 for name, values in times.items()}
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
@@ -234,6 +242,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--widths", choices=WIDTHS, nargs="+", default=list(WIDTHS))
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: on a machine that is busy")
     command.add_argument("--no-literal", action="store_true", help="leave out the paper's formula as printed, the slowest")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
@@ -243,12 +252,14 @@ def run(args: argparse.Namespace) -> None:
     ranks = discover()
     device = initialise(ranks)
     torch.set_num_threads(args.threads)
+    global clock
+    clock = CLOCKS[args.clock]
     for name in args.widths:
         config = load_config("emoji-tiny", [*WIDTHS[name], *args.overrides])
         micro = config.train.micro_batch
         config = _with(config, "train", global_batch=micro)
         rows = bench_step(config, args.rounds, not args.no_literal)
-        print(f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, the fastest of {args.rounds}")
+        print(f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, fastest of {args.rounds}")
         print(_table(rows))
         if name == "demo":
             print(_engine_table(bench_engine(config, args.rounds, ranks, device)))
@@ -256,15 +267,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _table(rows: list[StepRow]) -> str:
-    lines = [f"{'ms':<22}{'forward':>9}{'backward':>10}{'update':>9}{'step':>9}{'GFLOP':>9}{'GFLOP/s':>9}{'beside dense':>14}{'by FLOPs':>10}"]
+    titles = ("forward", "backward", "update", "step", "GFLOP", "GFLOP/s", "by dense", "by FLOPs")
+    lines = [f"{'ms':<22}" + "".join(f"{title:>10}" for title in titles)]
     dense = rows[0]
     rate = dense.flops / (dense.forward + dense.backward)
     for row in rows:
         work = row.forward + row.backward
-        lines.append(
-            f"{row.name:<22}{row.forward:>9.1f}{row.backward:>10.1f}{row.update:>9.1f}{row.total:>9.1f}{row.flops / 1e9:>9.1f}"
-            f"{row.flops / work / 1e6:>9.1f}{row.total / dense.total:>14.2f}{work * rate / row.flops:>10.2f}"
-        )
+        numbers = [row.forward, row.backward, row.update, row.total, row.flops / 1e9, row.flops / work / 1e6]
+        ratios = [row.total / dense.total, work * rate / row.flops]
+        line = "".join(f"{x:>10.1f}" for x in numbers) + "".join(f"{x:>10.2f}" for x in ratios)
+        lines.append(f"{row.name:<22}{line}")
     return "\n".join(lines)
 
 

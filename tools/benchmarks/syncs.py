@@ -26,6 +26,7 @@ from benchmarks.gpu_stand_ins import GPU
 from benchmarks.pretend_gpu import Notes, PretendGpu
 from raphael_dist.config import Config, load_config
 from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.encoding import AheadEncoder
 from raphael_dist.data.stream import StreamSample
 from raphael_dist.engine.ds_config import read_deepspeed_json
 from raphael_dist.engine.ema import Ema
@@ -95,6 +96,8 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
         model = RaphaelUNet(config)
     engine = Engine(config, json_tree, plan, GPU, model)
     stream: Any = _Stream(config)
+    encoders: Any = SimpleNamespace(device=GPU)
+    ahead = AheadEncoder(encoders, wants_edges=config.edge.weight > 0)
     data: Any = SimpleNamespace(replaced=0)
     store: Any = SimpleNamespace(written=False, settle=lambda: None, failed=0)
     return Run(
@@ -103,7 +106,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
         device=GPU,
         plan=plan,
         data=data,
-        builder=BatchBuilder(config, stream, engine.module.num_blocks, pin=True),
+        builder=BatchBuilder(config, stream, ahead, engine.module.num_blocks, pin=True),
         validator=None,
         engine=engine,
         ema=Ema(engine.fragments, config.ema) if config.ema.enabled else None,
@@ -126,18 +129,21 @@ class _Stream:
     def sample(self, position: int) -> StreamSample:
         c, (height, width) = self._config, self._config.image.buckets[0]
         factor = latent_factor(c.image.encoder)
+        size = (height // factor, width // factor)
         return StreamSample(
             position=position,
             sample_id=position,
             key=str(position),
             bucket=0,
-            latents=torch.zeros(c.model.latent_channels, height // factor, width // factor),
-            tokens=torch.zeros(c.text.max_tokens, c.model.text_width),
-            mask=torch.ones(c.text.max_tokens, dtype=torch.bool),
-            end=0,
-            edge=torch.zeros(height, width) if c.edge.weight > 0 else None,
+            latents=torch.zeros(c.model.latent_channels, *size),
+            image=None,
+            noise=torch.zeros(c.model.latent_channels, *size),
+            caption="",
+            text=(torch.zeros(c.text.max_tokens, c.model.text_width), torch.ones(c.text.max_tokens, dtype=torch.bool), 0),
+            edge=torch.zeros(size) if c.edge.weight > 0 else None,
             flipped=False,
             dropped=False,
+            seconds={},
         )
 
 

@@ -204,11 +204,11 @@ def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
         unet = read_json(folder / "config.json")
         if unet.get("_class_name") != CLASS:
             raise UserError(f"{folder / 'config.json'}: holds a {unet.get('_class_name')}, not a {CLASS}")
-        scheduler = path / "scheduler" / "scheduler_config.json"
-        config = config_of_unet(
-            unet, folder / "config.json", _diffusion(read_json(scheduler)) if scheduler.is_file() else None
-        )
-    return weights_by_name(folder, config, gather_indexed(folder, STEM), manifest)
+        diffusion = diffusion_beside(folder)
+        config = config_of_unet(unet, folder / "config.json", diffusion)
+    found = weights_by_name(folder, config, gather_indexed(folder, STEM), manifest)
+    found.says_prediction = manifest is not None or "prediction" in diffusion
+    return found
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -221,7 +221,9 @@ def _open_file(path: Path) -> Checkpoint:
     if any(key.startswith(_LDM) for key in stored):
         stored = _from_ldm(stored, path)
     config = _config_of_shapes({key: tensor.shape for key, tensor in stored.items()}, path)
-    return weights_by_name(path, config, stored, None)
+    found = weights_by_name(path, config, stored, None)
+    found.says_prediction = False
+    return found
 
 
 def weights_by_name(folder: Path, config: Config, stored: dict[str, Stored], manifest: dict[str, Any] | None) -> Checkpoint:
@@ -253,7 +255,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _diffusion(scheduler: dict[str, Any]) -> dict[str, Any]:
+def diffusion_beside(folder: Path) -> dict[str, Any]:
+    """Return what the scheduler of a pipeline says of diffusion, {} without one. folder: its own, or that of its unet/."""
+    paths = [home / "scheduler" / "scheduler_config.json" for home in (folder, folder.parent)]
+    scheduler = next((read_json(path) for path in paths if path.is_file()), {})
     names = {"num_train_timesteps": "num_timesteps", "beta_schedule": "schedule", "beta_start": "beta_start",
              "beta_end": "beta_end", "prediction_type": "prediction"}  # fmt: skip
     return {ours: scheduler[theirs] for theirs, ours in names.items() if theirs in scheduler}

@@ -13,11 +13,20 @@ from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.config import Config, config_from_tree
 from raphael_dist.convert.layouts import WEIGHTS, Layout
 from raphael_dist.convert.layouts.canonical import gather_indexed
-from raphael_dist.convert.layouts.dense import CLASS, STEM, open_dense, read_json, unet_files, unet_json, weights_by_name
+from raphael_dist.convert.layouts.dense import (
+    CLASS,
+    STEM,
+    diffusion_beside,
+    open_dense,
+    read_json,
+    unet_files,
+    unet_json,
+    weights_by_name,
+)
 from raphael_dist.convert.manifest import base_manifest, manifest_beside
 from raphael_dist.convert.plan import ConversionPlan, Options, Source
 from raphael_dist.convert.source import Checkpoint, is_dense
-from raphael_dist.data.encoders import text_folders, vae_folder
+from raphael_dist.data.encoders import save_text_model, text_folders, vae_folder
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.latents import latent_factor
@@ -106,7 +115,10 @@ class Encoders:
         """Copy the encoders' files below `folder`, and write scheduler and tokenizer."""
         self._scheduler().save_pretrained(folder / "scheduler")
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        _copy_model(self.text, folder / "text_encoder")
+        if self.config.text.layer == "last":
+            _copy_model(self.text, folder / "text_encoder")
+        else:  # whoever loads it asks for the last layer
+            save_text_model(self.config.text.encoder, self.config.text.layer, folder / "text_encoder")
         if self.vae is not None:
             _copy_model(self.vae, folder / "vae")
 
@@ -140,8 +152,11 @@ def open_diffusers(folder: Path, given: Config | None = None) -> Checkpoint:
         return open_dense(folder)
     if manifest is None and (unet.get("_class_name") != UNET or not isinstance(unet.get("tree"), dict)):
         raise UserError(f"{folder}: its U-Net is a {unet.get('_class_name')}; known: {UNET}, {CLASS}")
-    config = config_from_tree(manifest["config"] if manifest else unet["tree"])
-    return weights_by_name(folder, config, gather_indexed(folder / "unet", STEM), manifest)
+    diffusion = diffusion_beside(folder)
+    config = config_from_tree(manifest["config"] if manifest else {**unet["tree"], "diffusion": diffusion})
+    found = weights_by_name(folder, config, gather_indexed(folder / "unet", STEM), manifest)
+    found.says_prediction = manifest is not None or "prediction" in diffusion
+    return found
 
 
 def detect(path: Path) -> bool:

@@ -1,0 +1,96 @@
+"""The planner's memory against a real engine's tensors, byte for byte, and activations against what is really alive."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raphael_dist.config import config_from_tree
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.planning.calibrate import REFERENCE, measured_peak
+from raphael_dist.planning.memory import held, memory, shapes_of, states, topology
+from raphael_dist.planning.trace import RECOMPUTE, profile, trace
+from tests.launch import run_ranks
+from tests.synthetic import tiny_config
+
+
+def spec(world: int, stage: int, dtype: str, accumulation: int, space_ep: int, time_ep: int) -> dict[str, Any]:
+    train = {"dtype": dtype, "micro_batch": 3, "global_batch": 3 * accumulation * world}
+    parallel = {"space_ep": space_ep, "time_ep": time_ep, "placement": ["shard"]}
+    return {"stage": stage, "sections": {"train": train, "parallel": parallel}}
+
+
+def allowed(world: int, stages: tuple[int, ...], sizes: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:
+    found = []
+    for stage in stages:
+        for dtype in ("float32", "bfloat16") if stage else ("float32",):
+            for accumulation in (1, 2):
+                for ep in sizes if stage in (1, 2) else ((1, 1),):
+                    found.append(spec(world, stage, dtype, accumulation, *ep))
+    return found
+
+
+# By default each way DeepSpeed keeps its states, with spread experts where they go; all combinations in the slow test.
+SOME = [
+    spec(2, 0, "float32", 2, 1, 1),
+    spec(2, 1, "float32", 1, 2, 1),
+    spec(2, 1, "bfloat16", 2, 2, 2),
+    spec(2, 2, "bfloat16", 1, 1, 1),
+    spec(2, 2, "bfloat16", 2, 2, 2),
+    spec(2, 3, "bfloat16", 2, 1, 1),
+]
+
+
+def compare(folder: Path, world: int, specs: list[dict[str, Any]]) -> None:
+    run_ranks(["tests/workers/plan_states.py", str(folder / "held"), json.dumps(specs)], world)
+    for rank in range(world):
+        measured = json.loads((folder / f"held.{rank}.json").read_text())
+        for one, kinds in zip(specs, measured, strict=True):
+            config = tiny_config(**one["sections"])
+            accumulation = BatchPlan.of(config, world).accumulation
+            where = topology(config, one["stage"], world)
+            assert asdict(states(config, shapes_of(config), where, accumulation, rank)) == kinds, (rank, one)
+
+
+def test_states_are_those_of_a_real_engine_byte_for_byte(tmp_path):
+    compare(tmp_path, 2, SOME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_states_of_all_stages_precisions_and_expert_parallel_sizes(tmp_path, world):
+    sizes = ((1, 1),) if world == 1 else ((1, 1), (2, 1), (2, 2)) if world == 2 else ((1, 1), (2, 4), (1, 4))
+    compare(tmp_path, world, allowed(world, (0, 1, 2, 3), sizes))
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_activations_are_those_that_are_alive_in_a_real_pass(recompute):
+    config = config_from_tree(REFERENCE)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint_activations": recompute})})
+    measured, planned = measured_peak(config), profile(config).at(config.train.micro_batch, recompute).peak
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["blocks", "all"])
+def test_what_recomputation_does_is_what_a_trace_of_it_does(recompute):
+    config = config_from_tree(REFERENCE)
+    reckoned, traced = profile(config).at(6, recompute), trace(config, 6, recompute)
+    assert reckoned.total(reckoned.flops, "forward") == traced.total(traced.flops, "forward")
+    assert reckoned.total(reckoned.flops) == pytest.approx(traced.total(traced.flops), rel=0.05)
+    assert reckoned.total(reckoned.bytes) == pytest.approx(traced.total(traced.bytes), rel=0.05)
+    assert reckoned.peak == pytest.approx(traced.peak, rel=0.05)
+    assert reckoned.saved == pytest.approx(traced.saved, rel=0.05)
+
+
+def test_the_fullest_moment_is_the_backward_pass_or_the_update():
+    config = tiny_config(train={"dtype": "bfloat16", "micro_batch": 3, "global_batch": 3})
+    shapes, where = shapes_of(config), topology(config, 2, 1)
+    one = held(config, shapes, where, 1)
+    part = one.states.master // 4
+    few = memory(config, one, activations=1000, reduce_bucket=10, allocator=False)
+    assert few.total == one.states.total + part * 6  # gradients copied to one tensor, and to float32
+    many = memory(config, one, activations=10**9, reduce_bucket=10, allocator=False)
+    assert many.total == one.states.total + 10**9 + 2 * (10 + 10)
+    assert sum(many.by_kind().values()) == many.total

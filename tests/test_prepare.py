@@ -1,0 +1,253 @@
+"""From what a user has to shards: folders with captions of every kind, shards, edge maps, parts; a look at data."""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from raphael_dist.data.shards import build_index
+from raphael_dist.prepare.inspect import duplicates
+from raphael_dist.training.metrics import read_metrics
+from tests.documents import find_code
+from tests.launch import ROOT
+from tests.test_shards import write_shard
+from tests.test_training import SMALL
+from tools import inspect_data, prepare_data
+
+COLOURS, SHAPES = ("red", "green", "blue", "orange"), ("circle", "square", "triangle")
+
+
+def draw(n: int, size: tuple[int, int] = (80, 64)) -> tuple[Image.Image, str]:
+    """Return a picture of a coloured shape, and what it shows."""
+    rng, colour, shape = np.random.default_rng(n), COLOURS[n % 4], SHAPES[n % 3]
+    image = Image.new("RGB", size, "white")
+    x, y, r = (int(v) for v in (rng.integers(4, size[0] - 40), rng.integers(4, size[1] - 40), rng.integers(20, 36)))
+    pen = ImageDraw.Draw(image)
+    if shape == "triangle":
+        pen.polygon([(x, y + r), (x + r, y + r), (x + r // 2, y)], fill=colour)
+    else:
+        (pen.ellipse if shape == "circle" else pen.rectangle)((x, y, x + r, y + r), fill=colour)
+    return image, f"a {colour} {shape}"
+
+
+def read_shard(path: Path) -> dict[str, dict[str, bytes]]:
+    """Return the members of each sample of a tar, by key and extension, in order."""
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, ext = base.partition(".")
+            found.setdefault(folder + slash + stem, {})[ext] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return found
+
+
+def folder_of(folder: Path, count: int, captions: bool = True) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(count):
+        image, caption = draw(n)
+        image.save(folder / f"my picture {n:03d}.{'jpg' if n % 2 else 'png'}")
+        if captions:
+            (folder / f"my picture {n:03d}.txt").write_text(caption)
+    return folder
+
+
+def names(count: int) -> list[str]:
+    return [f"my picture {n:03d}.{'jpg' if n % 2 else 'png'}" for n in range(count)]
+
+
+def prepare(*words: object) -> int:
+    return prepare_data.main([str(word) for word in words])
+
+
+def captions_in(out: Path) -> list[list[str]]:
+    rows = [read_shard(path) for path in sorted(out.glob("*.tar"))]
+    return [json.loads(members["json"])["captions"] for row in rows for members in row.values()]
+
+
+def test_a_folder_with_a_txt_beside_each_picture_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("skimage", reason="needs scikit-image (the extra `edges`)")
+    folder, out = folder_of(tmp_path / "in", 10), tmp_path / "out"
+    (folder / "broken.jpg").write_bytes(b"broken")
+    (folder / "broken.txt").write_text("x")
+    draw(1)[0].save(folder / "silent.png")
+    assert prepare(folder, "--out", out, "--edges", "canny", "--per-shard", 6, "--held-out", 0.25) == 0
+    said = capsys.readouterr().out
+    assert "10 samples in 3 shards, 2 left out: 1 x picture cannot be read" in said
+    assert "1 x no caption" in said
+    assert [path.name for path in sorted(out.iterdir())] == [
+        f"{name}.{ext}" for name in ("train-00000", "train-00001", "val-00000") for ext in ("json", "tar")
+    ]
+    index = build_index(sorted(out.glob("*.tar")))
+    assert (index.num_samples, index.bad) == (10, [])
+    for members in read_shard(out / "train-00000.tar").values():
+        edge = np.asarray(Image.open(io.BytesIO(members["edge.png"])))
+        assert edge.shape == (64, 80)
+        assert 0 < (edge > 127).mean() < 0.3
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert prepare(folder, "--out", out, "--edges", "canny", "--per-shard", 6, "--held-out", 0.25) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert prepare(folder, "--out", out, "--edges", "none", "--per-shard", 6) == 2
+    assert "was made with other edge maps" in capsys.readouterr().err
+
+
+def test_what_was_interrupted_is_made_again_the_same_and_parts_divide_the_work(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", 9)
+    for part in range(2):
+        assert (
+            prepare(folder, "--out", tmp_path / "parts", "--edges", "none", "--per-shard", 3, "--part", part, "--parts", 2)
+            == 0
+        )
+    assert prepare(folder, "--out", tmp_path / "one", "--edges", "none", "--per-shard", 3) == 0
+    tars = {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.tar")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "parts").glob("*.tar")} == tars
+    (tmp_path / "one" / "train-00001.tar").write_bytes(b"half")
+    (tmp_path / "one" / "train-00001.json").unlink()  # a report comes last: without one a shard does not count
+    assert prepare(folder, "--out", tmp_path / "one", "--edges", "none", "--per-shard", 3) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.tar")} == tars
+
+
+def as_jsonl(folder: Path) -> None:
+    lines = [json.dumps({"file_name": name, "text": draw(n)[1], "score": n}) for n, name in enumerate(names(4))]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def as_csv(folder: Path) -> None:
+    lines = ["filename,caption", *(f'"{name}","{draw(n)[1]}"' for n, name in enumerate(names(4)))]
+    (folder / "list.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+
+
+def as_parquet(folder: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow (the extra `parquet`)")
+    from pyarrow import parquet
+
+    rows = [
+        {"image": {"bytes": (folder / n).read_bytes(), "path": None}, "text": draw(i)[1]} for i, n in enumerate(names(4))
+    ]
+    for name in names(4):
+        (folder / name).unlink()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+
+
+def as_saved_dataset(folder: Path) -> None:
+    """As `datasets.Dataset.save_to_disk` leaves it."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow (the extra `parquet`)")
+    rows = [{"image": {"bytes": (folder / n).read_bytes(), "path": n}, "text": draw(i)[1]} for i, n in enumerate(names(4))]
+    for name in names(4):
+        (folder / name).unlink()
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    (folder / "state.json").write_text("{}")
+
+
+@pytest.mark.parametrize("table", [as_jsonl, as_csv, as_parquet, as_saved_dataset])
+def test_a_table_says_what_the_pictures_show(tmp_path: Path, table) -> None:
+    folder = folder_of(tmp_path / "in", 4, captions=False)
+    table(folder)
+    assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
+    assert captions_in(tmp_path / "out") == [[draw(n)[1]] for n in range(4)]
+
+
+def test_shards_are_prepared_under_their_names_and_keys(tmp_path: Path) -> None:
+    rows = []
+    for n in range(4):
+        buffer = io.BytesIO()
+        draw(n)[0].save(buffer, "PNG")
+        rows.append((f"x/{n:09d}", {"png": buffer.getvalue(), "txt": draw(n)[1].encode()}))
+    rows[2][1]["png"] = rows[2][1]["png"][:60]
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in" / "00007.tar", rows)
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--edges", "none") == 0
+    found = read_shard(tmp_path / "out" / "00007.tar")
+    assert list(found) == ["x/000000000", "x/000000001", "x/000000003"]
+    assert found["x/000000001"] == {"png": rows[1][1]["png"], "txt": b"a green square"}
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+LABELS = "filename,label\na.png,x\n"
+MISTAKES = {
+    "nothing there": (lambda d: d.mkdir(), [], "holds no pictures in .jpg, .jpeg, .png, .webp"),
+    "no captions": (lambda d: folder_of(d, 2, captions=False), [], "none of the 2 pictures"),
+    "other pictures": (lambda d: write(d / "a.gif", "x"), [], r"of .gif there are some: convert them"),
+    "no column": (lambda d: write(d / "a.csv", LABELS), [], "it has filename, label; name the one to use"),
+    "another column": (lambda d: write(d / "a.csv", LABELS), ["--caption", "lable"], "did you mean 'label'"),
+    "outside": (lambda d: write(d / "metadata.jsonl", '{"file_name": "../a.png", "text": "x"}'), [], "is no picture"),
+    "no JSON": (lambda d: write(d / "metadata.jsonl", "{"), [], "line 1: not JSON"),
+    "splits": (lambda d: write(d / "dataset_dict.json", "{}"), [], "give one of its folders"),
+    "edges": (lambda d: folder_of(d, 1), ["--edges", "sobel"], "allowed: auto, hed, canny, stored, none"),
+    "part": (lambda d: folder_of(d, 1), ["--part", "3", "--parts", "2"], "allowed 0 to 1"),
+    "a share": (lambda d: folder_of(d, 1), ["--held-out", "0.9"], "from 0 to 0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    make, options, text = MISTAKES[name]
+    make(tmp_path / "in")
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", *(options or ["--edges", "none"])) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert text in error
+
+
+def test_a_source_without_a_place_to_go_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert prepare(tmp_path) == 2
+    assert "--out: missing" in capsys.readouterr().err
+
+
+def test_a_look_at_data_tells_what_it_holds_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = folder_of(tmp_path / "in", 8)
+    draw(3)[0].save(folder / "again.png")
+    (folder / "again.txt").write_text("a red circle")
+    assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
+    capsys.readouterr()
+    sheet = tmp_path / "sheets" / "look.png"
+    sizes = ["image.buckets=[[64,64],[64,80]]", "data.bucket_run=16"]
+    assert inspect_data.main([str(tmp_path / "out"), "--out", str(sheet), "--pictures", "9", *sizes]) == 0
+    said = capsys.readouterr().out
+    wanted = ["9 samples in 1 shards", "png 56%, jpg 44%", "json captions: list, in 100%", "not decoded: 0 of 9"]
+    wanted += ["look like another picture: 1 of 9", "9 (1 in 9 samples); words: median 3", "[64, 80]         9"]
+    assert [text for text in wanted if text not in said.replace("json 100%, ", "")] == []
+    with Image.open(sheet) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or []}
+        assert image.width > 700
+    assert {(255, 0, 0), (0, 0, 255)} <= colours
+    assert inspect_data.main([str(tmp_path / "none.tar")]) == 2
+
+
+def test_pictures_look_alike_by_shape_and_colour_and_not_by_shape_alone() -> None:
+    grey = np.linspace(0, 200, 72, dtype=np.float32).reshape(8, 9, 1) * np.ones(3, np.float32)
+    red = grey * np.float32([1.2, 0.9, 0.9])
+    assert duplicates([("a", 1, grey), ("b", 1, red), ("c", 3, grey + 1), ("d", 0xFF, grey)]) == [["a", "c"]]
+
+
+@pytest.mark.slow
+def test_three_commands_of_the_readme_lead_from_a_folder_of_pictures_to_a_falling_loss(tmp_path: Path) -> None:
+    """In an empty folder that looks like the repository, with 300 pictures of 64 pixels and a small model."""
+    for name in ("raphael_dist", "tools", "data", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    folder_of(tmp_path / "my-pictures", 300)
+    commands = [code.text for code in find_code() if "my-pictures" in code.text or "my-shards" in code.text]
+    assert len(commands) == 3
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    small = [word for word in SMALL[1:] if word.startswith("model.") and "latent" not in word]
+    for command in commands:
+        words = shlex.split(command)
+        more = [*small, "train.max_steps=60", "optim.warmup_steps=5"] if "train.py" in command else []
+        done = subprocess.run([*words, *more], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    losses = [value for _, value in read_metrics(next(tmp_path.glob("runs/*/metrics.jsonl")))["train/loss"]]
+    assert np.mean(losses[-2:]) < 0.8 * losses[0]

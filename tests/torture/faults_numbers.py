@@ -1,0 +1,120 @@
+"""Losses and gradients that are not finite, spikes, weights that no step can go on from."""
+
+import json
+import shutil
+import signal
+
+from raphael_dist.checkpoint.folders import step_of
+from raphael_dist.checkpoint.manifest import MANIFEST
+from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.errors import EXIT_NON_FINITE, EXIT_NOT_SAVED
+from tests.torture.faults_process import at_random, send
+from tests.torture.kinds import fault
+from tests.torture.trial import EVERY, STEPS, WORLD, Outcome, Trial, checkpoints, refused, sums, survived
+
+G = 12
+SPACE_W1 = "down_blocks.0.attentions.0.transformer_blocks.0.space_moe.w1"
+
+
+@fault("a loss or gradient that is not finite, and a kill after it", "numbers")
+def bad_step_and_kill(trial: Trial) -> Outcome:
+    """The oracle is the same run with the bad step and without the kill."""
+    step = trial.draw.randrange(1, STEPS)
+    if trial.draw.random() < 0.5:
+        faults = {"nan": trial.draw.sample(range(step * G, (step + 1) * G), trial.draw.randint(1, 3))}
+    else:
+        faults = {"inf_grad": {"ranks": [trial.draw.randrange(WORLD)], "steps": [step + 1], "name": SPACE_W1}}
+    peace = trial.run
+    codes = trial.train(faults=faults)
+    assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
+    assert f"step {step + 1}: skipped" in trial.log, "the step was not skipped, or nobody said so"
+    trial.oracle = peace.rename(trial.folder / "peace")
+    saved = [step_of(folder) for folder in checkpoints(trial.oracle)]
+    assert step + 1 not in saved or step + 1 == STEPS, "a checkpoint was published between skipped steps"
+    victim = trial.draw.randrange(WORLD)
+    codes = trial.train(at_random(trial, lambda pids: send(pids[victim], signal.SIGKILL) and None), faults=faults)
+    trial.newest()
+    trial.finish(faults=faults)
+    return survived(f"step {step + 1} skipped; killed with codes {codes}")
+
+
+@fault("losses that stay not finite", "numbers")
+def never_finite(trial: Trial) -> Outcome:
+    at = trial.begin(at=trial.draw.choice([0, 2, 4]))
+    first = trial.draw.randrange(at, at + 3)
+    faults = {"nan": [step * G + trial.draw.randrange(G) for step in range(first, first + 12)]}
+    line = trial.check_refused(trial.train(faults=faults, sections={"train": {"max_steps": 12}}), (EXIT_NON_FINITE,))
+    assert "train.max_skipped" in line
+    newest = trial.newest()
+    assert newest >= at
+    before = trial.snapshot()
+    codes = trial.train(faults=faults, sections={"train": {"max_steps": 12}})  # again, from the checkpoint
+    assert codes == [EXIT_NON_FINITE] * WORLD, f"exit codes {codes}:\n{trial.output}"
+    kept = {name.split("/")[0].removeprefix("damaged-") for name in trial.snapshot()}
+    assert {name.split("/")[0] for name in before} <= kept, "a checkpoint is gone"
+    for folder in (trial.run / "checkpoints").glob("damaged-step-*"):
+        if not (trial.run / "checkpoints" / folder.name.removeprefix("damaged-")).exists():
+            folder.rename(folder.with_name(folder.name.removeprefix("damaged-")))
+    return refused(line[:160])
+
+
+@fault("a NaN in weights or their average when they are saved", "numbers")
+def nan_in_state(trial: Trial) -> Outcome:
+    trial.begin(at=trial.draw.choice([0, 2]))
+    rank = trial.draw.randrange(WORLD)
+    if trial.draw.random() < 0.5:
+        codes = trial.train(around={rank: {"ema": STEPS}})
+        what = "the average"
+    else:
+        codes = trial.train(faults={"saving": [{"ranks": [rank], "step": STEPS, "nan_weight": True}]})
+        what = "a weight"
+    line = trial.check_refused(codes, (EXIT_NOT_SAVED,))
+    assert "is not finite" in line
+    assert trial.newest() == STEPS - EVERY
+    trial.finish()
+    return refused(f"{what} of rank {rank}: {line.replace(str(trial.run), '')[:160]}")
+
+
+@fault("a checkpoint whose weights no step can go on from", "numbers")
+def poisoned(trial: Trial) -> Outcome:
+    from tests.test_guard import poison
+
+    at = trial.begin(at=trial.draw.choice([4, 6]))
+    poison(trial.run, at)
+    codes = trial.train(sections={"train": {"max_steps": STEPS + 6}})
+    assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
+    assert f"no step since the return to step {at} was any good" in trial.log
+    assert (trial.run / "checkpoints" / f"damaged-step-{at:08d}").is_dir()
+    newest = checkpoints(trial.run)[-1]
+    reader = CheckpointReader(newest)
+    assert reader.damage() is None
+    # Three batches were used up on the weights that were no good; none is met twice.
+    assert reader.manifest["samples_seen"] == (reader.step + 3 + EVERY) * G
+    return survived(f"step {at} set aside, on to step {reader.step}")
+
+
+@fault("a spike that is rolled back, and a kill after it", "numbers")
+def spike(trial: Trial) -> Outcome:
+    """The oracle is the same run with the spike and without the kill."""
+    at = 14
+    sections = {
+        "train": {"max_steps": at + 4, "spike_action": trial.draw.choice(["rollback", "skip"]), "spike_sigma": 8.0},
+        "checkpoint": {"every": 4, "background": False},
+    }
+    faults = {"spike": [(at - 1) * G + trial.draw.randrange(G)]}
+    codes = trial.train(faults=faults, sections=sections)
+    assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
+    assert "is a spike" in trial.log
+    peace = trial.run.rename(trial.folder / "peace")
+    victim, last = trial.draw.randrange(WORLD), f"step-{at + 4:08d}"
+    codes = trial.train(
+        at_random(trial, lambda p: send(p[victim], signal.SIGKILL) and None), faults=faults, sections=sections
+    )
+    if not (trial.run / "checkpoints" / last).exists():
+        again = trial.train(faults=faults, sections=sections)
+        assert again == [0] * WORLD, f"exit codes {again}:\n{trial.output}"
+    assert sums(trial.run / "checkpoints" / last) == sums(peace / "checkpoints" / last), "the spike was judged otherwise"
+    seen = [json.loads((d / "checkpoints" / last / MANIFEST).read_text())["samples_seen"] for d in (trial.run, peace)]
+    assert seen[0] == seen[1]
+    shutil.rmtree(peace)
+    return survived(f"{sections['train']['spike_action']}, killed with codes {codes}")

@@ -1,0 +1,106 @@
+"""Rank: the command line in surroundings that fail (see tests/torture/).
+
+spec: as for forked_train.py, or {"arguments": [...]} for the command line on a real data set. "around" says what is wrong,
+by rank: {"0": {...}, "1": {...}} of
+    calls: [log, how, n] - the n-th call that changes the file system kills the rank ("kill") or fails with an errno
+    clock: seconds - from the 30th look on, time.time() is so far off
+    memory: bytes - RLIMIT_AS, beyond what the process has
+    umask, uid: numbers; env: {name: value}; chdir: folder
+    ema: step - the average holds a NaN from the save of that step on
+"""
+
+import os
+import resource
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from raphael_dist import train
+from tests.workers import forked_train
+
+
+def fail_call(log: str, how: str | int, at: int) -> None:
+    """Let a call that changes the file system kill this process, or fail; reads that come later are left alone."""
+    lock, calls = threading.Lock(), [0]
+    if how == "kill":
+        forked_train.count_calls(log, at)
+        return
+
+    def failing(real: Any, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name == "open" and not args[1] & os.O_CREAT:
+                return real(*args, **kwargs)
+            with lock:
+                calls[0] += 1
+                mine = calls[0] - 1 == at
+            if mine:
+                raise OSError(int(how), os.strerror(int(how)), str(args[0]))
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in forked_train.COUNTED:
+        setattr(os, name, failing(getattr(os, name), name))
+
+
+def jump(seconds: float) -> None:
+    """Let the clock of the wall jump."""
+    real, looks = time.time, [0]
+
+    def jumping() -> float:
+        looks[0] += 1
+        return real() + (seconds if looks[0] > 30 else 0.0)
+
+    time.time = jumping
+
+
+def poison_average(step: int) -> None:
+    """Let the average of the weights hold a NaN when this step is saved."""
+    real = forked_train.build
+
+    def build(*args: Any) -> Any:
+        run = real(*args)
+        begin = run.store.begin
+
+        def poisoned(progress: Any) -> None:
+            if progress.step == step:
+                run.ema.values[0].flatten()[0] = float("nan")
+            begin(progress)
+
+        run.store.begin = poisoned  # type: ignore[method-assign]
+        return run
+
+    forked_train.build = build  # type: ignore[assignment]
+
+
+def surround(around: dict[str, Any]) -> None:
+    """Put this process into its surroundings."""
+    os.environ.update(around.get("env", {}))
+    if "umask" in around:
+        os.umask(around["umask"])
+    if "chdir" in around:
+        os.chdir(around["chdir"])
+    if "uid" in around:
+        os.setuid(around["uid"])
+    if "clock" in around:
+        jump(around["clock"])
+    if "calls" in around:
+        fail_call(*around["calls"])
+    if "memory" in around:
+        limit = psutil.Process().memory_info().vms + around["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def main(spec: dict[str, Any]) -> int:
+    """Return the exit code of the command line."""
+    around = spec.get("around", {}).get(os.environ["RANK"], {})
+    surround(around)
+    if "arguments" in spec:
+        torch.set_num_threads(1)
+        return train.main(spec["arguments"])
+    if "ema" in around:
+        poison_average(around["ema"])
+    return forked_train.main(spec)

@@ -1,0 +1,128 @@
+"""`tools/bench.py features`: bytes and time of a sample by where its features come from, and what rounding them changes."""
+
+import argparse
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config import Config, config_from_tree, load_config
+from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.cache import FeatureCache
+from raphael_dist.data.encoding import AheadEncoder, Encoders
+from raphael_dist.data.open import edge_encoder, load_encoders, source_of
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.packing import pack_std, unpack_std
+from raphael_dist.data.shards import build_index, expand_shards
+from raphael_dist.data.stream import TrainStream
+from raphael_dist.prepare.build import Preparer
+from raphael_dist.prepare.source import parts_of
+
+WAYS = ("online", "cached", "cached, text encoded ahead", "stored")
+KINDS = ("reading", "decoding", "encoding")
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One way: bytes per sample beside the image's own, seconds per sample to fill it and to read it, and their parts."""
+
+    way: str
+    num_bytes: float
+    fill_s: float
+    read_s: float
+    parts: dict[str, float]
+
+
+def bench_features(config: Config, shards: list[Path], encoders: Encoders, folder: Path, batches: int) -> list[FeatureRow]:
+    """Measure each way on the samples of `shards`, in batches of train.micro_batch made by one thread."""
+    return [_measure(way, config, shards, encoders, folder, batches) for way in WAYS]
+
+
+def _measure(way: str, config: Config, shards: list[Path], encoders: Encoders, folder: Path, batches: int) -> FeatureRow:
+    features, _, ahead = way.partition(",")
+    data = {"features": features, "cache_dir": str(folder / way), "cached_text": "encoded" if ahead else "stored"}
+    tree = config.model_dump(mode="json")
+    config = config_from_tree({**tree, "data": {**tree["data"], **data}})
+    began, before = time.perf_counter(), sum(path.stat().st_size for path in shards)
+    if features == "stored":
+        (folder / way).mkdir()
+        preparer = Preparer(folder / way, "stored", None, config, encoders)
+        for part in parts_of([str(path) for path in shards], 1000, 0.0, None):
+            preparer.make(part)
+        shards = sorted((folder / way).glob("*.tar"))
+    index = build_index(shards)
+    source = source_of(config, index, encoders, training=True)
+    if isinstance(source, FeatureCache):
+        source.build(source.missing())
+    filled = time.perf_counter() - began if features != "online" else 0.0
+    size = {"online": 0, "stored": sum(path.stat().st_size for path in shards) - before}.get(
+        features, sum(path.stat().st_size for path in (folder / way).rglob("*.safetensors"))
+    )
+    order = SampleOrder(index, config.image.buckets, config.run.seed)
+    stream = TrainStream(order, source, seed=0, caption_drop=0.1, flip=config.data.flip)
+    builder = BatchBuilder(config, stream, AheadEncoder(encoders, config.edge.weight > 0), num_blocks=16)
+    each, parts = config.train.micro_batch, Counter[str]()
+    builder.build([(position, 1.0) for position in range(each)])  # weights are loaded, files are opened
+    began = time.perf_counter()
+    for number in range(1, batches + 1):
+        parts.update(builder.build([(position, 1.0) for position in range(number * each, (number + 1) * each)]).seconds)
+    took, count = time.perf_counter() - began, batches * each
+    return FeatureRow(
+        way, size / index.num_samples, filled / index.num_samples, took / count, {k: parts[k] / count for k in KINDS}
+    )
+
+
+def rounding(config: Config, shards: list[Path], encoders: Encoders) -> dict[str, float]:
+    """Return the error of each form of a feature, root mean square relative to the feature's, on up to 64 samples.
+
+    `config` has data.features=online.
+    """
+    index = build_index(shards)
+    source = source_of(config, index, encoders, training=True)
+    found = [source.get(n, 0, lambda weights: 0, False) for n in range(min(64, index.num_samples))]
+    mean, std = encoders.latents(torch.stack([one.image for one in found if one.image is not None]))
+    tokens = encoders.text.encode([one.caption for one in found]).tokens
+    errors = {"std uint8": _error(unpack_std(pack_std(std)), std)} if not encoders.image.deterministic else {}
+    for name, values in (("mean", mean), ("tokens", tokens)):
+        for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+            errors[f"{name} {str(dtype).removeprefix('torch.')}"] = _error(values.to(dtype).float(), values)
+    edges = [one.edge for one in found if one.edge is not None]
+    if edges:
+        errors["edge float16"] = _error(torch.stack(edges).half().float(), torch.stack(edges))
+    if not encoders.image.deterministic:
+        errors["std left out, of the latents"] = float(std.square().mean().sqrt() / mean.square().mean().sqrt())
+    return errors
+
+
+def _error(values: Tensor, exact: Tensor) -> float:
+    return float((values - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--config", default="emoji-tiny")
+    command.add_argument("--batches", type=int, default=10)
+    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("overrides", nargs="*", help="key=value of the configuration")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure where features may come from, on data.shards, and what rounding them changes."""
+    torch.set_num_threads(args.threads)
+    config, device = load_config(args.config, args.overrides), torch.device("cpu")
+    text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
+    encoders = Encoders(text, image, edge_encoder(config, device), device)
+    shards = [Path(path) for path in expand_shards(config.data.shards)]
+    with TemporaryDirectory() as folder:
+        rows = bench_features(config, shards, encoders, Path(folder), args.batches)
+    print(f"{'ms per sample':28} {'bytes':>8} {'to fill':>8} {'to read':>8}   " + "  ".join(f"{kind:>8}" for kind in KINDS))
+    for row in rows:
+        parts = "  ".join(f"{1e3 * row.parts[kind]:8.2f}" for kind in KINDS)
+        print(f"{row.way:28} {row.num_bytes:8.0f} {1e3 * row.fill_s:8.1f} {1e3 * row.read_s:8.2f}   {parts}")
+    config = load_config(args.config, [*args.overrides, "data.features=online"])
+    for name, error in rounding(config, shards, encoders).items():
+        print(f"{name:28} {error:.1e}")

@@ -1,0 +1,161 @@
+"""`tools/bench.py plan`: what the planner says beside what is measured on this machine, and beside published runs.
+
+memory: activations alive in a real pass, and a process's resident memory, beside the plan, for several configurations. time: a
+micro-step beside the plan with a calibrated description. published: runs of Stable Diffusion 2 on GPUs; nothing in the
+clusters' descriptions was fitted to them.
+"""
+
+import argparse
+import gc
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from raphael_dist.config import Config, load_config
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.planning.calibrate import measured_peak, measured_step, reckoned_step
+from raphael_dist.planning.cluster import load_cluster
+from raphael_dist.planning.memory import held, shapes_of, topology
+from raphael_dist.planning.search import Choice, Search
+from raphael_dist.planning.trace import profile
+
+CONFIGURATIONS = {
+    "emoji-tiny, 16 images": ["train.micro_batch=16"],
+    "emoji-tiny, 4 images": ["train.micro_batch=4"],
+    "recompute blocks": ["train.micro_batch=16", "model.checkpoint_activations=blocks"],
+    "recompute all": ["train.micro_batch=16", "model.checkpoint_activations=all"],
+    "experts four times as wide": ["train.micro_batch=8", "model.expert_width=[128,256,384,384]"],
+    "dense": ["train.micro_batch=16", "model.space_experts=0", "model.time_experts=0", "edge.weight=0", "data.edges=none"],
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run of Stable Diffusion 2 on `ranks` GPUs with `micro` images each, at 512 px from stored latents."""
+
+    cluster: str
+    ranks: int
+    micro: int
+    images_per_s: float  # of one GPU
+    source: str
+
+
+MLPERF = "MLPerf Training v4.1, NVIDIA"
+MOSAIC = "github.com/mosaicml/diffusion, README"
+PUBLISHED = (
+    Published("h100x8", 8, 64, 137, MLPERF),
+    Published("h100x8", 64, 16, 124, MLPERF),
+    Published("h100x8", 512, 4, 77, f"{MLPERF}; 4 images a GPU are assumed"),
+    Published("h100x8", 1024, 2, 49, MLPERF),
+    *(Published("a100x8", ranks, 16, rate / ranks, f"{MOSAIC}; 16 images a GPU are assumed")
+      for ranks, rate in ((8, 290), (16, 585), (32, 1195), (64, 2340), (128, 4590))),
+)  # fmt: skip
+
+
+def configuration(name: str) -> Config:
+    """Return one of CONFIGURATIONS; a step is one micro-step."""
+    config = load_config("emoji-tiny", CONFIGURATIONS[name])
+    train = config.train.model_copy(update={"global_batch": config.train.micro_batch})
+    return config.model_copy(update={"train": train})
+
+
+def activations(name: str) -> tuple[int, int]:
+    """Return measured and planned bytes of activations at the peak."""
+    config = configuration(name)
+    planned = profile(config).at(config.train.micro_batch, config.model.checkpoint_activations).peak
+    return measured_peak(config), planned
+
+
+def resident(name: str) -> tuple[int, int]:
+    """Return by how many bytes this process's resident memory grew in two steps, and the plan. Call in a new process."""
+    import torch
+
+    from benchmarks.states import random_batch
+    from raphael_dist.engine.ema import Ema
+    from raphael_dist.engine.engine import Engine
+    from raphael_dist.model.diffusion import NoiseSchedule
+    from raphael_dist.model.objective import compute_losses
+    from raphael_dist.parallel.ranks import discover, initialise
+
+    config, ranks = configuration(name), discover()
+    device, plan = initialise(ranks), BatchPlan.of(configuration(name), 1)
+    zero = {"stage": 1, "reduce_bucket_size": 1_000_000}
+    import deepspeed  # noqa: F401
+
+    measured_peak(load_config("emoji-tiny", ["train.micro_batch=1", "train.global_batch=1"]))  # what libraries keep
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    engine = Engine(config, {"zero_optimization": zero}, plan, device)
+    ema, schedule = Ema(engine.fragments, config.ema), NoiseSchedule.create(config.diffusion)
+    batch = random_batch(config, plan.micro_batch, 16)
+    for step in (1, 2):
+        losses = compute_losses(engine, batch, schedule, config, engine.dtype)
+        engine.backward(losses.total.sum() * plan.loss_scale)
+        engine.step(1e-4)
+        ema.update(step)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    from raphael_dist.planning.memory import memory
+
+    peak = profile(config).at(plan.micro_batch, config.model.checkpoint_activations).peak
+    one = held(config, shapes_of(config), topology(config, 1, 1), 1)
+    planned = memory(config, one, peak, reduce_bucket=1_000_000, allocator=False).total
+    torch.distributed.destroy_process_group()
+    return grown, planned
+
+
+def published(run: Published) -> float:
+    """Return the images a second of one GPU that the plan gives a published run: ZeRO-2, overlapped, nothing recomputed."""
+    batch = run.ranks * run.micro
+    config = load_config("sd2-dense", [f"train.global_batch={batch}", f"train.micro_batch={run.micro}"])
+    search = Search(config, load_cluster(run.cluster), run.ranks)
+    if "profile" in _PROFILES:
+        search.__dict__["profile"] = _PROFILES["profile"]
+    choice = Choice(1, 1, 2, True, run.micro, "none", "auto")
+    checked = search.checked(choice)
+    assert checked is not None
+    step = search.outcome(choice, *checked).step
+    _PROFILES["profile"] = search.profile
+    return step.images_per_s / run.ranks
+
+
+_PROFILES: dict = {}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--cluster", default="cpu", help="a description that --calibrate of tools/plan_run.py wrote")
+    command.add_argument("--parts", nargs="+", choices=["memory", "time", "published"], default=["memory", "time", "published"])
+    command.add_argument("--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the plan beside measurements and published runs."""
+    if args.resident:
+        print(*resident(args.resident))
+        return
+    if "memory" in args.parts:
+        print(f"{'MB':<28}{'activations':>12}{'plan':>9}{'':>8}{'resident':>12}{'plan':>9}")
+        for name in CONFIGURATIONS:
+            command = [sys.executable, str(Path(__file__).parent.parent / "bench.py"), "plan", "--resident", name]
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+            grown, planned = map(int, lines[-1].split())
+            alive, reckoned = activations(name)
+            print(f"{name:<28}{_beside(alive / 1e6, reckoned / 1e6)}{_beside(grown / 1e6, planned / 1e6)}", flush=True)
+    if "time" in args.parts:
+        cluster = load_cluster(args.cluster)
+        print(f"\n{'ms of a micro-step':<28}{'measured':>12}{'plan':>9}")
+        for name in CONFIGURATIONS:
+            config = configuration(name)
+            measured, reckoned = measured_step(config), reckoned_step(config, cluster)
+            print(f"{name:<28}{_beside(measured * 1e3, reckoned * 1e3)}", flush=True)
+    if "published" in args.parts:
+        print(f"\n{'images/s of a GPU':<28}{'published':>12}{'plan':>9}")
+        for one in PUBLISHED:
+            where = f"{one.ranks} x {one.cluster.removesuffix('x8').upper()}, {one.micro} each"
+            print(f"{where:<28}{_beside(one.images_per_s, published(one))}  {one.source}")
+
+
+def _beside(measured: float, planned: float) -> str:
+    return f"{measured:>12.1f}{planned:>9.1f}{planned / measured - 1:>+8.1%}"
