@@ -246,7 +246,7 @@ def test_a_study_resumes_draws_nothing_twice_and_equals_that_of_two_ranks(made: 
     assert (one / "guidance-3" / "000001.png").stat().st_mtime_ns == kept
     for mine, again in zip(first, json.loads((one / "results.json").read_text()), strict=True):
         assert mine == pytest.approx(again, rel=1e-3, abs=1e-6)  # in other batches now
-    run_ranks(["-m", "raphael_dist.evaluate", *images_command(made, two, *guidance)], 2)
+    run_ranks(["raphael_dist/evaluate.py", *images_command(made, two, *guidance)], 2)
     for mine, theirs in zip(first, json.loads((two / "results.json").read_text()), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-6)
     assert sorted(p.name for p in (one / "guidance-3").iterdir()) == sorted(p.name for p in (two / "guidance-3").iterdir())
