@@ -43,6 +43,7 @@ NOT_RUN = {
     "scancel --batch --signal=USR1 JOB": "needs a cluster; tests/test_slurm.py sends this signal",
     "scancel --signal=USR1 JOB": "needs a cluster; tests/test_slurm.py sends this signal",
     "scancel JOB": "needs a cluster; tests/test_slurm.py sends this signal",
+    'pip install "raphael_dist[eval]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[edges]"': "fetches packages; that the extra exists is tested below",
     'pip install ".[demo]"': "fetches packages; tests/test_licences.py compares what it brings",
     'pip install "raphael_dist[parquet]"': "fetches packages; that the extra exists is tested below",
@@ -62,6 +63,7 @@ LEFT_OUT = ("...", "SBATCH-OPTIONS", "[options]")
 # Files that are named and are not ours: written by runs and conversions, or other projects'.
 NOT_OURS = """
     raphael_dist/convert/layouts/onefile.py
+    results.csv results.json protocol.json
     metrics.jsonl my.yaml model_index.json slurm.conf logs/stacks-rank-N.txt logs/rank-NNNNN.log
     stage_1_and_2.py layer_L_expert_E_*.pt src/graph/tuning.cc csrc/grouped_gemm.cu
 """.split()  # noqa: SIM905
@@ -83,6 +85,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     (folder / "my.yaml").write_text("train: {max_steps: 5}\n")
     folder_of(folder / "my-pictures", 2)
+    (folder / "prompts.jsonl").write_text('{"prompt": "a red heart", "seed": 3, "size": [64, 64]}\n')
     demo = load_config("emoji-tiny").model_dump(mode="json")
     tiny = {"model": {**TREE["model"], "text_width": 384}, "edge": {"channels": 4}, "sample": {"steps": 2}}
     config = config_from_tree({name: {**section, **tiny.get(name, {})} for name, section in demo.items()})
@@ -223,7 +226,7 @@ class Runner:
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/(bench|index_shards|make_emoji_dataset|torture)\.py": parse,
+        r"tools/(bench|index_shards|make_emoji_dataset|plan_run|torture)\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,

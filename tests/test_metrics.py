@@ -1,12 +1,17 @@
 """Loads of experts: relative to an even share, and said once when one is dead or overloaded."""
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from raphael_dist.training.metrics import ExpertLoadMonitor, Metrics, load_metrics
+from raphael_dist.insight.figures import heat_map
+from raphael_dist.training.metrics import LAYOUT, ExpertLoadMonitor, Metrics, MetricsWriter, load_metrics
 
 
 def test_loads_are_relative_to_an_even_share_and_density_to_all_pairs():
@@ -57,3 +62,27 @@ def test_numbers_and_tensors_are_reduced_alike(alone):
         assert torch.equal(reduced["load"], torch.arange(6.0).view(2, 3))
         assert all(v.dtype == torch.float32 for v in reduced.values())
         assert metrics.reduce() == {}
+
+
+@pytest.mark.parametrize("every_scalar", [False, True])
+def test_tensorboard_opens_on_the_curves_that_matter_and_has_blocks_on_request(tmp_path: Path, every_scalar: bool):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, every_scalar)
+    writer.write(10, 320, {"train/loss": 0.5, **load_metrics("moe/space", torch.tensor([[3.0, 1.0], [2.0, 2.0]]), 4.0)})
+    writer.image("loads/space", 10, heat_map(np.array([[1.5, 0.5]]), "loads"))
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert tags["tensors"] == ["custom_scalars__config__"]
+    assert tags["images"] == ["loads/space"]
+    few = {"train/loss", "moe/space/load_max", "moe/space/load_min", "moe/space/density"}
+    assert set(tags["scalars"]) >= few
+    assert (set(tags["scalars"]) == few) != every_scalar
+    assert ("moe/space/L01/load_max" in tags["scalars"]) == every_scalar
+    patterns = [p for chart in LAYOUT["first"].values() for p in chart[1]]
+    assert len(LAYOUT["first"]) == 5
+    assert all(any(re.search(p, tag) for p in patterns) for tag in ("train/loss", "moe/space/load_max", "val/loss_t0"))
+    # metrics.jsonl has everything in any case.
+    assert "moe/space/L00/density" in json.loads((tmp_path / "metrics.jsonl").read_text())

@@ -217,6 +217,17 @@ def test_a_picture_that_is_not_drawn_anew_stays_what_the_vae_makes_of_it(exporte
     assert (changed != same).any()
 
 
+def test_the_unet_is_called_like_diffusers(exported):
+    unet, draw = exported.unet, torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 5, 384, generator=draw)
+    with torch.no_grad():
+        found = unet(sample, 500, encoder_hidden_states=text).sample
+        as_tuple = unet(sample, torch.tensor([500, 500]), text, return_dict=False)
+        whole = unet._core[0](sample, torch.tensor([500, 500]), text, torch.ones(2, 5).bool(), torch.tensor([4, 4]))
+    assert torch.equal(found, as_tuple[0])
+    assert torch.equal(found, whole.prediction)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

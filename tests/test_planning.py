@@ -1,4 +1,4 @@
-"""The planner's parts on cases worked out by hand, FLOPs against torch's counter, and bytes on the wire against real ones."""
+"""The planner's parts on cases worked out by hand, and FLOPs against torch's counter."""
 
 import subprocess
 import sys

@@ -36,8 +36,8 @@ def asked_text(prompt: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """Return a text as it is compared: in capitals, without blanks at the ends and with single ones within."""
-    return " ".join(text.upper().split())
+    """Return a text as it is compared: its letters and digits in capitals, words apart by single blanks."""
+    return " ".join(re.sub(r"[\W_]", " ", text.upper()).split())
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -70,20 +70,25 @@ def reader_of(spec: str) -> Reader:
 
 
 def tesseract(pixels_HW3: np.ndarray) -> str:
-    """Return what tesseract reads as one line; of lettering on a dark ground too, the reading that is longer."""
+    """Return what tesseract reads as one line, or where that is nothing as one character; light on dark as well as dark on
+    light, the reading of more letters and digits."""
     image = Image.fromarray(pixels_HW3).convert("L")
     scale = max(1, SIDE // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
     both = (image, Image.fromarray(255 - np.asarray(image)))
-    return max((_read(one) for one in both), key=lambda text: len(re.sub(r"\W", "", text)))
+    for mode in ("7", "10"):  # tesseract's for a line, and for a character
+        best = max((_read(one, mode) for one in both), key=lambda text: len(normalised(text)))
+        if normalised(best):
+            return best
+    return ""
 
 
-def _read(image: Image.Image) -> str:
+def _read(image: Image.Image, mode: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
         image.save(path)
-        command = ["tesseract", str(path), "stdout", "--psm", "7", "--dpi", "300"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=None)
+        command = ["tesseract", str(path), "stdout", "--psm", mode, "--dpi", "300"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise UserError(f"--ocr tesseract: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
     return done.stdout.strip()

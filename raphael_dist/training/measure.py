@@ -64,7 +64,8 @@ def rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
 
     Everything that a step keeps in memory is there: activations, gradients, reduction buffers, Adam's moments. Where a step
     has several micro-batches it runs twice, since the second one's activations lie beside the sums of the first one's
-    gradients. The gradients are dropped afterwards, and nothing has changed. FLOPs are those of the forward pass without
+    gradients. (An exception: with CPU offload in bfloat16 a step holds up to 2 bytes a parameter more than was rehearsed.)
+    The gradients are dropped afterwards, and nothing has changed. FLOPs are those of the forward pass without
     recomputation, times three (the backward pass costs twice as much). Collective.
     """
     try:

@@ -34,8 +34,8 @@ def records(num_samples: int, per_shard: int = 10_000) -> Iterator[ShardRecord]:
     for number in range(num_samples // per_shard):
         digest = f"{number:064d}"
         name = f"/data/laion-high-resolution/{number:05d}.tar"
-        digests = {"fingerprint": digest, "content": digest, "text_digest": digest}
-        yield replace(alike[number % len(alike)], name=name, **digests)
+        like = alike[number % len(alike)]
+        yield replace(like, name=name, fingerprint=digest, content=digest, text_digest=digest)
 
 
 def _record(seed: int, count: int) -> ShardRecord:
