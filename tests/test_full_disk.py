@@ -2,6 +2,7 @@
 
 import logging
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from raphael_dist.parallel.ranks import Ranks
 from raphael_dist.training import rundir
 from raphael_dist.training.metrics import MetricsWriter, read_metrics
 from raphael_dist.training.watchdog import Watchdog
-from tests.launch import run_ranks
+from tests.launch import ROOT, run_ranks
 from tests.small_disk import small_disk
 from tests.test_training import SMALL
 
@@ -81,6 +82,16 @@ def test_a_start_without_room_says_so(disk: Path, what: str) -> None:
     }
     with pytest.raises(NotSavedError, match="No space left on device; free some space, nothing was lost"):
         starts[what]()
+
+
+@pytest.mark.parametrize("lossy", [True, False])
+def test_output_to_a_full_disk_ends_nothing_and_keeps_the_exit_code(lossy: bool) -> None:
+    code = "import sys; from raphael_dist.training.console import Reporter, let_output_fail\n"
+    code += "let_output_fail()\n" * lossy
+    code += "Reporter(True, 0, 9).line('step 1'); print('x', file=sys.stderr, flush=True); sys.exit(75)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full, cwd=ROOT)
+    assert (done.returncode == 75) == lossy
 
 
 @pytest.mark.slow

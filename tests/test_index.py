@@ -93,14 +93,16 @@ def test_any_key_survives_and_long_sides_keep_their_ratio() -> None:
 def test_a_sample_takes_less_than_32_bytes_and_nothing_grows_with_them_in_memory(tmp_path: Path) -> None:
     from benchmarks.index import records
 
-    write_table(tmp_path / "table", records(50_000), ["aesthetic"])
+    write_table(tmp_path / "table", records(50_000, 5_000), ["aesthetic"])
     index = open_table(tmp_path / "table", ShardStore())
     view = open_view(index, BUCKETS)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 32 * 50_000
     order = SampleOrder(index, BUCKETS, seed=0, run_length=24, view=view)
     for array in (index.arrays["place"], index.arrays["size"], order.bucket_of):
         assert isinstance(array, np.memmap)
-    assert open_view(index, BUCKETS).digest == open_view(table_in_memory(ShardStore(), records(50_000)), BUCKETS).digest
+    assert (
+        open_view(index, BUCKETS).digest == open_view(table_in_memory(ShardStore(), records(50_000, 5_000)), BUCKETS).digest
+    )
 
 
 def test_records_are_made_once_and_again_for_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

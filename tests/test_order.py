@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raphael_dist.config import load_config
+from raphael_dist.config_data import PAPERS_BUCKETS, generated_buckets
 from raphael_dist.data.buckets import nearest_bucket, resize_and_crop
 from raphael_dist.data.index import DatasetIndex
 from raphael_dist.data.index_write import table_in_memory
@@ -105,6 +107,18 @@ def test_the_nearest_bucket_is_by_shape_then_by_area():
         assert nearest_bucket(width, height, paper) == number
     assert nearest_bucket(4000, 100, paper) == 0
     assert nearest_bucket(30, 30, [(16, 16), (32, 32)]) == 1
+
+
+def test_buckets_follow_from_a_resolution_by_rule() -> None:
+    found = generated_buckets(512)
+    assert {(512, 512), (448, 576), (576, 448), (384, 640)} <= set(found)
+    assert all(h % 64 == w % 64 == 0 and h * w <= 512 * 512 and max(h, w) <= 2 * min(h, w) for h, w in found)
+    assert all((w, h) in found for h, w in found)
+    assert load_config("emoji-tiny", ["image.buckets=512", "data.bucket_run=32"]).image.buckets == found
+    assert load_config("emoji-tiny", ["image.buckets=paper", "data.bucket_run=32"]).image.buckets == PAPERS_BUCKETS
+    assert load_config("emoji-tiny", ["image.buckets=[[64, 32]]"]).image.buckets == ((64, 32),)
+    with pytest.raises(UserError, match="resolution of 8 is below 64"):
+        load_config("emoji-tiny", ["image.buckets=8"])
 
 
 def test_fitting_covers_cuts_the_centre_and_mirrors():

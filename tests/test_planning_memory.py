@@ -11,9 +11,10 @@ from raphael_dist.config import config_from_tree
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.planning.calibrate import REFERENCE, measured_peak
 from raphael_dist.planning.memory import held, memory, shapes_of, states, topology
-from raphael_dist.planning.trace import RECOMPUTE, profile, trace
-from tests.launch import run_ranks
-from tests.synthetic import tiny_config
+from raphael_dist.planning.spread import stand_in
+from raphael_dist.planning.trace import profile, trace
+from tests.launch import run_ranks, train_steps
+from tests.synthetic import SIZE, TOKENS, TREE, tiny_config
 
 
 def spec(world: int, stage: int, dtype: str, accumulation: int, space_ep: int, time_ep: int) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def test_states_of_all_stages_precisions_and_expert_parallel_sizes(tmp_path, wor
     compare(tmp_path, world, allowed(world, (0, 1, 2, 3), sizes))
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recompute", ["none", pytest.param("blocks", marks=pytest.mark.slow), "all"])
 def test_activations_are_those_that_are_alive_in_a_real_pass(recompute):
     config = config_from_tree(REFERENCE)
     config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint_activations": recompute})})
@@ -73,7 +74,7 @@ def test_activations_are_those_that_are_alive_in_a_real_pass(recompute):
     assert planned == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("recompute", ["blocks", "all"])
+@pytest.mark.parametrize("recompute", ["blocks", pytest.param("all", marks=pytest.mark.slow)])
 def test_what_recomputation_does_is_what_a_trace_of_it_does(recompute):
     config = config_from_tree(REFERENCE)
     reckoned, traced = profile(config).at(6, recompute), trace(config, 6, recompute)
@@ -94,3 +95,18 @@ def test_the_fullest_moment_is_the_backward_pass_or_the_update():
     many = memory(config, one, activations=10**9, reduce_bucket=10, allocator=False)
     assert many.total == one.states.total + 10**9 + 2 * (10 + 10)
     assert sum(many.by_kind().values()) == many.total
+
+
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "blocks"])
+def test_bytes_to_other_ranks_experts_are_those_that_a_real_rank_counts(tmp_path, recompute):
+    sections = {
+        "model": {**TREE["model"], "checkpoint_activations": recompute},
+        "image": {"buckets": [[SIZE, SIZE]]},
+        "text": {"max_tokens": TOKENS},
+        "train": {"micro_batch": 3, "global_batch": 6},
+        "parallel": {"space_ep": 2, "placement": ["shard"], "dispatch": "all_gather"},
+    }
+    sent = train_steps(tmp_path, 2, sections=sections, deepspeed={"zero_optimization": {"stage": 1}}, steps=1)["sent"]
+    config = tiny_config(**sections)
+    planned = trace(config, 3, recompute, stand_in(config, BatchPlan.of(config, 2)))
+    assert sent == [planned.sent, planned.sent]

@@ -121,7 +121,8 @@ def test_shards_come_a_window_ahead_and_a_lost_one_is_not_asked_for_again_and_ag
         assert len(faults.asked) == 1
 
 
-def test_workers_end_with_a_rank_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill", [True, False])
+def test_workers_end_with_a_rank_that_is_killed_or_leaves_without_a_word(tmp_path: Path, kill: bool) -> None:
     shard(tmp_path)
     code = """
 import sys, time
@@ -134,19 +135,21 @@ if __name__ == "__main__":
     data.use(DecodePool(data, 2))
     data.ahead([(n, 0, False) for n in (1, 2, 3)])
     print(data.load(1, 0, False).key, "torch" in sys.modules, flush=True)
-    time.sleep(60)
+    time.sleep(float(sys.argv[2]))
 """
     script = tmp_path / "rank.py"
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, script, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, script, str(tmp_path), "60" if kill else "0.2"], stdout=subprocess.PIPE, text=True, env=environment
     ) as rank:
         assert rank.stdout is not None
         assert rank.stdout.readline().split() == ["000000001", "False"]
         children = psutil.Process(rank.pid).children(recursive=True)
         assert workers_of(psutil.Process(rank.pid))
-        rank.kill()
+        if kill:
+            rank.kill()
+        assert rank.wait(20) == (-signal.SIGKILL if kill else 0)
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
 

@@ -2,7 +2,22 @@
 
 import argparse
 
-from benchmarks import balance, checkpoint, convert, features, gpu_step, index, moe, plan, space, start, states, step, syncs
+from benchmarks import (
+    balance,
+    checkpoint,
+    convert,
+    data,
+    features,
+    gpu_step,
+    index,
+    moe,
+    plan,
+    space,
+    start,
+    states,
+    step,
+    syncs,
+)  # fmt: skip
 
 COMMANDS = {
     "space": (space, "the Space-MoE: literal, grouped and wide"),
@@ -15,6 +30,7 @@ COMMANDS = {
     "plan": (plan, "the planner beside measurements and published runs"),
     "step": (step, "an optimizer step of ours beside diffusers' and DeepSpeed's"),
     "syncs": (syncs, "where a step's host waits for the GPU, without one"),
+    "data": (data, "decoding and reading shards, beside other libraries"),
     "index": (index, "the index of 100 million samples"),
     "convert": (convert, "conversions of a model of any size"),
     "features": (features, "latents and tokens made ahead, cached, or stored in the shards"),

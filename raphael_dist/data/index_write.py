@@ -48,7 +48,7 @@ class _Writer:
         self._files[name].write(data)
 
     def add(self, record: ShardRecord) -> None:
-        keys, bad = zlib.compress(pack_keys(record.keys)), zlib.compress(json.dumps(record.bad).encode())
+        keys, bad = zlib.compress(pack_keys(record.keys), 1), zlib.compress(json.dumps(record.bad).encode(), 1)
         self._put("keys.bin", keys)
         self._put("bad.bin", bad)
         self._put("place", record.places.tobytes())

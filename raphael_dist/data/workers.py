@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any
 
 from raphael_dist.data.dataset import BadSampleError, DecodedSample, ImageDataset, Request
@@ -103,6 +104,8 @@ class _Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, dataset, self._shared), name="decode", daemon=True)
         self._process.start()
+        # At its end Python would wait for a process that leaves SIGTERM to the rank.
+        Finalize(self, self._process.kill, exitpriority=10)
         theirs.close()
 
     def ask(self, request: Request) -> DecodedSample:

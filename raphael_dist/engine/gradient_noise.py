@@ -26,12 +26,16 @@ class GradientNoise:
     def __init__(self, model: nn.Module, eta: float, seed: int) -> None:
         self._eta, self._seed, self.step = eta, seed, 0
         for number, (_, p) in enumerate(model.named_parameters()):
-            p.register_hook(partial(self._noisy, number, *global_shape(p)))
+            shape, first = global_shape(p)
+            # DeepSpeed divides by all ranks, and of experts sums over those alone that hold the same ones.
+            sets = shape[0] // len(p) if hasattr(p, "expert_slice") else 1
+            p.register_hook(partial(self._noisy, number, shape, first, float(sets)))
 
-    def _noisy(self, number: int, shape: tuple[int, ...], first: int, gradient: Tensor) -> Tensor:
+    def _noisy(self, number: int, shape: tuple[int, ...], first: int, factor: float, gradient: Tensor) -> Tensor:
         if self.step == 0:
             return gradient
-        return gradient + (deviation(self._eta, self.step) * self._draw(number, shape, first, gradient)).to(gradient.dtype)
+        noise = factor * deviation(self._eta, self.step) * self._draw(number, shape, first, gradient)
+        return gradient + noise.to(gradient.dtype)
 
     def _draw(self, number: int, shape: tuple[int, ...], first: int, like: Tensor) -> Tensor:
         # The seed of torch's own generator, which works on the device, from ours.

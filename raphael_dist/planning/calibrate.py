@@ -1,8 +1,8 @@
 """Measures this machine for a minute and writes its description for the planner.
 
 For each class of operations a small and a large one are timed, forward operations and those of backward passes, one after
-the other. The small one gives the microseconds of an operation, the large one its rate. Last, a reference step is run and
-reckoned, and what it takes longer, in caches and allocations that single operations do not show, becomes a factor on all.
+the other; their difference is the rate. Last, reference steps are run and reckoned: operations take longer within a step
+than alone, by caches and allocations, and each has its time in Python and autograd.
 """
 
 import datetime
@@ -39,19 +39,24 @@ REFERENCE = {
 }  # fmt: skip
 
 
+def clock() -> float:
+    """Return seconds: of the processor where one thread computes, so that other work on the machine hardly counts."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     """Return the fastest time of a call, in seconds, over runs of several calls."""
     work()
-    began, calls = time.perf_counter(), 0
-    while time.perf_counter() - began < LEAST_S:
+    began, calls = clock(), 0
+    while clock() - began < LEAST_S:
         work()
         calls += 1
     best = float("inf")
     for _ in range(REPEATS):
-        began = time.perf_counter()
+        began = clock()
         for _ in range(calls):
             work()
-        best = min(best, (time.perf_counter() - began) / calls)
+        best = min(best, (clock() - began) / calls)
     return best
 
 
@@ -108,8 +113,10 @@ def measure_rates() -> dict[str, tuple[float, float | None, float]]:
     return found
 
 
-def description(rates: dict[str, tuple[float, float | None, float]], factor: float, peak: float) -> dict[str, Any]:
-    """Return the tree of a description of this machine; `factor` multiplies the times of all operations."""
+def description(
+    rates: dict[str, tuple[float, float | None, float]], factor: float, us: float, peak: float
+) -> dict[str, Any]:
+    """Return the tree of a description of this machine; `factor` and `us` as in `fit_reference`."""
     how = f"measured by --calibrate on {datetime.date.today()}, {torch.get_num_threads()} threads"
     base = load_cluster("cpu").model_dump(exclude={"name"})
 
@@ -117,8 +124,8 @@ def description(rates: dict[str, tuple[float, float | None, float]], factor: flo
         return {"value": float(f"{value:.4g}"), "source": source}
 
     tree = {}
-    for name, (us, tflops, gb_s) in rates.items():
-        tree[name] = {"us": number(us * factor), "gb_s": number(gb_s / factor)}
+    for name, (_, tflops, gb_s) in rates.items():
+        tree[name] = {"us": number(us), "gb_s": number(gb_s / factor)}
         if tflops is not None:
             tree[name]["tflops"] = number(tflops / factor)
     tree["other"] = tree["pointwise"]
@@ -145,9 +152,9 @@ def measured_step(config: Config, repeats: int = 4) -> float:
     best = float("inf")
     for i in range(repeats + 1):
         model.zero_grad()
-        began = time.perf_counter()
+        began = clock()
         compute_losses(model, batch, schedule, config, torch.float32).total.sum().backward()
-        best = min(best, time.perf_counter() - began) if i else best
+        best = min(best, clock() - began) if i else best
     return best
 
 
@@ -191,19 +198,32 @@ def calibrate(path: Path) -> str:
     """Measure this machine, write its description to `path` and return what was found. Raises UserError."""
     rates = measure_rates()
     peak = rates["product"][1] or 0.0
-    first = ClusterSpec.model_validate({**description(rates, 1.0, peak), "name": "here"})
-    config = reference()
-    taken, expected = measured_step(config), reckoned_step(config, first)
-    tree = description(rates, taken / expected, peak)
-    text = (
-        f"# {platform.machine()}, {os.cpu_count()} cores. Operations alone: {expected / taken:.0%} of the reference step.\n"
-    )
+    factor, us = fit_reference(rates, peak)
+    tree = description(rates, factor, us, peak)
+    text = f"# {platform.machine()}, {os.cpu_count()} cores, by tools/plan_run.py --calibrate.\n"
     try:
         path.write_text(text + yaml.safe_dump(tree, sort_keys=False, width=120))
     except OSError as error:
         raise UserError(f"--calibrate {path}: cannot be written: {error.strerror}") from None
     lines = [
-        f"{name:<15}{us:8.1f} us{'' if t is None else f'{t * 1e3:9.1f} GFLOP/s'}{g:9.1f} GB/s"
-        for name, (us, t, g) in rates.items()
+        f"{name:<15}{'' if t is None else f'{t * 1e3:9.1f} GFLOP/s':>18}{g:9.1f} GB/s" for name, (_, t, g) in rates.items()
     ]
-    return "\n".join([*lines, f"reference step: {taken * 1e3:.0f} ms, reckoned {expected * 1e3:.0f} ms; written to {path}"])
+    within = f"within a step: {us:.1f} us an operation, and {factor:.2f} times as long as alone; written to {path}"
+    return "\n".join([*lines, within])
+
+
+def fit_reference(rates: dict[str, tuple[float, float | None, float]], peak: float) -> tuple[float, float]:
+    """Return how many times longer operations take within a step than alone, and the microseconds of each besides.
+
+    From reference steps of one image and of eight: both have the same operations, and differ in what these do.
+    """
+    alone = ClusterSpec.model_validate({**description(rates, 1.0, 0.0, peak), "name": "here"})
+    taken, reckoned, config = [], [], reference()
+    for samples in (1, config.train.micro_batch):
+        train = config.train.model_copy(update={"micro_batch": samples})
+        one = config.model_copy(update={"train": train})
+        taken.append(measured_step(one))
+        reckoned.append(reckoned_step(one, alone))
+    factor = max(0.1, (taken[1] - taken[0]) / (reckoned[1] - reckoned[0]))
+    launches = trace(config, 1).launches
+    return factor, max(0.1, (taken[0] - factor * reckoned[0]) / launches * 1e6)

@@ -1,10 +1,40 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere and in train.log."""
 
+import contextlib
 import logging
 import sys
 import time
+from typing import Any, TextIO, cast
 
 _log = logging.getLogger(__name__)
+
+
+class _Lossy:
+    """A text stream that loses what cannot be written, where it would raise OSError."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def let_output_fail() -> None:
+    """Let no print end the run: its output may go to a file on a full disk, or to a terminal that is gone.
+
+    For good: what is left in a buffer would fail once more when Python ends, and take the exit code with it.
+    """
+    if not isinstance(sys.stdout, _Lossy):
+        sys.stdout, sys.stderr = cast(TextIO, _Lossy(sys.stdout)), cast(TextIO, _Lossy(sys.stderr))
 
 
 class Reporter:

@@ -20,8 +20,8 @@ from tests.launch import leave
 from tests.synthetic import synthetic_batch, tiny_config
 from tests.workers.train_steps import state
 
-# Each kind of DeepSpeed's optimizers, with and without float32 sums of bfloat16 gradients. Not zero2_offload in bfloat16: its
-# step holds 2 bytes a parameter more than its rehearsal, which nobody has explained yet.
+# Each kind of DeepSpeed's optimizers, with and without float32 sums of bfloat16 gradients. Not zero2_offload in bfloat16:
+# its step holds 2 bytes a parameter more than its rehearsal, which nobody has explained yet.
 KINDS = (("zero1", "float32"), ("zero1", "bfloat16"), ("zero2", "bfloat16"), ("zero3", "float32"))
 
 

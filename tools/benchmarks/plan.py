@@ -1,17 +1,20 @@
 """`tools/bench.py plan`: what the planner says beside what is measured on this machine, and beside published runs.
 
-memory: activations alive in a real pass, and a process's resident memory, beside the plan, for several configurations. time: a
-micro-step beside the plan with a calibrated description. published: runs of Stable Diffusion 2 on GPUs; nothing in the
+memory: activations alive in a real pass, and a process's resident memory, for several configurations. time: a micro-step
+beside the plan with a calibrated description. published: runs of Stable Diffusion 2 on GPUs; nothing in the
 clusters' descriptions was fitted to them.
 """
 
 import argparse
 import gc
+import os
 import resource
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from raphael_dist.config import Config, load_config
 from raphael_dist.parallel.batch_plan import BatchPlan
@@ -86,16 +89,16 @@ def resident(name: str) -> tuple[int, int]:
 
     measured_peak(load_config("emoji-tiny", ["train.micro_batch=1", "train.global_batch=1"]))  # what libraries keep
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = psutil.Process().memory_info().rss
     engine = Engine(config, {"zero_optimization": zero}, plan, device)
     ema, schedule = Ema(engine.fragments, config.ema), NoiseSchedule.create(config.diffusion)
-    batch = random_batch(config, plan.micro_batch, 16)
+    batch = random_batch(config, plan.micro_batch, (16, 16))
     for step in (1, 2):
         losses = compute_losses(engine, batch, schedule, config, engine.dtype)
         engine.backward(losses.total.sum() * plan.loss_scale)
         engine.step(1e-4)
         ema.update(step)
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    grown = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     from raphael_dist.planning.memory import memory
 
     peak = profile(config).at(plan.micro_batch, config.model.checkpoint_activations).peak
@@ -126,8 +129,12 @@ _PROFILES: dict = {}
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--cluster", default="cpu", help="a description that --calibrate of tools/plan_run.py wrote")
-    command.add_argument("--parts", nargs="+", choices=["memory", "time", "published"], default=["memory", "time", "published"])
-    command.add_argument("--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process")
+    command.add_argument(
+        "--parts", nargs="+", choices=["memory", "time", "published"], default=["memory", "time", "published"]
+    )
+    command.add_argument(
+        "--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -139,7 +146,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"{'MB':<28}{'activations':>12}{'plan':>9}{'':>8}{'resident':>12}{'plan':>9}")
         for name in CONFIGURATIONS:
             command = [sys.executable, str(Path(__file__).parent.parent / "bench.py"), "plan", "--resident", name]
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+            # Let the C library give back what is freed; by default it keeps much of it, in holes.
+            env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            lines = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.splitlines()
             grown, planned = map(int, lines[-1].split())
             alive, reckoned = activations(name)
             print(f"{name:<28}{_beside(alive / 1e6, reckoned / 1e6)}{_beside(grown / 1e6, planned / 1e6)}", flush=True)
@@ -148,8 +157,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{'ms of a micro-step':<28}{'measured':>12}{'plan':>9}")
         for name in CONFIGURATIONS:
             config = configuration(name)
-            measured, reckoned = measured_step(config), reckoned_step(config, cluster)
-            print(f"{name:<28}{_beside(measured * 1e3, reckoned * 1e3)}", flush=True)
+            taken, expected = measured_step(config), reckoned_step(config, cluster)
+            print(f"{name:<28}{_beside(taken * 1e3, expected * 1e3)}", flush=True)
     if "published" in args.parts:
         print(f"\n{'images/s of a GPU':<28}{'published':>12}{'plan':>9}")
         for one in PUBLISHED:

@@ -32,12 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.gpu_stand_ins import on_gpu, patches
+from raphael_dist.planning.operations import runs
 
 aten = torch.ops.aten
 OURS = ("/raphael_dist/", "/deepspeed/")  # parts of the names of files whose lines are given as places
 _NOT_A_PLACE = ("/torch/", "/contextlib.py", "/gpu_stand_ins.py", __file__)
-_FREE = {"_unsafe_view", "lift_fresh", "is_pinned", "set_", "resize_", "record_stream", "_has_compatible_shallow_copy_type"}
-_FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense", "is_same_size"}
 
 
 @dataclass
@@ -130,7 +129,7 @@ class _Operations(TorchDispatchMode):
         if kind := self._wait_of(name, args, kwargs):
             self._gpu.wait(kind)
         result = _run(func, name, args, kwargs)
-        if not _is_view(func) and name not in _FREE:
+        if runs(func):
             used = [t for t in [*tensors, *tree_leaves(result)] if isinstance(t, Tensor) and t.is_meta]
             self._gpu.launch(sum(t.nbytes for t in used))
         return result
@@ -200,10 +199,6 @@ def _copy_of(name: str, args: Any, kwargs: Any) -> tuple[torch.device, Tensor, b
 
 def _made_up(dtype: torch.dtype) -> Any:
     return 1.0 if dtype.is_floating_point else False if dtype == torch.bool else 0
-
-
-def _is_view(func: Any) -> bool:
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
 def _flat(x: Tensor, *_: Any) -> Tensor:

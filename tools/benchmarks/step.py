@@ -92,7 +92,7 @@ class Contender:
 
 def contenders(config: Config, literal: bool, side: int = 16) -> dict[str, Contender]:
     """Return what is compared. `config`: with experts; `literal`: with the paper's formula as printed."""
-    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, config.train.micro_batch, side)
+    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, config.train.micro_batch, (side, side))
 
     def ours(config: Config) -> Contender:
         torch.manual_seed(0)
@@ -176,9 +176,7 @@ def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
         dim, hidden = m.channels[level], m.expert_width[level]
         block.norm3, block.ff = (
             nn.Identity(),
-            nn.Sequential(  # type: ignore[assignment]
-                _NativeMoE(dim, hidden, m.time_experts), _NativeMoE(dim, hidden, m.space_experts)
-            ),
+            nn.Sequential(_NativeMoE(dim, hidden, m.time_experts), _NativeMoE(dim, hidden, m.space_experts)),
         )
     return Contender(model, lambda model: compute_losses(model, batch, schedule, dense, torch.float32).total.sum())
 
@@ -205,7 +203,7 @@ def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device
     plain = contenders(config, literal=False)["RAPHAEL, auto"]
     engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
     ema, metrics = Ema(engine.fragments, config.ema), Metrics(device)
-    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch, 16)
+    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch, (16, 16))
     times: dict[str, list[float]] = defaultdict(list)
     for i in range(rounds + 1):
         times["plain loop"].append(sum(plain.step()))
@@ -259,7 +257,10 @@ def run(args: argparse.Namespace) -> None:
         micro = config.train.micro_batch
         config = _with(config, "train", global_batch=micro)
         rows = bench_step(config, args.rounds, not args.no_literal)
-        print(f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, fastest of {args.rounds}")
+        print(
+            f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, "
+            f"fastest of {args.rounds}"
+        )
         print(_table(rows))
         if name == "demo":
             print(_engine_table(bench_engine(config, args.rounds, ranks, device)))

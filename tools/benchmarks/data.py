@@ -1,0 +1,309 @@
+"""Reading JPEGs from shards beside webdataset, mosaicml-streaming and litdata: the same images, decoding and workers.
+
+Each reader is a process of its own. The other libraries are no dependencies of ours; what is not installed is left out.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from raphael_dist.data.buckets import resize_and_crop
+from raphael_dist.data.dataset import ImageDataset
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shard_ahead import ShardAhead
+from raphael_dist.data.shards import build_index
+from raphael_dist.data.workers import DecodePool
+
+BATCH = 16
+LATENT_BYTES = 32 << 10  # of 512 pixels in bfloat16
+Batches = Iterator[Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's options."""
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--per-shard", type=int, default=500)
+    parser.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--bucket", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="each reader is run so often; the best counts")
+    parser.add_argument("--only", nargs="*", choices=READERS, help="these readers alone")
+
+
+def picture(number: int, size: tuple[int, int]) -> bytes:
+    """Return a JPEG of about 90 kB at 640 x 480: colours that flow, and grain."""
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    grain = rng.normal(0, 12, (size[1], size[0], 1))
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write(folder: Path, args: argparse.Namespace) -> None:
+    """Write the images as webdataset tars, and as each of the other libraries wants them."""
+    from webdataset import ShardWriter
+
+    (folder / "tar").mkdir()
+    (folder / "latents").mkdir()
+    width, height = args.size
+    distinct = [picture(number, (width, height)) for number in range(min(args.images, 200))]
+    about = {"caption": "a picture", "width": width, "height": height}
+    latents = np.random.default_rng(0).bytes(LATENT_BYTES)
+    for kind, image in (("tar", None), ("latents", latents)):
+        pattern = str(folder / kind / "%05d.tar")
+        with ShardWriter(pattern, maxcount=args.per_shard, maxsize=1e12, verbose=0) as shards:
+            for number in range(args.images):
+                data = distinct[number % len(distinct)] if image is None else image
+                shards.write({"__key__": f"{number:09d}", "jpg": data, "json": json.dumps(about).encode()})
+    for name, (_, writer) in READERS.items():
+        if writer is not None and available(name):
+            writer(folder / name, distinct, args.images)
+
+
+def decode(data: bytes, bucket: tuple[int, int]) -> np.ndarray:
+    """Return uint8 [3, h, w]; what all readers do."""
+    return resize_and_crop(Image.open(io.BytesIO(data)).convert("RGB"), bucket, False)
+
+
+def ours(folder: Path, args: argparse.Namespace) -> Batches:
+    """Yield batches of this project's index, order and workers."""
+    import torch
+
+    names = sorted(map(str, (folder / "tar").glob("*.tar")))
+    bucket = tuple(args.bucket)
+    data = ImageDataset(build_index(names, folder / "index"), [bucket], "none")
+    order = SampleOrder(data.index, [bucket], seed=0)
+    data.use(DecodePool(data, args.workers) if args.workers else None)
+    shards, ahead = ShardAhead(order), 2 * args.workers
+    requests = [[(order.lookup(p).sample_id, 0, False) for p in range(s, s + BATCH)] for s in range(0, args.images, BATCH)]
+    for batch in requests[:ahead]:
+        data.ahead(batch)
+    for number, batch in enumerate(requests):
+        shards.at(number * BATCH)
+        if number + ahead < len(requests):
+            data.ahead(requests[number + ahead])
+        yield torch.from_numpy(np.stack([data.load(*request).image for request in batch]))
+
+
+def _loader(dataset: Any, args: argparse.Namespace, kind: Any = None) -> Batches:
+    from torch.utils.data import DataLoader
+
+    prefetch = 2 if args.workers else None
+    return iter((kind or DataLoader)(dataset, batch_size=BATCH, num_workers=args.workers, prefetch_factor=prefetch))
+
+
+class _Decoding:
+    """Decodes a sample of another library; a class, so that it can be sent to workers."""
+
+    def __init__(self, bucket: tuple[int, int]) -> None:
+        self.bucket = bucket
+
+    def __call__(self, sample: Any) -> np.ndarray:
+        return decode(sample["jpg"], self.bucket)
+
+
+def of_webdataset(folder: Path, args: argparse.Namespace) -> Batches:
+    """Yield batches of plain webdataset, shuffled as its documentation shows."""
+    import webdataset
+
+    names = sorted(map(str, (folder / "tar").glob("*.tar")))
+    dataset = webdataset.WebDataset(names, shardshuffle=100, seed=0).shuffle(1000).map(_Decoding(tuple(args.bucket)))
+    return _loader(dataset, args)
+
+
+def write_streaming(folder: Path, images: list[bytes], count: int) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder), columns={"jpg": "bytes"}, size_limit=64 << 20) as writer:
+        for number in range(count):
+            writer.write({"jpg": images[number % len(images)]})
+
+
+def of_streaming(folder: Path, args: argparse.Namespace) -> Batches:
+    """Yield batches of mosaicml-streaming."""
+    from streaming import StreamingDataset
+
+    class Decoded(StreamingDataset):
+        def __getitem__(self, number: int) -> np.ndarray:
+            return decode(super().__getitem__(number)["jpg"], tuple(args.bucket))
+
+    return _loader(Decoded(local=str(folder / "streaming"), shuffle=True, batch_size=BATCH), args)
+
+
+class _Bytes:
+    """Gives litdata the bytes of image `number`; a class, so that it can be sent to workers."""
+
+    def __init__(self, images: list[bytes]) -> None:
+        self.images = images
+
+    def __call__(self, number: int) -> bytes:
+        return self.images[number % len(self.images)]
+
+
+def write_litdata(folder: Path, images: list[bytes], count: int) -> None:
+    import litdata
+
+    litdata.optimize(
+        _Bytes(images), list(range(count)), output_dir=str(folder), chunk_bytes="64MB", num_workers=1, verbose=False
+    )
+
+
+def of_litdata(folder: Path, args: argparse.Namespace) -> Batches:
+    """Yield batches of litdata."""
+    import litdata
+
+    class Decoded(litdata.StreamingDataset):
+        def __getitem__(self, number: Any) -> np.ndarray:
+            return decode(super().__getitem__(number), tuple(args.bucket))
+
+    return _loader(Decoded(str(folder / "litdata"), shuffle=True), args, litdata.StreamingDataLoader)
+
+
+Reader = Callable[[Path, argparse.Namespace], Batches]
+Writer = Callable[[Path, list[bytes], int], None]
+READERS: dict[str, tuple[Reader, Writer | None]] = {
+    "raphael_dist": (ours, None),
+    "webdataset": (of_webdataset, None),
+    "streaming": (of_streaming, write_streaming),
+    "litdata": (of_litdata, write_litdata),
+}
+
+
+def available(name: str) -> bool:
+    """Return whether a library is installed and imports."""
+    try:
+        __import__(name)
+    except Exception:
+        return False
+    return True
+
+
+def _tree() -> tuple[float, list[psutil.Process]]:
+    """Return the processor seconds of this process and those below it, and those that decode."""
+    me = psutil.Process()
+    below = me.children(recursive=True)
+    seconds = sum(sum(process.cpu_times()[:2]) for process in (me, *below))
+    return seconds, [one for one in below if one.memory_info().rss > 20 << 20]
+
+
+def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    before, began = _tree()[0], time.perf_counter()
+    batches = READERS[name][0](folder, args)
+    count = len(next(batches))
+    first = time.perf_counter() - began
+    if name == "raphael_dist":  # the index is made once, and by a tool
+        batches.close()  # type: ignore[attr-defined]
+        before, began = _tree()[0], time.perf_counter()
+        batches = READERS[name][0](folder, args)
+        count, first = len(next(batches)), time.perf_counter() - began
+    started = time.perf_counter()
+    seen, memory = 0, 0.0
+    for batch in batches:
+        seen += len(batch)
+        if seen > args.images // 2 and not memory:
+            workers = _tree()[1]
+            memory = sum(one.memory_full_info().uss for one in workers) / max(1, len(workers)) / 1e6
+    seconds, cpu = time.perf_counter() - started, _tree()[0] - before
+    queue.put((first, seen / seconds, (seen + count) / cpu, memory))
+
+
+def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
+    """Print a line for each reader."""
+    context = multiprocessing.get_context("spawn")
+    for name in args.only or READERS:
+        if not available(name):
+            print(f"{name:14} is not installed")
+            continue
+        found = []
+        for _ in range(args.rounds):
+            queue = context.SimpleQueue()
+            process = context.Process(target=_measure, args=(name, folder, args, queue))
+            process.start()
+            process.join(300)
+            if process.exitcode != 0:
+                process.kill()
+                continue
+            found.append(queue.get())
+        if not found:
+            print(f"{name:14} failed")
+            continue
+        first, rate, per_core, memory = (
+            pick(one) for pick, one in zip((min, max, max, min), zip(*found, strict=True), strict=True)
+        )
+        print(
+            f"{name:14} {rate:7.0f} images/s  {per_core:6.0f} images per second of a core  first batch {first:6.2f} s  "
+            f"{memory:5.0f} MB a worker",
+            flush=True,
+        )
+
+
+def compare_raw(folder: Path, args: argparse.Namespace) -> None:
+    """Print how fast samples are read that need no decoding, in order and shuffled, beside the tars as they are."""
+    import webdataset
+
+    names = sorted(map(str, (folder / "latents").glob("*.tar")))
+    data = ImageDataset(build_index(names, folder / "index"), [(64, 64)], "none")
+    order = SampleOrder(data.index, [(64, 64)], seed=0)
+
+    def shuffled() -> Iterator[Any]:
+        return (data.read(order.lookup(position).sample_id) for position in range(args.images))
+
+    def plain() -> Iterator[Any]:
+        return iter(webdataset.WebDataset(names, shardshuffle=False))
+
+    for name, start in (("raphael_dist, shuffled", shuffled), ("webdataset, in order", plain)):
+        best = min(_seconds(start) for _ in range(args.rounds + 1))
+        print(f"{name:24} {args.images / best:8.0f} samples/s of {LATENT_BYTES} bytes, one process")
+
+
+def _seconds(start: Callable[[], Iterator[Any]]) -> float:
+    began = time.perf_counter()
+    for _ in start():
+        pass
+    return time.perf_counter() - began
+
+
+def compare_resume(folder: Path, args: argparse.Namespace) -> None:
+    """Print how long it takes to the first sample at nine tenths of the data: by position, and by skipping."""
+    import webdataset
+
+    names, place = sorted(map(str, (folder / "tar").glob("*.tar"))), args.images * 9 // 10
+    began = time.perf_counter()
+    index = build_index(names, folder / "index")
+    opened = time.perf_counter() - began
+    began = time.perf_counter()
+    data = ImageDataset(index, [tuple(args.bucket)], "none")
+    data.read(SampleOrder(index, data.buckets, seed=0).lookup(place).sample_id)
+    direct = time.perf_counter() - began
+    began = time.perf_counter()
+    next(itertools.islice(iter(webdataset.WebDataset(names, shardshuffle=False)), place, None))
+    skipped = time.perf_counter() - began
+    print(
+        f"the sample at position {place}: {1e3 * direct:.2f} ms (index opened in {1e3 * opened:.1f} ms); skipping there "
+        f"without decoding {1e3 * skipped:.0f} ms, {skipped / direct:.0f} times as long, and longer the further in"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare decoding with workers, reading without decoding, and resuming."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write(folder, args)
+        compare_decoding(folder, args)
+        compare_raw(folder, args)
+        compare_resume(folder, args)
