@@ -33,6 +33,7 @@ NO_COMMANDS = (
     "seconds = n (W - 1) / W ",
     "base: raphael-sd2",  # configurations, which tests/test_recipes.py reads
     "recipe:",
+    "data:",  # sources, whose like tests/test_index.py reads
     '"""All weights in one safetensors file',  # a layout, which tests/test_layouts.py runs
 )
 

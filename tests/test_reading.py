@@ -1,6 +1,9 @@
 """The stream is the same whoever reads it: any ranks, any workers, local or remote, from any position on."""
 
 import hashlib
+import json
+import multiprocessing
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from raphael_dist.data.shards import build_index
 from raphael_dist.data.view import open_view
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.rng import Purpose, generator
-from tests.servers import Faults, http_files
+from tests.servers import Faults, http_files, s3_bucket
 from tests.test_index import laion_shard
 from tests.test_remote import QUICK
 
@@ -33,31 +36,41 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         yield folder, address
 
 
+def read_rank(
+    config: Config, order: SampleOrder | MixedOrder, data: ImageDataset, plan: BatchPlan, rank: int, steps: range
+) -> Iterator[dict[int, str]]:
+    """Yield, for each step, a hash of what a rank reads at each of its positions: key, draws, captions and pixels."""
+    with Reading(config, data, order, rank) as reading:
+        for step in steps:
+            found: dict[int, str] = {}
+            for micro_step in range(plan.accumulation):
+                slots = plan.slots(step * plan.global_batch, rank, micro_step)
+                places = [order.lookup(position) for position, _ in slots]
+                flips = [bool(generator(0, Purpose.FLIP, position).random() < 0.5) for position, _ in slots]
+                requests = [(place.sample_id, place.bucket, flip) for place, flip in zip(places, flips, strict=True)]
+                reading.ahead(slots[0][0], requests)
+                for (position, weight), request in zip(slots, requests, strict=True):
+                    sample = data.load(*request)
+                    if weight:
+                        about = f"{sample.key} {sample.captions} {request}".encode()
+                        found[position] = hashlib.sha256(sample.image.tobytes() + about).hexdigest()
+            yield found
+
+
 def read(config: Config, order: SampleOrder | MixedOrder, data: ImageDataset, ranks: int, steps: range) -> dict[int, str]:
-    """Return, for each position of the steps, a hash of what the ranks read there: key, draws, captions and pixels."""
-    plan, found = BatchPlan(BATCH, ranks, 4, 1, 6), {}
+    """Return what all ranks read in these steps."""
+    plan, found = BatchPlan(BATCH, ranks, 4, 1, 6), dict[int, str]()
     for rank in range(ranks):
-        with Reading(config, data, order, rank) as reading:
-            for step in steps:
-                for micro_step in range(plan.accumulation):
-                    slots = plan.slots(step * BATCH, rank, micro_step)
-                    places = [order.lookup(position) for position, _ in slots]
-                    flips = [bool(generator(0, Purpose.FLIP, position).random() < 0.5) for position, _ in slots]
-                    requests = [(place.sample_id, place.bucket, flip) for place, flip in zip(places, flips, strict=True)]
-                    reading.ahead(slots[0][0], requests)
-                    for (position, weight), request in zip(slots, requests, strict=True):
-                        sample = data.load(*request)
-                        if weight:
-                            digest = hashlib.sha256(
-                                sample.image.tobytes() + f"{sample.key} {sample.captions} {request}".encode()
-                            )
-                            assert position not in found, "two ranks read one position"
-                            found[position] = digest.hexdigest()
+        for of_step in read_rank(config, order, data, plan, rank, steps):
+            assert not of_step.keys() & found.keys(), "two ranks read one position"
+            found |= of_step
     return found
 
 
-def opened(tmp_path: Path, names: list[str], mixed: bool) -> tuple[SampleOrder | MixedOrder, ImageDataset]:
-    store = ShardStore(tmp_path / "index", tmp_path / "fetched", patience=QUICK)
+def opened(
+    tmp_path: Path, names: list[str], mixed: bool, max_bytes: int = 1 << 30
+) -> tuple[SampleOrder | MixedOrder, ImageDataset]:
+    store = ShardStore(tmp_path / "index", tmp_path / "fetched", max_bytes, QUICK)
     index = build_index(names, store=store)
     view = open_view(index, BUCKETS)
     if mixed:
@@ -66,7 +79,7 @@ def opened(tmp_path: Path, names: list[str], mixed: bool) -> tuple[SampleOrder |
     return SampleOrder(index, BUCKETS, 3, 2, 6, view), ImageDataset(index, BUCKETS, "none")
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_stream_is_the_same_for_any_ranks_workers_and_places_across_resumes(
     served: tuple[Path, str], tmp_path: Path, mixed: bool
 ) -> None:
@@ -84,3 +97,61 @@ def test_the_stream_is_the_same_for_any_ranks_workers_and_places_across_resumes(
         first = read(config, order, data, ranks, range(stop))
         order, data = opened(tmp_path / f"{ranks}{workers}", names, mixed)
         assert first | read(config, order, data, ranks, range(stop, STEPS)) == want, (ranks, workers, remote)
+
+
+def rank_process(folder: Path, names: list[str], rank: int, first: int, last: int, batch: int, room: int) -> None:
+    """A rank that writes down each step that it has read, until it is killed."""
+    config = load_config("emoji-tiny", ["data.workers=1"])
+    order, data = opened(folder / "node", names, False, room)
+    plan = BatchPlan(batch, 2, 60, 1, 6)
+    with open(folder / f"rank-{rank}.jsonl", "a") as file:
+        for step, found in zip(
+            range(first, last), read_rank(config, order, data, plan, rank, range(first, last)), strict=True
+        ):
+            file.write(json.dumps([step, found]) + "\n")
+            file.flush()
+
+
+def steps_of(folder: Path, rank: int) -> dict[int, dict[str, str]]:
+    path = folder / f"rank-{rank}.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return dict(json.loads(line) for line in lines if line.endswith("\n"))
+
+
+@pytest.mark.parametrize(("count", "per_shard"), [(240, 40), pytest.param(20_000, 1000, marks=pytest.mark.slow)])
+def test_two_ranks_over_s3_with_faults_are_killed_and_go_on_exactly(tmp_path: Path, count: int, per_shard: int) -> None:
+    """Ranks as processes of their own with workers, over a cache smaller than the data; every third answer is a fault."""
+    (tmp_path / "served").mkdir()
+    shards = range(count // per_shard)
+    paths = [laion_shard(tmp_path / "served" / f"{n:05d}.tar", per_shard * n, per_shard) for n in shards]
+    batch, steps, room = count // 10 // 6 * 6, 10, 4 * paths[0].stat().st_size
+    order, data = opened(tmp_path / "local", [str(path) for path in paths], False)
+    plan = BatchPlan(batch, 1, 60, 1, 6)
+    want = {
+        str(p): h
+        for one in read_rank(load_config("emoji-tiny", []), order, data, plan, 0, range(steps))
+        for p, h in one.items()
+    }
+    context, faults = multiprocessing.get_context("spawn"), Faults(every=3)
+    with s3_bucket(paths, faults=faults):
+        names, first = [f"s3://laion/{path.name}" for path in paths], 0
+        opened(tmp_path / "node", names, False, room)  # the index is made before
+        for is_last in (False, True):
+            ranks = [
+                context.Process(target=rank_process, args=(tmp_path, names, r, first, steps, batch, room)) for r in range(2)
+            ]
+            for rank in ranks:
+                rank.start()
+            deadline = time.monotonic() + 250
+            while not is_last and time.monotonic() < deadline and min(len(steps_of(tmp_path, r)) for r in range(2)) < 3:
+                time.sleep(0.01)
+            for rank in ranks:
+                rank.join(250) if is_last else rank.kill()
+                rank.join()
+            done = [steps_of(tmp_path, r) for r in range(2)]
+            first = min(max(one) for one in done)  # the last step that both have read is read again
+        assert faults.injected > 0
+    found = [{p: h for one in steps_of(tmp_path, r).values() for p, h in one.items()} for r in range(2)]
+    assert not found[0].keys() & found[1].keys()
+    assert found[0] | found[1] == want
+    assert len(want) == batch * steps

@@ -86,7 +86,7 @@ def test_ranks_draw_what_one_draws(folder: Path, tmp_path: Path):
     common = ["--checkpoint", str(folder), "--prompts", str(prompts), "--batch", "3", "--per-prompt", "2"]
     assert sample.main([*common, "--out", str(tmp_path / "1.png"), "--images", str(tmp_path / "one")]) == 0
     spread = [*common, "--out", str(tmp_path / "2.png"), "--images", str(tmp_path / "two")]
-    outputs = run_ranks(["-m", "raphael_dist.sample", *spread], 2)
+    outputs = run_ranks(["raphael_dist/sample.py", *spread], 2)
     assert "16 of 16 images" in outputs[0]
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "two").iterdir()) == [f"{i:06d}.png" for i in range(16)]

@@ -32,7 +32,7 @@ from raphael_dist.errors import UserError
 VERSION = 1
 SAMPLES, KEYS, BAD, NUM_BAD, BYTES = range(5)  # columns of shards.npy
 DIGESTS = ("fingerprint", "content", "text_digest")
-_SHARDS_IN_MEMORY = 32
+_SHARDS_IN_MEMORY = 20
 
 
 @dataclass(frozen=True)

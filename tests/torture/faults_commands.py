@@ -40,8 +40,9 @@ def limited() -> None:
 def command(*arguments: str, timeout: float = 120, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the training command, which is to plan only."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    preset = [] if "--config" in arguments else ["--config=emoji-tiny"]
     return subprocess.run(
-        [sys.executable, str(ROOT / "raphael_dist/train.py"), "--dry-run", *arguments],
+        [sys.executable, str(ROOT / "raphael_dist/train.py"), "--dry-run", *preset, *arguments],
         env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, preexec_fn=limited, errors="replace",
     )  # fmt: skip
 

@@ -275,6 +275,7 @@ def another_topology(trial: Trial) -> Outcome:
     ep = trial.draw.choice([(1, 1), (2, 2), (2, 1), (1, 2)]) if world == 2 else (1, 1)
     stage = trial.draw.choice([1, 2] if max(ep) > 1 else [0, 1, 2, 3])
     sections = {**trial.sections, "parallel": {"space_ep": ep[0], "time_ep": ep[1]}}
+    sections["train"] = {**sections["train"], "max_steps": at}  # nothing is left to train
     spec = {"worker": "tortured", "run_dir": str(trial.run), "stage": stage, "sections": sections, "save_again": True}
     codes = trial.forks.run(trial.said, world, 300, **spec)
     assert codes == [0] * world, f"exit codes {codes}:\n{(trial.said / 'out-0.txt').read_text()[-3000:]}"

@@ -52,9 +52,9 @@ def _record(seed: int, count: int) -> ShardRecord:
 
 
 def _private_mb() -> float:
-    """Return MB of memory that only this process has: mapped files are shared by all."""
+    """Return MB of memory that only this process has: pages of mapped files are not."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1e3
 
 
 def _open(folder: Path, queue: "multiprocessing.SimpleQueue[tuple[float, float, float]]") -> None:
