@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,9 +92,12 @@ def test_offset_noise_shifts_whole_channels_by_its_deviation() -> None:
     assert offsets.shape == (500, 4, 1, 1)
     assert (float(offsets.mean()), float(offsets.std())) == pytest.approx((0, 1), abs=0.05)
     assert torch.equal(draw_offset(1, 7, 4), offsets[7])
-    plain, shifted = (BatchBuilder(tiny_config(recipe={"offset_noise": s}), None, num_blocks=1) for s in (0.0, 0.3))  # type: ignore[arg-type]
-    sample: Any = SimpleNamespace(latents=torch.zeros(4, 6, 6))
-    shift = shifted._noise(7, sample) - plain._noise(7, sample)
+    nothing: Any = None
+    plain, shifted = (
+        BatchBuilder(tiny_config(recipe={"offset_noise": s}), nothing, nothing, num_blocks=1) for s in (0.0, 0.3)
+    )
+    shape = torch.Size((4, 6, 6))
+    shift = shifted._noise(7, shape) - plain._noise(7, shape)
     torch.testing.assert_close(shift, 0.3 * draw_offset(0, 7, 4).expand(4, 6, 6), rtol=0, atol=1e-6)
 
 
