@@ -31,6 +31,7 @@ NO_COMMANDS = (
     "runs/NAME/config.yaml ",  # what a run leaves
     "out[j] = sum_k ",
     "seconds = n (W - 1) / W ",
+    "options: {members: ",  # what mkdocs fills in
     "base: raphael-sd2",  # configurations, which tests/test_recipes.py reads
     "recipe:",
     "data:",  # sources, whose like tests/test_index.py reads

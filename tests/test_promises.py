@@ -45,10 +45,10 @@ PROMISES = {
         "training: a_bfloat16_run_starts_from_float32_weights_without_rounding_them\n"
         "upcycle: a_new_run_says_how_to_start_from_a_dense_folder"
     ),
-    "Embeddings and latents are computed once": (
+    "kept in `data.cache_dir` (`cached`, the default)": (
         "stream: a_caption_is_encoded_once_per_shard_and_nothing_is_computed_twice"
     ),
-    "Corrupt samples are skipped, counted (`data/replaced`) and reported": (
+    "Corrupt samples are replaced, counted (`data/replaced`) and reported": (
         "stream: a_corrupt_image_is_replaced_from_its_bucket_counted_and_reported_once"
     ),
     "goes on by itself after time limits, preemptions, crashes, hangs and lost nodes": (

@@ -6,6 +6,7 @@ spec: {"folder": run directory, "at": the slow rank, "collective_s", "seconds": 
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def main(spec: dict[str, Any]) -> int:
         return write(*given)
 
     store.write_snapshot = slowly  # type: ignore[assignment]
+    Path(spec["folder"], "checkpoints").mkdir(exist_ok=True)  # as claiming a run directory does
     config = tiny_config(run={"dir": spec["folder"]})
     torch.manual_seed(0)
     saved = store.CheckpointStore(config, ranks, plain_fragments(RaphaelUNet(config)), None, {"data.shards": "synthetic"})

@@ -35,7 +35,7 @@ from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import Ranks, discover, initialise
 from raphael_dist.storage.versions import versions
-from raphael_dist.training.measure import rehearse, throughput
+from raphael_dist.training.measure import FLOPS, rehearse, throughput
 
 WARM_UP = 3  # steps: libraries choose their kernels, optimizers make their state
 
@@ -91,7 +91,7 @@ def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime
         optimizer.step()
         optimizer.zero_grad()
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         loss()
     seconds, peak = _timed(step, device, steps)
     return StepTime(seconds, 3 * counter.get_total_flops() / config.train.micro_batch, peak)

@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -126,7 +126,10 @@ class _Stream:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def sample(self, position: int) -> StreamSample:
+    def samples(self, positions: Sequence[int]) -> list[StreamSample]:
+        return [self._sample(position) for position in positions]
+
+    def _sample(self, position: int) -> StreamSample:
         c, (height, width) = self._config, self._config.image.buckets[0]
         factor = latent_factor(c.image.encoder)
         size = (height // factor, width // factor)
