@@ -6,9 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/demo
-# Tests at a time: most wait for ranks that start, so two are faster on two cores, and JOBS=0 is for a debugger.
-JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS)
+# Tests at a time: most wait for ranks that start, so three keep two cores busy, and JOBS=0 is for a debugger.
+JOBS ?= 3
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 
 .PHONY: help demo test test-slow test-slurm test-gpu torture docs lint install clean
 
@@ -48,7 +48,7 @@ test-slow: $(INSTALLED)
 	$(PYTEST) -m "slow and not slurm"
 
 test-slurm: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m slurm
+	$(BIN)/python -m pytest -q $(ARGS) -m slurm
 
 # Gradients first: nothing that comes after them means much where they are wrong.
 test-gpu: $(INSTALLED)
