@@ -239,10 +239,10 @@ def test_pictures_look_alike_by_shape_and_colour_and_not_by_shape_alone() -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_three_commands_of_the_readme_lead_from_a_folder_of_pictures_to_a_falling_loss(tmp_path: Path) -> None:
-    """In an empty folder that looks like the repository, with 300 pictures of 64 pixels and a small model."""
+    """In an empty folder that looks like the repository, with 100 pictures of 64 pixels and a small model."""
     for name in ("raphael_dist", "tools", "data", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    folder_of(tmp_path / "my-pictures", 300)
+    folder_of(tmp_path / "my-pictures", 100)
     commands = [code.text for code in find_code() if "my-pictures" in code.text or "my-shards" in code.text]
     assert len(commands) == 3
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,13 @@ from tests.test_remote import QUICK
 
 BUCKETS = [(24, 24), (24, 32), (24, 40)]
 STEPS, BATCH = 5, 24
+
+
+LONG = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif("RAPHAEL_LONG" not in os.environ, reason="20,000 images take long: RAPHAEL_LONG=1 runs them"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +126,7 @@ def steps_of(folder: Path, rank: int) -> dict[int, dict[str, str]]:
     return dict(json.loads(line) for line in lines if line.endswith("\n"))
 
 
-@pytest.mark.parametrize(("count", "per_shard"), [(240, 40), pytest.param(20_000, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "per_shard"), [(240, 40), pytest.param(20_000, 1000, marks=LONG)])
 def test_two_ranks_over_s3_with_faults_are_killed_and_go_on_exactly(tmp_path: Path, count: int, per_shard: int) -> None:
     """Ranks as processes of their own with workers, over a cache smaller than the data; every third answer is a fault."""
     (tmp_path / "served").mkdir()
