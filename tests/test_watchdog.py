@@ -164,7 +164,8 @@ def test_a_hung_run_names_the_late_rank_and_ends(tmp_path: Path, how: str) -> No
     assert f"rank 1 on host1 {said}" in output
     assert f"rank 1 on host1 {said}" in (tmp_path / "run" / "train.log").read_text()
     logs = tmp_path / "run" / "logs"
-    assert "expert_parallel.py" in (logs / "stacks-rank-0.txt").read_text()
+    if how != "data":  # there rank 1 also gives up, and when it is first, rank 0 has left the exchange by the time it writes
+        assert "expert_parallel.py" in (logs / "stacks-rank-0.txt").read_text()
     if how != "stop":
         assert "hang_run.py" in (logs / "stacks-rank-1.txt").read_text()
 
