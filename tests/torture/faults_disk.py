@@ -46,6 +46,16 @@ def used(folder: Path) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
+def train_without_room(trial: Trial, at: int) -> list[int]:
+    """Train where something is full; return the exit codes. Nothing saved up to step `at` may be lost."""
+    codes = trial.train()
+    ended = trial.output
+    assert set(codes) <= {0, 2, EXIT_NOT_SAVED}, f"exit codes {codes}:\n{ended}"
+    assert "Traceback" not in ended, ended[-3000:]
+    assert trial.newest() >= at
+    return codes
+
+
 @fault("a full disk, from the start or after some steps", "disks")
 def full(trial: Trial) -> Outcome:
     at = trial.begin()
@@ -53,12 +63,8 @@ def full(trial: Trial) -> Outcome:
     (trial.run / "checkpoints").mkdir(exist_ok=True)
     with disk(trial.run, "size=64m"):
         remount(trial.run, f"size={used(trial.run) + room}")
-        codes = trial.train()
-        ended = trial.output
-        assert set(codes) <= {0, 2, EXIT_NOT_SAVED}, f"exit codes {codes}:\n{ended}"
-        assert "Traceback" not in ended, ended[-3000:]
-        assert trial.newest() >= at
-        said = "" if not any(codes) else next(line for line in ended.splitlines() if line.startswith("error"))
+        codes = train_without_room(trial, at)
+        said = "" if not any(codes) else next(line for line in trial.output.splitlines() if line.startswith("error"))
         remount(trial.run, "size=64m")
         trial.finish()
     return refused(said.replace(str(trial.run), "")[:200]) if said else survived(f"{room} bytes were enough")
@@ -92,11 +98,7 @@ def inodes(trial: Trial) -> Outcome:
     with disk(trial.run, "size=64m"):
         files = 1 + sum(1 for _ in trial.run.rglob("*"))
         remount(trial.run, f"size=64m,nr_inodes={files + more}")
-        codes = trial.train()
-        ended = trial.output
-        assert set(codes) <= {0, 2, EXIT_NOT_SAVED}, f"exit codes {codes}:\n{ended}"
-        assert "Traceback" not in ended, ended[-3000:]
-        assert trial.newest() >= at
+        codes = train_without_room(trial, at)
         remount(trial.run, "size=64m,nr_inodes=100000")
         trial.finish()
     return survived(f"{more} were left, exit codes {codes}")
