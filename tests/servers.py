@@ -4,6 +4,7 @@ import http.client
 import os
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -151,6 +152,9 @@ def s3_bucket(files: list[Path], bucket: str = "laion", faults: Faults | None = 
     host, port = server.get_host_and_port()
     os.environ.update(environment)
     try:
+        # Its buckets are the process's, not the server's: another test's objects would be listed among these.
+        with urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b""):
+            pass
         client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
         client.create_bucket(Bucket=bucket)
         for path in files:
