@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raphael_dist.config import config_from_tree
 from raphael_dist.convert.layouts.diffusers import CODE, PIPELINE, PIPELINE_CODE
-from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
+from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures, packaged_text_model
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.prompts import fit_picture
@@ -81,7 +81,7 @@ class RaphaelPipeline(_Pipeline):
     """Samples exactly as `raphael_dist.sample` does: the same `seed` gives the same image."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 (the name and type that diffusers looks for)
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (the name and type that diffusers looks for)
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
@@ -95,10 +95,14 @@ class RaphaelPipeline(_Pipeline):
         steps: int = 25,
         guidance: float = 4.5,
         size: Sequence[int] = (512, 512),
+        text: str | None = None,
     ) -> None:
+        """`text`: the name of a text encoder that ships in a package, where the folder has none of its own."""
         super().__init__()
+        if text_encoder is None and text is not None:
+            text_encoder, tokenizer = packaged_text_model(text)
         self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
-        self.register_to_config(max_tokens=max_tokens, steps=steps, guidance=guidance, size=list(size))
+        self.register_to_config(max_tokens=max_tokens, steps=steps, guidance=guidance, size=list(size), text=text)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

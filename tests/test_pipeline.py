@@ -25,6 +25,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.pipeline import RaphaelPipeline
+from raphael_dist.sampling.load import load_trained
 from raphael_dist.sampling.sampling import Request, Sampler, denoiser, initial_noise, sample_latents, to_pixels
 from tests.checkpoints import State, assert_same, handmade_canonical, read_state
 from tests.synthetic import TREE
@@ -242,6 +243,27 @@ def test_the_unet_is_called_like_diffusers(exported):
 def test_the_pipeline_names_an_argument_that_does_not_fit(exported, given, message):
     with pytest.raises(UserError, match=message):
         exported("a sun", **given)
+
+
+def test_a_text_encoder_that_ships_in_a_package_is_named_instead_of_copied(tmp_path):
+    config = emoji()
+    model, _ = trained(config, tmp_path / "canonical")
+    by_name = Options(dtype=torch.float16, text_by_name=True)
+    convert("auto", tmp_path / "canonical", "diffusers", tmp_path / "exported", by_name)
+    assert {p.name for p in (tmp_path / "exported").iterdir() if p.is_dir()} == {"unet", "vae", "scheduler"}
+    expected = sampled(model.half().float(), config)
+    for kind, more in ((RaphaelPipeline, {}), (DiffusionPipeline, {"trust_remote_code": True})):
+        pipeline = kind.from_pretrained(tmp_path / "exported", torch_dtype=torch.float32, **more)
+        assert np.array_equal(stacked(pipeline(PROMPTS, seed=11, guidance_scale=4.0).images), expected)
+    trained_by_name = load_trained(tmp_path / "exported", "ema", torch.device("cpu"))
+    assert trained_by_name.config.text.encoder == "minilm"
+    requests = [Request(prompt, (64, 64), 11, i) for i, prompt in enumerate(PROMPTS)]
+    made = make_scheduler(config.diffusion, "ddim")
+    assert np.array_equal(trained_by_name.sampler.draw(requests, made, steps=3, guidance=4.0), expected)
+    own = config.model_copy(update={"text": config.text.model_copy(update={"encoder": str(clip(tmp_path / "clip", 384))})})
+    trained(own, tmp_path / "own")
+    with pytest.raises(UserError, match=r"--text-by-name: text.encoder is '.*clip', a folder; only minilm ships"):
+        convert("auto", tmp_path / "own", "diffusers", tmp_path / "refused", by_name)
 
 
 def test_an_encoder_that_does_not_fit_is_named_before_anything_is_written(tmp_path):

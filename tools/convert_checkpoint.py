@@ -35,6 +35,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--prediction", choices=("epsilon", "v_prediction"), help="what a U-Net predicts, where no scheduler beside it says"
     )
     parser.add_argument("--unet-only", action="store_true", help="of a pipeline: leave out encoders and scheduler")
+    parser.add_argument(
+        "--text-by-name", action="store_true", help="of a pipeline: name a text encoder that ships in a package, not copy it"
+    )
     return parser.parse_args(argv)
 
 
@@ -54,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     ranks = MpiRanks()
     try:
         config = load_config(args.config) if args.config else None
-        options = options_of(args.target[0], args.ep, args.world, args.zero, args.weights, args.dtype, args.unet_only)
+        switches = (args.unet_only, args.text_by_name)
+        options = options_of(args.target[0], args.ep, args.world, args.zero, args.weights, args.dtype, *switches)
         options = replace(options, prediction=args.prediction)
         (source, path), (target, out) = args.source, args.target
         report = convert(source, Path(path), target, Path(out), options, config, ranks)

@@ -11,7 +11,14 @@ from raphael_dist.errors import UserError
 
 
 def options_of(
-    layout: str, ep: str, world: int, stage: int, weights: str | None, dtype: str | None, unet_only: bool
+    layout: str,
+    ep: str,
+    world: int,
+    stage: int,
+    weights: str | None,
+    dtype: str | None,
+    unet_only: bool,
+    text_by_name: bool = False,
 ) -> Options:
     """Return the options of a target. Raises UserError for one that the layout does not take."""
     try:
@@ -28,9 +35,11 @@ def options_of(
     for name, given in (("--weights", weights), ("--dtype", dtype)):
         if given and name[2:] not in heeds:
             raise UserError(f"{name} {given}: {layout} holds every kind of values in float32; leave it out")
-    if unet_only and "unet_only" not in heeds:
-        raise UserError(f"--unet-only: a {layout} checkpoint holds no encoders anyway; leave it out")
-    return Options(space, time, world, stage, weights, getattr(torch, dtype or "float32"), unet_only=unet_only)
+    for name, switched_on in (("--unet-only", unet_only), ("--text-by-name", text_by_name)):
+        if switched_on and "unet_only" not in heeds:
+            raise UserError(f"{name}: a {layout} checkpoint holds no encoders anyway; leave it out")
+    number = getattr(torch, dtype or "float32")
+    return Options(space, time, world, stage, weights, number, unet_only=unet_only, text_by_name=text_by_name)
 
 
 def print_report(report: Report, path: str, out: str) -> None:

