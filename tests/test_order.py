@@ -8,7 +8,7 @@ from PIL import Image
 
 from raphael_dist.config import load_config
 from raphael_dist.config_data import PAPERS_BUCKETS, generated_buckets
-from raphael_dist.data.buckets import nearest_bucket, resize_and_crop
+from raphael_dist.data.buckets import nearest_buckets, resize_and_crop
 from raphael_dist.data.index import DatasetIndex
 from raphael_dist.data.index_write import table_in_memory
 from raphael_dist.data.order import SampleOrder
@@ -103,10 +103,9 @@ def test_nonsense_and_too_small_data_sets_are_refused():
 
 def test_the_nearest_bucket_is_by_shape_then_by_area():
     paper = [(448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576), (704, 512), (768, 512), (832, 448)]
-    for number, (height, width) in enumerate(paper):
-        assert nearest_bucket(width, height, paper) == number
-    assert nearest_bucket(4000, 100, paper) == 0
-    assert nearest_bucket(30, 30, [(16, 16), (32, 32)]) == 1
+    heights, widths = np.array([*paper, (100, 4000)]).T
+    assert nearest_buckets(widths, heights, paper).tolist() == [*range(9), 0]
+    assert nearest_buckets(np.array([30]), np.array([30]), [(16, 16), (32, 32)]).tolist() == [1]
 
 
 def test_buckets_follow_from_a_resolution_by_rule() -> None:

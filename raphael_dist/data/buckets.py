@@ -21,11 +21,6 @@ def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[t
     return np.where(tied_NB, area_NB, np.inf).argmin(axis=1)
 
 
-def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> int:
-    """Return the number of the bucket (height, width) nearest to an image of that size."""
-    return int(nearest_buckets(np.array([width]), np.array([height]), buckets)[0])
-
-
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
     """Scale `image` until it covers `size_hw` (height, width), cut out the centre, mirror it left to right if `flip`."""
     height, width = size_hw

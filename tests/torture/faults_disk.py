@@ -46,6 +46,17 @@ def used(folder: Path) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
+def leave_room(folder: Path, room: int) -> None:
+    """Make a file system so small that `room` bytes are left, while others write to it."""
+    for attempts_left in reversed(range(20)):
+        try:
+            return remount(folder, f"size={used(folder) + room}")
+        except subprocess.CalledProcessError:  # more was written since it was asked how much there is
+            if not attempts_left:
+                raise
+            time.sleep(0.02)
+
+
 def train_without_room(trial: Trial, at: int) -> list[int]:
     """Train where something is full; return the exit codes. Nothing saved up to step `at` may be lost."""
     codes = trial.train()
@@ -62,7 +73,7 @@ def full(trial: Trial) -> Outcome:
     room = trial.draw.choice([0, 4096, 100_000, 500_000, 2_000_000, 4_000_000])
     (trial.run / "checkpoints").mkdir(exist_ok=True)
     with disk(trial.run, "size=64m"):
-        remount(trial.run, f"size={used(trial.run) + room}")
+        leave_room(trial.run, room)
         codes = train_without_room(trial, at)
         said = "" if not any(codes) else next(line for line in trial.output.splitlines() if line.startswith("error"))
         remount(trial.run, "size=64m")
@@ -77,7 +88,7 @@ def full_for_a_while(trial: Trial) -> Outcome:
 
     def squeeze(pids: list[int]) -> None:
         time.sleep(wait)
-        remount(trial.run, f"size={used(trial.run) + 4096}")
+        leave_room(trial.run, 4096)
         time.sleep(seconds)
         remount(trial.run, "size=64m")
 

@@ -13,7 +13,7 @@ from tests.launch import run_ranks
 from tests.slurm_cluster import Cluster, wait_for
 from tests.test_slurm import EVERY, LONG, Job, files_of, losses
 from tests.test_training import SMALL
-from tests.torture.faults_disk import disk, remount, used
+from tests.torture.faults_disk import disk, leave_room, remount
 from tests.torture.faults_process import send
 from tests.torture.kinds import fault
 from tests.torture.trial import Outcome, Trial, refused, survived
@@ -270,7 +270,7 @@ def full_disk(case: SlurmTrial) -> Outcome:
     with disk(run, "size=200m,mode=700"):
         job = case.submit()
         when = case.any_moment()
-        remount(run, f"size={used(run) + 8192}")
+        leave_room(run, 8192)
         state = case.cluster.wait_job(job.id, seconds=PATIENCE_S)["JobState"]
         said = job.log
         assert "Traceback" not in said, said[-3000:]

@@ -26,7 +26,8 @@ from raphael_dist.convert.layouts.dense import (
 from raphael_dist.convert.manifest import base_manifest, manifest_beside
 from raphael_dist.convert.plan import ConversionPlan, Options, Source
 from raphael_dist.convert.source import Checkpoint, is_dense
-from raphael_dist.data.encoders import PACKAGED, save_text_model, text_folders, vae_folder
+from raphael_dist.data.encoder_files import PACKAGED, text_folders, vae_folder
+from raphael_dist.data.encoders import save_text_model
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.latents import latent_factor
