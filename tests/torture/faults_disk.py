@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raphael_dist.errors import EXIT_NOT_SAVED
@@ -48,13 +48,12 @@ def used(folder: Path) -> int:
 
 def leave_room(folder: Path, room: int) -> None:
     """Make a file system so small that `room` bytes are left, while others write to it."""
-    for attempts_left in reversed(range(20)):
-        try:
-            return remount(folder, f"size={used(folder) + room}")
-        except subprocess.CalledProcessError:  # more was written since it was asked how much there is
-            if not attempts_left:
-                raise
-            time.sleep(0.02)
+    for _ in range(20):
+        with suppress(subprocess.CalledProcessError):  # more was written since it was asked how much there is
+            remount(folder, f"size={used(folder) + room}")
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{folder} never came to rest")
 
 
 def train_without_room(trial: Trial, at: int) -> list[int]:
