@@ -29,6 +29,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 FocalForm = Literal["focal", "quality"]
 TextLayer = Literal["last", "penultimate"]
+WEIGHTS = ("ema", "master")  # what checkpoints hold: the average of the weights, and the weights
 Scheduler = Literal["ddim", "dpm++", "euler"]
 SpaceBackend = Literal["auto", "grouped", "wide", "literal", "megablocks"]
 Placement = Annotated[

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from raphael_dist.config import Scheduler
+from raphael_dist.config import WEIGHTS, Scheduler
 from raphael_dist.errors import UserError, exit_code_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, help="how many captions (FID-30k: 30000)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: sample.steps of the run)")
     parser.add_argument("--scheduler", choices=get_args(Scheduler), help="default: sample.scheduler of the run")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="averaged weights, or the last ones")
+    parser.add_argument("--weights", choices=WEIGHTS, help="averaged weights, or the last ones (default: ema if there)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size to draw (default: the first bucket)")
     parser.add_argument("--seed", type=int, default=0, help="fixes the noise, and which captions are taken")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time on each rank")
@@ -68,16 +68,13 @@ def run(args: argparse.Namespace) -> None:
     """Run a study on all ranks of a launcher. Raises UserError for what the user can fix."""
     _check(args)
 
-    from raphael_dist.parallel.ranks import all_or_none
-    from raphael_dist.sampling.load import load_trained
-    from raphael_dist.sampling.ranks import joined
+    from raphael_dist.sampling.load import opened
 
-    with joined() as (ranks, device):
-        trained = all_or_none(lambda: load_trained(args.checkpoint, args.weights, device))
+    with opened(args.checkpoint, args.weights) as (trained, ranks):
         if args.study == "emoji":
             _emoji(args, trained, ranks)
         else:
-            _images(args, trained, ranks, device)
+            _images(args, trained, ranks)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -121,7 +118,7 @@ def _protocol(args: argparse.Namespace, trained: "Trained", **more: Any) -> dict
     return {
         "study": args.study,
         "checkpoint": trained.origin,
-        "weights": args.weights,
+        "weights": trained.weights,
         "weights_digest": trained.digest,
         "steps": settings.steps,
         "scheduler": scheduler,
@@ -135,7 +132,7 @@ def _protocol(args: argparse.Namespace, trained: "Trained", **more: Any) -> dict
     }
 
 
-def _images(args: argparse.Namespace, trained: "Trained", ranks: Any, device: Any) -> None:
+def _images(args: argparse.Namespace, trained: "Trained", ranks: Any) -> None:
     """Draw captions at each guidance; compare with true pictures and captions, or read what is written there."""
     from raphael_dist.evaluation.curve import draw_curve, require_matplotlib
     from raphael_dist.evaluation.drawn import claim
@@ -145,7 +142,7 @@ def _images(args: argparse.Namespace, trained: "Trained", ranks: Any, device: An
     from raphael_dist.parallel.ranks import all_or_none
 
     settings, scheduler, default = all_or_none(lambda: _settings(args, trained))
-    study = together("reading captions and networks", lambda _: _study(args, trained, default, scheduler, device))
+    study = together("reading captions and networks", lambda _: _study(args, trained, default, scheduler))
     text = args.study == "text"
     guidances = tuple(args.guidance or ((settings.guidance,) if text else GUIDANCES))
     several = len(guidances) > 1
@@ -168,7 +165,7 @@ def _images(args: argparse.Namespace, trained: "Trained", ranks: Any, device: An
         print(f"how they were made: {args.out / 'protocol.json'}")
 
 
-def _study(args: argparse.Namespace, trained: "Trained", default: "Request", scheduler: str, device: Any) -> "Study":
+def _study(args: argparse.Namespace, trained: "Trained", default: "Request", scheduler: str) -> "Study":
     from raphael_dist.evaluation.features import ClipScore, features_of
     from raphael_dist.evaluation.lettering import asked_text, reader_of
     from raphael_dist.evaluation.readers import read_captions
@@ -181,8 +178,8 @@ def _study(args: argparse.Namespace, trained: "Trained", default: "Request", sch
         if not requests:
             raise UserError(f'--captions {args.captions}: none of them asks for a text in "quotes"')
         return Study(args.out, requests, scheduler, reader=reader_of(args.ocr))
-    features = features_of(args.features, device) if args.features else None
-    clip = ClipScore(args.clip, device) if args.clip else None
+    features = features_of(args.features, trained.device) if args.features else None
+    clip = ClipScore(args.clip, trained.device) if args.clip else None
     return Study(args.out, requests, scheduler, features, clip, side=args.side)
 
 

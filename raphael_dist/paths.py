@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raphael_dist.config import WEIGHTS
 from raphael_dist.errors import UserError, exit_code_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run directory, step-* folder or exported pipeline")
     parser.add_argument("--prompt", action="append", default=[], help="caption to draw and to follow; give it several times")
     parser.add_argument("--out", type=Path, default=Path("paths"), help="folder for the figures, paths.json and report.md")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="averaged weights, or the last ones")
+    parser.add_argument("--weights", choices=WEIGHTS, help="averaged weights, or the last ones (default: ema if there)")
     parser.add_argument("--timestep", type=int, default=300, help="regions are those of the step nearest to it")
     parser.add_argument("--steps", type=int, help="denoising steps (default: sample.steps of the run)")
     parser.add_argument("--seed", type=int, default=0, help="fixes the initial noise")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from raphael_dist.config import Scheduler
+from raphael_dist.config import WEIGHTS, Scheduler
 from raphael_dist.errors import UserError, exit_code_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="weight of the caption (default: sample.guidance of the run)")
     parser.add_argument("--seed", type=int, help="fixes the initial noise (default: sample.seed of the run)")
     parser.add_argument("--scheduler", choices=get_args(Scheduler), help="default: sample.scheduler of the run")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="averaged weights, or the last ones")
+    parser.add_argument("--weights", choices=WEIGHTS, help="averaged weights, or the last ones (default: ema if there)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: the first bucket)")
     parser.add_argument("--image", type=Path, help="a picture to begin from")
     parser.add_argument("--strength", type=float, default=0.8, help="share of the steps that draw --image anew")
@@ -60,11 +60,9 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
 
     from raphael_dist.parallel.ranks import all_or_none
-    from raphael_dist.sampling.load import load_trained
-    from raphael_dist.sampling.ranks import joined
+    from raphael_dist.sampling.load import opened
 
-    with joined() as (ranks, device):
-        trained = all_or_none(lambda: load_trained(args.checkpoint, args.weights, device))
+    with opened(args.checkpoint, args.weights) as (trained, ranks):
         requests, settings = all_or_none(lambda: _plan(args, trained))
         shown = _draw(args, trained, requests, settings, ranks)
         if ranks.is_main:

@@ -201,6 +201,13 @@ class Runner:
     def make(self, program: str, words: list[str]) -> None:
         assert set(words) <= make_targets()
 
+    def bash(self, program: str, words: list[str]) -> None:
+        """Look up an example, which tests/test_examples.py runs; a script of Slurm's prints what it would do."""
+        if words[0].startswith("docs/examples/"):
+            assert (ROOT / words[0]).is_file()
+        else:
+            self.slurm(program, words)
+
     def slurm(self, program: str, words: list[str]) -> None:
         """Print what a script would do, without Slurm, and plan the training among it."""
         if program in ("sbatch", "bash"):
@@ -230,7 +237,8 @@ class Runner:
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,
-        r"sbatch|bash|slurm/\w+\.sh": slurm,
+        r"bash": bash,
+        r"sbatch|slurm/\w+\.sh": slurm,
     }
 
 

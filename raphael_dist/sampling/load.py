@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from raphael_dist.convert.source import Checkpoint
 from raphael_dist.data.open import load_encoders
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.ranks import Ranks, all_or_none
+from raphael_dist.sampling.ranks import joined
 from raphael_dist.sampling.sampling import Sampler
 
 
@@ -26,6 +28,7 @@ class Trained:
     """What was loaded: the model, its sampler, the configuration of its run, and where it comes from in words.
 
     digest: a checksum of the checkpoint by its manifest, or of where it lies where there is none.
+    weights: "ema" or "master".
     """
 
     model: RaphaelUNet
@@ -33,13 +36,27 @@ class Trained:
     config: Config
     origin: str
     digest: str
+    weights: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
 
-def load_trained(path: Path, weights: str, device: torch.device, dtype: torch.dtype | None = None) -> Trained:
-    """Load a model with its encoders; `weights`: "ema", or "master" for the last ones. Files are checked by their checksums.
+@contextmanager
+def opened(path: Path, weights: str | None) -> Iterator[tuple[Trained, Ranks]]:
+    """Load a model on all ranks of a launcher, or alone, and yield it with them. Raises on all what `load_trained` does."""
+    with joined() as (ranks, device):
+        yield all_or_none(lambda: load_trained(path, weights, device)), ranks
 
-    dtype: of the weights; None: bfloat16 for a run in bfloat16 on a GPU, float32 otherwise. UserError: nothing is there,
-    damage, no such weights, encoders that are missing.
+
+def load_trained(path: Path, weights: str | None, device: torch.device, dtype: torch.dtype | None = None) -> Trained:
+    """Load a model with its encoders. Files are checked by their checksums.
+
+    weights: "ema", "master" for the last ones, or None: the average where there is one. dtype: of the weights; None:
+    bfloat16 for a run in bfloat16 on a GPU, float32 otherwise. UserError: nothing is there, damage, no such weights,
+    encoders that are missing.
     """
     with open_for_sampling(path) as checkpoint:
         config = exported_config(checkpoint, path)
@@ -47,11 +64,12 @@ def load_trained(path: Path, weights: str, device: torch.device, dtype: torch.dt
             half = config.train.dtype == "bfloat16" and device.type == "cuda"
             dtype = torch.bfloat16 if half else torch.float32
         text, image = load_encoders(config, device, dtype)
-        model = read_model(checkpoint, config, weights).to(device, dtype)
+        kind = _kind(checkpoint, weights)
+        model = read_model(checkpoint, config, kind).to(device, dtype)
         step = f"step {checkpoint.progress.step} of " if checkpoint.progress.step else ""
         sums = sorted(str(entry.get("sha256")) for entry in checkpoint.files.values()) or [str(path)]
-    digest = hashlib.sha256("".join([weights, *sums]).encode()).hexdigest()[:16]
-    return Trained(model, Sampler.of(model, text, image), config, f"{step}{path}", digest)
+    digest = hashlib.sha256("".join([kind, *sums]).encode()).hexdigest()[:16]
+    return Trained(model, Sampler.of(model, text, image), config, f"{step}{path}", digest, kind)
 
 
 def open_for_sampling(path: Path) -> Checkpoint:
@@ -111,15 +129,18 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def read_model(checkpoint: Checkpoint, config: Config, weights: str) -> RaphaelUNet:
-    """Return the model in float32 on the CPU, in eval mode. UserError: the checkpoint holds no such weights.
-
-    A layout of weights alone has one kind, which is taken for the averaged ones.
-    """
+def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
+    """Return the kind of weights to load. A layout of weights alone has one, which is taken for the averaged ones."""
     kinds = checkpoint.kinds()
-    kind = "master" if weights == "ema" and not checkpoint.whole and "ema" not in kinds else weights
-    if kind not in kinds:
+    if "ema" not in kinds and (weights is None or (weights == "ema" and not checkpoint.whole)):
+        return "master"
+    if weights is not None and weights not in kinds:
         raise UserError(f"--weights {weights}: the checkpoint holds only {', '.join(kinds)}")
+    return weights or "ema"
+
+
+def read_model(checkpoint: Checkpoint, config: Config, kind: str) -> RaphaelUNet:
+    """Return the model with the weights of a kind that the checkpoint holds, in float32 on the CPU, in eval mode."""
     with torch.device("meta"):
         model = RaphaelUNet(config)
     model.to_empty(device="cpu")
