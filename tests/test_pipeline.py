@@ -90,6 +90,9 @@ def test_the_exported_pipeline_samples_the_same_image_as_our_sampler(tmp_path):
     report = convert("canonical", tmp_path / "canonical", "diffusers", tmp_path / "exported", Options())
     assert [row.kind for row in report.rows] == ["ema"]
     assert "master: left out" in report.notes[0]
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert card.startswith("---\nlicense: unknown\nlibrary_name: diffusers\n")
+    assert f"| parameters | {sum(p.numel() for p in model.parameters()):,}; " in card
     shutil.rmtree(tmp_path / "canonical")
     folders = {p.name for p in (tmp_path / "exported").iterdir() if p.is_dir()}
     assert folders == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}

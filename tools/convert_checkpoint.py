@@ -38,6 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text-by-name", action="store_true", help="of a pipeline: name a text encoder that ships in a package, not copy it"
     )
+    parser.add_argument("--license", default="unknown", help="of a pipeline: what its model card says, e.g. apache-2.0")
     return parser.parse_args(argv)
 
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         config = load_config(args.config) if args.config else None
         switches = (args.unet_only, args.text_by_name)
         options = options_of(args.target[0], args.ep, args.world, args.zero, args.weights, args.dtype, *switches)
-        options = replace(options, prediction=args.prediction)
+        options = replace(options, prediction=args.prediction, licence=args.license)
         (source, path), (target, out) = args.source, args.target
         report = convert(source, Path(path), target, Path(out), options, config, ranks)
     except UserError:

@@ -114,6 +114,7 @@ class Options:
         weights: "master" or "ema", of layouts that hold one kind. dtype: of its values.
         part_bytes: size at which weights are divided into several files.
         unet_only: a pipeline is left without its encoders.
+        licence: what the model card of a pipeline says.
         text_by_name: a text encoder that ships in a package is named instead of copied.
         prediction: what the source's model predicts, where its files do not say.
     """
@@ -127,6 +128,7 @@ class Options:
     part_bytes: int = PART_BYTES
     unet_only: bool = False
     text_by_name: bool = False
+    licence: str = "unknown"
     prediction: str | None = None
 
 

@@ -1,4 +1,5 @@
-"""The diffusers layout: a folder that loads as a pipeline: model_index.json, unet, vae, text_encoder, tokenizer, scheduler.
+"""The diffusers layout: a folder that loads as a pipeline: model_index.json, unet, vae, text_encoder, tokenizer, scheduler;
+and a model card.
 
 With experts, U-Net and pipeline are the classes of `raphael_dist.pipeline`. A dense model gives a real UNet2DConditionModel,
 and with a CLIP text encoder a real StableDiffusionPipeline, which loads without this package. Encoders are copied as files.
@@ -11,6 +12,7 @@ from typing import Any
 
 from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.card import model_card
 from raphael_dist.convert.layouts import WEIGHTS, Layout
 from raphael_dist.convert.layouts.canonical import gather_indexed
 from raphael_dist.convert.layouts.dense import (
@@ -54,6 +56,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     if not options.unet_only:
         encoders = Encoders(config, options.text_by_name)
         index = encoders.model_index()
+        small["README.md"] = model_card(source, kind, options.licence).encode()
         small["model_index.json"] = json.dumps(index, indent=2).encode()
         if index["_class_name"] == [CODE, PIPELINE]:
             small[f"{CODE}.py"] = PIPELINE_CODE.encode()
