@@ -1,6 +1,6 @@
 """Runs in stages (`recipe.stages`): steps trained one after another with other image sizes, batches or learning rates."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from raphael_dist.config import Config, config_from_tree
 from raphael_dist.errors import UserError, did_you_mean
@@ -18,17 +18,26 @@ def staged_keys(config: Config) -> set[str]:
     return {key for stage in config.recipe.stages for key in stage.set}
 
 
-def stage_at(config: Config, step: int) -> tuple[Config, int]:
-    """Return the configuration after `step` steps, and the step that it holds to: the run's end without stages.
+class Part(NamedTuple):
+    """A stage of a run, or a run without stages: its configuration, and the steps after which it begins and ends."""
+
+    config: Config
+    since: int
+    until: int
+
+
+def stage_at(config: Config, step: int) -> Part:
+    """Return the stage that goes on after `step` steps.
 
     UserError: the stage sets a key that it may not, or makes a configuration that is wrong.
     """
-    last = config.train.max_steps
+    since, last = 0, config.train.max_steps
     for number, stage in enumerate(config.recipe.stages, start=1):
         until = last if stage.until is None else min(last, stage.until)
         if step < until or stage is config.recipe.stages[-1]:
-            return _with(config, stage.set, number), until
-    return config, last
+            return Part(_with(config, stage.set, number), since, until)
+        since = until
+    return Part(config, 0, last)
 
 
 def every_stage(config: Config) -> list[Config]:

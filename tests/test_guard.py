@@ -183,6 +183,19 @@ def test_a_checkpoint_that_no_step_can_go_on_from_is_left_for_the_one_before(for
     assert [path.name for path in (alone / "checkpoints").glob("*step*")] == ["step-00000001"]
 
 
+def test_a_return_to_an_earlier_stage_trains_as_that_stage_does(forks: Forks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stages = {"stages": [{"until": 3, "set": {"optim.lr": 0.01}}, {"set": {"optim.lr": 0.02}}]}
+    forks.must(run, 2, **spec(train={"max_steps": 3}, recipe=stages))
+    poison(run, 3)
+    forks.must(run, 2, **spec(train={"max_steps": 7, "log_every": 1}, recipe=stages))
+    assert "no step since the return to step 3 was any good" in log(run)
+    assert "step 2: back in an earlier stage" in log(run)
+    rates = dict(read_metrics(run / "metrics.jsonl")["optim/lr"])
+    assert [rates[step] for step in (3, 4, 7)] == pytest.approx([0.01, 0.02, 0.02])
+    assert at(run, 7).manifest["samples_seen"] == (3 + 3 + 5) * G  # those of the skipped steps are not seen again
+
+
 SPIKE = MIN_LOSSES + 2  # the step, from 1
 SPIKED = {"spike": [(SPIKE - 1) * G + 7]}
 

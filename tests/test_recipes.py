@@ -209,11 +209,11 @@ def staged(stages: list[dict], **sections: dict) -> Config:
 def test_the_stage_of_a_step_says_what_it_is_trained_with() -> None:
     config = staged(STAGES, train={"max_steps": 7, "micro_batch": 3})
     for step, batch, until in ((0, 12, 3), (2, 12, 3), (3, 9, 7), (6, 9, 7), (7, 9, 7)):
-        stage, end = stage_at(config, step)
-        assert (stage.train.global_batch, end) == (batch, until)
+        stage, since, end = stage_at(config, step)
+        assert (stage.train.global_batch, since, end) == (batch, 0 if until == 3 else 3, until)
     assert [stage.optim.lr for stage in every_stage(config)] == [0.01, 0.02]
     plain = tiny_config()
-    assert stage_at(plain, 5) == (plain, plain.train.max_steps)
+    assert stage_at(plain, 5) == (plain, 0, plain.train.max_steps)
     # Which stage a checkpoint is of makes no difference to what run it is; other stages do.
     first, second = every_stage(config)
     assert changes(first, second) == {}

@@ -43,7 +43,8 @@ class Run:
     lock: IO[str] | None
     samples_seen: int = 0
     step: int = 0
-    until: int = 0  # the step that this configuration holds to, a stage's last (recipe.stages); 0: the run's
+    since: int = 0  # the step that this configuration holds from, the end of the stage before (recipe.stages)
+    until: int = 0  # the step that it holds to, the stage's last; 0: the run's
     stop_requested: bool = False  # what all ranks agreed on at a step's end
     first_step: int = 0  # where this process began, or returned to
     trained: bool = False  # a step since then changed the weights
@@ -56,8 +57,8 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether the stage is over, or the run, which then is complete."""
-        return self.step >= (self.until or self.config.train.max_steps)
+        """Whether the stage is over, or left for an earlier one, or the run, which then is complete."""
+        return not self.since <= self.step < (self.until or self.config.train.max_steps)
 
     def patience(self, micro_step: int) -> float:
         """Return how many times longer than usual a micro-step may take: the first of all compiles and allocates."""

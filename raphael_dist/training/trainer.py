@@ -189,13 +189,14 @@ def train_stages(
     """Build and train a run, one stage after another; return whether it is complete. Arguments are those of `build`."""
     step = from_main("looking for checkpoints", lambda _: rundir.newest_step(config))
     while True:
-        stage, until = stage_at(config, step)
+        stage, since, until = stage_at(config, step)
         run = build(stage, json_tree, ranks, device, stop)
-        run.until = until
-        if stage_at(config, run.step)[1] == until:  # or a damaged checkpoint was passed over for one of an earlier stage
+        run.since, run.until = since, until
+        if not run.over or run.complete:  # or a damaged checkpoint was passed over for one of an earlier stage
             if train(run) or run.stop_requested:
                 return run.complete
-            run.telemetry.warn(f"step {run.step}: the stage is over (recipe.stages)")
+            ended = "the stage is over" if run.step >= until else "back in an earlier stage"
+            run.telemetry.warn(f"step {run.step}: {ended} (recipe.stages)")
         step = run.step
         if run.lock is not None:
             run.lock.close()
