@@ -63,7 +63,7 @@ LEFT_OUT = ("...", "SBATCH-OPTIONS", "[options]")
 # Files that are named and are not ours: written by runs and conversions, or other projects'.
 NOT_OURS = """
     raphael_dist/convert/layouts/onefile.py
-    results.csv results.json protocol.json
+    results.csv results.json results.md protocol.json
     metrics.jsonl my.yaml model_index.json slurm.conf logs/stacks-rank-N.txt logs/rank-NNNNN.log
     stage_1_and_2.py layer_L_expert_E_*.pt src/graph/tuning.cc csrc/grouped_gemm.cu
 """.split()  # noqa: SIM905
@@ -233,7 +233,7 @@ class Runner:
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/(bench|index_shards|make_emoji_dataset|plan_run|torture)\.py": parse,
+        r"tools/(ablate|bench|index_shards|make_emoji_dataset|plan_run|torture)\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,
