@@ -68,6 +68,12 @@ class Model(Section):
     text_width: Positive = Field(1024, description="width of the text encoder's tokens")
     space_experts: NonNegative = Field(6, description="experts of each Space-MoE; 0 turns the layer off")
     time_experts: NonNegative = Field(4, description="experts of each Time-MoE; 0 keeps the dense feed-forward layer")
+    shared_expert: NonNegativeFloat = Field(
+        0.0, description="width, in model.expert_width, of one more expert of each Space-MoE that all image tokens run"
+    )
+    time_routing: Literal["learned", "boundaries"] = Field(
+        "learned", description="by a gate, or by fixed bands of equally many timesteps, one for each time expert"
+    )
     expert_width: tuple[Positive, ...] = Field((1280, 2560, 5120, 5120), description="hidden width of an expert per level")
     time_activation: Literal["gelu", "geglu"] = Field("gelu", description="geglu only to upcycle a dense checkpoint")
     gate_width: Positive = Field(128, description="hidden width of the text and time gates")
@@ -324,7 +330,7 @@ class Config(Section):
 # What must be equal for a checkpoint's weights to fit; everything else may change on resume.
 ARCHITECTURE_FIELDS = (
     "channels", "attention", "layers_per_block", "head_dim", "norm_groups", "latent_channels", "text_width",
-    "space_experts", "time_experts", "expert_width", "time_activation", "gate_width",
+    "space_experts", "time_experts", "expert_width", "time_activation", "gate_width", "shared_expert", "time_routing",
 )  # fmt: skip
 
 

@@ -186,6 +186,7 @@ def test_an_interval_is_students() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # at the lowest priority
 def test_a_killed_campaign_on_two_ranks_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """Real runs: the first is ended in the middle, and the same command makes of it what it would have become."""
     more = [
@@ -198,20 +199,20 @@ def test_a_killed_campaign_on_two_ranks_goes_on_from_its_checkpoint(tmp_path: Pa
         f"data.cache_dir={tmp_path / 'cache'}",
         "sample.prompts=[]",
     ]
-    arguments = ["--config", SMALL, "--images", "2000", *more]
+    arguments = ["--config", SMALL, "--images", "400", *more]
 
     def logged(out: Path) -> dict[str, Any]:
         file = out / "runs" / "full" / "seed-0" / "metrics.jsonl"
         return dict(read_metrics(file)["train/loss"]) if file.is_file() else {}
 
     started = subprocess.Popen([sys.executable, "tools/ablate.py", *arguments, "--out", str(tmp_path / "killed")], cwd=ROOT)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while len(logged(tmp_path / "killed")) < 7:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     started.terminate()
-    assert started.wait(timeout=120) == 128 + signal.SIGINT
-    assert 7 <= len(logged(tmp_path / "killed")) < 200
+    assert started.wait(timeout=300) == 128 + signal.SIGINT
+    assert 7 <= len(logged(tmp_path / "killed")) < 40
     for out in ("killed", "whole"):
         assert ablate.main([*arguments, "--out", str(tmp_path / out)]) == 0
     assert "resumed at step" in (tmp_path / "killed" / "runs" / "full" / "seed-0" / "output.txt").read_text()

@@ -17,7 +17,7 @@ from tests.test_unet import run
 torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work
 CPU = torch.device("cpu")
 # One level: each kind of part, in as few graphs as possible, since each takes the C++ compiler seconds.
-SMALL = {"channels": [16], "attention": [True], "expert_width": [20], "space_backend": "wide"}
+SMALL = {"channels": [16], "attention": [True], "expert_width": [20], "space_backend": "wide", "shared_expert": 0.5}
 
 
 @pytest.mark.slow

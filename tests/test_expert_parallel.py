@@ -124,6 +124,32 @@ def test_levels_that_keep_their_experts_and_levels_that_move_rows_train_together
     assert found["spread"] == ["mid_block.attentions.0.transformer_blocks.0.space_moe.w1"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "parallel"),
+    [
+        (2, {"space_ep": 2, "time_ep": 2, "placement": ["shard"]}),
+        *(pytest.param(stage, {}, marks=pytest.mark.slow) for stage in (0, 3)),
+    ],
+)
+def test_a_shared_expert_and_fixed_boundaries_take_the_steps_of_one_process(stage, parallel, tmp_path):
+    fields = {"shared_expert": 0.5, "time_routing": "boundaries"}
+    found = train_steps(
+        tmp_path,
+        2,
+        sections={
+            "train": {"global_batch": 13, "check_gradients": stage == 2},
+            "optim": {"kind": "sgd", "clip": CLIP},
+            "model": fields,
+            "parallel": parallel,
+        },
+        deepspeed={"zero_optimization": {"stage": stage}},
+        steps=STEPS,
+    )
+    expected = one_process(13, CLIP, model_fields=tuple(fields.items()))
+    assert any(".shared." in name for name in expected["weights"])
+    same_steps(found, expected, copies=2 if stage == 0 else 1)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_bytes_of_space_experts_that_move_are_those_that_placement_reckons_with(recompute, tmp_path):
     sections = {

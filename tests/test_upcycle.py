@@ -49,8 +49,9 @@ def target(**model) -> Config:
     return config_from_tree({**TARGET, "model": {**TARGET["model"], **model}})
 
 
-def test_the_upcycled_model_computes_what_its_source_computes_and_every_part_learns(tmp_path):
-    dense, config = stable_diffusion(), target()
+@pytest.mark.parametrize("more", [{}, {"shared_expert": 0.5, "time_routing": "boundaries"}])
+def test_the_upcycled_model_computes_what_its_source_computes_and_every_part_learns(tmp_path, more):
+    dense, config = stable_diffusion(), target(**more)
     dense.save_pretrained(tmp_path / "sd2/unet")
     convert("dense", tmp_path / "sd2/unet", "canonical", tmp_path / "start", Options(prediction="epsilon"), config)
     model = RaphaelUNet(config)

@@ -42,9 +42,10 @@ def one_process(
     steps: int = STEPS,
     equal_sizes: bool = False,
     weight_decay: float = 0.0,
+    model_fields: tuple[tuple[str, object], ...] = (),
 ) -> dict:
     """Train in this process, the whole batch at once."""
-    model_section = EQUAL_SIZES if equal_sizes else {}
+    model_section = {**(EQUAL_SIZES if equal_sizes else {}), **dict(model_fields)}
     config = tiny_config(
         train={"global_batch": global_batch}, optim={"kind": kind, "clip": clip, "lr": lr}, model=model_section
     )

@@ -1,8 +1,9 @@
 """Sparse upcycling: a RAPHAEL model that computes what a dense one computes, at step 0 (not in the paper).
 
 - Every time expert is a copy of the feed-forward layer, so it does not matter which one serves a sample.
-- The last layer of every space expert is zero, so the Space-MoE adds nothing yet. Its gradient is not zero, and differs from
-  expert to expert, since their first layers are drawn by the usual seeds: they differ after the first step.
+- The last layer of every space expert is zero, of a shared one too, so the Space-MoE adds nothing yet. Its gradient is not
+  zero, and differs from expert to expert, since their first layers are drawn by the usual seeds: they differ after the first
+  step.
 - Gates, edge modules and the norm in front of the space experts are new; all else is the source's.
 """
 
@@ -23,7 +24,9 @@ from raphael_dist.model.moe import SpaceMoE
 from raphael_dist.model.routing import Gate
 
 _FEED_FORWARD = {"w1": "ff.net.0.proj.weight", "b1": "ff.net.0.proj.bias", "w2": "ff.net.2.weight", "b2": "ff.net.2.bias"}
-_OF_EXPERTS = {"space_experts", "time_experts", "gate_width", "time_activation", "expert_width"}
+_OF_EXPERTS = {
+    "space_experts", "time_experts", "gate_width", "time_activation", "expert_width", "shared_expert", "time_routing",
+}  # fmt: skip
 
 
 class Upcycled:
@@ -77,9 +80,12 @@ class Upcycled:
         if owner.endswith(".space_moe"):
             experts, hidden, dim = self.shapes[f"{owner}.w1"]
             block = seed * 1000 + self._blocks[owner.removesuffix(".space_moe")]
-            layer = SpaceMoE(experts, dim, hidden, "auto", seed=2 * block + 1)  # as in a new run
-            nn.init.zeros_(layer.w2)
-            nn.init.zeros_(layer.b2)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(block + 750)
+                shared = self.shapes.get(f"{owner}.shared.0.bias", (0,))[0]
+                layer = SpaceMoE(experts, dim, hidden, "auto", seed=2 * block + 1, shared=shared)  # as in a new run
+            for last in (layer.w2, layer.b2, *([] if layer.shared is None else layer.shared[-1].parameters())):
+                nn.init.zeros_(last)
             return layer
         with torch.random.fork_rng(devices=[]):
             if owner.endswith(".edge"):

@@ -31,7 +31,7 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
     weight = next(model.parameters())
     timesteps = torch.arange(num_timesteps, device=weight.device)
     embedding = model.time_embedding(model.time_proj(timesteps).to(weight.dtype))
-    return _route(model.time_gates, embedding).cpu()
+    return model.route_time(timesteps, embedding, None)[0].cpu()
 
 
 @torch.no_grad()

@@ -20,13 +20,17 @@ from raphael_dist.model.routing import BlockPlan, region_mask_BNY
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What one transformer block is made of. Zero experts leave a layer out; edge_channels 0 leaves the edge module out."""
+    """What one transformer block is made of. Zero experts leave a layer out; edge_channels 0 leaves the edge module out.
+
+    shared_hidden: width of the Space-MoE's shared expert, 0: none.
+    """
 
     dim: int
     head_dim: int
     text_width: int
     hidden: int
     space_experts: int
+    shared_hidden: int
     time_experts: int
     time_activation: Any
     space_backend: SpaceBackend
@@ -83,7 +87,8 @@ class TransformerBlock(nn.Module):
             self.ff = FeedForward(dim, inner_dim=spec.hidden, activation_fn=spec.time_activation)
         self.space_moe = None
         if spec.space_experts:
-            self.space_moe = SpaceMoE(spec.space_experts, dim, spec.hidden, spec.space_backend, seed=2 * spec.seed + 1)
+            sizes = (spec.space_experts, dim, spec.hidden)
+            self.space_moe = SpaceMoE(*sizes, spec.space_backend, seed=2 * spec.seed + 1, shared=spec.shared_hidden)
         self.edge = EdgeModule(spec.edge_channels) if spec.edge_channels else None
         self.wants_map = self.space_moe is not None or self.edge is not None
         if self.wants_map:

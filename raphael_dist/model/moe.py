@@ -36,11 +36,19 @@ class SpaceMoE(Experts):
 
     With w_k[j] the weight of expert k at image token j and c_k its total weight,
     `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`.
+
+    shared: hidden width of one more expert that every image token runs, whatever the caption, and that is added to the sum
+    (not in the paper; arXiv 2512.01252); 0: none. It is held whole by every rank.
     """
 
-    def __init__(self, num_experts: int, dim: int, hidden: int, backend: SpaceBackend, seed: int) -> None:
+    shared: nn.Sequential | None
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, backend: SpaceBackend, seed: int, shared: int = 0) -> None:
         super().__init__(num_experts, dim, hidden, "gelu", seed)
         self.norm = nn.LayerNorm(dim)
+        self.shared = None
+        if shared:
+            self.shared = nn.Sequential(nn.Linear(dim, shared), nn.GELU(), nn.Linear(shared, dim))
         self.backend: str = backend
         self.use_megablocks = backend == "megablocks"
 
@@ -52,15 +60,17 @@ class SpaceMoE(Experts):
         x_BND = self.norm(h_BND)
         w_BNK = mask_BNY @ weight_BYK
         used_BK = (w_BNK.detach() > 0).float().mean(dim=1)
+        # Before `routed_sum`, as the constants below.
+        shared_BND = 0 if self.shared is None else self.shared(x_BND)
         if self.backend == "literal":
-            return literal_space_moe(self, x_BND, mask_BNY, weight_BYK), used_BK
+            return literal_space_moe(self, x_BND, mask_BNY, weight_BYK) + shared_BND, used_BK
         x_RD, w_RK = x_BND.flatten(0, 1), w_BNK.flatten(0, 1).to(x_BND.dtype)
         # Compute the constants before `routed_sum`: recomputation stops at the last saved tensor, so the exchange at the end
         # of `routed_sum`, which brings outputs back from other ranks, is not repeated.
         zero_KD = self.at_zero_KD()
         constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.gathered(zero_KD + self.b2)
         out_RD = self.routed_sum(x_RD, w_RK, zero_KD)
-        return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1), used_BK
+        return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]; zero_KD: `e_k(0) - b2_k` of the experts held here."""

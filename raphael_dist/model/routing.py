@@ -77,6 +77,16 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
     return chosen, p if gradient == "scaled" else torch.ones_like(p)
 
 
+def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
+    """Return the time expert of each timestep by fixed boundaries, int64 [B]: K bands of equally many timesteps (not in the
+    paper; Wan 2.2 has two such experts).
+
+    In timesteps, not in the signal-to-noise ratio: training draws timesteps evenly, so every expert gets an even share of
+    the samples, and stratified ones give every group of ranks as many for each.
+    """
+    return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
+
+
 def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor) -> Tensor:
     """Load-balance loss of the text gate per sample, float32 [B]: K sum_k f_k P_k (Fedus et al. 2021, Eq. 4).
 

@@ -3,6 +3,7 @@
 Shape legend: B samples, C channels, Y text tokens, K experts, L transformer blocks in order of execution, D text width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -18,7 +19,16 @@ from raphael_dist.config import Config
 from raphael_dist.model.experts import require_grouped_gemm
 from raphael_dist.model.layers import BlockSpec, SpatialTransformer
 from raphael_dist.model.residual import ResidualBlock, layout
-from raphael_dist.model.routing import BlockPlan, Gate, balance_loss_B, choose, gate_logits, one_hot, space_weights_BYK
+from raphael_dist.model.routing import (
+    BlockPlan,
+    Gate,
+    balance_loss_B,
+    band_of_timestep_B,
+    choose,
+    gate_logits,
+    one_hot,
+    space_weights_BYK,
+)
 
 
 class GateNoise(NamedTuple):
@@ -79,6 +89,7 @@ class RaphaelUNet(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = m = config.model
+        self.num_timesteps = config.diffusion.num_timesteps
         self.seed, self.edge_channels = config.run.seed, config.edge.channels if config.edge.weight > 0 else 0
         if m.space_backend == "megablocks":
             require_grouped_gemm()
@@ -102,7 +113,7 @@ class RaphaelUNet(nn.Module):
             width = channels[level]
         self.conv_norm_out = nn.GroupNorm(m.norm_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], m.latent_channels, 3, padding=1)
-        if m.time_experts:
+        if m.time_experts and m.time_routing == "learned":
             self.time_gates = nn.ModuleList(Gate(embed, m.gate_width, m.time_experts) for _ in range(self.num_blocks))
         if m.space_experts:
             self.text_gates = nn.ModuleList(
@@ -120,6 +131,7 @@ class RaphaelUNet(nn.Module):
             text_width=m.text_width,
             hidden=m.expert_width[level],
             space_experts=m.space_experts,
+            shared_hidden=math.ceil(m.shared_expert * m.expert_width[level]),
             time_experts=m.time_experts,
             time_activation=m.time_activation,
             space_backend=m.space_backend,
@@ -174,7 +186,7 @@ class RaphaelUNet(nn.Module):
             noise: gate noise in training; None routes without noise.
         """
         embedding = self.time_embedding(self.time_proj(timestep_B).to(x_BCHW.dtype))
-        planned = self.route_blocks(embedding, text_BYD, text_mask_BY, noise)
+        planned = self.route_blocks(timestep_B, embedding, text_BYD, text_mask_BY, noise)
         plans = iter(planned)
         edge_logits: list[Tensor | None] = []
         space_used: list[Tensor | None] = []
@@ -214,16 +226,14 @@ class RaphaelUNet(nn.Module):
         )
 
     def route_blocks(
-        self, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
+        self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
     ) -> list[BlockPlan]:
-        """Route every block (Sec. 3.1 and 7.3) from the timestep embedding and the caption alone, all blocks at once."""
+        """Route every block (Sec. 3.1 and 7.3) from the timestep and the caption alone, all blocks at once."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
         if m.time_experts:
-            logits_LBK = self._gate_logits(self.time_gates, embedding_BE)
-            noise_LBK = noise.time_BLK.transpose(0, 1) if noise else None
-            expert_LB, factor_LB = choose(logits_LBK, noise_LBK, m.gate_gradient)
+            expert_LB, factor_LB = self.route_time(timestep_B, embedding_BE, noise)
             time_samples = self.count_samples(one_hot(expert_LB, m.time_experts))
             time_expert, time_factor = expert_LB.unbind(), factor_LB.unbind()
         if m.space_experts:
@@ -237,6 +247,15 @@ class RaphaelUNet(nn.Module):
         return [
             BlockPlan(*fields) for fields in zip(time_expert, time_samples, time_factor, space_weight, balance, strict=True)
         ]
+
+    def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
+        """Return each block's time expert of each sample, int64 [L, B], and the factor, float32 [L, B], as `choose` does."""
+        m = self.config
+        if m.time_routing == "boundaries":
+            expert_LB = band_of_timestep_B(timestep_B, m.time_experts, self.num_timesteps).expand(self.num_blocks, -1)
+            return expert_LB, torch.ones_like(expert_LB, dtype=torch.float32)
+        logits_LBK = self._gate_logits(self.time_gates, embedding_BE)
+        return choose(logits_LBK, noise.time_BLK.transpose(0, 1) if noise else None, m.gate_gradient)
 
     def _gate_logits(self, gates: nn.ModuleList, x: Tensor) -> Tensor:
         """Return the logits of every block's gate, float32 [L, ..., K], for x [..., D]."""

@@ -99,7 +99,7 @@ class ParallelSpaceMoE(SpaceMoE):
     def __init__(self, whole: SpaceMoE, group: ExpertGroup, dispatch: Dispatch) -> None:
         nn.Module.__init__(self)
         _take_slice(self, whole, group)
-        self.norm, self.backend, self.dispatch = whole.norm, whole.backend, dispatch
+        self.norm, self.shared, self.backend, self.dispatch = whole.norm, whole.shared, whole.backend, dispatch
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all ranks, [R, D]."""

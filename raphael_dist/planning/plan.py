@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.config import Config
 from raphael_dist.errors import UserError
 from raphael_dist.planning.checkpoints import Saving, saving
@@ -88,6 +89,6 @@ def active_parameters(search: Search) -> int:
     """Return the parameters that one image token meets: one time expert and one space expert of each layer, and all else."""
     total = search.parameters
     for name, shape in search.shapes.items():
-        if ".time_moe." in name or (".space_moe." in name and ".norm." not in name):
+        if stacked(name):
             total -= math.prod(shape) * (shape[0] - 1) // shape[0]
     return total

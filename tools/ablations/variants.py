@@ -60,6 +60,7 @@ def groups_of(base: Base) -> dict[str, list[Variant]]:
     config = base.config()
     space, time, last = config.model.space_experts, config.model.time_experts, config.diffusion.num_timesteps
     dense = {"model.space_experts": "0", "model.time_experts": "0"}
+    shared, bands = {"model.shared_expert": "1"}, {"model.time_routing": "boundaries"}
     finer = {"model.space_experts": str(2 * space), "model.time_experts": str(2 * time)}
     return {
         "main": [
@@ -79,7 +80,10 @@ def groups_of(base: Base) -> dict[str, list[Variant]]:
             for t in (last * quarter // 4 for quarter in (1, 2, 3, 4))
         ],
         "later": [
+            Variant("shared", "a shared expert, all narrower, at equal FLOPs", shared, "flops"),
             Variant("finer", f"{2 * space} space and {2 * time} time experts, narrower, at equal FLOPs", finer, "flops"),
+            Variant("shared-finer", "both of these, at equal FLOPs", {**shared, **finer}, "flops"),
+            Variant("time-boundaries", "time experts with fixed boundaries", bands),
         ],
     }
 

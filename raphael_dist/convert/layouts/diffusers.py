@@ -70,7 +70,10 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 def model_tree(config: Config) -> dict[str, Any]:
     """Return the part of the configuration that makes the U-Net."""
     tree = config.model_dump(mode="json")
-    return {"model": tree["model"], "edge": tree["edge"], "run": {"seed": tree["run"]["seed"]}}
+    part = {"model": tree["model"], "edge": tree["edge"], "run": {"seed": tree["run"]["seed"]}}
+    if config.model.time_routing == "boundaries":  # they divide the timesteps
+        part |= {"diffusion": tree["diffusion"], "sample": {"steps": tree["sample"]["steps"]}}
+    return part
 
 
 class Encoders:
