@@ -36,6 +36,7 @@ from tests.launch import ROOT, run_ranks
 from tests.test_conditioning import save_clip
 from tests.test_shards import write_shard
 from tests.test_training import SMALL
+from tools import prepare_data
 
 CPU = torch.device("cpu")
 WITH_VAE = [f"image.encoder={ROOT / 'data/vae-emoji'}", "image.buckets=[[64,64]]", "model.latent_channels=4"]
@@ -266,16 +267,26 @@ def test_waiting_is_split_by_what_it_was_for_and_names_the_setting_once(monkeypa
 
 
 @pytest.mark.slow
-def test_two_ranks_train_alike_on_online_and_cached_features_also_while_the_cache_fills(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_two_ranks_train_alike_on_online_cached_and_stored_features_also_while_the_cache_fills(tmp_path: Path) -> None:
     from raphael_dist.training.metrics import read_metrics
 
-    mine, losses = [*SMALL, *WITH_VAE, "text.max_tokens=16", "data.val_shards=[]"], {}
-    for way in ("features=online", "features=cached", "cache_fill=during"):
-        run, cache = f"run.dir={tmp_path}/{way}", f"data.cache_dir={tmp_path}/cache-{way}"
-        run_ranks(
-            ["tests/workers/train_run.py", *mine, run, cache, f"data.{way}", "train.max_steps=4", "sample.prompts=[]"], 2
-        )
-        losses[way] = [value for _, value in read_metrics(tmp_path / way / "metrics.jsonl")["train/loss"]]
+    sizes = [*WITH_VAE, "text.max_tokens=16", "data.val_shards=[]"]
+    shards = [str(ROOT / "data/emoji-demo/train-0000.tar"), "--edges", "stored", "--out", str(tmp_path / "shards")]
+    assert prepare_data.main([*shards, "--features", *SMALL, *sizes]) == 0
+    stored = f"data.shards=[{tmp_path}/shards/*.tar]"
+    ways = {
+        "features=online": [], "features=cached": [], "cache_fill=during": [], "features=stored": [stored],
+        "features=stored, edges=auto": [stored, "data.edges=auto", "data.hed_weights=/there/are/none"],
+    }  # fmt: skip
+    losses = {}
+    for way, more in ways.items():
+        run = tmp_path / way.replace(", ", " ")
+        mine = [f"run.dir={run}", f"data.cache_dir={run}/cache", f"data.{way.split(',')[0]}", "train.max_steps=4", *more]
+        run_ranks(["tests/workers/train_run.py", *SMALL, *sizes, *mine, "sample.prompts=[]"], 2)
+        losses[way] = [value for _, value in read_metrics(run / "metrics.jsonl")["train/loss"]]
     for other in losses.values():
         assert other == pytest.approx(losses["features=online"], rel=2e-3)
+    assert losses["features=stored"] == pytest.approx(losses["features=cached"], rel=1e-5)
+    assert losses["features=stored, edges=auto"] == losses["features=stored"]
     assert len(losses["features=online"]) == 4

@@ -7,7 +7,7 @@ import torch
 from raphael_dist.config import Config
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.captions import CaptionChoice
-from raphael_dist.data.dataset import ImageDataset
+from raphael_dist.data.dataset import EdgeSource, ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.encoding import Encoders
 from raphael_dist.data.features import FeatureSource, OnlineFeatures, StoredFeatures
@@ -45,8 +45,8 @@ def open_encoders(config: Config, device: torch.device) -> Encoders:
 
 
 def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
-    """Return HED where the configuration has it make edge maps. UserError: its weights are not there."""
-    if config.edge.weight == 0 or config.data.edges not in ("auto", "hed"):
+    """Return HED where the configuration has it make edge maps; stored features have theirs. UserError: no weights of it."""
+    if config.edge.weight == 0 or config.data.features == "stored" or config.data.edges not in ("auto", "hed"):
         return None
     return EdgeEncoder(config.data.hed_weights, device)
 
@@ -147,8 +147,11 @@ def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *,
     return len(mine), len(index.shards)
 
 
-def dataset_of(config: Config, index: DatasetIndex, *, training: bool) -> ImageDataset:
-    """Return what decodes the samples as it is configured. UserError: edge maps are wanted, and there are none."""
+def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: EdgeSource | None = None) -> ImageDataset:
+    """Return what decodes the samples as it is configured; `edges` takes the place of data.edges.
+
+    UserError: edge maps are wanted, and there are none.
+    """
     d, wants_edges = config.data, config.edge.weight > 0
     if wants_edges and d.edges == "none":
         patterns = f"data.{'shards' if training else 'val_shards'}"
@@ -157,16 +160,18 @@ def dataset_of(config: Config, index: DatasetIndex, *, training: bool) -> ImageD
             "edge maps by HED where there are none, or edge.weight=0"
         )
     choice = CaptionChoice(d.caption_from, tuple(sorted(d.caption_weights.items())))
-    return ImageDataset(index, config.image.buckets, d.edges if wants_edges else "none", captions=choice)
+    return ImageDataset(index, config.image.buckets, (edges or d.edges) if wants_edges else "none", captions=choice)
 
 
 def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training: bool) -> FeatureSource:
     """Return where features come from as it is configured; a cache filled or not. UserError as for `dataset_of`."""
+    if config.data.features == "stored":
+        # However their edge maps were made, they lay beside the pictures when the features were.
+        dataset = dataset_of(config, index, training=training, edges="stored")
+        return StoredFeatures(dataset, encoders.image, encoders.made_of(dataset))
     dataset = dataset_of(config, index, training=training)
     if config.data.features == "online":
         return OnlineFeatures(dataset, encoders.image)
-    if config.data.features == "stored":
-        return StoredFeatures(dataset, encoders.image, encoders.made_of(dataset))
     return _cache_of(config, dataset, encoders, training)
 
 
