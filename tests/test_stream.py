@@ -312,6 +312,20 @@ def test_what_turns_out_bad_as_it_is_read_is_replaced_as_what_is_known_to_be(tmp
     assert (online.replaced, online.found_bad) == (4, {n: online.found_bad[n] for n in (4, 28)})
 
 
+def test_a_bad_sample_stops_the_run_that_asks_for_it_with_shard_and_key_before_it_is_read_where_it_is_known(tmp_path):
+    world, options = World(tmp_path, corrupt=(4,)), {"seed": SEED, "caption_drop": 0.0, "flip": False, "on_error": "stop"}
+    online = TrainStream(world.order, OnlineFeatures(world.dataset, encoders(world.text).image), **options)
+    at = next(position for position in range(30) if world.order.lookup(position).sample_id == 4)
+    assert all(online.sample(position).sample_id != 4 for position in range(30) if position != at)
+    told = r"data\.on_error=stop: the bad sample s0\.tar:'004': .*; repair it, or set data\.on_error=skip"
+    with pytest.raises(UserError, match=told):
+        online.sample(at)
+    assert online.replaced == 0
+    world.cache.build([0, 1, 2])
+    with pytest.raises(UserError, match=told):
+        TrainStream(world.order, world.cache, **options)
+
+
 def test_read_ahead_keeps_the_order_and_stays_within_its_depth():
     started = []
     gate = threading.Event()

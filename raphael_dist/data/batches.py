@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raphael_dist.config import Config
-from raphael_dist.data.encoding import AheadEncoder
+from raphael_dist.data.encoding import AheadEncoder, Encoded
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import draw_offset, draw_timestep
@@ -50,11 +50,26 @@ class BatchBuilder:
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
-        """Read, encode and assemble one micro-batch."""
+        """Read, encode and assemble one micro-batch. UserError: the data cannot go on (`TrainStream`)."""
+        batch = self._assembled(slots, self.encoder.encode(self.stream.samples([position for position, _ in slots])))
+        began = time.monotonic()
+        batch = batch.packed() if self.pin else batch
+        batch.seconds["copying"] = time.monotonic() - began
+        return batch
+
+    def stand_in(self, slots: Sequence[tuple[int, float]]) -> Batch:
+        """Return a micro-batch with the shapes of `build(slots)`, zeros for samples, and weights of 0.
+
+        For a rank whose data cannot go on: the others wait for it in collectives until all know.
+        """
+        source, place = self.stream.source, self.stream.order.lookup(slots[0][0])
+        height, width = (side // source.latent_factor for side in source.buckets[place.bucket])
+        encoded = self.encoder.zeros(len(slots), (source.latent_channels, height, width))
+        return self._assembled([(position, 0.0) for position, _ in slots], encoded)
+
+    def _assembled(self, slots: Sequence[tuple[int, float]], encoded: Encoded) -> Batch:
         positions = [position for position, _ in slots]
-        samples = self.stream.samples(positions)
-        encoded = self.encoder.encode(samples)
-        batch = Batch(
+        return Batch(
             position=torch.tensor(positions),
             weight=torch.tensor([weight for _, weight in slots], dtype=torch.float32),
             x0=encoded.x0,
@@ -69,10 +84,6 @@ class BatchBuilder:
             gate_noise=self._gate_noise(positions, encoded.text.shape[1]) if self.gate_noise else None,
             seconds=encoded.seconds,
         )
-        began = time.monotonic()
-        batch = batch.packed() if self.pin else batch
-        batch.seconds["copying"] = time.monotonic() - began
-        return batch
 
     def _noise(self, position: int, shape: torch.Size) -> Tensor:
         draw = generator(self.seed, Purpose.NOISE, position)

@@ -112,6 +112,13 @@ class AheadEncoder:
                 encoded.seconds[kind] = encoded.seconds.get(kind, 0.0) + seconds
         return encoded
 
+    def zeros(self, count: int, shape: tuple[int, int, int]) -> Encoded:
+        """Return what `encode` would of `count` samples whose latents have this shape [C, h, w], with nothing in it."""
+        text = self._encoders.text
+        tokens, ends = torch.zeros(count, text.max_tokens, text.width), torch.zeros(count, dtype=torch.int64)
+        edge = torch.zeros(count, *shape[1:]) if self._wants_edges else None
+        return Encoded(torch.zeros(count, *shape), tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), ends, edge, {})
+
     def _encode(self, samples: Sequence[StreamSample]) -> Encoded:
         raw = [sample.image for sample in samples if sample.image is not None]
         images = torch.stack(raw) if raw else None

@@ -79,7 +79,7 @@ class TrainStream:
         `on_error`: stop at a bad sample, or skip it. `reading`: workers that decode, and shards brought ahead.
 
         UserError: features of other data or buckets, more than `max_bad_fraction` of the samples known to be bad, or all of
-        a bucket.
+        a bucket, or any of them where a bad sample is to stop the run.
         """
         if source.index.fingerprint != order.index.fingerprint or source.buckets != order.buckets:
             raise UserError("data: the order and the features are of different shards or buckets; build both from one")
@@ -88,6 +88,8 @@ class TrainStream:
         self.replaced = self._read = 0
         self.found_bad = dict(source.known_bad)
         self._max_bad_fraction, self._on_error, self._reading = max_bad_fraction, on_error, reading
+        if on_error == "stop" and self.found_bad:
+            raise _stopped_by(next(iter(self.found_bad.values())))
         num_bad = order.index.num_bad + len(self.found_bad)
         first = itertools.chain(order.index.iter_bad(), self.found_bad.values())
         _check_bad(num_bad, first, order.index.num_samples + order.index.num_bad, max_bad_fraction)
@@ -175,7 +177,7 @@ class TrainStream:
         source = self.order.index.shards[shard]
         bad = BadSample(source.name, source.keys[row], getattr(error, "reason", str(error)))
         if self._on_error == "stop":
-            raise UserError(f"data.on_error=stop: the bad sample {bad}; repair it, or set data.on_error=skip") from error
+            raise _stopped_by(bad) from error
         with self._lock:
             self.found_bad[sample_id] = bad
 
@@ -210,6 +212,10 @@ class TrainStream:
             for start in range(first, last, _PIECE):
                 piece = np.asarray(bucket_of[start : min(start + _PIECE, last)])
                 yield from (start + np.flatnonzero(piece == bucket)).tolist()
+
+
+def _stopped_by(bad: BadSample) -> UserError:
+    return UserError(f"data.on_error=stop: the bad sample {bad}; repair it, or set data.on_error=skip")
 
 
 def _check_bad(num_bad: int, bad: Iterable[BadSample], total: int, max_fraction: float) -> None:

@@ -11,6 +11,7 @@ from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.source import DataSource
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
+from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import Ranks
@@ -50,6 +51,7 @@ class Run:
     trained: bool = False  # a step since then changed the weights
     suspect: bool = False  # no sample of the last skipped step had a finite loss, so the weights are to blame
     save_due: bool = False  # a checkpoint is wanted, as soon as a step is good
+    failure: UserError | None = None  # why this rank's data cannot go on
 
     @property
     def complete(self) -> bool:
@@ -59,6 +61,11 @@ class Run:
     def over(self) -> bool:
         """Whether the stage is over, or left for an earlier one, or the run, which then is complete."""
         return not self.since <= self.step < (self.until or self.config.train.max_steps)
+
+    def check_data(self) -> None:
+        """Raise what keeps this rank's data from going on."""
+        if self.failure is not None:
+            raise self.failure
 
     def patience(self, micro_step: int) -> float:
         """Return how many times longer than usual a micro-step may take: the first of all compiles and allocates."""

@@ -18,7 +18,7 @@ from raphael_dist.data.source import DataSource, open_source
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.learning_rate import learning_rate
-from raphael_dist.errors import NonFiniteError, NotSavedError
+from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
@@ -92,7 +92,8 @@ def build(
             _start_from(run, config.run.init_from)
         run.first_step, run.builder.phase = run.step, run.samples_seen % config.train.global_batch
         watchdog.beat("the rehearsal", SLOW)
-        first = run.builder.build(plan.slots(run.samples_seen, ranks.rank, 0))
+        slots = plan.slots(run.samples_seen, ranks.rank, 0)
+        first = together("reading the first samples", lambda _: run.builder.build(slots))
         telemetry.begin(run.step, measure.rehearse(engine, first, schedule))
         on_error.pop_all()
         return run
@@ -143,7 +144,7 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
     run.engine.traffic.take()  # what validation and sampling sent is no part of a step
     for micro in range(run.plan.accumulation):
         run.watchdog.beat(f"the data of step {run.step + 1}", run.patience(micro))
-        batch = run.telemetry.next_batch(batches)
+        batch = next_batch(run, batches, micro)
         run.watchdog.beat(f"step {run.step + 1}", run.patience(micro))
         with run.telemetry.computing():
             losses = compute_losses(run.engine, batch, run.schedule, run.config, run.engine.dtype)
@@ -154,15 +155,31 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
     return loss_sum, seen
 
 
+def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
+    """Return the next micro-batch; a stand-in once this rank's data cannot go on, so that no other waits for it in vain.
+
+    `agree` ends the run on all ranks, before anything has changed.
+    """
+    if run.failure is None:
+        try:
+            return run.telemetry.next_batch(batches)
+        except UserError as error:
+            run.failure = error
+    return run.builder.stand_in(run.plan.slots(run.samples_seen, run.ranks.rank, micro_step)).to(run.device)
+
+
 def agree(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
     """Return the mean loss and the gradient norm of the step, the same on all ranks. The step's one wait for the device.
 
     The same exchange tells whether any rank wants to stop, and lets a checkpoint go on that all ranks have written.
+    UserError on all ranks: the data of one cannot go on.
     """
-    mine = [float(run.stop.wanted), float(run.store.written)]
+    mine = [float(run.stop.wanted), float(run.store.written), float(run.failure is not None)]
     # new_full, not a copy from the host, which would wait.
     values = [loss_sum.double(), run.engine.grad_square(), *(loss_sum.new_full((), x, dtype=torch.float64) for x in mine)]
-    total, square, stop, written = all_reduce_sum(torch.stack(values), run.device).tolist()
+    total, square, stop, written, failed = all_reduce_sum(torch.stack(values), run.device).tolist()
+    if failed:
+        all_or_none(run.check_data)
     run.stop_requested = stop > 0
     if written == run.ranks.world_size:
         run.store.settle()

@@ -13,6 +13,7 @@ from raphael_dist.data.encoders import ImageEncoder, TextEncoder
 from raphael_dist.data.source import DataSource
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
+from raphael_dist.errors import UserError
 from raphael_dist.insight.figures import bands, overlays, route_table
 from raphael_dist.insight.prompt import followed
 from raphael_dist.insight.recorder import Record, Recorder
@@ -20,7 +21,7 @@ from raphael_dist.insight.routes import words_of
 from raphael_dist.model.diffusion import NoiseSchedule, make_scheduler
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan, run_of, unit_of
-from raphael_dist.parallel.ranks import Ranks, all_reduce_sum
+from raphael_dist.parallel.ranks import Ranks, agree, all_reduce_sum
 from raphael_dist.sampling.sampling import Request, Sampler
 
 RECORDED_AT = 0.6  # of the denoising steps: the regions that are shown
@@ -49,16 +50,22 @@ class Validator:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Return the scalars by tag. Collective."""
+        """Return the scalars by tag. Collective. UserError on all ranks: the data of one cannot go on."""
+        failure: UserError | None = None
         sums, device = torch.zeros(2, TIME_BINS, device=self._engine.device), self._engine.device
         self._engine.module.eval()
         for micro in range(self._plan.accumulation if self._ranks.rank < self._drawing else 0):
-            batch = self._builder.build(self._plan.slots(0, self._ranks.rank, micro)).to(device)
+            slots = self._plan.slots(0, self._ranks.rank, micro)
+            try:
+                batch = self._builder.build(slots).to(device)
+            except UserError as error:  # a group's ranks meet in the forward passes
+                failure, batch = failure or error, self._builder.stand_in(slots).to(device)
             losses = compute_losses(self._engine.module, batch, self._schedule, self._config, self._engine.dtype)
             bins = batch.timestep * TIME_BINS // self._config.diffusion.num_timesteps
             sums[0].index_add_(0, bins, losses.denoise)
             sums[1].index_add_(0, bins, batch.weight)
         self._engine.module.train()
+        agree(None, failure)
         loss, count = all_reduce_sum(sums, device)
         values = {"val/loss": float(loss.sum() / count.sum())}
         return values | {f"val/loss_t{i}": float(loss[i] / count[i]) for i in range(TIME_BINS) if count[i] > 0}
