@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from raphael_dist.prepare.inspect import duplicates
 from raphael_dist.training.metrics import read_metrics
 from tests.documents import find_code
 from tests.launch import ROOT
+from tests.test_index import laion_shard
 from tests.test_shards import write_shard
 from tools import inspect_data, prepare_data
 
@@ -228,6 +230,23 @@ def test_a_look_at_data_tells_what_it_holds_and_draws_it(tmp_path: Path, capsys:
         assert image.width > 700
     assert {(255, 0, 0), (0, 0, 255)} <= colours
     assert inspect_data.main([str(tmp_path / "none.tar")]) == 2
+
+
+def test_a_look_at_data_counts_what_each_filter_drops_and_names_the_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shard = laion_shard(tmp_path / "00000.tar", 0, 6, aesthetic=[4.0, 4.7, 5.5, None, 6.0, 4.69])
+    sizes = ["image.buckets=[[24,24],[24,32],[24,40]]", "data.bucket_run=16"]
+    rules = "{column: aesthetic, min: 4.7, on_missing: drop}, {column: width, min: 32}"
+    assert inspect_data.main([str(shard), *sizes, f"data.filters=[{rules}]"]) == 0
+    said = capsys.readouterr().out
+    [columns] = re.findall("columns for data.filters: (.*)", said)
+    assert {"aesthetic", "NSFW", "original_width", "short_side", "ratio"} <= set(columns.split(", "))
+    assert "filter aesthetic >= 4.7: 3 samples dropped (1 samples have no value)" in said
+    assert "filter width >= 32: 0 samples dropped" in said
+    assert re.findall(r"\[24, \d+\] +(\d+) ", said) == ["0", "2", "1"], "of 1, 2 and 4, which are 32, 40 and 32 wide"
+    assert inspect_data.main([str(shard), *sizes, "data.filters=[{column: aesthetic, min: 4.7}]"]) == 2
+    assert "'aesthetic' has no value for '000000003'" in capsys.readouterr().err
 
 
 def test_pictures_look_alike_by_shape_and_colour_and_not_by_shape_alone() -> None:

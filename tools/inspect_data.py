@@ -1,7 +1,7 @@
 """A look at training data: `inspect_data.py SHARDS --out sheet.png [section.key=value]`.
 
 Says what the samples hold, what is not usable and why, which pictures look alike, how captions are, and how many samples
-each image size gets; draws a sheet of pictures with their edge maps and captions.
+each image size gets of those that data.filters keep; draws a sheet of pictures with their edge maps and captions.
 """
 
 import argparse
@@ -39,17 +39,18 @@ def run(args: argparse.Namespace) -> None:
     from raphael_dist.data.captions import CaptionChoice
     from raphael_dist.data.dataset import ImageDataset
     from raphael_dist.data.shards import build_index, expand_shards
+    from raphael_dist.data.view import columns_of, open_view
     from raphael_dist.prepare.inspect import buckets_of, lines, look
     from raphael_dist.prepare.sheet import contact_sheet
 
     patterns = [str(Path(shard) / "*.tar") if Path(shard).is_dir() else shard for shard in shards]
     choice = CaptionChoice(config.data.caption_from, tuple(sorted(config.data.caption_weights.items())))
     with TemporaryDirectory() as folder:
-        index = build_index(expand_shards(patterns), Path(folder))
+        index = build_index(expand_shards(patterns), Path(folder), columns=columns_of(config.data.filters))
+        view = open_view(index, config.image.buckets, config.data.filters)
         dataset = ImageDataset(index, config.image.buckets, "auto", captions=choice)
-        buckets = buckets_of(dataset)
-        found = look(dataset, buckets.tolist(), args.count, args.pictures)
-        for line in lines(found, dataset, buckets):
+        found = look(dataset, buckets_of(dataset).tolist(), args.count, args.pictures)
+        for line in lines(found, dataset, view):
             print(line)
     if args.out is not None and found.sheet:
         try:

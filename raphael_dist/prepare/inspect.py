@@ -12,8 +12,10 @@ from raphael_dist.data.captions import read_captions, read_texts
 from raphael_dist.data.dataset import BadSampleError, DecodedSample, ImageDataset
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.tar_scan import EXTS
+from raphael_dist.data.view import SIZE_COLUMNS, View
 
 _SHOWN = 3
+_COLUMNS = 20
 _STEP = 4  # grey levels of 255 that count as a difference: less is a JPEG's noise
 _NEAR_BITS = 4  # of 64
 _NEAR = 6.0  # mean difference of two thumbnails, of 255, below which their pictures count as the same
@@ -103,8 +105,8 @@ def duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[list[s
     return groups
 
 
-def lines(found: Findings, dataset: ImageDataset, buckets: np.ndarray) -> Iterator[str]:
-    """Yield the report, a line at a time."""
+def lines(found: Findings, dataset: ImageDataset, view: View) -> Iterator[str]:
+    """Yield the report, a line at a time; `view`: what filters and buckets make of the samples."""
     index, n = dataset.index, found.looked_at
     yield f"{index.num_samples} samples in {len(index.shards)} shards; {n} of them were read and decoded"
     yield "members: " + ", ".join(f"{ext} {count / n:.0%}" for ext, count in found.members.most_common())
@@ -118,8 +120,11 @@ def lines(found: Findings, dataset: ImageDataset, buckets: np.ndarray) -> Iterat
     shown = "; ".join(" = ".join(group[:_SHOWN]) for group in groups[:_SHOWN])
     yield f"look like another picture: {again} of {len(found.thumbnails)}" + (f" ({shown})" if shown else "")
     yield from _caption_lines(found)
+    columns = [*index.known_columns[:_COLUMNS], *(["..."] if len(index.known_columns) > _COLUMNS else [])]
+    yield f"columns for data.filters: {', '.join([*columns, *SIZE_COLUMNS])}"
+    yield from view.describe()[:-1]
     yield "image.buckets [height, width]: samples"
-    counts = np.bincount(buckets, minlength=len(dataset.buckets))
+    counts = view.counts.sum(axis=0)
     for (height, width), count in zip(dataset.buckets, counts.tolist(), strict=True):
         yield f"  [{height}, {width}] {count:>9} {'#' * round(40 * count / max(1, counts.max()))}"
 
