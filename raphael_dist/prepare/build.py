@@ -3,11 +3,16 @@
 A part that is done is not done again: its shard appears whole, then NAME.json with what became of its samples.
 """
 
+import fcntl
+import glob
 import hashlib
 import io
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,16 +87,16 @@ class Preparer:
         bad: list[BadSample] = []
         path = self.out / f"{part.name}.tar"
         try:
-            # Inside a folder of its own, so that no pattern of shards matches what is half done.
-            with atomic_path(path) as temporary, TemporaryDirectory(prefix=".", dir=self.out) as aside:
-                plain = Path(aside) / path.name
-                written = _write_tar(plain, self._samples(part, bad, tell))
+            with _own_folder(self.out, part.name) as aside:
+                made = aside / path.name
+                written = _write_tar(made, self._samples(part, bad, tell))
                 if written and self._encoders is not None:
-                    written = _write_tar(temporary, self._with_features(plain, bad))
+                    plain, made = made, aside / "with features"
+                    written = _write_tar(made, self._with_features(plain, bad))
+                if written:
+                    made.replace(path)
                 else:
-                    plain.replace(temporary)
-            if not written:
-                path.unlink()
+                    path.unlink(missing_ok=True)
             report = Report(written, [(one.key, one.reason) for one in bad])
             with atomic_path(self.out / f"{part.name}.json") as temporary:
                 temporary.write_text(json.dumps({"how": self._how, **vars(report)}))
@@ -154,6 +159,36 @@ class Preparer:
             if sample is not None:
                 features = save({name: tensor.contiguous() for name, tensor in {**sample, **about}.items()})
                 yield RawSample(index.key(number), {**dataset.read(number), FEATURES_EXT: features})
+
+
+@contextmanager
+def _own_folder(out: Path, name: str) -> Iterator[Path]:
+    """Yield a folder for what is half done, which no pattern of shards matches; what killed processes left of it goes."""
+    for left in out.glob(f".{glob.escape(name)}.*.part"):
+        with _locked(left) as is_mine:
+            if is_mine:
+                shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=f".{name}.", suffix=".part", dir=out) as folder, _locked(Path(folder)):
+        yield Path(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder until the end of the block, or of this process; yield False where another has it, or none can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_mine = True
+        except OSError:
+            is_mine = False
+        yield is_mine
+    finally:
+        os.close(descriptor)
 
 
 def _write_tar(path: Path, samples: Iterator[RawSample]) -> int:
