@@ -124,7 +124,8 @@ def test_a_campaign_goes_on_where_it_was_and_grows(tmp_path: Path, trainer: Trai
     assert trainer.runs == [("full", 0), ("no-time", 0)]
     trainer.codes.clear()
     trainer.runs.clear()
-    assert ablate.main(command(out, "--variants", "no-time,alpha-0.8,space-2", "--seeds", "1", "--benchmark")) == 0
+    more = ["--variants", "no-time,alpha-0.8,space-2", "--benchmark", "run.log_level=error"]
+    assert ablate.main(command(out, "--seeds", "1", *more)) == 0
     assert trainer.runs == [("no-time", 0), ("space-2", 0), ("alpha-0.8", 0)]
     assert len(trainer.benchmarks) == 4, "the finished run has the benchmark made up for"
     assert "style accuracy" in (out / "results.md").read_text()
@@ -153,6 +154,10 @@ def test_a_run_that_diverges_is_told_and_does_not_end_the_campaign(tmp_path: Pat
         (["optim.lr=0.5"], "begun with optim.lr = 0.003, now 0.5; choose another folder"),
         (["--table", "--images", "10"], "begun with images = 100, now 10"),
         (["--variants", "alpha-0.8"], "alpha-0.8, seed 0: data.shards: not there"),
+        (
+            ["--variants", "no-space", "parallel.space_ep=2"],
+            "no-space: parallel.space_ep = 2 must divide model.space_experts = 0",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

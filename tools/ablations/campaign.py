@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FINISHED = "finished.json"
 BENCHMARK = "benchmark"
 PATIENCE_S = 86_400  # with a run that a killed campaign left behind: it ends, and this one finds it complete
+# Not part of the protocol: what each run has of its own, and how runs are watched; but for what decides the numbers there.
+FREE, DECIDES = ("run.", "train.max_steps"), {"run.init_from", "run.init_missing"}
 Tell = Callable[[str], None]
 
 
@@ -61,8 +63,7 @@ class Campaign:
         """Return what decides the numbers of all runs; what has its default is left out, so that fields may be added."""
         tree = self.base.config().model_dump(mode="json", exclude_defaults=True)
         flat = {f"{section}.{key}": value for section, fields in tree.items() for key, value in fields.items()}
-        own = {"run.dir", "run.seed", "train.max_steps"}
-        fields = {key: value for key, value in flat.items() if key not in own}
+        fields = {key: value for key, value in flat.items() if not key.startswith(FREE) or key in DECIDES}
         return {"images": self.steps * self.base.config().train.global_batch, "ranks": self.ranks, **fields}
 
 

@@ -109,11 +109,23 @@ def choose(base: Base, words: Sequence[str]) -> list[Variant]:
 def _first_of_each_model(base: Base, variants: Iterable[Variant]) -> dict[str, str]:
     """Return, by variant, the name of the first that is the same model: 6 space experts may be the base's own number."""
     found: dict[tuple[str, str | None], str] = {}
-    return {v.name: found.setdefault((base.config(v.overrides).model_dump_json(), v.match), v.name) for v in variants}
+    return {v.name: found.setdefault((_text(base, v), v.match), v.name) for v in variants}
+
+
+def _text(base: Base, variant: Variant) -> str:
+    try:
+        return base.config(variant.overrides).model_dump_json()
+    except UserError:  # it is none of the base's: 7 space experts on 2 ranks, say; told where it is wanted
+        return variant.name
 
 
 def _matched(base: Base, variant: Variant) -> Variant:
+    """Return the variant with its width. UserError: it does not go with the base."""
+    try:
+        config = base.config(variant.overrides)
+    except UserError as error:
+        raise UserError(f"--variants: {variant.name}: {error}") from None
     if variant.match is None:
         return variant
-    widths = matched_widths(base.config(), base.config(variant.overrides), variant.match)
+    widths = matched_widths(base.config(), config, variant.match)
     return replace(variant, overrides={**variant.overrides, WIDTH: str(list(widths)).replace(" ", "")})
