@@ -95,7 +95,7 @@ def test_a_mistake_is_told_in_one_line_with_field_and_value():
 
 
 WRONG_FILES = [
-    ("emoji-tny", None, "no such preset (did you mean 'emoji-tiny'?); presets: emoji-"),
+    ("emoji-tny", None, "no such preset (did you mean 'emoji-tiny'?); presets: emoji"),
     ("gone.yaml", None, "gone.yaml: no such file"),
     ("bad.yaml", "train: {max_steps: [1\nx: }", "not valid YAML"),
     ("list.yaml", "- 1\n- 2", "must be a mapping of sections, got list"),

@@ -315,7 +315,7 @@ def test_the_command_line_exits_with_2_and_one_line(
     cases = {
         ("--config", "emoji-tiny", "train.max_step=5"): "did you mean 'max_steps'?",
         ("--config", "emoji-tini"): "did you mean 'emoji-tiny'?",
-        ("train.max_steps=1",): "--config: none given; name a preset (emoji-small, emoji-tiny,",
+        ("train.max_steps=1",): "--config: none given; name a preset (emoji, emoji-small,",
         ("--config", "emoji-tiny", "--config", "raphael-3b"): "--config: given twice, 'emoji-tiny' and 'raphael-3b'",
         ("--config", "emoji-tiny", "train.micro_batch=0"): "train.micro_batch: given 0",
         ("--config", "raphael-3b"): "data.shards: none given",
