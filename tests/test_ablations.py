@@ -72,7 +72,7 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def test_variants_are_the_base_with_named_fields_changed_and_no_model_comes_twice() -> None:
-    base = read_base(SMALL, ["optim.lr=0.1"])
+    base = read_base(SMALL, ["optim.lr=0.1", "model.mask_threshold=0.2"])
     names = [variant.name for variant in choose(base, ["experts", "alpha", "edges"])]
     # 6 space experts, alpha 0.2 and T_c 500 are the base's own; 0 space experts are `no-space`.
     assert names == ["full", "no-space", *(f"space-{n}" for n in (1, 2, 3, 4, 5, 7, 8)),
@@ -151,7 +151,7 @@ def test_a_run_that_diverges_is_told_and_does_not_end_the_campaign(tmp_path: Pat
         (["run.seed=3"], "run.seed: given 3, but a campaign sets it for each run; use --seeds"),
         (["edge.weight=0"], "edge.weight is 0, and a campaign compares with the whole model"),
         (["data.val_shards=[]"], "data.val_shards is empty"),
-        (["optim.lr=0.5"], "begun with optim.lr = 0.003, now 0.5; choose another folder"),
+        (["train.micro_batch=2"], "begun with train.micro_batch = 3, now 2; choose another folder"),
         (["--table", "--images", "10"], "begun with images = 100, now 10"),
         (["--variants", "alpha-0.8"], "alpha-0.8, seed 0: data.shards: not there"),
         (

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from ablations.results import Interval, Summary
 from ablations.variants import Base
+from raphael_dist.storage.files import atomic_path
 
 CURVES = {
     "experts": ("model.space_experts", "space experts"),
@@ -69,5 +70,6 @@ def _save(figure: Figure, all_axes: Sequence[Axes], path: Path) -> Path:
     for axes in all_axes:
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, format="png")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from ablations.campaign import BENCHMARK, Campaign, finished
 from raphael_dist.errors import UserError
-from raphael_dist.storage.files import replace_bytes
+from raphael_dist.storage.files import atomic_path
 from raphael_dist.training.metrics import read_metrics
 
 LAST = 0.1  # share of the steps whose mean is the final training loss
@@ -163,17 +163,17 @@ def _summary(said: dict[str, Any], runs: Sequence[RunResult], whole: dict[int, f
 
 
 def write(campaign: Campaign, runs: Sequence[RunResult], summaries: Sequence[Summary], table: str) -> None:
-    """Write results.csv (a line for each run), results.json and results.md."""
-    out = campaign.out
+    """Write results.csv (a line for each run), results.json and results.md; a campaign and `--table` may do so at once."""
     everything = {"runs": [asdict(run) for run in runs], "variants": [asdict(summary) for summary in summaries]}
-    replace_bytes(out / "results.json", json.dumps(everything, indent=1).encode())
-    replace_bytes(out / "results.md", table.encode())
     rows = [_flat(run) for run in runs]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replace_bytes(out / "results.csv", text.getvalue().encode())
+    contents = {"results.json": json.dumps(everything, indent=1), "results.md": table, "results.csv": text.getvalue()}
+    for name, content in contents.items():
+        with atomic_path(campaign.out / name) as temporary:
+            temporary.write_text(content)
 
 
 def _flat(run: RunResult) -> dict[str, Any]:
