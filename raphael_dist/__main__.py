@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 
-from raphael_dist import command_line, config_reference, evaluate, paths, sample, shipped, train
+from raphael_dist import command_line, config_reference, control, evaluate, lora, paths, sample, shipped, train
 from raphael_dist.errors import exit_code_of
 
 Command = Callable[[Sequence[str]], int]
@@ -75,6 +75,16 @@ def showing_paths(argv: Sequence[str]) -> int:
     return paths.main(argv)
 
 
+def exporting_lora(argv: Sequence[str]) -> int:
+    """write a run's LoRA adapters as peft reads them"""
+    return lora.main(argv)
+
+
+def exporting_control(argv: Sequence[str]) -> int:
+    """write a run's control in diffusers' layout"""
+    return control.main(argv)
+
+
 COMMANDS: dict[str, Command] = {
     "train": training,
     "sample": sampling,
@@ -83,6 +93,8 @@ COMMANDS: dict[str, Command] = {
     "convert": convert,
     "inspect": inspect,
     "prepare": prepare,
+    "lora": exporting_lora,
+    "control": exporting_control,
     "config": config,
     "slurm": slurm,
 }

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from raphael_dist.config_adapters import Control, Lora
 from raphael_dist.config_checks import check_agreement
 from raphael_dist.config_data import PAPERS_BUCKETS, Filter, Section, Source, generated_buckets
 from raphael_dist.config_errors import explain
@@ -299,6 +300,8 @@ class Config(Section):
     parallel: Parallel = Parallel()
     sample: Sample = Sample()
     recipe: Recipe = Recipe()
+    lora: Lora = Lora()
+    control: Control = Control()
 
     @model_validator(mode="before")
     @classmethod

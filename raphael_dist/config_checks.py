@@ -5,6 +5,7 @@
 
 from typing import Any
 
+from raphael_dist.config_adapters import check_control, check_lora
 from raphael_dist.config_recipes import check_decay
 
 
@@ -13,6 +14,8 @@ def check_agreement(config: Any) -> None:
     _check_data(config)
     _check_diffusion(config)
     _check_spread(config)
+    check_lora(config)
+    check_control(config)
 
 
 def _check_data(config: Any) -> None:

@@ -26,6 +26,7 @@ CLEANING = "data.caption_from (cleaning)"
 OTHER_DATA = {
     "data.shards": "other shards, and the order of samples would change",
     "data.shards (captions)": "other captions in shards of the same names",
+    "run.init_from": "another model beside it, of other weights",
     CLEANING: "captions that another version cleaned by other rules",
 }
 ARCHITECTURE = {f"model.{field}" for field in ARCHITECTURE_FIELDS}

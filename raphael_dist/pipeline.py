@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from raphael_dist.config import config_from_tree
+from raphael_dist.convert.adapter import read_adapter
 from raphael_dist.convert.layouts.diffusers import CODE, PIPELINE, PIPELINE_CODE
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures, packaged_text_model
 from raphael_dist.errors import UserError
@@ -121,6 +122,30 @@ class RaphaelPipeline(_Pipeline):
         index["_class_name"] = [CODE, PIPELINE]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (folder / f"{CODE}.py").write_text(PIPELINE_CODE)
+
+    @torch.no_grad()
+    def load_lora(self, path: Any, scale: float = 1.0) -> None:
+        """Add adapters to the U-Net in memory, in place of those that were loaded before; files stay as they are.
+
+        path: peft's folder, or a run that trained them. scale: how much of them. UserError: they do not fit.
+        """
+        adapter, weights = read_adapter(Path(path), option="load_lora"), dict(self.unet.named_parameters())
+        adapter.check({name: tuple(p.shape) for name, p in weights.items()}, "load_lora")
+        self.unload_lora()
+        # Kept on the host: taking the same again from a rounded sum would not give the weights back.
+        self._without_lora: dict[str, Tensor] = {
+            name: weights[name].detach().to("cpu", copy=True) for name in adapter.factors
+        }
+        for name in adapter.factors:
+            weights[name] += (scale * adapter.delta(name)).to(weights[name])
+
+    @torch.no_grad()
+    def unload_lora(self) -> None:
+        """Put the U-Net's own weights back, bit for bit."""
+        weights = dict(self.unet.named_parameters())
+        for name, value in getattr(self, "_without_lora", {}).items():
+            weights[name].copy_(value)
+        self._without_lora = {}
 
     @torch.no_grad()
     def __call__(

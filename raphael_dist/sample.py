@@ -4,6 +4,7 @@ Under a launcher (`torchrun --nproc_per_node 8 -m raphael_dist.sample ...`) the 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="fixes the initial noise (default: sample.seed of the run)")
     parser.add_argument("--scheduler", choices=get_args(Scheduler), help="default: sample.scheduler of the run")
     parser.add_argument("--weights", choices=WEIGHTS, help="averaged weights, or the last ones (default: ema if there)")
+    parser.add_argument(
+        "--lora", type=Path, metavar="PATH", help="adapters to add: peft's folder, or a run that trained them"
+    )
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="how much of them: 0 nothing, 1 as trained")
+    parser.add_argument(
+        "--control", type=Path, metavar="PICTURE", help="a picture whose edges are followed, by --control-from"
+    )
+    parser.add_argument("--control-from", type=Path, metavar="PATH", help="a run that trained a control, or its export")
+    parser.add_argument("--control-kind", choices=("hed", "canny", "map"), default="hed", help="map: it shows edges itself")
+    parser.add_argument("--control-scale", type=float, default=1.0, help="how much they are followed: 0 not at all")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: the first bucket)")
     parser.add_argument("--image", type=Path, help="a picture to begin from")
     parser.add_argument("--strength", type=float, default=0.8, help="share of the steps that draw --image anew")
@@ -60,9 +71,10 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
 
     from raphael_dist.parallel.ranks import all_or_none
-    from raphael_dist.sampling.load import opened
+    from raphael_dist.sampling.load import Beside, opened
 
-    with opened(args.checkpoint, args.weights) as (trained, ranks):
+    beside = Beside(args.lora, args.lora_scale, args.control_from, args.control_scale)
+    with opened(args.checkpoint, args.weights, beside) as (trained, ranks):
         requests, settings = all_or_none(lambda: _plan(args, trained))
         shown = _draw(args, trained, requests, settings, ranks)
         if ranks.is_main:
@@ -81,13 +93,17 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"{option}: given {value}, must be 1 or more")
     if args.guidance is not None and not 0 <= args.guidance < float("inf"):
         raise UserError(f"--guidance: given {args.guidance}, must be a number from 0")
+    if not math.isfinite(args.lora_scale) or (args.lora_scale != 1 and args.lora is None):
+        raise UserError(f"--lora-scale: given {args.lora_scale}, must be a number, and go with --lora")
+    if (args.control is None) != (args.control_from is None) or not math.isfinite(args.control_scale):
+        raise UserError("--control, --control-from: the picture and the control go together, with a number --control-scale")
     if not 0 <= args.strength <= 1:
         raise UserError(f"--strength: given {args.strength}, allowed 0 to 1")
 
 
 def _plan(args: argparse.Namespace, trained: "Trained") -> "tuple[list[Request], Settings]":
     """Return what to draw, and how. UserError for what does not fit the model."""
-    from raphael_dist.sampling.prompts import check_sizes, read_picture, read_requests
+    from raphael_dist.sampling.prompts import check_sizes, read_edges, read_picture, read_requests
     from raphael_dist.sampling.sampling import Request
     from raphael_dist.sampling.spread import Settings
 
@@ -105,6 +121,9 @@ def _plan(args: argparse.Namespace, trained: "Trained") -> "tuple[list[Request],
     check_sizes(requests, trained.sampler.image.factor)
     if args.image:
         requests = [replace(r, start=read_picture(args.image, r.size_hw)) for r in requests]
+    if args.control:
+        maps = {size: read_edges(args.control, size, args.control_kind) for size in {r.size_hw for r in requests}}
+        requests = [replace(r, edges=maps[r.size_hw]) for r in requests]
     requests = [replace(r, copy=copy) for r in requests for copy in range(args.per_prompt)]
     guidance = s.guidance if args.guidance is None else args.guidance
     settings = Settings(s.steps if args.steps is None else args.steps, guidance, args.batch, args.strength)

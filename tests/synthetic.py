@@ -8,7 +8,9 @@ from raphael_dist.config import Config, config_from_tree
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.engine.zero import Plain
 from raphael_dist.model.batch import Batch
-from raphael_dist.model.unet import GateNoise
+from raphael_dist.model.control import add_control
+from raphael_dist.model.lora import add_lora
+from raphael_dist.model.unet import GateNoise, RaphaelUNet
 
 TOKENS, TEXT_WIDTH, SIZE = 7, 12, 8
 
@@ -64,9 +66,24 @@ def synthetic_batch(
         text=draw(2, TOKENS, TEXT_WIDTH),
         text_mask=torch.arange(TOKENS).expand(len(slots), -1) <= (positions % TOKENS)[:, None],
         end=positions % TOKENS,
-        edge=draw(3, 16, 16).sigmoid(),
+        edge=draw(3, *((SIZE, SIZE) if config.control.enabled else (16, 16))).sigmoid(),
         gate_noise=noise,
     )
+
+
+def adapted_model(config: Config) -> RaphaelUNet:
+    """Return a frozen model with random weights and adapters, or a control, which are at work already."""
+    torch.manual_seed(config.run.seed)
+    model = RaphaelUNet(config)
+    if config.control.enabled:
+        add_control(model, config, config.run.seed)
+    else:
+        add_lora(model, config.lora, config.run.seed)
+    draw = torch.Generator().manual_seed(8)
+    for name, p in model.named_parameters():
+        if p.requires_grad and (config.lora.rank or ".controlnet_" in name):
+            torch.nn.init.normal_(p, std=0.1, generator=draw)
+    return model
 
 
 def plain_fragments(model: torch.nn.Module) -> Fragments:

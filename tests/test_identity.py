@@ -26,12 +26,15 @@ OTHER = {
     "recipe.gate_noise_schedule": "cosine", "recipe.stages": [{"until": None, "set": {"optim.lr": 0.1}}],
     "train.caption_drop": 0.4, "ema.enabled": False, "ema.decay": 0.5, "ema.warmup": False, "edge.channels": 3,
     "image.dtype": "bfloat16", "data.caption_from": "txt", "data.caption_weights": {"txt": 1.0},
+    "lora.rank": 4, "lora.alpha": 3, "lora.targets": ["experts"], "control.enabled": True,
 }  # fmt: skip
 
 # What must be so for a value above to be allowed.
 WITH = {
     "optim.decay_arguments": {"optim.decay": "polynomial"},
     "diffusion.zero_terminal_snr": {"diffusion.prediction": "v_prediction"},
+    "lora.rank": {"run.init_from": "a/base"},
+    "control.enabled": {"run.init_from": "a/base", "sample.prompts": []},
 }
 
 

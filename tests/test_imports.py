@@ -37,6 +37,7 @@ BASE = {
     "rng",
     "config",
     "config_data",
+    "config_adapters",
     "config_errors",
     "config_yaml",
     "config_checks",
@@ -47,11 +48,11 @@ BASE = {
     "identity",
     "presets",
 }
-COMMANDS = {"__main__", "config_reference", "train", "sample", "evaluate", "paths", "pipeline"}
+COMMANDS = {"__main__", "config_reference", "train", "sample", "evaluate", "paths", "lora", "control", "pipeline"}
 # The writer of DeepSpeed's layout pickles three of its small classes.
 MAY_IMPORT_DEEPSPEED = {"engine.engine", "engine.expert_groups", "convert.layouts.deepspeed.write"}
 LIGHT = {
-    "config", "config_data", "config_checks", "config_errors", "config_recipes", "config_yaml", "stages",
+    "config", "config_data", "config_adapters", "config_checks", "config_errors", "config_recipes", "config_yaml", "stages",
     "command_line", "shipped", "identity", "errors",
     "engine.ds_config", "parallel.batch_plan", "parallel.placement", "parallel.communication",
     "cluster.preflight_report", "training.stopping", "model.latents",

@@ -34,6 +34,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prediction", choices=("epsilon", "v_prediction"), help="what a U-Net predicts, where no scheduler beside it says"
     )
+    parser.add_argument(
+        "--lora", type=Path, metavar="PATH", help="merge adapters in: peft's folder, or a run that trained them"
+    )
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="how much of them (default 1)")
     parser.add_argument("--unet-only", action="store_true", help="of a pipeline: leave out encoders and scheduler")
     parser.add_argument(
         "--text-by-name", action="store_true", help="of a pipeline: name a text encoder that ships in a package, not copy it"
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         options = options_of(args.target[0], args.ep, args.world, args.zero, args.weights, args.dtype, *switches)
         options = replace(options, prediction=args.prediction, licence=args.license)
         (source, path), (target, out) = args.source, args.target
-        report = convert(source, Path(path), target, Path(out), options, config, ranks)
+        report = convert(source, Path(path), target, Path(out), options, config, ranks, args.lora, args.lora_scale)
     except UserError:
         if not ranks.is_main:
             sys.exit(2)

@@ -4,8 +4,9 @@
 checkpoint alone is left there, and so is what has another shape. A dense model's feed-forward layers become time experts.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,12 @@ from raphael_dist.config import Config
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.source import Checkpoint, is_dense, parameter_shapes
 from raphael_dist.convert.upcycle import Upcycled
-from raphael_dist.engine.fragments import Fragments
+from raphael_dist.engine.zero import Fragment
 from raphael_dist.errors import UserError
+from raphael_dist.model.control import add_control
+from raphael_dist.model.lora import add_lora
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.storage.tensorfile import as_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +83,12 @@ def check_initial(config: Config, checkpoint: Checkpoint) -> Initial:
 
 
 def load_initial(
-    fragments: Fragments, path: Path, config: Config, *, verify: bool = True, tell: Callable[[str], None] = lambda _: None
+    fragments: Iterable[Fragment],
+    path: Path,
+    config: Config,
+    *,
+    verify: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Initial:
     """Copy weights (averaged ones, if there are any) of a checkpoint in any layout into this rank's fp32 weights.
 
@@ -102,6 +112,30 @@ def load_initial(
                 if f.name in wanted:
                     f.master.copy_(read(f.name, f.start, f.numel).view(-1))
     return initial
+
+
+def adapted_base(
+    config: Config, *, verify: bool = True, tell: Callable[[str], None] = lambda _: None
+) -> tuple[RaphaelUNet, str]:
+    """Return the frozen model of run.init_from with adapters or a control, the same on every rank, and its weights' SHA-256.
+
+    It is whole: expert parallelism and ZeRO divide it afterwards. The checksum does not depend on a layout. verify, tell and
+    UserError as in `load_initial`.
+    """
+    assert config.run.init_from is not None  # config_adapters.check_lora
+    with torch.device("meta"):
+        model = RaphaelUNet(config)
+    model.to_empty(device="cpu")
+    whole = [Fragment(n, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True) for n, p in model.named_parameters()]
+    load_initial(whole, config.run.init_from, config, verify=verify, tell=tell)
+    digest = hashlib.sha256()
+    for fragment in whole:
+        digest.update(fragment.name.encode() + as_bytes(fragment.master))
+    if config.control.enabled:
+        add_control(model, config, config.run.seed)
+    else:
+        add_lora(model, config.lora, config.run.seed)
+    return model, digest.hexdigest()
 
 
 def open_initial(path: Path) -> Checkpoint:

@@ -18,6 +18,7 @@ from typing import Any
 from raphael_dist.checkpoint.manifest import seal
 from raphael_dist.checkpoint.tensors import Span
 from raphael_dist.config import Config
+from raphael_dist.convert.adapter import Merged, read_adapter
 from raphael_dist.convert.layouts import layout_of, open_checkpoint
 from raphael_dist.convert.mpi import MpiRanks
 from raphael_dist.convert.plan import ConversionPlan, Options, Source, check_complete, write_file
@@ -62,15 +63,19 @@ def convert(
     options: Options,
     config: Config | None = None,
     ranks: MpiRanks | None = None,
+    lora: Path | None = None,
+    lora_scale: float = 1.0,
 ) -> Report:
     """Convert `path` to the new folder `target`; return what was done. Collective over `ranks`.
 
-    Raises UserError when the source is damaged or incomplete, the target exists or cannot hold the model; nothing is left
-    then.
+    lora: adapters (`adapter.read_adapter`) to merge in, lora_scale: how much of them. Raises UserError when the source is
+    damaged or incomplete, the target exists or cannot hold the model; nothing is left then.
     """
     ranks, began = ranks or MpiRanks(), time.monotonic()
     layout_of("--to", to_layout)
-    opened, source, plan = ranks.agree(lambda: _prepare(from_layout, path, to_layout, target, options, config))
+    opened, source, plan = ranks.agree(
+        lambda: _prepare(from_layout, path, to_layout, target, options, config, lora, lora_scale)
+    )
     with opened:
         store(to_layout, source, plan, target, ranks, opened.files)
     how = "sizes and SHA-256 of its manifest" if opened.files else "no manifest: only that every tensor is there once"
@@ -104,7 +109,14 @@ def store(
 
 
 def _prepare(
-    from_layout: str, path: Path, to_layout: str, target: Path, options: Options, config: Config | None
+    from_layout: str,
+    path: Path,
+    to_layout: str,
+    target: Path,
+    options: Options,
+    config: Config | None,
+    lora: Path | None,
+    lora_scale: float,
 ) -> tuple[Checkpoint, Source, ConversionPlan]:
     if target.exists() or target.is_symlink():
         raise UserError(f"--to {to_layout} {target}: exists already; give a new path, nothing is overwritten")
@@ -115,6 +127,8 @@ def _prepare(
         if not is_dense(opened.config):
             raise UserError(f"--config: {path} says its model itself, and has experts or edge modules already; leave it out")
         source = Upcycled(opened, config)
+    if lora is not None:
+        source = Merged(source, read_adapter(lora, options.weights or "ema"), lora_scale)
     plan = layout_of("--to", to_layout).plan(source, options, target)
     check_complete(plan, source)
     return opened, source, plan

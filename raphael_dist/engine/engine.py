@@ -46,7 +46,9 @@ class Engine:
         torch.manual_seed(config.run.seed)  # every rank starts from the same weights
         model = RaphaelUNet(config) if model is None else model
         # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
-        model.gathers_weights = self.stage == 3
+        for part in model.modules():  # a control is one too
+            if isinstance(part, RaphaelUNet):
+                part.gathers_weights = self.stage == 3
         self.traffic = expert_parallel.apply(model, config, plan, expert_groups.join)
         eta = config.recipe.gradient_noise
         self._noise = GradientNoise(model, eta, config.run.seed) if eta else None
@@ -91,13 +93,14 @@ class Engine:
     def _watch_gradients(self) -> set[str]:
         touched: set[str] = set()
         for name, p in self.module.named_parameters():
-            p.register_hook(lambda _, name=name: touched.add(name))
+            if p.requires_grad:
+                p.register_hook(lambda _, name=name: touched.add(name))
         return touched
 
     def _check_gradients(self) -> None:
         """ZeRO-1 and 2 reduce what each rank has: a gradient that is missing on one is added to another parameter's."""
         assert self._touched is not None
-        missing = [name for name, _ in self.module.named_parameters() if name not in self._touched]
+        missing = [name for name in self.fragments.shapes if name not in self._touched]
         self._touched.clear()
         if missing:
             raise RuntimeError(f"{len(missing)} parameters got no gradient on this rank, the first {missing[0]}")
@@ -167,7 +170,11 @@ def decays(name: str) -> bool:
     """
     owner, _, leaf = name.rpartition(".")
     norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")
-    return leaf in ("weight", "w1", "w2") and not norm and not name.startswith(("text_gates.", "time_gates."))
+    return (
+        leaf.split("_lora_")[0] in ("weight", "w1", "w2")
+        and not norm
+        and not name.startswith(("text_gates.", "time_gates."))
+    )
 
 
 def _optimizer(parameters: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.Optimizer:

@@ -32,7 +32,8 @@ def mark(model: nn.Module, num_experts: int) -> None:
     """Give a model whose experts are spread a module without parameters, by which DeepSpeed's engine knows of experts."""
     from deepspeed.moe.layer import MoE
 
-    spread = sorted({p.group_name for p in model.parameters() if hasattr(p, "group_name")})
+    # Trained ones: DeepSpeed wants an optimizer's group of experts for such a module.
+    spread = sorted({p.group_name for p in model.parameters() if hasattr(p, "group_name") and p.requires_grad})
     if not spread:
         return
 

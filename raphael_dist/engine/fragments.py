@@ -16,12 +16,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Fragments:
-    """All fragments of this rank, in the order of the model's parameters."""
+    """All fragments of this rank, in the order of the model's parameters; of frozen ones there are none."""
 
     def __init__(self, module: nn.Module, zero: Zero, optimizer: torch.optim.Optimizer) -> None:
         """`optimizer`: torch's, whose parameters are the fragments' owners."""
         self._zero, self._optimizer = zero, optimizer
-        self.shapes = {name: global_shape(p)[0] for name, p in module.named_parameters()}
+        self.shapes = {name: global_shape(p)[0] for name, p in module.named_parameters() if p.requires_grad}
         self.all = list(zero.fragments(module))
         self._owners = list({id(f.owner): f.owner for f in self.all}.values())
 

@@ -26,6 +26,8 @@ class GradientNoise:
     def __init__(self, model: nn.Module, eta: float, seed: int) -> None:
         self._eta, self._seed, self.step = eta, seed, 0
         for number, (_, p) in enumerate(model.named_parameters()):
+            if not p.requires_grad:
+                continue
             shape, first = global_shape(p)
             # DeepSpeed divides by all ranks, and of experts sums over those alone that hold the same ones.
             sets = shape[0] // len(p) if hasattr(p, "expert_slice") else 1

@@ -93,7 +93,8 @@ class Plain:
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         for name, p in module.named_parameters():
-            yield Fragment(name, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True)
+            if p.requires_grad:
+                yield Fragment(name, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True)
 
     def sync_model(self) -> None:
         """Nothing to do: the weights are the model's."""
@@ -197,6 +198,8 @@ class Sharded:
         zero = self._zero
         parameters: Iterator[tuple[str, Any]] = module.named_parameters()
         for name, p in parameters:
+            if not p.requires_grad:
+                continue
             group, offset, size = zero.grad_position[zero.get_param_id(p)]
             start = torch.distributed.get_rank(p.ds_process_group) * size
             numel = min(size, p.ds_numel - start)  # the last rank's part is padded
@@ -236,7 +239,7 @@ def _mapped(module: nn.Module, owners: Sequence[Tensor]) -> Iterator[Fragment]:
     """Yield the fragments by the links that ZeRO-1 and 2 leave at each parameter."""
     for name, p in module.named_parameters():
         mapping = getattr(p, "_hp_mapping", None)
-        if mapping is None:  # this parameter lies wholly on other ranks
+        if mapping is None:  # this parameter lies wholly on other ranks, or is frozen
             continue
         shape, first = global_shape(p)
         yield Fragment(

@@ -42,6 +42,7 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
         self.use_megablocks = False
+        self.lora_scale: float | None = None  # with adapters
         fused = 2 * hidden if activation == "geglu" else hidden
         self.w1 = nn.Parameter(torch.empty(num_experts, fused, dim))
         self.b1 = nn.Parameter(torch.empty(num_experts, fused))
@@ -59,6 +60,31 @@ class Experts(nn.Module):
                 weight[k].uniform_(-bound, bound, generator=draw)
                 bias[k].uniform_(-bound, bound, generator=draw)
 
+    def add_lora(self, rank: int, alpha: float) -> None:
+        """Give w1 and w2 of every expert an adapter (`model.lora`): `w_k + alpha / rank B_k A_k`, with B zero.
+
+        Names are w1_lora_A [K, rank, D], w1_lora_B [K, F, rank] and so for w2. Parameters of this module, as the weights
+        are: ZeRO-3 gathers them together, and expert parallelism slices them alike.
+        """
+        self.lora_scale = alpha / rank
+        for name in ("w1", "w2"):
+            weight = getattr(self, name)
+            num_experts, outer, inner = weight.shape
+            a, b = weight.new_empty(num_experts, rank, inner), weight.new_zeros(num_experts, outer, rank)
+            nn.init.uniform_(a, -1 / math.sqrt(inner), 1 / math.sqrt(inner))  # as peft draws them
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(a))
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(b))
+
+    def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return A [K, rank, in] and alpha / rank B [K, out, rank] of w1 or w2; None without adapters.
+
+        They are applied one after the other, never added to the weight: in bfloat16 what is small beside a weight would be
+        rounded away, and the product would take as much memory as the weights.
+        """
+        if self.lora_scale is None:
+            return None
+        return getattr(self, f"{name}_lora_A"), self.lora_scale * getattr(self, f"{name}_lora_B")
+
     def act(self, x: Tensor) -> Tensor:
         """GELU, or the gated GELU of diffusers' feed-forward layer, over the last dimension."""
         if self.activation == "gelu":
@@ -68,7 +94,11 @@ class Experts(nn.Module):
 
     def at_zero_KD(self) -> Tensor:
         """Return `e_k(0) - b2_k` of every expert, [K, D] (docs/architecture.md, the identity)."""
-        return torch.einsum("kdf,kf->kd", self.w2, self.act(self.b1))
+        hidden_KF = self.act(self.b1)
+        at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
+        if (lora := self.lora("w2")) is not None:
+            at_zero_KD = at_zero_KD + (lora[1] @ (lora[0] @ hidden_KF.unsqueeze(2))).squeeze(2)
+        return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
         """Apply expert k to its rows; the rows lie sorted by expert, `counts_K[k]` (int64) of them for expert k.
@@ -81,22 +111,33 @@ class Experts(nn.Module):
         if not x_RD.shape[0]:
             # Without a single row grouped_mm fails in its backward; that there is none is known without reading the counts.
             return self._loop(x_RD, [0] * self.num_experts, bias)
-        if self.use_megablocks or _use_grouped_mm(x_RD, self.hidden):
+        if self.use_megablocks or _use_grouped_mm(x_RD, self.hidden, self.lora("w1")):
             return self._grouped(x_RD, counts_K, bias)
         return self._loop(x_RD, counts_K.tolist(), bias)
 
     def _loop(self, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:
         # unbind: one gradient for all experts, where indexing would add up K gradients of the whole stack.
         stacks = (p.unbind(0) for p in (self.w1, self.b1, self.w2, self.b2))
+        first, second = self._lora_of_each("w1"), self._lora_of_each("w2")
         parts = []
-        for rows, w1, b1, w2, b2 in zip(x_RD.split(counts), *stacks, strict=True):
-            parts.append(F.linear(self.act(F.linear(rows, w1, b1)), w2, b2 if bias else None))
+        for rows, w1, b1, w2, b2, lora1, lora2 in zip(x_RD.split(counts), *stacks, first, second, strict=True):
+            hidden = self.act(_linear(rows, w1, b1, lora1))
+            parts.append(_linear(hidden, w2, b2 if bias else None, lora2))
         return torch.cat(parts)
 
+    def _lora_of_each(self, name: str) -> list[tuple[Tensor, Tensor] | None]:
+        lora = self.lora(name)
+        return [None] * self.num_experts if lora is None else list(zip(lora[0].unbind(0), lora[1].unbind(0), strict=True))
+
     def _grouped(self, x_RD: Tensor, counts_K: Tensor, bias: bool) -> Tensor:
-        product = grouped_gemm_product(counts_K) if self.use_megablocks else _torch_product(counts_K)
+        plain = grouped_gemm_product(counts_K) if self.use_megablocks else _torch_product(counts_K)
+
+        def product(rows: Tensor, name: str) -> Tensor:
+            out, lora = plain(rows, getattr(self, name)), self.lora(name)
+            return out if lora is None else out + plain(plain(rows, lora[0]), lora[1])
+
         onehot_RK = expert_of_rows(counts_K, x_RD.shape[0]).to(x_RD.dtype)
-        out_RD = product(self.activate(product(x_RD, self.w1), onehot_RK), self.w2)
+        out_RD = product(self.activate(product(x_RD, "w1"), onehot_RK), "w2")
         return add_bias(out_RD, onehot_RK, self.b2) if bias else out_RD
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
@@ -109,7 +150,12 @@ class Experts(nn.Module):
         The weights scale the experts' outputs, which are narrower than their hidden units.
         """
         fused_RKF = F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()).unflatten(1, self.b1.shape)
-        out_KRD = _GeluProduct.apply(fused_RKF.transpose(0, 1), self.w2)
+        fused_KRF = fused_RKF.transpose(0, 1)
+        if (lora := self.lora("w1")) is not None:
+            fused_KRF = fused_KRF + (x_RD @ lora[0].transpose(1, 2)) @ lora[1].transpose(1, 2)
+        out_KRD = _GeluProduct.apply(fused_KRF, self.w2)
+        if (lora := self.lora("w2")) is not None:
+            out_KRD = out_KRD + _GeluProduct.apply(fused_KRF, lora[0]) @ lora[1].transpose(1, 2)
         return (out_KRD * w_RK.t().unsqueeze(-1)).sum(dim=0)
 
 
@@ -125,10 +171,15 @@ class _GeluProduct(torch.autograd.Function):
         return F.gelu(a_KRF) @ w_KDF.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
         a_KRF, w_KDF = ctx.saved_tensors
-        grad_w = grad_KRD.transpose(1, 2) @ F.gelu(a_KRF)
+        grad_w = grad_KRD.transpose(1, 2) @ F.gelu(a_KRF) if ctx.needs_input_grad[1] else None
         return torch.ops.aten.gelu_backward(grad_KRD @ w_KDF, a_KRF), grad_w
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return out if lora is None else out + F.linear(F.linear(x, lora[0]), lora[1])
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
@@ -184,9 +235,10 @@ def require_grouped_gemm() -> None:
         ) from error
 
 
-def _use_grouped_mm(x_RD: Tensor, hidden: int) -> bool:
+def _use_grouped_mm(x_RD: Tensor, hidden: int, lora: tuple[Tensor, Tensor] | None = None) -> bool:
     # The CUDA kernel takes only bfloat16 rows of a multiple of 16 bytes; on the CPU a loop over a few experts is as fast.
-    return x_RD.device.type != "cpu" and x_RD.dtype == torch.bfloat16 and x_RD.shape[1] % 8 == 0 and hidden % 8 == 0
+    widths = (x_RD.shape[1], hidden, *(() if lora is None else (lora[0].shape[1],)))
+    return x_RD.device.type != "cpu" and x_RD.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
 def _aligned(weight: Tensor) -> Tensor:

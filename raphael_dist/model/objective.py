@@ -37,7 +37,10 @@ def compute_losses(
 ) -> Losses:
     """L = L_denoise + L_edge (Sec. 3.2) of a micro-batch on the model's device; the model runs in `dtype`."""
     noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
-    out = model(noised.to(dtype), batch.timestep, batch.text.to(dtype), batch.text_mask, batch.end, batch.gate_noise)
+    edge_map = [batch.edge] if config.control.enabled else []
+    out = model(
+        noised.to(dtype), batch.timestep, batch.text.to(dtype), batch.text_mask, batch.end, batch.gate_noise, *edge_map
+    )
     denoise = denoise_loss_B(out.prediction, schedule.target(batch.x0, batch.noise, batch.timestep)) * batch.weight
     total = denoise
     if gamma := config.recipe.min_snr_gamma:

@@ -4,7 +4,7 @@ Shape legend: B samples, C channels, Y text tokens, K experts, L transformer blo
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -56,6 +56,24 @@ class UNetOutput(NamedTuple):
     balance: tuple[Tensor, ...] = ()
 
 
+class Added(NamedTuple):
+    """What a control adds to the skips, outermost first, and to the middle, at full strength."""
+
+    skips: tuple[Tensor, ...]
+    middle: Tensor
+
+
+class Pass(NamedTuple):
+    """One forward pass: what all of its blocks read, the plans of those to come, and what those that ran have left."""
+
+    embedding_BE: Tensor
+    text_BYD: Tensor
+    end_B: Tensor
+    plans: Iterator[BlockPlan]
+    edge_logits: list[Tensor | None]
+    space_used: list[Tensor | None]
+
+
 def _present(found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(value for value in found if value is not None)
 
@@ -97,6 +115,8 @@ class RaphaelUNet(nn.Module):
         # Expert parallelism needs the counts of other ranks too, and puts its own function here.
         self.count_samples: Callable[[Tensor], Sequence[Any]] = count_samples
         self.block_levels: list[int] = []  # of the transformer blocks, in order of execution
+        self.control: nn.Module | None = None  # model.control puts one here
+        self.control_scale = 1.0
         channels, embed = m.channels, 4 * m.channels[0]
         self.conv_in = nn.Conv2d(m.latent_channels, channels[0], 3, padding=1)
         self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -177,6 +197,7 @@ class RaphaelUNet(nn.Module):
         text_mask_BY: Tensor,
         end_B: Tensor,
         noise: GateNoise | None = None,
+        edge_Bhw: Tensor | None = None,
     ) -> UNetOutput:
         """Predict the noise (or velocity) of noised latents.
 
@@ -184,46 +205,82 @@ class RaphaelUNet(nn.Module):
             x_BCHW: noised latents [B, C, h, w]. timestep_B: int64 [B].
             text_BYD: text tokens [B, Y, D]; text_mask_BY: bool, False at padding; end_B: int64, the end-of-text token.
             noise: gate noise in training; None routes without noise.
+            edge_Bhw: an edge map in 0..1 to be followed, where the model has a control; None: the model is as without one.
         """
+        through, planned = self.begin(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
+        x, skips = self.way_down(through, self.enter(x_BCHW))
+        if self.control is not None and edge_Bhw is not None:
+            added = self.control(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise, edge_Bhw)
+            skips = [skip + self.control_scale * more for skip, more in zip(skips, added.skips, strict=True)]
+            x = x + self.control_scale * added.middle
+        x = self.way_up(through, x, skips)
+        return UNetOutput(
+            prediction=self.conv_out(nn.functional.silu(self.conv_norm_out(x))),
+            edge_logits=_present(through.edge_logits),
+            space_used=_present(through.space_used),
+            time_expert=_present([plan.time_expert_B for plan in planned]),
+            balance=_present([plan.balance_B for plan in planned]),
+        )
+
+    def begin(
+        self,
+        x_BCHW: Tensor,
+        timestep_B: Tensor,
+        text_BYD: Tensor,
+        text_mask_BY: Tensor,
+        end_B: Tensor,
+        noise: GateNoise | None,
+    ) -> tuple["Pass", list[BlockPlan]]:
+        """Return a forward pass, with all of its blocks routed. Arguments as in `forward`."""
         embedding = self.time_embedding(self.time_proj(timestep_B).to(x_BCHW.dtype))
         planned = self.route_blocks(timestep_B, embedding, text_BYD, text_mask_BY, noise)
-        plans = iter(planned)
-        edge_logits: list[Tensor | None] = []
-        space_used: list[Tensor | None] = []
+        return Pass(embedding, text_BYD, end_B, iter(planned), [], []), planned
 
-        def run(stage: Stage, index: int, x: Tensor) -> Tensor:
-            x = self._run(self.config.checkpoint_activations == "all", stage.resnets[index], x, embedding)
-            if stage.attentions is not None:
-                transformer = cast(SpatialTransformer, stage.attentions[index])
-                x, logits, used = self._attend(transformer, x, text_BYD, end_B, next(plans))
-                edge_logits.append(logits)
-                space_used.append(used)
-            return x
-
+    def enter(self, x_BCHW: Tensor) -> Tensor:
+        """Return the first feature map of noised latents."""
         x = self.conv_in(x_BCHW.contiguous(memory_format=layout(x_BCHW.device)))
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # Frozen weights with adapters: re-entrant recomputation has a backward pass only where an input has a gradient,
+            # and so have exchanges between ranks.
+            x.requires_grad_()
+        return x
+
+    def way_down(self, through: "Pass", x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what the middle makes of the first feature map, and the skips, outermost first."""
         skips = [x]
         for stage in cast(list[Stage], self.down_blocks):
             for i in range(len(stage.resnets)):
-                x = run(stage, i, x)
+                x = self._through(through, stage, i, x)
                 skips.append(x)
             if stage.downsamplers is not None:
                 x = stage.downsamplers[0](x)
                 skips.append(x)
-        x = run(self.mid_block, 0, x)
-        x = self._run(self.config.checkpoint_activations == "all", self.mid_block.resnets[1], x, embedding)
+        x = self._through(through, self.mid_block, 0, x)
+        return self._residual(self.mid_block, 1, x, through.embedding_BE), skips
+
+    def way_up(self, through: "Pass", x: Tensor, skips: list[Tensor]) -> Tensor:
+        """Return the last feature map."""
+        skips = list(skips)
         for stage in cast(list[Stage], self.up_blocks):
             for i in range(len(stage.resnets)):
-                x = run(stage, i, torch.cat([x, skips.pop()], dim=1))
+                x = self._through(through, stage, i, torch.cat([x, skips.pop()], dim=1))
             if stage.upsamplers is not None:
                 # The size of the next skip, so that odd sizes come back as they went.
                 x = stage.upsamplers[0](x, output_size=skips[-1].shape[-2:])
-        return UNetOutput(
-            prediction=self.conv_out(nn.functional.silu(self.conv_norm_out(x))),
-            edge_logits=_present(edge_logits),
-            space_used=_present(space_used),
-            time_expert=_present([plan.time_expert_B for plan in planned]),
-            balance=_present([plan.balance_B for plan in planned]),
-        )
+        return x
+
+    def _through(self, through: "Pass", stage: Stage, index: int, x: Tensor) -> Tensor:
+        x = self._residual(stage, index, x, through.embedding_BE)
+        if stage.attentions is not None:
+            transformer = cast(SpatialTransformer, stage.attentions[index])
+            x, logits, used = self._attend(transformer, x, through.text_BYD, through.end_B, next(through.plans))
+            through.edge_logits.append(logits)
+            through.space_used.append(used)
+        return x
+
+    def _residual(self, stage: Stage, index: int, x: Tensor, embedding_BE: Tensor) -> Tensor:
+        out: Tensor = self._run(self.config.checkpoint_activations == "all", stage.resnets[index], x, embedding_BE)
+        return out
 
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None

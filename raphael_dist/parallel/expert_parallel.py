@@ -34,7 +34,7 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.exchange import AllGather, AllToAll, ExpertGroup, ReduceScatter, Traffic
 from raphael_dist.parallel.placement import place
 
-STACKED = ("w1", "b1", "w2", "b2")  # the parameters of `Experts`, one slice per expert
+STACKED = ("w1", "b1", "w2", "b2")  # the parameters of `Experts` without adapters, one slice per expert
 # Above this share of (token, other rank) pairs in use, fixed sizes cost few bytes more and spare the sorting.
 STATIC_DENSITY = 0.9
 
@@ -175,11 +175,10 @@ def _take_slice(layer: Any, whole: Experts, group: ExpertGroup) -> None:
     """Give `layer` this rank's experts of `whole`, marked for DeepSpeed and for `fragments`."""
     layer.num_experts, layer.group = whole.num_experts // group.size, group
     layer.dim, layer.hidden, layer.activation = whole.dim, whole.hidden, whole.activation
-    layer.use_megablocks = whole.use_megablocks
+    layer.use_megablocks, layer.lora_scale = whole.use_megablocks, whole.lora_scale
     first = group.index * layer.num_experts
-    for name in STACKED:
-        stack = getattr(whole, name).detach()
-        p: Any = nn.Parameter(stack[first : first + layer.num_experts].clone())
+    for name, stack in whole.named_parameters(recurse=False):  # adapters among them: one slice per expert of each
+        p: Any = nn.Parameter(stack.detach()[first : first + layer.num_experts].clone(), stack.requires_grad)
         p.expert_slice = (first, whole.num_experts)
         p.allreduce, p.group_name = False, group.name  # DeepSpeed: reduced over the ranks with the same experts alone
         setattr(layer, name, p)

@@ -13,7 +13,10 @@ import torch
 from raphael_dist.checkpoint.folders import followed
 from raphael_dist.checkpoint.reader import open_newest
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.adapter import Merged, read_adapter
+from raphael_dist.convert.control import read_control
 from raphael_dist.convert.layouts import detect, open_checkpoint
+from raphael_dist.convert.plan import Source
 from raphael_dist.convert.source import Checkpoint
 from raphael_dist.data.open import load_encoders
 from raphael_dist.errors import UserError
@@ -44,19 +47,43 @@ class Trained:
         return next(self.model.parameters()).device
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What is put beside a model in memory, and how much each counts: 0 nothing, 1 as it was trained.
+
+    lora: adapters (`convert.adapter.read_adapter`). control: what follows edge maps (`convert.control.read_control`).
+    """
+
+    lora: Path | None = None
+    lora_scale: float = 1.0
+    control: Path | None = None
+    control_scale: float = 1.0
+
+    def words(self) -> list[str]:
+        """Return each that is there, with its scale."""
+        both = ((self.lora, self.lora_scale), (self.control, self.control_scale))
+        return [f"{what} {scale}" for what, scale in both if what is not None]
+
+
 @contextmanager
-def opened(path: Path, weights: str | None) -> Iterator[tuple[Trained, Ranks]]:
+def opened(path: Path, weights: str | None, beside: Beside = Beside()) -> Iterator[tuple[Trained, Ranks]]:
     """Load a model on all ranks of a launcher, or alone, and yield it with them. Raises on all what `load_trained` does."""
     with joined() as (ranks, device):
-        yield all_or_none(lambda: load_trained(path, weights, device)), ranks
+        yield all_or_none(lambda: load_trained(path, weights, device, beside=beside)), ranks
 
 
-def load_trained(path: Path, weights: str | None, device: torch.device, dtype: torch.dtype | None = None) -> Trained:
+def load_trained(
+    path: Path,
+    weights: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    beside: Beside = Beside(),
+) -> Trained:
     """Load a model with its encoders. Files are checked by their checksums.
 
     weights: "ema", "master" for the last ones, or None: the average where there is one. dtype: of the weights; None:
     bfloat16 for a run in bfloat16 on a GPU, float32 otherwise. UserError: nothing is there, damage, no such weights,
-    encoders that are missing.
+    encoders that are missing, something beside it that does not fit.
     """
     with open_for_sampling(path) as checkpoint:
         config = exported_config(checkpoint, path)
@@ -65,11 +92,18 @@ def load_trained(path: Path, weights: str | None, device: torch.device, dtype: t
             dtype = torch.bfloat16 if half else torch.float32
         text, image = load_encoders(config, device, dtype)
         kind = _kind(checkpoint, weights)
-        model = read_model(checkpoint, config, kind).to(device, dtype)
+        source: Source = checkpoint
+        if beside.lora is not None:
+            source = Merged(checkpoint, read_adapter(beside.lora, weights or "ema"), beside.lora_scale)
+        model = read_model(source, config, kind)
+        if beside.control is not None:
+            model.control, model.control_scale = read_control(beside.control, config, weights or "ema"), beside.control_scale
+        model = model.to(device, dtype)
         step = f"step {checkpoint.progress.step} of " if checkpoint.progress.step else ""
         sums = sorted(str(entry.get("sha256")) for entry in checkpoint.files.values()) or [str(path)]
-    digest = hashlib.sha256("".join([kind, *sums]).encode()).hexdigest()[:16]
-    return Trained(model, Sampler.of(model, text, image), config, f"{step}{path}", digest, kind)
+    digest = hashlib.sha256("".join([kind, *sums, *beside.words()]).encode()).hexdigest()[:16]
+    origin = " + ".join([f"{step}{path}", *beside.words()])
+    return Trained(model, Sampler.of(model, text, image), config, origin, digest, kind)
 
 
 def open_for_sampling(path: Path) -> Checkpoint:
@@ -139,7 +173,7 @@ def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
     return weights or "ema"
 
 
-def read_model(checkpoint: Checkpoint, config: Config, kind: str) -> RaphaelUNet:
+def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
     """Return the model with the weights of a kind that the checkpoint holds, in float32 on the CPU, in eval mode."""
     with torch.device("meta"):
         model = RaphaelUNet(config)

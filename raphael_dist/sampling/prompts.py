@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from raphael_dist.data.buckets import resize_and_crop
+from raphael_dist.data.hed import EdgeEncoder, edge_map
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.sampling.sampling import Request
 
@@ -77,13 +79,27 @@ def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size"
             raise UserError(f"{option}: given {list(size)}, must be multiples of the image encoder's factor {factor}")
 
 
-def read_picture(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
-    """Return a picture to start from, uint8 [H, W, 3], scaled and cut to a size. UserError: it cannot be read."""
+def read_picture(path: Path, size_hw: tuple[int, int], option: str = "--image") -> np.ndarray:
+    """Return a picture, uint8 [H, W, 3], scaled and cut to a size. UserError: it cannot be read."""
     try:
         with Image.open(path) as image:
             return fit_picture(image, size_hw)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image {path}: cannot be read: {error}") from None
+        raise UserError(f"{option} {path}: cannot be read: {error}") from None
+
+
+def read_edges(path: Path, size_hw: tuple[int, int], kind: str) -> np.ndarray:
+    """Return an edge map to follow, float32 [H, W] in 0..1, of a picture scaled and cut to a size.
+
+    kind: "map", the picture is one (white lines on black); "hed" or "canny", made of it. UserError: it cannot be read.
+    """
+    pixels_HW3 = read_picture(path, size_hw, "--control")
+    if kind == "map":
+        return pixels_HW3.mean(axis=2).astype(np.float32) / 255
+    image = torch.from_numpy(pixels_HW3).permute(2, 0, 1).unsqueeze(0)
+    if kind == "hed":  # as the data's maps are made where they have none
+        return EdgeEncoder(None, torch.device("cpu")).encode(image.float() / 127.5 - 1)[0].numpy()
+    return edge_map(image, kind)[0, 0].numpy()
 
 
 def fit_picture(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:

@@ -6,6 +6,7 @@ Shape legend: B images, C latent channels, h and w latent height and width, H an
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
+from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import starts_late
 from raphael_dist.rng import Purpose, generator
 
@@ -28,7 +30,8 @@ class Request:
     """One image to draw. `seed`, `index` and `copy` fix its noise, so that it is the same in any batch and on any rank.
 
     index: the number of the prompt within its set. copy: the number among the images of one prompt. start: a picture to
-    begin from, uint8 [H, W, 3] of size `size_hw`, or None to begin from noise.
+    begin from, uint8 [H, W, 3] of size `size_hw`, or None to begin from noise. edges: a map to follow, float32 [H, W] in
+    0..1, for a model with a control, or None.
     """
 
     prompt: str
@@ -38,6 +41,7 @@ class Request:
     copy: int = 0
     negative: str = ""
     start: np.ndarray | None = None
+    edges: np.ndarray | None = None
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
@@ -46,9 +50,16 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) 
     return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
 
 
-def denoiser(model: nn.Module) -> Denoise:
-    """Return the prediction of a `RaphaelUNet` as a function of captions."""
-    return lambda x, timestep, text: model(x, timestep, text.tokens, text.mask, text.end).prediction
+def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
+    """Return the prediction of a `RaphaelUNet` as a function of captions; edge_Bhw: maps for its control."""
+
+    def denoise(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
+        # Captions and negative ones lie one after the other, and follow the same maps.
+        edges = [] if edge_Bhw is None else [None, edge_Bhw.repeat(len(x) // len(edge_Bhw), 1, 1)]
+        prediction: Tensor = model(x, timestep, text.tokens, text.mask, text.end, *edges).prediction
+        return prediction
+
+    return denoise
 
 
 @torch.no_grad()
@@ -130,12 +141,14 @@ class Sampler:
     image: ImageEncoder
     device: torch.device
     dtype: torch.dtype = torch.float32
+    following: Callable[[Tensor], Denoise] | None = None  # maps for the model's control, if it has one
 
     @classmethod
     def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
         """Return the sampler of a `RaphaelUNet`, on its device and in its type."""
         weight = next(model.parameters())
-        return cls(denoiser(model), text, image, weight.device, weight.dtype)
+        following = partial(denoiser, model) if getattr(model, "control", None) is not None else None
+        return cls(denoiser(model), text, image, weight.device, weight.dtype, following)
 
     def draw(
         self,
@@ -155,7 +168,7 @@ class Sampler:
         negatives = sorted({r.negative for r in requests})
         null = self.text.encode(negatives if len(negatives) == 1 else [r.negative for r in requests])
         latents = sample_latents(
-            self.denoise,
+            self._denoise(requests),
             scheduler,
             noise,
             captions,
@@ -168,6 +181,15 @@ class Sampler:
             on_step=on_step,
         )
         return to_pixels(self.image.decode(latents))
+
+    def _denoise(self, requests: Sequence[Request]) -> Denoise:
+        maps = [r.edges for r in requests if r.edges is not None]
+        if not maps:
+            return self.denoise
+        if self.following is None or len(maps) < len(requests):
+            raise UserError("--control: all pictures of a batch follow a map or none does, and the model needs a control")
+        edge_BHW = torch.from_numpy(np.stack(maps)).to(self.device)
+        return self.following(nn.functional.avg_pool2d(edge_BHW, self.image.factor))
 
     def _start(self, requests: Sequence[Request]) -> Tensor | None:
         pictures = [r.start for r in requests if r.start is not None]

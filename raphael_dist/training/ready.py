@@ -11,6 +11,7 @@ import torch
 
 from raphael_dist.checkpoint.reader import newest
 from raphael_dist.config import Config
+from raphael_dist.config_adapters import beside
 from raphael_dist.convert.initial import check_initial, open_initial
 from raphael_dist.data.encoders import ImageFacts, TextFacts
 from raphael_dist.data.open import check_encoders
@@ -90,7 +91,7 @@ def _edges_in(shard: Path) -> Iterator[bool]:
 
 
 def _initial(config: Config) -> None:
-    if config.run.init_from is None or newest(config.run.dir / "checkpoints"):
+    if config.run.init_from is None or (not beside(config) and newest(config.run.dir / "checkpoints")):
         return
     with open_initial(config.run.init_from) as checkpoint:
         check_initial(config, checkpoint)

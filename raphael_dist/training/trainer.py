@@ -12,7 +12,8 @@ import torch
 
 from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config
-from raphael_dist.convert.initial import load_initial
+from raphael_dist.config_adapters import beside
+from raphael_dist.convert.initial import adapted_base, load_initial
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.source import DataSource, open_source
 from raphael_dist.engine.ema import Ema
@@ -22,6 +23,7 @@ from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.long_work import from_main, together
 from raphael_dist.parallel.ranks import Ranks, all_or_none, all_reduce_sum, rank_table
@@ -63,7 +65,8 @@ def build(
         data = open_data(config, ranks, device)
         on_error.callback(data.close)
         watchdog.beat("building the engine", SLOW)
-        engine = Engine(config, json_tree, plan, device)
+        base, belongs_to = _base(config, ranks)
+        engine = Engine(config, json_tree, plan, device, base)
         together("reading the encoders", lambda _: ready_to_sample(config, ranks, engine, data.text, data.image))
         ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
         schedule = NoiseSchedule.create(config.diffusion, device)
@@ -78,7 +81,7 @@ def build(
             engine=engine,
             ema=ema,
             schedule=schedule,
-            store=CheckpointStore(config, ranks, engine.fragments, ema, data.fingerprints()),
+            store=CheckpointStore(config, ranks, engine.fragments, ema, data.fingerprints() | belongs_to),
             guard=Guard(config.train),
             telemetry=telemetry,
             watchdog=watchdog,
@@ -88,7 +91,7 @@ def build(
         watchdog.beat("looking for a checkpoint", SLOW)
         saved = run.store.resume()
         recovery.restore(run, saved)
-        if saved is None and config.run.init_from is not None:
+        if saved is None and config.run.init_from is not None and base is None:
             _start_from(run, config.run.init_from)
         run.first_step, run.builder.phase = run.step, run.samples_seen % config.train.global_batch
         watchdog.beat("the rehearsal", SLOW)
@@ -97,6 +100,20 @@ def build(
         telemetry.begin(run.step, measure.rehearse(engine, first, schedule))
         on_error.pop_all()
         return run
+
+
+def _base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[str, str]]:
+    """Return the frozen model that adapters or a control are trained beside, and what a checkpoint notes of it, if any.
+
+    It is read at every start, since checkpoints hold what is trained alone. Collective.
+    """
+    if not beside(config):
+        return None, {}
+    model, digest = together("reading run.init_from", lambda tell: adapted_base(config, verify=ranks.is_main, tell=tell))
+    if ranks.is_main:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{trained:,} parameters are trained beside {config.run.init_from}, which stays as it is", flush=True)
+    return model, {"run.init_from": digest}
 
 
 def _start_from(run: Run, path: Path) -> None:

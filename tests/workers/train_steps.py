@@ -14,6 +14,7 @@ import torch
 
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.config_adapters import beside
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.fragments import MOMENTS, Fragments
 from raphael_dist.model.batch import Batch
@@ -23,7 +24,7 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import Ranks, all_reduce_sum, discover, initialise
 from raphael_dist.training.measure import rehearse
 from tests.launch import leave
-from tests.synthetic import synthetic_batch, tiny_config
+from tests.synthetic import adapted_model, synthetic_batch, tiny_config
 
 
 def state(fragments: Fragments) -> list[tuple]:
@@ -52,7 +53,7 @@ def main(out: str, specs: dict | list[dict]) -> None:
 def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
     config = tiny_config(**spec["sections"])
     plan = BatchPlan.of(config, ranks.world_size)
-    engine = Engine(config, spec["deepspeed"], plan, device)
+    engine = Engine(config, spec["deepspeed"], plan, device, adapted_model(config) if beside(config) else None)
     schedule = NoiseSchedule.create(config.diffusion, device)
     store = (
         CheckpointStore(config, ranks, engine.fragments, None, {"data.shards": "synthetic"})

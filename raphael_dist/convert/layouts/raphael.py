@@ -10,6 +10,7 @@ from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST
 from raphael_dist.checkpoint.progress import progress_of
 from raphael_dist.checkpoint.reader import CheckpointReader, first_good
 from raphael_dist.config import Config, to_yaml
+from raphael_dist.config_adapters import beside
 from raphael_dist.convert.layouts import RANKS, Layout
 from raphael_dist.convert.manifest import base_manifest, vouched
 from raphael_dist.convert.partition import Topology, parallel_config, spans, topology_of
@@ -29,6 +30,12 @@ def open_run(path: Path, config: Config | None = None) -> Checkpoint:
 def _open_step(folder: Path) -> Checkpoint:
     reader = CheckpointReader(folder)
     manifest, config = reader.manifest, reader.config()
+    if beside(config):
+        what, option = ("the control", "--control-from") if config.control.enabled else ("the adapters", "--lora")
+        raise UserError(
+            f"{folder} holds {what} of {config.run.init_from} alone; give that model, and this as {option} "
+            "(docs/adapters.md)"
+        )
     files, topology = vouched(folder, manifest), f"ep {config.parallel.space_ep},{config.parallel.time_ep}"
     checkpoint = Checkpoint(folder, config, reader.spans(), progress_of(manifest), manifest["dataset"], files)
     checkpoint.topology = f"{manifest.get('world_size', '?')} ranks, {topology}"
