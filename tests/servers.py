@@ -1,9 +1,12 @@
 """Servers that tests start: files over HTTP, S3 by moto, and faults between them and the client."""
 
+import hashlib
 import http.client
+import json
 import os
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,20 +83,55 @@ class _Files(_Handler):
     knows_ranges = True
 
     def do_GET(self) -> None:
-        path = self.folder / self.path.partition("?")[0].lstrip("/")
-        if not path.is_file():
-            return self.answer(404, {}, b"")
-        status = path.stat()
-        headers = {"Last-Modified": formatdate(status.st_mtime, usegmt=True), "ETag": f'"{status.st_mtime_ns:x}"'}
-        data, code = path.read_bytes(), 200
-        if self.knows_ranges:
-            headers["Accept-Ranges"] = "bytes"
-            if "Range" in self.headers:
-                first, last = self.headers["Range"].removeprefix("bytes=").split("-")
-                headers["Content-Range"], code = f"bytes {first}-{last}/{len(data)}", 206
-                data = data[int(first) : int(last) + 1]
-        headers["Content-Length"] = str(len(data))
-        return self.answer(code, headers, data)
+        _send_file(self, self.folder / self.path.partition("?")[0].lstrip("/"), self.knows_ranges)
+
+
+def _send_file(handler: _Handler, path: Path, knows_ranges: bool = True) -> None:
+    if not path.is_file():
+        return handler.answer(404, {}, b"")
+    status = path.stat()
+    headers = {"Last-Modified": formatdate(status.st_mtime, usegmt=True), "ETag": f'"{status.st_mtime_ns:x}"'}
+    data, code = path.read_bytes(), 200
+    if knows_ranges:
+        headers["Accept-Ranges"] = "bytes"
+        if "Range" in handler.headers:
+            first, last = handler.headers["Range"].removeprefix("bytes=").split("-")
+            headers["Content-Range"], code = f"bytes {first}-{last}/{len(data)}", 206
+            data = data[int(first) : int(last) + 1]
+    headers["Content-Length"] = str(len(data))
+    return handler.answer(code, headers, data)
+
+
+class _Hub(_Handler):
+    """As much of huggingface.co as reading a data set takes: what it is, which files it has, and stretches of them."""
+
+    folder: Path
+    repo: str
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        api, files = f"/api/datasets/{self.repo}", f"/datasets/{self.repo}/resolve/main/"
+        if path.startswith(files):
+            return _send_file(self, self.folder / path.removeprefix(files))
+        if path == f"{api}/paths-info/main":
+            asked = urllib.parse.parse_qs(body.decode())["paths"]
+            found: Any = [self.about(self.folder / name) for name in asked if (self.folder / name).is_file()]
+        elif path.startswith(f"{api}/tree/main"):
+            found = [self.about(file) for file in sorted(self.folder.iterdir())]
+        elif path in (api, f"{api}/revision/main"):
+            found = {"id": self.repo, "sha": "0" * 40, "private": False, "tags": [], "downloads": 0, "likes": 0}
+        else:
+            return self.answer(404, {"X-Error-Code": "RepoNotFound"}, b"")
+        data = json.dumps(found).encode()
+        return self.answer(200, {"Content-Type": "application/json", "Content-Length": str(len(data))}, data)
+
+    do_POST = do_GET
+
+    def about(self, path: Path) -> dict[str, Any]:
+        digest, size = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
+        lfs = {"oid": digest, "size": size, "pointerSize": 130}
+        return {"type": "file", "path": path.name, "size": size, "oid": digest[:40], "lfs": lfs}
 
 
 class _Proxy(_Handler):
@@ -135,6 +173,23 @@ def http_files(folder: Path, faults: Faults | None = None, knows_ranges: bool = 
     about = {"folder": folder, "faults": faults or Faults(), "knows_ranges": knows_ranges}
     with _serving(type("Files", (_Files,), about)) as port:
         yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def hf_dataset(folder: Path, repo: str = "me/pictures", faults: Faults | None = None) -> Iterator[str]:
+    """Serve a folder's files as a data set of the Hugging Face hub, to clients in this process; yield its address, hf://..."""
+    from huggingface_hub import HfFileSystem, constants
+
+    before = constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE  # HF_ENDPOINT, as it was when they were imported
+    with _serving(type("Hub", (_Hub,), {"folder": folder, "repo": repo, "faults": faults or Faults()})) as port:
+        HfFileSystem.clear_instance_cache()  # an instance keeps the address that it was made with
+        constants.ENDPOINT = f"http://127.0.0.1:{port}"
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = before[1].replace(before[0], constants.ENDPOINT)
+        try:
+            yield f"hf://datasets/{repo}"
+        finally:
+            constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = before
+            HfFileSystem.clear_instance_cache()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_two_ranks_over_s3_with_faults_are_killed_and_go_on_exactly(tmp_path: Pa
         for one in read_rank(load_config("emoji-tiny", []), order, data, plan, 0, range(steps))
         for p, h in one.items()
     }
-    context, faults = multiprocessing.get_context("spawn"), Faults(every=3)
+    context, faults, patience = multiprocessing.get_context("spawn"), Faults(every=3), 250 + count / 20
     with s3_bucket(paths, faults=faults):
         names, first = [f"s3://laion/{path.name}" for path in paths], 0
         opened(tmp_path / "node", names, False, room)  # the index is made before
@@ -150,12 +151,15 @@ def test_two_ranks_over_s3_with_faults_are_killed_and_go_on_exactly(tmp_path: Pa
             ]
             for rank in ranks:
                 rank.start()
-            deadline = time.monotonic() + 250
+            deadline = time.monotonic() + patience
             while not is_last and time.monotonic() < deadline and min(len(steps_of(tmp_path, r)) for r in range(2)) < 3:
                 time.sleep(0.01)
             for rank in ranks:
-                rank.join(250) if is_last else rank.kill()
+                rank.join(patience) if is_last else rank.kill()
+                rank.kill()
                 rank.join()
+            codes = [rank.exitcode for rank in ranks]
+            assert codes == [0, 0] if is_last else -signal.SIGKILL in codes, codes
             done = [steps_of(tmp_path, r) for r in range(2)]
             first = min(max(one) for one in done)  # the last step that both have read is read again
         assert faults.injected > 0

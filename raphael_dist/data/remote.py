@@ -70,7 +70,13 @@ def shown(name: str) -> str:
 
 def stat(url: str, patience: Patience) -> tuple[int, str]:
     """Return a file's size in bytes, and a stamp that is another when it changes (ETag, generation or time)."""
-    info = _again(url, patience, lambda fs, path, more: fs.info(path, **more))
+
+    def ask(fs: Any, path: str, more: dict[str, Any]) -> dict[str, Any]:
+        fs.invalidate_cache()  # hf:// remembers what a file was like, whatever use_listings_cache says
+        found: dict[str, Any] = fs.info(path, **more)
+        return found
+
+    info = _again(url, patience, ask)
     if not isinstance(size := info.get("size"), int):
         raise RemoteError(f"{shown(url)}: the server does not state its size")
     names = ("ETag", "etag", "generation", "blob_id", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime")

@@ -97,21 +97,27 @@ def ours(folder: Path, args: argparse.Namespace) -> Batches:
         yield torch.from_numpy(np.stack([data.load(*request).image for request in batch]))
 
 
-def _loader(dataset: Any, args: argparse.Namespace, kind: Any = None) -> Batches:
+def _loader(dataset: Any, args: argparse.Namespace, kind: Any = None, **options: Any) -> Batches:
     from torch.utils.data import DataLoader
 
-    prefetch = 2 if args.workers else None
-    return iter((kind or DataLoader)(dataset, batch_size=BATCH, num_workers=args.workers, prefetch_factor=prefetch))
+    options |= {"batch_size": BATCH, "num_workers": args.workers, "prefetch_factor": 2 if args.workers else None}
+    return iter((kind or DataLoader)(dataset, **options))
 
 
 class _Decoding:
-    """Decodes a sample of another library; a class, so that it can be sent to workers."""
+    """Decodes a sample of another library, or its bytes; a class, so that it can be sent to workers."""
 
     def __init__(self, bucket: tuple[int, int]) -> None:
         self.bucket = bucket
 
     def __call__(self, sample: Any) -> np.ndarray:
-        return decode(sample["jpg"], self.bucket)
+        return decode(sample["jpg"] if isinstance(sample, dict) else sample, self.bucket)
+
+    def batch(self, samples: list[Any]) -> Any:
+        """Return uint8 [B, 3, h, w]."""
+        import torch
+
+        return torch.from_numpy(np.stack([self(sample) for sample in samples]))
 
 
 def of_webdataset(folder: Path, args: argparse.Namespace) -> Batches:
@@ -135,11 +141,8 @@ def of_streaming(folder: Path, args: argparse.Namespace) -> Batches:
     """Yield batches of mosaicml-streaming."""
     from streaming import StreamingDataset
 
-    class Decoded(StreamingDataset):
-        def __getitem__(self, number: int) -> np.ndarray:
-            return decode(super().__getitem__(number)["jpg"], tuple(args.bucket))
-
-    return _loader(Decoded(local=str(folder / "streaming"), shuffle=True, batch_size=BATCH), args)
+    dataset = StreamingDataset(local=str(folder / "streaming"), shuffle=True, batch_size=BATCH)
+    return _loader(dataset, args, collate_fn=_Decoding(tuple(args.bucket)).batch)
 
 
 class _Bytes:
@@ -164,11 +167,8 @@ def of_litdata(folder: Path, args: argparse.Namespace) -> Batches:
     """Yield batches of litdata."""
     import litdata
 
-    class Decoded(litdata.StreamingDataset):
-        def __getitem__(self, number: Any) -> np.ndarray:
-            return decode(super().__getitem__(number), tuple(args.bucket))
-
-    return _loader(Decoded(str(folder / "litdata"), shuffle=True), args, litdata.StreamingDataLoader)
+    dataset = litdata.StreamingDataset(str(folder / "litdata"), shuffle=True, transform=_Decoding(tuple(args.bucket)))
+    return _loader(dataset, args, litdata.StreamingDataLoader)
 
 
 Reader = Callable[[Path, argparse.Namespace], Batches]
@@ -223,27 +223,27 @@ def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> N
 
 
 def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
-    """Print a line for each reader."""
+    """Print a line for each reader. They take turns, so that what else the machine does meets all of them alike."""
     context = multiprocessing.get_context("spawn")
-    for name in args.only or READERS:
-        if not available(name):
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in args.only or READERS}
+    there = {name for name in found if available(name)}
+    for name in [name for _ in range(args.rounds) for name in found if name in there]:
+        queue = context.SimpleQueue()
+        process = context.Process(target=_measure, args=(name, folder, args, queue))
+        process.start()
+        process.join(120)
+        if process.exitcode == 0:
+            found[name].append(queue.get())
+        process.kill()
+    for name, rounds in found.items():
+        if name not in there:
             print(f"{name:14} is not installed")
             continue
-        found = []
-        for _ in range(args.rounds):
-            queue = context.SimpleQueue()
-            process = context.Process(target=_measure, args=(name, folder, args, queue))
-            process.start()
-            process.join(300)
-            if process.exitcode != 0:
-                process.kill()
-                continue
-            found.append(queue.get())
-        if not found:
+        if not rounds:
             print(f"{name:14} failed")
             continue
         first, rate, per_core, memory = (
-            pick(one) for pick, one in zip((min, max, max, min), zip(*found, strict=True), strict=True)
+            pick(one) for pick, one in zip((min, max, max, min), zip(*rounds, strict=True), strict=True)
         )
         print(
             f"{name:14} {rate:7.0f} images/s  {per_core:6.0f} images per second of a core  first batch {first:6.2f} s  "
