@@ -8,7 +8,8 @@ from raphael_dist.config import Config, config_from_tree, load_config, to_yaml
 from raphael_dist.errors import UserError
 from raphael_dist.identity import FREE, FREE_SECTIONS, changes, check_same_data, check_same_run
 
-BASE = load_config("emoji-tiny", ["optim.decay=constant"])
+PLAIN = ["optim.decay=constant", "model.mask_padding=false", "diffusion.prediction=epsilon", "recipe.min_snr_gamma=0"]
+BASE = load_config("emoji-tiny", PLAIN)
 # One other value of every field that decides what is trained.
 OTHER = {
     "run.seed": 7, "model.gate_noise": 0.5, "model.gate_noise_steps": 9,

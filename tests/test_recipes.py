@@ -12,7 +12,6 @@ from transformers import get_scheduler
 
 from raphael_dist.config import Config, Diffusion, load_config
 from raphael_dist.config_recipes import Recipe
-from raphael_dist.config_yaml import preset_names
 from raphael_dist.data.batches import BatchBuilder, annealed
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.gradient_noise import GradientNoise, deviation
@@ -30,8 +29,8 @@ from tests.launch import train_many
 from tests.synthetic import plain_fragments, synthetic_batch, tiny_config
 
 
-def test_the_paper_and_all_presets_train_without_recipes() -> None:
-    for preset in preset_names():
+def test_the_paper_is_trained_without_recipes() -> None:
+    for preset in ("raphael-3b", "raphael-sd2", "sd2-dense"):
         config = load_config(preset)
         assert config.recipe == Recipe()
         assert (config.diffusion.zero_terminal_snr, config.ema.start_step, config.optim.decay_arguments) == (False, 0, {})

@@ -123,11 +123,16 @@ def test_a_run_ends_with_where_things_are_and_what_to_run_next(tmp_path: Path) -
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/step-00000004.png").write_bytes(b"")
-    lines = closing(tmp_path, 4, 7680, 3725)
+    lines = closing(config_in(tmp_path), 4, 7680, 3725)
     assert lines[0] == ("complete: 4 steps, 7,680 images, 1:02:05 in this process; best validation loss 0.3000 at step 2")
     assert lines[1] == f"  pictures    {tmp_path}/samples/step-00000004.png"
     assert any(f"--from auto {tmp_path} --to diffusers" in line for line in lines)
-    assert closing(tmp_path / "elsewhere", 1, 1, 1)[0] == "complete: 1 steps, 1 images, 0:00:01 in this process"
+    nothing = config_in(tmp_path / "elsewhere")
+    assert closing(nothing, 1, 1, 1)[0] == "complete: 1 steps, 1 images, 0:00:01 in this process"
+    run = nothing.run.model_copy(update={"init_from": Path("a/base")})
+    beside = nothing.model_copy(update={"run": run, "lora": nothing.lora.model_copy(update={"rank": 4})})
+    assert f"sample --checkpoint a/base --lora {run.dir} " in closing(beside, 1, 1, 1)[-2]
+    assert f"raphael_dist lora --run {run.dir} --out" in closing(beside, 1, 1, 1)[-1]
 
 
 def test_long_work_moves_a_bar_where_somebody_watches() -> None:

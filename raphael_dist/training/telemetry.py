@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -149,10 +148,10 @@ class Telemetry:
         if self._trackers is not None:
             self._trackers.scalars(step, values)
 
-    def closing(self, run_dir: Path, steps: int, images: int) -> None:
+    def closing(self, config: Config, steps: int, images: int) -> None:
         """Say where things are and what to run next, when the run is complete."""
         if self._ranks.is_main:
-            for line in closing(run_dir, steps, images, time.monotonic() - self._began):
+            for line in closing(config, steps, images, time.monotonic() - self._began):
                 self.line(line)
 
     def advance(self, step: int) -> None:

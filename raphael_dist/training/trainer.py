@@ -276,7 +276,7 @@ def train(run: Run) -> bool:
                 f"stopped by a signal or the time limit at step {run.step}{_unsaved(run)}; the same command continues"
             )
         elif run.complete:
-            telemetry.closing(config.run.dir, run.step, run.samples_seen)
+            telemetry.closing(config, run.step, run.samples_seen)
         run.stop.ignore()
     return run.complete
 
