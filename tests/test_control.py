@@ -148,6 +148,7 @@ def spec(base: Path, steps: int = 4) -> dict[str, Any]:
     return {"sections": sections, "stage": 2}
 
 
+@pytest.mark.slow
 def test_a_run_holds_the_control_alone_goes_on_bit_for_bit_and_leaves_its_base(forks: Forks, tmp_path: Path) -> None:
     base = canonical(tmp_path / "base", tiny_config())
     before = hashes(base)

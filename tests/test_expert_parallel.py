@@ -22,8 +22,10 @@ def test_layers_equal_the_plain_layers_on_all_data_in_every_dispatch(world_size)
 # (ranks, space_ep, time_ep, global batch, last_experts_until): 13 in micro-batches of 3 on 2 ranks is 3 micro-steps with 5
 # empty slots; on 4 ranks all but rank 0 have none in the last micro-step. With last_experts_until 3 the last experts are
 # used on rank 0 in step 1 and nowhere after, with 0 never.
-CASES = [(2, 2, 1, 13, None), (2, 2, 2, 12, 3)]
+CASES = [(2, 2, 2, 13, 3)]
 SLOW = [
+    (2, 2, 1, 13, None),
+    (2, 2, 2, 12, 3),
     (2, 1, 2, 7, 0),
     (3, 3, 1, 13, 3),
     (4, 2, 2, 13, 0),

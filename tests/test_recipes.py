@@ -143,7 +143,7 @@ def test_wrong_arguments_of_a_schedule_are_named() -> None:
             load_config("emoji-tiny", [f"optim.decay={decay}", f"optim.decay_arguments={arguments}"])
         assert wanted in str(told.value)
     with pytest.raises(UserError, match=r"diffusion.zero_terminal_snr = true needs diffusion.prediction=v_prediction"):
-        load_config("emoji-tiny", ["diffusion.zero_terminal_snr=true"])
+        load_config("emoji-tiny", ["diffusion.zero_terminal_snr=true", "diffusion.prediction=epsilon"])
 
 
 def test_the_average_is_the_weights_up_to_its_start_and_then_warms_up_anew() -> None:

@@ -55,6 +55,7 @@ def test_six_steps_equal_three_steps_and_a_resume_of_three_bit_for_bit(tmp_path:
     assert len(loss_a) == 6
 
 
+@pytest.mark.slow
 def test_twenty_steps_equal_ten_then_kill_then_ten_bit_for_bit(tmp_path: Path, cache: str) -> None:
     more = ("train.max_steps=20", "checkpoint.every=10", "sample.prompts=[]")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -315,7 +316,7 @@ def test_the_command_line_exits_with_2_and_one_line(
     cases = {
         ("--config", "emoji-tiny", "train.max_step=5"): "did you mean 'max_steps'?",
         ("--config", "emoji-tini"): "did you mean 'emoji-tiny'?",
-        ("train.max_steps=1",): "--config: none given; name a preset (emoji, emoji-small,",
+        ("train.max_steps=1",): "--config: none given; name a preset (emoji, emoji-control,",
         ("--config", "emoji-tiny", "--config", "raphael-3b"): "--config: given twice, 'emoji-tiny' and 'raphael-3b'",
         ("--config", "emoji-tiny", "train.micro_batch=0"): "train.micro_batch: given 0",
         ("--config", "raphael-3b"): "data.shards: none given",
