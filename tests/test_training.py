@@ -329,7 +329,7 @@ def test_the_command_line_exits_with_2_and_one_line(
             "--config",
             "emoji-tiny",
             "image.buckets=[[8,8],[8,16]]",
-        ): "data.bucket_run = 1 must be at least train.micro_batch = 16",
+        ): "data.bucket_run = 1 must be at least train.micro_batch = 8",
         ("--config", "emoji-tiny", "run.seed=100000000000000000000000"): "run.seed: given",
         ("--config", "emoji-tiny", "diffusion.beta_end=5"): "diffusion.beta_start",
     }
