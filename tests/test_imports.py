@@ -1,6 +1,7 @@
 """The rooms of the package, what each may import, and what must stay free of torch, of ranks and of DeepSpeed."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -149,3 +150,19 @@ def test_no_module_hides_a_package_when_the_folder_itself_is_on_the_path():
     }
     assert not mine & set(sys.stdlib_module_names)
     assert not mine & set(packages_distributions())
+
+
+def test_a_tool_runs_the_package_that_lies_beside_it(tmp_path: Path) -> None:
+    """And not another version that is installed."""
+    for path in (PACKAGE.parent / "tools").glob("*.py"):
+        order = re.findall(
+            r"^(?:import|from) (checkout|raphael_dist|benchmarks|emoji_data)\b", path.read_text(), re.MULTILINE
+        )
+        assert path.stem in ("checkout", "docs_hook") or order[0] == "checkout", path.name
+    (tmp_path / "raphael_dist").mkdir()
+    (tmp_path / "raphael_dist" / "__init__.py").write_text("")
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "checkout.py").write_text((PACKAGE.parent / "tools" / "checkout.py").read_text())
+    (tmp_path / "tools" / "tool.py").write_text("import checkout\nimport raphael_dist\nprint(raphael_dist.__file__)\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "tools" / "tool.py")], capture_output=True, text=True, cwd="/")
+    assert done.stdout.strip() == str(tmp_path / "raphael_dist" / "__init__.py"), done.stderr

@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.command_line import Once
 from raphael_dist.errors import UserError, exit_code_of
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.config import Config, load_config
 from raphael_dist.errors import exit_code_of
 from raphael_dist.parallel.batch_plan import BatchPlan

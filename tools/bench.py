@@ -2,6 +2,7 @@
 
 import argparse
 
+import checkout  # noqa: F401 (before the package)
 from benchmarks import (
     balance,
     checkpoint,

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist import train
 from raphael_dist.cluster.preflight_report import judge, read_reports
 from raphael_dist.config import load_config

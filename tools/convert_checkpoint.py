@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.convert.layouts import names
 from raphael_dist.errors import UserError, exit_code_of
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.ranks import free_port
 from raphael_dist.training.metrics import read_metrics

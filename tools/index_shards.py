@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.config import Data
 from raphael_dist.data import shards
 from raphael_dist.data.shard_store import ShardStore, store_of

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.errors import exit_code_of
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.config import load_config
 from raphael_dist.errors import UserError, exit_code_of
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+import checkout  # noqa: F401 (before the package)
 from emoji_data import dataset as emoji
 from raphael_dist.data.hed import edge_map
 from raphael_dist.errors import exit_code_of

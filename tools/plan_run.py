@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.config import load_config
 from raphael_dist.errors import UserError, exit_code_of
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.config import Config, load_config
 from raphael_dist.errors import UserError, exit_code_of
 

@@ -9,8 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import checkout  # noqa: F401 (before the package)
 from raphael_dist.errors import UserError, exit_code_of
 
 

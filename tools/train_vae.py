@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import checkout  # noqa: F401 (before the package)
 from emoji_data import vae
 from raphael_dist.errors import UserError, exit_code_of
 
