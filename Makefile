@@ -1,4 +1,4 @@
-# make demo, make test: each sets up .venv if it is missing. A second call installs nothing.
+# make demo, make sample, make test: each sets up .venv if it is missing. A second call installs nothing.
 PYTHON ?= python3
 # Pinned versions; constraints-cuda.txt on a machine with NVIDIA GPUs.
 CONSTRAINTS ?= constraints.txt
@@ -10,10 +10,11 @@ RUN := runs/demo
 JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 
-.PHONY: help demo test test-slow test-slurm test-gpu torture docs lint install clean
+.PHONY: help demo sample test test-slow test-slurm test-gpu torture docs lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 6 minutes on 2 CPU cores"
+	@echo "make sample     draw from the model in models/emoji, trained on all emoji: build/emoji.png, within a minute"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"
 	@echo "make test-slurm on a Slurm of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
@@ -35,6 +36,9 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 
 demo: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/demo.py --run-dir $(RUN)
+
+sample: $(INSTALLED)
+	$(BIN)/python -m raphael_dist.sample --checkpoint models/emoji --prompts data/emoji/prompts.txt --out build/emoji.png
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

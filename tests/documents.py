@@ -108,7 +108,7 @@ def find_code() -> list[Code]:
 @cache
 def our_files() -> list[str]:
     """Return the paths of all files of the repository that documents may name."""
-    tops = ("raphael_dist", "tools", "tests", "slurm", "docs", "ds_configs", "data")
+    tops = ("raphael_dist", "tools", "tests", "slurm", "docs", "ds_configs", "data", "models")
     paths = [*ROOT.glob("*.*"), *(path for top in tops for path in (ROOT / top).rglob("*"))]
     return ["/" + str(path.relative_to(ROOT)) for path in paths]
 

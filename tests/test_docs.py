@@ -87,7 +87,7 @@ CODE = find_code()
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the repository, with a tiny run that ended: runs/demo."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in ("raphael_dist", "tools", "data", "slurm", "ds_configs", "tests", "Makefile"):
+    for name in ("raphael_dist", "tools", "data", "models", "slurm", "ds_configs", "tests", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "my.yaml").write_text("train: {max_steps: 5}\n")
     folder_of(folder / "my-pictures", 2)

@@ -330,7 +330,9 @@ def test_true_pictures_are_judged_right_and_wrong_ones_wrong(space: Space):
     assert true["style accuracy"] == 1.0
     assert true["Frechet distance"] == pytest.approx(0, abs=1e-5)
     noise = list(np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8))
-    wrong = {row.what: row.value for row in judge(space, space.features(noise), things, styles)}
+    rows = judge(space, space.features(noise), things, styles)
+    assert all(row.low <= row.value <= row.high for row in rows)
+    wrong = {row.what: row.value for row in rows}
     assert wrong["own true picture found, at 1"] <= 1 / 3  # something is nearest to noise, too
     assert wrong["Frechet distance"] > 0.05
     # Another thing of the right style: the style is right, the thing is not.

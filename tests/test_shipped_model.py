@@ -1,0 +1,48 @@
+"""models/emoji, the model that ships: small enough, whole, and it draws what the README shows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.launch import ROOT
+
+MODEL, PROMPTS = ROOT / "models" / "emoji", ROOT / "data" / "emoji" / "prompts.txt"
+
+
+def run(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_is_a_pipeline_of_at_most_25_mb_in_float16() -> None:
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    manifest = json.loads((MODEL / "manifest.json").read_text())
+    assert {path.relative_to(MODEL).as_posix() for path in files} >= {*manifest["files"], "model_index.json", "README.md"}
+    assert (MODEL / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+
+
+def test_it_draws_what_the_readme_shows(tmp_path: Path) -> None:
+    some = PROMPTS.read_text().splitlines()[:2]
+    (tmp_path / "prompts.txt").write_text("\n".join(some) + "\n")
+    words = ["--checkpoint", "models/emoji", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "grid.png")]
+    run("raphael_dist.sample", *words)
+    drawn, shown = (np.asarray(Image.open(path)).astype(float) for path in (tmp_path / "grid.png", ROOT / "docs/emoji.png"))
+    # The same first cells; another processor rounds otherwise in the last bits, which 25 steps may carry to a level or two.
+    assert np.abs(drawn[:130] - shown[:130, : drawn.shape[1]]).mean() < 3
+
+
+@pytest.mark.slow
+def test_the_benchmark_gives_the_numbers_that_the_documents_tell(tmp_path: Path) -> None:
+    run("raphael_dist.evaluate", "emoji", "--checkpoint", "models/emoji", "--out", str(tmp_path))
+    found, told = (json.loads(path.read_text()) for path in (tmp_path / "results.json", ROOT / "docs/emoji_benchmark.json"))
+    found, told = ({row["what"]: row["value"] for row in numbers["this model"]} for numbers in (found, told))
+    assert found.keys() == told.keys()
+    for what, value in told.items():  # shares of 108 pictures, distances and losses
+        assert found[what] == pytest.approx(value, abs=0.03, rel=0.03), what
