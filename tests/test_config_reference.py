@@ -103,4 +103,4 @@ def test_presets_find_what_was_shipped_from_any_folder(tmp_path, monkeypatch: py
     assert located("ds_configs/zero2.json") == str(root() / "ds_configs/zero2.json")
     (tmp_path / "ds_configs").mkdir()
     assert located("ds_configs/zero2.json") == "ds_configs/zero2.json", "what the user has comes first"
-    assert located("models/x") == "models/x"
+    assert located("elsewhere/x") == "elsewhere/x"
