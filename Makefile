@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 .PHONY: help demo sample test test-slow test-slurm test-gpu torture docs lint install clean
 
 help:
-	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 6 minutes on 2 CPU cores"
+	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 4 minutes on 2 CPU cores"
 	@echo "make sample     draw from the model in models/emoji, trained on all emoji: build/emoji.png, within a minute"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"

@@ -50,7 +50,7 @@ The loss fell from {first:.3f} to {last:.3f} in {time.monotonic() - began:.0f} s
   curves       tensorboard --logdir {args.run_dir}/tensorboard
 Next:
   python -m raphael_dist.sample --checkpoint {args.run_dir} --prompt "a purple heart, noto style" --out heart.png
-  deepspeed --num_gpus 2 raphael_dist/train.py --config emoji-tiny data.shards='data/emoji/train-*' run.dir=runs/all
+  deepspeed --num_gpus 2 raphael_dist/train.py --config emoji run.dir=runs/all
 """)
     return 0
 
