@@ -272,7 +272,7 @@ def test_three_commands_of_the_readme_lead_from_a_folder_of_pictures_to_a_fallin
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     for command in commands:
         words = shlex.split(command)
-        more = [*SMALL_MODEL, "train.max_steps=30", "optim.warmup_steps=5"] if "train.py" in command else []
+        more = [*SMALL_MODEL, "train.max_steps=80", "optim.warmup_steps=5"] if "train.py" in command else []
         done = subprocess.run([*words, *more], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     losses = [value for _, value in read_metrics(next(tmp_path.glob("runs/*/metrics.jsonl")))["train/loss"]]
