@@ -1,6 +1,5 @@
 """ControlNet: what it computes is diffusers', on any ranks as on one; it follows a map, and its base stays as it is."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,15 @@ from raphael_dist.convert.control import read_control, write_control
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.errors import UserError
 from raphael_dist.model.control import ControlNet, add_control
-from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.prompts import read_edges
-from tests.checkpoints import handmade_canonical
+from tests.beside import STEPS, canonical, hashes, losses_of, one_process
 from tests.forks import Forks, output_of
 from tests.launch import train_many
-from tests.synthetic import SIZE, TEXT_WIDTH, TOKENS, TREE, adapted_model, synthetic_batch, tiny_config
+from tests.synthetic import SIZE, TEXT_WIDTH, TOKENS, TREE, adapted_model, tiny_config
 from tests.test_sampling import config_of
 
-SCHEDULE = NoiseSchedule.create(tiny_config().diffusion)
-STEPS = 3
 CONTROL = {"control": {"enabled": True}, "run": {"init_from": "the base"}}
-
-
-def losses_of(model: RaphaelUNet, config: Config, positions: range = range(4)) -> Tensor:
-    batch = synthetic_batch(config, [(p, 1.0) for p in positions], model.num_blocks)
-    return compute_losses(model, batch, SCHEDULE, config, torch.float32).total
 
 
 def inputs(batch: int = 2) -> tuple[Tensor, ...]:
@@ -87,21 +77,6 @@ def test_without_experts_it_is_diffusers_own(tmp_path: Path) -> None:
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def one_process(config: Config) -> tuple[dict[str, Tensor], list[float]]:
-    """Take the steps in this process, the whole batch at once, by torch alone."""
-    model, losses = adapted_model(config), []
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, each = torch.optim.SGD(trained, lr=config.optim.lr), config.train.global_batch
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = losses_of(model, config, range(step * each, (step + 1) * each)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.optim.clip)
-        optimizer.step()
-        losses.append(loss.item())
-    return {name: p.detach().flatten() for name, p in model.named_parameters() if p.requires_grad}, losses
-
-
 @pytest.mark.parametrize("stages", [[2, 3], pytest.param([0, 1], marks=pytest.mark.slow)], ids=str)
 def test_two_ranks_train_a_control_as_one_process_does(stages: list[int], tmp_path: Path) -> None:
     more = {"train": {"global_batch": 7, "check_gradients": True}, "optim": {"kind": "sgd", "clip": 0.5}}
@@ -122,20 +97,6 @@ def test_two_ranks_train_a_control_as_one_process_does(stages: list[int], tmp_pa
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def canonical(folder: Path, config: Config, seed: int = 5) -> Path:
-    """Write a model with random weights."""
-    torch.manual_seed(seed)
-    weights = dict(RaphaelUNet(config).named_parameters())
-    return handmade_canonical(
-        folder, config, {(kind, n): p.detach() for n, p in weights.items() for kind in ("ema", "master")}
-    )
 
 
 def spec(base: Path, steps: int = 4) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Adapters: what they compute, on any ranks; files that peft reads; and a base model that stays as it is."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -22,34 +21,25 @@ from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.plan import Options
 from raphael_dist.convert.run import convert
 from raphael_dist.errors import UserError
-from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.lora import adapted, add_lora
 from raphael_dist.model.moe import FORMS
-from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.pipeline import RaphaelPipeline
 from raphael_dist.sampling.load import fill
-from tests.checkpoints import handmade_canonical
+from tests.beside import STEPS, canonical, hashes, losses_of, one_process
 from tests.forks import Forks, output_of
 from tests.launch import train_many
-from tests.synthetic import adapted_model, synthetic_batch, tiny_config
+from tests.synthetic import adapted_model, tiny_config
 from tests.test_sampling import config_of
 
 peft = pytest.importorskip("peft", reason="adapters need the package peft")
 
 LORA = {"rank": 2, "alpha": 3}
-SCHEDULE = NoiseSchedule.create(tiny_config().diffusion)
-STEPS = 3
 
 
 def lora_config(**sections: dict[str, Any]) -> Config:
     given = {"lora": LORA, "run": {"init_from": "the base"}}
     return tiny_config(**{name: {**given.get(name, {}), **sections.get(name, {})} for name in given | sections})
-
-
-def losses_of(model: RaphaelUNet, config: Config, positions: range = range(4)) -> Tensor:
-    batch = synthetic_batch(config, [(p, 1.0) for p in positions], model.num_blocks)
-    return compute_losses(model, batch, SCHEDULE, config, torch.float32).total
 
 
 def factors_of(model: RaphaelUNet) -> dict[str, dict[str, Tensor]]:
@@ -99,21 +89,6 @@ def test_an_adapted_model_computes_what_the_merged_one_does(backend: str) -> Non
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def one_process(config: Config) -> tuple[dict[str, Tensor], list[float]]:
-    """Take the steps in this process, the whole batch at once, by torch alone."""
-    model, losses = adapted_model(config), []
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, each = torch.optim.SGD(trained, lr=config.optim.lr), config.train.global_batch
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = losses_of(model, config, range(step * each, (step + 1) * each)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.optim.clip)
-        optimizer.step()
-        losses.append(loss.item())
-    return {name: p.detach().flatten() for name, p in model.named_parameters() if p.requires_grad}, losses
-
-
 # ZeRO stage, ep of both kinds, targets, recomputation
 CASES = [(1, 2, ["attention", "experts"], "none"), (3, 1, ["attention", "experts"], "blocks")]
 SLOW = [
@@ -151,20 +126,6 @@ def test_two_ranks_train_adapters_as_one_process_does(cases: list, tmp_path: Pat
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def canonical(folder: Path, config: Config, seed: int = 5) -> Path:
-    """Write a model with random weights."""
-    torch.manual_seed(seed)
-    weights = dict(RaphaelUNet(config).named_parameters())
-    return handmade_canonical(
-        folder, config, {(kind, n): p.detach() for n, p in weights.items() for kind in ("ema", "master")}
-    )
 
 
 def spec(base: Path, **sections: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ peft wraps a layer once for each of its parameters: the wrapper of w1, the first
 
 import json
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor
 
 from raphael_dist.checkpoint.progress import START
-from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
+from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.tensors import Shapes, stacked
 from raphael_dist.config_adapters import Lora
+from raphael_dist.convert.beside import exported, open_run, read_tensors
 from raphael_dist.convert.plan import Source
 from raphael_dist.errors import UserError
 from raphael_dist.model.lora import ATTENTION, adapted, peft, scale_of
 from raphael_dist.storage.files import read_text
-from raphael_dist.storage.tensorfile import FileReader, Stored, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -106,13 +105,7 @@ def read_adapter(path: Path, weights: str = "ema", option: str = "--lora") -> Ad
     """
     if (path / CONFIG).is_file():
         return _read_folder(path, option)
-    try:
-        reader = open_newest(path)
-    except UserError as error:
-        raise UserError(
-            f"{option} {path}: neither a folder with {CONFIG} nor a run: {str(error).removeprefix(f'--checkpoint {path}: ')}"
-        ) from None
-    return adapter_of(reader, weights, option)
+    return adapter_of(open_run(path, CONFIG, option), weights, option)
 
 
 def adapter_of(reader: CheckpointReader, weights: str = "ema", option: str = "--lora") -> Adapter:
@@ -134,8 +127,6 @@ def write_adapter(adapter: Adapter, lora: Lora, base: str, folder: Path) -> None
     """Write adapters as peft's folder, which must not exist; it appears whole or not at all. base: what they belong to."""
     from safetensors.torch import save_file
 
-    if folder.exists():
-        raise UserError(f"--out {folder}: exists already; give a new path, nothing is overwritten")
     attention, experts = "attention" in lora.targets, "experts" in lora.targets
     config = peft().LoraConfig(
         r=lora.rank,
@@ -145,17 +136,9 @@ def write_adapter(adapter: Adapter, lora: Lora, base: str, folder: Path) -> None
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    temporary = folder.parent / f".exporting-{folder.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with exported(folder) as temporary:
         config.save_pretrained(str(temporary))
         save_file(_files_tensors(adapter), str(temporary / WEIGHTS), metadata={"format": "pt"})
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _files_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -186,7 +169,7 @@ def _read_folder(folder: Path, option: str) -> Adapter:
     if odd:
         raise UserError(f"{option} {folder}: {odd[0]} = {config[odd[0]]!r} in {CONFIG}; only plain LoRA can be added")
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in _read_tensors(folder / WEIGHTS).items():
+    for key, tensor in read_tensors(folder / WEIGHTS).items():
         module, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
         if factor not in ("A", "B") or tensor.ndim != 2:
             raise UserError(f"{option} {folder / WEIGHTS}: {key} of shape {list(tensor.shape)} is no adapter of a matrix")
@@ -222,15 +205,3 @@ def _ends(name: str, target: str) -> bool:
 def _unfolded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return peft's A [K rank, in] and B [out, rank K] as [K, rank, in] and [K, out, rank]."""
     return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    reader = FileReader()
-    try:
-        return {key: _whole(reader, stored) for key, stored in read_header(path)[0].items()}
-    finally:
-        reader.close()
-
-
-def _whole(reader: FileReader, stored: Stored) -> Tensor:
-    return reader.read([stored], 0, stored.numel).view(stored.shape)

@@ -9,20 +9,19 @@ at the latents' size, in three equal channels.
 
 import inspect
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture, open_newest
+from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture
 from raphael_dist.config import Config, config_from_tree
+from raphael_dist.convert.beside import exported, open_run, read_tensors
 from raphael_dist.convert.layouts.dense import STEM, unet_json
 from raphael_dist.errors import UserError
 from raphael_dist.model.control import READER_WIDTH, ControlNet
 from raphael_dist.storage.files import read_text
-from raphael_dist.storage.tensorfile import FileReader, read_header
 
 CONFIG, CLASS = "config.json", "RaphaelControlNet"
 _PREFIX = "control."
@@ -37,11 +36,7 @@ def read_control(path: Path, config: Config, weights: str = "ema", option: str =
     if (path / CONFIG).is_file() and (path / f"{STEM}.safetensors").is_file():
         values = _read_folder(path, option)
     else:
-        try:
-            reader = open_newest(path)
-        except UserError as error:
-            problem = str(error).removeprefix(f"--checkpoint {path}: ")
-            raise UserError(f"{option} {path}: neither a folder with {CONFIG} nor a run: {problem}") from None
+        reader = open_run(path, CONFIG, option)
         check_architecture(reader.config(), config, str(path))
         values = values_of(reader, weights, option)
     with torch.device("meta"):
@@ -67,19 +62,9 @@ def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> No
     """Write a control as diffusers' folder, which must not exist; it appears whole or not at all."""
     from safetensors.torch import save_file
 
-    if folder.exists():
-        raise UserError(f"--out {folder}: exists already; give a new path, nothing is overwritten")
-    temporary = folder.parent / f".exporting-{folder.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with exported(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(control_json(config), indent=2) + "\n")
         save_file(values, str(temporary / f"{STEM}.safetensors"), metadata={"format": "pt"})
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def control_json(config: Config) -> dict[str, Any]:
@@ -107,9 +92,4 @@ def _read_folder(folder: Path, option: str) -> dict[str, Tensor]:
         raise UserError(f"{option} {folder / CONFIG} cannot be read: {error}") from None
     if name not in (CLASS, "ControlNetModel"):
         raise UserError(f"{option} {folder}: it holds a {name}; known: {CLASS}, ControlNetModel")
-    reader = FileReader()
-    try:
-        stored = read_header(folder / f"{STEM}.safetensors")[0]
-        return {key: reader.read([one], 0, one.numel).view(one.shape) for key, one in stored.items()}
-    finally:
-        reader.close()
+    return read_tensors(folder / f"{STEM}.safetensors")
