@@ -1,6 +1,7 @@
 """models/emoji, the model that ships: small enough, whole, and it draws what the README shows."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ MODEL, PROMPTS = ROOT / "models" / "emoji", ROOT / "data" / "emoji" / "prompts.t
 
 
 def run(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests have the other cores
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,6 +41,7 @@ def test_it_draws_what_the_readme_shows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 216 pictures of 25 steps on whatever cores other tests leave
 def test_the_benchmark_gives_the_numbers_that_the_documents_tell(tmp_path: Path) -> None:
     run("raphael_dist.evaluate", "emoji", "--checkpoint", "models/emoji", "--out", str(tmp_path))
     found, told = (json.loads(path.read_text()) for path in (tmp_path / "results.json", ROOT / "docs/emoji_benchmark.json"))
