@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 RUN := runs/demo
 # Tests at a time: most wait for ranks that start, so three keep two cores busy, and JOBS=0 is for a debugger.
 JOBS ?= 3
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 .PHONY: help demo sample test test-slow test-slurm test-gpu torture docs lint install clean
 

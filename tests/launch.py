@@ -16,6 +16,7 @@ from raphael_dist.parallel.ranks import free_port
 from tests import forks
 
 ROOT = Path(__file__).parent.parent
+LONG = "RAPHAEL_LONG" in os.environ  # all of what `make test-slow` runs a part of
 
 
 def leave() -> None:

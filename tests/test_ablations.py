@@ -204,7 +204,7 @@ def test_a_killed_campaign_on_two_ranks_goes_on_from_its_checkpoint(tmp_path: Pa
         f"data.cache_dir={tmp_path / 'cache'}",
         "sample.prompts=[]",
     ]
-    arguments = ["--config", SMALL, "--images", "400", *more]
+    arguments = ["--config", SMALL, "--images", "200", *more]
 
     def logged(out: Path) -> dict[str, Any]:
         file = out / "runs" / "full" / "seed-0" / "metrics.jsonl"
@@ -212,12 +212,12 @@ def test_a_killed_campaign_on_two_ranks_goes_on_from_its_checkpoint(tmp_path: Pa
 
     started = subprocess.Popen([sys.executable, "tools/ablate.py", *arguments, "--out", str(tmp_path / "killed")], cwd=ROOT)
     deadline = time.monotonic() + 900
-    while len(logged(tmp_path / "killed")) < 7:
+    while len(logged(tmp_path / "killed")) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     started.terminate()
     assert started.wait(timeout=300) == 128 + signal.SIGINT
-    assert 7 <= len(logged(tmp_path / "killed")) < 40
+    assert 4 <= len(logged(tmp_path / "killed")) < 20
     for out in ("killed", "whole"):
         assert ablate.main([*arguments, "--out", str(tmp_path / out)]) == 0
     assert "resumed at step" in (tmp_path / "killed" / "runs" / "full" / "seed-0" / "output.txt").read_text()

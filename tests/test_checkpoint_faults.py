@@ -21,6 +21,7 @@ from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
 from raphael_dist.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR
 from raphael_dist.training.metrics import read_metrics
 from tests.forks import Forks, output_of
+from tests.launch import LONG
 
 WORLD, STEPS, EVERY = 2, 5, 2
 
@@ -154,10 +155,10 @@ def test_a_kill_at_every_point_of_a_save_loses_at_most_that_save(
     forks: Forks, whole: Path, calls: dict[int, list[str]], tmp_path: Path, rank: int
 ) -> None:
     newest = []
-    for call in range(len(calls[rank])):
+    for call in range(0, len(calls[rank]), 1 if LONG else 3):
         run = kill_at(forks, whole, tmp_path / f"run-{call}", rank, call)
         newest.append(assert_undamaged(run, whole))
-        if call % 6 == 5:
+        if len(newest) % 6 == 5:
             assert_completes_as_if_nothing_had_happened(forks, run, whole)
         shutil.rmtree(run)
     assert newest == sorted(newest), "once published, always there"
@@ -166,10 +167,10 @@ def test_a_kill_at_every_point_of_a_save_loses_at_most_that_save(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_at_random_moments_of_a_save_lose_at_most_one_interval_each(forks: Forks, tmp_path: Path) -> None:
+def test_kills_at_random_moments_of_a_save_lose_at_most_one_interval_each(forks: Forks, tmp_path: Path) -> None:
     draw, run, at = random.Random(0), tmp_path / "run", 0
     often = sections(train={"max_steps": 1000}, checkpoint={"every": 1, "keep": 2})
-    for i in range(20):
+    for i in range(20 if LONG else 8):
         target = at + 2  # the second save of this life
         ranks = [0, 1] if i % 3 == 0 else [i % 2]
         fault = {"ranks": ranks, "step": target, "kill_after": draw.uniform(0, 0.06)}

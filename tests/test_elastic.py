@@ -30,7 +30,7 @@ def test_fifty_images_a_step_on_any_number_of_ranks_and_across_a_resume_on_fewer
 
     expected = losses("1", 1)
     assert len(expected) == 10
-    for world_size in (2, 3, 4, 7):
+    for world_size in (2, 3, 7):  # and 4 below
         assert losses(str(world_size), world_size) == pytest.approx(expected, rel=1e-5), world_size
     losses("resumed", 4, steps=5)
     assert losses("resumed", 3) == pytest.approx(expected, rel=1e-5)

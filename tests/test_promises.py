@@ -93,7 +93,7 @@ PROMISES = {
     ),
     "published whole or not at all: kill any rank at any moment": (
         "checkpoint_faults: a_kill_at_every_point_of_a_save_loses_at_most_that_save "
-        "twenty_kills_at_random_moments_of_a_save_lose_at_most_one_interval_each"
+        "kills_at_random_moments_of_a_save_lose_at_most_one_interval_each"
     ),
     "`keep` (the last K), `keep_every` (every Nth for ever)": ("checkpoint_files: retention_keeps_the_last_and_every_nth"),
     "Damaged ones are reported, kept aside and passed over": (

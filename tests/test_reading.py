@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from raphael_dist.data.shards import build_index
 from raphael_dist.data.view import open_view
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.rng import Purpose, generator
+from tests.launch import LONG
 from tests.servers import Faults, http_files, s3_bucket
 from tests.test_index import laion_shard
 from tests.test_remote import QUICK
@@ -29,10 +29,10 @@ BUCKETS = [(24, 24), (24, 32), (24, 40)]
 STEPS, BATCH = 5, 24
 
 
-LONG = [
+TWENTY_THOUSAND = [
     pytest.mark.slow,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif("RAPHAEL_LONG" not in os.environ, reason="20,000 images take long: RAPHAEL_LONG=1 runs them"),
+    pytest.mark.skipif(not LONG, reason="20,000 images take long: RAPHAEL_LONG=1 runs them"),
 ]
 
 
@@ -127,7 +127,7 @@ def steps_of(folder: Path, rank: int) -> dict[int, dict[str, str]]:
     return dict(json.loads(line) for line in lines if line.endswith("\n"))
 
 
-@pytest.mark.parametrize(("count", "per_shard"), [(240, 40), pytest.param(20_000, 1000, marks=LONG)])
+@pytest.mark.parametrize(("count", "per_shard"), [(240, 40), pytest.param(20_000, 1000, marks=TWENTY_THOUSAND)])
 def test_two_ranks_over_s3_with_faults_are_killed_and_go_on_exactly(tmp_path: Path, count: int, per_shard: int) -> None:
     """Ranks as processes of their own with workers, over a cache smaller than the data; every third answer is a fault."""
     (tmp_path / "served").mkdir()

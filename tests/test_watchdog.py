@@ -216,7 +216,7 @@ def test_no_time_left_and_a_signal_while_starting_end_a_run_that_can_go_on(tmp_p
 def test_max_time_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     command = ["raphael_dist/train.py", *SMALL, "sample.prompts=[]", "data.val_shards=[]", f"run.dir={tmp_path}/run"]
     command += [f"data.cache_dir={tmp_path}/cache", "checkpoint.every=0", "train.max_steps=100000"]
-    output = run_ranks([*command, "--max-time", "1:40"], 1, exit_code=EXIT_INTERRUPTED)[0]
+    output = run_ranks([*command, "--max-time", "1:00"], 1, exit_code=EXIT_INTERRUPTED)[0]
     step = output.split("time limit at step ")[1].split(";")[0]
     assert "saved " in output
     assert f"resumed at step {step}" in run_ranks([*command, "--max-time", "0:00"], 1, exit_code=EXIT_INTERRUPTED)[0]

@@ -21,7 +21,7 @@ python tools/convert_checkpoint.py --from auto "$out/sd" --to canonical "$out/st
 
 # Before a step is taken, the model with experts draws what the dense one draws.
 for which in sd start; do
-    python -m raphael_dist.sample --checkpoint "$out/$which" --prompt "a red heart, noto style" --steps 20 --images "$out/drawn-$which" --out "$out/$which.png"
+    python -m raphael_dist.sample --checkpoint "$out/$which" --prompt "a red heart, noto style" --steps "${STEPS:-20}" --images "$out/drawn-$which" --out "$out/$which.png"
 done
 python raphael_dist/train.py --config "$out/raphael.yaml" "$@"
 python -m raphael_dist.sample --checkpoint "$out/raphael" --prompt "a red heart, noto style" --out "$out/heart.png"

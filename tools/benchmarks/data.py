@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -191,10 +192,9 @@ def available(name: str) -> bool:
 
 
 def _tree() -> tuple[float, list[psutil.Process]]:
-    """Return the processor seconds of this process and those below it, and those that decode."""
-    me = psutil.Process()
-    below = me.children(recursive=True)
-    seconds = sum(sum(process.cpu_times()[:2]) for process in (me, *below))
+    """Return the processor seconds of this process and those below it, also of those that have ended, and those that decode."""
+    below = psutil.Process().children(recursive=True)
+    seconds = sum(os.times()[:4]) + sum(sum(process.cpu_times()[:4]) for process in below)
     return seconds, [one for one in below if one.memory_info().rss > 20 << 20]
 
 
@@ -218,7 +218,9 @@ def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> N
         if seen > args.images // 2 and not memory:
             workers = _tree()[1]
             memory = sum(one.memory_full_info().uss for one in workers) / max(1, len(workers)) / 1e6
-    seconds, cpu = time.perf_counter() - started, _tree()[0] - before
+    seconds = time.perf_counter() - started
+    del batches  # waits for the workers of a DataLoader
+    cpu = _tree()[0] - before
     queue.put((first, seen / seconds, (seen + count) / cpu, memory))
 
 
