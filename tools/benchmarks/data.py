@@ -192,7 +192,7 @@ def available(name: str) -> bool:
 
 
 def _tree() -> tuple[float, list[psutil.Process]]:
-    """Return the processor seconds of this process and those below it, also of those that have ended, and those that decode."""
+    """Return the processor seconds of this process and those below it, also those that ended, and those that decode."""
     below = psutil.Process().children(recursive=True)
     seconds = sum(os.times()[:4]) + sum(sum(process.cpu_times()[:4]) for process in below)
     return seconds, [one for one in below if one.memory_info().rss > 20 << 20]
