@@ -134,6 +134,32 @@ class _Hub(_Handler):
         return {"type": "file", "path": path.name, "size": size, "oid": digest[:40], "lfs": lfs}
 
 
+class _Bucket(_Handler):
+    """As much of Google Cloud Storage as reading a bucket takes: which objects it has, what they are, and stretches of them."""
+
+    folder: Path
+    bucket: str
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        objects = f"/storage/v1/b/{self.bucket}/o"
+        if path.startswith(f"/download{objects}/"):
+            return _send_file(self, self.folder / path.removeprefix(f"/download{objects}/"))
+        if path == objects:
+            prefix = urllib.parse.parse_qs(self.path.partition("?")[2]).get("prefix", [""])[0]
+            found: Any = {"items": [self.about(file) for file in sorted(self.folder.glob(f"{prefix}*"))]}
+        elif path.startswith(f"{objects}/") and (self.folder / path.removeprefix(f"{objects}/")).is_file():
+            found = self.about(self.folder / path.removeprefix(f"{objects}/"))
+        else:
+            return self.answer(404, {}, b"")
+        data = json.dumps(found).encode()
+        return self.answer(200, {"Content-Type": "application/json", "Content-Length": str(len(data))}, data)
+
+    def about(self, path: Path) -> dict[str, Any]:
+        status = path.stat()
+        return {"bucket": self.bucket, "name": path.name, "size": str(status.st_size), "generation": str(status.st_mtime_ns)}
+
+
 class _Proxy(_Handler):
     upstream: tuple[str, int]
 
@@ -190,6 +216,24 @@ def hf_dataset(folder: Path, repo: str = "me/pictures", faults: Faults | None = 
         finally:
             constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = before
             HfFileSystem.clear_instance_cache()
+
+
+@contextmanager
+def gcs_bucket(folder: Path, bucket: str = "pictures", faults: Faults | None = None) -> Iterator[str]:
+    """Serve a folder's files as a bucket of Google Cloud Storage, to clients in this process; yield its address, gs://..."""
+    before = dict(os.environ)
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # which asks over gRPC, with TLS, what kind of bucket it is
+    from gcsfs import GCSFileSystem
+
+    with _serving(type("Bucket", (_Bucket,), {"folder": folder, "bucket": bucket, "faults": faults or Faults()})) as port:
+        GCSFileSystem.clear_instance_cache()
+        os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{port}"
+        try:
+            yield f"gs://{bucket}"
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            GCSFileSystem.clear_instance_cache()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from raphael_dist.data.remote import Patience, RemoteError
 from raphael_dist.data.shard_store import ShardError, ShardStore
 from raphael_dist.data.shards import build_index, expand_shards
 from raphael_dist.errors import UserError
-from tests.servers import Faults, hf_dataset, http_files, s3_bucket
+from tests.servers import Faults, gcs_bucket, hf_dataset, http_files, s3_bucket
 from tests.small_disk import small_disk
 from tests.test_index import laion_shard
 
@@ -178,6 +178,27 @@ def test_a_data_set_of_the_hub_gives_the_samples_of_local_shards_and_says_when_i
             ImageDataset(index, BUCKETS, "none").load(0, 0)
         with pytest.raises(RemoteError, match=r"00009\.tar: it is not there"):
             remote.read(f"{address}/00009.tar", 0, 10, 100, QUICK)
+    assert faults.injected == 1
+
+
+def test_a_bucket_of_google_gives_the_samples_of_local_shards_and_says_when_it_has_changed(
+    local: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("gcsfs", reason="gcsfs is pinned to an fsspec of its own: pip install gcsfs")
+    want, faults = loaded(store_in(tmp_path / "a"), [str(path) for path in local]), Faults(of={"00001.tar": ["503"]})
+    with gcs_bucket(local[0].parent, faults=faults) as address:
+        names = expand_shards([f"{address}/*.tar"])
+        assert names == [f"{address}/{path.name}" for path in local]
+        store = store_in(tmp_path / "b")
+        assert loaded(store, names) == want
+        index = build_index(names, store=store)
+        for path in (tmp_path / "b" / "fetched").rglob("*.tar"):
+            path.unlink()
+        laion_shard(local[0], 50, 5)
+        with pytest.raises(ShardError, match=r"00000\.tar has changed since it was indexed"):
+            ImageDataset(index, BUCKETS, "none").load(0, 0)
+        with pytest.raises(RemoteError, match=r"00009\.tar: it is not there"):
+            remote.stat(f"{address}/00009.tar", QUICK)
     assert faults.injected == 1
 
 
