@@ -135,7 +135,7 @@ class _Hub(_Handler):
 
 
 class _Bucket(_Handler):
-    """As much of Google Cloud Storage as reading a bucket takes: which objects it has, what they are, and stretches of them."""
+    """As much of Google Cloud Storage as reading a bucket takes: its objects, what they are, and stretches of them."""
 
     folder: Path
     bucket: str
