@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _main(sys.argv[1:] if argv is None else argv)
     except SystemExit as error:  # argparse
         code = error.code if isinstance(error.code, int) else EXIT_USER_ERROR
-    if _rank() == "0":
+    # A mistake meets all ranks, and the first that leaves may be the end of the others, rank 0 among them.
+    if _rank() == "0" or code == EXIT_USER_ERROR:
         leave_exit_code(code)
     return code
 

@@ -1,6 +1,7 @@
 """A disk that is full ends nothing it need not: what is only told is lost with a warning, what cannot start says so."""
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,3 +103,13 @@ def test_the_command_line_on_a_full_disk_is_one_line_and_exit_code_4(disk: Path,
         assert "Traceback" not in output
         assert output.count("error") <= 1
     assert not list((disk / "run" / "checkpoints").iterdir())
+
+
+def test_a_process_writes_metrics_behind_half_a_line_of_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        writer = MetricsWriter(tmp_path)
+        writer.write(step, 10 * step, {"train/loss": 1.0 / step})
+        writer.close()
+        if step == 2:  # it was killed, or the disk was full
+            os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 20)
+    assert read_metrics(tmp_path / "metrics.jsonl")["train/loss"] == [(1, 1.0), (3, 1.0 / 3)]

@@ -83,3 +83,12 @@ def test_the_command_leaves_at_once_with_the_code_of_a_hang(monkeypatch, tmp_pat
         train.main(["--config=emoji-tiny", f"run.dir={tmp_path}"])
     assert (tmp_path / "code").read_text() == f"{EXIT_HUNG}\n"
     assert "error on rank 0: indexing: no sign of progress for 3 s from rank 1 on node7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_mistake_is_told_by_whichever_rank_finds_it_first(monkeypatch, tmp_path, rank):
+    """srun ends the others then, rank 0 before it has said anything, and its own code is that of the signal."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("RAPHAEL_EXIT_FILE", str(tmp_path / "code"))
+    assert train.main(["--config=emoji-tiny", "train.max_step=1"]) == 2
+    assert (tmp_path / "code").read_text() == "2\n"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import threading
 from collections import defaultdict
@@ -118,8 +119,9 @@ class MetricsWriter:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         threading.excepthook = _without_tensorboards(threading.excepthook)
-        self._warned = self._broken = False
+        self._warned = False
         self._path = run_dir / "metrics.jsonl"
+        self._broken = _ends_within_a_line(self._path)  # a kill or a full disk ended the process before
         self._board: SummaryWriter | None = None
         self._try("TensorBoard's file", lambda: setattr(self, "_board", SummaryWriter(str(run_dir / "tensorboard"))))
         self._every_scalar = every_scalar
@@ -173,6 +175,15 @@ class MetricsWriter:
             self._warned = True
             return False
         return True
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
+    except OSError:  # there is none, or it is empty
+        return False
 
 
 def _without_tensorboards(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -42,7 +42,8 @@ class SlurmTrial:
 
     def submit(self, *more: str, nodes: int = 2, **env: str) -> Job:
         """Send the job; the same directory whenever it is sent."""
-        arguments = [self.cache, *LONG, *more]
+        given = {one.partition("=")[0] for one in more}
+        arguments = [self.cache, *(one for one in LONG if one.partition("=")[0] not in given), *more]
         self.job = Job(self.cluster, self.trial.folder, [f"--nodes={nodes}"], arguments, **env)
         return self.job
 
@@ -313,7 +314,7 @@ def hostile(case: SlurmTrial) -> Outcome:
     options = [f"--job-name={attack}"] if where == "job name" else []
     if where == "job name":
         env = {"RUN_DIR": ""}
-    arguments = [attack] if where == "argument" else [case.cache, *LONG, "train.max_steps=1"]
+    arguments = [attack] if where == "argument" else [case.cache, *LONG[1:], "train.max_steps=1"]
     job = Job(case.cluster, case.trial.folder, ["--nodes=1", *options], arguments, **env)
     state = case.cluster.wait_job(job.id, seconds=PATIENCE_S)["JobState"]
     log = job.log
