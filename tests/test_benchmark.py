@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import yaml
 
+from bench import main
 from benchmarks import convert
 from benchmarks.balance import bench_balance
 from raphael_dist.config import config_from_tree, load_config
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.plan import Options
 from raphael_dist.convert.source import parameter_shapes
-from tests.launch import run_ranks
+from tests.launch import ROOT, run_ranks
 from tests.synthetic import TREE
 
 SIZES = ["--batch", "2", "--tokens", "16", "--text-tokens", "8", "--dim", "8", "--repeats", "1", "--threads", "1"]
@@ -47,6 +48,23 @@ def test_a_whole_step_is_timed_beside_that_of_diffusers_and_computes_as_much():
             per_step = [float(tflops) * float(ms) for _, _, ms, _, tflops in (ours, theirs)]
             assert (per_step[0] == pytest.approx(per_step[1], rel=0.01)) == same
             assert float(ours[3]) == pytest.approx(1e3 * int(ours[1]) / float(ours[2]), rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_and_the_reading_of_data_are_timed(monkeypatch, capsys):
+    ranks = "bench.py scaling --config tests/data/small.yaml --ranks 1 2 --steps 3 --rounds 1"
+    data = "bench.py data --images 64 --per-shard 16 --size 64 48 --bucket 32 32 --workers 1 --rounds 1"
+    monkeypatch.chdir(ROOT)
+    for line in (ranks, f"{data} --only raphael_dist webdataset"):
+        monkeypatch.setattr("sys.argv", line.split())
+        main()
+    said = capsys.readouterr().out
+    rows = re.findall(r"^(strong|weak) +(\d) +([\d.]+) +([\d.]+) +[\d.]+ +[\d.]+$", said, flags=re.M)
+    assert [row[:2] for row in rows] == [("strong", "1"), ("strong", "2"), ("weak", "1"), ("weak", "2")]
+    assert [float(row[3]) for row in rows[::2]] == [1.0, 1.0]
+    for reader in ("raphael_dist", "webdataset"):
+        assert re.search(rf"^{reader} +\d+ images/s  +\d+ images per second of a core  first batch", said, flags=re.M)
+        assert re.search(rf"^{reader}, [a-z ]+ +\d+ samples/s of", said, flags=re.M)
 
 
 def test_the_balance_of_time_experts_by_hand():

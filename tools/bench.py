@@ -16,6 +16,7 @@ COMMANDS = {
     "gpu": ("gpu_step", "a whole optimizer step beside diffusers' U-Net"),
     "plan": ("plan", "the planner beside measurements and published runs"),
     "step": ("step", "an optimizer step of ours beside diffusers' and DeepSpeed's"),
+    "scaling": ("scaling", "a whole run over ranks of this host, strong and weak, beside the plan"),
     "syncs": ("syncs", "where a step's host waits for the GPU, without one"),
     "data": ("data", "decoding and reading shards, beside other libraries"),
     "index": ("index", "the index of 100 million samples"),

@@ -1,0 +1,98 @@
+"""`tools/bench.py scaling`: a whole run on 1, 2, 4 and 8 ranks of this host, beside the plan.
+
+strong: one global batch, whatever the ranks; weak: as many images on each rank. Everything counts that a run does (data,
+metrics, average, the engine), but for saves, validation and samples. Rounds are interleaved and the fastest step counts.
+More ranks than cores share them: the plan's computation then takes as many times longer.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from raphael_dist.config import load_config
+from raphael_dist.planning.cluster import ClusterSpec, load_cluster
+from raphael_dist.planning.search import Choice, Search
+from raphael_dist.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+IMAGES, EACH, MOST = 32, 8, 8  # of a step when strong, of a rank when weak, at a time
+QUIET = (
+    "checkpoint.every=0",
+    "train.val_every=0",
+    "sample.prompts=[]",
+    "data.val_shards=[]",
+    "train.log_every=1",
+    "run.fresh=true",
+)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--config", default="emoji-tiny")
+    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    command.add_argument("--steps", type=int, default=10)
+    command.add_argument("--rounds", type=int, default=2)
+    command.add_argument("--cluster", default="cpu", help="a description that --calibrate of tools/plan_run.py wrote")
+
+
+def overrides(kind: str, ranks: int) -> list[str]:
+    """Return the batch of a kind of scaling."""
+    batch = IMAGES if kind == "strong" else EACH * ranks
+    return [f"train.global_batch={batch}", f"train.micro_batch={min(MOST, -(-batch // ranks))}"]
+
+
+def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> float:
+    """Return the images a second of the fastest step."""
+    run = folder / f"{kind}-{ranks}"
+    more = [
+        *overrides(kind, ranks),
+        *QUIET,
+        f"train.max_steps={args.steps}",
+        f"run.dir={run}",
+        f"data.cache_dir={folder}/cache",
+    ]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "raphael_dist/train.py"]
+    done = subprocess.run(
+        [sys.executable, *command, "--config", args.config, *more],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    rates = dict(read_metrics(run / "metrics.jsonl")["throughput/samples_per_s"])
+    return max(rate for step, rate in rates.items() if step > 2)
+
+
+def planned(args: argparse.Namespace, cluster: ClusterSpec, kind: str, ranks: int) -> float:
+    """Return the plan's images a second."""
+    config = load_config(args.config, overrides(kind, ranks))
+    node = cluster.model_copy(update={"per_node": cluster.per_node.model_copy(update={"value": ranks})})
+    choice = Choice(1, 1, 1, False, config.train.micro_batch, "none", "auto")
+    search = Search(config, node, ranks)
+    checked = search.checked(choice)
+    assert checked is not None
+    step = search.outcome(choice, *checked).step
+    return step.images / (step.compute * max(1, ranks / (os.cpu_count() or 1)) + step.exposed)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print images a second over ranks, strong and weak, beside the plan."""
+    cluster, found = load_cluster(args.cluster), defaultdict(list)
+    ways = [(kind, ranks) for kind in ("strong", "weak") for ranks in args.ranks]
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.rounds):
+            for way in ways:
+                found[way].append(measured(args, *way, Path(folder)))
+    print(f"{'':<8}{'ranks':>6}{'images/s':>10}{'beside one':>12}{'plan':>8}{'beside one':>12}")
+    for kind, ranks in ways:
+        rates = [max(found[kind, n]) for n in (ranks, args.ranks[0])]
+        plans = [planned(args, cluster, kind, n) for n in (ranks, args.ranks[0])]
+        print(
+            f"{kind:<8}{ranks:>6}{rates[0]:>10.1f}{rates[0] / rates[1]:>12.2f}{plans[0]:>8.1f}{plans[0] / plans[1]:>12.2f}"
+        )
