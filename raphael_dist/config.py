@@ -17,6 +17,7 @@ from raphael_dist.config_checks import check_agreement
 from raphael_dist.config_data import PAPERS_BUCKETS, Filter, Section, Source, generated_buckets
 from raphael_dist.config_errors import explain
 from raphael_dist.config_recipes import Decay, Recipe
+from raphael_dist.config_upscale import Upscale
 from raphael_dist.config_yaml import Given, apply_override, check_once, check_size, read_yaml
 from raphael_dist.errors import UserError, did_you_mean
 
@@ -302,6 +303,7 @@ class Config(Section):
     recipe: Recipe = Recipe()
     lora: Lora = Lora()
     control: Control = Control()
+    upscale: Upscale = Upscale()
 
     @model_validator(mode="before")
     @classmethod

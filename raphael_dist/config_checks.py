@@ -7,6 +7,7 @@ from typing import Any
 
 from raphael_dist.config_adapters import check_control, check_lora
 from raphael_dist.config_recipes import check_decay
+from raphael_dist.config_upscale import check_upscale
 
 
 def check_agreement(config: Any) -> None:
@@ -16,6 +17,7 @@ def check_agreement(config: Any) -> None:
     _check_spread(config)
     check_lora(config)
     check_control(config)
+    check_upscale(config)
 
 
 def _check_data(config: Any) -> None:

@@ -20,13 +20,23 @@ from PIL import Image
 from torch import Tensor
 
 from raphael_dist.config import config_from_tree
+from raphael_dist.config_upscale import Upscale
 from raphael_dist.convert.adapter import read_adapter
 from raphael_dist.convert.layouts.diffusers import CODE, PIPELINE, PIPELINE_CODE
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures, packaged_text_model
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.prompts import fit_picture
-from raphael_dist.sampling.sampling import Denoise, OnStep, initial_noise, sample_latents, to_pixels, to_tensor
+from raphael_dist.sampling.sampling import (
+    Denoise,
+    OnStep,
+    check_small,
+    enlarging,
+    initial_noise,
+    sample_latents,
+    to_pixels,
+    to_tensor,
+)
 
 _Pipeline: Any = DiffusionPipeline  # type checkers do not see what its mixins add
 _OUTPUTS = ("pil", "np", "pt", "latent")
@@ -37,7 +47,7 @@ class RaphaelUNet2D(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, tree: dict[str, Any]) -> None:
-        """`tree`: the sections `model`, `edge` and `run` of a configuration."""
+        """`tree`: the sections `model`, `edge` and `run` of a configuration, and `upscale` where it is on."""
         super().__init__()
         self._core = [RaphaelUNet(config_from_tree(tree))]  # in a list: not a child, whose name would prefix the parameters
         for name, child in self._core[0].named_children():
@@ -97,13 +107,19 @@ class RaphaelPipeline(_Pipeline):
         guidance: float = 4.5,
         size: Sequence[int] = (512, 512),
         text: str | None = None,
+        upscale: dict[str, Any] | None = None,
     ) -> None:
-        """`text`: the name of a text encoder that ships in a package, where the folder has none of its own."""
+        """`text`: the name of a text encoder that ships in a package, where the folder has none of its own.
+
+        `upscale`: the section of that name of a model that enlarges small pictures.
+        """
         super().__init__()
         if text_encoder is None and text is not None:
             text_encoder, tokenizer = packaged_text_model(text)
         self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
-        self.register_to_config(max_tokens=max_tokens, steps=steps, guidance=guidance, size=list(size), text=text)
+        self.register_to_config(
+            max_tokens=max_tokens, steps=steps, guidance=guidance, size=list(size), text=text, upscale=upscale
+        )
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -170,8 +186,9 @@ class RaphaelPipeline(_Pipeline):
         """Draw `num_images_per_prompt` images of each prompt. Arguments are those of diffusers' Stable Diffusion.
 
         Defaults of size, steps and guidance are those of the run that was exported. `image`, a PIL image or one for each
-        prompt, is drawn anew by the share `strength` of the steps. `seed` fixes the noise as `raphael_dist.sample` does,
-        where neither `generator` nor `latents` is given. UserError: an argument outside what is allowed.
+        prompt, is drawn anew by the share `strength` of the steps; a model of super-resolution enlarges it. `seed` fixes the
+        noise as `raphael_dist.sample` does, where neither `generator` nor `latents` is given. UserError: an argument outside
+        what is allowed.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
@@ -184,10 +201,15 @@ class RaphaelPipeline(_Pipeline):
         text = TextEncoder.of(self.text_encoder.eval(), self.tokenizer, self.config.max_tokens, "pipeline")
         shape = (encoder.channels, size_hw[0] // encoder.factor, size_hw[1] // encoder.factor)
         noise = self._noise(len(prompts), copies, shape, device, generator, latents, seed)
-        start = None if image is None else self._start(image, prompts, copies, size_hw, encoder).to(device)
-        with self.progress_bar(total=steps if image is None else min(int(steps * strength), steps)) as bar:
+        denoise, start = _denoiser(unet), None
+        upscale = Upscale(**(self.config.upscale or {}))
+        if upscale.factor:
+            denoise = enlarging(denoise, _small(image, prompts, copies, size_hw, upscale).to(device), upscale.patch)
+        elif image is not None:
+            start = self._start(image, prompts, copies, size_hw, encoder).to(device)
+        with self.progress_bar(total=steps if start is None else min(int(steps * strength), steps)) as bar:
             found = sample_latents(
-                _denoiser(unet),
+                denoise,
                 self.scheduler,
                 noise,
                 _repeated(text.encode(prompts), copies),
@@ -270,6 +292,14 @@ def _for_each(name: str, given: Any, prompts: list[str]) -> list[Any]:
     if len(values) != len(prompts):
         raise UserError(f"{name}: {len(values)} given for {len(prompts)} prompts; give one, or one for each")
     return values
+
+
+def _small(image: Any, prompts: list[str], copies: int, size_hw: tuple[int, int], upscale: Upscale) -> Tensor:
+    """Return small pictures, float32 [B, 3, Hs, Ws] in -1..1. UserError: not one for each prompt, or of another size."""
+    pictures = [None if one is None else np.array(one.convert("RGB")) for one in _for_each("image", image, prompts)]
+    for one in pictures:
+        check_small(upscale, one, size_hw, "image")
+    return to_tensor(np.stack([one for one in pictures if one is not None])).repeat_interleave(copies, dim=0)
 
 
 def _repeated(text: TextFeatures, copies: int) -> TextFeatures:

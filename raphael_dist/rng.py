@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     STRATA = 9
     OFFSET = 10
     GRADIENT = 11
+    UPSCALE = 12
 
 
 def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:

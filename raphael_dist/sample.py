@@ -54,6 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--control-from", type=Path, metavar="PATH", help="a run that trained a control, or its export")
     parser.add_argument("--control-kind", choices=("hed", "canny", "map"), default="hed", help="map: it shows edges itself")
     parser.add_argument("--control-scale", type=float, default=1.0, help="how much they are followed: 0 not at all")
+    parser.add_argument("--upscale", type=Path, metavar="PICTURE", help="a small picture, for a model that enlarges them")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: the first bucket)")
     parser.add_argument("--image", type=Path, help="a picture to begin from")
     parser.add_argument("--strength", type=float, default=0.8, help="share of the steps that draw --image anew")
@@ -103,7 +104,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace, trained: "Trained") -> "tuple[list[Request], Settings]":
     """Return what to draw, and how. UserError for what does not fit the model."""
-    from raphael_dist.sampling.prompts import check_sizes, read_edges, read_picture, read_requests
+    from raphael_dist.sampling.prompts import check_sizes, read_edges, read_picture, read_requests, read_small
     from raphael_dist.sampling.sampling import Request
     from raphael_dist.sampling.spread import Settings
 
@@ -124,6 +125,8 @@ def _plan(args: argparse.Namespace, trained: "Trained") -> "tuple[list[Request],
     if args.control:
         maps = {size: read_edges(args.control, size, args.control_kind) for size in {r.size_hw for r in requests}}
         requests = [replace(r, edges=maps[r.size_hw]) for r in requests]
+    small = {size: read_small(args.upscale, config.upscale, size) for size in {r.size_hw for r in requests}}
+    requests = [replace(r, small=small[r.size_hw]) for r in requests]
     requests = [replace(r, copy=copy) for r in requests for copy in range(args.per_prompt)]
     guidance = s.guidance if args.guidance is None else args.guidance
     settings = Settings(s.steps if args.steps is None else args.steps, guidance, args.batch, args.strength)

@@ -51,7 +51,7 @@ def synthetic_batch(
         generators = [torch.Generator().manual_seed(1000 * p + what) for p, _ in slots]
         return torch.stack([torch.randn(*shape, generator=g) for g in generators])
 
-    m = config.model
+    m, side = config.model, SIZE * config.upscale.patch
     positions = torch.tensor([p for p, _ in slots])
     noise = GateNoise(draw(4, num_blocks, m.time_experts), draw(5, num_blocks, TOKENS, m.space_experts))
     if last_experts_until is not None:
@@ -68,6 +68,7 @@ def synthetic_batch(
         end=positions % TOKENS,
         edge=draw(3, *((SIZE, SIZE) if config.control.enabled else (16, 16))).sigmoid(),
         gate_noise=noise,
+        small=draw(6, 3, side, side).tanh() if config.upscale.factor else None,
     )
 
 

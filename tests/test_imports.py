@@ -43,6 +43,7 @@ BASE = {
     "config_yaml",
     "config_checks",
     "config_recipes",
+    "config_upscale",
     "stages",
     "command_line",
     "shipped",
@@ -53,8 +54,8 @@ COMMANDS = {"__main__", "config_reference", "train", "sample", "evaluate", "path
 # The writer of DeepSpeed's layout pickles three of its small classes.
 MAY_IMPORT_DEEPSPEED = {"engine.engine", "engine.expert_groups", "convert.layouts.deepspeed.write"}
 LIGHT = {
-    "config", "config_data", "config_adapters", "config_checks", "config_errors", "config_recipes", "config_yaml", "stages",
-    "command_line", "shipped", "identity", "errors",
+    "config", "config_data", "config_adapters", "config_checks", "config_errors", "config_recipes", "config_upscale",
+    "config_yaml", "stages", "command_line", "shipped", "identity", "errors",
     "engine.ds_config", "parallel.batch_plan", "parallel.placement", "parallel.communication",
     "cluster.preflight_report", "training.stopping", "model.latents",
 }  # fmt: skip

@@ -129,6 +129,12 @@ def check_architecture(found: Config, wanted: Config, where: str) -> None:
                 f"model.{field}: the checkpoint in {where} has {theirs}, this configuration gives {ours}; "
                 "use the checkpoint's configuration or another run.dir"
             )
+    for field in ("factor", "patch"):
+        theirs, ours = getattr(found.upscale, field), getattr(wanted.upscale, field)
+        if theirs != ours:
+            raise UserError(
+                f"upscale.{field}: the checkpoint in {where} has {theirs}, this configuration gives {ours}; give the same"
+            )
     if (found.edge.weight > 0) != (wanted.edge.weight > 0) or found.edge.channels != wanted.edge.channels:
         raise UserError(f"edge: the checkpoint in {where} has other edge modules; keep edge.weight and edge.channels")
 

@@ -1,19 +1,22 @@
 """The weights that a new run starts from (`run.init_from`), also of a checkpoint that does not fit in every part.
 
 `run.init_missing` names the parts that may differ: what a part has in the model alone is drawn anew, what it has in the
-checkpoint alone is left there, and so is what has another shape. A dense model's feed-forward layers become time experts.
+checkpoint alone is left there, and so is what has another shape. A dense model's feed-forward layers become time experts. A
+model that enlarges small pictures may start from one that draws from captions alone.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from raphael_dist.config import Config
+from raphael_dist.config_adapters import beside
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.source import Checkpoint, is_dense, parameter_shapes
 from raphael_dist.convert.upcycle import Upcycled
@@ -27,6 +30,7 @@ from raphael_dist.storage.tensorfile import as_bytes
 _log = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
+ENTRANCE = "conv_in.weight"  # which sees the latents, and a small picture beside them where there is one
 
 
 def part_of(name: str) -> str:
@@ -69,6 +73,8 @@ def check_initial(config: Config, checkpoint: Checkpoint) -> Initial:
     the run's, or what keeps a dense model from becoming experts.
     """
     ours, theirs, allowed = parameter_shapes(config), checkpoint.shapes, set[str](config.run.init_missing)
+    if _widens(config, checkpoint):
+        theirs = {**theirs, ENTRANCE: _widened_shape(theirs[ENTRANCE], config)}
     anew = tuple(n for n in ours if theirs.get(n) != ours[n])
     left = tuple(n for n in theirs if theirs[n] != ours.get(n))
     refused = [n for n in sorted({*anew, *left}) if not _may_differ(n, n in anew and n in left, allowed)]
@@ -150,7 +156,34 @@ def _upcycles(config: Config, checkpoint: Checkpoint) -> bool:
     return is_dense(checkpoint.config) and config.model.space_experts + config.model.time_experts > 0
 
 
+def _widens(config: Config, checkpoint: Checkpoint) -> bool:
+    # Beside a frozen model what is new in its entrance would never be trained.
+    return config.upscale.factor > 0 and checkpoint.config.upscale.factor == 0 and not beside(config)
+
+
+def _widened_shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+    width, channels, *kernel = shape
+    return (width, channels + config.upscale.channels, *kernel)
+
+
 def _reader(config: Config, checkpoint: Checkpoint, initial: Initial) -> Callable[[str, int, int], Tensor]:
+    if not _widens(config, checkpoint):
+        return _plain_reader(config, checkpoint, initial)
+    narrow = config.model_copy(update={"upscale": checkpoint.config.upscale})
+    read, shape = _plain_reader(narrow, checkpoint, initial), checkpoint.shapes[ENTRANCE]
+
+    def widened(name: str, start: int, numel: int) -> Tensor:
+        if name != ENTRANCE:
+            return read(name, start, numel)
+        # Zeros for the small picture's channels: the new model begins as the one that did not see it.
+        whole = torch.zeros(_widened_shape(shape, config))
+        whole[:, : shape[1]] = read(name, 0, prod(shape)).view(shape)
+        return whole.view(-1)[start : start + numel]
+
+    return widened
+
+
+def _plain_reader(config: Config, checkpoint: Checkpoint, initial: Initial) -> Callable[[str, int, int], Tensor]:
     if initial.copied:
         try:
             upcycled = Upcycled(checkpoint, config, any_text_width="text" in config.run.init_missing)

@@ -119,7 +119,7 @@ def _structure(architecture: str) -> tuple[dict[str, tuple[int, ...]], dict[str,
 def _structure_of(config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     # `megablocks` asks for its package when the model is built; shapes do not depend on it.
     model = config.model.model_copy(update={"space_backend": "auto"})
-    return _structure(Config(model=model, edge=config.edge).model_dump_json())
+    return _structure(Config(model=model, edge=config.edge, upscale=config.upscale).model_dump_json())
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

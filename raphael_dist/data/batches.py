@@ -82,6 +82,7 @@ class BatchBuilder:
             end=encoded.end,
             edge=encoded.edge,
             gate_noise=self._gate_noise(positions, encoded.text.shape[1]) if self.gate_noise else None,
+            small=None if encoded.small is None else self._small(positions, encoded.small),
             seconds=encoded.seconds,
         )
 
@@ -90,6 +91,15 @@ class BatchBuilder:
         noise = torch.from_numpy(draw.standard_normal(tuple(shape), dtype=np.float32))
         strength = self.config.recipe.offset_noise
         return noise + strength * draw_offset(self.seed, position, len(noise)) if strength else noise
+
+    def _small(self, positions: Sequence[int], small_B3HsWs: Tensor) -> Tensor:
+        """Return small pictures in -1..1 with the noise that makes a model forgive what another one has drawn."""
+        signed, most = small_B3HsWs.float() / 127.5 - 1, self.config.upscale.noise
+        if not most:
+            return signed
+        draws = [generator(self.seed, Purpose.UPSCALE, position) for position in positions]
+        noise = [d.uniform(0, most) * d.standard_normal(tuple(signed.shape[1:]), dtype=np.float32) for d in draws]
+        return signed + torch.from_numpy(np.stack(noise).astype(np.float32)).to(signed.device)
 
     def _gate_noise(self, positions: Sequence[int], tokens: int) -> GateNoise:
         m = self.config.model

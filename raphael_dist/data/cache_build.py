@@ -6,8 +6,8 @@ Of n samples with U distinct captions, n_b of them good and in bucket b:
 |---|---|---|
 | bucket | int16 [n] | the bucket of each sample; -1: it is bad |
 | row | int32 [n] | its row in the tensors of that bucket |
-| mean.b, std.b, mean_flip.b, std_flip.b, edge.b | [n_b, ...] | as in `packing.py` |
-| sum.b | int64 [n_b] | CRC-32 of a row of these five |
+| mean.b, std.b, mean_flip.b, std_flip.b, edge.b, small.b | [n_b, ...] | as in `packing.py` |
+| sum.b | int64 [n_b] | CRC-32 of a row of these, as far as they are there |
 | caption_offsets | int64 [n + 1] | where its captions begin in the next two, and end |
 | caption_rows, weights | int64, float32 [captions] | the row of each caption in what follows; how likely it is drawn |
 | captions, caption_ends or tokens, mask, end | of U captions | as in `packing.py` |
@@ -29,9 +29,10 @@ from raphael_dist.data.encoding import IMAGE_BATCH, TEXT_BATCH, Encoders
 from raphael_dist.data.packing import pack_captions, pack_std, pool_edges
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.errors import UserError
+from raphael_dist.model.upscale import shrink
 from raphael_dist.parallel.long_work import Tell, quiet
 
-IMAGE_TENSORS = ("mean", "std", "mean_flip", "std_flip", "edge")
+IMAGE_TENSORS = ("mean", "std", "mean_flip", "std_flip", "edge", "small")
 TABLES = ("bucket", "row", "caption_offsets", "caption_rows", "weights")
 TEXT_TENSORS = ("tokens", "mask", "end")
 
@@ -102,6 +103,8 @@ class ShardBuilder:
             stacks |= self._latents(images.flip(-1), "_flip")
         if self.dataset.edge != "none":
             stacks["edge"] = self._edges(images, [sample.edge for _, sample in batch]).half()
+        if self.encoders.upscale:
+            stacks["small"] = shrink(images, self.encoders.upscale)
         finite = torch.stack([stack.float().flatten(1).isfinite().all(dim=1) for stack in stacks.values()]).all(dim=0)
         next_row = sum(len(part) for part in rows.stacks[f"mean.{bucket}"])
         for (number, sample), is_good in zip(batch, finite.tolist(), strict=True):

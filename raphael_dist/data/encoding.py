@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from raphael_dist.config_upscale import COLOURS
 from raphael_dist.data.captions import CLEANING_VERSION
 from raphael_dist.data.dataset import ImageDataset
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
@@ -17,6 +18,7 @@ from raphael_dist.data.hed import EdgeEncoder
 from raphael_dist.data.packing import PACKING_VERSION, Text, pool_edges
 from raphael_dist.data.stream import StreamSample
 from raphael_dist.model.device import is_gpu
+from raphael_dist.model.upscale import shrink
 
 IMAGE_BATCH = 16
 TEXT_BATCH = 64
@@ -25,12 +27,13 @@ _own = threading.local()
 
 @dataclass
 class Encoders:
-    """What a run encodes with; `edges` is None where HED makes no edge maps."""
+    """What a run encodes with; `edges` is None where HED makes no edge maps, `upscale` the small pictures' factor, or 0."""
 
     text: TextEncoder
     image: ImageEncoder
     edges: EdgeEncoder | None
     device: torch.device
+    upscale: int = 0
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -58,7 +61,7 @@ class Encoders:
     def made_of(self, dataset: ImageDataset) -> dict[str, object]:
         """Return all that features depend on beside the sample, by the field of the configuration that decides it."""
         edges = dataset.edge if self.edges is None else f"{dataset.edge} {self.edges.fingerprint}"
-        return {
+        return self._made_small() | {
             "text.encoder": self.text.fingerprint,
             "image.encoder": self.image.fingerprint,
             "image.buckets": [list(bucket) for bucket in dataset.buckets],
@@ -67,6 +70,10 @@ class Encoders:
             "data.caption_weights": [list(pair) for pair in dataset.captions.weights],
             "format": [PACKING_VERSION, dataset.max_pixels],
         }
+
+    def _made_small(self) -> dict[str, object]:
+        # Without small pictures nothing of them is named: features that were made before there were any stay good.
+        return {"upscale.factor": self.upscale} if self.upscale else {}
 
     @cached_property
     def null(self) -> TextFeatures:
@@ -81,7 +88,7 @@ def _signed(images: Tensor) -> Tensor:
 @dataclass
 class Encoded:
     """A batch's features: x0 float32 [B, C, h, w]; text float32 [B, Y, D]; mask bool [B, Y]; end int64 [B]; edge float32
-    [B, h, w] or None. seconds: what it took to get there, by kind of work.
+    [B, h, w] or None; small uint8 [B, 3, Hs, Ws] or None. seconds: what it took to get there, by kind of work.
     """
 
     x0: Tensor
@@ -90,6 +97,7 @@ class Encoded:
     end: Tensor
     edge: Tensor | None
     seconds: dict[str, float]
+    small: Tensor | None = None
 
 
 class AheadEncoder:
@@ -117,12 +125,13 @@ class AheadEncoder:
         text = self._encoders.text
         tokens, ends = torch.zeros(count, text.max_tokens, text.width), torch.zeros(count, dtype=torch.int64)
         edge = torch.zeros(count, *shape[1:]) if self._wants_edges else None
-        return Encoded(torch.zeros(count, *shape), tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), ends, edge, {})
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        return Encoded(torch.zeros(count, *shape), tokens, mask, ends, edge, {}, self._no_small(count, shape[1:]))
 
     def _encode(self, samples: Sequence[StreamSample]) -> Encoded:
         raw = [sample.image for sample in samples if sample.image is not None]
         images = torch.stack(raw) if raw else None
-        return Encoded(self._x0(samples, images), *self._text(samples), self._edges(samples), {})
+        return Encoded(self._x0(samples, images), *self._text(samples), self._edges(samples), {}, self._small(samples))
 
     def _x0(self, samples: Sequence[StreamSample], images: Tensor | None) -> Tensor:
         rows: dict[int, Tensor] = {i: s.latents for i, s in enumerate(samples) if s.latents is not None}
@@ -159,6 +168,22 @@ class AheadEncoder:
             maps = self._encoders.edge_maps(torch.stack(plain))  # type: ignore[arg-type]
             rows |= {i: one.flip(-1) if samples[i].flipped else one for i, one in zip(missing, maps, strict=True)}
         return _stacked([rows[i] for i in range(len(samples))])
+
+    def _small(self, samples: Sequence[StreamSample]) -> Tensor | None:
+        if not self._encoders.upscale:
+            return None
+        rows = {i: s.small for i, s in enumerate(samples) if s.small is not None}
+        raw = [i for i in range(len(samples)) if i not in rows]
+        if raw:
+            images = torch.stack([samples[i].image for i in raw])  # type: ignore[misc]
+            rows |= dict(zip(raw, shrink(images, self._encoders.upscale), strict=True))
+        return torch.stack([rows[i] for i in range(len(samples))])
+
+    def _no_small(self, count: int, latent_hw: tuple[int, int]) -> Tensor | None:
+        if not self._encoders.upscale:
+            return None
+        sides = (side * self._encoders.image.factor // self._encoders.upscale for side in latent_hw)
+        return torch.zeros(count, COLOURS, *sides, dtype=torch.uint8)
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:

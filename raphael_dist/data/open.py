@@ -5,6 +5,7 @@ import logging
 import torch
 
 from raphael_dist.config import Config
+from raphael_dist.config_upscale import check_small_pictures
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.captions import CaptionChoice
 from raphael_dist.data.dataset import EdgeSource, ImageDataset
@@ -41,7 +42,7 @@ def open_encoders(config: Config, device: torch.device) -> Encoders:
     text = TextEncoder.lazy(config.text.encoder, text_facts, device, dtype, config.text.layer)
     image = ImageEncoder.lazy(config.image.encoder, image_facts, device, image_dtype)
     all_or_none(lambda: check_encoders(config, text, image))
-    return Encoders(text, image, all_or_none(lambda: edge_encoder(config, device)), device)
+    return Encoders(text, image, all_or_none(lambda: edge_encoder(config, device)), device, config.upscale.factor)
 
 
 def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
@@ -74,6 +75,7 @@ def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEn
             raise UserError(
                 f"image.buckets: [{height}, {width}] is not a multiple of {image.factor}, the image encoder's factor"
             )
+    check_small_pictures(config.upscale, image.factor, config.image.buckets)
     if image.channels != config.model.latent_channels:
         raise UserError(
             f"model.latent_channels is {config.model.latent_channels}, but image.encoder {config.image.encoder!r} has "

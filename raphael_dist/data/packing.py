@@ -8,6 +8,7 @@ Of one sample (the cache holds rows of many):
 | std | uint8 [C, h, w] | their deviation on a scale of logarithms; none where the encoder is deterministic |
 | mean_flip, std_flip | the same | those of the mirrored image, with data.flip |
 | edge | float16 [h, w] | its edge map at the latents' size, in 0..1 |
+| small | uint8 [3, Hs, Ws] | the picture made smaller, with upscale.factor |
 | weights | float32 [K] | how likely each of its K captions is to be drawn |
 | tokens, mask, end | 16 bits [K, Y, D], bool [K, Y], int64 [K] | their tokens; the attended ones; the end-of-text token |
 | captions, caption_ends | uint8 [bytes], int64 [K] | or their text, UTF-8 |
@@ -36,7 +37,8 @@ class SampleFeatures:
     """A sample with one of its captions: encoded as far as it was stored so, raw where not.
 
     image uint8 [3, H, W], or mean and std float32 [C, h, w], the distribution of its latents; caption, or text where its
-    tokens are known; edge float32 [h, w] in 0..1 at the latents' size, or None. seconds: what it took, by kind of work.
+    tokens are known; edge float32 [h, w] in 0..1 at the latents' size, or None; small uint8 [3, Hs, Ws], the picture made
+    smaller, or None. seconds: what it took, by kind of work.
     """
 
     image: Tensor | None = None
@@ -45,6 +47,7 @@ class SampleFeatures:
     caption: str = ""
     text: Text | None = None
     edge: Tensor | None = None
+    small: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -72,10 +75,12 @@ def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures
     """Return a sample's features (the table above) with one caption, mirrored if `flip`. KeyError: a tensor is missing."""
     suffix = "_flip" if flip else ""
     mean, std, edge = tensors[f"mean{suffix}"].float(), tensors.get(f"std{suffix}"), tensors.get("edge")
+    small = tensors.get("small")
     found = SampleFeatures(
         mean=mean,
         std=torch.zeros_like(mean) if std is None else unpack_std(std),
         edge=None if edge is None else edge.float().flip(-1) if flip else edge.float(),
+        small=None if small is None else small.flip(-1) if flip else small,
     )
     number = pick(tensors["weights"].tolist())
     if "tokens" in tensors:

@@ -37,7 +37,7 @@ class StreamSample:
 
     latents float32 [C, h, w], or image uint8 [3, H, W] and noise float32 [C, h, w], the draw from the latents' distribution;
     text, or caption; edge float32 [h, w] in 0..1 or None; flipped: mirrored left to right; dropped: its caption was replaced
-    by the empty one; seconds: what it took, by kind of work.
+    by the empty one; seconds: what it took, by kind of work; small uint8 [3, Hs, Ws], the small picture where it is stored.
     """
 
     position: int
@@ -53,6 +53,7 @@ class StreamSample:
     flipped: bool
     dropped: bool
     seconds: dict[str, float]
+    small: Tensor | None = None
 
 
 class TrainStream:
@@ -145,6 +146,7 @@ class TrainStream:
             flipped=flipped,
             dropped=dropped,
             seconds=features.seconds,
+            small=features.small,
         )
 
     def close(self) -> None:

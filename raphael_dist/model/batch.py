@@ -21,9 +21,9 @@ _ALIGNMENT = 64  # bytes; kernels read whole vectors of up to 16
 @dataclass
 class Batch:
     """position int64 [B]; weight [B], 0 for a slot without a sample; x0 and noise [B, C, h, w]; timestep int64 [B];
-    text [B, Y, D]; text_mask bool [B, Y]; end int64 [B]; edge [B, h, w] in 0..1 or None; gate noise or None.
-    Floats are float32. memory: uint8, the one stretch of memory that all on the host lie in, or None. seconds: what making
-    it took, by kind of work.
+    text [B, Y, D]; text_mask bool [B, Y]; end int64 [B]; edge [B, h, w] in 0..1 or None; gate noise or None; small
+    [B, 3, Hs, Ws] in -1..1, small pictures with their noise (model/upscale.py), or None. Floats are float32. memory: uint8,
+    the one stretch of memory that all on the host lie in, or None. seconds: what making it took, by kind of work.
     """
 
     position: Tensor
@@ -36,6 +36,7 @@ class Batch:
     end: Tensor
     edge: Tensor | None
     gate_noise: GateNoise | None
+    small: Tensor | None = None
     memory: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 

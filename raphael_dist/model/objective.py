@@ -15,6 +15,7 @@ from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B, min_snr_
 from raphael_dist.model.edge import edge_loss_B
 from raphael_dist.model.routing import one_hot
 from raphael_dist.model.unet import UNetOutput
+from raphael_dist.model.upscale import beside_latents
 
 
 @dataclass
@@ -37,6 +38,8 @@ def compute_losses(
 ) -> Losses:
     """L = L_denoise + L_edge (Sec. 3.2) of a micro-batch on the model's device; the model runs in `dtype`."""
     noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
+    if batch.small is not None:
+        noised = beside_latents(noised, batch.small, config.upscale.patch)
     edge_map = [batch.edge] if config.control.enabled else []
     out = model(
         noised.to(dtype), batch.timestep, batch.text.to(dtype), batch.text_mask, batch.end, batch.gate_noise, *edge_map

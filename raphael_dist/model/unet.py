@@ -107,7 +107,7 @@ class RaphaelUNet(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = m = config.model
-        self.num_timesteps = config.diffusion.num_timesteps
+        self.num_timesteps, self.upscale = config.diffusion.num_timesteps, config.upscale
         self.seed, self.edge_channels = config.run.seed, config.edge.channels if config.edge.weight > 0 else 0
         if m.space_backend == "megablocks":
             require_grouped_gemm()
@@ -118,7 +118,7 @@ class RaphaelUNet(nn.Module):
         self.control: nn.Module | None = None  # model.control puts one here
         self.control_scale = 1.0
         channels, embed = m.channels, 4 * m.channels[0]
-        self.conv_in = nn.Conv2d(m.latent_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(m.latent_channels + self.upscale.channels, channels[0], 3, padding=1)
         self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], embed)
         self.down_blocks = nn.ModuleList()
@@ -202,7 +202,7 @@ class RaphaelUNet(nn.Module):
         """Predict the noise (or velocity) of noised latents.
 
         Args:
-            x_BCHW: noised latents [B, C, h, w]. timestep_B: int64 [B].
+            x_BCHW: noised latents [B, C, h, w], and what lies beside them (model/upscale.py). timestep_B: int64 [B].
             text_BYD: text tokens [B, Y, D]; text_mask_BY: bool, False at padding; end_B: int64, the end-of-text token.
             noise: gate noise in training; None routes without noise.
             edge_Bhw: an edge map in 0..1 to be followed, where the model has a control; None: the model is as without one.

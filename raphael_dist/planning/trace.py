@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from raphael_dist.config import Config
+from raphael_dist.config_upscale import COLOURS
 from raphael_dist.model import experts
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
@@ -330,4 +331,10 @@ def meta_batch(config: Config, samples: int, num_blocks: int) -> Batch:
             end=torch.empty(samples, dtype=torch.long),
             edge=torch.empty(samples, height, width) if config.edge.weight > 0 else None,
             gate_noise=noise,
+            small=_meta_small(config, latents) if config.upscale.factor else None,
         )
+
+
+def _meta_small(config: Config, latents: Tensor) -> Tensor:
+    samples, _, height, width = latents.shape
+    return torch.empty(samples, COLOURS, height * config.upscale.patch, width * config.upscale.patch)

@@ -62,7 +62,7 @@ def prepare(
         if kind == "none" and config.edge.weight > 0:
             raise UserError("--edges none: training with edge.weight above 0 needs edge maps; give edge.weight=0 as well")
         text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
-        encoders = Encoders(text, image, None, device)
+        encoders = Encoders(text, image, None, device, config.upscale.factor)
     mine = parts_of(sources, per_shard, held_out, caption)[part::parts]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def fill_caches(config: Config, part: int, parts: int) -> None:
     """Fill the feature cache of a run's shards, those for validation too. UserError as `fill_cache` raises it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
-    encoders = Encoders(text, image, edge_encoder(config, device), device)
+    encoders = Encoders(text, image, edge_encoder(config, device), device, config.upscale.factor)
     for name, training in (("data.shards", True), ("data.val_shards", False)):
         if training or config.data.val_shards:
             built, of = fill_cache(config, encoders, part, parts, training=training)

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from raphael_dist.config_upscale import Upscale
 from raphael_dist.data.buckets import resize_and_crop
+from raphael_dist.data.dataset import decode_image
 from raphael_dist.data.hed import EdgeEncoder, edge_map
 from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.sampling.sampling import Request
+from raphael_dist.sampling.sampling import Request, check_small
 
 MAX_PROMPTS = 1_000_000
 _FIELDS = ("prompt", "negative_prompt", "seed", "size")
@@ -100,6 +102,22 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str) -> np.ndarray:
     if kind == "hed":  # as the data's maps are made where they have none
         return EdgeEncoder(None, torch.device("cpu")).encode(image.float() / 127.5 - 1)[0].numpy()
     return edge_map(image, kind)[0, 0].numpy()
+
+
+def read_small(path: Path | None, upscale: Upscale, size_hw: tuple[int, int]) -> np.ndarray | None:
+    """Return the small picture that one of `size_hw` is drawn from, uint8 [Hs, Ws, 3], what is transparent on white.
+
+    None for a model that draws from captions alone. UserError: it cannot be read, or does not fit the model and the size.
+    """
+    pixels_HsWs3, option = None, "--upscale"
+    if path is not None:
+        option = f"--upscale {path}"
+        try:
+            pixels_HsWs3 = np.array(decode_image(path.read_bytes()))
+        except Exception as error:  # decoders raise nearly anything
+            raise UserError(f"{option}: cannot be read: {error}") from None
+    check_small(upscale, pixels_HsWs3, size_hw, option)
+    return pixels_HsWs3
 
 
 def fit_picture(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:

@@ -7,18 +7,21 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raphael_dist.config_upscale import Upscale
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import starts_late
+from raphael_dist.model.upscale import beside_latents
 from raphael_dist.rng import Purpose, generator
 
 _log = logging.getLogger(__name__)
+_NONE = Upscale()
 # What the U-Net predicts for noised latents [B, C, h, w], timesteps [B] and captions.
 Denoise = Callable[[Tensor, Tensor, TextFeatures], Tensor]
 # Called after each step with its number, its timestep and the latents; what it returns replaces them.
@@ -31,7 +34,8 @@ class Request:
 
     index: the number of the prompt within its set. copy: the number among the images of one prompt. start: a picture to
     begin from, uint8 [H, W, 3] of size `size_hw`, or None to begin from noise. edges: a map to follow, float32 [H, W] in
-    0..1, for a model with a control, or None.
+    0..1, for a model with a control, or None. small: a small picture to enlarge, uint8 [Hs, Ws, 3], for a model of
+    super-resolution, or None.
     """
 
     prompt: str
@@ -42,6 +46,7 @@ class Request:
     negative: str = ""
     start: np.ndarray | None = None
     edges: np.ndarray | None = None
+    small: np.ndarray | None = None
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
@@ -60,6 +65,17 @@ def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
         return prediction
 
     return denoise
+
+
+def enlarging(denoise: Denoise, small_B3HsWs: Tensor, patch: int) -> Denoise:
+    """Return the prediction of a model that sees small pictures, in -1..1, as a function of captions (model/upscale.py)."""
+
+    def seeing(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
+        # Captions and negative ones lie one after the other, and see the same pictures.
+        small = small_B3HsWs.repeat(len(x) // len(small_B3HsWs), 1, 1, 1)
+        return denoise(beside_latents(x, small, patch), timestep, text)
+
+    return seeing
 
 
 @torch.no_grad()
@@ -142,13 +158,15 @@ class Sampler:
     device: torch.device
     dtype: torch.dtype = torch.float32
     following: Callable[[Tensor], Denoise] | None = None  # maps for the model's control, if it has one
+    upscale: Upscale = _NONE  # of the model
 
     @classmethod
     def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
         """Return the sampler of a `RaphaelUNet`, on its device and in its type."""
         weight = next(model.parameters())
         following = partial(denoiser, model) if getattr(model, "control", None) is not None else None
-        return cls(denoiser(model), text, image, weight.device, weight.dtype, following)
+        upscale = cast(Upscale, model.upscale)
+        return cls(denoiser(model), text, image, weight.device, weight.dtype, following, upscale)
 
     def draw(
         self,
@@ -183,6 +201,8 @@ class Sampler:
         return to_pixels(self.image.decode(latents))
 
     def _denoise(self, requests: Sequence[Request]) -> Denoise:
+        if self.upscale.factor or any(r.small is not None for r in requests):
+            return enlarging(self.denoise, self._small(requests), self.upscale.patch)
         maps = [r.edges for r in requests if r.edges is not None]
         if not maps:
             return self.denoise
@@ -191,12 +211,40 @@ class Sampler:
         edge_BHW = torch.from_numpy(np.stack(maps)).to(self.device)
         return self.following(nn.functional.avg_pool2d(edge_BHW, self.image.factor))
 
+    def _small(self, requests: Sequence[Request]) -> Tensor:
+        for r in requests:
+            check_small(self.upscale, r.small, r.size_hw)
+        return to_tensor(np.stack([r.small for r in requests if r.small is not None])).to(self.device)
+
     def _start(self, requests: Sequence[Request]) -> Tensor | None:
         pictures = [r.start for r in requests if r.start is not None]
         if not pictures:
             return None
         mean, _ = self.image.encode(to_tensor(np.stack(pictures)).to(self.device))
         return mean.to(self.device)
+
+
+def check_small(
+    upscale: Upscale, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale"
+) -> None:
+    """Raise UserError where a model cannot draw a picture of a size from a small one (None: from the caption alone)."""
+    factor, large = upscale.factor, f"a picture of {size_hw[0]} x {size_hw[1]}"
+    if not factor:
+        if small_HsWs3 is not None:
+            raise UserError(f"{option}: this model draws from captions alone (upscale.factor = 0); give one that enlarges")
+        return
+    wanted = f"{size_hw[0] // factor} x {size_hw[1] // factor}"
+    if small_HsWs3 is None:
+        raise UserError(
+            f"{option}: none given, but this model enlarges small pictures (upscale.factor = {factor}); give one of {wanted}"
+            f" pixels for {large}"
+        )
+    height, width = upscale.picture_hw((small_HsWs3.shape[0], small_HsWs3.shape[1]))
+    if (height, width) != tuple(size_hw):
+        raise UserError(
+            f"{option}: given {height // factor} x {width // factor} pixels, must be {wanted} for {large}; scale it, or ask "
+            f"for {height} x {width} (--size)"
+        )
 
 
 def to_pixels(images_B3HW: Tensor) -> np.ndarray:

@@ -30,7 +30,8 @@ def _model(config: Config) -> str:
     run_dir, base = config.run.dir, f"--checkpoint {config.run.init_from}"
     if config.control.enabled:
         return f"{base} --control-from {run_dir} --control drawing.png"
-    return f"{base} --lora {run_dir}" if config.lora.rank else f"--checkpoint {run_dir}"
+    with_small = " --upscale small.png" if config.upscale.factor else ""
+    return (f"{base} --lora {run_dir}" if config.lora.rank else f"--checkpoint {run_dir}") + with_small
 
 
 def _export(config: Config) -> str:

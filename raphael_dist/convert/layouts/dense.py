@@ -103,7 +103,7 @@ def unet_json(config: Config, where: str) -> dict[str, Any]:
         "block_out_channels": list(m.channels),
         "cross_attention_dim": m.text_width,
         "down_block_types": kinds,
-        "in_channels": m.latent_channels,
+        "in_channels": m.latent_channels + config.upscale.channels,
         "layers_per_block": m.layers_per_block,
         "norm_num_groups": m.norm_groups,
         "out_channels": m.latent_channels,

@@ -71,6 +71,8 @@ def model_tree(config: Config) -> dict[str, Any]:
     """Return the part of the configuration that makes the U-Net."""
     tree = config.model_dump(mode="json")
     part = {"model": tree["model"], "edge": tree["edge"], "run": {"seed": tree["run"]["seed"]}}
+    if config.upscale.factor:
+        part["upscale"] = tree["upscale"]
     if config.model.time_routing == "boundaries":  # they divide the timesteps
         part |= {"diffusion": tree["diffusion"], "sample": {"steps": tree["sample"]["steps"]}}
     return part
@@ -107,7 +109,8 @@ class Encoders:
     def model_index(self) -> dict[str, Any]:
         """Return what stands in model_index.json."""
         config = self.config
-        stable = is_dense(config) and self.text_class == "CLIPTextModel" and self.vae is not None
+        plain = is_dense(config) and not config.upscale.factor
+        stable = plain and self.text_class == "CLIPTextModel" and self.vae is not None
         index: dict[str, Any] = {
             "_class_name": "StableDiffusionPipeline" if stable else [CODE, PIPELINE],
             "_diffusers_version": versions()["diffusers"],
@@ -120,7 +123,9 @@ class Encoders:
         if stable:
             nothing: list[None] = [None, None]
             return index | {"safety_checker": nothing, "feature_extractor": nothing, "requires_safety_checker": False}
-        sample = {"steps": config.sample.steps, "guidance": config.sample.guidance}
+        sample: dict[str, Any] = {"steps": config.sample.steps, "guidance": config.sample.guidance}
+        if config.upscale.factor:
+            sample["upscale"] = config.upscale.model_dump(mode="json")
         if self.text_by_name:
             index |= {"text_encoder": [None, None], "tokenizer": [None, None], "text": config.text.encoder}
         return index | sample | {"max_tokens": config.text.max_tokens, "size": list(config.image.buckets[0])}
