@@ -80,6 +80,8 @@ OPTIONS_OF_OTHERS = """
 NO_FIELDS = ("edge.png",)  # members of a sample
 SETTINGS_OF_OTHERS = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "GROUPED_GEMM_CUTLASS", "TORCH_CUDA_ARCH_LIST"}
 
+LARGER = {"upscale": {"factor": 2, "patch": 2}, "sample": {"steps": 2, "guidance": 1.0}}
+
 CODE = find_code()
 
 
@@ -97,10 +99,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = config_from_tree({name: {**section, **tiny.get(name, {})} for name, section in demo.items()})
     handmade_canonical(folder / "made", config, random_state(config, KINDS))
     convert("canonical", folder / "made", "raphael", folder / "runs" / "demo", Options())
+    larger = config_from_tree({**config.model_dump(mode="json"), **LARGER})
+    handmade_canonical(folder / "larger", larger, random_state(larger, KINDS))
+    convert("canonical", folder / "larger", "raphael", folder / "runs" / "large", Options())
     write_lora(folder / "blue", config.model.channels[-1])
     control = ControlNet(config)
     write_control({name: p.detach() for name, p in control.named_parameters()}, config, folder / "edges")
     Image.new("RGB", (64, 64), "red").save(folder / "heart.png")
+    Image.new("RGB", (32, 32), "red").save(folder / "small.png")
     return folder
 
 
@@ -252,7 +258,7 @@ class Runner:
         r"pytest": pytest,
         r"tools/convert_checkpoint\.py": convert,
         # Benchmarks take minutes to hours, and so does the data set, which is fetched too.
-        r"tools/(ablate|bench|index_shards|make_emoji_dataset|plan_run|torture)\.py": parse,
+        r"tools/(ablate|bench|enlarge|index_shards|make_emoji_dataset|plan_run|torture)\.py": parse,
         r"torchrun": torchrun,
         r"deepspeed": deepspeed,
         r"make": make,
@@ -279,9 +285,10 @@ def test_nothing_is_left_out_that_no_document_has() -> None:
     assert [start for start in NO_COMMANDS if not any(line.startswith(start) for line in blocks)] == []
 
 
+_OTHERS = r"(?!lora|control|upscale)"  # tests/test_lora.py, test_control.py, test_upscale.py
 TRAINING = [
-    code for code in CODE if re.match(r"(deepspeed|torchrun|python) .*train\.py --config emoji-(?!lora|control)", code.text)
-]  # tests/test_lora.py
+    code for code in CODE if re.match(r"(deepspeed|torchrun|python) .*train\.py --config emoji-" + _OTHERS, code.text)
+]
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ OTHER = {
     "train.caption_drop": 0.4, "ema.enabled": False, "ema.decay": 0.5, "ema.warmup": False, "edge.channels": 3,
     "image.dtype": "bfloat16", "data.caption_from": "txt", "data.caption_weights": {"txt": 1.0},
     "lora.rank": 4, "lora.alpha": 3, "lora.targets": ["experts"], "control.enabled": True,
+    "upscale.noise": 0.1,
 }  # fmt: skip
 
 # What must be so for a value above to be allowed.
@@ -50,9 +51,9 @@ def with_fields(config: Config, values: dict[str, object]) -> Config:
 def test_every_field_is_free_or_compared() -> None:
     """A field that is neither in FREE nor tried here is new: say which it is."""
     names = {f"{s}.{f}" for s, fields in BASE for f in type(fields).model_fields if s not in FREE_SECTIONS}
-    architecture = {name for name in names if name.startswith("model.")} - FREE - OTHER.keys()
+    architecture = {name for name in names if name.startswith(("model.", "upscale."))} - FREE - OTHER.keys()
     assert names == FREE | OTHER.keys() | architecture
-    assert {f"model.{f}" for f in ("channels", "space_experts", "gate_width")} < architecture
+    assert {"model.channels", "model.space_experts", "model.gate_width", "upscale.factor", "upscale.patch"} < architecture
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -21,23 +21,29 @@ from raphael_dist.convert.plan import Options
 from raphael_dist.convert.run import convert
 from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.cache import FeatureCache
+from raphael_dist.data.dataset import DecodedSample
+from raphael_dist.data.encoders import ImageEncoder
 from raphael_dist.data.encoding import AheadEncoder
 from raphael_dist.data.open import source_of
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards import build_index
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
+from raphael_dist.evaluation.enlarged import enlarge, errors, figure
 from raphael_dist.identity import check_same_run
+from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.model.upscale import beside_latents, shrink
 from raphael_dist.pipeline import RaphaelPipeline
 from raphael_dist.prepare.build import Preparer
 from raphael_dist.prepare.source import parts_of
+from raphael_dist.sampling.sampling import Sampler
 from tests.beside import canonical, hashes, losses_of
 from tests.forks import Forks
-from tests.synthetic import SIZE, TREE, plain_fragments, tiny_config
+from tests.synthetic import SIZE, TEXT_WIDTH, TREE, plain_fragments, tiny_config
 from tests.test_control import inputs
 from tests.test_stream import BUCKETS, Text, World, encoders
+from tests.workers.light import Letters
 
 UPSCALE = {"factor": 2, "patch": 2}  # beside an image encoder of factor 4
 
@@ -232,6 +238,23 @@ def test_what_one_model_draws_another_enlarges(tmp_path: Path) -> None:
     assert drawn(first, tmp_path / "drawn").shape == (4, 4, 3)
     from_first = ("--upscale", str(tmp_path / "drawn" / "000000.png"))
     assert drawn(second, tmp_path / "larger", *from_first).shape == (8, 8, 3)
+
+
+def test_a_model_is_measured_beside_bicubic_and_the_autoencoder() -> None:
+    config = pixel_config(text_width=TEXT_WIDTH)
+    torch.manual_seed(5)
+    sampler = Sampler.of(RaphaelUNet(config).eval(), Letters(), ImageEncoder.of(None))  # type: ignore[arg-type]
+    edge = np.zeros((3, 8, 8), np.uint8)
+    edge[:, :, 3:] = 255
+    flat = np.full((3, 8, 8), 90, np.uint8)
+    samples = [DecodedSample(image, ["a"], None, "", [1.0], {}) for image in (flat, edge, flat)]
+    found = list(enlarge(sampler, samples, lambda: make_scheduler(config.diffusion, "ddim"), steps=2, guidance=1.0, batch=2))
+    assert (found[1].small[0, :, 0] == [0, 128, 255, 255]).all()
+    assert (found[0].large["bicubic"] == 90).all()
+    table = errors(found)
+    assert table["autoencoder"] == pytest.approx((0.0, 10 * np.log10(255**2 / 1e-9)))
+    assert 0 < table["bicubic"][0] < table["this model"][0], "this one was never trained"
+    assert figure(found, scale=2).height == 4 * (2 * 8 + 4)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

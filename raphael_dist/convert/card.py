@@ -4,6 +4,7 @@ import json
 from math import prod
 from pathlib import Path
 
+from raphael_dist.config import Config
 from raphael_dist.convert.plan import Source
 from raphael_dist.convert.source import is_dense
 from raphael_dist.storage.versions import versions
@@ -27,6 +28,7 @@ def model_card(source: Source, kind: str, licence: str) -> str:
         "weights": {"ema": "averaged over the steps", "master": "of the last step"}[kind],
         "images": f"latents of {config.image.encoder}, sizes {', '.join(f'{h} x {w}' for h, w in config.image.buckets[:9])}",
         "captions": f"{config.text.encoder}, up to {config.text.max_tokens} tokens",
+        **_enlarges(config),
         "predicts": config.diffusion.prediction,
         "data": ", ".join(map(str, shards)) or "not known",
         "training": f"{steps.step:,} steps, {steps.samples_seen:,} images; {config.optim.kind}, rate {config.optim.lr:g}",
@@ -38,12 +40,13 @@ def model_card(source: Source, kind: str, licence: str) -> str:
     header = (
         f"---\nlicense: {licence}\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [{', '.join(tags)}]\n---\n"
     )
+    seen = ", image=small" if config.upscale.factor else ""
     return f"""{header}
 # A text-to-image model after RAPHAEL (arXiv 2305.18295)
 
     from diffusers import DiffusionPipeline
     pipeline = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True)  # needs the package raphael_dist
-    pipeline("a red heart").images[0].save("heart.png")
+    pipeline("a red heart"{seen}).images[0].save("heart.png")
 
 | | |
 |---|---|
@@ -51,6 +54,12 @@ def model_card(source: Source, kind: str, licence: str) -> str:
 
 Licence: {licence}. What it may be used for is for those to add who trained it.
 """
+
+
+def _enlarges(config: Config) -> dict[str, str]:
+    factor = config.upscale.factor
+    sizes = ", ".join(f"{h // factor} x {w // factor}" for h, w in config.image.buckets[:9]) if factor else ""
+    return {"enlarges": f"small pictures of {sizes}, {factor} times"} if factor else {}
 
 
 def _measured(path: Path, step: int) -> dict[str, str]:
