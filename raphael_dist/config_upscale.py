@@ -24,6 +24,10 @@ class Upscale(Section):
         0.0, description="deviations of noise on it in training, drawn from 0 up to this; its colours reach from -1 to 1"
     )
 
+    back_projections: NonNegative = Field(
+        3, description="how often a drawn picture is corrected by what its averages are off the small one's pixels"
+    )
+
     @property
     def channels(self) -> int:
         """How many channels the small picture has beside the latents."""

@@ -7,6 +7,7 @@ pipeline("a red heart, noto style", num_inference_steps=20, guidance_scale=4.0).
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from raphael_dist.convert.layouts.diffusers import CODE, PIPELINE, PIPELINE_CODE
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures, packaged_text_model
 from raphael_dist.errors import UserError
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.upscale import back_project
 from raphael_dist.sampling.prompts import fit_picture
 from raphael_dist.sampling.sampling import (
     Denoise,
@@ -203,8 +205,11 @@ class RaphaelPipeline(_Pipeline):
         noise = self._noise(len(prompts), copies, shape, device, generator, latents, seed)
         denoise, start = _denoiser(unet), None
         upscale = Upscale(**(self.config.upscale or {}))
+        decode = encoder.decode
         if upscale.factor:
-            denoise = enlarging(denoise, _small(image, prompts, copies, size_hw, upscale).to(device), upscale.patch)
+            small = _small(image, prompts, copies, size_hw, upscale).to(device)
+            denoise = enlarging(denoise, small, upscale.patch)
+            decode = partial(_decode_beside, encoder, small, upscale.back_projections)
         elif image is not None:
             start = self._start(image, prompts, copies, size_hw, encoder).to(device)
         with self.progress_bar(total=steps if start is None else min(int(steps * strength), steps)) as bar:
@@ -221,7 +226,7 @@ class RaphaelPipeline(_Pipeline):
                 strength=strength,
                 on_step=self._on_step(callback_on_step_end, bar),
             )
-        images = _as(output_type, found, encoder)
+        images = _as(output_type, found, decode)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -306,11 +311,16 @@ def _repeated(text: TextFeatures, copies: int) -> TextFeatures:
     return TextFeatures(*(part.repeat_interleave(copies, dim=0) for part in (text.tokens, text.mask, text.end)))
 
 
-def _as(output_type: str, latents: Tensor, encoder: ImageEncoder) -> Any:
+def _decode_beside(encoder: ImageEncoder, small: Tensor, times: int, latents: Tensor) -> Tensor:
+    images = encoder.decode(latents)
+    return back_project(images, small.to(images.device), times)
+
+
+def _as(output_type: str, latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Any:
     """Return images as diffusers does: PIL, float arrays [B, H, W, 3] or tensors [B, 3, H, W] in 0..1, or latents."""
     if output_type == "latent":
         return latents
-    decoded = encoder.decode(latents)
+    decoded = decode(latents)
     if output_type == "pil":
         return [Image.fromarray(pixels) for pixels in to_pixels(decoded)]
     unit = (decoded + 1) / 2

@@ -33,7 +33,7 @@ from raphael_dist.evaluation.enlarged import enlarge, errors, figure
 from raphael_dist.identity import check_same_run
 from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.model.upscale import beside_latents, shrink
+from raphael_dist.model.upscale import back_project, beside_latents, shrink
 from raphael_dist.pipeline import RaphaelPipeline
 from raphael_dist.prepare.build import Preparer
 from raphael_dist.prepare.source import parts_of
@@ -65,6 +65,15 @@ def test_a_small_picture_holds_averages_and_loses_no_pixel_beside_the_latents() 
     repeated = beside_latents(torch.zeros(2, 4, 8, 8), small.float(), patch=1)
     assert repeated.shape == (2, 4 + 3, 8, 8)
     assert repeated[0, 5, 7, 2] == small[0, 1, 3, 1]
+
+
+def test_a_drawn_picture_comes_to_agree_with_the_small_one() -> None:
+    draw = torch.Generator().manual_seed(2)
+    true, other = (0.5 * torch.rand(2, 3, 16, 16, generator=draw) for _ in range(2))
+    small = torch.nn.functional.avg_pool2d(true, 4)
+    off = [(torch.nn.functional.avg_pool2d(back_project(other, small, n), 4) - small).abs().max() for n in (0, 1, 3)]
+    assert off[2] < 0.3 * off[1] < 0.3 * off[0]
+    assert torch.allclose(back_project(true, small, 3), true, atol=1e-6)
 
 
 def test_a_cache_of_before_is_found_again(tmp_path: Path) -> None:
@@ -212,7 +221,7 @@ def test_a_checkpoint_and_its_export_draw_the_same_from_a_small_picture(kind: st
     if kind == "dense":
         assert (unet["_class_name"], unet["in_channels"], unet["out_channels"]) == ("UNet2DConditionModel", 6, 3)
     else:
-        assert unet["tree"]["upscale"] == {"factor": 2, "patch": 1, "noise": 0.0}
+        assert unet["tree"]["upscale"] == {"factor": 2, "patch": 1, "noise": 0.0, "back_projections": 3}
     small, other = picture(tmp_path), picture(tmp_path, seed=1)
     ours = drawn(found, tmp_path, "--upscale", str(small))
     assert ours.shape == (8, 8, 3)
@@ -253,7 +262,8 @@ def test_a_model_is_measured_beside_bicubic_and_the_autoencoder() -> None:
     assert (found[0].large["bicubic"] == 90).all()
     table = errors(found)
     assert table["autoencoder"] == pytest.approx((0.0, 10 * np.log10(255**2 / 1e-9)))
-    assert 0 < table["bicubic"][0] < table["this model"][0], "this one was never trained"
+    assert 0 < table["bicubic, corrected"][0] < table["bicubic"][0] < table["this model"][0], "it was never trained"
+    assert table["this model"][0] < table["this model, as drawn"][0]
     assert figure(found, scale=2).height == 4 * (2 * 8 + 4)
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"{len(found)} pictures, {trained.origin}")
     for way, (absolute, psnr) in errors(found).items():
-        print(f"{way:<12} mean absolute error {absolute:6.3f}  PSNR {psnr:6.2f} dB")
+        print(f"{way:<20} mean absolute error {absolute:6.3f}  PSNR {psnr:6.2f} dB")
     if args.out:
         figure(found[:: max(1, len(found) // args.shown)][: args.shown]).save(args.out, optimize=True)
         print(f"the pictures: {args.out}")

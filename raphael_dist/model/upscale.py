@@ -27,3 +27,16 @@ def beside_latents(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     if small_BChw.shape[-2:] != size_hw:
         small_BChw = F.interpolate(small_BChw, size_hw, mode="nearest")
     return torch.cat([x_BChw, small_BChw.to(x_BChw.dtype)], dim=1)
+
+
+def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
+    """Return drawn pictures in -1..1 whose averages over squares come near the small ones' pixels (Irani and Peleg, 1991).
+
+    Autoencoder and sampling lose some of the colours, which the small picture has. What is off is enlarged and added.
+    """
+    factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
+    for _ in range(times):
+        off = small_B3HsWs - F.avg_pool2d(images_B3HW, factor)
+        more = F.interpolate(off, scale_factor=factor, mode="bicubic", align_corners=False)
+        images_B3HW = (images_B3HW + more).clamp(-1, 1)
+    return images_B3HW

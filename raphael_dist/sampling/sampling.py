@@ -17,7 +17,7 @@ from raphael_dist.config_upscale import Upscale
 from raphael_dist.data.encoders import ImageEncoder, TextEncoder, TextFeatures
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import starts_late
-from raphael_dist.model.upscale import beside_latents
+from raphael_dist.model.upscale import back_project, beside_latents
 from raphael_dist.rng import Purpose, generator
 
 _log = logging.getLogger(__name__)
@@ -198,7 +198,10 @@ class Sampler:
             strength=strength,
             on_step=on_step,
         )
-        return to_pixels(self.image.decode(latents))
+        images = self.image.decode(latents)
+        if self.upscale.factor:
+            images = back_project(images, self._small(requests).to(images.device), self.upscale.back_projections)
+        return to_pixels(images)
 
     def _denoise(self, requests: Sequence[Request]) -> Denoise:
         if self.upscale.factor or any(r.small is not None for r in requests):
