@@ -6,9 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/demo
-# Tests at a time: most wait for ranks that start, so three keep two cores busy, and JOBS=0 is for a debugger.
+# Tests at a time: most wait for ranks that start, so three keep two cores busy, and JOBS=0 is for a debugger. Those of a file run in
+# one process, so that what they share is made once.
 JOBS ?= 3
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 .PHONY: help demo sample test test-slow test-slurm test-gpu torture docs lint install clean
 

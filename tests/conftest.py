@@ -1,24 +1,19 @@
 """One thread per process: ranks and workers share the machine's cores."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before whatever reads it: threads that wait for each other spin
+
 import torch
 
 from tests.forks import Forks, server
 
 torch.set_num_threads(1)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what shares a fixture of its module in one worker (`--dist loadgroup`), so that it is made once."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(each[-1].scope == "module" and each[-1].baseid == item.nodeid.split("::")[0] for each in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(scope="session")

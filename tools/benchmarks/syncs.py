@@ -96,7 +96,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
         model = RaphaelUNet(config)
     engine = Engine(config, json_tree, plan, GPU, model)
     stream: Any = _Stream(config)
-    encoders: Any = SimpleNamespace(device=GPU)
+    encoders: Any = SimpleNamespace(device=GPU, upscale=0)
     ahead = AheadEncoder(encoders, wants_edges=config.edge.weight > 0)
     data: Any = SimpleNamespace(replaced=0)
     store: Any = SimpleNamespace(written=False, settle=lambda: None, failed=0)
