@@ -51,8 +51,8 @@ def never_finite(trial: Trial) -> Outcome:
     before = trial.snapshot()
     codes = trial.train(faults=faults, sections={"train": {"max_steps": 12}})  # again, from the checkpoint
     assert codes == [EXIT_NON_FINITE] * WORLD, f"exit codes {codes}:\n{trial.output}"
-    kept = {name.split("/")[0].removeprefix("damaged-") for name in trial.snapshot()}
-    assert {name.split("/")[0] for name in before} <= kept, "a checkpoint is gone"
+    was, kept = ({name.split("/")[0].removeprefix("damaged-") for name in found} for found in (before, trial.snapshot()))
+    assert was <= kept, "a checkpoint is gone"
     for folder in (trial.run / "checkpoints").glob("damaged-step-*"):
         if not (trial.run / "checkpoints" / folder.name.removeprefix("damaged-")).exists():
             folder.rename(folder.with_name(folder.name.removeprefix("damaged-")))
