@@ -51,6 +51,7 @@ def test_a_whole_step_is_timed_beside_that_of_diffusers_and_computes_as_much():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four runs that start anew
 def test_a_run_on_two_ranks_and_the_reading_of_data_are_timed(monkeypatch, capsys):
     ranks = "bench.py scaling --config tests/data/small.yaml --ranks 1 2 --steps 3 --rounds 1"
     data = "bench.py data --images 64 --per-shard 16 --size 64 48 --bucket 32 32 --workers 1 --rounds 1"
