@@ -334,8 +334,10 @@ class Config(Section):
 
 # What must be equal for a checkpoint's weights to fit; everything else may change on resume.
 ARCHITECTURE_FIELDS = (
-    "channels", "attention", "layers_per_block", "head_dim", "norm_groups", "latent_channels", "text_width",
-    "space_experts", "time_experts", "expert_width", "time_activation", "gate_width", "shared_expert", "time_routing",
+    "model.channels", "model.attention", "model.layers_per_block", "model.head_dim", "model.norm_groups",
+    "model.latent_channels", "model.text_width", "model.space_experts", "model.time_experts", "model.expert_width",
+    "model.time_activation", "model.gate_width", "model.shared_expert", "model.time_routing",
+    "upscale.factor", "upscale.patch",
 )  # fmt: skip
 
 

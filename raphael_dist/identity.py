@@ -29,7 +29,7 @@ OTHER_DATA = {
     "run.init_from": "another model beside it, of other weights",
     CLEANING: "captions that another version cleaned by other rules",
 }
-ARCHITECTURE = {f"model.{field}" for field in ARCHITECTURE_FIELDS} | {"upscale.factor", "upscale.patch"}
+ARCHITECTURE = set(ARCHITECTURE_FIELDS)
 
 
 def changes(was: Config, now: Config) -> dict[str, tuple[Any, Any]]:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from raphael_dist.config import ARCHITECTURE_FIELDS, Config, Model, load_config, to_yaml
+from raphael_dist.config_upscale import Upscale
 from raphael_dist.config_yaml import preset_names
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import UserError
@@ -171,7 +172,8 @@ def test_a_configuration_cannot_be_changed_after_it_was_checked():
 
 
 def test_the_fields_that_must_fit_a_checkpoint_are_fields_of_the_model():
-    assert set(ARCHITECTURE_FIELDS) <= set(Model.model_fields)
+    known = {f"model.{field}" for field in Model.model_fields} | {f"upscale.{field}" for field in Upscale.model_fields}
+    assert set(ARCHITECTURE_FIELDS) <= known
 
 
 def test_reading_a_configuration_imports_nothing_heavy():

@@ -160,22 +160,27 @@ def test_a_full_disk_makes_room_once_and_is_told_by_name(
             ImageDataset(index, BUCKETS, "none").load(0, 0)
 
 
+def assert_read_as_local_and_a_change_is_told(local: list[Path], folder: Path, address: str) -> None:
+    want = loaded(store_in(folder / "a"), [str(path) for path in local])
+    names = expand_shards([f"{address}/*.tar"])
+    assert names == [f"{address}/{path.name}" for path in local]
+    store = store_in(folder / "b")
+    assert loaded(store, names) == want
+    index = build_index(names, store=store)
+    for path in (folder / "b" / "fetched").rglob("*.tar"):
+        path.unlink()
+    laion_shard(local[0], 50, 5)
+    with pytest.raises(ShardError, match=r"00000\.tar has changed since it was indexed"):
+        ImageDataset(index, BUCKETS, "none").load(0, 0)
+
+
 def test_a_data_set_of_the_hub_gives_the_samples_of_local_shards_and_says_when_it_has_changed(
     local: list[Path], tmp_path: Path
 ) -> None:
-    want, faults = loaded(store_in(tmp_path / "a"), [str(path) for path in local]), Faults(of={"00001.tar": ["503"]})
+    faults = Faults(of={"00001.tar": ["503"]})
     with hf_dataset(local[0].parent, faults=faults) as address:
-        names = expand_shards([f"{address}/*.tar"])
-        assert names == [f"{address}/{path.name}" for path in local]
-        store = store_in(tmp_path / "b")
-        assert loaded(store, names) == want
-        assert expand_shards([f"{address}/{{00000..00002}}.tar"]) == names
-        index = build_index(names, store=store)
-        for path in (tmp_path / "b" / "fetched").rglob("*.tar"):
-            path.unlink()
-        laion_shard(local[0], 50, 5)
-        with pytest.raises(ShardError, match=r"00000\.tar has changed since it was indexed"):
-            ImageDataset(index, BUCKETS, "none").load(0, 0)
+        assert_read_as_local_and_a_change_is_told(local, tmp_path, address)
+        assert expand_shards([f"{address}/{{00000..00002}}.tar"]) == expand_shards([f"{address}/*.tar"])
         with pytest.raises(RemoteError, match=r"00009\.tar: it is not there"):
             remote.read(f"{address}/00009.tar", 0, 10, 100, QUICK)
     assert faults.injected == 1
@@ -185,18 +190,9 @@ def test_a_bucket_of_google_gives_the_samples_of_local_shards_and_says_when_it_h
     local: list[Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("gcsfs", reason="gcsfs is pinned to an fsspec of its own: pip install gcsfs")
-    want, faults = loaded(store_in(tmp_path / "a"), [str(path) for path in local]), Faults(of={"00001.tar": ["503"]})
+    faults = Faults(of={"00001.tar": ["503"]})
     with gcs_bucket(local[0].parent, faults=faults) as address:
-        names = expand_shards([f"{address}/*.tar"])
-        assert names == [f"{address}/{path.name}" for path in local]
-        store = store_in(tmp_path / "b")
-        assert loaded(store, names) == want
-        index = build_index(names, store=store)
-        for path in (tmp_path / "b" / "fetched").rglob("*.tar"):
-            path.unlink()
-        laion_shard(local[0], 50, 5)
-        with pytest.raises(ShardError, match=r"00000\.tar has changed since it was indexed"):
-            ImageDataset(index, BUCKETS, "none").load(0, 0)
+        assert_read_as_local_and_a_change_is_told(local, tmp_path, address)
         with pytest.raises(RemoteError, match=r"00009\.tar: it is not there"):
             remote.stat(f"{address}/00009.tar", QUICK)
     assert faults.injected == 1

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -122,18 +123,12 @@ class CheckpointReader:
 
 def check_architecture(found: Config, wanted: Config, where: str) -> None:
     """Raise UserError naming the first field in which a checkpoint's model differs from the configuration's."""
-    for field in ARCHITECTURE_FIELDS:
-        theirs, ours = getattr(found.model, field), getattr(wanted.model, field)
+    for name in ARCHITECTURE_FIELDS:
+        theirs, ours = (attrgetter(name)(config) for config in (found, wanted))
         if theirs != ours:
             raise UserError(
-                f"model.{field}: the checkpoint in {where} has {theirs}, this configuration gives {ours}; "
+                f"{name}: the checkpoint in {where} has {theirs}, this configuration gives {ours}; "
                 "use the checkpoint's configuration or another run.dir"
-            )
-    for field in ("factor", "patch"):
-        theirs, ours = getattr(found.upscale, field), getattr(wanted.upscale, field)
-        if theirs != ours:
-            raise UserError(
-                f"upscale.{field}: the checkpoint in {where} has {theirs}, this configuration gives {ours}; give the same"
             )
     if (found.edge.weight > 0) != (wanted.edge.weight > 0) or found.edge.channels != wanted.edge.channels:
         raise UserError(f"edge: the checkpoint in {where} has other edge modules; keep edge.weight and edge.channels")

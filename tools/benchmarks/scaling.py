@@ -90,9 +90,8 @@ def run(args: argparse.Namespace) -> None:
             for way in ways:
                 found[way].append(measured(args, *way, Path(folder)))
     print(f"{'':<8}{'ranks':>6}{'images/s':>10}{'beside one':>12}{'plan':>8}{'beside one':>12}")
+    best, plan = {way: max(found[way]) for way in ways}, {way: planned(args, cluster, *way) for way in ways}
     for kind, ranks in ways:
-        rates = [max(found[kind, n]) for n in (ranks, args.ranks[0])]
-        plans = [planned(args, cluster, kind, n) for n in (ranks, args.ranks[0])]
-        print(
-            f"{kind:<8}{ranks:>6}{rates[0]:>10.1f}{rates[0] / rates[1]:>12.2f}{plans[0]:>8.1f}{plans[0] / plans[1]:>12.2f}"
-        )
+        rate, planned_rate, one = best[kind, ranks], plan[kind, ranks], (kind, args.ranks[0])
+        shown = f"{rate:>10.1f}{rate / best[one]:>12.2f}{planned_rate:>8.1f}{planned_rate / plan[one]:>12.2f}"
+        print(f"{kind:<8}{ranks:>6}{shown}")
