@@ -207,7 +207,7 @@ class Data(Section):
     window_shards: Positive = Field(16, description="samples are shuffled within this many shards at a time")
     bucket_run: Positive = Field(1, description="consecutive sample positions that share an aspect-ratio bucket")
     prefetch: NonNegative = Field(2, description="micro-batches read ahead")
-    workers: NonNegative = Field(0, description="processes per rank that decode images; 0: threads of the rank itself")
+    workers: NonNegative = Field(0, description="processes per rank that decode images or build batches; 0: its own threads")
     on_error: Literal["skip", "stop"] = Field("skip", description="at a sample or shard that cannot be used")
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the data set than this is unreadable")
     shard_cache: Path | None = Field(None, description="where remote shards are kept, best on a local disk; null: cache_dir")

@@ -51,7 +51,12 @@ class BatchBuilder:
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
         """Read, encode and assemble one micro-batch. UserError: the data cannot go on (`TrainStream`)."""
-        batch = self._assembled(slots, self.encoder.encode(self.stream.samples([position for position, _ in slots])))
+        return self.packed(
+            self._assembled(slots, self.encoder.encode(self.stream.samples([position for position, _ in slots])))
+        )
+
+    def packed(self, batch: Batch) -> Batch:
+        """Return the batch as it is given out: in pinned memory with `pin`."""
         began = time.monotonic()
         batch = batch.packed() if self.pin else batch
         batch.seconds["copying"] = time.monotonic() - began

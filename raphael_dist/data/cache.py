@@ -96,6 +96,11 @@ class FeatureCache:
         self._filling = _Filling(self, shards)
         self._filling.start()
 
+    @property
+    def filling(self) -> bool:
+        """Whether `fill_aside` is at work."""
+        return self._filling is not None
+
     def close(self) -> None:
         """End `fill_aside`; what it has not finished is left out."""
         if self._filling is not None:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -184,6 +184,30 @@ class AheadEncoder:
             return None
         sides = (side * self._encoders.image.factor // self._encoders.upscale for side in latent_hw)
         return torch.zeros(count, COLOURS, *sides, dtype=torch.uint8)
+
+
+class NotEncodedError(Exception):
+    """A sample does not come encoded."""
+
+
+def raw(sample: StreamSample) -> bool:
+    """Return whether a sample needs an encoder for more than the empty caption."""
+    return sample.image is not None or (sample.text is None and bool(sample.caption))
+
+
+class HostEncoder(AheadEncoder):
+    """For processes without a device: it puts together samples that come encoded. NotEncodedError: one does not."""
+
+    def __init__(self, of: AheadEncoder, null: TextFeatures | None) -> None:
+        """`null`: the features of the empty caption; None: they are encoded here and now, where `of` encodes."""
+        null = of._encoders.null if null is None else null
+        super().__init__(replace(of._encoders, device=torch.device("cpu")), of._wants_edges)
+        vars(self._encoders)["null"] = TextFeatures(null.tokens.cpu().float(), null.mask.cpu(), null.end.cpu())
+
+    def _encode(self, samples: Sequence[StreamSample]) -> Encoded:
+        if any(map(raw, samples)):
+            raise NotEncodedError
+        return super()._encode(samples)
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:

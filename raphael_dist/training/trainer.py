@@ -14,7 +14,7 @@ from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config import Config
 from raphael_dist.config_adapters import beside
 from raphael_dist.convert.initial import adapted_base, load_initial
-from raphael_dist.data.prefetch import Prefetcher
+from raphael_dist.data.build_ahead import BatchesAhead
 from raphael_dist.data.source import DataSource, open_source
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
@@ -248,7 +248,7 @@ def train(run: Run) -> bool:
         run.store,
         telemetry,
         closing(run.data),
-        Prefetcher(run.builder.build, _slots(run), depth=max(1, config.data.prefetch)) as batches,
+        BatchesAhead(run.builder, _slots(run), max(1, config.data.prefetch), config.data.workers) as batches,
     ):
         telemetry.line(_greeting(run))
         while not run.over and not run.stop_requested:

@@ -10,7 +10,7 @@ from raphael_dist.model.batch import Batch
 KINDS = ("reading", "decoding", "encoding", "copying")
 WORTH_SAYING = 0.03  # share of the time
 _HELP = {
-    "reading": "raise data.prefetch, or keep the shards (data.shard_cache) on a faster disk",
+    "reading": "raise data.workers or data.prefetch, or keep the shards (data.shard_cache) on a faster disk",
     "decoding": "raise data.workers, or set data.features=cached or stored, which decode nothing",
     "encoding": "set data.features=cached or stored, or image.dtype=bfloat16 on a GPU",
     "copying": "raise data.prefetch",
