@@ -33,7 +33,7 @@ def rank_env(world_size: int, gpus: bool = False) -> dict[str, str]:
     return {
         **os.environ,
         **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world_size),

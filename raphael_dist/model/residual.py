@@ -22,13 +22,13 @@ class ResidualBlock(ResnetBlock2D):
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
         """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
         time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
-        h_BCHW = self.conv1(_like(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
-        h_BCHW = self.conv2(_like(F.silu(self.norm2(h_BCHW)), x_BCHW))
+        h_BCHW = self.conv1(like(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
+        h_BCHW = self.conv2(like(F.silu(self.norm2(h_BCHW)), x_BCHW))
         return h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
 
 
-def _like(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    # Up to torch 2.13 GroupNorm on CUDA answers in the contiguous format whatever it is given.
+def like(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Return what a norm made of x in the format of x: up to torch 2.13 GroupNorm on CUDA answers contiguous in any case."""
     channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
     return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 

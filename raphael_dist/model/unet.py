@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from raphael_dist.config import Config
 from raphael_dist.model.experts import require_grouped_gemm
 from raphael_dist.model.layers import BlockSpec, SpatialTransformer
-from raphael_dist.model.residual import ResidualBlock, layout
+from raphael_dist.model.residual import ResidualBlock, layout, like
 from raphael_dist.model.routing import (
     BlockPlan,
     Gate,
@@ -215,7 +215,7 @@ class RaphaelUNet(nn.Module):
             x = x + self.control_scale * added.middle
         x = self.way_up(through, x, skips)
         return UNetOutput(
-            prediction=self.conv_out(nn.functional.silu(self.conv_norm_out(x))),
+            prediction=self.conv_out(like(nn.functional.silu(self.conv_norm_out(x)), x)),
             edge_logits=_present(through.edge_logits),
             space_used=_present(through.space_used),
             time_expert=_present([plan.time_expert_B for plan in planned]),

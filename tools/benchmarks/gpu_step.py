@@ -32,6 +32,7 @@ from raphael_dist.model.device import is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
 from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import Ranks, discover, initialise
 from raphael_dist.storage.versions import versions
@@ -54,7 +55,10 @@ class StepTime:
 def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device, steps: int) -> StepTime:
     """Time the trainer's step with one micro-step. Collective."""
     plan = BatchPlan.of(config, ranks.world_size)
-    engine = Engine(config, tree, plan, device)
+    torch.manual_seed(config.run.seed)  # every rank the same weights
+    with device:  # drawn there: 2.9 B numbers take a CPU a minute
+        model = RaphaelUNet(config)
+    engine = Engine(config, tree, plan, device, model)
     ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
     schedule, batch = NoiseSchedule.create(config.diffusion, device), _batch(config, device)
     flops = rehearse(engine, batch, schedule)
@@ -72,8 +76,8 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
 
 def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime:
     """Time a step of diffusers' U-Net on this rank alone, with gradients checkpointed where ours are recomputed."""
-    model: Any = diffusers_unet(config)
-    model.to(device)
+    with device:
+        model: Any = diffusers_unet(config)
     if config.model.checkpoint_activations != "none":
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=is_gpu(device))
@@ -151,6 +155,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
     command.add_argument("--deepspeed_config", help="a DeepSpeed JSON; without one the default")
     command.add_argument("--steps", type=int, default=10, help="of each of three rounds")
+    command.add_argument("--alone", action="store_true", help="without diffusers' U-Net beside it")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.compile=true")
 
 
@@ -168,8 +173,9 @@ def run(args: argparse.Namespace) -> None:
         tree = read_deepspeed_json(args.deepspeed_config, config.train.dtype)
         works: dict[str, Callable[[], StepTime]] = {
             args.config: partial(time_ours, config, tree, ranks, device, args.steps),
-            f"diffusers, widths of {args.config}": partial(time_diffusers, config, device, args.steps),
         }
+        if not args.alone:
+            works[f"diffusers, widths of {args.config}"] = partial(time_diffusers, config, device, args.steps)
         for what, work in works.items():
             line = _line(config, work, ranks, device)
             gc.collect()  # DeepSpeed's engine is a circle
