@@ -1,8 +1,8 @@
-"""`tools/bench.py plan`: what the planner says beside what is measured on this machine, and beside published runs.
+"""`tools/bench.py plan`: what the planner says beside what is measured, on this machine and on a GPU, and published.
 
 memory: activations alive in a real pass, and a process's resident memory, for several configurations. time: a micro-step
-beside the plan with a calibrated description. published: runs of Stable Diffusion 2 on GPUs; nothing in the
-clusters' descriptions was fitted to them.
+beside the plan with a calibrated description. gpu: steps that were measured on one H200; the time of a launch was taken
+from the first. published: runs of Stable Diffusion 2 on GPUs; nothing in the clusters' descriptions was fitted to them.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import os
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -34,6 +34,9 @@ CONFIGURATIONS = {
 }
 
 
+PARTS = ("memory", "time", "gpu", "published")
+
+
 @dataclass(frozen=True)
 class Published:
     """A run of Stable Diffusion 2 on `ranks` GPUs with `micro` images each, at 512 px from stored latents."""
@@ -44,6 +47,24 @@ class Published:
     images_per_s: float  # of one GPU
     source: str
 
+
+@dataclass(frozen=True)
+class Measured:
+    """A step on one H200 (`tools/bench.py gpu`, bfloat16, ZeRO-2): milliseconds, and the most GiB that torch gave out."""
+
+    preset: str
+    micro: int
+    ms: float
+    gib: float
+
+
+MEASURED = (
+    Measured("sd2-dense", 8, 160.6, 22.9),
+    Measured("raphael-3b", 2, 386.3, 72.1),
+    Measured("emoji", 256, 320.9, 3.1),
+    Measured("emoji", 512, 321.2, 5.0),
+    Measured("emoji", 1024, 287.3, 8.8),
+)
 
 MLPERF = "MLPerf Training v4.1, NVIDIA"
 MOSAIC = "github.com/mosaicml/diffusion, README"
@@ -108,11 +129,26 @@ def resident(name: str) -> tuple[int, int]:
     return grown, planned
 
 
+def on_a_gpu(one: Measured) -> tuple[float, float]:
+    """Return the milliseconds and GB that the plan gives a measured step."""
+    sizes = [f"train.global_batch={one.micro}", f"train.micro_batch={one.micro}", f"data.bucket_run={one.micro}"]
+    config = load_config(one.preset, [*sizes, "train.dtype=bfloat16"])
+    search = Search(config, load_cluster("h200x8"), 1)
+    choice = Choice(1, 1, 2, False, one.micro, config.model.checkpoint_activations, "auto")
+    checked = search.checked(choice)
+    assert checked is not None
+    found = search.outcome(choice, *checked)
+    return found.step.seconds * 1e3, replace(found.memory, slack=0).total / 1e9  # what the allocator loses it does not count
+
+
 def published(run: Published) -> float:
     """Return the images a second of one GPU that the plan gives a published run: ZeRO-2, overlapped, nothing recomputed."""
     batch = run.ranks * run.micro
     config = load_config("sd2-dense", [f"train.global_batch={batch}", f"train.micro_batch={run.micro}"])
-    search = Search(config, load_cluster(run.cluster), run.ranks)
+    cluster = load_cluster(run.cluster)
+    if run.source.startswith(MLPERF):  # whole steps as one CUDA graph
+        cluster = cluster.model_copy(update={"launch_us": cluster.launch_us.model_copy(update={"value": 0.0})})
+    search = Search(config, cluster, run.ranks)
     if "profile" in _PROFILES:
         search.__dict__["profile"] = _PROFILES["profile"]
     choice = Choice(1, 1, 2, True, run.micro, "none", "auto")
@@ -129,9 +165,7 @@ _PROFILES: dict = {}
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--cluster", default="cpu", help="a description that --calibrate of tools/plan_run.py wrote")
-    command.add_argument(
-        "--parts", nargs="+", choices=["memory", "time", "published"], default=["memory", "time", "published"]
-    )
+    command.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     command.add_argument(
         "--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process"
     )
@@ -159,6 +193,14 @@ def run(args: argparse.Namespace) -> None:
             config = configuration(name)
             taken, expected = measured_step(config), reckoned_step(config, cluster)
             print(f"{name:<28}{_beside(taken * 1e3, expected * 1e3)}", flush=True)
+    if "gpu" in args.parts:
+        print(f"\n{'one H200':<28}{'ms':>12}{'plan':>9}{'':>8}{'GB':>12}{'plan':>9}")
+        for step in MEASURED:
+            ms, gb = on_a_gpu(step)
+            print(
+                f"{f'{step.preset}, {step.micro} images':<28}{_beside(step.ms, ms)}{_beside(step.gib * 1.0737, gb)}",
+                flush=True,
+            )
     if "published" in args.parts:
         print(f"\n{'images/s of a GPU':<28}{'published':>12}{'plan':>9}")
         for one in PUBLISHED:
