@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from raphael_dist.config import Config, config_from_tree, load_config
+from raphael_dist.data import open as open_data
 from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.captions import CaptionChoice, pick, read_captions
-from raphael_dist.data.encoders import ImageEncoder, TextEncoder
+from raphael_dist.data.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.encoding import AheadEncoder, Encoders
 from raphael_dist.data.features import FeatureSource
 from raphael_dist.data.hed import EdgeEncoder
@@ -29,6 +30,7 @@ from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.edge import edge_loss_B
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.ranks import Ranks
 from raphael_dist.prepare.build import Preparer
 from raphael_dist.prepare.source import parts_of
 from raphael_dist.training.waiting import DataWait
@@ -290,3 +292,31 @@ def test_two_ranks_train_alike_on_online_cached_and_stored_features_also_while_t
     assert losses["features=stored"] == pytest.approx(losses["features=cached"], rel=1e-5)
     assert losses["features=stored, edges=auto"] == losses["features=stored"]
     assert len(losses["features=online"]) == 4
+
+
+def test_encoders_are_loaded_before_a_thread_fills_the_cache(config: Config, tmp_path: Path, monkeypatch) -> None:
+    """Loading draws from torch's global generator, and so does the model that is made meanwhile."""
+    shard = write_shard(tmp_path / "0000.tar", samples(2))
+    chosen = with_data(config, cache_dir=str(tmp_path / "cache"), cache_fill="during", features="cached")
+    loaded: list[str] = []
+
+    def noted(name: str, encoder):
+        load = encoder._loaded
+        encoder._loaded = lambda: (loaded.append(name), load())[1]
+        return encoder
+
+    text = TextFacts.read(config.text.encoder, 6, torch.float32)
+    image = ImageFacts.read(config.image.encoder)
+    found = Encoders(
+        noted("text", TextEncoder.lazy(config.text.encoder, text, CPU, torch.float32)),
+        noted("image", ImageEncoder.lazy(config.image.encoder, image, CPU, torch.float32)),
+        None,
+        CPU,
+    )
+    source = source_of(chosen, build_index([shard]), found, training=True)
+    monkeypatch.setattr(source, "fill_aside", lambda shards: loaded.append(f"a thread begins {shards}"))
+    for name in ("together", "from_main"):  # what one rank alone does
+        monkeypatch.setattr(open_data, name, lambda _, work: work(lambda _: None))
+    open_data._fill(source, found, chosen, Ranks(0, 1, 0, 1))
+    assert loaded[:2] == ["text", "image"]
+    assert loaded[-1] == "a thread begins [0]"

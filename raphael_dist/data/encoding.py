@@ -35,6 +35,12 @@ class Encoders:
     device: torch.device
     upscale: int = 0
 
+    def ready(self) -> None:
+        """Load the weights of all, in the thread that calls. UserError: they cannot be read."""
+        for encoder in (self.text, self.image, self.edges):
+            if encoder is not None:
+                encoder.ready()
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Let what is encoded in the block run on a stream of this thread's own on a GPU; at its end it is done."""

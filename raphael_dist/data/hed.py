@@ -164,6 +164,10 @@ class EdgeEncoder:
     def _model(self) -> Hed:
         return load_hed(self.path).to(self._device)
 
+    def ready(self) -> None:
+        """Load the weights, unless that has happened."""
+        _ = self._model
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return edge maps, float32 [B, H, W] in 0..1, of `images` [B, 3, H, W] in [-1, 1], small ones seen enlarged."""

@@ -92,7 +92,7 @@ def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: b
     order = open_order(config, ranks, training=training)
     source = all_or_none(lambda: source_of(config, order.index, encoders, training))
     if isinstance(source, FeatureCache):
-        _fill(source, config, ranks)
+        _fill(source, encoders, config, ranks)
     reading = Reading(config, source.dataset, order, ranks.local_rank) if isinstance(source, OnlineFeatures) else None
     return together(
         "opening the features",
@@ -109,7 +109,7 @@ def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: b
     )
 
 
-def _fill(cache: FeatureCache, config: Config, ranks: Ranks) -> None:
+def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks) -> None:
     """Compute what the cache lacks, each rank its part: now, or beside training. Collective."""
     present = range(len(cache.index.shards))[ranks.rank :: ranks.world_size]
     together("checking cached features", lambda tell: cache.verify(present, tell))
@@ -126,6 +126,9 @@ def _fill(cache: FeatureCache, config: Config, ranks: Ranks) -> None:
         if not aside:
             with Reading(config, cache.dataset):
                 cache.build(mine, tell=tell)
+        elif mine:
+            # Not beside the drawing of the model's first weights: loading draws from the same generator.
+            encoders.ready()
         if ranks.is_main:  # here, since every rank that misses it would load the encoder for it
             _ = cache.null_text
 
