@@ -5,7 +5,6 @@ torch's DataLoader has the processes. They are forks of the rank, touch no devic
 """
 
 import copy
-import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.cache import FeatureCache
 from raphael_dist.data.encoding import HostEncoder, NotEncodedError, raw
 from raphael_dist.data.features import OnlineFeatures
 from raphael_dist.data.prefetch import Prefetcher
+from raphael_dist.data.workers import leave_signals
 from raphael_dist.errors import UserError
 from raphael_dist.model.batch import Batch
 
@@ -40,8 +41,7 @@ class BatchesAhead(Prefetcher[Any, Batch]):
             sampler=slots,
             num_workers=workers,
             prefetch_factor=max(1, -(-depth // workers)),
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             multiprocessing_context="fork",
         )
         self._loader = iter(loader)
@@ -57,7 +57,6 @@ class BatchesAhead(Prefetcher[Any, Batch]):
         super().close()
         loader, self._loader = self._loader, None
         if loader is not None:
-            self._keys = iter(())
             loader._shutdown_workers()  # type: ignore[attr-defined]  # else whenever it is collected
 
 
@@ -94,16 +93,7 @@ class _Build:
 
 def _encoded(builder: BatchBuilder) -> bool:
     """Return whether samples come encoded, and nothing is being encoded by another thread, which a fork would not have."""
-    stream = builder.stream
-    if type(stream.source) is OnlineFeatures or getattr(stream.source, "filling", False):
+    stream, source = builder.stream, builder.stream.source
+    if type(source) is OnlineFeatures or (isinstance(source, FeatureCache) and source.filling):
         return False
     return not any(raw(stream.sample(position)) for position in range(_LOOKED_AT))
-
-
-def _as_it_is(built: _Built) -> _Built:
-    return built
-
-
-def _leave_signals(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

@@ -133,10 +133,15 @@ class _Worker:
         self._process.join(5.0)
 
 
-def _serve(pipe: Connection, dataset: ImageDataset, shared: Any) -> None:
-    """Answer requests until the other end closes."""
+def leave_signals(_: int = 0) -> None:
+    """Leave to the rank what tells it to stop; Slurm tells all processes of a job. The argument is a DataLoader's."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _serve(pipe: Connection, dataset: ImageDataset, shared: Any) -> None:
+    """Answer requests until the other end closes."""
+    leave_signals()
     room = memoryview(shared).cast("B")
     while True:
         try:
