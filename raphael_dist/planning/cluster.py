@@ -68,6 +68,10 @@ class ClusterSpec(BaseModel):
     restart_s: Number
     spread: Number
 
+    def but(self, name: str, value: float) -> "ClusterSpec":
+        """Return the same cluster with another number in the field of that name."""
+        return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
+
     def links(self, ranks: int) -> Cluster:
         """Return the links of `ranks` devices, for `communication`."""
         return Cluster(

@@ -94,5 +94,5 @@ def rate_on(plan: RunPlan, world: int) -> float | None:
     train = plan.config.train.model_copy(update={"global_batch": max(1, batch * world // search.world)})
     other = Search(plan.config.model_copy(update={"train": train}), search.cluster, world)
     other.__dict__["profile"] = search.profile  # the same model
-    checked = other.checked(plan.best.choice)
-    return None if checked is None else other.outcome(plan.best.choice, *checked).step.images_per_s
+    found = other.reckon(plan.best.choice)
+    return None if found is None else found.step.images_per_s

@@ -144,8 +144,13 @@ class Search:
                 return None
         return config, plan
 
+    def reckon(self, choice: Choice) -> Outcome | None:
+        """Return what a choice comes to, None where it is refused."""
+        checked = self.checked(choice)
+        return None if checked is None else self.outcome(choice, *checked)
+
     def outcome(self, choice: Choice, config: Config, plan: BatchPlan) -> Outcome:
-        """Reckon one choice."""
+        """Return what a choice comes to that was checked."""
         trace = self.profile.at(choice.micro_batch, choice.recompute)
         where = memory.topology(config, choice.stage, self.world)
         activations = trace.peak + exchanged_bytes(config, plan)

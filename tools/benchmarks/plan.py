@@ -133,11 +133,9 @@ def on_a_gpu(one: Measured) -> tuple[float, float]:
     """Return the milliseconds and GB that the plan gives a measured step."""
     sizes = [f"train.global_batch={one.micro}", f"train.micro_batch={one.micro}", f"data.bucket_run={one.micro}"]
     config = load_config(one.preset, [*sizes, "train.dtype=bfloat16"])
-    search = Search(config, load_cluster("h200x8"), 1)
     choice = Choice(1, 1, 2, False, one.micro, config.model.checkpoint_activations, "auto")
-    checked = search.checked(choice)
-    assert checked is not None
-    found = search.outcome(choice, *checked)
+    found = Search(config, load_cluster("h200x8"), 1).reckon(choice)
+    assert found is not None
     return found.step.seconds * 1e3, replace(found.memory, slack=0).total / 1e9  # what the allocator loses it does not count
 
 
@@ -147,16 +145,14 @@ def published(run: Published) -> float:
     config = load_config("sd2-dense", [f"train.global_batch={batch}", f"train.micro_batch={run.micro}"])
     cluster = load_cluster(run.cluster)
     if run.source.startswith(MLPERF):  # whole steps as one CUDA graph
-        cluster = cluster.model_copy(update={"launch_us": cluster.launch_us.model_copy(update={"value": 0.0})})
+        cluster = cluster.but("launch_us", 0.0)
     search = Search(config, cluster, run.ranks)
     if "profile" in _PROFILES:
         search.__dict__["profile"] = _PROFILES["profile"]
-    choice = Choice(1, 1, 2, True, run.micro, "none", "auto")
-    checked = search.checked(choice)
-    assert checked is not None
-    step = search.outcome(choice, *checked).step
+    found = search.reckon(Choice(1, 1, 2, True, run.micro, "none", "auto"))
+    assert found is not None
     _PROFILES["profile"] = search.profile
-    return step.images_per_s / run.ranks
+    return found.step.images_per_s / run.ranks
 
 
 _PROFILES: dict = {}
@@ -198,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
         for step in MEASURED:
             ms, gb = on_a_gpu(step)
             print(
-                f"{f'{step.preset}, {step.micro} images':<28}{_beside(step.ms, ms)}{_beside(step.gib * 1.0737, gb)}",
+                f"{f'{step.preset}, {step.micro} images':<28}{_beside(step.ms, ms)}{_beside(step.gib * 2**30 / 1e9, gb)}",
                 flush=True,
             )
     if "published" in args.parts:

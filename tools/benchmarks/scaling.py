@@ -72,12 +72,10 @@ def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> f
 def planned(args: argparse.Namespace, cluster: ClusterSpec, kind: str, ranks: int) -> float:
     """Return the plan's images a second."""
     config = load_config(args.config, overrides(kind, ranks))
-    node = cluster.model_copy(update={"per_node": cluster.per_node.model_copy(update={"value": ranks})})
     choice = Choice(1, 1, 1, False, config.train.micro_batch, "none", "auto")
-    search = Search(config, node, ranks)
-    checked = search.checked(choice)
-    assert checked is not None
-    step = search.outcome(choice, *checked).step
+    found = Search(config, cluster.but("per_node", ranks), ranks).reckon(choice)
+    assert found is not None
+    step = found.step
     return step.images / (step.compute * max(1, ranks / (os.cpu_count() or 1)) + step.exposed)
 
 
