@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from ablations import campaign as running
-from ablations.campaign import Campaign
 from ablations.results import Interval, interval
 from ablations.size import Size, size_of
 from ablations.variants import WIDTH, choose, read_base
@@ -34,7 +33,7 @@ class Trainer:
         self.codes: dict[tuple[str, int], int] = {}
         self.benchmarks: list[Path] = []
 
-    def __call__(self, campaign: Campaign, arguments: list[str], folder: Path) -> int:
+    def __call__(self, arguments: list[str], folder: Path) -> int:
         if "emoji" in arguments:
             self.benchmarks.append(folder)
             out = Path(arguments[arguments.index("--out") + 1])
@@ -62,7 +61,7 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     fake = Trainer()
-    monkeypatch.setattr(running, "_run", fake)
+    monkeypatch.setattr(running.Programs, "run", lambda _, arguments, folder: fake(arguments, folder))
     monkeypatch.setattr(running, "size_of", lambda _: Size(1_000_000, 2_000_000_000))
     return fake
 
@@ -192,27 +191,22 @@ def test_an_interval_is_students() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # at the lowest priority
-def test_a_killed_campaign_on_two_ranks_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_campaign_of_two_runs_at_a_time_goes_on_from_their_checkpoints(tmp_path: Path) -> None:
     """Real runs: the first is ended in the middle, and the same command makes of it what it would have become."""
     more = [
-        "--ranks",
-        "2",
-        "--seeds",
-        "1",
-        "--variants",
-        "full",
+        *("--ranks", "2", "--jobs", "2", "--seeds", "1", "--variants", "no-edge"),
         f"data.cache_dir={tmp_path / 'cache'}",
         "sample.prompts=[]",
     ]
     arguments = ["--config", SMALL, "--images", "200", *more]
 
-    def logged(out: Path) -> dict[str, Any]:
-        file = out / "runs" / "full" / "seed-0" / "metrics.jsonl"
+    def logged(out: Path, variant: str = "full") -> dict[str, Any]:
+        file = out / "runs" / variant / "seed-0" / "metrics.jsonl"
         return dict(read_metrics(file)["train/loss"]) if file.is_file() else {}
 
     started = subprocess.Popen([sys.executable, "tools/ablate.py", *arguments, "--out", str(tmp_path / "killed")], cwd=ROOT)
     deadline = time.monotonic() + 900
-    while len(logged(tmp_path / "killed")) < 4:
+    while min(len(logged(tmp_path / "killed", variant)) for variant in ("full", "no-edge")) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     started.terminate()
@@ -221,6 +215,7 @@ def test_a_killed_campaign_on_two_ranks_goes_on_from_its_checkpoint(tmp_path: Pa
     for out in ("killed", "whole"):
         assert ablate.main([*arguments, "--out", str(tmp_path / out)]) == 0
     assert "resumed at step" in (tmp_path / "killed" / "runs" / "full" / "seed-0" / "output.txt").read_text()
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
-    results = [json.loads((tmp_path / out / "results.json").read_text())["runs"][0] for out in ("killed", "whole")]
-    assert results[0]["losses"] == results[1]["losses"]
+    for variant in ("full", "no-edge"):
+        assert logged(tmp_path / "killed", variant) == logged(tmp_path / "whole", variant)
+    results = [json.loads((tmp_path / out / "results.json").read_text())["runs"] for out in ("killed", "whole")]
+    assert [run["losses"] for run in results[0]] == [run["losses"] for run in results[1]]

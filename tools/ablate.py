@@ -23,6 +23,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant, with seeds from 0")
     parser.add_argument("--images", type=int, help="that each run sees (train.max_steps x train.global_batch)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--benchmark", action="store_true", help="the emoji benchmark after each run")
     parser.add_argument("--list", action="store_true", help="list variants with their sizes, and stop")
     parser.add_argument("--table", action="store_true", help="write the results of the runs that are finished, and stop")
@@ -32,7 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the campaign, or list or show it. Raises UserError for what the user can fix."""
-    for name in ("seeds", "images", "ranks"):
+    for name in ("seeds", "images", "ranks", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}: given {value}, must be 1 or more")
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     base = variants.read_base(args.config, args.overrides)
     chosen = variants.choose(base, args.variants.split(","))
-    plan = campaign.Campaign(args.out, base, chosen, args.seeds, args.images, args.ranks, args.benchmark)
+    plan = campaign.Campaign(args.out, base, chosen, args.seeds, args.images, args.ranks, args.benchmark, args.jobs)
     if args.list:
         print(table.listing(plan))
         return

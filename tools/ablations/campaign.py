@@ -1,4 +1,4 @@
-"""A campaign: every variant with every seed as a run of the trainer, one after another, in one folder.
+"""A campaign: every variant with every seed as a run of the trainer, some at a time, in one folder.
 
 OUT/protocol.json says what all runs have in common, OUT/runs/VARIANT/seed-S is a run directory of the trainer, and the
 `finished.json` in it says that nothing is left to do there. What was ended goes on by the same command: a run by its
@@ -10,11 +10,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ablations.size import size_of
 from ablations.variants import Base, Variant
@@ -34,7 +36,9 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is run. images: of each run, rounded up to whole steps. benchmark: the emoji benchmark after each run."""
+    """What is run. images: of each run, rounded up to whole steps. benchmark: the emoji benchmark after each run. jobs: runs
+    at a time.
+    """
 
     out: Path
     base: Base
@@ -43,6 +47,7 @@ class Campaign:
     images: int | None
     ranks: int
     benchmark: bool
+    jobs: int = 1
 
     @property
     def steps(self) -> int:
@@ -80,25 +85,50 @@ def claimed(campaign: Campaign) -> Iterator[None]:
 
 
 def carry_out(campaign: Campaign, tell: Tell, after_each: Callable[[], object]) -> None:
-    """Run what is not finished. UserError: a run that cannot go on; KeyboardInterrupt: one was told to stop."""
-    runs = list(campaign.runs())
-    for number, (variant, seed) in enumerate(runs, start=1):
-        folder, name = campaign.folder(variant, seed), f"[{number}/{len(runs)}] {variant.name}, seed {seed}"
-        found = finished(folder)
-        if found is None:
-            tell(f"{name}: {folder}")
-            _train(campaign, variant, seed)
-        elif found["overrides"] != variant.overrides:
-            raise UserError(
-                f"{folder}: made with {found['overrides']}, and {variant.name} means {variant.overrides} now; "
-                "remove it, or choose another --out"
-            )
-        if campaign.benchmark and not (folder / BENCHMARK / "results.json").is_file() and not diverged(folder):
-            tell(f"{name}: the emoji benchmark")
-            arguments = ["-m", "raphael_dist.evaluate", "emoji", "--checkpoint", str(folder)]
-            code = _run(campaign, [*arguments, "--out", str(folder / BENCHMARK)], folder)
-            _check(code, f"{variant.name}, seed {seed}, benchmark", folder)
-        after_each()
+    """Run what is not finished. UserError: a run that cannot go on; KeyboardInterrupt: one was told to stop.
+
+    Whatever ends it, runs at work save and end first.
+    """
+    runs, programs = list(campaign.runs()), Programs(campaign)
+
+    def one(number: int, variant: Variant, seed: int) -> None:
+        try:
+            _carry_out_one(campaign, programs, variant, seed, f"[{number}/{len(runs)}] ", tell)
+        except BaseException:
+            programs.stop()  # at once: this thread would take up the next run
+            raise
+
+    with ThreadPoolExecutor(campaign.jobs) as pool:
+        done = [pool.submit(one, number, *run) for number, run in enumerate(runs, start=1)]
+        try:
+            for finished_one in as_completed(done):
+                finished_one.result()
+                after_each()
+        except BaseException:
+            programs.stop()
+            wait(done)
+            if mistakes := [error for error in (future.exception() for future in done) if isinstance(error, UserError)]:
+                raise mistakes[0] from None  # the others ended because of it
+            raise
+
+
+def _carry_out_one(campaign: Campaign, programs: "Programs", variant: Variant, seed: int, which: str, tell: Tell) -> None:
+    programs.go_on()
+    folder, name = campaign.folder(variant, seed), f"{variant.name}, seed {seed}"
+    found = finished(folder)
+    if found is None:
+        tell(f"{which}{name}: {folder}")
+        _train(campaign, programs, variant, seed)
+    elif found["overrides"] != variant.overrides:
+        raise UserError(
+            f"{folder}: made with {found['overrides']}, and {variant.name} means {variant.overrides} now; "
+            "remove it, or choose another --out"
+        )
+    if campaign.benchmark and not (folder / BENCHMARK / "results.json").is_file() and not diverged(folder):
+        tell(f"{which}{name}: the emoji benchmark")
+        arguments = ["-m", "raphael_dist.evaluate", "emoji", "--checkpoint", str(folder)]
+        code = programs.run([*arguments, "--out", str(folder / BENCHMARK)], folder)
+        _check(code, f"{name}, benchmark", folder)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -119,14 +149,14 @@ def diverged(folder: Path) -> bool:
     return (finished(folder) or {}).get("outcome") == "diverged"
 
 
-def _train(campaign: Campaign, variant: Variant, seed: int) -> None:
+def _train(campaign: Campaign, programs: "Programs", variant: Variant, seed: int) -> None:
     folder = campaign.folder(variant, seed)
     folder.mkdir(parents=True, exist_ok=True)
     own = {"run.dir": str(folder), "run.seed": str(seed), "train.max_steps": str(campaign.steps)}
     more = {"run.lock_wait_s": str(PATIENCE_S), "checkpoint.keep": "1"}
     fields = {**more, **campaign.base.overrides, **variant.overrides, **own}
     arguments = ["--config", campaign.base.name, *(f"{key}={text}" for key, text in fields.items())]
-    code = _run(campaign, [str(ROOT / "raphael_dist" / "train.py"), *arguments], folder)
+    code = programs.run([str(ROOT / "raphael_dist" / "train.py"), *arguments], folder)
     if code != EXIT_NON_FINITE:
         _check(code, f"{variant.name}, seed {seed}", folder)
     size = size_of(campaign.base.config(variant.overrides))
@@ -144,34 +174,54 @@ def _train(campaign: Campaign, variant: Variant, seed: int) -> None:
     replace_bytes(folder / FINISHED, json.dumps(result, indent=1).encode())
 
 
-def _run(campaign: Campaign, arguments: list[str], folder: Path) -> int:
-    """Run a Python program on the ranks, at the lowest priority; return its exit code. What it says goes to output.txt."""
-    launcher = [sys.executable]
-    if campaign.ranks > 1:
-        port = ["--master_port", str(free_port())]
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(campaign.ranks), *port]
-    told = folder / "exit-code"  # torchrun turns every code into 1
-    told.unlink(missing_ok=True)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "RAPHAEL_EXIT_FILE": str(told), "PYTHONPATH": path}
-    with open(folder / "output.txt", "ab") as output:
-        # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
-        process = subprocess.Popen(
-            ["nice", "-n", "19", *launcher, *arguments],
-            env=env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
+class Programs:
+    """Starts programs on the ranks, from several threads, and ends them all."""
+
+    def __init__(self, campaign: Campaign) -> None:
+        self._ranks = campaign.ranks
+        self._threads = max(1, len(os.sched_getaffinity(0)) // (campaign.jobs * campaign.ranks))
+        self._lock, self._at_work, self._stopped = threading.Lock(), set[subprocess.Popen[bytes]](), False
+
+    def run(self, arguments: list[str], folder: Path) -> int:
+        """Run a Python program at the lowest priority; return its exit code. What it says goes to output.txt."""
+        launcher = [sys.executable]
+        if self._ranks > 1:
+            port = ["--master_port", str(free_port())]
+            launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(self._ranks), *port]
+        told = folder / "exit-code"  # torchrun turns every code into 1
+        told.unlink(missing_ok=True)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "RAPHAEL_EXIT_FILE": str(told), "PYTHONPATH": path}
+        with open(folder / "output.txt", "ab") as output:
+            process = self._start(["nice", "-n", "19", *launcher, *arguments], env, output)
             code = process.wait()
-        except BaseException:
-            process.terminate()  # the trainer saves and ends
-            process.wait()
-            raise
-    with suppress(OSError, ValueError):
-        return int(told.read_text())
-    return code
+        with self._lock:
+            self._at_work.remove(process)
+        with suppress(OSError, ValueError):
+            return int(told.read_text())
+        return code
+
+    def _start(self, command: list[str], env: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+        with self._lock:
+            self.go_on()
+            # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            with suppress(OSError):  # Linux's scheduler shares out time among sessions first, by this
+                Path(f"/proc/{process.pid}/autogroup").write_text("19")
+            self._at_work.add(process)
+        return process
+
+    def go_on(self) -> None:
+        """Raise KeyboardInterrupt after `stop`."""
+        if self._stopped:
+            raise KeyboardInterrupt
+
+    def stop(self) -> None:
+        """Start no more programs, and tell those at work to end: the trainer saves first. `run` returns then."""
+        with self._lock:
+            self._stopped = True
+            for process in self._at_work:
+                process.terminate()
 
 
 def _check(code: int, name: str, folder: Path) -> None:
