@@ -117,13 +117,11 @@ class Experts(nn.Module):
 
     def _loop(self, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:
         # unbind: one gradient for all experts, where indexing would add up K gradients of the whole stack.
-        stacks = (p.unbind(0) for p in (self.w1, self.b1, self.w2, self.b2))
-        first, second = self._lora_of_each("w1"), self._lora_of_each("w2")
-        parts = []
-        for rows, w1, b1, w2, b2, lora1, lora2 in zip(x_RD.split(counts), *stacks, first, second, strict=True):
-            hidden = self.act(_linear(rows, w1, b1, lora1))
-            parts.append(_linear(hidden, w2, b2 if bias else None, lora2))
-        return torch.cat(parts)
+        w1s, b1s, w2s, b2s = (p.unbind(0) for p in (self.w1, self.b1, self.w2, self.b2))
+        hidden = map(_linear, x_RD.split(counts), w1s, b1s, self._lora_of_each("w1"))
+        # All at once: an operation for each expert would be compiled for its number of rows, which is another in every step.
+        hidden = self.act(torch.cat(list(hidden))).split(counts)
+        return torch.cat(list(map(_linear, hidden, w2s, b2s if bias else [None] * len(b2s), self._lora_of_each("w2"))))
 
     def _lora_of_each(self, name: str) -> list[tuple[Tensor, Tensor] | None]:
         lora = self.lora(name)
