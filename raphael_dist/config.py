@@ -236,6 +236,7 @@ class Train(Section):
         "float32", description="what the model computes in; its master weights are float32"
     )
     compile: bool = Field(False, description="fuse parts of the model by torch.compile; not with ZeRO-3")
+    cuda_graphs: bool = Field(False, description="replay the U-Net's passes as CUDA graphs; ZeRO-1 and 2, bfloat16")
     caption_drop: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
     check_gradients: bool = Field(False, description="debug: stop when a parameter got no gradient on some rank")
     max_skipped: Positive = Field(3, description="end the run at this many steps in a row without a usable gradient")

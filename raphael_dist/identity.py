@@ -18,9 +18,9 @@ FREE = {
     "data.shards", "data.sources", "data.val_shards", "data.features", "data.cache_fill", "data.cached_text",
     "data.hed_weights", "data.cache_dir", "data.prefetch", "data.max_bad_fraction",
     "data.workers", "data.on_error", "data.shard_cache", "data.shard_cache_gb", "data.retries", "data.timeout_s",
-    "train.max_steps", "train.micro_batch", "train.compile", "train.check_gradients", "train.max_skipped",
-    "train.spike_sigma", "train.spike_window", "train.spike_action", "train.log_every", "train.val_every",
-    "train.sample_every", "train.load_scalars", "upscale.back_projections",
+    "train.max_steps", "train.micro_batch", "train.compile", "train.cuda_graphs", "train.check_gradients",
+    "train.max_skipped", "train.spike_sigma", "train.spike_window", "train.spike_action", "train.log_every",
+    "train.val_every", "train.sample_every", "train.load_scalars", "upscale.back_projections",
 }  # fmt: skip
 CLEANING = "data.caption_from (cleaning)"
 OTHER_DATA = {

@@ -68,11 +68,13 @@ def test_launches_cost_what_they_take_longer_than_the_device():
     plan, empty = BatchPlan.of(config, 1), States(0, 0, 0, 0, 0)
     work = handmade(["product"] * 10, [10**12] * 10, [1] * 10)  # 0.1 s
 
-    def step(launch_us: float):
-        return step_time(config, plan, work, empty, cluster_of(launch_us=launch_us), 2, 0, num_tensors=5)
+    def step(launch_us: float, graphs: bool = False):
+        chosen = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": graphs})})
+        return step_time(chosen, plan, work, empty, cluster_of(launch_us=launch_us), 2, 0, num_tensors=5)
 
     assert step(1_000.0).launches == 0
     assert step(10_000.0).launches == pytest.approx(20 * 0.01 - 0.1)  # ten operations, and two for each of five tensors
+    assert step(20_000.0, graphs=True).launches == pytest.approx(10 * 0.02 - 0.1)  # the operations are one graph
     assert step(10_000.0).seconds == pytest.approx(0.2)
     assert step(0.0).images_per_s == pytest.approx(20.0)
     assert step(0.0).mfu(200.0) == pytest.approx(3 * 10**13 / 0.1 / 200e12)  # 10 TFLOP forward for two images, times three

@@ -142,10 +142,11 @@ def memory(
         buffers = width * (reduce_bucket * (2 if overlap else 1) + min(reduce_bucket, numbers))
     elif held.stage == 3:
         buffers = width * (min(GATHERED, numbers) + min(reduce_bucket, numbers))
+    kept = width * numbers if config.train.cuda_graphs else 0  # gradients, where the backward pass was captured
     part = held.states.master // 4 if held.stage else numbers
     # The update of ZeRO-1 to 3 copies its part of the gradients to one tensor and to float32.
     update = 0 if held.stage == 0 else part * ((width if width == 2 else 0) + 4)
-    return Memory(held.states, activations, buffers, update, round(SLACK * activations) if allocator else 0)
+    return Memory(held.states, activations, buffers + kept, update + kept, round(SLACK * activations) if allocator else 0)
 
 
 def _bf16_optimizer(config: Config, where: Topology, accumulation: int) -> bool:

@@ -112,7 +112,8 @@ def step_time(
     products, traffic = (micro_steps * seconds for seconds in device_times(trace, cluster, dtype))
     update = update_time(config, held, cluster)
     device = products + traffic + update
-    num_launches = micro_steps * (trace.launches + LAUNCHES_PER_PARAMETER * num_tensors)
+    of_model = 0 if config.train.cuda_graphs else trace.launches
+    num_launches = micro_steps * (of_model + LAUNCHES_PER_PARAMETER * num_tensors)
     host = num_launches * cluster.launch_us.value * 1e-6
     launches = max(0.0, host - device) if cluster.device == "gpu" else host
     # ZeRO-2 and 3 reduce in every micro-step, the others once a step.

@@ -1,0 +1,130 @@
+"""`train.cuda_graphs`: the U-Net's forward and backward pass as one CUDA graph each, for steps that the host holds up.
+
+A step launches thousands of kernels. Where each has little to do (few images on a GPU, a small model) the GPU waits for the
+host; a graph is launched at one go. What is captured is fixed: shapes (a pair of graphs for each), and the addresses of
+weights, which ZeRO-1 and 2 update in place. Gradients leave the backward graph as those of any function, so that
+DeepSpeed's hooks run as ever.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from raphael_dist.model.unet import RaphaelUNet, UNetOutput
+
+_WARM_UP = 3  # passes: libraries choose their kernels and take their memory
+Eager = Callable[..., UNetOutput]
+
+
+def replay(unet: RaphaelUNet) -> None:
+    """Let the training passes of `unet` be captured when they first run, and replayed from then on.
+
+    Its weights must stay where they are, and a gradient be used up before the next backward pass, which overwrites it.
+    """
+    unet.forward = _Replayed(unet)  # type: ignore[method-assign, assignment]
+
+
+class _Replayed:
+    """Stands for `forward` of a U-Net: replays what was captured for the shapes that are given, or captures it."""
+
+    def __init__(self, unet: RaphaelUNet) -> None:
+        self._unet, self._eager = unet, unet.forward
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+
+    def __call__(self, *args: Any) -> UNetOutput:
+        given = args[: max(i for i, arg in enumerate(args) if arg is not None) + 1]
+        kinds = tuple(_kind(one) for one in tree_leaves(given))
+        # Sampling, validation, and whoever watches single operations have them run one by one.
+        if None in kinds or not torch.is_grad_enabled() or _get_current_dispatch_mode() is not None:
+            return self._eager(*args)
+        if kinds not in self._captured:
+            self._captured[kinds] = _Captured(self._unet, self._eager, given)
+        return self._captured[kinds](given)
+
+
+def _kind(value: Any) -> tuple[Any, ...] | None:
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else None
+
+
+class _Whole(nn.Module):
+    """The U-Net's own forward pass as a module, whose parameters `functional_call` can exchange."""
+
+    def __init__(self, unet: RaphaelUNet, eager: Eager) -> None:
+        super().__init__()
+        self.unet, self._eager = unet, eager
+
+    def forward(self, *args: Any) -> UNetOutput:
+        return self._eager(*args)
+
+
+class _Captured:
+    """A pair of graphs with what they read and write: inputs, outputs, and the gradients of both."""
+
+    def __init__(self, unet: RaphaelUNet, eager: Eager, given: tuple[Any, ...]) -> None:
+        given = tree_map(torch.clone, given)
+        whole = _Whole(unet, eager)
+        weights = dict(whole.named_parameters())
+        # The same weights as leaves of their own: those of the parameters belong to the stream that DeepSpeed made its
+        # hooks on, which a capture must not touch.
+        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in weights.items()}
+        self.inputs, self.weights = tree_leaves(given), list(weights.values())
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                outputs = tree_leaves(functional_call(whole, leaves, given))
+                _gradients(outputs, _zeros(outputs), leaves.values())
+            del outputs
+        current.wait_stream(stream)
+        # Other threads may go on to use the GPU meanwhile: the one that reads ahead, NCCL's.
+        how: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.forward_graph, **how):
+            self.outputs, self._spec = tree_flatten(functional_call(whole, leaves, given))
+        self.output_gradients = _zeros(self.outputs)
+        with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **how):
+            self.gradients = _gradients(self.outputs, self.output_gradients, leaves.values())
+
+    def __call__(self, given: tuple[Any, ...]) -> UNetOutput:
+        found: UNetOutput = tree_unflatten(_Replay.apply(self, *tree_leaves(given), *self.weights), self._spec)
+        return found
+
+
+def _zeros(outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return room for the gradients of outputs, None for those that have none."""
+    return [torch.zeros_like(output) if output.requires_grad else None for output in outputs]
+
+
+def _gradients(
+    outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None], leaves: Collection[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradient of each leaf, None for frozen ones and for those that no gradient reaches."""
+    pairs = [(o, g) for o, g in zip(outputs, output_gradients, strict=True) if g is not None]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, captured: _Captured, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.captured = captured
+        torch._foreach_copy_(captured.inputs, list(tensors[: len(captured.inputs)]))
+        captured.forward_graph.replay()
+        outputs = tuple(output.detach() for output in captured.outputs)
+        ctx.mark_non_differentiable(*(o for o, g in zip(outputs, captured.output_gradients, strict=True) if g is None))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        captured: _Captured = ctx.captured
+        pairs = [(mine, g) for mine, g in zip(captured.output_gradients, gradients, strict=True) if mine is not None]
+        torch._foreach_copy_([mine for mine, _ in pairs], [g for _, g in pairs])
+        captured.backward_graph.replay()
+        found = (None if g is None else g.detach() for g in captured.gradients)
+        return (None, *(None for _ in captured.inputs), *found)
