@@ -4,6 +4,7 @@ import argparse
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from raphael_dist import __version__, shipped
@@ -64,3 +65,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
             f"--config: none given; name a preset ({', '.join(preset_names())}) or a YAML file, e.g. --config raphael-3b"
         )
     return args
+
+
+def parse_export(name: str, what: str, layout: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Return `run`, `out` and `weights` of a command that writes, for others to read, what a run trained beside its base."""
+    parser = argparse.ArgumentParser(prog=f"raphael_dist.{name}", description=f"Write a run's {what} {layout}.")
+    parser.add_argument("--run", type=Path, required=True, help=f"a run that trained {what}, or one of its step-* folders")
+    parser.add_argument("--out", type=Path, required=True, help="the new folder")
+    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help=f"averaged {what}, or the last")
+    return parser.parse_args(argv)

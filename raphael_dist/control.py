@@ -6,23 +6,14 @@ Drawing with it is raphael_dist.sample --control PICTURE --control-from RUN_DIR,
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from raphael_dist.command_line import parse_export
 from raphael_dist.errors import exit_code_of
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(prog="raphael_dist.control", description="Write a run's control in diffusers' layout.")
-    parser.add_argument("--run", type=Path, required=True, help="a run that trained a control, or one of its step-* folders")
-    parser.add_argument("--out", type=Path, required=True, help="the new folder")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="averaged weights, or the last ones")
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse_export("control", "control", "in diffusers' layout", sys.argv[1:] if argv is None else argv)
     return exit_code_of(lambda: run(args))
 
 

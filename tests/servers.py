@@ -71,6 +71,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command != "HEAD":
             self.wfile.write(body)
 
+    def answer_json(self, found: Any) -> None:
+        data = json.dumps(found).encode()
+        self.answer(200, {"Content-Type": "application/json", "Content-Length": str(len(data))}, data)
+
     def do_HEAD(self) -> None:
         self.do_GET()
 
@@ -123,8 +127,7 @@ class _Hub(_Handler):
             found = {"id": self.repo, "sha": "0" * 40, "private": False, "tags": [], "downloads": 0, "likes": 0}
         else:
             return self.answer(404, {"X-Error-Code": "RepoNotFound"}, b"")
-        data = json.dumps(found).encode()
-        return self.answer(200, {"Content-Type": "application/json", "Content-Length": str(len(data))}, data)
+        return self.answer_json(found)
 
     do_POST = do_GET
 
@@ -152,8 +155,7 @@ class _Bucket(_Handler):
             found = self.about(self.folder / path.removeprefix(f"{objects}/"))
         else:
             return self.answer(404, {}, b"")
-        data = json.dumps(found).encode()
-        return self.answer(200, {"Content-Type": "application/json", "Content-Length": str(len(data))}, data)
+        return self.answer_json(found)
 
     def about(self, path: Path) -> dict[str, Any]:
         status = path.stat()

@@ -83,15 +83,15 @@ def test_the_loss_goes_on_as_if_nothing_had_happened(forks: Forks, whole: Path, 
         assert_same(opened(run, 6), opened(whole, 6))
 
 
-SHORT = [Topology(2, 1, 1, 3), FIRST]
-LONG = [
+FEW = [Topology(2, 1, 1, 3), FIRST]
+MANY = [
     Topology(1, 1, 1, 0), Topology(2, 2, 1, 1), Topology(1, 1, 1, 1), Topology(2, 1, 1, 0), Topology(6, 6, 2, 2),
     Topology(1, 1, 1, 3), Topology(4, 2, 4, 1), Topology(2, 1, 1, 3), Topology(2, 2, 2, 2), Topology(3, 1, 1, 3),
     Topology(4, 1, 2, 2), Topology(3, 3, 1, 1), Topology(4, 1, 1, 0), Topology(2, 1, 1, 2), Topology(1, 1, 1, 2), FIRST,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("chain", [SHORT, pytest.param(LONG, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("chain", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_loading_and_saving_again_changes_no_bit_along_a_chain_of_topologies(
     forks: Forks, whole: Path, tmp_path: Path, chain: list[Topology]
 ) -> None:

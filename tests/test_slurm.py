@@ -29,7 +29,7 @@ pytestmark = [
 ]
 EVERY = 5
 # Long enough to be met in the middle.
-LONG = (
+LONG_RUN = (
     "train.max_steps=120",
     f"checkpoint.every={EVERY}",
     "checkpoint.background=false",  # or the steps that a kill costs depend on how busy the disk is
@@ -62,7 +62,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
     """The long run by two ranks without Slurm and without an interruption."""
     folder = tmp_path_factory.mktemp("alone")
-    more = ["--deepspeed_config=ds_configs/zero1.json", f"run.dir={folder}", cache, *LONG]
+    more = ["--deepspeed_config=ds_configs/zero1.json", f"run.dir={folder}", cache, *LONG_RUN]
     run_ranks(["raphael_dist/train.py", *SMALL, *more], 2, timeout=600)
     return folder
 
@@ -135,7 +135,7 @@ def test_two_and_four_nodes_with_spread_experts_train_like_one_process(cluster: 
 def test_a_run_survives_signals_kills_requeues_and_a_lost_node(
     cluster: Cluster, tmp_path: Path, cache: str, alone: Path
 ) -> None:
-    job = Job(cluster, tmp_path, ["--nodes=2"], [cache, *LONG])
+    job = Job(cluster, tmp_path, ["--nodes=2"], [cache, *LONG_RUN])
     job.wait_step(8)
     cluster.run("scancel", "--signal=USR1", job.id)
     job.wait_restart(1)
@@ -173,7 +173,7 @@ def test_on_fewer_nodes_the_run_goes_on_with_the_same_global_batch(
     cluster: Cluster, tmp_path: Path, cache: str, alone: Path
 ) -> None:
     wait_for(lambda: cluster.states().count("idle") == 4, 60, "four idle nodes")
-    job = Job(cluster, tmp_path, ["--nodes=3-4"], [cache, *LONG, *SPREAD, "parallel.elastic=true"])
+    job = Job(cluster, tmp_path, ["--nodes=3-4"], [cache, *LONG_RUN, *SPREAD, "parallel.elastic=true"])
     job.wait_step(8)
     assert len(job.pids()) == 4
     cluster.run("scontrol", "update", "nodename=n4", "state=down", "reason=test")
@@ -199,7 +199,10 @@ def test_the_time_limit_is_met_by_a_restart_and_a_cancelled_job_stays_cancelled(
     # USR1 a second before the end: at once, which @300 of a minute would be, it could come before the trap is set.
     late = Job(cluster, tmp_path / "late", ["--nodes=1", "--time=1", "--signal=USR1@1"], [], PYTHON=str(deaf))
     job = Job(
-        cluster, tmp_path / "job", ["--nodes=1", "--time=1", "--signal=USR1@1"], [cache, *LONG[1:], "train.max_steps=100000"]
+        cluster,
+        tmp_path / "job",
+        ["--nodes=1", "--time=1", "--signal=USR1@1"],
+        [cache, *LONG_RUN[1:], "train.max_steps=100000"],
     )
     late.wait_restart(1)
     assert "the time limit came before the run could save" in late.log
@@ -229,9 +232,9 @@ def test_a_crash_loop_ends_and_a_mistake_is_not_tried_again(cluster: Cluster, tm
 
 
 def test_two_jobs_never_train_in_one_directory(cluster: Cluster, tmp_path: Path, cache: str) -> None:
-    first = Job(cluster, tmp_path / "a", ["--nodes=1"], [cache, *LONG[1:], "train.max_steps=100000"])
+    first = Job(cluster, tmp_path / "a", ["--nodes=1"], [cache, *LONG_RUN[1:], "train.max_steps=100000"])
     first.wait_step(1)
-    second = Job(cluster, tmp_path / "b", ["--nodes=1"], [cache, *LONG, f"run.dir={first.dir}"])
+    second = Job(cluster, tmp_path / "b", ["--nodes=1"], [cache, *LONG_RUN, f"run.dir={first.dir}"])
     assert "another process is training in" in second.finish("FAILED")
     cluster.run("scancel", first.id)
     first.finish("CANCELLED")

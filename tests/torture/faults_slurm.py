@@ -11,14 +11,14 @@ import psutil
 
 from tests.launch import run_ranks
 from tests.slurm_cluster import Cluster, wait_for
-from tests.test_slurm import EVERY, LONG, Job, files_of, losses
+from tests.test_slurm import EVERY, LONG_RUN, Job, files_of, losses
 from tests.test_training import SMALL
 from tests.torture.faults_disk import disk, leave_room, remount
 from tests.torture.faults_process import send
 from tests.torture.kinds import fault
 from tests.torture.trial import Outcome, Trial, refused, survived
 
-LAST = 120  # of LONG
+LAST = 120  # of LONG_RUN
 PATIENCE_S = 600.0
 
 
@@ -34,7 +34,7 @@ class SlurmTrial:
         self.cluster: Cluster = shared["cluster"]
         if "alone" not in shared:
             folder = trial.oracle / "alone"
-            more = ["--deepspeed_config=ds_configs/zero1.json", f"run.dir={folder}", self.cache, *LONG]
+            more = ["--deepspeed_config=ds_configs/zero1.json", f"run.dir={folder}", self.cache, *LONG_RUN]
             run_ranks(["raphael_dist/train.py", *SMALL, *more], 2, timeout=PATIENCE_S)
             shared["alone"] = folder
         self.alone: Path = shared["alone"]
@@ -43,7 +43,7 @@ class SlurmTrial:
     def submit(self, *more: str, nodes: int = 2, **env: str) -> Job:
         """Send the job; the same directory whenever it is sent."""
         given = {one.partition("=")[0] for one in more}
-        arguments = [self.cache, *(one for one in LONG if one.partition("=")[0] not in given), *more]
+        arguments = [self.cache, *(one for one in LONG_RUN if one.partition("=")[0] not in given), *more]
         self.job = Job(self.cluster, self.trial.folder, [f"--nodes={nodes}"], arguments, **env)
         return self.job
 
@@ -252,7 +252,7 @@ def hung(case: SlurmTrial) -> Outcome:
 def rival(case: SlurmTrial) -> Outcome:
     first = case.submit()
     first.wait_step(1)
-    arguments = [case.cache, *LONG, f"run.dir={first.dir}"]
+    arguments = [case.cache, *LONG_RUN, f"run.dir={first.dir}"]
     second = Job(case.cluster, case.trial.folder / "rival", ["--nodes=1"], arguments)
     state = case.cluster.wait_job(second.id, seconds=PATIENCE_S)["JobState"]
     said = second.log
@@ -314,7 +314,7 @@ def hostile(case: SlurmTrial) -> Outcome:
     options = [f"--job-name={attack}"] if where == "job name" else []
     if where == "job name":
         env = {"RUN_DIR": ""}
-    arguments = [attack] if where == "argument" else [case.cache, *LONG[1:], "train.max_steps=1"]
+    arguments = [attack] if where == "argument" else [case.cache, *LONG_RUN[1:], "train.max_steps=1"]
     job = Job(case.cluster, case.trial.folder, ["--nodes=1", *options], arguments, **env)
     state = case.cluster.wait_job(job.id, seconds=PATIENCE_S)["JobState"]
     log = job.log
