@@ -198,7 +198,7 @@ def test_a_killed_campaign_of_two_runs_at_a_time_goes_on_from_their_checkpoints(
         f"data.cache_dir={tmp_path / 'cache'}",
         "sample.prompts=[]",
     ]
-    arguments = ["--config", SMALL, "--images", "200", *more]
+    arguments = ["--config", SMALL, "--images", "120", *more]
 
     def logged(out: Path, variant: str = "full") -> dict[str, Any]:
         file = out / "runs" / variant / "seed-0" / "metrics.jsonl"
@@ -211,7 +211,7 @@ def test_a_killed_campaign_of_two_runs_at_a_time_goes_on_from_their_checkpoints(
         time.sleep(0.1)
     started.terminate()
     assert started.wait(timeout=300) == 128 + signal.SIGINT
-    assert 4 <= len(logged(tmp_path / "killed")) < 20
+    assert 4 <= len(logged(tmp_path / "killed")) < 12
     for out in ("killed", "whole"):
         assert ablate.main([*arguments, "--out", str(tmp_path / out)]) == 0
     assert "resumed at step" in (tmp_path / "killed" / "runs" / "full" / "seed-0" / "output.txt").read_text()
