@@ -50,7 +50,7 @@ test: lint
 	$(PYTEST) -m "not slow and not slurm"
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m "slow and not slurm"
+	$(PYTEST) --no-loadscope-reorder -m "slow and not slurm"
 
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -q $(ARGS) -m slurm

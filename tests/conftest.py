@@ -16,6 +16,16 @@ from tests.forks import Forks, server
 torch.set_num_threads(1)
 
 
+# Minutes each: begun last, one of them would keep a single core at work when all others are done.
+LONGEST = ("test_precision.py", "test_watchdog.py", "test_checkpoint_faults.py", "test_ablations.py", "test_prepare.py",
+           "test_shipped_model.py", "test_examples.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; `make test-slow` keeps that order."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def forks() -> Forks:
     """A process that has imported everything and forks ranks from itself."""

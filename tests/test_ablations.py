@@ -21,6 +21,7 @@ from tests.launch import ROOT
 from tools import ablate
 
 SMALL = str(ROOT / "tests" / "data" / "small.yaml")
+REAL_RUN = running.Programs.run
 LOSS = {"full": 0.5, "no-space": 0.6, "no-time": 0.5, "no-edge": 0.3, "space-2": 0.55, "alpha-0.8": 0.7}
 
 
@@ -189,24 +190,55 @@ def test_an_interval_is_students() -> None:
     assert [Interval(m, h, 2).side for m, h in ((1, 0.5), (-1, 0.5), (1, 2), (1, None))] == [1, -1, 0, 0]
 
 
+def test_jobs_are_runs_at_a_time_and_all_end_with_the_first_that_cannot_go_on(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real processes stand for runs: two wait until both are at work, then one fails, and the other is told to end."""
+    program = """
+import pathlib, signal, sys, time
+own, other, code = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+signal.signal(signal.SIGTERM, lambda *_: (own.with_suffix(".told").touch(), sys.exit(75)))
+own.touch()
+while not other.exists():
+    time.sleep(0.01)
+if not code:
+    time.sleep(600)
+print("error: data.shards: not there", flush=True)
+sys.exit(code)
+"""
+
+    def run(programs: running.Programs, _: list[str], folder: Path) -> int:
+        names = ["full", "no-edge"]
+        own, other = folder.parent.name, names[1 - names.index(folder.parent.name)]
+        files = [str(tmp_path / f"{name}.{folder.name}") for name in (own, other)]
+        return REAL_RUN(programs, ["-c", program, *files, "2" if own == "no-edge" else "0"], folder)
+
+    monkeypatch.setattr(running.Programs, "run", run)
+    arguments = command(tmp_path / "out", "--variants", "no-edge", "--seeds", "2", "--jobs", "2")
+    assert ablate.main(arguments) == EXIT_USER_ERROR
+    assert "no-edge, seed 0: data.shards: not there" in capsys.readouterr().err
+    assert (tmp_path / "full.told").exists(), "the other run was not told to end"
+    assert not (tmp_path / "full.seed-1").exists(), "a run was begun after the failure"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # at the lowest priority
-def test_a_killed_campaign_of_two_runs_at_a_time_goes_on_from_their_checkpoints(tmp_path: Path) -> None:
+def test_a_killed_campaign_on_two_ranks_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """Real runs: the first is ended in the middle, and the same command makes of it what it would have become."""
     more = [
-        *("--ranks", "2", "--jobs", "2", "--seeds", "1", "--variants", "no-edge"),
+        *("--ranks", "2", "--seeds", "1", "--variants", "full"),
         f"data.cache_dir={tmp_path / 'cache'}",
         "sample.prompts=[]",
     ]
     arguments = ["--config", SMALL, "--images", "120", *more]
 
-    def logged(out: Path, variant: str = "full") -> dict[str, Any]:
-        file = out / "runs" / variant / "seed-0" / "metrics.jsonl"
+    def logged(out: Path) -> dict[str, Any]:
+        file = out / "runs" / "full" / "seed-0" / "metrics.jsonl"
         return dict(read_metrics(file)["train/loss"]) if file.is_file() else {}
 
     started = subprocess.Popen([sys.executable, "tools/ablate.py", *arguments, "--out", str(tmp_path / "killed")], cwd=ROOT)
     deadline = time.monotonic() + 900
-    while min(len(logged(tmp_path / "killed", variant)) for variant in ("full", "no-edge")) < 4:
+    while len(logged(tmp_path / "killed")) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     started.terminate()
@@ -215,7 +247,6 @@ def test_a_killed_campaign_of_two_runs_at_a_time_goes_on_from_their_checkpoints(
     for out in ("killed", "whole"):
         assert ablate.main([*arguments, "--out", str(tmp_path / out)]) == 0
     assert "resumed at step" in (tmp_path / "killed" / "runs" / "full" / "seed-0" / "output.txt").read_text()
-    for variant in ("full", "no-edge"):
-        assert logged(tmp_path / "killed", variant) == logged(tmp_path / "whole", variant)
-    results = [json.loads((tmp_path / out / "results.json").read_text())["runs"] for out in ("killed", "whole")]
-    assert [run["losses"] for run in results[0]] == [run["losses"] for run in results[1]]
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    results = [json.loads((tmp_path / out / "results.json").read_text())["runs"][0] for out in ("killed", "whole")]
+    assert results[0]["losses"] == results[1]["losses"]

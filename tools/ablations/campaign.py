@@ -90,11 +90,13 @@ def carry_out(campaign: Campaign, tell: Tell, after_each: Callable[[], object]) 
     Whatever ends it, runs at work save and end first.
     """
     runs, programs = list(campaign.runs()), Programs(campaign)
+    errors: list[BaseException] = []  # the first first; others end because of it
 
     def one(number: int, variant: Variant, seed: int) -> None:
         try:
             _carry_out_one(campaign, programs, variant, seed, f"[{number}/{len(runs)}] ", tell)
-        except BaseException:
+        except BaseException as error:
+            errors.append(error)
             programs.stop()  # at once: this thread would take up the next run
             raise
 
@@ -104,12 +106,11 @@ def carry_out(campaign: Campaign, tell: Tell, after_each: Callable[[], object]) 
             for finished_one in as_completed(done):
                 finished_one.result()
                 after_each()
-        except BaseException:
+        except BaseException as error:
+            errors.append(error)
             programs.stop()
             wait(done)
-            if mistakes := [error for error in (future.exception() for future in done) if isinstance(error, UserError)]:
-                raise mistakes[0] from None  # the others ended because of it
-            raise
+            raise errors[0] from None
 
 
 def _carry_out_one(campaign: Campaign, programs: "Programs", variant: Variant, seed: int, which: str, tell: Tell) -> None:
