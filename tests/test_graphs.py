@@ -5,6 +5,7 @@ import torch
 
 from raphael_dist.engine import engine
 from raphael_dist.errors import UserError
+from raphael_dist.model.graphs import replay
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
 from tests.synthetic import tiny_config
@@ -29,13 +30,14 @@ def test_graphs_are_refused_in_one_line_where_they_cannot_be_captured(device, st
     sections = {"model": FITS, **sections, "train": {"dtype": "bfloat16", "micro_batch": 12, **sections.get("train", {})}}
     config = tiny_config(**sections)
     with pytest.raises(UserError, match=f"train.cuda_graphs: given true, which .*{said}"):
-        engine._use_graphs(RaphaelUNet(config), config, stage, BatchPlan.of(config, 1), device)
+        engine._check_graphs(config, stage, BatchPlan.of(config, 1), device)
 
 
 def test_graphs_are_taken_where_everything_fits_and_a_pass_without_gradients_runs_as_it_is():
     config = tiny_config(model=FITS, train={"dtype": "bfloat16", "micro_batch": 12})
     unet = RaphaelUNet(config)
-    engine._use_graphs(unet, config, 2, BatchPlan.of(config, 1), GPU)
+    engine._check_graphs(config, 2, BatchPlan.of(config, 1), GPU)
+    replay(unet)
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 12)
     given = (x, torch.tensor([3]), text, torch.ones(1, 7, dtype=torch.bool), torch.tensor([6]))
     with torch.no_grad():

@@ -18,6 +18,7 @@ from raphael_dist.engine.zero import adapter
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
 from raphael_dist.model.device import is_gpu
+from raphael_dist.model.experts import fits_grouped_mm
 from raphael_dist.model.graphs import replay
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel import expert_parallel
@@ -57,11 +58,13 @@ class Engine:
         expert_groups.mark(model, config.model.space_experts + config.model.time_experts)
         if config.train.compile:
             _compile(model, config, self.stage, device)
+        if config.train.cuda_graphs:
+            _check_graphs(config, self.stage, plan, device)
         optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim, self._optimizer_device())
         self._engine = _initialise(model, optimizer, self.ds_config)
         self.module: RaphaelUNet = self._engine.module
         if config.train.cuda_graphs:
-            _use_graphs(self.module, config, self.stage, plan, device)
+            replay(self.module)
         self._zero = adapter(self._engine.optimizer, self.module, plan.world_size)
         self._zero.quiet()
         self._engine.gradient_clipping = lambda: 0.0  # clipped here, by the norm that the step knows anyway
@@ -170,11 +173,10 @@ def _spreads(config: Config) -> bool:
     return max(config.parallel.space_ep, config.parallel.time_ep) > 1
 
 
-def _use_graphs(model: RaphaelUNet, config: Config, stage: int, plan: BatchPlan, device: torch.device) -> None:
+def _check_graphs(config: Config, stage: int, plan: BatchPlan, device: torch.device) -> None:
     """UserError for what cannot be captured, or would be wrong: ZeRO-1 adds up gradients where the next replay writes."""
     m = config.model
-    widths = {width for pair in zip(m.channels, m.expert_width, strict=True) for width in pair}
-    loops = m.time_experts > 0 and (config.train.dtype != "bfloat16" or any(width % 8 for width in widths))
+    grouped = fits_grouped_mm(getattr(torch, config.train.dtype), (*m.channels, *m.expert_width))
     refused = {
         "needs a GPU": not is_gpu(device),
         "goes with ZeRO-1 and 2": stage not in (1, 2),
@@ -183,12 +185,11 @@ def _use_graphs(model: RaphaelUNet, config: Config, stage: int, plan: BatchPlan,
         "goes without adapters and controls": bool(beside(config)),
         "goes with one size of image.buckets": len(config.image.buckets) > 1,
         # Elsewhere the host reads how many rows each expert has (`Experts.apply_sorted`), which no graph can.
-        "goes with train.dtype=bfloat16 and widths that are multiples of 8": loops,
+        "goes with train.dtype=bfloat16 and widths that are multiples of 8": m.time_experts > 0 and not grouped,
         "goes with model.space_backend=auto or wide": m.space_experts > 0 and m.space_backend not in ("auto", "wide"),
     }
     if reasons := [reason for reason, applies in refused.items() if applies]:
         raise UserError(f"train.cuda_graphs: given true, which {reasons[0]}; set train.cuda_graphs=false")
-    replay(model)
 
 
 def decays(name: str) -> bool:

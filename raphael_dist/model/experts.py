@@ -4,7 +4,7 @@ Shape legend: R rows, K experts, D width, F hidden width (2F for the fused GEGLU
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -234,9 +234,14 @@ def require_grouped_gemm() -> None:
 
 
 def _use_grouped_mm(x_RD: Tensor, hidden: int, lora: tuple[Tensor, Tensor] | None = None) -> bool:
-    # The CUDA kernel takes only bfloat16 rows of a multiple of 16 bytes; on the CPU a loop over a few experts is as fast.
+    # On the CPU a loop over a few experts is as fast.
     widths = (x_RD.shape[1], hidden, *(() if lora is None else (lora[0].shape[1],)))
-    return x_RD.device.type != "cpu" and x_RD.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+    return x_RD.device.type != "cpu" and fits_grouped_mm(x_RD.dtype, widths)
+
+
+def fits_grouped_mm(dtype: torch.dtype, widths: Iterable[int]) -> bool:
+    """Return whether the grouped product of a GPU takes experts of these widths: bfloat16 rows of a multiple of 16 bytes."""
+    return dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
 def _aligned(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Campaign:
     images: int | None
     ranks: int
     benchmark: bool
-    jobs: int = 1
+    jobs: int
 
     @property
     def steps(self) -> int:
@@ -90,7 +90,7 @@ def carry_out(campaign: Campaign, tell: Tell, after_each: Callable[[], object]) 
     Whatever ends it, runs at work save and end first.
     """
     runs, programs = list(campaign.runs()), Programs(campaign)
-    errors: list[BaseException] = []  # the first first; others end because of it
+    errors: list[BaseException] = []  # as they came: the others end because of the first
 
     def one(number: int, variant: Variant, seed: int) -> None:
         try:
@@ -101,15 +101,14 @@ def carry_out(campaign: Campaign, tell: Tell, after_each: Callable[[], object]) 
             raise
 
     with ThreadPoolExecutor(campaign.jobs) as pool:
-        done = [pool.submit(one, number, *run) for number, run in enumerate(runs, start=1)]
+        futures = [pool.submit(one, number, *run) for number, run in enumerate(runs, start=1)]
         try:
-            for finished_one in as_completed(done):
-                finished_one.result()
+            for future in as_completed(futures):
+                future.result()
                 after_each()
         except BaseException as error:
             errors.append(error)
             programs.stop()
-            wait(done)
             raise errors[0] from None
 
 

@@ -4,8 +4,6 @@ Ours is what training runs: the engine with its ZeRO stage, forward, backward, c
 average, and the copy of the batch. Theirs is plain PyTorch as diffusers' training scripts have it: fp32 weights, autocast,
 AdamW, clipping, no average. Its blocks are dense: beside `sd2-dense` both compute the same, and beside a model with experts
 the difference is what experts, gates and edge modules cost. Samples are random, of the first size of `image.buckets`.
-
-No GPU was at hand when this was written: on one it has not run yet.
 """
 
 import argparse
