@@ -201,8 +201,7 @@ def test_feature_maps_keep_one_memory_format_through_all_convolutions(channels_l
 
     found = run("none", False, prepare=watch)
     assert len(seen) > 15
-    if channels_last:  # contiguous maps change their format behind a transformer block, whose tokens lie channels last
-        assert all(seen)
+    assert all(seen)
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -60,7 +60,7 @@ class Engine:
             _compile(model, config, self.stage, device)
         if config.train.cuda_graphs:
             _check_graphs(config, self.stage, plan, device)
-        optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim, self._optimizer_device())
+        optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim)
         self._engine = _initialise(model, optimizer, self.ds_config)
         self.module: RaphaelUNet = self._engine.module
         if config.train.cuda_graphs:
@@ -156,9 +156,6 @@ class Engine:
         """Write DeepSpeed's own checkpoint, to compare with; training never reads it. Collective."""
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
-    def _optimizer_device(self) -> torch.device:
-        return torch.device("cpu") if ds_config.offload_device(self.ds_config) else self.device
-
 
 def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.device) -> None:
     if stage == 3:
@@ -206,12 +203,11 @@ def decays(name: str) -> bool:
     )
 
 
-def _optimizer(parameters: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(parameters, lr=optim.lr)
     # Weight decay is the engine's (`update`): torch's acts on whole groups, and more groups would cut ZeRO's buffers anew.
-    fused = is_gpu(device)
-    return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=True)
 
 
 def _not_of_a_dropped_step(record: logging.LogRecord) -> bool:

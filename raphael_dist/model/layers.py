@@ -136,5 +136,6 @@ class SpatialTransformer(nn.Module):
         return self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
 
     def leave(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map [B, C, h, w] with the residual added."""
-        return self.proj_out(h_BND).transpose(1, 2).view_as(x_BCHW) + x_BCHW
+        """Return the feature map [B, C, h, w] with the residual added, in the residual's memory format."""
+        # A sum has that of its first term. The tokens lie channels last, and so would all maps after them, also on a CPU.
+        return x_BCHW + self.proj_out(h_BND).transpose(1, 2).view_as(x_BCHW)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from raphael_dist.errors import NotSavedError, UserError
 from raphael_dist.model.device import from_host
+from raphael_dist.parallel.host_memory import keep_freed_memory
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -94,6 +95,7 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT) -> torch.device:
     else:
         device, backend = torch.device("cpu"), "gloo"
         torch.set_num_threads(num_threads(ranks))
+        keep_freed_memory()
     dist.init_process_group(backend, timeout=timeout)
     return device
 

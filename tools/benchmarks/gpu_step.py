@@ -78,7 +78,7 @@ def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime
         model: Any = diffusers_unet(config)
     if config.model.checkpoint_activations != "none":
         model.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=is_gpu(device))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True)
     dtype, batch = getattr(torch, config.train.dtype), _batch(config, device)
 
     def loss() -> torch.Tensor:

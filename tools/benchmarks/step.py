@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.states import random_batch
 from raphael_dist.config import Config, load_config
+from raphael_dist.data.source import open_source
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.batch import Batch
@@ -70,7 +73,7 @@ class Contender:
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
         self.model, self._loss = model, loss
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(self) -> tuple[float, float, float]:
         """Take a step; return the seconds of its parts."""
@@ -198,12 +201,17 @@ def bench_step(config: Config, rounds: int, literal: bool = True) -> list[StepRo
 
 
 def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device) -> dict[str, float]:
-    """Return milliseconds of RAPHAEL's step in a plain loop, in the engine, and of what the trainer adds to it."""
+    """Return milliseconds of RAPHAEL's step in a plain loop, in the engine, and of what the trainer adds to it.
+
+    Data: a batch of cached features, which training builds in a thread beside the step.
+    """
     plan = BatchPlan.of(config, ranks.world_size)
     plain = contenders(config, literal=False)["RAPHAEL, auto"]
     engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
     ema, metrics = Ema(engine.fragments, config.ema), Metrics(device)
     schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch, (16, 16))
+    data = open_source(config, ranks, device)
+    builder = data.builder(config, engine.module.num_blocks, device)
     times: dict[str, list[float]] = defaultdict(list)
     for i in range(rounds + 1):
         times["plain loop"].append(sum(plain.step()))
@@ -214,6 +222,8 @@ def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device
         times["engine"].append(clock() - began)
         times["average"].append(_seconds(partial(ema.update, i + 1)))
         times["metrics"].append(_seconds(partial(_record, metrics, batch, losses)))
+        times["data"].append(_seconds(partial(builder.build, plan.slots(i * plan.micro_batch, 0, 0))))
+    data.close()
     return {name: min(values[1:]) * 1e3 for name, values in times.items()}
 
 
@@ -263,7 +273,9 @@ def run(args: argparse.Namespace) -> None:
         )
         print(_table(rows))
         if name == "demo":
-            print(_engine_table(bench_engine(config, args.rounds, ranks, device)))
+            with TemporaryDirectory() as folder:
+                cached = _with(config, "data", cache_dir=Path(folder))
+                print(_engine_table(bench_engine(cached, args.rounds, ranks, device)))
     torch.distributed.destroy_process_group()
 
 

@@ -125,7 +125,7 @@ def train(
     """
     model = model.to(device, memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     total = 0.0
     for step in range(steps):
         x, noise = (t.to(device, memory_format=torch.channels_last) for t in draw_batch(images, seed, step, batch))
