@@ -11,6 +11,7 @@ HERE = Path(__file__).resolve().parent
 # Folders and patterns of what goes to raphael_dist/assets/ (raphael_dist/shipped.py finds it there).
 ASSETS = (
     ("data/emoji-demo", "*"),
+    ("data/emoji-demo/pictures", "*"),
     ("data/vae-emoji", "*"),
     ("data/emoji/LICENSES", "*"),
     ("ds_configs", "*.json"),

@@ -281,6 +281,9 @@ class Parallel(Section):
 
 class Sample(Section):
     prompts: tuple[str, ...] = Field((), description="captions that are drawn while training; empty: none")
+    pictures: tuple[Path, ...] = Field(
+        (), description="one for each prompt: small, to be enlarged (upscale), or one whose edges are followed (control)"
+    )
     steps: Positive = Field(25, description="denoising steps")
     guidance: NonNegativeFloat = Field(4.5, description="weight of the caption against the empty one; 1: no guidance")
     scheduler: Scheduler = Field("ddim", description="DDIM, DPM-Solver++ for fewer steps, or Euler's method")

@@ -35,12 +35,27 @@ def check_control(config: Any) -> None:
         (not config.edge.weight > 0, "edge.weight above 0, as the model had: without it no edge maps are read"),
         (config.lora.rank > 0, "lora.rank=0: one of them at a time"),
         (max(config.parallel.space_ep, config.parallel.time_ep) > 1, "parallel.space_ep=1 parallel.time_ep=1"),
-        (bool(config.sample.prompts), "sample.prompts=[]: prompts have no edge maps; draw with --control instead"),
         (bool(config.run.init_missing), "run.init_missing=[]: what is missing would never be trained"),
     ]
     for fails, need in wrong:
         if fails:
             raise ValueError(f"control.enabled = true needs {need}")
+
+
+def check_pictures(config: Any) -> None:
+    """Raise ValueError where `sample.pictures` are not what the model draws its prompts from."""
+    prompts, pictures = len(config.sample.prompts), len(config.sample.pictures)
+    if not (config.upscale.factor or config.control.enabled):
+        if pictures:
+            raise ValueError(
+                "sample.pictures are for models that enlarge or follow them; give sample.pictures=[], or set upscale.factor "
+                "or control.enabled"
+            )
+    elif prompts != pictures:
+        raise ValueError(
+            f"sample.pictures has {pictures} entries, but sample.prompts has {prompts}; this model draws each prompt from a "
+            "picture: give as many, or sample.prompts=[] sample.pictures=[]"
+        )
 
 
 def beside(config: Any) -> bool:

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from raphael_dist.config_adapters import check_control, check_lora
+from raphael_dist.config_adapters import check_control, check_lora, check_pictures
 from raphael_dist.config_recipes import check_decay
 from raphael_dist.config_upscale import check_upscale
 
@@ -18,6 +18,7 @@ def check_agreement(config: Any) -> None:
     check_lora(config)
     check_control(config)
     check_upscale(config)
+    check_pictures(config)
 
 
 def _check_data(config: Any) -> None:

@@ -45,10 +45,6 @@ def check_upscale(config: Any) -> None:
         return
     if factor == 1 or factor & (factor - 1):
         raise ValueError(f"upscale.factor = {factor}; allowed: 0 (off), 2, 4, 8, 16 and so on")
-    if config.sample.prompts:
-        raise ValueError(
-            f"upscale.factor = {factor} needs sample.prompts=[]: prompts have no small pictures; draw with --upscale instead"
-        )
     if config.control.enabled:
         raise ValueError(f"upscale.factor = {factor} needs control.enabled=false: one of them at a time")
 

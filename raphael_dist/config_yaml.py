@@ -121,7 +121,7 @@ def _read_one(name_or_path: str) -> Given:
 
 def _shipped(preset: Any) -> Any:
     """Return a preset's values, with its data's paths as they are found from the working directory."""
-    for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "encoder")):
+    for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "encoder"), ("sample", "pictures")):
         value = preset.get(section, {}).get(name)
         if isinstance(value, str):
             preset[section][name] = located(value)
@@ -209,8 +209,9 @@ def _kind(section: str, name: str, root: type[BaseModel]) -> str:
 def _as_field_type(section: str, name: str, value: Any, text: str, root: type[BaseModel]) -> Any:
     """YAML reads 1e-4 as a string and a single shard as a scalar; give the field what it plainly means."""
     kind = _kind(section, name, root)
-    if ("Path" in kind or kind == "<class 'str'>") and value is not None:
+    plain = "Path" in kind or kind == "<class 'str'>" or kind.startswith("tuple[str")
+    if kind.startswith("tuple"):
+        return value if isinstance(value, list) else [text if plain else value]
+    if plain and value is not None:
         return text
-    if kind.startswith("tuple") and not isinstance(value, list):
-        return [text if kind.startswith("tuple[str") else value]
     return value

@@ -186,7 +186,7 @@ def test_edges_of_a_picture_are_made_by_canny_or_are_the_picture(tmp_path: Path)
         ({"edge": {"weight": 0}}, "needs edge.weight above 0"),
         ({"lora": {"rank": 2}}, "needs lora.rank=0"),
         ({"parallel": {"space_ep": 2}}, "needs parallel.space_ep=1"),
-        ({"sample": {"prompts": ["a"]}}, r"needs sample.prompts=\[\]"),
+        ({"sample": {"prompts": ["a"]}}, "sample.pictures has 0 entries, but sample.prompts has 1"),
     ],
 )
 def test_mistakes_are_one_line(given: dict[str, Any], message: str) -> None:

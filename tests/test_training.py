@@ -21,6 +21,7 @@ from raphael_dist.parallel.ranks import free_port
 from raphael_dist.training.metrics import read_metrics
 from tests.documents import text_of
 from tests.launch import ROOT, rank_env, run_ranks
+from tests.test_edges import needs_weights
 
 SMALL = ["--config=tests/data/small.yaml"]
 
@@ -95,6 +96,51 @@ def test_a_run_with_spread_experts_is_the_run_of_one_rank(tmp_path: Path, cache:
     theirs, ours = (averages(folder) for folder in (alone, spread))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "spread"), [(2, SPREAD), pytest.param(3, (), marks=pytest.mark.slow)], ids=["spread experts", "ZeRO-3"]
+)
+def test_super_resolution_on_two_ranks_is_that_of_one_and_draws_its_small_pictures_meanwhile(
+    stage: int, spread: tuple[str, ...], tmp_path: Path, cache: str
+) -> None:
+    for name in "ab":
+        pixels = np.random.default_rng(ord(name)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    pictures = f"sample.pictures=[{tmp_path}/a.png,{tmp_path}/b.png]"
+    more = ("train.max_steps=3", "upscale.factor=2", 'sample.prompts=["a sun","a sun"]', pictures, "sample.seed=4")
+    two, alone = tmp_path / "two", tmp_path / "alone"
+    run_ranks(arguments(alone, cache, 1, *more), 1)
+    run_ranks(arguments(two, cache, stage, *more, *spread), 2)
+    expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (alone, two))
+    for tag in ("train/loss", "val/loss"):
+        assert [v for _, v in found[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-4), tag
+    drawn, theirs = (np.asarray(Image.open(f / "samples" / "step-00000003.png")).astype(int) for f in (two, alone))
+    assert np.abs(drawn - theirs).mean() < 1
+    assert sample.main(["--checkpoint", str(alone), "--out", str(tmp_path / "again.png")]) == 0
+    assert (np.asarray(Image.open(tmp_path / "again.png")) == theirs).all(), (
+        "the same from the checkpoint, with no prompt given"
+    )
+    first, second = np.split(theirs[:, : theirs.shape[1] // 2 * 2], 2, axis=1)
+    assert (first != second).any(), "two small pictures"
+
+
+@pytest.mark.slow
+@needs_weights
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_control_draws_along_the_edges_of_pictures_while_it_trains(stage: int, tmp_path: Path, cache: str) -> None:
+    more = ("train.max_steps=1", "image.buckets=[[32,32]]")
+    run_ranks(arguments(tmp_path / "base", cache, 1, *more, "sample.prompts=[]"), 1)
+    square = np.zeros((32, 32), np.uint8)
+    square[8:24, 8:24] = 255
+    Image.fromarray(square).save(tmp_path / "square.png")
+    control = (*more, "control.enabled=true", f"run.init_from={tmp_path / 'base'}", "model.gate_noise=0")
+    drawing = ('sample.prompts=["a sun"]', f"sample.pictures=[{tmp_path}/square.png]")
+    run_ranks(arguments(tmp_path / "run", cache, stage, *control, *drawing), 2)
+    assert (tmp_path / "run" / "samples" / "step-00000001.png").is_file()
+    missing = ('sample.prompts=["a sun"]', "sample.pictures=[no.png]")
+    told = run_ranks(arguments(tmp_path / "other", cache, stage, *control, *missing), 2, exit_code=2)
+    assert "sample.pictures no.png: cannot be read" in told[0]
 
 
 def averages(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -297,7 +297,11 @@ def test_mistakes_of_sampling_are_one_line(tmp_path: Path, capsys: pytest.Captur
     [
         ({"upscale": {"factor": 3}}, "upscale.factor = 3; allowed: 0"),
         ({"upscale": {"factor": 1}}, "upscale.factor = 1; allowed: 0"),
-        ({"upscale": {"factor": 2}, "sample": {"prompts": ["a"]}}, r"needs sample.prompts=\[\]"),
+        (
+            {"upscale": {"factor": 2}, "sample": {"prompts": ["a"]}},
+            "sample.pictures has 0 entries, but sample.prompts has 1",
+        ),
+        ({"sample": {"prompts": ["a"], "pictures": ["a.png"]}}, r"give sample.pictures=\[\], or set upscale.factor"),
         ({"upscale": {"factor": 2}, "control": {"enabled": True}, "run": {"init_from": "x"}}, "needs control.enabled=false"),
     ],
 )

@@ -43,7 +43,8 @@ class Recorder:
 
     def __init__(self, model: nn.Module, *, sample: int = 0, at: int = 0, maps: bool = False) -> None:
         self._model, self._sample, self._maps = model, sample, maps
-        self._blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
+        own = (m for name, m in model.named_modules() if not name.startswith("control."))
+        self._blocks = [m for m in own if isinstance(m, TransformerBlock)]
         self._order: list[int] = []  # in which the blocks run, which is not that of their names
         self._time: list[list[int]] = []
         self._space: dict[int, Tensor] = {}

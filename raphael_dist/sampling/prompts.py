@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from raphael_dist.config import Config
 from raphael_dist.config_upscale import Upscale
 from raphael_dist.data.buckets import resize_and_crop
 from raphael_dist.data.dataset import decode_image
@@ -90,12 +91,12 @@ def read_picture(path: Path, size_hw: tuple[int, int], option: str = "--image") 
         raise UserError(f"{option} {path}: cannot be read: {error}") from None
 
 
-def read_edges(path: Path, size_hw: tuple[int, int], kind: str) -> np.ndarray:
+def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "--control") -> np.ndarray:
     """Return an edge map to follow, float32 [H, W] in 0..1, of a picture scaled and cut to a size.
 
     kind: "map", the picture is one (white lines on black); "hed" or "canny", made of it. UserError: it cannot be read.
     """
-    pixels_HW3 = read_picture(path, size_hw, "--control")
+    pixels_HW3 = read_picture(path, size_hw, option)
     if kind == "map":
         return pixels_HW3.mean(axis=2).astype(np.float32) / 255
     image = torch.from_numpy(pixels_HW3).permute(2, 0, 1).unsqueeze(0)
@@ -104,14 +105,32 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str) -> np.ndarray:
     return edge_map(image, kind)[0, 0].numpy()
 
 
-def read_small(path: Path | None, upscale: Upscale, size_hw: tuple[int, int]) -> np.ndarray | None:
+def sample_requests(config: Config) -> list[Request]:
+    """Return what is drawn while training, `sample.prompts` with their pictures.
+
+    UserError: a picture cannot be read or does not fit.
+    """
+    s, size, requests = config.sample, config.image.buckets[0], []
+    for index, (prompt, path) in enumerate(zip(s.prompts, s.pictures or [None] * len(s.prompts), strict=True)):
+        request = Request(prompt, size, s.seed, index)
+        if path is not None and config.control.enabled:
+            request = replace(request, edges=read_edges(path, size, "hed", "sample.pictures"))
+        elif path is not None:
+            request = replace(request, small=read_small(path, config.upscale, size, "sample.pictures"))
+        requests.append(request)
+    return requests
+
+
+def read_small(
+    path: Path | None, upscale: Upscale, size_hw: tuple[int, int], option: str = "--upscale"
+) -> np.ndarray | None:
     """Return the small picture that one of `size_hw` is drawn from, uint8 [Hs, Ws, 3], what is transparent on white.
 
     None for a model that draws from captions alone. UserError: it cannot be read, or does not fit the model and the size.
     """
-    pixels_HsWs3, option = None, "--upscale"
+    pixels_HsWs3 = None
     if path is not None:
-        option = f"--upscale {path}"
+        option = f"{option} {path}"
         try:
             pixels_HsWs3 = np.array(decode_image(path.read_bytes()))
         except Exception as error:  # decoders raise nearly anything

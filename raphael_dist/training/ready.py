@@ -20,6 +20,7 @@ from raphael_dist.data.remote import is_remote
 from raphael_dist.data.shard_store import store_of
 from raphael_dist.data.tar_scan import EDGE_EXT
 from raphael_dist.errors import UserError
+from raphael_dist.sampling.prompts import sample_requests
 from raphael_dist.training.rundir import check_unowned
 
 _MEMBERS = 32  # of the first shard: enough to meet a sample with all it has
@@ -28,7 +29,15 @@ _MEMBERS = 32  # of the first shard: enough to meet a sample with all it has
 def problems(config: Config) -> list[str]:
     """Return a line for everything that a start with this configuration would be refused for, as far as names, headers and
     small files tell. No shard and no weights are read."""
-    looks = (_run_dir, _cache_dir, _encoders, partial(_shards, name="shards"), partial(_shards, name="val_shards"), _initial)
+    looks = (
+        _run_dir,
+        _cache_dir,
+        _encoders,
+        partial(_shards, name="shards"),
+        partial(_shards, name="val_shards"),
+        _initial,
+        _pictures,
+    )
     return [line for look in looks if (line := _said(look, config))]
 
 
@@ -88,6 +97,10 @@ def _edges_in(shard: Path) -> Iterator[bool]:
     except (OSError, tarfile.TarError, EOFError) as error:
         why = str(error).splitlines()[0].rstrip(":")
         raise UserError(f"data.shards: {shard} cannot be read as a tar file ({why})") from None
+
+
+def _pictures(config: Config) -> None:
+    sample_requests(config)
 
 
 def _initial(config: Config) -> None:

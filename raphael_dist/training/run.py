@@ -15,6 +15,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import Ranks
+from raphael_dist.sampling.sampling import Request
 from raphael_dist.training.guard import Guard
 from raphael_dist.training.stopping import StopRequest
 from raphael_dist.training.telemetry import Telemetry
@@ -42,6 +43,7 @@ class Run:
     watchdog: Watchdog
     stop: StopRequest  # what this rank wants
     lock: IO[str] | None
+    requests: list[Request]  # what is drawn while training
     samples_seen: int = 0
     step: int = 0
     since: int = 0  # the step that this configuration holds from, the end of the stage before (recipe.stages)

@@ -34,7 +34,7 @@ from raphael_dist.training.guard import Guard
 from raphael_dist.training.run import Run
 from raphael_dist.training.stopping import StopRequest
 from raphael_dist.training.telemetry import Telemetry
-from raphael_dist.training.validation import Validator, figures_of, ready_to_sample, sample_prompts
+from raphael_dist.training.validation import Validator, draw_samples, figures_of, ready_to_sample
 from raphael_dist.training.watchdog import SLOW, Watchdog
 
 
@@ -67,7 +67,7 @@ def build(
         watchdog.beat("building the engine", SLOW)
         base, belongs_to = _base(config, ranks)
         engine = Engine(config, json_tree, plan, device, base)
-        together("reading the encoders", lambda _: ready_to_sample(config, ranks, engine, data.text, data.image))
+        requests = together("reading the encoders", lambda _: ready_to_sample(config, ranks, engine, data.text, data.image))
         ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
         schedule = NoiseSchedule.create(config.diffusion, device)
         run = Run(
@@ -87,6 +87,7 @@ def build(
             watchdog=watchdog,
             stop=StopRequest() if stop is None else stop,
             lock=lock,
+            requests=requests,
         )
         watchdog.beat("looking for a checkpoint", SLOW)
         saved = run.store.resume()
@@ -261,7 +262,7 @@ def train(run: Run) -> bool:
                 log_step(run)
             if run.validator and (_due(run.step, config.train.val_every) or last):
                 validate(run, run.validator)
-            if config.sample.prompts and (_due(run.step, config.train.sample_every) or last):
+            if run.requests and (_due(run.step, config.train.sample_every) or last):
                 sample(run)
             run.save_due |= _due(run.step, config.checkpoint.every) or run.stop_requested
             # Not while steps are being skipped: the update before them may be what is wrong with the weights.
@@ -301,10 +302,10 @@ def validate(run: Run, validator: Validator) -> None:
 
 
 def sample(run: Run) -> None:
-    """Sample the configured prompts with the averaged weights, and write the grid. Collective."""
-    samples = sample_prompts(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image)
+    """Draw what is to be drawn while training with the averaged weights, and write the grid. Collective."""
+    samples = draw_samples(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image, run.requests)
     if samples is not None:
-        prompts = run.config.sample.prompts
+        prompts = [request.prompt for request in run.requests]
         path = run.config.run.dir / "samples" / f"step-{run.step:08d}.png"
         grid = caption_grid(samples.images, prompts)
         try:

@@ -1,5 +1,6 @@
 """Validation loss at fixed noise, and sample grids, with the work spread over all ranks."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from raphael_dist.model.diffusion import NoiseSchedule, make_scheduler
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan, run_of, unit_of
 from raphael_dist.parallel.ranks import Ranks, agree, all_reduce_sum
+from raphael_dist.sampling.prompts import sample_requests
 from raphael_dist.sampling.sampling import Request, Sampler
 
 RECORDED_AT = 0.6  # of the denoising steps: the regions that are shown
@@ -96,39 +98,47 @@ def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> li
     return [min(rank * each + i, num_prompts - 1) for i in range(each)]
 
 
-def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> None:
-    """Load the encoders where prompts will be drawn: what is wrong with them is better found before the first step."""
-    if prompt_share(
-        len(config.sample.prompts), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size)
-    ):
+def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> list[Request]:
+    """Return what is drawn while training, and load the encoders where it will be.
+
+    What is wrong with pictures or encoders is better found before the first step: UserError.
+    """
+    requests = sample_requests(config)
+    if prompt_share(len(requests), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size)):
         text.ready()
         image.ready()
+    return requests
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images of `sample.prompts`, uint8 [P, H, W, 3], and what the first of them went through."""
+    """Images of the requests, uint8 [P, H, W, 3], and what the first of them went through."""
 
     images: np.ndarray
     record: Record
 
 
-def sample_prompts(
-    config: Config, ranks: Ranks, engine: Engine, ema: Ema | None, text: TextEncoder, image: ImageEncoder
+def draw_samples(
+    config: Config,
+    ranks: Ranks,
+    engine: Engine,
+    ema: Ema | None,
+    text: TextEncoder,
+    image: ImageEncoder,
+    requests: Sequence[Request],
 ) -> Samples | None:
-    """Return images of `sample.prompts` from the averaged weights, on rank 0. Collective."""
-    s, prompts, size = config.sample, list(config.sample.prompts), config.image.buckets[0]
-    mine = prompt_share(len(prompts), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size))
-    images = torch.zeros(len(prompts), *size, 3, dtype=torch.uint8)
+    """Return images of the requests, all of one size, from the averaged weights, on rank 0. Collective."""
+    s, size = config.sample, requests[0].size_hw
+    mine = prompt_share(len(requests), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size))
+    images = torch.zeros(len(requests), *size, 3, dtype=torch.uint8)
     engine.module.eval()
     recorder = Recorder(engine.module, at=round(RECORDED_AT * s.steps) - 1)
     with nullcontext() if ema is None else ema.in_model():
         if mine:
-            requests = [Request(prompts[i], size, s.seed, i) for i in mine]
             scheduler = make_scheduler(config.diffusion, s.scheduler)
             sampler = Sampler.of(engine.module, text, image)
             with recorder if ranks.is_main else nullcontext():
-                drawn = sampler.draw(requests, scheduler, steps=s.steps, guidance=s.guidance)
+                drawn = sampler.draw([requests[i] for i in mine], scheduler, steps=s.steps, guidance=s.guidance)
             for i, image_HW3 in zip(mine, drawn, strict=True):
                 if i // len(mine) == ranks.rank:  # else it was drawn only so that the group's ranks draw equally many
                     images[i] = torch.from_numpy(image_HW3)

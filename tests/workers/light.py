@@ -19,6 +19,7 @@ from raphael_dist.engine import expert_groups
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.exchange import Traffic
 from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from raphael_dist.sampling.prompts import sample_requests
 from raphael_dist.sampling.sampling import Request, Sampler
 from raphael_dist.training import validation
 from tests.synthetic import SIZE, TEXT_WIDTH, TOKENS, TREE
@@ -105,7 +106,7 @@ def prompts_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     Sampler.draw = counting  # type: ignore[method-assign]
     engine: Any = SimpleNamespace(module=tiny_unet(config), stage=spec["stage"], device=torch.device("cpu"))
     text: Any = Letters()
-    samples = validation.sample_prompts(config, ranks, engine, None, text, ImageEncoder.of(None))
+    samples = validation.draw_samples(config, ranks, engine, None, text, ImageEncoder.of(None), sample_requests(config))
     return {"drawn": drawn, "images": None if samples is None else samples.images.tolist()}
 
 

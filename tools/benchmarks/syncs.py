@@ -108,6 +108,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
         data=data,
         builder=BatchBuilder(config, stream, ahead, engine.module.num_blocks, pin=True),
         validator=None,
+        requests=[],
         engine=engine,
         ema=Ema(engine.fragments, config.ema) if config.ema.enabled else None,
         schedule=NoiseSchedule.create(config.diffusion, GPU),
