@@ -22,6 +22,7 @@ from raphael_dist.config import Config, config_from_tree
 from raphael_dist.errors import UserError
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.host_memory import keep_freed_memory
 from raphael_dist.planning.cluster import ClusterSpec, load_cluster
 from raphael_dist.planning.operations import CLASSES, LiveBytes
 from raphael_dist.planning.step import device_times
@@ -196,6 +197,7 @@ def reckoned_step(config: Config, cluster: ClusterSpec) -> float:
 
 def calibrate(path: Path) -> str:
     """Measure this machine, write its description to `path` and return what was found. Raises UserError."""
+    keep_freed_memory()  # as training has it
     rates = measure_rates()
     peak = rates["product"][1] or 0.0
     factor, us = fit_reference(rates, peak)

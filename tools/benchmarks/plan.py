@@ -18,6 +18,7 @@ import psutil
 
 from raphael_dist.config import Config, load_config
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.host_memory import keep_freed_memory
 from raphael_dist.planning.calibrate import measured_peak, measured_step, reckoned_step
 from raphael_dist.planning.cluster import load_cluster
 from raphael_dist.planning.memory import held, shapes_of, topology
@@ -187,6 +188,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name:<28}{_beside(alive / 1e6, reckoned / 1e6)}{_beside(grown / 1e6, planned / 1e6)}", flush=True)
     if "time" in args.parts:
         cluster = load_cluster(args.cluster)
+        keep_freed_memory()  # as training has it
         print(f"\n{'ms of a micro-step':<28}{'measured':>12}{'plan':>9}")
         for name in CONFIGURATIONS:
             config = configuration(name)
