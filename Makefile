@@ -18,7 +18,7 @@ help:
 	@echo "make sample     draw from the model in models/emoji, trained on all emoji: build/emoji.png, within a minute"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"
-	@echo "make test-slurm on a Slurm of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
+	@echo "make test-slurm on two Slurms of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
 	@echo "make test-gpu   gradients in every precision and stage, and the tests that need a GPU; on a machine with one or more"
 	@echo "make docs       the documentation as a site in build/site, every link checked"
 	@echo "make torture    faults at random for TORTURE_MINUTES (default 30), see docs/reliability.md"
@@ -53,7 +53,7 @@ test-slow: $(INSTALLED)
 	$(PYTEST) --no-loadscope-reorder -m "slow and not slurm"
 
 test-slurm: $(INSTALLED)
-	$(BIN)/python -m pytest -q $(ARGS) -m slurm
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS) -m slurm
 
 # Gradients first: nothing that comes after them means much where they are wrong.
 test-gpu: $(INSTALLED)

@@ -57,12 +57,15 @@ class HungError(RuntimeError):
     """Other ranks make no progress; the text names them. Ranks cannot agree on anything after it."""
 
 
-def leave_exit_code(code: int) -> None:
-    """Write the exit code into the file that RAPHAEL_EXIT_FILE names, since some launchers turn every code into 1."""
+def leave_exit_code(code: int, why: str = "") -> None:
+    """Write the exit code, and in a second line why, into the file that RAPHAEL_EXIT_FILE names.
+
+    Some launchers turn every code into 1, and a rank may be ended by its launcher before its last words are out.
+    """
     path = os.environ.get("RAPHAEL_EXIT_FILE")
     if path:
         with contextlib.suppress(OSError):
-            Path(path).write_text(f"{code}\n")
+            Path(path).write_text(f"{code}\n{' '.join(why.split())}\n")
 
 
 def redact(tree: Any) -> Any:

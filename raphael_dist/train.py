@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -37,6 +38,8 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.stages import every_stage
 from raphael_dist.training.console import let_output_fail
 from raphael_dist.training.stopping import StopRequest, parse_time
+
+HEAD_START_S = 2.0  # seconds that rank 0 has to say what every rank knows
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -77,17 +80,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (see errors.py)."""
+    why = ""
     try:
-        code = _main(sys.argv[1:] if argv is None else argv)
+        code, why = _main(sys.argv[1:] if argv is None else argv)
     except SystemExit as error:  # argparse
         code = error.code if isinstance(error.code, int) else EXIT_USER_ERROR
-    # A mistake meets all ranks, and the first that leaves may be the end of the others, rank 0 among them.
+    # A mistake meets all ranks, and the first that leaves may be the end of the others, of rank 0 before it has spoken.
+    # So what is wrong goes into the file as well, and rank 0 has a head start.
     if _rank() == "0" or code == EXIT_USER_ERROR:
-        leave_exit_code(code)
+        leave_exit_code(code, why)
+    if _rank() != "0" and why:
+        time.sleep(HEAD_START_S)
     return code
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(argv: Sequence[str]) -> tuple[int, str]:
+    """Return the exit code, and why where something went wrong."""
     training = False
     try:
         args = parse(argv)
@@ -105,11 +113,11 @@ def _main(argv: Sequence[str]) -> int:
             if args.plan or args.dry_run:
                 print(describe(stage, plan, merged), flush=True)
         if args.plan or args.dry_run:
-            return 0 if args.plan else _check_ready(stages)
+            return 0 if args.plan else _check_ready(stages), ""
         training = True
         let_output_fail()
         stop.listen()
-        return run(config, tree, stop)
+        return run(config, tree, stop), ""
     except UserError as error:
         return _fail(error, EXIT_USER_ERROR, training)
     except NonFiniteError as error:
@@ -197,14 +205,14 @@ def run(config: Config, tree: dict, stop: StopRequest) -> int:
     return 0 if complete else EXIT_INTERRUPTED
 
 
-def _fail(error: Exception, code: int, training: bool) -> int:
+def _fail(error: Exception, code: int, training: bool) -> tuple[int, str]:
     # What every rank knows is said once; what only one rank met, by that rank.
     rank = _rank()
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif training and not getattr(error, "agreed", True):
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    return code
+    return code, str(error)
 
 
 if __name__ == "__main__":

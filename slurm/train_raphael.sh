@@ -213,8 +213,8 @@ requeue() {
 finish() {
     local code=$1
     # Some launchers turn every code into 1, and a rank that left last may have been ended by srun: rank 0 knows better.
-    local told=''
-    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then read -r told <"$RAPHAEL_EXIT_FILE"; fi
+    local told='' why=''
+    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then { read -r told && read -r why; } <"$RAPHAEL_EXIT_FILE"; fi
     [[ ! $told =~ ^[0-9]{1,3}$ ]] || code=$((10#$told))
     rm -f "$RAPHAEL_EXIT_FILE"
     if ((code == 0)); then
@@ -223,7 +223,7 @@ finish() {
         exit 0
     fi
     if ((code == 2 || code == 3 || code == 4)); then
-        say "exit code $code: a restart would not help (see above)"
+        say "exit code $code: a restart would not help: ${why:-see above}"
         exit "$code"
     fi
     if ((cancelled)); then

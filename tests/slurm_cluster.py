@@ -46,6 +46,7 @@ SlurmdTimeout=10
 KillWait=15
 OverTimeLimit=0
 InactiveLimit=0
+FirstJobId={first_job}
 """
 
 
@@ -106,7 +107,10 @@ class Cluster:
         wait_for((self.folder / "munge.socket").exists, 20, "munged")
         (self.folder / "state").mkdir()
         host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.getuid()).pw_name
-        text = CONFIG.format(host=host, port=free_port(), user=user, folder=self.folder)
+        # Ports of jobs follow from their numbers, and another cluster of this host may run at the same time.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+        first_job = 1 + 250 * worker
+        text = CONFIG.format(host=host, port=free_port(), user=user, folder=self.folder, first_job=first_job)
         for node in self.nodes:
             text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 RealMemory=1000\n"
         text += "PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP DefMemPerCPU=1\n"

@@ -143,6 +143,24 @@ def test_a_control_draws_along_the_edges_of_pictures_while_it_trains(stage: int,
     assert "sample.pictures no.png: cannot be read" in told[0]
 
 
+def test_a_mistake_is_left_in_the_exit_file_too_and_rank_0_has_a_moment_to_say_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher ends all ranks as soon as one leaves; rank 1 once left before rank 0 had spoken, and nobody said a word."""
+    slept: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setenv("RAPHAEL_EXIT_FILE", str(tmp_path / "code"))
+    for rank, said, waits in (("1", False, [train.HEAD_START_S]), ("0", True, [])):
+        monkeypatch.setenv("RANK", rank)
+        slept.clear()
+        assert train.main(["--config", "emoji-tiny", "train.max_step=1"]) == 2
+        code, why = (tmp_path / "code").read_text().splitlines()
+        assert code == "2"
+        assert "did you mean 'max_steps'?" in why
+        assert (why in capsys.readouterr().err) == said
+        assert slept == waits
+
+
 def averages(run_dir: Path) -> dict[str, torch.Tensor]:
     reader = open_newest(run_dir)
     return {name: reader.whole("ema", name) for name in reader.shapes}
