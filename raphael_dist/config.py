@@ -278,6 +278,11 @@ class Parallel(Section):
     def _one_for_all_levels(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @property
+    def spreads(self) -> bool:
+        """Whether ranks share experts."""
+        return self.space_ep > 1 or self.time_ep > 1
+
 
 class Sample(Section):
     prompts: tuple[str, ...] = Field((), description="captions that are drawn while training; empty: none")

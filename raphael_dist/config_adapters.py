@@ -34,7 +34,7 @@ def check_control(config: Any) -> None:
         (config.run.init_from is None, "run.init_from: the model that it is to control"),
         (not config.edge.weight > 0, "edge.weight above 0, as the model had: without it no edge maps are read"),
         (config.lora.rank > 0, "lora.rank=0: one of them at a time"),
-        (max(config.parallel.space_ep, config.parallel.time_ep) > 1, "parallel.space_ep=1 parallel.time_ep=1"),
+        (config.parallel.spreads, "parallel.space_ep=1 parallel.time_ep=1"),
         (bool(config.run.init_missing), "run.init_missing=[]: what is missing would never be trained"),
     ]
     for fails, need in wrong:

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         _time(args.out, trained, report)
-        for number, prompt in enumerate(args.prompt or trained.config.sample.prompts[:3]):
+        # A model that enlarges small pictures draws nothing from a caption alone; its experts are looked at all the same.
+        own = () if trained.config.upscale.factor else trained.config.sample.prompts[:3]
+        for number, prompt in enumerate(args.prompt or own):
             _prompt(args, trained, number, prompt, report)
         _experts(args, trained, report)
         for kind in args.classify:

@@ -163,11 +163,7 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
             "train.compile=true does not go with ZeRO-3, which gathers weights by hooks inside the parts that are compiled; "
             "use ds_configs/zero2.json or train.compile=false"
         )
-    compile_parts(model, device, dynamic=_spreads(config) or len(config.image.buckets) > 1)
-
-
-def _spreads(config: Config) -> bool:
-    return max(config.parallel.space_ep, config.parallel.time_ep) > 1
+    compile_parts(model, device, dynamic=config.parallel.spreads or len(config.image.buckets) > 1)
 
 
 def _check_graphs(config: Config, stage: int, plan: BatchPlan, device: torch.device) -> None:
@@ -178,7 +174,7 @@ def _check_graphs(config: Config, stage: int, plan: BatchPlan, device: torch.dev
         "needs a GPU": not is_gpu(device),
         "goes with ZeRO-1 and 2": stage not in (1, 2),
         "goes with ZeRO-2 where a step has several micro-steps": stage == 1 and plan.accumulation > 1,
-        "goes with experts that every rank has (parallel.space_ep=1 parallel.time_ep=1)": _spreads(config),
+        "goes with experts that every rank has (parallel.space_ep=1 parallel.time_ep=1)": config.parallel.spreads,
         "goes without adapters and controls": bool(beside(config)),
         "goes with one size of image.buckets": len(config.image.buckets) > 1,
         # Elsewhere the host reads how many rows each expert has (`Experts.apply_sorted`), which no graph can.

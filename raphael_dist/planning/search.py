@@ -43,10 +43,15 @@ class Choice:
     def json(self) -> str:
         return f"ds_configs/{JSONS[self.stage, self.overlap]}.json"
 
+    @property
+    def spreads(self) -> bool:
+        """Whether ranks share experts."""
+        return self.space_ep > 1 or self.time_ep > 1
+
     def settings(self) -> list[str]:
         """Return the overrides, written as the command line takes them."""
         found = [f"train.micro_batch={self.micro_batch}", f"model.checkpoint_activations={self.recompute}"]
-        if self.space_ep > 1 or self.time_ep > 1:
+        if self.spreads:
             found += [f"parallel.space_ep={self.space_ep}", f"parallel.time_ep={self.time_ep}"]
             found += [f"parallel.placement={self.placement}"]
         return found
@@ -64,7 +69,7 @@ class Choice:
 
     def __str__(self) -> str:
         zero = f"ZeRO-{self.stage}{' overlapped' if self.overlap else ''}"
-        spread = f"ep {self.space_ep},{self.time_ep} {self.placement}" if self.space_ep > 1 or self.time_ep > 1 else "ep 1"
+        spread = f"ep {self.space_ep},{self.time_ep} {self.placement}" if self.spreads else "ep 1"
         return f"{zero}, {spread}, micro-batch {self.micro_batch}, recompute {self.recompute}"
 
 
@@ -137,7 +142,7 @@ class Search:
             ds_config.merge(config, tree, plan.accumulation, self.world)
         except UserError:
             return None
-        if max(choice.space_ep, choice.time_ep) > 1:
+        if choice.spreads:
             placed = place(config, plan)
             # `auto` that shards nothing, or all, is the same as another choice.
             if choice.placement == "auto" and len({cost.shard for cost in placed}) == 1:
