@@ -20,6 +20,9 @@ REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's reduce_bucket_size
 GATHERED = 1_000_000_000  # numbers; DeepSpeed's stage3_max_live_parameters
 # Share of the activations that the caching allocator cannot reuse: blocks are rounded up and split. Assumed.
 SLACK = 0.05
+# What torch and DeepSpeed load and keep of their own from the first step on, on a CPU. Of one measured run of six, which the
+# others are held to (docs/performance.md, section 1).
+LIBRARIES = 40_000_000
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Memory:
     """Bytes of one rank at the fullest moment of a step.
 
     activations: at the peak of a micro-step. buffers: for reducing gradients, and under ZeRO-3 the gathered weights.
-    update: what the update needs for itself, after the activations are gone. slack: lost in the allocator.
+    update: what the update needs for itself, after the activations are gone. slack: lost in the allocator; on a CPU what
+    libraries take for themselves.
     """
 
     states: States
@@ -134,7 +138,7 @@ def memory(
     overlap: bool = False,
     allocator: bool = True,
 ) -> Memory:
-    """Return a rank's memory. activations: the trace's peak. allocator: False counts no slack, as on a CPU."""
+    """Return a rank's memory. activations: the trace's peak. allocator: torch's, which keeps blocks; False on a CPU."""
     width, numbers = 2 if config.train.dtype == "bfloat16" else 4, held.numbers
     buffers = 0
     if held.buckets:
@@ -146,7 +150,8 @@ def memory(
     part = held.states.master // 4 if held.stage else numbers
     # The update of ZeRO-1 to 3 copies its part of the gradients to one tensor and to float32.
     update = 0 if held.stage == 0 else part * ((width if width == 2 else 0) + 4)
-    return Memory(held.states, activations, buffers + kept, update + kept, round(SLACK * activations) if allocator else 0)
+    slack = round(SLACK * activations) if allocator else LIBRARIES
+    return Memory(held.states, activations, buffers + kept, update + kept + (0 if allocator else slack), slack)
 
 
 def _bf16_optimizer(config: Config, where: Topology, accumulation: int) -> bool:

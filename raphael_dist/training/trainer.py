@@ -25,6 +25,7 @@ from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.host_memory import without_long_collections
 from raphael_dist.parallel.long_work import from_main, together
 from raphael_dist.parallel.ranks import Ranks, all_or_none, all_reduce_sum, rank_table
 from raphael_dist.sampling.grid import caption_grid, save_image
@@ -245,6 +246,7 @@ def train(run: Run) -> bool:
     run.stop.listen()
     run.stop_requested = float(all_reduce_sum([float(run.stop.wanted)], run.device)) > 0  # while it was being built
     with (
+        without_long_collections(),
         run.watchdog,
         run.store,
         telemetry,
