@@ -92,7 +92,7 @@ def _read_one(name_or_path: str) -> Given:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
-            raise UserError(f"--config {name_or_path}: no such file")
+            raise UserError(f"--config {name_or_path}: no such file" + ("" if path.is_absolute() else f" in {Path.cwd()}"))
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ die() {
 }
 
 say() {
-    printf '[%s] %s\n' "$(date +%FT%T)" "$*"
+    printf '[%(%FT%T)T] %s\n' -1 "$*"
 }
 
 # Refuse what no honest value holds; a newline would forge lines of a log.

@@ -15,4 +15,5 @@ home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 source "$home/slurm/common.sh"
 
 no_control_characters RUN_DIR "${RUN_DIR:=runs/raphael}"
-run "$python" -m raphael_dist.sample --checkpoint "$RUN_DIR" "$@"
+given --checkpoint "$@" || set -- --checkpoint "$RUN_DIR" "$@"
+run "$python" -m raphael_dist.sample "$@"

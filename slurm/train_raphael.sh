@@ -28,13 +28,26 @@ split_words "${OVERRIDES:-}"
 for argument in "${overrides[@]}" "$@"; do
     [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
 done
+choose_config "$@"
+# configured_dir ARGUMENT...: the run.dir that the configuration itself gives, where that is a file and gives one.
+configured_dir() {
+    local file=${CONFIG:-} before='' argument
+    for argument in "$@"; do
+        [[ $before != --config ]] || file=$argument
+        [[ $argument != --config=* ]] || file=${argument#--config=}
+        before=$argument
+    done
+    [[ -f $file ]] && grep -q 'dir *:' -- "$file" || return 0
+    "$python" "$train_py" "${config[@]}" "$@" --plan 2>/dev/null |
+        sed -n "/^run:/,/^[a-z]*:$/s/^  dir: '\{0,1\}\(.*[^']\)'\{0,1\}$/\1/p" | grep -vx runs/default
+}
+[[ -n $run_dir ]] || run_dir=$(configured_dir "$@")
 if [[ -z $run_dir ]]; then
     name=${SLURM_JOB_NAME:-raphael}
     [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "the job name $(printf '%q' "$name") is no folder name: set RUN_DIR"
     run_dir=runs/$name
 fi
 no_control_characters RUN_DIR "$run_dir"
-choose_config "$@"
 arguments=("${config[@]}" ${DS_CONFIG:+--deepspeed_config "$DS_CONFIG"})
 # A key that is given twice is refused: what is said here must not be among the arguments too.
 given run.dir "$@" "${overrides[@]}" || arguments+=("run.dir=$run_dir")
@@ -170,17 +183,19 @@ newest_checkpoint() {
     echo "$newest"
 }
 
-# Refuse a time limit within which nothing can be trained: Slurm then sends USR1 as soon as the job runs.
+# Refuse a time limit within which nothing can be trained: Slurm then sends USR1 as soon as the job runs, to the ranks alone.
+# Where a little was trained all the same, say that most of the time is lost.
 check_time() {
-    local left minutes
+    local left minutes came=${signalled:-$SECONDS} so="most of its time is lost"
     left=$(squeue -h -j "$SLURM_JOB_ID" -o %L 2>/dev/null)
     [[ $left =~ ^([0-9]{1,2}:)?[0-9]{1,2}:[0-9]{2}$ ]] || return 0 # more than a day is left
     [[ $left == *:*:* ]] || left=0:$left
     minutes=$((10#${left%%:*} * 60 + 10#$(cut -d: -f2 <<<"$left")))
-    ((minutes <= 30 && signalled <= minutes * 60 + 60)) || return 0
-    say "USR1 came ${signalled} s after the job's start, about $minutes minutes before its time limit, and no checkpoint was" \
-        "saved: give a longer --time, or a shorter lead in --signal=USR1@SECONDS"
-    exit 2
+    ((minutes <= 30 && came <= minutes * 60 + 60)) || return 0
+    [[ $(newest_checkpoint) != "$first_checkpoint" ]] || so="no checkpoint was saved"
+    say "the run was told to stop $came s after the job's start, about $minutes minutes before its time limit, and $so: give a" \
+        "longer --time, or a shorter lead in --signal=USR1@SECONDS"
+    [[ $(newest_checkpoint) != "$first_checkpoint" ]] || exit 2
 }
 
 # requeue CODE WHY: put the job back into the queue; give up when that did not help before.
@@ -232,10 +247,11 @@ finish() {
     fi
     ((timed_out)) && requeue "$code" "the time limit came before the run could save"
     case $code in
-    75 | 138)
-        [[ -z $signalled || $(newest_checkpoint) != "$first_checkpoint" ]] || check_time
-        ;;&
-    75 | 138) requeue 75 "stopped after saving" ;;  # 138: USR1 met a rank that was still starting
+    75 | 138) # 138: USR1 met a rank that was still starting
+        check_time
+        [[ $(newest_checkpoint) != "$first_checkpoint" ]] || requeue 75 "stopped, with nothing new to save"
+        requeue 75 "stopped after saving"
+        ;;
     76) requeue 76 "the run hung (stacks in $run_dir/logs)" ;;
     *) requeue "$code" "exit code $code" ;;
     esac

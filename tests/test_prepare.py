@@ -223,7 +223,7 @@ def test_a_look_at_data_tells_what_it_holds_and_draws_it(tmp_path: Path, capsys:
     assert inspect_data.main([str(tmp_path / "out"), "--out", str(sheet), "--pictures", "9", *sizes]) == 0
     said = capsys.readouterr().out
     wanted = ["9 samples in 1 shards", "png 56%, jpg 44%", "json captions: list, in 100%", "not decoded: 0 of 9"]
-    wanted += ["look like another picture: 1 of 9", "9 (1 in 9 samples); words: median 3", "[64, 80]         9"]
+    wanted += ["look like another picture: 1 of 9", "9 (1 each in 9 samples); words: median 3", "[64, 80]         9"]
     assert [text for text in wanted if text not in said.replace("json 100%, ", "")] == []
     with Image.open(sheet) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or []}

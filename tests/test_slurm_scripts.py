@@ -76,6 +76,19 @@ def test_a_job_whose_configuration_was_not_chosen_is_refused(script: str) -> Non
     assert "emoji-tiny" not in chosen
 
 
+def test_the_run_directory_of_a_yaml_file_is_taken_and_the_command_line_wins(tmp_path: Path) -> None:
+    """Its checkpoints are what the script counts restarts by; a file without one leaves the job's name."""
+    for text, wanted in (("run: {dir: runs/my own}", r"runs/my\ own"), ("data: {cache_dir: /tmp/c}", "runs/raphael")):
+        (tmp_path / "my.yaml").write_text(f"base: emoji-tiny\n{text}\n")
+        for config in ({"CONFIG": str(tmp_path / "my.yaml")}, {"CONFIG": ""}):
+            arguments = () if config["CONFIG"] else ("--config", str(tmp_path / "my.yaml"))
+            command = dry("train_raphael.sh", *arguments, PREFLIGHT="0", PYTHON=sys.executable, **config)
+            assert command[0] == f"mkdir -p {wanted}/checkpoints "
+            assert f"run.dir={wanted}" in command[-1]
+    other = dry("train_raphael.sh", CONFIG=str(tmp_path / "my.yaml"), PREFLIGHT="0", RUN_DIR="elsewhere")
+    assert "run.dir=elsewhere" in other[-1]
+
+
 def test_the_script_repeats_no_key_that_its_arguments_give() -> None:
     """A key that is given twice is refused by the trainer."""
     given = ("run.dir=mine", "run.lock_wait_s=5")
@@ -163,10 +176,13 @@ def test_a_restart_that_cannot_be_counted_is_not_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("left", "code"), [("0:58", 2), ("5:00", 2), ("10:00:00", 0), ("1-00:00:00", 0), ("INVALID", 0)])
 def test_a_time_limit_that_leaves_no_time_to_train_is_refused(tmp_path: Path, left: str, code: int) -> None:
-    done = job(tmp_path, "trap '' USR1; kill -USR1 $PPID; exit 75", squeue=f"echo {left}")
-    assert done.returncode == code
-    assert ("give a longer --time" in done.stdout) == (code == 2)
-    assert (tmp_path / "requeued").exists() == (code == 0)
+    # Slurm signals the ranks alone, and by hand one may signal the script as well.
+    for python in ("trap '' USR1; kill -USR1 $PPID; exit 75", "exit 75"):
+        done = job(tmp_path, python, squeue=f"echo {left}")
+        assert done.returncode == code
+        assert ("give a longer --time" in done.stdout.replace("\n", " ")) == (code == 2)
+        assert ("stopped, with nothing new to save; queued again" in done.stdout) == (code == 0)
+        assert (tmp_path / "requeued").exists() == (code == 0)
     trained = "mkdir -p $(dirname $0)/run/checkpoints/step-00000001; trap '' USR1; kill -USR1 $PPID; exit 75"
     assert job(tmp_path, trained, squeue=f"echo {left}").returncode == 0
 

@@ -139,7 +139,7 @@ def _caption_lines(found: Findings) -> Iterator[str]:
     if not found.captions:
         return
     words = np.array([len(caption.split()) for caption in found.captions])
-    each = ", ".join(f"{count} in {samples}" for count, samples in sorted(found.captions_each.items())[:5])
+    each = ", ".join(f"{count} each in {samples}" for count, samples in sorted(found.captions_each.items())[:5])
     most = np.percentile(words, 95)
     yield f"captions: {len(words)} ({each} samples); words: median {np.median(words):.0f}, 95% have up to {most:.0f}"
     common = [(text, count) for text, count in Counter(found.captions).most_common(_SHOWN) if count > 1]

@@ -347,7 +347,10 @@ def _greeting(run: Run) -> str:
     c, ranks = run.config, run.ranks.world_size
     new = f"new, from the weights of {c.run.init_from}" if c.run.init_from else "from scratch"
     state = f"resumed at step {run.step}" if run.step else new
+    spread = (
+        f"space_ep={c.parallel.space_ep} time_ep={c.parallel.time_ep}, " if c.parallel.spreads or c.parallel.elastic else ""
+    )
     return (
-        f"{state}: {c.run.dir}, {run.data.describe()}, {ranks} ranks on {run.device.type}, ZeRO-{run.engine.stage}, "
+        f"{state}: {c.run.dir}, {run.data.describe()}, {ranks} ranks on {run.device.type}, ZeRO-{run.engine.stage}, {spread}"
         f"global batch {c.train.global_batch} = {run.plan.accumulation} x {ranks} x {c.train.micro_batch} slots"
     )
