@@ -102,7 +102,10 @@ def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
 
 
 # Each takes the experts, rows x [R, D] and weights w [R, K], and returns `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D].
-FORMS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {"grouped": grouped_space_moe, "wide": Experts.wide}
+FORMS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {
+    "grouped": grouped_space_moe,
+    "wide": lambda experts, x_RD, w_RK: experts.wide(x_RD, w_RK),  # the layer's own, which train.compile replaces
+}
 
 
 def literal_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> Tensor:

@@ -175,7 +175,9 @@ def _settings(target: _Target, index: int | list[int], spread: int = 1) -> dict[
     optim = target.config.optim
     made: torch.optim.Optimizer
     if target.adam:
-        made = torch.optim.AdamW([model], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        # Fused as the engine's is: what is loaded says which kernel goes on, and they round differently.
+        rates = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+        made = torch.optim.AdamW([model], **rates, fused=True)
     else:
         made = torch.optim.SGD([model], lr=optim.lr)
     settings = dict(made.state_dict()["param_groups"][0])
