@@ -58,14 +58,16 @@ class HungError(RuntimeError):
 
 
 def leave_exit_code(code: int, why: str = "") -> None:
-    """Write the exit code, and in a second line why, into the file that RAPHAEL_EXIT_FILE names.
+    """Write the exit code into the file that RAPHAEL_EXIT_FILE names, and why, if given, into one beside it (.why).
 
     Some launchers turn every code into 1, and a rank may be ended by its launcher before its last words are out.
     """
     path = os.environ.get("RAPHAEL_EXIT_FILE")
     if path:
         with contextlib.suppress(OSError):
-            Path(path).write_text(f"{code}\n{' '.join(why.split())}\n")
+            Path(path).write_text(f"{code}\n")
+            if why:
+                Path(f"{path}.why").write_text(f"{' '.join(why.split())}\n")
 
 
 def redact(tree: Any) -> Any:

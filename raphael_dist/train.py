@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # argparse
         code = error.code if isinstance(error.code, int) else EXIT_USER_ERROR
     # A mistake meets all ranks, and the first that leaves may be the end of the others, of rank 0 before it has spoken.
-    # So what is wrong goes into the file as well, and rank 0 has a head start.
+    # So what is wrong goes into a file as well, and rank 0 has a head start.
     if _rank() == "0" or code == EXIT_USER_ERROR:
         leave_exit_code(code, why)
     if _rank() != "0" and why:

@@ -229,9 +229,10 @@ finish() {
     local code=$1
     # Some launchers turn every code into 1, and a rank that left last may have been ended by srun: rank 0 knows better.
     local told='' why=''
-    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then { read -r told && read -r why; } <"$RAPHAEL_EXIT_FILE"; fi
+    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then read -r told <"$RAPHAEL_EXIT_FILE"; fi
+    if [[ -s $RAPHAEL_EXIT_FILE.why ]]; then read -r why <"$RAPHAEL_EXIT_FILE.why"; fi
     [[ ! $told =~ ^[0-9]{1,3}$ ]] || code=$((10#$told))
-    rm -f "$RAPHAEL_EXIT_FILE"
+    rm -f "$RAPHAEL_EXIT_FILE" "$RAPHAEL_EXIT_FILE.why"
     if ((code == 0)); then
         say "complete: $run_dir"
         rm -f "$run_dir/.restarts"
@@ -282,7 +283,7 @@ preflight() {
 first_checkpoint=$(newest_checkpoint)
 run mkdir -p "$run_dir/checkpoints" || die "RUN_DIR: cannot make $run_dir/checkpoints"
 export RAPHAEL_EXIT_FILE=$run_dir/.exit-code-$SLURM_JOB_ID
-run rm -f "$RAPHAEL_EXIT_FILE"
+run rm -f "$RAPHAEL_EXIT_FILE" "$RAPHAEL_EXIT_FILE.why"
 say "job $SLURM_JOB_ID, restart $SLURM_RESTART_COUNT: $((num_nodes - spares)) nodes x $tasks ranks, $launcher, $run_dir"
 [[ ${PREFLIGHT:-1} != 1 ]] || preflight
 use_nodes "$((num_nodes - spares))"

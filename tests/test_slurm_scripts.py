@@ -200,7 +200,8 @@ def test_an_exit_code_that_is_told_is_a_number(tmp_path: Path, told: str) -> Non
 
 
 def test_what_is_wrong_is_said_even_if_the_launcher_ended_the_rank_that_was_to_say_it(tmp_path: Path) -> None:
-    done = job(tmp_path, "printf '2\\nrun.dir: given $(touch canary), \\\\n is wrong\\n' >\"$RAPHAEL_EXIT_FILE\"; exit 15")
+    why = "printf 'run.dir: given $(touch canary), \\\\n is wrong\\n' >\"$RAPHAEL_EXIT_FILE.why\""
+    done = job(tmp_path, f'echo 2 >"$RAPHAEL_EXIT_FILE"; {why}; exit 15')
     assert done.returncode == 2
     assert r"exit code 2: a restart would not help: run.dir: given $(touch canary), \n is wrong" in done.stdout
     assert not (ROOT / "canary").exists()

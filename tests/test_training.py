@@ -143,7 +143,7 @@ def test_a_control_draws_along_the_edges_of_pictures_while_it_trains(stage: int,
     assert "sample.pictures no.png: cannot be read" in told[0]
 
 
-def test_a_mistake_is_left_in_the_exit_file_too_and_rank_0_has_a_moment_to_say_it(
+def test_a_mistake_is_left_beside_the_exit_file_too_and_rank_0_has_a_moment_to_say_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A launcher ends all ranks as soon as one leaves; rank 1 once left before rank 0 had spoken, and nobody said a word."""
@@ -154,8 +154,8 @@ def test_a_mistake_is_left_in_the_exit_file_too_and_rank_0_has_a_moment_to_say_i
         monkeypatch.setenv("RANK", rank)
         slept.clear()
         assert train.main(["--config", "emoji-tiny", "train.max_step=1"]) == 2
-        code, why = (tmp_path / "code").read_text().splitlines()
-        assert code == "2"
+        assert (tmp_path / "code").read_text() == "2\n"
+        (why,) = (tmp_path / "code.why").read_text().splitlines()
         assert "did you mean 'max_steps'?" in why
         assert (why in capsys.readouterr().err) == said
         assert slept == waits
