@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -104,14 +105,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace, trained: "Trained") -> "tuple[list[Request], Settings]":
     """Return what to draw, and how. UserError for what does not fit the model."""
-    from raphael_dist.sampling.prompts import (
-        check_sizes,
-        read_edges,
-        read_picture,
-        read_requests,
-        read_small,
-        sample_requests,
-    )
+    from raphael_dist.sampling.prompts import check_sizes, read_edges, read_picture, read_requests, read_small
     from raphael_dist.sampling.sampling import Request
     from raphael_dist.sampling.spread import Settings
 
@@ -132,11 +126,10 @@ def _plan(args: argparse.Namespace, trained: "Trained") -> "tuple[list[Request],
     if args.control:
         maps = {size: read_edges(args.control, size, args.control_kind) for size in {r.size_hw for r in requests}}
         requests = [replace(r, edges=maps[r.size_hw]) for r in requests]
-    if args.upscale or not (s.pictures and config.upscale.factor) or args.prompt or args.prompts:
-        small = {size: read_small(args.upscale, config.upscale, size) for size in {r.size_hw for r in requests}}
-        requests = [replace(r, small=small[r.size_hw]) for r in requests]
-    else:
-        requests = [replace(r, small=one.small) for r, one in zip(requests, sample_requests(config), strict=True)]
+    own = s.pictures and config.upscale.factor and not (args.upscale or args.prompt or args.prompts)
+    paths, option = (s.pictures, "sample.pictures") if own else ([args.upscale] * len(requests), "--upscale")
+    small = cache(lambda path, size: read_small(path, config.upscale, size, option))
+    requests = [replace(r, small=small(path, r.size_hw)) for r, path in zip(requests, paths, strict=True)]
     requests = [replace(r, copy=copy) for r in requests for copy in range(args.per_prompt)]
     guidance = s.guidance if args.guidance is None else args.guidance
     settings = Settings(s.steps if args.steps is None else args.steps, guidance, args.batch, args.strength)

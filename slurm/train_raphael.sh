@@ -183,19 +183,19 @@ newest_checkpoint() {
     echo "$newest"
 }
 
-# Refuse a time limit within which nothing can be trained: Slurm then sends USR1 as soon as the job runs, to the ranks alone.
+# check_time SAVED: refuse a time limit within which nothing can be trained: Slurm then sends USR1 as soon as the job runs, to the ranks alone.
 # Where a little was trained all the same, say that most of the time is lost.
 check_time() {
-    local left minutes came=${signalled:-$SECONDS} so="most of its time is lost"
+    local left minutes came=${signalled:-$SECONDS} saved=$1 so="no checkpoint was saved"
     left=$(squeue -h -j "$SLURM_JOB_ID" -o %L 2>/dev/null)
     [[ $left =~ ^([0-9]{1,2}:)?[0-9]{1,2}:[0-9]{2}$ ]] || return 0 # more than a day is left
     [[ $left == *:*:* ]] || left=0:$left
     minutes=$((10#${left%%:*} * 60 + 10#$(cut -d: -f2 <<<"$left")))
     ((minutes <= 30 && came <= minutes * 60 + 60)) || return 0
-    [[ $(newest_checkpoint) != "$first_checkpoint" ]] || so="no checkpoint was saved"
+    ((saved == 0)) || so="most of its time is lost"
     say "the run was told to stop $came s after the job's start, about $minutes minutes before its time limit, and $so: give a" \
         "longer --time, or a shorter lead in --signal=USR1@SECONDS"
-    [[ $(newest_checkpoint) != "$first_checkpoint" ]] || exit 2
+    ((saved)) || exit 2
 }
 
 # requeue CODE WHY: put the job back into the queue; give up when that did not help before.
@@ -249,9 +249,12 @@ finish() {
     ((timed_out)) && requeue "$code" "the time limit came before the run could save"
     case $code in
     75 | 138) # 138: USR1 met a rank that was still starting
-        check_time
-        [[ $(newest_checkpoint) != "$first_checkpoint" ]] || requeue 75 "stopped, with nothing new to save"
-        requeue 75 "stopped after saving"
+        if [[ $(newest_checkpoint) != "$first_checkpoint" ]]; then
+            check_time 1
+            requeue 75 "stopped after saving"
+        fi
+        check_time 0
+        requeue 75 "stopped, with nothing new to save"
         ;;
     76) requeue 76 "the run hung (stacks in $run_dir/logs)" ;;
     *) requeue "$code" "exit code $code" ;;

@@ -120,10 +120,7 @@ def offload_device(ds_config: dict[str, Any], name: str = "offload_optimizer") -
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
-    """With `parallel.elastic`, return the configuration with the largest space_ep and time_ep that the ranks allow.
-
-    The trainer says which they are when it begins.
-    """
+    """With `parallel.elastic`, return the configuration with the largest space_ep and time_ep that the ranks allow."""
     if not config.parallel.elastic or world_size < 1:
         return config
     sizes = {}

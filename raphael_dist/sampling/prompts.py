@@ -1,7 +1,7 @@
 """What to draw: prompts from the command line or a file, and how they are divided into batches and over ranks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,18 +105,19 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "-
     return edge_map(image, kind)[0, 0].numpy()
 
 
-def sample_requests(config: Config) -> list[Request]:
+def sample_requests(config: Config, drawn: Container[int] | None = None) -> list[Request]:
     """Return what is drawn while training, `sample.prompts` with their pictures.
 
-    UserError: a picture cannot be read or does not fit.
+    drawn: the numbers of those whose pictures are read, None: all. UserError: a picture cannot be read or does not fit.
     """
     s, size, requests = config.sample, config.image.buckets[0], []
     for index, (prompt, path) in enumerate(zip(s.prompts, s.pictures or [None] * len(s.prompts), strict=True)):
         request = Request(prompt, size, s.seed, index)
-        if path is not None and config.control.enabled:
-            request = replace(request, edges=read_edges(path, size, "hed", "sample.pictures"))
-        elif path is not None:
-            request = replace(request, small=read_small(path, config.upscale, size, "sample.pictures"))
+        if path is not None and (drawn is None or index in drawn):
+            if config.control.enabled:
+                request = replace(request, edges=read_edges(path, size, "hed", "sample.pictures"))
+            else:
+                request = replace(request, small=read_small(path, config.upscale, size, "sample.pictures"))
         requests.append(request)
     return requests
 

@@ -99,15 +99,16 @@ def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> li
 
 
 def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> list[Request]:
-    """Return what is drawn while training, and load the encoders where it will be.
+    """Return what is drawn while training; pictures are read and encoders loaded where it will be.
 
-    What is wrong with pictures or encoders is better found before the first step: UserError.
+    What is wrong with them is better found before the first step: UserError.
     """
-    requests = sample_requests(config)
-    if prompt_share(len(requests), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size)):
+    group = ranks_together(config, engine, ranks.world_size)
+    mine = prompt_share(len(config.sample.prompts), ranks.rank, ranks.world_size, group)
+    if mine:
         text.ready()
         image.ready()
-    return requests
+    return sample_requests(config, mine)
 
 
 @dataclass(frozen=True, eq=False)

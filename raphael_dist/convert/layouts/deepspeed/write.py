@@ -176,8 +176,9 @@ def _settings(target: _Target, index: int | list[int], spread: int = 1) -> dict[
     made: torch.optim.Optimizer
     if target.adam:
         # Fused as the engine's is: what is loaded says which kernel goes on, and they round differently.
-        rates: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-        made = torch.optim.AdamW([model], **rates, fused=True)
+        made = torch.optim.AdamW(
+            [model], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
     else:
         made = torch.optim.SGD([model], lr=optim.lr)
     settings = dict(made.state_dict()["param_groups"][0])
