@@ -18,7 +18,14 @@ CONTRACT = {
     "Flat": (
         "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
         "single_partition_of_fp32_groups update_lp_params cpu_offload _wait_for_offload_copies averaged_gradients "
-        "check_grad_overflow clip_grad scaled_global_norm overflow check_overflow",
+        "check_grad_overflow clip_grad scaled_global_norm overflow check_overflow _update_model_bit16_weights",
+    ),
+    "Collected": (
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
+        "_grad_acc_hooks overlapping_partition_gradients_reduce_epilogue reduce_gradients bit16_groups_flat "
+        "round_robin_bit16_groups round_robin_bit16_offsets cpu_offload overlap_comm use_grad_accum_attribute "
+        "gradient_predivide_factor partition_gradients reduce_bucket_size dp_process_group real_dp_process_group "
+        "is_gradient_accumulation_boundary communication_data_type gradient_accumulation_dtype averaged_gradients",
     ),
     "Bf16": (
         "deepspeed.runtime.bf16_optimizer.BF16_Optimizer",
@@ -39,13 +46,15 @@ TELLING = {
 
 
 def names_of(path: str) -> set[str]:
-    """Return the methods of a class and what it sets on itself."""
+    """Return the methods of a class and of DeepSpeed's that it is made of, and what they set on themselves."""
     module, _, name = path.rpartition(".")
-    tree = ast.parse(inspect.getsource(getattr(importlib.import_module(module), name)))
-    found = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
-            found.add(node.attr)
+    classes = getattr(importlib.import_module(module), name).__mro__
+    found = set()
+    for one in (one for one in classes if one.__module__.startswith("deepspeed.")):
+        nodes = list(ast.walk(ast.parse(inspect.getsource(one))))
+        found |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        stored = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+        found |= {node.attr for node in stored if ast.unparse(node.value) == "self"}
     return found
 
 

@@ -22,6 +22,8 @@ FITS = {"expert_width": [24, 32]}
         (GPU, 1, {"train": {"global_batch": 12, "micro_batch": 3}}, "ZeRO-2 where a step has several micro-steps"),
         (GPU, 2, {"image": {"buckets": [[64, 64], [64, 128]]}, "data": {"bucket_run": 12}}, "one size of image.buckets"),
         (GPU, 2, {"train": {"dtype": "float32"}}, "train.dtype=bfloat16"),
+        (GPU, 2, {"train": {"check_gradients": True}}, "without train.check_gradients"),
+        (GPU, 2, {"recipe": {"gradient_noise": 0.1}}, "without recipe.gradient_noise"),
         (GPU, 2, {"model": {"expert_width": [20, 28]}}, "multiples of 8"),
         (GPU, 2, {"model": {**FITS, "space_backend": "grouped"}}, "model.space_backend=auto or wide"),
     ],
@@ -37,7 +39,7 @@ def test_graphs_are_taken_where_everything_fits_and_a_pass_without_gradients_run
     config = tiny_config(model=FITS, train={"dtype": "bfloat16", "micro_batch": 12})
     unet = RaphaelUNet(config)
     engine._check_graphs(config, 2, BatchPlan.of(config, 1), GPU)
-    replay(unet)
+    replay(unet, {})
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 12)
     given = (x, torch.tensor([3]), text, torch.ones(1, 7, dtype=torch.bool), torch.tensor([6]))
     with torch.no_grad():

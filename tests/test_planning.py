@@ -19,7 +19,7 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.planning.calibrate import REFERENCE, random_like
 from raphael_dist.planning.checkpoints import daly, lost_share, saving, young
 from raphael_dist.planning.cluster import cluster_names, load_cluster
-from raphael_dist.planning.memory import States
+from raphael_dist.planning.memory import Held, States
 from raphael_dist.planning.operations import CLASSES
 from raphael_dist.planning.plan import active_parameters, make_plan
 from raphael_dist.planning.search import Search
@@ -56,6 +56,11 @@ def cluster_of(**numbers: float):
     return type(spec).model_validate(tree)
 
 
+def nothing(collected: bool) -> Held:
+    """Return a rank of ZeRO-2 that holds nothing."""
+    return Held(States(0, 0, 0, 0, 0), 0, 2, collected, not collected, 0)
+
+
 def test_an_operation_takes_the_longer_of_its_flops_and_its_bytes():
     found = device_times(
         handmade(["product", "product", "pointwise"], [10**14, 10**12, 0], [10**9, 10**12, 10**12]), cluster_of(), "bfloat16"
@@ -65,30 +70,33 @@ def test_an_operation_takes_the_longer_of_its_flops_and_its_bytes():
 
 def test_launches_cost_what_they_take_longer_than_the_device():
     config = tiny_config(train={"dtype": "bfloat16", "micro_batch": 2, "global_batch": 2})
-    plan, empty = BatchPlan.of(config, 1), States(0, 0, 0, 0, 0)
+    plan = BatchPlan.of(config, 1)
     work = handmade(["product"] * 10, [10**12] * 10, [1] * 10)  # 0.1 s
 
-    def step(launch_us: float, graphs: bool = False):
+    def step(launch_us: float, graphs: bool = False, collected: bool = True):
         chosen = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": graphs})})
-        return step_time(chosen, plan, work, empty, cluster_of(launch_us=launch_us), 2, 0, num_tensors=5)
+        return step_time(chosen, plan, work, nothing(collected), cluster_of(launch_us=launch_us), 0, num_tensors=5)
 
     assert step(1_000.0).launches == 0
-    assert step(10_000.0).launches == pytest.approx(20 * 0.01 - 0.1)  # ten operations, and two for each of five tensors
-    assert step(20_000.0, graphs=True).launches == pytest.approx(10 * 0.02 - 0.1)  # the operations are one graph
-    assert step(10_000.0).seconds == pytest.approx(0.2)
+    assert step(10_000.0).launches == pytest.approx(15 * 0.01 - 0.1)  # ten operations, and one for each of five tensors
+    assert step(10_000.0, collected=False).launches == pytest.approx(20 * 0.01 - 0.1)  # two, where DeepSpeed reduces
+    assert step(20_000.0, graphs=True).launches == 0  # all in one
+    assert step(10_000.0).seconds == pytest.approx(0.15)
     assert step(0.0).images_per_s == pytest.approx(20.0)
     assert step(0.0).mfu(200.0) == pytest.approx(3 * 10**13 / 0.1 / 200e12)  # 10 TFLOP forward for two images, times three
 
 
 def test_communication_hides_behind_the_pass_that_it_may_hide_behind():
     config = tiny_config(train={"dtype": "bfloat16", "micro_batch": 2, "global_batch": 16})
-    plan, empty = BatchPlan.of(config, 8), States(0, 0, 0, 0, 0)
+    plan = BatchPlan.of(config, 8)
     work = handmade(["product"], [10**14], [1])
     work = replace(work, phase=work.phase + 1)  # a backward pass of 1 s
-    open_, hidden = (step_time(config, plan, work, empty, cluster_of(), 2, 10**9, 1, overlap=o) for o in (False, True))
+    open_, hidden = (step_time(config, plan, work, nothing(not o), cluster_of(), 10**9, 1, overlap=o) for o in (False, True))
     reduce, gather = open_.parts
     assert open_.exposed == pytest.approx(reduce.seconds + gather.seconds)
     assert hidden.exposed == pytest.approx(gather.seconds)
+    # What is reduced at once goes once around the ring, and what DeepSpeed reduces twice.
+    assert 2 * reduce.seconds == pytest.approx(hidden.parts[0].seconds, rel=0.01)
 
 
 def test_flops_are_those_of_torchs_counter_on_the_same_model():

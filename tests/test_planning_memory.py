@@ -33,6 +33,8 @@ def allowed(world: int, stages: tuple[int, ...], sizes: tuple[tuple[int, int], .
     return found
 
 
+SMALL_BUCKET = 10_000  # numbers: the gradients of ZeRO-2 do not fit, and DeepSpeed reduces them
+
 # By default each way DeepSpeed keeps its states, with spread experts where they go; all combinations in the slow test.
 SOME = [
     spec(2, 0, "float32", 2, 1, 1),
@@ -41,6 +43,8 @@ SOME = [
     spec(2, 2, "bfloat16", 1, 1, 1),
     spec(2, 2, "bfloat16", 2, 2, 2),
     spec(2, 3, "bfloat16", 2, 1, 1),
+    {**spec(2, 2, "bfloat16", 1, 2, 1), "bucket": SMALL_BUCKET},
+    {**spec(2, 2, "bfloat16", 2, 1, 1), "bucket": SMALL_BUCKET},
 ]
 
 
@@ -52,7 +56,8 @@ def compare(folder: Path, world: int, specs: list[dict[str, Any]]) -> None:
             config = tiny_config(**one["sections"])
             accumulation = BatchPlan.of(config, world).accumulation
             where = topology(config, one["stage"], world)
-            assert asdict(states(config, shapes_of(config), where, accumulation, rank)) == kinds, (rank, one)
+            planned = states(config, shapes_of(config), where, accumulation, rank, collected="bucket" not in one)
+            assert asdict(planned) == kinds, (rank, one)
 
 
 def test_states_are_those_of_a_real_engine_byte_for_byte(tmp_path):
@@ -87,12 +92,22 @@ def test_the_fullest_moment_is_the_backward_pass_or_the_update():
     config = tiny_config(train={"dtype": "bfloat16", "micro_batch": 3, "global_batch": 3})
     shapes, where = shapes_of(config), topology(config, 2, 1)
     one = held(config, shapes, where, 1)
-    part = one.states.master // 4
-    few = memory(config, one, activations=1000, reduce_bucket=10, allocator=False)
-    assert few.total == one.states.total + part * 6 + LIBRARIES  # gradients copied to one tensor, and to float32
-    many = memory(config, one, activations=10**9, reduce_bucket=10, allocator=False)
-    assert many.total == one.states.total + 10**9 + 2 * (10 + 10) + LIBRARIES
+    few = memory(config, one, activations=1000, allocator=False)
+    assert few.total == one.states.total + one.states.master + LIBRARIES  # gradients in float32
+    many = memory(config, one, activations=10**9, allocator=False)
+    assert many.total == one.states.total + 10**9 + LIBRARIES
     assert sum(many.by_kind().values()) == many.total
+
+
+def test_gradients_that_deepspeed_reduces_take_buckets_and_are_joined_for_the_update():
+    config = tiny_config(train={"dtype": "bfloat16", "micro_batch": 3, "global_batch": 3})
+    one = held(config, shapes_of(config), topology(config, 2, 1), 1, overlap=True)
+    part = one.states.master // 4
+    few, many = (memory(config, one, activations, overlap=True, allocator=False) for activations in (0, 10**12))
+    buckets = 2 * (2 * 500_000_000 + one.numbers)
+    assert one.update == part * 6
+    assert few.total == one.states.total + max(buckets, part * 6) + LIBRARIES
+    assert many.total == one.states.total + 10**12 + buckets + LIBRARIES
 
 
 @pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "blocks"])

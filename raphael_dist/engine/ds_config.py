@@ -22,6 +22,8 @@ _NOT_OURS = {
     "curriculum_learning": "the data order is a function of run.seed",
 }
 
+REDUCE_BUCKET = 2_000_000_000  # numbers, of `collects`
+
 # What a JSON may say at its top; DeepSpeed itself ignores a mistyped key and silently runs without it.
 _KNOWN = (
     "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -89,6 +91,9 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
     if zero_stage(merged) in (1, 2):
         # Rounds every parameter to 16 bytes in the flat buffer: the grouped product on GPUs refuses less.
         merged["zero_optimization"].setdefault("parameter_alignment", True)
+    if collects(merged):
+        # Up to twice as many gradients are reduced at once (`zero.Collected`).
+        merged["zero_optimization"].setdefault("reduce_bucket_size", REDUCE_BUCKET)
     if config.train.dtype == "bfloat16" and accumulation > 1:
         # In bfloat16 the sum over many micro-steps would lose most of what comes late.
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
@@ -110,6 +115,12 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
             )
     check_expert_parallel(config, merged, world_size)
     return merged
+
+
+def collects(ds_config: dict[str, Any]) -> bool:
+    """Return whether gradients may be reduced at once: where they stay on the device until the backward pass has ended."""
+    overlaps = ds_config.get("zero_optimization", {}).get("overlap_comm")
+    return zero_stage(ds_config) in (1, 2) and not overlaps and offload_device(ds_config) is None
 
 
 def offload_device(ds_config: dict[str, Any], name: str = "offload_optimizer") -> str | None:

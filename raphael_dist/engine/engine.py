@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from raphael_dist.config_adapters import beside
 from raphael_dist.engine import ds_config, expert_groups
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.engine.gradient_noise import GradientNoise
-from raphael_dist.engine.zero import adapter
+from raphael_dist.engine.zero import Collected, adapter
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
 from raphael_dist.model.device import is_gpu
@@ -24,6 +25,8 @@ from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel import expert_parallel
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.ranks import all_or_none, all_reduce_sum
+
+_ROW = 2**16  # of `square_sum`
 
 
 class Engine:
@@ -63,9 +66,11 @@ class Engine:
         optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim)
         self._engine = _initialise(model, optimizer, self.ds_config)
         self.module: RaphaelUNet = self._engine.module
-        if config.train.cuda_graphs:
-            replay(self.module)
         self._zero = adapter(self._engine.optimizer, self.module, plan.world_size)
+        if config.train.cuda_graphs:
+            if not isinstance(self._zero, Collected):
+                raise _no_graphs("goes without overlap_comm, offload_optimizer and a small reduce_bucket_size")
+            replay(self.module, self._zero.views)
         self._zero.quiet()
         self._engine.gradient_clipping = lambda: 0.0  # clipped here, by the norm that the step knows anyway
         self.fragments = Fragments(self.module, self._zero, optimizer)
@@ -90,6 +95,7 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         if self._noise is not None:
             self._noise.step = step if last else 0
+        self._zero.begin(first=self._micro_step == 1)
         # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` makes up for it.
         self._engine.backward(loss)
         if self._touched is not None:
@@ -118,8 +124,7 @@ class Engine:
 
         The sum over all ranks is the square of the global norm before clipping; it is not finite when a gradient is not.
         """
-        norms = torch._foreach_norm(list(self._zero.gradients()), dtype=torch.float32)
-        return torch.stack(norms).double().square().sum().to(self.device) / self._zero.copies
+        return square_sum(self._zero.gradients()).to(self.device) / self._zero.copies
 
     def step(self, lr: float) -> bool:
         """Clip and apply the accumulated gradients with learning rate `lr`; call after the last `backward` of a step.
@@ -177,12 +182,31 @@ def _check_graphs(config: Config, stage: int, plan: BatchPlan, device: torch.dev
         "goes with experts that every rank has (parallel.space_ep=1 parallel.time_ep=1)": config.parallel.spreads,
         "goes without adapters and controls": bool(beside(config)),
         "goes with one size of image.buckets": len(config.image.buckets) > 1,
+        "goes without recipe.gradient_noise": config.recipe.gradient_noise > 0,
+        "goes without train.check_gradients": config.train.check_gradients,
         # Elsewhere the host reads how many rows each expert has (`Experts.apply_sorted`), which no graph can.
         "goes with train.dtype=bfloat16 and widths that are multiples of 8": m.time_experts > 0 and not grouped,
         "goes with model.space_backend=auto or wide": m.space_experts > 0 and m.space_backend not in ("auto", "wide"),
     }
     if reasons := [reason for reason, applies in refused.items() if applies]:
-        raise UserError(f"train.cuda_graphs: given true, which {reasons[0]}; set train.cuda_graphs=false")
+        raise _no_graphs(reasons[0])
+
+
+def _no_graphs(reason: str) -> UserError:
+    return UserError(f"train.cuda_graphs: given true, which {reason}; set train.cuda_graphs=false")
+
+
+def square_sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of all squares, float64 []: in float32 within rows of `_ROW` numbers, since longer ones lose digits."""
+    rows, rest = [], []
+    for flat in (t.reshape(-1) for t in tensors):
+        whole = flat.numel() // _ROW * _ROW
+        if whole:
+            rows.append(torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32))
+        if whole < flat.numel():
+            rest.append(flat[whole:])
+    norms = torch.cat([*rows, torch.stack(torch._foreach_norm(rest, dtype=torch.float32))]) if rest else torch.cat(rows)
+    return norms.double().square().sum()
 
 
 def decays(name: str) -> bool:

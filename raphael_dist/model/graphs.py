@@ -2,11 +2,11 @@
 
 A step launches thousands of kernels. Where each has little to do (few images on a GPU, a small model) the GPU waits for the
 host; a graph is launched at one go. What is captured is fixed: shapes (a pair of graphs for each), and the addresses of
-weights, which ZeRO-1 and 2 update in place. Gradients leave the backward graph as those of any function, so that
-DeepSpeed's hooks run as ever.
+weights, which ZeRO-1 and 2 update in place, and of gradients, which the backward graph adds up where the engine reduces them
+from (`engine.zero.Collected`). Hooks of the parameters do not run.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,23 @@ _WARM_UP = 3  # passes: libraries choose their kernels and take their memory
 Eager = Callable[..., UNetOutput]
 
 
-def replay(unet: RaphaelUNet) -> None:
+Gradients = Mapping[nn.Parameter, Tensor]
+
+
+def replay(unet: RaphaelUNet, gradients: Gradients) -> None:
     """Let the training passes of `unet` be captured when they first run, and replayed from then on.
 
-    Its weights must stay where they are, and a gradient be used up before the next backward pass, which overwrites it.
+    gradients: for each trained parameter the tensor to which its gradient is added. They and the weights must stay where
+    they are. The pass that captures adds to them before its backward pass is asked for: clear them in between.
     """
-    unet.forward = _Replayed(unet)  # type: ignore[method-assign, assignment]
+    unet.forward = _Replayed(unet, gradients)  # type: ignore[method-assign, assignment]
 
 
 class _Replayed:
     """Stands for `forward` of a U-Net: replays what was captured for the shapes that are given, or captures it."""
 
-    def __init__(self, unet: RaphaelUNet) -> None:
-        self._unet, self._eager = unet, unet.forward
+    def __init__(self, unet: RaphaelUNet, gradients: Gradients) -> None:
+        self._unet, self._eager, self._gradients = unet, unet.forward, gradients
         self._captured: dict[tuple[Any, ...], _Captured] = {}
 
     def __call__(self, *args: Any) -> UNetOutput:
@@ -43,7 +47,7 @@ class _Replayed:
         if None in kinds or not torch.is_grad_enabled() or _get_current_dispatch_mode() is not None:
             return self._eager(*args)
         if kinds not in self._captured:
-            self._captured[kinds] = _Captured(self._unet, self._eager, given)
+            self._captured[kinds] = _Captured(self._unet, self._eager, self._gradients, given)
         return self._captured[kinds](given)
 
 
@@ -63,23 +67,26 @@ class _Whole(nn.Module):
 
 
 class _Captured:
-    """A pair of graphs with what they read and write: inputs, outputs, and the gradients of both."""
+    """A pair of graphs with what they read and write: inputs, outputs, and the gradients of these."""
 
-    def __init__(self, unet: RaphaelUNet, eager: Eager, given: tuple[Any, ...]) -> None:
+    def __init__(self, unet: RaphaelUNet, eager: Eager, gradients: Gradients, given: tuple[Any, ...]) -> None:
         given = tree_map(torch.clone, given)
         whole = _Whole(unet, eager)
-        weights = dict(whole.named_parameters())
         # The same weights as leaves of their own: those of the parameters belong to the stream that DeepSpeed made its
         # hooks on, which a capture must not touch.
-        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in weights.items()}
-        self.inputs, self.weights = tree_leaves(given), list(weights.values())
+        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in whole.named_parameters()}
+        for name, p in whole.named_parameters():
+            if p.requires_grad:
+                leaves[name].grad = gradients[p]
+        self.inputs = tree_leaves(given)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.tie = torch.zeros((), device=self.inputs[0].device, requires_grad=True)  # there are gradients to be had
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 outputs = tree_leaves(functional_call(whole, leaves, given))
-                _gradients(outputs, _zeros(outputs), leaves.values())
+                _backward(outputs, _zeros(outputs))
             del outputs
         current.wait_stream(stream)
         # Other threads may go on to use the GPU meanwhile: the one that reads ahead, NCCL's.
@@ -88,10 +95,10 @@ class _Captured:
             self.outputs, self._spec = tree_flatten(functional_call(whole, leaves, given))
         self.output_gradients = _zeros(self.outputs)
         with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **how):
-            self.gradients = _gradients(self.outputs, self.output_gradients, leaves.values())
+            _backward(self.outputs, self.output_gradients)
 
     def __call__(self, given: tuple[Any, ...]) -> UNetOutput:
-        found: UNetOutput = tree_unflatten(_Replay.apply(self, *tree_leaves(given), *self.weights), self._spec)
+        found: UNetOutput = tree_unflatten(_Replay.apply(self, self.tie, *tree_leaves(given)), self._spec)
         return found
 
 
@@ -100,31 +107,26 @@ def _zeros(outputs: Sequence[Tensor]) -> list[Tensor | None]:
     return [torch.zeros_like(output) if output.requires_grad else None for output in outputs]
 
 
-def _gradients(
-    outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None], leaves: Collection[Tensor]
-) -> list[Tensor | None]:
-    """Return the gradient of each leaf, None for frozen ones and for those that no gradient reaches."""
+def _backward(outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None]) -> None:
+    """Add to the gradients of the leaves."""
     pairs = [(o, g) for o, g in zip(outputs, output_gradients, strict=True) if g is not None]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+    torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, captured: _Captured, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, captured: _Captured, tie: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.captured = captured
-        torch._foreach_copy_(captured.inputs, list(tensors[: len(captured.inputs)]))
+        torch._foreach_copy_(captured.inputs, list(inputs))
         captured.forward_graph.replay()
         outputs = tuple(output.detach() for output in captured.outputs)
         ctx.mark_non_differentiable(*(o for o, g in zip(outputs, captured.output_gradients, strict=True) if g is None))
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         captured: _Captured = ctx.captured
         pairs = [(mine, g) for mine, g in zip(captured.output_gradients, gradients, strict=True) if mine is not None]
         torch._foreach_copy_([mine for mine, _ in pairs], [g for _, g in pairs])
         captured.backward_graph.replay()
-        found = (None if g is None else g.detach() for g in captured.gradients)
-        return (None, *(None for _ in captured.inputs), *found)
+        return (None, None, *(None for _ in captured.inputs))

@@ -140,9 +140,9 @@ def _shared_out(scheme: Scheme, parameters: int, width: int, ranks: int, cluster
     """Return what it takes to reduce the gradients of `parameters` over `ranks` ranks and to give each the new weights."""
     size, buckets = float(width * parameters), math.ceil(parameters / REDUCE_BUCKET)
     if scheme in ("all_reduce", "reduce_scatter"):
-        passes = 2 if scheme == "all_reduce" else 1
+        passes, calls = (2, 2 * buckets) if scheme == "all_reduce" else (1, 1)
         return [
-            ring("reduce gradients", "backward", passes * size, ranks, cluster, stride, passes * buckets),
+            ring("reduce gradients", "backward", passes * size, ranks, cluster, stride, calls),
             ring("gather weights", "nothing", size, ranks, cluster, stride),
         ]
     inside = min(cluster.per_node, ranks)

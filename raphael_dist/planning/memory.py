@@ -14,9 +14,10 @@ from raphael_dist.checkpoint.tensors import Shapes
 from raphael_dist.config import Config
 from raphael_dist.convert.partition import Topology, groups, local, topology_of, zero3
 from raphael_dist.convert.plan import Options
+from raphael_dist.engine.ds_config import REDUCE_BUCKET as COLLECTED
 from raphael_dist.model.unet import RaphaelUNet
 
-REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's reduce_bucket_size
+REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's reduce_bucket_size, where gradients are not reduced at once
 GATHERED = 1_000_000_000  # numbers; DeepSpeed's stage3_max_live_parameters
 # Share of the activations that the caching allocator cannot reuse: blocks are rounded up and split. Assumed.
 SLACK = 0.05
@@ -81,11 +82,13 @@ def topology(config: Config, stage: int, world: int) -> Topology:
     return topology_of(config, options)
 
 
-def states(config: Config, shapes: Shapes, where: Topology, accumulation: int, rank: int = 0) -> States:
-    """Return a rank's model states. `accumulation`: micro-steps of a step."""
-    width = 2 if config.train.dtype == "bfloat16" else 4
+def states(
+    config: Config, shapes: Shapes, where: Topology, accumulation: int, rank: int = 0, *, collected: bool = True
+) -> States:
+    """Return a rank's model states. accumulation: micro-steps of a step; collected: as in `Held`, of ZeRO-1 and 2."""
+    width = _width(config)
     count = _moments(config)
-    several = width == 2 and accumulation > 1  # sums of bfloat16 gradients are kept in float32 (ds_config.merge)
+    several = _in_float32(config, accumulation)
     if where.stage == 0:
         n = sum(prod(shape) for shape in shapes.values())
         return States(width * n, 0, 4 * count * n, _ema(config, n), width * n)
@@ -105,57 +108,68 @@ def states(config: Config, shapes: Shapes, where: Topology, accumulation: int, r
     if where.stage == 1 and several:
         # All ranks hold the whole sum in float32, and the last micro-step's own gradients.
         gradients = 4 * whole + width * held
-    elif several:
-        gradients = 4 * part
+    elif collected:
+        # One buffer for all, and this rank's part: of a mean over ranks, or of the sum over micro-steps.
+        sums = where.stage == 2 and accumulation > 1
+        apart = sum(g.per_rank_padded for g in mine if g.ranks > 1 or sums)
+        gradients = width * whole + (4 if several else width) * apart
     else:
-        gradients = width * owned
+        gradients = 4 * part if several else width * owned
     return States(width * whole, 4 * part, 4 * count * part, _ema(config, owned), gradients)
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank holds whatever its micro-batch. numbers: of its own copy of the model; stage: of ZeRO."""
+    """What a rank holds whatever its micro-batch. numbers: of its own copy of the model; stage: of ZeRO.
+
+    collected: gradients are reduced at once (`engine.zero.Collected`); buckets: by DeepSpeed, through buckets. update: bytes
+    into which the update of ZeRO-1 to 3 copies its part of the gradients, to one tensor and to float32.
+    """
 
     states: States
     numbers: int
     stage: int
-    buckets: bool  # whether DeepSpeed reduces through buckets
+    collected: bool
+    buckets: bool
+    update: int
 
 
-def held(config: Config, shapes: Shapes, where: Topology, accumulation: int) -> Held:
-    """Return what rank 0 holds, the fullest."""
+def held(config: Config, shapes: Shapes, where: Topology, accumulation: int, overlap: bool = False) -> Held:
+    """Return what rank 0 holds, the fullest. overlap: gradients are reduced during the backward pass."""
     numbers = sum(prod(local(name, shape, where, 0)[0]) for name, shape in shapes.items())
-    buckets = where.stage in (1, 2) and not _bf16_optimizer(config, where, accumulation)
-    return Held(states(config, shapes, where, accumulation), numbers, where.stage, buckets)
+    flat = where.stage in (1, 2) and not _bf16_optimizer(config, where, accumulation)
+    collected = flat and not overlap and (where.stage == 1 or numbers <= 2 * COLLECTED)
+    found = states(config, shapes, where, accumulation, collected=collected)
+    part = found.master // 4
+    joined = 0 if collected or _width(config) == 4 else 2
+    widened = 0 if collected and (_width(config) == 4 or _in_float32(config, accumulation)) else 4
+    return Held(found, numbers, where.stage, collected, flat and not collected, part * (joined + widened))
 
 
-def memory(
-    config: Config,
-    held: Held,
-    activations: int,
-    *,
-    reduce_bucket: int = REDUCE_BUCKET,
-    overlap: bool = False,
-    allocator: bool = True,
-) -> Memory:
+def memory(config: Config, held: Held, activations: int, *, overlap: bool = False, allocator: bool = True) -> Memory:
     """Return a rank's memory. activations: the trace's peak. allocator: torch's, which keeps blocks; False on a CPU."""
-    width, numbers = 2 if config.train.dtype == "bfloat16" else 4, held.numbers
+    width, numbers = _width(config), held.numbers
     buffers = 0
     if held.buckets:
         # The bucket is allocated whole, and what is reduced is flattened into a copy of at most the gradients that fill it.
-        buffers = width * (reduce_bucket * (2 if overlap else 1) + min(reduce_bucket, numbers))
+        buffers = width * (REDUCE_BUCKET * (2 if overlap else 1) + min(REDUCE_BUCKET, numbers))
     elif held.stage == 3:
-        buffers = width * (min(GATHERED, numbers) + min(reduce_bucket, numbers))
-    kept = width * numbers if config.train.cuda_graphs else 0  # gradients, where the backward pass was captured
-    part = held.states.master // 4 if held.stage else numbers
-    # The update of ZeRO-1 to 3 copies its part of the gradients to one tensor and to float32.
-    update = 0 if held.stage == 0 else part * ((width if width == 2 else 0) + 4)
+        buffers = width * (min(GATHERED, numbers) + min(REDUCE_BUCKET, numbers))
     slack = round(SLACK * activations) if allocator else LIBRARIES
-    return Memory(held.states, activations, buffers + kept, update + kept + (0 if allocator else slack), slack)
+    return Memory(held.states, activations, buffers, held.update + (0 if allocator else slack), slack)
+
+
+def _width(config: Config) -> int:
+    return 2 if config.train.dtype == "bfloat16" else 4
+
+
+def _in_float32(config: Config, accumulation: int) -> bool:
+    """Return whether gradients of bfloat16 are added up in float32 (ds_config.merge)."""
+    return config.train.dtype == "bfloat16" and accumulation > 1
 
 
 def _bf16_optimizer(config: Config, where: Topology, accumulation: int) -> bool:
-    return where.stage == 1 and config.train.dtype == "bfloat16" and accumulation > 1
+    return where.stage == 1 and _in_float32(config, accumulation)
 
 
 def _moments(config: Config) -> int:

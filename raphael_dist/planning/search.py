@@ -160,19 +160,16 @@ class Search:
         where = memory.topology(config, choice.stage, self.world)
         activations = trace.peak + exchanged_bytes(config, plan)
         gpu = self.cluster.device == "gpu"
-        held = memory.memory(
-            config, self._states_of(config, where, plan), activations, overlap=choice.overlap, allocator=gpu
-        )
-        step = step_time(
-            config, plan, trace, held.states, self.cluster, choice.stage, self.parameters, len(self.shapes), choice.overlap
-        )
-        return Outcome(choice, held, step, plan, held.total <= FILLED * self.cluster.memory_gb.value * 1e9)
+        held = self._states_of(config, where, plan, choice.overlap)
+        whole = memory.memory(config, held, activations, overlap=choice.overlap, allocator=gpu)
+        step = step_time(config, plan, trace, held, self.cluster, self.parameters, len(self.shapes), choice.overlap)
+        return Outcome(choice, whole, step, plan, whole.total <= FILLED * self.cluster.memory_gb.value * 1e9)
 
-    def _states_of(self, config: Config, where: memory.Topology, plan: BatchPlan) -> memory.Held:
+    def _states_of(self, config: Config, where: memory.Topology, plan: BatchPlan, overlap: bool) -> memory.Held:
         """Return what a rank holds; many choices hold the same."""
-        key = where, plan.accumulation > 1
+        key = where, plan.accumulation > 1, overlap
         if key not in self._held:
-            self._held[key] = memory.held(config, self.shapes, where, plan.accumulation)
+            self._held[key] = memory.held(config, self.shapes, where, plan.accumulation, overlap)
         return self._held[key]
 
     def ranked(self) -> list[Outcome]:

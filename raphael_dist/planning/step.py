@@ -13,12 +13,14 @@ from raphael_dist.config import Config
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.communication import Part, Scheme, communication
 from raphael_dist.planning.cluster import MULTIPLY, ClusterSpec
-from raphael_dist.planning.memory import States
+from raphael_dist.planning.memory import Held
 from raphael_dist.planning.operations import CLASSES
 from raphael_dist.planning.trace import PHASES, Trace
 
-# Launches of DeepSpeed and the engine for each parameter: a copy into the bucket in every micro-step, and the division.
+# Launches for each parameter in every micro-step: where DeepSpeed reduces, a copy into the bucket and the division; where
+# gradients are collected, the sum, which a captured backward pass has among its own.
 LAUNCHES_PER_PARAMETER = 2
+LAUNCHES_WHEN_COLLECTED = 1
 
 
 @dataclass(frozen=True)
@@ -75,31 +77,32 @@ def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float,
     return float(seconds[multiplies].sum()), float(seconds[~multiplies].sum())
 
 
-def update_time(config: Config, held: States, cluster: ClusterSpec) -> float:
+def update_time(config: Config, held: Held, cluster: ClusterSpec) -> float:
     """Return the seconds of gradient norm, optimizer and average, which are bound by their bytes.
 
-    Read once for the norm, and again to be converted to float32 (2 x gradients + 4 written); the optimizer reads and writes
-    master weights and moments and reads gradients; the average reads the weights, and is read and written; the weights that
-    compute are written.
+    Gradients are read for the norm, and converted to float32 where they are not yet; the optimizer reads them, and reads and
+    writes master weights and moments; the average reads the weights, and is read and written; the weights that compute are
+    written.
     """
-    part = held.master or held.weights
-    num_bytes = 2 * held.gradients + 2 * part + 2 * (held.master or held.weights) + 2 * held.moments + part // 2
-    num_bytes += 3 * held.ema
+    states = held.states
+    part = states.master or states.weights
+    gradients = part // 2 if config.train.dtype == "bfloat16" else part
+    num_bytes = gradients + (gradients + part if held.update else 0) + part
+    num_bytes += 2 * part + 2 * states.moments + part // 2 + 3 * states.ema
     return num_bytes / (cluster.rate(config.train.dtype, "pointwise").gb_s.value * 1e9)
 
 
-def scheme_of(stage: int) -> Scheme:
-    """Return how DeepSpeed shares out weights and gradients in a stage (docs/scale.md)."""
-    return "zero3" if stage == 3 else "all_reduce"
+def scheme_of(held: Held) -> Scheme:
+    """Return how weights and gradients are shared out (docs/scale.md)."""
+    return "zero3" if held.stage == 3 else "reduce_scatter" if held.collected else "all_reduce"
 
 
 def step_time(
     config: Config,
     plan: BatchPlan,
     trace: Trace,
-    held: States,
+    held: Held,
     cluster: ClusterSpec,
-    stage: int,
     parameters: int,
     num_tensors: int,
     overlap: bool = False,
@@ -112,18 +115,19 @@ def step_time(
     products, traffic = (micro_steps * seconds for seconds in device_times(trace, cluster, dtype))
     update = update_time(config, held, cluster)
     device = products + traffic + update
-    of_model = 0 if config.train.cuda_graphs else trace.launches
-    num_launches = micro_steps * (of_model + LAUNCHES_PER_PARAMETER * num_tensors)
+    of_model = trace.launches + LAUNCHES_WHEN_COLLECTED * num_tensors if held.collected else trace.launches
+    of_model = 0 if config.train.cuda_graphs else of_model
+    num_launches = micro_steps * (of_model + (0 if held.collected else LAUNCHES_PER_PARAMETER * num_tensors))
     host = num_launches * cluster.launch_us.value * 1e-6
     launches = max(0.0, host - device) if cluster.device == "gpu" else host
     # ZeRO-2 and 3 reduce in every micro-step, the others once a step.
-    reductions = micro_steps if stage >= 2 else 1
+    reductions = micro_steps if held.stage >= 2 else 1
     links = cluster.links(plan.world_size)
-    parts = tuple(communication(config, plan, links, parameters, scheme_of(stage), reductions))
+    parts = tuple(communication(config, plan, links, parameters, scheme_of(held), reductions))
     forward = trace.total(trace.flops, "forward")
     backward = 1 - forward / max(1, trace.total(trace.flops))
     hidden = 0.0
-    if overlap or stage == 3:
+    if overlap or held.stage == 3:
         for behind, share in (("forward", 1 - backward), ("backward", backward)):
             wanted = sum(part.seconds for part in parts if part.behind == behind)
             hidden += min(wanted, share * (products + traffic + launches))

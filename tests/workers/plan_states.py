@@ -13,7 +13,7 @@ import torch
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.fragments import MOMENTS
-from raphael_dist.engine.zero import Sharded
+from raphael_dist.engine.zero import Collected, Sharded
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.objective import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
@@ -48,7 +48,8 @@ def kinds(engine: Engine, ema: Ema, gradients: int) -> dict[str, int]:
 def run(spec: dict, ranks: Ranks, device: torch.device) -> dict[str, int]:
     config = tiny_config(**spec["sections"])
     plan = BatchPlan.of(config, ranks.world_size)
-    engine = Engine(config, {"zero_optimization": {"stage": spec["stage"], "reduce_bucket_size": 100_000}}, plan, device)
+    zero = {"stage": spec["stage"], "reduce_bucket_size": spec.get("bucket", 100_000)}
+    engine = Engine(config, {"zero_optimization": zero}, plan, device)
     ema, schedule = Ema(engine.fragments, config.ema), NoiseSchedule.create(config.diffusion)
     gradients = 0
     for step in (1, 2):
@@ -68,6 +69,8 @@ def _gradients(engine: Engine) -> int:
     if hasattr(zero, "fp32_groups_gradients_flat"):  # of BF16_Optimizer
         return held(list(zero.fp32_groups_gradients_flat)) + sum(g.nbytes for g in own)
     parts = list(engine._zero.gradients()) if engine.stage else []
+    if isinstance(engine._zero, Collected):
+        return held([*engine._zero.buffers, *parts])
     flat = {g.untyped_storage()._cdata for g in parts}
     alone = [g for g in own if g.untyped_storage()._cdata not in flat]
     return (sum(g.nbytes for g in parts) if engine.stage else 0) + sum(g.nbytes for g in alone)
