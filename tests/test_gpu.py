@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raphael_dist.model.graphs import replay
 from raphael_dist.model.moe import SpaceMoE, TimeMoE, literal_space_moe
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.training.metrics import read_metrics
@@ -129,3 +130,38 @@ def test_graphs_take_the_same_steps(tmp_path: Path, stage: int, micro_steps: int
     assert replayed["norms"] == pytest.approx(eager["norms"], rel=1e-2)
     for name, weight in eager["weights"].items():
         torch.testing.assert_close(replayed["weights"][name], weight, rtol=1e-2, atol=2e-5)
+
+
+def test_graphs_of_several_sizes_share_their_memory_and_give_the_gradients_of_plain_passes() -> None:
+    torch.manual_seed(0)
+    config = tiny_config(model={"expert_width": [24, 32]}, train={"dtype": "bfloat16"})
+    unet = RaphaelUNet(config).to("cuda", torch.bfloat16)
+    views = {p: torch.zeros_like(p) for p in unet.parameters()}
+    text, mask, end = torch.randn(6, 7, 12), torch.ones(6, 7, dtype=torch.bool), torch.full((6,), 6)
+
+    def gradients(height: int, width: int) -> list[torch.Tensor]:
+        x = torch.randn(6, 4, height, width, generator=torch.Generator().manual_seed(height * width))
+        out = unet(
+            x.to("cuda", torch.bfloat16),
+            torch.arange(6, device="cuda") * 150,
+            text.to("cuda", torch.bfloat16),
+            mask.cuda(),
+            end.cuda(),
+        )
+        torch._foreach_zero_(list(views.values()))  # after a capture, as the engine does
+        (out.prediction.float().square().mean() + sum(e.float().square().mean() for e in out.edge_logits)).backward()
+        return [views[p].clone() if p.grad is None else p.grad.clone() for p in unet.parameters()]
+
+    sizes = [(8, 8), (8, 16), (16, 8)]
+    plain = []
+    for size in sizes:
+        plain.append(gradients(*size))
+        unet.zero_grad()
+    replay(unet, views)
+    taken = []
+    for size in [*sizes, *reversed(sizes)]:
+        found = gradients(*size)
+        for (name, _), mine, wanted in zip(unet.named_parameters(), found, plain[sizes.index(size)], strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-2, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        taken.append(torch.cuda.memory_reserved())
+    assert taken[2] <= 2.2 * taken[0], "the second and the third size use the memory of the first"

@@ -20,7 +20,6 @@ FITS = {"expert_width": [24, 32]}
         (torch.device("cpu"), 2, {}, "needs a GPU"),
         (GPU, 3, {}, "goes with ZeRO-1 and 2"),
         (GPU, 1, {"train": {"global_batch": 12, "micro_batch": 3}}, "ZeRO-2 where a step has several micro-steps"),
-        (GPU, 2, {"image": {"buckets": [[64, 64], [64, 128]]}, "data": {"bucket_run": 12}}, "one size of image.buckets"),
         (GPU, 2, {"train": {"dtype": "float32"}}, "train.dtype=bfloat16"),
         (GPU, 2, {"train": {"check_gradients": True}}, "without train.check_gradients"),
         (GPU, 2, {"recipe": {"gradient_noise": 0.1}}, "without recipe.gradient_noise"),
@@ -36,7 +35,8 @@ def test_graphs_are_refused_in_one_line_where_they_cannot_be_captured(device, st
 
 
 def test_graphs_are_taken_where_everything_fits_and_a_pass_without_gradients_runs_as_it_is():
-    config = tiny_config(model=FITS, train={"dtype": "bfloat16", "micro_batch": 12})
+    sizes = {"image": {"buckets": [[64, 64], [64, 128]]}, "data": {"bucket_run": 12}}
+    config = tiny_config(model=FITS, train={"dtype": "bfloat16", "micro_batch": 12}, **sizes)
     unet = RaphaelUNet(config)
     engine._check_graphs(config, 2, BatchPlan.of(config, 1), GPU)
     replay(unet, {})

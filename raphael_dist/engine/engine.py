@@ -181,7 +181,6 @@ def _check_graphs(config: Config, stage: int, plan: BatchPlan, device: torch.dev
         "goes with ZeRO-2 where a step has several micro-steps": stage == 1 and plan.accumulation > 1,
         "goes with experts that every rank has (parallel.space_ep=1 parallel.time_ep=1)": config.parallel.spreads,
         "goes without adapters and controls": bool(beside(config)),
-        "goes with one size of image.buckets": len(config.image.buckets) > 1,
         "goes without recipe.gradient_noise": config.recipe.gradient_noise > 0,
         "goes without train.check_gradients": config.train.check_gradients,
         # Elsewhere the host reads how many rows each expert has (`Experts.apply_sorted`), which no graph can.

@@ -39,6 +39,7 @@ class _Replayed:
     def __init__(self, unet: RaphaelUNet, gradients: Gradients) -> None:
         self._unet, self._eager, self._gradients = unet, unet.forward, gradients
         self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._pool: Any = None  # of the first graph
 
     def __call__(self, *args: Any) -> UNetOutput:
         given = args[: max(i for i, arg in enumerate(args) if arg is not None) + 1]
@@ -47,7 +48,8 @@ class _Replayed:
         if None in kinds or not torch.is_grad_enabled() or _get_current_dispatch_mode() is not None:
             return self._eager(*args)
         if kinds not in self._captured:
-            self._captured[kinds] = _Captured(self._unet, self._eager, self._gradients, given)
+            self._captured[kinds] = new = _Captured(self._unet, self._eager, self._gradients, given, self._pool)
+            self._pool = new.forward_graph.pool()
         return self._captured[kinds](given)
 
 
@@ -69,7 +71,7 @@ class _Whole(nn.Module):
 class _Captured:
     """A pair of graphs with what they read and write: inputs, outputs, and the gradients of these."""
 
-    def __init__(self, unet: RaphaelUNet, eager: Eager, gradients: Gradients, given: tuple[Any, ...]) -> None:
+    def __init__(self, unet: RaphaelUNet, eager: Eager, gradients: Gradients, given: tuple[Any, ...], pool: Any) -> None:
         given = tree_map(torch.clone, given)
         whole = _Whole(unet, eager)
         # The same weights as leaves of their own: those of the parameters belong to the stream that DeepSpeed made its
@@ -91,7 +93,7 @@ class _Captured:
         current.wait_stream(stream)
         # Other threads may go on to use the GPU meanwhile: the one that reads ahead, NCCL's.
         how: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward_graph, **how):
+        with torch.cuda.graph(self.forward_graph, pool=pool, **how):
             self.outputs, self._spec = tree_flatten(functional_call(whole, leaves, given))
         self.output_gradients = _zeros(self.outputs)
         with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **how):
