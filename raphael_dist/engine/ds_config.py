@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raphael_dist.config import Config
+from raphael_dist.config_adapters import beside
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.shipped import located
 
@@ -114,6 +115,8 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
                 "the fp32 weights in memory; use 'cpu' (ds_configs/zero2_offload.json)"
             )
     check_expert_parallel(config, merged, world_size)
+    if config.train.cuda_graphs:
+        _check_graphs(config, merged, accumulation)
     return merged
 
 
@@ -186,6 +189,31 @@ def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[
             "model.space_backend = 'literal' runs on whole samples; use auto, grouped or wide",
         ),
     ]
+
+
+def _check_graphs(config: Config, tree: dict[str, Any], accumulation: int) -> None:
+    """UserError for what cannot be captured, or would be wrong: ZeRO-1 adds up bfloat16 gradients elsewhere."""
+    m, stage = config.model, zero_stage(tree)
+    # As `model.experts.fits_grouped_mm` has it; elsewhere the host reads how many rows each expert has, which no graph can.
+    grouped = config.train.dtype == "bfloat16" and all(width % 8 == 0 for width in (*m.channels, *m.expert_width))
+    refused = {
+        "goes with ZeRO-1 and 2": stage not in (1, 2),
+        "goes without overlap_comm and offload_optimizer (ds_configs/zero2.json)": not collects(tree),
+        "goes with ZeRO-2 where a step has several micro-steps": stage == 1 and accumulation > 1,
+        "goes with experts that every rank has (parallel.space_ep=1 parallel.time_ep=1)": config.parallel.spreads,
+        "goes without adapters and controls": bool(beside(config)),
+        "goes without recipe.gradient_noise": config.recipe.gradient_noise > 0,
+        "goes without train.check_gradients": config.train.check_gradients,
+        "goes with train.dtype=bfloat16 and widths that are multiples of 8": m.time_experts > 0 and not grouped,
+        "goes with model.space_backend=auto or wide": m.space_experts > 0 and m.space_backend not in ("auto", "wide"),
+    }
+    if reasons := [reason for reason, applies in refused.items() if applies]:
+        raise no_graphs(reasons[0])
+
+
+def no_graphs(reason: str) -> UserError:
+    """Return the error of `train.cuda_graphs` where it cannot be."""
+    return UserError(f"train.cuda_graphs: given true, which {reason}; set train.cuda_graphs=false")
 
 
 def _section(merged: dict[str, Any], *names: str) -> dict[str, Any]:

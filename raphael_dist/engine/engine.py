@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from raphael_dist.config import Config, Optim
-from raphael_dist.config_adapters import beside
 from raphael_dist.engine import ds_config, expert_groups
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.engine.gradient_noise import GradientNoise
@@ -19,7 +18,6 @@ from raphael_dist.engine.zero import Collected, adapter
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
 from raphael_dist.model.device import is_gpu
-from raphael_dist.model.experts import fits_grouped_mm
 from raphael_dist.model.graphs import replay
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel import expert_parallel
@@ -61,15 +59,15 @@ class Engine:
         expert_groups.mark(model, config.model.space_experts + config.model.time_experts)
         if config.train.compile:
             _compile(model, config, self.stage, device)
-        if config.train.cuda_graphs:
-            _check_graphs(config, self.stage, plan, device)
+        if config.train.cuda_graphs and not is_gpu(device):
+            raise ds_config.no_graphs("needs a GPU")
         optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim)
         self._engine = _initialise(model, optimizer, self.ds_config)
         self.module: RaphaelUNet = self._engine.module
         self._zero = adapter(self._engine.optimizer, self.module, plan.world_size)
         if config.train.cuda_graphs:
             if not isinstance(self._zero, Collected):
-                raise _no_graphs("goes without overlap_comm, offload_optimizer and a small reduce_bucket_size")
+                raise ds_config.no_graphs("goes with a reduce_bucket_size of at least half the parameters")
             replay(self.module, self._zero.views)
         self._zero.quiet()
         self._engine.gradient_clipping = lambda: 0.0  # clipped here, by the norm that the step knows anyway
@@ -169,30 +167,6 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
             "use ds_configs/zero2.json or train.compile=false"
         )
     compile_parts(model, device, dynamic=config.parallel.spreads or len(config.image.buckets) > 1)
-
-
-def _check_graphs(config: Config, stage: int, plan: BatchPlan, device: torch.device) -> None:
-    """UserError for what cannot be captured, or would be wrong: ZeRO-1 adds up gradients where the next replay writes."""
-    m = config.model
-    grouped = fits_grouped_mm(getattr(torch, config.train.dtype), (*m.channels, *m.expert_width))
-    refused = {
-        "needs a GPU": not is_gpu(device),
-        "goes with ZeRO-1 and 2": stage not in (1, 2),
-        "goes with ZeRO-2 where a step has several micro-steps": stage == 1 and plan.accumulation > 1,
-        "goes with experts that every rank has (parallel.space_ep=1 parallel.time_ep=1)": config.parallel.spreads,
-        "goes without adapters and controls": bool(beside(config)),
-        "goes without recipe.gradient_noise": config.recipe.gradient_noise > 0,
-        "goes without train.check_gradients": config.train.check_gradients,
-        # Elsewhere the host reads how many rows each expert has (`Experts.apply_sorted`), which no graph can.
-        "goes with train.dtype=bfloat16 and widths that are multiples of 8": m.time_experts > 0 and not grouped,
-        "goes with model.space_backend=auto or wide": m.space_experts > 0 and m.space_backend not in ("auto", "wide"),
-    }
-    if reasons := [reason for reason, applies in refused.items() if applies]:
-        raise _no_graphs(reasons[0])
-
-
-def _no_graphs(reason: str) -> UserError:
-    return UserError(f"train.cuda_graphs: given true, which {reason}; set train.cuda_graphs=false")
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -89,7 +89,7 @@ def update_time(config: Config, held: Held, cluster: ClusterSpec) -> float:
     gradients = part // 2 if config.train.dtype == "bfloat16" else part
     num_bytes = gradients + (gradients + part if held.update else 0) + part
     num_bytes += 2 * part + 2 * states.moments + part // 2 + 3 * states.ema
-    return num_bytes / (cluster.rate(config.train.dtype, "pointwise").gb_s.value * 1e9)
+    return num_bytes / (cluster.rate(config.train.dtype, "product").gb_s.value * 1e9)  # in long streams, as products read
 
 
 def scheme_of(held: Held) -> Scheme:
