@@ -115,9 +115,9 @@ def measure_rates() -> dict[str, tuple[float, float | None, float]]:
 
 
 def description(
-    rates: dict[str, tuple[float, float | None, float]], factor: float, us: float, peak: float
+    rates: dict[str, tuple[float, float | None, float]], factor: float, us: float, peak: float, again: float = 1.0
 ) -> dict[str, Any]:
-    """Return the tree of a description of this machine; `factor` and `us` as in `fit_reference`."""
+    """Return the tree of a description of this machine; factor, us: `fit_reference`'s; again: `fit_recomputed`'s."""
     how = f"measured by --calibrate on {datetime.date.today()}, {torch.get_num_threads()} threads"
     base = load_cluster("cpu").model_dump(exclude={"name"})
 
@@ -134,6 +134,7 @@ def description(
     base["peak_tflops"] = {"float32": number(peak, f"{how}: the largest product")}
     base["memory_gb"] = number(psutil.virtual_memory().total / 1e9, f"{how}: the host's")
     base["per_node"] = number(max(1, (os.cpu_count() or 1) // torch.get_num_threads()), f"{how}: cores over threads")
+    base["recomputed"] = number(again)
     base["launch_us"] = number(0.0, "in the times of the operations: a CPU is its own host")
     return base
 
@@ -201,7 +202,9 @@ def calibrate(path: Path) -> str:
     rates = measure_rates()
     peak = rates["product"][1] or 0.0
     factor, us = fit_reference(rates, peak)
-    tree = description(rates, factor, us, peak)
+    once = ClusterSpec.model_validate({**description(rates, factor, us, peak), "name": "here"})
+    again = fit_recomputed(once)
+    tree = description(rates, factor, us, peak, again)
     text = f"# {platform.machine()}, {os.cpu_count()} cores, by tools/plan_run.py --calibrate.\n"
     try:
         path.write_text(text + yaml.safe_dump(tree, sort_keys=False, width=120))
@@ -210,8 +213,25 @@ def calibrate(path: Path) -> str:
     lines = [
         f"{name:<15}{'' if t is None else f'{t * 1e3:9.1f} GFLOP/s':>18}{g:9.1f} GB/s" for name, (_, t, g) in rates.items()
     ]
-    within = f"within a step: {us:.1f} us an operation, and {factor:.2f} times as long as alone; written to {path}"
+    within = (
+        f"within a step: {us:.1f} us an operation, and {factor:.2f} times as long as alone, {again:.2f} times as long again "
+        f"where it is recomputed; written to {path}"
+    )
     return "\n".join([*lines, within])
+
+
+def fit_recomputed(cluster: ClusterSpec) -> float:
+    """Return how many times longer than in the forward pass operations take that are repeated in the backward pass.
+
+    From the reference step with and without recomputation of its blocks.
+    """
+    taken, reckoned, config = [], [], reference()
+    for recompute in ("none", "blocks"):
+        model = config.model.model_copy(update={"checkpoint_activations": recompute})
+        one = config.model_copy(update={"model": model})
+        taken.append(measured_step(one, repeats=10))  # a small difference of two large times
+        reckoned.append(reckoned_step(one, cluster))
+    return max(0.1, (taken[1] - taken[0]) / (reckoned[1] - reckoned[0]))
 
 
 def fit_reference(rates: dict[str, tuple[float, float | None, float]], peak: float) -> tuple[float, float]:

@@ -46,7 +46,8 @@ class ClusterSpec(BaseModel):
     `product` or of `other`. launch_us: what an operation takes the host. node_gb_s .. net_hop_us: as in
     `communication.Cluster`. gpu_hours_per_failure: device hours between two failures that end a run. storage_gb_s: GB/s that
     a node writes; host_gb_s: from a device to its host. restart_s: from a failure to the first step after it.
-    spread: deviation of a rank's compute time, relative.
+    spread: deviation of a rank's compute time, relative. recomputed: how many times longer an operation takes when the
+    backward pass repeats it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,6 +68,7 @@ class ClusterSpec(BaseModel):
     host_gb_s: Number
     restart_s: Number
     spread: Number
+    recomputed: Number = Number(value=1.0, source="assumed")
 
     def but(self, name: str, value: float) -> "ClusterSpec":
         """Return the same cluster with another number in the field of that name."""

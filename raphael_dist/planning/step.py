@@ -73,6 +73,7 @@ def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float,
         if rates.tflops is not None:
             times = np.maximum(times, trace.flops[chosen] / (rates.tflops.value * 1e12))
         seconds[chosen] = rates.us.value * 1e-6 + times
+    seconds[trace.phase == PHASES.index("recomputed")] *= cluster.recomputed.value
     multiplies = np.isin(trace.sort, [CLASSES.index(sort) for sort in MULTIPLY])
     return float(seconds[multiplies].sum()), float(seconds[~multiplies].sum())
 
