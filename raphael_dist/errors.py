@@ -83,6 +83,7 @@ def exit_code_of(command: Callable[[], object]) -> int:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        leave_exit_code(EXIT_USER_ERROR, str(error))  # for a job that checks its nodes first
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

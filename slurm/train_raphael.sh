@@ -141,7 +141,13 @@ launch_mpirun() {
 
 launcher=${LAUNCHER:-srun}
 case $launcher in
-srun | torchrun | deepspeed | mpirun) ;;
+srun | torchrun | deepspeed) ;;
+mpirun)
+    if ((EUID == 0)) && [[ ${DRY_RUN:-0} != 1 && ${OMPI_ALLOW_RUN_AS_ROOT:-}${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM:-} != 11 ]]; then
+        die "LAUNCHER: given mpirun by root, which Open MPI refuses; submit as another user, or set OMPI_ALLOW_RUN_AS_ROOT=1" \
+            "and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    fi
+    ;;
 *) die "LAUNCHER: given $(printf '%q' "$launcher"); one of srun, torchrun, deepspeed, mpirun" ;;
 esac
 
@@ -286,9 +292,11 @@ preflight() {
 first_checkpoint=$(newest_checkpoint)
 run mkdir -p "$run_dir/checkpoints" || die "RUN_DIR: cannot make $run_dir/checkpoints"
 export RAPHAEL_EXIT_FILE=$run_dir/.exit-code-$SLURM_JOB_ID
-run rm -f "$RAPHAEL_EXIT_FILE" "$RAPHAEL_EXIT_FILE.why"
+told_nothing() { run rm -f "$RAPHAEL_EXIT_FILE" "$RAPHAEL_EXIT_FILE.why"; }
+told_nothing
 say "job $SLURM_JOB_ID, restart $SLURM_RESTART_COUNT: $((num_nodes - spares)) nodes x $tasks ranks, $launcher, $run_dir"
 [[ ${PREFLIGHT:-1} != 1 ]] || preflight
+told_nothing # what one rank of the check said, and the check as a whole passed over
 use_nodes "$((num_nodes - spares))"
 supervise "launch_$launcher" "${train[@]}" "${arguments[@]}"
 code=$?

@@ -87,6 +87,7 @@ def test_a_folder_with_a_txt_beside_each_picture_becomes_shards(tmp_path: Path, 
     said = capsys.readouterr().out
     assert "10 samples in 3 shards, 2 left out: 1 x picture cannot be read" in said
     assert "1 x no caption" in said
+    assert "2 of them held out for validation" in said
     assert [path.name for path in sorted(out.iterdir())] == [
         f"{name}.{ext}" for name in ("train-00000", "train-00001", "val-00000") for ext in ("json", "tar")
     ]
@@ -194,6 +195,7 @@ MISTAKES = {
     "edges": (lambda d: folder_of(d, 1), ["--edges", "sobel"], "allowed: auto, hed, canny, stored, none"),
     "part": (lambda d: folder_of(d, 1), ["--part", "3", "--parts", "2"], "allowed 0 to 1"),
     "a share": (lambda d: folder_of(d, 1), ["--held-out", "0.9"], "from 0 to 0.5"),
+    "a share of shards": (lambda d: write(d / "a.tar", ""), ["--held-out", "0.1"], "given 0.1 with shards; allowed with a folder"),
 }  # fmt: skip
 
 

@@ -76,6 +76,16 @@ def test_a_job_whose_configuration_was_not_chosen_is_refused(script: str) -> Non
     assert "emoji-tiny" not in chosen
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused by Open MPI")
+def test_mpirun_by_root_is_refused_before_it_is_tried_five_times() -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_"))}
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "CONFIG": "emoji-tiny", "PYTHON": "python3"}
+    command = ["bash", str(ROOT / "slurm" / "train_raphael.sh")]
+    done = subprocess.run(command, env={**clean, **job, "LAUNCHER": "mpirun"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "LAUNCHER: given mpirun by root, which Open MPI refuses" in done.stderr
+
+
 def test_the_run_directory_of_a_yaml_file_is_taken_and_the_command_line_wins(tmp_path: Path) -> None:
     """Its checkpoints are what the script counts restarts by; a file without one leaves the job's name."""
     for text, wanted in (("run: {dir: runs/my own}", r"runs/my\ own"), ("data: {cache_dir: /tmp/c}", "runs/raphael")):

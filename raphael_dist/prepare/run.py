@@ -75,7 +75,9 @@ def prepare(
             report = preparer.done(one) or preparer.make(one, lambda: advance(0))
             reports.append(report)
             advance(1)
-    say(f"{out}: {summary(reports)}" + (f" (part {part} of {parts})" if parts > 1 else ""))
+    apart = sum(report.written for one, report in zip(mine, reports, strict=True) if one.held_out)
+    told = f", {apart} of them held out for validation" if held_out else ""
+    say(f"{out}: {summary(reports)}{told}" + (f" (part {part} of {parts})" if parts > 1 else ""))
     if not any(report.written for report in reports) and reports:
         raise UserError(f"SOURCE: not one usable sample; {summary(reports)}")
     return reports

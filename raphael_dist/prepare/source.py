@@ -33,26 +33,27 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Part:
-    """A shard to be: its name without .tar; `read` yields samples, and what cannot be one."""
+    """A shard to be: its name without .tar; `read` yields samples, and what cannot be one; held_out: for validation."""
 
     name: str
     read: Callable[[], Iterator[RawSample | BadSample]]
+    held_out: bool = False
 
 
 def parts_of(sources: Sequence[str], per_shard: int, held_out: float, caption: str | None) -> list[Part]:
     """Return the parts of shards (paths, globs, ranges, a folder of tars), or of one plain folder of pictures.
 
     Shards keep their names. Of a folder's pictures `per_shard` go into a shard, and every 1 / `held_out`-th into one of
-    validation. UserError: nothing there, no captions, two shards of one name.
+    validation. UserError: nothing there, no captions, two shards of one name, shards of which some were to be held out.
     """
     folders = [Path(source).expanduser() for source in sources if Path(source).expanduser().is_dir()]
     if not folders:
-        return _of_shards(list(sources))
+        return _of_shards(list(sources), held_out)
     if len(sources) > 1:
         raise UserError(f"SOURCE: {len(sources)} given, {folders[0]} is a folder; give one folder, or shards")
     tars = sorted(path for path in folders[0].iterdir() if path.name.endswith(_TARS))
     if tars:
-        return _of_shards([str(path) for path in tars])
+        return _of_shards([str(path) for path in tars], held_out)
     pictures = pictures_of(folders[0], caption)
     every = round(1 / held_out) if held_out else 0
     is_held_out = [bool(every) and n % every == every - 1 for n in range(len(pictures))]
@@ -60,11 +61,11 @@ def parts_of(sources: Sequence[str], per_shard: int, held_out: float, caption: s
     for name, wanted in (("train", False), ("val", True)):
         mine = [(n, p) for n, (p, out) in enumerate(zip(pictures, is_held_out, strict=True)) if out == wanted]
         for number, first in enumerate(range(0, len(mine), per_shard)):
-            parts.append(_part_of_folder(f"{name}-{number:05d}", mine[first : first + per_shard]))
+            parts.append(_part_of_folder(f"{name}-{number:05d}", mine[first : first + per_shard], held_out=wanted))
     return parts
 
 
-def _part_of_folder(name: str, pictures: list[tuple[int, Picture]]) -> Part:
+def _part_of_folder(name: str, pictures: list[tuple[int, Picture]], held_out: bool) -> Part:
     def read() -> Iterator[RawSample | BadSample]:
         for number, picture in pictures:
             try:
@@ -72,7 +73,7 @@ def _part_of_folder(name: str, pictures: list[tuple[int, Picture]]) -> Part:
             except (OSError, ValueError) as error:
                 yield BadSample(name, picture.name, str(error))
 
-    return Part(name, read)
+    return Part(name, read, held_out)
 
 
 def _sample_of(key: str, picture: Picture) -> RawSample:
@@ -91,7 +92,12 @@ def _sample_of(key: str, picture: Picture) -> RawSample:
     return RawSample(key, {ext: data, "json": json.dumps(meta, ensure_ascii=False).encode("utf-8", "replace")})
 
 
-def _of_shards(patterns: list[str]) -> list[Part]:
+def _of_shards(patterns: list[str], held_out: float) -> list[Part]:
+    if held_out:
+        raise UserError(
+            f"--held-out: given {held_out} with shards; allowed with a folder of pictures; leave it out, and name some of the "
+            "shards in data.val_shards"
+        )
     parts: dict[str, Part] = {}
     for path in expand_shards(patterns):
         name = base_name(path)
