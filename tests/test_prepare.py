@@ -195,7 +195,7 @@ MISTAKES = {
     "edges": (lambda d: folder_of(d, 1), ["--edges", "sobel"], "allowed: auto, hed, canny, stored, none"),
     "part": (lambda d: folder_of(d, 1), ["--part", "3", "--parts", "2"], "allowed 0 to 1"),
     "a share": (lambda d: folder_of(d, 1), ["--held-out", "0.9"], "from 0 to 0.5"),
-    "a share of shards": (lambda d: write(d / "a.tar", ""), ["--held-out", "0.1"], "given 0.1 with shards; allowed with a folder"),
+    "a share of shards": (lambda d: write(d / "a.tar", ""), ["--held-out", "0.1"], "0.1 with shards; allowed with a folder"),
 }  # fmt: skip
 
 

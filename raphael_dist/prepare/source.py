@@ -95,8 +95,8 @@ def _sample_of(key: str, picture: Picture) -> RawSample:
 def _of_shards(patterns: list[str], held_out: float) -> list[Part]:
     if held_out:
         raise UserError(
-            f"--held-out: given {held_out} with shards; allowed with a folder of pictures; leave it out, and name some of the "
-            "shards in data.val_shards"
+            f"--held-out: given {held_out} with shards; allowed with a folder of pictures; leave it out, and name some "
+            "of the shards in data.val_shards"
         )
     parts: dict[str, Part] = {}
     for path in expand_shards(patterns):
