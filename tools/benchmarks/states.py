@@ -28,8 +28,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
     "zero2_offload": {"stage": 2, **OFFLOAD},
+    "zero2_buckets": {"stage": 2},
 }
-# Small, or the reduction buffers of a small model would look as large as its gradients.
+# Small, or the reduction buffers of a small model would look as large as its gradients. ZeRO-2 without them collects.
 BUCKETS = {"reduce_bucket_size": 200_000, "allgather_bucket_size": 200_000}
 SIDE = 8  # of the latents: activations are small beside the model
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     device = initialise(ranks)
     small = ["train.global_batch=8", "train.micro_batch=2", "model.checkpoint_activations=true"]
     config = load_config(args.config, [*small, *args.overrides])
-    zero = {"zero_optimization": {**CONFIGURATIONS[args.zero], **BUCKETS}}
+    zero = {"zero_optimization": {**CONFIGURATIONS[args.zero], **({} if args.zero == "zero2" else BUCKETS)}}
     peak, rest = bench_states(config, zero, ranks, device)
     if ranks.is_main:
         where = f"{config.train.dtype} {args.zero}, {ranks.world_size} ranks"
