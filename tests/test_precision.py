@@ -94,6 +94,8 @@ CASES = [
     for dtype, zero, micro_steps, (world_size, ep) in product(
         ("float32", "bfloat16"), ZERO, (1, 4), ((1, 1), (2, 1), (2, 2))
     )
+    # Collected gradients in float32 are zero1's, several micro-steps apart.
+    if zero != "zero2_collected" or dtype == "bfloat16" or micro_steps > 1
 ]
 REFUSED = {case: why for case in CASES if (why := case.refusal()) is not None}
 # What else could change a gradient, with the stages that bend to it most.
@@ -185,7 +187,7 @@ ADAMW = {"optim": {"kind": "adamw", "clip": 0.5, "lr": 3e-3}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero2_collected"])
+@pytest.mark.parametrize("zero", ["zero1", "zero2_collected"])
 def test_thirty_steps_of_adamw_in_bfloat16_stay_by_those_in_float32(zero, tmp_path):
     """With four micro-steps on two ranks; the losses within 2%."""
     cases = [Case(dtype, zero, 4, 2) for dtype in ("float32", "bfloat16")]
