@@ -58,7 +58,7 @@ def cluster_of(**numbers: float):
 
 def nothing(collected: bool) -> Held:
     """Return a rank of ZeRO-2 that holds nothing."""
-    return Held(States(0, 0, 0, 0, 0), 0, 2, collected, not collected, 0)
+    return Held(States(0, 0, 0, 0, 0), 0, 2, collected, 0, 0)
 
 
 def test_an_operation_takes_the_longer_of_its_flops_and_its_bytes():

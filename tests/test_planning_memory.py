@@ -103,7 +103,7 @@ def test_gradients_that_deepspeed_reduces_take_buckets_and_are_joined_for_the_up
     config = tiny_config(train={"dtype": "bfloat16", "micro_batch": 3, "global_batch": 3})
     one = held(config, shapes_of(config), topology(config, 2, 1), 1, overlap=True)
     part = one.states.master // 4
-    few, many = (memory(config, one, activations, overlap=True, allocator=False) for activations in (0, 10**12))
+    few, many = (memory(config, one, activations, allocator=False) for activations in (0, 10**12))
     buckets = 2 * (2 * 500_000_000 + one.numbers)
     assert one.update == part * 6
     assert few.total == one.states.total + max(buckets, part * 6) + LIBRARIES

@@ -103,6 +103,12 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
     merged.setdefault("steps_per_print", 10**9)
     # It waits for the GPU twice a micro-step, for numbers that only `steps_per_print` would show.
     _section(merged, "timers", "throughput").setdefault("enabled", False)
+    _check(config, merged, accumulation, world_size)
+    return merged
+
+
+def _check(config: Config, merged: dict[str, Any], accumulation: int, world_size: int) -> None:
+    """UserError for what goes wrong in DeepSpeed, or with ours, though each may have it."""
     if zero_stage(merged) == 0 and config.train.dtype == "bfloat16":
         raise UserError(
             "train.dtype = bfloat16 needs fp32 master weights, which DeepSpeed's ZeRO-0 does not clip correctly; "
@@ -117,7 +123,6 @@ def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: i
     check_expert_parallel(config, merged, world_size)
     if config.train.cuda_graphs:
         _check_graphs(config, merged, accumulation)
-    return merged
 
 
 def collects(ds_config: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ none at all (`Plain`, ZeRO-0).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -168,13 +169,6 @@ class Flat(Zero):
                 zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One rank's part of a group's reduced gradients, in the form that DeepSpeed's `step` takes whole."""
-
-    flat_partition: Tensor
-
-
 class Collected(Flat):
     """ZeRO-1 and 2 where a rank has room for a step's gradients: they are written into one buffer and reduced at once.
 
@@ -231,7 +225,7 @@ class Collected(Flat):
                 part = part.to(zero.gradient_accumulation_dtype, copy=part is buffer)
             self._sums[i] = None if last else part
             if last:
-                zero.averaged_gradients[i] = _Part(part)
+                zero.averaged_gradients[i] = SimpleNamespace(flat_partition=part)  # so that `step` takes it whole
 
 
 def _reduce_scatter(whole: Tensor, group: Any, dtype: torch.dtype) -> Tensor:

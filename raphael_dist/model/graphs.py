@@ -19,8 +19,6 @@ from raphael_dist.model.unet import RaphaelUNet, UNetOutput
 
 _WARM_UP = 3  # passes: libraries choose their kernels and take their memory
 Eager = Callable[..., UNetOutput]
-
-
 Gradients = Mapping[nn.Parameter, Tensor]
 
 
@@ -76,10 +74,10 @@ class _Captured:
         whole = _Whole(unet, eager)
         # The same weights as leaves of their own: those of the parameters belong to the stream that DeepSpeed made its
         # hooks on, which a capture must not touch.
-        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in whole.named_parameters()}
+        leaves = {}
         for name, p in whole.named_parameters():
-            if p.requires_grad:
-                leaves[name].grad = gradients[p]
+            leaves[name] = leaf = p.detach().requires_grad_(p.requires_grad)
+            leaf.grad = gradients[p] if p.requires_grad else None
         self.inputs = tree_leaves(given)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.tie = torch.zeros((), device=self.inputs[0].device, requires_grad=True)  # there are gradients to be had

@@ -9,7 +9,7 @@ import datetime
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +202,7 @@ def calibrate(path: Path) -> str:
     rates = measure_rates()
     peak = rates["product"][1] or 0.0
     factor, us = fit_reference(rates, peak)
-    once = ClusterSpec.model_validate({**description(rates, factor, us, peak), "name": "here"})
-    again = fit_recomputed(once)
+    again = fit_recomputed(_here(description(rates, factor, us, peak)))
     tree = description(rates, factor, us, peak, again)
     text = f"# {platform.machine()}, {os.cpu_count()} cores, by tools/plan_run.py --calibrate.\n"
     try:
@@ -223,14 +222,9 @@ def calibrate(path: Path) -> str:
 def fit_recomputed(cluster: ClusterSpec) -> float:
     """Return how many times longer than in the forward pass operations take that are repeated in the backward pass.
 
-    From the reference step with and without recomputation of its blocks.
+    From the reference step with and without recomputation of its blocks: a small difference of two large times.
     """
-    taken, reckoned, config = [], [], reference()
-    for recompute in ("none", "blocks"):
-        model = config.model.model_copy(update={"checkpoint_activations": recompute})
-        one = config.model_copy(update={"model": model})
-        taken.append(measured_step(one, repeats=10))  # a small difference of two large times
-        reckoned.append(reckoned_step(one, cluster))
+    taken, reckoned = _reference_steps("model", "checkpoint_activations", ("none", "blocks"), cluster, repeats=10)
     return max(0.1, (taken[1] - taken[0]) / (reckoned[1] - reckoned[0]))
 
 
@@ -239,13 +233,24 @@ def fit_reference(rates: dict[str, tuple[float, float | None, float]], peak: flo
 
     From reference steps of one image and of eight: both have the same operations, and differ in what these do.
     """
-    alone = ClusterSpec.model_validate({**description(rates, 1.0, 0.0, peak), "name": "here"})
-    taken, reckoned, config = [], [], reference()
-    for samples in (1, config.train.micro_batch):
-        train = config.train.model_copy(update={"micro_batch": samples})
-        one = config.model_copy(update={"train": train})
-        taken.append(measured_step(one))
-        reckoned.append(reckoned_step(one, alone))
+    config, alone = reference(), _here(description(rates, 1.0, 0.0, peak))
+    taken, reckoned = _reference_steps("train", "micro_batch", (1, config.train.micro_batch), alone)
     factor = max(0.1, (taken[1] - taken[0]) / (reckoned[1] - reckoned[0]))
     launches = trace(config, 1).launches
     return factor, max(0.1, (taken[0] - factor * reckoned[0]) / launches * 1e6)
+
+
+def _here(tree: dict[str, Any]) -> ClusterSpec:
+    return ClusterSpec.model_validate({**tree, "name": "here"})
+
+
+def _reference_steps(
+    section: str, key: str, values: Sequence[Any], cluster: ClusterSpec, repeats: int = 4
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of reference steps that differ in one setting: as measured, and as the planner has them."""
+    taken, reckoned, config = [], [], reference()
+    for value in values:
+        one = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
+        taken.append(measured_step(one, repeats))
+        reckoned.append(reckoned_step(one, cluster))
+    return taken, reckoned

@@ -16,8 +16,8 @@ from raphael_dist.convert.partition import Topology, groups, local, topology_of,
 from raphael_dist.convert.plan import Options
 from raphael_dist.engine.ds_config import REDUCE_BUCKET as COLLECTED
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.communication import REDUCE_BUCKET
 
-REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's reduce_bucket_size, where gradients are not reduced at once
 GATHERED = 1_000_000_000  # numbers; DeepSpeed's stage3_max_live_parameters
 # Share of the activations that the caching allocator cannot reuse: blocks are rounded up and split. Assumed.
 SLACK = 0.05
@@ -122,15 +122,16 @@ def states(
 class Held:
     """What a rank holds whatever its micro-batch. numbers: of its own copy of the model; stage: of ZeRO.
 
-    collected: gradients are reduced at once (`engine.zero.Collected`); buckets: by DeepSpeed, through buckets. update: bytes
-    into which the update of ZeRO-1 to 3 copies its part of the gradients, to one tensor and to float32.
+    collected: gradients are reduced at once (`engine.zero.Collected`). buffered: numbers in the buckets through which
+    DeepSpeed reduces them, and under ZeRO-3 in the gathered weights. update: bytes into which the update of ZeRO-1 to 3
+    copies its part of the gradients, to one tensor and to float32.
     """
 
     states: States
     numbers: int
     stage: int
     collected: bool
-    buckets: bool
+    buffered: int
     update: int
 
 
@@ -143,18 +144,19 @@ def held(config: Config, shapes: Shapes, where: Topology, accumulation: int, ove
     part = found.master // 4
     joined = 0 if collected or _width(config) == 4 else 2
     widened = 0 if collected and (_width(config) == 4 or _in_float32(config, accumulation)) else 4
-    return Held(found, numbers, where.stage, collected, flat and not collected, part * (joined + widened))
+    buffered = 0
+    if flat and not collected:
+        # A bucket is allocated whole, and what is reduced is flattened into a copy of at most the gradients that fill it.
+        buckets, size = (2, REDUCE_BUCKET) if overlap else (1, COLLECTED)
+        buffered = buckets * size + min(size, numbers)
+    elif where.stage == 3:
+        buffered = min(GATHERED, numbers) + min(REDUCE_BUCKET, numbers)
+    return Held(found, numbers, where.stage, collected, buffered, part * (joined + widened))
 
 
-def memory(config: Config, held: Held, activations: int, *, overlap: bool = False, allocator: bool = True) -> Memory:
+def memory(config: Config, held: Held, activations: int, *, allocator: bool = True) -> Memory:
     """Return a rank's memory. activations: the trace's peak. allocator: torch's, which keeps blocks; False on a CPU."""
-    width, numbers = _width(config), held.numbers
-    buffers = 0
-    if held.buckets:
-        # The bucket is allocated whole, and what is reduced is flattened into a copy of at most the gradients that fill it.
-        buffers = width * (REDUCE_BUCKET * (2 if overlap else 1) + min(REDUCE_BUCKET, numbers))
-    elif held.stage == 3:
-        buffers = width * (min(GATHERED, numbers) + min(REDUCE_BUCKET, numbers))
+    buffers = _width(config) * held.buffered
     slack = round(SLACK * activations) if allocator else LIBRARIES
     return Memory(held.states, activations, buffers, held.update + (0 if allocator else slack), slack)
 

@@ -161,7 +161,7 @@ class Search:
         activations = trace.peak + exchanged_bytes(config, plan)
         gpu = self.cluster.device == "gpu"
         held = self._states_of(config, where, plan, choice.overlap)
-        whole = memory.memory(config, held, activations, overlap=choice.overlap, allocator=gpu)
+        whole = memory.memory(config, held, activations, allocator=gpu)
         step = step_time(config, plan, trace, held, self.cluster, self.parameters, len(self.shapes), choice.overlap)
         return Outcome(choice, whole, step, plan, whole.total <= FILLED * self.cluster.memory_gb.value * 1e9)
 

@@ -116,9 +116,8 @@ def step_time(
     products, traffic = (micro_steps * seconds for seconds in device_times(trace, cluster, dtype))
     update = update_time(config, held, cluster)
     device = products + traffic + update
-    of_model = trace.launches + LAUNCHES_WHEN_COLLECTED * num_tensors if held.collected else trace.launches
-    of_model = 0 if config.train.cuda_graphs else of_model
-    num_launches = micro_steps * (of_model + (0 if held.collected else LAUNCHES_PER_PARAMETER * num_tensors))
+    of_each = LAUNCHES_WHEN_COLLECTED if held.collected else LAUNCHES_PER_PARAMETER
+    num_launches = 0 if config.train.cuda_graphs else micro_steps * (trace.launches + of_each * num_tensors)
     host = num_launches * cluster.launch_us.value * 1e-6
     launches = max(0.0, host - device) if cluster.device == "gpu" else host
     # ZeRO-2 and 3 reduce in every micro-step, the others once a step.
