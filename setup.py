@@ -8,7 +8,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-# Folders and patterns of what goes to raphael_dist/assets/ (raphael_dist/shipped.py finds it there).
+# Folders and patterns of what goes to raphael_dist/assets/ (raphael_dist/config/assets.py finds it there).
 ASSETS = (
     ("data/emoji-demo", "*"),
     ("data/emoji-demo/pictures", "*"),

@@ -1,89 +1,104 @@
-"""Exit codes, and the exceptions behind them: UserError means "the user can fix this", the others say why a run ended."""
+"""Exit codes and the exceptions that lead to them. UserError is a mistake of the user; the others say why a run ended."""
 
 import contextlib
 import difflib
 import errno
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+
+from raphael_dist.text import escape_control, hide_secrets_in_text, prepare_streams, print_line
 
 # Exit codes are an interface: a launcher may restart a run on other codes, never on these.
 EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3  # the loss or the gradients stayed infinite, NaN or far too large
-EXIT_NOT_SAVED = 4  # the last state could not be saved, the disk being full, say; the checkpoint before it stands
-EXIT_INTERRUPTED = 75  # stopped by a signal after saving; the same command continues
-EXIT_HUNG = 76  # a run without progress was ended, by the watchdog or HungError; the same command continues
-
-_SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password|passwd)$")
+EXIT_NOT_SAVED = 4  # the last state could not be saved, on a full disk for example; the previous checkpoint remains
+EXIT_INTERRUPTED = 75  # stopped by a signal after saving; the same command resumes
+EXIT_HUNG = 76  # a run without progress was ended, by the watchdog or HungError; the same command resumes
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. Shown as one line, without a traceback; the process exits with 2.
+    """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, what was given, what is allowed and what to do. `agreed`: every rank raises it alike.
+    The text names the field or file, its value, what is allowed and what to do. Each mistake is one argument.
+
+    Attributes:
+        agreed: every rank raises the same error.
     """
 
     agreed = False
 
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
 
-def cannot_write(where: Path, error: OSError) -> Exception:
-    """Return what to raise when nothing can be written: NotSavedError on a full disk, else UserError."""
+
+def write_error(where: Path, error: OSError) -> Exception:
+    """Return the exception for a failed write into a run directory: NotSavedError on a full disk, else UserError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NotSavedError(f"run.dir: cannot write to {where}: {error.strerror}; free some space, nothing was lost")
-    return UserError(f"run.dir: cannot write to {where}: {error.strerror}; choose another run.dir")
+        return NotSavedError(
+            f"run.dir: {where} cannot be written ({error.strerror}). Free some space; no checkpoint was lost."
+        )
+    return UserError(f"run.dir: {where} cannot be written ({error.strerror}). Choose another run.dir.")
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` for the nearest known name, or "" if none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` for the most similar known name, "" if none is similar."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row were no good; raised on all ranks alike, the last checkpoint is untouched."""
+    """Too many consecutive steps were skipped. All ranks raise it; the last checkpoint is unchanged."""
 
 
 class NotSavedError(RuntimeError):
-    """The disk has no room for a start, or for the last checkpoint of a run; raised on all ranks alike."""
+    """The disk has no space for a start or for the last checkpoint of a run. All ranks raise it."""
 
     agreed = False
 
 
 class HungError(RuntimeError):
-    """Other ranks make no progress; the text names them. Ranks cannot agree on anything after it."""
+    """Other ranks make no progress; the text names them. No collective is possible after it."""
 
 
-def leave_exit_code(code: int, why: str = "") -> None:
-    """Write the exit code into the file that RAPHAEL_EXIT_FILE names, and why, if given, into one beside it (.why).
+def describe_error(error: BaseException) -> str:
+    """Describe an error in one line. A lack of memory is named, which the exceptions themselves do not always do."""
+    text = " ".join(str(error).split())
+    lacks = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if lacks or "can't allocate memory" in text or "out of memory" in text:
+        return f"not enough memory ({text[:200]})" if text else "not enough memory"
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 
-    Some launchers turn every code into 1, and a rank may be ended by its launcher before its last words are out.
+
+def write_exit_code(code: int, why: str = "") -> None:
+    """Write the exit code into the file that RAPHAEL_EXIT_FILE names, and the reason into a second file (.why).
+
+    Some launchers turn every code into 1, and a launcher may kill a rank before its last message is printed.
     """
     path = os.environ.get("RAPHAEL_EXIT_FILE")
     if path:
         with contextlib.suppress(OSError):
-            Path(path).write_text(f"{code}\n")
+            _write(path, f"{code}\n")
             if why:
-                Path(f"{path}.why").write_text(f"{' '.join(why.split())}\n")
+                _write(f"{path}.why", escape_control(hide_secrets_in_text(" ".join(why.split()))) + "\n")
 
 
-def redact(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists in which what is named like a secret is hidden."""
-    if isinstance(tree, dict):
-        return {k: "(hidden)" if _SECRET.search(str(k)) and v is not None else redact(v) for k, v in tree.items()}
-    return [redact(value) for value in tree] if isinstance(tree, list) else tree
+def _write(path: str, text: str) -> None:
+    # Never through a symbolic link: anyone who can write to the run directory may have created it.
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
-def exit_code_of(command: Callable[[], object]) -> int:
-    """Run a command line's work; show a user's mistake, or Ctrl-C, as one line and return its exit code, else 0."""
+def run_command(command: Callable[[], object]) -> int:
+    """Run the work of a command; print a user's mistake or Ctrl-C as one line. Return the exit code, 0 if there was none."""
+    prepare_streams()
     try:
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave_exit_code(EXIT_USER_ERROR, str(error))  # for a job that checks its nodes first
+        print_line(f"error: {error}", file=sys.stderr)
+        write_exit_code(EXIT_USER_ERROR, str(error))  # a Slurm job reads it
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

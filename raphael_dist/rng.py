@@ -22,7 +22,6 @@ class Purpose(IntEnum):
     POSTERIOR = 8
     STRATA = 9
     OFFSET = 10
-    GRADIENT = 11
     UPSCALE = 12
 
 

@@ -1,24 +1,35 @@
-"""Command line: `deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50`, or plain python.
+"""Command line: `deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50`; `python` for one rank.
 
-Arguments are checked before torch is imported, so --help, --plan and mistakes answer at once.
+Arguments are checked before torch is imported, so that --help, --plan and mistakes take a second.
 """
 
 import argparse
+import json
 import logging
 import os
+import re
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 if __name__ == "__main__":
-    # Run as a file, Python puts this package's own folder first on the path; its modules must not shadow others.
+    # When run as a file, Python puts this folder first on the path, where its modules would shadow others.
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
+    from raphael_dist.cli.installed import report_missing_packages
 
-from raphael_dist import command_line
-from raphael_dist.config import Config, RunConfig, load_config, to_yaml
+    report_missing_packages()
+
+from raphael_dist.cli import common
+from raphael_dist.config.run_sections import RunConfig
+from raphael_dist.config.schema import Config, load_config, load_leniently, to_yaml
+from raphael_dist.config.stages import every_stage
+from raphael_dist.config.types import EXPERT_KINDS
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import (
     EXIT_HUNG,
@@ -30,92 +41,99 @@ from raphael_dist.errors import (
     NonFiniteError,
     NotSavedError,
     UserError,
-    leave_exit_code,
-    redact,
+    describe_error,
+    write_exit_code,
 )
 from raphael_dist.parallel import placement
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.stages import every_stage
-from raphael_dist.training.console import let_output_fail
-from raphael_dist.training.stopping import StopRequest, parse_time
+from raphael_dist.runtime.launcher_env import rank_of, world_size_of
+from raphael_dist.runtime.stop_request import StopRequest, parse_time
+from raphael_dist.text import hide_secrets_in_text, prepare_streams, print_line, redact
+from raphael_dist.training.console import ignore_output_errors
+from raphael_dist.training.lr_schedule import draw_schedule
 
-HEAD_START_S = 2.0  # seconds that rank 0 has to say what every rank knows
+_LOST_RANK = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe")
+HEAD_START_S = 2.0  # seconds in which rank 0 reports an error before other ranks exit
+DEFAULT_CONFIG = "raphael-3b"
+SMALL_RUN = "python -m raphael_dist train --config emoji-tiny"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake. UserError when no configuration was chosen."""
-    parser = argparse.ArgumentParser(
+    """Return the arguments; argparse exits with 2 on a mistake."""
+    parser = common.Parser(
         prog="raphael_dist/train.py",
-        description="Train RAPHAEL. The same command continues a run from its newest checkpoint.",
-        epilog="precedence: defaults < --config < overrides, each key once. All keys: --plan prints them.",
+        example="deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50",
+        description=f"Train a model. The same command resumes the run. Without --config it trains {DEFAULT_CONFIG}.",
+        epilog="Precedence: defaults < --config < overrides. `python -m raphael_dist config WORD` finds keys.",
     )
-    command_line.add_config(parser)
+    common.add_config(parser)
     parser.add_argument(
         "--deepspeed_config",
-        action=command_line.Once,
+        action=common.Once,
         metavar="JSON",
-        help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-2 in bfloat16, else 1)",
+        help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-2 in bfloat16, ZeRO-1 in float32)",
     )
     parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print configuration and batch plan, check shards, encoders, folders, and stop",
+        "--plan", action="store_true", help="print settings, learning rates and batch plan, without reading data"
     )
-    parser.add_argument("--plan", action="store_true", help="print configuration and batch plan alone; looks at no file")
-    parser.add_argument("--world-size", type=int, help="number of ranks to plan for, with --dry-run and --plan")
-    parser.add_argument(
-        "--log-level",
-        choices=get_args(RunConfig.model_fields["log_level"].annotation),
-        help="what the terminal shows of the log: run.log_level",
-    )
-    command_line.add_version(parser)
-    parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, written like Slurm's --time")
+    parser.add_argument("--dry-run", action="store_true", help="like --plan, and also check shards, encoders and folders")
+    parser.add_argument("--world-size", type=int, help="number of ranks for --plan and --dry-run")
+    levels = get_args(RunConfig.model_fields["log_level"].annotation)
+    parser.add_argument("--log-level", choices=levels, help="lowest level of log messages on the terminal: run.log_level")
+    parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, in the form of Slurm's --time")
+    common.add_version(parser)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    args = command_line.parse(parser, argv)
+    args = parser.parse_intermixed_args(argv)
     if args.log_level:
         args.overrides.append(f"run.log_level={args.log_level}")
+    args.chosen = args.config is not None
+    args.config = args.config or DEFAULT_CONFIG
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (see errors.py)."""
+    prepare_streams()
     why = ""
     try:
         code, why = _main(sys.argv[1:] if argv is None else argv)
     except SystemExit as error:  # argparse
         code = error.code if isinstance(error.code, int) else EXIT_USER_ERROR
-    # A mistake meets all ranks, and the first that leaves may be the end of the others, of rank 0 before it has spoken.
-    # So what is wrong goes into a file as well, and rank 0 has a head start.
-    if _rank() == "0" or code == EXIT_USER_ERROR:
-        leave_exit_code(code, why)
-    if _rank() != "0" and why:
+    # When one rank exits, the launcher may kill the others, also rank 0 before it has reported the error.
+    # So the error is also written to a file, and the other ranks wait.
+    if rank_of() == "0" or code == EXIT_USER_ERROR:
+        write_exit_code(code, why)
+    if rank_of() != "0" and why:
         time.sleep(HEAD_START_S)
     return code
 
 
 def _main(argv: Sequence[str]) -> tuple[int, str]:
-    """Return the exit code, and why where something went wrong."""
+    """Return the exit code, and the error message if there is one."""
     training = False
     try:
         args = parse(argv)
+        sys.argv = [hide_secrets_in_text(word) for word in sys.argv]  # trackers store it
         stop = StopRequest(None if args.max_time is None else parse_time(args.max_time))
+        if args.dry_run and not args.plan:
+            return _dry_run(args), ""
         config = load_config(args.config, args.overrides)
         tree = ds_config.read_deepspeed_json(args.deepspeed_config, config.train.dtype)
-        world_size = _launched_ranks() if args.world_size is None else args.world_size
-        if world_size < 1:
-            raise UserError(f"--world-size: given {world_size}, must be 1 or more")
+        world_size = _world_size(args)
         config = ds_config.fit_to_ranks(config, world_size)
         stages = every_stage(config)
         for stage in stages:
             plan = BatchPlan.of(stage, world_size)
             merged = ds_config.merge(stage, tree, plan.accumulation, world_size)
-            if args.plan or args.dry_run:
+            if args.plan:
                 print(describe(stage, plan, merged), flush=True)
-        if args.plan or args.dry_run:
-            return 0 if args.plan else _check_ready(stages), ""
+        if args.plan:
+            return 0, ""
+        if not args.chosen:
+            _check_default(config)
         training = True
-        let_output_fail()
+        ignore_output_errors()
         stop.listen()
         return run(config, tree, stop), ""
     except UserError as error:
@@ -125,94 +143,152 @@ def _main(argv: Sequence[str]) -> tuple[int, str]:
     except NotSavedError as error:
         return _fail(error, EXIT_NOT_SAVED, training)
     except HungError as error:
-        # Rank 0 may be the one that hangs, and the others may be ended as soon as one leaves.
-        leave_exit_code(EXIT_HUNG)
-        print(f"error on rank {_rank()}: {error}", file=sys.stderr, flush=True)
-        os._exit(EXIT_HUNG)  # threads may be waiting for the rank that hangs: nothing less is sure to end
+        # Rank 0 may be the one that hangs, and the launcher may kill the others as soon as one exits.
+        write_exit_code(EXIT_HUNG)
+        print_line(f"error on rank {rank_of()}: {error}", file=sys.stderr)
+        os._exit(EXIT_HUNG)  # threads may wait for the hanging rank, so that a normal exit would hang as well
+    except Exception as error:
+        if not training:
+            raise
+        return _fail_unforeseen(error), ""
 
 
-def _check_ready(stages: Sequence[Config]) -> int:
-    """Print what a start would be refused for, a line each; return the exit code."""
-    from raphael_dist.training.ready import problems
+def _dry_run(args: argparse.Namespace) -> int:
+    """Print the plan, and a line for each mistake; return the exit code."""
+    from raphael_dist.training.dry_run import attempt, problems
 
-    found = list(dict.fromkeys(line for stage in stages for line in problems(stage)))
-    for line in found:
-        print(f"error: {line}", file=sys.stderr)
-    return EXIT_USER_ERROR if found else 0
+    config, lines = load_leniently(args.config, args.overrides)
+    world_size = attempt(lines, lambda: _world_size(args)) or 1
+    dtype = "float32" if config is None else config.train.dtype
+    tree = attempt(lines, lambda: ds_config.read_deepspeed_json(args.deepspeed_config, dtype))
+    tree = ds_config.read_deepspeed_json(None, dtype) if tree is None else tree
+    stages: list[Config] = []
+    if config is not None:
+        fitted = attempt(lines, partial(ds_config.fit_to_ranks, config, world_size)) or config
+        stages = attempt(lines, partial(every_stage, fitted)) or [fitted]
+    for stage in stages:
+        plan = attempt(lines, partial(BatchPlan.of, stage, world_size))
+        if plan is not None:
+            merged = attempt(lines, partial(ds_config.merge, stage, tree, plan.accumulation, world_size))
+            if merged is not None:
+                print(describe(stage, plan, merged), flush=True)
+        lines += problems(stage)
+    for line in dict.fromkeys(lines):
+        print_line(f"error: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR if lines else 0
 
 
-def _rank() -> str:
-    return next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID") if name in os.environ), "0")
+def _world_size(args: argparse.Namespace) -> int:
+    world_size = world_size_of() if args.world_size is None else args.world_size
+    if world_size < 1:
+        raise UserError(f"--world-size={world_size} must be at least 1. Give a larger number.")
+    return int(world_size)
 
 
-def _launched_ranks() -> int:
-    """Return the number of ranks by the launcher's variables, as `parallel.ranks.discover` does, without importing torch."""
-    step = ("SLURM_NTASKS",) if "SLURM_STEP_ID" in os.environ else ()
-    given = (os.environ.get(name, "") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", *step))
-    return next((int(text) for text in given if text.isdigit()), 1)
+def _check_default(config: Config) -> None:
+    """Check that the requirements of the default configuration are met. UserError after a line for each that is not."""
+    import torch
+
+    from raphael_dist.training.dry_run import problems
+
+    lines = problems(config)
+    if not torch.cuda.is_available():
+        lines.append("GPU: none is available on this machine, but the paper's model requires several GPUs with 80 GB each.")
+    if lines:
+        for line in lines if rank_of() == "0" else ():
+            print_line(f"missing: {line}", file=sys.stderr)
+        raise UserError(
+            f"--config={DEFAULT_CONFIG} (the default) requires what is listed above. Provide it, choose another "
+            f"--config, or try the whole path on a laptop: {SMALL_RUN}"
+        )
 
 
-def describe(config: Config, plan: BatchPlan, merged: dict) -> str:
-    """Return the resolved configuration, the batch plan and the DeepSpeed configuration as text."""
-    import json
-
+def describe(config: Config, plan: BatchPlan, merged: dict[str, object]) -> str:
+    """Return the settings, the learning-rate schedule, the batch plan and the DeepSpeed configuration as text."""
     lines = [
         to_yaml(config).rstrip(),
         "",
-        f"# {plan.world_size} ranks x {plan.micro_batch} images x {plan.accumulation} micro-steps for exactly "
-        f"{plan.global_batch} images per step; {plan.waste:.1%} of the slots are empty",
-        *(f"# warning: {line}" for line in plan.advice()),
-        *_spread(config, plan.world_size),
-        *(f"# {line}" for line in placement.describe(placement.place(config, plan))),
+        f"# {draw_schedule(config)}",
+        f"# {plan.world_size} ranks x {plan.micro_batch_size} images x {plan.accumulation} micro-steps for exactly "
+        f"{plan.global_batch_size} images per step; {plan.waste:.1%} of the slots are empty",
+        *(f"# warning: {line}" for line in [*config.find_warnings(), *plan.advice()]),
+        *_describe_experts(config, plan.world_size),
+        *(f"# {line}" for line in placement.describe(placement.choose_placement(config, plan))),
         "# DeepSpeed: " + json.dumps(redact(merged)),
     ]
     return "\n".join(lines)
 
 
-def _spread(config: Config, world_size: int) -> list[str]:
+def _describe_experts(config: Config, world_size: int) -> list[str]:
     lines = []
-    for kind in ("space", "time"):
-        experts, ep = getattr(config.model, f"{kind}_experts"), getattr(config.parallel, f"{kind}_ep")
+    for kind in EXPERT_KINDS:
+        experts, ep = config.model.num_experts(kind), config.parallel.ep(kind)
         if ep > 1:
             lines.append(
-                f"# {kind} experts: {ep} consecutive ranks share the {experts}, {experts // ep} on each; "
+                f"# {kind} experts: {experts} sharded over {ep} consecutive ranks, {experts // ep} on each; "
                 f"every expert is on {world_size // ep} ranks"
             )
     return lines
 
 
-def run(config: Config, tree: dict, stop: StopRequest) -> int:
-    """Train; return 0 when complete, EXIT_INTERRUPTED when a signal or the time limit stopped it after saving."""
+def run(config: Config, tree: dict[str, object], stop: StopRequest) -> int:
+    """Train. Return 0 if the run is complete, EXIT_INTERRUPTED if a signal or the time limit stopped it after saving."""
     import torch.distributed as dist
 
-    from raphael_dist.parallel.ranks import discover, initialise
+    from raphael_dist.data.shards.open_index import require_shards
+    from raphael_dist.runtime import long_work
+    from raphael_dist.runtime.ranks import TIMEOUT, discover, host_name, initialise
+    from raphael_dist.runtime.watchdog import SLOW, Watchdog
     from raphael_dist.training import trainer
 
-    if not config.data.shards and not config.data.sources:
-        raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
+    require_shards(config)
     ranks = discover()
-    device = initialise(ranks)
+    watchdog = Watchdog(ranks, config.run.dir, config.run.hang_timeout_s, stop.launchers).start()
+    # Longer than the watchdog's, which names the missing ranks.
+    timeout = max(TIMEOUT, timedelta(seconds=SLOW * config.run.hang_timeout_s + 60))
     try:
-        complete = trainer.train_stages(config, tree, ranks, device, stop)
+        device = initialise(ranks, timeout, partial(watchdog.heartbeat, timeout_factor=SLOW))
+        watchdog.heartbeat("the first exchange with the other ranks", SLOW)
+        complete = trainer.train_stages(config, tree, ranks, device, stop, watchdog)
     except (UserError, NonFiniteError, NotSavedError):
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise
-    except Exception:
-        # Into this rank's log too. The process group stays as it is: taking it down might wait for ranks that are gone.
-        logging.getLogger("raphael_dist").exception("rank %d failed", ranks.rank)
+    except Exception as error:
+        # Also into this rank's log. The process group is kept: destroying it might wait for ranks that are gone.
+        logging.getLogger("raphael_dist").info("rank %d failed", ranks.rank, exc_info=True)  # not on the terminal again
+        long_work.report_failure(f"rank {ranks.rank} on {host_name()} failed: {describe_error(error)}")
         raise
+    finally:
+        watchdog.stop()
     dist.destroy_process_group()
     return 0 if complete else EXIT_INTERRUPTED
 
 
+def _fail_unforeseen(error: Exception) -> int:
+    """Print a bug, or the loss of another rank, with the helpful line last; return the exit code."""
+    what = describe_error(error)
+    if _LOST_RANK.search(what):  # its traceback, which is in this rank's log, does not explain the loss
+        why = "Its process failed, its node is gone, or the system killed it for lack of memory (see dmesg)"
+        what = f"the connection to another rank was lost ({what[:120]}). {why}. See the log of that rank in logs/ of run.dir"
+    else:
+        traceback.print_exc()
+    print(
+        f"error on rank {rank_of()}: {what}. The same command continues from the newest checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return 1
+
+
 def _fail(error: Exception, code: int, training: bool) -> tuple[int, str]:
-    # What every rank knows is said once; what only one rank met, by that rank.
-    rank = _rank()
+    # Rank 0 reports an error of all ranks; an error of one rank is reported by that rank.
+    rank, text = rank_of(), hide_secrets_in_text(str(error))
     if rank == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_line(f"error: {error}", file=sys.stderr)
     elif training and not getattr(error, "agreed", True):
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    return code, str(error)
+        print_line(f"error on rank {rank}: {error}", file=sys.stderr)
+    return code, text
 
 
 if __name__ == "__main__":

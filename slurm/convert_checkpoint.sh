@@ -10,7 +10,7 @@ set -uo pipefail
 home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [[ -f $home/slurm/common.sh ]] || home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -f $home/slurm/common.sh ]] || home=$(raphael-slurm --home 2>/dev/null)
-[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to what raphael-slurm --home prints" >&2; exit 2; }
+[[ -f $home/slurm/common.sh ]] || { echo "error: RAPHAEL_HOME must be set. Call sbatch in the repository, or set it to what raphael-slurm --home prints." >&2; exit 2; }
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes shards with edge maps (and features) of pictures or shards, or fills a run's feature cache; an array task for each part.
+# Makes shards with edge maps (and features) of images or shards, or fills a run's feature cache; an array task for each part.
 #   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh SOURCE --out SHARDS [--features]
 #   sbatch --account=A --partition=P --array=0-15 --gpus=1 slurm/prepare_data.sh --config NAME [as for training]
 #SBATCH --job-name=raphael-data
@@ -14,7 +14,7 @@ set -uo pipefail
 home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [[ -f $home/slurm/common.sh ]] || home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -f $home/slurm/common.sh ]] || home=$(raphael-slurm --home 2>/dev/null)
-[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to what raphael-slurm --home prints" >&2; exit 2; }
+[[ -f $home/slurm/common.sh ]] || { echo "error: RAPHAEL_HOME must be set. Call sbatch in the repository, or set it to what raphael-slurm --home prints." >&2; exit 2; }
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh"
 
@@ -24,9 +24,9 @@ number SLURM_ARRAY_TASK_MIN 0
 number SLURM_ARRAY_TASK_ID 0
 number SLURM_ARRAY_TASK_STEP 1
 number SLURM_ARRAY_TASK_COUNT 1
-((SLURM_ARRAY_TASK_STEP > 0)) || die "SLURM_ARRAY_TASK_STEP is 0"
+((SLURM_ARRAY_TASK_STEP > 0)) || die "SLURM_ARRAY_TASK_STEP must be above 0. Correct --array."
 part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP)) parts=$SLURM_ARRAY_TASK_COUNT
-((part >= 0 && part < parts)) || die "the array's numbers must follow each other evenly, as in --array=0-15"
+((part >= 0 && part < parts)) || die "--array must have evenly spaced numbers, as in --array=0-15. Correct it."
 config=()
-given --out "$@" || choose_config "$@"  # shards are made without one, features by --config
+given --out "$@" || choose_config "$@"  # shards require no configuration, features do
 run "$python" "$tools"/prepare_data.py "${config[@]}" --part "$part" --parts "$parts" "${overrides[@]}" "$@"

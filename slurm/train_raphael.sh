@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on whole nodes, and goes on by itself after a time limit, a preemption, a crash or a lost node. See slurm/README.md.
+# Trains on whole nodes, and continues by itself after a time limit, a preemption, a crash or a lost node. See slurm/README.md.
 #   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_raphael.sh --config NAME [...]
 #SBATCH --job-name=raphael
 #SBATCH --nodes=1
@@ -17,7 +17,7 @@ set -uo pipefail
 home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [[ -f $home/slurm/common.sh ]] || home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -f $home/slurm/common.sh ]] || home=$(raphael-slurm --home 2>/dev/null)
-[[ -f $home/slurm/common.sh ]] || { echo "error: call sbatch in the repository, or set RAPHAEL_HOME to what raphael-slurm --home prints" >&2; exit 2; }
+[[ -f $home/slurm/common.sh ]] || { echo "error: RAPHAEL_HOME must be set. Call sbatch in the repository, or set it to what raphael-slurm --home prints." >&2; exit 2; }
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh"
 
@@ -29,7 +29,7 @@ for argument in "${overrides[@]}" "$@"; do
     [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
 done
 choose_config "$@"
-# configured_dir ARGUMENT...: the run.dir that the configuration itself gives, where that is a file and gives one.
+# configured_dir ARGUMENT...: print the run.dir of the configuration, where that is a YAML file with a run.dir.
 configured_dir() {
     local file=${CONFIG:-} before='' argument
     for argument in "$@"; do
@@ -38,58 +38,33 @@ configured_dir() {
         before=$argument
     done
     [[ -f $file ]] && grep -q 'dir *:' -- "$file" || return 0
-    "$python" "$train_py" "${config[@]}" "$@" --plan 2>/dev/null |
-        sed -n "/^run:/,/^[a-z]*:$/s/^  dir: '\{0,1\}\(.*[^']\)'\{0,1\}$/\1/p" | grep -vx runs/default
+    "$python" -c 'import sys; from raphael_dist.config.load import read_yaml; print(read_yaml(sys.argv[1]).tree["run"]["dir"])' \
+        "$file" 2>/dev/null
 }
 [[ -n $run_dir ]] || run_dir=$(configured_dir "$@")
 if [[ -z $run_dir ]]; then
     name=${SLURM_JOB_NAME:-raphael}
-    [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "the job name $(printf '%q' "$name") is no folder name: set RUN_DIR"
+    [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "the job name $(printf '%q' "$name") cannot be the name of a folder. Set RUN_DIR."
     run_dir=runs/$name
 fi
 no_control_characters RUN_DIR "$run_dir"
 arguments=("${config[@]}" ${DS_CONFIG:+--deepspeed_config "$DS_CONFIG"})
-# A key that is given twice is refused: what is said here must not be among the arguments too.
+# The trainer refuses a key that is set twice.
 given run.dir "$@" "${overrides[@]}" || arguments+=("run.dir=$run_dir")
 arguments+=("${overrides[@]}")
-# After a restart, what is left of the run before may hold the directory until it notices that its peers are gone.
+# After a restart, ranks of the run before may lock the directory until they notice that others are gone.
 [[ ${SLURM_RESTART_COUNT:-0} =~ ^0*$ ]] || given run.lock_wait_s "$@" "${overrides[@]}" || arguments+=("run.lock_wait_s=120")
 arguments+=("$@")
 train=("$python" "$train_py")
 
 # --- on which nodes and ranks ----------------------------------------------------------------------------------------
-number SLURM_JOB_NUM_NODES 1
 number SPARE_NODES 0
 number MAX_RESTARTS 5
 number PREFLIGHT_MINUTES 3
 number SLURM_RESTART_COUNT 0
-number SLURM_NTASKS "$SLURM_JOB_NUM_NODES"
-nodes=() num_nodes=$SLURM_JOB_NUM_NODES spares=$SPARE_NODES limit=$MAX_RESTARTS
-((num_nodes > 0)) || die "SLURM_JOB_NUM_NODES is 0"
-# One rank per GPU; without GPUs, as many as tasks were asked for.
-number TASKS_PER_NODE "${SLURM_GPUS_ON_NODE:-0}"
-tasks=$TASKS_PER_NODE
-if ((tasks == 0)); then
-    tasks=$((SLURM_NTASKS / num_nodes))
-    ((tasks > 0)) || tasks=1
-fi
-number SLURM_CPUS_ON_NODE "$tasks"
-cpus=$((SLURM_CPUS_ON_NODE / tasks))
-((cpus > 0)) || cpus=1
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
-# Every rank must see all GPUs of its node and picks its own; these would hide the others from it.
-unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPU_BIND SLURM_TRES_PER_TASK SLURM_CPUS_PER_TASK SLURM_NTASKS_PER_NODE
-if command -v scontrol >/dev/null && [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
-    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-fi
-((num_nodes > spares)) || die "SPARE_NODES = $spares leaves none of the $num_nodes nodes to train on"
-
-# A node's name, or where Slurm reaches it when the name means nothing to the resolver.
-address_of() {
-    local address=
-    getent hosts "$1" >/dev/null || address=$(scontrol -o show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-    printf '%s\n' "${address:-$1}"
-}
+spares=$SPARE_NODES limit=$MAX_RESTARTS
+count_ranks
+((num_nodes > spares)) || die "SPARE_NODES=$spares must be below the number of nodes, which is $num_nodes. Lower it, or request more nodes."
 
 # use_nodes COUNT: the ranks of the steps that follow, and where they meet: rank 0 is on the first node.
 use_nodes() {
@@ -100,14 +75,14 @@ use_nodes() {
     export MASTER_ADDR=${given_addr:-$(address_of "$first")}
 }
 given_addr=${MASTER_ADDR:-}
-# From the job, so that two jobs on a node do not meet; another after a restart, when the old one may still be bound.
-# Below the range that systems hand out by themselves.
+# By the job, so that two jobs on a node do not collide; another one after a restart, when the old one may still be bound.
+# Below the range of ephemeral ports.
 number MASTER_PORT "$((15000 + (SLURM_JOB_ID * 13 + SLURM_RESTART_COUNT) % 7000))"
 export MASTER_PORT
 
 # --- the launchers ---------------------------------------------------------------------------------------------------
 # launch_LAUNCHER PROGRAM...: become the launcher. The scripts in quotes are constant; programs are their arguments. They
-# keep the launchers, which would die of it, from USR1; Slurm gives it to the ranks too.
+# ignore USR1, which would end the launchers; Slurm sends it to the ranks too.
 launch_srun() {
     become srun "${step[@]}" "--ntasks=$world_size" "--ntasks-per-node=$tasks" "$@"
 }
@@ -123,7 +98,8 @@ launch_torchrun() {
 launch_deepspeed() {
     local hosts=$run_dir/.hostfile-$SLURM_JOB_ID count=$((world_size / tasks))
     if [[ ${DRY_RUN:-0} != 1 ]]; then
-        printf "%s slots=$tasks\n" "${nodes[@]:0:count}" >"$hosts" || return
+        # Never through a symbolic link: noclobber opens a new file only.
+        rm -f -- "$hosts" && (set -C && printf "%s slots=$tasks\n" "${nodes[@]:0:count}" >"$hosts") || return
     fi
     # shellcheck disable=SC2016
     become srun "${step[@]}" "--ntasks=$count" --ntasks-per-node=1 \
@@ -144,17 +120,17 @@ case $launcher in
 srun | torchrun | deepspeed) ;;
 mpirun)
     if ((EUID == 0)) && [[ ${DRY_RUN:-0} != 1 && ${OMPI_ALLOW_RUN_AS_ROOT:-}${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM:-} != 11 ]]; then
-        die "LAUNCHER: given mpirun by root, which Open MPI refuses; submit as another user, or set OMPI_ALLOW_RUN_AS_ROOT=1" \
-            "and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+        die "LAUNCHER=mpirun requires a user other than root. Submit as another user, or set OMPI_ALLOW_RUN_AS_ROOT=1 and" \
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1."
     fi
     ;;
-*) die "LAUNCHER: given $(printf '%q' "$launcher"); one of srun, torchrun, deepspeed, mpirun" ;;
+*) die "LAUNCHER=$(printf '%q' "$launcher") must be one of srun, torchrun, deepspeed, mpirun. Change it." ;;
 esac
 
-# --- going on, or not ------------------------------------------------------------------------------------------------
+# --- restart, or end -------------------------------------------------------------------------------------------------
 child='' cancelled=0 timed_out=0
 
-# On TERM the job is over: Slurm itself queues a preempted or requeued job again, never one whose time ran out.
+# On TERM the job is over. Slurm itself requeues a preempted job, but not one whose time ran out.
 on_term() {
     if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %r 2>/dev/null) == TimeLimit ]]; then timed_out=1; else cancelled=1; fi
 }
@@ -166,8 +142,8 @@ on_usr1() {
 }
 trap on_usr1 USR1
 
-# supervise COMMAND...: run it beside this shell, whose traps would otherwise wait for it; return its exit code. Not by `wait`
-# in a loop: when a signal and the child's end meet there, bash 5.2 forgets the exit code (47 of 300 times).
+# supervise COMMAND...: run it in the background, so that traps run meanwhile; return its exit code. Not by `wait` in a loop:
+# when a signal and the end of the child coincide, bash 5.2 loses the exit code (47 of 300 times).
 exec {silent}<> <(:)
 supervise() {
     local code
@@ -183,28 +159,28 @@ supervise() {
 newest_checkpoint() {
     local path newest=none
     for path in "$run_dir"/checkpoints/step-*; do
-        # Names that the trainer writes; a copy that somebody made for themselves is no progress.
+        # Only names that the trainer writes: a copy that a user made is no progress.
         [[ ${path##*/} =~ ^step-[0-9]{8,}$ && -d $path ]] && newest=${path##*/}
     done
     echo "$newest"
 }
 
-# check_time SAVED: refuse a time limit within which nothing can be trained: Slurm then sends USR1 as soon as the job runs, to the ranks alone.
-# Where a little was trained all the same, say that most of the time is lost.
+# check_time SAVED: end the job where its time limit is too short to train: Slurm then sends USR1 as soon as the job runs.
+# Where a few steps were trained, only log that most of the time is lost.
 check_time() {
-    local left minutes came=${signalled:-$SECONDS} saved=$1 so="no checkpoint was saved"
+    local left minutes signal_s=${signalled:-$SECONDS} saved=$1 result="no checkpoint was saved"
     left=$(squeue -h -j "$SLURM_JOB_ID" -o %L 2>/dev/null)
     [[ $left =~ ^([0-9]{1,2}:)?[0-9]{1,2}:[0-9]{2}$ ]] || return 0 # more than a day is left
     [[ $left == *:*:* ]] || left=0:$left
     minutes=$((10#${left%%:*} * 60 + 10#$(cut -d: -f2 <<<"$left")))
-    ((minutes <= 30 && came <= minutes * 60 + 60)) || return 0
-    ((saved == 0)) || so="most of its time is lost"
-    say "the run was told to stop $came s after the job's start, about $minutes minutes before its time limit, and $so: give a" \
-        "longer --time, or a shorter lead in --signal=USR1@SECONDS"
+    ((minutes <= 30 && signal_s <= minutes * 60 + 60)) || return 0
+    ((saved == 0)) || result="most of its time is lost"
+    say "Slurm signalled the run to stop $signal_s s after the job's start, about $minutes minutes before its time limit, and" \
+        "$result: give a longer --time, or fewer seconds in --signal=USR1@SECONDS"
     ((saved)) || exit 2
 }
 
-# requeue CODE WHY: put the job back into the queue; give up when that did not help before.
+# requeue CODE WHY: requeue the job; give up when several restarts brought no newer checkpoint.
 requeue() {
     local count=0 before='' now
     now=$(newest_checkpoint)
@@ -212,20 +188,21 @@ requeue() {
     [[ $count =~ ^[0-9]{1,9}$ && $before == "$now" ]] || count=0
     count=$((10#$count + 1))
     if ((count > limit)); then
-        say "giving up: $2, and $limit restarts brought no newer checkpoint (newest: $now); mend it, then: rm $run_dir/.restarts"
+        say "giving up: $2, and $limit restarts brought no newer checkpoint (newest: $now). Fix the cause, then: rm $run_dir/.restarts"
         exit "$1"
     fi
-    # A restart that cannot be counted is not made: a full disk would otherwise queue the job for ever.
-    if ! { printf '%s %s\n' "$count" "$now" >"$run_dir/.restarts.new" && mv "$run_dir/.restarts.new" "$run_dir/.restarts"; }; then
-        say "$2; not queued again: cannot write $run_dir/.restarts, free some space and submit again"
+    # Without a count there is no restart: a full disk would otherwise requeue the job for ever.
+    local new=$run_dir/.restarts.new
+    if ! { rm -f -- "$new" && (set -C && printf '%s %s\n' "$count" "$now" >"$new") && mv "$new" "$run_dir/.restarts"; }; then
+        say "$2. The job is not requeued, because $run_dir/.restarts cannot be written. Free some space, and submit it again."
         exit 4
     fi
     if [[ ${REQUEUE:-1} != 1 ]]; then
-        say "$2; REQUEUE=${REQUEUE:-}: not queued again"
+        say "$2. The job is not requeued, because REQUEUE=${REQUEUE:-}"
     elif ! command -v scontrol >/dev/null; then
-        say "$2; there is no scontrol here (a container?): submit again, or let the administrator set RequeueExit=75,76"
+        say "$2. The job is not requeued, because there is no scontrol here (a container?). Submit it again, or let the administrator set RequeueExit=75,76"
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "$2; queued again (restart $count with checkpoint $now; Slurm waits about two minutes)"
+        say "$2. The job is requeued (restart $count with checkpoint $now; Slurm waits about two minutes)"
         exit 0
     fi
     exit "$1"
@@ -233,11 +210,11 @@ requeue() {
 
 finish() {
     local code=$1
-    # Some launchers turn every code into 1, and a rank that left last may have been ended by srun: rank 0 knows better.
-    local told='' why=''
-    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then read -r told <"$RAPHAEL_EXIT_FILE"; fi
+    # Some launchers turn every code into 1, and srun may have ended the rank that exited last: rank 0 leaves the right code.
+    local rank_code='' why=''
+    if ((code != 0)) && [[ -s $RAPHAEL_EXIT_FILE ]]; then read -r rank_code <"$RAPHAEL_EXIT_FILE"; fi
     if [[ -s $RAPHAEL_EXIT_FILE.why ]]; then read -r why <"$RAPHAEL_EXIT_FILE.why"; fi
-    [[ ! $told =~ ^[0-9]{1,3}$ ]] || code=$((10#$told))
+    [[ ! $rank_code =~ ^[0-9]{1,3}$ ]] || code=$((10#$rank_code))
     rm -f "$RAPHAEL_EXIT_FILE" "$RAPHAEL_EXIT_FILE.why"
     if ((code == 0)); then
         say "complete: $run_dir"
@@ -245,16 +222,16 @@ finish() {
         exit 0
     fi
     if ((code == 2 || code == 3 || code == 4)); then
-        say "exit code $code: a restart would not help: ${why:-see above}"
+        say "exit code $code. A restart would not help: ${why:-see above}"
         exit "$code"
     fi
     if ((cancelled)); then
-        say "exit code $code after a cancellation, preemption or requeue, which Slurm deals with"
+        say "exit code $code after a cancellation, preemption or requeue by Slurm"
         exit "$code"
     fi
     ((timed_out)) && requeue "$code" "the time limit came before the run could save"
     case $code in
-    75 | 138) # 138: USR1 met a rank that was still starting
+    75 | 138) # 138: USR1 reached a rank that was still starting
         if [[ $(newest_checkpoint) != "$first_checkpoint" ]]; then
             check_time 1
             requeue 75 "stopped after saving"
@@ -268,13 +245,13 @@ finish() {
 }
 
 # --- preflight, then training ----------------------------------------------------------------------------------------
-# Check the nodes, again without those that failed as long as spares remain.
+# Check the nodes; as long as spares remain, again without those that failed.
 preflight() {
     local out=$run_dir/preflight code needed=$((num_nodes - spares)) minutes
     minutes=$((PREFLIGHT_MINUTES + num_nodes * tasks / 500))
     while :; do
         run rm -rf "$out"
-        # A rank that fails must not take the others' reports with it.
+        # A rank that fails must not end the others before they report.
         use_nodes "$((${#nodes[@]} > 0 ? ${#nodes[@]} : num_nodes))"
         step+=(--kill-on-bad-exit=0 "--time=$minutes") # or one node that hangs holds the job for ever
         MASTER_PORT=$((MASTER_PORT + 7000)) supervise launch_srun "$python" "$tools"/check_cluster.py --out "$out" "${arguments[@]}"
@@ -290,13 +267,13 @@ preflight() {
 }
 
 first_checkpoint=$(newest_checkpoint)
-run mkdir -p "$run_dir/checkpoints" || die "RUN_DIR: cannot make $run_dir/checkpoints"
+run mkdir -p "$run_dir/checkpoints" || die "RUN_DIR=$run_dir must be writable, but the folder $run_dir/checkpoints cannot be created. Choose another RUN_DIR."
 export RAPHAEL_EXIT_FILE=$run_dir/.exit-code-$SLURM_JOB_ID
-told_nothing() { run rm -f "$RAPHAEL_EXIT_FILE" "$RAPHAEL_EXIT_FILE.why"; }
-told_nothing
+remove_exit_file() { run rm -f "$RAPHAEL_EXIT_FILE" "$RAPHAEL_EXIT_FILE.why"; }
+remove_exit_file
 say "job $SLURM_JOB_ID, restart $SLURM_RESTART_COUNT: $((num_nodes - spares)) nodes x $tasks ranks, $launcher, $run_dir"
 [[ ${PREFLIGHT:-1} != 1 ]] || preflight
-told_nothing # what one rank of the check said, and the check as a whole passed over
+remove_exit_file # of a rank of the preflight that failed, while the preflight passed
 use_nodes "$((num_nodes - spares))"
 supervise "launch_$launcher" "${train[@]}" "${arguments[@]}"
 code=$?

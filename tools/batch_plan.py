@@ -1,11 +1,11 @@
-"""Prints how a global batch divides over many cluster sizes: `python tools/batch_plan.py --config raphael-3b`."""
+"""Print how a global batch divides over many cluster sizes: `python tools/batch_plan.py --config raphael-3b`."""
 
 import argparse
 import sys
 
 import checkout  # noqa: F401 (before the package)
-from raphael_dist.config import Config, load_config
-from raphael_dist.errors import exit_code_of
+from raphael_dist.config.schema import Config, load_config
+from raphael_dist.errors import run_command
 from raphael_dist.parallel.batch_plan import BatchPlan
 
 WORLDS = (1, 7, 8, 48, 64, 96, 128, 256, 512, 1000, 1024)
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--config", default="raphael-3b", help="preset or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
-    return exit_code_of(lambda: print("\n".join(table(args.config, args.overrides))))
+    return run_command(lambda: print("\n".join(table(args.config, args.overrides))))
 
 
 if __name__ == "__main__":

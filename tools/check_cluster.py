@@ -1,9 +1,9 @@
-"""Checks nodes before a long job: `srun ... check_cluster.py --out DIR [train.py arguments]`, then once `--judge DIR`.
+"""Check nodes before a long job: `srun ... check_cluster.py --out DIR [train.py arguments]`, then once `--judge DIR`.
 
-The first form is one task per rank, 55 seconds and 0.1 a rank at most; the second prints the verdict. slurm/train_raphael.sh
-runs both.
-Exit codes of --judge: 0 passed, 1 failed, 2 a mistake that no other node would mend, 4 passed without the nodes named, which
-`good-nodes` in DIR leaves out.
+The first form is one task per rank; it takes at most 55 seconds and 0.1 seconds a rank. The second prints the verdict.
+slurm/train_raphael.sh runs both.
+Exit codes of --judge: 0 passed, 1 failed, 2 failed with the same fault on every node, 4 passed without the named nodes;
+`good-nodes` in DIR lists the others.
 """
 
 import argparse
@@ -15,23 +15,23 @@ from pathlib import Path
 
 import checkout  # noqa: F401 (before the package)
 from raphael_dist import train
+from raphael_dist.cli.common import Parser
 from raphael_dist.cluster.preflight_report import judge, read_reports
-from raphael_dist.config import load_config
+from raphael_dist.config.schema import load_config
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from raphael_dist.storage.files import replace_bytes
 
 EXIT_LEFT_OUT = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, raw=True)
     parser.add_argument("--out", type=Path, help="folder for the ranks' reports")
-    parser.add_argument("--judge", type=Path, metavar="DIR", help="folder with reports to put together")
-    parser.add_argument("--ranks", type=int, default=0, help="with --judge: how many ranks there should be")
-    parser.add_argument("--need", type=int, default=0, help="with --judge: how many nodes are enough")
-    parser.add_argument("--nodes", nargs="*", default=[], help="with --judge: the names of all nodes")
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="folder with reports to judge")
+    parser.add_argument("--ranks", type=int, default=0, help="with --judge: expected number of ranks")
+    parser.add_argument("--need", type=int, default=0, help="with --judge: number of nodes that suffices")
+    parser.add_argument("--nodes", nargs="*", default=[], help="with --judge: names of all nodes")
     args, rest = parser.parse_known_args(argv)
     try:
         return verdict(args) if args.judge else probe(args.out, train.parse(rest))
@@ -45,16 +45,16 @@ def probe(out: Path | None, args: argparse.Namespace) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
     from raphael_dist.cluster import preflight
-    from raphael_dist.parallel.ranks import discover
+    from raphael_dist.runtime.ranks import discover
 
     if out is None:
-        raise UserError("--out: none given; the folder for the reports, on a file system that all nodes share")
+        raise UserError("--out is missing. Give a folder for the reports, on a file system that all nodes share.")
     ranks = discover()
     config = ds_config.fit_to_ranks(load_config(args.config, args.overrides), ranks.world_size)
     out.mkdir(parents=True, exist_ok=True)
     passed = preflight.Probe(config, ranks, out).run()
     sys.stdout.flush()
-    os._exit(0 if passed else 1)  # a broken process group may not let go
+    os._exit(0 if passed else 1)  # a broken process group may block a normal exit
 
 
 def verdict(args: argparse.Namespace) -> int:
@@ -67,12 +67,12 @@ def verdict(args: argparse.Namespace) -> int:
         return 0
     good = [node for node in args.nodes if node not in result.faults]
     if result.everywhere:
-        print("preflight failed, alike on every node")
+        print("preflight failed with the same fault on every node")
         return EXIT_USER_ERROR
     if not args.need or len(good) < args.need:
         print(f"preflight failed: exclude {', '.join(result.faults)} (sbatch --exclude), or ask for spares (SPARE_NODES=1)")
         return 1
-    (args.judge / "good-nodes").write_text("\n".join(good) + "\n")
+    replace_bytes(args.judge / "good-nodes", ("\n".join(good) + "\n").encode())
     print(f"left out: {', '.join(result.faults)}; {len(good)} nodes remain")
     return EXIT_LEFT_OUT
 

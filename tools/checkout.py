@@ -1,8 +1,14 @@
-"""Imported first by every tool: it runs the package that lies beside it, not another version that is installed."""
+"""Imported first by every tool, which then uses the package of its own checkout, not an installed version."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _root = Path(__file__).resolve().parent.parent
-if (_root / "raphael_dist" / "__init__.py").is_file():  # in a wheel the tools lie inside the package
+if (_root / "raphael_dist" / "__init__.py").is_file():  # in a wheel the tools are inside the package
     sys.path.insert(0, str(_root))
+
+with suppress(ImportError):  # the installed package is older
+    from raphael_dist.cli.installed import report_missing_packages
+
+    report_missing_packages()

@@ -1,79 +1,180 @@
-"""Convert a checkpoint between layouts (docs/checkpoints.md); `mpirun -n 4 python tools/convert_checkpoint.py` shares it.
+"""Convert a checkpoint between layouts, or export adapters (docs/checkpoints.md, docs/adapters.md).
 
 python tools/convert_checkpoint.py --from auto runs/demo --to diffusers exported
+mpirun -n 4 python tools/convert_checkpoint.py ...                              # divides the files over 4 processes
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import checkout  # noqa: F401 (before the package)
-from raphael_dist.convert.layouts import names
-from raphael_dist.errors import UserError, exit_code_of
+from raphael_dist.cli.common import Parser
+from raphael_dist.convert.layouts import ADAPTER_FORMATS, layout_of, names
+from raphael_dist.errors import UserError, run_command
+from raphael_dist.text import escape_control, print_line
+
+if TYPE_CHECKING:
+    from raphael_dist.convert.conversion import Report
+    from raphael_dist.convert.mpi import MpiRanks
+    from raphael_dist.convert.write_plan import Options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(
-        description="Convert a checkpoint between layouts.", epilog=f"layouts: {', '.join(names())}"
-    )
-    pair = {"nargs": 2, "required": True, "metavar": ("LAYOUT", "PATH")}
-    parser.add_argument("--from", dest="source", help="what to read; LAYOUT may be auto", **pair)  # type: ignore[arg-type]
-    parser.add_argument("--to", dest="target", help="what to write; PATH must not exist", **pair)  # type: ignore[arg-type]
-    parser.add_argument(
-        "--ep", default="1,1", metavar="S,T", help="of layouts with files per rank: ranks per set of space, time experts"
-    )
-    parser.add_argument("--world", type=int, default=1, help="of layouts with files per rank: how many ranks (default 1)")
-    parser.add_argument(
-        "--zero", type=int, default=1, choices=(0, 1, 2, 3), help="of layouts with files per rank: ZeRO stage (default 1)"
-    )
-    parser.add_argument("--weights", choices=("ema", "master"), help="of layouts that hold one kind (default: ema if there)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of layouts of weights alone")
-    parser.add_argument("--config", help="preset or YAML: the model to upcycle to, or of a folder that DeepSpeed wrote")
-    parser.add_argument(
-        "--prediction", choices=("epsilon", "v_prediction"), help="what a U-Net predicts, where no scheduler beside it says"
+    formats = "; ".join(f"{name}: {what}" for name, what in ADAPTER_FORMATS.items())
+    parser = Parser(
+        example="python -m raphael_dist convert --from auto runs/emoji-tiny --to diffusers exported",
+        usage="%(prog)s --from LAYOUT PATH --to LAYOUT PATH [options]",
+        description="Convert a checkpoint between layouts, or export what was trained on top of a frozen base model.",
+        epilog=f"layouts: {', '.join(names())}; only for --to: {formats}",
     )
     parser.add_argument(
-        "--lora", type=Path, metavar="PATH", help="merge adapters in: peft's folder, or a run that trained them"
+        "--from", dest="source", nargs=2, required=True, metavar=("LAYOUT", "PATH"), help="what to read; LAYOUT may be auto"
     )
-    parser.add_argument("--lora-scale", type=float, default=1.0, help="how much of them (default 1)")
-    parser.add_argument("--unet-only", action="store_true", help="of a pipeline: leave out encoders and scheduler")
     parser.add_argument(
-        "--text-by-name", action="store_true", help="of a pipeline: name a text encoder that ships in a package, not copy it"
+        "--to", dest="target", nargs=2, required=True, metavar=("LAYOUT", "PATH"), help="what to write; PATH must not exist"
     )
-    parser.add_argument("--license", default="unknown", help="of a pipeline: what its model card says, e.g. apache-2.0")
+    ranks = parser.add_argument_group("layouts with files per rank")
+    ranks.add_argument("--ep", default="1,1", metavar="S,T", help="expert parallelism: ranks per set of space, time experts")
+    ranks.add_argument("--world", type=int, default=1, help="number of ranks (default 1)")
+    ranks.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default 1)")
+    weights = parser.add_argument_group("layouts that hold weights only")
+    weights.add_argument("--weights", choices=("ema", "master"), help="default: ema if there is one")
+    weights.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--config", help="preset or YAML: the model to upcycle to, or the model of a DeepSpeed folder")
+    model.add_argument(
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
+        help="what the U-Net predicts, if no file of a scheduler states it",
+    )
+    model.add_argument("--lora", type=Path, metavar="PATH", help="merge adapters: a peft folder, or a run that trained them")
+    model.add_argument("--lora-scale", type=float, default=1.0, help="factor for the adapters (default 1)")
+    pipeline = parser.add_argument_group("diffusers pipelines")
+    pipeline.add_argument("--unet-only", action="store_true", help="leave out encoders and scheduler")
+    pipeline.add_argument(
+        "--text-by-name", action="store_true", help="refer to a text encoder that ships in a package instead of copying it"
+    )
+    pipeline.add_argument("--license", default="unknown", help="license in the model card, e.g. apache-2.0")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    return exit_code_of(lambda: run(args))
+    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert and print the table. Raises UserError for what the user can fix; under mpirun rank 0 alone speaks."""
-    from raphael_dist.config import load_config
-    from raphael_dist.convert.command import options_of, print_report
+    """Convert and print the result. Raises UserError for what the user can fix; under mpirun only rank 0 prints it."""
     from raphael_dist.convert.mpi import MpiRanks
-    from raphael_dist.convert.run import convert
 
     ranks = MpiRanks()
     try:
-        config = load_config(args.config) if args.config else None
-        switches = (args.unet_only, args.text_by_name)
-        options = options_of(args.target[0], args.ep, args.world, args.zero, args.weights, args.dtype, *switches)
-        options = replace(options, prediction=args.prediction, licence=args.license)
-        (source, path), (target, out) = args.source, args.target
-        report = convert(source, Path(path), target, Path(out), options, config, ranks, args.lora, args.lora_scale)
+        if args.target[0] in ADAPTER_FORMATS:
+            ranks.main_only(lambda: export(args))
+        else:
+            convert_layout(args, ranks)
     except UserError:
         if not ranks.is_main:
             sys.exit(2)
         raise
+
+
+def export(args: argparse.Namespace) -> None:
+    """Export adapters or a control."""
+    from raphael_dist.convert.adapter_export import export_adapter
+
+    (source, path), (target, out) = args.source, args.target
+    check_options(args, frozenset({"weights"}))
+    for option, value in (("--config", args.config), ("--prediction", args.prediction), ("--lora", args.lora)):
+        if value is not None:
+            raise UserError(f"{option} {value} cannot be used with --to {target}. Leave out {option}.")
+    print_line(export_adapter(source, Path(path), target, Path(out), args.weights))
+
+
+def convert_layout(args: argparse.Namespace, ranks: "MpiRanks") -> None:
+    """Convert between two layouts of whole models."""
+    from raphael_dist.config.schema import load_config
+    from raphael_dist.convert.conversion import convert
+
+    (source, path), (target, out) = args.source, args.target
+    options = options_of(args, layout_of("--to", target).options)
+    config = load_config(args.config) if args.config else None
+    report = convert(source, Path(path), target, Path(out), options, config, ranks, args.lora, args.lora_scale)
     if ranks.is_main:
         print_report(report, path, out)
+
+
+def check_options(args: argparse.Namespace, supported: frozenset[str]) -> tuple[int, int]:
+    """Return both numbers of --ep. Raises UserError for an option that the target does not support."""
+    target = args.target[0]
+    try:
+        space, time = (int(part) for part in args.ep.split(","))
+    except ValueError:
+        raise UserError(
+            f"--ep {args.ep} must be two numbers, over how many ranks the space experts and the time experts are sharded, "
+            "e.g. 2,1. Correct it."
+        ) from None
+    if min(space, time, args.world) < 1:
+        raise UserError(f"--ep {args.ep} and --world {args.world} must be at least 1. Give larger numbers.")
+    if "world" not in supported and (space, time, args.world) != (1, 1, 1):
+        raise UserError(
+            f"--ep {args.ep} and --world {args.world} have no effect with --to {target}, whose files do not depend on "
+            "ranks. Leave out both."
+        )
+    for option, value in (("weights", args.weights), ("dtype", args.dtype)):
+        if value and option not in supported:
+            raise UserError(f"--{option} {value} is not supported with --to {target}. Leave out --{option}.")
+    for option, is_set in (("--unet-only", args.unet_only), ("--text-by-name", args.text_by_name)):
+        if is_set and "unet_only" not in supported:
+            raise UserError(f"{option} requires --to diffusers, but --to is {target}. Leave out {option}.")
+    return space, time
+
+
+def options_of(args: argparse.Namespace, supported: frozenset[str]) -> "Options":
+    """Return the options of a conversion. Raises UserError for one that the target layout does not support."""
+    import torch
+
+    from raphael_dist.convert.write_plan import Options
+
+    space, time = check_options(args, supported)
+    return Options(
+        space_ep=space,
+        time_ep=time,
+        world=args.world,
+        stage=args.zero,
+        weights=args.weights,
+        dtype=getattr(torch, args.dtype or "float32"),
+        unet_only=args.unet_only,
+        text_by_name=args.text_by_name,
+        licence=args.license,
+        prediction=args.prediction,
+    )
+
+
+def print_report(report: "Report", path: str, out: str) -> None:
+    """Print a table of what was written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=escape_control(f"{report.source} {path} -> {report.target} {out}"), title_justify="left")
+    table.add_column("kind")
+    for column in ("tensors", "parameters", "bytes", "files"):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        table.add_row(row.kind, f"{row.tensors:,}", f"{row.parameters:,}", f"{row.bytes:,}", f"{row.files}")
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(table)
+    for note in report.notes:
+        console.print(escape_control(f"  {note}"))
+    rate = sum(row.bytes for row in report.rows) / 1e9 / max(report.seconds, 1e-9)
+    console.print(
+        f"source checked: {report.verified}; every tensor written once, read back; {report.seconds:.1f} s, {rate:.2f} GB/s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""`make demo`: trains emoji-tiny on two ranks, samples from it, and checks that it learned something."""
+"""`make demo`: train emoji-tiny on two ranks, draw images with it and check that the loss fell."""
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import checkout  # noqa: F401 (before the package)
 from raphael_dist.errors import UserError
-from raphael_dist.parallel.ranks import free_port
+from raphael_dist.runtime.ranks import free_port
 from raphael_dist.training.metrics import read_metrics
 
 PROMPTS = (
@@ -43,25 +44,29 @@ def main() -> int:
     sample = [sys.executable, "-m", "raphael_dist.sample", "--checkpoint", str(args.run_dir), "--out", str(grid)]
     subprocess.run([*sample, *prompts], check=True)
     first, last = check(args.run_dir, grid)
+    run_dir = shlex.quote(str(args.run_dir))
     print(f"""
 The loss fell from {first:.3f} to {last:.3f} in {time.monotonic() - began:.0f} s.
-  pictures     {grid}   (the last two pairs of thing and style were never trained on)
-  checkpoint   {args.run_dir}/checkpoints
-  curves       tensorboard --logdir {args.run_dir}/tensorboard
+  images       {shlex.quote(str(grid))}   (the last two pairs of thing and style were never trained on)
+  checkpoint   {run_dir}/checkpoints
+  curves       tensorboard --logdir {run_dir}/tensorboard
 Next:
-  python -m raphael_dist.sample --checkpoint {args.run_dir} --prompt "a purple heart, noto style" --out heart.png
+  python -m raphael_dist.sample --checkpoint {run_dir} --prompt "a purple heart, noto style" --out heart.png
   deepspeed --num_gpus 2 raphael_dist/train.py --config emoji run.dir=runs/all
 """)
     return 0
 
 
 def check(run_dir: Path, grid: Path) -> tuple[float, float]:
-    """Return the first and last training loss. Raises UserError when the loss did not fall or the picture is missing."""
-    losses = [loss for _, loss in read_metrics(run_dir / "metrics.jsonl")["train/loss_denoise"]]
+    """Return the first and last training loss. UserError: the loss did not halve, or the image is missing."""
+    losses = [loss for _, loss in read_metrics(run_dir / "metrics.jsonl")["train/loss"]]
     if losses[-1] > 0.5 * losses[0]:
-        raise UserError(f"the loss did not fall: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+        raise UserError(
+            f"the loss must fall to half of its first value {losses[0]:.3f}, but it ended at {losses[-1]:.3f}. Read the "
+            "log of the run."
+        )
     if not grid.is_file() or grid.stat().st_size < 10_000:
-        raise UserError(f"no picture in {grid}")
+        raise UserError(f"{grid} must be an image of at least 10 kB, but it is missing or smaller. Read the log of the run.")
     return losses[0], losses[-1]
 
 

@@ -1,4 +1,4 @@
-"""For mkdocs: pages that are kept elsewhere in the repository, and links to files that the site does not hold."""
+"""mkdocs hook: include pages from elsewhere in the repository, and resolve links to files outside the site."""
 
 import re
 from pathlib import Path
@@ -10,11 +10,11 @@ OUTWARDS = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([^)#]+)(?:#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put in the file that a page names; of links to files that the site does not hold keep the file's name."""
-    text = INCLUDED.sub(lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), markdown)
+    """Insert the file that a page includes; replace links to files outside the site by their names."""
+    text = INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), markdown)
 
-    def outside(found: re.Match[str]) -> str:
-        assert (ROOT / found[2]).exists(), f"{page.file.src_path}: no file {found[2]}"
-        return f"{found[1]} (`{found[2]}` in the repository)"
+    def outside(match: re.Match[str]) -> str:
+        assert (ROOT / match[2]).exists(), f"{page.file.src_path}: no file {match[2]}"
+        return f"{match[1]} (`{match[2]}` in the repository)"
 
     return OUTWARDS.sub(outside, text)

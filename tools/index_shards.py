@@ -1,9 +1,9 @@
-"""Indexes shards before a run: `index_shards.py '/data/laion-{00000..41407}.tar' --cache-dir /data/cache --processes 16`.
+"""Index shards before a run: `index_shards.py '/data/laion-{00000..41407}.tar' --cache-dir /data/cache --processes 16`.
 
-Each shard is read once and gets a record in CACHE/index; when all have one, they are joined to the table that runs map
-into memory. Started again it goes on where it was, and reads what has changed. Parts may run at the same time on any
-machines that share the cache: `--part 3 --parts 16`, the tasks of a Slurm array or step, the ranks of mpirun, which it knows
-from the environment. Whoever finishes last joins.
+Each shard is read once and gets a record in CACHE/index. When all shards have a record, the records are joined to the table
+that runs map into memory. A second start reads only missing and changed shards. Parts may run at the same time on machines
+that share the cache: `--part 3 --parts 16`, or by the environment of a Slurm array, a Slurm step or mpirun. The part that
+finishes last joins the records.
 """
 
 import argparse
@@ -15,55 +15,74 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import checkout  # noqa: F401 (before the package)
-from raphael_dist.config import Data
-from raphael_dist.data import shards
-from raphael_dist.data.shard_store import ShardStore, store_of
-from raphael_dist.errors import UserError, exit_code_of
+from raphael_dist.cli.common import Parser
+from raphael_dist.config.data_sections import Data
+from raphael_dist.data.fetch.shard_cache import ShardStore, store_of
+from raphael_dist.data.shards import indexing
+from raphael_dist.data.shards.shard_names import expand_shards, name_option
+from raphael_dist.errors import UserError, run_command
+from raphael_dist.text import hide_secrets, print_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", nargs="+", help="as for data.shards: paths, URLs, globs, {000..999} ranges")
+    parser = Parser(description=__doc__, raw=True)
+    parser.add_argument("shards", nargs="+", help="as data.shards: paths, URLs, globs, {000..999} ranges")
     parser.add_argument("--cache-dir", type=Path, default=Data().cache_dir, help="data.cache_dir of the run")
-    parser.add_argument("--shard-cache", type=Path, help="where remote shards are put while they are read")
-    parser.add_argument("--columns", nargs="*", default=[], help="columns that data.filters will use")
+    parser.add_argument("--shard-cache", type=Path, help="cache folder for remote shards")
+    parser.add_argument("--columns", nargs="*", default=[], help="columns for data.filters")
     parser.add_argument("--processes", type=int, default=1, help="processes of this part")
-    parser.add_argument("--part", type=int, help="which part, from 0 (default: from the environment)")
+    parser.add_argument("--part", type=int, help="number of this part, from 0 (default: from the environment)")
     parser.add_argument("--parts", type=int, help="number of parts")
-    return exit_code_of(lambda: index(parser.parse_args(argv)))
+    return run_command(lambda: index(parser.parse_args(argv)))
 
 
 def index(args: argparse.Namespace) -> None:
-    """Write the records of one part, and the table when it was the last. Raises UserError."""
+    """Write the records of one part, and the table after the last part. Raises UserError."""
     part, parts = part_of(os.environ) if args.part is None else (args.part, args.parts or 1)
     if not 0 <= part < parts or args.processes < 1:
-        raise UserError(f"--part {part} --parts {parts} --processes {args.processes}: parts are 0 to parts - 1")
+        raise UserError(
+            f"--part={part} must be from 0 to {parts - 1}, and --processes={args.processes} must be at least 1. Correct "
+            "them."
+        )
     store = store_of(Data(cache_dir=args.cache_dir, shard_cache=args.shard_cache))
-    names = shards.expand_shards(args.shards, store.patience)
-    missing = [name for name, _ in shards.unindexed(names[part::parts], store)]
+    with name_option("SHARDS"):
+        names = expand_shards(args.shards, store.retry)
+    missing = [name for name, _ in indexing.unindexed(names[part::parts], store)]
     print(f"part {part} of {parts}: {len(missing)} of {len(names[part::parts])} shards to read", flush=True)
-    # Processes that are forked would share the threads of fsspec.
+    # Forked processes would have the locks of fsspec without its threads.
     with multiprocessing.get_context("spawn").Pool(args.processes) if args.processes > 1 else ThreadPool(1) as pool:
-        for number, line in enumerate(pool.imap_unordered(_scan, [(store, name) for name in missing]), start=1):
-            print(f"{number}/{len(missing)} {line}", flush=True)
-    if left := shards.unindexed(names, store):
-        print(f"{len(left)} shards of other parts, or that could not be reached, have no record yet", flush=True)
+        unread = []
+        for number, (line, is_read) in enumerate(pool.imap_unordered(_scan, [(store, name) for name in missing]), start=1):
+            print_line(f"{number}/{len(missing)} {line}")
+            unread += [] if is_read else [line]
+    if unread:
+        raise UserError(
+            f"not all shards could be read: {len(unread)} of {len(missing)} failed, the first one is {unread[0]}. Start "
+            "the command again when they can be read."
+        )
+    if missing := [name for name, _ in indexing.unindexed(names, store)]:
+        print(f"{len(missing)} shards (of other parts, or unreachable) have no record yet", flush=True)
         if parts > 1:
             return
-    table = shards.join_records(names, store, args.columns)
-    print(f"{table.num_samples:,} samples in {len(names):,} shards, {table.num_bad:,} bad ones, in {table.folder}")
+    table = indexing.join_records(names, store, args.columns)
+    print(f"{table.num_samples:,} samples in {len(names):,} shards, {table.num_bad:,} bad samples, in {table.folder}")
     for number, why in table.damaged.items():
-        print(f"damaged: {table.about['names'][number]} {why}")
+        print_line(f"damaged: {table.about['names'][number]} {why}")
 
 
-def _scan(given: tuple[ShardStore, str]) -> str:
-    store, name = given
-    (record,) = shards.scan_shards([name], store)
-    return f"{name}: {record.num_samples} samples, {len(record.bad)} bad" + (f"; {record.damage}" if record.damage else "")
+def _scan(task: tuple[ShardStore, str]) -> tuple[str, bool]:
+    """Index a shard; return a line about it, and whether it could be read."""
+    store, name = task
+    try:
+        (record,) = indexing.scan_shards([name], store)
+    except UserError as error:
+        return str(error), False
+    damage = f"; {record.damage}" if record.damage else ""
+    return f"{hide_secrets(name)}: {record.num_samples} samples, {len(record.bad)} bad{damage}", True
 
 
 def part_of(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Return (part, parts) by the variables of mpirun, a Slurm array or a Slurm step; (0, 1) without."""
+    """Return (part, parts) by the environment of mpirun, a Slurm array or a Slurm step; otherwise (0, 1)."""
     first, step = int(environ.get("SLURM_ARRAY_TASK_MIN", 0)), int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
     if "SLURM_ARRAY_TASK_ID" in environ:
         return (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))

@@ -1,6 +1,6 @@
-"""Say what a checkpoint is, whether it verifies, and how its experts are: `python tools/inspect_checkpoint.py runs/demo`.
+"""Inspect a checkpoint: `python tools/inspect_checkpoint.py runs/demo`.
 
-Exit code 0: sound; 1: damaged, or experts are dead, identical or not finite; 2: not a checkpoint, or damaged headers.
+Exit code 0: it verifies; 1: damaged, or experts are dead, identical or not finite; 2: not a checkpoint, or damaged headers.
 """
 
 import argparse
@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import checkout  # noqa: F401 (before the package)
-from raphael_dist.errors import exit_code_of
+from raphael_dist.cli.common import Parser
+from raphael_dist.errors import run_command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(description="Say what a checkpoint is, whether it verifies, and how its experts are.")
+    parser = Parser(
+        example="python -m raphael_dist inspect models/emoji",
+        description="Inspect a checkpoint: what it is, whether it verifies, and the state of its experts.",
+    )
     parser.add_argument("path", type=Path, help="a checkpoint in any layout, or a run directory")
-    parser.add_argument("--config", help="preset or YAML: the model of a folder that DeepSpeed wrote")
+    parser.add_argument("--config", help="preset or YAML: the model, for a folder that DeepSpeed wrote")
     parser.add_argument(
-        "--unpickle", action="store_true", help="open .pt files that no manifest vouches for (still as weights alone)"
+        "--unpickle", action="store_true", help="open .pt files whose checksum is in no manifest (as weights only)"
     )
     return parser.parse_args(argv)
 
@@ -28,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, sound = parse(sys.argv[1:] if argv is None else argv), []
 
     def run() -> None:
-        from raphael_dist.config import load_config
-        from raphael_dist.convert.inspect import open_for_inspection, show
+        from raphael_dist.config.schema import load_config
+        from raphael_dist.convert.inspect_checkpoint import open_for_inspection, show
 
         config = load_config(args.config) if args.config else None
         sound.append(show(open_for_inspection(args.path, args.unpickle, config)))
 
-    return exit_code_of(run) or int(not sound[0])
+    return run_command(run) or int(not sound[0])
 
 
 if __name__ == "__main__":

@@ -14,17 +14,17 @@ from PIL import Image, ImageOps
 
 import checkout  # noqa: F401 (before the package)
 from emoji_data import dataset as emoji
-from raphael_dist.data.hed import edge_map
-from raphael_dist.errors import exit_code_of
+from raphael_dist.data.features.hed import edge_map
+from raphael_dist.errors import run_command
 
-# HED was trained on photographs: at 64 pixels its lines are as thick as the objects, enlarged they follow the drawing.
+# HED was trained on photographs: at 64 pixels its lines are as thick as the objects, so images are enlarged first.
 HED_ZOOM = 3
-# Some drawings fill their frame; on a wider white sheet they have an outline too.
+# Some drawings fill their frame; with a white margin they have an outline too.
 MARGIN = 4
 
 
 def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
-    """Return the edge maps of equally sized images, float (H, W) in [0, 1]; HED looks at enlarged ones."""
+    """Return the edge maps of images of one size, float (H, W) in [0, 1]; images are enlarged for HED."""
     zoom = HED_ZOOM if method == "hed" else 1
     sheets = [ImageOps.expand(image, MARGIN, "white") for image in images]
     sheets = [sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.BICUBIC) for sheet in sheets]
@@ -34,18 +34,18 @@ def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the command line's values."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--subset", default="all", help="all or demo")
-    parser.add_argument("--packages", type=Path, help="folder with the npm tarballs; nothing is fetched")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"), help="where fetched tarballs go")
+    parser.add_argument("--packages", type=Path, help="folder with the npm tarballs; nothing is downloaded")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"), help="folder for downloaded tarballs")
     parser.add_argument("--edges", default="hed", help="hed, or canny, which needs no weights")
     return parser.parse_args(argv)
 
 
 def build(args: argparse.Namespace) -> None:
-    """Fetch, read, encode, write."""
+    """Download the packages, and build and write the data set."""
     if args.packages is None:
         emoji.fetch_packages(args.cache)
     folder = args.packages or args.cache
@@ -64,7 +64,7 @@ def build(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    return exit_code_of(lambda: build(parse(argv)))
+    return run_command(lambda: build(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,37 @@
-"""Plans a run before GPUs are booked: does it fit, how fast, how long, what does it cost, and how to run it.
+"""Plans a run without GPUs: memory, speed, days, cost, and the command that runs it.
 
-`python tools/plan_run.py --config raphael-3b --cluster h100x8 --nodes 125`. No GPU, a few seconds.
+Example: python tools/plan_run.py --config raphael-3b --cluster h100x8 --nodes 125
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import checkout  # noqa: F401 (before the package)
-from raphael_dist.config import load_config
-from raphael_dist.errors import UserError, exit_code_of
+from raphael_dist.cli.common import Parser
+from raphael_dist.config.schema import load_config
+from raphael_dist.errors import UserError, run_command
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", default="raphael-3b", help="preset or YAML file")
     parser.add_argument("--cluster", default="h100x8", help="a100x8, h100x8, h200x8, b200x8, cpu, or a YAML file")
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the cluster")
     parser.add_argument("--ranks", type=int, help="devices, instead of whole nodes")
-    parser.add_argument("--images", type=int, help="target (train.max_steps x train.global_batch)")
-    parser.add_argument("--price", type=float, help="dollars for a device hour (the cluster's)")
-    parser.add_argument("--failure-hours", type=float, help="device hours between two failures (the cluster's)")
+    parser.add_argument("--images", type=int, help="images to train on (default: train.max_steps x train.global_batch_size)")
+    parser.add_argument("--price", type=float, help="dollars per device hour (default: of the cluster)")
+    parser.add_argument("--failure-hours", type=float, help="device hours between two failures (default: of the cluster)")
     parser.add_argument("--figure", type=Path, help="also draw memory, timeline and scaling into this PNG")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME=VALUE", help="e.g. stage=2, space_ep=1")
-    parser.add_argument("--simulate", type=float, metavar="DAYS", help="also simulate so many days of the first choice")
+    parser.add_argument(
+        "--memory-table",
+        action="store_true",
+        help="print only the largest micro-batch that fits GPUs of 24, 48, 80 and 141 GB",
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME=VALUE", help="restrict the choices, e.g. stage=2 or space_ep=1"
+    )
     parser.add_argument(
         "--calibrate", type=Path, metavar="YAML", help="measure this machine for a minute and write its description"
     )
@@ -41,20 +47,22 @@ def run(args: argparse.Namespace) -> None:
         print(calibrate(args.calibrate))
         return
     from raphael_dist.planning import report
-    from raphael_dist.planning.cluster import load_cluster
-    from raphael_dist.planning.plan import make_plan
+    from raphael_dist.planning.cluster_spec import load_cluster
+    from raphael_dist.planning.run_plan import make_plan
     from raphael_dist.planning.search import Search, restriction
 
     config, cluster = load_config(args.config, args.overrides), load_cluster(args.cluster)
     world = args.ranks if args.ranks is not None else args.nodes * int(cluster.per_node.value)
     _positive(nodes=args.nodes, ranks=world, images=args.images, price=args.price, failure_hours=args.failure_hours)
-    allowed: dict[str, Any] = dict(map(restriction, args.only))
-    plan = make_plan(Search(config, cluster, world, allowed), args.images, args.price, args.failure_hours)
-    print(report.describe(plan, args.config))
-    if args.simulate is not None:
-        from raphael_dist.planning.simulate import simulate_plan
+    allowed = dict(map(restriction, args.only))
+    search = Search(config, cluster, world, allowed)
+    if args.memory_table:
+        from raphael_dist.planning.memory_table import memory_table
 
-        print("\n" + simulate_plan(plan, args.simulate))
+        print(memory_table(args.config, search))
+        return
+    plan = make_plan(search, args.images, args.price, args.failure_hours)
+    print(report.describe(plan, args.config))
     if args.figure is not None:
         from raphael_dist.planning.figure import draw
 
@@ -64,13 +72,13 @@ def run(args: argparse.Namespace) -> None:
 def _positive(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: given {value}, must be above 0")
+            raise UserError(f"--{name.replace('_', '-')}={value} must be above 0. Change it.")
 
 
 def main() -> int:
     """Read the command line; return the exit code."""
     args = parse()
-    return exit_code_of(lambda: run(args))
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

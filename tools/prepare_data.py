@@ -1,11 +1,11 @@
-"""Makes training data of what you have: `prepare_data.py SOURCE --out SHARDS`.
+"""Prepare training data: `prepare_data.py SOURCE --out SHARDS`.
 
-SOURCE is a folder of pictures with captions (a .txt or .json beside each, metadata.jsonl, a CSV, a Hugging Face `datasets`
-folder) or webdataset shards. Every picture is decoded once, edge maps are added (HED, or Canny without its weights), with
---features latents and tokens too, for data.features=stored. What is done is not done again. Several processes divide the
-shards: --part and --parts, as slurm/prepare_data.sh gives them, or the ranks of mpirun and srun.
+SOURCE is a folder of images with captions (a .txt or .json for each image, metadata.jsonl, a CSV, a Hugging Face `datasets`
+folder) or webdataset shards. Each image is decoded once and gets an edge map (HED, or Canny without HED's weights). With
+--features, latents and tokens are added for data.features=stored. Finished shards are not written again. Several processes
+divide the shards by --part and --parts, as in slurm/prepare_data.sh, or by the ranks of mpirun and srun.
 
-Without --out it fills the feature cache of a run instead: `prepare_data.py --config C data.shards=...`
+Without --out, the feature cache of a run is filled: `prepare_data.py --config C data.shards=...`
 """
 
 import argparse
@@ -15,47 +15,58 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import checkout  # noqa: F401 (before the package)
-from raphael_dist.config import Config, load_config
-from raphael_dist.errors import UserError, exit_code_of
+from raphael_dist.cli.common import Parser
+from raphael_dist.config.schema import Config, load_config
+from raphael_dist.errors import UserError, did_you_mean, run_command
 
 _OVERRIDE = re.compile(r"[a-z_]+\.[a-z_]+=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="SOURCE | section.key=value", help="what to prepare; as for training")
-    parser.add_argument("--out", type=Path, help="folder for the shards")
-    parser.add_argument("--edges", default="auto", help="auto, hed, canny, stored (those that are there), none")
-    parser.add_argument("--features", action="store_true", help="latents and tokens too, by the encoders of --config")
-    parser.add_argument("--caption", help="the column or field with the captions, where it has no usual name")
-    parser.add_argument("--per-shard", type=int, default=1000, help="pictures of a folder that go into one shard")
-    parser.add_argument("--held-out", type=float, default=0.0, help="share of a folder's pictures for validation, e.g. 0.02")
-    parser.add_argument("--config", help="as for training: whose encoders and image sizes to use, or whose cache to fill")
-    parser.add_argument("--part", type=int, help="which part of the work, from 0")
+    parser = Parser(
+        description=__doc__,
+        raw=True,
+        example="python -m raphael_dist prepare my_images --out shards",
+        usage="%(prog)s SOURCE --out DIR [options]",
+    )
+    parser.add_argument("words", nargs="*", metavar="SOURCE | section.key=value", help="input, and settings as for training")
+    parser.add_argument("--out", type=Path, help="output folder for the shards")
+    parser.add_argument("--edges", default="auto", help="auto, hed, canny, stored (existing edge maps), none")
+    parser.add_argument("--features", action="store_true", help="add latents and tokens by the encoders of --config")
+    parser.add_argument("--caption", help="column or field with the captions, if it has an unusual name")
+    parser.add_argument("--per-shard", type=int, default=1000, help="images of a folder per shard")
+    parser.add_argument("--held-out", type=float, default=0.0, help="share of samples for validation, for example 0.02")
+    parser.add_argument("--config", help="preset or YAML file of the run: encoders, image sizes, cache")
+    parser.add_argument("--part", type=int, help="number of this part of the work, from 0")
     parser.add_argument("--parts", type=int, help="number of parts")
     args = parser.parse_intermixed_args(argv)
-    return exit_code_of(lambda: run(args))
+    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line says. Raises UserError for what the user can fix."""
-    from raphael_dist.prepare.run import EDGES, my_part, prepare
+    """Execute the command line. Raises UserError for mistakes of the user."""
+    from raphael_dist.data_prep.prepare import EDGES, prepare, select_part
 
     sources = [word for word in args.words if not _OVERRIDE.match(word)]
     if args.out is None and sources:
-        raise UserError(f"--out: missing; give the folder that the shards of {sources[0]} go to")
+        raise UserError(f"--out is required for SOURCE={sources[0]}. Add --out with the output folder for the shards.")
     if args.config is None and (args.features or args.out is None):
-        raise UserError("--config: none given; name the preset or YAML file of the run that is to be prepared for")
+        raise UserError("--config is required with --features and without --out. Add the preset or YAML file of the run.")
     config = load_config(args.config or "emoji-tiny", [word for word in args.words if _OVERRIDE.match(word)])
-    part, parts = my_part(args.part, args.parts)
+    part, parts = select_part(args.part, args.parts)
     if args.out is None:
         return fill(config, part, parts)
     if not sources:
-        raise UserError("SOURCE: missing; give a folder of pictures or shards, e.g. 'shards/*.tar'")
+        raise UserError("SOURCE is required with --out. Add a folder of images or shards, for example 'shards/*.tar'.")
     if args.edges not in EDGES:
-        raise UserError(f"--edges: given {args.edges!r}; allowed: {', '.join(EDGES)}")
+        raise UserError(
+            f"--edges={args.edges} must be one of {', '.join(EDGES)}{did_you_mean(args.edges, EDGES)}. Change it."
+        )
     if args.per_shard < 1 or not 0 <= args.held_out <= 0.5:
-        raise UserError(f"--per-shard {args.per_shard} must be at least 1, --held-out {args.held_out} from 0 to 0.5")
+        raise UserError(
+            f"--per-shard={args.per_shard} must be at least 1, and --held-out={args.held_out} must be from 0 to 0.5. "
+            "Correct them."
+        )
     prepare(
         sources, args.out, config, edges=args.edges, features=args.features, caption=args.caption,
         per_shard=args.per_shard, held_out=args.held_out, part=part, parts=parts,
@@ -65,10 +76,10 @@ def run(args: argparse.Namespace) -> None:
 
 def fill(config: Config, part: int, parts: int) -> None:
     """Fill the feature cache of a run."""
-    if not config.data.shards and not config.data.sources:
-        raise UserError("data.shards: none given; e.g. data.shards='data/emoji/train-*'")
-    from raphael_dist.prepare.run import fill_caches
+    from raphael_dist.data.shards.open_index import require_shards
+    from raphael_dist.data_prep.prepare import fill_caches
 
+    require_shards(config)
     fill_caches(config, part, parts)
 
 

@@ -9,38 +9,47 @@ import torch
 
 import checkout  # noqa: F401 (before the package)
 from emoji_data import vae
-from raphael_dist.errors import UserError, exit_code_of
+from raphael_dist.cli.common import Parser
+from raphael_dist.errors import UserError, run_command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--data", type=Path, default=Path("data/emoji"), help="folder with train-*.tar and val-*.tar, or .tar.gz"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for config.json and the weights")
-    parser.add_argument("--init", type=Path, help="folder of a VAE to go on from; without it, from scratch")
+    parser.add_argument("--init", type=Path, help="folder of a VAE to continue from (default: from scratch)")
+    parser.add_argument("--mirror", type=float, default=0.5, help="share of mirrored images; 0 for images of text")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="keep the encoder of --init, so that latents stay as they are"
+    )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--bf16", action="store_true", help="convolve in bfloat16: faster on processors made for it")
+    parser.add_argument("--bf16", action="store_true", help="convolve in bfloat16: faster on CPUs that support it")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read, train, save, and measure what was saved."""
+    """Train, save, and measure the saved weights."""
     shards = {split: sorted(args.data.glob(f"{split}-*.tar*")) for split in ("train", "val")}
     if not (shards["train"] and shards["val"]):
-        raise UserError(f"--data: {args.data} holds no train-*.tar and val-*.tar; see tools/make_emoji_dataset.py")
+        raise UserError(
+            f"--data={args.data} must contain train-*.tar and val-*.tar, but it does not. Run tools/make_emoji_dataset.py."
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda is not available here; allowed: cpu")
+        raise UserError("--device=cuda requires a GPU, but there is none. Use --device cpu.")
+    if args.decoder_only and not args.init:
+        raise UserError("--decoder-only requires --init, whose encoder is kept. Add --init DIR.")
     torch.set_num_threads(args.threads)
     images, held_out = (vae.read_images(shards[split]) for split in ("train", "val"))
     if not 1 <= args.batch <= len(images):
-        raise UserError(f"--batch: {args.batch} given; allowed: 1 to {len(images)}, the number of training images")
+        raise UserError(f"--batch={args.batch} must be from 1 to {len(images)}, the number of training images. Change it.")
     start = time.monotonic()
 
     def report(done: int, loss: float, average: vae.Vae) -> None:
@@ -48,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"step {done} loss {loss:.4f} val PSNR {db:.2f} dB {time.monotonic() - start:.0f} s", flush=True)
 
     model = vae.load(args.init).train() if args.init else vae.small_vae(args.seed)
-    model = vae.train(model, images, args.steps, args.batch, args.rate, args.seed, args.device, args.bf16, report)
+    sizes = (args.steps, args.batch, args.rate, args.seed, args.device, args.bf16)
+    model = vae.train(model, images, *sizes, report, mirror=args.mirror, decoder_only=args.decoder_only)
     saved = vae.save(model, images, args.out)
     db = vae.psnr(saved, held_out).mean().item()
     print(f"{args.out}: val PSNR {db:.2f} dB from the saved weights, scaling_factor {saved.config['scaling_factor']}")
@@ -56,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    return exit_code_of(lambda: run(parse(argv)))
+    return run_command(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The folders of a run's checkpoints: which there are, which may go, and how one appears or vanishes in one step.
+"""The checkpoint folders of a run: list, publish, remove, quarantine.
 
-A folder is written under a name that begins with a dot and gets its own name, `step-00000100`, by a rename. So does its
-removal: first a rename, then the deletion. A process that is killed in between leaves only names that `tidy` clears away.
+A folder is written under a name that begins with a dot, and gets its final name, `step-00000100`, by one rename. A removal
+renames the folder first and then deletes it. A process that is killed in between leaves only names that `remove_partial`
+cleans up.
 """
 
 import logging
@@ -19,75 +20,77 @@ WRITING, REMOVING, REPLACED, DAMAGED = ".writing-", ".removing-", ".replaced-", 
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Return every folder step-00000100, the newest first, whole or not. Raises OSError when `root` cannot be read.
+    """Return every folder step-00000100, the newest first, complete or not. Raises OSError when `root` cannot be read.
 
-    Others, as a user's copy step-00000100-good, are none of ours: neither resumed from nor removed.
+    Other names, such as a user's copy step-00000100-good, are neither resumed from nor removed.
     """
     try:
-        ours = [path for path in root.iterdir() if step_of(path) is not None]
+        folders = [path for path in root.iterdir() if step_of(path) is not None]
     except FileNotFoundError:
         return []
-    return sorted(ours, key=lambda path: step_of(path) or 0, reverse=True)
+    return sorted(folders, key=lambda path: step_of(path) or 0, reverse=True)
 
 
 def step_of(folder: Path) -> int | None:
-    """Return the step in the name of a checkpoint's folder, None where the name is not one that the trainer gives."""
+    """Return the step in the name of a checkpoint folder, None if the name is not one that the trainer writes."""
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
-def followed(path: Path) -> Path:
-    """Return the checkpoint that the file `latest` beside it names; any other path as it is. UserError: it names none."""
+def resolve_latest(path: Path) -> Path:
+    """Return the checkpoint that a file `latest` names; any other path unchanged. UserError: it names no checkpoint."""
     if path.name != "latest" or not path.is_file():
         return path
     name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]
     if not _STEP.fullmatch(name) or not path.with_name(name).is_dir():
-        raise UserError(f"{path}: names {name!r}, which is no checkpoint beside it; give the run directory instead")
+        raise UserError(
+            f"{path} must name a checkpoint in its own folder, but it names {name!r}. Give the run directory instead."
+        )
     return path.with_name(name)
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a whole folder into place; one of that name steps aside first and comes back if this is not completed."""
+    """Rename a complete folder to its final name. An old folder of that name is restored if this fails, else removed."""
     sync(temporary)
-    aside = final.with_name(REPLACED + final.name)
-    if aside.exists():
-        remove(aside)
+    replaced = final.with_name(REPLACED + final.name)
+    if replaced.exists():
+        remove(replaced)
     if final.exists():
-        final.rename(aside)
+        final.rename(replaced)
     try:
         temporary.rename(final)
     except OSError:
-        if aside.exists():
-            aside.rename(final)
+        if replaced.exists():
+            replaced.rename(final)
         raise
     sync(final.parent)
-    if aside.exists():
-        remove(aside)
+    if replaced.exists():
+        remove(replaced)
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint: out of sight first, so that half of one never looks whole. Only warns when it cannot."""
+    """Delete a checkpoint. It is renamed first, so that half of one never looks complete. A failure only warns."""
     hidden = folder if folder.name.startswith(".") else folder.with_name(REMOVING + folder.name)
     try:
         if hidden != folder:
             folder.rename(hidden)
         shutil.rmtree(hidden)
     except OSError as error:
-        _log.warning("cannot remove the old checkpoint %s: %s; remove it by hand", folder, error)
+        _log.warning("the old checkpoint %s cannot be removed (%s). Remove it by hand.", folder, error)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint out of the way, keeping it; return its new path."""
+def quarantine(folder: Path) -> Path:
+    """Rename a damaged checkpoint to damaged-NAME and return its new path. Nothing is deleted."""
     for i in range(1000):
         target = folder.with_name(DAMAGED + folder.name + (f".{i}" if i else ""))
         if not target.exists():
             folder.rename(target)
             return target
-    raise OSError(f"{folder}: a thousand damaged checkpoints of this step already")
+    raise OSError(f"{folder} cannot be renamed, since there are 1000 damaged checkpoints of this step already")
 
 
-def tidy(root: Path) -> None:
-    """Clear away what a killed process left: unfinished folders go, one that was about to be replaced comes back."""
+def remove_partial(root: Path) -> None:
+    """Clean up after a killed process: remove unfinished folders, restore a checkpoint that was about to be replaced."""
     for path in sorted(root.iterdir()):
         if path.name.startswith(REPLACED):
             final = root / path.name.removeprefix(REPLACED)
@@ -99,6 +102,6 @@ def tidy(root: Path) -> None:
             remove(path)
 
 
-def surplus(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Return which of `folders`, newest first, retention lets go: all but the last `keep` and every `keep_every`th step."""
+def expired(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
+    """Return the folders (given newest first) to remove: all but the last `keep` and every `keep_every`th step."""
     return [f for f in folders[keep:] if not (keep_every and (step_of(f) or 0) % keep_every == 0)]

@@ -1,6 +1,8 @@
-"""How far a run is: what a checkpoint says beside weights and moments."""
+"""How far a run is."""
 
 from typing import Any, NamedTuple
+
+from raphael_dist.checkpoint.manifest import Manifest
 
 
 class Progress(NamedTuple):
@@ -8,8 +10,8 @@ class Progress(NamedTuple):
 
     Attributes:
         step: optimizer steps, skipped ones included.
-        samples_seen: the position of the next sample.
-        updates: steps that changed the weights, which is what Adam counts.
+        samples_seen: the position of the next sample in the data order.
+        updates: steps that changed the weights; Adam counts these.
         guard: the state of the rules against bad steps (training/guard.py).
     """
 
@@ -18,17 +20,14 @@ class Progress(NamedTuple):
     updates: int
     guard: dict[str, Any]
 
-    def as_manifest(self) -> dict[str, Any]:
+    def as_manifest(self) -> Manifest:
         """Return it as keys of a manifest."""
         return self._asdict()
 
 
-def progress_of(manifest: dict[str, Any]) -> Progress:
-    """Return the progress that a manifest tells of."""
-    step = int(manifest["step"])
-    return Progress(
-        step, int(manifest["samples_seen"]), int(manifest.get("updates", step)), dict(manifest.get("guard") or {})
-    )
+def progress_of(manifest: Manifest) -> Progress:
+    """Return the progress in a manifest."""
+    return Progress(*(manifest[name] for name in Progress._fields))
 
 
 START = Progress(0, 0, 0, {})  # of a run that has not begun

@@ -1,11 +1,11 @@
-"""Reads a checkpoint: its manifest, and any range of any tensor, from whichever files hold it.
+"""Reads a checkpoint: its manifest, and any range of any tensor.
 
-A checkpoint is a folder `step-00000100/` with one `rank-00000.safetensors` per rank that wrote it and a `manifest.json`,
-written last. Keys are `<kind>/<parameter>`: a flat range of the parameter's fp32 weights (master), Adam moments (exp_avg,
-exp_avg_sq) or average (ema). Where a range starts stands in the manifest and in the file's header. Nothing is pickled.
+A checkpoint is a folder `step-00000100/` with one `rank-00000.safetensors` per rank that wrote it, and a `manifest.json`,
+which is written last. Keys are `<kind>/<parameter>`: a flat range of the parameter's fp32 weights (master), Adam moments
+(exp_avg, exp_avg_sq) or moving average (ema). The start of each range is in the file's header; the trainer also writes it
+into the manifest, so that a reader knows which file to open. Nothing is pickled.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +17,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from raphael_dist.checkpoint.folders import followed, step_folders, step_of
+from raphael_dist.checkpoint.folders import resolve_latest, step_folders, step_of
 from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
-from raphael_dist.checkpoint.tensors import Key, fault
-from raphael_dist.config import ARCHITECTURE_FIELDS, Config, config_from_tree
+from raphael_dist.checkpoint.tensors import Key, coverage_error
+from raphael_dist.config.schema import ARCHITECTURE_FIELDS, Config, config_from_tree
 from raphael_dist.errors import UserError
-from raphael_dist.storage.files import damage
-from raphael_dist.storage.tensorfile import FileReader, Stored, read_header
+from raphael_dist.storage.files import integrity_error
+from raphael_dist.storage.tensorfile import FileReader, StoredTensor, read_header
+from raphael_dist.text import parse_json
 
 T = TypeVar("T")
 
@@ -33,11 +34,14 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._headers: dict[str, dict[str, Stored]] = {}  # of the files that were opened
+        self._headers: dict[str, dict[str, StoredTensor]] = {}  # of the files that were opened
         self._files = FileReader()
         self.manifest = read_manifest(folder / MANIFEST)
         if step_of(folder) not in (None, self.step):
-            raise UserError(f"{folder}: its manifest is that of step {self.step}")
+            raise UserError(
+                f"{folder} must contain the checkpoint of the step in its name, but its manifest is of step {self.step}. "
+                "Rename the folder, or use another checkpoint."
+            )
 
     @property
     def step(self) -> int:
@@ -52,23 +56,23 @@ class CheckpointReader:
         """Return the configuration of the run that wrote the checkpoint."""
         return config_from_tree(self.manifest["config"])
 
-    def damage(self, files: list[str] | None = None, tell: Callable[[str], None] = lambda _: None) -> str | None:
-        """Return what is wrong with these files (all, by default), or None when sizes and checksums agree.
+    def integrity_error(self, files: list[str] | None = None, report: Callable[[str], None] = lambda _: None) -> str | None:
+        """Return what is wrong with these files (None: all), or None when sizes and checksums match.
 
-        `tell` gets a word about every file.
+        `report` is called with a line about every file.
         """
         names = list(self.manifest["files"]) if files is None else files
-        wrong = damage(((self.folder / name, self.manifest["files"][name]) for name in names), tell)
-        return None if wrong is None else wrong.removeprefix(f"{self.folder}/")
+        problem = integrity_error(((self.folder / name, self.manifest["files"][name]) for name in names), report)
+        return None if problem is None else problem.removeprefix(f"{self.folder}/")
 
     def incomplete(self) -> str | None:
-        """Return which tensor lacks elements, has some twice or belongs to no parameter; None when all is there once."""
+        """Return which tensor lacks elements, has some twice or belongs to no parameter; None if all are there once."""
         spans = {key: [(start, numel) for start, numel, _ in ranges] for key, ranges in self._ranges.items()}
-        return fault(spans, sorted(self.kinds() | {"master"}), self.shapes)
+        return coverage_error(spans, sorted(self.kinds() | {"master"}), self.shapes)
 
     @cached_property
     def _ranges(self) -> dict[Key, list[tuple[int, int, str]]]:
-        """For each tensor, the (start, numel, file name) of its spans, in order, by the manifest: no file is opened."""
+        """For each tensor, (start, numel, file name) of its spans, in order."""
         ranges = defaultdict(list)
         for name, entry in self.manifest["files"].items():
             listed = entry.get("ranges") or {key: (t.start, t.numel) for key, t in self._stored(name).items()}
@@ -77,18 +81,24 @@ class CheckpointReader:
                 ranges[kind, parameter].append((start, numel, name))
         return {key: sorted(spans) for key, spans in ranges.items()}
 
-    def _stored(self, name: str) -> dict[str, Stored]:
-        """Return the tensors of a file by their keys. UserError when it holds others than the manifest says."""
+    def _stored(self, name: str) -> dict[str, StoredTensor]:
+        """Return the tensors of a file by key. UserError when they are not those of the manifest."""
         if name not in self._headers:
             tensors, metadata = read_header(self.folder / name)
             listed = self.manifest["files"][name].get("ranges")
             try:
-                starts = {key: start for key, (start, _) in listed.items()} if listed else json.loads(metadata["starts"])
+                starts = {key: start for key, (start, _) in listed.items()} if listed else parse_json(metadata["starts"])
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
-                raise UserError(f"{self.folder / name} does not say where its tensors start: {error}") from None
+                raise UserError(
+                    f"{self.folder / name} must state where its tensors start, but it does not: {error}. Use another "
+                    "checkpoint."
+                ) from None
             if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:
-                raise UserError(f"{self.folder / name} holds other tensors than the manifest says")
+                raise UserError(
+                    f"{self.folder / name} must contain the tensors that the manifest lists, but it contains different "
+                    "ones. Use another checkpoint."
+                )
             self._headers[name] = stored
         return self._headers[name]
 
@@ -96,8 +106,8 @@ class CheckpointReader:
         """Return the kinds of values the checkpoint holds."""
         return {kind for kind, _ in self._ranges}
 
-    def spans(self) -> dict[Key, list[Stored]]:
-        """Return where everything lies; the headers of all files are read. UserError when one cannot be."""
+    def spans(self) -> dict[Key, list[StoredTensor]]:
+        """Return where every tensor lies, from the headers of all files. UserError when one cannot be read."""
         return {
             (kind, name): [self._stored(file)[f"{kind}/{name}"] for _, _, file in ranges]
             for (kind, name), ranges in self._ranges.items()
@@ -106,14 +116,14 @@ class CheckpointReader:
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Return elements [start, start + numel) of a flattened tensor, float32. UserError when any is missing.
 
-        Only files that hold some of them are opened.
+        Only the files that hold these elements are opened.
         """
         ranges = self._ranges.get((kind, name), [])
         files = [file for first, size, file in ranges if first < start + numel and start < first + size]
         try:
             return self._files.read((self._stored(file)[f"{kind}/{name}"] for file in files), start, numel)
         except LookupError as error:
-            raise UserError(f"checkpoint {self.folder}: {kind} of {name} has {error}") from None
+            raise UserError(f"checkpoint {self.folder}: {kind} of {name} has {error}. Use another checkpoint.") from None
 
     def whole(self, kind: str, name: str) -> Tensor:
         """Return a whole tensor in its shape, float32."""
@@ -121,45 +131,61 @@ class CheckpointReader:
         return self.read(kind, name, 0, prod(shape)).view(shape)
 
 
-def check_architecture(found: Config, wanted: Config, where: str) -> None:
-    """Raise UserError naming the first field in which a checkpoint's model differs from the configuration's."""
+def check_architecture(stored: Config, config: Config, where: str) -> None:
+    """Raise UserError that names the first field in which the model of a checkpoint differs from that of `config`."""
     for name in ARCHITECTURE_FIELDS:
-        theirs, ours = (attrgetter(name)(config) for config in (found, wanted))
-        if theirs != ours:
+        of_checkpoint, of_run = (attrgetter(name)(each) for each in (stored, config))
+        if of_checkpoint != of_run:
             raise UserError(
-                f"{name}: the checkpoint in {where} has {theirs}, this configuration gives {ours}; "
-                "use the checkpoint's configuration or another run.dir"
+                f"{name}={of_run} must be {of_checkpoint}, the value of the checkpoint in {where}. Change it, or use "
+                "another checkpoint or run.dir."
             )
-    if (found.edge.weight > 0) != (wanted.edge.weight > 0) or found.edge.channels != wanted.edge.channels:
-        raise UserError(f"edge: the checkpoint in {where} has other edge modules; keep edge.weight and edge.channels")
+    ours, theirs = config.edge, stored.edge
+    if (ours.weight > 0) != (theirs.weight > 0) or ours.channels != theirs.channels:
+        raise UserError(
+            f"edge.weight={ours.weight} and edge.channels={ours.channels} must give the same edge modules as in the "
+            f"checkpoint in {where}, which has edge.weight={theirs.weight} and edge.channels={theirs.channels}. Use these "
+            "values."
+        )
 
 
 def newest(root: Path) -> list[Path]:
-    """Return the checkpoint folders below `root`, the newest first, whole or not. UserError when `root` is unreadable."""
+    """Return the checkpoint folders in `root`, the newest first, complete or not. UserError when `root` is unreadable."""
     try:
         return step_folders(root)
     except OSError as error:
-        raise UserError(f"{root}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{root} cannot be read: {error.strerror}. Check the path and its permissions.") from None
 
 
-def open_newest(path: Path) -> CheckpointReader:
-    """Open a checkpoint folder, or the newest of a run directory that verifies. UserError when there is none."""
+def open_newest(path: Path, option: str = "--checkpoint") -> CheckpointReader:
+    """Open a checkpoint folder, or the newest checkpoint of a run directory that verifies.
+
+    Args:
+        path: the folder, or the file `latest` next to it.
+        option: name of the command line option that gave `path`, for messages.
+
+    Raises:
+        UserError: no checkpoint is there, or none verifies.
+    """
 
     def verified(folder: Path) -> CheckpointReader:
         reader = CheckpointReader(folder)
-        wrong = reader.damage()
-        if wrong:
-            raise UserError(wrong)
+        if problem := reader.integrity_error():
+            raise UserError(problem)
         return reader
 
-    path = followed(path)
-    return first_good(path, verified, f"--checkpoint {path}")[0]
+    path = resolve_latest(path)
+    return first_good(path, verified, f"{option} {path}")[0]
 
 
-def first_good(path: Path, open_step: Callable[[Path], T], given: str) -> tuple[T, list[str]]:
+def first_good(path: Path, open_step: Callable[[Path], T], prefix: str) -> tuple[T, list[str]]:
     """Open a checkpoint folder, or the newest in a run directory for which `open_step` raises no UserError.
 
-    Returns also what was wrong with each newer one. UserError, which begins with what was `given`, when there is none.
+    Returns:
+        The result of `open_step`, and what was wrong with each newer checkpoint.
+
+    Raises:
+        UserError: no checkpoint could be opened. The message begins with `prefix`.
     """
     folders = [path] if (path / MANIFEST).is_file() else newest(path / "checkpoints") or newest(path)
     problems: list[str] = []
@@ -168,5 +194,5 @@ def first_good(path: Path, open_step: Callable[[Path], T], given: str) -> tuple[
             return open_step(folder), problems
         except UserError as error:
             problems.append(f"{folder.name}: {error}")
-    damaged = f"; damaged: {'; '.join(problems)}" if problems else ""
-    raise UserError(f"{given}: no checkpoint there{damaged}; give a run directory or one of its step-* folders")
+    damaged = f" that can be used ({'; '.join(problems)})" if problems else ""
+    raise UserError(f"{prefix} contains no checkpoint{damaged}. Use a run directory or one of its step-* folders.")

@@ -1,6 +1,6 @@
-"""Finds the newest checkpoint that verifies, and restores from it what this rank owns, whatever ranks and stage wrote it.
+"""Finds the newest checkpoint that verifies, and restores this rank's part from it, whatever ranks and ZeRO stage wrote it.
 
-All ranks decide together, before any of them changes anything: each file is checked once, by one rank.
+All ranks decide together before any of them changes its state. Each file is checked once, by one rank.
 """
 
 import logging
@@ -13,127 +13,147 @@ import torch
 from raphael_dist.checkpoint import folders
 from raphael_dist.checkpoint.progress import Progress, progress_of
 from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture, newest
-from raphael_dist.config import Config
+from raphael_dist.checkpoint.tensors import default_weights
+from raphael_dist.config.resume_check import check_same_data, check_same_run
+from raphael_dist.config.schema import Config
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import MOMENTS, Fragments
-from raphael_dist.errors import UserError, cannot_write
-from raphael_dist.identity import check_same_data, check_same_run
-from raphael_dist.parallel.long_work import Tell, from_main, together
-from raphael_dist.parallel.ranks import Ranks, all_or_none, gather_objects
+from raphael_dist.errors import UserError, write_error
+from raphael_dist.runtime.long_work import run_on_all_ranks, run_on_rank0
+from raphael_dist.runtime.progress_bar import Reporter
+from raphael_dist.runtime.ranks import Ranks, gather_objects, raise_on_all_ranks
+from raphael_dist.storage import files
 
 _log = logging.getLogger(__name__)
 
 
 class Restorer:
-    """The checkpoints of one run, seen from where they are read. Methods are collective."""
+    """Restores the state of one run from its checkpoints. Methods are collective."""
 
     def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
         self.root = config.run.dir / "checkpoints"
         self._config, self._ranks, self._fragments, self._ema, self._data = config, ranks, fragments, ema, data
 
     def resume(self) -> Progress | None:
-        """Restore the newest checkpoint that verifies and return its progress, or None without any. Clears what a kill left.
+        """Restore the newest checkpoint that verifies. What a killed process left is cleaned up.
 
-        Raises UserError when there are checkpoints but none verifies (unless run.fresh), when the folder cannot be used, or
-        when the checkpoint is of another architecture or data set; nothing has been changed then.
+        Returns:
+            Its progress, or None if there is no checkpoint.
+
+        Raises:
+            UserError: no checkpoint verifies (and run.ignore_damaged is off), the folder cannot be used, or the checkpoint
+                has another architecture or data set. Nothing has been changed then.
         """
-        all_or_none(self._claim_folder)
-        reader, damaged = self._newest_whole(from_main("looking for checkpoints", lambda _: newest(self.root)))
-        all_or_none(partial(self._check, reader, damaged))
+        raise_on_all_ranks(self._check_folder)
+        reader, damaged = self._newest_verified(run_on_rank0("looking for checkpoints", lambda _: newest(self.root)))
+        raise_on_all_ranks(partial(self._check, reader, damaged))
         if reader is not None:
-            together(f"restoring {reader.folder.name}", partial(self._restore, reader))
+            run_on_all_ranks(f"restoring {reader.folder.name}", partial(self._restore, reader))
             self._fragments.sync_model()
-        # Only now, out of the way of retention and of saves of the same step. They are kept: a disk may have hiccupped.
-        self._set_aside(list(damaged))
+        # They are renamed, so that retention and saves of the same step do not meet them, and not deleted: the damage may be
+        # a passing fault of the disk.
+        self._quarantine(list(damaged))
         return progress_of(reader.manifest) if reader else None
 
     def rewind(self, before: int | None = None) -> Progress | None:
-        """Restore the newest checkpoint that verifies in the middle of training; None, and no change, without any.
+        """Restore the newest checkpoint that verifies, in the middle of training.
 
-        before: the newest of an earlier step than this; those of this step and later ones are set aside.
+        Args:
+            before: restore a checkpoint of an earlier step than this, and quarantine all others. None: any step.
+
+        Returns:
+            Its progress, or None, with nothing changed, if there is no such checkpoint.
         """
-        known = from_main("looking for checkpoints", lambda _: newest(self.root))
-        later = [folder for folder in known if before is not None and (folders.step_of(folder) or 0) >= before]
-        reader, _ = self._newest_whole([folder for folder in known if folder not in later])
+        checkpoints = run_on_rank0("looking for checkpoints", lambda _: newest(self.root))
+        later = [folder for folder in checkpoints if before is not None and (folders.step_of(folder) or 0) >= before]
+        reader, _ = self._newest_verified([folder for folder in checkpoints if folder not in later])
         if reader is None:
             return None
-        self._set_aside(later)
-        together(f"restoring {reader.folder.name}", partial(self._restore, reader))
+        self._quarantine(later)
+        run_on_all_ranks(f"restoring {reader.folder.name}", partial(self._restore, reader))
         self._fragments.sync_model()
         return progress_of(reader.manifest)
 
-    def _set_aside(self, bad: list[Path]) -> None:
-        for kept in from_main("setting checkpoints aside", lambda _: [folders.set_aside(folder) for folder in bad]):
-            _log.warning("the damaged checkpoint is kept as %s", kept)
+    def _quarantine(self, bad: list[Path]) -> None:
+        renamed = run_on_rank0("renaming damaged checkpoints", lambda _: [folders.quarantine(folder) for folder in bad])
+        for folder in renamed:
+            _log.warning("the damaged checkpoint was moved to %s", folder)
 
-    def _claim_folder(self) -> None:
-        """Find out now whether this rank may write where it will have to in an hour."""
+    def _check_folder(self) -> None:
+        """Raise now if this rank cannot write where it will save its first checkpoint."""
         probe = self.root / f".probe-{self._ranks.rank:05d}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
+            probe.unlink(missing_ok=True)
+            files.write_bytes(probe, b"")
             probe.unlink()
             if self._ranks.is_main:
-                folders.tidy(self.root)
+                folders.remove_partial(self.root)
         except OSError as error:
-            raise cannot_write(self.root, error) from None
+            raise write_error(self.root, error) from None
 
-    def _newest_whole(self, folders: list[Path]) -> tuple[CheckpointReader | None, dict[Path, str]]:
-        """Return the newest checkpoint that verifies, and what is wrong with each that is newer."""
+    def _newest_verified(self, candidates: list[Path]) -> tuple[CheckpointReader | None, dict[Path, str]]:
+        """Return the newest checkpoint that verifies, and what is wrong with each newer one."""
         damaged: dict[Path, str] = {}
-        for folder in folders:
-            damage = self._verify(folder)
-            if damage is None:
-                return all_or_none(partial(CheckpointReader, folder)), damaged
-            damaged[folder] = damage.removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
+        for folder in candidates:
+            problem = self._verify(folder)
+            if problem is None:
+                return raise_on_all_ranks(partial(CheckpointReader, folder)), damaged
+            damaged[folder] = problem.removeprefix(f"{folder}: ").removeprefix(f"{folder} ").removeprefix(f"{folder}/")
             if self._ranks.is_main:
                 _log.warning("skipping checkpoint %s: %s", folder, damaged[folder])
         return None, damaged
 
     def _verify(self, folder: Path) -> str | None:
-        """Check each file once, divided over the ranks; return what is wrong on any of them."""
+        """Check each file once, divided over the ranks; return what is wrong with any of them, or None."""
 
-        def look(tell: Tell) -> str | None:
+        def check_share(report: Reporter) -> str | None:
             try:
                 reader = CheckpointReader(folder)
                 names = sorted(reader.manifest["files"])
-                return reader.damage(names[self._ranks.rank :: self._ranks.world_size], tell) or reader.incomplete()
-            except Exception as error:  # a manifest may say anything
+                share = [names[i] for i in self._ranks.share(len(names))]
+                return reader.integrity_error(share, report) or reader.incomplete()
+            except (OSError, UserError) as error:
                 return str(error)
 
-        damage = together(f"verifying {folder.name}", look)
-        return next((d for d in gather_objects(damage) if d is not None), None)
+        problem = run_on_all_ranks(f"verifying {folder.name}", check_share)
+        return next((each for each in gather_objects(problem) if each is not None), None)
 
     def _check(self, reader: CheckpointReader | None, damaged: dict[Path, str]) -> None:
         if reader is None:
-            if damaged and not self._config.run.fresh:
-                reasons = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged.items())
+            if damaged and not self._config.run.ignore_damaged:
+                reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
                 raise UserError(
-                    f"run.dir: no checkpoint in {self.root} verifies ({reasons}); repair one, use another run.dir, or start "
-                    "anew beside them with run.fresh=true"
+                    f"run.dir={self._config.run.dir} requires a checkpoint that is not damaged, but {self.root} has none "
+                    f"({reasons}). Repair one, use another run.dir, or start from scratch with run.ignore_damaged=true."
                 )
             return
         check_architecture(reader.config(), self._config, str(reader.folder))
         if reader.shapes != self._fragments.shapes:
-            raise UserError(f"checkpoint {reader.folder}: its tensors are not those of this model; use another run.dir")
-        told = check_same_run(reader.config(), self._config, str(reader.folder))
-        told += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))
-        for line in told if self._ranks.is_main else []:
+            raise UserError(
+                f"run.dir={self._config.run.dir}: the tensors in {reader.folder} must be those of this model, but they are "
+                "not. Use another run.dir."
+            )
+        changes = check_same_run(reader.config(), self._config, str(reader.folder))
+        changes += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))
+        for line in changes if self._ranks.is_main else []:
             _log.warning("%s", line)
         if self._config.optim.kind == "adamw" and progress_of(reader.manifest).updates and "exp_avg" not in reader.kinds():
-            raise UserError(f"optim.kind = adamw: {reader.folder} holds no moments; use optim.kind=sgd or another run.dir")
+            raise UserError(
+                f"optim.kind=adamw requires Adam's moments, but the checkpoint {reader.folder} has none. Set "
+                "optim.kind=sgd, or use another run.dir."
+            )
 
     @torch.no_grad()
-    def _restore(self, reader: CheckpointReader, tell: Tell) -> None:
+    def _restore(self, reader: CheckpointReader, report: Reporter) -> None:
         self._fragments.create_moments(progress_of(reader.manifest).updates)
         kinds = reader.kinds()
-        average = "ema" if "ema" in kinds else "master"
         for i, f in enumerate(self._fragments):
-            tell(f.name)
+            report(f.name)
             f.master.copy_(reader.read("master", f.name, f.start, f.numel))
             for kind in MOMENTS:
                 moment = self._fragments.moment(f, kind)
                 if moment is not None and kind in kinds:
                     moment.copy_(reader.read(kind, f.name, f.start, f.numel))
             if self._ema is not None:
-                self._ema.values[i].copy_(reader.read(average, f.name, f.start, f.numel))
+                self._ema.values[i].copy_(reader.read(default_weights(kinds), f.name, f.start, f.numel))

@@ -1,40 +1,42 @@
-"""A copy of this rank's state on the host, from which a checkpoint is written while training goes on."""
+"""A copy of this rank's state in host memory, from which a checkpoint is written while training continues."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from raphael_dist.engine.ema import Ema
-from raphael_dist.engine.fragments import MOMENTS, Fragment, Fragments
+from raphael_dist.engine.fragments import MOMENTS, Fragments
+from raphael_dist.engine.zero import Fragment
+from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage import tensorfile
-from raphael_dist.storage.files import sha256
+from raphael_dist.storage.files import FileEntry, sha256
 
 
 class Snapshot:
-    """One float32 buffer, made once and filled at every save; pinned where there is a GPU, so that the copy is a DMA.
+    """One float32 buffer, allocated once and filled at every save. With a GPU it is pinned, so that the copy is a DMA.
 
-    layout: (key, number of elements) of the parts in the buffer, in order; key is `<kind>/<parameter>`.
-    starts: where each part begins in its flattened parameter.
+    Attributes:
+        layout: (key, number of elements) of the parts in the buffer, in order; key is `<kind>/<parameter>`.
+        starts: first element of each part in its flattened parameter, by key.
     """
 
     def __init__(self, fragments: Fragments, ema: Ema | None, rank: int, world_size: int) -> None:
         self._fragments, self._ema, self._rank, self._world_size = fragments, ema, rank, world_size
         self._buffer = torch.empty(0)
-        self._values: list[Tensor] = []  # live, in the order of the layout
-        self._addresses: list[int] | None = None  # of the moments when it was laid out
+        self._values: list[Tensor] = []  # of the training state, in the order of the layout
+        self._addresses: list[int] | None = None  # of the moments when the layout was made
         self.layout: list[tuple[str, int]] = []
         self.starts: dict[str, int] = {}
 
     def prepare(self) -> int:
-        """Lay out what this rank will save now and make room for it on the host; return its bytes.
+        """List what this rank saves, and allocate host memory for it; return the number of bytes.
 
-        Moments join after the first optimizer step. Raises RuntimeError or MemoryError when the host has no room.
+        Moments exist after the first optimizer step only. Raises RuntimeError or MemoryError when there is no memory.
         """
         addresses = self._fragments.moment_addresses()
-        if addresses != self._addresses:  # naming thousands of views takes as long as copying them
+        if addresses != self._addresses:  # listing thousands of views takes as long as copying them
             self._lay_out()
             self._addresses = addresses
         total = sum(numel for _, numel in self.layout)
@@ -53,9 +55,9 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """Copy what `prepare` laid out into the buffer and return it, float32 [n] on the host; valid until the next call."""
+        """Copy what `prepare` listed into the buffer; return it, float32 [n] in host memory, valid until the next call."""
         total = sum(numel for _, numel in self.layout)
-        parts = list(self._buffer[:total].split([numel for _, numel in self.layout]))
+        parts = list(torch.split(self._buffer[:total], [numel for _, numel in self.layout]))
         torch._foreach_copy_(parts, self._values, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -78,32 +80,41 @@ def write_snapshot(
     layout: list[tuple[str, int]],
     values: Tensor,
     metadata: Mapping[str, str],
-    tell: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Write consecutive parts of `values`, float32 [n] on the host, as one safetensors file, and read it back.
+    report: Reporter = no_report,
+) -> FileEntry:
+    """Write consecutive parts of a buffer as one new safetensors file, and read it back.
 
-    layout: (key, number of elements) of each part. tell: gets a word about every piece. Returns the manifest's entry: bytes
-    and sha256. Raises OSError when it cannot be written, when a value is not finite, or when the device returns something
-    else than was written.
+    Args:
+        path: the file; it must not exist.
+        layout: (key, number of elements) of each part.
+        values: the buffer, float32 [n] in host memory.
+        metadata: of the safetensors file.
+        report: is called with a line about every piece.
+
+    Returns:
+        The entry of the file in the manifest.
+
+    Raises:
+        OSError: the file cannot be written, a value is not finite, or the device returns other bytes than were written.
     """
     heads = [(key, torch.float32, (numel,)) for key, numel in layout]
     with tensorfile.HashedFile(path) as file:
-        tensorfile.write_safetensors(file, heads, metadata, _finite(layout, values, tell))
+        tensorfile.write_safetensors(file, heads, metadata, _finite(layout, values, report))
     entry = file.entry()
-    tell("reading it back")
-    # From the device, not from memory: a file that was read back is one that an older checkpoint may be removed for.
+    report("reading it back")
+    # From the device, not from memory: older checkpoints are removed once this file is known to be readable.
     if sha256(path, from_device=True) != entry["sha256"]:
         raise OSError(f"{path}: the file system returned other bytes than were written")
     return entry
 
 
-def _finite(layout: list[tuple[str, int]], values: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
-    """Yield the values in pieces, telling how far they are. Raises OSError naming the first part that is not finite."""
-    for i, piece in enumerate(values.split(tensorfile.CHUNK)):
-        tell(f"{i * tensorfile.CHUNK} of {values.numel()} numbers written")
-        # One pass without a mask: NaN and infinities are the extremes of what holds any.
+def _finite(layout: list[tuple[str, int]], values: Tensor, report: Reporter) -> Iterator[Tensor]:
+    """Yield the values in pieces. Raises OSError that names the first part that is not finite."""
+    for i, piece in enumerate(torch.split(values, tensorfile.CHUNK)):
+        report(f"{i * tensorfile.CHUNK} of {values.numel()} numbers written")
+        # One pass without a mask: if a tensor holds NaN or infinity, its minimum or maximum does.
         if piece.numel() and not all(x.isfinite() for x in piece.aminmax()):
-            parts = zip(layout, values.split([numel for _, numel in layout]), strict=True)
-            wrong = next(key for (key, _), part in parts if not part.isfinite().all())
-            raise OSError(f"{wrong} is not finite; this state is not worth keeping")
+            parts = zip(layout, torch.split(values, [numel for _, numel in layout]), strict=True)
+            key = next(key for (key, _), part in parts if not part.isfinite().all())
+            raise OSError(f"{key} is not finite, so this state is not saved")
         yield piece

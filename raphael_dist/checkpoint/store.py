@@ -1,10 +1,14 @@
-"""Writes checkpoints that are either whole or absent, while training goes on, and resumes from the newest that verifies.
+"""Writes checkpoints while training continues. A checkpoint is either complete or absent.
 
-A save has three parts. `begin`: all ranks agree that there is room, copy their fragments to the host and go on training; a
-thread of each writes its file, syncs it and reads it back. `settle`, once every rank has said at a step's end that its
-thread is done: the ranks exchange what they wrote, and a thread of rank 0 writes the manifest and renames the folder into
-place. `finish`: wait for both, however long a disk takes. Threads never call a collective. A kill at any moment leaves the
-previous checkpoint whole.
+A save has three parts:
+
+- `begin`: all ranks agree that there is room, and copy their fragments to host memory. A thread of each rank writes its
+  file, syncs it and reads it back. Training continues.
+- `commit`, once every rank has reported at the end of a step that its thread is done: the ranks exchange what they wrote. A
+  thread of rank 0 writes the manifest and renames the folder into place.
+- `finish`: wait for both, however long a disk takes.
+
+Threads never call a collective. A kill at any moment leaves the previous checkpoint intact.
 """
 
 import errno
@@ -17,65 +21,89 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
 from raphael_dist.checkpoint import folders
-from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST, seal
+from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST, Manifest, seal
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.checkpoint.restore import Restorer
 from raphael_dist.checkpoint.snapshot import Snapshot, write_snapshot
-from raphael_dist.config import Config
+from raphael_dist.config.schema import Config, stored_tree
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import Fragments
-from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
-from raphael_dist.parallel.long_work import Tell, from_main, together
-from raphael_dist.parallel.ranks import Ranks, gather_objects
+from raphael_dist.errors import NonFiniteError, NotSavedError, UserError, describe_error
+from raphael_dist.runtime.long_work import run_on_all_ranks, run_on_rank0
+from raphael_dist.runtime.progress_bar import Reporter
+from raphael_dist.runtime.ranks import Ranks, gather_objects
 from raphael_dist.storage import files
 from raphael_dist.storage.versions import versions
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class WrittenFile(NamedTuple):
+    """The file of one rank. ranges: by key, the part of the flattened tensor, (first element, number of elements)."""
+
+    name: str
+    seconds: float
+    entry: files.FileEntry
+    ranges: dict[str, tuple[int, int]]
 
 
 @dataclass
 class Save:
-    """One save on this rank. manifest: all but the files. failure: the same text on all ranks once they have agreed."""
+    """One save on this rank.
+
+    Attributes:
+        temporary, final: the folder while it is written, and afterwards.
+        manifest: everything except the files.
+        bytes: of all ranks.
+        stall_s: seconds that training waited. write_s: seconds of the slowest rank to write and read back.
+        written: this rank's file, until `commit`.
+        published: on rank 0, after `commit`.
+        status: what this rank's thread is doing.
+        failure: why the save failed; the same text on all ranks after they have agreed.
+        concluded: whether the result of `published` has been recorded.
+    """
 
     temporary: Path
     final: Path
-    manifest: dict[str, Any]
-    bytes: int = 0  # of all ranks
+    manifest: Manifest
+    bytes: int = 0
     stall_s: float = 0.0
     write_s: float = 0.0
-    written: Future[dict[str, Any]] | None = None  # until settled
-    published: Future[None] | None = None  # on rank 0, from then on
-    words: str = ""  # how far this rank's thread is
+    written: Future[WrittenFile] | None = None
+    published: Future[None] | None = None
+    status: str = ""
     failure: str | None = None
     concluded: bool = False
 
     @property
     def line(self) -> str:
-        """What a person reads about it."""
+        """The log line about it."""
         cost = f"training waited {self.stall_s:.3f} s, written and read back in {self.write_s:.2f} s"
         return f"saved {self.final} ({self.bytes / 2**20:.1f} MiB, {cost})"
 
     def metrics(self) -> dict[str, float]:
-        """Return what the save cost, by tag."""
+        """Return the cost of the save as metrics, by tag."""
         values = {"stall_s": self.stall_s, "write_s": self.write_s, "bytes": float(self.bytes)}
         return {f"checkpoint/{name}": value for name, value in values.items()}
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Methods are collective, all ranks call them alike; `written` and `news` are not.
+    """Saves and resumes the checkpoints of one run. Use it as a context manager around training.
 
-    Use it as a context manager around training.
+    Methods are collective: all ranks call them alike. `written` and `finished_saves` are not.
     """
 
     def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
         self.root = config.run.dir / "checkpoints"
-        self.failed = 0  # saves that were given up
+        self.failed = 0  # number of saves that failed
         self._config, self._ranks = config, ranks
         self._restorer = Restorer(config, ranks, fragments, ema, data)
         self._snapshot = Snapshot(fragments, ema, ranks.rank, ranks.world_size)
@@ -85,18 +113,18 @@ class CheckpointStore:
             "dataset": data["data.shards"],
             "data": dict(data),
             "versions": versions(),
-            "config": config.model_dump(mode="json"),
+            "config": stored_tree(config),
             "tensors": fragments.shapes,
         }
-        # A generous guess: the entries of files and ranges are not known yet.
+        # An upper estimate: the entries of files and ranges are not known yet.
         self._manifest_bytes = len(json.dumps(self._constant)) + 1000 * ranks.world_size + 600 * len(fragments.shapes)
         self._save: Save | None = None
-        self._news: list[Save] = []
+        self._finished: list[Save] = []  # published, not yet returned by `finished_saves`
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, progress: Progress) -> Path:
-        """Write and publish a checkpoint before returning. Raises OSError on all ranks when that failed on any."""
+        """Write and publish a checkpoint before returning. Raises OSError on all ranks when it failed on any."""
         self.begin(progress)
         failure = self.finish()
         if failure:
@@ -104,7 +132,7 @@ class CheckpointStore:
         return self.last.final
 
     def begin(self, progress: Progress) -> None:
-        """Copy the state and start writing it; waits for the save before this one. What fails is told by `finish`."""
+        """Copy the state and start to write it, after the previous save is finished. `finish` returns what failed."""
         began = time.monotonic()
         self._wait()
         final = self.root / f"step-{progress.step:08d}"
@@ -114,41 +142,46 @@ class CheckpointStore:
         if problem:
             self._give_up(save, problem)
         else:
-            save.written = self._thread.submit(self._write, save, self._snapshot.take())
+            try:
+                save.written = self._thread.submit(self._write, save, self._snapshot.take())
+            except Exception as error:  # raised by `commit`, so that this rank fails together with the others
+                save.written = Future()
+                save.written.set_exception(error)
         save.stall_s += time.monotonic() - began
 
     @property
     def last(self) -> Save:
-        """The last save, as far as it got."""
+        """The last save, finished or not."""
         assert self._save is not None
         return self._save
 
     @property
     def written(self) -> bool:
-        """Whether this rank's part is written, or failed, and waits for the others; ranks tell each other every step."""
+        """Whether this rank's file is written, or failed, and `commit` is due; the ranks exchange this every step."""
         return self._save is not None and self._save.written is not None and self._save.written.done()
 
-    def settle(self) -> None:
-        """Exchange what was written; when all succeeded, rank 0 starts to publish it. Waits for this rank's thread."""
+    def commit(self) -> None:
+        """Exchange what was written; if all ranks succeeded, rank 0 starts to publish. Waits for this rank's thread."""
         save = self._save
         if save is None or save.written is None:
             return
         began = time.monotonic()
-        outcomes = gather_objects(_outcome(save.written))
+        outcome = _outcome(save.written)
+        outcomes = gather_objects(outcome)
         save.written = None
         problem = next((f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text), None)
         if problem:
             self._give_up(save, problem)
         else:
-            entries = [entry for entry, _ in outcomes]
-            save.write_s = max(entry.pop("seconds") for entry in entries)
-            save.manifest["files"] = {entry.pop("name"): entry for entry in entries}
+            written = [file for file, _ in outcomes if file is not None]
+            save.write_s = max(file.seconds for file in written)
+            save.manifest["files"] = {file.name: {**file.entry, "ranges": file.ranges} for file in written}
             if self._ranks.is_main:
                 save.published = self._thread.submit(self._publish, save)
         save.stall_s += time.monotonic() - began
 
     def finish(self) -> str | None:
-        """Wait for the save in flight; return why the last one failed, or None. The same on all ranks."""
+        """Wait for the save in flight; return why the last save failed, or None. The same on all ranks."""
         began = time.monotonic()
         self._wait()
         if self._save is None:
@@ -156,28 +189,31 @@ class CheckpointStore:
         self._save.stall_s += time.monotonic() - began
         return self._save.failure
 
-    def news(self) -> list[Save]:
-        """Return, once each, the saves that have been published. For rank 0."""
+    def finished_saves(self) -> list[Save]:
+        """Return the saves that were published since the last call. For rank 0."""
         if self._save is not None and self._save.published is not None and self._save.published.done():
             self._conclude(self._save)
-        news, self._news = self._news, []
-        return news
+        finished = self._finished
+        self._finished = []
+        return finished
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Wait for the save in flight; after an exception of one rank alone only for this rank's thread, unpublished."""
+        """Wait for the save in flight. After an exception on one rank only this rank's thread is waited for."""
         try:
-            if kind is None or issubclass(kind, NonFiniteError | NotSavedError):  # raised on all ranks alike
+            if kind is None or issubclass(kind, NonFiniteError | NotSavedError):  # these are raised on all ranks
                 self.finish()
         finally:
             self._thread.shutdown(wait=True)
 
     def amend(self, progress: Progress) -> None:
-        """Note other progress in the checkpoint of the step: training goes on from it, but with other samples.
+        """Replace the progress stored in the checkpoint of a step, after a rollback to it.
 
-        Where that cannot be written the run goes on all the same, and says so; it is a restart that would not know.
+        Training continues with later samples than those that followed this checkpoint before.
+
+        A failure only warns: it matters to a restart, not to this process.
         """
         if not self._ranks.is_main:
             return
@@ -187,37 +223,36 @@ class CheckpointStore:
             files.replace_bytes(folder / MANIFEST, seal(manifest))
         except (OSError, UserError) as error:
             _log.warning(
-                "cannot note in %s that it was returned to: %s; a restart would meet the same samples", folder, error
+                "the rollback cannot be recorded in %s (%s), so a restart would use the same samples again", folder, error
             )
 
     def _wait(self) -> None:
         save = self._save
         if save is None:
             return
-        # Not in a collective: a rank's disk may take longer than one may wait.
+        # Not in a collective: a slow disk may take longer than the time-out of a collective.
         if save.written is not None:
-            together("writing the checkpoint", partial(_await, save, save.written))
-        self.settle()
+            run_on_all_ranks("writing the checkpoint", partial(_report_until_written, save, save.written))
+        self.commit()
+        save.failure = run_on_rank0("publishing the checkpoint", lambda _: self._conclude(save))
 
-        def concluded(_: Tell) -> str | None:
-            self._conclude(save)
-            return save.failure
-
-        save.failure = from_main("publishing the checkpoint", concluded)
-
-    def _conclude(self, save: Save) -> None:
-        """Wait for what rank 0 publishes, and note how that went."""
-        if save.published is None or save.concluded:
-            return
-        save.concluded = True
-        problem = _outcome(save.published)[1]
-        if problem:
-            self._give_up(save, problem)
-        else:
-            self._news.append(save)
+    def _conclude(self, save: Save) -> str | None:
+        """Wait until rank 0 has published, and record the result; return why the save failed, or None."""
+        if save.published is not None and not save.concluded:
+            save.concluded = True
+            problem = _outcome(save.published)[1]
+            if problem:
+                self._give_up(save, problem)
+            else:
+                self._finished.append(save)
+        return save.failure
 
     def _make_room(self, save: Save) -> tuple[int, str | None]:
-        """Clear the folder to write into and compare what all ranks need with what is free; return bytes and problem."""
+        """Create the folder to write into, and compare the bytes of all ranks with the free space.
+
+        Returns:
+            The bytes of all ranks, and why they cannot be written, or None.
+        """
         need, free, problem = 0, 0, None
         try:
             need = self._snapshot.prepare()
@@ -228,33 +263,35 @@ class CheckpointStore:
                 save.temporary.mkdir(parents=True)
             free = files.free_bytes(self.root)
         except (OSError, RuntimeError, MemoryError) as error:
-            problem = str(error)
-        needs = gather_objects((need, free, problem))
-        total, least = sum(n for n, _, _ in needs), min(f for _, f, _ in needs)
-        problem = next((f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(needs) if text), None)
-        if problem is None and total > least:
-            problem = _no_space(total, least, self.root)
+            problem = describe_error(error)
+        answers = gather_objects((need, free, problem))
+        total, free = sum(n for n, _, _ in answers), min(f for _, f, _ in answers)
+        problem = next((f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(answers) if text), None)
+        if problem is None and total > free:
+            problem = _no_space(total, free, self.root)
         return total, problem
 
-    def _write(self, save: Save, values: Tensor) -> dict[str, Any]:
+    def _write(self, save: Save, values: Tensor) -> WrittenFile:
+        """Write this rank's file. Runs in the thread."""
         name = f"rank-{self._ranks.rank:05d}.safetensors"
         layout, starts = self._snapshot.layout, self._snapshot.starts
         metadata = {"step": str(save.manifest["step"]), "rank": str(self._ranks.rank), "starts": json.dumps(starts)}
         began = time.monotonic()
 
-        def tell(words: str) -> None:
-            save.words = words
+        def report(text: str, done: int | None = None, total: int | None = None) -> None:
+            save.status = text
 
         try:
-            entry = write_snapshot(save.temporary / name, layout, values, metadata, tell)
+            entry = write_snapshot(save.temporary / name, layout, values, metadata, report)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in _DISK_FULL:
                 raise
             raise OSError(_no_space(save.bytes, files.free_bytes(self.root), self.root) + f" ({error.strerror})") from None
         ranges = {key: (starts[key], numel) for key, numel in layout}
-        return {"name": name, "seconds": max(1e-9, time.monotonic() - began), **entry, "ranges": ranges}
+        return WrittenFile(name, max(1e-9, time.monotonic() - began), entry, ranges)
 
     def _publish(self, save: Save) -> None:
+        """Write the manifest, rename the folder into place, and remove expired checkpoints. Runs in rank 0's thread."""
         files.write_bytes(save.temporary / MANIFEST, seal(save.manifest))
         problem = CheckpointReader(save.temporary).incomplete()
         if problem:
@@ -262,23 +299,25 @@ class CheckpointStore:
         folders.publish(save.temporary, save.final)
         try:
             files.replace_bytes(self.root / "latest", save.final.name.encode())
-            # Every file was read back before it was named here, so that older checkpoints may go.
+            # Every file has been read back, so older checkpoints may be removed.
             keep = self._config.checkpoint
-            for old in folders.surplus(newest(self.root), keep.keep, keep.keep_every):
+            for old in folders.expired(newest(self.root), keep.keep, keep.keep_every):
                 if old != save.final:
                     folders.remove(old)
-        except (OSError, UserError) as error:  # the checkpoint is there, and resuming looks for it without `latest`
+        except (OSError, UserError) as error:  # resuming does not need `latest`
             _log.warning("%s is saved, but `latest` or older checkpoints could not be updated: %s", save.final, error)
 
     def _give_up(self, save: Save, problem: str) -> None:
-        save.failure = f"checkpoint of step {save.manifest['step']} not written, the previous one stays: {problem}"
+        save.failure = (
+            f"the checkpoint of step {save.manifest['step']} was not written, and the previous one remains: {problem}"
+        )
         self.failed += 1
         if self._ranks.is_main:
             _log.warning("%s", save.failure)
             if save.temporary.exists():
                 folders.remove(save.temporary)
 
-    def _manifest(self, progress: Progress) -> dict[str, Any]:
+    def _manifest(self, progress: Progress) -> Manifest:
         return {"format": FORMAT, **progress.as_manifest(), **self._constant, "files": {}}
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
@@ -288,27 +327,27 @@ class CheckpointStore:
         return self._restorer.resume()
 
     def rewind(self, before: int | None = None) -> Progress | None:
-        """The same in the middle of training; None, and no change, without a checkpoint; see Restorer.rewind."""
+        """Restore an earlier checkpoint in the middle of training; see Restorer.rewind."""
         self.finish()
         return self._restorer.rewind(before)
 
 
-def _await(save: Save, written: Future[Any], tell: Tell) -> None:
-    """Wait for a rank's thread, and tell the others how far it is."""
-    told = ""
+def _report_until_written(save: Save, written: Future[WrittenFile], report: Reporter) -> None:
+    """Wait for this rank's thread, and report its status whenever it changes."""
+    reported = ""
     while wait([written], timeout=1.0).not_done:
-        if save.words != told:
-            told = save.words
-            tell(told)
+        if save.status != reported:
+            reported = save.status
+            report(reported)
 
 
-def _outcome(future: Future[Any]) -> tuple[Any, str | None]:
-    """Wait for a thread; return its result and what went wrong in words."""
+def _outcome(future: Future[T]) -> tuple[T | None, str | None]:
+    """Wait for a thread; return its result, or None and the error message."""
     try:
         return future.result(), None
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+        return None, describe_error(error)
 
 
 def _no_space(need: int, free: int, where: Path) -> str:
-    return f"no space: {need} bytes needed, {free} free in {where}"
+    return f"no space: {need} bytes are required, but {free} are free in {where}"

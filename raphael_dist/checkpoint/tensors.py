@@ -1,11 +1,11 @@
-"""What a checkpoint is made of: spans of the values of parameters, and the check that they hold every element exactly once.
+"""The content of a checkpoint: spans of the values of parameters, and the check that every element is there exactly once.
 
-A value belongs to a kind and a parameter: the fp32 weights ("master"), Adam's moments ("exp_avg", "exp_avg_sq") or the
-moving average ("ema"). Stacked experts are one parameter [K, ...], so expert k is a contiguous span of it.
+Each value belongs to a kind and a parameter. Kinds are the fp32 weights ("master"), Adam's moments ("exp_avg", "exp_avg_sq")
+and the moving average ("ema"). Stacked experts are one parameter [K, ...], so expert k is a contiguous span of it.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -24,33 +24,41 @@ class Span:
     numel: int
 
 
+def default_weights(kinds: Container[str]) -> str:
+    """Return the kind of weights to sample from, start from or export: the EMA if there is one, else the weights."""
+    return "ema" if "ema" in kinds else "master"
+
+
 def stacked(name: str) -> tuple[str, str] | None:
     """Return (layer, "w1" | "b1" | "w2" | "b2") of a parameter that stacks experts, else None."""
     match = _STACKED.fullmatch(name)
     return (match[1], match[2]) if match else None
 
 
-def fault(spans: Mapping[Key, Iterable[tuple[int, int]]], kinds: Iterable[str], shapes: Shapes) -> str | None:
+def coverage_error(spans: Mapping[Key, Iterable[tuple[int, int]]], kinds: Iterable[str], shapes: Shapes) -> str | None:
     """Return what is wrong unless the spans hold every element of every kind of every parameter exactly once; else None.
 
-    spans: (start, numel) of each, by kind and parameter; those without elements do not matter.
+    Args:
+        spans: (start, numel) of each span, by kind and parameter. Empty spans are ignored.
+        kinds: the kinds that must be complete.
+        shapes: the shape of every parameter.
     """
     kinds = tuple(kinds)
     for kind, name in spans:
         if name not in shapes:
             return f"{kind} of {name} belongs to no parameter of the model"
         if kind not in kinds:
-            return f"{kind} of {name} is one kind of values too many"
+            return f"{kind} of {name} is not expected, since the kinds are {', '.join(kinds)}"
     for kind in kinds:
         for name, shape in shapes.items():
             at, total = 0, prod(shape)
             for start, numel in sorted(spans.get((kind, name), ())):
                 if start != at and numel:
-                    wrong = "missing" if start > at else "there twice"
-                    return f"{kind} of {_element(name, shape, min(at, start))} is {wrong}"
+                    problem = "missing" if start > at else "present twice"
+                    return f"{kind} of {_element(name, shape, min(at, start))} is {problem}"
                 at += numel
             if at != total:
-                return f"{kind} of {_element(name, shape, at)} is {'missing' if at < total else 'one too many'}"
+                return f"{kind} of {_element(name, shape, at)} is {'missing' if at < total else 'beyond its parameter'}"
     return None
 
 

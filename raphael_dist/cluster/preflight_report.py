@@ -1,4 +1,4 @@
-"""Judges the reports of all ranks (preflight.py): a table of results, and which nodes are at fault, why, and what to do."""
+"""Judges the reports of all ranks (preflight.py): a table of results, and the faulty nodes with reasons and remedies."""
 
 import json
 from collections import Counter
@@ -10,15 +10,21 @@ from typing import Any
 from raphael_dist.errors import UserError
 
 MAX_SKEW_S = 5.0
+GPU_IN_USE_GIB = 4.0  # more than the contexts of one node's own ranks take
 SLOW_PAIR = 0.3  # a pair of nodes is slow below this share of the median bandwidth
-ALONE = ("device", "data", "checkpoints")  # the checks that a rank makes before it joins the others
+LOCAL_CHECKS = ("device", "data", "checkpoints")  # of a rank on its own, before it joins the others
+Report = dict[str, Any]  # of a rank, as `preflight.Probe` writes it
 
 
 @dataclass
 class Verdict:
-    """The outcome. `lines`: the table. `faults`: by node, what keeps it from training. `warnings`: what does not.
+    """The outcome of a preflight.
 
-    `everywhere`: every node has the same fault, so that leaving nodes out would not help.
+    Attributes:
+        lines: the table of results.
+        faults: by node, the reasons why it cannot train.
+        warnings: problems that do not prevent training.
+        everywhere: whether every node has the same fault, so that excluding nodes does not help.
     """
 
     lines: list[str]
@@ -26,49 +32,59 @@ class Verdict:
     warnings: list[str] = field(default_factory=list)
     everywhere: bool = False
 
-    def blame(self, node: str, text: str) -> None:
+    def add_fault(self, node: str, text: str) -> None:
         """Add a fault of a node, once."""
         if text not in self.faults.setdefault(node, []):
             self.faults[node].append(text)
 
 
-def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """Return the ranks' reports, by rank. Raises UserError when there is none."""
+def read_reports(folder: Path) -> list[Report]:
+    """Return the reports in the order of the ranks. Raise UserError if there is none."""
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
     if not reports:
-        raise UserError(f"{folder}: no rank left a report; did the ranks start?")
+        raise UserError(
+            f"--judge={folder} must contain reports of ranks, but there is none. Check that the ranks started and wrote to "
+            "this folder."
+        )
     return reports
 
 
-def judge(reports: list[dict[str, Any]], num_ranks: int, nodes: list[str]) -> Verdict:
-    """Return the verdict over `num_ranks` ranks. `nodes` names all nodes, those without a report too; it may be empty."""
+def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
+    """Return the verdict.
+
+    Args:
+        reports: of the ranks.
+        num_ranks: expected number of ranks.
+        nodes: all nodes, including those without a report; may be empty.
+    """
     verdict = Verdict([_row(r) for r in reports])
-    heard = {r["node"] for r in reports}
+    reported = {r["node"] for r in reports}
     for node in nodes:
-        if node not in heard:
-            verdict.blame(node, "no report: its ranks did not start, or died (their messages are above)")
-    if not set(nodes) - heard and len(reports) < num_ranks:
+        if node not in reported:
+            verdict.add_fault(node, "no report: its ranks did not start, or died (their messages are above)")
+    if not set(nodes) - reported and len(reports) < num_ranks:
         missing = sorted(set(range(num_ranks)) - {r["rank"] for r in reports})
-        verdict.blame(f"ranks {missing[:8]}", "no report")
-    _alone(verdict, reports)
-    _equal_versions(verdict, reports)
-    problems = [(r["node"], p) for r in reports for p in r["problems"] if p["phase"] not in ALONE]
+        verdict.add_fault(f"ranks {missing[:8]}", "no report")
+    _judge_local_checks(verdict, reports)
+    _judge_versions(verdict, reports)
+    _judge_gpus(verdict, reports)
+    problems = [(r["node"], p) for r in reports for p in r["problems"] if p["phase"] not in LOCAL_CHECKS]
     if not verdict.faults:
-        # A node that could not join is at fault; nodes that joined and timed out waiting for it are not.
-        outside = [r["node"] for r in reports if not r["joined"]]
+        # A node that could not join is faulty. Nodes that joined and timed out are not.
+        not_joined = [r["node"] for r in reports if not r["joined"]]
         for node, problem in problems:
-            if not outside or node in outside:
-                verdict.blame(node, _text(problem))
+            if not not_joined or node in not_joined:
+                verdict.add_fault(node, _text(problem))
     elif problems:
-        verdict.warnings.append("the ranks' collectives were not tested to the end, for want of these nodes")
+        verdict.warnings.append("without these nodes the collectives were not tested completely")
     if all(r["joined"] for r in reports):
-        _together(verdict, reports)
+        _judge_joint_checks(verdict, reports)
     faults = [set(texts) for texts in verdict.faults.values()]
-    verdict.everywhere = len(faults) >= max(1, len(set(nodes) | heard)) and bool(set.intersection(*faults))
+    verdict.everywhere = len(faults) >= max(1, len(set(nodes) | reported)) and bool(set.intersection(*faults))
     return verdict
 
 
-def _row(r: dict[str, Any]) -> str:
+def _row(r: Report) -> str:
     device = r.get("device") or {}
     return f"rank {r['rank']:<5} {r['node']:<16} {device.get('name', '?'):<24} {device.get('network', '?')}"
 
@@ -77,11 +93,11 @@ def _text(problem: dict[str, str]) -> str:
     return problem["what"] + (f"; {problem['fix']}" if problem["fix"] else "")
 
 
-def _alone(verdict: Verdict, reports: list[dict[str, Any]]) -> None:
+def _judge_local_checks(verdict: Verdict, reports: list[Report]) -> None:
     for r in reports:
         for problem in r["problems"]:
-            if problem["phase"] in ALONE:
-                verdict.blame(r["node"], _text(problem))
+            if problem["phase"] in LOCAL_CHECKS:
+                verdict.add_fault(r["node"], _text(problem))
     for name, title in (("data", "data"), ("checkpoints", "checkpoints")):
         speeds = {r["node"]: r[name]["mb_per_s"] for r in reports if (r.get(name) or {}).get("mb_per_s")}
         if speeds:
@@ -92,7 +108,7 @@ def _alone(verdict: Verdict, reports: list[dict[str, Any]]) -> None:
             verdict.lines.append(f"{title:<12} {verb} on {len(speeds)} nodes, slowest {node} {speeds[node]:.0f} MB/s{space}")
 
 
-def _equal_versions(verdict: Verdict, reports: list[dict[str, Any]]) -> None:
+def _judge_versions(verdict: Verdict, reports: list[Report]) -> None:
     by_node = {r["node"]: r["device"]["versions"] for r in reports if r.get("device")}
     if not by_node:
         return
@@ -100,31 +116,51 @@ def _equal_versions(verdict: Verdict, reports: list[dict[str, Any]]) -> None:
     for node, installed in by_node.items():
         differing = {k for k in installed.keys() | usual.keys() if installed.get(k) != usual.get(k)}
         for name in sorted(differing):
-            verdict.blame(node, f"{name} is {installed.get(name)}, elsewhere {usual.get(name)}; install the same everywhere")
+            text = f"{name} is {installed.get(name)}, on other nodes {usual.get(name)}; install the same version everywhere"
+            verdict.add_fault(node, text)
     shown = ", ".join(f"{k} {usual[k]}" for k in ("python", "torch", "deepspeed", "cuda", "nccl") if k in usual)
     verdict.lines.append(f"versions     {shown}")
 
 
-def _together(verdict: Verdict, reports: list[dict[str, Any]]) -> None:
+def _judge_gpus(verdict: Verdict, reports: list[Report]) -> None:
+    """Find GPUs that two ranks share, or that another process uses."""
+    users: dict[tuple[str, str], list[Report]] = {}
+    for r in reports:
+        gpu = (r.get("device") or {}).get("gpu")
+        if gpu:
+            users.setdefault((r["node"], gpu["id"]), []).append(r)
+    for (node, gpu_id), sharing in users.items():
+        if len(sharing) > 1:
+            ranks = " and ".join(str(r["rank"]) for r in sharing)
+            verdict.add_fault(node, f"ranks {ranks} share the GPU {gpu_id}; start one rank per GPU, which sees all of them")
+        elif (used := sharing[0]["device"]["gpu"]["used_gib"]) > GPU_IN_USE_GIB:
+            verdict.add_fault(
+                node, f"{used:.1f} GiB of the GPU {gpu_id} are in use by another process; end it, or exclude the node"
+            )
+
+
+def _judge_joint_checks(verdict: Verdict, reports: list[Report]) -> None:
     skews = {r["node"]: r["clock"] for r in reports if r.get("clock") is not None}
     middle = median(skews.values()) if skews else 0.0
     for node, skew in skews.items():
         if abs(skew - middle) > MAX_SKEW_S:
-            verdict.blame(node, f"its clock is {skew - middle:+.1f} s off; start a time service (chrony, ntpd) there")
+            verdict.add_fault(
+                node, f"its clock differs by {skew - middle:+.1f} s; start a time service (chrony, ntpd) there"
+            )
     if skews:
         verdict.lines.append(f"clocks       within {max(skews.values()) - min(skews.values()):.2f} s")
     for name, title in (("all_reduce", "all-reduce"), ("all_to_all", "all-to-all")):
         speeds = [r[name] for r in reports if r.get(name) is not None]
         if speeds:
             verdict.lines.append(f"{title:<12} over {len(reports)} ranks: {min(speeds):.2f} GB/s per rank")
-    _pairs(verdict, reports)
+    _judge_pairs(verdict, reports)
     differences = [r["experts"]["difference"] for r in reports if r.get("experts")]
     if differences:
         size = next(r["experts"]["ranks"] for r in reports if r.get("experts"))
-        verdict.lines.append(f"experts      spread over {size} ranks, within {max(differences):.0e} of one process")
+        verdict.lines.append(f"experts      sharded over {size} ranks, within {max(differences):.0e} of one process")
 
 
-def _pairs(verdict: Verdict, reports: list[dict[str, Any]]) -> None:
+def _judge_pairs(verdict: Verdict, reports: list[Report]) -> None:
     pairs = {tuple(sorted((r["node"], other))): speed for r in reports for other, speed in (r.get("pairs") or {}).items()}
     if not pairs:
         return
@@ -135,4 +171,4 @@ def _pairs(verdict: Verdict, reports: list[dict[str, Any]]) -> None:
     slow = {pair for pair, speed in pairs.items() if speed < SLOW_PAIR * middle}
     for node, count in Counter(node for pair in slow for node in pair).most_common():
         if count > 1 and count > len([pair for pair in pairs if node in pair]) / 2:
-            verdict.warnings.append(f"{node} is slow to most other nodes; look at its network")
+            verdict.warnings.append(f"{node} is slow to most other nodes; check its network")

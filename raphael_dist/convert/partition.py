@@ -1,32 +1,33 @@
-"""Which rank holds which span of which parameter, for every ZeRO stage and every expert parallelism; no rank has to run.
+"""Which rank holds which span of which parameter, for every ZeRO stage and expert parallelism, computed without ranks.
 
-ZeRO-1 and 2 lay the parameters of a group end to end, round the sum up, and cut it into equal parts. A group is either all
-that is replicated, or the experts that are spread over equally many ranks. ZeRO-3 cuts every parameter by itself.
+ZeRO-1 and 2 concatenate the parameters of a group, round the sum up, and divide it into equal parts. There is one group of
+replicated parameters, and one for each number of ranks over which experts are sharded. ZeRO-3 divides every parameter by
+itself.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
 from raphael_dist.checkpoint.tensors import Shapes, Span, stacked
-from raphael_dist.config import Config, config_from_tree
-from raphael_dist.convert.plan import Options
-from raphael_dist.convert.source import block_levels
+from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.config.types import bytes_per_element
+from raphael_dist.convert.source_checkpoint import block_levels
+from raphael_dist.convert.write_plan import Options
 from raphael_dist.engine import ds_config
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.placement import place
+from raphael_dist.parallel.placement import choose_placement
 
 
 @dataclass(frozen=True)
 class Topology:
-    """How many ranks there are and how a run is divided over them.
+    """How a run is divided over ranks.
 
     Attributes:
-        space_ep, time_ep: ranks that share one set of space and of time experts. stage: of ZeRO.
-        alignment: ZeRO-1 and 2 round each parameter in their flat buffers up to a multiple of so many elements.
-        replicated: names of the layers whose experts every rank holds in spite of `space_ep` and `time_ep` (`placement`).
+        world: number of ranks. stage: of ZeRO.
+        space_ep, time_ep: ranks that share one set of space and of time experts.
+        alignment: ZeRO-1 and 2 round each parameter in their flat buffers up to a multiple of this many elements.
+        replicated: layers whose experts are on every rank in spite of `space_ep` and `time_ep` (parallel.placement).
     """
 
     world: int = 1
@@ -36,8 +37,8 @@ class Topology:
     alignment: int = 1
     replicated: frozenset[str] = frozenset()
 
-    def spread(self, name: str) -> int:
-        """Return over how many ranks the parameter's experts are spread; 1 for what every rank holds whole."""
+    def ep_size(self, name: str) -> int:
+        """Return over how many ranks the experts of a parameter are sharded; 1 if it is replicated."""
         owner = stacked(name)
         if owner is None or owner[0] in self.replicated:
             return 1
@@ -48,37 +49,47 @@ def parallel_config(config: Config, options: Options) -> Config:
     """Return the configuration with the target's expert parallelism. UserError when model, ranks or stage forbid it."""
     tree = config.model_dump(mode="json")
     tree["parallel"] |= {"space_ep": options.space_ep, "time_ep": options.time_ep}
-    made = config_from_tree(tree)
-    stage = {"zero_optimization": {"stage": options.stage}}
-    ds_config.check_expert_parallel(made, stage, options.world)
-    return made
+    target_config = config_from_tree(tree)
+    ds_config.check_expert_parallel(target_config, {"zero_optimization": {"stage": options.stage}}, options.world)
+    return target_config
 
 
 def topology_of(config: Config, options: Options, *, aligned: bool = True) -> Topology:
-    """Return where the options put everything; `config` has their expert parallelism already.
+    """Return the topology of a target.
 
-    aligned: whether ZeRO-1 and 2 round parameters up, to 16 bytes of the type of training, as `ds_config.merge` sets it.
+    Args:
+        config: with the target's expert parallelism (`parallel_config`).
+        options: of the target.
+        aligned: whether ZeRO-1 and 2 round parameters up to 16 bytes in the dtype of training, as `ds_config.merge` sets it.
     """
     replicated: frozenset[str] = frozenset()
     if max(options.space_ep, options.time_ep) > 1:
-        stay = {(cost.kind, cost.level) for cost in place(config, BatchPlan.of(config, options.world)) if not cost.shard}
+        levels = {
+            (cost.kind, cost.level)
+            for cost in choose_placement(config, BatchPlan.of(config, options.world))
+            if not cost.shard
+        }
         blocks = block_levels(config).items()
-        replicated = frozenset(f"{block}.{kind}_moe" for block, level in blocks for kind, at in stay if at == level)
-    alignment = 16 // getattr(torch, config.train.dtype).itemsize if aligned and options.stage in (1, 2) else 1
+        replicated = frozenset(f"{block}.{kind}_moe" for block, level in blocks for kind, at in levels if at == level)
+    alignment = 16 // bytes_per_element(config.train.dtype) if aligned and options.stage in (1, 2) else 1
     return Topology(options.world, options.space_ep, options.time_ep, options.stage, alignment, replicated)
 
 
 @dataclass(frozen=True)
 class Group:
-    """A parameter group as one rank of ZeRO-1 or 2 sees it.
+    """A parameter group on one rank of ZeRO-1 or 2.
 
-    shapes: what this rank computes with, in order. paddings: elements of padding after each parameter. ranks: how many share
-    the group; `index` is this rank's place among them. per_rank_padded: elements of this rank's part of the flat buffer, the
-    same for every rank; per_rank: those of them that are not padding at the buffer's end. spans: what lies in that part, and
-    at which offset in it.
+    Attributes:
+        ep_size: ranks over which its experts are sharded.
+        shapes: local shapes of its parameters, in order.
+        paddings: elements of padding after each parameter.
+        per_rank_padded: elements of this rank's part of the flat buffer; the same on every rank.
+        per_rank: those of them that are not padding at the end of the buffer.
+        ranks: number of ranks that share the group. index: this rank's number among them.
+        spans: the spans in this rank's part, with their offsets in it.
     """
 
-    spread: int
+    ep_size: int
     shapes: dict[str, tuple[int, ...]]
     paddings: list[int]
     per_rank_padded: int
@@ -90,28 +101,28 @@ class Group:
     @property
     def name(self) -> str:
         """DeepSpeed's name for the group of experts."""
-        return f"ep_size_{self.spread}"
+        return f"ep_size_{self.ep_size}"
 
 
 def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> tuple[tuple[int, ...], int]:
-    """Return the shape that a rank computes with, and where it begins in the whole parameter, flattened."""
-    spread = topology.spread(name)
-    if spread == 1:
+    """Return the local shape of a parameter on a rank, and its first element in the whole parameter, flattened."""
+    ep_size = topology.ep_size(name)
+    if ep_size == 1:
         return shape, 0
-    experts = shape[0] // spread
-    return (experts, *shape[1:]), (rank % spread) * experts * prod(shape[1:])
+    experts = shape[0] // ep_size
+    return (experts, *shape[1:]), (rank % ep_size) * experts * prod(shape[1:])
 
 
 def groups(shapes: Shapes, topology: Topology, rank: int) -> list[Group]:
-    """Return a rank's groups under ZeRO-1 or 2: what is replicated, then spread experts, smallest spread first."""
-    by_spread: dict[int, list[str]] = {1: []}
+    """Return a rank's groups under ZeRO-1 or 2: replicated parameters, then sharded experts, by number of ranks."""
+    by_ep_size: dict[int, list[str]] = {1: []}
     for name in shapes:
-        by_spread.setdefault(topology.spread(name), []).append(name)
-    return [_group(shapes, topology, rank, spread, by_spread[spread]) for spread in sorted(by_spread)]
+        by_ep_size.setdefault(topology.ep_size(name), []).append(name)
+    return [_group(shapes, topology, rank, ep_size, by_ep_size[ep_size]) for ep_size in sorted(by_ep_size)]
 
 
-def _group(shapes: Shapes, topology: Topology, rank: int, spread: int, names: list[str]) -> Group:
-    ranks, index = topology.world // spread, rank // spread
+def _group(shapes: Shapes, topology: Topology, rank: int, ep_size: int, names: list[str]) -> Group:
+    ranks, index = topology.world // ep_size, rank // ep_size
     here = {name: local(name, shapes[name], topology, rank) for name in names}
     offsets, paddings, at = [], [], 0
     for name in names:
@@ -129,7 +140,7 @@ def _group(shapes: Shapes, topology: Topology, rank: int, spread: int, names: li
             spans[Span(name, first + begin - offset, end - begin)] = begin - low
     per_rank = max(0, min(at, high) - low)
     local_shapes = {name: shape for name, (shape, _) in here.items()}
-    return Group(spread, local_shapes, paddings, per_rank_padded, per_rank, ranks, index, spans)
+    return Group(ep_size, local_shapes, paddings, per_rank_padded, per_rank, ranks, index, spans)
 
 
 def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
@@ -147,7 +158,7 @@ def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
 
 
 def spans(shapes: Shapes, topology: Topology, rank: int) -> Iterator[Span]:
-    """Yield what a rank owns of the fp32 weights, in any stage; under ZeRO-0 ranks share the parameters."""
+    """Yield the spans of the fp32 weights that a rank saves, in any stage. Under ZeRO-0 ranks take turns by parameter."""
     if topology.stage == 0:
         for i, (name, shape) in enumerate(shapes.items()):
             if i % topology.world == rank:

@@ -1,10 +1,9 @@
-"""Sparse upcycling: a RAPHAEL model that computes what a dense one computes, at step 0 (not in the paper).
+"""Sparse upcycling: a RAPHAEL model that computes the same as a dense one at step 0 (not in the paper).
 
-- Every time expert is a copy of the feed-forward layer, so it does not matter which one serves a sample.
-- The last layer of every space expert is zero, of a shared one too, so the Space-MoE adds nothing yet. Its gradient is not
-  zero, and differs from expert to expert, since their first layers are drawn by the usual seeds: they differ after the first
-  step.
-- Gates, edge modules and the norm in front of the space experts are new; all else is the source's.
+- Every time expert is a copy of the feed-forward layer, so routing does not change the result.
+- The last layer of every space expert, and of a shared one, is zero, so the Space-MoE adds nothing at first. Its gradient is
+  not zero and differs between experts, whose first layers have the usual seeds, so they differ after the first step.
+- Gates, edge modules and the norm before the space experts are new. Everything else is the source's.
 """
 
 from math import prod
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 from raphael_dist.checkpoint.progress import START
 from raphael_dist.checkpoint.reader import check_architecture
-from raphael_dist.checkpoint.tensors import stacked
-from raphael_dist.config import Config
-from raphael_dist.convert.plan import Source
-from raphael_dist.convert.source import block_levels, other_prediction, parameter_shapes
+from raphael_dist.checkpoint.tensors import default_weights, stacked
+from raphael_dist.config.schema import Config
+from raphael_dist.convert.source_checkpoint import block_levels, check_same_prediction, parameter_shapes
+from raphael_dist.convert.write_plan import Source
 from raphael_dist.errors import UserError
 from raphael_dist.model.edge import EdgeModule
 from raphael_dist.model.moe import SpaceMoE
@@ -29,13 +28,13 @@ _OF_EXPERTS = {
 }  # fmt: skip
 
 
-class Upcycled:
-    """The tensors of `config`'s model, made from a dense source when they are read. Only weights, at step 0."""
+class UpcycledSource:
+    """The tensors of `config`'s model, computed from a dense source when they are read. Only weights, at step 0."""
 
     whole = False
 
     def __init__(self, source: Source, config: Config, *, any_text_width: bool = False) -> None:
-        """`any_text_width`: what reads captions may have another shape here, and is not read then."""
+        """`any_text_width`: layers that read captions may have another shape; they are not read then."""
         self._source, self.config, self.path = source, config, source.path
         self.progress, self.dataset = START, ""
         self._check({"text_width"} if any_text_width else set())
@@ -43,11 +42,11 @@ class Upcycled:
         other = {n for n, shape in source.shapes.items() if self.shapes.get(n, shape) != shape}
         assert any_text_width or not other
         self._blocks = {block: i for i, block in enumerate(block_levels(config))}
-        self._kind = "ema" if "ema" in source.kinds() else "master"
+        self._kind = default_weights(source.kinds())
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def kinds(self) -> tuple[str, ...]:
-        """Return what there is: weights alone."""
+        """Return the kinds: weights only."""
         return ("master",)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
@@ -71,11 +70,12 @@ class Upcycled:
     def _new(self, name: str) -> Tensor:
         owner, rest = _owner(name)
         if self._last[0] != owner:
-            made = self._module(owner)
-            self._last = (owner, {n: p.detach() for n, p in made.named_parameters()})
+            module = self._module(owner)
+            self._last = (owner, {n: p.detach() for n, p in module.named_parameters()})
         return self._last[1][rest]
 
     def _module(self, owner: str) -> nn.Module:
+        """Return the newly initialised module `owner`, with the seeds of a new run."""
         m, seed = self.config.model, self.config.run.seed
         if owner.endswith(".space_moe"):
             experts, hidden, dim = self.shapes[f"{owner}.w1"]
@@ -83,7 +83,7 @@ class Upcycled:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(block + 750)
                 shared = self.shapes.get(f"{owner}.shared.0.bias", (0,))[0]
-                layer = SpaceMoE(experts, dim, hidden, "auto", seed=2 * block + 1, shared=shared)  # as in a new run
+                layer = SpaceMoE(experts, dim, hidden, "auto", seed=2 * block + 1, shared=shared)
             for last in (layer.w2, layer.b2, *([] if layer.shared is None else layer.shared[-1].parameters())):
                 nn.init.zeros_(last)
             return layer
@@ -98,24 +98,22 @@ class Upcycled:
             return Gate(4 * m.channels[0], m.gate_width, m.time_experts)
 
     def _check(self, free: set[str]) -> None:
-        dense, wanted = self._source.config.model, self.config.model
-        # Without time experts too: the feed-forward layer has this width and activation.
-        if wanted.time_activation != dense.time_activation or wanted.expert_width != dense.expert_width:
+        """Raise UserError unless the models differ only in experts, edge modules and the fields in `free`."""
+        source, dense, model = self._source.config, self._source.config.model, self.config.model
+        # Also without time experts: the feed-forward layer has this width and activation.
+        if model.time_activation != dense.time_activation or model.expert_width != dense.expert_width:
             raise UserError(
-                f"--config: to copy the feed-forward layers of {self.path}, model.time_activation must be "
-                f"{dense.time_activation} and model.expert_width {list(dense.expert_width)}; given {wanted.time_activation} "
-                f"and {list(wanted.expert_width)}"
+                f"model.time_activation={model.time_activation} and model.expert_width={list(model.expert_width)} must be "
+                f"{dense.time_activation} and {list(dense.expert_width)}, those of the feed-forward layers of {self.path}, "
+                "which become experts. Change the two settings."
             )
-        found, trains = self._source.config.diffusion.prediction, self.config.diffusion.prediction
-        if found != trains:
-            raise UserError(other_prediction("--config", self.path, found, trains))
-        same = wanted.model_copy(update={field: getattr(dense, field) for field in _OF_EXPERTS | free})
-        edge = self._source.config.edge
-        check_architecture(self._source.config, self.config.model_copy(update={"model": same, "edge": edge}), str(self.path))
+        check_same_prediction("--from", self.path, source, self.config.diffusion.prediction)
+        same = model.model_copy(update={field: getattr(dense, field) for field in _OF_EXPERTS | free})
+        check_architecture(source, self.config.model_copy(update={"model": same, "edge": source.edge}), str(self.path))
 
 
 def _owner(name: str) -> tuple[str, str]:
-    """Divide a new parameter's name into the module that is made as a whole, and its name in there."""
+    """Divide a new parameter's name into the name of the module that `_module` makes, and the rest."""
     for mark in (".space_moe.", ".edge."):
         if mark in name:
             block, _, rest = name.partition(mark)

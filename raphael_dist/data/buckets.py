@@ -1,4 +1,4 @@
-"""Multi-scale training: images go to the bucket [h, w] whose shape is nearest (paper, appendix)."""
+"""Multi-scale training: each image goes to the bucket (height, width) with the nearest aspect ratio (paper, appendix)."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,17 @@ _TIE = 1e-9
 
 
 def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return int64 [N]: for each image the number of the bucket with the nearest aspect ratio (in logarithms).
+    """Return the bucket with the nearest aspect ratio (in logarithms) for each image.
 
-    Among buckets of equal ratio the one of nearest area. `widths`, `heights`: pixels [N]; a bucket is (height, width).
+    Among buckets of equal ratio the one with the nearest area.
+
+    Args:
+        widths: Pixels [N].
+        heights: Pixels [N].
+        buckets: (height, width) in pixels.
+
+    Returns:
+        Bucket numbers, int64 [N].
     """
     h_B, w_B = np.array(buckets, np.float64).reshape(-1, 2).T
     w_N1, h_N1 = widths.astype(np.float64)[:, None], heights.astype(np.float64)[:, None]
@@ -21,25 +29,30 @@ def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[t
     return np.where(tied_NB, area_NB, np.inf).argmin(axis=1)
 
 
+def factor_errors(buckets: Sequence[tuple[int, int]], factor: int) -> list[str]:
+    """Return a message for each bucket that the image encoder's `factor` (pixels per latent) does not divide."""
+    return [
+        f"image.buckets=[{height}, {width}] must be multiples of {factor}, the number of image pixels per side of a latent "
+        f"position. Use [{height // factor * factor or factor}, {width // factor * factor or factor}]."
+        for height, width in buckets
+        if height % factor or width % factor
+    ]
+
+
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Scale `image` until it covers `size_hw` (height, width), cut out the centre, mirror it left to right if `flip`."""
+    """Resize `image` to cover `size_hw` (height, width), crop the centre, and mirror it left to right if `flip`."""
     height, width = size_hw
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height)
         left = (image.width - width / scale) / 2
         top = (image.height - height / scale) / 2
-        # Rounding may leave the box a hair outside the image, which Pillow refuses.
-        box = (
-            max(left, 0.0),
-            max(top, 0.0),
-            min(image.width - left, image.width),
-            min(image.height - top, image.height),
-        )
+        # Rounding may put the box slightly outside the image, which Pillow rejects.
+        box = (max(left, 0.0), max(top, 0.0), min(image.width - left, image.width), min(image.height - top, image.height))
         image = image.resize((width, height), resample, box=box)
     return ImageOps.mirror(image) if flip else image
 
 
 def resize_and_crop(image: Image.Image, size_hw: tuple[int, int], flip: bool) -> np.ndarray:
-    """Return uint8 [3, h, w]: the RGB `image` fitted to `size_hw` (Lanczos; untouched if it has that size)."""
+    """Return the RGB `image` at `size_hw` as uint8 [3, h, w]; Lanczos, unchanged if it already has that size."""
     fitted = fit(image, size_hw, flip, Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(fitted, np.uint8).transpose(2, 0, 1))

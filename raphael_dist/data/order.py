@@ -1,11 +1,11 @@
 """The order of training samples: a pure function of (index, seed, position), so that progress is one integer.
 
-In every epoch the shards are permuted and taken in windows of `window_shards`, so that only a few files are read at a time.
-The samples of a window are permuted, those of one bucket (image size) are cut into runs of `run_length`, and the window's
-runs are permuted. Samples that do not fill a run are carried over to the next window. So an epoch drops fewer than
-`run_length` samples of each bucket, however small the windows are, and all epochs have the same length.
+1. In each epoch the shards are permuted and divided into windows of `window_shards`, so that few files are read at a time.
+2. The samples of a window are permuted, and those of one bucket (image size) are divided into runs of `run_length`.
+3. The runs of a window are permuted. Samples that do not fill a run are carried over to the next window.
 
-Nothing here grows with the number of samples: shards are counted, and samples are listed a window at a time.
+So an epoch drops fewer than `run_length` samples of each bucket, and all epochs have the same length. Memory does not grow
+with the number of samples: only shards are counted, and samples are listed for one window at a time.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from raphael_dist.data.index import DatasetIndex
-from raphael_dist.data.view import View, open_view
+from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.data.shards.view import View, open_view
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
 
 @dataclass(frozen=True)
 class SamplePosition:
-    """What training reads at one global sample position: the sample, its image size, and in which epoch that is."""
+    """The sample at one global position, its bucket and the epoch."""
 
     epoch: int
     sample_id: int
@@ -31,10 +31,12 @@ class SamplePosition:
 
 @dataclass(frozen=True, eq=False)
 class _Epoch:
-    """Where the windows of one epoch begin.
+    """The windows of one epoch.
 
-    shards int64 [S]: shard numbers in this epoch's order; counts [W+1, B]: samples of each bucket in the windows before;
-    starts [W+1]: positions of the epoch before each window, and its length.
+    Attributes:
+        shards: int64 [S], shard numbers in this epoch's order.
+        counts: [W+1, B], samples of each bucket in the windows before.
+        starts: [W+1], positions of the epoch before each window, and its length.
     """
 
     shards: np.ndarray
@@ -43,11 +45,14 @@ class _Epoch:
 
 
 class SampleOrder:
-    """Maps any global sample position to a sample. Holds no state but caches, and may be shared by threads.
+    """Maps any global sample position to a sample. It has no state except caches. Thread-safe.
 
-    Attributes: `buckets`, (height, width) in pixels; `bucket_of`, [num_samples], the bucket of each sample id, -1 where a
-    filter drops it; `run_length`, consecutive positions that share a bucket (1 where all samples do); `samples_per_epoch`;
-    `dropped_per_epoch`.
+    Attributes:
+        buckets: (height, width) in pixels.
+        bucket_of: [num_samples], the bucket of each sample id; -1 where a filter drops it.
+        run_length: Consecutive positions that share a bucket; 1 where all samples do.
+        samples_per_epoch: Positions of an epoch.
+        dropped_per_epoch: Samples that do not fill a run.
     """
 
     def __init__(
@@ -60,14 +65,17 @@ class SampleOrder:
         view: View | None = None,
         shards: range | None = None,
     ) -> None:
-        """`view`: of the index, with these buckets (default: all samples). `shards`: use these alone (default: all).
+        """Create the order.
 
-        UserError: no bucket, a count below 1, or fewer than `run_length` samples in every bucket.
+        Args:
+            view: View of the index with these buckets (default: all samples).
+            shards: Use only these shards (default: all).
+
+        Raises:
+            UserError: No bucket, or fewer than `run_length` samples in each bucket.
         """
-        counts = {"window_shards": window_shards, "run_length": run_length}
-        for name, value in counts.items():
-            if value < 1:
-                raise UserError(f"data: {name} is {value}; it must be at least 1")
+        assert window_shards >= 1
+        assert run_length >= 1
         self.index, self.seed, self.window_shards = index, seed, window_shards
         self.view = open_view(index, buckets) if view is None else view
         self.buckets, self.bucket_of = self.view.buckets, self.view.bucket_of
@@ -80,8 +88,9 @@ class SampleOrder:
         self.dropped_per_epoch = num_samples - self.samples_per_epoch
         if self.samples_per_epoch == 0:
             raise UserError(
-                f"data: no bucket holds {run_length} samples (the fullest has {totals_B.max()} of {num_samples}) "
-                "to share a micro-step; use fewer buckets, more data or a smaller micro-batch"
+                f"image.buckets must contain a size with at least {run_length} samples, as many as a micro-step or "
+                f"data.bucket_run takes, but the largest bucket has {totals_B.max()} of {num_samples} samples. Use fewer "
+                "buckets, more data, or a smaller train.micro_batch_size and data.bucket_run."
             )
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._members = lru_cache(maxsize=32)(self._make_members)
@@ -89,29 +98,29 @@ class SampleOrder:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the samples or their order would: the shards', unless filters choose among their samples."""
+        """Identifies the samples and their order: the shards' fingerprint, with the view's digest if there are filters."""
         return f"{self.index.fingerprint} {self.view.digest}" if self.view.dropped else self.index.fingerprint
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return what lies at a global sample position (0, 1, 2, ... without end). ValueError: a negative one."""
+        """Return the sample at a global position, which has no upper limit. Raises ValueError for a negative one."""
         epoch, window, offset = self._find(position)
         sample_id = int(self._window(epoch, window)[offset])
         return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
 
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards that the window of a position reads first, and the windows after it."""
+        """Return the numbers of the shards in the window of a position and in the windows after it."""
         epoch, window, _ = self._find(position)
-        found: list[int] = []
+        numbers: list[int] = []
         for _ in range(windows):
             if window == len(self._epoch(epoch).starts) - 1:
                 epoch, window = epoch + 1, 0
             first = window * self.window_shards
-            found += (self.first_shard + self._epoch(epoch).shards[first : first + self.window_shards]).tolist()
+            numbers += (self.first_shard + self._epoch(epoch).shards[first : first + self.window_shards]).tolist()
             window += 1
-        return found
+        return numbers
 
     def _find(self, position: int) -> tuple[int, int, int]:
-        """Return (epoch, window, place in the window) of a position."""
+        """Return (epoch, window, offset in the window) of a position."""
         if position < 0:
             raise ValueError(f"sample position {position} is negative")
         epoch, offset = divmod(position, self.samples_per_epoch)
@@ -127,28 +136,28 @@ class SampleOrder:
         return _Epoch(shards, counts, (counts // self.run_length).sum(axis=1) * self.run_length)
 
     def _make_members(self, epoch: int, window: int) -> list[np.ndarray]:
-        """Return the window's sample ids of each bucket, in random order."""
+        """Return the window's sample ids by bucket, in random order."""
         first = window * self.window_shards
         shards = self.first_shard + self._epoch(epoch).shards[first : first + self.window_shards]
         starts = self.index.starts
         ids = np.concatenate([self._ids(int(starts[shard]), int(starts[shard + 1])) for shard in shards])
         ids = generator(self.seed, Purpose.ORDER, epoch, extra=1 + 2 * window).permutation(ids)
         of_ids = self.bucket_of[ids]
-        kind = np.uint32 if self.index.num_samples < 1 << 32 else np.int64  # many windows are kept
-        return [ids[of_ids == bucket].astype(kind) for bucket in range(len(self.buckets))]
+        dtype = np.uint32 if self.index.num_samples < 1 << 32 else np.int64  # small, because many windows are cached
+        return [ids[of_ids == bucket].astype(dtype) for bucket in range(len(self.buckets))]
 
     def _ids(self, first: int, end: int) -> np.ndarray:
         return first + np.flatnonzero(self.bucket_of[first:end] >= 0)
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
-        """Return the sample ids at the window's positions: the runs that fill up within it, permuted."""
+        """Return the sample ids at the window's positions: the runs that are completed in it, permuted."""
         ends_WB = self._epoch(epoch).counts[window : window + 2] // self.run_length * self.run_length
         taken = [self._take(epoch, bucket, first, last) for bucket, (first, last) in enumerate(ends_WB.T.tolist())]
         runs = np.concatenate(taken).reshape(-1, self.run_length)
         return generator(self.seed, Purpose.ORDER, epoch, extra=2 + 2 * window).permutation(runs).reshape(-1)
 
     def _take(self, epoch: int, bucket: int, first: int, last: int) -> np.ndarray:
-        """Return entries first .. last - 1 of the epoch's list of one bucket's sample ids, which spans all windows."""
+        """Return entries first .. last - 1 of the epoch's list of a bucket's sample ids over all windows."""
         if first == last:
             return np.zeros(0, np.int64)
         counts = self._epoch(epoch).counts[:, bucket]

@@ -1,4 +1,4 @@
-"""Read ahead with threads. Threads are enough: decoders and file reads release Python's global lock."""
+"""Prefetches with threads, which suffice because decoders and file reads release Python's global lock."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,11 +11,10 @@ V = TypeVar("V")
 
 
 class Prefetcher(Generic[K, V]):
-    """Iterates over `fn(key)` for each key, in order, with up to `depth` calls made ahead by `workers` threads.
+    """Iterates over `fn(key)` for each key in order; `workers` threads make up to `depth` calls ahead.
 
-    When `fn` raises for a key, iteration gives the values before it, then raises that exception and ends; so it does when
-    `keys` raises. The threads stop at the end of iteration, by `close()`, or at the end of a `with` block; no call starts
-    later.
+    If `fn` or `keys` raises, iteration yields the values before and then raises that exception. The threads stop at the end
+    of the iteration, by `close()`, or at the end of a `with` block.
     """
 
     def __init__(self, fn: Callable[[K], V], keys: Iterable[K], depth: int = 4, workers: int = 1) -> None:
@@ -23,7 +22,7 @@ class Prefetcher(Generic[K, V]):
             raise ValueError(f"depth {depth} and workers {workers} must be at least 1")
         self._fn, self._keys, self._depth = fn, iter(keys), depth
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
-        self._ahead: deque[Future[V]] = deque()
+        self._futures: deque[Future[V]] = deque()
         self._end: BaseException | None = None
 
     def __iter__(self) -> Iterator[V]:
@@ -32,26 +31,26 @@ class Prefetcher(Generic[K, V]):
     def __next__(self) -> V:
         try:
             self._fill()
-            if not self._ahead:
+            if not self._futures:
                 raise self._end or StopIteration
-            return self._ahead.popleft().result()
+            return self._futures.popleft().result()
         except BaseException:
             self.close()
             raise
 
     def _fill(self) -> None:
-        while self._end is None and len(self._ahead) < self._depth:
+        while self._end is None and len(self._futures) < self._depth:
             try:
                 key = next(self._keys)
-            except Exception as error:  # StopIteration too: both end the keys, once what is ahead was given out
+            except Exception as error:  # also StopIteration; raised after the values before it
                 self._end = error
                 return
-            self._ahead.append(self._pool.submit(self._fn, key))
+            self._futures.append(self._pool.submit(self._fn, key))
 
     def close(self) -> None:
-        """Drop what was read ahead and wait for the calls under way. May be called twice."""
+        """Drop prefetched values and wait for running calls. May be called twice."""
         self._end = StopIteration()
-        self._ahead.clear()
+        self._futures.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> "Prefetcher[K, V]":

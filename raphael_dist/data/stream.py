@@ -1,9 +1,10 @@
-"""The stream of samples: what lies at a global position, with everything random about it drawn from that position."""
+"""The stream of samples: the sample at each global position, with all its randomness derived from that position."""
 
 import itertools
 import logging
+import math
 import threading
-from collections import Counter
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,31 +14,40 @@ import torch
 from torch import Tensor
 
 from raphael_dist.data.captions import pick
-from raphael_dist.data.dataset import BadSampleError
-from raphael_dist.data.features import FeatureSource, OnlineFeatures
-from raphael_dist.data.index import BadSample
+from raphael_dist.data.features.feature_source import FeatureSource
+from raphael_dist.data.features.packing import SampleFeatures, Text
+from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder, SamplePosition
-from raphael_dist.data.packing import SampleFeatures, Text
-from raphael_dist.data.reading import Reading
-from raphael_dist.data.shard_store import ShardError
-from raphael_dist.data.tar_scan import EDGE_EXT
+from raphael_dist.data.shards.decode_sample import RETRY_AFTER_S, BadSampleError, Request
+from raphael_dist.data.shards.index import BadSample
+from raphael_dist.data.shards.sample_reader import SampleReader
+from raphael_dist.data.shards.skipped import most_common_reasons
+from raphael_dist.data.shards.tar_scan import EDGE_EXT
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
 _log = logging.getLogger(__name__)
-_LOOKED_AT = 100_000
+_MAX_REASONS = 100_000  # bad samples whose reasons are counted for a message
 _PIECE = 1 << 16
-_ENOUGH = 1000  # samples, from which on a share says something
+_MIN_SAMPLES = 1000  # below which the share of bad samples is not significant
 
 
 @dataclass(frozen=True, eq=False)
 class StreamSample:
-    """One sample as training sees it, encoded as far as it is stored so (`encoding.AheadEncoder` does the rest).
+    """One sample for training, with encoded parts as far as they are stored (`BatchEncoder` encodes the others).
 
-    latents float32 [C, h, w], or image uint8 [3, H, W] and noise float32 [C, h, w], the draw from the latents' distribution;
-    text, or caption; edge float32 [h, w] in 0..1 or None; flipped: mirrored left to right; dropped: its caption was replaced
-    by the empty one; seconds: what it took, by kind of work; small uint8 [3, Hs, Ws], the small picture where it is stored.
+    Attributes:
+        latents: float32 [C, h, w], or None with `image`.
+        image: uint8 [3, H, W], or None with `latents`.
+        noise: float32 [C, h, w], the draw from the latents' distribution.
+        caption: Text, where the tokens are not stored.
+        text: The caption's tokens, or None.
+        edge: float32 [h, w] in 0..1, or None.
+        flipped: The image is mirrored left to right.
+        dropped: The caption was replaced by the empty one.
+        seconds: Time by kind of work.
+        small: The downscaled image, uint8 [3, Hs, Ws], where it is stored.
     """
 
     position: int
@@ -59,8 +69,11 @@ class StreamSample:
 class TrainStream:
     """Samples by position: a pure function of (order, source, seed), so any rank may read any position at any time.
 
-    A bad sample is replaced by the next good one of its bucket (by sample id, the first after the last); `replaced` counts
-    these, `found_bad` holds those that were met.
+    A bad sample is replaced by the next good sample id of its bucket, cyclically.
+
+    Attributes:
+        replaced: Number of samples that were replaced.
+        bad_samples: The bad samples that are known so far, by sample id.
     """
 
     def __init__(
@@ -69,65 +82,72 @@ class TrainStream:
         source: FeatureSource,
         *,
         seed: int,
-        caption_drop: float,
+        caption_dropout: float,
         flip: bool,
         max_bad_fraction: float = 0.05,
         on_error: str = "skip",
-        reading: Reading | None = None,
+        reader: SampleReader | None = None,
     ) -> None:
-        """`caption_drop`: share of captions replaced by the empty one; `flip`: mirror half of the images.
+        """Create the stream.
 
-        `on_error`: stop at a bad sample, or skip it. `reading`: workers that decode, and shards brought ahead.
+        Args:
+            caption_dropout: Share of captions replaced by the empty one.
+            flip: Mirror half of the images.
+            max_bad_fraction: Largest share of bad samples.
+            on_error: "stop" at a bad sample, or "skip" it.
+            reader: Decodes in worker processes and prefetches shards.
 
-        UserError: features of other data or buckets, more than `max_bad_fraction` of the samples known to be bad, or all of
-        a bucket, or any of them where a bad sample is to stop the run.
+        Raises:
+            UserError: More than `max_bad_fraction` of the samples are known to be bad, all of a bucket, or any of them with
+                on_error="stop".
         """
-        if source.index.fingerprint != order.index.fingerprint or source.buckets != order.buckets:
-            raise UserError("data: the order and the features are of different shards or buckets; build both from one")
+        assert source.index.fingerprint == order.index.fingerprint, "order and features are of different shards"
+        assert source.buckets == order.buckets, "order and features are of different buckets"
         self.order, self.source, self.seed = order, source, seed
-        self.caption_drop, self.flip = caption_drop, flip
-        self.replaced = self._read = 0
-        self.found_bad = dict(source.known_bad)
-        self._max_bad_fraction, self._on_error, self._reading = max_bad_fraction, on_error, reading
-        if on_error == "stop" and self.found_bad:
-            raise _stopped_by(next(iter(self.found_bad.values())))
-        num_bad = order.index.num_bad + len(self.found_bad)
-        first = itertools.chain(order.index.iter_bad(), self.found_bad.values())
-        _check_bad(num_bad, first, order.index.num_samples + order.index.num_bad, max_bad_fraction)
-        self._stand_in: dict[int, int] = {}
-        for sample_id in self.found_bad:
-            if order.bucket_of[sample_id] >= 0:  # else a filter has dropped it
+        self.caption_dropout, self.flip = caption_dropout, flip
+        self.replaced = self._num_read = 0
+        self.bad_samples = dict(source.known_bad)
+        self._max_bad_fraction, self._on_error, self._reader = max_bad_fraction, on_error, reader
+        if on_error == "stop" and self.bad_samples:
+            raise _stop_error(next(iter(self.bad_samples.values())))
+        num_bad = order.index.num_bad + len(self.bad_samples)
+        bad = itertools.chain(order.index.iter_bad(), self.bad_samples.values())
+        _check_bad_fraction(num_bad, bad, order.index.num_samples + order.index.num_bad, max_bad_fraction)
+        self._replacements: dict[int, int] = {}
+        for sample_id in self.bad_samples:
+            if order.bucket_of[sample_id] >= 0:  # otherwise a filter drops it
                 self._replacement(sample_id, int(order.bucket_of[sample_id]))
         self._null = source.null_text
         self._warned: set[int] = set()
+        self._bad_until: dict[int, float] = {}  # monotonic seconds, for samples of shards that could not be reached
         self._lock = threading.Lock()
 
     def samples(self, positions: Sequence[int]) -> list[StreamSample]:
-        """Return the samples at these positions, which workers read and decode at once where there are some."""
-        if self._reading is not None and len(positions):
-            decodes = type(self.source) is OnlineFeatures
-            self._reading.ahead(positions[0], [self._request(position) for position in positions] if decodes else [])
+        """Return the samples at these positions; worker processes decode them in parallel."""
+        if self._reader is not None and len(positions):
+            decodes = self.source.decodes_images
+            self._reader.prefetch(positions[0], [self._request(position) for position in positions] if decodes else [])
         return [self.sample(position) for position in positions]
 
-    def _request(self, position: int) -> tuple[int, int, bool]:
-        """Return what `sample` will have decoded first."""
+    def _request(self, position: int) -> Request:
+        """Return the request that `sample` decodes first."""
         place = self.order.lookup(position)
-        is_bad = place.sample_id in self.found_bad
+        is_bad = self._is_bad(place.sample_id)
         sample_id = self._replacement(place.sample_id, place.bucket) if is_bad else place.sample_id
         return sample_id, place.bucket, self._flips(position)
 
     def _flips(self, position: int) -> bool:
-        return self.flip and bool(self._draw(Purpose.FLIP, position).random() < 0.5)
+        return self.flip and bool(self._generator(Purpose.FLIP, position).random() < 0.5)
 
     def sample(self, position: int) -> StreamSample:
-        """Return the sample at a global position. Safe to call from several threads."""
+        """Return the sample at a global position. Thread-safe."""
         place = self.order.lookup(position)
         flipped = self._flips(position)
-        dropped = self._draw(Purpose.DROP, position).random() < self.caption_drop
-        sample_id, features = self._get(place, position, flipped)
+        dropped = self._generator(Purpose.DROP, position).random() < self.caption_dropout
+        sample_id, features = self._read(place, position, flipped)
         factor, (height, width) = self.source.latent_factor, self.source.buckets[place.bucket]
         shape = (self.source.latent_channels, height // factor, width // factor)
-        noise = torch.from_numpy(self._draw(Purpose.POSTERIOR, position).standard_normal(shape, dtype=np.float32))
+        noise = torch.from_numpy(self._generator(Purpose.POSTERIOR, position).standard_normal(shape, dtype=np.float32))
         text = features.text
         if dropped:
             null = self._null
@@ -150,64 +170,80 @@ class TrainStream:
         )
 
     def close(self) -> None:
-        """End what the source of the features does beside training."""
+        """Stop the background work of the source and the reader."""
         self.source.close()
-        if self._reading is not None:
-            self._reading.close()
+        if self._reader is not None:
+            self._reader.close()
 
-    def _draw(self, purpose: Purpose, position: int) -> np.random.Generator:
+    def _generator(self, purpose: Purpose, position: int) -> np.random.Generator:
         return generator(self.seed, purpose, position)
 
-    def _get(self, place: SamplePosition, position: int, flip: bool) -> tuple[int, SampleFeatures]:
-        """Return a place's sample, or its stand-in where it is bad, which is counted, and warned of the first time."""
+    def _read(self, place: SamplePosition, position: int, flip: bool) -> tuple[int, SampleFeatures]:
+        """Return the features of the sample at a place, or of its replacement if it is bad."""
         sample_id = place.sample_id
         while True:
-            if sample_id not in self.found_bad:
+            if not self._is_bad(sample_id):
                 try:
-                    draw = partial(pick, draw=self._draw(Purpose.CAPTION, position))
-                    features = self.source.get(sample_id, place.bucket, draw, flip)
+                    pick_caption = partial(pick, draw=self._generator(Purpose.CAPTION, position))
+                    features = self.source.get(sample_id, place.bucket, pick_caption, flip)
                     break
                 except (BadSampleError, ShardError) as error:
-                    self._note(sample_id, error)
+                    self._record_bad(sample_id, error)
             sample_id = self._replacement(sample_id, place.bucket)
         self._count(place.sample_id, replaced=sample_id != place.sample_id)
         return sample_id, features
 
-    def _note(self, sample_id: int, error: BadSampleError | ShardError) -> None:
-        """Take a sample for a bad one from here on. UserError: data.on_error says to stop."""
+    def _is_bad(self, sample_id: int) -> bool:
+        """Return whether a sample is known to be bad. One whose shard could not be reached is bad for RETRY_AFTER_S."""
+        if time.monotonic() >= self._bad_until.get(sample_id, math.inf):
+            with self._lock:
+                self._bad_until.pop(sample_id, None)
+                self.bad_samples.pop(sample_id, None)
+        return sample_id in self.bad_samples
+
+    def _record_bad(self, sample_id: int, error: BadSampleError | ShardError) -> None:
+        """Treat a sample as bad from now on. Raises UserError with data.on_error=stop."""
         shard, row = self.order.index.locate(sample_id)
         source = self.order.index.shards[shard]
-        bad = BadSample(source.name, source.keys[row], getattr(error, "reason", str(error)))
+        bad = BadSample(source.name, source.keys[row], error.reason)
         if self._on_error == "stop":
-            raise _stopped_by(bad) from error
+            raise _stop_error(bad) from error
         with self._lock:
-            self.found_bad[sample_id] = bad
+            self.bad_samples[sample_id] = bad
+            if isinstance(error, ShardError):
+                self._bad_until[sample_id] = time.monotonic() + RETRY_AFTER_S
 
     def _count(self, sample_id: int, replaced: bool) -> None:
         with self._lock:
-            self._read += 1
+            self._num_read += 1
             self.replaced += replaced
             is_new = replaced and sample_id not in self._warned
             if is_new:
                 self._warned.add(sample_id)
         if is_new:
-            _log.warning("bad sample %s; another of its bucket takes its place", self.found_bad[sample_id])
-            if self.replaced > self._max_bad_fraction * max(self._read, _ENOUGH):
-                found = [self.found_bad[n] for n in self._warned]
-                _check_bad(self.replaced, found, self._read, self._max_bad_fraction)
+            _log.warning(
+                "sample %s cannot be used, so another sample of the same image size replaces it",
+                self.bad_samples.get(sample_id),
+            )
+            if self.replaced > self._max_bad_fraction * max(self._num_read, _MIN_SAMPLES):
+                bad = [self.bad_samples[n] for n in self._warned if n in self.bad_samples]
+                _check_bad_fraction(self.replaced, bad, self._num_read, self._max_bad_fraction)
 
     def _replacement(self, sample_id: int, bucket: int) -> int:
-        """Return the next sample of a bucket that is not known to be bad, from the start again after the last."""
-        found = self._stand_in.get(sample_id)
-        if found is None or found in self.found_bad:
-            found = next((n for n in self._after(sample_id, bucket) if n not in self.found_bad), None)
-            if found is None:
-                size, bad = list(self.order.buckets[bucket]), self.found_bad[sample_id]
-                raise UserError(f"data: all samples of the bucket {size} are bad, one of them {bad}; remove it")
-            self._stand_in[sample_id] = found
-        return found
+        """Return the next sample id of a bucket, cyclically, that is not known to be bad."""
+        replacement = self._replacements.get(sample_id)
+        if replacement is None or replacement in self.bad_samples:
+            replacement = next((n for n in self._next_ids(sample_id, bucket) if n not in self.bad_samples), None)
+            if replacement is None:
+                size, bad = list(self.order.buckets[bucket]), self.bad_samples[sample_id]
+                raise UserError(
+                    f"image.buckets={size} requires at least one sample that can be used, but all samples of this size "
+                    f"cannot, for example {bad}. Repair the samples, or remove the size."
+                )
+            self._replacements[sample_id] = replacement
+        return replacement
 
-    def _after(self, sample_id: int, bucket: int) -> Iterator[int]:
+    def _next_ids(self, sample_id: int, bucket: int) -> Iterator[int]:
         """Yield the sample ids of a bucket after `sample_id`, then those before it."""
         bucket_of = self.order.bucket_of
         for first, last in ((sample_id + 1, len(bucket_of)), (0, sample_id)):
@@ -216,22 +252,24 @@ class TrainStream:
                 yield from (start + np.flatnonzero(piece == bucket)).tolist()
 
 
-def _stopped_by(bad: BadSample) -> UserError:
-    return UserError(f"data.on_error=stop: the bad sample {bad}; repair it, or set data.on_error=skip")
+def _stop_error(bad: BadSample) -> UserError:
+    return UserError(
+        f"data.on_error=stop ends the run, since this sample cannot be used: {bad}. Repair it, or set data.on_error=skip."
+    )
 
 
-def _check_bad(num_bad: int, bad: Iterable[BadSample], total: int, max_fraction: float) -> None:
-    """Raise UserError where `num_bad` are too many; `bad` are the first of them, enough to tell what is wrong with most."""
-    if num_bad > max_fraction * total:
-        looked_at = list(itertools.islice(bad, _LOOKED_AT))
-        first = "; ".join(str(one) for one in looked_at[:3])
-        (reason, times), *others = Counter(one.reason for one in looked_at).most_common()
-        why = f"{times} of them: {reason}" if others else reason
-        if reason == f"no {EDGE_EXT}":
-            remedy = f"add edge maps ({EDGE_EXT} in each sample), or train without by edge.weight=0"
-        else:
-            remedy = "repair the shards or raise the limit"
-        raise UserError(
-            f"data.max_bad_fraction: {num_bad} of {total} samples are bad ({why}), more than {max_fraction:.1%}; "
-            f"{remedy}. The first: {first}"
-        )
+def _check_bad_fraction(num_bad: int, bad: Iterable[BadSample], total: int, max_fraction: float) -> None:
+    """Raise UserError where `num_bad` are too many; `bad` are some of them, for the message."""
+    if num_bad <= max_fraction * total:
+        return
+    examples = list(itertools.islice(bad, _MAX_REASONS))
+    (reason, count, _), *others = most_common_reasons((sample.key, sample.reason) for sample in examples)
+    most_common = f"the reason of {count} of them is: {reason}" if others else reason
+    if reason == f"no {EDGE_EXT}":
+        remedy = f"Add edge maps ({EDGE_EXT} in each sample), or set edge.weight=0 to train without them"
+    else:
+        remedy = "Repair the shards, or raise the limit"
+    raise UserError(
+        f"data.max_bad_fraction={max_fraction} is exceeded: {num_bad} of {total} samples cannot be used ({most_common}). "
+        f"{remedy}. The first ones are {'; '.join(str(sample) for sample in examples[:3])}"
+    )

@@ -1,141 +1,174 @@
-"""The part of the DeepSpeed configuration that we own, merged into the user's JSON.
+"""Merges this project's settings into the user's DeepSpeed JSON, and checks that both agree.
 
-The JSON in `ds_configs/` owns ZeRO, offload, communication and profiling. Batch sizes, clipping, precision, optimizer
-and schedule belong to our configuration: the same key in the JSON with another value is an error that shows both.
+The JSON in `ds_configs/` owns ZeRO, offload, communication and profiling. This project's configuration owns batch sizes,
+clipping, precision, optimizer and schedule: another value in the JSON is an error that shows both. This module does not
+import torch, for `--plan`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from raphael_dist.config import Config
-from raphael_dist.config_adapters import beside
-from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.shipped import located
+from raphael_dist.config.assets import locate
+from raphael_dist.config.schema import Config
+from raphael_dist.config.types import EXPERT_KINDS, Dtype, ExpertKind, fits_grouped_product
+from raphael_dist.engine.ds_keys import Tree, check_keys, without_unset
+from raphael_dist.errors import UserError
+from raphael_dist.text import parse_json, read_text
 
-_NOT_OURS = {
-    "optimizer": "use optim.* of the configuration",
-    "scheduler": "use optim.warmup_steps and optim.decay",
-    "elasticity": "any world size serves train.global_batch already",
-    "checkpoint": "checkpoints are written by raphael_dist; use checkpoint.*",
-    "amp": "use train.dtype",
-    "data_efficiency": "the data order is a function of run.seed",
-    "curriculum_learning": "the data order is a function of run.seed",
-}
-
-REDUCE_BUCKET = 2_000_000_000  # numbers, of `collects`
-
-# What a JSON may say at its top; DeepSpeed itself ignores a mistyped key and silently runs without it.
-_KNOWN = (
-    "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio",
-    "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print",
-    "timers", "activation_checkpointing", "compile",
-)  # fmt: skip
+CONTIGUOUS_BUCKET = 2_000_000_000  # elements; our reduce_bucket_size where gradients may be contiguous
 
 
-def read_deepspeed_json(path: str | None, dtype: str = "float32") -> dict[str, Any]:
-    """Read a DeepSpeed JSON; None means the ZeRO stage that suits `train.dtype`.
+def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
+    """Read a DeepSpeed JSON.
 
-    In bfloat16 that is 2: DeepSpeed's ZeRO-1 keeps the sum of all gradients in float32 on every rank, begins most
-    parameters at addresses that the grouped product must copy from, and reduces everything after the backward pass. Raises
-    UserError when the file is missing or not a JSON object.
+    Args:
+        path: of the file. None: the ZeRO stage that suits `dtype`, which is 2 for bfloat16. DeepSpeed's ZeRO-1 in bfloat16
+            keeps the sum of all gradients in float32 on every rank, starts most parameters at addresses from which the
+            grouped product must copy them, and reduces all gradients after the backward pass.
+        dtype: `train.dtype`.
+
+    Raises:
+        UserError: the file is missing or not a JSON object.
     """
     if path is None:
         return {"zero_optimization": {"stage": 2 if dtype == "bfloat16" else 1}}
-    file = Path(located(path))
+    file = Path(locate(path))
     if not file.is_file():
-        raise UserError(f"--deepspeed_config {path}: no such file")
+        raise UserError(f"--deepspeed_config={path} must be an existing file, but {_describe_missing(path)}.")
     try:
-        tree = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from None
+        tree = parse_json(read_text(file), _unique_keys)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed_config={path} cannot be read as JSON: {error}. Correct the file.") from None
     if not isinstance(tree, dict):
-        raise UserError(f"--deepspeed_config {path}: must be a JSON object, got {type(tree).__name__}")
+        raise UserError(
+            f"--deepspeed_config={path} must contain a JSON object, but it contains a {type(tree).__name__}. Correct the "
+            "file."
+        )
     return tree
 
 
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed configuration (0 when it names none)."""
-    zero = ds_config.get("zero_optimization", {})
+def _describe_missing(path: str) -> str:
+    if Path(path).is_dir():
+        return f"it is a folder. Give one file, e.g. {path.rstrip('/')}/zero2.json"
+    shipped = f"ds_configs/{Path(path).name.removesuffix('.json')}.json"
+    return "there is none" + (f" (did you mean {shipped!r}?)" if Path(locate(shipped)).is_file() else "")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Tree:
+    keys = [key for key, _ in pairs]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"{repeated[0]!r} occurs twice in one object")
+    return dict(pairs)
+
+
+def zero_stage(tree: Tree) -> int:
+    """Return the ZeRO stage of a DeepSpeed configuration; 0 if it has none."""
+    zero = tree.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise UserError(f"zero_optimization.stage in the DeepSpeed JSON: given {stage!r}, allowed 0, 1, 2, 3")
+        raise UserError(f"zero_optimization.stage={stage!r} in the DeepSpeed JSON must be 0, 1, 2 or 3. Correct it.")
     return int(stage)
 
 
-def merge(config: Config, tree: dict[str, Any], accumulation: int, world_size: int) -> dict[str, Any]:
-    """Return the full DeepSpeed configuration. Raises UserError when `tree` contradicts `config`."""
-    micro = config.train.micro_batch
-    ours: dict[str, tuple[Any, str]] = {
-        "train_micro_batch_size_per_gpu": (micro, "train.micro_batch"),
-        "gradient_accumulation_steps": (accumulation, "derived from train.global_batch"),
-        "gradient_clipping": (config.optim.clip, "optim.clip"),
-        "bf16.enabled": (config.train.dtype == "bfloat16", "train.dtype"),
-        "fp16.enabled": (False, "train.dtype (float32 or bfloat16)"),
-    }
-    for key, fix in _NOT_OURS.items():
-        if key in tree:
-            raise UserError(f"{key} in the DeepSpeed JSON is not used: {fix}; remove it there")
-    # DeepSpeed wants the product of its three numbers, which counts the padded slots of the last micro-step too.
-    if tree.get("train_batch_size", "auto") not in ("auto", config.train.global_batch):
-        _contradiction("train_batch_size", tree["train_batch_size"], "train.global_batch", config.train.global_batch)
-    for key in tree:
-        if key not in _KNOWN and not key.startswith("_"):
-            raise UserError(f"{key} in the DeepSpeed JSON is unknown{did_you_mean(key, _KNOWN)}; known: {', '.join(_KNOWN)}")
-    merged = json.loads(json.dumps(tree))
-    for key, (value, owner) in ours.items():
-        _set_owned(merged, key, value, owner)
-    merged["train_batch_size"] = micro * accumulation * world_size
-    merged.setdefault("zero_optimization", {"stage": 0})
+def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
+    """Return whether gradients are accumulated in float32: bfloat16 would lose most of the later micro-steps."""
+    return dtype == "bfloat16" and accumulation > 1
+
+
+def uses_contiguous_gradients(
+    stage: int, *, overlap: bool, offload: bool, elements: int = 0, bucket: int = CONTIGUOUS_BUCKET
+) -> bool:
+    """Return whether gradients lie in one buffer and are reduced at once (`zero.Zero12Contiguous`).
+
+    They must stay on the device until the backward pass has ended. ZeRO-2 is there to save memory: for its own reduction it
+    needs a bucket and a copy of it, so the gradients must not be larger than two buckets.
+
+    Args:
+        stage: of ZeRO.
+        overlap: whether gradients are reduced during the backward pass.
+        offload: whether gradients leave the device.
+        elements: of the rank's model; 0: of a model that is small enough.
+        bucket: reduce_bucket_size, in elements.
+    """
+    return stage in (1, 2) and not overlap and not offload and (stage == 1 or elements <= 2 * bucket)
+
+
+def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
+    """Return where a DeepSpeed configuration moves the optimizer ("offload_param": the weights); None: nowhere."""
+    section = tree.get("zero_optimization", {}).get(name)
+    device = section.get("device") if isinstance(section, dict) else None
+    return None if device == "none" else device
+
+
+def merge(config: Config, tree: Tree, accumulation: int, world_size: int) -> Tree:
+    """Return the full DeepSpeed configuration.
+
+    Args:
+        config: the run's configuration.
+        tree: the user's JSON.
+        accumulation: micro-steps per optimizer step.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: `tree` contradicts `config`, or has a key that is not supported.
+    """
+    train = config.train
+    merged = without_unset(tree)
+    check_keys(merged)
+    # DeepSpeed requires the product of its three numbers, which counts empty slots too.
+    if merged.get("train_batch_size", train.global_batch_size) != train.global_batch_size:
+        raise _contradiction(
+            "train_batch_size", merged["train_batch_size"], "train.global_batch_size", train.global_batch_size
+        )
+    _set_owned(merged, "train_micro_batch_size_per_gpu", train.micro_batch_size, "train.micro_batch_size")
+    _set_owned(merged, "gradient_accumulation_steps", accumulation, "train.global_batch_size")
+    _set_owned(merged, "gradient_clipping", config.optim.max_grad_norm, "optim.max_grad_norm")
+    _set_owned(merged, "bf16.enabled", train.dtype == "bfloat16", "train.dtype")
+    _set_owned(merged, "fp16.enabled", False, "train.dtype (float32 or bfloat16)")
+    merged["train_batch_size"] = train.micro_batch_size * accumulation * world_size
+    zero = merged.setdefault("zero_optimization", {"stage": 0})
     if zero_stage(merged) in (1, 2):
-        # Rounds every parameter to 16 bytes in the flat buffer: the grouped product on GPUs refuses less.
-        merged["zero_optimization"].setdefault("parameter_alignment", True)
-    if collects(merged):
-        # Up to twice as many gradients are reduced at once (`zero.Collected`).
-        merged["zero_optimization"].setdefault("reduce_bucket_size", REDUCE_BUCKET)
-    if config.train.dtype == "bfloat16" and accumulation > 1:
-        # In bfloat16 the sum over many micro-steps would lose most of what comes late.
+        # Rounds every parameter up to 16 bytes in the flat buffer, as the grouped product on GPUs requires.
+        zero.setdefault("parameter_alignment", True)
+    if _may_use_contiguous_gradients(merged):
+        zero.setdefault("reduce_bucket_size", CONTIGUOUS_BUCKET)
+    if sums_in_float32(train.dtype, accumulation):
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     merged.setdefault("zero_allow_untested_optimizer", True)
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     merged.setdefault("steps_per_print", 10**9)
-    # It waits for the GPU twice a micro-step, for numbers that only `steps_per_print` would show.
+    # The timer waits for the GPU twice per micro-step, for numbers that only `steps_per_print` shows.
     _section(merged, "timers", "throughput").setdefault("enabled", False)
     _check(config, merged, accumulation, world_size)
     return merged
 
 
-def _check(config: Config, merged: dict[str, Any], accumulation: int, world_size: int) -> None:
-    """UserError for what goes wrong in DeepSpeed, or with ours, though each may have it."""
-    if zero_stage(merged) == 0 and config.train.dtype == "bfloat16":
+def _may_use_contiguous_gradients(tree: Tree) -> bool:
+    overlap = bool(tree.get("zero_optimization", {}).get("overlap_comm"))
+    return uses_contiguous_gradients(zero_stage(tree), overlap=overlap, offload=offload_device(tree) is not None)
+
+
+def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> None:
+    """Raise UserError for combinations that DeepSpeed or this package does not support."""
+    stage = zero_stage(merged)
+    if stage == 0 and config.train.dtype == "bfloat16":
         raise UserError(
-            "train.dtype = bfloat16 needs fp32 master weights, which DeepSpeed's ZeRO-0 does not clip correctly; "
-            "use ds_configs/zero2.json (the same memory on one GPU) or train.dtype=float32"
+            "train.dtype=bfloat16 requires ZeRO stage 1, 2 or 3, but the DeepSpeed JSON has stage 0, which does not clip "
+            "float32 master weights correctly. Use ds_configs/zero2.json, which takes as little memory on one GPU, or set "
+            "train.dtype=float32."
         )
-    for name in ("offload_optimizer", "offload_param"):
-        if offload_device(merged, name) == "nvme":
+    for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        device = offload_device(merged, name)
+        if device and stage not in stages:
             raise UserError(
-                f"zero_optimization.{name}.device is 'nvme' in the DeepSpeed JSON: the moving average and checkpoints need "
-                "the fp32 weights in memory; use 'cpu' (ds_configs/zero2_offload.json)"
+                f"zero_optimization.{name}.device={device} in the DeepSpeed JSON requires stage "
+                f"{' or '.join(map(str, stages))}, but zero_optimization.stage is {stage}. Change the stage, or remove "
+                f"{name}."
             )
     check_expert_parallel(config, merged, world_size)
     if config.train.cuda_graphs:
-        _check_graphs(config, merged, accumulation)
-
-
-def collects(ds_config: dict[str, Any]) -> bool:
-    """Return whether gradients may be reduced at once: where they stay on the device until the backward pass has ended."""
-    overlaps = ds_config.get("zero_optimization", {}).get("overlap_comm")
-    return zero_stage(ds_config) in (1, 2) and not overlaps and offload_device(ds_config) is None
-
-
-def offload_device(ds_config: dict[str, Any], name: str = "offload_optimizer") -> str | None:
-    """Return where a DeepSpeed configuration moves the optimizer ("offload_param": the weights); None: it does not."""
-    given = ds_config.get("zero_optimization", {}).get(name)
-    device = given.get("device") if isinstance(given, dict) else None
-    return None if device == "none" else device
+        _check_cuda_graphs(merged, accumulation)
+        _check_capture(config)
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
@@ -143,103 +176,118 @@ def fit_to_ranks(config: Config, world_size: int) -> Config:
     if not config.parallel.elastic or world_size < 1:
         return config
     sizes = {}
-    for kind in ("space", "time"):
-        ep = getattr(config.parallel, f"{kind}_ep")
-        sizes[f"{kind}_ep"] = max(n for n in _allowed(config, kind, world_size) if n <= ep)
+    for kind in EXPERT_KINDS:
+        allowed = _allowed_sizes(config, kind, world_size)
+        sizes[f"{kind}_ep"] = max(size for size in allowed if size <= config.parallel.ep(kind))
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
 
 
-def _allowed(config: Config, kind: str, world_size: int) -> list[int]:
-    """Return over how many ranks the experts of a kind can be spread, ascending."""
-    experts = getattr(config.model, f"{kind}_experts")
+def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[int]:
+    """Return the numbers of ranks over which the experts of a kind can be sharded, ascending."""
+    experts = config.model.num_experts(kind)
     return [n for n in range(1, max(1, experts) + 1) if experts % n == 0 and world_size % n == 0]
 
 
-def check_expert_parallel(config: Config, tree: dict[str, Any], world_size: int) -> None:
-    """Raise UserError when experts cannot be spread as `parallel` says over the ranks, or not under this DeepSpeed JSON."""
-    sizes = {kind: getattr(config.parallel, f"{kind}_ep") for kind in ("space", "time")}
-    for kind, size in sizes.items():
+def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
+    """Raise UserError if the ranks or the DeepSpeed JSON do not support the expert parallelism of `parallel`."""
+    for kind in EXPERT_KINDS:
+        size = config.parallel.ep(kind)
         if world_size % size:
-            experts, allowed = getattr(config.model, f"{kind}_experts"), _allowed(config, kind, world_size)
             raise UserError(
-                f"parallel.{kind}_ep = {size} must divide the number of ranks ({world_size}) as well as "
-                f"model.{kind}_experts = {experts}; allowed on {world_size} ranks: {allowed}; "
-                f"or use {-(-world_size // size) * size} ranks, or parallel.elastic=true"
+                f"parallel.{kind}_ep={size} must divide the number of ranks ({world_size}) and "
+                f"model.{kind}_experts={config.model.num_experts(kind)}. Set parallel.{kind}_ep to one of "
+                f"{_allowed_sizes(config, kind, world_size)}, use {-(-world_size // size) * size} ranks, or set "
+                "parallel.elastic=true."
             )
-    spread = " and ".join(f"parallel.{kind}_ep = {size}" for kind, size in sizes.items() if size > 1)
-    if not spread:
+    if not config.parallel.uses_expert_parallelism:
         return
-    for wrong, why in _forbidden_with_experts(config, tree):
-        if wrong:
-            raise UserError(f"{spread}: {why}; or set parallel.space_ep=1 parallel.time_ep=1")
+    stage, overlap = zero_stage(tree), tree["zero_optimization"].get("overlap_comm") is True
+    backend = config.model.expert_backend
+    sizes = " ".join(f"parallel.{k}_ep={config.parallel.ep(k)}" for k in EXPERT_KINDS if config.parallel.ep(k) > 1)
+    if stage == 0:
+        problem = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 0, whose gradient norm is wrong for sharded experts"
+    elif stage == 3:
+        problem = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 3, which cannot partition sharded experts"
+    elif overlap:
+        # Gradients would be reduced while rows of experts are sent, in an order that can differ between ranks, and hang.
+        problem = "overlap_comm=false, but it is true in the DeepSpeed JSON, which can make ranks hang"
+    elif config.parallel.space_ep > 1 and backend == "reference":
+        raise UserError(
+            f"{sizes} requires model.expert_backend=auto, grouped or dense, but it is {backend}, which cannot send tokens "
+            "to other ranks. Change model.expert_backend, or set parallel.space_ep=1."
+        )
+    else:
+        return
+    raise UserError(f"{sizes} requires {problem}. Use ds_configs/zero2.json or set parallel.space_ep=1 parallel.time_ep=1.")
 
 
-def _forbidden_with_experts(config: Config, tree: dict[str, Any]) -> list[tuple[bool, str]]:
-    zero, stage = tree["zero_optimization"], zero_stage(tree)
-    remedy = "use zero_optimization.stage 1 or 2 (ds_configs/zero1.json, zero2.json)"
-    return [
-        (stage == 0, f"DeepSpeed's ZeRO-0 computes a wrong clip norm over spread experts; {remedy}"),
-        (stage == 3, f"DeepSpeed's ZeRO-3 cannot partition experts that differ between ranks; {remedy}"),
-        (
-            zero.get("reduce_scatter") is False or (stage == 2 and zero.get("contiguous_gradients") is False),
-            "DeepSpeed reduces experts' gradients only with reduce_scatter and contiguous_gradients; set both to true",
-        ),
-        (
-            zero.get("overlap_comm") is True,
-            "overlap_comm reduces gradients while experts' rows are in flight, in an order that ranks may not "
-            "share, and may hang; set it to false",
-        ),
-        (
-            config.parallel.space_ep > 1 and config.model.space_backend == "literal",
-            "model.space_backend = 'literal' runs on whole samples; use auto, grouped or wide",
-        ),
-    ]
+def _check_cuda_graphs(tree: Tree, accumulation: int) -> None:
+    """Raise UserError if the DeepSpeed configuration does not support CUDA graphs."""
+    stage, offload = zero_stage(tree), offload_device(tree)
+    remedy = "Use ds_configs/zero2.json"
+    if stage not in (1, 2):
+        raise cuda_graphs_error("ZeRO stage 1 or 2", f"the DeepSpeed config has stage {stage}", remedy)
+    if tree["zero_optimization"].get("overlap_comm"):
+        raise cuda_graphs_error("overlap_comm=false", "it is true in the DeepSpeed config", remedy)
+    if offload is not None:
+        actual = f"the DeepSpeed config has offload_optimizer.device={offload}"
+        raise cuda_graphs_error("the optimizer on the GPU", actual, remedy)
+    if stage == 1 and accumulation > 1:
+        # ZeRO-1 accumulates bfloat16 gradients in other tensors.
+        actual = f"the DeepSpeed config has stage 1 and a step has {accumulation} micro-steps"
+        raise cuda_graphs_error("ZeRO stage 2 if a step has several micro-steps", actual, remedy)
 
 
-def _check_graphs(config: Config, tree: dict[str, Any], accumulation: int) -> None:
-    """UserError for what cannot be captured, or would be wrong: ZeRO-1 adds up bfloat16 gradients elsewhere."""
-    m, stage = config.model, zero_stage(tree)
-    # As `model.experts.fits_grouped_mm` has it; elsewhere the host reads how many rows each expert has, which no graph can.
-    grouped = config.train.dtype == "bfloat16" and all(width % 8 == 0 for width in (*m.channels, *m.expert_width))
-    refused = {
-        "goes with ZeRO-1 and 2": stage not in (1, 2),
-        "goes without overlap_comm and offload_optimizer (ds_configs/zero2.json)": not collects(tree),
-        "goes with ZeRO-2 where a step has several micro-steps": stage == 1 and accumulation > 1,
-        "goes with experts that every rank has (parallel.space_ep=1 parallel.time_ep=1)": config.parallel.spreads,
-        "goes without adapters and controls": bool(beside(config)),
-        "goes without recipe.gradient_noise": config.recipe.gradient_noise > 0,
-        "goes without train.check_gradients": config.train.check_gradients,
-        "goes with train.dtype=bfloat16 and widths that are multiples of 8": m.time_experts > 0 and not grouped,
-        "goes with model.space_backend=auto or wide": m.space_experts > 0 and m.space_backend not in ("auto", "wide"),
-    }
-    if reasons := [reason for reason, applies in refused.items() if applies]:
-        raise no_graphs(reasons[0])
+def _check_capture(config: Config) -> None:
+    """Raise UserError if CUDA graphs cannot capture the passes of the model."""
+    model, train, parallel = config.model, config.train, config.parallel
+    if parallel.uses_expert_parallelism:
+        actual = f"parallel.space_ep={parallel.space_ep} and parallel.time_ep={parallel.time_ep}"
+        raise cuda_graphs_error("all experts on every rank", actual, "Set parallel.space_ep=1 parallel.time_ep=1")
+    if config.trains_adapter_only:
+        actual = f"lora.rank={config.lora.rank} and control.enabled={str(config.control.enabled).lower()}"
+        raise cuda_graphs_error("training of all weights", actual, "Set lora.rank=0 control.enabled=false")
+    if train.check_gradients:
+        raise cuda_graphs_error("train.check_gradients=false", "it is true", "Set train.check_gradients=false")
+    # Without the grouped product the host reads how many rows each expert has, which a graph cannot contain.
+    if model.time_experts and not fits_grouped_product(train.dtype, (*model.channels, *model.expert_width)):
+        widths = f"model.channels={list(model.channels)}, model.expert_width={list(model.expert_width)}"
+        raise cuda_graphs_error(
+            "train.dtype=bfloat16 and widths that are multiples of 8",
+            f"train.dtype={train.dtype}, {widths}",
+            "Change these settings",
+        )
+    if model.space_experts and model.expert_backend not in ("auto", "dense"):
+        raise cuda_graphs_error(
+            "model.expert_backend=auto or dense", f"it is {model.expert_backend}", "Change model.expert_backend"
+        )
 
 
-def no_graphs(reason: str) -> UserError:
-    """Return the error of `train.cuda_graphs` where it cannot be."""
-    return UserError(f"train.cuda_graphs: given true, which {reason}; set train.cuda_graphs=false")
+def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
+    """Return the error for `train.cuda_graphs=true` if a requirement is not met."""
+    return UserError(
+        f"train.cuda_graphs=true requires {requirement}, but {actual}. {remedy} or set train.cuda_graphs=false."
+    )
 
 
-def _section(merged: dict[str, Any], *names: str) -> dict[str, Any]:
+def _section(merged: Tree, *names: str) -> Tree:
     node = merged
     for name in names:
         node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise UserError(f"{name} in the DeepSpeed JSON must be an object, given {node!r}")
     return node
 
 
-def _set_owned(merged: dict[str, Any], dotted: str, value: Any, owner: str) -> None:
+def _set_owned(merged: Tree, dotted: str, value: bool | float, owner: str) -> None:
+    """Set a key that the field `owner` determines. Raise UserError if the JSON has another value."""
     *sections, key = dotted.split(".")
     node = _section(merged, *sections)
-    given = node.get(key, "auto")
-    if given != "auto" and given != value:
-        _contradiction(dotted, given, owner, value)
+    if node.get(key, value) != value:
+        raise _contradiction(dotted, node[key], owner, value)
     node[key] = value
 
 
-def _contradiction(key: str, given: Any, owner: str, value: Any) -> None:
-    raise UserError(
-        f"{key} is {given!r} in the DeepSpeed JSON but {owner} gives {value!r}; remove it from the JSON or make them agree"
+def _contradiction(key: str, json_value: object, owner: str, value: object) -> UserError:
+    return UserError(
+        f"{key}={json_value!r} in the DeepSpeed JSON must be {value!r}, which follows from {owner}. Remove it from the "
+        f"JSON, or change {owner}."
     )

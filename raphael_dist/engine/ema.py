@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept over the fp32 fragments that this rank owns."""
+"""An exponential moving average of the weights, over the fp32 fragments that this rank owns."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from raphael_dist.config import EmaConfig
+from raphael_dist.config.run_sections import EmaConfig
 from raphael_dist.engine.fragments import Fragments
 
-PIECE = 2**24  # elements exchanged at a time: 64 MiB
+PIECE = 2**24  # elements that are swapped at a time: 64 MiB
 
 
 class Ema:
@@ -21,17 +21,17 @@ class Ema:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin anew from the weights as they are."""
+        """Set the average to the current weights."""
         torch._foreach_copy_(self.values, self._fragments.masters())
 
     def decay(self, step: int) -> float:
-        """Return the decay after optimizer step `step` (from 1), with its warm-up, which begins after start_step."""
+        """Return the decay after optimizer step `step` (counted from 1). Its warm-up begins after `ema.start_step`."""
         target, step = self._config.decay, step - self._config.start_step
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the weights after optimizer step `step`."""
+        """Add the weights after optimizer step `step` to the average."""
         if self.values and step <= self._config.start_step:
             self.restart()
         elif self.values:
@@ -39,7 +39,7 @@ class Ema:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Run the body with the averaged weights in the model, then put the exact weights back. Collective."""
+        """Run the body with the averaged weights in the model, then restore the exact weights. Collective."""
         self._swap()
         try:
             yield
@@ -48,10 +48,10 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange averaged and exact weights in pieces, since a second copy of all would not fit beside a large model."""
+        """Swap averaged and exact weights in pieces, because a large model leaves no memory for a second copy."""
         for master, value in zip(self._fragments.masters(), self.values, strict=True):
             for exact, average in zip(master.split(PIECE), value.split(PIECE), strict=True):
-                kept = exact.clone()
+                copy = exact.clone()
                 exact.copy_(average)
-                average.copy_(kept)
+                average.copy_(copy)
         self._fragments.sync_model()

@@ -1,4 +1,4 @@
-"""Builds the DeepSpeed engine: the only caller of `deepspeed.initialize`, and the place that knows its habits."""
+"""Builds and drives the DeepSpeed engine. This is the only caller of `deepspeed.initialize`."""
 
 import logging
 import math
@@ -10,67 +10,84 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from raphael_dist.config import Config, Optim
+from raphael_dist.config.run_sections import Optim
+from raphael_dist.config.schema import Config
 from raphael_dist.engine import ds_config, expert_groups
+from raphael_dist.engine.collectives import broadcast_weights, count_collectives, import_deepspeed
+from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.fragments import Fragments
-from raphael_dist.engine.gradient_noise import GradientNoise
-from raphael_dist.engine.zero import Collected, adapter
+from raphael_dist.engine.zero import Zero12Contiguous, adapter
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
+from raphael_dist.model.cuda_graphs import replay_cuda_graphs
 from raphael_dist.model.device import is_gpu
-from raphael_dist.model.graphs import replay
+from raphael_dist.model.routing import gate_kind
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel import expert_parallel
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import all_or_none, all_reduce_sum
+from raphael_dist.runtime.ranks import all_reduce_sum, raise_on_all_ranks
 
-_ROW = 2**16  # of `square_sum`
+_ROW = 2**16  # elements that `square_sum` adds up in float32
 
 
 class Engine:
     """A model under DeepSpeed with one optimizer step per `accumulation` calls of `backward`.
 
-    Attributes: module (the U-Net), fragments (this rank's fp32 weights), traffic (bytes sent between experts' ranks), stage
-    (ZeRO), dtype, device.
+    Attributes:
+        config, plan, device: as passed.
+        dtype: in which the model computes.
+        ds_config: the full DeepSpeed configuration.
+        stage: of ZeRO.
+        module: the U-Net.
+        fragments: this rank's fp32 weights.
+        traffic: bytes sent to other ranks.
+        grad_norm: of the last step, before clipping.
     """
 
     def __init__(
         self,
         config: Config,
-        json_tree: dict[str, Any],
+        json_tree: Tree,
         plan: BatchPlan,
         device: torch.device,
         model: RaphaelUNet | None = None,
     ) -> None:
-        """`model`: equal on every rank; None makes a new one."""
+        """Build the engine. Collective.
+
+        Args:
+            config: the run's configuration.
+            json_tree: the user's DeepSpeed JSON.
+            plan: how the batch is divided over ranks.
+            device: of this rank.
+            model: equal on every rank; None: a new one.
+        """
         self.config, self.plan, self.device = config, plan, device
         self.dtype = getattr(torch, config.train.dtype)
         self.ds_config = ds_config.merge(config, json_tree, plan.accumulation, plan.world_size)
         self.stage = ds_config.zero_stage(self.ds_config)
-        torch.manual_seed(config.run.seed)  # every rank starts from the same weights
+        torch.manual_seed(config.run.seed)  # the same initial weights on every rank
         model = RaphaelUNet(config) if model is None else model
-        # ZeRO-3 frees weights between forward and backward; only re-entrant recomputation gathers them again.
-        for part in model.modules():  # a control is one too
+        # ZeRO-3 frees weights between forward and backward. Only re-entrant recomputation gathers them again.
+        for part in model.modules():  # the U-Net, and its control
             if isinstance(part, RaphaelUNet):
                 part.gathers_weights = self.stage == 3
-        self.traffic = expert_parallel.apply(model, config, plan, expert_groups.join)
-        eta = config.recipe.gradient_noise
-        self._noise = GradientNoise(model, eta, config.run.seed) if eta else None
-        expert_groups.mark(model, config.model.space_experts + config.model.time_experts)
+        self.traffic = expert_parallel.shard_experts(model, config, plan, expert_groups.create_groups)
+        expert_groups.add_moe_marker(model, config.model.space_experts + config.model.time_experts)
         if config.train.compile:
             _compile(model, config, self.stage, device)
         if config.train.cuda_graphs and not is_gpu(device):
-            raise ds_config.no_graphs("needs a GPU")
+            raise ds_config.cuda_graphs_error("a GPU", f"the device is {device.type}", "Use a GPU")
         optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim)
-        self._engine = _initialise(model, optimizer, self.ds_config)
+        backend = count_collectives(self.traffic)
+        broadcast_weights(model, expert_groups.copies())
+        with backend.without_broadcasts():
+            self._engine = _initialise(model, optimizer, self.ds_config)
         self.module: RaphaelUNet = self._engine.module
         self._zero = adapter(self._engine.optimizer, self.module, plan.world_size)
         if config.train.cuda_graphs:
-            if not isinstance(self._zero, Collected):
-                raise ds_config.no_graphs("goes with a reduce_bucket_size of at least half the parameters")
-            replay(self.module, self._zero.views)
-        self._zero.quiet()
-        self._engine.gradient_clipping = lambda: 0.0  # clipped here, by the norm that the step knows anyway
+            self._replay_cuda_graphs()
+        self._zero.disable_builtin_clipping()
+        self._engine.gradient_clipping = lambda: 0.0  # `update` clips
         self.fragments = Fragments(self.module, self._zero, optimizer)
         decayed = config.optim.kind == "adamw" and config.optim.weight_decay > 0
         self._decayed = [f.master for f in self.fragments if decayed and decays(f.name)]
@@ -78,26 +95,35 @@ class Engine:
         self._micro_step = 0
         self._touched: set[str] | None = self._watch_gradients() if config.train.check_gradients else None
 
+    def _replay_cuda_graphs(self) -> None:
+        if not isinstance(self._zero, Zero12Contiguous):
+            bucket = self.ds_config["zero_optimization"]["reduce_bucket_size"]
+            raise ds_config.cuda_graphs_error(
+                "a zero_optimization.reduce_bucket_size in the DeepSpeed JSON of at least half the number of parameters",
+                f"it is {bucket}",
+                "Remove it from the JSON",
+            )
+        replay_cuda_graphs(self.module, self._zero.views)
+
     def __call__(self, *args: Any) -> Any:
         """Run the model's forward pass through DeepSpeed."""
         return self._engine(*args)
 
-    def backward(self, loss: Tensor, last: bool | None = None, step: int = 0) -> None:
-        """Accumulate gradients of one micro-step; the last of a step also reduces them over ranks.
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
+        """Accumulate the gradients of one micro-step. The last one of a step also reduces them over ranks.
 
-        `last`: whether this is the step's last; None counts `accumulation` calls. `step`: the optimizer step, from 1, by
-        which noise on gradients is drawn; 0: none.
+        Args:
+            loss: of the micro-step, with `plan.loss_scale`.
+            last: whether this is the step's last micro-step; None: every `accumulation`-th call is.
         """
         self._micro_step += 1
         last = self._micro_step == self.plan.accumulation if last is None else last
         self._engine.set_gradient_accumulation_boundary(last)
-        if self._noise is not None:
-            self._noise.step = step if last else 0
-        self._zero.begin(first=self._micro_step == 1)
-        # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` makes up for it.
+        self._zero.prepare_backward(first=self._micro_step == 1)
+        # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` contains that factor.
         self._engine.backward(loss)
         if self._touched is not None:
-            all_or_none(self._check_gradients)
+            raise_on_all_ranks(self._check_gradients)
         if not last:
             self._engine.step()
 
@@ -109,38 +135,39 @@ class Engine:
         return touched
 
     def _check_gradients(self) -> None:
-        """ZeRO-1 and 2 reduce what each rank has: a gradient that is missing on one is added to another parameter's."""
+        """Raise RuntimeError if a parameter has no gradient: ZeRO-1 and 2 would add gradients of different parameters."""
         assert self._touched is not None
         missing = [name for name in self.fragments.shapes if name not in self._touched]
         self._touched.clear()
         if missing:
-            raise RuntimeError(f"{len(missing)} parameters got no gradient on this rank, the first {missing[0]}")
+            raise RuntimeError(f"parameters without a gradient on this rank: {len(missing)}, the first one is {missing[0]}")
 
     @torch.no_grad()
     def grad_square(self) -> Tensor:
         """Return this rank's part of the squared norm of a step's gradients, float64 [], on its device.
 
-        The sum over all ranks is the square of the global norm before clipping; it is not finite when a gradient is not.
+        The sum over all ranks is the square of the global norm before clipping. It is not finite if a gradient is not.
         """
         return square_sum(self._zero.gradients()).to(self.device) / self._zero.copies
 
     def step(self, lr: float) -> bool:
-        """Clip and apply the accumulated gradients with learning rate `lr`; call after the last `backward` of a step.
+        """Clip and apply the accumulated gradients with learning rate `lr`, after the last `backward` of a step. Collective.
 
-        Returns False on all ranks, with weights and moments unchanged, when the gradients of any are not finite. Collective.
+        Returns:
+            False on all ranks if a gradient of any rank is not finite; weights and moments are unchanged then.
         """
         norm = math.sqrt(float(all_reduce_sum(self.grad_square(), self.device)))
         if math.isfinite(norm):
             self.update(lr, norm)
         else:
-            self.discard()
+            self.discard_gradients()
         return math.isfinite(norm)
 
     @torch.no_grad()
     def update(self, lr: float, norm: float) -> None:
-        """Clip and apply the accumulated gradients; `norm`, finite: their global norm, which all ranks know alike."""
+        """Clip and apply the accumulated gradients. `norm` is their global norm, finite and equal on all ranks."""
         assert self._engine.is_gradient_accumulation_boundary()
-        clip, self.grad_norm, self._micro_step = self.config.optim.clip, norm, 0
+        clip, self.grad_norm, self._micro_step = self.config.optim.max_grad_norm, norm, 0
         if clip and norm > clip:
             torch._foreach_mul_(list(self._zero.gradients()), clip / (norm + 1e-6))
         for group in self._engine.optimizer.param_groups:
@@ -149,28 +176,28 @@ class Engine:
             torch._foreach_mul_(self._decayed, 1 - lr * self.config.optim.weight_decay)
         self._engine.step()
 
-    def discard(self) -> None:
-        """Drop the accumulated gradients instead of applying them: weights and moments stay. On all ranks or on none."""
+    def discard_gradients(self) -> None:
+        """Drop the accumulated gradients; weights and moments are unchanged. Call it on all ranks or on none."""
         self.grad_norm, self._micro_step = math.inf, 0
-        with self._zero.drop():
+        with self._zero.skip_step():
             self._engine.step()
 
     def save_deepspeed(self, folder: Path) -> None:
-        """Write DeepSpeed's own checkpoint, to compare with; training never reads it. Collective."""
+        """Write DeepSpeed's own checkpoint, for comparisons. Training never reads it. Collective."""
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
 
 def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.device) -> None:
     if stage == 3:
         raise UserError(
-            "train.compile=true does not go with ZeRO-3, which gathers weights by hooks inside the parts that are compiled; "
-            "use ds_configs/zero2.json or train.compile=false"
+            "train.compile=true requires ZeRO stage 0, 1 or 2, but the DeepSpeed config has stage 3, whose hooks gather "
+            "weights inside compiled parts. Use ds_configs/zero2.json or set train.compile=false."
         )
-    compile_parts(model, device, dynamic=config.parallel.spreads or len(config.image.buckets) > 1)
+    compile_parts(model, device, dynamic=config.parallel.uses_expert_parallelism or len(config.image.buckets) > 1)
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of all squares, float64 []: in float32 within rows of `_ROW` numbers, since longer ones lose digits."""
+    """Return the sum of all squares, float64 []. Rows of `_ROW` numbers are added up in float32, longer sums in float64."""
     rows, rest = [], []
     for flat in (t.reshape(-1) for t in tensors):
         whole = flat.numel() // _ROW * _ROW
@@ -183,51 +210,39 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def decays(name: str) -> bool:
-    """Return whether `optim.weight_decay` acts on a parameter: on matrices and kernels, not on norms, biases and gates.
+    """Return whether `optim.weight_decay` applies to a parameter: to matrices and kernels, not to norms, biases and gates.
 
-    By name, since stacked experts' biases [K, F] look like matrices, and flat parts under ZeRO have no shape.
+    The name decides, because biases of stacked experts [K, F] have two axes, and flat parts under ZeRO have no shape.
     """
     owner, _, leaf = name.rpartition(".")
     norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")
-    return (
-        leaf.split("_lora_")[0] in ("weight", "w1", "w2")
-        and not norm
-        and not name.startswith(("text_gates.", "time_gates."))
-    )
+    return leaf.split("_lora_")[0] in ("weight", "w1", "w2") and not norm and gate_kind(name) is None
 
 
 def _optimizer(parameters: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(parameters, lr=optim.lr)
-    # Weight decay is the engine's (`update`): torch's acts on whole groups, and more groups would cut ZeRO's buffers anew.
+    # `update` applies weight decay: torch's applies to whole groups, and more groups would change ZeRO's buffers.
     return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=True)
 
 
-def _not_of_a_dropped_step(record: logging.LogRecord) -> bool:
-    # `discard` makes DeepSpeed see an overflow. Whether a step was skipped, and why, is the trainer's to say.
+def _is_not_overflow(record: logging.LogRecord) -> bool:
+    # `discard_gradients` makes DeepSpeed detect an overflow. The trainer reports skipped steps and their reasons.
     return "OVERFLOW!" not in record.getMessage()
 
 
-def import_deepspeed() -> Any:
-    """Return the module `deepspeed`, with its shared-memory all-reduce turned off.
-
-    On CPUs it would compile that in C++ on first use, for about a minute; gloo needs none.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> Any:
+def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: Tree) -> Any:
     deepspeed = import_deepspeed()
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
-    log.addFilter(_not_of_a_dropped_step)
+    log.addFilter(_is_not_overflow)
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{error.title} in the DeepSpeed JSON: {where}: given {first['input']!r}; {first['msg']}") from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{field}={first['input']!r} in the DeepSpeed JSON is refused by DeepSpeed ({error.title}): {first['msg']}. "
+            "Correct it."
+        ) from None
     return engine

@@ -1,4 +1,4 @@
-"""What DeepSpeed has to know of experts spread over ranks: process groups, a marker in the model, optimizer groups."""
+"""What DeepSpeed needs for sharded experts: process groups, a marker module in the model, optimizer groups."""
 
 import hashlib
 from typing import Any
@@ -7,14 +7,14 @@ import torch.distributed as dist
 from torch import nn
 
 from raphael_dist.parallel.exchange import ExpertGroup, Traffic
-from raphael_dist.parallel.ranks import gather_objects, own_group
+from raphael_dist.runtime.ranks import gather_objects, own_group
 
 
-def join(size: int, traffic: Traffic) -> ExpertGroup:
-    """Create this rank's two groups of one size, where they do not exist, and return its view of the first. Collective.
+def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
+    """Create this rank's two groups of one size if they do not exist; return its view of the first. Collective.
 
-    Consecutive ranks share a set of experts (ep); ranks `size` apart hold the same experts and reduce their gradients
-    (edp). DeepSpeed looks both up in its registry, and gives the groups it makes itself no time-out.
+    Consecutive ranks share a set of experts (ep). Ranks at a distance of `size` have the same experts and reduce their
+    gradients (edp). DeepSpeed finds both groups in its registry; groups that it creates itself have no timeout.
     """
     from deepspeed.utils import groups
 
@@ -22,27 +22,34 @@ def join(size: int, traffic: Traffic) -> ExpertGroup:
     ep, edp = groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP
     if name not in ep:
         first = me // size * size
-        consecutive, apart = list(range(first, first + size)), list(range(me % size, world, size))
-        ep[name], groups._EXPERT_PARALLEL_GROUP_RANKS[name] = own_group(consecutive), consecutive
-        edp[name], groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = own_group(apart), apart
+        ep_ranks, edp_ranks = list(range(first, first + size)), list(range(me % size, world, size))
+        ep[name], groups._EXPERT_PARALLEL_GROUP_RANKS[name] = own_group(ep_ranks), ep_ranks
+        edp[name], groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = own_group(edp_ranks), edp_ranks
     return ExpertGroup(ep[name], size, dist.get_rank(ep[name]), traffic)
 
 
-def mark(model: nn.Module, num_experts: int) -> None:
-    """Give a model whose experts are spread a module without parameters, by which DeepSpeed's engine knows of experts."""
+def copies() -> dict[str, dist.ProcessGroup]:
+    """Return the groups of ranks that have the same experts, by `group_name`."""
+    from deepspeed.utils import groups
+
+    return dict(groups._EXPERT_DATA_PARALLEL_GROUP)
+
+
+def add_moe_marker(model: nn.Module, num_experts: int) -> None:
+    """Add a module without parameters to a model with sharded experts, by which DeepSpeed's engine detects them."""
     from deepspeed.moe.layer import MoE
 
-    # Trained ones: DeepSpeed wants an optimizer's group of experts for such a module.
-    spread = sorted({p.group_name for p in model.parameters() if hasattr(p, "group_name") and p.requires_grad})
-    if not spread:
+    # Only trained experts: DeepSpeed requires a group of the optimizer for such a module.
+    sharded = sorted({p.group_name for p in model.parameters() if hasattr(p, "group_name") and p.requires_grad})
+    if not sharded:
         return
 
     class Marker(MoE):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = num_experts
-            # For DeepSpeed's save_checkpoint: no expert files of its own, our stacked layers are in the ZeRO files.
-            self.num_local_experts, self.expert_group_name = 0, spread[0]
+            # DeepSpeed's save_checkpoint writes no expert files: the stacked layers are in the ZeRO files.
+            self.num_local_experts, self.expert_group_name = 0, sharded[0]
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             """Do nothing: the groups exist."""
@@ -51,20 +58,20 @@ def mark(model: nn.Module, num_experts: int) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: everything replicated, then one group per expert-parallel size, smallest first.
+    """Return the optimizer's groups: all replicated parameters, then one group per expert-parallel size, ascending.
 
-    DeepSpeed's own splitting iterates over a set of strings, so that ranks could disagree about the order and wait for each
-    other for ever. Asserts that all ranks have the same groups.
+    DeepSpeed's own division iterates over a set of strings. The order could differ between ranks, which would then hang.
+    All ranks must have the same groups.
     """
-    found: dict[str, list[tuple[str, nn.Parameter]]] = {"": []}
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {"": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            found.setdefault(getattr(p, "group_name", ""), []).append((name, p))
-    order = sorted(found, key=lambda name: (len(name), name))
-    described = repr([(g, [(n, tuple(p.shape)) for n, p in found[g]]) for g in order])
-    digests = gather_objects(hashlib.sha256(described.encode()).hexdigest())
+            members.setdefault(getattr(p, "group_name", ""), []).append((name, p))
+    order = sorted(members, key=lambda name: (len(name), name))
+    description = repr([(g, [(n, tuple(p.shape)) for n, p in members[g]]) for g in order])
+    digests = gather_objects(hashlib.sha256(description.encode()).hexdigest())
     assert len(set(digests)) == 1, "the ranks have different parameter groups"
-    groups: list[dict[str, Any]] = [{"params": [p for _, p in found[g]]} for g in order]
+    groups: list[dict[str, Any]] = [{"params": [p for _, p in members[g]]} for g in order]
     for group, name in zip(groups[1:], order[1:], strict=True):
         group |= {"moe": True, "name": name}
     return groups

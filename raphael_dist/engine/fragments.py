@@ -1,8 +1,8 @@
-"""What this rank owns of the fp32 weights and of Adam's moments, as named ranges, the same for every ZeRO stage.
+"""This rank's part of the fp32 weights and of Adam's moments, as named ranges, for every ZeRO stage.
 
-ZeRO flattens parameters and cuts the result between ranks. A fragment undoes that in words: "elements [start, start + n)
-of parameter `name`, flattened, live in this view". EMA, checkpoints and resharding need nothing else, and a fragment means
-the same on every topology.
+ZeRO flattens parameters and divides the result between ranks. A fragment states which elements [start, start + n) of the
+flattened parameter `name` a view contains. EMA, checkpoints and resharding use only fragments, which mean the same on every
+topology.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Fragments:
-    """All fragments of this rank, in the order of the model's parameters; of frozen ones there are none."""
+    """All fragments of this rank, in the order of the model's parameters. Frozen parameters have none."""
 
     def __init__(self, module: nn.Module, zero: Zero, optimizer: torch.optim.Optimizer) -> None:
-        """`optimizer`: torch's, whose parameters are the fragments' owners."""
+        """Collect the fragments. `optimizer` is torch's; its parameters are the fragments' owners."""
         self._zero, self._optimizer = zero, optimizer
         self.shapes = {name: global_shape(p)[0] for name, p in module.named_parameters() if p.requires_grad}
         self.all = list(zero.fragments(module))
@@ -33,20 +33,20 @@ class Fragments:
         return [f.master for f in self.all]
 
     def moment(self, fragment: Fragment, kind: str) -> Tensor | None:
-        """Return the live view of one of Adam's moments, float32 [numel]; None before the first step or without one."""
+        """Return a view of one of Adam's moments, float32 [numel]; None before the first step, or without moments."""
         state = self._optimizer.state.get(fragment.owner, {})
         if kind not in state:
             return None
         return state[kind].view(-1).narrow(0, fragment.offset, fragment.numel)
 
     def moment_addresses(self) -> list[int]:
-        """Return where the optimizer keeps its moments: what changes when views of them, kept by a caller, grow stale."""
+        """Return the addresses of the optimizer's moments. If they change, a caller's views are stale."""
         states = [self._optimizer.state.get(owner, {}) for owner in self._owners]
         return [state[kind].data_ptr() for state in states for kind in MOMENTS if kind in state]
 
     def create_moments(self, steps_taken: int) -> None:
-        """Make the optimizer's state as it is after `steps_taken` steps, with moments of zero to be filled in."""
-        if not isinstance(self._optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD keeps nothing
+        """Create the optimizer's state as after `steps_taken` steps, with moments of zero that the caller fills."""
+        if not isinstance(self._optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD has no state
             return
         on_device = self._optimizer.defaults.get("fused") or self._optimizer.defaults.get("capturable")
         # By fragment, not by param_groups: ZeRO-3 empties those between steps.
@@ -58,5 +58,5 @@ class Fragments:
 
     @torch.no_grad()
     def sync_model(self) -> None:
-        """Copy the fp32 weights into the model that computes (a collective: every rank calls it)."""
+        """Copy the fp32 weights into the model. Collective."""
         self._zero.sync_model()

@@ -1,1 +1,1 @@
-"""How good a model's pictures are: features, distances, scores, and the studies that use them."""
+"""Image quality: features, distances, scores, and the studies that use them."""

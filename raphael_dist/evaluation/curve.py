@@ -1,23 +1,27 @@
-"""The trade-off between being true to pictures and to captions, over the weights of the guidance, as a figure."""
+"""Figure of fidelity against caption alignment over guidance weights."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from raphael_dist.errors import UserError
-from raphael_dist.evaluation.features import INSTALL
+from raphael_dist.evaluation.image_features import INSTALL
 from raphael_dist.evaluation.study import Result
 
 
 def require_matplotlib() -> None:
-    """Raise UserError when figures of curves cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(f"the trade-off curve needs matplotlib: {INSTALL}") from None
+    """Raise UserError when matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise UserError(
+            f"several --guidance values require the package matplotlib for their curve, but it is not installed. {INSTALL}"
+        )
 
 
 def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
-    """Write FID against CLIP score, a point for each guidance; without both, what there is against the guidance."""
+    """Draw Frechet distance against CLIP score, a point for each guidance weight.
+
+    With only one of them, or with the share of texts, the x axis is the guidance weight.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,11 +41,11 @@ def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
 
 
 def _axes(results: Sequence[Result]) -> list[tuple[str, list[float]]]:
-    """Return name and values of both axes."""
-    known = {
+    """Return the name and the values of both axes."""
+    columns: dict[str, list[float | None]] = {
         "CLIP score (higher is better)": [r.clip for r in results],
         "Frechet distance (lower is better)": [r.fid for r in results],
-        "share of texts read as asked for": [r.text_exact for r in results],
+        "share of texts read exactly": [None if r.text is None else r.text.exact for r in results],
     }
-    there = [(name, [v for v in values if v is not None]) for name, values in known.items() if None not in values]
-    return there[:2] if len(there) > 1 else [("guidance", [r.guidance for r in results]), *there]
+    measured = [(name, [v for v in values if v is not None]) for name, values in columns.items() if None not in values]
+    return measured[:2] if len(measured) > 1 else [("guidance", [r.guidance for r in results]), *measured]

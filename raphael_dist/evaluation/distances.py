@@ -1,7 +1,7 @@
-"""Distances between two sets of pictures by their features, as torch-fidelity computes them.
+"""Distances between two sets of images by their features, equal to torch-fidelity's.
 
-Here rather than called there: that package needs torchvision to be imported, and the emoji benchmark needs neither.
-Shape legend: N and M pictures, D features.
+They are computed here because torch-fidelity requires torchvision and the emoji benchmark must not.
+Shape legend: N and M images, D features.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
     """Return ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, Eq. 6), in float64.
 
-    FID, where the features are Inception's. Needs two pictures a set; few of them (fewer than D) bias it upwards.
+    It is FID when the features are Inception's. Each set needs two images; fewer than D images bias it upwards.
     """
     a, b = a_ND.double(), b_MD.double()
     mean = a.mean(dim=0) - b.mean(dim=0)
@@ -32,9 +32,14 @@ def _trace_of_root(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 def kernel_distance(
     a_ND: Tensor, b_MD: Tensor, subsets: int = 100, size: int = 1000, seed: int = 2020
 ) -> tuple[float, float]:
-    """Return mean and deviation over subsets of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
+    """Return mean and deviation of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    KID, where the features are Inception's. Subsets have `size` pictures, or as many as the smaller set.
+    It is KID when the features are Inception's.
+
+    Args:
+        subsets: how many subsets of both sets are compared.
+        size: images of a subset, at most as many as the smaller set has.
+        seed: fixes the subsets.
     """
     size, draw = min(size, len(a_ND), len(b_MD)), np.random.RandomState(seed)
     values = []
@@ -51,23 +56,37 @@ def _polynomial(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 
 
 def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, rows: int = 4096) -> tuple[float, float]:
-    """Return the share of drawn pictures within the manifold of the true ones, and the reverse (Kynkaanniemi et al. 2019).
+    """Return precision and recall of drawn images (Kynkaanniemi et al. 2019).
 
-    A manifold is the union of balls around its pictures, as far as their `neighbours`-th nearest.
+    Precision is the share of drawn images within the manifold of the true ones, recall the reverse. A manifold is the union
+    of balls around its images whose radius is the distance to their `neighbours`-th nearest neighbour.
     """
     neighbours = min(neighbours, len(drawn_ND) - 1, len(true_MD) - 1)
-    return _covered(drawn_ND, true_MD, neighbours, rows), _covered(true_MD, drawn_ND, neighbours, rows)
+    return _covered_share(drawn_ND, true_MD, neighbours, rows), _covered_share(true_MD, drawn_ND, neighbours, rows)
 
 
-def _covered(of_ND: Tensor, by_MD: Tensor, neighbours: int, rows: int) -> float:
-    """Return the share of `of` that lies in a ball around one of `by`."""
-    radius_M = torch.cat([torch.cdist(part, by_MD).kthvalue(neighbours + 1).values for part in by_MD.split(rows)])
-    inside = [(torch.cdist(part, by_MD) <= radius_M).any(dim=1) for part in of_ND.split(rows)]
+def _covered_share(points_ND: Tensor, manifold_MD: Tensor, neighbours: int, rows: int) -> float:
+    """Return the share of points within a ball of the manifold. rows: computed at a time, to bound memory."""
+    parts = manifold_MD.split(rows)
+    radius_M = torch.cat([torch.cdist(part, manifold_MD).kthvalue(neighbours + 1).values for part in parts])
+    inside = [(torch.cdist(part, manifold_MD) <= radius_M).any(dim=1) for part in points_ND.split(rows)]
     return float(torch.cat(inside).double().mean())
 
 
-def bootstrap(values: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95% interval of the mean of values [N], by resampling them."""
+def bootstrap(
+    values: np.ndarray, weights: np.ndarray | None = None, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of the mean of values [N], weighted by weights [N] if they are given."""
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(np.asarray(values, np.float64)[picks].mean(axis=1), [0.025, 0.975])
+    weights = np.ones(len(values)) if weights is None else weights
+    means = (np.asarray(values, np.float64) * weights)[picks].sum(axis=1) / weights[picks].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """Return the 95% interval of a share (Wilson 1927). Unlike the bootstrap's it has a width at shares of 0 and 1."""
+    share, z2 = successes / count, 1.96**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)

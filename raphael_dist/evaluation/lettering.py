@@ -1,47 +1,50 @@
-"""Text in pictures: what an OCR engine reads, beside what the prompt asked for."""
+"""Text in images: the text that a prompt requests, its alphabet, and how well an OCR engine reads it."""
 
-import importlib
 import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from raphael_dist.errors import UserError
+from raphael_dist.evaluation.distances import bootstrap, wilson
+from raphael_dist.text import quoted_parts
 
-# A picture, uint8 [H, W, 3], to the text in it.
-Reader = Callable[[np.ndarray], str]
-_QUOTED = re.compile(r"""["“](.+?)["”]""")
-# The emoji whose captions say what is written on them.
+# Emoji captions that name the text on the image; letters are capitals there.
 _EMOJI = (
-    (re.compile(r"keycap with the number (\d+)"), str),
-    (re.compile(r"button with the letters? (\w+)"), str.upper),
-    (re.compile(r"\b(cool|free|id|new|ok|sos|vs|ng|cl) button"), str.upper),
+    re.compile(r"keycap with the number (\d+)"),
+    re.compile(r"button with the letters? (\w+)"),
+    re.compile(r"\b(cool|free|id|new|ok|sos|vs|ng|cl) button"),
 )
-SIDE = 400  # pixels that a small picture is enlarged to: engines are made for scans
 
 
-def asked_text(prompt: str) -> str | None:
-    """Return the text that a prompt asks for: what stands in double quotes, or on an emoji of letters or digits."""
-    if found := _QUOTED.search(prompt):
-        return found[1]
-    for pattern, spell in _EMOJI:
-        if found := pattern.search(prompt):
-            return str(spell(found[1]))
-    return None
+def requested_text(prompt: str) -> str | None:
+    """Return the text that a prompt requests: all in double quotes, or on an emoji of letters or digits."""
+    if quoted := quoted_parts(prompt):
+        return " ".join(quoted)
+    emoji = next(filter(None, (pattern.search(prompt) for pattern in _EMOJI)), None)
+    return emoji[1].upper() if emoji else None
 
 
-def normalised(text: str) -> str:
-    """Return a text as it is compared: its letters and digits in capitals, words apart by single blanks."""
+def normalise_text(text: str) -> str:
+    """Return text as it is compared: letters and digits in capitals, words separated by one space."""
     return " ".join(re.sub(r"[\W_]", " ", text.upper()).split())
 
 
+def alphabet_of(texts: Iterable[str]) -> set[str]:
+    """Return the characters of texts; one capital allows all capitals, and so for small letters and digits.
+
+    Whole groups, so that the score of a text does not depend on how few others are read with it.
+    """
+    used = set().union(*texts)
+    for group in (string.ascii_uppercase, string.ascii_lowercase, string.digits):
+        if used & set(group):
+            used |= set(group)
+    return used
+
+
 def edit_distance(a: str, b: str) -> int:
-    """Return the least number of insertions, deletions and replacements that make b of a (Levenshtein)."""
+    """Return the Levenshtein distance: the least insertions, deletions and replacements that turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -50,45 +53,26 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def reader_of(spec: str) -> Reader:
-    """Return the engine that an option names: "tesseract", or "module:function" with a function of a picture's pixels.
+@dataclass(frozen=True)
+class TextScore:
+    """How well texts were read, with the ends of 95% intervals over images.
 
-    UserError: it is not installed, or there is no such function.
+    exact: share read exactly (interval: Wilson). cer: character error rate, edits per requested character (bootstrap).
     """
-    if spec == "tesseract":
-        if shutil.which("tesseract") is None:
-            raise UserError("--ocr tesseract: not installed; Debian: tesseract-ocr; or give --ocr module:function")
-        return tesseract
-    module, _, name = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--ocr: given {spec!r}, allowed tesseract or module:function ({error})") from None
-    if not callable(found):
-        raise UserError(f"--ocr: {spec} is not a function of a picture")
-    return lambda pixels: str(found(pixels))
+
+    exact: float
+    exact_low: float
+    exact_high: float
+    cer: float
+    cer_low: float
+    cer_high: float
 
 
-def tesseract(pixels_HW3: np.ndarray) -> str:
-    """Return what tesseract reads as one line, or where that is nothing as one character; light on dark as well as dark on
-    light, the reading of more letters and digits."""
-    image = Image.fromarray(pixels_HW3).convert("L")
-    scale = max(1, SIDE // max(image.size))
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
-    both = (image, Image.fromarray(255 - np.asarray(image)))
-    for mode in ("7", "10"):  # tesseract's for a line, and for a character
-        best = max((_read(one, mode) for one in both), key=lambda text: len(normalised(text)))
-        if normalised(best):
-            return best
-    return ""
-
-
-def _read(image: Image.Image, mode: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture.png"
-        image.save(path)
-        command = ["tesseract", str(path), "stdout", "--psm", mode, "--dpi", "300"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        raise UserError(f"--ocr tesseract: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
-    return done.stdout.strip()
+def score_texts(requested: Sequence[str], read: Sequence[str]) -> TextScore:
+    """Return the score of texts as read, compared without case and punctuation. No requested text may be empty then."""
+    pairs = [(normalise_text(a), normalise_text(b)) for a, b in zip(requested, read, strict=True)]
+    exact = np.array([a == b for a, b in pairs])
+    lengths = np.array([len(a) for a, _ in pairs])
+    edits = np.array([edit_distance(a, b) for a, b in pairs])
+    cer = float(edits.sum() / lengths.sum())
+    return TextScore(float(exact.mean()), *wilson(int(exact.sum()), len(pairs)), cer, *bootstrap(edits / lengths, lengths))

@@ -1,39 +1,48 @@
-"""A study of pictures: draw, at each weight of the guidance, what captions ask for; compare with true pictures.
+"""Study of a model's images: draw captions at each guidance weight and compare with true images, captions or quoted text.
 
-Everything lies in one folder: how the numbers were made (protocol.json), pictures by guidance, features, results. A study
-that was ended goes on where it was. Ranks divide the pictures.
+One folder holds the protocol (protocol.json), the images of each guidance weight, features and results. A stopped study
+continues from these files. Ranks divide the images.
 """
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.distances import frechet_distance, kernel_distance, precision_recall
-from raphael_dist.evaluation.drawn import draw_missing, picture_path, read_picture
-from raphael_dist.evaluation.features import BATCH, ClipScore, Features, compute_all
-from raphael_dist.evaluation.lettering import Reader, asked_text, edit_distance, normalised
-from raphael_dist.parallel.long_work import Tell, together
-from raphael_dist.parallel.ranks import Ranks
-from raphael_dist.sampling.load import Trained
-from raphael_dist.sampling.prompts import fit_picture
-from raphael_dist.sampling.sampling import Request
-from raphael_dist.sampling.spread import Settings
+from raphael_dist.evaluation.draw import draw_missing, image_path, read_image
+from raphael_dist.evaluation.image_features import BATCH, ClipScore, Features, compute_features
+from raphael_dist.evaluation.lettering import TextScore, requested_text, score_texts
+from raphael_dist.evaluation.ocr import Reader
+from raphael_dist.runtime.long_work import run_on_all_ranks
+from raphael_dist.runtime.progress_bar import Reporter
+from raphael_dist.runtime.ranks import Ranks
+from raphael_dist.sampling.distributed import SamplingSettings
+from raphael_dist.sampling.load_model import TrainedModel
+from raphael_dist.sampling.prompts import fit_image
+from raphael_dist.sampling.rank_group import gather_to_rank0
+from raphael_dist.sampling.sampler import Request
+from raphael_dist.storage.checksummed import read_array, write_array
 from raphael_dist.storage.files import atomic_path, replace_bytes
+
+# A row for each image number: numbers, or the text that was read.
+Scorer = Callable[[Sequence[int]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared and how. `side`: pictures are cut to squares of so many pixels first; None: as they are."""
+    """What is drawn and measured.
+
+    side: crop images to squares of this many pixels first; None: use them as they are.
+    true_texts: true images for `reader`, uint8 [H, W, 3], each with its text.
+    """
 
     folder: Path
     requests: Sequence[Request]
@@ -41,173 +50,179 @@ class Study:
     features: Features | None = None
     clip: ClipScore | None = None
     reader: Reader | None = None
+    true_texts: Sequence[tuple[np.ndarray, str]] = ()
     side: int | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """The numbers of one weight of the guidance; None for what was not asked for."""
+    """The numbers of one guidance weight; None where a measure was not requested. true_text: of the true images."""
 
     guidance: float
-    pictures: int
+    images: int
     fid: float | None = None
     kid: float | None = None
     kid_deviation: float | None = None
     precision: float | None = None
     recall: float | None = None
     clip: float | None = None
-    text_exact: float | None = None
-    text_edits: float | None = None
+    text: TextScore | None = None
+    true_text: TextScore | None = None
 
 
 def run_study(
-    trained: Trained,
+    trained: TrainedModel,
     study: Study,
-    settings: Settings,
+    settings: SamplingSettings,
     guidances: Sequence[float],
     reference: Sequence[Path | np.ndarray],
     ranks: Ranks,
 ) -> list[Result]:
-    """Return a result for each weight of the guidance, on rank 0; write results.json and results.csv as they come.
+    """Draw and measure at each guidance weight; write results.json and results.csv after each. Collective.
 
-    reference: files of true pictures, or pictures; empty without features. Collective.
+    Args:
+        reference: true images, as files or uint8 [H, W, 3]; empty without features.
+
+    Returns:
+        A result for each guidance weight, complete on rank 0.
     """
     true_ND = None
     if study.features is not None:
-        true_ND = _features(study, reference, study.folder / "reference.npy", "true pictures", ranks)
+        true_ND = _features(study, reference, study.folder / "reference.npy", "true images", ranks)
+    true_images, texts = [image for image, _ in study.true_texts], [text for _, text in study.true_texts]
+    true_text = _read_texts(study, true_images, texts, study.folder / "reference-text.npy", ranks)
     results: list[Result] = []
     for guidance in guidances:
         folder, at = study.folder / f"guidance-{guidance:g}", replace(settings, guidance=guidance)
 
-        def draw(tell: Tell, folder: Path = folder, at: Settings = at) -> int:
-            return draw_missing(trained, study.requests, at, study.scheduler, folder, ranks, tell)
+        def draw(report: Reporter, folder: Path = folder, at: SamplingSettings = at) -> int:
+            return draw_missing(trained, study.requests, at, study.scheduler, folder, ranks, report)
 
-        together(f"drawing at guidance {guidance:g}", draw)
-        results.append(_result(study, guidance, folder, true_ND, ranks))
+        run_on_all_ranks(f"drawing at guidance {guidance:g}", draw)
+        results.append(replace(_measure(study, guidance, folder, true_ND, ranks), true_text=true_text))
         if ranks.is_main:
             write_results(study.folder, results)
     return results
 
 
-def _result(study: Study, guidance: float, folder: Path, true_ND: Tensor | None, ranks: Ranks) -> Result:
-    paths = [picture_path(folder, number) for number in range(len(study.requests))]
+def _measure(study: Study, guidance: float, folder: Path, true_ND: Tensor | None, ranks: Ranks) -> Result:
+    paths = [image_path(folder, number) for number in range(len(study.requests))]
     result = Result(guidance, len(paths))
     if study.features is not None:
-        drawn_ND = _features(study, paths, folder / "features.npy", f"pictures at guidance {guidance:g}", ranks)
-        if ranks.is_main:
-            assert true_ND is not None
-            assert drawn_ND is not None
+        drawn_ND = _features(study, paths, folder / "features.npy", f"images at guidance {guidance:g}", ranks)
+        if drawn_ND is not None and true_ND is not None:
             kid, deviation = kernel_distance(drawn_ND, true_ND)
             precision, recall = precision_recall(drawn_ND, true_ND)
             result = replace(result, fid=frechet_distance(drawn_ND, true_ND), kid=kid, kid_deviation=deviation)
             result = replace(result, precision=precision, recall=recall)
     if study.clip is not None:
-        scores = _spread(paths, lambda part: _clip(study, paths, part), folder / "clip.npy", "CLIP scores", ranks)
+        scores = _compute_on_ranks(len(paths), _clip_scorer(study, paths), folder / "clip.npy", "CLIP scores", ranks)
         result = replace(result, clip=None if scores is None else float(scores.mean()))
     if study.reader is not None:
-        read = _spread(paths, lambda part: _lettering(study, paths, part), folder / "text.npy", "reading text", ranks)
-        if read is not None:
-            known = read[read[:, 0] >= 0]
-            result = replace(result, text_exact=float(known[:, 0].mean()), text_edits=float(known[:, 1].mean()))
+        texts = [requested_text(request.prompt) or "" for request in study.requests]
+        result = replace(result, text=_read_texts(study, paths, texts, folder / "text.npy", ranks))
     return result
 
 
-def _features(study: Study, pictures: Sequence[Path | np.ndarray], path: Path, doing: str, ranks: Ranks) -> Tensor | None:
-    """Return the features of all pictures on rank 0, kept in `path`. Collective."""
+def _read_texts(
+    study: Study, images: Sequence[Path | np.ndarray], texts: Sequence[str], path: Path, ranks: Ranks
+) -> TextScore | None:
+    """Return on rank 0 how well texts are read; `path` caches what was read; a csv lies next to it. Collective."""
+    reader = study.reader
+    if reader is None or not texts:
+        return None
+
+    def score(numbers: Sequence[int]) -> np.ndarray:
+        return np.array([reader(_pixels(images[n], None)) for n in numbers])
+
+    rows = _compute_on_ranks(len(images), score, path, "reading text", ranks)
+    if rows is None:
+        return None
+    read = [str(text) for text in rows]
+    _write_csv(path.with_suffix(".csv"), ["image", "requested", "read"], zip(range(len(read)), texts, read, strict=True))
+    return score_texts(texts, read)
+
+
+def _features(study: Study, images: Sequence[Path | np.ndarray], path: Path, doing: str, ranks: Ranks) -> Tensor | None:
+    """Return the features of all images on rank 0; `path` caches them. Collective."""
     assert study.features is not None
     features = study.features
 
-    def compute(numbers: Sequence[int]) -> np.ndarray:
-        return compute_all(features, [_picture(pictures[n], study.side) for n in numbers]).numpy()
+    def score(numbers: Sequence[int]) -> np.ndarray:
+        return compute_features(features, [_pixels(images[n], study.side) for n in numbers]).numpy()
 
-    found = _spread(pictures, compute, path, doing, ranks)
-    return None if found is None else torch.from_numpy(found)
+    rows = _compute_on_ranks(len(images), score, path, doing, ranks)
+    return None if rows is None else torch.from_numpy(rows)
 
 
-def _picture(picture: Path | np.ndarray, side: int | None) -> np.ndarray:
-    pixels = read_picture(picture) if isinstance(picture, Path) else picture
+def _pixels(image: Path | np.ndarray, side: int | None) -> np.ndarray:
+    pixels = read_image(image) if isinstance(image, Path) else image
     if side is None or pixels.shape[:2] == (side, side):
         return pixels
-    return fit_picture(Image.fromarray(pixels), (side, side))
+    return fit_image(Image.fromarray(pixels), (side, side))
 
 
-def _clip(study: Study, paths: Sequence[Path], numbers: Sequence[int]) -> np.ndarray:
-    assert study.clip is not None
-    pictures = [_picture(paths[n], study.side) for n in numbers]
-    return np.array(study.clip(pictures, [study.requests[n].prompt for n in numbers]))
+def _clip_scorer(study: Study, paths: Sequence[Path]) -> Scorer:
+    def score(numbers: Sequence[int]) -> np.ndarray:
+        assert study.clip is not None
+        images = [_pixels(paths[n], study.side) for n in numbers]
+        return np.array(study.clip(images, [study.requests[n].prompt for n in numbers]))
+
+    return score
 
 
-def _lettering(study: Study, paths: Sequence[Path], numbers: Sequence[int]) -> np.ndarray:
-    """Return (1 if read as asked for, edits per letter asked for) for each picture; -1, -1 where no text was asked for."""
-    assert study.reader is not None
-    rows = []
-    for n in numbers:
-        asked = asked_text(study.requests[n].prompt)
-        if asked is None:
-            rows.append((-1.0, -1.0))
-            continue
-        wanted, found = normalised(asked), normalised(study.reader(read_picture(paths[n])))
-        rows.append((float(wanted == found), edit_distance(wanted, found) / len(wanted)))
-    return np.array(rows)
+def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: Ranks) -> np.ndarray | None:
+    """Return on rank 0 the rows of images 0 .. count-1; `path` caches them. Collective."""
+    numbers = ranks.share(count)
+
+    def work(report: Reporter) -> dict[int, np.ndarray]:
+        rows: dict[int, np.ndarray] = {}
+        if not path.is_file():
+            for start in range(0, len(numbers), BATCH):
+                part = numbers[start : start + BATCH]
+                rows |= zip(part, score(part), strict=True)
+                done = min(start + BATCH, len(numbers))
+                report(f"{done} of {len(numbers)}", done, len(numbers))
+        return rows
+
+    row_of = gather_to_rank0(run_on_all_ranks(doing, work))
+    return run_on_all_ranks(f"{doing}: saving", lambda _: _save_rows(path, count, row_of) if ranks.is_main else None)
 
 
-def _spread(
-    pictures: Sequence[Any], compute: Callable[[Sequence[int]], np.ndarray], path: Path, doing: str, ranks: Ranks
-) -> np.ndarray | None:
-    """Return on rank 0 what `compute` returns for the numbers of all pictures, a row for each; kept in `path`. Collective.
-
-    Each rank leaves its part beside `path`, which rank 0 puts together.
-    """
-    mine = range(ranks.rank, len(pictures), ranks.world_size)
-
-    def part(rank: int) -> Path:
-        return path.with_name(f".{path.stem}-{rank}-of-{ranks.world_size}.npy")
-
-    def work(tell: Tell) -> None:
-        if path.is_file():
-            return
-        rows = []
-        for start in range(0, len(mine), BATCH):
-            rows.append(compute(mine[start : start + BATCH]))
-            tell(f"{min(start + BATCH, len(mine))} of {len(mine)}")
-        _save(part(ranks.rank), np.concatenate(rows) if rows else np.zeros(0))
-
-    def join(tell: Tell) -> None:
-        if ranks.is_main and not path.is_file():
-            parts = [np.load(part(rank)) for rank in range(ranks.world_size)]
-            whole = np.zeros((len(pictures), *parts[0].shape[1:]), parts[0].dtype)
-            for rank, rows in enumerate(parts):
-                if len(rows):
-                    whole[rank :: ranks.world_size] = rows
-            _save(path, whole)
-            for rank in range(ranks.world_size):
-                part(rank).unlink(missing_ok=True)
-
-    together(doing, work)
-    together(f"{doing}: putting them together", join)
-    dist.barrier()
-    if not ranks.is_main:
-        return None
+def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndarray:
+    """Return the rows that `path` caches; write it first when there is none."""
+    if not path.is_file():
+        write_array(path, np.stack([row_of[number] for number in range(count)]))
     try:
-        found: np.ndarray = np.load(path, allow_pickle=False)
+        rows = read_array(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it") from None
-    if len(found) != len(pictures):
-        raise UserError(f"{path}: {len(found)} rows for {len(pictures)} pictures; remove it")
-    return found
-
-
-def _save(path: Path, rows: np.ndarray) -> None:
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, rows)
+        raise UserError(f"{path} cannot be read ({error}). Remove the file; the next start computes it again.") from None
+    if len(rows) != count:
+        raise UserError(
+            f"{path} must have {count} rows, one for each image, but it has {len(rows)}. Remove the file; the next start "
+            "computes it again."
+        )
+    return rows
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:
-    """Write results.json and results.csv, a row for each weight of the guidance."""
-    rows = [{name: value for name, value in asdict(result).items() if value is not None} for result in results]
+    """Write results.json and results.csv, a row for each guidance weight."""
+    rows = [_as_row(result) for result in results]
     replace_bytes(folder / "results.json", json.dumps(rows, indent=1).encode())
-    names = [name for name in asdict(results[0]) if any(name in row for row in rows)]
-    with atomic_path(folder / "results.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    _write_csv(folder / "results.csv", list(rows[0]), (row.values() for row in rows))
+
+
+def _as_row(result: Result) -> dict[str, object]:
+    """Return the measures that were requested; the score of a text becomes columns: text_exact, text_exact_low, ..."""
+    row: dict[str, object] = {}
+    for name, value in asdict(result).items():
+        if isinstance(value, dict):
+            row |= {f"{name}_{part}": number for part, number in value.items()}
+        elif value is not None:
+            row[name] = value
+    return row
+
+
+def _write_csv(path: Path, names: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([names, *rows])

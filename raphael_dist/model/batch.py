@@ -1,13 +1,12 @@
-"""One micro-batch with everything random about it: a step is a pure function of (weights, batch).
+"""One micro-batch with all of its randomness: a step is a pure function of (weights, batch).
 
-Shape legend: B samples, C latent channels, h and w latent height and width, Y text tokens, D text width,
-L transformer blocks, K experts.
+Shape legend: B samples, C latent channels, h and w latent height and width, Y text tokens, D text width, Hs and Ws size of
+small images.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +14,26 @@ from torch import Tensor
 from raphael_dist.model.device import is_gpu
 from raphael_dist.model.unet import GateNoise
 
-_ALIGNMENT = 64  # bytes; kernels read whole vectors of up to 16
+_ALIGNMENT = 64  # bytes; kernels read vectors of up to 16 bytes
 
 
 @dataclass
 class Batch:
-    """position int64 [B]; weight [B], 0 for a slot without a sample; x0 and noise [B, C, h, w]; timestep int64 [B];
-    text [B, Y, D]; text_mask bool [B, Y]; end int64 [B]; edge [B, h, w] in 0..1 or None; gate noise or None; small
-    [B, 3, Hs, Ws] in -1..1, small pictures with their noise (model/upscale.py), or None. Floats are float32. memory: uint8,
-    the one stretch of memory that all on the host lie in, or None. seconds: what making it took, by kind of work.
+    """A micro-batch. Floating-point tensors are float32.
+
+    Attributes:
+        position: int64 [B], positions in the endless order of training.
+        weight: [B], 0 for a slot without a sample.
+        x0, noise: latents and their noise [B, C, h, w].
+        timestep: int64 [B].
+        text: text tokens [B, Y, D].
+        text_mask: bool [B, Y], False at padding.
+        end: int64 [B], index of the end-of-text token.
+        edge: edge maps [B, h, w] in 0..1, or None.
+        gate_noise: or None.
+        small: small images with their noise [B, 3, Hs, Ws] in -1..1 (super_resolution.py), or None.
+        memory: uint8, the pinned memory that all tensors on the host share, or None.
+        seconds: time to build the batch by kind of work.
     """
 
     position: Tensor
@@ -40,76 +50,96 @@ class Batch:
     memory: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def packed(self) -> "Batch":
-        """Return the batch in one stretch of pinned memory on the host, which a GPU copies at one go without a wait.
+    def pack(self) -> "Batch":
+        """Copy the tensors on the host into one block of pinned memory, which a GPU copies at once without a wait.
 
-        What was encoded on a device stays there.
+        Tensors on a device stay there.
         """
-        tensors: list[Tensor] = []
-        self._map(lambda tensor: tensors.append(tensor) if _on_host(tensor) else None)
-        memory = torch.empty(sum(_room(t) for t in tensors), dtype=torch.uint8, pin_memory=True)
-        start = 0
+        offsets: dict[int, int] = {}
+        size = 0
+        for tensor in self.tensors():
+            if _is_on_host(tensor):
+                offsets[id(tensor)] = size
+                size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-        def put(tensor: Tensor) -> Tensor:
-            nonlocal start
-            if not _on_host(tensor):
-                return tensor
-            place = _at(memory, start, tensor).copy_(tensor)
-            start += _room(tensor)
-            return place
+        def copy(tensor: Tensor) -> Tensor:
+            return _view(memory, offsets[id(tensor)], tensor).copy_(tensor) if _is_on_host(tensor) else tensor
 
-        return Batch(**self._map(put), memory=memory, seconds=self.seconds)
+        packed = self.map_tensors(copy)
+        packed.memory = memory
+        return packed
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`; nothing is copied when it is there, and a GPU's host does not wait if `packed`."""
+        """Return the batch on `device`. The host does not wait for a GPU if the batch is packed."""
         if self.memory is None or not is_gpu(device):
-            return Batch(**self._map(lambda tensor: tensor.to(device)), seconds=self.seconds)
-        memory = _copy_aside(self.memory, device)
-        offset, current = self.memory.data_ptr(), torch.cuda.current_stream(device)
+            return self.map_tensors(lambda tensor: tensor.to(device))
+        memory = _copy_on_side_stream(self.memory, device)
+        base, current = self.memory.data_ptr(), torch.cuda.current_stream(device)
 
-        def there(tensor: Tensor) -> Tensor:
-            if _on_host(tensor):
-                return _at(memory, tensor.data_ptr() - offset, tensor)
-            tensor.record_stream(current)  # it was made on the encoders' stream, and is used on this one from here on
+        def place(tensor: Tensor) -> Tensor:
+            if _is_on_host(tensor):
+                return _view(memory, tensor.data_ptr() - base, tensor)
+            tensor.record_stream(current)  # it was made on the encoders' stream and is used on this one
             return tensor
 
-        return Batch(**self._map(there), memory=memory, seconds=self.seconds)
+        batch = self.map_tensors(place)
+        batch.memory = memory
+        return batch
 
-    def _map(self, function: Callable[[Tensor], Any]) -> dict[str, Any]:
-        """Return the fields with `function` applied to each tensor."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("memory", "seconds")}
-        for name, value in values.items():
-            if isinstance(value, GateNoise):
-                values[name] = GateNoise(*(function(tensor) for tensor in value))
-            elif value is not None:
-                values[name] = function(value)
-        return values
+    def scale_gate_noise(self, deviation: float) -> None:
+        """Multiply the gates' noise, which is drawn with deviation 1."""
+        if self.gate_noise is not None:
+            self.gate_noise = GateNoise(*torch._foreach_mul(self.gate_noise, deviation))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of all fields but `memory`."""
+        required = [self.position, self.weight, self.x0, self.noise, self.timestep, self.text, self.text_mask, self.end]
+        optional = [self.edge, *(self.gate_noise or ()), self.small]
+        return required + [tensor for tensor in optional if tensor is not None]
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return a batch with `function` applied to every tensor, without `memory`."""
+
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return Batch(
+            position=function(self.position),
+            weight=function(self.weight),
+            x0=function(self.x0),
+            noise=function(self.noise),
+            timestep=function(self.timestep),
+            text=function(self.text),
+            text_mask=function(self.text_mask),
+            end=function(self.end),
+            edge=optional(self.edge),
+            gate_noise=None if self.gate_noise is None else GateNoise(*map(function, self.gate_noise)),
+            small=optional(self.small),
+            seconds=self.seconds,
+        )
 
 
-def _on_host(tensor: Tensor) -> bool:
+def _is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _room(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _at(memory: Tensor, start: int, like: Tensor) -> Tensor:
-    """Return the view of `memory` (uint8) from byte `start` on that has the shape and dtype of `like`."""
+def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    """Return a view of `memory` (uint8) at byte `start` with the shape and dtype of `like`."""
     return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def _copy_aside(memory: Tensor, device: torch.device) -> Tensor:
-    """Copy pinned memory to a GPU on a stream of its own, so that the copy does not queue behind the last micro-step."""
+def _copy_on_side_stream(memory: Tensor, device: torch.device) -> Tensor:
+    """Copy pinned memory to a GPU on a separate stream, so that the copy does not queue behind the last micro-step."""
     side, current = _side_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(side):
-        copied = memory.to(device, non_blocking=True)
+        copy = memory.to(device, non_blocking=True)
     current.wait_stream(side)
-    # It was allocated for the side stream: its memory must not serve the next copy while this one is still computed with.
-    copied.record_stream(current)
-    return copied
+    # The side stream owns the memory. The next copy must not reuse it while this one is still read.
+    copy.record_stream(current)
+    return copy
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

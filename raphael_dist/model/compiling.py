@@ -1,15 +1,13 @@
-"""`train.compile`: torch.compile for the parts of the U-Net that are one graph whatever the data.
+"""`train.compile`: torch.compile for the parts of the U-Net that are one graph for any data.
 
-These are the residual blocks (GroupNorm and SiLU become one kernel beside the convolutions) and the experts' activations.
-The rest of a transformer block decides by counts, exchanges rows with other ranks, or is a kernel of its own already
-(attention). Parts are compiled in place, so that parameters keep their names. Recomputation lies around compiled parts,
-never inside.
+These are the residual blocks (GroupNorm and SiLU become one kernel next to the convolutions) and the experts' activations.
+The rest of a transformer block depends on counts, exchanges rows with other ranks, or is a kernel already (attention). Parts
+are compiled in place, so parameters keep their names. Recomputation surrounds compiled parts and is never inside them.
 """
 
 import os
 import shutil
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,18 +16,22 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.residual import ResidualBlock
 
-# Graphs that one function may have: residual blocks differ in width, size, and whether gradients are wanted. torch's own
-# limit of 8 would run the others as they are.
+# Graphs per function: residual blocks differ in width, size, and whether gradients are needed. Beyond torch's own limit of 8
+# they would run uncompiled.
 _MAX_GRAPHS = 512
 
 
 def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None:
-    """Compile the parts of `model` in place; each is compiled when it first runs.
+    """Compile the parts of `model` in place. Each is compiled when it first runs.
 
-    `dynamic`: one graph for all sizes. Give it where sizes change within a run (several image sizes, rows that travel
-    between ranks): a graph that is replaced between a forward pass and its recomputation would not fit what was kept.
+    Args:
+        model: the U-Net.
+        device: where it runs.
+        dynamic: one graph for all sizes. Required where sizes change within a run (several image sizes, rows that move
+            between ranks): a graph that is replaced between a forward pass and its recomputation saves other tensors.
 
-    Raises UserError where there is no compiler for `device`.
+    Raises:
+        UserError: there is no compiler for `device`.
     """
     require_compiler(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
@@ -37,23 +39,30 @@ def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None
         if isinstance(module, ResidualBlock):
             module.compile(dynamic=dynamic)
         elif isinstance(module, Experts):
-            # Not the module: its forward pass routes. An attribute that is no parameter hides the method of the class.
-            module.wide = torch.compile(module.wide, dynamic=dynamic)  # type: ignore[method-assign]
+            # Not the whole module, whose forward pass routes.
+            module.dense = torch.compile(module.dense, dynamic=dynamic)  # type: ignore[method-assign]
             module.activate = torch.compile(module.activate, dynamic=dynamic)  # type: ignore[method-assign]
 
 
-def uncompiled() -> AbstractContextManager[Any]:
-    """Run the parts as they are, for what has to see every operation (a count of FLOPs, of synchronisations).
+def uncompiled() -> AbstractContextManager[object]:
+    """Run the parts uncompiled, for tools that must see every operation (counts of FLOPs or of synchronisations).
 
-    Without it torch finds a watcher at work, gives up the part it met, and never compiles it again.
+    Without it torch detects the tool, falls back to eager mode for the part, and never compiles it again.
     """
-    return torch.compiler.set_stance("force_eager")
+    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return context
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise UserError where torch.compile has no compiler for `device`: a C++ compiler on CPUs, Triton as well on GPUs."""
+    """Raise UserError if torch.compile has no compiler for `device`: a C++ compiler, and Triton on GPUs."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise UserError(f"train.compile=true needs a C++ compiler, given {compiler}, not found; install g++ or set CXX")
+        raise UserError(
+            f"train.compile=true requires a C++ compiler, but {compiler} is not in a folder of PATH. Install g++, set CXX, "
+            "or set train.compile=false."
+        )
     if device.type != "cpu" and not torch.utils._triton.has_triton():
-        raise UserError("train.compile=true needs Triton on a GPU; pip install triton, or train.compile=false")
+        raise UserError(
+            "train.compile=true requires the package triton on a GPU, but it is not installed. Run pip install triton, or "
+            "set train.compile=false."
+        )

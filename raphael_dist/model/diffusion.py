@@ -1,4 +1,4 @@
-"""The diffusion process and its loss (Sec. 3), with timesteps that depend on the sample position alone.
+"""The diffusion process and its loss (Sec. 3). Timesteps are a function of the sample position.
 
 Shape legend: B samples, C latent channels, h and w latent height and width.
 """
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raphael_dist.config import Diffusion
+from raphael_dist.config.model_sections import Diffusion
+from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
 
@@ -28,18 +29,34 @@ def alphas_cumprod(config: Diffusion) -> Tensor:
 
 
 def zero_terminal_snr(abar_T: Tensor) -> Tensor:
-    """Shift and scale the roots of abar so that the last is 0 and the first stays (Lin et al., arXiv 2305.08891, Alg. 1)."""
+    """Shift and scale the roots of abar so that the last is 0 and the first is unchanged (arXiv 2305.08891, Alg. 1)."""
     roots = abar_T.sqrt()
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
 
 
 def make_scheduler(config: Diffusion, name: str) -> Any:
-    """Return diffusers' scheduler "ddim", "dpm++" (DPM-Solver++) or "euler" for the training noise schedule.
+    """Return a scheduler of diffusers for the training noise schedule.
 
-    DDIM and Euler as Stable Diffusion has them: timesteps are whole and end at 1, which StableDiffusionPipeline insists on.
+    DDIM and Euler are set up as for Stable Diffusion: whole timesteps that end at 1, as StableDiffusionPipeline requires.
+
+    Args:
+        config: the noise schedule.
+        name: "ddim", "dpm++" (DPM-Solver++) or "euler". On the straight paths of a flow DDIM is Euler.
+
+    Raises:
+        UserError: a flow is to be sampled with DPM-Solver++.
     """
-    from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+    from diffusers.schedulers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
 
+    if config.prediction == "flow":
+        if name == "dpm++":
+            raise UserError("--scheduler=dpm++ is incompatible with diffusion.prediction=flow. Use euler.")
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_timesteps)  # type: ignore[no-untyped-call]
     common: dict[str, Any] = {
         "num_train_timesteps": config.num_timesteps,
         "beta_start": config.beta_start,
@@ -48,68 +65,75 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
         "prediction_type": config.prediction,
     }
     spacing = {"timestep_spacing": "leading", "steps_offset": 1} if name != "dpm++" else {}
-    if config.zero_terminal_snr:  # sampling must begin where there is no signal, as training did
+    if config.zero_terminal_snr:  # sampling must start at pure noise, as training did
         common, spacing = {**common, "rescale_betas_zero_snr": True}, {"timestep_spacing": "trailing"}
     if name == "ddim":
-        return DDIMScheduler(**common, **spacing, clip_sample=False, set_alpha_to_one=False)
-    if name == "euler":
-        return EulerDiscreteScheduler(**common, **spacing)
-    return DPMSolverMultistepScheduler(**common, **spacing)
+        return DDIMScheduler(  # type: ignore[no-untyped-call]
+            **common, **spacing, clip_sample=False, set_alpha_to_one=False
+        )
+    scheduler = EulerDiscreteScheduler if name == "euler" else DPMSolverMultistepScheduler
+    return scheduler(**common, **spacing)
 
 
-def starts_late(scheduler: Any) -> str | None:
-    """Say that a scheduler whose timesteps are set begins far from pure noise, None where it does not.
+def late_start_warning(scheduler: Any) -> str | None:
+    """Return a warning if a scheduler whose timesteps are set starts far from pure noise, else None.
 
-    DDIM spaces its steps by whole timesteps from the low end, so that 600 of 1,000 begin at 600: such images come out flat.
+    DDIM spaces its steps by whole timesteps from the low end: 600 of 1,000 start at timestep 600, and images are flat.
     """
     first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
     if total - first <= max(2 * total / steps, total / 20):
         return None
     nearest = min((n for n in range(1, total) if total % n == 0), key=lambda n: abs(n - steps))
     return (
-        f"{steps} sampling steps begin at timestep {first} of {total}, far from pure noise: take {nearest}, which divides "
-        "it, or the scheduler dpm++"
+        f"{steps} sampling steps start at timestep {first} of {total}, far from pure noise. Use {nearest} steps, a divisor "
+        f"of {total}, or the scheduler dpm++."
     )
 
 
-def draw_timestep(config: Diffusion, seed: int, position: int, global_batch: int, phase: int = 0) -> int:
+def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size: int, phase: int = 0) -> int:
     """Return the timestep of a sample position, uniform over 0 .. T-1.
 
-    Stratified: the positions of one global batch fall into `global_batch` equal strata, dealt by a permutation that
-    depends on (seed, step). Every topology draws the same, and a batch covers the range evenly; so does every run of
-    consecutive positions within it, which is what the ranks that share experts get (`batch_plan`). phase: where in
-    [0, global_batch) steps begin, which is 0 until a run changes its global batch.
+    If stratified, the positions of a global batch fall into `global_batch_size` equal strata in an order that depends on
+    (seed, step). Every topology draws the same timesteps. A batch covers the range evenly, and so do consecutive positions
+    within it, which the ranks that share experts process (`batch_plan`).
+
+    Args:
+        config: the noise schedule.
+        seed: of the run.
+        position: in the endless order of training.
+        global_batch_size: positions per step.
+        phase: position within [0, global_batch_size) at which steps start; 0 unless a run changed its global batch.
     """
     uniform = generator(seed, Purpose.TIMESTEP, position).random()
     if config.stratified:
-        step, index = divmod(position - phase, global_batch)
-        stratum = _strata(seed, step, global_batch)[index]
-        uniform = (stratum + uniform) / global_batch
+        step, index = divmod(position - phase, global_batch_size)
+        stratum = _strata(seed, step, global_batch_size)[index]
+        uniform = (stratum + uniform) / global_batch_size
     return min(int(uniform * config.num_timesteps), config.num_timesteps - 1)
 
 
 def draw_offset(seed: int, position: int, channels: int) -> Tensor:
-    """Return a number of unit deviation for each channel of a sample's latents, float32 [C, 1, 1] (recipe.offset_noise)."""
+    """Return a standard normal number per channel of a sample's latents, float32 [C, 1, 1] (diffusion.offset_noise)."""
     drawn = generator(seed, Purpose.OFFSET, position).standard_normal((channels, 1, 1), dtype=np.float32)
     return torch.from_numpy(drawn)
 
 
 @lru_cache(maxsize=4)
-def _strata(seed: int, step: int, global_batch: int) -> np.ndarray:
-    """Return the stratum of each index of a batch: of 2^k consecutive ones, each 2^-k of the range has one.
+def _strata(seed: int, step: int, global_batch_size: int) -> np.ndarray:
+    """Return the stratum of each index of a batch. Each of 2^k consecutive indices has its own 2^-k of the range.
 
-    A van der Corput sequence, scrambled at random (Owen 1995): every other index goes to the lower or upper half, at random
-    which, and so on within the halves. Where halves are unequal a random turn makes every index uniform again; there alone
-    consecutive indices may miss a range and meet its neighbour twice.
+    This is a van der Corput sequence with random scrambling (Owen 1995): alternate indices go to the lower and the upper
+    half in random order, and so on within the halves. If halves are unequal, a random rotation keeps every index uniform;
+    only then can two consecutive indices share a part of the range.
     """
     draw = generator(seed, Purpose.STRATA, step)
-    strata = np.empty(global_batch, np.int64)
-    strata[_scramble(np.arange(global_batch), iter(draw.random(2 * global_batch)))] = np.arange(global_batch)
+    strata = np.empty(global_batch_size, np.int64)
+    strata[_scramble(np.arange(global_batch_size), iter(draw.random(2 * global_batch_size)))] = np.arange(global_batch_size)
     return strata
 
 
 def _scramble(indices: np.ndarray, draws: Iterator[float]) -> np.ndarray:
-    """Return indices by stratum."""
+    """Return the indices in the order of their strata."""
     size = len(indices)
     if size < 2:
         return indices
@@ -127,7 +151,8 @@ class NoiseSchedule:
 
     @classmethod
     def create(cls, config: Diffusion, device: torch.device | str = "cpu") -> "NoiseSchedule":
-        return cls(alphas_cumprod(config).to(device), config.prediction)
+        kind = FlowSchedule if config.prediction == "flow" else cls
+        return kind(alphas_cumprod(config).to(device), config.prediction)
 
     def _roots(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.abar_T[timestep_B].view(-1, 1, 1, 1)
@@ -146,10 +171,22 @@ class NoiseSchedule:
         return signal * noise_BChw - sigma * x0_BChw
 
 
+class FlowSchedule(NoiseSchedule):
+    """x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T, as of rectified flow (arXiv 2209.03003) and diffusers."""
+
+    def _roots(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = (timestep_B.float() / len(self.abar_T)).view(-1, 1, 1, 1)
+        return 1 - sigma, sigma
+
+    def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
+        """Return eps - x_0, the derivative of x_t with respect to sigma."""
+        return noise_BChw - x0_BChw
+
+
 def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
     """Return min(SNR, gamma) / SNR for predicted noise, / (SNR + 1) for v, float32 [B] (arXiv 2303.09556, Sec. 3.4).
 
-    SNR = abar / (1 - abar). In terms of abar nothing is divided by a signal of 0.
+    SNR = abar / (1 - abar). Written in terms of abar, nothing is divided by a signal of 0.
     """
     signal, noise = abar_B, 1 - abar_B
     if prediction == "epsilon":

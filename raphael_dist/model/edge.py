@@ -1,4 +1,4 @@
-"""Edge-supervised learning (Sec. 3.2 and 7.2): the attention map of the end-of-text token learns to show the edges.
+"""Edge-supervised learning (Sec. 3.2 and 7.2): edges are predicted from the attention map of the end-of-text token.
 
 Shape legend: B samples, N image tokens (h * w), Y text tokens.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raphael_dist.config import FocalForm
+from raphael_dist.config.types import FocalForm
 
 
 class EdgeModule(nn.Module):
@@ -28,25 +28,26 @@ class EdgeModule(nn.Module):
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
         image = map_BN.view(-1, 1, *size_hw).to(next(self.parameters()).dtype)
-        return self.net(image).squeeze(1).float()
+        logits: Tensor = self.net(image)
+        return logits.squeeze(1).float()
 
 
 def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss for soft targets in [0, 1], elementwise (Lin et al. 2017, Eq. 5; both halves weighted by the target).
+    """Compute the focal loss for soft targets in [0, 1], elementwise (Lin et al. 2017, Eq. 5, weighted by the target).
 
-    `-alpha y (1-p)^gamma log p - (1-alpha) (1-y) p^gamma log(1-p)` with p = sigmoid(logits). What the paper is read to mean:
-    it says "focal loss", and HED's maps are soft. Its minimum is the target for 0 and 1 only: with gamma = 2 a target of 0.1
-    is best answered by 0.31.
+    `-alpha y (1-p)^gamma log p - (1-alpha) (1-y) p^gamma log(1-p)` with p = sigmoid(logits). RAPHAEL's paper names the focal
+    loss but no form for soft targets, which HED's maps are. The minimum is at p = y only for y = 0 and 1: with gamma = 2 the
+    best answer to a target of 0.1 is 0.31.
     """
     log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
-    # The powers by their logarithms: the gradient of (1-p)^gamma is infinite at p = 1 when gamma is below 1.
+    # Powers through logarithms: the gradient of (1-p)^gamma is infinite at p = 1 if gamma is below 1.
     positive = -alpha * target * (gamma * log_q).exp() * log_p
     negative = -(1 - alpha) * (1 - target) * (gamma * log_p).exp() * log_q
     return positive + negative
 
 
 def quality_focal_loss(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
-    """Quality focal loss, elementwise: `|y - p|^gamma BCE(p, y)` (Li et al. 2020, Eq. 3). Its minimum, 0, is at p = y."""
+    """Compute the quality focal loss `|y - p|^gamma BCE(p, y)`, elementwise (Li et al. 2020, Eq. 3); minimum 0 at p = y."""
     distance = (torch.sigmoid(logits) - target).square() + 1e-12  # finite gradients at 0 for every gamma
     return distance ** (gamma / 2) * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
@@ -61,19 +62,27 @@ def edge_loss_B(
     gamma: float,
     form: FocalForm = "focal",
 ) -> Tensor:
-    """L_edge = Focal(P(M), I_edge) per sample (Sec. 3.2), float32 [B].
+    """Compute L_edge = Focal(P(M), I_edge) per sample (Sec. 3.2).
 
-    The mean over blocks of the mean over map positions, for samples with t < `max_timestep` (T_c); 0 for the others.
-    edge_BHW: HED edge maps in [0, 1], brought to each block's h x w by averaging.
+    Args:
+        logits: edge logits of each block, float32 [B, h, w].
+        edge_BHW: HED edge maps in [0, 1]; averaged to the h x w of each block.
+        timestep_B: int64.
+        max_timestep: T_c; samples with t >= T_c have loss 0.
+        alpha: weight of edge pixels.
+        gamma: focusing parameter.
+        form: of the focal loss.
+
+    Returns:
+        Mean over blocks and map positions, float32 [B].
     """
     per_block = []
     for logits_Bhw in logits:
         target = F.adaptive_avg_pool2d(edge_BHW.unsqueeze(1).float(), (logits_Bhw.shape[1], logits_Bhw.shape[2])).squeeze(1)
-        loss = (
-            focal_loss(logits_Bhw, target, alpha, gamma)
-            if form == "focal"
-            else quality_focal_loss(logits_Bhw, target, gamma)
-        )
+        if form == "focal":
+            loss = focal_loss(logits_Bhw, target, alpha, gamma)
+        else:
+            loss = quality_focal_loss(logits_Bhw, target, gamma)
         per_block.append(loss.mean(dim=(1, 2)))
     loss_B = torch.stack(per_block).mean(dim=0)
     return torch.where(timestep_B < max_timestep, loss_B, torch.zeros_like(loss_B))

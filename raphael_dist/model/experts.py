@@ -1,19 +1,21 @@
-"""K feed-forward experts held as stacked tensors, so that any set of experts is a contiguous slice of each parameter.
+"""K feed-forward experts in stacked tensors, so that consecutive experts are a contiguous slice of each parameter.
 
 Shape legend: R rows, K experts, D width, F hidden width (2F for the fused GEGLU projection).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from raphael_dist.config.types import fits_grouped_product
 from raphael_dist.errors import UserError
 
-# One command, tried as far as a machine without a GPU allows (docs/installing.md says how far).
+# docs/install.md says how far this command was tested.
 GROUPED_GEMM = "GROUPED_GEMM_CUTLASS=1 pip install --no-build-isolation --no-deps grouped_gemm==0.3.0"
 Activation = Literal["gelu", "geglu"]
 
@@ -21,14 +23,20 @@ Activation = Literal["gelu", "geglu"]
 class Experts(nn.Module):
     """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
 
-    A base class, because ZeRO-3 gathers a module's own parameters around its `forward`: the layer that decides how the
-    experts run must be the module that owns them.
+    This is a base class because ZeRO-3 gathers a module's own parameters around its `forward`: the layer that decides how
+    the experts run must own them.
 
     Args:
-        num_experts: experts held here; `first_expert` is the global id of the first of them.
-        dim: width of a row. hidden: width between the two layers.
-        seed: with the global id it fixes an expert's initial weights, so every placement starts from the same model.
+        num_experts: experts of this rank.
+        dim: width of a row.
+        hidden: width between the two layers.
+        activation: GELU or gated GELU.
+        seed: with the global id of an expert it fixes its initial weights, so every placement starts from the same model.
+        first_expert: global id of the first expert.
     """
+
+    # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
+    assumes_even_loads = False
 
     def __init__(
         self,
@@ -61,10 +69,10 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def add_lora(self, rank: int, alpha: float) -> None:
-        """Give w1 and w2 of every expert an adapter (`model.lora`): `w_k + alpha / rank B_k A_k`, with B zero.
+        """Add adapters to w1 and w2 of every expert (`model.lora`): `w_k + alpha / rank B_k A_k`, with B zero.
 
-        Names are w1_lora_A [K, rank, D], w1_lora_B [K, F, rank] and so for w2. Parameters of this module, as the weights
-        are: ZeRO-3 gathers them together, and expert parallelism slices them alike.
+        They are the parameters w1_lora_A [K, rank, D], w1_lora_B [K, F, rank], and the same for w2. As parameters of this
+        module, ZeRO-3 gathers them with the weights, and expert parallelism shards them in the same way.
         """
         self.lora_scale = alpha / rank
         for name in ("w1", "w2"):
@@ -78,22 +86,22 @@ class Experts(nn.Module):
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return A [K, rank, in] and alpha / rank B [K, out, rank] of w1 or w2; None without adapters.
 
-        They are applied one after the other, never added to the weight: in bfloat16 what is small beside a weight would be
-        rounded away, and the product would take as much memory as the weights.
+        They are applied one after the other and never added to the weight: bfloat16 would round small changes of a weight
+        away, and the product needs as much memory as the weights.
         """
         if self.lora_scale is None:
             return None
         return getattr(self, f"{name}_lora_A"), self.lora_scale * getattr(self, f"{name}_lora_B")
 
     def act(self, x: Tensor) -> Tensor:
-        """GELU, or the gated GELU of diffusers' feed-forward layer, over the last dimension."""
+        """Apply GELU, or the gated GELU of diffusers' feed-forward layer, over the last dimension."""
         if self.activation == "gelu":
             return F.gelu(x)
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return `e_k(0) - b2_k` of every expert, [K, D] (docs/architecture.md, the identity)."""
+        """Return `e_k(0) - b2_k` of every expert, [K, D]."""
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -101,66 +109,80 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply expert k to its rows; the rows lie sorted by expert, `counts_K[k]` (int64) of them for expert k.
+        """Apply each expert to its rows.
 
-        Without `bias`, b2 is left out. Every expert takes part, with zero rows if it has none, so that every parameter has a
-        gradient on every rank (ZeRO would otherwise add up gradients of different experts). The grouped product leaves the
-        counts on the device. The loop reads them: on a GPU, which takes it for float32 and for widths that are not multiples
-        of 8, the host waits for that.
+        Every expert takes part, with zero rows if it has none, so that every parameter has a gradient on every rank (ZeRO
+        would otherwise add up gradients of different experts). The grouped product leaves the counts on the device. The loop
+        reads them, so the host waits for a GPU; it runs there for float32 and for widths that are not multiples of 8.
+
+        Args:
+            x_RD: rows sorted by expert.
+            counts_K: number of rows of each expert, int64.
+            bias: whether to add b2.
         """
-        if not x_RD.shape[0]:
-            # Without a single row grouped_mm fails in its backward; that there is none is known without reading the counts.
+        rows = x_RD.shape[0]
+        if not rows:
+            # The backward pass of grouped_mm fails without rows.
             return self._loop(x_RD, [0] * self.num_experts, bias)
         if self.use_megablocks or _use_grouped_mm(x_RD, self.hidden, self.lora("w1")):
             return self._grouped(x_RD, counts_K, bias)
+        if self.assumes_even_loads:
+            ends = [rows * k // self.num_experts for k in range(self.num_experts + 1)]
+            return self._loop(x_RD, [end - start for start, end in pairwise(ends)], bias)
         return self._loop(x_RD, counts_K.tolist(), bias)
 
     def _loop(self, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:
         # unbind: one gradient for all experts, where indexing would add up K gradients of the whole stack.
         w1s, b1s, w2s, b2s = (p.unbind(0) for p in (self.w1, self.b1, self.w2, self.b2))
-        hidden = map(_linear, x_RD.split(counts), w1s, b1s, self._lora_of_each("w1"))
-        # All at once: an operation for each expert would be compiled for its number of rows, which is another in every step.
-        hidden = self.act(torch.cat(list(hidden))).split(counts)
-        return torch.cat(list(map(_linear, hidden, w2s, b2s if bias else [None] * len(b2s), self._lora_of_each("w2"))))
+        hidden = map(_linear, torch.split(x_RD, counts), w1s, b1s, self._lora_by_expert("w1"))
+        # One activation for all rows: torch.compile would recompile one per expert whenever its number of rows changes.
+        activated = torch.split(self.act(torch.cat(list(hidden))), counts)
+        biases = b2s if bias else [None] * len(b2s)
+        return torch.cat(list(map(_linear, activated, w2s, biases, self._lora_by_expert("w2"))))
 
-    def _lora_of_each(self, name: str) -> list[tuple[Tensor, Tensor] | None]:
+    def _lora_by_expert(self, name: str) -> list[tuple[Tensor, Tensor] | None]:
         lora = self.lora(name)
         return [None] * self.num_experts if lora is None else list(zip(lora[0].unbind(0), lora[1].unbind(0), strict=True))
 
     def _grouped(self, x_RD: Tensor, counts_K: Tensor, bias: bool) -> Tensor:
-        plain = grouped_gemm_product(counts_K) if self.use_megablocks else _torch_product(counts_K)
+        grouped = self._grouped_product(counts_K)
 
         def product(rows: Tensor, name: str) -> Tensor:
-            out, lora = plain(rows, getattr(self, name)), self.lora(name)
-            return out if lora is None else out + plain(plain(rows, lora[0]), lora[1])
+            out, lora = grouped(rows, getattr(self, name)), self.lora(name)
+            return out if lora is None else out + grouped(grouped(rows, lora[0]), lora[1])
 
         onehot_RK = expert_of_rows(counts_K, x_RD.shape[0]).to(x_RD.dtype)
         out_RD = product(self.activate(product(x_RD, "w1"), onehot_RK), "w2")
         return add_bias(out_RD, onehot_RK, self.b2) if bias else out_RD
 
+    def _grouped_product(self, counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.use_megablocks:
+            return grouped_gemm_product(counts_K)
+        return _torch_product(counts_K)
+
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)` for rows of `w1_k x`, with k the expert of each row."""
+        """Return `act(y + b1_k)` for rows y of `w1_k x`, with k the expert of each row."""
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
-    def wide(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with shapes that no routing changes.
+    def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with static shapes.
 
         The weights scale the experts' outputs, which are narrower than their hidden units.
         """
-        fused_RKF = F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()).unflatten(1, self.b1.shape)
+        fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
         if (lora := self.lora("w1")) is not None:
             fused_KRF = fused_KRF + (x_RD @ lora[0].transpose(1, 2)) @ lora[1].transpose(1, 2)
-        out_KRD = _GeluProduct.apply(fused_KRF, self.w2)
+        out_KRD = _gelu_product(fused_KRF, self.w2)
         if (lora := self.lora("w2")) is not None:
-            out_KRD = out_KRD + _GeluProduct.apply(fused_KRF, lora[0]) @ lora[1].transpose(1, 2)
+            out_KRD = out_KRD + _gelu_product(fused_KRF, lora[0]) @ lora[1].transpose(1, 2)
         return (out_KRD * w_RK.t().unsqueeze(-1)).sum(dim=0)
 
 
 class _GeluProduct(torch.autograd.Function):
-    """`gelu(a_k) w_k^T` of every expert. It keeps `a` alone, and applies GELU to it again in the backward pass.
+    """`gelu(a_k) w_k^T` of every expert. It saves only `a`, and applies GELU again in the backward pass.
 
-    Autograd would keep gelu(a) as well, and for weights that are flattened to one matrix a copy of them.
+    Autograd would also save gelu(a), and a copy of weights that are flattened to one matrix.
     """
 
     @staticmethod
@@ -175,23 +197,28 @@ class _GeluProduct(torch.autograd.Function):
         return torch.ops.aten.gelu_backward(grad_KRD @ w_KDF, a_KRF), grad_w
 
 
+def _gelu_product(a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
+    out_KRD: Tensor = _GeluProduct.apply(a_KRF, w_KDF)  # type: ignore[no-untyped-call]
+    return out_KRD
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None) -> Tensor:
     out = F.linear(x, weight, bias)
     return out if lora is None else out + F.linear(F.linear(x, lora[0]), lora[1])
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return a one-hot bool [R, K] of the expert of each row, for rows sorted by expert; computed where the counts are."""
+    """Return the expert of each row as one-hot bool [R, K], for rows sorted by expert, on the device of the counts."""
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
     return (row_R1 < ends_K) & (row_R1 >= ends_K - counts_K)
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Return y with the bias of each row's expert added.
+    """Add the bias of its expert to each row.
 
-    As a product with the one-hot, because its gradient is one too: products add up in float32 on every device. The gradient
-    of `bias[expert]` adds up in its own dtype, on a GPU row after row (bfloat16: 7 to 24% wrong at 4 to 8 thousand rows).
+    This is a product with the one-hot matrix, so that its gradient is a product too, which accumulates in float32 on every
+    device. The gradient of `bias[expert]` accumulates in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -203,22 +230,23 @@ def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the same product by the package of MegaBlocks, grouped_gemm (bfloat16 on a GPU), with counts on the device.
+    """Return the same product by MegaBlocks' package grouped_gemm (bfloat16 on a GPU), with counts on the device.
 
-    Raises UserError when the package is not installed.
+    Raises:
+        UserError: the package is not installed.
     """
     try:
         from grouped_gemm.ops import gmm
     except ImportError:
         raise UserError(
-            "model.space_backend: megablocks needs the package grouped_gemm, built on a machine with nvcc and a GPU: "
-            f"{GROUPED_GEMM} (docs/installing.md), or use auto"
+            "model.expert_backend=megablocks requires the package grouped_gemm, which is not installed. Build it on a "
+            f"machine with nvcc and a GPU with {GROUPED_GEMM} (docs/install.md), or set model.expert_backend=auto."
         ) from None
     return lambda x, w: gmm(x.contiguous(), w, counts_K, trans_b=True)
 
 
 def require_grouped_gemm() -> None:
-    """Raise UserError where `model.space_backend=megablocks` cannot run: no package, or built to read counts on the host."""
+    """Raise UserError if `model.expert_backend=megablocks` cannot run: no package, or one that needs counts on the host."""
     sizes_K = torch.tensor([8])
     product = grouped_gemm_product(sizes_K.cuda() if torch.cuda.is_available() else sizes_K)
     if not torch.cuda.is_available():
@@ -228,23 +256,20 @@ def require_grouped_gemm() -> None:
         product(x, w)
     except RuntimeError as error:
         raise UserError(
-            f"model.space_backend: megablocks needs a grouped_gemm that takes counts on the device: {GROUPED_GEMM} "
-            f"(what is installed says: {str(error).splitlines()[0]})"
+            "model.expert_backend=megablocks requires a build of grouped_gemm that reads the number of rows per expert on "
+            f"the GPU, but the installed one fails: {str(error).splitlines()[0]}. Install it with {GROUPED_GEMM}."
         ) from error
 
 
 def _use_grouped_mm(x_RD: Tensor, hidden: int, lora: tuple[Tensor, Tensor] | None = None) -> bool:
-    # On the CPU a loop over a few experts is as fast.
-    widths = (x_RD.shape[1], hidden, *(() if lora is None else (lora[0].shape[1],)))
-    return x_RD.device.type != "cpu" and fits_grouped_mm(x_RD.dtype, widths)
-
-
-def fits_grouped_mm(dtype: torch.dtype, widths: Iterable[int]) -> bool:
-    """Return whether the grouped product of a GPU takes experts of these widths: bfloat16 rows of a multiple of 16 bytes."""
-    return dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+    # On a CPU the loop over a few experts is as fast.
+    widths = [x_RD.shape[1], hidden]
+    if lora is not None:
+        widths.append(lora[0].shape[1])
+    return x_RD.device.type != "cpu" and fits_grouped_product(str(x_RD.dtype).removeprefix("torch."), widths)
 
 
 def _aligned(weight: Tensor) -> Tensor:
-    # ZeRO makes parameters views of a flat buffer that may begin anywhere; the CUDA kernel wants multiples of 16 bytes.
-    # torch's own storages begin at such multiples.
+    # ZeRO makes parameters views of a flat buffer with any offset. The CUDA kernel requires multiples of 16 bytes, at which
+    # torch's own storages start.
     return weight if weight.storage_offset() * weight.element_size() % 16 == 0 else weight.clone()

@@ -1,26 +1,30 @@
-"""How many pixels wide a latent is, by the image encoder's configuration file alone: `--plan` asks, without torch."""
+"""Downsampling factor of an image encoder, from its configuration file alone. It does not import torch, for `--plan`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raphael_dist.text import read_json
+
 USUAL_FACTOR = 8  # of Stable Diffusion's autoencoders
+_DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configuration omits them; 1 for other classes
 
 
 def latent_factor(encoder: str) -> int:
-    """Return the pixels to a latent's side for a value of `image.encoder`; USUAL_FACTOR where its file cannot be read."""
+    """Return the downsampling factor for a value of `image.vae`; USUAL_FACTOR if its file cannot be read."""
     if encoder == "none":
         return 1
     folder = Path(encoder).expanduser()
     for path in (folder / "vae" / "config.json", folder / "config.json"):
         try:
-            return factor_of(json.loads(path.read_text()))
+            return downscale_factor(read_json(path))
         except (OSError, ValueError, TypeError, AttributeError):
             continue
     return USUAL_FACTOR
 
 
-def factor_of(config: Mapping[str, Any]) -> int:
-    """Return the pixels to a latent's side for the configuration of an AutoencoderKL, which halves them between levels."""
-    return int(2 ** (len(config.get("block_out_channels", (64,))) - 1))  # left out, diffusers' default holds: one level
+def downscale_factor(config: Mapping[str, Any]) -> int:
+    """Return the downsampling factor of an autoencoder, which halves the size between levels, from its configuration."""
+    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
+    return int(2 ** (count - 1))

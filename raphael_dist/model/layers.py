@@ -1,28 +1,42 @@
 """The transformer block of Fig. 3: self-attention, cross-attention, Time-MoE, Space-MoE, each with pre-norm and residual.
 
-Everything that is not an expert, a gate or an edge module is a diffusers layer under the name it has in diffusers.
+Everything except experts, gates and edge modules is a layer of diffusers with its name in diffusers.
+
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width, C channels, H heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from raphael_dist.config import SpaceBackend
+from raphael_dist.config.types import ExpertBackend
 from raphael_dist.model.edge import EdgeModule
+from raphael_dist.model.experts import Activation
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
-from raphael_dist.model.routing import BlockPlan, region_mask_BNY
+from raphael_dist.model.routing import BlockRouting, region_mask_BNY
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What one transformer block is made of. Zero experts leave a layer out; edge_channels 0 leaves the edge module out.
+    """Sizes of one transformer block.
 
-    shared_hidden: width of the Space-MoE's shared expert, 0: none.
+    Attributes:
+        dim, head_dim, text_width: widths of the image tokens, of an attention head and of the text tokens.
+        hidden: hidden width of an expert.
+        space_experts, time_experts: number of experts; 0 removes the Space-MoE, or replaces the Time-MoE by one layer.
+        shared_hidden: hidden width of the Space-MoE's shared expert; 0: none.
+        time_activation: of the time experts.
+        expert_backend: how the experts run.
+        mask_threshold: alpha of Sec. 3.1.
+        edge_channels: width of the edge module; 0: none.
+        seed: of the experts' initial weights.
     """
 
     dim: int
@@ -32,15 +46,15 @@ class BlockSpec:
     space_experts: int
     shared_hidden: int
     time_experts: int
-    time_activation: Any
-    space_backend: SpaceBackend
+    time_activation: Activation
+    expert_backend: ExpertBackend
     mask_threshold: float
     edge_channels: int
     seed: int
 
 
 class BlockOutput(NamedTuple):
-    """h_BND [B, N, D]; edge logits float32 [B, h, w] or None; share of image tokens per space expert [B, K] or None."""
+    """Image tokens, edge logits float32 [B, h, w] or None, share of image tokens per space expert [B, K] or None."""
 
     h_BND: Tensor
     edge_logits: Tensor | None
@@ -65,11 +79,12 @@ class MapProcessor:
         )
         map_BHNY = torch.softmax((q @ k.transpose(2, 3)).float() * attn.scale, dim=-1)
         out = (map_BHNY.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out)), map_BHNY.mean(dim=1)
+        projected: Tensor = attn.to_out[1](attn.to_out[0](out))
+        return projected, map_BHNY.mean(dim=1)
 
 
 class TransformerBlock(nn.Module):
-    """One block of Fig. 3. With no experts it is Stable Diffusion's block."""
+    """The block of Fig. 3. Without experts it is Stable Diffusion's block."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
@@ -82,47 +97,59 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         if spec.time_experts:
             self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
-            self.time_moe.use_megablocks = spec.space_backend == "megablocks"
+            self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
         else:
             self.ff = FeedForward(dim, inner_dim=spec.hidden, activation_fn=spec.time_activation)
         self.space_moe = None
         if spec.space_experts:
             sizes = (spec.space_experts, dim, spec.hidden)
-            self.space_moe = SpaceMoE(*sizes, spec.space_backend, seed=2 * spec.seed + 1, shared=spec.shared_hidden)
+            self.space_moe = SpaceMoE(*sizes, spec.expert_backend, seed=2 * spec.seed + 1, shared=spec.shared_hidden)
         self.edge = EdgeModule(spec.edge_channels) if spec.edge_channels else None
-        self.wants_map = self.space_moe is not None or self.edge is not None
-        if self.wants_map:
+        self.needs_attention_map = self.space_moe is not None or self.edge is not None
+        if self.needs_attention_map:
             self.attn2.set_processor(MapProcessor())  # type: ignore[arg-type]
 
     def forward(
-        self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, plan: BlockPlan, size_hw: tuple[int, int]
+        self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
     ) -> BlockOutput:
-        """Run the block on image tokens [B, N, D] and text tokens [B, Y, D]; `end_B` is the end-of-text index (int64)."""
+        """Run the block.
+
+        Args:
+            h_BND: image tokens.
+            text_BYD: text tokens.
+            end_B: index of the end-of-text token, int64.
+            routing: experts of the samples and text tokens.
+            size_hw: height and width of the feature map, whose product is N.
+        """
         h_BND = h_BND + self.attn1(self.norm1(h_BND))
         attended, map_BNY = self._cross_attention(self.norm2(h_BND), text_BYD)
         h_BND = h_BND + attended
-        h_BND = h_BND + self._time_layer(self.norm3(h_BND), plan)
+        h_BND = h_BND + self._time_layer(self.norm3(h_BND), routing)
         edge_logits, used_BK = None, None
         if self.edge is not None:
             edge_logits = self.edge(map_BNY, end_B, size_hw)
         if self.space_moe is not None:
             assert map_BNY is not None
-            out_BND, used_BK = self.space_moe(h_BND, region_mask_BNY(map_BNY, self.mask_threshold), plan.space_weight_BYK)
+            mask_BNY = region_mask_BNY(map_BNY, self.mask_threshold)
+            out_BND, used_BK = self.space_moe(h_BND, mask_BNY, routing.space_weight_BYK)
             h_BND = h_BND + out_BND
         return BlockOutput(h_BND, edge_logits, used_BK)
 
     def _cross_attention(self, h_BND: Tensor, text_BYD: Tensor) -> tuple[Tensor, Tensor | None]:
         out = self.attn2(h_BND, encoder_hidden_states=text_BYD)
-        return out if self.wants_map else (out, None)
+        return out if self.needs_attention_map else (out, None)
 
-    def _time_layer(self, h_BND: Tensor, plan: BlockPlan) -> Tensor:
-        if plan.time_expert_B is None or plan.time_samples is None:
-            return self.ff(h_BND)
-        return self.time_moe(h_BND, plan.time_expert_B, plan.time_samples, plan.time_factor_B)
+    def _time_layer(self, h_BND: Tensor, routing: BlockRouting) -> Tensor:
+        out_BND: Tensor
+        if routing.time_expert_B is None:
+            out_BND = self.ff(h_BND)
+        else:
+            out_BND = self.time_moe(h_BND, routing.time_expert_B, routing.time_samples, routing.time_factor_B)
+        return out_BND
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block between feature maps, with the names of diffusers' Transformer2DModel."""
+    """A transformer block between feature maps, with the names of diffusers' Transformer2DModel."""
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
@@ -131,11 +158,31 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(spec)])
         self.proj_out = nn.Linear(spec.dim, spec.dim)
 
-    def enter(self, x_BCHW: Tensor) -> Tensor:
+    def to_tokens(self, x_BCHW: Tensor) -> Tensor:
         """Return image tokens [B, N, D]."""
-        return self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
+        tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
+        return tokens_BND
 
-    def leave(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
+    def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
         """Return the feature map [B, C, h, w] with the residual added, in the residual's memory format."""
-        # A sum has that of its first term. The tokens lie channels last, and so would all maps after them, also on a CPU.
-        return x_BCHW + self.proj_out(h_BND).transpose(1, 2).view_as(x_BCHW)
+        # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
+        out_BND: Tensor = self.proj_out(h_BND)
+        return x_BCHW + out_BND.transpose(1, 2).view_as(x_BCHW)
+
+
+class UNetLevel(nn.Module):
+    """One level of the encoder, the middle or the decoder: residual blocks, each with attention after it if there is any."""
+
+    resnets: nn.ModuleList
+    attentions: nn.ModuleList | None
+    downsamplers: nn.ModuleList | None
+    upsamplers: nn.ModuleList | None
+
+    def __init__(
+        self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], resize: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions) if attentions else None
+        self.downsamplers = nn.ModuleList([resize]) if isinstance(resize, Downsample2D) else None
+        self.upsamplers = nn.ModuleList([resize]) if isinstance(resize, Upsample2D) else None

@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): a frozen model, and beside its matrices W small ones that are trained: `W + alpha / rank B A`.
+"""LoRA (arXiv 2106.09685): trained low-rank matrices on top of a frozen model, `W + alpha / rank B A`.
 
-Attention's are peft's layers. The experts of a layer are one parameter, of which expert parallelism gives each rank a slice;
-peft's wrapper of parameters cannot be cut like that, so theirs are parameters of `Experts`. On disk both are as peft has
-them (`convert.adapter`).
+Adapters of attention are layers of peft. The experts of a layer are one parameter, which expert parallelism shards; peft's
+wrapper of parameters cannot be sharded, so adapters of experts are parameters of `Experts`. On disk both have peft's form
+(`convert.lora_files`).
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from raphael_dist.config_adapters import Lora
+from raphael_dist.config.model_sections import Lora
 from raphael_dist.errors import UserError
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.unet import RaphaelUNet
@@ -22,25 +22,32 @@ _ADAPTER = re.compile(r"(.*)\.(?:lora_([AB])\.default\.weight|(w[12])_lora_([AB]
 
 
 def add_lora(model: RaphaelUNet, lora: Lora, seed: int) -> None:
-    """Freeze the model and give it adapters, which change nothing yet: B is zero. `seed` fixes A.
+    """Freeze the model and give it adapters. They have no effect at first, because B is zero.
 
-    The model's parameters keep their names but for attention's layers, whose weights become `....base_layer.weight`.
-    UserError: peft is not installed.
+    Parameters keep their names, except the weights of attention, which become `....base_layer.weight`.
+
+    Args:
+        model: the U-Net.
+        lora: rank, alpha and targets.
+        seed: of A.
+
+    Raises:
+        UserError: peft is not installed.
     """
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if "attention" in lora.targets:
-            config = peft().LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=ATTENTION)
-            peft().inject_adapter_in_model(config, model)
+            config = import_peft().LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=ATTENTION)
+            import_peft().inject_adapter_in_model(config, model)
         if "experts" in lora.targets:
             for layer in model.modules():
                 if isinstance(layer, Experts):
                     layer.add_lora(lora.rank, lora.alpha)
 
 
-def adapted(name: str) -> tuple[str, str] | None:
-    """Return which parameter of the frozen model an adapter's is for, and "A" or "B"; None for another parameter."""
+def parse_adapter_name(name: str) -> tuple[str, str] | None:
+    """Return the parameter of the frozen model that an adapter's parameter belongs to, and "A" or "B"; None for others."""
     match = _ADAPTER.fullmatch(name)
     if match is None:
         return None
@@ -48,15 +55,17 @@ def adapted(name: str) -> tuple[str, str] | None:
     return (f"{layer}.weight", attention) if expert is None else (f"{layer}.{expert}", of_expert)
 
 
-def scale_of(rank: int, alpha: float, root: bool = False) -> float:
-    """Return how often B A counts; `root`: by alpha / sqrt(rank), peft's `use_rslora`."""
+def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
+    """Return the factor of B A, alpha / rank; with `root` alpha / sqrt(rank), as peft's `use_rslora`."""
     return alpha / (math.sqrt(rank) if root else rank)
 
 
-def peft() -> Any:
-    """Return the package peft. UserError: it is not installed."""
+def import_peft() -> Any:
+    """Return the package peft. Raise UserError if it is not installed."""
     try:
         import peft as package
     except ImportError:
-        raise UserError("lora.targets: adapters need the package peft: pip install 'raphael_dist[lora]'") from None
+        raise UserError(
+            "lora.targets requires the package peft, which is not installed. Run pip install 'raphael_dist[lora]'."
+        ) from None
     return package

@@ -1,4 +1,4 @@
-"""The convolutional part of the U-Net: diffusers' residual block, under its parameter names, with a forward pass of our own.
+"""The convolutional part of the U-Net: diffusers' residual block and parameter names, with our own forward pass.
 
 Shape legend: B samples, C channels, H and W of the feature map, E width of the timestep embedding.
 """
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 class ResidualBlock(ResnetBlock2D):
     """`x + conv(silu(norm(conv(silu(norm(x))) + time)))`, as diffusers computes it.
 
-    diffusers' own forward pass brings the input of the shortcut into the contiguous format while training; this one keeps
-    the format that the feature map comes in (`layout`).
+    diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
+    feature map (`feature_map_format`).
     """
 
     def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
@@ -22,20 +22,21 @@ class ResidualBlock(ResnetBlock2D):
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
         """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
         time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
-        h_BCHW = self.conv1(like(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
-        h_BCHW = self.conv2(like(F.silu(self.norm2(h_BCHW)), x_BCHW))
-        return h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
+        h_BCHW = self.conv1(match_format(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
+        h_BCHW = self.conv2(match_format(F.silu(self.norm2(h_BCHW)), x_BCHW))
+        out_BCHW: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
+        return out_BCHW
 
 
-def like(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return what a norm made of x in the format of x: up to torch 2.13 GroupNorm on CUDA answers contiguous in any case."""
+def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
     channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
     return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 
 
-def layout(device: torch.device) -> torch.memory_format:
-    """Return the memory format of feature maps: channels last on GPUs, whose convolutions want it; contiguous on CPUs.
+def feature_map_format(device: torch.device) -> torch.memory_format:
+    """Return the memory format of feature maps: channels last on GPUs, where convolutions are faster; contiguous on CPUs.
 
-    Weights stay contiguous everywhere: ZeRO flattens them, and checkpoints hold them in that order.
+    Weights are contiguous everywhere, because ZeRO flattens them and checkpoints store them in that order.
     """
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last

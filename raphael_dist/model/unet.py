@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion 2 with RAPHAEL's transformer blocks (Fig. 3 and 8), under diffusers' parameter names.
+"""The U-Net of Stable Diffusion 2 with RAPHAEL's transformer blocks (Fig. 3 and 8) and diffusers' parameter names.
 
 Shape legend: B samples, C channels, Y text tokens, K experts, L transformer blocks in order of execution, D text width.
 """
@@ -6,7 +6,7 @@ Shape legend: B samples, C channels, Y text tokens, K experts, L transformer blo
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from diffusers.models.downsampling import Downsample2D
@@ -15,12 +15,11 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raphael_dist.config import Config
 from raphael_dist.model.experts import require_grouped_gemm
-from raphael_dist.model.layers import BlockSpec, SpatialTransformer
-from raphael_dist.model.residual import ResidualBlock, layout, like
+from raphael_dist.model.layers import BlockSpec, SpatialTransformer, UNetLevel
+from raphael_dist.model.residual import ResidualBlock, feature_map_format, match_format
 from raphael_dist.model.routing import (
-    BlockPlan,
+    BlockRouting,
     Gate,
     balance_loss_B,
     band_of_timestep_B,
@@ -30,23 +29,51 @@ from raphael_dist.model.routing import (
     space_weights_BYK,
 )
 
+if TYPE_CHECKING:
+    from raphael_dist.config.schema import Config
+
+TIME_GRID = 64  # timesteps at which the balance of the time gates is measured
+
 
 class GateNoise(NamedTuple):
-    """Noise on the gates' logits, drawn per sample position: time float32 [B, L, K], space float32 [B, L, Y, K]."""
+    """Noise on the gates' logits, a function of the sample position: float32 [B, L, K] and [B, L, Y, K]."""
 
     time_BLK: Tensor
     space_BLYK: Tensor
 
 
+class UNetInput(NamedTuple):
+    """Inputs of the U-Net.
+
+    Attributes:
+        x_BCHW: noised latents, and channels of small images (super_resolution.py).
+        timestep_B: int64.
+        text_BYD: text tokens.
+        text_mask_BY: bool, False at padding.
+        end_B: index of the end-of-text token, int64.
+        noise: of the gates, in training; None: no noise.
+    """
+
+    x_BCHW: Tensor
+    timestep_B: Tensor
+    text_BYD: Tensor
+    text_mask_BY: Tensor
+    end_B: Tensor
+    noise: GateNoise | None
+
+
 class UNetOutput(NamedTuple):
-    """What one forward pass returns.
+    """Results of one forward pass.
 
-    It is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. Where it finds none, it does not
-    prepare for the backward pass, and gradients of earlier micro-steps are added once more.
+    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If it finds none, it does not
+    prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
-    prediction: [B, C, h, w]. edge_logits: per block with an edge module, float32 [B, h, w].
-    space_used: per block, share of image tokens that need each space expert, [B, K]. time_expert: per block, int64 [B].
-    balance: per block, load-balance loss of the text gate, float32 [B]; empty when it has no weight.
+    Attributes:
+        prediction: [B, C, h, w].
+        edge_logits: per block with an edge module, float32 [B, h, w].
+        space_used: per block, share of image tokens that need each space expert, [B, K].
+        time_expert: per block, int64 [B].
+        balance: per block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
     """
 
     prediction: Tensor
@@ -56,66 +83,56 @@ class UNetOutput(NamedTuple):
     balance: tuple[Tensor, ...] = ()
 
 
-class Added(NamedTuple):
-    """What a control adds to the skips, outermost first, and to the middle, at full strength."""
+class ControlResiduals(NamedTuple):
+    """What a control adds to the skips (outermost first) and to the middle, at full strength."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
 
 
-class Pass(NamedTuple):
-    """One forward pass: what all of its blocks read, the plans of those to come, and what those that ran have left."""
+class ForwardState(NamedTuple):
+    """State of one forward pass: shared inputs, remaining routing plans, collected outputs."""
 
     embedding_BE: Tensor
     text_BYD: Tensor
     end_B: Tensor
-    plans: Iterator[BlockPlan]
+    routings: Iterator[BlockRouting]
     edge_logits: list[Tensor | None]
     space_used: list[Tensor | None]
 
 
-def _present(found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(value for value in found if value is not None)
+def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(value for value in values if value is not None)
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return how many samples each expert of each layer serves, int64 [K] per layer, on the device of the one-hot."""
+    """Return the number of samples of each expert, int64 [K] for each layer, on the device of the one-hot."""
     return onehot_LBK.sum(dim=1).unbind(0)
-
-
-class Stage(nn.Module):
-    """One level of the way down, the middle, or the way up: residual blocks, each followed by attention if it has any."""
-
-    resnets: nn.ModuleList
-    attentions: nn.ModuleList | None
-    downsamplers: nn.ModuleList | None
-    upsamplers: nn.ModuleList | None
-
-    def __init__(
-        self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], resize: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions) if attentions else None
-        self.downsamplers = nn.ModuleList([resize]) if isinstance(resize, Downsample2D) else None
-        self.upsamplers = nn.ModuleList([resize]) if isinstance(resize, Upsample2D) else None
 
 
 class RaphaelUNet(nn.Module):
     """D(x_t, t, y) of RAPHAEL; with `space_experts = time_experts = 0`, Stable Diffusion 2's U-Net."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: "Config", with_edges: bool = True) -> None:
+        """Build the U-Net.
+
+        Args:
+            config: the sections `model`, `edge`, `diffusion`, `upscale` and `run`, or an object with their fields.
+            with_edges: whether it has edge modules, if the configuration has them.
+        """
         super().__init__()
         self.config = m = config.model
         self.num_timesteps, self.upscale = config.diffusion.num_timesteps, config.upscale
-        self.seed, self.edge_channels = config.run.seed, config.edge.channels if config.edge.weight > 0 else 0
-        if m.space_backend == "megablocks":
+        self.seed = config.run.seed
+        self.edge_channels = config.edge.channels if with_edges and config.edge.weight > 0 else 0
+        if m.expert_backend == "megablocks":
             require_grouped_gemm()
-        self.gathers_weights = False  # ZeRO-3: a module has its weights only while its own forward runs
-        # Expert parallelism needs the counts of other ranks too, and puts its own function here.
+        # With ZeRO-3, and with diffusers' sequential offload, a module has its weights only during its own forward pass.
+        self.gathers_weights = False
+        # Expert parallelism replaces this function, because it also needs the counts of other ranks.
         self.count_samples: Callable[[Tensor], Sequence[Any]] = count_samples
         self.block_levels: list[int] = []  # of the transformer blocks, in order of execution
-        self.control: nn.Module | None = None  # model.control puts one here
+        self.control: nn.Module | None = None  # set by controlnet.add_control
         self.control_scale = 1.0
         channels, embed = m.channels, 4 * m.channels[0]
         self.conv_in = nn.Conv2d(m.latent_channels + self.upscale.channels, channels[0], 3, padding=1)
@@ -154,7 +171,7 @@ class RaphaelUNet(nn.Module):
             shared_hidden=math.ceil(m.shared_expert * m.expert_width[level]),
             time_experts=m.time_experts,
             time_activation=m.time_activation,
-            space_backend=m.space_backend,
+            expert_backend=m.expert_backend,
             mask_threshold=m.mask_threshold,
             edge_channels=self.edge_channels,
             seed=self.seed * 1000 + self.num_blocks,
@@ -167,27 +184,27 @@ class RaphaelUNet(nn.Module):
         """Return the number of transformer blocks."""
         return len(self.block_levels)
 
-    def _stage(self, level: int, pairs: list[tuple[int, int]], resize: nn.Module | None) -> Stage:
+    def _level(self, level: int, pairs: list[tuple[int, int]], resize: nn.Module | None) -> UNetLevel:
         resnets = [self._resnet(inner, outer) for inner, outer in pairs]
         with_attention = self.config.attention[level]
-        return Stage(resnets, [self._transformer(level, outer) for _, outer in pairs] if with_attention else [], resize)
+        return UNetLevel(resnets, [self._transformer(level, outer) for _, outer in pairs] if with_attention else [], resize)
 
-    def _down(self, level: int, inner: int, width: int, skips: list[int]) -> Stage:
+    def _down(self, level: int, inner: int, width: int, skips: list[int]) -> UNetLevel:
         count, last = self.config.layers_per_block, level == len(self.config.channels) - 1
         skips += [width] * (count if last else count + 1)
         pairs = [(inner if i == 0 else width, width) for i in range(count)]
-        return self._stage(level, pairs, None if last else Downsample2D(width, use_conv=True, name="op"))
+        return self._level(level, pairs, None if last else Downsample2D(width, use_conv=True, name="op"))
 
-    def _middle(self, width: int) -> Stage:
+    def _middle(self, width: int) -> UNetLevel:
         resnets = [self._resnet(width, width), self._resnet(width, width)]
-        return Stage(resnets, [self._transformer(len(self.config.channels) - 1, width)])
+        return UNetLevel(resnets, [self._transformer(len(self.config.channels) - 1, width)])
 
-    def _up(self, level: int, inner: int, skips: list[int]) -> Stage:
+    def _up(self, level: int, inner: int, skips: list[int]) -> UNetLevel:
         width, pairs = self.config.channels[level], []
         for _ in range(self.config.layers_per_block + 1):
             pairs.append((inner + skips.pop(), width))
             inner = width
-        return self._stage(level, pairs, Upsample2D(width, use_conv=True) if level > 0 else None)
+        return self._level(level, pairs, Upsample2D(width, use_conv=True) if level > 0 else None)
 
     def forward(
         self,
@@ -198,94 +215,87 @@ class RaphaelUNet(nn.Module):
         end_B: Tensor,
         noise: GateNoise | None = None,
         edge_Bhw: Tensor | None = None,
+        residuals: ControlResiduals | None = None,
     ) -> UNetOutput:
-        """Predict the noise (or velocity) of noised latents.
+        """Predict the noise or the velocity of noised latents. The arguments up to `noise` are those of `UNetInput`.
 
         Args:
-            x_BCHW: noised latents [B, C, h, w], and what lies beside them (model/upscale.py). timestep_B: int64 [B].
-            text_BYD: text tokens [B, Y, D]; text_mask_BY: bool, False at padding; end_B: int64, the end-of-text token.
-            noise: gate noise in training; None routes without noise.
-            edge_Bhw: an edge map in 0..1 to be followed, where the model has a control; None: the model is as without one.
+            edge_Bhw: edge map in 0..1 that the control follows; None: the control is not used.
+            residuals: those of a control that is not part of the model.
         """
-        through, planned = self.begin(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
-        x, skips = self.way_down(through, self.enter(x_BCHW))
+        inputs = UNetInput(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
+        state, routings = self.begin(inputs)
+        x, skips = self.encode(state, self.stem(x_BCHW))
         if self.control is not None and edge_Bhw is not None:
-            added = self.control(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise, edge_Bhw)
-            skips = [skip + self.control_scale * more for skip, more in zip(skips, added.skips, strict=True)]
-            x = x + self.control_scale * added.middle
-        x = self.way_up(through, x, skips)
+            residuals = self.control(inputs, edge_Bhw)
+        if residuals is not None:
+            skips = [skip + self.control_scale * added for skip, added in zip(skips, residuals.skips, strict=True)]
+            x = x + self.control_scale * residuals.middle
+        x = self.decode(state, x, skips)
         return UNetOutput(
-            prediction=self.conv_out(like(nn.functional.silu(self.conv_norm_out(x)), x)),
-            edge_logits=_present(through.edge_logits),
-            space_used=_present(through.space_used),
-            time_expert=_present([plan.time_expert_B for plan in planned]),
-            balance=_present([plan.balance_B for plan in planned]),
+            prediction=self.conv_out(match_format(nn.functional.silu(self.conv_norm_out(x)), x)),
+            edge_logits=_present(state.edge_logits),
+            space_used=_present(state.space_used),
+            time_expert=_present([routing.time_expert_B for routing in routings]),
+            balance=_present([routing.balance_B for routing in routings]),
         )
 
-    def begin(
-        self,
-        x_BCHW: Tensor,
-        timestep_B: Tensor,
-        text_BYD: Tensor,
-        text_mask_BY: Tensor,
-        end_B: Tensor,
-        noise: GateNoise | None,
-    ) -> tuple["Pass", list[BlockPlan]]:
-        """Return a forward pass, with all of its blocks routed. Arguments as in `forward`."""
-        embedding = self.time_embedding(self.time_proj(timestep_B).to(x_BCHW.dtype))
-        planned = self.route_blocks(timestep_B, embedding, text_BYD, text_mask_BY, noise)
-        return Pass(embedding, text_BYD, end_B, iter(planned), [], []), planned
+    def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
+        """Start a forward pass: embed the timesteps and route all blocks."""
+        embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
+        routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
+        return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
 
-    def enter(self, x_BCHW: Tensor) -> Tensor:
+    def stem(self, x_BCHW: Tensor) -> Tensor:
         """Return the first feature map of noised latents."""
-        x = self.conv_in(x_BCHW.contiguous(memory_format=layout(x_BCHW.device)))
+        x: Tensor = self.conv_in(x_BCHW.contiguous(memory_format=feature_map_format(x_BCHW.device)))
         if torch.is_grad_enabled() and not x.requires_grad:
-            # Frozen weights with adapters: re-entrant recomputation has a backward pass only where an input has a gradient,
-            # and so have exchanges between ranks.
+            # If weights are frozen: re-entrant recomputation and exchanges between ranks have a backward pass only if an
+            # input requires a gradient.
             x.requires_grad_()
         return x
 
-    def way_down(self, through: "Pass", x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return what the middle makes of the first feature map, and the skips, outermost first."""
+    def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the encoder and the middle; return the middle's feature map, and the skips, outermost first."""
         skips = [x]
-        for stage in cast(list[Stage], self.down_blocks):
-            for i in range(len(stage.resnets)):
-                x = self._through(through, stage, i, x)
+        for level in cast(list[UNetLevel], self.down_blocks):
+            for i in range(len(level.resnets)):
+                x = self._layer(state, level, i, x)
                 skips.append(x)
-            if stage.downsamplers is not None:
-                x = stage.downsamplers[0](x)
+            if level.downsamplers is not None:
+                x = level.downsamplers[0](x)
                 skips.append(x)
-        x = self._through(through, self.mid_block, 0, x)
-        return self._residual(self.mid_block, 1, x, through.embedding_BE), skips
+        x = self._layer(state, self.mid_block, 0, x)
+        return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
-    def way_up(self, through: "Pass", x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Return the last feature map."""
+    def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """Run the decoder; return the last feature map."""
         skips = list(skips)
-        for stage in cast(list[Stage], self.up_blocks):
-            for i in range(len(stage.resnets)):
-                x = self._through(through, stage, i, torch.cat([x, skips.pop()], dim=1))
-            if stage.upsamplers is not None:
-                # The size of the next skip, so that odd sizes come back as they went.
-                x = stage.upsamplers[0](x, output_size=skips[-1].shape[-2:])
+        for level in cast(list[UNetLevel], self.up_blocks):
+            for i in range(len(level.resnets)):
+                x = self._layer(state, level, i, torch.cat([x, skips.pop()], dim=1))
+            if level.upsamplers is not None:
+                # The size of the next skip, which can be odd.
+                x = level.upsamplers[0](x, output_size=skips[-1].shape[-2:])
         return x
 
-    def _through(self, through: "Pass", stage: Stage, index: int, x: Tensor) -> Tensor:
-        x = self._residual(stage, index, x, through.embedding_BE)
-        if stage.attentions is not None:
-            transformer = cast(SpatialTransformer, stage.attentions[index])
-            x, logits, used = self._attend(transformer, x, through.text_BYD, through.end_B, next(through.plans))
-            through.edge_logits.append(logits)
-            through.space_used.append(used)
+    def _layer(self, state: ForwardState, level: UNetLevel, index: int, x: Tensor) -> Tensor:
+        x = self._residual(level, index, x, state.embedding_BE)
+        if level.attentions is not None:
+            transformer = cast(SpatialTransformer, level.attentions[index])
+            x, logits, used = self._attend(transformer, x, state.text_BYD, state.end_B, next(state.routings))
+            state.edge_logits.append(logits)
+            state.space_used.append(used)
         return x
 
-    def _residual(self, stage: Stage, index: int, x: Tensor, embedding_BE: Tensor) -> Tensor:
-        out: Tensor = self._run(self.config.checkpoint_activations == "all", stage.resnets[index], x, embedding_BE)
+    def _residual(self, level: UNetLevel, index: int, x: Tensor, embedding_BE: Tensor) -> Tensor:
+        out: Tensor = self._run(self.config.checkpoint_activations == "all", level.resnets[index], x, embedding_BE)
         return out
 
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
-    ) -> list[BlockPlan]:
-        """Route every block (Sec. 3.1 and 7.3) from the timestep and the caption alone, all blocks at once."""
+    ) -> list[BlockRouting]:
+        """Route all blocks at once (Sec. 3.1 and 7.3), from the timestep and the caption."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
@@ -299,20 +309,45 @@ class RaphaelUNet(nn.Module):
             expert_LBY, factor_LBY = choose(logits_LBYK, noise_LBYK, m.gate_gradient)
             taking_part = text_mask_BY if m.mask_padding else None
             space_weight = space_weights_BYK(expert_LBY, factor_LBY, m.space_experts, taking_part).unbind()
-            if m.balance_weight > 0:
-                balance = balance_loss_B(logits_LBYK, expert_LBY).unbind()
+        if m.balance_weight > 0 and torch.is_grad_enabled():
+            if m.space_experts:
+                balance = balance_loss_B(logits_LBYK, expert_LBY, taking_part).unbind()
+            if m.time_experts and m.time_routing == "learned":
+                time_balance = self.time_balance_L(timestep_B.device).unsqueeze(1).expand(-1, len(timestep_B))
+                balance = [own if other is None else own + other for own, other in zip(time_balance, balance, strict=True)]
         return [
-            BlockPlan(*fields) for fields in zip(time_expert, time_samples, time_factor, space_weight, balance, strict=True)
+            BlockRouting(*fields)
+            for fields in zip(time_expert, time_samples, time_factor, space_weight, balance, strict=True)
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return each block's time expert of each sample, int64 [L, B], and the factor, float32 [L, B], as `choose` does."""
+        """Return the time expert of each block and sample, int64 [L, B], and its factor, float32 [L, B] (`choose`)."""
         m = self.config
         if m.time_routing == "boundaries":
             expert_LB = band_of_timestep_B(timestep_B, m.time_experts, self.num_timesteps).expand(self.num_blocks, -1)
             return expert_LB, torch.ones_like(expert_LB, dtype=torch.float32)
         logits_LBK = self._gate_logits(self.time_gates, embedding_BE)
         return choose(logits_LBK, noise.time_BLK.transpose(0, 1) if noise else None, m.gate_gradient)
+
+    def time_balance_L(self, device: torch.device) -> Tensor:
+        """Return the load-balance loss of the time gates, float32 [L].
+
+        A sample has one timestep, but timesteps are drawn evenly: the loss is that of a grid of timesteps, without gate
+        noise. It is the same for every division of a batch. Only the gates get its gradient.
+        """
+        logits_LGK = self.time_logits(device)
+        return balance_loss_B(logits_LGK, logits_LGK.detach().argmax(dim=-1))
+
+    def time_logits(self, device: torch.device) -> Tensor:
+        """Return the logits of the time gates at a grid of G timesteps, float32 [L, G, K]. Only the gates get a gradient."""
+        grid_G = torch.arange(TIME_GRID, device=device) * self.num_timesteps // TIME_GRID
+        with torch.no_grad():
+            embedding_GE = self.time_embedding(self.time_proj(grid_G).to(self.conv_in.weight.dtype))
+        return self._gate_logits(self.time_gates, embedding_GE)
+
+    def text_logits(self, text_RD: Tensor) -> Tensor:
+        """Return the logits of the text gates for text tokens, float32 [L, R, K]."""
+        return self._gate_logits(self.text_gates, text_RD.to(self.conv_in.weight.dtype))
 
     def _gate_logits(self, gates: nn.ModuleList, x: Tensor) -> Tensor:
         """Return the logits of every block's gate, float32 [L, ..., K], for x [..., D]."""
@@ -321,23 +356,23 @@ class RaphaelUNet(nn.Module):
         return gate_logits(cast(Sequence[Gate], gates), x)
 
     def _attend(
-        self, transformer: SpatialTransformer, x_BCHW: Tensor, text_BYD: Tensor, end_B: Tensor, plan: BlockPlan
+        self, transformer: SpatialTransformer, x_BCHW: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the feature map, and the block's edge logits and used share as in `BlockOutput`."""
+        """Return the feature map, and edge logits and used share as in `BlockOutput`."""
         size_hw = (x_BCHW.shape[2], x_BCHW.shape[3])
-        h_BND = transformer.enter(x_BCHW)
+        h_BND = transformer.to_tokens(x_BCHW)
         block = transformer.transformer_blocks[0]
 
         def body(h: Tensor, text: Tensor, factor: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, ...]:
-            return tuple(block(h, text, end_B, replace(plan, time_factor_B=factor, space_weight_BYK=weight), size_hw))
+            return tuple(block(h, text, end_B, replace(routing, time_factor_B=factor, space_weight_BYK=weight), size_hw))
 
-        tensors = (h_BND, text_BYD, plan.time_factor_B, plan.space_weight_BYK)
+        tensors = (h_BND, text_BYD, routing.time_factor_B, routing.space_weight_BYK)
         h_BND, edge_logits, used_BK = self._run(self.config.checkpoint_activations != "none", body, *tensors)
-        return transformer.leave(h_BND, x_BCHW), edge_logits, used_BK
+        return transformer.to_feature_map(h_BND, x_BCHW), edge_logits, used_BK
 
     def _run(self, recompute: bool, part: Callable[..., Any], *tensors: Tensor | None) -> Any:
-        """Run a part of the model; with `recompute` it runs again in the backward pass, and its activations are not kept."""
-        if not recompute or not torch.is_grad_enabled():
-            return part(*tensors)
-        # No randomness inside a part, so there is no generator state to keep.
-        return checkpoint(part, *tensors, use_reentrant=self.gathers_weights, preserve_rng_state=False)
+        """Run a part of the model. With `recompute` it saves no activations and runs again in the backward pass."""
+        if recompute and torch.is_grad_enabled():
+            # A part is deterministic, so there is no generator state to preserve.
+            return checkpoint(part, *tensors, use_reentrant=self.gathers_weights, preserve_rng_state=False)
+        return part(*tensors)

@@ -1,10 +1,11 @@
-"""Which sample positions each rank takes in each micro-step, so that a step sees exactly the global batch.
+"""Assigns sample positions to ranks and micro-steps, so that a step processes exactly the global batch.
 
-Progress is one integer, `samples_seen`: step s takes the positions [s * G, (s + 1) * G). They are cut into chunks and dealt
-in order, over *units* of ranks and then micro-steps. A unit is one rank, or the ranks that exchange samples because they
-share experts; these see one image size at a time, so with several sizes a chunk ends where a run of one size ends, whatever
-the length of the runs: one that is no multiple of a unit's slots leaves some of them empty. Slots
-that hold no sample repeat one with weight 0: shapes are the same everywhere and no rank leaves a collective.
+Progress is one integer, `samples_seen`: step s processes the positions [s * G, (s + 1) * G). They are divided into chunks,
+which are assigned in order, over *units* of ranks and then over micro-steps. A unit is one rank, or the ranks that exchange
+samples because they share experts. A unit processes one image size at a time. With several sizes a chunk therefore ends
+where a run of one size ends, and a run that is not a multiple of a unit's slots leaves slots empty. An empty slot repeats a
+sample
+with weight 0: all ranks have equal shapes and take part in all collectives.
 """
 
 import math
@@ -12,55 +13,65 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from raphael_dist.config import Config
+from raphael_dist.config.schema import Config
 from raphael_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The division of `global_batch` samples over `world_size` ranks and `accumulation` micro-steps.
+    """The division of `global_batch_size` samples over `world_size` ranks and `accumulation` micro-steps.
 
     Attributes:
-        unit: consecutive ranks that must see the same image size at a time; divides `world_size`.
+        global_batch_size: samples per step.
+        world_size: number of ranks.
+        micro_batch_size: samples per rank and micro-step.
+        unit: consecutive ranks that process the same image size at a time; divides `world_size`.
         run: positions [n * run, (n + 1) * run) share an image size; 0: all positions do.
-        aligned: steps begin at multiples of `global_batch`; not so once a run has changed it.
+        aligned: whether all steps start at multiples of `global_batch_size`; False if a run changed it.
     """
 
-    global_batch: int
+    global_batch_size: int
     world_size: int
-    micro_batch: int
+    micro_batch_size: int
     unit: int = 1
     run: int = 0
     aligned: bool = True
 
     @classmethod
     def of(cls, config: Config, world_size: int, samples_seen: Iterable[int] = ()) -> "BatchPlan":
-        """Return the plan of a configuration's training step. `samples_seen`: where a run that goes on may begin."""
-        batch, run = config.train.global_batch, run_of(config)
+        """Return the plan of a configuration's training step.
+
+        Args:
+            config: the run's configuration.
+            world_size: number of ranks.
+            samples_seen: positions at which a run can continue.
+        """
+        batch, run = config.train.global_batch_size, bucket_run_length(config)
         aligned = all(seen % math.gcd(run, batch) == 0 for seen in samples_seen)
-        return cls(batch, world_size, config.train.micro_batch, unit_of(config), run, aligned)
+        return cls(batch, world_size, config.train.micro_batch_size, ranks_per_unit(config), run, aligned)
 
     def __post_init__(self) -> None:
-        if self.global_batch < self.world_size:
+        if self.global_batch_size < self.world_size:
             raise UserError(
-                f"train.global_batch = {self.global_batch} cannot serve {self.world_size} ranks: each needs at least one "
-                f"sample per step; use at most {self.global_batch} ranks or train.global_batch >= {self.world_size}"
+                f"train.global_batch_size={self.global_batch_size} must be at least the number of ranks "
+                f"({self.world_size}), since each rank takes one sample or more per step. Use fewer ranks, or set "
+                f"train.global_batch_size={self.world_size} or more."
             )
 
     @cached_property
     def accumulation(self) -> int:
-        """Micro-steps per optimizer step: the same in every step, enough for the one with most chunks."""
+        """Micro-steps per optimizer step: the same in every step, enough for the step with most chunks."""
         return -(-self._most_chunks // max(1, self.world_size // self.unit))
 
     @cached_property
     def _most_chunks(self) -> int:
-        offsets = range(0, self.run, math.gcd(self.run, self.global_batch) if self.aligned else 1) if self.run else [0]
-        return max(len(_chunks(self.global_batch, self._span, self.run, offset)) for offset in offsets)
+        offsets = range(0, self.run, math.gcd(self.run, self.global_batch_size) if self.aligned else 1) if self.run else [0]
+        return max(len(_chunks(self.global_batch_size, self._span, self.run, offset)) for offset in offsets)
 
     @property
     def waste(self) -> float:
-        """Share of the slots that hold no sample."""
-        return 1 - self.global_batch / (self.accumulation * self.world_size * self.micro_batch)
+        """Share of empty slots."""
+        return 1 - self.global_batch_size / (self.accumulation * self.world_size * self.micro_batch_size)
 
     @property
     def loss_scale(self) -> float:
@@ -68,69 +79,68 @@ class BatchPlan:
 
         DeepSpeed divides by `accumulation` in backward and by `world_size` in the all-reduce.
         """
-        return self.world_size * self.accumulation / self.global_batch
+        return self.world_size * self.accumulation / self.global_batch_size
 
     def slots(self, samples_seen: int, rank: int, micro_step: int) -> list[tuple[int, float]]:
-        """Return (position, weight) of each slot of one micro-batch; weight 0 marks a slot without a sample."""
-        chunks = _chunks(self.global_batch, self._span, self.run, samples_seen % self.run if self.run else 0)
+        """Return (position, weight) of each slot of one micro-batch. The weight of an empty slot is 0."""
+        chunks = _chunks(self.global_batch_size, self._span, self.run, samples_seen % self.run if self.run else 0)
         number = micro_step * (self.world_size // self.unit) + rank // self.unit
         first, last = chunks[min(number, len(chunks) - 1)]
-        taken = last if number < len(chunks) else first  # no chunk is left: repeat the last one's, with weight 0
-        indices = range(first + rank % self.unit * self.micro_batch, first + (rank % self.unit + 1) * self.micro_batch)
-        return [(samples_seen + min(i, last - 1), float(i < taken)) for i in indices]
+        end = last if number < len(chunks) else first  # without a chunk: repeat the last one with weight 0
+        start = first + rank % self.unit * self.micro_batch_size
+        indices = range(start, start + self.micro_batch_size)
+        return [(samples_seen + min(i, last - 1), float(i < end)) for i in indices]
 
     @property
     def _span(self) -> int:
-        return self.unit * self.micro_batch
+        return self.unit * self.micro_batch_size
 
     def advice(self) -> list[str]:
-        """Return what to change when more than 10% of the GPU time is spent on empty slots; [] when it is not."""
+        """Return advice if more than 10% of the computation goes to empty slots, else []."""
         if self.waste <= 0.1:
             return []
-        found = []
+        changes = []
         micro, world = self.better_micro_batch(), self.better_world_size()
-        if micro != self.micro_batch:
-            found.append(f"train.micro_batch={micro} ({replace(self, micro_batch=micro).waste:.1%})")
+        if micro != self.micro_batch_size:
+            changes.append(f"train.micro_batch_size={micro} ({replace(self, micro_batch_size=micro).waste:.1%})")
         if world != self.world_size:
-            found.append(f"{world} ranks ({replace(self, world_size=world).waste:.1%}), which take as many micro-steps")
+            changes.append(f"{world} ranks ({replace(self, world_size=world).waste:.1%}), with as many micro-steps")
         if self.run % self._span:
             run = -(-self.run // self._span) * self._span
-            found.append(f"data.bucket_run={run} in a new run ({replace(self, run=run).waste:.1%})")
-        better = f"; better: {' or '.join(found)}" if found else ""
-        return [f"{self.waste:.1%} of the compute goes to empty slots{better}"]
+            changes.append(f"data.bucket_run={run} in a new run ({replace(self, run=run).waste:.1%})")
+        better = f"; better: {' or '.join(changes)}" if changes else ""
+        return [f"{self.waste:.1%} of the computation goes to empty slots{better}"]
 
     def better_micro_batch(self) -> int:
-        """Return the micro-batch no larger than the given one that wastes least, the largest of equals."""
-        plans = [
-            replace(self, micro_batch=m)
-            for m in range(1, min(self.micro_batch, -(-self.global_batch // self.world_size)) + 1)
-        ]
-        return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch)).micro_batch
+        """Return the micro-batch up to the current one with least waste, the largest of equals."""
+        largest = min(self.micro_batch_size, -(-self.global_batch_size // self.world_size))
+        plans = [replace(self, micro_batch_size=m) for m in range(1, largest + 1)]
+        return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch_size)).micro_batch_size
 
     def better_world_size(self) -> int:
-        """Return the fewest ranks that need no more micro-steps."""
+        """Return the smallest number of ranks that needs no more micro-steps."""
         return -(-self._most_chunks // self.accumulation) * self.unit
 
 
-def unit_of(config: Config) -> int:
-    """Return how many consecutive ranks exchange samples with each other, directly or through others."""
+def ranks_per_unit(config: Config) -> int:
+    """Return the number of consecutive ranks that exchange samples, directly or through others."""
     return math.lcm(config.parallel.space_ep, config.parallel.time_ep)
 
 
-def run_of(config: Config, training: bool = True) -> int:
-    """Return how many consecutive positions share an image size; 0 when all do.
+def bucket_run_length(config: Config, training: bool = True) -> int:
+    """Return the number of consecutive positions that share an image size; 0 if all do.
 
-    Samples of one size that do not fill a run are left out of an epoch. In validation runs are as short as can be, so that
-    few are left out.
+    Samples of one size that do not fill a run are left out of an epoch. In validation a run is one micro-batch, so that few
+    are left out.
     """
     if len(config.image.buckets) == 1:
         return 0
-    return config.data.bucket_run if training else config.train.micro_batch
+    return config.data.bucket_run if training else config.train.micro_batch_size
 
 
 @lru_cache(maxsize=256)
-def _chunks(global_batch: int, span: int, run: int, offset: int) -> list[tuple[int, int]]:
-    """Return [first, last) of each chunk of 0 .. global_batch - 1, when index 0 is `offset` positions into a run."""
-    ends = [*range(run - offset, global_batch, run), global_batch] if run else [global_batch]
+def _chunks(global_batch_size: int, span: int, run: int, offset: int) -> list[tuple[int, int]]:
+    """Return [first, last) of each chunk of 0 .. global_batch_size - 1, if index 0 is `offset` positions into a run."""
+    ends = [*range(run - offset, global_batch_size, run), global_batch_size] if run else [global_batch_size]
     pieces = zip([0, *ends[:-1]], ends, strict=True)
     return [(first, min(first + span, end)) for start, end in pieces for first in range(start, end, span)]

@@ -1,21 +1,24 @@
-"""Expert parallelism: P ranks share one set of experts, each holds K/P of them, and the data travels to the experts.
+"""Expert parallelism: P ranks share one set of experts, each has K/P of them, and rows move to the experts.
 
-Space-MoE, in three phases. (1) Dispatch: an image token goes once to each *other rank* that holds an expert it needs, as a
-row of its D values and its weights for that rank's K/P experts. (2) There the weighted sum over those experts is formed, as
-on one rank. (3) Combine: one row of D values comes back and is added up. With 6 experts on 2 ranks that is a third of the
-rows of sending (token, expert) pairs. Where nearly every token needs every rank, the same is done with fixed sizes: all
-tokens are gathered everywhere, and the outputs are added up on their way back (reduce-scatter).
+Space-MoE moves image tokens, in three phases:
+1. Dispatch: an image token goes once to each *other rank* that has an expert it needs, as a row of its D values and its
+   weights for the K/P experts of that rank.
+2. That rank computes the weighted sum over its experts, with the code for a single rank.
+3. Combine: one row of D values returns and is added.
+With 6 experts on 2 ranks this sends a third of the rows that (token, expert) pairs would. Where nearly every token needs
+every
+rank, fixed sizes are used instead: all tokens are gathered on all ranks, and outputs are added by a reduce-scatter.
 
-Time-MoE moves whole samples, to the one rank that holds their expert and back. How many go where is known for all layers
-before the first runs: one small all-gather per forward pass, and the one wait for the device in it. Without spread time
-experts there is none.
+Time-MoE moves whole samples to the rank of their expert and back. One small all-gather before the first block tells each
+rank the counts of all layers. It is the only wait for the device in a forward pass; without sharded time experts there is
+none.
 
-What needs only experts of this rank stays here, and is computed while the other rows are on their way; so is its gradient
-while theirs are. One rank is the degenerate case: the layers' own code runs between dispatch and combine. Ranks of a group
-must run the same layers on equally many samples of equal size.
+Rows for experts of this rank stay here. They are computed while other rows are on their way, and so are their gradients.
+With one rank, only the code between dispatch and combine runs. The ranks of a group must run the same layers on equally many
+samples of equal size.
 
-Shape legend: B samples, N image tokens, K experts, D width, R rows here, O rows that stay, S rows sent or received, P ranks
-that share the experts, L transformer blocks.
+Shape legend: B samples, N image tokens, K experts, D width, R rows of this rank, O rows that stay, S rows sent or received,
+P ranks that share the experts, L transformer blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,32 +28,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raphael_dist.config import Config, Dispatch
+from raphael_dist.config.schema import Config
+from raphael_dist.config.types import Dispatch
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.exchange import AllGather, AllToAll, ExpertGroup, ReduceScatter, Traffic
-from raphael_dist.parallel.placement import place
+from raphael_dist.parallel.placement import choose_placement
 
 STACKED = ("w1", "b1", "w2", "b2")  # the parameters of `Experts` without adapters, one slice per expert
-# Above this share of (token, other rank) pairs in use, fixed sizes cost few bytes more and spare the sorting.
+# Above this share of (token, other rank) pairs in use, fixed sizes send few bytes more and need no sorting.
 STATIC_DENSITY = 0.9
 
 
 class GroupSamples(NamedTuple):
-    """The samples of one layer: `[p, q, k]` is how many of member p go to expert k of member q, int64 [P, P, K/P].
+    """Samples of one layer: `[p, q, k]` is how many of member p go to expert k of member q, int64 [P, P, K/P].
 
-    On the host, which an exchange needs to know its sizes, and on the device, for the product over the experts.
+    An exchange reads its sizes on the host; the product over the experts reads them on the device.
     """
 
     host_PPK: Tensor
     device_PPK: Tensor
 
 
+SampleCounts = GroupSamples | Tensor  # of a layer with and without sharded time experts
+
+
 class ParallelTimeMoE(TimeMoE):
-    """TimeMoE with K/P of the experts here; samples travel to their expert and back."""
+    """A TimeMoE with K/P of the experts on this rank. Samples move to their expert and back."""
 
     group: ExpertGroup
 
@@ -59,11 +66,11 @@ class ParallelTimeMoE(TimeMoE):
         _take_slice(self, whole, group)
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Any, factor_B: Tensor) -> Tensor:
-        """As `TimeMoE.forward`, with the samples of all members (`GroupSamples`)."""
+        """Run each sample through its expert, as `TimeMoE.forward`; `samples` are those of all members (`GroupSamples`)."""
         me, (host_PPK, device_PPK) = self.group.index, samples
         sent, received = host_PPK[me].sum(dim=1).tolist(), host_PPK[:, me].sum(dim=1).tolist()
         stays, sent[me], received[me] = sent[me], 0, 0
-        # Sorted by expert, samples lie sorted by the rank that holds it; those that stay are a range in the middle.
+        # Samples sorted by expert are sorted by its rank, so those that stay are consecutive.
         order_B = torch.argsort(expert_B, stable=True)
         first = sum(sent[:me])
         stay_O = order_B[first : first + stays]
@@ -78,21 +85,21 @@ class ParallelTimeMoE(TimeMoE):
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
     def _by_expert(self, h_SND: Tensor, samples_K: Tensor) -> Tensor:
-        """Run samples that lie by expert."""
+        """Run samples sorted by expert."""
         return self.apply_sorted(h_SND.flatten(0, 1), samples_K * h_SND.shape[1]).view_as(h_SND)
 
     def _apply_blocks(self, h_SND: Tensor, host_PK: Tensor, samples_K: Tensor) -> Tensor:
-        """Run samples that lie by sender and then expert, host_PK of them, and return them so."""
+        """Run samples sorted by sender and then expert, host_PK of each, and return them in this order."""
         sizes_PK, sizes_KP = host_PK.flatten().tolist(), host_PK.t().flatten().tolist()
         senders, experts = host_PK.shape
-        blocks = h_SND.split(sizes_PK)
+        blocks = torch.split(h_SND, sizes_PK)
         by_expert_SND = torch.cat([blocks[p * experts + k] for k in range(experts) for p in range(senders)])
-        blocks = self._by_expert(by_expert_SND, samples_K).split(sizes_KP)
+        blocks = torch.split(self._by_expert(by_expert_SND, samples_K), sizes_KP)
         return torch.cat([blocks[k * senders + p] for p in range(senders) for k in range(experts)])
 
 
 class ParallelSpaceMoE(SpaceMoE):
-    """SpaceMoE with K/P of the experts here; image tokens travel to the ranks of the experts they need."""
+    """A SpaceMoE with K/P of the experts on this rank. Image tokens move to the ranks of the experts they need."""
 
     group: ExpertGroup
 
@@ -103,7 +110,7 @@ class ParallelSpaceMoE(SpaceMoE):
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all ranks, [R, D]."""
-        w_RPK = w_RK.unflatten(1, (self.group.size, self.num_experts))
+        w_RPK = torch.unflatten(w_RK, 1, (self.group.size, self.num_experts))
         needed_PR = (w_RPK.detach() > 0).any(dim=2).t()
         counts_PP = self._rows_between_ranks(needed_PR)
         if counts_PP is None:
@@ -115,8 +122,8 @@ class ParallelSpaceMoE(SpaceMoE):
         return AllGather(self.group)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:
-        """Return how many rows each member sends to each, or None for fixed sizes; all members return the same."""
-        # Knowing the counts stops the launch queue of a GPU in every layer.
+        """Return how many rows each member sends to each other, or None for fixed sizes; all members agree."""
+        # With counts the host would wait for a GPU in every layer.
         if self.dispatch == "all_gather" or (self.dispatch == "auto" and needed_PR.device.type != "cpu"):
             return None
         counts_PP, work = self.group.all_gather(needed_PR.sum(dim=1).unsqueeze(0))
@@ -147,53 +154,63 @@ class ParallelSpaceMoE(SpaceMoE):
         tokens, weights = AllGather(self.group), AllToAll(self.group, each, each)
         pending = tokens.start(x_RD), weights.start(w_RPK.transpose(0, 1).flatten(0, 1))
         out_RD = super().routed_sum(x_RD, w_RPK[:, me], zero_KD)
-        x_PRD, w_PRK = (t.split(each) for t in (tokens.finish(pending[0]), weights.finish(pending[1])))
+        x_PRD, w_PRK = (torch.split(t, each) for t in (tokens.finish(pending[0]), weights.finish(pending[1])))
         others = [p for p in range(self.group.size) if p != me]
         x_SD, w_SK = torch.cat([x_PRD[p] for p in others]), torch.cat([w_PRK[p] for p in others])
         y_SD = super().routed_sum(x_SD, w_SK, zero_KD)
-        y_PRD = list(y_SD.split(each[1:]))
+        y_PRD = list(torch.split(y_SD, each[1:]))
         y_PRD.insert(me, torch.zeros_like(x_RD))
         return out_RD + ReduceScatter(self.group)(torch.cat(y_PRD))
 
 
-def count_samples(onehot_LBK: Tensor, group: ExpertGroup, moved: Sequence[bool]) -> list[GroupSamples | Tensor]:
-    """Return each layer's samples: of all members where samples move, else the own ones for each expert, int64 [K].
+def count_samples(onehot_LBK: Tensor, group: ExpertGroup, sharded: Sequence[bool]) -> list[SampleCounts]:
+    """Return the samples of each layer: of all members if the layer's experts are sharded, else this rank's, int64 [K].
 
-    Collective, once for all layers; a GPU is waited for here.
+    Collective, once for all layers. The host waits for a GPU here.
     """
     counts_PLK, work = group.all_gather(onehot_LBK.sum(dim=1).unsqueeze(0))
     work.wait()
-    device_LPPK = counts_PLK.transpose(0, 1).unflatten(2, (group.size, -1))
+    device_LPPK = torch.unflatten(counts_PLK.transpose(0, 1), 2, (group.size, -1))
     host_LPPK = device_LPPK.cpu()
     return [
-        GroupSamples(host_LPPK[i], device_LPPK[i]) if move else device_LPPK[i, group.index].flatten()
-        for i, move in enumerate(moved)
+        GroupSamples(host_LPPK[i], device_LPPK[i]) if moves else device_LPPK[i, group.index].flatten()
+        for i, moves in enumerate(sharded)
     ]
 
 
 def _take_slice(layer: Any, whole: Experts, group: ExpertGroup) -> None:
-    """Give `layer` this rank's experts of `whole`, marked for DeepSpeed and for `fragments`."""
+    """Give `layer` this rank's experts of `whole`, with the attributes that DeepSpeed and `engine.fragments` read."""
     layer.num_experts, layer.group = whole.num_experts // group.size, group
     layer.dim, layer.hidden, layer.activation = whole.dim, whole.hidden, whole.activation
     layer.use_megablocks, layer.lora_scale = whole.use_megablocks, whole.lora_scale
     first = group.index * layer.num_experts
-    for name, stack in whole.named_parameters(recurse=False):  # adapters among them: one slice per expert of each
+    for name, stack in whole.named_parameters(recurse=False):  # including adapters
         p: Any = nn.Parameter(stack.detach()[first : first + layer.num_experts].clone(), stack.requires_grad)
         p.expert_slice = (first, whole.num_experts)
-        p.allreduce, p.group_name = False, group.name  # DeepSpeed: reduced over the ranks with the same experts alone
+        p.allreduce, p.group_name = False, group.name  # DeepSpeed reduces it only over ranks with the same experts
         setattr(layer, name, p)
 
 
-def apply(model: RaphaelUNet, config: Config, plan: BatchPlan, join: Callable[[int, Traffic], ExpertGroup]) -> Traffic:
-    """Swap the model's experts for this rank's share, on the levels where `placement` shards them. Collective.
+def shard_experts(
+    model: RaphaelUNet, config: Config, plan: BatchPlan, create_groups: Callable[[int, Traffic], ExpertGroup]
+) -> Traffic:
+    """Replace the model's experts by this rank's share on the levels where `placement` shards them. Collective.
 
-    Call before the optimizer is built, on equal models. Where nothing moves the model stays as it is. `join(size, traffic)`
-    makes this rank's group of so many ranks. Returns the counter of all exchanges.
+    Call it before the optimizer is built, on equal models. Other levels are not changed.
+
+    Args:
+        model: the U-Net.
+        config: the run's configuration.
+        plan: how the batch is divided over ranks.
+        create_groups: creates this rank's group of a given size.
+
+    Returns:
+        The counter of all exchanges.
     """
     traffic = Traffic()
-    costs = [cost for cost in place(config, plan) if cost.shard]
-    # Every rank creates every group, in the same order.
-    groups = {size: join(size, traffic) for size in sorted({cost.ep for cost in costs})}
+    costs = [cost for cost in choose_placement(config, plan) if cost.shard]
+    # Every rank creates all groups in the same order.
+    groups = {size: create_groups(size, traffic) for size in sorted({cost.ep for cost in costs})}
     blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
     for cost in costs:
         for level, block in zip(model.block_levels, blocks, strict=True):
@@ -202,7 +219,13 @@ def apply(model: RaphaelUNet, config: Config, plan: BatchPlan, join: Callable[[i
                 block.space_moe = ParallelSpaceMoE(block.space_moe, groups[cost.ep], config.parallel.dispatch)
             elif level == cost.level:
                 block.time_moe = ParallelTimeMoE(block.time_moe, groups[cost.ep])
-    moved = [isinstance(block.time_moe, ParallelTimeMoE) for block in blocks] if config.model.time_experts else []
-    if any(moved):
-        model.count_samples = partial(count_samples, group=groups[config.parallel.time_ep], moved=moved)
+    sharded = sharded_time_layers(model)
+    if any(sharded):
+        model.count_samples = partial(count_samples, group=groups[config.parallel.time_ep], sharded=sharded)
     return traffic
+
+
+def sharded_time_layers(model: RaphaelUNet) -> list[bool]:
+    """Return for each transformer block whether its time experts are sharded."""
+    blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
+    return [isinstance(getattr(block, "time_moe", None), ParallelTimeMoE) for block in blocks]

@@ -1,15 +1,16 @@
 """Measures this machine for a minute and writes its description for the planner.
 
-For each class of operations a small and a large one are timed, forward operations and those of backward passes, one after
-the other; their difference is the rate. Last, reference steps are run and reckoned: operations take longer within a step
-than alone, by caches and allocations, and each has its time in Python and autograd.
+For each class of operations a small and a large one are timed, forward and backward; the difference gives the rate. Then
+reference steps are measured and predicted, because operations take longer within a step than alone (caches, allocations,
+and the time of Python and autograd for each).
 """
 
 import datetime
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,239 +19,247 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from raphael_dist.config import Config, config_from_tree
+from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.errors import UserError
-from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel.host_memory import keep_freed_memory
-from raphael_dist.planning.cluster import ClusterSpec, load_cluster
+from raphael_dist.planning.cluster_spec import ClusterSpec, load_cluster
+from raphael_dist.planning.meta_batch import meta_batch
 from raphael_dist.planning.operations import CLASSES, LiveBytes
-from raphael_dist.planning.step import device_times
-from raphael_dist.planning.trace import meta_batch, trace
+from raphael_dist.planning.step_time import device_times
+from raphael_dist.planning.trace import free_gradient, trace
+from raphael_dist.runtime.host_memory import keep_freed_memory
 
-REPEATS, LEAST_S = 5, 0.01  # the fastest of so many runs of at least so long counts
-# Small enough for a second, and not one of the presets: they are what the description is held to.
-REFERENCE = {
+Tree = dict[str, Any]  # of a YAML file
+REPEATS, MIN_SECONDS = 5, 0.01  # the fastest of REPEATS runs of at least MIN_SECONDS counts
+# A step of less than a second. It is not one of the presets, because those test the description.
+REFERENCE: dict[str, Tree] = {
     "model": {
         "channels": [48, 96], "attention": [True, True], "layers_per_block": 1, "head_dim": 24, "norm_groups": 16,
         "text_width": 256, "expert_width": [96, 192], "gate_width": 32, "checkpoint_activations": "none",
     },
     "image": {"buckets": [[16, 16]]},
-    "train": {"micro_batch": 8, "global_batch": 8},
+    "train": {"micro_batch_size": 8, "global_batch_size": 8},
 }  # fmt: skip
+ROWS, WIDTH = 8192, 256  # of the large operations without FLOPs
 
 
 def clock() -> float:
-    """Return seconds: of the processor where one thread computes, so that other work on the machine hardly counts."""
+    """Return seconds: of the processor if one thread computes, so that other work on the machine hardly counts."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def seconds_of(work: Callable[[], object]) -> float:
     """Return the fastest time of a call, in seconds, over runs of several calls."""
     work()
-    began, calls = clock(), 0
-    while clock() - began < LEAST_S:
+    start, calls = clock(), 0
+    while clock() - start < MIN_SECONDS:
         work()
         calls += 1
     best = float("inf")
     for _ in range(REPEATS):
-        began = clock()
+        start = clock()
         for _ in range(calls):
             work()
-        best = min(best, (clock() - began) / calls)
+        best = min(best, (clock() - start) / calls)
     return best
 
 
-def _operations() -> dict[str, tuple[Callable[[], object], Callable[[], object], float, float]]:
-    """Return for each class a small and a large operation, and the large one's FLOPs and bytes."""
+@dataclass(frozen=True)
+class ClassRate:
+    """Measured rates of a class of operations; `tflops` is None for classes without FLOPs."""
 
-    def image(channels: int, side: int) -> Tensor:
-        return torch.randn(8, channels, side, side)
+    tflops: float | None
+    gb_s: float
 
-    def conv(channels: int, side: int) -> Callable[[], object]:
-        x, w = image(channels, side), torch.randn(channels, channels, 3, 3)
-        return lambda: nn.functional.conv2d(x, w, padding=1)
 
-    def product(n: int) -> Callable[[], object]:
-        a, b = torch.randn(n, n), torch.randn(n, n)
-        return lambda: a @ b
+def _product(n: int) -> Callable[[], object]:
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return lambda: a @ b
 
-    def attention(tokens: int, heads: int) -> Callable[[], object]:
-        q = torch.randn(8, heads, tokens, 32)
-        return lambda: nn.functional.scaled_dot_product_attention(q, q, q)
 
-    def on(work: Callable[[Tensor], object], n: int) -> Callable[[], object]:
-        x = torch.randn(n, 256)
-        return lambda: work(x)
+def _convolution(channels: int, side: int) -> Callable[[], object]:
+    x, w = torch.randn(8, channels, side, side), torch.randn(channels, channels, 3, 3)
+    return lambda: nn.functional.conv2d(x, w, padding=1)
 
-    large, small = 8192, 1
-    size = 2.0 * large * 256 * 4
-    norm = nn.LayerNorm(256)
-    return {
-        "product": (product(4), product(512), 2 * 512**3, 0),
-        "convolution": (conv(4, 4), conv(64, 16), 8 * 2 * 64 * 64 * 9 * 256, 0),
-        "attention": (attention(4, 1), attention(256, 3), 4 * 8 * 3 * 256**2 * 32, 0),
-        "pointwise": (on(lambda x: x + x, small), on(lambda x: x + x, large), 0, 1.5 * size),
-        "transcendental": (on(nn.functional.gelu, small), on(nn.functional.gelu, large), 0, size),
-        "norm": (on(norm, small), on(norm, large), 0, size),
-        "copy": (on(lambda x: x.clone(), small), on(lambda x: x.clone(), large), 0, size),
+
+def _attention(tokens: int, heads: int) -> Callable[[], object]:
+    q = torch.randn(8, heads, tokens, 32)
+    return lambda: nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def _seconds_per_row_difference(work: Callable[[Tensor], object]) -> float:
+    """Return by how many seconds an operation on ROWS rows is slower than on one."""
+    small, large = torch.randn(1, WIDTH), torch.randn(ROWS, WIDTH)
+    small_s = seconds_of(lambda: work(small))
+    return max(seconds_of(lambda: work(large)) - small_s, 1e-9)
+
+
+def measure_rates() -> dict[str, ClassRate]:
+    """Return the rates of each class on this machine, with torch's number of threads."""
+    size = 2.0 * ROWS * WIDTH * 4  # bytes read and written by the large operation
+    compute = {
+        "product": (_product(4), _product(512), 2 * 512**3),
+        "convolution": (_convolution(4, 4), _convolution(64, 16), 8 * 2 * 64 * 64 * 9 * 256),
+        "attention": (_attention(4, 1), _attention(256, 3), 4 * 8 * 3 * 256**2 * 32),
     }
-
-
-def measure_rates() -> dict[str, tuple[float, float | None, float]]:
-    """Return (us, TFLOP/s or None, GB/s) of each class, on this machine with torch's threads."""
-    found: dict[str, tuple[float, float | None, float]] = {}
+    norm = nn.LayerNorm(WIDTH)
     with torch.no_grad():
-        timed = {
-            name: (seconds_of(small), seconds_of(large), flops, size)
-            for name, (small, large, flops, size) in _operations().items()
+        rates = {
+            "pointwise": ClassRate(None, 1.5 * size / _seconds_per_row_difference(lambda x: x + x) / 1e9),
+            "transcendental": ClassRate(None, size / _seconds_per_row_difference(nn.functional.gelu) / 1e9),
+            "norm": ClassRate(None, size / _seconds_per_row_difference(norm) / 1e9),
+            "copy": ClassRate(None, size / _seconds_per_row_difference(torch.clone) / 1e9),
         }
-    least, large, _, size = timed["pointwise"]
-    stream = size / max(large - least, 1e-9) / 1e9
-    for name in CLASSES:
-        least, large, flops, size = timed[name]
-        rate = max(large - least, 1e-9)
-        found[name] = (least * 1e6, flops / rate / 1e12 if flops else None, stream if flops else size / rate / 1e9)
-    return found
+        for name, (small, large, flops) in compute.items():
+            small_s = seconds_of(small)
+            seconds = max(seconds_of(large) - small_s, 1e-9)
+            rates[name] = ClassRate(flops / seconds / 1e12, rates["pointwise"].gb_s)
+    return {name: rates[name] for name in CLASSES}
 
 
-def description(
-    rates: dict[str, tuple[float, float | None, float]], factor: float, us: float, peak: float, again: float = 1.0
-) -> dict[str, Any]:
-    """Return the tree of a description of this machine; factor, us: `fit_reference`'s; again: `fit_recomputed`'s."""
+def description(rates: dict[str, ClassRate], factor: float, us: float, recomputed: float = 1.0) -> Tree:
+    """Return the tree of a description of this machine.
+
+    Args:
+        rates: of operations that run alone.
+        factor: how many times longer operations take within a step.
+        us: microseconds of an empty operation.
+        recomputed: how many times longer operations take when the backward pass repeats them.
+    """
     how = f"measured by --calibrate on {datetime.date.today()}, {torch.get_num_threads()} threads"
-    base = load_cluster("cpu").model_dump(exclude={"name"})
 
-    def number(value: float, source: str = how) -> dict[str, Any]:
+    def number(value: float, source: str = how) -> Tree:
         return {"value": float(f"{value:.4g}"), "source": source}
 
     tree = {}
-    for name, (_, tflops, gb_s) in rates.items():
-        tree[name] = {"us": number(us), "gb_s": number(gb_s / factor)}
-        if tflops is not None:
-            tree[name]["tflops"] = number(tflops / factor)
+    for name, rate in rates.items():
+        tree[name] = {"us": number(us), "gb_s": number(rate.gb_s / factor)}
+        if rate.tflops is not None:
+            tree[name]["tflops"] = number(rate.tflops / factor)
     tree["other"] = tree["pointwise"]
+    base = load_cluster("cpu").model_dump(exclude={"name"})
     base["rates"] = {"float32": tree}
-    base["peak_tflops"] = {"float32": number(peak, f"{how}: the largest product")}
-    base["memory_gb"] = number(psutil.virtual_memory().total / 1e9, f"{how}: the host's")
+    base["peak_tflops"] = {"float32": number(rates["product"].tflops or 0.0, f"{how}: the largest product")}
+    base["memory_gb"] = number(psutil.virtual_memory().total / 1e9, f"{how}: of the host")
     base["per_node"] = number(max(1, (os.cpu_count() or 1) // torch.get_num_threads()), f"{how}: cores over threads")
-    base["recomputed"] = number(again)
-    base["launch_us"] = number(0.0, "in the times of the operations: a CPU is its own host")
+    base["recomputed"] = number(recomputed)
+    base["launch_us"] = number(0.0, "part of the operations' times: a CPU is its own host")
     return base
 
 
-def reference() -> Config:
-    """Return the configuration of the reference step."""
-    return config_from_tree(REFERENCE)
-
-
 def measured_step(config: Config, repeats: int = 4) -> float:
-    """Return the seconds of the fastest forward and backward pass of a micro-step, after one that is not counted."""
-    from raphael_dist.model.diffusion import NoiseSchedule
-
+    """Return the seconds of the fastest forward and backward pass of a micro-step. The first pass is not counted."""
     torch.manual_seed(0)
     model, schedule = RaphaelUNet(config), NoiseSchedule.create(config.diffusion)
-    batch = random_like(config, model.num_blocks)
+    batch = random_batch(config, model.num_blocks)
     best = float("inf")
     for i in range(repeats + 1):
         model.zero_grad()
-        began = clock()
+        start = clock()
         compute_losses(model, batch, schedule, config, torch.float32).total.sum().backward()
-        best = min(best, clock() - began) if i else best
+        best = min(best, clock() - start) if i else best
     return best
 
 
 def measured_peak(config: Config) -> int:
-    """Return the most bytes of activations alive in a micro-step, as `LiveBytes` sees it, gradients of weights let go."""
-    from raphael_dist.model.diffusion import NoiseSchedule
-
+    """Return the most bytes of live activations in a micro-step. Gradients of weights are freed at once."""
     model, schedule = RaphaelUNet(config), NoiseSchedule.create(config.diffusion)
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    batch = random_like(config, model.num_blocks)
+        p.register_post_accumulate_grad_hook(free_gradient)
+    batch = random_batch(config, model.num_blocks)
     with LiveBytes() as live:
         compute_losses(model, batch, schedule, config, torch.float32).total.sum().backward()
     return live.peak
 
 
-def random_like(config: Config, num_blocks: int) -> Any:
-    """Return a batch of random numbers in the shapes of training, everything a sample has."""
+def random_batch(config: Config, num_blocks: int) -> Batch:
+    """Return a batch of random numbers in the shapes of training, with every optional field."""
     draw = torch.Generator().manual_seed(0)
 
-    def made(like: Tensor) -> Tensor:
+    def fill(like: Tensor) -> Tensor:
         if like.dtype == torch.bool:
             return torch.ones(like.shape, dtype=torch.bool)
         if like.dtype == torch.long:
             return torch.zeros(like.shape, dtype=torch.long)
         return torch.rand(like.shape, generator=draw)
 
-    batch = meta_batch(config, config.train.micro_batch, num_blocks)
-    values = batch._map(made)
-    samples = len(batch.weight)
-    values["timestep"] = torch.arange(samples) * config.diffusion.num_timesteps // samples  # each expert its share
-    return type(batch)(**values)
+    samples = config.train.micro_batch_size
+    batch = meta_batch(config, samples, num_blocks).map_tensors(fill)
+    batch.timestep = torch.arange(samples) * config.diffusion.num_timesteps // samples  # an equal share for each expert
+    return batch
 
 
-def reckoned_step(config: Config, cluster: ClusterSpec) -> float:
-    """Return the seconds that the planner gives a micro-step's forward and backward pass."""
-    return sum(device_times(trace(config, config.train.micro_batch), cluster, "float32"))
+def predicted_step(config: Config, cluster: ClusterSpec) -> float:
+    """Return the planner's seconds for the forward and backward pass of a micro-step."""
+    return sum(device_times(trace(config, config.train.micro_batch_size), cluster, "float32"))
 
 
 def calibrate(path: Path) -> str:
-    """Measure this machine, write its description to `path` and return what was found. Raises UserError."""
-    keep_freed_memory()  # as training has it
+    """Measure this machine, write its description to `path` and return a report.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    keep_freed_memory()  # as in training
     rates = measure_rates()
-    peak = rates["product"][1] or 0.0
-    factor, us = fit_reference(rates, peak)
-    again = fit_recomputed(_here(description(rates, factor, us, peak)))
-    tree = description(rates, factor, us, peak, again)
+    factor, us = fit_reference(rates)
+    recomputed = fit_recomputed(_this_machine(description(rates, factor, us)))
+    tree = description(rates, factor, us, recomputed)
     text = f"# {platform.machine()}, {os.cpu_count()} cores, by tools/plan_run.py --calibrate.\n"
     try:
         path.write_text(text + yaml.safe_dump(tree, sort_keys=False, width=120))
     except OSError as error:
-        raise UserError(f"--calibrate {path}: cannot be written: {error.strerror}") from None
-    lines = [
-        f"{name:<15}{'' if t is None else f'{t * 1e3:9.1f} GFLOP/s':>18}{g:9.1f} GB/s" for name, (_, t, g) in rates.items()
-    ]
-    within = (
-        f"within a step: {us:.1f} us an operation, and {factor:.2f} times as long as alone, {again:.2f} times as long again "
-        f"where it is recomputed; written to {path}"
+        raise UserError(f"--calibrate {path} cannot be written: {error.strerror}. Choose another path.") from None
+    lines = []
+    for name, rate in rates.items():
+        flops = "" if rate.tflops is None else f"{rate.tflops * 1e3:9.1f} GFLOP/s"
+        lines.append(f"{name:<15}{flops:>18}{rate.gb_s:9.1f} GB/s")
+    lines.append(
+        f"within a step: {us:.1f} us per operation, {factor:.2f} times as long as alone, {recomputed:.2f} times as long "
+        f"when recomputed; written to {path}"
     )
-    return "\n".join([*lines, within])
+    return "\n".join(lines)
 
 
 def fit_recomputed(cluster: ClusterSpec) -> float:
-    """Return how many times longer than in the forward pass operations take that are repeated in the backward pass.
+    """Return how many times longer operations take when the backward pass repeats them.
 
-    From the reference step with and without recomputation of its blocks: a small difference of two large times.
+    From reference steps with and without recomputation of the blocks: a small difference of two large times.
     """
-    taken, reckoned = _reference_steps("model", "checkpoint_activations", ("none", "blocks"), cluster, repeats=10)
-    return max(0.1, (taken[1] - taken[0]) / (reckoned[1] - reckoned[0]))
+    steps = []
+    for recompute in ("none", "blocks"):
+        steps.append(_reference_step("model", {"checkpoint_activations": recompute}, cluster, repeats=10))
+    return _ratio_of_differences(steps[0], steps[1])
 
 
-def fit_reference(rates: dict[str, tuple[float, float | None, float]], peak: float) -> tuple[float, float]:
-    """Return how many times longer operations take within a step than alone, and the microseconds of each besides.
+def fit_reference(rates: dict[str, ClassRate]) -> tuple[float, float]:
+    """Return how many times longer operations take within a step than alone, and the microseconds of an empty one.
 
-    From reference steps of one image and of eight: both have the same operations, and differ in what these do.
+    From reference steps of one image and of eight, which run the same operations with different sizes.
     """
-    config, alone = reference(), _here(description(rates, 1.0, 0.0, peak))
-    taken, reckoned = _reference_steps("train", "micro_batch", (1, config.train.micro_batch), alone)
-    factor = max(0.1, (taken[1] - taken[0]) / (reckoned[1] - reckoned[0]))
-    launches = trace(config, 1).launches
-    return factor, max(0.1, (taken[0] - factor * reckoned[0]) / launches * 1e6)
+    config, alone = config_from_tree(REFERENCE), _this_machine(description(rates, 1.0, 0.0))
+    single_image, all_images = (
+        _reference_step("train", {"micro_batch_size": samples}, alone, repeats=4)
+        for samples in (1, config.train.micro_batch_size)
+    )
+    factor = _ratio_of_differences(single_image, all_images)
+    measured, predicted = single_image
+    return factor, max(0.1, (measured - factor * predicted) / trace(config, 1).launches * 1e6)
 
 
-def _here(tree: dict[str, Any]) -> ClusterSpec:
+def _ratio_of_differences(first: tuple[float, float], second: tuple[float, float]) -> float:
+    """Return the measured over the predicted difference of two steps."""
+    return max(0.1, (second[0] - first[0]) / (second[1] - first[1]))
+
+
+def _this_machine(tree: Tree) -> ClusterSpec:
     return ClusterSpec.model_validate({**tree, "name": "here"})
 
 
-def _reference_steps(
-    section: str, key: str, values: Sequence[Any], cluster: ClusterSpec, repeats: int = 4
-) -> tuple[list[float], list[float]]:
-    """Return the seconds of reference steps that differ in one setting: as measured, and as the planner has them."""
-    taken, reckoned, config = [], [], reference()
-    for value in values:
-        one = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
-        taken.append(measured_step(one, repeats))
-        reckoned.append(reckoned_step(one, cluster))
-    return taken, reckoned
+def _reference_step(section: str, values: Tree, cluster: ClusterSpec, repeats: int) -> tuple[float, float]:
+    """Return the measured and the predicted seconds of the reference step with other values in one section."""
+    config = config_from_tree({**REFERENCE, section: {**REFERENCE[section], **values}})
+    return measured_step(config, repeats), predicted_step(config, cluster)

@@ -1,34 +1,32 @@
-"""What a rank holds, in bytes by kind, for every ZeRO stage, precision and expert parallelism.
+"""Memory of one rank in bytes, by kind, for every ZeRO stage, precision and expert parallelism.
 
-The states are exact: where each element lies is `convert.partition`'s arithmetic, which real engines are held to, and what
-DeepSpeed 0.19 keeps of it was read and is tested byte for byte. Activations come from a trace. Buffers are what DeepSpeed
-allocates by its own settings.
+Model states are exact. Where each element lies is computed by `convert.partition`, which is tested against real engines;
+what DeepSpeed 0.19 keeps of it is tested byte for byte. Activations come from a trace. Buffers follow DeepSpeed's own
+settings.
 """
 
 from dataclasses import dataclass, fields, replace
 from math import prod
 
-import torch
-
 from raphael_dist.checkpoint.tensors import Shapes
-from raphael_dist.config import Config
+from raphael_dist.config.schema import Config
+from raphael_dist.config.types import bytes_per_element
 from raphael_dist.convert.partition import Topology, groups, local, topology_of, zero3
-from raphael_dist.convert.plan import Options
-from raphael_dist.engine.ds_config import REDUCE_BUCKET as COLLECTED
-from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel.communication import REDUCE_BUCKET
+from raphael_dist.convert.write_plan import Options
+from raphael_dist.engine.ds_config import CONTIGUOUS_BUCKET, sums_in_float32, uses_contiguous_gradients
+from raphael_dist.planning.communication import DEEPSPEED_BUCKET
 
-GATHERED = 1_000_000_000  # numbers; DeepSpeed's stage3_max_live_parameters
-# Share of the activations that the caching allocator cannot reuse: blocks are rounded up and split. Assumed.
+MAX_LIVE_PARAMETERS = 1_000_000_000  # elements; DeepSpeed's stage3_max_live_parameters
+# Share of the activations that the caching allocator cannot reuse, because blocks are rounded up and split. Assumed.
 SLACK = 0.05
-# What torch and DeepSpeed load and keep of their own from the first step on, on a CPU. Of one measured run of six, which the
-# others are held to (docs/performance.md, section 1).
+# Bytes that torch and DeepSpeed load and keep from the first step on, on a CPU. Fitted to one of six measured runs; the
+# other five check it (docs/performance.md, "Memory").
 LIBRARIES = 65_000_000
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a rank's model states; gradients are those after the last backward pass, before the update."""
+    """Model states of a rank in bytes. `gradients` are those after the last backward pass, before the update."""
 
     weights: int
     master: int
@@ -42,12 +40,15 @@ class States:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at the fullest moment of a step.
+class RankMemory:
+    """Peak memory of one rank during a step, in bytes.
 
-    activations: at the peak of a micro-step. buffers: for reducing gradients, and under ZeRO-3 the gathered weights.
-    update: what the update needs for itself, after the activations are gone. slack: lost in the allocator; on a CPU what
-    libraries take for themselves.
+    Attributes:
+        states: model states.
+        activations: peak of a micro-step.
+        buffers: for the reduction of gradients; under ZeRO-3 also the gathered weights.
+        update: temporary memory of the update, when the activations have been freed.
+        slack: memory that the allocator cannot reuse; on a CPU, memory of the libraries.
     """
 
     states: States
@@ -58,125 +59,129 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The larger of the two fullest moments: in the backward pass, and in the update."""
+        """The larger of the two peaks: in the backward pass and in the update."""
         return self.states.total + max(self.activations + self.buffers + self.slack, self.update)
 
     def by_kind(self) -> dict[str, int]:
-        """Return the bytes by kind, for tables and figures; the update's are there where it is the fullest moment."""
+        """Return bytes by kind for tables and figures. `update` is listed only where the update is the peak."""
         kinds = {f.name: getattr(self.states, f.name) for f in fields(self.states)}
         if self.update > self.activations + self.buffers + self.slack:
             return {**kinds, "update": self.update}
         return {**kinds, "activations": self.activations, "buffers": self.buffers, "slack": self.slack}
 
 
-def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all parameters of the whole model."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in RaphaelUNet(config).named_parameters()}
+@dataclass(frozen=True)
+class MemoryFootprint:
+    """Memory of a rank that does not depend on the micro-batch.
+
+    Attributes:
+        states: model states.
+        elements: of the rank's copy of the model.
+        stage: of ZeRO.
+        contiguous: whether gradients lie in one buffer and are reduced at once (`engine.zero.Zero12Contiguous`).
+        buffer_elements: of the buckets in which DeepSpeed reduces gradients; under ZeRO-3 of the gathered weights.
+        update_bytes: copies that the update of ZeRO-1 to 3 makes of its part of the gradients (flat, and in float32).
+    """
+
+    states: States
+    elements: int
+    stage: int
+    contiguous: bool
+    buffer_elements: int
+    update_bytes: int
 
 
 def topology(config: Config, stage: int, world: int) -> Topology:
-    """Return where a configuration's parameters lie on `world` ranks."""
+    """Return how the parameters of a configuration are divided over `world` ranks."""
     parallel = config.parallel
     options = Options(world=world, space_ep=parallel.space_ep, time_ep=parallel.time_ep, stage=stage)
     return topology_of(config, options)
 
 
-def states(
-    config: Config, shapes: Shapes, where: Topology, accumulation: int, rank: int = 0, *, collected: bool = True
+def model_states(
+    config: Config, shapes: Shapes, where: Topology, accumulation: int, rank: int = 0, *, contiguous: bool = True
 ) -> States:
-    """Return a rank's model states. accumulation: micro-steps of a step; collected: as in `Held`, of ZeRO-1 and 2."""
-    width = _width(config)
-    count = _moments(config)
-    several = _in_float32(config, accumulation)
+    """Compute the model states of a rank.
+
+    Args:
+        config: the run's configuration.
+        shapes: of the whole model's parameters.
+        where: how they are divided over the ranks.
+        accumulation: micro-steps per optimizer step.
+        rank: the rank.
+        contiguous: as in `MemoryFootprint`; matters for ZeRO-1 and 2.
+    """
+    width = bytes_per_element(config.train.dtype)
+    moments = 8 if config.optim.kind == "adamw" else 0  # bytes per element: two in float32
+    ema = 4 if config.ema.enabled else 0
+    float32_sums = sums_in_float32(config.train.dtype, accumulation)
+    sum_width = 4 if float32_sums else width
     if where.stage == 0:
         n = sum(prod(shape) for shape in shapes.values())
-        return States(width * n, 0, 4 * count * n, _ema(config, n), width * n)
+        return States(width * n, 0, moments * n, ema * n, width * n)
     if where.stage == 3:
-        part = zero3(shapes, where.world, rank)[1]
-        owned = sum(span.numel for span in zero3(shapes, where.world, rank)[0])
-        # Its own part of each weight, and the gradients, which it keeps from its first step on.
-        gradients = (4 if several else width) * part
-        return States(width * part, 4 * part, 4 * count * part, _ema(config, owned), gradients)
-    if where.stage == 1 and several:
+        spans, part = zero3(shapes, where.world, rank)
+        owned = sum(span.numel for span in spans)
+        # Gradients stay allocated from the first step on.
+        return States(width * part, 4 * part, moments * part, ema * owned, sum_width * part)
+    bf16_optimizer = where.stage == 1 and float32_sums
+    if bf16_optimizer:
         where = replace(where, alignment=1)  # DeepSpeed's BF16_Optimizer rounds no parameter up
-    mine = groups(shapes, where, rank)
-    whole = sum(g.per_rank_padded * g.ranks for g in mine)
-    part = sum(g.per_rank_padded for g in mine)
-    owned = sum(span.numel for g in mine for span in g.spans)
-    held = sum(prod(local(name, shape, where, rank)[0]) for name, shape in shapes.items())
-    if where.stage == 1 and several:
-        # All ranks hold the whole sum in float32, and the last micro-step's own gradients.
-        gradients = 4 * whole + width * held
-    elif collected:
-        # One buffer for all, and this rank's part: of a mean over ranks, or of the sum over micro-steps.
-        sums = where.stage == 2 and accumulation > 1
-        apart = sum(g.per_rank_padded for g in mine if g.ranks > 1 or sums)
-        gradients = width * whole + (4 if several else width) * apart
+    rank_groups = groups(shapes, where, rank)
+    whole = sum(g.per_rank_padded * g.ranks for g in rank_groups)
+    part = sum(g.per_rank_padded for g in rank_groups)
+    owned = sum(span.numel for g in rank_groups for span in g.spans)
+    if bf16_optimizer:
+        # Every rank has the whole sum in float32, and the gradients of the last micro-step.
+        gradients = 4 * whole + width * _local_elements(shapes, where, rank)
+    elif contiguous:
+        # One buffer for all gradients, and this rank's part of the mean over ranks or of the sum over micro-steps.
+        keeps_sum = where.stage == 2 and accumulation > 1
+        separate = sum(g.per_rank_padded for g in rank_groups if g.ranks > 1 or keeps_sum)
+        gradients = width * whole + sum_width * separate
     else:
-        gradients = 4 * part if several else width * owned
-    return States(width * whole, 4 * part, 4 * count * part, _ema(config, owned), gradients)
+        gradients = 4 * part if float32_sums else width * owned
+    return States(width * whole, 4 * part, moments * part, ema * owned, gradients)
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a rank holds whatever its micro-batch. numbers: of its own copy of the model; stage: of ZeRO.
-
-    collected: gradients are reduced at once (`engine.zero.Collected`). buffered: numbers in the buckets through which
-    DeepSpeed reduces them, and under ZeRO-3 in the gathered weights. update: bytes into which the update of ZeRO-1 to 3
-    copies its part of the gradients, to one tensor and to float32.
-    """
-
-    states: States
-    numbers: int
-    stage: int
-    collected: bool
-    buffered: int
-    update: int
-
-
-def held(config: Config, shapes: Shapes, where: Topology, accumulation: int, overlap: bool = False) -> Held:
-    """Return what rank 0 holds, the fullest. overlap: gradients are reduced during the backward pass."""
-    numbers = sum(prod(local(name, shape, where, 0)[0]) for name, shape in shapes.items())
-    flat = where.stage in (1, 2) and not _bf16_optimizer(config, where, accumulation)
-    collected = flat and not overlap and (where.stage == 1 or numbers <= 2 * COLLECTED)
-    found = states(config, shapes, where, accumulation, collected=collected)
-    part = found.master // 4
-    joined = 0 if collected or _width(config) == 4 else 2
-    widened = 0 if collected and (_width(config) == 4 or _in_float32(config, accumulation)) else 4
-    buffered = 0
-    if flat and not collected:
-        # A bucket is allocated whole, and what is reduced is flattened into a copy of at most the gradients that fill it.
-        buckets, size = (2, REDUCE_BUCKET) if overlap else (1, COLLECTED)
-        buffered = buckets * size + min(size, numbers)
+def memory_footprint(
+    config: Config, shapes: Shapes, where: Topology, accumulation: int, overlap: bool = False
+) -> MemoryFootprint:
+    """Return the footprint of rank 0, which is the largest. `overlap`: gradients are reduced during the backward pass."""
+    width = bytes_per_element(config.train.dtype)
+    float32_sums = sums_in_float32(config.train.dtype, accumulation)
+    elements = _local_elements(shapes, where, 0)
+    flat = where.stage in (1, 2) and not (where.stage == 1 and float32_sums)
+    contiguous = flat and uses_contiguous_gradients(where.stage, overlap=overlap, offload=False, elements=elements)
+    states = model_states(config, shapes, where, accumulation, contiguous=contiguous)
+    part = states.master // 4
+    flat_copy = 0 if contiguous or width == 4 else 2
+    float32_copy = 0 if contiguous and (width == 4 or float32_sums) else 4
+    buffer_elements = 0
+    if flat and not contiguous:
+        # A bucket is allocated whole. Its gradients are flattened into a copy, which is never larger than the gradients.
+        buckets, size = (2, DEEPSPEED_BUCKET) if overlap else (1, CONTIGUOUS_BUCKET)
+        buffer_elements = buckets * size + min(size, elements)
     elif where.stage == 3:
-        buffered = min(GATHERED, numbers) + min(REDUCE_BUCKET, numbers)
-    return Held(found, numbers, where.stage, collected, buffered, part * (joined + widened))
+        buffer_elements = min(MAX_LIVE_PARAMETERS, elements) + min(DEEPSPEED_BUCKET, elements)
+    update_bytes = part * (flat_copy + float32_copy)
+    return MemoryFootprint(states, elements, where.stage, contiguous, buffer_elements, update_bytes)
 
 
-def memory(config: Config, held: Held, activations: int, *, allocator: bool = True) -> Memory:
-    """Return a rank's memory. activations: the trace's peak. allocator: torch's, which keeps blocks; False on a CPU."""
-    buffers = _width(config) * held.buffered
+def rank_memory(config: Config, footprint: MemoryFootprint, activations: int, *, allocator: bool = True) -> RankMemory:
+    """Compute the peak memory of a rank.
+
+    Args:
+        config: the run's configuration.
+        footprint: memory that does not depend on the micro-batch.
+        activations: peak of the trace, bytes.
+        allocator: whether torch's caching allocator keeps freed blocks; False on a CPU.
+    """
+    buffers = bytes_per_element(config.train.dtype) * footprint.buffer_elements
     slack = round(SLACK * activations) if allocator else LIBRARIES
-    return Memory(held.states, activations, buffers, held.update + (0 if allocator else slack), slack)
+    update = footprint.update_bytes + (0 if allocator else slack)
+    return RankMemory(footprint.states, activations, buffers, update, slack)
 
 
-def _width(config: Config) -> int:
-    return 2 if config.train.dtype == "bfloat16" else 4
-
-
-def _in_float32(config: Config, accumulation: int) -> bool:
-    """Return whether gradients of bfloat16 are added up in float32 (ds_config.merge)."""
-    return config.train.dtype == "bfloat16" and accumulation > 1
-
-
-def _bf16_optimizer(config: Config, where: Topology, accumulation: int) -> bool:
-    return where.stage == 1 and _in_float32(config, accumulation)
-
-
-def _moments(config: Config) -> int:
-    return 2 if config.optim.kind == "adamw" else 0
-
-
-def _ema(config: Config, owned: int) -> int:
-    return 4 * owned if config.ema.enabled else 0
+def _local_elements(shapes: Shapes, where: Topology, rank: int) -> int:
+    return sum(prod(local(name, shape, where, rank)[0]) for name, shape in shapes.items())

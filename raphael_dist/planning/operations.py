@@ -1,36 +1,27 @@
-"""What operations of torch cost, seen below autograd one by one: FLOPs, bytes, launches, and the memory that is alive.
+"""Costs of torch operations, seen one by one below autograd: FLOPs, bytes, launches, and live memory.
 
-It works on tensors of the `meta` device, which have shapes and no data, as on real ones.
+This works on tensors of the `meta` device, which have shapes but no data, as well as on real ones.
 """
 
 import weakref
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from raphael_dist.training.measure import FLOPS
+from raphael_dist.training.throughput import FLOPS
 
 # Operations that run nothing on a device.
 FREE = {"_unsafe_view", "lift_fresh", "is_pinned", "set_", "resize_", "record_stream", "_has_compatible_shallow_copy_type"}
 FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense", "is_same_size"}
 
-
-def is_view(func: Any) -> bool:
-    """Return whether an operation's result shares the memory of an argument and nothing is computed."""
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-
-
-def runs(func: Any) -> bool:
-    """Return whether an operation launches work."""
-    return not is_view(func) and func._schema.name.split("::")[1] not in FREE
-
-
-# Classes of operations; what a class costs is `cluster.Rates`. Operations of no other class are "pointwise".
+# Classes of operations, each with its own rates in `cluster_spec.Rates`. All other operations are "pointwise".
 CLASSES = ("product", "convolution", "attention", "pointwise", "transcendental", "norm", "copy")
-_CLASS_OF = {
+_OPERATIONS = {
     "product": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"),
     "convolution": ("convolution", "convolution_backward"),
     "attention": (
@@ -50,58 +41,77 @@ _CLASS_OF = {
         "sort", "zeros_like", "new_zeros", "fill_", "zero_", "upsample_nearest2d", "upsample_nearest2d_backward",
     ),
 }  # fmt: skip
-CLASS_OF = {name: CLASSES.index(kind) for kind, names in _CLASS_OF.items() for name in names}
-POINTWISE = CLASSES.index("pointwise")
+_CLASS_INDEX = {name: CLASSES.index(kind) for kind, names in _OPERATIONS.items() for name in names}
 
 
-def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Return the FLOPs of one operation: of products, convolutions and attention; 0 for all others."""
+def op_name(func: torch._ops.OpOverload) -> str:
+    """Return the name of an operation without its namespace."""
+    return str(func._schema.name).split("::")[1]
+
+
+def op_class(func: torch._ops.OpOverload) -> int:
+    """Return the index in CLASSES of an operation's class."""
+    return _CLASS_INDEX.get(op_name(func), CLASSES.index("pointwise"))
+
+
+def launches_work(func: torch._ops.OpOverload) -> bool:
+    """Return whether an operation runs something on the device, and is not just a view of an argument's memory."""
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return not is_view and op_name(func) not in FREE
+
+
+def flops_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], result: object) -> int:
+    """Return the FLOPs of one product, convolution or attention; 0 for all other operations."""
     packet = func._overloadpacket
     if packet in FLOPS:
-        shapes: Any = FLOPS[packet]
-        return int(shapes(*(a.shape if isinstance(a, Tensor) else a for a in args)))
+        flops_from_shapes = cast(Callable[..., int], FLOPS[packet])
+        return flops_from_shapes(*(a.shape if isinstance(a, Tensor) else a for a in args))
     count = flop_registry.get(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Context that follows the memory of the tensors that operations make in it, each storage once, until it is freed.
+    """Context that tracks the memory of tensors made in it, each storage once, until it is freed.
 
-    live: bytes at the moment; peak: the most since the last `restart`. Memory from before the context does not count.
+    Memory allocated before the context does not count.
+
+    Attributes:
+        live: current bytes.
+        peak: largest value of `live` since the last `restart`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def restart(self) -> int:
-        """Return the peak so far, and begin a new one at what is alive."""
+        """Return the peak, and start a new one at the current value."""
         peak, self.peak = self.peak, self.live
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.see((args, kwargs), result)
+        self.track((args, kwargs), result)
         return result
 
-    def see(self, arguments: Any, result: Any) -> None:
-        """Take in the storages of a result; those of arguments that are not known are from before the context."""
-        for things, counts in ((arguments, False), (result, True)):
-            for tensor in tree_leaves(things):
+    def track(self, arguments: object, result: object) -> None:
+        """Count the storages of a result. Unknown storages of the arguments are older than the context."""
+        for tree, counts in ((arguments, False), (result, True)):
+            for tensor in tree_leaves(tree):
                 if isinstance(tensor, Tensor):
                     self._add(tensor.untyped_storage(), counts)
 
-    def _add(self, storage: Any, counts: bool) -> None:
+    def _add(self, storage: torch.UntypedStorage, counts: bool) -> None:
         key, size = storage._cdata, storage.nbytes() if counts else 0
         if key in self._known:
             return
 
-        def gone(_: Any) -> None:
+        def free(_: object) -> None:
             del self._known[key]
             self.live -= size
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = weakref.ref(storage, free)
         self.live += size
         self.peak = max(self.peak, self.live)

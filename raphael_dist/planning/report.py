@@ -1,26 +1,31 @@
-"""A plan as text."""
+"""Writes a plan as text."""
 
 import math
+import shlex
 
 import numpy as np
 
-from raphael_dist.planning.plan import RunPlan
-from raphael_dist.planning.search import Outcome, reasons
+from raphael_dist.planning.run_plan import RunPlan
+from raphael_dist.planning.search import Choice, Outcome, reasons
 from raphael_dist.planning.trace import KINDS, PHASES
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
-    """Return the whole report: the best choices, the first of them in detail, what it costs, and the command to run it."""
-    c, world, peak = plan.cluster, plan.search.world, plan.cluster.peak_tflops[plan.config.train.dtype].value
+    """Return the report: the best choices, details of the first, its cost, and the command that runs it."""
+    cluster, world = plan.cluster, plan.search.world
+    peak = cluster.peak_tflops[plan.config.train.dtype].value
     lines = [
-        f"{config_name} on {world} devices of {c.name}, {plan.config.train.dtype}, "
-        f"{plan.config.train.global_batch} images a step",
-        f"parameters: {plan.parameters / 1e6:,.1f} M, of which an image token meets {plan.active / 1e6:,.1f} M",
+        f"{config_name} on {world} devices of {cluster.name}, {plan.config.train.dtype}, "
+        f"{plan.config.train.global_batch_size} images per step",
+        f"parameters: {plan.parameters / 1e6:,.1f} M, of which {plan.active / 1e6:,.1f} M process an image token",
         "",
         *_choices(plan.ranked[:shown], peak),
         "",
+        "run so far (docs/proven.md):",
+        *(f"  {o.choice}: {run_so_far(o.choice, cluster.device, world)}" for o in plan.ranked[:shown]),
+        "",
         "why the first:",
-        *(f"  {line}" for line in reasons(plan.best, plan.ranked, c.memory_gb.value)),
+        *(f"  {line}" for line in reasons(plan.best, plan.ranked, cluster.memory_gb.value)),
         "",
         *_memory(plan),
         "",
@@ -33,7 +38,7 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
         "to run the first:",
         f"  {command(plan, config_name)}",
         "",
-        "Reckoned, not measured. Assumed of the cluster (its description says why): " + ", ".join(assumed(plan)),
+        "Predicted, not measured. Assumed numbers of the cluster (see its description): " + ", ".join(assumed(plan)),
     ]
     return "\n".join(lines)
 
@@ -41,7 +46,8 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
 def _choices(best: list[Outcome], peak: float) -> list[str]:
     lines = ["  images/s  MFU    step      memory    choice"]
     for o in best:
-        step, fits = o.step, "" if o.fits else "  does not fit"
+        step = o.step
+        fits = "" if o.fits else "  does not fit"
         lines.append(
             f"{step.images_per_s:>10,.0f}  {step.mfu(peak):>5.1%}  {step.seconds * 1e3:>6,.0f} ms "
             f"{o.memory.total / 1e9:>6.1f} GB  {o.choice}{fits}"
@@ -49,18 +55,27 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
     return lines
 
 
+def run_so_far(choice: Choice, device: str, world: int) -> str:
+    """Return where a choice has been run; keep it in agreement with docs/proven.md."""
+    if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap:
+        return "one H200"
+    if device == "cpu":
+        return "CPU ranks"
+    return "numbers checked on CPU ranks; on several GPUs: nothing yet" if world > 1 else "numbers checked on CPU ranks"
+
+
 def _memory(plan: RunPlan) -> list[str]:
     kinds, total = plan.best.memory.by_kind(), plan.best.memory.total
     parts = "  ".join(f"{kind} {size / 1e9:.2f}" for kind, size in kinds.items())
-    return [f"memory of a rank, GB: {parts}  in all {total / 1e9:.2f} of {plan.cluster.memory_gb.value:.0f}"]
+    return [f"memory per rank, GB: {parts}  total {total / 1e9:.2f} of {plan.cluster.memory_gb.value:.0f}"]
 
 
 def _blocks(plan: RunPlan) -> list[str]:
-    """Return FLOPs, bytes and launches by kind of block, of one micro-step."""
+    """Return FLOPs, bytes and launches of one micro-step by part of the model."""
     choice = plan.best.choice
-    trace = plan.search.profile.at(choice.micro_batch, choice.recompute)
+    trace = plan.search.get_profile().at(choice.micro_batch_size, choice.recompute)
     lines = [
-        f"a micro-step of {choice.micro_batch} images, by kind (forward, backward, recomputed):",
+        f"a micro-step of {choice.micro_batch_size} images, by part of the model (forward, backward, recomputed):",
         f"  {'':<17}{'TFLOP':>24}{'GB read and written':>27}{'launches':>21}",
     ]
     for i, kind in enumerate(KINDS):
@@ -73,30 +88,30 @@ def _blocks(plan: RunPlan) -> list[str]:
     total = (
         f"{trace.total(trace.flops) / 1e12:.3f} TFLOP, {trace.total(trace.bytes) / 1e9:.1f} GB, {trace.launches:,} launches"
     )
-    return [*lines, f"  in all {total}"]
+    return [*lines, f"  total {total}"]
 
 
 def _step(plan: RunPlan, peak: float) -> list[str]:
     step = plan.best.step
     lines = [
         f"a step of {step.images} images in {plan.best.plan.accumulation} micro-steps takes {step.seconds * 1e3:,.1f} ms: "
-        f"{step.images_per_s:,.0f} images/s, {step.images_per_s / step.ranks:.1f} a device, MFU {step.mfu(peak):.1%}",
+        f"{step.images_per_s:,.0f} images/s, {step.images_per_s / step.ranks:.1f} per device, MFU {step.mfu(peak):.1%}",
         f"  products {step.products * 1e3:.1f} ms  memory traffic {step.traffic * 1e3:.1f} ms  "
         f"update {step.update * 1e3:.1f} ms  launches not hidden {step.launches * 1e3:.1f} ms",
         f"  communication {step.communication * 1e3:.1f} ms, of which {step.exposed * 1e3:.1f} ms not hidden:",
     ]
-    merged: dict[tuple[str, str], tuple[float, float]] = {}
+    totals: dict[tuple[str, str], tuple[float, float]] = {}
     for part in step.parts:
-        seconds, size = merged.get((part.what, part.behind), (0.0, 0.0))
-        merged[part.what, part.behind] = seconds + part.seconds, size + part.network_gb
-    for (what, behind), (seconds, size) in merged.items():
-        hides = "hidden by nothing" if behind == "nothing" else f"may hide behind the {behind} pass"
-        lines.append(f"    {what}: {seconds * 1e3:.1f} ms, {size:.2f} GB by a rank's network card, {hides}")
+        seconds, size = totals.get((part.name, part.hidden_by), (0.0, 0.0))
+        totals[part.name, part.hidden_by] = seconds + part.seconds, size + part.network_gb
+    for (name, hidden_by), (seconds, size) in totals.items():
+        overlap = "not hidden" if hidden_by == "nothing" else f"can overlap with the {hidden_by} pass"
+        lines.append(f"    {name}: {seconds * 1e3:.1f} ms, {size:.2f} GB through a rank's network card, {overlap}")
     return lines
 
 
 def _cost(plan: RunPlan) -> list[str]:
-    s = plan.saving
+    s = plan.saves
     return [
         f"{plan.images:,} images take {plan.seconds / 86400:,.1f} days, {plan.gpu_hours:,.0f} device hours, "
         f"{plan.dollars:,.0f} dollars at {plan.price:.2f} an hour",
@@ -107,30 +122,29 @@ def _cost(plan: RunPlan) -> list[str]:
 
 
 def command(plan: RunPlan, config_name: str) -> str:
-    """Return what runs the best choice on the cluster."""
+    """Return the command that runs the best choice on the cluster."""
     per_node, choice = int(plan.cluster.per_node.value), plan.best.choice
     settings = [*choice.settings(), f"checkpoint.every={plan.save_every()}"]
     if plan.cluster.device == "cpu":
         return (
-            f"torchrun --nproc_per_node {plan.search.world} raphael_dist/train.py --config {config_name} "
-            f"--deepspeed_config {choice.json} {' '.join(settings)}"
+            f"torchrun --nproc_per_node {plan.search.world} raphael_dist/train.py --config {shlex.quote(config_name)} "
+            f"--deepspeed_config {choice.json} {shlex.join(settings)}"
         )
     nodes = math.ceil(plan.search.world / per_node)
     return (
-        f"CONFIG={config_name} DS_CONFIG={choice.json} sbatch --nodes={nodes} "
-        f"--gpus-per-node={min(per_node, plan.search.world)} slurm/train_raphael.sh {' '.join(settings)}"
+        f"CONFIG={shlex.quote(config_name)} DS_CONFIG={choice.json} sbatch --nodes={nodes} "
+        f"--gpus-per-node={min(per_node, plan.search.world)} slurm/train_raphael.sh {shlex.join(settings)}"
     )
 
 
 def assumed(plan: RunPlan) -> list[str]:
-    """Return which numbers of the cluster's description are assumed, not published or measured."""
-    found = []
+    """Return the numbers of the cluster's description that are assumed, not published or measured."""
+    numbers = []
     for name, value in plan.cluster.model_dump().items():
-        if isinstance(value, dict) and "source" in value and "assumed" in value["source"]:
-            found.append(f"{name} {value['value']:g}")
-    rates = plan.cluster.rates[plan.config.train.dtype]
-    for sort, rate in rates.items():
-        for name, number in rate.model_dump().items():
+        if isinstance(value, dict) and "assumed" in value.get("source", ""):
+            numbers.append(f"{name} {value['value']:g}")
+    for op_class, rates in plan.cluster.rates[plan.config.train.dtype].items():
+        for name, number in rates.model_dump().items():
             if number and "assumed" in number["source"]:
-                found.append(f"rates.{sort}.{name} {number['value']:g}")
-    return found
+                numbers.append(f"rates.{op_class}.{name} {number['value']:g}")
+    return numbers

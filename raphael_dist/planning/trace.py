@@ -1,50 +1,49 @@
-"""One micro-step of the model on tensors without data: every operation with its FLOPs, bytes and place, and live memory.
+"""Traces one micro-step of the model on tensors without data: each operation with FLOPs and bytes, and live memory.
 
-The model keeps its true widths and takes the ways of a GPU (wide space experts, the grouped product, fixed-size exchanges);
-attention is the fused kernel's, whose shapes are the same on every device. Nothing is computed, so 3 B parameters take a
-second. A micro-step is traced with two numbers of images; what an operation costs is a line through both, which gives every
-other micro-batch.
+The model has its true widths and takes the code paths of a GPU. Attention counts as one fused kernel. Nothing is computed,
+so a trace of 3 B parameters takes a second. Two traces give a line for every operation, and thus the trace of any
+micro-batch.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-from unittest import mock
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from raphael_dist.config import Config
-from raphael_dist.config_upscale import COLOURS
-from raphael_dist.model import experts
-from raphael_dist.model.batch import Batch
+from raphael_dist.config.schema import Config
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.edge import EdgeModule
-from raphael_dist.model.latents import latent_factor
+from raphael_dist.model.experts import Experts
 from raphael_dist.model.layers import TransformerBlock
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
-from raphael_dist.model.objective import compute_losses
 from raphael_dist.model.residual import ResidualBlock
-from raphael_dist.model.unet import GateNoise, RaphaelUNet
+from raphael_dist.model.routing import BlockRouting
+from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.exchange import Traffic
-from raphael_dist.planning.operations import CLASS_OF, POINTWISE, LiveBytes, flops_of, runs
+from raphael_dist.planning.meta_batch import META, meta_batch
+from raphael_dist.planning.operations import LiveBytes, flops_of, launches_work, op_class
 
 Recompute = Literal["none", "blocks", "all"]
-META = torch.device("meta")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "blocks", "all")
+PHASES = ("forward", "backward", "recomputed")
 KINDS = (
     "convolutions", "self-attention", "cross-attention", "time experts", "feed-forward", "space experts", "edge modules",
     "routing", "rest of blocks", "other",
 )  # fmt: skip
-PHASES = ("forward", "backward", "recomputed")
-_OF_MODULE: dict[type[nn.Module], str] = {
+_KIND_OF_MODULE: dict[type[nn.Module], str] = {
     ResidualBlock: "convolutions",
     Downsample2D: "convolutions",
     Upsample2D: "convolutions",
@@ -54,33 +53,37 @@ _OF_MODULE: dict[type[nn.Module], str] = {
     EdgeModule: "edge modules",
     TransformerBlock: "rest of blocks",
 }
-RECOMPUTE: tuple[Recompute, ...] = ("none", "blocks", "all")
-SAMPLES = (2, 4)  # images of the two traces
+SAMPLES = (2, 4)  # images of the two traces of a profile
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one micro-step of `samples` images does on a rank, operation by operation, in order.
+    """Operations and memory of one micro-step on a rank.
 
-    kind, phase, sort: int64 [ops], indices into KINDS, PHASES and operations.CLASSES. flops, bytes: int64 [ops]; bytes are
-    those of an operation's inputs and outputs by their shapes, as if nothing stayed in a cache. segment: int64 [ops], the
-    part that can be recomputed to which an operation belongs (or in the backward pass, what it differentiates), else -1.
-    in_block: bool [segments], whether a part is a transformer block (or a residual one). kept: int64 [segments], bytes
-    that a part's forward pass leaves for its backward pass. peaks: int64 [2, segments + 1], the most bytes alive in the
-    forward and in the backward pass while `i` parts have been begun, with gradients of weights let go as they are made, as
-    ZeRO does.
-    saved: bytes of activations alive after the forward pass. sent: bytes to other ranks' experts.
+    A *segment* is a part of the model that can be recomputed: a transformer block or a residual block.
+
+    Attributes:
+        samples: images of the micro-step.
+        kind, phase, op_class: int64 [ops], indices into KINDS, PHASES and operations.CLASSES, in order of execution.
+        segment: int64 [ops], the segment of an operation (in the backward pass, of what it differentiates), or -1.
+        flops, bytes: int64 [ops]. Bytes are those of inputs and outputs by their shapes, as if nothing stayed in a cache.
+        is_block: bool [segments], True for transformer blocks.
+        saved_by: int64 [segments], bytes that the forward pass of a segment leaves for its backward pass.
+        peaks: int64 [2, segments + 1], the most live bytes in the forward and the backward pass while `i` segments have been
+            started. Gradients of weights are freed at once, as ZeRO does.
+        saved: bytes of activations that are alive after the forward pass.
+        sent: bytes to the experts of other ranks.
     """
 
     samples: int
     kind: NDArray[np.int64]
     phase: NDArray[np.int64]
-    sort: NDArray[np.int64]
+    op_class: NDArray[np.int64]
     segment: NDArray[np.int64]
     flops: NDArray[np.int64]
     bytes: NDArray[np.int64]
-    in_block: NDArray[np.bool_]
-    kept: NDArray[np.int64]
+    is_block: NDArray[np.bool_]
+    saved_by: NDArray[np.int64]
     peaks: NDArray[np.int64]
     saved: int
     sent: int
@@ -95,7 +98,7 @@ class Trace:
         return int(self.peaks.max())
 
     def total(self, values: NDArray[np.int64], phase: str | None = None, kind: str | None = None) -> int:
-        """Return the sum of `flops` or `bytes`, of one phase and kind or of all."""
+        """Return the sum of `flops` or `bytes` over one phase and kind, or over all."""
         chosen = np.ones(len(values), dtype=bool)
         if phase is not None:
             chosen &= self.phase == PHASES.index(phase)
@@ -103,41 +106,40 @@ class Trace:
             chosen &= self.kind == KINDS.index(kind)
         return int(values[chosen].sum())
 
-    def recomputing(self, what: Recompute) -> "Trace":
-        """Return the trace with some parts recomputed in the backward pass, of one that recomputes nothing.
+    def with_recomputation(self, recompute: Recompute) -> "Trace":
+        """Add recomputation to a trace without it: repeat forward operations, and free what their segments save.
 
-        Their forward operations come again, and what they keep is there only while their own gradient is computed. The
-        few last operations that recomputation can leave out are counted.
+        Real recomputation skips a few last operations; they are counted here.
         """
-        if what == "none":
+        if recompute == "none":
             return self
-        again = self.in_block | (what == "all")
-        added = (self.phase == 0) & (self.segment >= 0)
-        added[added] = again[self.segment[added]]
+        recomputed = self.is_block | (recompute == "all")
+        repeated = (self.phase == 0) & (self.segment >= 0)
+        repeated[repeated] = recomputed[self.segment[repeated]]
+        freed = np.where(recomputed, self.saved_by, 0)
+        freed_before = np.concatenate([[0], np.cumsum(freed)])  # by all segments that ended before
+        freed_earlier = np.concatenate([[0], freed_before[:-1]])  # without the segment that is being recomputed
 
-        def both(values: NDArray[np.int64]) -> NDArray[np.int64]:
-            return np.concatenate([values, values[added]])
+        def with_repeated(values: NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.concatenate([values, values[repeated]])
 
-        let_go = np.where(again, self.kept, 0)
-        before = np.concatenate([[0], np.cumsum(let_go)])  # by all parts that ended before
-        earlier = np.concatenate([[0], before[:-1]])  # the same, without the part itself, which is there again
         return replace(
             self,
-            kind=both(self.kind),
-            phase=np.concatenate([self.phase, np.full(added.sum(), PHASES.index("recomputed"))]),
-            sort=both(self.sort),
-            segment=both(self.segment),
-            flops=both(self.flops),
-            bytes=both(self.bytes),
-            # A part that is recomputed is as full as in its forward pass, on top of what is alive before it.
-            peaks=self.peaks - earlier,
-            saved=self.saved - int(let_go.sum()),
+            kind=with_repeated(self.kind),
+            op_class=with_repeated(self.op_class),
+            segment=with_repeated(self.segment),
+            flops=with_repeated(self.flops),
+            bytes=with_repeated(self.bytes),
+            phase=np.concatenate([self.phase, np.full(repeated.sum(), PHASES.index("recomputed"))]),
+            # A recomputed segment needs as much as in its forward pass, on top of what is alive before it.
+            peaks=self.peaks - freed_earlier,
+            saved=self.saved - int(freed.sum()),
         )
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A micro-step as a function of its images: a line through two traces."""
+    """The micro-step as a linear function of its images, from two traces."""
 
     few: Trace
     many: Trace
@@ -150,13 +152,21 @@ class Profile:
             few, many = getattr(self.few, name), getattr(self.many, name)
             return np.rint(few + (many - few) * share).astype(np.int64)
 
-        values = {name: line(name) for name in ("flops", "bytes", "kept", "peaks")}
-        numbers = {name: int(line(name)) for name in ("saved", "sent")}
-        return replace(self.few, samples=samples, **values, **numbers).recomputing(recompute)  # type: ignore[arg-type]
+        trace = replace(
+            self.few,
+            samples=samples,
+            flops=line("flops"),
+            bytes=line("bytes"),
+            saved_by=line("saved_by"),
+            peaks=line("peaks"),
+            saved=int(line("saved")),
+            sent=int(line("sent")),
+        )
+        return trace.with_recomputation(recompute)
 
 
 def profile(config: Config) -> Profile:
-    """Return the profile of a configuration's micro-step on one rank without spread experts, nothing recomputed."""
+    """Profile the micro-step of a configuration on one rank, without expert parallelism and without recomputation."""
     few, many = (trace(config, samples, "none") for samples in SAMPLES)
     assert few.launches == many.launches, "the number of images changed which operations run"
     return Profile(few, many)
@@ -166,175 +176,175 @@ def trace(
     config: Config,
     samples: int,
     recompute: Recompute | None = None,
-    spread: Callable[[RaphaelUNet, int], Traffic] | None = None,
+    shard: Callable[[RaphaelUNet, int], Traffic] | None = None,
 ) -> Trace:
     """Trace one micro-step of `samples` images of the largest size in `image.buckets`.
 
-    spread: puts layers of spread experts into the model, given the images, and returns their counter of bytes
-    (`spread.stand_in`).
+    Args:
+        config: the run's configuration.
+        samples: images of the micro-step.
+        recompute: replaces `model.checkpoint_activations`; None keeps it.
+        shard: replaces the model's experts by expert-parallel ones, given the images, and returns their counter of sent
+            bytes (`expert_parallel_trace.shard_for_trace`). None: no expert parallelism.
     """
     update = {} if recompute is None else {"checkpoint_activations": recompute}
     config = config.model_copy(update={"model": config.model.model_copy(update=update)})
-    dtype = getattr(torch, config.train.dtype)
+    dtype: torch.dtype = getattr(torch, config.train.dtype)
+    recorder = _Recorder()
     with META:
-        model = RaphaelUNet(config).to(dtype)
-    traffic = Traffic() if spread is None else spread(model, samples)
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    notes = _Notes()
+        model = _TracedUNet(config, recorder).to(dtype)
+    traffic = Traffic() if shard is None else shard(model, samples)
+    _observe(model, recorder)
     schedule = NoiseSchedule.create(config.diffusion, META)
     batch = meta_batch(config, samples, model.num_blocks)
-    with _stand_ins(), _kinds(model, notes), notes:
+    with recorder:
         losses = compute_losses(model, batch, schedule, config, dtype)
-        saved, notes.phase = notes.live, "backward"
+        saved, recorder.phase = recorder.live, "backward"
         losses.total.sum().backward()
-    kind, phase, sort, segment, flops, num_bytes = (np.array(c, dtype=np.int64) for c in zip(*notes.rows, strict=True))
+    kind, phase, classes, segment, flops, num_bytes = (np.array(c, dtype=np.int64) for c in zip(*recorder.rows, strict=True))
+    num_segments = len(recorder.segments)
     return Trace(
         samples=samples,
         kind=kind,
         phase=phase,
-        sort=sort,
+        op_class=classes,
         segment=segment,
         flops=flops,
         bytes=num_bytes,
-        in_block=np.array([block for block, _ in notes.segments], dtype=bool),
-        kept=np.array([kept for _, kept in notes.segments], dtype=np.int64),
-        peaks=np.array([[peaks.get(i, 0) for i in range(len(notes.segments) + 1)] for peaks in notes.peaks]),
+        is_block=np.array([is_block for is_block, _ in recorder.segments], dtype=bool),
+        saved_by=np.array([size for _, size in recorder.segments], dtype=np.int64),
+        peaks=np.array([[peaks.get(i, 0) for i in range(num_segments + 1)] for peaks in recorder.peaks]),
         saved=saved,
-        sent=traffic.sent,
+        sent=traffic.experts,
     )
 
 
-class _Notes(LiveBytes):
-    """Notes every operation that launches work: (kind, phase, class, segment, FLOPs, bytes), and memory by segment."""
+class _Recorder(LiveBytes):
+    """Records every operation that launches work, and live memory by segment.
+
+    Attributes:
+        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation.
+        phase: "forward" or "backward".
+        segments: (whether it is a transformer block, bytes that its forward pass saved) of each segment.
+        peaks: the most live bytes by number of segments started, of the forward and of the backward pass.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[tuple[int, int, int, int, int, int]] = []
         self.phase = "forward"
-        self.stack: list[str] = []  # kinds of the modules whose forward pass is running, outermost first
-        self.segments: list[tuple[bool, int]] = []  # whether it is a block; bytes that its forward pass left
+        self.segments: list[tuple[bool, int]] = []
         self.peaks: tuple[dict[int, int], dict[int, int]] = {}, {}
-        self.inside, self._begun = -1, 0
-        self._origin: dict[int, tuple[str, int, int]] = {}  # by the number of the autograd node
+        self._kinds: list[str] = []  # of the modules whose forward pass is running, outermost first
+        self._segment, self._started, self._live_before = -1, 0, 0
+        self._origin: dict[int, tuple[str, int, int]] = {}  # by the sequence number of the autograd node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        kind, phase, inside, begun = self._place()
+        kind, phase, segment, started = self._place()
         peaks = self.peaks[phase > 0]
-        peaks[begun] = max(peaks.get(begun, 0), self.live)
-        if runs(func):
-            used = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-            flops, num_bytes = flops_of(func, args, kwargs, result), sum(t.nbytes for t in used)
-            sort = CLASS_OF.get(func._schema.name.split("::")[1], POINTWISE)
-            self.rows.append((KINDS.index(kind), phase, sort, inside, flops, num_bytes))
+        peaks[started] = max(peaks.get(started, 0), self.live)
+        if launches_work(func):
+            num_bytes = sum(t.nbytes for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+            flops = flops_of(func, args, kwargs, result)
+            self.rows.append((KINDS.index(kind), phase, op_class(func), segment, flops, num_bytes))
         return result
 
     def _place(self) -> tuple[str, int, int, int]:
-        """Return kind, phase, segment, and how many segments had begun; in the backward pass those of what made the node."""
-        if self.stack or self.phase == "forward":
-            kind = self.stack[-1] if self.stack else "other"
-            self._origin[torch.autograd._get_sequence_nr() - 1] = kind, self.inside, len(self.segments)
-            return (
-                kind,
-                PHASES.index("forward" if self.phase == "forward" else "recomputed"),
-                self.inside,
-                len(self.segments),
-            )
+        """Return kind, phase, segment and number of started segments; in the backward pass those of the node's origin."""
+        if self._kinds or self.phase == "forward":
+            kind = self._kinds[-1] if self._kinds else "other"
+            self._origin[torch.autograd._get_sequence_nr() - 1] = kind, self._segment, len(self.segments)
+            phase = "forward" if self.phase == "forward" else "recomputed"
+            return kind, PHASES.index(phase), self._segment, len(self.segments)
         node = torch._C._current_autograd_node()
-        known = None if node is None else self._origin.get(node._sequence_nr())
-        # What has no node of the forward pass, such as adding up gradients, belongs to the place where the pass is.
-        kind, inside, self._begun = known or ("other", -1, self._begun)
-        return kind, PHASES.index("backward"), inside, self._begun
+        origin = None if node is None else self._origin.get(node._sequence_nr())
+        # Operations without a node of the forward pass, such as additions of gradients, belong to the current place.
+        kind, segment, self._started = origin or ("other", -1, self._started)
+        return kind, PHASES.index("backward"), segment, self._started
 
-    def part(self, is_block: bool, run: Callable[[], Any]) -> Any:
-        """Run the forward pass of a part that can be recomputed; it is not told again when it is."""
-        if self.phase != "forward":
-            return run()
-        self.inside, before = len(self.segments), self.live
-        self.segments.append((is_block, 0))
-        result = run()
-        self._begun = len(self.segments)
-        # Its results live on, whether it is recomputed or not.
-        own = sum(t.nbytes for t in tree_leaves(result) if isinstance(t, Tensor))
-        self.segments[self.inside] = (is_block, max(0, self.live - before - own))
-        self.inside = -1
-        return result
+    @contextmanager
+    def part(self, kind: str) -> Iterator[None]:
+        """Attribute the operations of the body to a kind."""
+        self._kinds.append(kind)
+        try:
+            yield
+        finally:
+            self._kinds.pop()
+
+    def enter(self, kind: str, is_segment: bool) -> None:
+        """Start the forward pass of a module. A recomputed segment is not recorded again."""
+        self._kinds.append(kind)
+        if is_segment and self.phase == "forward":
+            self._segment, self._live_before = len(self.segments), self.live
+            self.segments.append((kind == "rest of blocks", 0))
+
+    def leave(self, is_segment: bool, result: object) -> None:
+        """End the forward pass of a module, which returned `result`."""
+        self._kinds.pop()
+        if is_segment and self.phase == "forward":
+            self._started = len(self.segments)
+            # The results stay alive, whether the segment is recomputed or not.
+            results = sum(t.nbytes for t in tree_leaves(result) if isinstance(t, Tensor))
+            is_block = self.segments[self._segment][0]
+            self.segments[self._segment] = (is_block, max(0, self.live - self._live_before - results))
+            self._segment = -1
 
 
-@contextmanager
-def _kinds(model: RaphaelUNet, notes: _Notes) -> Iterator[None]:
-    """Let modules say when their forward pass runs, in recomputation too, which leaves it by an exception."""
+class _TracedUNet(RaphaelUNet):
+    """A U-Net that attributes the operations of its routing."""
 
-    def telling(forward: Callable[..., Any], kind: str, part: bool) -> Callable[..., Any]:
-        def told(*args: Any, **kwargs: Any) -> Any:
-            notes.stack.append(kind)
-            try:
-                if part:
-                    return notes.part(kind == "rest of blocks", lambda: forward(*args, **kwargs))
-                return forward(*args, **kwargs)
-            finally:
-                notes.stack.pop()
+    def __init__(self, config: Config, recorder: _Recorder) -> None:
+        super().__init__(config)
+        self._recorder = recorder
 
-        return told
+    def route_blocks(self, *args: Any) -> list[BlockRouting]:
+        with self._recorder.part("routing"):
+            return super().route_blocks(*args)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Runs attention as one kernel. On the `meta` device torch decomposes it otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        assert kwargs.get("attn_mask") is None
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+
+
+class _FusedProcessor(AttnProcessor2_0):
+    """diffusers' processor with fused attention, also when recomputation calls it from the backward pass."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with _FusedAttention():
+            return super().__call__(*args, **kwargs)
+
+
+def _observe(model: RaphaelUNet, recorder: _Recorder) -> None:
+    """Let modules report their forward passes to the recorder, and free the gradients of weights at once."""
+
+    def observe(module: nn.Module, kind: str) -> None:
+        is_segment = isinstance(module, (ResidualBlock, TransformerBlock))
+        module.register_forward_pre_hook(lambda *_: recorder.enter(kind, is_segment))
+        # Always: recomputation leaves a module by an exception.
+        module.register_forward_hook(lambda _, __, result: recorder.leave(is_segment, result), always_call=True)
 
     for name, module in model.named_modules():
-        kind = next((k for c, k in _OF_MODULE.items() if isinstance(module, c)), None)
+        kind = next((kind for module_type, kind in _KIND_OF_MODULE.items() if isinstance(module, module_type)), None)
         kind = {"attn1": "self-attention", "attn2": "cross-attention"}.get(name.rpartition(".")[2], kind)
         if kind is not None:
-            module.forward = telling(module.forward, kind, isinstance(module, (ResidualBlock, TransformerBlock)))
-    model.route_blocks = telling(model.route_blocks, "routing", False)  # type: ignore[method-assign]
-    yield
+            observe(module, kind)
+        if isinstance(module, Attention) and isinstance(module.processor, AttnProcessor2_0):
+            module.set_processor(cast(Any, _FusedProcessor()))  # its stubs name another class
+        if isinstance(module, Experts):
+            module.assumes_even_loads = True  # there are no counts to read
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(free_gradient)
 
 
-@contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Make attention one kernel, which torch takes apart on the `meta` device, and loads even where a loop reads counts."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-        assert attn_mask is None
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-
-    def apply_sorted(self: experts.Experts, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        if experts._use_grouped_mm(x_RD, self.hidden) and x_RD.shape[0]:
-            return self._grouped(x_RD, counts_K, bias)
-        rows, k = x_RD.shape[0], self.num_experts
-        return self._loop(x_RD, [rows * (i + 1) // k - rows * i // k for i in range(k)], bias)
-
-    with (
-        mock.patch.object(F, "scaled_dot_product_attention", attention),
-        mock.patch.object(experts.Experts, "apply_sorted", apply_sorted),
-    ):
-        yield
-
-
-def meta_batch(config: Config, samples: int, num_blocks: int) -> Batch:
-    """Return a batch without data, of the largest image size."""
-    m, text = config.model, config.text.max_tokens
-    height, width = max(config.image.buckets, key=lambda size: size[0] * size[1])
-    factor = latent_factor(config.image.encoder)
-    noise = None
-    with META:
-        latents = torch.empty(samples, m.latent_channels, height // factor, width // factor)
-        if m.gate_noise > 0:
-            time_BLK = torch.empty(samples, num_blocks, m.time_experts)
-            noise = GateNoise(time_BLK, torch.empty(samples, num_blocks, text, m.space_experts))
-        return Batch(
-            position=torch.empty(samples, dtype=torch.long),
-            weight=torch.empty(samples),
-            x0=latents,
-            noise=torch.empty_like(latents),
-            timestep=torch.empty(samples, dtype=torch.long),
-            text=torch.empty(samples, text, m.text_width),
-            text_mask=torch.empty(samples, text, dtype=torch.bool),
-            end=torch.empty(samples, dtype=torch.long),
-            edge=torch.empty(samples, height, width) if config.edge.weight > 0 else None,
-            gate_noise=noise,
-            small=_meta_small(config, latents) if config.upscale.factor else None,
-        )
-
-
-def _meta_small(config: Config, latents: Tensor) -> Tensor:
-    samples, _, height, width = latents.shape
-    return torch.empty(samples, COLOURS, height * config.upscale.patch, width * config.upscale.patch)
+def free_gradient(p: Tensor) -> None:
+    """Drop the gradient of a parameter."""
+    p.grad = None

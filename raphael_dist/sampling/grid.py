@@ -1,30 +1,32 @@
-"""The captioned grid of pictures."""
+"""A grid of images with captions."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from raphael_dist.data.fonts import drawable
+
 
 def caption_grid(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], columns: int = 6) -> Image.Image:
-    """Lay images, uint8 [H, W, 3], out in up to `columns` columns with their captions below, small ones enlarged."""
+    """Arrange images, uint8 [H, W, 3], in up to `columns` columns with captions below. Small images are enlarged."""
     count, height, width = len(images), max(i.shape[0] for i in images), max(i.shape[1] for i in images)
     columns, scale = min(columns, count), max(1, 128 // width)
     cell_w, cell_h, text_h = width * scale + 12, height * scale + 44, 34
     grid = Image.new("RGB", (columns * cell_w, -(-count // columns) * cell_h), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
+    draw = ImageDraw.Draw(grid)
     for i, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = (i % columns) * cell_w + 6, (i // columns) * cell_h + 4
         size = (pixels.shape[1] * scale, pixels.shape[0] * scale)
         grid.paste(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), (x, y))
+        caption, font = drawable(caption, 11)
         for row, line in enumerate(_wrap(caption, draw, font, cell_w - 6)[: text_h // 14]):
             draw.text((x, y + height * scale + 3 + 14 * row), line, fill="black", font=font)
     return grid
 
 
-def _wrap(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> list[str]:
+def _wrap(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -36,6 +38,6 @@ def _wrap(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> list[s
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture, making its folder."""
+    """Write an image; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -1,7 +1,7 @@
-"""Raw tensor files: the one reader and the one writer of safetensors, and files that are hashed as they are written.
+"""Reads and writes safetensors, and hashes files while they are written.
 
-Reading goes through pread into buffers of our own, never through a memory map, so that memory in use is what is asked for.
-A header is checked before anything is allocated: it may come from a stranger.
+Data is read with pread into buffers, not memory-mapped, so that a process uses only the memory it asks for. A header is
+checked before anything is allocated, since the file may come from others.
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from raphael_dist.errors import UserError
-from raphael_dist.storage.files import open_regular, write_all
+from raphael_dist.storage.files import FileEntry, write_all
+from raphael_dist.text import JsonObject, open_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,22 +32,25 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
-# Elements moved at a time: 4 MiB, which the allocator hands out again and again; larger blocks are mapped anew each time.
+# Elements per block: 4 MiB of float32, which the allocator reuses; larger blocks are mapped again each time.
 CHUNK = 1 << 20
 _OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A contiguous tensor in a file, beginning at byte `offset`.
+class StoredTensor:
+    """A contiguous tensor in a file, which is a span of a parameter.
 
-    start: where it begins in the parameter, flattened, of which it is a span. transposed: it is a matrix, and the span is
-    its transpose.
+    Attributes:
+        offset: its first byte in the file.
+        start: its first element in the flattened parameter.
+        transposed: it is a matrix, and the span is its transpose.
     """
 
     path: Path
@@ -60,69 +64,75 @@ class Stored:
     def numel(self) -> int:
         return prod(self.shape)
 
-    def part(self, first: int, numel: int, start: int) -> "Stored":
-        """Return elements [first, first + numel) of this tensor as the span of a parameter that begins at `start`."""
+    def part(self, first: int, numel: int, start: int) -> "StoredTensor":
+        """Return elements [first, first + numel) of this tensor, as a span that starts at element `start` of a parameter."""
         return replace(self, offset=self.offset + first * self.dtype.itemsize, shape=(numel,), start=start)
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file. UserError when it is none, truncated or inconsistent."""
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file. UserError: it is missing, truncated or inconsistent."""
     try:
         size = path.stat().st_size
         with open(open_regular(path), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise ValueError(f"it is cut short, or no safetensors file ({size} bytes)")
+                raise ValueError(f"it is truncated, or it is not a safetensors file ({size} bytes)")
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
         tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
         _check_extent(tensors, 8 + length, size)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing. Restore the file, or check the path.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(
+            f"{path} cannot be read as a safetensors file: {error}. Restore the file, or save it again."
+        ) from None
     return tensors, metadata
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
     tree = dict(pairs)
     if len(tree) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)} occurs twice")
     return tree
 
 
-def _stored(path: Path, base: int, entry: dict[str, Any]) -> Stored:
+def _stored(path: Path, base: int, entry: JsonObject) -> StoredTensor:
     begin, end = (int(n) for n in entry["data_offsets"])
     shape, dtype = tuple(int(n) for n in entry["shape"]), DTYPES[entry["dtype"]]
     if min((*shape, begin), default=0) < 0 or end - begin != prod(shape) * dtype.itemsize:
         raise ValueError(f"a tensor of shape {shape} does not fit into bytes {begin} to {end}")
-    return Stored(path, base + begin, dtype, shape)
+    return StoredTensor(path, base + begin, dtype, shape)
 
 
-def _check_extent(tensors: dict[str, Stored], base: int, size: int) -> None:
+def _check_extent(tensors: dict[str, StoredTensor], base: int, size: int) -> None:
     at = base
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.numel)):
         if tensor.offset != at:
             raise ValueError("its tensors overlap or leave a gap")
         at += tensor.numel * tensor.dtype.itemsize
     if at != size:
-        raise ValueError(f"it has {size} bytes, its header says {at}")
+        raise ValueError(f"it has {size} bytes, but its header says {at}")
 
 
 class FileReader:
-    """Reads stored tensors, keeping the last few files open."""
+    """Reads stored tensors. The last few files stay open."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
-        self._transposed: tuple[Stored, Tensor] | None = None  # the last one, flat, since it is asked for in pieces
+        self._transposed: tuple[StoredTensor, Tensor] | None = None  # the last one, flat: it is read in pieces
         weakref.finalize(self, _close_all, self._open)
 
-    def read(self, spans: Iterable[Stored], start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened parameter, float32, out of its spans in order.
+    def read(self, spans: Iterable[StoredTensor], start: int, numel: int) -> Tensor:
+        """Return elements [start, start + numel) of a flattened parameter, float32.
 
-        UserError when a file ends before its tensor; LookupError when the spans lack an element. Memory for the result is
-        taken only when they have all.
+        Args:
+            spans: the parameter's spans, in order. They are checked before memory is allocated.
+
+        Raises:
+            UserError: a file ends before its tensor.
+            LookupError: the spans lack an element.
         """
         parts, at = [], start
         for span in spans:
@@ -135,11 +145,11 @@ class FileReader:
         if len(parts) == 1:
             return self._piece(*parts[0]).float()
         out = torch.empty(numel)
-        for piece, (span, first, count) in zip(out.split([count for *_, count in parts]), parts, strict=True):
+        for piece, (span, first, count) in zip(torch.split(out, [count for *_, count in parts]), parts, strict=True):
             piece.copy_(self._piece(span, first, count))
         return out
 
-    def _piece(self, span: Stored, first: int, numel: int) -> Tensor:
+    def _piece(self, span: StoredTensor, first: int, numel: int) -> Tensor:
         if not span.transposed:
             return self._raw(span.path, span.offset + first * span.dtype.itemsize, span.dtype, numel)
         if self._transposed is None or self._transposed[0] is not span:
@@ -151,10 +161,12 @@ class FileReader:
         out = torch.empty(numel, dtype=dtype)
         view, done = as_bytes(out), 0
         while done < len(view):
-            got = os.preadv(self._descriptor(path), [view[done:]], offset + done)
-            if not got:
-                raise UserError(f"{path} is cut short")
-            done += got
+            count = os.preadv(self._descriptor(path), [view[done:]], offset + done)
+            if not count:
+                raise UserError(
+                    f"{path} ends too early: the file is truncated, or another process is writing it. Restore the file."
+                )
+            done += count
         return out
 
     def close(self) -> None:
@@ -168,7 +180,7 @@ class FileReader:
             try:
                 self._open[path] = open_regular(path)
             except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from None
+                raise UserError(f"{path} cannot be read: {error.strerror}. Check the file and its permissions.") from None
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -179,7 +191,7 @@ def _close_all(descriptors: "OrderedDict[Path, int]") -> None:
 
 
 class HashedFile:
-    """A new file, written from front to end. A second thread computes its SHA-256 meanwhile, and syncs it after leaving.
+    """A new file, written sequentially. A second thread computes its SHA-256, and syncs the file at the end.
 
     What is given to `write` must not change until `entry` returns. Raises FileExistsError when the file is there already.
     """
@@ -201,8 +213,8 @@ class HashedFile:
         if kind is not None:
             self._thread.join()
 
-    def entry(self) -> dict[str, Any]:
-        """Wait until the file is on the device; return its manifest entry (bytes, sha256). Raises OSError when it is not."""
+    def entry(self) -> FileEntry:
+        """Wait until the file is synced; return its manifest entry. Raises OSError when that failed."""
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -216,7 +228,7 @@ class HashedFile:
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing: leaving flushes."""
+        """Do nothing: the end of the `with` block flushes."""
 
     def tell(self) -> int:
         """Return the number of bytes written."""
@@ -234,26 +246,39 @@ class HashedFile:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor."""
-    raw: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    """Return the bytes of a tensor in host memory, in the order of its elements, whatever its strides."""
+    raw: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(raw)
 
 
+def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors in host memory, of any strides, as safetensors into an open file."""
+    # Large items first, as in the safetensors library, so that each tensor is aligned to its item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    heads = [(name, tensors[name].dtype, tensors[name].shape) for name in names]
+    write_safetensors(file, heads, metadata or {}, (tensors[name] for name in names))
+
+
 def write_safetensors(
-    file: HashedFile,
+    file: HashedFile | BinaryIO,
     tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]],
     metadata: Mapping[str, str],
     values: Iterator[Tensor],
 ) -> None:
-    """Write a safetensors file of tensors (key, dtype, shape), with their values in order, in any pieces."""
-    head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    """Write safetensors into an open file.
+
+    Args:
+        file: the file.
+        tensors: (key, dtype, shape) of each.
+        metadata: strings by name.
+        values: the elements of all tensors in order, in any pieces.
+    """
+    head: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, dtype, shape in tensors:
         begin, end = end, end + prod(shape) * dtype.itemsize
         head[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start = file.write(len(text).to_bytes(8, "little") + text)
-    for value in values:
-        file.write(as_bytes(value))
-    assert file.bytes - start == end, "the values do not fill the file"
+    file.write(len(text).to_bytes(8, "little") + text)
+    assert sum(file.write(as_bytes(value)) for value in values) == end, "the values do not fill the file"

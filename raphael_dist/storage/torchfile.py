@@ -1,7 +1,7 @@
-"""Files of `torch.save`, read without running anything and written a tensor at a time.
+"""Files of `torch.save`: read without running code, written one tensor at a time.
 
-Reading unpickles with `weights_only=True`, never otherwise: a pickle from a stranger can run anything. Tensors come without
-their data, as a place in the file.
+Files are unpickled with `weights_only=True` only, since a pickle can run any code. Tensors are returned as places in the
+file, without their data.
 """
 
 import io
@@ -21,17 +21,22 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raphael_dist.errors import UserError
-from raphael_dist.storage.tensorfile import HashedFile, Stored, as_bytes
+from raphael_dist.storage.tensorfile import HashedFile, StoredTensor, as_bytes, read_header
 
 MAX_PICKLE = 256 << 20  # bytes of the object tree, without tensor data
+MAX_VALUES = 500_000  # in the object tree; a pickle of a kilobyte can describe an endless one
 _STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}
 
 
 def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """Return the object that `torch.save` wrote, with a `Stored` for every tensor.
+    """Return the object that `torch.save` wrote, with a `StoredTensor` for every tensor.
 
-    allowed: classes and functions that the pickle may name, as `torch.serialization.safe_globals` takes them. UserError when
-    the file is missing, damaged, or holds anything but these, tensors and plain values: nothing else of it is run.
+    Args:
+        path: the file.
+        allowed: classes and functions that the pickle may use, in the form of `torch.serialization.safe_globals`.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds more than these, tensors and plain values. No other code is run.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -41,36 +46,50 @@ def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
                 raise ValueError("its parts are larger than the file")
             order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
         if order not in (b"", sys.byteorder.encode()):
-            raise ValueError("it was written on a machine of the other byte order")
+            raise ValueError("it was written on a machine with the other byte order")
         with FakeTensorMode(), torch.serialization.safe_globals(list(allowed)):
-            return _with_places(torch.load(path, weights_only=True, map_location="cpu"), path)
+            return _with_places(torch.load(path, weights_only=True, map_location="cpu"), path, [MAX_VALUES])
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing. Restore the file, or check the path.") from None
     except pickle.UnpicklingError as error:
-        unsafe = next(
-            (line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "not a weights file"
-        )
+        unsafe = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "no weights file")
         raise UserError(
-            f"{path} is refused: it is a pickle of more than weights, and was not run ({unsafe.strip()})"
+            f"{path} must contain only tensors and plain values, but loading it would run other code ({unsafe.strip()}); "
+            "that code was not run. Save the weights as safetensors."
         ) from None
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, zipfile.BadZipFile) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged, or no file of torch.save: {reason}") from None
+        raise UserError(
+            f"{path} cannot be read as a file of torch.save: {reason}. Restore the file, or save the weights again."
+        ) from None
 
 
-def _with_places(node: Any, path: Path) -> Any:
+def file_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a weights file, safetensors or torch.save, by name. UserError: it cannot be read."""
+    if path.suffix == ".safetensors":
+        return read_header(path)[0]
+    tree = load_tree(path)
+    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+    return {str(key): value for key, value in tree.items() if isinstance(value, StoredTensor)}
+
+
+def _with_places(node: Any, path: Path, left: list[int]) -> Any:
+    """Replace the tensors of a tree by their places. left: how many values it may still have, shared by all calls."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+    if isinstance(node, dict):
+        return {key: _with_places(value, path, left) for key, value in node.items()}
+    if isinstance(node, torch.Size):
+        return tuple(node)
+    if isinstance(node, list | tuple):
+        return [_with_places(value, path, left) for value in node]
     if isinstance(node, Tensor):
         if node.layout is not torch.strided or not node.is_contiguous():
             raise ValueError(f"a tensor of shape {list(node.shape)} is not contiguous; save it with .contiguous()")
         storage: Any = node.untyped_storage()
         offset = storage._checkpoint_offset + node.storage_offset() * node.dtype.itemsize
-        return Stored(path, offset, node.dtype, tuple(node.shape))
-    if isinstance(node, dict):
-        return {key: _with_places(value, path) for key, value in node.items()}
-    if isinstance(node, torch.Size):
-        return tuple(node)
-    if isinstance(node, list | tuple):
-        return [_with_places(value, path) for value in node]
+        return StoredTensor(path, offset, node.dtype, tuple(node.shape))
     return node
 
 
@@ -81,7 +100,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a tree as `torch.save` does, with a place for the data of every placeholder."""
+    """Pickles a tree as `torch.save` does; each placeholder becomes a tensor whose data is written later."""
 
     def __init__(self, file: io.BytesIO, placeholder: type[Any]) -> None:
         super().__init__(file, protocol=2)
@@ -105,7 +124,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Forward(io.RawIOBase):
-    """A stream that cannot go back, so that zipfile never changes what has been hashed."""
+    """A stream that cannot seek, so that zipfile never changes bytes that have been hashed."""
 
     def __init__(self, file: HashedFile) -> None:
         self._file = file
@@ -121,10 +140,13 @@ class _Forward(io.RawIOBase):
 
 
 def write_tree(file: HashedFile, tree: Any, placeholder: type, values: Callable[[Any], Iterator[Tensor]]) -> None:
-    """Write `tree` so that `torch.load` reads it.
+    """Write a tree so that `torch.load` reads it, with one piece of a tensor in memory at a time.
 
-    Tensors in it are objects of the class `placeholder`, with dtype and shape; `values` yields the elements of one in order,
-    in any pieces. Only one piece is in memory at a time.
+    Args:
+        file: the file.
+        tree: dicts and lists.
+        placeholder: class of the objects that stand for tensors, with dtype and shape.
+        values: yields the elements of one such object in order, in any pieces.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, placeholder)
@@ -139,8 +161,8 @@ def write_tree(file: HashedFile, tree: Any, placeholder: type, values: Callable[
 
 def _record(archive: zipfile.ZipFile, file: HashedFile, name: str, pieces: Iterator[memoryview]) -> None:
     entry = zipfile.ZipInfo(f"archive/{name}")  # with a fixed date: the same tree gives the same bytes
-    # Data begin at multiples of 64 bytes, as torch writes them, for readers that map the file. 30 bytes of header, the name,
-    # 20 of zip64 that zipfile puts in front, then our own extra field.
+    # Data starts at multiples of 64 bytes, as in torch, for readers that map the file: after 30 bytes of header, the name,
+    # 20 bytes of zip64 that zipfile inserts, and this extra field.
     padding = -(file.bytes + 30 + len(entry.filename) + 20 + 4) % 64
     entry.extra = b"FB" + padding.to_bytes(2, "little") + b"\0" * padding
     with archive.open(entry, "w", force_zip64=True) as out:

@@ -1,4 +1,4 @@
-"""Which versions wrote a run, a checkpoint or a file of another layout."""
+"""The versions that wrote a run or a checkpoint."""
 
 import platform
 from importlib.metadata import version
@@ -9,5 +9,5 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "nu
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and those it stands on."""
+    """Return the versions of Python, this package and its main dependencies."""
     return {"python": platform.python_version(), "raphael_dist": __version__, **{name: version(name) for name in PACKAGES}}

@@ -1,30 +1,31 @@
 """Rules against steps that would harm the weights: losses that are not finite, and spikes.
 
-Every rank judges the same number, the loss summed over all ranks, in float64, and so comes to the same verdict. The state is
-part of a checkpoint: a run that resumes judges as one that never stopped.
+Every rank judges the same number, the mean loss over all ranks in float64, and so decides alike. The state is part of a
+checkpoint: a resumed run judges like one that never stopped.
 """
 
 import math
 import statistics
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from raphael_dist.config import Train
+from raphael_dist.config.run_sections import Train
 
 Verdict = Literal["good", "not finite", "spike"]
-MIN_LOSSES = 10  # before that, a spread means nothing
+MIN_LOSSES = 10  # fewer give no meaningful deviation
 
 
 class Guard:
-    """Judges the loss of each step and counts: skipped, the steps in all that changed nothing; spikes, losses too large."""
+    """Judges the loss of each step, and counts skipped steps and spikes of the whole run."""
 
     def __init__(self, train: Train) -> None:
         self._train = train
         self.window: list[float] = []
         self.skipped = self.in_a_row = self.spikes = self.rollbacks = 0
-        self._returned_to: int | None = None  # the step of the checkpoint that this process went back to last
+        self._returned_to: int | None = None  # the step of the checkpoint of the last rollback
 
     def judge(self, loss: float) -> Verdict:
-        """Return what a step's loss is: a spike lies `spike_sigma` standard deviations above the mean of the last losses."""
+        """Judge the loss of a step. A spike is more than `spike_sigma` deviations above the mean of the last losses."""
         if not math.isfinite(loss):
             return "not finite"
         if not self._train.spike_sigma or len(self.window) < MIN_LOSSES:
@@ -32,21 +33,21 @@ class Guard:
         limit = statistics.fmean(self.window) + self._train.spike_sigma * statistics.pstdev(self.window)
         return "spike" if loss > limit else "good"
 
-    def took(self, loss: float) -> None:
-        """Note a step that changed the weights."""
+    def record_good_step(self, loss: float) -> None:
+        """Record a step that changed the weights."""
         self.window = [*self.window, loss][-self._train.spike_window :]
         self.in_a_row = 0
 
     def skip(self) -> bool:
-        """Note a step that changed nothing; return whether these are too many in a row."""
+        """Record a step that changed nothing; return whether these are too many in a row."""
         self.skipped += 1
         self.in_a_row += 1
         return self.in_a_row >= self._train.max_skipped
 
-    def roll_back(self, state: dict[str, Any], step: int) -> bool:
-        """Note a return to the checkpoint of `step` with this state; return whether these are too many without a new one.
+    def record_rollback(self, state: Mapping[str, Any], step: int) -> bool:
+        """Record a return to the checkpoint of `step` with this state; return whether these are too many without a new one.
 
-        Saves that failed in between are none: the returns are counted until there is another checkpoint to return to.
+        Failed saves do not count: returns add up until there is another checkpoint to return to.
         """
         before = self.rollbacks if step == self._returned_to else 0
         spikes, rollbacks = self.spikes, max(before, int(state.get("rollbacks", 0))) + 1
@@ -55,13 +56,14 @@ class Guard:
         return rollbacks >= self._train.max_skipped
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs, for JSON, which keeps floats exactly."""
+        """Return what `restore` needs, as JSON values; JSON keeps floats exactly."""
         counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes, "rollbacks": self.rollbacks}
         return {"window": self.window, **counts}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state; {} is that of a new run."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; {} is that of a new run."""
         self.window = [float(loss) for loss in state.get("window", [])]
-        self.skipped, self.in_a_row, self.spikes, self.rollbacks = (
-            int(state.get(name, 0)) for name in ("skipped", "in_a_row", "spikes", "rollbacks")
-        )
+        self.skipped = int(state.get("skipped", 0))
+        self.in_a_row = int(state.get("in_a_row", 0))
+        self.spikes = int(state.get("spikes", 0))
+        self.rollbacks = int(state.get("rollbacks", 0))

@@ -2,22 +2,24 @@
 
 import json
 import logging
+import math
 import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from raphael_dist.model.device import from_host
-from raphael_dist.storage.files import write_all
+from raphael_dist.storage.files import no_links, replace_bytes, write_all
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +29,8 @@ Reduction = Literal["sum", "mean", "max"]
 class Metrics:
     """Collects values on this rank without waiting for the device; `reduce` combines them over ranks in two collectives.
 
-    Repeated values of one name add up (sum, mean) or give the largest (max). Tensors stay on the device, numbers on the
-    host.
+    Repeated values of a name are added (sum, mean), or their largest is kept (max). Tensors stay on the device, numbers on
+    the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,8 +40,9 @@ class Metrics:
         self._maxima: dict[str, Tensor | float] = {}
 
     def add(self, name: str, value: Tensor | float, reduction: Reduction, count: Tensor | float = 1.0) -> None:
-        """Record a value; a mean is sum(value) / sum(count). Values may be tensors of any one shape per name, on the
-        metrics' device, or numbers.
+        """Record a value. A mean is sum(value) / sum(count).
+
+        Values are numbers, or tensors on the metrics' device, of the same shape at each call with this name.
         """
         value = _plain(value)
         if reduction == "max":
@@ -50,8 +53,15 @@ class Metrics:
             n = _plain(count)
             self._counts[name] = self._counts[name] + n if name in self._counts else n
 
+    def merge(self, other: "Metrics") -> None:
+        """Add the values of `other`, without waiting for the device."""
+        for name, value in other._sums.items():
+            self.add(name, value, "mean" if name in other._counts else "sum", other._counts.get(name, 1.0))
+        for name, value in other._maxima.items():
+            self.add(name, value, "max")
+
     def reduce(self) -> dict[str, Tensor]:
-        """Combine over all ranks and start anew; float32 on the host. Waits for the device, once.
+        """Return the values over all ranks, as float32 on the host, and clear them. Collective; waits for the device once.
 
         Every rank must have recorded the same names and shapes.
         """
@@ -72,16 +82,16 @@ def _plain(value: Tensor | float) -> Tensor | float:
     return value.detach().float() if isinstance(value, Tensor) else float(value)
 
 
-def _larger(one: Tensor | float, other: Tensor | float) -> Tensor | float:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.maximum(one, other)
-    if isinstance(one, Tensor):
-        return one.clamp(min=float(other))
-    return _larger(other, one) if isinstance(other, Tensor) else max(one, other)
+def _larger(a: Tensor | float, b: Tensor | float) -> Tensor | float:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    if isinstance(a, Tensor):
+        return a.clamp(min=float(b))
+    return _larger(b, a) if isinstance(b, Tensor) else max(a, b)
 
 
 def _flat(values: dict[str, Tensor | float], device: torch.device) -> Tensor:
-    """Return all values by name as one vector on the device; the numbers go there in one copy."""
+    """Return all values, in the order of their names, as one vector on the device. Numbers go there in one copy."""
     numbers = from_host([v for _, v in sorted(values.items()) if not isinstance(v, Tensor)], device)
     rest = iter(numbers.split(1))
     parts = [v.reshape(-1) if isinstance(v, Tensor) else next(rest) for _, v in sorted(values.items())]
@@ -94,90 +104,125 @@ def _named(flat: Tensor, like: dict[str, Tensor | float]) -> dict[str, Tensor]:
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-# What TensorBoard's page of custom scalars opens with: the curves that matter first.
+# TensorBoard's page of custom scalars opens with these curves.
 LAYOUT = {
     "first": {
         "loss": ["Multiline", ["^train/loss"]],
         "validation loss by timestep (t0: least noisy)": ["Multiline", ["^val/loss"]],
         "images per second": ["Multiline", ["^throughput/samples_per_s$"]],
         "gradient norm": ["Multiline", ["^optim/grad_norm$"]],
-        "busiest and idlest expert (1: an even share)": ["Multiline", ["^moe/(space|time)/load_"]],
+        "busiest and least busy expert (1: an even share)": ["Multiline", ["^moe/(space|time)/load_"]],
+        "dead experts": ["Multiline", ["^moe/(space/|time/)?dead_experts$"]],
     }
 }
+REMEDY = "Set model.balance_weight=0.01, or raise it; docs/metrics.md defines moe/dead_experts."
 _OF_A_BLOCK = re.compile(r"moe/\w+/L\d+/")
+_BOARD = "TensorBoard's file"
 
 
 class MetricsWriter:
-    """Writes scalars to `metrics.jsonl` and to TensorBoard below the run directory. For rank 0.
+    """Writes scalars to `metrics.jsonl` and to TensorBoard in the run directory. For rank 0.
 
-    TensorBoard gets no scalars of single blocks (moe/space/L00/...) unless `every_scalar`: heat maps show these.
-
-    What cannot be written, the disk being full, say, is lost with one warning: it ends no run.
+    TensorBoard gets no scalars of single blocks (moe/space/L00/...) unless `every_scalar`: heat maps show these. What cannot
+    be written, for example on a full disk, is lost with one warning; the run continues.
     """
 
     def __init__(self, run_dir: Path, every_scalar: bool = False) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        threading.excepthook = _without_tensorboards(threading.excepthook)
+        threading.excepthook = _without_tensorboard_errors(threading.excepthook)
         self._warned = False
         self._path = run_dir / "metrics.jsonl"
-        self._broken = _ends_within_a_line(self._path)  # a kill or a full disk ended the process before
-        self._board: SummaryWriter | None = None
-        self._try("TensorBoard's file", lambda: setattr(self, "_board", SummaryWriter(str(run_dir / "tensorboard"))))
+        self._mid_line = _ends_within_line(self._path)  # a kill or a full disk ended an earlier process
         self._every_scalar = every_scalar
-        self._to_board("add_custom_scalars", LAYOUT)
+        self._board: SummaryWriter | None = None
+        with self._tolerating(_BOARD):
+            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+            self._board.add_custom_scalars(LAYOUT)
 
-    def describe(self, yaml: str, values: dict[str, Any]) -> None:
-        """Show a run's configuration: a page of text, and its values among the hyperparameters that runs are compared by."""
+    def describe(self, yaml: str, values: Mapping[str, bool | int | float | str]) -> None:
+        """Show a run's configuration: as text, and as the hyperparameters by which runs are compared."""
         from torch.utils.tensorboard.summary import hparams
 
-        self._to_board("add_text", "configuration", f"```yaml\n{yaml}\n```")
-        # Not by add_hparams, which would put them into a run of their own, apart from the curves.
-        writer: Any = None if self._board is None else self._board.file_writer
-        for summary in hparams(values, {"train/loss": 0.0, "val/loss": 0.0}) if writer else ():
-            self._try("TensorBoard's file", partial(writer.add_summary, summary))
+        if self._board is not None:
+            with self._tolerating(_BOARD):
+                self._board.add_text("configuration", f"```yaml\n{yaml}\n```")
+                # add_hparams would put them into a run of their own, apart from the curves.
+                for summary in hparams(dict(values), {"train/loss": 0.0, "val/loss": 0.0}):
+                    self._board._get_file_writer().add_summary(summary)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Append one line, and one TensorBoard scalar per tag, for optimizer step `step`."""
         line = json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
-        self._try(str(self._path), lambda: self._append(line))
-        for tag, value in values.items():
-            if self._every_scalar or not _OF_A_BLOCK.match(tag):
-                self._to_board("add_scalar", tag, value, step)
+        with self._tolerating(str(self._path)):
+            self._append(line)
+        if self._board is not None:
+            with self._tolerating(_BOARD):
+                for tag, value in values.items():
+                    if self._every_scalar or not _OF_A_BLOCK.match(tag):
+                        self._board.add_scalar(tag, value, step)
 
-    def image(self, tag: str, step: int, image: Any) -> None:
-        """Show a PIL image in TensorBoard."""
-        pixels = np.asarray(image.convert("RGB"))
-        self._to_board("add_image", tag, pixels, step, dataformats="HWC")
+    def return_to(self, step: int) -> None:
+        """Drop what was written of the steps after `step`: they are taken again."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        with self._tolerating(str(self._path)):
+            _drop_after(self._path, step)
+        if self._board is not None:
+            with self._tolerating(_BOARD):  # as SummaryWriter(purge_step=...) does, for a writer that is open
+                start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+                self._board._get_file_writer().add_event(start, step + 1)
+
+    def image(self, tag: str, step: int, image: Image.Image) -> None:
+        """Show an image in TensorBoard."""
+        if self._board is not None:
+            with self._tolerating(_BOARD):
+                self._board.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write out what TensorBoard holds back."""
-        self._to_board("close")
+        """Write what TensorBoard has buffered."""
+        if self._board is not None:
+            with self._tolerating(_BOARD):
+                self._board.close()
 
     def _append(self, line: str) -> None:
-        with open(self._path, "ab", buffering=0) as file:
-            text = ("\n" * self._broken + line).encode()  # behind half a line, a line of its own
-            self._broken = True
+        with open(self._path, "ab", buffering=0, opener=no_links) as file:
+            text = ("\n" * self._mid_line + line).encode()  # after half a line, on a line of its own
+            self._mid_line = True
             write_all(file.fileno(), memoryview(text))
-            self._broken = False
+            self._mid_line = False
 
-    def _to_board(self, method: str, *args: Any, **kwargs: Any) -> None:
-        board = self._board
-        if board is not None and not self._try("TensorBoard's file", lambda: getattr(board, method)(*args, **kwargs)):
-            self._board = None  # its thread is gone, and a flush would wait for it
-
-    def _try(self, what: str, work: Callable[[], Any]) -> bool:
+    @contextmanager
+    def _tolerating(self, what: str) -> Iterator[None]:
+        """Context in which an OSError is a warning, the first time."""
         try:
-            work()
+            yield
         except OSError as error:
+            if what == _BOARD:
+                self._board = None  # its thread is gone, and a flush would wait for it
             if not self._warned:
-                _log.warning("cannot write %s: %s; training goes on, metrics are lost", what, error.strerror or error)
+                _log.warning(
+                    "%s cannot be written (%s): training continues, but metrics are lost", what, error.strerror or error
+                )
             self._warned = True
-            return False
-        return True
 
 
-def _ends_within_a_line(path: Path) -> bool:
+def _drop_after(path: Path, step: int) -> None:
+    """Remove the lines of steps after `step`; the file is replaced in one step."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    remaining = [line for line in lines if _step_of(line) <= step]
+    if len(remaining) < len(lines):
+        replace_bytes(path, b"".join(remaining))
+
+
+def _step_of(line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # half a line, which readers skip
+        return -1
+
+
+def _ends_within_line(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             file.seek(-1, os.SEEK_END)
@@ -186,23 +231,26 @@ def _ends_within_a_line(path: Path) -> bool:
         return False
 
 
-def _without_tensorboards(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a hook for threads' exceptions that leaves out what TensorBoard cannot write: the next call raises it too."""
+_Hook = Callable[[threading.ExceptHookArgs], object]
 
-    def quiet(args: Any) -> None:
+
+def _without_tensorboard_errors(hook: _Hook) -> _Hook:
+    """Return a hook that ignores failed writes of TensorBoard's thread: the next call to TensorBoard raises them too."""
+
+    def filtered(args: threading.ExceptHookArgs) -> None:
         if not (type(args.thread).__name__ == "_AsyncWriterThread" and isinstance(args.exc_value, OSError)):
             hook(args)
 
-    return quiet
+    return filtered
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the (step, value) pairs of each tag in a metrics.jsonl; after a resume the later value of a step counts.
+    """Return the (step, value) pairs of each tag in a metrics.jsonl. Of two values of a step, the later one counts.
 
-    Half a line, which a kill or a full disk leaves, is passed over.
+    Half a line, which a kill or a full disk leaves, is skipped.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -215,14 +263,18 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = None) -> dict[str, float]:
-    """Return scalars from expert loads [L, K], of each layer and over all: the largest and smallest load relative to an even
-    share.
+    """Return scalars from expert loads: the largest and the smallest, relative to an even share, over all and by block.
 
-    With `total_samples`, load_LK is a sum over samples of the share of image tokens per expert, and `density` is the share
-    of (token, expert) pairs in use.
+    `load_entropy` is that of the loads.
+
+    Args:
+        prefix: of the tags.
+        load_LK: load of each expert of each block. With `total_samples`, a sum over samples of shares of image tokens.
+        total_samples: adds `density`, the share of (token, expert) pairs in use.
     """
     share_LK = relative_load(load_LK)
     values = {f"{prefix}/load_max": float(share_LK.max()), f"{prefix}/load_min": float(share_LK.min())}
+    values[f"{prefix}/load_entropy"] = load_entropy(share_LK)
     if total_samples:
         values[f"{prefix}/density"] = float(load_LK.mean() / total_samples)
     for layer, (load_K, relative) in enumerate(zip(load_LK, share_LK, strict=True)):
@@ -234,35 +286,52 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
 
 
 def relative_load(load_LK: Tensor) -> Tensor:
-    """Return loads relative to an even share of their layer, [L, K]."""
+    """Return loads relative to an even share of their block, [L, K]."""
     return load_LK / load_LK.mean(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-class ExpertLoadMonitor:
-    """Says once of an expert that it is dead (almost nothing reaches it) or overloaded (almost everything does)."""
+def load_entropy(share_LK: Tensor) -> float:
+    """Return the entropy of loads over experts, as a share of an even load's: mean over blocks, 1 is even, 0 one expert."""
+    experts = share_LK.shape[1]
+    p_LK = (share_LK / experts).clamp(min=1e-12)
+    return float(-(p_LK * p_LK.log()).sum(dim=1).mean() / math.log(experts)) if experts > 1 else 1.0
 
-    DEAD, OVERLOADED = 0.02, 0.9  # relative to an even share; share of all
-    ENOUGH = 20.0  # samples that an expert would get if the load were even, to judge it
+
+class DeadExperts:
+    """Counts experts without work, and warns with the remedy.
+
+    An expert is dead if its load is below DEAD of an even share of its block, over the fewest last log lines that hold at
+    least SAMPLES samples per expert.
+    """
+
+    DEAD, SAMPLES = 0.01, 100
 
     def __init__(self) -> None:
-        self._said: set[tuple[str, int, int]] = set()
+        self._lines: dict[str, list[tuple[Tensor, float]]] = defaultdict(list)
+        self._warned: dict[str, int] = defaultdict(int)
 
-    def new(self, kind: str, load_LK: Tensor, samples: float) -> list[str]:
-        """Return a line with what to do for each expert of which none has been returned; loads as in `load_metrics`."""
-        num_experts = load_LK.shape[1]
-        if num_experts == 1 or samples / num_experts < self.ENOUGH:
-            return []
-        share_LK = load_LK / load_LK.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        found = []
-        for layer, expert in ((share_LK * num_experts < self.DEAD) | (share_LK > self.OVERLOADED)).nonzero().tolist():
-            if (kind, layer, expert) not in self._said:
-                self._said.add((kind, layer, expert))
-                found.append(self._line(kind, layer, expert, float(share_LK[layer, expert])))
-        return found
+    def clear(self) -> None:
+        """Forget the loads of earlier log lines."""
+        self._lines.clear()
 
-    def _line(self, kind: str, layer: int, expert: int, share: float) -> str:
-        what = f"{share:.1%} of the load since the last log line" if share > self.OVERLOADED else "almost nothing to do"
-        remedy = "raise model.gate_noise"
-        if kind == "space":
-            remedy += " or set model.balance_weight=0.01"
-        return f"{kind} expert {expert} of block {layer} has {what}; if that lasts (see moe/{kind}/L{layer:02d}), {remedy}"
+    def find(self, kind: str, load_LK: Tensor, samples: float) -> Tensor | None:
+        """Add a log line's loads (as for `load_metrics`); return which experts are dead, bool [L, K]; None: unknown yet."""
+        lines, needed = self._lines[kind], self.SAMPLES * load_LK.shape[1]
+        lines.append((load_LK, samples))
+        while sum(count for _, count in lines[1:]) >= needed:
+            del lines[0]
+        if sum(count for _, count in lines) < needed:
+            return None
+        return relative_load(torch.stack([load for load, _ in lines]).sum(dim=0)) < self.DEAD
+
+    def warning(self, kind: str, dead_LK: Tensor) -> str | None:
+        """Return a warning for the first dead experts of a kind, and again each time their number has doubled, else None."""
+        count = int(dead_LK.sum())
+        if count == 0 or count < 2 * self._warned[kind]:
+            return None
+        self._warned[kind] = count
+        blocks = ", ".join(str(block) for block in dead_LK.any(dim=1).nonzero().flatten().tolist())
+        return (
+            f"{count} of {dead_LK.numel()} {kind} experts are dead: each has under {self.DEAD:.0%} of an even share of its "
+            f"block's work (blocks {blocks}). {REMEDY}"
+        )

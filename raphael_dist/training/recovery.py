@@ -1,6 +1,6 @@
-"""What becomes of a step whose loss or gradient is bad: it is skipped, or the run goes back to a checkpoint.
+"""What happens after a step with a bad loss or gradient: it is skipped, or the run returns to a checkpoint.
 
-All ranks know the same loss and the same gradient norm, so that all of them take the same way.
+All ranks have the same loss and the same gradient norm, so that all of them decide alike.
 """
 
 import math
@@ -10,112 +10,132 @@ import torch
 
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.errors import NonFiniteError
-from raphael_dist.parallel.ranks import gather_objects
-from raphael_dist.training.run import Run
+from raphael_dist.runtime.ranks import gather_objects
+from raphael_dist.training.run_state import Run
 
-Seen = list[tuple[torch.Tensor, torch.Tensor]]  # (sample positions, losses) of each micro-batch of a step, on this rank
+StepLosses = list[tuple[torch.Tensor, torch.Tensor]]  # (positions, losses) of each micro-batch of a step, on this rank
 
 
-class Objection(NamedTuple):
-    """Why a step must not change the weights; goes_back: it is a spike, and train.spike_action is rollback."""
+class SkipReason(NamedTuple):
+    """Why a step must not change the weights. rollback: it is a spike, and train.spike_action is rollback."""
 
     why: str
-    goes_back: bool = False
+    rollback: bool = False
 
 
-def objection(run: Run, loss: float, norm: float) -> Objection | None:
-    """Judge a step by its loss and gradient norm, which all ranks know alike; None: it may change the weights."""
+def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
+    """Return why a step with this loss and gradient norm must be skipped; None: it may change the weights."""
     verdict, action = run.guard.judge(loss), run.config.train.spike_action
     if verdict == "not finite":
-        return Objection("the loss is not finite")
+        return SkipReason("the loss is not finite")
     if verdict == "spike":
         run.guard.spikes += 1
         sigma = run.config.train.spike_sigma
-        why = f"the loss {loss:.4g} is a spike, more than train.spike_sigma = {sigma:g} above the last"
-        run.telemetry.warn(f"step {run.step + 1}: {why}; {action}")
+        why = (
+            f"the loss {loss:.4g} is a spike: it exceeds the mean of the last losses by more than {sigma:g} standard "
+            "deviations (train.spike_sigma)"
+        )
+        run.telemetry.warn(f"step {run.progress.step + 1}: {why}. This is handled by train.spike_action={action}")
         if action != "warn":
-            return Objection(why, action == "rollback")
-    return None if math.isfinite(norm) else Objection("the gradient norm is not finite")
+            return SkipReason(why, action == "rollback")
+    return None if math.isfinite(norm) else SkipReason("the gradient norm is not finite")
 
 
-def skip(run: Run, why: str, seen: Seen) -> bool:
-    """Note a step that left everything as it was, its samples used up. Collective.
+def skip(run: Run, why: str, losses: StepLosses) -> bool:
+    """Record a step that changed nothing; its samples are used up. Collective.
 
-    Returns False when the run went back to a checkpoint, because there were too many in a row, and no good step since it
-    was resumed. Otherwise too many are a NonFiniteError.
+    Returns False when the run returned to an earlier checkpoint, because too many steps in a row were skipped and none was
+    good since this checkpoint.
+
+    Raises:
+        NonFiniteError: too many steps in a row were skipped.
     """
-    bad = _bad_positions(seen)
-    run.suspect = len(set(bad)) == run.config.train.global_batch
-    line = f"step {run.step}: skipped, {why}; {_name_bad_samples(run, bad)}"
+    bad = _bad_positions(losses)
+    run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size
+    line = f"step {run.progress.step} was skipped, since {why}. {_name_bad_samples(run, bad)}"
     if run.guard.skip():
-        if not run.trained and fall_back(run, line):
+        if not run.progress.updated and return_to_earlier_checkpoint(run, line):
             return False
         raise NonFiniteError(
-            f"{line}; that is train.max_skipped = {run.guard.in_a_row} in a row: lower optim.lr or look at the samples; the "
-            "last checkpoint is untouched"
+            f"{line}. The limit train.max_skipped={run.guard.in_a_row} of consecutive skipped steps is reached. The last "
+            "checkpoint is unchanged. Lower optim.lr, or look at the samples."
         )
     run.telemetry.warn(line)
     return True
 
 
-def fall_back(run: Run, line: str) -> bool:
-    """Leave the checkpoint that the run began from for the one before it; False, and no change, without one. Collective."""
-    bad, seen = run.first_step, run.samples_seen
-    found = run.store.rewind(before=bad)
-    if found is None:
+def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
+    """Leave the checkpoint that the run started from for the one before; return False when there is none. Collective."""
+    first_step, samples_seen = run.progress.first_step, run.progress.samples_seen
+    saved = run.store.rewind(before=first_step)
+    if saved is None:
         return False
-    run.telemetry.warn(f"{line}; no step since the return to step {bad} was any good: its checkpoint is set aside")
-    _go_back(run, found, seen)
-    run.first_step = found.step
+    run.telemetry.warn(
+        f"{line}. No step since the return to step {first_step} was good, so the checkpoint of that step was renamed to "
+        "damaged-step-*"
+    )
+    _return_to(run, saved, samples_seen)
+    run.progress.first_step = saved.step
     return True
 
 
-def roll_back(run: Run) -> bool:
-    """Return to the newest checkpoint and go on with the samples after this batch; False when there is none. Collective."""
-    found, seen = run.store.rewind(), run.samples_seen + run.config.train.global_batch
-    if found is None:
-        run.telemetry.warn("no checkpoint to go back to; the step is skipped")
+def rollback(run: Run) -> bool:
+    """Return to the newest checkpoint, and continue with the samples after this batch. Collective.
+
+    Returns False, and changes nothing, when there is no checkpoint.
+    """
+    saved = run.store.rewind()
+    if saved is None:
+        run.telemetry.warn("there is no checkpoint to return to, so the step is skipped")
         return False
-    run.engine.discard()
-    _go_back(run, found, seen)
+    run.engine.discard_gradients()
+    _return_to(run, saved, run.progress.samples_seen + run.config.train.global_batch_size)
     return True
 
 
-def _go_back(run: Run, found: Progress, seen: int) -> None:
-    if run.guard.roll_back(found.guard, found.step):
+def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
+    if run.guard.record_rollback(saved.guard, saved.step):
         raise NonFiniteError(
-            f"{run.guard.rollbacks} returns to step {found.step} without reaching a new checkpoint (train.max_skipped); "
-            "lower optim.lr, or look at the samples"
+            f"The run returned to step {saved.step} too often without reaching a new checkpoint: {run.guard.rollbacks} "
+            "times, the limit is train.max_skipped. Lower optim.lr, or look at the samples."
         )
-    run.step, run.samples_seen = found.step, seen
+    run.progress.step, run.progress.samples_seen = saved.step, samples_seen
     # In the checkpoint, too: a run that stops now must not meet the same samples again.
-    run.store.amend(progress(run))
-    run.telemetry.warn(f"back at step {run.step}, going on with sample {seen}")
+    run.store.amend(progress_record(run))
+    run.telemetry.return_to(saved.step)
+    run.telemetry.warn(f"the run is back at step {saved.step} and continues with sample {samples_seen}")
 
 
-def restore(run: Run, found: Progress | None) -> None:
-    """Go on from what a checkpoint says; None is the beginning."""
-    if found is not None:
-        run.step, run.samples_seen = found.step, found.samples_seen
-        run.guard.restore(found.guard)
+def restore(run: Run, saved: Progress) -> None:
+    """Continue from a checkpoint's progress."""
+    run.progress.step, run.progress.samples_seen = saved.step, saved.samples_seen
+    run.guard.restore(saved.guard)
 
 
-def progress(run: Run, *, rollbacks: int | None = None) -> Progress:
-    """Return what a checkpoint notes, to be restored. rollbacks: to it; None: the guard's."""
+def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
+    """Return the progress to store in a checkpoint. rollbacks: returns to it so far; None: those that the guard counted."""
     state = run.guard.state()
-    state["rollbacks"] = state["rollbacks"] if rollbacks is None else rollbacks
-    return Progress(run.step, run.samples_seen, run.step - run.guard.skipped, state)
+    if rollbacks is not None:
+        state["rollbacks"] = rollbacks
+    step = run.progress.step
+    return Progress(step, run.progress.samples_seen, step - run.guard.skipped, state)
 
 
-def _bad_positions(seen: Seen) -> list[int]:
+def _bad_positions(losses: StepLosses) -> list[int]:
     """Return the positions of all ranks' samples without a finite loss. Collective."""
-    bad = [int(p) for positions, losses in seen for p, x in zip(positions, losses, strict=True) if not x.isfinite()]
-    return sorted(p for part in gather_objects(bad) for p in part)
+    bad = [
+        int(position)
+        for positions_B, losses_B in losses
+        for position, loss in zip(positions_B, losses_B, strict=True)
+        if not loss.isfinite()
+    ]
+    return sorted(position for positions in gather_objects(bad) for position in positions)
 
 
 def _name_bad_samples(run: Run, bad: list[int]) -> str:
     if not bad:
-        first = run.samples_seen - run.config.train.global_batch
-        return f"the loss of each sample is finite, at positions {first} to {run.samples_seen - 1}"
-    keys = ", ".join(run.data.key(p) for p in bad[:5])
-    return f"the loss of {len(bad)} samples is not finite: positions {bad[:5]} ({keys})"
+        samples_seen = run.progress.samples_seen
+        first = samples_seen - run.config.train.global_batch_size
+        return f"The loss of each sample is finite, at positions {first} to {samples_seen - 1}"
+    keys = ", ".join(run.data.key(position) for position in bad[:5])
+    return f"Samples whose loss is not finite: {len(bad)}, at positions {bad[:5]} ({keys})"

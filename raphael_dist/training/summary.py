@@ -1,33 +1,60 @@
-"""What a run says when it is complete: how long it took, how good it became, where things are, what to run next."""
+"""The lines that a run prints at its start and its end: what it trains, how good it became, what to run next."""
 
 import math
+import shlex
 from pathlib import Path
 
-from raphael_dist.config import Config
-from raphael_dist.config_adapters import beside
+from raphael_dist.config.schema import Config
 from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.run_state import Run
 
 
-def closing(config: Config, steps: int, images: int, seconds: float) -> list[str]:
-    """Return the lines for a complete run; `seconds`: of this process, which may have continued an earlier one."""
-    run_dir = config.run.dir
+def start_line(run: Run) -> str:
+    """Return what the run trains, on which ranks, and where it starts."""
+    c, engine, world_size = run.config, run.engine, run.ranks.world_size
+    new = f"new, from the weights of {c.run.init_from}" if c.run.init_from else "from scratch"
+    state = f"resumed at step {run.progress.step}" if run.progress.step else new
+    shards_experts = c.parallel.uses_expert_parallelism or c.parallel.elastic
+    expert_parallelism = f"space_ep={c.parallel.space_ep} time_ep={c.parallel.time_ep}, " if shards_experts else ""
+    return (
+        f"{state}: {c.run.dir}, {run.data.describe()}, {world_size} ranks on {engine.device.type}, ZeRO-{engine.stage}, "
+        f"{expert_parallelism}global batch {c.train.global_batch_size} = {run.plan.accumulation} x {world_size} x "
+        f"{c.train.micro_batch_size} slots"
+    )
+
+
+def stop_line(run: Run) -> str:
+    """Return where a run stopped early, and whether that step was saved."""
+    saved = "" if run.progress.step > run.progress.first_step else ", with nothing new to save"
+    if run.guard.in_a_row:
+        saved = f", not saved because the last {run.guard.in_a_row} steps were skipped"
+    return f"stopped by a signal or the time limit at step {run.progress.step}{saved}; the same command continues"
+
+
+def end_lines(config: Config, steps: int, images: int, seconds: float) -> list[str]:
+    """Return the lines of a complete run. `seconds`: of this process, which may have continued an earlier one."""
+    run_dir = quoted(config.run.dir)
     minutes, rest = divmod(round(seconds), 60)
-    took = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} in this process"
-    lines = [f"complete: {steps:,} steps, {images:,} images, {took}{_best(run_dir)}"]
-    pictures = sorted((run_dir / "samples").glob("step-*.png"))
-    lines += [f"  pictures    {pictures[-1]}"] if pictures else []
-    lines += [
+    duration = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} in this process"
+    grids = sorted((config.run.dir / "samples").glob("step-*.png"))
+    return [
+        f"complete: {steps:,} steps, {images:,} images, {duration}{_best(config.run.dir)}",
+        *(f"  images      {quoted(path)}" for path in grids[-1:]),
         f"  checkpoint  {run_dir}/checkpoints/step-{steps:08d}",
         f"  curves      tensorboard --logdir {run_dir}/tensorboard",
-        f'  next        python -m raphael_dist sample {_model(config)} --prompt "..." --out picture.png',
+        f'  next        python -m raphael_dist sample {_model(config)} --prompt "..." --out image.png',
         f"              python -m raphael_dist {_export(config)}",
     ]
-    return lines
+
+
+def quoted(path: object) -> str:
+    """Return a path quoted for a shell."""
+    return shlex.quote(str(path))
 
 
 def _model(config: Config) -> str:
-    """Return the options of `sample` that draw with what was trained, beside its base where there is one."""
-    run_dir, base = config.run.dir, f"--checkpoint {config.run.init_from}"
+    """Return the options of `sample` that name the trained model, with its base model where there is one."""
+    run_dir, base = quoted(config.run.dir), f"--checkpoint {quoted(config.run.init_from)}"
     if config.control.enabled:
         return f"{base} --control-from {run_dir} --control drawing.png"
     with_small = " --upscale small.png" if config.upscale.factor else ""
@@ -35,19 +62,18 @@ def _model(config: Config) -> str:
 
 
 def _export(config: Config) -> str:
-    run_dir = config.run.dir
-    if beside(config):
-        return f"{'control' if config.control.enabled else 'lora'} --run {run_dir} --out {run_dir}/exported"
-    return f"convert --from auto {run_dir} --to diffusers {run_dir}/exported"
+    run_dir = quoted(config.run.dir)
+    layout = "controlnet" if config.control.enabled else "peft" if config.lora.rank else "diffusers"
+    return f"convert --from auto {run_dir} --to {layout} {run_dir}/exported"
 
 
 def _best(run_dir: Path) -> str:
-    """Return the best validation loss in words, "" where nothing was validated."""
+    """Return the text about the best validation loss, "" where nothing was validated."""
     try:
-        found = read_metrics(run_dir / "metrics.jsonl").get("val/loss", [])
+        losses = read_metrics(run_dir / "metrics.jsonl").get("val/loss", [])
     except OSError:
         return ""
-    finite = [(loss, step) for step, loss in found if math.isfinite(loss)]
+    finite = [(loss, step) for step, loss in losses if math.isfinite(loss)]
     if not finite:
         return ""
     loss, step = min(finite)

@@ -1,32 +1,38 @@
-"""Runs followed elsewhere too: Weights & Biases and MLflow (`run.trackers`), through one small interface.
+"""Experiment trackers: Weights & Biases and MLflow (`run.trackers`), through one small interface.
 
-Each takes what goes to metrics.jsonl and TensorBoard. A tracker that fails is left out with one warning; it ends no run. The
-run directory notes which of their runs is this one, so that a resumed run goes on in it. Keys come from the environment, as
-each package wants them; none is written into a run.
+Each gets what metrics.jsonl and TensorBoard get. A tracker that fails is closed with one warning, and the run continues. The
+run directory stores the tracker's run id, so that a resumed run continues it. Keys come from the environment variables of
+each package; none is written into a run.
 """
 
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from importlib.util import find_spec
+from typing import Protocol
 
-from raphael_dist.config import Config
-from raphael_dist.errors import UserError, redact
+from PIL import Image
+
+from raphael_dist.config.schema import Config
+from raphael_dist.errors import UserError
+from raphael_dist.storage.files import replace_bytes
+from raphael_dist.text import redact
+from raphael_dist.training.metrics import read_metrics
 
 _log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """What a run tells a tracker."""
+    """What a run sends to a tracker."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the scalars of optimizer step `step`."""
+        """Record the scalars of optimizer step `step`."""
 
-    def image(self, tag: str, step: int, image: Any) -> None:
-        """Take a PIL image."""
+    def image(self, tag: str, step: int, image: Image.Image) -> None:
+        """Record an image."""
 
     def close(self) -> None:
-        """Send what is held back, and end."""
+        """Send what is buffered, and end."""
 
 
 class WandbTracker:
@@ -35,23 +41,23 @@ class WandbTracker:
     def __init__(self, config: Config) -> None:
         import wandb
 
-        mark = config.run.dir / ".tracked-wandb"
-        known = mark.read_text() if mark.is_file() else None
-        self._wandb: Any = wandb
-        self._run: Any = wandb.init(
+        id_file = config.run.dir / ".tracked-wandb"
+        run_id = id_file.read_text() if id_file.is_file() else None
+        self._wandb = wandb
+        self._run = wandb.init(
             project=config.run.project,
             name=config.run.dir.name,
-            id=known,
-            resume="allow" if known else None,
+            id=run_id,
+            resume="allow" if run_id else None,
             dir=str(config.run.dir),
             config=flat(config),
         )
-        mark.write_text(self._run.id)
+        replace_bytes(id_file, self._run.id.encode())
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def image(self, tag: str, step: int, image: Any) -> None:
+    def image(self, tag: str, step: int, image: Image.Image) -> None:
         self._run.log({tag: self._wandb.Image(image)}, step=step)
 
     def close(self) -> None:
@@ -59,61 +65,67 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of MLflow, where MLFLOW_TRACKING_URI says, else in a database in the run directory."""
+    """A run of MLflow, at MLFLOW_TRACKING_URI if that is set, else in a database in the run directory."""
 
     def __init__(self, config: Config) -> None:
         from mlflow.tracking import MlflowClient
 
-        mark = config.run.dir / ".tracked-mlflow"
-        where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(config.run.dir / 'mlflow.db').absolute()}"
-        self._client: Any = MlflowClient(tracking_uri=where)
-        if mark.is_file():
-            self._id = mark.read_text()
+        id_file, folder = config.run.dir / ".tracked-mlflow", config.run.dir.absolute()
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        self._client = MlflowClient(tracking_uri=uri or f"sqlite:///{folder / 'mlflow.db'}")
+        if id_file.is_file():
+            self._id = id_file.read_text()
             return
-        found = self._client.get_experiment_by_name(config.run.project)
-        place = None if "MLFLOW_TRACKING_URI" in os.environ else (config.run.dir / "mlflow").absolute().as_uri()
-        experiment = found.experiment_id if found else self._client.create_experiment(config.run.project, place)
-        self._id = self._client.create_run(experiment, run_name=config.run.dir.name).info.run_id
+        experiment = self._client.get_experiment_by_name(config.run.project)
+        if experiment is None:
+            artifacts = None if uri else (folder / "mlflow").as_uri()
+            experiment_id = self._client.create_experiment(config.run.project, artifacts)
+        else:
+            experiment_id = experiment.experiment_id
+        self._id = self._client.create_run(experiment_id, run_name=config.run.dir.name).info.run_id
         for key, value in flat(config).items():
             self._client.log_param(self._id, key, str(value)[:500])
-        mark.write_text(self._id)
+        replace_bytes(id_file, self._id.encode())
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
             self._client.log_metric(self._id, tag, value, step=step)
 
-    def image(self, tag: str, step: int, image: Any) -> None:
+    def image(self, tag: str, step: int, image: Image.Image) -> None:
         self._client.log_image(self._id, image, f"{tag}/step-{step:08d}.png")
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
 
 
-_KINDS: dict[str, tuple[Callable[[Config], Tracker], str]] = {
-    "wandb": (WandbTracker, "wandb"),
-    "mlflow": (MlflowTracker, "mlflow"),
-}
+# By the name in run.trackers, which is the name of the package, too.
+_TRACKERS: dict[str, Callable[[Config], Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 
 
 class Trackers:
-    """All trackers of a run, each until it fails. For rank 0."""
+    """All trackers of a run, each until it fails. For rank 0. A step that is repeated after a rollback is logged once."""
 
     def __init__(self, config: Config) -> None:
-        """UserError: a tracker whose package is not installed."""
+        """Raises UserError for a tracker whose package is not installed."""
         self._open: dict[str, Tracker] = {}
+        history = config.run.dir / "metrics.jsonl"
+        series = read_metrics(history) if config.run.trackers and history.is_file() else {}
+        self._last_steps = {tag: points[-1][0] for tag, points in series.items()}
         for name in config.run.trackers:
-            make, package = _KINDS[name]
             try:
-                self._open[name] = make(config)
+                self._open[name] = _TRACKERS[name](config)
             except ImportError:
-                raise UserError(f"run.trackers: {name} is not installed; pip install {package}, or leave it out") from None
+                raise UserError(_not_installed(name)) from None
             except Exception as error:
-                self._failed(name, error)
+                _warn(name, error)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._each(lambda tracker: tracker.scalars(step, values))
+        unlogged = {tag: value for tag, value in values.items() if step > self._last_steps.get(tag, -1)}
+        if unlogged:
+            self._last_steps.update(dict.fromkeys(unlogged, step))
+            self._each(lambda tracker: tracker.scalars(step, unlogged))
 
-    def image(self, tag: str, step: int, image: Any) -> None:
+    def image(self, tag: str, step: int, image: Image.Image) -> None:
         self._each(lambda tracker: tracker.image(tag, step, image))
 
     def close(self) -> None:
@@ -124,17 +136,32 @@ class Trackers:
         for name, tracker in list(self._open.items()):
             try:
                 work(tracker)
-            except Exception as error:  # whatever a stranger's package raises
+            except Exception as error:  # whatever their packages raise
                 self._open.pop(name)
-                self._failed(name, error)
-
-    def _failed(self, name: str, error: Exception) -> None:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        _log.warning("run.trackers: %s fails (%s); training goes on without it", name, why)
+                _warn(name, error)
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Return the configuration by dotted keys, numbers and texts, without what is named like a secret."""
+def _warn(name: str, error: Exception) -> None:
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    _log.warning("run.trackers: %s failed (%s); training continues without it", name, why)
+
+
+def check_installed(config: Config) -> None:
+    """Raise UserError with a line for each tracker whose package is not installed."""
+    missing = [name for name in config.run.trackers if find_spec(name) is None]
+    if missing:
+        raise UserError(*map(_not_installed, missing))
+
+
+def _not_installed(name: str) -> str:
+    return (
+        f"run.trackers={name} requires the package {name}, but it is not installed. Run pip install {name}, or remove it "
+        "from run.trackers."
+    )
+
+
+def flat(config: Config) -> dict[str, bool | int | float | str]:
+    """Return the configuration by dotted keys, as numbers and texts. Values of secret names are hidden."""
     tree = redact(config.model_dump(mode="json"))
     values = {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}

@@ -1,119 +1,129 @@
-"""Validation loss at fixed noise, and sample grids, with the work spread over all ranks."""
+"""Validation loss at fixed noise, and sample grids, with the work divided over all ranks."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 
-from raphael_dist.config import Config
-from raphael_dist.data.encoders import ImageEncoder, TextEncoder
-from raphael_dist.data.source import DataSource
+from raphael_dist.analysis.figures import draw_bands, draw_overlays, draw_routes
+from raphael_dist.analysis.prompt import make_trace
+from raphael_dist.analysis.recorder import Record, Recorder
+from raphael_dist.analysis.report import trace_values
+from raphael_dist.analysis.routes import split_words
+from raphael_dist.config.schema import Config
+from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder
+from raphael_dist.data.run_data import DataSource
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
-from raphael_dist.insight.figures import bands, overlays, route_table
-from raphael_dist.insight.prompt import followed
-from raphael_dist.insight.recorder import Record, Recorder
-from raphael_dist.insight.routes import words_of
 from raphael_dist.model.diffusion import NoiseSchedule, make_scheduler
-from raphael_dist.model.objective import compute_losses
-from raphael_dist.parallel.batch_plan import BatchPlan, run_of, unit_of
-from raphael_dist.parallel.ranks import Ranks, agree, all_reduce_sum
+from raphael_dist.model.losses import compute_losses
+from raphael_dist.parallel.batch_plan import BatchPlan, bucket_run_length, ranks_per_unit
+from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_if_any_failed
 from raphael_dist.sampling.prompts import sample_requests
-from raphael_dist.sampling.sampling import Request, Sampler
+from raphael_dist.sampling.sampler import Request, Sampler
+from raphael_dist.training.route_probe import RouteProbe
 
-RECORDED_AT = 0.6  # of the denoising steps: the regions that are shown
+RECORDED_AT = 0.6  # share of the denoising steps after which the regions of words are recorded
 TIME_BINS = 4
 MIN_DRAWS = 32
 
 
 class Validator:
-    """The denoising loss on every held-out pair, at noise and timesteps that never change; a few pairs take several rounds.
+    """Measures the denoising loss on every held-out pair, at noise and timesteps that never change.
 
-    `val/loss_t0` .. `val/loss_t3` split it by quarters of the timestep range, t0 the least noisy.
+    Few pairs are repeated with other noise. `val/loss_t0` .. `val/loss_t3` are the losses of the quarters of the timestep
+    range, t0 the least noisy. Routes are measured on the first micro-batch (route_probe.py).
     """
 
     def __init__(self, config: Config, ranks: Ranks, data: DataSource, engine: Engine, schedule: NoiseSchedule) -> None:
         self._config, self._ranks, self._engine, self._schedule = config, ranks, engine, schedule
         assert data.held_out is not None
         pairs = data.held_out.order.samples_per_epoch
-        micro, unit, run = config.train.micro_batch, unit_of(config), run_of(config, training=False)
-        group = ranks_together(config, engine, ranks.world_size)
-        # Whole rounds over the pairs, as many on any number of ranks; ranks for which there are none have no part in it.
+        micro, unit, run = config.train.micro_batch_size, ranks_per_unit(config), bucket_run_length(config, training=False)
+        group = forward_group_size(config, engine, ranks.world_size)
+        # Whole rounds over the pairs, equally many on any number of ranks; ranks without samples take no part.
         count = pairs * -(-max(MIN_DRAWS, group) // pairs)
-        self._drawing = drawing_ranks(count, ranks.world_size, group, min(group * micro, run or group * micro))
-        self._plan = BatchPlan(count, self._drawing, micro, unit, run)
-        options = {"global_batch": count, "gate_noise": False}
+        self._active_ranks = active_ranks(count, ranks.world_size, group, min(group * micro, run or group * micro))
+        self._plan = BatchPlan(count, self._active_ranks, micro, unit, run)
+        options = {"global_batch_size": count, "gate_noise": False}
         self._builder = data.batches_of(data.held_out, config, engine.module.num_blocks, engine.device, **options)
+        self._probe, self._routes = RouteProbe(), dict[str, float]()
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Return the scalars by tag. Collective. UserError on all ranks: the data of one cannot go on."""
+        """Return the scalars by tag. Collective. Raises UserError on all ranks when the data of one rank fails."""
         failure: UserError | None = None
         sums, device = torch.zeros(2, TIME_BINS, device=self._engine.device), self._engine.device
         self._engine.module.eval()
-        for micro in range(self._plan.accumulation if self._ranks.rank < self._drawing else 0):
+        for micro in range(self._plan.accumulation if self._ranks.rank < self._active_ranks else 0):
             slots = self._plan.slots(0, self._ranks.rank, micro)
             try:
                 batch = self._builder.build(slots).to(device)
-            except UserError as error:  # a group's ranks meet in the forward passes
-                failure, batch = failure or error, self._builder.stand_in(slots).to(device)
+            except UserError as error:  # the forward pass may be a collective of a group of ranks
+                failure, batch = failure or error, self._builder.dummy_batch(slots).to(device)
+            if micro == 0 and self._ranks.is_main and failure is None:
+                self._routes = self._probe.measure(self._engine.module, batch)
             losses = compute_losses(self._engine.module, batch, self._schedule, self._config, self._engine.dtype)
             bins = batch.timestep * TIME_BINS // self._config.diffusion.num_timesteps
             sums[0].index_add_(0, bins, losses.denoise)
             sums[1].index_add_(0, bins, batch.weight)
         self._engine.module.train()
-        agree(None, failure)
+        raise_if_any_failed(None, failure)
         loss, count = all_reduce_sum(sums, device)
         values = {"val/loss": float(loss.sum() / count.sum())}
+        values |= self._routes  # of rank 0, which writes them
         return values | {f"val/loss_t{i}": float(loss[i] / count[i]) for i in range(TIME_BINS) if count[i] > 0}
 
 
-def ranks_together(config: Config, engine: Engine, world_size: int) -> int:
-    """Return how many consecutive ranks must run the model's forward pass together, because it holds collectives."""
-    return world_size if engine.stage == 3 else unit_of(config)
+def forward_group_size(config: Config, engine: Engine, world_size: int) -> int:
+    """Return how many consecutive ranks must run a forward pass together, because it contains collectives."""
+    return world_size if engine.stage == 3 else ranks_per_unit(config)
 
 
-def drawing_ranks(count: int, world_size: int, group: int, span: int) -> int:
-    """Return how many ranks draw `count` samples: a multiple of `group`, such that every group has samples to draw.
+def active_ranks(count: int, world_size: int, group: int, span: int) -> int:
+    """Return how many ranks share `count` samples: a multiple of `group`, such that every group has samples.
 
-    group: ranks that run the model together. span: samples that a group draws at a time.
+    Args:
+        group: ranks that run the model together.
+        span: samples that a group takes at a time.
     """
     units = min(-(-count // span), count // group, world_size // group)
     return max(1, units) * group
 
 
 def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> list[int]:
-    """Return the numbers of the prompts that a rank draws: [] where there are none left for its group.
+    """Return the numbers of the prompts that a rank draws; [] where its group has none.
 
-    Ranks of a group draw equally many, so that they meet in collectives; the last prompt is then drawn more than once.
+    Ranks of a group draw equally many, since their forward passes are collective: they may repeat the last prompt.
     """
-    each = -(-num_prompts // world_size)
-    if rank // group * group * each >= num_prompts:
+    per_rank = -(-num_prompts // world_size)
+    if rank // group * group * per_rank >= num_prompts:
         return []
-    return [min(rank * each + i, num_prompts - 1) for i in range(each)]
+    return [min(rank * per_rank + i, num_prompts - 1) for i in range(per_rank)]
 
 
 def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> list[Request]:
-    """Return what is drawn while training; pictures are read and encoders loaded where it will be.
+    """Return the requests of the images drawn during training; load encoders and read images on the ranks that draw them.
 
-    What is wrong with them is better found before the first step: UserError.
+    So mistakes are found before the first step: raises UserError.
     """
-    group = ranks_together(config, engine, ranks.world_size)
-    mine = prompt_share(len(config.sample.prompts), ranks.rank, ranks.world_size, group)
-    if mine:
-        text.ready()
-        image.ready()
-    return sample_requests(config, mine)
+    group = forward_group_size(config, engine, ranks.world_size)
+    share = prompt_share(len(config.sample.prompts), ranks.rank, ranks.world_size, group)
+    if share:
+        text.load_weights()
+        image.load_weights()
+    return sample_requests(config, share)
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images of the requests, uint8 [P, H, W, 3], and what the first of them went through."""
+    """Images of the requests, uint8 [P, H, W, 3], and the recorded routes and regions of the first."""
 
     images: np.ndarray
     record: Record
@@ -128,36 +138,44 @@ def draw_samples(
     image: ImageEncoder,
     requests: Sequence[Request],
 ) -> Samples | None:
-    """Return images of the requests, all of one size, from the averaged weights, on rank 0. Collective."""
+    """Draw the requests, all of one size, with the averaged weights; return them on rank 0, None elsewhere. Collective."""
     s, size = config.sample, requests[0].size_hw
-    mine = prompt_share(len(requests), ranks.rank, ranks.world_size, ranks_together(config, engine, ranks.world_size))
+    share = prompt_share(len(requests), ranks.rank, ranks.world_size, forward_group_size(config, engine, ranks.world_size))
     images = torch.zeros(len(requests), *size, 3, dtype=torch.uint8)
     engine.module.eval()
     recorder = Recorder(engine.module, at=round(RECORDED_AT * s.steps) - 1)
     with nullcontext() if ema is None else ema.in_model():
-        if mine:
+        if share:
             scheduler = make_scheduler(config.diffusion, s.scheduler)
             sampler = Sampler.of(engine.module, text, image)
+            if ranks.is_main:
+                text.warn_truncated([request.prompt for request in requests], "prompts")
             with recorder if ranks.is_main else nullcontext():
-                drawn = sampler.draw([requests[i] for i in mine], scheduler, steps=s.steps, guidance=s.guidance)
-            for i, image_HW3 in zip(mine, drawn, strict=True):
-                if i // len(mine) == ranks.rank:  # else it was drawn only so that the group's ranks draw equally many
+                drawn = sampler.draw([requests[i] for i in share], scheduler, steps=s.steps, guidance=s.guidance)
+            for i, image_HW3 in zip(share, drawn, strict=True):
+                if i // len(share) == ranks.rank:  # else it is a repetition
                     images[i] = torch.from_numpy(image_HW3)
     engine.module.train()
-    # Every image is one rank's, and nothing elsewhere: the sum is all of them. Its size does not grow with the ranks.
+    # Each image is 0 on all ranks but one, so that the sum has all of them.
     images = images.to(engine.device)
     dist.reduce(images, dst=0)
     return Samples(images.cpu().numpy(), recorder.record) if ranks.is_main else None
 
 
+def routes_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Any]:
+    """Return the routes and regions of the first sample as JSON values (analysis/report.py)."""
+    words = split_words(text.tokenizer, prompt, text.max_tokens)
+    return trace_values(prompt, make_trace(samples.images[0], words, samples.record))
+
+
 def figures_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Image.Image]:
-    """Return figures by tag of what the first sample went through: routes and regions of its words, its time experts."""
+    """Return figures of the first sample by tag: routes and regions of its words, and its time experts."""
     record, figures = samples.record, {}
     if record.time_LS is not None:
-        figures["paths/time"] = bands(record.time_LS.numpy(), record.timesteps, "time expert of each block by timestep")
-    seen = followed(samples.images[0], words_of(text.tokenizer, prompt, text.max_tokens), record)
-    if seen.route_WL is not None and seen.words:
-        figures["paths/words"] = route_table(seen.words, seen.route_WL, f"space expert of each word by block: {prompt}")
-        title = f"regions at timestep {seen.timestep:.0f}: {prompt}"
-        figures["paths/regions"] = overlays(seen.pixels, seen.words, seen.regions, seen.route_WL, title)
+        figures["paths/time"] = draw_bands(record.time_LS.numpy(), record.timesteps, "time expert of each block by timestep")
+    path = make_trace(samples.images[0], split_words(text.tokenizer, prompt, text.max_tokens), record)
+    if path.route_WL is not None and path.words:
+        figures["paths/words"] = draw_routes(path.words, path.route_WL, f"space expert of each word by block: {prompt}")
+        title = f"regions at timestep {path.timestep:.0f}: {prompt}"
+        figures["paths/regions"] = draw_overlays(path.pixels, path.words, path.regions, path.route_WL, title)
     return figures

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from raphael_dist.config import load_config
+from raphael_dist.config.schema import load_config
 from raphael_dist.model.diffusion import draw_timestep
 
 
@@ -49,7 +49,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print how even the loads of time experts are when timesteps are drawn independently, by stratum, and as we do."""
     config, seed = load_config("raphael-3b").diffusion, 0
-    total, T = args.global_batch, config.num_timesteps
+    total, T = args.global_batch_size, config.num_timesteps
 
     def bins(uniform: object) -> list[int]:
         return (np.asarray(uniform) * args.experts).astype(int).tolist()

@@ -1,5 +1,5 @@
-"""`tools/bench.py checkpoint`: what the trainer's save costs beside torch.save of the same bytes and DeepSpeed's
-`save_checkpoint`, and conversions beside a copy."""
+"""`tools/bench.py checkpoint`: what the trainer's save costs compared with torch.save of the same bytes and DeepSpeed's
+`save_checkpoint`, and conversions compared with a copy."""
 
 import argparse
 import shutil
@@ -17,12 +17,12 @@ from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.checkpoint.store import CheckpointStore
-from raphael_dist.config import Config, load_config
-from raphael_dist.convert.plan import Options
+from raphael_dist.config.schema import Config, load_config
+from raphael_dist.convert.write_plan import Options
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import Ranks, all_reduce_sum, discover, initialise
+from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initialise
 
 
 def bench_checkpoint(
@@ -38,13 +38,13 @@ def bench_checkpoint(
     with CheckpointStore(config, ranks, engine.fragments, ema, {"data.shards": "benchmark"}) as store:
         store.resume()
         for i in range(repeats + 1):  # the first makes buffers and is not counted
-            found = _ours(store, i + 1, ranks, device)
-            found["DeepSpeed save_checkpoint"] = _timed(lambda i=i: engine.save_deepspeed(folder / f"deepspeed-{i}"))  # type: ignore[misc]
+            timings = _ours(store, i + 1, ranks, device)
+            timings["DeepSpeed save_checkpoint"] = _timed(lambda i=i: engine.save_deepspeed(folder / f"deepspeed-{i}"))  # type: ignore[misc]
             path = folder / f"torch-{ranks.rank}.pt"
             snapshot.prepare()
             values = snapshot.take()
-            found["torch.save of the same bytes"] = _timed(lambda p=path, v=values: torch.save(v, p))  # type: ignore[misc]
-            for name, seconds in found.items():
+            timings["torch.save of the same bytes"] = _timed(lambda p=path, v=values: torch.save(v, p))  # type: ignore[misc]
+            for name, seconds in timings.items():
                 rows.setdefault(name, []).append(seconds)
             dist.barrier()
             if ranks.is_main:
@@ -59,16 +59,16 @@ def _ours(store: CheckpointStore, step: int, ranks: Ranks, device: torch.device)
     store.begin(Progress(step, step, step, {}))
     while float(all_reduce_sum([float(store.written)], device)[0]) < ranks.world_size:
         time.sleep(0.02)  # where a training step would be
-    store.settle()
+    store.commit()
     stall, write = store.last.stall_s, store.last.write_s
     failure = store.finish()
     assert failure is None, failure
     published = time.monotonic() - began
     reader = CheckpointReader(store.root / f"step-{step:08d}")
     names = sorted(reader.manifest["files"])[ranks.rank :: ranks.world_size]
-    verify = _timed(lambda: reader.damage(names))
-    found = {"stall": stall, "write, sync, read back": write, "until published": published, "verify": verify}
-    return {**found, "MiB": sum(e["bytes"] for e in reader.manifest["files"].values()) / 2**20}
+    verify = _timed(lambda: reader.integrity_error(names))
+    timings = {"stall": stall, "write, sync, read back": write, "until published": published, "verify": verify}
+    return {**timings, "MiB": sum(e["bytes"] for e in reader.manifest["files"].values()) / 2**20}
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -89,7 +89,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what a save costs beside torch.save and DeepSpeed's own; as one process, or as the ranks of a launcher."""
+    """Print the cost of a save, of torch.save and of DeepSpeed's save; as one process, or as the ranks of a launcher."""
     config, stage, folder, repeats = load_config(args.config), args.zero, args.folder, args.repeats
     torch.set_num_threads(1)
     ranks = discover()

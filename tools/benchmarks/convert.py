@@ -1,4 +1,4 @@
-"""`tools/bench.py convert`: what conversions cost beside a copy: seconds, rate, and the most memory in use."""
+"""`tools/bench.py convert`: what conversions cost compared with a copy: seconds, rate, and the most memory in use."""
 
 import argparse
 import resource
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.tensors import KINDS
-from raphael_dist.config import Config, load_config
+from raphael_dist.config.schema import Config, load_config
+from raphael_dist.convert.conversion import convert, write_target
 from raphael_dist.convert.layouts import layout_of
 from raphael_dist.convert.mpi import MpiRanks
-from raphael_dist.convert.plan import Options
-from raphael_dist.convert.run import convert, store
-from raphael_dist.convert.source import parameter_shapes
+from raphael_dist.convert.source_checkpoint import parameter_shapes
+from raphael_dist.convert.write_plan import Options
 from raphael_dist.storage.files import sync
 from raphael_dist.storage.tensorfile import CHUNK
 
@@ -29,7 +29,7 @@ class Noise:
     def __init__(self, config: Config, kinds: Sequence[str]) -> None:
         self.path, self.config, self.shapes = Path("noise"), config, parameter_shapes(config)
         self.whole = True
-        self.progress, self.dataset = Progress(1, config.train.global_batch, 1, {}), ""
+        self.progress, self.dataset = Progress(1, config.train.global_batch_size, 1, {}), ""
         self._kinds, self._values = tuple(kinds), torch.randn(CHUNK + 4096)
 
     def kinds(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ def make_run(config: Config, kinds: Sequence[str], options: Options, folder: Pat
     """Write a run directory with one checkpoint of such numbers."""
     source = Noise(config, kinds)
     plan = layout_of("--to", "raphael").plan(source, options, folder)
-    store("raphael", source, plan, folder, MpiRanks(), {})
+    write_target("raphael", source, plan, folder, MpiRanks(), {})
 
 
 def bench_convert(source: Path, options: Options, layouts: Sequence[str], repeats: int) -> dict[str, float]:
@@ -88,7 +88,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what conversions of a checkpoint cost, one process, beside a copy of it; --folder must have room for two."""
+    """Print the cost of conversions in one process, compared with a copy; --folder must have room for two."""
     # Without moments in the source: SGD, or they would be written as zeros.
     config = load_config(args.config, [] if "exp_avg" in args.kinds else ["optim.kind=sgd"])
     options, source = Options(world=args.world, stage=args.zero), args.folder / "run"

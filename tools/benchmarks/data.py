@@ -1,4 +1,4 @@
-"""Reading JPEGs from shards beside webdataset, mosaicml-streaming and litdata: the same images, decoding and workers.
+"""Reading JPEGs from shards compared with webdataset, mosaicml-streaming and litdata: the same images, decoding and workers.
 
 Each reader is a process of its own. The other libraries are no dependencies of ours; what is not installed is left out.
 """
@@ -20,11 +20,11 @@ import psutil
 from PIL import Image
 
 from raphael_dist.data.buckets import resize_and_crop
-from raphael_dist.data.dataset import ImageDataset
+from raphael_dist.data.fetch.shard_prefetch import ShardPrefetcher
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shard_ahead import ShardAhead
-from raphael_dist.data.shards import build_index
-from raphael_dist.data.workers import DecodePool
+from raphael_dist.data.shards.decode_sample import ImageDataset
+from raphael_dist.data.shards.decode_workers import DecodePool
+from raphael_dist.data.shards.indexing import build_index
 
 BATCH = 16
 LATENT_BYTES = 32 << 10  # of 512 pixels in bfloat16
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="*", choices=READERS, help="these readers alone")
 
 
-def picture(number: int, size: tuple[int, int]) -> bytes:
+def make_image(number: int, size: tuple[int, int]) -> bytes:
     """Return a JPEG of about 90 kB at 640 x 480: colours that flow, and grain."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -53,14 +53,14 @@ def picture(number: int, size: tuple[int, int]) -> bytes:
 
 
 def write(folder: Path, args: argparse.Namespace) -> None:
-    """Write the images as webdataset tars, and as each of the other libraries wants them."""
+    """Write the images as webdataset tars, and in the form of each other library."""
     from webdataset import ShardWriter
 
     (folder / "tar").mkdir()
     (folder / "latents").mkdir()
     width, height = args.size
-    distinct = [picture(number, (width, height)) for number in range(min(args.images, 200))]
-    about = {"caption": "a picture", "width": width, "height": height}
+    distinct = [make_image(number, (width, height)) for number in range(min(args.images, 200))]
+    about = {"caption": "an image", "width": width, "height": height}
     latents = np.random.default_rng(0).bytes(LATENT_BYTES)
     for kind, image in (("tar", None), ("latents", latents)):
         pattern = str(folder / kind / "%05d.tar")
@@ -86,15 +86,17 @@ def ours(folder: Path, args: argparse.Namespace) -> Batches:
     bucket = tuple(args.bucket)
     data = ImageDataset(build_index(names, folder / "index"), [bucket], "none")
     order = SampleOrder(data.index, [bucket], seed=0)
-    data.use(DecodePool(data, args.workers) if args.workers else None)
-    shards, ahead = ShardAhead(order), 2 * args.workers
+    pool = DecodePool(data, args.workers) if args.workers else None
+    data.set_decoder(pool.load if pool else None)
+    shards, ahead = ShardPrefetcher(order), 2 * args.workers
     requests = [[(order.lookup(p).sample_id, 0, False) for p in range(s, s + BATCH)] for s in range(0, args.images, BATCH)]
-    for batch in requests[:ahead]:
-        data.ahead(batch)
+    if pool is not None:
+        for batch in requests[:ahead]:
+            pool.prefetch(batch)
     for number, batch in enumerate(requests):
-        shards.at(number * BATCH)
-        if number + ahead < len(requests):
-            data.ahead(requests[number + ahead])
+        shards.prefetch_from(number * BATCH)
+        if pool is not None and number + ahead < len(requests):
+            pool.prefetch(requests[number + ahead])
         yield torch.from_numpy(np.stack([data.load(*request).image for request in batch]))
 
 
@@ -195,7 +197,7 @@ def _tree() -> tuple[float, list[psutil.Process]]:
     """Return the processor seconds of this process and those below it, also those that ended, and those that decode."""
     below = psutil.Process().children(recursive=True)
     seconds = sum(os.times()[:4]) + sum(sum(process.cpu_times()[:4]) for process in below)
-    return seconds, [one for one in below if one.memory_info().rss > 20 << 20]
+    return seconds, [row for row in below if row.memory_info().rss > 20 << 20]
 
 
 def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> None:
@@ -217,7 +219,7 @@ def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> N
         seen += len(batch)
         if seen > args.images // 2 and not memory:
             workers = _tree()[1]
-            memory = sum(one.memory_full_info().uss for one in workers) / max(1, len(workers)) / 1e6
+            memory = sum(row.memory_full_info().uss for row in workers) / max(1, len(workers)) / 1e6
     seconds = time.perf_counter() - started
     del batches  # waits for the workers of a DataLoader
     cpu = _tree()[0] - before
@@ -227,17 +229,17 @@ def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> N
 def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
     """Print a line for each reader. They take turns, so that what else the machine does meets all of them alike."""
     context = multiprocessing.get_context("spawn")
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in args.only or READERS}
-    there = {name for name in found if available(name)}
-    for name in [name for _ in range(args.rounds) for name in found if name in there]:
+    results: dict[str, list[tuple[float, ...]]] = {name: [] for name in args.only or READERS}
+    there = {name for name in results if available(name)}
+    for name in [name for _ in range(args.rounds) for name in results if name in there]:
         queue = context.SimpleQueue()
         process = context.Process(target=_measure, args=(name, folder, args, queue))
         process.start()
         process.join(120)
         if process.exitcode == 0:
-            found[name].append(queue.get())
+            results[name].append(queue.get())
         process.kill()
-    for name, rounds in found.items():
+    for name, rounds in results.items():
         if name not in there:
             print(f"{name:14} is not installed")
             continue
@@ -245,7 +247,7 @@ def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
             print(f"{name:14} failed")
             continue
         first, rate, per_core, memory = (
-            pick(one) for pick, one in zip((min, max, max, min), zip(*rounds, strict=True), strict=True)
+            pick(row) for pick, row in zip((min, max, max, min), zip(*rounds, strict=True), strict=True)
         )
         print(
             f"{name:14} {rate:7.0f} images/s  {per_core:6.0f} images per second of a core  first batch {first:6.2f} s  "
@@ -255,7 +257,7 @@ def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
 
 
 def compare_raw(folder: Path, args: argparse.Namespace) -> None:
-    """Print how fast samples are read that need no decoding, in order and shuffled, beside the tars as they are."""
+    """Print how fast samples are read that need no decoding, in order and shuffled, compared with the tars as they are."""
     import webdataset
 
     names = sorted(map(str, (folder / "latents").glob("*.tar")))

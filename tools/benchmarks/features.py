@@ -10,17 +10,18 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from raphael_dist.config import Config, config_from_tree, load_config
+from raphael_dist.config.schema import Config, config_from_tree, load_config
 from raphael_dist.data.batches import BatchBuilder
-from raphael_dist.data.cache import FeatureCache
-from raphael_dist.data.encoding import AheadEncoder, Encoders
-from raphael_dist.data.open import edge_encoder, load_encoders, source_of
+from raphael_dist.data.features.batch_encoder import BatchEncoder, Encoders
+from raphael_dist.data.features.cache import FeatureCache
+from raphael_dist.data.features.packing import pack_std, unpack_std
+from raphael_dist.data.open_streams import edge_encoder, load_encoders, source_of
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.packing import pack_std, unpack_std
-from raphael_dist.data.shards import build_index, expand_shards
+from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.data.stream import TrainStream
-from raphael_dist.prepare.build import Preparer
-from raphael_dist.prepare.source import parts_of
+from raphael_dist.data_prep.build_shards import Preparer
+from raphael_dist.data_prep.inputs import parts_of
 
 WAYS = ("online", "cached", "cached, text encoded ahead", "stored")
 KINDS = ("reading", "decoding", "encoding")
@@ -28,7 +29,7 @@ KINDS = ("reading", "decoding", "encoding")
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One way: bytes per sample beside the image's own, seconds per sample to fill it and to read it, and their parts."""
+    """One way: bytes per sample and of the image file, seconds per sample to fill it and to read it, and their parts."""
 
     way: str
     num_bytes: float
@@ -38,7 +39,7 @@ class FeatureRow:
 
 
 def bench_features(config: Config, shards: list[Path], encoders: Encoders, folder: Path, batches: int) -> list[FeatureRow]:
-    """Measure each way on the samples of `shards`, in batches of train.micro_batch made by one thread."""
+    """Measure each way on the samples of `shards`, in batches of train.micro_batch_size made by one thread."""
     return [_measure(way, config, shards, encoders, folder, batches) for way in WAYS]
 
 
@@ -63,9 +64,9 @@ def _measure(way: str, config: Config, shards: list[Path], encoders: Encoders, f
         features, sum(path.stat().st_size for path in (folder / way).rglob("*.safetensors"))
     )
     order = SampleOrder(index, config.image.buckets, config.run.seed)
-    stream = TrainStream(order, source, seed=0, caption_drop=0.1, flip=config.data.flip)
-    builder = BatchBuilder(config, stream, AheadEncoder(encoders, config.edge.weight > 0), num_blocks=16)
-    each, parts = config.train.micro_batch, Counter[str]()
+    stream = TrainStream(order, source, seed=0, caption_dropout=0.1, flip=config.data.flip)
+    builder = BatchBuilder(config, stream, BatchEncoder(encoders, config.edge.weight > 0), num_blocks=16)
+    each, parts = config.train.micro_batch_size, Counter[str]()
     builder.build([(position, 1.0) for position in range(each)])  # weights are loaded, files are opened
     began = time.perf_counter()
     for number in range(1, batches + 1):
@@ -83,14 +84,14 @@ def rounding(config: Config, shards: list[Path], encoders: Encoders) -> dict[str
     """
     index = build_index(shards)
     source = source_of(config, index, encoders, training=True)
-    found = [source.get(n, 0, lambda weights: 0, False) for n in range(min(64, index.num_samples))]
-    mean, std = encoders.latents(torch.stack([one.image for one in found if one.image is not None]))
-    tokens = encoders.text.encode([one.caption for one in found]).tokens
+    features = [source.get(n, 0, lambda weights: 0, False) for n in range(min(64, index.num_samples))]
+    mean, std = encoders.latents(torch.stack([feature.image for feature in features if feature.image is not None]))
+    tokens = encoders.text.encode([feature.caption for feature in features]).tokens
     errors = {"std uint8": _error(unpack_std(pack_std(std)), std)} if not encoders.image.deterministic else {}
     for name, values in (("mean", mean), ("tokens", tokens)):
         for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
             errors[f"{name} {str(dtype).removeprefix('torch.')}"] = _error(values.to(dtype).float(), values)
-    edges = [one.edge for one in found if one.edge is not None]
+    edges = [feature.edge for feature in features if feature.edge is not None]
     if edges:
         errors["edge float16"] = _error(torch.stack(edges).half().float(), torch.stack(edges))
     if not encoders.image.deterministic:

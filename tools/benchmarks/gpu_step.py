@@ -1,9 +1,10 @@
-"""`tools/bench.py gpu`: a whole optimizer step of a preset, beside that of diffusers' U-Net of the same widths.
+"""`tools/bench.py gpu`: a whole optimizer step of a preset, compared with that of diffusers' U-Net of the same widths.
 
 Ours is what training runs: the engine with its ZeRO stage, forward, backward, clipping, AdamW on fp32 masters, the moving
 average, and the copy of the batch. Theirs is plain PyTorch as diffusers' training scripts have it: fp32 weights, autocast,
-AdamW, clipping, no average. Its blocks are dense: beside `sd2-dense` both compute the same, and beside a model with experts
-the difference is what experts, gates and edge modules cost. Samples are random, of the first size of `image.buckets`.
+AdamW, clipping, no average. Its blocks are dense: compared with `sd2-dense` both compute the same, and compared with a model
+with experts the difference is what experts, gates and edge modules cost. Samples are random, of the first size of
+`image.buckets`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.states import random_batch
-from raphael_dist.config import Config, load_config
+from raphael_dist.config.schema import Config, load_config
 from raphael_dist.engine.ds_config import read_deepspeed_json
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
@@ -29,12 +30,12 @@ from raphael_dist.model.batch import Batch
 from raphael_dist.model.device import is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
-from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.versions import versions
-from raphael_dist.training.measure import FLOPS, rehearse, throughput
+from raphael_dist.training.throughput import FLOPS, throughput, warmup_step
 
 WARM_UP = 3  # steps: libraries choose their kernels, optimizers make their state
 
@@ -59,7 +60,7 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
     engine = Engine(config, tree, plan, device, model)
     ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
     schedule, batch = NoiseSchedule.create(config.diffusion, device), _batch(config, device)
-    flops = rehearse(engine, batch, schedule)
+    flops = warmup_step(engine, batch, schedule)
 
     def step() -> None:
         losses = compute_losses(engine, batch.to(device), schedule, config, engine.dtype)
@@ -82,21 +83,21 @@ def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime
     dtype, batch = getattr(torch, config.train.dtype), _batch(config, device)
 
     def loss() -> torch.Tensor:
-        given = batch.to(device)
+        inputs = batch.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = model(given.x0, given.timestep, given.text).sample
-        return (out.float() - given.noise).square().mean()
+            out = model(inputs.x0, inputs.timestep, inputs.text).sample
+        return (out.float() - inputs.noise).square().mean()
 
     def step() -> None:
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or float("inf"))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
 
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         loss()
     seconds, peak = _timed(step, device, steps)
-    return StepTime(seconds, 3 * counter.get_total_flops() / config.train.micro_batch, peak)
+    return StepTime(seconds, 3 * counter.get_total_flops() / config.train.micro_batch_size, peak)
 
 
 def diffusers_unet(config: Config) -> UNet2DConditionModel:
@@ -118,9 +119,9 @@ def diffusers_unet(config: Config) -> UNet2DConditionModel:
 
 
 def _batch(config: Config, device: torch.device) -> Batch:
-    factor, (height, width) = latent_factor(config.image.encoder), config.image.buckets[0]
-    batch = random_batch(config, config.train.micro_batch, (height // factor, width // factor))
-    return batch.packed() if is_gpu(device) else batch
+    factor, (height, width) = latent_factor(config.image.vae), config.image.buckets[0]
+    batch = random_batch(config, config.train.micro_batch_size, (height // factor, width // factor))
+    return batch.pack() if is_gpu(device) else batch
 
 
 def _timed(step: Callable[[], None], device: torch.device, steps: int) -> tuple[float, float]:
@@ -153,20 +154,24 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
     command.add_argument("--deepspeed_config", help="a DeepSpeed JSON; without one the default")
     command.add_argument("--steps", type=int, default=10, help="of each of three rounds")
-    command.add_argument("--alone", action="store_true", help="without diffusers' U-Net beside it")
+    command.add_argument("--alone", action="store_true", help="without diffusers' U-Net")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.compile=true")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Time a whole optimizer step beside that of diffusers' U-Net of the same widths."""
+    """Time a whole optimizer step, compared with that of diffusers' U-Net of the same widths."""
     ranks = discover()
     device = initialise(ranks)
     if ranks.is_main:
         print(_machine(ranks, device), flush=True)
         print("| model | micro-batch | ms a step | images/s a rank | TFLOP/s a rank | MFU | peak GiB |")
         print("|---|---|---|---|---|---|---|", flush=True)
-    for micro in args.micro_batch:
-        sizes = [f"train.micro_batch={micro}", f"train.global_batch={micro * ranks.world_size}", f"data.bucket_run={micro}"]
+    for micro in args.micro_batch_size:
+        sizes = [
+            f"train.micro_batch_size={micro}",
+            f"train.global_batch_size={micro * ranks.world_size}",
+            f"data.bucket_run={micro}",
+        ]
         config = load_config(args.config, [*args.overrides, *sizes])
         tree = read_deepspeed_json(args.deepspeed_config, config.train.dtype)
         works: dict[str, Callable[[], StepTime]] = {
@@ -183,13 +188,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _line(config: Config, work: Callable[[], StepTime], ranks: Ranks, device: torch.device) -> str:
     try:
-        found = work()
+        measured = work()
     except (torch.OutOfMemoryError, UserError) as error:
         return f"{' '.join(str(error).split())[:80]} | | | |"
-    micro, dtype = config.train.micro_batch, getattr(torch, config.train.dtype)
-    rates = throughput(micro * ranks.world_size, found.seconds, found.flops, device, dtype, ranks.world_size)
+    micro, dtype = config.train.micro_batch_size, getattr(torch, config.train.dtype)
+    rates = throughput(micro * ranks.world_size, measured.seconds, measured.flops, device, dtype, ranks.world_size)
     tflops, mfu = rates["throughput/tflops"], rates["throughput/mfu"]
-    return f"{found.seconds * 1e3:.1f} | {micro / found.seconds:.2f} | {tflops:.4g} | {mfu:.1%} | {found.peak_gib:.1f}"
+    step = f"{measured.seconds * 1e3:.1f} | {micro / measured.seconds:.2f}"
+    return f"{step} | {tflops:.4g} | {mfu:.1%} | {measured.peak_gib:.1f}"
 
 
 def _machine(ranks: Ranks, device: torch.device) -> str:

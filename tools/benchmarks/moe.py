@@ -1,9 +1,9 @@
-"""`tools/bench.py moe`: our expert layers beside DeepSpeed's own `MoE` and a plain loop, on 1 or more ranks.
+"""`tools/bench.py moe`: our expert layers compared with DeepSpeed's own `MoE` and a plain loop, on 1 or more ranks.
 
 All do forward and backward on equally many tokens of equal width through equally many experts of equal width, in the same
 processes. A *routed row* is one (token, expert) pair that is computed: layers that route differently are compared by it.
-With `uneven` half of the load wants one expert, as timesteps and words do; DeepSpeed, told not to drop tokens, pads all
-experts to the busiest.
+With `uneven` half of the load goes to one expert, as timesteps and words do; DeepSpeed, configured not to drop tokens, pads
+all experts to the busiest.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.parallel.exchange import ExpertGroup, Traffic
 from raphael_dist.parallel.expert_parallel import ParallelSpaceMoE, ParallelTimeMoE, count_samples
-from raphael_dist.parallel.ranks import Ranks, all_reduce_sum, discover, initialise
+from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initialise
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: Ranks, uneven: 
 
 def _layers(case: SpaceCase, mask: float, ranks: Ranks, uneven: bool) -> dict[str, tuple[int, Callable[[], None], Traffic]]:
     world, traffic = ranks.world_size, Traffic()
-    group = expert_groups.join(world, traffic) if world > 1 else None
+    group = expert_groups.create_groups(world, traffic) if world > 1 else None
     h_BND, mask_BNY, weight_BYK = case.inputs(mask, "cpu", torch.float32, seed=ranks.rank, uneven=uneven)
     tokens, pairs = case.batch * case.tokens, int(((mask_BNY @ weight_BYK.detach()) > 0).sum())
     expert_B = (torch.arange(case.batch) + ranks.rank) % case.experts
@@ -73,7 +73,7 @@ def _layers(case: SpaceCase, mask: float, ranks: Ranks, uneven: bool) -> dict[st
     if uneven:
         expert_B[: case.batch // 2] = expert_R[: tokens // 2] = 0
     loop = Experts(case.experts, case.dim, case.hidden)
-    found: dict[str, tuple[int, Callable[[], None], Traffic]] = {}
+    steps: dict[str, tuple[int, Callable[[], None], Traffic]] = {}
     kinds = {"": group}
     if group is not None:
         kinds[", no overlap"] = Blocking(group.process_group, group.size, group.index, traffic)
@@ -83,13 +83,13 @@ def _layers(case: SpaceCase, mask: float, ranks: Ranks, uneven: bool) -> dict[st
         if to is not None:
             samples = count_samples(torch.nn.functional.one_hot(expert_B[None], case.experts), to, [True])[0]
         factor_B = torch.ones(case.batch)
-        found[f"Space-MoE{suffix}"] = (pairs, _step(space, h_BND, mask_BNY, weight_BYK), traffic)
-        found[f"Time-MoE{suffix}"] = (tokens, _step(moved, h_BND, expert_B, samples, factor_B), traffic)
+        steps[f"Space-MoE{suffix}"] = (pairs, _step(space, h_BND, mask_BNY, weight_BYK), traffic)
+        steps[f"Time-MoE{suffix}"] = (tokens, _step(moved, h_BND, expert_B, samples, factor_B), traffic)
     for k in (1, 2):
-        found[f"DeepSpeed MoE, k={k}"] = (k * tokens, _step(_deepspeed_moe(case, k, world, uneven), h_BND), Traffic())
+        steps[f"DeepSpeed MoE, k={k}"] = (k * tokens, _step(_deepspeed_moe(case, k, world, uneven), h_BND), Traffic())
     if world == 1:
-        found["plain loop"] = (tokens, _step(_Loop(loop, expert_R), h_BND), Traffic())
-    return found
+        steps["plain loop"] = (tokens, _step(_Loop(loop, expert_R), h_BND), Traffic())
+    return steps
 
 
 def _space(case: SpaceCase, group: ExpertGroup | None) -> nn.Module:
@@ -152,7 +152,7 @@ def _median_ms(step: Callable[[], None], repeats: int, traffic: Traffic) -> tupl
         elapsed = torch.tensor((time.perf_counter() - began) * 1e3)
         dist.all_reduce(elapsed, dist.ReduceOp.MAX)
         times.append(float(elapsed))
-    return statistics.median(times[1:]), traffic.take()
+    return statistics.median(times[1:]), traffic.take().experts
 
 
 class _Done:
@@ -168,15 +168,15 @@ def _waited(started: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     add_sizes(command, 8, [0.05, 1.0])
-    command.add_argument("--uneven", action="store_true", help="half of the load wants one expert")
+    command.add_argument("--uneven", action="store_true", help="half of the load goes to one expert")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print our expert layers beside DeepSpeed's and a loop, on the ranks that torchrun starts, or one."""
+    """Print our expert layers compared with DeepSpeed's and a loop, on the ranks that torchrun starts, or one."""
     ranks = discover()
     initialise(ranks)
     torch.set_num_threads(args.threads)
-    load = "half of the load wants one expert" if args.uneven else "even load"
+    load = "half of the load goes to one expert" if args.uneven else "even load"
     how = f"{load}, {ranks.world_size} ranks, {args.threads} threads each, median of {args.repeats}"
     for case in cases(args):
         for mask in args.masks:

@@ -1,9 +1,10 @@
-"""`tools/bench.py plan`: what the planner says beside what is measured, on this machine and on a GPU, and published.
+"""`tools/bench.py plan`: predictions of the planner compared with measurements and with published runs.
 
-memory: activations alive in a real pass, and a process's resident memory, for several configurations. time: a micro-step
-beside the plan with a calibrated description. gpu: steps that were measured on one H200; what an operation takes at least,
-and the rate of small and strided ones, are from the first two. published: runs of Stable Diffusion 2 on GPUs; nothing in the
-clusters' descriptions was fitted to them.
+- memory: live activations of a real pass, and a process's resident memory, for several configurations
+- time: a micro-step, with a calibrated description of this machine
+- gpu: steps measured on one H200. The minimum time of an operation and the rate of small and strided ones were fitted to the
+  first two.
+- published: runs of Stable Diffusion 2 on GPUs, to which nothing was fitted
 """
 
 import argparse
@@ -13,26 +14,34 @@ import resource
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import psutil
 
-from raphael_dist.config import Config, load_config
+from raphael_dist.config.schema import Config, load_config
+from raphael_dist.convert.source_checkpoint import parameter_shapes
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.host_memory import keep_freed_memory
-from raphael_dist.planning.calibrate import measured_peak, measured_step, reckoned_step
-from raphael_dist.planning.cluster import load_cluster
-from raphael_dist.planning.memory import held, shapes_of, topology
+from raphael_dist.planning.calibrate import measured_peak, measured_step, predicted_step
+from raphael_dist.planning.cluster_spec import load_cluster
+from raphael_dist.planning.memory import memory_footprint, rank_memory, topology
 from raphael_dist.planning.search import Choice, Search
-from raphael_dist.planning.trace import profile
+from raphael_dist.planning.trace import Profile, profile
+from raphael_dist.runtime.host_memory import keep_freed_memory
 
 CONFIGURATIONS = {
-    "emoji-tiny, 16 images": ["train.micro_batch=16"],
-    "emoji-tiny, 4 images": ["train.micro_batch=4"],
-    "recompute blocks": ["train.micro_batch=16", "model.checkpoint_activations=blocks"],
-    "recompute all": ["train.micro_batch=16", "model.checkpoint_activations=all"],
-    "experts four times as wide": ["train.micro_batch=8", "model.expert_width=[128,256,384,384]"],
-    "dense": ["train.micro_batch=16", "model.space_experts=0", "model.time_experts=0", "edge.weight=0", "data.edges=none"],
+    "emoji-tiny, 16 images": ["train.micro_batch_size=16"],
+    "emoji-tiny, 4 images": ["train.micro_batch_size=4"],
+    "recompute blocks": ["train.micro_batch_size=16", "model.checkpoint_activations=blocks"],
+    "recompute all": ["train.micro_batch_size=16", "model.checkpoint_activations=all"],
+    "experts four times as wide": ["train.micro_batch_size=8", "model.expert_width=[128,256,384,384]"],
+    "dense": [
+        "train.micro_batch_size=16",
+        "model.space_experts=0",
+        "model.time_experts=0",
+        "edge.weight=0",
+        "data.edge_maps=none",
+    ],
 }
 
 
@@ -94,14 +103,14 @@ PUBLISHED = (
 def configuration(name: str) -> Config:
     """Return one of CONFIGURATIONS; a step is one micro-step."""
     config = load_config("emoji-tiny", CONFIGURATIONS[name])
-    train = config.train.model_copy(update={"global_batch": config.train.micro_batch})
+    train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size})
     return config.model_copy(update={"train": train})
 
 
 def activations(name: str) -> tuple[int, int]:
     """Return measured and planned bytes of activations at the peak."""
     config = configuration(name)
-    planned = profile(config).at(config.train.micro_batch, config.model.checkpoint_activations).peak
+    planned = profile(config).at(config.train.micro_batch_size, config.model.checkpoint_activations).peak
     return measured_peak(config), planned
 
 
@@ -113,61 +122,66 @@ def resident(name: str) -> tuple[int, int]:
     from raphael_dist.engine.ema import Ema
     from raphael_dist.engine.engine import Engine
     from raphael_dist.model.diffusion import NoiseSchedule
-    from raphael_dist.model.objective import compute_losses
-    from raphael_dist.parallel.ranks import discover, initialise
+    from raphael_dist.model.losses import compute_losses
+    from raphael_dist.runtime.ranks import discover, initialise
 
     config, ranks = configuration(name), discover()
     device, plan = initialise(ranks), BatchPlan.of(configuration(name), 1)
     import deepspeed  # noqa: F401
 
-    measured_peak(load_config("emoji-tiny", ["train.micro_batch=1", "train.global_batch=1"]))  # what libraries keep
+    measured_peak(
+        load_config("emoji-tiny", ["train.micro_batch_size=1", "train.global_batch_size=1"])
+    )  # what libraries keep
     gc.collect()
     before = psutil.Process().memory_info().rss
     engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
     ema, schedule = Ema(engine.fragments, config.ema), NoiseSchedule.create(config.diffusion)
-    batch = random_batch(config, plan.micro_batch, (16, 16))
+    batch = random_batch(config, plan.micro_batch_size, (16, 16))
     for step in (1, 2):
         losses = compute_losses(engine, batch, schedule, config, engine.dtype)
         engine.backward(losses.total.sum() * plan.loss_scale)
         engine.step(1e-4)
         ema.update(step)
     grown = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    from raphael_dist.planning.memory import memory
-
-    peak = profile(config).at(plan.micro_batch, config.model.checkpoint_activations).peak
-    one = held(config, shapes_of(config), topology(config, 1, 1), 1)
-    planned = memory(config, one, peak, allocator=False).total
+    peak = profile(config).at(plan.micro_batch_size, config.model.checkpoint_activations).peak
+    footprint = memory_footprint(config, parameter_shapes(config), topology(config, 1, 1), 1)
+    planned = rank_memory(config, footprint, peak, allocator=False).total
     torch.distributed.destroy_process_group()
     return grown, planned
 
 
-def on_a_gpu(one: Measured) -> tuple[float, float]:
+def on_a_gpu(case: Measured) -> tuple[float, float]:
     """Return the milliseconds and GB that the plan gives a measured step."""
-    sizes = [f"train.global_batch={one.micro}", f"train.micro_batch={one.micro}", f"data.bucket_run={one.micro}"]
-    config = load_config(one.preset, [*sizes, "train.dtype=bfloat16", f"train.cuda_graphs={str(one.graphs).lower()}"])
-    choice = Choice(1, 1, 2, False, one.micro, config.model.checkpoint_activations, "auto")
-    found = Search(config, load_cluster("h200x8"), 1).reckon(choice)
-    assert found is not None
-    return found.step.seconds * 1e3, replace(found.memory, slack=0).total / 1e9  # what the allocator loses it does not count
+    sizes = [
+        f"train.global_batch_size={case.micro}",
+        f"train.micro_batch_size={case.micro}",
+        f"data.bucket_run={case.micro}",
+    ]
+    config = load_config(case.preset, [*sizes, "train.dtype=bfloat16", f"train.cuda_graphs={str(case.graphs).lower()}"])
+    choice = Choice(1, 1, 2, False, case.micro, config.model.checkpoint_activations, "auto")
+    outcome = Search(config, load_cluster("h200x8"), 1).evaluate(choice)
+    assert outcome is not None
+    return outcome.step.seconds * 1e3, replace(
+        outcome.memory, slack=0
+    ).total / 1e9  # what the allocator loses it does not count
 
 
 def published(run: Published) -> float:
     """Return the images a second of one GPU that the plan gives a published run: ZeRO-2, overlapped, nothing recomputed."""
     batch = run.ranks * run.micro
-    config = load_config("sd2-dense", [f"train.global_batch={batch}", f"train.micro_batch={run.micro}"])
+    config = load_config("sd2-dense", [f"train.global_batch_size={batch}", f"train.micro_batch_size={run.micro}"])
     cluster = load_cluster(run.cluster)
     if run.source.startswith(MLPERF):  # whole steps as one CUDA graph
-        cluster = cluster.but("launch_us", 0.0)
-    search = Search(config, cluster, run.ranks)
-    if "profile" in _PROFILES:
-        search.__dict__["profile"] = _PROFILES["profile"]
-    found = search.reckon(Choice(1, 1, 2, True, run.micro, "none", "auto"))
-    assert found is not None
-    _PROFILES["profile"] = search.profile
-    return found.step.images_per_s / run.ranks
+        cluster = cluster.with_value("launch_us", 0.0)
+    search = Search(config, cluster, run.ranks, profile=_sd2_profile())
+    outcome = search.evaluate(Choice(1, 1, 2, True, run.micro, "none", "auto"))
+    assert outcome is not None
+    return outcome.step.images_per_s / run.ranks
 
 
-_PROFILES: dict = {}
+@cache
+def _sd2_profile() -> Profile:
+    return profile(load_config("sd2-dense"))
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -180,7 +194,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the plan beside measurements and published runs."""
+    """Print the plan compared with measurements and published runs."""
     if args.resident:
         print(*resident(args.resident))
         return
@@ -192,15 +206,15 @@ def run(args: argparse.Namespace) -> None:
             env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
             lines = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.splitlines()
             grown, planned = map(int, lines[-1].split())
-            alive, reckoned = activations(name)
-            print(f"{name:<28}{_beside(alive / 1e6, reckoned / 1e6)}{_beside(grown / 1e6, planned / 1e6)}", flush=True)
+            alive, predicted = activations(name)
+            print(f"{name:<28}{_beside(alive / 1e6, predicted / 1e6)}{_beside(grown / 1e6, planned / 1e6)}", flush=True)
     if "time" in args.parts:
         cluster = load_cluster(args.cluster)
         keep_freed_memory()  # as training has it
         print(f"\n{'ms of a micro-step':<28}{'measured':>12}{'plan':>9}")
         for name in CONFIGURATIONS:
             config = configuration(name)
-            taken, expected = measured_step(config), reckoned_step(config, cluster)
+            taken, expected = measured_step(config), predicted_step(config, cluster)
             print(f"{name:<28}{_beside(taken * 1e3, expected * 1e3)}", flush=True)
     if "gpu" in args.parts:
         print(f"\n{'one H200':<32}{'ms':>12}{'plan':>9}{'':>8}{'GB':>12}{'plan':>9}")
@@ -211,9 +225,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name:<32}{_beside(step.ms, ms)}{memory}", flush=True)
     if "published" in args.parts:
         print(f"\n{'images/s of a GPU':<28}{'published':>12}{'plan':>9}")
-        for one in PUBLISHED:
-            where = f"{one.ranks} x {one.cluster.removesuffix('x8').upper()}, {one.micro} each"
-            print(f"{where:<28}{_beside(one.images_per_s, published(one))}  {one.source}")
+        for case in PUBLISHED:
+            where = f"{case.ranks} x {case.cluster.removesuffix('x8').upper()}, {case.micro} each"
+            print(f"{where:<28}{_beside(case.images_per_s, published(case))}  {case.source}")
 
 
 def _beside(measured: float, planned: float) -> str:

@@ -4,7 +4,7 @@ Inside `PretendGpu` a tensor on torch's `meta` device counts as one on the GPU a
 program does is seen where torch sees it, operation by operation, in the backward pass too; so the notes hold for any code,
 and nothing is computed. What the host reads of the GPU's memory is made up: 1 for floats, 0 and False for the rest.
 
-A *wait* is a moment at which the host stands still until the GPU has done all it was given:
+A *wait* is a moment at which the host stands still until the GPU has finished all its work:
 - a value that is read (`item`, `float`, `bool`, `int`), or a copy to the host (`cpu`, `tolist`) unless it is non-blocking
   into pinned memory;
 - a copy from the host out of pageable memory, also that of a list (`torch.tensor(list, device=...)`, `x[[0, 1]]`);
@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.gpu_stand_ins import on_gpu, patches
-from raphael_dist.planning.operations import runs
+from benchmarks.gpu_dummies import on_gpu, patches
+from raphael_dist.planning.operations import launches_work
 
 aten = torch.ops.aten
-OURS = ("/raphael_dist/", "/deepspeed/")  # parts of the names of files whose lines are given as places
-_NOT_A_PLACE = ("/torch/", "/contextlib.py", "/gpu_stand_ins.py", __file__)
+OURS = ("/raphael_dist/", "/deepspeed/")  # parts of the names of files whose lines are reported as places
+_NOT_A_PLACE = ("/torch/", "/contextlib.py", "/gpu_dummies.py", __file__)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Notes:
 
 
 class PretendGpu:
-    """Context in which `meta` tensors are a GPU's. `notes` fill up while it is open; `take` returns them and starts anew."""
+    """Context in which `meta` tensors are a GPU's. `notes` fill up while it is open; `take` returns and clears them."""
 
     def __init__(self) -> None:
         self.notes = Notes()
@@ -117,7 +117,7 @@ class _Operations(TorchDispatchMode):
     def __init__(self, gpu: PretendGpu) -> None:
         super().__init__()
         self._gpu = gpu
-        self._pinned: dict[int, Tensor] = {}  # by address; kept, so that no other tensor gets it
+        self._pinned: dict[int, Tensor] = {}  # by address; held, so that no other tensor gets the address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -129,7 +129,7 @@ class _Operations(TorchDispatchMode):
         if kind := self._wait_of(name, args, kwargs):
             self._gpu.wait(kind)
         result = _run(func, name, args, kwargs)
-        if runs(func):
+        if launches_work(func):
             used = [t for t in [*tensors, *tree_leaves(result)] if isinstance(t, Tensor) and t.is_meta]
             self._gpu.launch(sum(t.nbytes for t in used))
         return result
@@ -183,11 +183,11 @@ def _run(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _wait_of_index(args: Any) -> str | None:
-    given = [index for index in args[1] if index is not None]
-    flags = [index for index in given if index.dtype in (torch.bool, torch.uint8)]
+    indices = [index for index in args[1] if index is not None]
+    flags = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
     if flags and not (len(args) > 2 and args[2].numel() == 1):  # one value for all is a masked fill
         return "a shape depends on values (an index of booleans)"
-    return "copies pageable memory to the GPU (an index on the host)" if any(not i.is_meta for i in given) else None
+    return "copies pageable memory to the GPU (an index on the host)" if any(not i.is_meta for i in indices) else None
 
 
 def _copy_of(name: str, args: Any, kwargs: Any) -> tuple[torch.device, Tensor, bool]:

@@ -1,4 +1,4 @@
-"""`tools/bench.py scaling`: a whole run on 1, 2, 4 and 8 ranks of this host, beside the plan.
+"""`tools/bench.py scaling`: a whole run on 1, 2, 4 and 8 ranks of this host, compared with the plan.
 
 strong: one global batch, whatever the ranks; weak: as many images on each rank. Everything counts that a run does (data,
 metrics, average, the engine), but for saves, validation and samples. Rounds are interleaved and the fastest step counts.
@@ -13,8 +13,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from raphael_dist.config import load_config
-from raphael_dist.planning.cluster import ClusterSpec, load_cluster
+from raphael_dist.config.schema import load_config
+from raphael_dist.planning.cluster_spec import ClusterSpec, load_cluster
 from raphael_dist.planning.search import Choice, Search
 from raphael_dist.training.metrics import read_metrics
 
@@ -26,7 +26,7 @@ QUIET = (
     "sample.prompts=[]",
     "data.val_shards=[]",
     "train.log_every=1",
-    "run.fresh=true",
+    "run.ignore_damaged=true",
 )
 
 
@@ -42,13 +42,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def overrides(kind: str, ranks: int) -> list[str]:
     """Return the batch of a kind of scaling."""
     batch = IMAGES if kind == "strong" else EACH * ranks
-    return [f"train.global_batch={batch}", f"train.micro_batch={min(MOST, -(-batch // ranks))}"]
+    return [f"train.global_batch_size={batch}", f"train.micro_batch_size={min(MOST, -(-batch // ranks))}"]
 
 
 def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> float:
     """Return the images a second of the fastest step."""
     run = folder / f"{kind}-{ranks}"
-    more = [
+    settings = [
         *overrides(kind, ranks),
         *QUIET,
         f"train.max_steps={args.steps}",
@@ -57,7 +57,7 @@ def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> f
     ]
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "raphael_dist/train.py"]
     done = subprocess.run(
-        [sys.executable, *command, "--config", args.config, *more],
+        [sys.executable, *command, "--config", args.config, *settings],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -72,24 +72,24 @@ def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> f
 def planned(args: argparse.Namespace, cluster: ClusterSpec, kind: str, ranks: int) -> float:
     """Return the plan's images a second."""
     config = load_config(args.config, overrides(kind, ranks))
-    choice = Choice(1, 1, 1, False, config.train.micro_batch, "none", "auto")
-    found = Search(config, cluster.but("per_node", ranks), ranks).reckon(choice)
-    assert found is not None
-    step = found.step
+    choice = Choice(1, 1, 1, False, config.train.micro_batch_size, "none", "auto")
+    outcome = Search(config, cluster.with_value("per_node", ranks), ranks).evaluate(choice)
+    assert outcome is not None
+    step = outcome.step
     return step.images / (step.compute * max(1, ranks / (os.cpu_count() or 1)) + step.exposed)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print images a second over ranks, strong and weak, beside the plan."""
-    cluster, found = load_cluster(args.cluster), defaultdict(list)
+    """Print images a second over ranks, strong and weak, compared with the plan."""
+    cluster, rates = load_cluster(args.cluster), defaultdict(list)
     ways = [(kind, ranks) for kind in ("strong", "weak") for ranks in args.ranks]
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
             for way in ways:
-                found[way].append(measured(args, *way, Path(folder)))
-    print(f"{'':<8}{'ranks':>6}{'images/s':>10}{'beside one':>12}{'plan':>8}{'beside one':>12}")
-    best, plan = {way: max(found[way]) for way in ways}, {way: planned(args, cluster, *way) for way in ways}
+                rates[way].append(measured(args, *way, Path(folder)))
+    print(f"{'':<8}{'ranks':>6}{'images/s':>10}{'speed-up':>12}{'plan':>8}{'speed-up':>12}")
+    best, plan = {way: max(rates[way]) for way in ways}, {way: planned(args, cluster, *way) for way in ways}
     for kind, ranks in ways:
-        rate, planned_rate, one = best[kind, ranks], plan[kind, ranks], (kind, args.ranks[0])
-        shown = f"{rate:>10.1f}{rate / best[one]:>12.2f}{planned_rate:>8.1f}{planned_rate / plan[one]:>12.2f}"
+        rate, planned_rate, base = best[kind, ranks], plan[kind, ranks], (kind, args.ranks[0])
+        shown = f"{rate:>10.1f}{rate / best[base]:>12.2f}{planned_rate:>8.1f}{planned_rate / plan[base]:>12.2f}"
         print(f"{kind:<8}{ranks:>6}{shown}")

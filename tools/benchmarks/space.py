@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raphael_dist.config import load_config
-from raphael_dist.model.moe import FORMS, SpaceMoE
+from raphael_dist.config.schema import load_config
+from raphael_dist.model.moe import SPACE_BACKENDS, SpaceMoE
 from raphael_dist.model.routing import space_weights_BYK
 
-BACKENDS = ("literal", *FORMS)
+BACKENDS = ("reference", *SPACE_BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def bench_space(
     case: SpaceCase, masks: Sequence[float], repeats: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Iterator[SpaceRow]:
     """Time forward and backward of the Space-MoE's three forms. Raises AssertionError where their outputs differ."""
-    layer = SpaceMoE(case.experts, case.dim, case.hidden, "literal", seed=0).to(device, dtype)
+    layer = SpaceMoE(case.experts, case.dim, case.hidden, "reference", seed=0).to(device, dtype)
     for mask in masks:
         inputs = case.inputs(mask, device, dtype)
         with torch.no_grad():
             outputs = {backend: _forward(layer, backend, inputs) for backend in BACKENDS}
-        reference, used_BK = outputs["literal"]
+        reference, used_BK = outputs["reference"]
         tolerance = (1e-5 if dtype == torch.float32 else 3e-2) * float(reference.abs().max())
         for backend, (out, _) in outputs.items():
             assert (out - reference).abs().max() <= tolerance, f"{backend} differs from the formula of Sec. 3.1"
@@ -126,12 +126,14 @@ def cases(args: argparse.Namespace) -> list[SpaceCase]:
     if args.config is None:
         return [SpaceCase(args.batch, args.tokens, args.text_tokens, args.dim, args.hidden or 4 * args.dim, args.experts)]
     config = load_config(args.config)
-    m, found = config.model, []
+    m, cases = config.model, []
     for level, (dim, hidden) in enumerate(zip(m.channels, m.expert_width, strict=True)):
         if m.attention[level]:
             tokens = (args.latent // 2**level) ** 2
-            found.append(SpaceCase(config.train.micro_batch, tokens, config.text.max_tokens, dim, hidden, m.space_experts))
-    return found
+            cases.append(
+                SpaceCase(config.train.micro_batch_size, tokens, config.text.max_tokens, dim, hidden, m.space_experts)
+            )
+    return cases
 
 
 def run(args: argparse.Namespace) -> None:
@@ -140,8 +142,11 @@ def run(args: argparse.Namespace) -> None:
     for case in cases(args):
         print(f"{case}, {args.dtype} on {args.device}, {args.threads} threads, median of {args.repeats}")
         print("mask = share of image tokens in a text token's region; density = share of (image token, expert) pairs in use")
-        print("  mask  density" + "".join(f"{b:>9} ms" for b in BACKENDS) + "".join(f"{b:>9} x" for b in FORMS))
+        print("  mask  density" + "".join(f"{b:>9} ms" for b in BACKENDS) + "".join(f"{b:>9} x" for b in SPACE_BACKENDS))
         for row in bench_space(case, args.masks, args.repeats, args.device, getattr(torch, args.dtype)):
             ms = row.milliseconds
             times = "".join(f"{ms[b]:12.2f}" for b in BACKENDS)
-            print(f"{row.mask:6.2f} {row.density:8.2f}{times}" + "".join(f"{ms['literal'] / ms[b]:11.1f}" for b in FORMS))
+            print(
+                f"{row.mask:6.2f} {row.density:8.2f}{times}"
+                + "".join(f"{ms['reference'] / ms[b]:11.1f}" for b in SPACE_BACKENDS)
+            )

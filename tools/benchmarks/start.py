@@ -19,20 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raphael_dist.config import load_config
-from raphael_dist.parallel import long_work
-from raphael_dist.parallel.ranks import (
+from raphael_dist.config.schema import load_config
+from raphael_dist.runtime import long_work
+from raphael_dist.runtime.ranks import (
     Ranks,
-    all_or_none,
     all_reduce_sum,
     discover,
     free_port,
     gather_objects,
     initialise,
     own_group,
+    raise_on_all_ranks,
     rank_table,
 )
-from raphael_dist.training import rundir
+from raphael_dist.training import run_dir
 
 TIMEOUT = timedelta(minutes=5)
 RANGES = 40  # entries of one rank's file in a manifest: a thousandth of raphael-3b is a few tensors of four kinds
@@ -86,17 +86,17 @@ def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, floa
     config = load_config("emoji-tiny", [f"run.dir={folder / 'run'}"])
     entry = {f"master/block.{i}.weight": (i, 10_000) for i in range(RANGES)}
     once: dict[str, Callable[[], Any]] = {
-        "claim the run directory": lambda: long_work.together(
-            "claiming", lambda tell: rundir.claim(config, tell) if ranks.is_main else None
+        "claim the run directory": lambda: long_work.run_on_all_ranks(
+            "claiming", lambda report: run_dir.acquire(config, report) if ranks.is_main else None
         ),
         "expert groups, every rank in every call": lambda: _groups_of_all(ep),
         "expert groups, members only": lambda: _own_groups(ep),
     }
     often: dict[str, Callable[[], Any]] = {
-        "all_or_none": lambda: all_or_none(lambda: None),
+        "raise_on_all_ranks": lambda: raise_on_all_ranks(lambda: None),
         "gather a table row": lambda: rank_table(ranks, device),
-        "together, no work": lambda: long_work.together("nothing", lambda _: None),
-        "from_main": lambda: long_work.from_main("nothing", lambda _: ["a path"] * 100),
+        "together, no work": lambda: long_work.run_on_all_ranks("nothing", lambda _: None),
+        "run_on_rank0": lambda: long_work.run_on_rank0("nothing", lambda _: ["a path"] * 100),
         "step: sum of three numbers": lambda: all_reduce_sum([1.0, 0.0, 0.0], device),
         "save: agree on room": lambda: gather_objects((1, 1, None)),
         "save: exchange what was written": lambda: gather_objects((entry, None)),
@@ -104,7 +104,7 @@ def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, floa
     for times, works in ((1, once), (repeats, often)):
         for name, work in works.items():
             seconds[name] = [_timed(work) for _ in range(times)]
-    slowest = torch.tensor([sorted(found)[len(found) // 2] for found in seconds.values()], dtype=torch.float64)
+    slowest = torch.tensor([sorted(by_world)[len(by_world) // 2] for by_world in seconds.values()], dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return dict(zip(seconds, slowest.tolist(), strict=True))
 
@@ -144,8 +144,8 @@ def run(args: argparse.Namespace) -> None:
     import deepspeed  # noqa: F401  # before the fork, so that no rank does
 
     torch.set_num_threads(1)
-    found = {world: bench_start(world, args.ep, args.repeats) for world in args.ranks}
+    by_world = {world: bench_start(world, args.ep, args.repeats) for world in args.ranks}
     print(f"{os.cpu_count()} cores, gloo over loopback, ep {args.ep}; milliseconds, the slowest rank's")
-    print(f"{'ranks':<42}" + "".join(f"{world:>10}" for world in found))
-    for name in next(iter(found.values())):
-        print(f"{name:<42}" + "".join(f"{times[name] * 1e3:>10.1f}" for times in found.values()), flush=True)
+    print(f"{'ranks':<42}" + "".join(f"{world:>10}" for world in by_world))
+    for name in next(iter(by_world.values())):
+        print(f"{name:<42}" + "".join(f"{times[name] * 1e3:>10.1f}" for times in by_world.values()), flush=True)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raphael_dist.config import Config, load_config
+from raphael_dist.config.schema import Config, load_config
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
-from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from raphael_dist.runtime.ranks import Ranks, discover, initialise
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -32,12 +32,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 # Small, or the reduction buffers of a small model would look as large as its gradients. ZeRO-2 without them collects.
 BUCKETS = {"reduce_bucket_size": 200_000, "allgather_bucket_size": 200_000}
-SIDE = 8  # of the latents: activations are small beside the model
+SIDE = 8  # of the latents: activations are small compared with the model
 
 
 def random_batch(config: Config, samples: int, latent_hw: tuple[int, int] = (SIDE, SIDE)) -> Batch:
     """Return a batch of random numbers in the shapes that training has."""
-    m, text, factor = config.model, config.text.max_tokens, latent_factor(config.image.encoder)
+    m, text, factor = config.model, config.text.max_tokens, latent_factor(config.image.vae)
     return Batch(
         position=torch.arange(samples),
         weight=torch.ones(samples),
@@ -71,17 +71,17 @@ def bench_states(config: Config, tree: dict[str, Any], ranks: Ranks, device: tor
     engine = Engine(config, tree, plan, device)
     ema = Ema(engine.fragments, config.ema)
     schedule = NoiseSchedule.create(config.diffusion, device)
-    batch = random_batch(config, plan.micro_batch)
+    batch = random_batch(config, plan.micro_batch_size)
     num_parameters = sum(torch.Size(shape).numel() for shape in engine.fragments.shapes.values())
-    found: list[float] = []
+    sizes: list[float] = []
     for step in (1, 2):
         for _ in range(plan.accumulation):
             engine.backward(compute_losses(engine, batch, schedule, config, engine.dtype).total.sum() * plan.loss_scale)
-        found = [(tensor_bytes() - before) / num_parameters]
+        sizes = [(tensor_bytes() - before) / num_parameters]
         engine.step(config.optim.lr)
         ema.update(step)
-        found.append((tensor_bytes() - before) / num_parameters)
-    return found[0], found[1]
+        sizes.append((tensor_bytes() - before) / num_parameters)
+    return sizes[0], sizes[1]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     """Bytes per parameter of model, gradients, optimizer and average on each rank, of one configuration."""
     ranks = discover()
     device = initialise(ranks)
-    small = ["train.global_batch=8", "train.micro_batch=2", "model.checkpoint_activations=true"]
+    small = ["train.global_batch_size=8", "train.micro_batch_size=2", "model.checkpoint_activations=blocks"]
     config = load_config(args.config, [*small, *args.overrides])
     zero = {"zero_optimization": {**CONFIGURATIONS[args.zero], **({} if args.zero == "zero2" else BUCKETS)}}
     peak, rest = bench_states(config, zero, ranks, device)

@@ -1,7 +1,7 @@
-"""`tools/bench.py step`: one optimizer step of ours beside what one would use instead, on the same work, in one process.
+"""`tools/bench.py step`: an optimizer step compared with alternatives on the same work, in one process.
 
 dense: our U-Net without experts; diffusers' `UNet2DConditionModel` of the same widths, in a plain loop of PyTorch; ours with
-experts (auto), and by the paper's formula as printed (literal); our blocks with DeepSpeed's `MoE` layers instead. All
+experts (auto), and by the paper's formula as printed (reference); our blocks with DeepSpeed's `MoE` layers instead. All
 see equal batches in float32, and step AdamW. Rounds are interleaved, and the fastest of each part counts, which is the least
 disturbed one. RAPHAEL is compared by its FLOPs at the dense step's own rate: 1.00 is as efficient as dense.
 """
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,19 +22,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.states import random_batch
-from raphael_dist.config import Config, load_config
-from raphael_dist.data.source import open_source
+from raphael_dist.config.schema import Config, load_config
+from raphael_dist.data.run_data import open_source
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B
 from raphael_dist.model.layers import TransformerBlock
-from raphael_dist.model.objective import Losses, compute_losses
+from raphael_dist.model.losses import Losses, compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import Ranks, discover, initialise
-from raphael_dist.training.measure import FLOPS
+from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.training.metrics import Metrics
+from raphael_dist.training.throughput import FLOPS
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
@@ -47,10 +48,16 @@ WIDTHS = {
         "model.layers_per_block=1",
         "model.head_dim=64",
         "model.norm_groups=32",
-        "train.micro_batch=2",
+        "train.micro_batch_size=2",
     ],
 }
-DENSE = ["model.space_experts=0", "model.time_experts=0", "model.time_activation=geglu", "edge.weight=0", "data.edges=none"]
+DENSE = [
+    "model.space_experts=0",
+    "model.time_experts=0",
+    "model.time_activation=geglu",
+    "edge.weight=0",
+    "data.edge_maps=none",
+]
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,12 @@ class Contender:
         return float(counter.get_total_flops())
 
 
-def contenders(config: Config, literal: bool, side: int = 16) -> dict[str, Contender]:
-    """Return what is compared. `config`: with experts; `literal`: with the paper's formula as printed."""
-    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, config.train.micro_batch, (side, side))
+def contenders(config: Config, reference: bool, side: int = 16) -> dict[str, Contender]:
+    """Return what is compared. `config`: with experts; `reference`: with the paper's formula as printed."""
+    schedule, batch = (
+        NoiseSchedule.create(config.diffusion),
+        random_batch(config, config.train.micro_batch_size, (side, side)),
+    )
 
     def ours(config: Config) -> Contender:
         torch.manual_seed(0)
@@ -104,12 +114,12 @@ def contenders(config: Config, literal: bool, side: int = 16) -> dict[str, Conte
         )
 
     dense = dense_of(config)
-    found = {"ours, dense": ours(dense), "diffusers, dense": _diffusers(dense, batch, schedule)}
-    found["RAPHAEL, auto"] = ours(config)
-    found["DeepSpeed MoE, k=1"] = _deepspeed(config, batch, schedule)
-    if literal:
-        found["RAPHAEL, literal"] = ours(_with(config, "model", space_backend="literal"))
-    return found
+    compared = {"ours, dense": ours(dense), "diffusers, dense": _diffusers(dense, batch, schedule)}
+    compared["RAPHAEL, auto"] = ours(config)
+    compared["DeepSpeed MoE, k=1"] = _deepspeed(config, batch, schedule)
+    if reference:
+        compared["RAPHAEL, reference"] = ours(_with(config, "model", expert_backend="reference"))
+    return compared
 
 
 def dense_of(config: Config) -> Config:
@@ -152,14 +162,15 @@ def _diffusers(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
 class _NativeMoE(nn.Module):
     """A residual layer of DeepSpeed's `MoE`, which routes every token; no token is dropped, as in ours."""
 
-    def __init__(self, dim: int, hidden: int, experts: int) -> None:
+    def __init__(self, dim: int, hidden: int, experts: int, ep_size: int = 1) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE
 
         expert = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.norm = nn.LayerNorm(dim)
-        self.moe = MoE(dim, expert, experts, ep_size=1, k=1, drop_tokens=False, use_rts=False)
-        self.moe.set_deepspeed_parallelism()
+        self.moe = MoE(dim, expert, experts, ep_size=ep_size, k=1, drop_tokens=False, use_rts=False)
+        if ep_size == 1:  # else DeepSpeed's engine does it
+            self.moe.set_deepspeed_parallelism()
 
     def forward(self, h_BND: Tensor) -> Tensor:
         return h_BND + self.moe(self.norm(h_BND))[0]
@@ -171,28 +182,37 @@ def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
     deepspeed.init_distributed(verbose=False)
-    m, dense = config.model, _with(dense_of(config), "edge", weight=0.0)
     torch.manual_seed(0)
+    model, dense = with_deepspeed_moe(config)
+    return Contender(model, lambda model: compute_losses(model, batch, schedule, dense, torch.float32).total.sum())
+
+
+def with_deepspeed_moe(config: Config, ranks: int = 1) -> tuple[RaphaelUNet, Config]:
+    """Return our dense U-Net with two of DeepSpeed's layers for each feed-forward layer, and its configuration.
+
+    Experts are sharded over as many of the `ranks` as divide them.
+    """
+    m, dense = config.model, dense_of(config)
     model = RaphaelUNet(dense)
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, TransformerBlock)]
     for level, block in zip(model.block_levels, blocks, strict=True):
         dim, hidden = m.channels[level], m.expert_width[level]
         block.norm3, block.ff = (
             nn.Identity(),
-            nn.Sequential(_NativeMoE(dim, hidden, m.time_experts), _NativeMoE(dim, hidden, m.space_experts)),
+            nn.Sequential(*(_NativeMoE(dim, hidden, n, gcd(n, ranks)) for n in (m.time_experts, m.space_experts))),
         )
-    return Contender(model, lambda model: compute_losses(model, batch, schedule, dense, torch.float32).total.sum())
+    return model, dense
 
 
-def bench_step(config: Config, rounds: int, literal: bool = True) -> list[StepRow]:
+def bench_step(config: Config, rounds: int, reference: bool = True) -> list[StepRow]:
     """Return a row for each contender."""
-    found = contenders(config, literal)
-    flops = {name: one.flops() for name, one in found.items()}
+    compared = contenders(config, reference)
+    flops = {name: contender.flops() for name, contender in compared.items()}
     times: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for i in range(rounds + 1):
-        for name, one in found.items():
-            if name != "RAPHAEL, literal" or i < 3:
-                times[name].append(one.step())
+        for name, contender in compared.items():
+            if name != "RAPHAEL, reference" or i < 3:
+                times[name].append(contender.step())
     rows = []
     for name, steps in times.items():
         forward, backward, update = (min(part) * 1e3 for part in zip(*steps[1:], strict=True))
@@ -203,13 +223,13 @@ def bench_step(config: Config, rounds: int, literal: bool = True) -> list[StepRo
 def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device) -> dict[str, float]:
     """Return milliseconds of RAPHAEL's step in a plain loop, in the engine, and of what the trainer adds to it.
 
-    Data: a batch of cached features, which training builds in a thread beside the step.
+    Data: a batch of cached features, which training builds in a thread during the step.
     """
     plan = BatchPlan.of(config, ranks.world_size)
-    plain = contenders(config, literal=False)["RAPHAEL, auto"]
+    plain = contenders(config, reference=False)["RAPHAEL, auto"]
     engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
     ema, metrics = Ema(engine.fragments, config.ema), Metrics(device)
-    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch, (16, 16))
+    schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch_size, (16, 16))
     data = open_source(config, ranks, device)
     builder = data.builder(config, engine.module.num_blocks, device)
     times: dict[str, list[float]] = defaultdict(list)
@@ -222,7 +242,7 @@ def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device
         times["engine"].append(clock() - began)
         times["average"].append(_seconds(partial(ema.update, i + 1)))
         times["metrics"].append(_seconds(partial(_record, metrics, batch, losses)))
-        times["data"].append(_seconds(partial(builder.build, plan.slots(i * plan.micro_batch, 0, 0))))
+        times["data"].append(_seconds(partial(builder.build, plan.slots(i * plan.micro_batch_size, 0, 0))))
     data.close()
     return {name: min(values[1:]) * 1e3 for name, values in times.items()}
 
@@ -237,7 +257,7 @@ def _record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
     """Record what the trainer does of a micro-step, and reduce it, as a log line would, in every step."""
     count = batch.weight.sum()
     metrics.add("samples", count, "sum")
-    for tag, value in (("loss", losses.total), ("loss_denoise", losses.denoise), ("loss_edge", losses.edge)):
+    for tag, value in (("loss", losses.denoise), ("loss_weighted", losses.total), ("loss_edge", losses.edge)):
         metrics.add(tag, value.sum(), "mean", count)
     for tag, load in (("load/space", losses.space_used), ("load/time", losses.time_load)):
         if load is not None:
@@ -251,12 +271,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--threads", type=int, default=torch.get_num_threads())
     command.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: on a machine that is busy")
-    command.add_argument("--no-literal", action="store_true", help="leave out the paper's formula as printed, the slowest")
+    command.add_argument("--no-reference", action="store_true", help="leave out the paper's formula as printed, the slowest")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
 def run(args: argparse.Namespace) -> None:
-    """One optimizer step of ours beside diffusers' U-Net and DeepSpeed's MoE, and what the engine around it costs."""
+    """One optimizer step of ours compared with diffusers' U-Net and DeepSpeed's MoE, and what the engine around it costs."""
     ranks = discover()
     device = initialise(ranks)
     torch.set_num_threads(args.threads)
@@ -264,9 +284,9 @@ def run(args: argparse.Namespace) -> None:
     clock = CLOCKS[args.clock]
     for name in args.widths:
         config = load_config("emoji-tiny", [*WIDTHS[name], *args.overrides])
-        micro = config.train.micro_batch
-        config = _with(config, "train", global_batch=micro)
-        rows = bench_step(config, args.rounds, not args.no_literal)
+        micro = config.train.micro_batch_size
+        config = _with(config, "train", global_batch_size=micro)
+        rows = bench_step(config, args.rounds, not args.no_reference)
         print(
             f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, "
             f"fastest of {args.rounds}"

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu_stand_ins import GPU
+from benchmarks.gpu_dummies import GPU
 from benchmarks.pretend_gpu import Notes, PretendGpu
-from raphael_dist.config import Config, load_config
+from raphael_dist.config.schema import Config, load_config
 from raphael_dist.data.batches import BatchBuilder
-from raphael_dist.data.encoding import AheadEncoder
+from raphael_dist.data.features.batch_encoder import BatchEncoder
 from raphael_dist.data.stream import StreamSample
 from raphael_dist.engine.ds_config import read_deepspeed_json
 from raphael_dist.engine.ema import Ema
@@ -36,13 +36,13 @@ from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import Ranks
+from raphael_dist.runtime.ranks import Ranks
+from raphael_dist.runtime.stop_request import StopRequest
+from raphael_dist.runtime.watchdog import Watchdog
 from raphael_dist.training import trainer
 from raphael_dist.training.guard import Guard
-from raphael_dist.training.run import Run
-from raphael_dist.training.stopping import StopRequest
+from raphael_dist.training.run_state import Run, RunProgress, StopState
 from raphael_dist.training.telemetry import Telemetry
-from raphael_dist.training.watchdog import Watchdog
 
 STEADY = 3  # steps before the one that is counted
 
@@ -97,13 +97,12 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
     engine = Engine(config, json_tree, plan, GPU, model)
     stream: Any = _Stream(config)
     encoders: Any = SimpleNamespace(device=GPU, upscale=0)
-    ahead = AheadEncoder(encoders, wants_edges=config.edge.weight > 0)
+    ahead = BatchEncoder(encoders, with_edges=config.edge.weight > 0)
     data: Any = SimpleNamespace(replaced=0)
-    store: Any = SimpleNamespace(written=False, settle=lambda: None, failed=0)
+    store: Any = SimpleNamespace(written=False, commit=lambda: None, failed=0)
     return Run(
         config=config,
         ranks=ranks,
-        device=GPU,
         plan=plan,
         data=data,
         builder=BatchBuilder(config, stream, ahead, engine.module.num_blocks, pin=True),
@@ -116,13 +115,14 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
         guard=Guard(config.train),
         telemetry=Telemetry(config, Ranks(1, world_size), GPU, ["host"] * world_size),  # of rank 0 it would write files
         watchdog=Watchdog(ranks, config.run.dir, config.run.hang_timeout_s),
-        stop=StopRequest(),
         lock=None,
+        progress=RunProgress(config.train.max_steps),
+        stop=StopState(StopRequest()),
     )
 
 
 class _Stream:
-    """Stands for the training stream: black pictures with empty captions, of the right shapes."""
+    """Replaces the training stream: black images with empty captions, of the right shapes."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -132,7 +132,7 @@ class _Stream:
 
     def _sample(self, position: int) -> StreamSample:
         c, (height, width) = self._config, self._config.image.buckets[0]
-        factor = latent_factor(c.image.encoder)
+        factor = latent_factor(c.image.vae)
         size = (height // factor, width // factor)
         return StreamSample(
             position=position,
@@ -170,12 +170,12 @@ def run(args: argparse.Namespace) -> None:
     """Print every host synchronisation of an optimizer step, its launches and bytes, by place."""
     began = time.monotonic()
     config = load_config(args.config, args.overrides)
-    batch = config.train.micro_batch * args.world * args.micro_steps
-    config = load_config(args.config, [*args.overrides, f"train.global_batch={batch}"])
+    batch = config.train.micro_batch_size * args.world * args.micro_steps
+    config = load_config(args.config, [*args.overrides, f"train.global_batch_size={batch}"])
     notes = note_step(config, read_deepspeed_json(args.deepspeed_config, config.train.dtype), args.world)
     print(
         f"{args.config}, {config.train.dtype}, {args.world} ranks, {args.deepspeed_config or 'the default DeepSpeed JSON'}, "
-        f"{notes.micro_steps} micro-steps of {config.train.micro_batch}; rank 0, in {time.monotonic() - began:.0f} s"
+        f"{notes.micro_steps} micro-steps of {config.train.micro_batch_size}; rank 0, in {time.monotonic() - began:.0f} s"
     )
     print(report(notes, args.places))
 

@@ -1,7 +1,7 @@
 """The captioned emoji data set: all 1,906 emoji in up to three drawing styles, as webdataset shards.
 
 One sample is one concept in one style: `<concept>__<style>.{webp,json,edge.png}`. A concept may be held out in exactly
-one of its styles, so that the validation shards ask for a known thing in a known style that were never seen together.
+one of its styles: the validation shards combine a known concept with a known style in a way that training has not seen.
 """
 
 import gzip
@@ -28,14 +28,14 @@ WEBP_QUALITY = 90
 PALETTES = (64, 128, 256)
 WORTH = 1.4
 HELD_OUT_SHARE = {"all": 0.05, "demo": 0.16}
-SUFFIX = {"all": ".tar.gz", "demo": ".tar"}  # the demo is small enough to be read in place
+SUFFIX = {"all": ".tar.gz", "demo": ".tar"}  # the demo is small enough not to be compressed
 SHARD_BYTES = 3_600_000  # before compression
 TAR_BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package; `images` is where its pictures lie, `suffix` how they end."""
+    """An npm package; `images` is the folder of its images, `suffix` the end of their names."""
 
     name: str
     version: str
@@ -88,7 +88,7 @@ class Sample:
 
 
 def fetch_packages(folder: Path) -> None:
-    """Download the packages that `folder` lacks with `npm pack`; raises UserError when npm is absent or fails."""
+    """Download the packages that `folder` lacks with `npm pack`. Raises UserError where npm is missing or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in (*STYLES.values(), NAMES):
         if (folder / package.tarball).is_file():
@@ -97,22 +97,28 @@ def fetch_packages(folder: Path) -> None:
         try:
             done = subprocess.run(["npm", "pack", spec, "--silent"], cwd=folder, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise UserError("npm not found: install Node.js, or give the tarballs with --packages DIR") from error
+            raise UserError(
+                "npm is required to download the emoji packages, but it is not installed. Install Node.js, or use "
+                "--packages DIR with the downloaded tarballs."
+            ) from error
         if done.returncode:
-            raise UserError(f"npm pack {spec} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+            raise UserError(
+                f"npm pack {spec} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}. Check the network, or "
+                "use --packages DIR with the downloaded tarballs."
+            )
 
 
 def read_package(folder: Path, package: Package) -> dict[str, bytes]:
     """Return the package's JSON and image files (as shown by `Package.images`) by their path inside the package."""
     path = folder / package.tarball
     if not path.is_file():
-        raise UserError(f"{path} not found: fetch it with `npm pack {package.name}@{package.version}`")
+        raise UserError(f"{path} is missing. Download it with `npm pack {package.name}@{package.version}`.")
     files: dict[str, bytes] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             name = member.name.removeprefix("package/")
-            wanted = name.endswith(".json") or (package.images and name.startswith(package.images))
-            if wanted and (file := tar.extractfile(member)):
+            is_used = name.endswith(".json") or (package.images and name.startswith(package.images))
+            if is_used and (file := tar.extractfile(member)):
                 files[name] = file.read()
     return files
 
@@ -126,8 +132,8 @@ def code_points(text: str) -> str:
 def read_concepts(packages: dict[str, dict[str, bytes]]) -> list[Concept]:
     """Return every concept, in Unicode's order, from the packages' files (`packages` is keyed by package name).
 
-    Left out are skin tones, drawings in `MISDRAWN`, and national flags of "fluent 3d": Fluent has none, that package
-    lends those of Noto.
+    Skin tones, drawings in `MISDRAWN` and national flags of "fluent 3d" are left out: Fluent has no flags, and that package
+    uses those of Noto.
     """
     by_points = {code_points(e): row for e, row in json.loads(packages[NAMES.name]["data-by-emoji.json"]).items()}
     entries = json.loads(packages[STYLES["noto"].name]["emoji.json"])
@@ -153,7 +159,7 @@ def select(concepts: Iterable[Concept], subset: str) -> list[Concept]:
     """Return the concepts of a subset: "all" or "demo"."""
     if subset not in HELD_OUT_SHARE:
         raise UserError(
-            f"subset {subset!r} is unknown; allowed: {', '.join(HELD_OUT_SHARE)}{did_you_mean(subset, HELD_OUT_SHARE)}"
+            f"--subset={subset} must be one of {', '.join(HELD_OUT_SHARE)}{did_you_mean(subset, HELD_OUT_SHARE)}. Change it."
         )
     return [c for c in concepts if subset == "all" or c.name in DEMO_CONCEPTS]
 
@@ -187,15 +193,15 @@ def on_white(data: bytes, size: int = SIZE) -> Image.Image:
 
 
 def encode_webp(image: Image.Image) -> bytes:
-    """Return the image as WebP: the truest of a few encodings that takes at most `WORTH` times what `WEBP_QUALITY` does.
+    """Encode an image as WebP: the most accurate of several encodings of at most `WORTH` times the size of `WEBP_QUALITY`.
 
-    Lossless of all colours, lossless of a palette, or lossy. Flat drawings take a palette well, and lossy WebP halves
-    the resolution of colour, which dulls thin lines and small flags.
+    They are lossless, lossless with a palette, and lossy. A palette suits flat drawings; lossy WebP halves the resolution of
+    colour, which blurs thin lines and small flags.
     """
 
-    def encode(picture: Image.Image, **options: Any) -> tuple[bytes, int]:
+    def encode(variant: Image.Image, **options: Any) -> tuple[bytes, int]:
         buffer = io.BytesIO()
-        picture.save(buffer, "webp", method=6, **options)
+        variant.save(buffer, "webp", method=6, **options)
         error = np.asarray(Image.open(buffer).convert("RGB"), np.int64) - np.asarray(image, np.int64)
         return buffer.getvalue(), int(np.square(error).sum())
 
@@ -263,7 +269,10 @@ def split_shards(samples: list[Sample], shard_bytes: int = SHARD_BYTES) -> list[
 def write_dataset(samples: list[Sample], out: Path, subset: str) -> dict[str, Any]:
     """Write the shards `train-*`, `val-*` and `manifest.json` into `out`; returns the manifest."""
     if len({s.key for s in samples}) != len(samples):
-        raise UserError("two concepts have the same key: the packages' names are not the expected ones")
+        raise UserError(
+            "the emoji packages must give each image its own key, but two images have the same. Use the versions of the "
+            "packages that docs/data.md lists."
+        )
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("train-*.tar*"), *out.glob("val-*.tar*")):
         stale.unlink()

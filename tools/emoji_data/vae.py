@@ -20,9 +20,10 @@ from webdataset import WebDataset, imagehandler
 
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
+from raphael_dist.storage.files import apply_umask
 
 Vae = Any  # an AutoencoderKL; type checkers do not see that diffusers' classes are modules
-# Beside the mean absolute error, which has weight 1.
+# In addition to the mean absolute error, which has weight 1.
 SQUARE_WEIGHT = 1.0
 SLOPE_WEIGHT = 0.5
 KL_WEIGHT = 2e-6
@@ -41,7 +42,10 @@ def read_images(shards: Iterable[Path]) -> Tensor:
         samples = WebDataset(paths, shardshuffle=False).decode(imagehandler("torchrgb8", ["webp"]), only=["webp"])
         images = [sample["webp"] for sample in samples if "webp" in sample]
     if len({image.shape for image in images}) != 1:
-        raise UserError(f"the shards hold {len(images)} .webp images, none or of unequal sizes; expected one size")
+        raise UserError(
+            "--data must have shards with .webp images of one size, but the numbers of images and of sizes are "
+            f"{len(images)} and {len({image.shape for image in images})}. Make the shards with tools/make_emoji_dataset.py."
+        )
     return torch.stack(images)
 
 
@@ -94,10 +98,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def draw_batch(images: Tensor, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Return one step's images, half of them mirrored, and its posterior noise; a pure function of (seed, step)."""
+def draw_batch(images: Tensor, seed: int, step: int, batch: int, mirror: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Return one step's images, a share `mirror` of them mirrored, and its posterior noise; a function of (seed, step)."""
     rows = generator(seed, Purpose.ORDER, step).choice(len(images), batch, replace=False)
-    mirrored = torch.from_numpy(generator(seed, Purpose.FLIP, step).random(batch) < 0.5)
+    mirrored = torch.from_numpy(generator(seed, Purpose.FLIP, step).random(batch) < mirror)
     x = to_unit_range(images[torch.from_numpy(rows)])
     x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
     shape = (batch, 4, x.shape[2] // 4, x.shape[3] // 4)
@@ -116,19 +120,25 @@ def train(
     bf16: bool,
     report: Callable[[int, float, Vae], None],
     report_every: int = 200,
+    mirror: float = 0.5,
+    decoder_only: bool = False,
 ) -> Vae:
     """Train `model` on uint8 images (N, 3, H, W); returns the moving average of its weights.
 
-    With `bf16`, convolutions run in bfloat16 and weights stay float32.
+    With `bf16`, convolutions run in bfloat16 and weights stay float32. A share `mirror` of the images is mirrored.
+    With `decoder_only` the encoder and therefore the latents stay as they are.
     `report` gets (steps done, mean loss since the last report, that average) every `report_every` steps.
     Raises UserError when the loss is no longer finite.
     """
     model = model.to(device, memory_format=torch.channels_last)
+    for part in (model.encoder, model.quant_conv):
+        part.requires_grad_(not decoder_only)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     total = 0.0
     for step in range(steps):
-        x, noise = (t.to(device, memory_format=torch.channels_last) for t in draw_batch(images, seed, step, batch))
+        x, noise = (t.to(device, memory_format=torch.channels_last) for t in draw_batch(images, seed, step, batch, mirror))
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_rate)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             value = loss(model, x, noise)
@@ -140,7 +150,9 @@ def train(
             average.update_parameters(model)
         total += value.item()
         if not math.isfinite(total):
-            raise UserError(f"the loss is not finite at step {step}; lower --rate (now {peak_rate:g})")
+            raise UserError(
+                f"--rate={peak_rate:g} must give a finite loss, but the loss of step {step} is not finite. Lower --rate."
+            )
         if (step + 1) % report_every == 0:
             report(step + 1, total / report_every, average.module)
             total = 0.0
@@ -179,15 +191,19 @@ def load(folder: Path) -> Vae:
     try:
         return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False).float().eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no AutoencoderKL: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{folder} must contain an AutoencoderKL, but it cannot be loaded: {str(error).splitlines()[0]}. Use another "
+            "folder."
+        ) from error
 
 
 def save(model: Vae, images: Tensor, folder: Path) -> Vae:
     """Write the diffusers folder, weights as float16, `scaling_factor` = 1/std of the latents; returns it reloaded."""
     model.register_to_config(scaling_factor=round(1 / latent_std(model, images), 6))
     model.half().save_pretrained(folder, safe_serialization=True)
+    apply_umask(folder)
     model.float()
     config = json.loads((folder / "config.json").read_text())
-    config.pop("_name_or_path", None)  # where the weights that it went on from lay, on the machine that trained it
+    config.pop("_name_or_path", None)  # a path on the machine that trained it
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return load(folder)

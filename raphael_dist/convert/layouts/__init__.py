@@ -1,11 +1,10 @@
 """The layouts: the ways in which a checkpoint lies on disk.
 
-Every module or folder here whose name has no underscore in front is a layout of that name, and has a `LAYOUT`. Nothing else
-lists them: a new file is a new layout, for the command lines, for inspection and for `run.init_from`. A module is imported
-when its layout is asked for; `names` imports none.
+Every module or folder here whose name does not begin with an underscore is a layout of that name, and has a `LAYOUT`. There
+is no other list: a new file is a new layout for the command lines, for inspection and for `run.init_from`. A module is
+imported when its layout is asked for; `names` imports none.
 """
 
-import json
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,22 +12,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from raphael_dist.checkpoint.folders import followed
+from raphael_dist.checkpoint.folders import resolve_latest
 from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.text import read_json
 
 if TYPE_CHECKING:
-    from raphael_dist.config import Config
-    from raphael_dist.convert.plan import ConversionPlan, Options, Source
-    from raphael_dist.convert.source import Checkpoint
+    from raphael_dist.config.schema import Config
+    from raphael_dist.convert.source_checkpoint import Checkpoint
+    from raphael_dist.convert.write_plan import ConversionPlan, Options, Source
 
-# What a target may be told, as fields of `Options`: layouts of ranks, and layouts of one kind of weights.
+# Fields of `Options` that a layout may support: layouts with files per rank, and layouts with one kind of weights.
 RANKS = frozenset({"space_ep", "time_ep", "world", "stage"})
 WEIGHTS = frozenset({"weights", "dtype"})
-
-
-def _reads_no_pickles(path: Path) -> list[Path]:
-    return []
+# Formats of what is trained on top of a frozen base (convert/adapter_export.py). They hold no whole model.
+ADAPTER_FORMATS = {"peft": "LoRA adapters", "controlnet": "a ControlNet of diffusers"}
 
 
 @dataclass(frozen=True)
@@ -36,16 +34,18 @@ class Layout:
     """One way in which a checkpoint lies on disk.
 
     Attributes:
-        holds: everything that a run needs to go on, or weights alone.
-        detect: whether a path is of this layout. Asked only where no manifest.json says it by `"layout": NAME`, so most
-            layouts answer False. May look at names, not into files.
-        open: returns the checkpoint at a path, after reading headers alone. The second argument is the configuration that
-            the user gave; None for most. UserError for what is missing, doubled, of another shape, or no such checkpoint.
-        plan: returns which files hold a source in this layout; the third argument is the target's path. UserError when the
-            layout cannot hold the source's model, or not in the way that the options ask for.
-        options: which fields of `Options` the target heeds.
-        takes_config: `open` needs the configuration where no manifest of ours lies beside the files.
-        pickles: the files that `open` would unpickle (as weights alone); inspection wants a manifest to vouch for them.
+        name: the name of its module.
+        holds: everything that a run needs to continue, or weights only.
+        detect: returns whether a path is of this layout. It is called only if no manifest.json has `"layout": NAME`, so
+            most layouts return False. It may look at file names, not into files.
+        open: returns the checkpoint at a path, after reading headers only. The second argument is the configuration that
+            the user gave; None for most. Raises UserError for tensors that are missing, doubled or misshapen, and for files
+            of another kind: whatever else it raises is a bug of the layout.
+        plan: returns which files hold a source in this layout; the third argument is the target's path. Raises UserError
+            when the layout cannot hold the source's model, or not with these options.
+        options: the fields of `Options` that it supports as a target.
+        takes_config: whether `open` needs the configuration if the files have no manifest of this project.
+        pickles: returns the files that `open` would unpickle (weights only); inspection requires their checksums.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Layout:
     plan: "Callable[[Source, Options, Path], ConversionPlan]"
     options: frozenset[str] = frozenset()
     takes_config: bool = False
-    pickles: Callable[[Path], list[Path]] = _reads_no_pickles
+    pickles: Callable[[Path], list[Path]] = lambda path: []
 
 
 def names() -> list[str]:
@@ -64,50 +64,53 @@ def names() -> list[str]:
 
 
 def layout_of(option: str, name: str) -> Layout:
-    """Return the layout that an option of the command line ("--from" or "--to") names. UserError when there is none."""
+    """Return the layout that a command line option ("--from" or "--to") names. UserError when there is none."""
     if name not in names():
-        raise UserError(f"{option} {name}: unknown layout{did_you_mean(name, names())}; known: {', '.join(names())}")
+        known = [*names(), *(ADAPTER_FORMATS if option == "--to" else ())]
+        raise UserError(
+            f"{option} {name}: there is no such layout{did_you_mean(name, known)}. Use one of {', '.join(known)}."
+        )
     layout: Layout = import_module(f"{__name__}.{name}").LAYOUT
-    assert layout.name == name, f"the layout of {__name__}.{name} calls itself {layout.name}; a layout has its module's name"
+    assert layout.name == name, f"LAYOUT.name in {__name__}.{name} must be the module's name, but it is {layout.name}"
     return layout
 
 
 def detect(path: Path) -> Layout:
-    """Return the layout of what lies at `path`. UserError when it is none that is known."""
+    """Return the layout of the files at `path`. UserError when no layout matches."""
     if not path.exists():
-        raise UserError(f"--from {path}: no such file or folder")
+        raise UserError(f"--from {path}: there is no such file or folder. Check the path.")
     if (path / MANIFEST).is_file():
         try:
-            said = json.loads((path / MANIFEST).read_text()).get("layout")
+            name = read_json(path / MANIFEST).get("layout")
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"--from {path}: {MANIFEST} is unreadable: {error}") from None
-        if said is not None:
-            return layout_of("--from", str(said))
+            raise UserError(f"--from {path}: {MANIFEST} cannot be read: {error}. Restore the file.") from None
+        if name is not None:
+            return layout_of("--from", str(name))
     for name in names():
         layout = layout_of("--from", name)
         if layout.detect(path):
             return layout
-    raise UserError(f"--from {path}: no layout is recognised there; known: {', '.join(names())}")
+    raise UserError(f"--from {path}: the files have none of the layouts {', '.join(names())}. Check the path.")
 
 
 def open_checkpoint(name: str, path: Path, config: "Config | None" = None) -> "Checkpoint":
-    """Open a checkpoint in a layout ("auto": by what is there); only headers are read. UserError for what does not fit.
+    """Open a checkpoint; only headers are read.
 
-    config: the model, for layouts whose files may not say it (a folder that DeepSpeed wrote).
+    Args:
+        name: its layout, or "auto" to detect it.
+        path: the folder or file, or the file `latest` next to it.
+        config: the model, for layouts whose files may not describe it (a folder that DeepSpeed wrote).
+
+    Raises:
+        UserError: the files are missing, damaged or of another layout.
     """
-    path = followed(path)
+    path = resolve_latest(path)
     try:
         layout = detect(path) if name == "auto" else layout_of("--from", name)
-        name = layout.name
         if not path.exists():
-            raise UserError(f"--from {name} {path}: no such file or folder")
+            raise UserError(f"--from {layout.name} {path}: there is no such file or folder. Check the path.")
         checkpoint = layout.open(path, config)
-    except UserError:
-        raise
     except OSError as error:
-        raise UserError(f"--from {name} {path}: {error.strerror or error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        # Whatever a stranger's files lack of what the layout's have.
-        raise UserError(f"--from {name} {path}: not of this layout: {type(error).__name__}: {error}") from None
-    checkpoint.layout, checkpoint.whole = name, layout.holds == "everything"
+        raise UserError(f"--from {name} {path} cannot be read: {error.strerror or error}. Check the path.") from None
+    checkpoint.layout, checkpoint.whole = layout.name, layout.holds == "everything"
     return checkpoint

@@ -1,8 +1,9 @@
-"""The diffusers layout: a folder that loads as a pipeline: model_index.json, unet, vae, text_encoder, tokenizer, scheduler;
-and a model card.
+"""The diffusers layout: a folder that loads as a pipeline, with a model card.
 
-With experts, U-Net and pipeline are the classes of `raphael_dist.pipeline`. A dense model gives a real UNet2DConditionModel,
-and with a CLIP text encoder a real StableDiffusionPipeline, which loads without this package. Encoders are copied as files.
+It has model_index.json, unet, vae, text_encoder, tokenizer and scheduler. With experts it carries the code of its U-Net and
+pipeline (`standalone.py`), so that it loads without this package. A dense model gives a UNet2DConditionModel, and with the
+encoders of Stable Diffusion a StableDiffusionPipeline. Files of encoders are copied, or loaded and saved again if they would
+not load under plain names.
 """
 
 import json
@@ -11,111 +12,150 @@ from pathlib import Path
 from typing import Any
 
 from raphael_dist.checkpoint.manifest import MANIFEST
-from raphael_dist.config import Config, config_from_tree
-from raphael_dist.convert.card import model_card
+from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.convert.layout_manifest import base_manifest, read_optional_manifest
 from raphael_dist.convert.layouts import WEIGHTS, Layout
-from raphael_dist.convert.layouts.canonical import gather_indexed
+from raphael_dist.convert.layouts.canonical import gather
 from raphael_dist.convert.layouts.dense import (
     CLASS,
-    STEM,
-    diffusion_beside,
     open_dense,
-    read_json,
+    pickles,
+    read_object,
+    scheduler_settings,
+    sizes_of_unet,
+    unet_fields,
     unet_files,
     unet_json,
     weights_by_name,
 )
-from raphael_dist.convert.manifest import base_manifest, manifest_beside
-from raphael_dist.convert.plan import ConversionPlan, Options, Source
-from raphael_dist.convert.source import Checkpoint, is_dense
-from raphael_dist.data.encoder_files import PACKAGED, text_folders, vae_folder
-from raphael_dist.data.encoders import save_text_model
+from raphael_dist.convert.model_card import IMAGE, model_card, samples_image
+from raphael_dist.convert.source_checkpoint import Checkpoint, is_dense
+from raphael_dist.convert.standalone import CODE, MODEL, model_code, pipeline_code
+from raphael_dist.convert.write_plan import ConversionPlan, Options, Source
+from raphael_dist.data.features.characters import CHARACTERS, CharacterModel
+from raphael_dist.data.features.encoder_files import NAMED, text_folders, vae_folder
+from raphael_dist.data.features.encoder_models import (
+    autoencoder_class,
+    save_autoencoder,
+    save_text_model,
+    text_class,
+    tokenizer_of,
+)
 from raphael_dist.errors import UserError
+from raphael_dist.model.diffusers_model import EXPERT_FIELDS, RaphaelUNet2D
 from raphael_dist.model.diffusion import make_scheduler
-from raphael_dist.model.latents import latent_factor
 from raphael_dist.storage.versions import versions
+from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
+from raphael_dist.text import JsonObject
 
-MODULE, UNET, PIPELINE = "raphael_dist.pipeline", "RaphaelUNet2D", "RaphaelPipeline"
-CODE = "pipeline"  # the folder's own module, by which diffusers finds the class
-# For those who load with DiffusionPipeline; RaphaelPipeline.from_pretrained runs no code of the folder.
-PIPELINE_CODE = f'''"""For DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)."""
-
-from {MODULE} import {PIPELINE}
-'''
+UNET = RaphaelUNet2D.__name__
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a pipeline folder (or its unet/ alone). UserError when an encoder of the configuration is not there."""
+    """Plan a pipeline folder, or only its unet/. UserError when an encoder of the configuration is missing."""
     config = source.config
-    unet: dict[str, Any] = (
-        unet_json(config, "--to diffusers") if is_dense(config) else {"_class_name": UNET, "tree": model_tree(config)}
-    )
+    unet = unet_json(config, "--to diffusers") if is_dense(config) else expert_json(config, RaphaelUNet2D)
     files, small, kind = unet_files(source, options, "unet/")
     manifest = base_manifest("diffusers", source) | {"weights": kind}
     finish = None
     if not options.unet_only:
         encoders = Encoders(config, options.text_by_name)
         index = encoders.model_index()
-        small["README.md"] = model_card(source, kind, options.licence).encode()
+        name, image = index["_class_name"], samples_image(source)
+        card = model_card(source, kind, options, name if isinstance(name, str) else name[1], image is not None)
+        small["README.md"] = card.encode()
+        if image is not None:
+            small[IMAGE] = image
         small["model_index.json"] = json.dumps(index, indent=2).encode()
-        if index["_class_name"] == [CODE, PIPELINE]:
-            small[f"{CODE}.py"] = PIPELINE_CODE.encode()
-        if is_dense(config):
-            unet["sample_size"] = max(config.image.buckets[0]) // latent_factor(config.image.encoder)
+        if name != "StableDiffusionPipeline":
+            small[f"{CODE}.py"] = pipeline_code().encode()
         finish = encoders.write
+    if not is_dense(config):
+        name, code = model_code(RaphaelUNet2D)
+        small[f"unet/{name}.py"] = code.encode()
     small["unet/config.json"] = json.dumps({**unet, "_diffusers_version": versions()["diffusers"]}, indent=2).encode()
     return ConversionPlan(files, (kind,), MANIFEST, manifest, small, finish=finish)
 
 
-def model_tree(config: Config) -> dict[str, Any]:
-    """Return the part of the configuration that makes the U-Net."""
-    tree = config.model_dump(mode="json")
-    part = {"model": tree["model"], "edge": tree["edge"], "run": {"seed": tree["run"]["seed"]}}
-    if config.upscale.factor:
-        part["upscale"] = tree["upscale"]
-    if config.model.time_routing == "boundaries":  # they divide the timesteps
-        part |= {"diffusion": tree["diffusion"], "sample": {"steps": tree["sample"]["steps"]}}
-    return part
+def expert_json(config: Config, kind: type) -> JsonObject:
+    """Return `config.json` of a network with experts, RaphaelUNet2D or RaphaelControlNet, whose code lies next to it."""
+    m = config.model
+    return {
+        "_class_name": kind.__name__,
+        "auto_map": {"AutoModel": f"{MODEL}.{kind.__name__}"},  # for diffusers' AutoModel
+        **unet_fields(config),
+        **{name: getattr(m, ours) for name, ours in EXPERT_FIELDS.items()},
+        "edge_channels": config.edge.channels if config.edge.weight > 0 and kind is RaphaelUNet2D else 0,
+        "num_train_timesteps": config.diffusion.num_timesteps,
+    }
+
+
+def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upscale: JsonObject | None) -> Config:
+    """Return the configuration of a RaphaelUNet2D from its `config.json`.
+
+    Args:
+        unet: the content of the file.
+        where: its path, for messages.
+        diffusion: the section `diffusion`, as far as it is known.
+        upscale: the section `upscale`; None: no super-resolution.
+
+    Raises:
+        UserError: a field is missing or not allowed.
+    """
+    try:
+        model = sizes_of_unet(unet, where) | {ours: unet[name] for name, ours in EXPERT_FIELDS.items()}
+        edges, steps = int(unet["edge_channels"]), int(unet["num_train_timesteps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: must be the configuration of a {UNET}: {error!r}") from None
+    edge: JsonObject = {"channels": edges, "max_timestep": min(500, steps)} if edges else {"weight": 0.0}
+    sections = {"model": model, "edge": edge, "upscale": upscale or {}, "sample": {"steps": min(25, steps - 1)}}
+    return config_from_tree({**sections, "diffusion": diffusion | {"num_timesteps": steps}})
 
 
 class Encoders:
-    """The other parts of the pipeline: where they come from, and the classes that load them."""
+    """The other parts of a pipeline: their source folders and classes."""
 
     def __init__(self, config: Config, text_by_name: bool = False) -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
-        if text_by_name and config.text.encoder not in PACKAGED:
-            known = ", ".join(PACKAGED)
+        if text_by_name and config.text.encoder not in NAMED:
             raise UserError(
-                f"--text-by-name: text.encoder is {config.text.encoder!r}, a folder; only {known} ships in a package"
+                f"--text-by-name requires a text encoder that has a name ({', '.join(NAMED)}), but text.encoder is "
+                f"{config.text.encoder!r}. Leave out --text-by-name."
             )
-        self.config, self.text_by_name = config, text_by_name
-        self.vae = None if config.image.encoder == "none" else vae_folder(config.image.encoder)
-        self.text, tokenizer = text_folders(config.text.encoder)
-        try:
-            encoder = AutoConfig.from_pretrained(self.text, local_files_only=True)
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"text.encoder: cannot load {config.text.encoder!r}: {str(error).splitlines()[0]}") from None
-        self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"  # as TextEncoder.load sets it
-        text_width = getattr(encoder, "text_config", encoder).hidden_size  # a whole CLIP has the text's beside the image's
-        if text_width != config.model.text_width:
+        self.config, self.text_by_name = config, text_by_name or config.text.encoder == CHARACTERS  # which has no files
+        self.vae: Path | None = None
+        self.vae_class, self.vae_config = "", JsonObject()
+        if config.image.vae != "none":
+            self.vae = vae_folder(config.image.vae)
+            kind, self.vae_config = autoencoder_class(self.vae, config.image.vae)
+            self.vae_class = kind.__name__
+        self.tokenizer = tokenizer_of(config.text.encoder)
+        if config.text.encoder == CHARACTERS:
+            self.text_class, encoder = CharacterModel.__name__, CharacterModel().config
+        else:
+            self.text, _ = text_folders(config.text.encoder)
+            kind, encoder = text_class(self.text, config.text.encoder)
+            self.text_class = kind.__name__
+        if encoder.hidden_size != config.model.text_width:
             raise UserError(
-                f"text.encoder: {config.text.encoder!r} gives {text_width} numbers a token, the model takes "
-                f"model.text_width = {config.model.text_width}; --unet-only exports without it"
+                f"text.encoder={config.text.encoder!r} must have embeddings of the width "
+                f"model.text_width={config.model.text_width}, but their width is {encoder.hidden_size}. Use another text "
+                "encoder, or add --unet-only to export without it."
             )
-        self.text_class = _text_class(encoder)
 
-    def model_index(self) -> dict[str, Any]:
-        """Return what stands in model_index.json."""
+    def model_index(self) -> JsonObject:
+        """Return the content of model_index.json."""
         config = self.config
         plain = is_dense(config) and not config.upscale.factor
-        stable = plain and self.text_class == "CLIPTextModel" and self.vae is not None
-        index: dict[str, Any] = {
-            "_class_name": "StableDiffusionPipeline" if stable else [CODE, PIPELINE],
+        # StableDiffusionPipeline divides latents by the scaling factor only, without a shift.
+        shifted = any(self.vae_config.get(name) for name in ("shift_factor", "latents_mean"))
+        plain = plain and config.diffusion.prediction != "flow"  # which that pipeline cannot sample
+        stable = plain and self.text_class == "CLIPTextModel" and self.vae_class == "AutoencoderKL" and not shifted
+        pipeline = "RaphaelUpscalePipeline" if config.upscale.factor else "RaphaelPipeline"
+        index: JsonObject = {
+            "_class_name": "StableDiffusionPipeline" if stable else [CODE, pipeline],
             "_diffusers_version": versions()["diffusers"],
-            "unet": ["diffusers", CLASS] if is_dense(config) else [MODULE, UNET],
-            "vae": ["diffusers", "AutoencoderKL"] if self.vae else [None, None],
+            "unet": ["diffusers", CLASS] if is_dense(config) else [MODEL, UNET],
+            "vae": ["diffusers", self.vae_class] if self.vae else [None, None],
             "text_encoder": ["transformers", self.text_class],
             "tokenizer": ["transformers", type(self.tokenizer).__name__],
             "scheduler": ["diffusers", type(self._scheduler()).__name__],
@@ -123,7 +163,7 @@ class Encoders:
         if stable:
             nothing: list[None] = [None, None]
             return index | {"safety_checker": nothing, "feature_extractor": nothing, "requires_safety_checker": False}
-        sample: dict[str, Any] = {"steps": config.sample.steps, "guidance": config.sample.guidance}
+        sample: JsonObject = {"steps": config.sample.steps, "guidance": config.sample.guidance}
         if config.upscale.factor:
             sample["upscale"] = config.upscale.model_dump(mode="json")
         if self.text_by_name:
@@ -131,58 +171,58 @@ class Encoders:
         return index | sample | {"max_tokens": config.text.max_tokens, "size": list(config.image.buckets[0])}
 
     def write(self, folder: Path) -> None:
-        """Copy the encoders' files below `folder`, and write scheduler and tokenizer."""
+        """Copy the encoders' files into `folder`, and write scheduler and tokenizer."""
         self._scheduler().save_pretrained(folder / "scheduler")
-        if self.vae is not None:
-            _copy_model(self.vae, folder / "vae")
+        if self.vae is not None and not _copied(self.vae, folder / "vae", DIFFUSERS):
+            save_autoencoder(self.config.image.vae, folder / "vae")
         if self.text_by_name:
             return
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        if self.config.text.layer == "last":
-            _copy_model(self.text, folder / "text_encoder")
-        else:  # whoever loads it asks for the last layer
+        # A pipeline uses the last layer of the text encoder.
+        if self.config.text.layer != "last" or not _copied(self.text, folder / "text_encoder", TRANSFORMERS):
             save_text_model(self.config.text.encoder, self.config.text.layer, folder / "text_encoder")
 
     def _scheduler(self) -> Any:
         return make_scheduler(self.config.diffusion, self.config.sample.scheduler)
 
 
-def _text_class(config: Any) -> str:
-    from transformers import AutoModelForTextEncoding
-
-    if config.model_type == "clip":
-        return "CLIPTextModel"
-    model_class: Any = AutoModelForTextEncoding._model_mapping[type(config)]
-    return str(model_class.__name__)
-
-
-def _copy_model(source: Path, target: Path) -> None:
+def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
+    """Copy a model's files; return False, with nothing done, if they are not safetensors under plain names."""
+    files = weight_files(source, stems)
+    if files.pickled or files.variant:
+        return False
     target.mkdir(parents=True)
-    wanted = [p for p in source.iterdir() if p.name == "config.json" or ".safetensors" in p.name]
-    for path in wanted or []:
+    single, index = f"{stems[0]}.safetensors", source / f"{stems[0]}.safetensors.index.json"
+    for path in (source / "config.json", *files.paths, *([] if files.paths[0].name == single else [index])):
         shutil.copyfile(path, target / path.name)
-    if not any(".safetensors" in p.name for p in wanted):
-        raise UserError(f"{source}: no weights in safetensors there; only those are exported")
+    return True
 
 
-def open_diffusers(folder: Path, given: Config | None = None) -> Checkpoint:
-    """Open a pipeline folder for its U-Net. UserError when that is neither ours nor of Stable Diffusion 2's structure."""
-    unet = read_json(folder / "unet" / "config.json")
-    manifest = manifest_beside(folder, "diffusers")
+def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
+    """Open the U-Net of a pipeline folder. UserError unless it is of this project or has Stable Diffusion 2's structure."""
+    unet = read_object(folder / "unet" / "config.json")
+    manifest = read_optional_manifest(folder, "diffusers")
     if manifest is None and unet.get("_class_name") == CLASS:
         return open_dense(folder)
-    if manifest is None and (unet.get("_class_name") != UNET or not isinstance(unet.get("tree"), dict)):
-        raise UserError(f"{folder}: its U-Net is a {unet.get('_class_name')}; known: {UNET}, {CLASS}")
-    diffusion = diffusion_beside(folder)
-    config = config_from_tree(manifest["config"] if manifest else {**unet["tree"], "diffusion": diffusion})
-    found = weights_by_name(folder, config, gather_indexed(folder / "unet", STEM), manifest)
-    found.says_prediction = manifest is not None or "prediction" in diffusion
-    return found
+    if manifest is None and unet.get("_class_name") != UNET:
+        raise UserError(
+            f"{folder}: the class of its U-Net must be {UNET} or {CLASS}, but it is {unet.get('_class_name')}. Use another "
+            "model."
+        )
+    diffusion = scheduler_settings(folder)
+    if manifest is not None:
+        config = config_from_tree(manifest["config"])
+    else:
+        index = read_object(folder / "model_index.json") if detect(folder) else {}
+        config = config_of_experts(unet, folder / "unet" / "config.json", diffusion, index.get("upscale"))
+    checkpoint = weights_by_name(folder, config, gather(weight_files(folder / "unet").paths), manifest)
+    checkpoint.says_prediction = manifest is not None or "prediction" in diffusion
+    return checkpoint
 
 
 def detect(path: Path) -> bool:
-    """Return whether this is a folder of a pipeline."""
+    """Return whether this is the folder of a pipeline."""
     return (path / "model_index.json").is_file()
 
 
-LAYOUT = Layout("diffusers", "weights", detect, open_diffusers, plan, WEIGHTS | {"unet_only"})
+LAYOUT = Layout("diffusers", "weights", detect, open_diffusers, plan, WEIGHTS | {"unet_only"}, pickles=pickles)

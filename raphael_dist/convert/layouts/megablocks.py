@@ -1,13 +1,13 @@
-"""The layout of MegaBlocks' grouped feed-forward layers: stacked matrices of [experts x width, dim], weights alone.
+"""The layout of MegaBlocks' grouped feed-forward layers: stacked matrices of [experts x width, dim], weights only.
 
 For a layer of K experts of width F and D channels, with `....space_moe` or `....time_moe` in front:
 
     .experts.mlp.w1 [K F, D]    rows of expert k are its first layer:        x @ w1_k^T
     .experts.mlp.w2 [K F, D]    expert k's second layer, transposed:         act(...) @ w2_k
-    .experts.mlp.v1 [K F, D]    with GEGLU alone: act(x @ w1_k^T) * (x @ v1_k^T)
-    .experts.b1 [K, F'], .experts.b2 [K, D]    biases, which its layers do not have, as they are here
+    .experts.mlp.v1 [K F, D]    only with GEGLU: act(x @ w1_k^T) * (x @ v1_k^T)
+    .experts.b1 [K, F'], .experts.b2 [K, D]    biases, unchanged; MegaBlocks' layers have none
 
-Everything else keeps its name. Matrices are float32 by default; --dtype bfloat16 is what its kernels take.
+Everything else keeps its name. Matrices are float32 by default; MegaBlocks' kernels require --dtype bfloat16.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,15 @@ from pathlib import Path
 
 from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
 from raphael_dist.checkpoint.tensors import Key, Shapes, Span, stacked
-from raphael_dist.config import Config, config_from_tree
+from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.convert.layout_manifest import base_manifest, checkpoint_of
 from raphael_dist.convert.layouts import WEIGHTS, Layout
-from raphael_dist.convert.layouts.canonical import gather_indexed
-from raphael_dist.convert.manifest import base_manifest, checkpoint_of
-from raphael_dist.convert.plan import ConversionPlan, Entry, Options, Piece, Source, chosen_weights, parts
-from raphael_dist.convert.source import Checkpoint, parameter_shapes
+from raphael_dist.convert.layouts.canonical import gather
+from raphael_dist.convert.source_checkpoint import Checkpoint, parameter_shapes
+from raphael_dist.convert.write_plan import ConversionPlan, Entry, Options, Piece, Source, chosen_weights, parts
 from raphael_dist.errors import UserError
-from raphael_dist.storage.tensorfile import Stored
+from raphael_dist.storage.tensorfile import StoredTensor
+from raphael_dist.storage.weight_files import weight_files
 
 STEM = "model"
 
@@ -42,7 +43,7 @@ def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...],
         if leaf == "w2":
             yield f"{key}.w2", (experts * columns, rows), spans, True
         elif gated and layer.endswith("time_moe"):
-            # GEGLU's fused projection holds the value's rows first, then the gate's; MegaBlocks activates w1.
+            # GEGLU's fused projection has the rows of the value first, then those of the gate; MegaBlocks activates w1.
             yield f"{key}.w1", (experts * rows // 2, columns), [Span(name, s.start + half, half) for s in spans], False
             yield f"{key}.v1", (experts * rows // 2, columns), [Span(name, s.start, half) for s in spans], False
         else:
@@ -53,7 +54,9 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Plan a folder of stacked weights. UserError for a model without experts."""
     model = source.config.model
     if not (model.space_experts or model.time_experts):
-        raise UserError("--to megablocks: the model has no experts; use canonical or diffusers")
+        raise UserError(
+            "--to megablocks requires a model with experts, but this model has none. Use --to canonical or --to diffusers."
+        )
     kind = chosen_weights(source, options)
     entries = []
     for key, shape, spans, transposed in tensors(source.shapes, model.time_activation == "geglu"):
@@ -68,24 +71,28 @@ def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
     """Open a folder that `plan` describes. UserError for a missing, extra or misshapen tensor."""
     manifest = read_manifest(folder / MANIFEST, "megablocks")
     config = config_from_tree(manifest["config"])
-    shapes, stored = parameter_shapes(config), gather_indexed(folder, STEM)
-    lies: dict[Key, list[Stored]] = {}
+    shapes, stored = parameter_shapes(config), gather(weight_files(folder, (STEM, STEM)).paths)
+    located: dict[Key, list[StoredTensor]] = {}
     for key, shape, spans, transposed in tensors(shapes, config.model.time_activation == "geglu"):
         tensor = stored.pop(key, None)
         if tensor is None:
-            raise UserError(f"{folder}: {key} is missing")
+            raise UserError(f"{folder} must contain the tensor {key}, but it is missing. Use another checkpoint.")
         if tensor.shape != shape:
             raise UserError(
-                f"{folder}: {key} has shape {list(tensor.shape)}, the model wants {list(shape)}: another number of experts?"
+                f"{folder}: {key} must have the shape {list(shape)} (number of experts x width), but it has "
+                f"{list(tensor.shape)}. Use another checkpoint."
             )
         for i, span in enumerate(spans):
             part = tensor.part(i * span.numel, span.numel, span.start)
             if transposed:
                 part = replace(part, shape=shapes[span.name][:0:-1], transposed=True)
-            lies.setdefault(("master", span.name), []).append(part)
+            located.setdefault(("master", span.name), []).append(part)
     if stored:
-        raise UserError(f"{folder}: {next(iter(stored))} is no tensor of this configuration's model")
-    return checkpoint_of(folder, manifest, lies)
+        raise UserError(
+            f"{folder} contains {next(iter(stored))}, which is no tensor of the model in its manifest. Use another "
+            "checkpoint."
+        )
+    return checkpoint_of(folder, manifest, located)
 
 
 LAYOUT = Layout("megablocks", "weights", lambda path: False, open_megablocks, plan, WEIGHTS)

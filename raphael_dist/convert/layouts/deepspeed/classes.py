@@ -1,36 +1,36 @@
-"""Stand-ins for the classes that DeepSpeed pickles, so that reading its files needs no DeepSpeed and runs none of it."""
+"""Placeholders for the classes that DeepSpeed pickles: reading its files needs no DeepSpeed, and runs none of its code."""
 
 import pickle
 from typing import Any
 
 
 class FragmentAddress:
-    """Stands for DeepSpeed's `fragment_address`: `numel` elements from `start` on."""
+    """Replaces DeepSpeed's `fragment_address`: `numel` elements from `start` on."""
 
     numel: int
     start: int
 
 
 class LossScaler:
-    """Stands for DeepSpeed's loss scalers."""
+    """Replaces DeepSpeed's loss scalers."""
 
 
 def _zero_stage(value: int) -> int:
     return int(value)
 
 
-def _member(of: Any, name: str) -> int:
-    """Stands for `getattr`, by which the first releases of Python 3.11 pickle members of an enum: of ZeRO's stages alone."""
-    if of is not _zero_stage or name not in _STAGES:
-        raise pickle.UnpicklingError("GLOBAL getattr of anything but ZeRO's stages")
+def _enum_member(owner: object, name: str) -> int:
+    """Replaces `getattr`, by which the first releases of Python 3.11 pickle members of an enum: for ZeRO's stages only."""
+    if owner is not _zero_stage or name not in _STAGES:
+        raise pickle.UnpicklingError("GLOBAL getattr of an object that is not ZeRO's stages")
     return _STAGES[name]
 
 
 _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
-# Exactly what DeepSpeed's files hold beside tensors and plain values.
+# Exactly what DeepSpeed's files hold besides tensors and plain values.
 ALLOWED: list[Any] = [
     (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_member, "builtins.getattr"),
+    (_enum_member, "builtins.getattr"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),

@@ -1,47 +1,67 @@
 """Reads what DeepSpeed 0.19 writes: `mp_rank_00_model_states.pt` and `zero_pp_rank_R_mp_rank_00_optim_states.pt`.
 
 ZeRO's files hold flat buffers without names. Names come from `param_shapes` (the order in the buffer) and are compared with
-`param_slice_mappings` (offset and size by name) in every shard; which experts a shard holds follows from its rank and the
+`param_slice_mappings` (offset and size by name) in every shard. Which experts a shard holds follows from its rank and the
 size in its group's name `ep_size_N`, never from the position of the group.
+
+The files come from others, so `_item` checks every structure in them that is used.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raphael_dist.checkpoint.progress import Progress, progress_of
 from raphael_dist.checkpoint.tensors import Key, Span
-from raphael_dist.config import Config, config_from_tree
+from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.convert.layout_manifest import checksummed_files, read_optional_manifest
 from raphael_dist.convert.layouts import canonical
 from raphael_dist.convert.layouts.deepspeed.classes import ALLOWED
-from raphael_dist.convert.manifest import manifest_beside, vouched
 from raphael_dist.convert.partition import Group, Topology, groups, zero3
-from raphael_dist.convert.source import Checkpoint, parameter_shapes
+from raphael_dist.convert.source_checkpoint import Checkpoint, parameter_shapes
 from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
-from raphael_dist.storage.tensorfile import Stored
+from raphael_dist.storage.tensorfile import StoredTensor
 from raphael_dist.storage.torchfile import load_tree
 
 MODEL = "mp_rank_00_model_states.pt"
 MODEL_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+_LONGEST_TAG = 255
+T = TypeVar("T")
+Tree = dict[str, Any]  # of unpickled dicts, lists and plain values, with a StoredTensor for each tensor
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 def tag_folder(path: Path) -> Path | None:
-    """Return the folder with the files: `path` itself, or the one that its file `latest` names."""
-    if (path / MODEL).is_file() or (path / MODEL_3).is_file():
+    """Return the folder with the files: `path` itself, or the one that its file `latest` names; None without either.
+
+    UserError: `latest` names no such folder.
+    """
+    if _has_model(path):
         return path
     latest = path / "latest"
     if not latest.is_file():
         return None
-    tag = latest.read_text(errors="replace").strip()
-    inside = path / tag if tag and Path(tag).name == tag else None
-    return inside if inside and ((inside / MODEL).is_file() or (inside / MODEL_3).is_file()) else None
+    tag = latest.read_text(errors="replace").strip()[:_LONGEST_TAG]
+    if Path(tag).name == tag and _has_model(path / tag):
+        return path / tag
+    tags = sorted(folder.name for folder in path.iterdir() if _has_model(folder))
+    hint = (
+        f"Write one of {', '.join(tags)} into it."
+        if tags
+        else "Its folder contains no checkpoint of DeepSpeed. Check the path."
+    )
+    raise UserError(f"{latest} must name a folder with {MODEL}, but it names {tag!r}. {hint}")
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / MODEL).is_file() or (folder / MODEL_3).is_file()
 
 
 def detect(path: Path) -> bool:
-    """Return whether DeepSpeed saved here. A run directory into which it saved too is a run."""
-    return tag_folder(path) is not None and not (path / "checkpoints").is_dir()
+    """Return whether DeepSpeed saved here. A run directory in which it saved as well is a run."""
+    is_run = (path / "checkpoints").is_dir() or any(path.glob("step-*"))  # it has a file `latest` too
+    return not is_run and (_has_model(path) or (path / "latest").is_file())
 
 
 def pickles(path: Path) -> list[Path]:
@@ -50,27 +70,36 @@ def pickles(path: Path) -> list[Path]:
 
 
 def open_deepspeed(path: Path, config: Config | None) -> Checkpoint:
-    """Open a folder of DeepSpeed's `save_checkpoint`. `config` is needed where no manifest of ours lies beside the files.
+    """Open a folder of DeepSpeed's `save_checkpoint`.
 
-    UserError when a file is missing, damaged, or a pickle of more than weights; when experts are missing or doubled.
+    Args:
+        path: the folder with the files, or one with a file `latest`.
+        config: the model; required if the files have no manifest of this project.
+
+    Raises:
+        UserError: a file is missing, damaged or a pickle of more than weights; experts are missing or doubled.
     """
     folder = tag_folder(path)
     if folder is None:
-        raise UserError(f"--from deepspeed {path}: neither {MODEL} nor a `latest` that names a folder with it")
-    manifest = manifest_beside(folder, "deepspeed")
+        raise UserError(
+            f"--from deepspeed {path} must contain {MODEL}, or a file `latest` that names a folder with it, but it has "
+            "neither. Check the path."
+        )
+    manifest = read_optional_manifest(folder, "deepspeed")
     if manifest is not None:
         config = config_from_tree(manifest["config"])
     if config is None:
-        raise UserError(f"--from deepspeed {path}: the files do not say the model; give --config PRESET_OR_YAML")
-    model = load_tree(folder / (MODEL if (folder / MODEL).is_file() else MODEL_3), ALLOWED)
+        raise UserError(f"--from deepspeed {path}: the files do not describe the model. Add --config PRESET_OR_YAML.")
+    model_file = folder / (MODEL if (folder / MODEL).is_file() else MODEL_3)
+    model = load_tree(model_file, ALLOWED)
     shapes = parameter_shapes(config)
-    files = _Files(folder, model, shapes)
-    step = int(model["global_steps"])
-    progress = Progress(step, step * config.train.global_batch, step - int(model.get("skipped_steps", 0)), {})
+    files = _Files(model_file, model, shapes)
+    step = _item(model_file, model, "global_steps", int)
+    progress = Progress(step, step * config.train.global_batch_size, step - int(model.get("skipped_steps", 0)), {})
     checkpoint = Checkpoint(folder, config, files.spans, progress, topology=files.topology)
     if manifest is not None:
         checkpoint.progress = progress_of(manifest)._replace(step=step, updates=progress.updates)
-        checkpoint.dataset, checkpoint.files = manifest["dataset"], vouched(folder, manifest)
+        checkpoint.dataset, checkpoint.files = manifest["dataset"], checksummed_files(folder, manifest)
         checkpoint.spans |= canonical.read_kinds(folder, manifest, shapes)
     checkpoint.check()
     return checkpoint
@@ -82,26 +111,49 @@ def _shards(folder: Path, world: int) -> list[Path]:
         if match := _OPTIM.fullmatch(path.name):
             other = by_rank.setdefault(int(match[1]), path)
             if other != path:
-                raise UserError(f"{folder}: two files of rank {int(match[1])}: {other.name} and {path.name}")
-    lacking = set(range(world)) - by_rank.keys()
-    if lacking:
-        raise UserError(f"{folder}: the ZeRO file of rank {min(lacking)} of {world} is missing")
+                raise UserError(
+                    f"{folder} must have one ZeRO file per rank, but {other.name} and {path.name} are both of rank "
+                    f"{int(match[1])}. Remove the wrong file."
+                )
+    missing = set(range(world)) - by_rank.keys()
+    if missing:
+        raise UserError(
+            f"{folder} must have a ZeRO file for each of its {world} ranks, but the file of rank {min(missing)} is "
+            "missing. Restore it."
+        )
     return [by_rank[rank] for rank in range(world)]
 
 
-class _Files:
-    """What lies where in DeepSpeed's files of one checkpoint. topology: which ranks wrote it, in words."""
+def _item(file: Path, tree: Any, key: Any, kind: type[T]) -> T:
+    """Return an item of an unpickled dict or list. UserError: it is missing, or not of this type."""
+    try:
+        value = tree[key]
+    except (LookupError, TypeError):
+        value = None
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{file} must contain {key!r} ({kind.__name__}), as files of DeepSpeed 0.19 do, but it does not. Save the "
+            "checkpoint with DeepSpeed 0.19."
+        )
+    return value
 
-    def __init__(self, folder: Path, model: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-        self._folder, self._model, self._shapes = folder, model, shapes
-        self._world = int(model["dp_world_size"])
-        self.spans: dict[Key, list[Stored]] = {}
-        self._spreads: dict[str, int] = {}  # over how many ranks each parameter's experts are spread
-        stage, ep = 0, ""
+
+class _Files:
+    """Where the tensors lie in DeepSpeed's files of one checkpoint. topology: which ranks wrote it, as text."""
+
+    def __init__(self, model_file: Path, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._file, self._model, self._shapes = model_file, model, shapes
+        self._world = _item(model_file, model, "dp_world_size", int)
+        self.spans: dict[Key, list[StoredTensor]] = {}
+        self._ep_sizes: dict[str, int] = {}  # ranks over which the experts of each parameter are sharded
+        stage, ep, folder = 0, "", model_file.parent
         if not any(_OPTIM.fullmatch(p.name) for p in folder.iterdir()):
-            self._read_plain()
+            self._read_zero0()
         else:
-            shards = {file: load_tree(file, ALLOWED)["optimizer_state_dict"] for file in _shards(folder, self._world)}
+            shards = {
+                file: _item(file, load_tree(file, ALLOWED), "optimizer_state_dict", dict)
+                for file in _shards(folder, self._world)
+            }
             stage = 3 if (folder / MODEL_3).is_file() else int(next(iter(shards.values())).get("zero_stage", 1))
             for rank, (file, state) in enumerate(shards.items()):
                 if stage == 3:
@@ -109,83 +161,110 @@ class _Files:
                 else:
                     self._read_zero12(file, rank, state)
         if stage in (1, 2):
-            ep = f", ep {self._spread_of('space')},{self._spread_of('time')}"
+            ep = f", ep {self._ep_size('space')},{self._ep_size('time')}"
         self.topology = f"{self._world} ranks, ZeRO-{stage}{ep}"
 
-    def _spread_of(self, kind: str) -> int:
-        return next((spread for name, spread in self._spreads.items() if f".{kind}_moe." in name), 1)
+    def _ep_size(self, kind: str) -> int:
+        return next((ep_size for name, ep_size in self._ep_sizes.items() if f".{kind}_moe." in name), 1)
 
-    def _read_zero12(self, file: Path, rank: int, state: dict[str, Any]) -> None:
-        optimizer = state["base_optimizer_state"]
-        if not isinstance(optimizer, dict):
-            raise UserError(f"{file}: an elastic ZeRO checkpoint, which DeepSpeed 0.19 cannot load either; save without it")
-        masters, described = state["single_partition_of_fp32_groups"], self._model["param_shapes"]
-        for i, (names, settings, master) in enumerate(zip(described, optimizer["param_groups"], masters, strict=True)):
-            spread = _spread(settings)
-            self._spreads |= dict.fromkeys(names, spread)
-            group = self._rebuild(file, rank, spread, names, state, i)
-            moments = optimizer["state"].get(settings["params"][0], {})
-            # More elements are the padding at the end of the buffer.
-            self._add(file, i, master, moments, group.spans, group.per_rank)
+    def _read_zero12(self, file: Path, rank: int, state: Tree) -> None:
+        if isinstance(state.get("base_optimizer_state"), list):
+            raise UserError(
+                f"{file} must not be an elastic ZeRO checkpoint, but it is one, which DeepSpeed 0.19 cannot load either. "
+                "Save it without elastic_checkpoint."
+            )
+        optimizer = _item(file, state, "base_optimizer_state", dict)
+        states, groups_settings = _item(file, optimizer, "state", dict), _item(file, optimizer, "param_groups", list)
+        masters = _item(file, state, "single_partition_of_fp32_groups", list)
+        for i in range(len(_item(self._file, self._model, "param_shapes", list))):
+            shapes = _item(self._file, self._model["param_shapes"], i, dict)
+            settings = _item(file, groups_settings, i, dict)
+            ep_size = _ep_size_of(settings)
+            self._ep_sizes |= dict.fromkeys(shapes, ep_size)
+            group = self._rebuild(file, rank, ep_size, shapes, state, i)
+            moments = states.get(_item(file, _item(file, settings, "params", list), 0, int), {})
+            # A buffer may be longer: it ends with padding.
+            self._add(file, i, _item(file, masters, i, StoredTensor), moments, group.spans, group.per_rank)
 
-    def _read_zero3(self, file: Path, rank: int, state: dict[str, Any]) -> None:
-        optimizer = state["optimizer_state_dict"]
-        for i, (names, master) in enumerate(zip(self._model["param_shapes"], state["fp32_flat_groups"], strict=True)):
-            self._check_shapes(file, names, self._shapes)
-            spans, size = zero3(names, self._world, rank)
-            self._add(file, i, master, optimizer["state"].get(i, {}), spans, size)
+    def _read_zero3(self, file: Path, rank: int, state: Tree) -> None:
+        states = _item(file, _item(file, state, "optimizer_state_dict", dict), "state", dict)
+        masters = _item(file, state, "fp32_flat_groups", list)
+        for i in range(len(_item(self._file, self._model, "param_shapes", list))):
+            shapes = _item(self._file, self._model["param_shapes"], i, dict)
+            self._check_shapes(file, shapes, self._shapes)
+            spans, size = zero3(shapes, self._world, rank)
+            self._add(file, i, _item(file, masters, i, StoredTensor), states.get(i, {}), spans, size)
 
-    def _read_plain(self) -> None:
+    def _read_zero0(self) -> None:
         """ZeRO-0: the weights by name; moments in the order of the parameters."""
-        weights, optimizer = self._model["module"], self._model["optimizer"]
-        if optimizer is None:
-            raise UserError(f"{self._folder}: neither ZeRO files nor an optimizer in {MODEL}")
-        indices = [i for group in optimizer["param_groups"] for i in group["params"]]
+        file = self._file
+        weights, optimizer = _item(file, self._model, "module", dict), _item(file, self._model, "optimizer", dict)
+        param_groups, states = _item(file, optimizer, "param_groups", list), _item(file, optimizer, "state", dict)
+        indices = [i for group in param_groups for i in _item(file, group, "params", list)]
         if len(indices) != len(self._shapes):
-            given = f"the optimizer steps {len(indices)} parameters, the model has {len(self._shapes)}"
-            raise UserError(f"{self._folder}: {given}")
-        self.spans = {("master", name): [stored] for name, stored in weights.items()}
+            raise UserError(
+                f"{file}: the optimizer must have a state for each parameter of the model ({len(self._shapes)}), but it "
+                f"has {len(indices)}. Use the configuration of the run as --config."
+            )
+        self.spans = {("master", name): [_item(file, weights, name, StoredTensor)] for name in weights}
         for name, i in zip(self._shapes, indices, strict=True):
-            moments = optimizer["state"].get(i, {})
-            self.spans |= {(kind, name): [moments[kind]] for kind in MOMENTS if kind in moments}
+            moments = states.get(i, {})
+            self.spans |= {(k, name): [_item(file, moments, k, StoredTensor)] for k in MOMENTS if k in moments}
 
-    def _add(self, file: Path, i: int, master: Stored, moments: Any, spans: dict[Span, int], size: int) -> None:
-        """Add the flat buffers of group `i`, in which `spans` lie at their offsets, of at least `size` elements."""
-        for kind, flat in {"master": master, **{kind: moments[kind] for kind in MOMENTS if kind in moments}}.items():
+    def _add(self, file: Path, i: int, master: StoredTensor, moments: Any, spans: dict[Span, int], size: int) -> None:
+        """Add the flat buffers of group `i`, of at least `size` elements, which hold `spans` at their offsets."""
+        flat_moments = {kind: _item(file, moments, kind, StoredTensor) for kind in MOMENTS if kind in moments}
+        for kind, flat in {"master": master, **flat_moments}.items():
             if flat.numel < size:
-                raise UserError(f"{file}: {kind} of group {i} has {flat.numel} elements, its parameters take {size}")
+                raise UserError(
+                    f"{file}: {kind} of parameter group {i} must have at least {size} elements, but it has {flat.numel}. "
+                    "Use the configuration of the run as --config."
+                )
             for span, offset in spans.items():
                 self.spans.setdefault((kind, span.name), []).append(flat.part(offset, span.numel, span.start))
 
-    def _rebuild(self, file: Path, rank: int, spread: int, names: Any, state: dict[str, Any], i: int) -> Group:
-        """Work out where the group's parameters lie, and compare with what the shard says about it."""
-        unknown = next((name for name in names if name not in self._shapes), None)
+    def _rebuild(self, file: Path, rank: int, ep_size: int, shapes: Any, state: Tree, i: int) -> Group:
+        """Compute where the group's parameters lie, and compare with what the shard says."""
+        unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
-            raise UserError(f"{file}: {unknown} is no parameter of this configuration's model; another --config?")
+            raise UserError(
+                f"{file} contains {unknown}, which is no parameter of the model in --config. Use the configuration of the "
+                "run as --config."
+            )
         paddings = state.get("param_alignment_paddings")
-        whole = {name: self._shapes[name] for name in names}
+        whole = {name: self._shapes[name] for name in shapes}
         # 16 bytes, in elements of float32 or of bfloat16.
         for alignment in (4, 8) if paddings and any(paddings[i]) else (1,):
-            topology = Topology(self._world, spread, spread, 1, alignment)
-            group = next(g for g in groups(whole, topology, rank) if set(g.shapes) == set(names))
+            topology = Topology(self._world, ep_size, ep_size, 1, alignment)
+            group = next(g for g in groups(whole, topology, rank) if set(g.shapes) == set(shapes))
             if paddings is None or list(paddings[i]) == group.paddings:
                 break
         else:
-            raise UserError(f"{file}: the paddings of group {i} do not belong to its parameters")
-        self._check_shapes(file, names, group.shapes)
-        said = {name: (a.start, a.numel) for name, a in state["param_slice_mappings"][i].items()}
-        ours = {span.name: (offset, span.numel) for span, offset in group.spans.items()}
-        if said != ours:
-            wrong = min(name for name in said.keys() | ours.keys() if said.get(name) != ours.get(name))
-            raise UserError(f"{file}: {wrong} is said to lie at {said.get(wrong)}, its place is {ours.get(wrong)}")
+            raise UserError(
+                f"{file}: the paddings of parameter group {i} must fit its parameters, but they do not. Use the "
+                "configuration of the run as --config."
+            )
+        self._check_shapes(file, shapes, group.shapes)
+        mappings = _item(file, _item(file, state, "param_slice_mappings", list), i, dict)
+        stated = {name: (a.start, a.numel) for name, a in mappings.items()}
+        computed = {span.name: (offset, span.numel) for span, offset in group.spans.items()}
+        if stated != computed:
+            name = min(n for n in stated.keys() | computed.keys() if stated.get(n) != computed.get(n))
+            raise UserError(
+                f"{file}: {name} must have the start and the number of elements {computed.get(name)}, but the file states "
+                f"{stated.get(name)}. Use the configuration of the run as --config."
+            )
         return group
 
-    def _check_shapes(self, file: Path, names: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        for name, shape in names.items():
-            if tuple(shape) != shapes.get(name):
-                raise UserError(f"{file}: {name} has shape {list(shape)} per rank, the model gives {shapes.get(name)}")
+    def _check_shapes(self, file: Path, shapes: Any, expected: dict[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            if tuple(shape) != expected.get(name):
+                raise UserError(
+                    f"{file}: {name} must have the shape {expected.get(name)} on each rank, but it has {list(shape)}. Use "
+                    "the configuration of the run as --config."
+                )
 
 
-def _spread(settings: dict[str, Any]) -> int:
+def _ep_size_of(settings: Tree) -> int:
     match = re.fullmatch(r"ep_size_(\d+)", str(settings.get("name", ""))) if settings.get("moe") else None
     return int(match[1]) if match else 1

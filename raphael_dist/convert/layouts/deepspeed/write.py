@@ -3,10 +3,10 @@
     PATH/latest
     PATH/global_step100/mp_rank_00_model_states.pt                              weights in the type of training
     PATH/global_step100/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt        fp32 weights and moments of rank R
-    PATH/global_step100/manifest.json, ema-*.safetensors                        ours; DeepSpeed passes them by
+    PATH/global_step100/manifest.json, ema-*.safetensors                        of this project; DeepSpeed ignores them
 
-The model file holds the experts of rank 0, as DeepSpeed saves our stacked layers; the other ranks' are in their ZeRO files,
-so after `load_checkpoint` with spread experts `Fragments.sync_model` brings every rank's weights up to date.
+The model file holds the experts of rank 0, as DeepSpeed saves stacked layers. The other ranks' experts are in their ZeRO
+files, so `Fragments.sync_model` must update every rank's weights after `load_checkpoint` with sharded experts.
 """
 
 from collections import OrderedDict
@@ -18,11 +18,11 @@ import torch
 
 from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.checkpoint.tensors import Span
-from raphael_dist.config import Config
+from raphael_dist.config.schema import Config, stored_tree
+from raphael_dist.convert.layout_manifest import base_manifest
 from raphael_dist.convert.layouts.canonical import kind_files
-from raphael_dist.convert.manifest import base_manifest
 from raphael_dist.convert.partition import groups, local, parallel_config, topology_of, zero3
-from raphael_dist.convert.plan import (
+from raphael_dist.convert.write_plan import (
     STEP,
     ZEROS,
     ConversionPlan,
@@ -40,9 +40,11 @@ from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.storage.versions import versions
 
+Tree = dict[str, Any]  # of dicts, lists and plain values, with an Entry for each tensor
+
 
 class _Target:
-    """What all files of one conversion need to know."""
+    """What all files of one conversion depend on."""
 
     def __init__(self, source: Source, options: Options) -> None:
         self.source, self.options = source, options
@@ -52,8 +54,8 @@ class _Target:
         batch = BatchPlan.of(self.config, options.world)
         json_tree = {"zero_optimization": {"stage": options.stage}}
         self.ds_config = ds_config.merge(self.config, json_tree, batch.accumulation, options.world)
-        # With bfloat16 and gradients added up in float32, stage 1 is another class of DeepSpeed's, which aligns nothing.
-        self.bf16_optimizer = options.stage == 1 and train.dtype == "bfloat16" and batch.accumulation > 1
+        # With bfloat16 and gradients accumulated in float32, stage 1 is another DeepSpeed class, which aligns nothing.
+        self.bf16_optimizer = options.stage == 1 and ds_config.sums_in_float32(train.dtype, batch.accumulation)
         self.topology = topology_of(self.config, options, aligned=not self.bf16_optimizer)
         self.progress, self.notes = progress_of_target(source)
         self.adam = self.config.optim.kind == "adamw"
@@ -73,19 +75,19 @@ def plan(source: Source, options: Options, path: Path) -> ConversionPlan:
         files += [_zero_file(target, folder, rank, state(target, rank)) for rank in ranks]
     small = {"latest": folder.encode()}
     if "ema" in source.kinds():
-        more, index = kind_files(source, "ema", options.part_bytes)
-        files += [OutFile(f"{folder}/{f.name}", f.entries, f.metadata) for f in more]
+        ema_files, index = kind_files(source, "ema", options.part_bytes)
+        files += [OutFile(f"{folder}/{f.name}", f.entries, f.metadata) for f in ema_files]
         small |= {f"{folder}/{name}": data for name, data in index.items()}
     manifest = base_manifest("deepspeed", source) | {
         **target.progress.as_manifest(),
         "world_size": options.world,
         "zero_stage": stage,
-        "config": target.config.model_dump(mode="json"),
+        "config": stored_tree(target.config),
     }
     return ConversionPlan(files, source.kinds(), f"{folder}/{MANIFEST}", manifest, small, target.notes)
 
 
-def _tree_file(name: str, tree: dict[str, Any]) -> OutFile:
+def _tree_file(name: str, tree: Tree) -> OutFile:
     return OutFile(name, tuple(entries_of(tree)), tree=tree)
 
 
@@ -114,7 +116,7 @@ def _model_file(target: _Target, folder: str, rank: int) -> OutFile:
         "ds_config": target.ds_config,
         "ds_version": versions()["deepspeed"],
     }
-    if any(target.topology.spread(name) > 1 for name in source.shapes):
+    if any(target.topology.ep_size(name) > 1 for name in source.shapes):
         model = source.config.model
         tree |= {"num_experts": [model.space_experts + model.time_experts], "ds_autoep_layers": None}
     name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if options.stage == 3 else "mp_rank_00_model_states.pt"
@@ -136,14 +138,14 @@ def _module(target: _Target) -> "OrderedDict[str, Entry]":
 def _param_shapes(target: _Target, rank: int) -> list["OrderedDict[str, torch.Size]"]:
     if target.options.stage == 3:
         return [OrderedDict((name, torch.Size(shape)) for name, shape in target.source.shapes.items())]
-    by_spread = groups(target.source.shapes, target.topology, rank)
-    return [OrderedDict((name, torch.Size(shape)) for name, shape in g.shapes.items()) for g in by_spread]
+    by_ep_size = groups(target.source.shapes, target.topology, rank)
+    return [OrderedDict((name, torch.Size(shape)) for name, shape in g.shapes.items()) for g in by_ep_size]
 
 
 # ---- the optimizer's file --------------------------------------------------------------------------------------------
 
 
-def _zero_file(target: _Target, folder: str, rank: int, state: dict[str, Any]) -> OutFile:
+def _zero_file(target: _Target, folder: str, rank: int, state: Tree) -> OutFile:
     prefix = "bf16_" if target.dtype == torch.bfloat16 else ""
     tree = {"optimizer_state_dict": state, "ds_config": target.ds_config, "ds_version": versions()["deepspeed"]}
     return _tree_file(f"{folder}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", tree)
@@ -162,58 +164,58 @@ def _flat(kind: str, spans: dict[Span, int], size: int) -> Entry:
     return Entry(kind, (size,), tuple(pieces))
 
 
-def _state(target: _Target, spans: dict[Span, int], size: int) -> dict[str, Any]:
+def _state(target: _Target, spans: dict[Span, int], size: int) -> Tree:
     if not target.adam:
         return {}
     step = Entry("step", (), (piece(STEP, "", target.progress.updates, 1),))
     return {"step": step, **{kind: _flat(target.moment(kind), spans, size) for kind in MOMENTS}}
 
 
-def _settings(target: _Target, index: int | list[int], spread: int = 1) -> dict[str, Any]:
+def _settings(target: _Target, index: int | list[int], ep_size: int = 1) -> Tree:
     """Return a parameter group of torch's optimizer, as its `state_dict` has it."""
     model = torch.nn.Parameter(torch.zeros(1))
     optim = target.config.optim
-    made: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     if target.adam:
-        # Fused as the engine's is: what is loaded says which kernel goes on, and they round differently.
-        made = torch.optim.AdamW(
+        # Fused as the engine's: the loaded state decides which kernel is used, and kernels round differently.
+        optimizer = torch.optim.AdamW(
             [model], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
         )
     else:
-        made = torch.optim.SGD([model], lr=optim.lr)
-    settings = dict(made.state_dict()["param_groups"][0])
-    if spread > 1:
-        settings |= {"moe": True, "name": f"ep_size_{spread}"}
+        optimizer = torch.optim.SGD([model], lr=optim.lr)
+    settings = dict(optimizer.state_dict()["param_groups"][0])
+    if ep_size > 1:
+        settings |= {"moe": True, "name": f"ep_size_{ep_size}"}
     return settings | {"params": index if isinstance(index, list) else [index]}
 
 
-def _zero12_state(target: _Target, rank: int) -> dict[str, Any]:
+def _zero12_state(target: _Target, rank: int) -> Tree:
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    by_spread = groups(target.source.shapes, target.topology, rank)
+    by_ep_size = groups(target.source.shapes, target.topology, rank)
     optimizer = {
-        "state": {i: _state(target, g.spans, g.per_rank_padded) for i, g in enumerate(by_spread)} if target.adam else {},
-        "param_groups": [_settings(target, i, g.spread) for i, g in enumerate(by_spread)],
+        "state": {i: _state(target, g.spans, g.per_rank_padded) for i, g in enumerate(by_ep_size)} if target.adam else {},
+        "param_groups": [_settings(target, i, g.ep_size) for i, g in enumerate(by_ep_size)],
     }
-    sizes = [g.per_rank_padded if target.bf16_optimizer else g.per_rank for g in by_spread]
-    state: dict[str, Any] = {
-        "clip_grad": target.config.optim.clip,
+    sizes = [g.per_rank_padded if target.bf16_optimizer else g.per_rank for g in by_ep_size]
+    state: Tree = {
+        "clip_grad": target.config.optim.max_grad_norm,
         "base_optimizer_state": optimizer,
-        "single_partition_of_fp32_groups": [_flat("master", g.spans, n) for g, n in zip(by_spread, sizes, strict=True)],
-        "group_paddings": [g.per_rank_padded - g.per_rank for g in by_spread],
-        "partition_count": [g.ranks for g in by_spread],
+        "single_partition_of_fp32_groups": [_flat("master", g.spans, n) for g, n in zip(by_ep_size, sizes, strict=True)],
+        "group_paddings": [g.per_rank_padded - g.per_rank for g in by_ep_size],
+        "partition_count": [g.ranks for g in by_ep_size],
         "ds_version": versions()["deepspeed"],
         "param_slice_mappings": [
             OrderedDict((span.name, fragment_address(numel=span.numel, start=at)) for span, at in g.spans.items())
-            for g in by_spread
+            for g in by_ep_size
         ],
     }
     if not target.bf16_optimizer:
-        state |= _loss_scale(target.options.stage) | {"param_alignment_paddings": [g.paddings for g in by_spread]}
+        state |= _loss_scale(target.options.stage) | {"param_alignment_paddings": [g.paddings for g in by_ep_size]}
     return state
 
 
-def _zero3_state(target: _Target, rank: int) -> dict[str, Any]:
+def _zero3_state(target: _Target, rank: int) -> Tree:
     spans, size = zero3(target.source.shapes, target.options.world, rank)
     return {
         **_loss_scale(target.options.stage),
@@ -226,8 +228,8 @@ def _zero3_state(target: _Target, rank: int) -> dict[str, Any]:
     }
 
 
-def _loss_scale(stage: int) -> dict[str, Any]:
-    """Return the state of a loss scale that never changes, and the ZeRO stage that DeepSpeed saves beside it."""
+def _loss_scale(stage: int) -> Tree:
+    """Return the state of a constant loss scale, and the ZeRO stage, which DeepSpeed saves together."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -235,11 +237,11 @@ def _loss_scale(stage: int) -> dict[str, Any]:
     return {**scale, "zero_stage": ZeroStageEnum(stage)}
 
 
-def _plain_optimizer(target: _Target) -> dict[str, Any]:
+def _plain_optimizer(target: _Target) -> Tree:
     state = {}
     for i, (name, shape) in enumerate(target.source.shapes.items()):
-        one = _state(target, {Span(name, 0, prod(shape)): 0}, prod(shape))
-        # Moments have their parameter's shape here.
-        state[i] = {k: Entry(k, shape, e.pieces, e.dtype) if k in MOMENTS else e for k, e in one.items()}
+        flat = _state(target, {Span(name, 0, prod(shape)): 0}, prod(shape))
+        # Under ZeRO-0, moments have the shape of their parameter.
+        state[i] = {k: Entry(k, shape, e.pieces, e.dtype) if k in MOMENTS else e for k, e in flat.items()}
     indices = list(range(len(target.source.shapes)))
     return {"state": state if target.adam else {}, "param_groups": [_settings(target, indices)]}

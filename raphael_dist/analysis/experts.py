@@ -1,0 +1,85 @@
+"""Dead and duplicate experts.
+
+Shape legend: L transformer blocks, K experts, R rows, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raphael_dist.model.experts import Experts
+from raphael_dist.model.layers import TransformerBlock
+from raphael_dist.model.unet import RaphaelUNet
+
+DEAD_SHARE = 0.02  # of an even share
+DUPLICATE_DISTANCE = 0.05  # relative distance of two experts' outputs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A dead expert, or two duplicate experts.
+
+    Attributes:
+        kind: "space" or "time".
+        other: the second expert of a pair; None: the expert is dead.
+        value: load relative to an even share, or relative distance of the outputs of a pair.
+    """
+
+    kind: str
+    block: int
+    expert: int
+    other: int | None
+    value: float
+
+    def __str__(self) -> str:
+        if self.other is None:
+            return f"{self.kind} expert {self.expert} of block {self.block} is dead: {self.value:.3f} of an even share"
+        pair = f"{self.kind} experts {self.expert} and {self.other} of block {self.block}"
+        return f"{pair} are duplicates: relative distance {self.value:.3f}"
+
+
+def expert_loads(route: Tensor, num_experts: int) -> Tensor:
+    """Return the load of each expert for routes [L, ...], relative to an even share, float32 [L, K]."""
+    counts = torch.stack([torch.bincount(row.flatten(), minlength=num_experts) for row in route]).float()
+    return counts * num_experts / counts.sum(dim=1, keepdim=True)
+
+
+def find_dead(kind: str, load_LK: Tensor) -> list[Finding]:
+    """Return the experts with less than DEAD_SHARE of an even share."""
+    dead = (load_LK < DEAD_SHARE).nonzero().tolist()
+    return [Finding(kind, block, k, None, float(load_LK[block, k])) for block, k in dead]
+
+
+@torch.no_grad()
+def find_duplicates(model: RaphaelUNet, rows: int = 256) -> list[Finding]:
+    """Return the pairs of experts of a layer with nearly equal outputs.
+
+    Inputs are normally distributed, as after a LayerNorm. The distance is ||e_j - e_k|| / max(||e_j||, ||e_k||) of outputs
+    from which their mean over all inputs is subtracted. Two experts with zero output are duplicates.
+    """
+    findings = []
+    for number, block in enumerate(ordered_blocks(model)):
+        for kind, layer in (("space", block.space_moe), ("time", getattr(block, "time_moe", None))):
+            if layer is not None:
+                distance_KK = _distances(layer, rows)
+                for j, k in (distance_KK < DUPLICATE_DISTANCE).triu(1).nonzero().tolist():
+                    findings.append(Finding(kind, number, j, k, float(distance_KK[j, k])))
+    return findings
+
+
+def _distances(layer: Experts, rows: int) -> Tensor:
+    weight = layer.w1
+    x_RD = torch.randn(rows, layer.dim, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    counts = torch.full((layer.num_experts,), rows, device=weight.device)
+    y_KRD = layer.apply_sorted(x_RD.repeat(layer.num_experts, 1), counts).float().view(layer.num_experts, rows, -1)
+    y_KRD = y_KRD - y_KRD.mean(dim=1, keepdim=True)
+    norm_K = y_KRD.flatten(1).norm(dim=1)
+    distance_KK = torch.cdist(y_KRD.flatten(1), y_KRD.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    return distance_KK / torch.maximum(norm_K[:, None], norm_K[None]).clamp(min=1e-12)
+
+
+def ordered_blocks(model: RaphaelUNet) -> list[TransformerBlock]:
+    """Return the transformer blocks in order of execution: down, middle, up."""
+    levels = [*model.down_blocks, model.mid_block, *model.up_blocks]
+    return [module for level in levels for module in level.modules() if isinstance(module, TransformerBlock)]

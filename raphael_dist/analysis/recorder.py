@@ -1,0 +1,112 @@
+"""Record routes and regions of a model while it draws, without a change to the model or its outputs.
+
+Hooks read the arguments of the layers: the expert of each text token and of each sample, and the attention maps. The
+recorder also works while training samples images, with expert parallelism and every ZeRO stage.
+Shape legend: B samples, L transformer blocks, Y text tokens, N image tokens, S forward passes, h and w map height and width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from raphael_dist.model.layers import TransformerBlock
+from raphael_dist.model.routing import region_mask_BNY
+
+
+@dataclass
+class Record:
+    """Routes and regions of one sample of the batches.
+
+    Attributes:
+        timesteps: of the forward passes.
+        time_LS: time expert of each block and pass, int64 [L, S]; None without a Time-MoE.
+        space_LY: space expert of each block and text token, int64 [L, Y]; None without a Space-MoE.
+        regions: for each block, bool [Y, N], the region of each text token in pass `at`.
+        maps: attention maps of pass `at`, float32 [N, Y] for each block, if requested.
+        sizes: for each block, (h, w) with h * w = N.
+        at: the pass whose regions are recorded, counted from 0.
+    """
+
+    timesteps: list[float] = field(default_factory=list)
+    time_LS: Tensor | None = None
+    space_LY: Tensor | None = None
+    regions: list[Tensor] = field(default_factory=list)
+    maps: list[Tensor] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    at: int = 0
+
+
+class Recorder:
+    """Context manager that records one sample of every batch of a `RaphaelUNet`."""
+
+    def __init__(self, model: nn.Module, *, sample: int = 0, at: int = 0, maps: bool = False) -> None:
+        """Prepare to record.
+
+        Args:
+            sample: number of the sample in each batch.
+            at: the forward pass, counted from 0, whose regions are recorded.
+            maps: record the attention maps of that pass, too.
+        """
+        self._model, self._sample, self._maps = model, sample, maps
+        own_modules = (module for name, module in model.named_modules() if not name.startswith("control."))
+        self._blocks = [module for module in own_modules if isinstance(module, TransformerBlock)]
+        self._order: list[int] = []  # of execution, which differs from the order of names
+        self._time: list[list[int]] = []
+        self._space: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self.record = Record(at=at)
+
+    def __enter__(self) -> "Recorder":
+        self._handles.append(self._model.register_forward_pre_hook(self._begin_pass))
+        for number, block in enumerate(self._blocks):
+            self._handles.append(block.register_forward_pre_hook(self._route_hook(number)))
+            if block.needs_attention_map:
+                self._handles.append(block.attn2.register_forward_hook(self._map_hook(block.mask_threshold)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if any(self._time):
+            self.record.time_LS = torch.tensor(self._time).T
+        if self._space:
+            self.record.space_LY = torch.stack([self._space[number] for number in self._order])
+
+    def _is_recorded_pass(self) -> bool:
+        return len(self.record.timesteps) - 1 == self.record.at
+
+    def _begin_pass(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        self.record.timesteps.append(float(args[1][self._sample]))
+        self._order, self._time = [], [*self._time, []]
+
+    def _route_hook(self, number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """Return a hook that reads a block's arguments (h, text, end, plan, size)."""
+
+        def record_route(block: nn.Module, args: tuple[Any, ...]) -> None:
+            plan, size_hw = args[3], args[4]
+            self._order.append(number)
+            if plan.time_expert_B is not None:
+                self._time[-1].append(int(plan.time_expert_B[self._sample]))
+            if plan.space_weight_BYK is not None:
+                self._space[number] = plan.space_weight_BYK[self._sample].detach().argmax(dim=-1).cpu()
+            if self._is_recorded_pass():
+                self.record.sizes.append(size_hw)
+
+        return record_route
+
+    def _map_hook(self, threshold: float) -> Callable[[nn.Module, tuple[Any, ...], tuple[Tensor, Tensor]], None]:
+        """Return a hook that reads the attention map, the second output of a cross-attention."""
+
+        def record_map(attention: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            if self._is_recorded_pass():
+                map_BNY = output[1][self._sample : self._sample + 1]
+                self.record.regions.append(region_mask_BNY(map_BNY, threshold)[0].T.bool().cpu())
+                if self._maps:
+                    self.record.maps.append(map_BNY[0].float().cpu())
+
+        return record_map

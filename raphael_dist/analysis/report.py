@@ -1,0 +1,104 @@
+"""Results of the routes command, as Markdown and as data."""
+
+import base64
+import io
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from raphael_dist.analysis.coverage import Coverage
+from raphael_dist.analysis.experts import Finding
+from raphael_dist.analysis.prompt import PromptTrace
+
+# Headings of `Coverage.means`.
+COLUMNS = (
+    *("region of a word", "of a padding token", "pairs in sampling", "without padding"),
+    *("pairs in training", "without padding"),
+)
+
+
+@dataclass
+class Report:
+    """Collected results: `text()` is the page, `routes` the data."""
+
+    origin: str
+    routes: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    regions: dict[str, list[Coverage]] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+
+    def add_time(self, route_LT: Tensor) -> None:
+        """Add the time expert of each block at each timestep."""
+        self.routes["time"] = [_stretches(row) for row in route_LT.tolist()]
+
+    def add_prompt(self, prompt: str, trace: PromptTrace, regions: list[Coverage], agreement: float) -> None:
+        """Add a prompt: its words' experts, the share of the image that each region covers, and `route_agreement`."""
+        assert trace.route_WL is not None
+        self.routes.setdefault("words", {})[prompt] = dict(zip(trace.words, trace.route_WL.tolist(), strict=True))
+        self.regions[prompt], self.agreement[prompt] = regions, agreement
+        self.routes.setdefault("regions", {})[prompt] = [asdict(coverage) for coverage in regions]
+
+    def text(self) -> str:
+        """Return the report as Markdown."""
+        lines = [f"# Diffusion paths of {self.origin}"]
+        if "time" in self.routes:
+            lines += ["", "## Time experts (timesteps first-last: expert)"]
+            lines += [f"- block {number}: " + _describe(row) for number, row in enumerate(self.routes["time"])]
+        for prompt, regions in self.regions.items():
+            lines += ["", f"## Regions: {prompt}", "Means over blocks; values by block are in paths.json.", ""]
+            lines += [f"The gate noise of training leaves {self.agreement[prompt]:.0%} of the word routes unchanged.", ""]
+            lines += ["| alpha | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+            for coverage in regions:
+                cells = [f"{coverage.alpha:g}", *(f"{mean:.2f}" for mean in coverage.means())]
+                lines.append("| " + " | ".join(cells) + " |")
+        findings = [f"- {finding}" for finding in self.findings] or ["No expert is dead, and no two are duplicates."]
+        return "\n".join([*lines, "", "## Experts", *findings]) + "\n"
+
+
+def _describe(stretches: list[list[int]]) -> str:
+    shown = ", ".join(f"{first}-{last}: {expert}" for first, last, expert in stretches[:12])
+    return shown + (f" and {len(stretches) - 12} more" if len(stretches) > 12 else "")
+
+
+def _stretches(row: list[int]) -> list[list[int]]:
+    """Return [first, last, expert] of each run of equal experts."""
+    edges = [0, *(t for t in range(1, len(row)) if row[t] != row[t - 1]), len(row)]
+    return [[first, end - 1, row[first]] for first, end in pairwise(edges)]
+
+
+def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> dict[str, Any]:
+    """Return a trace as JSON values, for the HTML report of a run: routes of words and timesteps, regions, the image.
+
+    Args:
+        side: pixels of the image at most.
+
+    Returns:
+        `space` is [W][L]; `time` is [L][S] for the `timesteps` [S]; `regions` [W][L] has the size (h, w) and the cells of a
+        region as a text of 0 and 1, row by row, at timestep `at`.
+    """
+    image = Image.fromarray(trace.pixels)
+    image.thumbnail((side, side))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    record = trace.record
+    return {
+        "prompt": prompt,
+        "image": base64.b64encode(data.getvalue()).decode(),
+        "words": trace.words,
+        "space": [] if trace.route_WL is None else trace.route_WL.tolist(),
+        "regions": [[_region(region_hw) for region_hw in by_block] for by_block in trace.regions],
+        "at": trace.timestep,
+        "time": [] if record.time_LS is None else record.time_LS.tolist(),
+        "timesteps": record.timesteps,
+    }
+
+
+def _region(region_hw: np.ndarray, side: int = 32) -> list[Any]:
+    """Return [h, w, cells] of a bool map, of every n-th row and column so that it has at most `side`."""
+    step = -(-max(region_hw.shape) // side)
+    small = region_hw[::step, ::step]
+    return [*small.shape, "".join("01"[int(cell)] for cell in small.flat)]

@@ -1,0 +1,123 @@
+"""Diffusion paths computed from the gates alone: words through space experts, timesteps through time experts.
+
+Shape legend: L transformer blocks, T timesteps, W words, Y text tokens, K experts, D text width.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from raphael_dist.data.features.encoders import TextEncoder
+from raphael_dist.model.routing import Gate, choose, gate_logits
+from raphael_dist.model.unet import RaphaelUNet
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Words of a caption: their texts, and the text tokens [first, last) of each."""
+
+    texts: list[str]
+    spans: list[tuple[int, int]]
+
+
+@torch.no_grad()
+def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
+    """Return t_router(t) (Sec. 7.3) of each block and timestep 0 .. T-1, int64 [L, T]; None without a Time-MoE."""
+    if not model.config.time_experts:
+        return None
+    weight = next(model.parameters())
+    timesteps = torch.arange(num_timesteps, device=weight.device)
+    embedding = model.time_embedding(model.time_proj(timesteps).to(weight.dtype))
+    return model.route_time(timesteps, embedding, None)[0].cpu()
+
+
+@torch.no_grad()
+def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
+    """Return route(y_i) (Sec. 3.1) of each block and text token, int64 [B, L, Y]; None without a Space-MoE."""
+    if not model.config.space_experts:
+        return None
+    return choose(_text_logits(model, tokens_BYD), None, "none")[0].transpose(0, 1).cpu()
+
+
+@torch.no_grad()
+def noisy_word_routes(model: RaphaelUNet, tokens_BYD: Tensor, deviation: float, seed: int = 0) -> Tensor:
+    """Return what `word_routes` returns with Gaussian noise of this deviation on the gate logits, as in training."""
+    logits = _text_logits(model, tokens_BYD).cpu()
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+    return choose(logits, deviation * noise, "none")[0].transpose(0, 1)
+
+
+def _text_logits(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor:
+    weight = next(model.parameters())
+    return gate_logits(cast(Sequence[Gate], model.text_gates), tokens_BYD.to(weight.device, weight.dtype))
+
+
+def split_words(tokenizer: "PreTrainedTokenizerBase", caption: str, max_tokens: int) -> Words:
+    """Return the words of a caption with their tokens, as far as the encoder reads it. Punctuation is no word."""
+    encoded = tokenizer(caption, truncation=True, max_length=max_tokens)
+    texts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    fast = getattr(encoded, "is_fast", True)
+    tokens = _tokens_by_word(encoded, caption) if fast else _tokens_by_prefix(tokenizer, encoded, caption)
+    for first, last, text in tokens:
+        if any(char.isalnum() for char in text):
+            texts.append(text.lower())
+            spans.append((first, last))
+    return Words(texts, spans)
+
+
+def _tokens_by_word(encoded: "BatchEncoding", caption: str) -> Iterator[tuple[int, int, str]]:
+    numbers = encoded.word_ids()
+    for word in dict.fromkeys(n for n in numbers if n is not None):
+        places = [i for i, n in enumerate(numbers) if n == word]
+        begin, end = encoded.token_to_chars(places[0]), encoded.token_to_chars(places[-1])
+        assert begin is not None
+        assert end is not None
+        yield places[0], places[-1] + 1, caption[begin.start : end.end].strip()
+
+
+def _tokens_by_prefix(
+    tokenizer: "PreTrainedTokenizerBase", encoded: "BatchEncoding", caption: str
+) -> Iterator[tuple[int, int, str]]:
+    """Yield the same for tokenizers written in Python, such as ByT5's, which do not map tokens to characters."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    empty = tokenizer("")["input_ids"]
+    before = len(empty) - 1 if len(empty) > 1 else 0  # special tokens in front; one is at the end
+    for match in re.finditer(r"\S+", caption):
+        first, last = (before + count(caption[:end]) for end in match.span())
+        if last <= len(encoded["input_ids"]):
+            yield first, last, match[0]
+
+
+def collect_word_paths(
+    model: RaphaelUNet, text: TextEncoder, captions: Sequence[str], batch: int = 64
+) -> list[tuple[str, int, list[int]]]:
+    """Return (word, number of its caption, path) for each word of each caption.
+
+    A path has a space expert for each block; a word has the path of its first token. Captions that differ only in spaces and
+    capitals have the same number.
+    """
+    paths = []
+    numbers: dict[str, int] = {}
+    for start in range(0, len(captions), batch):
+        part = captions[start : start + batch]
+        routes_BLY = word_routes(model, text.encode(part, pad=False).tokens)
+        assert routes_BLY is not None
+        for caption, route_LY in zip(part, routes_BLY, strict=True):
+            number = numbers.setdefault(" ".join(caption.casefold().split()), len(numbers))
+            words = split_words(text.tokenizer, caption, text.max_tokens)
+            paths += [
+                (word, number, route_LY[:, first].tolist())
+                for word, (first, _) in zip(words.texts, words.spans, strict=True)
+            ]
+    return paths

@@ -1,0 +1,78 @@
+"""Command line: `python -m raphael_dist doctor RUN`: what is wrong with a run, and what to do about it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raphael_dist.cli.common import Parser
+from raphael_dist.errors import UserError, run_command
+from raphael_dist.text import escape_control, hide_secrets_in_text, print_line
+
+if TYPE_CHECKING:
+    from raphael_dist.reporting.examine import Examined
+
+FOUND = 1  # the exit code when something was found
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; argparse exits with 2 on a mistake."""
+    parser = Parser(
+        prog="raphael_dist doctor",
+        example="python -m raphael_dist doctor runs/demo",
+        description="Say what is wrong with a run that runs or has ended, and what to do. It exits with 1 if it finds "
+        "something, else with 0.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write a .tar.gz for a bug report, without secrets")
+    parser.add_argument("--no-data", action="store_true", help="do not decode samples of the run's data")
+    add_cluster(parser)
+    return parser.parse_args(argv)
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names what a prediction is made for."""
+    parser.add_argument(
+        "--cluster", default="auto", metavar="NAME",
+        help="devices of the planner's prediction: h100x8, cpu, ..., a YAML file, or none (default: cpu for runs on CPUs)",
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    codes: list[int] = []
+    return run_command(lambda: codes.append(run(args))) or codes[0]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings and write the bundle. Raises UserError for what the user can fix."""
+    if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
+        raise UserError(f"--bundle {args.bundle}: must end in .tar.gz")
+    from raphael_dist.reporting.bundle import write_bundle
+    from raphael_dist.reporting.examine import NO_PLAN, examine
+
+    # Only the bundle shows the plan, which takes a while to trace.
+    examined = examine(args.run, args.cluster if args.bundle else NO_PLAN, with_data=not args.no_data)
+    text = "\n".join(describe(examined)) + "\n"
+    print(escape_control(hide_secrets_in_text(text), keep="\n"), end="")
+    if args.bundle is not None:
+        names = write_bundle(examined, text, args.bundle)
+        print_line(f"bundle: {args.bundle} ({len(names)} files); read it before you publish it")
+    return FOUND if examined.findings else 0
+
+
+def describe(examined: "Examined") -> list[str]:
+    """Return the lines: the state of the run, what is wrong, and what was looked at."""
+    from raphael_dist.reporting.events import ending
+
+    lines = [f"{examined.run.folder}: {ending(examined.run, examined.history, examined.now)}"]
+    for number, finding in enumerate(examined.findings, 1):
+        lines.append(f"{number}. {finding}")
+    if not examined.findings:
+        lines.append("Nothing wrong was found.")
+    lines.append(f"Looked at: {', '.join(examined.looked_at)}.")
+    if examined.not_looked_at:
+        lines.append(f"Not looked at, since the run has not left it: {', '.join(examined.not_looked_at)}.")
+    return [*lines, *examined.notes]

@@ -1,0 +1,210 @@
+"""Command line: `python -m raphael_dist evaluate images|text --checkpoint RUN_DIR --out FOLDER ...`.
+
+`images` compares with real images and captions (FID, KID, precision, recall, CLIP score) over guidance scales; `text` reads
+quoted text in the images by OCR. The ranks of a launcher divide the work; a stopped command continues where it was.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raphael_dist.cli.common import Parser, add_sampling, check_range, check_seed
+from raphael_dist.errors import UserError, run_command
+from raphael_dist.text import escape_control
+
+if TYPE_CHECKING:
+    from raphael_dist.evaluation.study import Study
+    from raphael_dist.runtime.ranks import Ranks
+    from raphael_dist.sampling.distributed import SamplingSettings
+    from raphael_dist.sampling.load_model import TrainedModel
+    from raphael_dist.sampling.sampler import Request
+
+GUIDANCES = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0)  # as in the paper's trade-off curve
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; argparse exits with 2 on a mistake."""
+    data = "shards=data/emoji-demo/val-0000.tar"
+    example = "python -m raphael_dist evaluate images --checkpoint models/emoji --out scores --features hed"
+    example += f" --captions {data} --reference {data}"
+    parser = Parser(prog="raphael_dist evaluate", example=example, description="Measure the images of a model.")
+    studies = parser.add_subparsers(dest="study", required=True)
+    usage = "%(prog)s --checkpoint PATH --out DIR --captions SOURCE [options]"
+    images = studies.add_parser(
+        "images", help="FID, KID, precision, recall, CLIP score over guidance scales", example=example, usage=usage
+    )
+    add_common_arguments(images)
+    images.add_argument(
+        "--captions", required=True, metavar="SOURCE", help="coco=FILE, folder=DIR, shards=PATTERN, prompts=FILE"
+    )
+    images.add_argument("--reference", metavar="SOURCE", help="real images: folder=DIR or shards=PATTERN")
+    images.add_argument(
+        "--features", metavar="NET", help="hed, or inception=FILE (torch-fidelity's weights) for the usual FID"
+    )
+    images.add_argument("--clip", type=Path, metavar="DIR", help="folder of a transformers CLIP, for the CLIP score")
+    images.add_argument("--side", type=int, metavar="N", help="compare squares of N x N pixels (COCO: 256)")
+    example = "python -m raphael_dist evaluate text --checkpoint models/emoji --captions prompts=words.txt --out lettering"
+    text = studies.add_parser("text", help="share of quoted text that an OCR engine reads", example=example, usage=usage)
+    add_common_arguments(text)
+    text.add_argument(
+        "--captions", required=True, metavar="SOURCE", help='as for images; with text in "quotes" or letter emoji'
+    )
+    text.add_argument("--reference", metavar="SOURCE", help="shards=PATTERN of true images, which are read too")
+    text.add_argument(
+        "--ocr",
+        default="rapidocr",
+        metavar="NAME",
+        help="rapidocr (PP-OCRv6, the default), tesseract, or module:function of an image's pixels",
+    )
+    return parser.parse_args(argv)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every study: model, folder, and how images are sampled."""
+    add_sampling(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of images, features and results")
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="G", help="guidance scales")
+    parser.add_argument("--count", type=int, metavar="N", help="number of captions (FID-30k: 30000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise and of the choice of captions")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run a study on all ranks of a launcher. Raises UserError for what the user can fix."""
+    check_arguments(args)
+
+    from raphael_dist.sampling.load_model import open_model
+
+    with open_model(args.checkpoint, args.weights) as (trained, ranks):
+        _run(args, trained, ranks)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for numbers out of range and options that require each other."""
+    for option, least in (("count", 2), ("steps", 1), ("batch", 1), ("side", 1), ("per_pair", 1)):
+        check_range(f"--{option.replace('_', '-')}", getattr(args, option, None), least)
+    check_seed(args.seed)
+    for scale in args.guidance or ():
+        check_range("--guidance", scale, 0)
+    if args.study == "images":
+        if bool(args.reference) != bool(args.features):
+            raise UserError(
+                "--reference and --features require each other, but only one of them is given. Add the other one."
+            )
+        if not (args.features or args.clip):
+            raise UserError("--features or --clip is required, but neither is given. Add what is to be measured.")
+
+
+def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
+    """Return the sampling settings, the scheduler's name, and a request without a prompt."""
+    from raphael_dist.sampling.distributed import SamplingSettings
+    from raphael_dist.sampling.prompts import check_sizes
+    from raphael_dist.sampling.sampler import Request
+
+    config, s = trained.config, trained.config.sample
+    steps = s.steps if args.steps is None else args.steps
+    check_range("--steps", steps, 1, config.diffusion.num_timesteps - 1)
+    default = Request("", tuple(args.size) if args.size else config.image.buckets[0], args.seed)
+    check_sizes([default], trained.sampler.image.factor)
+    return SamplingSettings(steps, s.guidance, args.batch), args.scheduler or s.scheduler, default
+
+
+def protocol_of(args: argparse.Namespace, trained: "TrainedModel", **study: object) -> dict[str, object]:
+    """Return all settings that affect the results. They are stored with them; results of other settings are not mixed in."""
+    from raphael_dist.storage.versions import versions
+
+    settings, scheduler, default = drawing_settings(args, trained)
+    return {
+        "study": args.study,
+        "checkpoint": trained.origin,
+        "weights": trained.weights,
+        "weights_digest": trained.digest,
+        "steps": settings.steps,
+        "scheduler": scheduler,
+        "size": list(default.size_hw),
+        "seed": args.seed,
+        "dtype": str(trained.sampler.dtype).removeprefix("torch."),
+        "versions": {
+            name: version for name, version in versions().items() if name in ("torch", "diffusers", "transformers")
+        },
+        **study,
+    }
+
+
+def _run(args: argparse.Namespace, trained: "TrainedModel", ranks: "Ranks") -> None:
+    """Sample images of the captions at each guidance scale, and measure them."""
+    from raphael_dist.evaluation.curve import draw_curve, require_matplotlib
+    from raphael_dist.evaluation.draw import record_protocol
+    from raphael_dist.evaluation.inputs import read_reference
+    from raphael_dist.evaluation.study import run_study
+    from raphael_dist.runtime.long_work import long_work, run_on_all_ranks
+    from raphael_dist.runtime.ranks import raise_on_all_ranks
+
+    settings, scheduler, default = raise_on_all_ranks(lambda: drawing_settings(args, trained))
+    study = run_on_all_ranks("reading captions and networks", lambda _: _make_study(args, trained, default, scheduler))
+    text = args.study == "text"
+    guidances = tuple(args.guidance or ((settings.guidance,) if text else GUIDANCES))
+    several = len(guidances) > 1
+
+    with long_work("reading real images"):
+        if several:
+            require_matplotlib()
+        if ranks.is_main:
+            record_protocol(args.out, protocol_of(args, trained, **_describe_study(args, study)))
+        size = (study.side, study.side) if study.side else default.size_hw
+        cache = trained.config.data.cache_dir
+        reference = read_reference(args.reference, cache, size) if not text and args.reference else []
+    results = run_study(trained, study, settings, guidances, reference, ranks)
+    if ranks.is_main:
+        if several:
+            draw_curve(results, args.out / "curve.png", f"{trained.origin}, {len(study.requests)} captions")
+        print(escape_control((args.out / "results.csv").read_text(encoding="utf-8").strip(), keep="\n"))
+        print(f"settings of these results: {args.out / 'protocol.json'}")
+
+
+def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Request", scheduler: str) -> "Study":
+    from raphael_dist.evaluation.image_features import ClipScore, load_features
+    from raphael_dist.evaluation.inputs import read_captions, read_lettering
+    from raphael_dist.evaluation.lettering import alphabet_of, normalise_text, requested_text
+    from raphael_dist.evaluation.ocr import load_reader
+    from raphael_dist.evaluation.study import Study
+
+    text = args.study == "text"
+    requests = read_captions(args.captions, None if text else args.count, args.seed, default, trained.config.data.cache_dir)
+    if text:
+        requests = [request for request in requests if requested_text(request.prompt)][: args.count]
+        if not requests:
+            raise UserError(
+                f"--captions {args.captions} must have captions with text in double quotes, but no caption has any. Add "
+                "some."
+            )
+        empty = [request.prompt for request in requests if not normalise_text(requested_text(request.prompt) or "")]
+        if empty:
+            raise UserError(
+                f"--captions {args.captions}: text in quotes must contain a letter or a digit, but that of {empty[0]!r} "
+                f"contains neither ({len(empty)} of {len(requests)} captions). Remove such captions, or quote other text."
+            )
+        true = read_lettering(args.reference, trained.config.data.cache_dir, default.size_hw) if args.reference else []
+        texts = [requested_text(request.prompt) or "" for request in requests] + [text for _, text in true]
+        return Study(args.out, requests, scheduler, reader=load_reader(args.ocr, alphabet_of(texts)), true_texts=true)
+    features = load_features(args.features, trained.device) if args.features else None
+    clip = ClipScore(args.clip, trained.device) if args.clip else None
+    return Study(args.out, requests, scheduler, features, clip, side=args.side)
+
+
+def _describe_study(args: argparse.Namespace, study: "Study") -> dict[str, object]:
+    """Return the part of the protocol that defines what is compared."""
+    import hashlib
+
+    prompts = hashlib.sha256(json.dumps([[r.prompt, r.seed, r.index] for r in study.requests]).encode()).hexdigest()[:16]
+    names = ("captions", "reference", "features", "side", "ocr", "clip")
+    options = {name: str(getattr(args, name)) for name in names if getattr(args, name, None) is not None}
+    return {**options, "count": len(study.requests), "prompts_digest": prompts}

@@ -1,0 +1,54 @@
+"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html`: one file that shows runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raphael_dist.cli.common import Parser
+from raphael_dist.cli.doctor import add_cluster
+from raphael_dist.errors import UserError, run_command
+from raphael_dist.text import print_line
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; argparse exits with 2 on a mistake."""
+    parser = Parser(
+        prog="raphael_dist report",
+        example="python -m raphael_dist report runs/demo --out report.html",
+        description="Write one HTML file, which needs no server and no network, that shows runs: curves, speed, samples, "
+        "routes, experts, memory, faults, configuration.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; the first is the reference")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the file to write")
+    add_cluster(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report. Raises UserError for what the user can fix."""
+    if args.out.suffix != ".html":
+        raise UserError(f"--out {args.out}: must end in .html")
+    from raphael_dist.reporting.examine import examine
+    from raphael_dist.reporting.page import build_page
+    from raphael_dist.storage.files import replace_bytes
+
+    examined = [examine(folder, args.cluster, with_data=False) for folder in args.runs]
+    for one_run in examined:
+        if not one_run.run.series:
+            raise UserError(
+                f"RUN={one_run.run.folder}: a report requires metrics.jsonl with at least one line, but the run has none. "
+                "Train for train.log_every steps, or use python -m raphael_dist doctor."
+            )
+    page = build_page(examined).encode()
+    try:
+        replace_bytes(args.out, page)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written: {error.strerror or error}. Choose another file.") from None
+    print_line(f"report: {args.out} ({len(page) / 1e6:.1f} MB)")

@@ -1,0 +1,159 @@
+"""Command line: `python -m raphael_dist routes --checkpoint RUN_DIR --prompt "a red heart, noto style" --out paths`.
+
+Writes the diffusion paths of a trained model: figures of routes, regions and time experts, and a report.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raphael_dist.cli.common import Parser, add_model, check_range, check_seed
+from raphael_dist.errors import UserError, run_command
+from raphael_dist.text import escape_control
+
+if TYPE_CHECKING:
+    from raphael_dist.analysis.report import Report
+    from raphael_dist.sampling.load_model import TrainedModel
+
+CAPTIONS = 2000  # that are read at most
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; argparse exits with 2 on a mistake."""
+    parser = Parser(
+        prog="raphael_dist routes",
+        example='python -m raphael_dist routes --checkpoint models/emoji --prompt "a red heart, noto style" --out paths',
+        usage="%(prog)s --checkpoint PATH [options]",
+        description="Show the diffusion paths of a trained model in figures and a report.",
+    )
+    add_model(parser)
+    parser.add_argument("--prompt", action="append", default=[], help="caption to draw and to follow; may be repeated")
+    parser.add_argument(
+        "--out", type=Path, default=Path("paths"), metavar="DIR", help="folder of figures, paths.json, report.md"
+    )
+    parser.add_argument(
+        "--timestep", type=int, default=300, metavar="T", help="timestep whose regions are shown (default 300)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial noise (default 0)")
+    parser.add_argument("--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: the run's)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write everything below `args.out`. Raises UserError for what the user can fix."""
+    import torch
+
+    from raphael_dist.analysis.report import Report
+    from raphael_dist.sampling.load_model import load_trained
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_trained(args.checkpoint, args.weights, device)
+    _check(args, trained)
+    report = Report(trained.origin)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        _draw_time_routes(args.out, trained, report)
+        # A super-resolution model requires a small image: only its experts are examined.
+        own = () if trained.config.upscale.factor else trained.config.sample.prompts[:3]
+        for number, prompt in enumerate(args.prompt or own):
+            _draw_prompt(args, trained, number, prompt, report)
+        _report_experts(args, trained, report)
+        (args.out / "paths.json").write_text(json.dumps(report.routes, indent=1))
+        (args.out / "report.md").write_text(report.text(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--out {args.out}: {error.filename} cannot be written: {error.strerror or error}. Choose another folder."
+        ) from None
+    print(escape_control(report.text(), keep="\n") + f"\nfigures in {args.out}")
+
+
+def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
+    m, last = trained.config.model, trained.config.diffusion.num_timesteps - 1
+    if not (m.space_experts or m.time_experts):
+        raise UserError(
+            f"--checkpoint {args.checkpoint} must be a model with experts, but it is a dense model, which has no paths. "
+            "Use another checkpoint."
+        )
+    check_range("--timestep", args.timestep, 0, last)
+    check_range("--steps", args.steps, 1, last)
+    check_seed(args.seed)
+
+
+def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> None:
+    """Draw the bands of the time experts over all timesteps."""
+    from raphael_dist.analysis.figures import draw_bands
+    from raphael_dist.analysis.routes import time_routes
+
+    num = trained.config.diffusion.num_timesteps
+    route_LT = time_routes(trained.model, num)
+    if route_LT is not None:
+        draw_bands(route_LT.numpy(), range(num), "time expert of each block at each timestep (right: noise)").save(
+            out / "time.png"
+        )
+        report.add_time(route_LT)
+
+
+def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int, prompt: str, report: "Report") -> None:
+    """Draw a prompt, the routes of its words, and their regions on the image."""
+    from PIL import Image
+
+    from raphael_dist.analysis.coverage import measure_coverage, route_agreement
+    from raphael_dist.analysis.figures import draw_overlays, draw_routes
+    from raphael_dist.analysis.prompt import trace_prompt
+    from raphael_dist.analysis.routes import noisy_word_routes
+
+    s = trained.config.sample
+    steps = s.steps if args.steps is None else args.steps
+    seen = trace_prompt(trained, prompt, steps=steps, guidance=s.guidance, seed=args.seed, timestep=args.timestep)
+    Image.fromarray(seen.pixels).save(args.out / f"prompt-{number}.png")
+    if seen.route_WL is None:
+        return
+    title = f"space expert of each word in each block: {prompt}"
+    draw_routes(seen.words, seen.route_WL, title).save(args.out / f"prompt-{number}-routes.png")
+    title = f"regions of the words in each block at timestep {seen.timestep:.0f}: {prompt}"
+    pixels, regions = seen.pixels, seen.regions
+    draw_overlays(pixels, seen.words, regions, seen.route_WL, title).save(args.out / f"prompt-{number}-regions.png")
+    text, m = trained.sampler.text.encode([prompt]), trained.config.model
+    noisy_LY = noisy_word_routes(trained.model, text.tokens, m.gate_noise)[0]
+    mask_Y = text.mask[0].cpu()
+    agree = route_agreement(seen.record, noisy_LY, mask_Y)
+    report.add_prompt(prompt, seen, measure_coverage(seen.record, noisy_LY, mask_Y, m.space_experts), agree)
+
+
+def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "Report") -> None:
+    """Find dead and duplicate experts; draw how often each is chosen by the words of the captions."""
+    import torch
+
+    from raphael_dist.analysis.experts import expert_loads, find_dead, find_duplicates
+    from raphael_dist.analysis.figures import draw_heat_map
+    from raphael_dist.analysis.routes import collect_word_paths, time_routes
+
+    m, findings = trained.config.model, []
+    if m.space_experts:
+        words = collect_word_paths(trained.model, trained.sampler.text, _read_captions(args, trained))
+        paths = torch.tensor([path for _, _, path in words])
+        load_LK = expert_loads(paths.T, m.space_experts)
+        title = f"how often the words of the captions choose each space expert ({len(paths)} words; 1 is an even share)"
+        draw_heat_map(load_LK.numpy(), title).save(args.out / "space-experts.png")
+        findings += find_dead("space", load_LK)
+    route_LT = time_routes(trained.model, trained.config.diffusion.num_timesteps)
+    if route_LT is not None:
+        findings += find_dead("time", expert_loads(route_LT, m.time_experts))
+    report.findings = findings + find_duplicates(trained.model)
+
+
+def _read_captions(args: argparse.Namespace, trained: "TrainedModel") -> list[str]:
+    from raphael_dist.data.plain_samples import read_samples
+
+    config, option = trained.config, "--captions" if args.captions else "data.shards"
+    samples = read_samples(args.captions or config.data.shards, config.data.cache_dir, (8, 8), option, limit=CAPTIONS)
+    return [sample.captions[0] for sample in samples]

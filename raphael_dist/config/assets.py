@@ -1,0 +1,41 @@
+"""Files that come with the package: the demo's data, DeepSpeed configurations, Slurm scripts, tools.
+
+They lie next to the package in the repository, and in `raphael_dist/assets/` in a wheel (setup.py).
+"""
+
+import subprocess
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def root() -> Path:
+    """Return the folder that holds data/, ds_configs/, slurm/ and tools/."""
+    assets = _PACKAGE / "assets"
+    return assets if assets.is_dir() else _PACKAGE.parent
+
+
+def locate(path: str) -> str:
+    """Return a relative path unchanged if its folder exists, else the path of the file that comes with the package."""
+    folder = Path(path).parent
+    if Path(path).is_absolute() or folder == Path() or folder.is_dir() or not (root() / folder).is_dir():
+        return path
+    return str(root() / path)
+
+
+def git_commit() -> str:
+    """Return the commit of the code, followed by "+" if files were changed since; "" if it is unknown."""
+    built = _PACKAGE / "assets" / "commit"
+    if built.is_file():
+        return built.read_text().strip()
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "-uno")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return commit + "+" * bool(changed)
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_PACKAGE.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

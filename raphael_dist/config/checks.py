@@ -1,0 +1,176 @@
+"""What sections of the configuration require of each other. Each function yields one line per mistake."""
+
+from collections.abc import Iterator
+
+from raphael_dist.config.data_sections import Data, Image
+from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model
+from raphael_dist.config.run_sections import EmaConfig, Optim, Parallel, RunConfig, Sample, Train
+from raphael_dist.config.types import EXPERT_KINDS
+from raphael_dist.config.upscale import Upscale
+from raphael_dist.text import shorten
+
+
+def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
+    """Yield mistakes in what the data set is."""
+    if data.shards and data.sources:
+        yield (
+            f"data.shards={list(data.shards)} requires data.sources=[], but both are set. Use data.sources for several "
+            "sources with weights."
+        )
+    if data.caption_weights and data.caption_from != "auto":
+        yield (
+            f"data.caption_weights={data.caption_weights} requires data.caption_from=auto, but it is {data.caption_from}. "
+            "Set only one of the two."
+        )
+    micro = train.micro_batch_size
+    if len(image.buckets) > 1 and data.bucket_run < micro:
+        yield (
+            f"data.bucket_run={data.bucket_run} must be at least train.micro_batch_size={micro} with several image.buckets, "
+            f"since a micro-batch holds one image size. Set data.bucket_run={8 * micro}, for example."
+        )
+
+
+def check_diffusion(diffusion: Diffusion, edge: Edge, sample: Sample) -> Iterator[str]:
+    """Yield mistakes in timesteps and noise."""
+    steps = diffusion.num_timesteps
+    if edge.max_timestep > steps:
+        yield (
+            f"edge.max_timestep={edge.max_timestep} must be at most diffusion.num_timesteps={steps}. Lower "
+            "edge.max_timestep."
+        )
+    if sample.steps >= steps:
+        yield f"sample.steps={sample.steps} must be below diffusion.num_timesteps={steps}. Lower sample.steps."
+    if not diffusion.beta_start <= diffusion.beta_end < 1:
+        yield (
+            f"diffusion.beta_start={diffusion.beta_start} and diffusion.beta_end={diffusion.beta_end} must satisfy "
+            "beta_start <= beta_end < 1. Change one of the two."
+        )
+    if diffusion.prediction == "flow":
+        yield from _check_flow(diffusion, sample)
+    if diffusion.zero_terminal_snr and diffusion.prediction == "epsilon":
+        yield (
+            "diffusion.zero_terminal_snr=true requires diffusion.prediction=v_prediction, but it is epsilon: the last "
+            "timestep is pure noise, and its predicted noise says nothing about the image. Change one of the two settings."
+        )
+
+
+def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
+    requirements = (
+        (not diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr=false, since a flow ends at pure noise", "true"),
+        (
+            not diffusion.min_snr_gamma,
+            "diffusion.min_snr_gamma=0: its loss has equal weights",
+            f"{diffusion.min_snr_gamma:g}",
+        ),
+        (sample.scheduler != "dpm++", "sample.scheduler=euler or ddim, the same for straight paths", sample.scheduler),
+    )
+    for fulfilled, requirement, actual in requirements:
+        if not fulfilled:
+            yield f"diffusion.prediction=flow requires {requirement}, but it is {actual}. Change one of the two."
+
+
+def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
+    """Yield mistakes in expert parallelism."""
+    levels = len(model.channels)
+    if len(parallel.placement) not in (1, levels):
+        yield (
+            f"parallel.placement={list(parallel.placement)} must have one entry, or one per U-Net level, but it has "
+            f"{len(parallel.placement)} and model.channels has {levels} levels. Give 1 entry or {levels} entries of auto, "
+            "shard or replicate."
+        )
+    for kind in EXPERT_KINDS:
+        experts, ep = model.num_experts(kind), parallel.ep(kind)
+        if ep > 1 and (experts == 0 or experts % ep):
+            divisors = [n for n in range(1, experts + 1) if experts % n == 0] or [1]
+            yield (
+                f"parallel.{kind}_ep={ep} must divide model.{kind}_experts={experts}. "
+                f"Set parallel.{kind}_ep to one of {divisors}."
+            )
+
+
+def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
+    """Yield settings that LoRA is incompatible with."""
+    if not lora.rank:
+        return
+    if run.init_from is None:
+        yield (
+            f"lora.rank={lora.rank} requires run.init_from, the checkpoint of the base model, but it is null. Set "
+            "run.init_from, or set lora.rank=0 to train all weights."
+        )
+    if "experts" in lora.targets and not model.space_experts + model.time_experts:
+        yield (
+            f"lora.targets={list(lora.targets)} requires experts, but model.space_experts and model.time_experts are 0. "
+            "Set lora.targets=[attention]."
+        )
+    if run.reinit:
+        yield (
+            f"run.reinit={list(run.reinit)} requires lora.rank=0, but it is {lora.rank}, and LoRA would freeze the random "
+            "weights of these parts. Train these parts first with lora.rank=0, or set run.reinit=[]."
+        )
+
+
+def check_control(control: Control, run: RunConfig, edge: Edge, lora: Lora, parallel: Parallel) -> Iterator[str]:
+    """Yield settings that ControlNet training is incompatible with."""
+    if not control.enabled:
+        return
+    requirements = (
+        (run.init_from is not None, "run.init_from, the checkpoint of the base model", "it is null"),
+        (edge.weight > 0, "edge.weight above 0, so that edge maps are read", f"it is {edge.weight:g}"),
+        (lora.rank == 0, "lora.rank=0", f"it is {lora.rank}"),
+        (
+            not parallel.uses_expert_parallelism,
+            "parallel.space_ep=1 and parallel.time_ep=1",
+            f"they are {parallel.space_ep} and {parallel.time_ep}",
+        ),
+        (not run.reinit, "run.reinit=[], since frozen weights would stay random", f"it is {list(run.reinit)}"),
+    )
+    for fulfilled, requirement, value in requirements:
+        if not fulfilled:
+            yield (
+                f"control.enabled=true requires {requirement}, but {value}. "
+                "Change this setting, or set control.enabled=false."
+            )
+
+
+def check_upscale(upscale: Upscale, control: Control) -> Iterator[str]:
+    """Yield mistakes in super-resolution."""
+    factor = upscale.factor
+    if factor == 1 or factor & (factor - 1):
+        yield f"upscale.factor={factor} must be a power of two. Set 0 (off), 2, 4, 8 or 16."
+    if factor and control.enabled:
+        yield (
+            f"upscale.factor={factor} requires control.enabled=false, but it is true. Set upscale.factor=0 or "
+            "control.enabled=false."
+        )
+
+
+def check_sample_images(sample: Sample, upscale: Upscale, control: Control) -> Iterator[str]:
+    """Yield mistakes in the images that belong to `sample.prompts`."""
+    prompts, images = len(sample.prompts), len(sample.images)
+    if not upscale.factor and not control.enabled:
+        if images:
+            yield (
+                f"sample.images={shorten(str([str(path) for path in sample.images]))} requires upscale.factor above 0 or "
+                "control.enabled=true, but neither is set. Set one of them, or set sample.images=[]."
+            )
+    elif prompts != images:
+        yield (
+            f"sample.images must have one image for each caption in sample.prompts, but the number of images is {images} "
+            f"and that of captions is {prompts}. Give as many images as captions, or set sample.prompts=[] "
+            "sample.images=[]."
+        )
+
+
+def check_steps(train: Train, optim: Optim, model: Model, ema: EmaConfig) -> Iterator[str]:
+    """Yield a warning for each setting that takes effect only after the last step."""
+    last = train.max_steps
+    ends = [stage.until for stage in train.stages if stage.until is not None]
+    effects = (
+        ("optim.warmup_steps", optim.warmup_steps, f"the learning rate never reaches optim.lr={optim.lr:g}"),
+        ("model.gate_noise_steps", model.gate_noise_steps, "the gate noise never falls to 0"),
+        ("ema.start_step", ema.start_step if ema.enabled else 0, "the moving average equals the weights to the end"),
+        ("train.stages: until", max(ends, default=0), "the stages after that step are never trained"),
+    )
+    for name, step, effect in effects:
+        if step > last:
+            yield f"{name}={step} is larger than train.max_steps={last}, so {effect}"

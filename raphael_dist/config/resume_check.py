@@ -1,0 +1,93 @@
+"""Which settings decide the results of a run: when it is resumed, they must not change unnoticed."""
+
+from collections.abc import Mapping
+
+from raphael_dist.config.lr_schedules import ENDLESS
+from raphael_dist.config.schema import ARCHITECTURE_FIELDS, Config, stored_tree
+from raphael_dist.config.stages import staged_keys
+from raphael_dist.config.types import FREE, keys_marked, keys_of
+from raphael_dist.errors import UserError
+from raphael_dist.text import JsonObject
+
+FREE_FIELDS = frozenset(keys_marked(Config, FREE))
+# Fingerprints of data and encoders in a manifest (data/run_data.py), and what differs when they do.
+CLEANING = "data.caption_from (cleaning)"
+FINGERPRINTS = {
+    "data.shards": "other shards, which changes the order of samples",
+    "data.shards (captions)": "other captions in shards of the same names",
+    "run.init_from": "a base model with other weights",
+    CLEANING: "captions that were cleaned by the rules of another version",
+}
+
+
+def changed_fields(old: Config, new: Config) -> dict[str, tuple[object, object]]:
+    """Return the fields that decide the results of a run and differ, each with its old and new value."""
+    free = FREE_FIELDS | staged_keys(old) | staged_keys(new)  # train.stages itself is compared
+    if new.optim.lr_schedule not in ENDLESS:
+        free -= {"train.max_steps"}  # another end is another learning rate at every step
+    old_tree, new_tree = stored_tree(old), stored_tree(new)
+    changed = {}
+    for key in keys_of(Config):
+        section, _, name = key.partition(".")
+        values = old_tree[section][name], new_tree[section][name]
+        if key not in free and values[0] != values[1]:
+            changed[key] = values
+    return changed
+
+
+def check_same_run(old: Config, new: Config, folder: str) -> list[str]:
+    """Check that a resumed run keeps the settings that affect its results.
+
+    Args:
+        old: the settings that a checkpoint was saved with.
+        new: the settings of the run that resumes it.
+        folder: name of the checkpoint in messages.
+
+    Returns:
+        A line for each change that `run.allow_change` allows.
+
+    Raises:
+        UserError: a change is not allowed. Changes of the weights' shapes never are.
+    """
+    changed = changed_fields(old, new)
+    lines = [f"{name} was {before} and is now {after}" for name, (before, after) in changed.items()]
+    refusal = f"run.dir: {folder} was created with different settings: {'; '.join(lines)}."
+    shapes = sorted(set(ARCHITECTURE_FIELDS) & changed.keys())
+    if shapes:
+        name = shapes[0]
+        raise UserError(f"{refusal} Restore {name}={changed[name][0]}, or choose a new run.dir.")
+    refused = changed.keys() - set(new.run.allow_change)
+    if refused:
+        allowed = ", ".join(sorted({*new.run.allow_change, *refused}))
+        raise UserError(
+            f"{refusal} Restore them, choose a new run.dir, or allow the change with run.allow_change=[{allowed}]."
+        )
+    return [f"{line} (run.allow_change)" for line in lines]
+
+
+def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Config, folder: str) -> list[str]:
+    """Compare the fingerprints of shards, captions and encoders with those in a checkpoint's manifest.
+
+    Args:
+        manifest: of the checkpoint. One that was converted has no fingerprints of captions and encoders.
+        current: the fingerprints of this run by name.
+        config: of this run.
+        folder: name of the checkpoint in messages.
+
+    Returns:
+        A line for each change that `run.allow_change` allows.
+
+    Raises:
+        UserError: a change is not allowed.
+    """
+    old = {"data.shards": manifest["dataset"], **manifest.get("data", {})}
+    changed = [name for name, fingerprint in old.items() if current.get(name, fingerprint) != fingerprint]
+    for name in changed:
+        field = name.split()[0]
+        if field not in config.run.allow_change:
+            difference = FINGERPRINTS.get(name, "an encoder with other weights or settings")
+            raise UserError(
+                f"{field}: {folder} was trained with {difference}. Restore it, choose a new run.dir, or allow the "
+                f"change with run.allow_change=[{field}]."
+            )
+    return [f"{name} differs from {folder} (run.allow_change)" for name in changed]

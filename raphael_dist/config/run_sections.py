@@ -1,0 +1,306 @@
+"""Sections that define a run: folder, optimizer, steps, averages, checkpoints, ranks, samples."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from raphael_dist.config.lr_schedules import LrSchedule
+from raphael_dist.config.types import (
+    FREE,
+    BelowOne,
+    Dispatch,
+    Dtype,
+    ExpertKind,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Placement,
+    Positive,
+    PositiveFloat,
+    Scheduler,
+    Section,
+    free_setting,
+    setting,
+)
+
+
+class RunConfig(Section):
+    """The run: where it is stored, what it starts from, how it is watched."""
+
+    dir: Path = free_setting(
+        Path("runs/default"),
+        "Folder of the run. A run resumes from the newest checkpoint in this folder. Default: runs/NAME, where NAME is "
+        "the preset or file that --config names.",
+    )
+    seed: NonNegative = setting(0, "Seed of the initial weights, the data order, the noise and the timesteps.")
+    ignore_damaged: bool = free_setting(
+        False,
+        "If all checkpoints in run.dir are damaged: true renames them to damaged-* and starts a new run, false ends with "
+        "an error.",
+    )
+    init_from: Path | None = free_setting(
+        None,
+        "Path of the checkpoint whose weights a new run starts from; it may have any layout of docs/checkpoints.md. null: "
+        "random weights.",
+    )
+    reinit: tuple[Literal["edge", "space", "time", "text"], ...] = free_setting(
+        (),
+        "Parts of the model that start with random weights if the checkpoint of run.init_from lacks them or has them in "
+        "another shape: edge (edge modules), space (Space-MoE and its gates), time (Time-MoE and its gates), text (key "
+        "and value projections of cross-attention). Empty: every weight must be in the checkpoint.",
+    )
+    hang_timeout_s: PositiveFloat = free_setting(
+        600.0, "Seconds without progress after which the watchdog ends the run, with exit code 76."
+    )
+    lock_wait_s: NonNegativeFloat = free_setting(
+        0.0, "Seconds to wait if another process uses run.dir. 0: end with an error at once."
+    )
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = free_setting(
+        (),
+        "Experiment trackers that receive the metrics: wandb (Weights & Biases), mlflow. TensorBoard receives them in any "
+        "case.",
+    )
+    project: str = free_setting("raphael", "Name of the project in wandb, and of the experiment in mlflow.")
+    log_level: Literal["debug", "info", "warning", "error"] = free_setting(
+        "warning", "The terminal shows log messages of this level and of higher levels."
+    )
+    allow_change: tuple[str, ...] = free_setting(
+        (), "Settings, written as section.key, that may differ from those of the run that is resumed."
+    )
+
+
+class Optim(Section):
+    """The optimizer and the learning rate."""
+
+    kind: Literal["adamw", "sgd"] = setting(
+        "adamw", "Optimizer: adamw, or sgd without momentum, which is meant for numerical tests."
+    )
+    lr: PositiveFloat = setting(1e-4, "Learning rate after the warm-up.")
+    betas: tuple[BelowOne, BelowOne] = setting(
+        (0.9, 0.999), "Decay rates of Adam's running averages of the gradient and of the squared gradient."
+    )
+    eps: PositiveFloat = setting(
+        1e-8, "Small number that is added to the square root of Adam's second moment, so that no step divides by 0."
+    )
+    weight_decay: NonNegativeFloat = setting(
+        0.0, "Weight decay of AdamW. It is not applied to norms, biases and gates. 0: none."
+    )
+    warmup_steps: NonNegative = setting(
+        0, "Number of first steps in which the learning rate rises linearly from 0 to optim.lr. 0: no warm-up."
+    )
+    lr_schedule: LrSchedule = setting(
+        "constant",
+        "Learning-rate schedule after the warm-up, named as in transformers. All but constant and inverse_sqrt end at "
+        "train.max_steps.",
+    )
+    lr_schedule_args: dict[str, float] = setting(
+        {}, "Arguments of optim.lr_schedule, named as in transformers, e.g. {num_cycles: 3} for cosine_with_restarts."
+    )
+    max_grad_norm: NonNegativeFloat = setting(
+        1.0,
+        "Largest norm of the gradient over all parameters. A larger gradient is scaled down to this norm (clipping). 0: "
+        "no clipping.",
+    )
+
+
+class Stage(Section):
+    """A training phase with its own settings."""
+
+    until: Positive | None = Field(
+        None, description="Last step of the stage. null, which only the last stage may have: train.max_steps."
+    )
+    set: dict[str, Any] = Field(description="Settings of the stage, as section.key: value.")
+
+
+class Train(Section):
+    """Steps, batches, precision, and what ends or reports a run."""
+
+    max_steps: Positive = free_setting(1000, "Number of optimizer steps after which the run is complete.")
+    global_batch_size: Positive = setting(
+        32,
+        "Images per optimizer step, over all ranks. Gradient accumulation steps = global_batch_size / (micro_batch_size x "
+        "ranks).",
+    )
+    micro_batch_size: Positive = free_setting(
+        8,
+        "Images per rank in one forward and backward pass. Gradient accumulation steps = global_batch_size / "
+        "(micro_batch_size x ranks).",
+    )
+    dtype: Dtype = setting(
+        "float32", "Precision of the forward and backward passes. The master weights are float32 in any case."
+    )
+    compile: bool = free_setting(False, "Compile parts of the model with torch.compile. Incompatible with ZeRO stage 3.")
+    cuda_graphs: bool = free_setting(
+        False,
+        "Run the U-Net's forward and backward passes as CUDA graphs. Requires ZeRO stage 1 or 2, and train.dtype=bfloat16.",
+    )
+    caption_dropout: Fraction = setting(
+        0.1,
+        "Fraction of the captions that are replaced by the empty caption in training, so that the model supports "
+        "classifier-free guidance.",
+    )
+    check_gradients: bool = free_setting(False, "For debugging: stop the run if a parameter has no gradient on a rank.")
+    max_skipped: Positive = free_setting(
+        3,
+        "Number of consecutive skipped steps, or of rollbacks to the same checkpoint, after which the run ends with an "
+        "error. A step is skipped if its loss or gradient norm is not finite, or if train.spike_action=skip applies.",
+    )
+    spike_sigma: NonNegativeFloat = free_setting(
+        6.0,
+        "A loss is a spike if it exceeds the mean of the last train.spike_window losses by more than this many of their "
+        "standard deviations. 0: no loss is a spike.",
+    )
+    spike_window: Positive = free_setting(
+        100, "Number of latest losses from which train.spike_sigma takes the mean and the standard deviation."
+    )
+    spike_action: Literal["warn", "skip", "rollback"] = free_setting(
+        "warn",
+        "What happens at a spike of the loss. warn: a warning is logged. skip: the step does not change the weights. "
+        "rollback: the run returns to its newest checkpoint and continues with the samples after the spike.",
+    )
+    log_every: Positive = free_setting(
+        10, "Number of steps between two lines of metrics. A line holds means over these steps."
+    )
+    load_scalars: bool = free_setting(
+        False,
+        "Write the load of each expert (its share of the tokens) to TensorBoard as a scalar per block, in addition to "
+        "heat maps.",
+    )
+    val_every: NonNegative = free_setting(
+        0, "Number of steps between two validations. 0: validate only at the end of the run."
+    )
+    sample_every: NonNegative = free_setting(
+        0, "Number of steps between two grids of sampled images. 0: sample only at the end of the run."
+    )
+    stages: tuple[Stage, ...] = setting(
+        (),
+        "Stages of the run, one after another, with different image sizes, batch sizes or learning rates: [{until: "
+        "LAST_STEP, set: {section.key: value}}, ...]. The last stage has no `until` and ends at train.max_steps. Empty: "
+        "the whole run has the same settings.",
+    )
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        if not self.stages:
+            return self
+        ends = [stage.until for stage in self.stages]
+        steps = [end for end in ends if end is not None]
+        if ends[-1] is not None or len(steps) != len(ends) - 1:
+            raise ValueError(
+                f"train.stages requires `until` in every stage but the last, but the values of `until` are {ends}. Correct "
+                "them."
+            )
+        if steps != sorted(set(steps)):
+            raise ValueError(
+                f"train.stages requires `until` to rise from stage to stage, but the values of `until` are {steps}. "
+                "Correct them."
+            )
+        keys = self.stages[0].set.keys()
+        for number, stage in enumerate(self.stages, start=1):
+            if stage.set.keys() != keys:
+                key = min(stage.set.keys() ^ keys)
+                raise ValueError(
+                    f"train.stages requires the same keys under `set` in every stage, but {key} is missing in some (see "
+                    f"stage {number}). Set {key} in every stage."
+                )
+        return self
+
+
+class EmaConfig(Section):
+    """The exponential moving average (EMA) of the weights."""
+
+    enabled: bool = setting(
+        True, "Compute an exponential moving average (EMA) of the weights, which samples and exports use."
+    )
+    decay: Fraction = setting(0.9999, "Decay of the EMA: after each step, EMA = decay * EMA + (1 - decay) * weights.")
+    start_step: NonNegative = setting(
+        0, "Number of first steps in which the EMA is a copy of the weights. Averaging begins afterwards."
+    )
+    warmup: bool = setting(
+        True,
+        "Use the smaller decay min(ema.decay, (1 + n) / (10 + n)) in step n after ema.start_step, so that the EMA follows "
+        "the weights quickly at first.",
+    )
+
+
+class CheckpointConfig(Section, json_schema_extra=FREE):
+    """When checkpoints are saved, and which are kept."""
+
+    every: NonNegative = setting(1000, "Number of steps between two checkpoints. 0: save only at the end of the run.")
+    keep: Positive = setting(
+        2, "Number of newest checkpoints that are kept. Older ones are deleted, but see checkpoint.keep_every."
+    )
+    keep_every: NonNegative = setting(
+        0,
+        "Never delete a checkpoint whose step is a multiple of this number. 0: delete all but the newest (checkpoint.keep).",
+    )
+    background: bool = setting(
+        True,
+        "true: write checkpoints in a thread while training continues. false: training waits until a checkpoint is written.",
+    )
+
+
+class Parallel(Section, json_schema_extra=FREE):
+    """Expert parallelism."""
+
+    space_ep: Positive = setting(
+        1,
+        "Expert-parallel size of the Space-MoE: number of ranks over which its experts are sharded. 1: every rank holds "
+        "all of these experts.",
+    )
+    time_ep: Positive = setting(
+        1,
+        "Expert-parallel size of the Time-MoE: number of ranks over which its experts are sharded. 1: every rank holds "
+        "all of these experts.",
+    )
+    elastic: bool = setting(
+        False,
+        "If the number of ranks is no multiple of parallel.space_ep or parallel.time_ep: true uses the next smaller size "
+        "that fits, false ends with an error.",
+    )
+    dispatch: Dispatch = setting(
+        "auto",
+        "How image tokens reach the sharded experts of the Space-MoE. all_to_all: a token is sent only to the ranks that "
+        "hold its experts. all_gather: every token is sent to every rank that shares the experts. auto: all_gather on "
+        "GPUs and wherever at least 90% of the tokens would be sent anyway, otherwise all_to_all.",
+    )
+    placement: tuple[Placement, ...] = setting(
+        ("auto",),
+        "How experts are distributed if parallel.space_ep or parallel.time_ep is above 1. shard: they are divided over "
+        "ranks, and tokens are sent to them. replicate: every rank holds all experts. auto: whichever sends fewer bytes "
+        "between ranks. Give one value, or one per U-Net level.",
+    )
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _accept_one_value(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    def ep(self, kind: ExpertKind) -> int:
+        """Return how many ranks share one set of experts of a kind."""
+        return self.space_ep if kind == "space" else self.time_ep
+
+    @property
+    def uses_expert_parallelism(self) -> bool:
+        """Whether experts are sharded over ranks."""
+        return self.space_ep > 1 or self.time_ep > 1
+
+
+class Sample(Section, json_schema_extra=FREE):
+    """Images that are sampled during training, and the defaults of the sampler."""
+
+    prompts: tuple[str, ...] = setting(
+        (), "Captions for which images are sampled during training. Empty: no images are sampled."
+    )
+    images: tuple[Path, ...] = setting(
+        (),
+        "One image file for each caption in sample.prompts. With upscale.factor: the small image to enlarge. With "
+        "control.enabled: the image whose edges the sample follows.",
+    )
+    steps: Positive = setting(25, "Number of denoising steps for an image.")
+    guidance: NonNegativeFloat = setting(4.5, "Scale of classifier-free guidance. 1: no guidance.")
+    scheduler: Scheduler = setting(
+        "ddim", "Sampler: ddim (DDIM), dpm++ (DPM-Solver++, which requires fewer steps) or euler (Euler)."
+    )
+    seed: NonNegative = setting(0, "Seed of the noise that sampling starts from.")

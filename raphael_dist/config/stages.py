@@ -1,0 +1,63 @@
+"""Runs in stages (`train.stages`): steps with other image sizes, batches or learning rates, one stage after another."""
+
+from typing import NamedTuple
+
+from raphael_dist.config.key_names import known_key
+from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.text import JsonObject
+
+# Weights, data and encoders belong to the whole run.
+KEYS_OF_STAGES = (
+    "image.buckets", "data.bucket_run", "data.flip", "data.window_shards", "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.caption_dropout", "optim.lr", "optim.weight_decay", "optim.max_grad_norm", "edge.max_timestep",
+    "model.gate_noise", "model.balance_weight", "model.checkpoint_activations", "ema.decay",
+)  # fmt: skip
+
+
+def staged_keys(config: Config) -> set[str]:
+    """Return the keys that stages set, whose values follow from the step and not from the rest of the configuration."""
+    return {key for stage in config.train.stages for key in stage.set}
+
+
+class StageSpan(NamedTuple):
+    """The configuration of a stage, or of a run without stages, and the steps after which it begins and ends."""
+
+    config: Config
+    since: int
+    until: int
+
+
+def stage_at(config: Config, step: int) -> StageSpan:
+    """Return the stage that follows after `step` steps. UserError: its settings are not allowed or not valid."""
+    since, last = 0, config.train.max_steps
+    for number, stage in enumerate(config.train.stages, start=1):
+        until = last if stage.until is None else min(last, stage.until)
+        if step < until or stage is config.train.stages[-1]:
+            return StageSpan(_with_values(config, stage.set, number), since, until)
+        since = until
+    return StageSpan(config, 0, last)
+
+
+def every_stage(config: Config) -> list[Config]:
+    """Return the configuration of each stage; that of the run if it has no stages. Raises UserError as `stage_at`."""
+    stages = config.train.stages
+    return [_with_values(config, stage.set, number) for number, stage in enumerate(stages, start=1)] or [config]
+
+
+def _with_values(config: Config, values: JsonObject, number: int) -> Config:
+    tree = config.model_dump(mode="json")
+    for key, value in values.items():
+        if key not in KEYS_OF_STAGES:
+            hint = did_you_mean(known_key(key, Config) or key, KEYS_OF_STAGES)
+            raise UserError(
+                f"train.stages: stage {number} sets {key!r}{hint}, which must not differ between stages. Remove it; a "
+                f"stage may set {', '.join(KEYS_OF_STAGES)}."
+            )
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    try:
+        return config_from_tree(tree)
+    except UserError as error:
+        raise UserError(f"train.stages: stage {number}: {error}") from None

@@ -1,0 +1,112 @@
+"""Types of configuration fields: the base class of sections, number ranges, choices, and what may change on resume."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
+
+INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
+
+Positive = Annotated[int, Field(ge=1, lt=INT_LIMIT)]
+NonNegative = Annotated[int, Field(ge=0, lt=INT_LIMIT)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Dtype = Literal["float32", "bfloat16"]
+ExpertKind = Literal["space", "time"]
+EXPERT_KINDS: tuple[ExpertKind, ...] = ("space", "time")
+Dispatch = Literal["auto", "all_to_all", "all_gather"]
+ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
+FocalForm = Literal["focal", "quality"]
+Placement = Literal["auto", "shard", "replicate"]
+Scheduler = Literal["ddim", "dpm++", "euler"]
+TextLayer = Literal["last", "penultimate"]
+WEIGHTS = ("ema", "master")  # what checkpoints hold: averaged weights (EMA), and fp32 master weights
+
+# What may change when a run is resumed, as a mark of a field or of a section. Fields without a mark decide the results of a
+# run: they may change only if run.allow_change names them.
+FREE: JsonDict = {"on_resume": "free"}
+SHAPES: JsonDict = {"on_resume": "never"}  # the shapes of the weights depend on it
+
+
+def setting(default: object, description: str, mark: JsonDict | None = None, min_length: int | None = None) -> Any:
+    """Return a field of a section that must not change on resume unless run.allow_change names it."""
+    return Field(default, description=description, json_schema_extra=mark, min_length=min_length)
+
+
+def free_setting(default: object, description: str) -> Any:
+    """Return a field of a section that may change whenever a run is resumed."""
+    return setting(default, description, FREE)
+
+
+def shape_setting(default: object, description: str, min_length: int | None = None) -> Any:
+    """Return a field of a section that decides the shapes of the weights, and so can never change on resume."""
+    return setting(default, description, SHAPES, min_length)
+
+
+class Section(BaseModel):
+    """A section of the configuration. Unknown keys are refused, values cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_stray_value(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what pydantic accepts: true and false as the numbers 1 and 0, an empty path as the working directory."""
+        kinds = set(_plain_types(cls.model_fields[str(info.field_name)].annotation))
+        if kinds & {int, float} and not kinds & {bool, Any} and _contains_bool(value):
+            raise PydanticCustomError("bool_for_number", "must be a number, not true or false")
+        if value == "" and kinds & {str, Path}:
+            raise PydanticCustomError("empty", "must not be empty")
+        return value
+
+
+def sections_of(config_type: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Return the sections of a configuration by name."""
+    types = {name: field.annotation for name, field in config_type.model_fields.items()}
+    return {name: kind for name, kind in types.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+def keys_of(config_type: type[BaseModel]) -> list[str]:
+    """Return all keys of a configuration as `section.name`."""
+    return [f"{section}.{name}" for section, kind in sections_of(config_type).items() for name in kind.model_fields]
+
+
+def keys_marked(config_type: type[BaseModel], mark: JsonDict) -> list[str]:
+    """Return the keys, as `section.name`, whose field or section has this mark: FREE or SHAPES."""
+    return [
+        f"{section}.{name}"
+        for section, kind in sections_of(config_type).items()
+        for name, field in kind.model_fields.items()
+        if mark in (field.json_schema_extra, kind.model_config.get("json_schema_extra"))
+    ]
+
+
+def _plain_types(annotation: object) -> Iterator[object]:
+    """Yield the types that an annotation such as `tuple[int, ...] | None` consists of."""
+    inner = get_args(annotation)
+    if not inner:
+        yield annotation
+    for part in inner:
+        yield from _plain_types(part)
+
+
+def _contains_bool(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_contains_bool, value.values()))
+    return any(map(_contains_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
+
+
+def bytes_per_element(dtype: Dtype) -> int:
+    """Return the size of one number of a dtype in bytes."""
+    return 2 if dtype == "bfloat16" else 4
+
+
+def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
+    """Return whether the grouped matrix product of a GPU supports them: bfloat16, and rows of a multiple of 16 bytes."""
+    return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)

@@ -1,0 +1,62 @@
+"""Section `upscale`: super-resolution, which enlarges a small image guided by a caption."""
+
+from raphael_dist.config.types import NonNegative, NonNegativeFloat, Positive, Section, free_setting, setting, shape_setting
+from raphael_dist.errors import UserError
+
+COLOURS = 3
+
+
+class Upscale(Section):
+    """Super-resolution: the U-Net also sees a small image."""
+
+    factor: NonNegative = shape_setting(
+        0,
+        "Super-resolution: the U-Net enlarges a small image, given as a second input, by this factor: 2, 4, 8 or another "
+        "power of two. 0: no super-resolution.",
+    )
+    patch: Positive = shape_setting(
+        1,
+        "Side, in pixels of the small image, of the square that the U-Net receives with each latent position. It must be "
+        "F / upscale.factor, but at least 1; F is the number of image pixels per side of a latent position (8 for the VAE "
+        "of Stable Diffusion, 1 without a VAE).",
+    )
+    noise: NonNegativeFloat = setting(
+        0.0,
+        "In training, noise is added to the small image, whose values are from -1 to 1. The standard deviation of the "
+        "noise is drawn for each image between 0 and this value. 0: no noise.",
+    )
+    back_projections: NonNegative = free_setting(
+        3,
+        "Number of corrections after sampling that bring the sampled image closer to the small image. Each averages the "
+        "sampled image down to the small size, enlarges the difference from the small image, and adds it. 0: none.",
+    )
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels that hold the small image, in addition to the latents."""
+        return COLOURS * self.patch**2 if self.factor else 0
+
+
+def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tuple[int, int], ...]) -> None:
+    """Check that small images fit the latents.
+
+    Args:
+        upscale: the section.
+        latent_factor: pixels per side of a latent.
+        buckets: image sizes (height, width).
+
+    Raises:
+        UserError: `upscale.patch` or a bucket does not fit.
+    """
+    factor, patch = upscale.factor, max(1, latent_factor // upscale.factor) if upscale.factor else upscale.patch
+    if upscale.patch != patch:
+        raise UserError(
+            f"upscale.patch={upscale.patch} must be {patch} if upscale.factor={factor} and the VAE has {latent_factor} "
+            f"image pixels per side of a latent position. Set upscale.patch={patch}."
+        )
+    for height, width in buckets:
+        if factor and (height % factor or width % factor):
+            raise UserError(
+                f"image.buckets must have heights and widths that are multiples of upscale.factor={factor}, but [{height}, "
+                f"{width}] is not. Change this size."
+            )

@@ -1,0 +1,44 @@
+"""Exports what a run trained on top of a frozen base model: LoRA adapters for peft, or a ControlNet for diffusers."""
+
+from pathlib import Path
+
+from raphael_dist.checkpoint.reader import open_newest
+from raphael_dist.convert.controlnet_files import control_weights, write_control
+from raphael_dist.convert.layouts import ADAPTER_FORMATS
+from raphael_dist.convert.lora_files import adapter_of, write_adapter
+from raphael_dist.errors import UserError
+
+
+def export_adapter(source_layout: str, run: Path, target_format: str, folder: Path, weights: str | None = None) -> str:
+    """Write the adapters or the control of a run in the format of another library.
+
+    Args:
+        source_layout: "auto" or "raphael"; adapters and controls lie in a run's own layout only.
+        run: a run directory (its newest checkpoint that verifies is read), or one of its step-* folders.
+        target_format: "peft" or "controlnet".
+        folder: the new folder; it must not exist.
+        weights: "ema" or "master". None: the EMA if there is one.
+
+    Returns:
+        One line for the user: how many parameters were written, and to which base model they belong.
+
+    Raises:
+        UserError: the run holds no adapters or no control, or the folder cannot be written.
+    """
+    assert target_format in ADAPTER_FORMATS
+    if source_layout not in ("auto", "raphael"):
+        raise UserError(
+            f"--to {target_format} requires the run directory in which it was trained, but --from {source_layout} {run} is "
+            "another layout. Use --from auto RUN_DIR."
+        )
+    reader = open_newest(run, "--from auto")
+    config = reader.config()
+    if target_format == "peft":
+        adapter = adapter_of(reader, weights, "--from auto")
+        write_adapter(adapter, config.lora, str(config.run.init_from), folder)
+        count = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
+    else:
+        control = control_weights(reader, weights, "--from auto")
+        write_control(control, config, folder)
+        count = sum(tensor.numel() for tensor in control.values())
+    return f"{folder}: {count:,} parameters, for use with the base model {config.run.init_from}"

@@ -1,0 +1,41 @@
+"""File operations shared by LoRA adapters and ControlNets."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
+from raphael_dist.errors import UserError
+from raphael_dist.storage.files import atomic_folder
+
+
+@contextmanager
+def export_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` at the end. UserError: it exists already, or cannot be written."""
+    if folder.exists():
+        raise UserError(f"--to {folder} exists already, and nothing is overwritten. Choose a new path.")
+    try:
+        with atomic_folder(folder) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"--to {folder} cannot be written: {error.strerror or error}. Choose another path.") from None
+
+
+def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
+    """Open a run's newest checkpoint that verifies. UserError: there is none, nor a folder with `config_name`."""
+    try:
+        return open_newest(path, option)
+    except UserError as error:
+        raise UserError(f"{error} A folder with {config_name} can be used too.") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, float32. UserError: it cannot be read."""
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None

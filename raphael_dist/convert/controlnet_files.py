@@ -1,0 +1,117 @@
+"""Reads and writes a ControlNet (`model.controlnet`): in a run that trained it, or as a folder of diffusers.
+
+    config.json                             of diffusers' ControlNetModel; of a model with experts, also their fields
+    modeling_raphael.py                     the code of a control with experts, for diffusers' AutoModel
+    diffusion_pytorch_model.safetensors     weights under diffusers' names, float32
+
+`diffusers.ControlNetModel.from_pretrained` loads the folder if the model has no experts. Its condition is an edge map at the
+size of the latents, in three equal channels.
+"""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture
+from raphael_dist.checkpoint.tensors import default_weights
+from raphael_dist.config.schema import Config
+from raphael_dist.convert.adapter_files import export_folder, open_run, read_tensors
+from raphael_dist.convert.layouts.dense import STEM, unet_json
+from raphael_dist.convert.layouts.diffusers import config_of_experts, expert_json
+from raphael_dist.convert.standalone import model_code
+from raphael_dist.errors import UserError
+from raphael_dist.model.controlnet import CONDITION_WIDTH, ControlNet
+from raphael_dist.model.diffusers_model import RaphaelControlNet
+from raphael_dist.storage.tensorfile import save_tensors
+from raphael_dist.text import JsonObject, read_json
+
+CONFIG, CLASS = "config.json", RaphaelControlNet.__name__
+_PREFIX = "control."
+
+
+def read_control(path: Path, config: Config, weights: str | None = None, option: str = "--control-from") -> ControlNet:
+    """Read a control, in eval mode on the CPU.
+
+    Args:
+        path: a run (its newest checkpoint that verifies), one of its step folders, or a folder of diffusers.
+        config: configuration of the base model.
+        weights: of a run, "ema" or "master". None, or a run without EMA: the default.
+        option: name of the command line option, for messages.
+
+    Raises:
+        UserError: there is no control at `path`, or it belongs to another model.
+    """
+    if (path / CONFIG).is_file() and (path / f"{STEM}.safetensors").is_file():
+        values = _read_folder(path, option)
+    else:
+        reader = open_run(path, CONFIG, option)
+        check_architecture(reader.config(), config, str(path))
+        values = control_weights(reader, weights, option)
+    with torch.device("meta"):
+        control = ControlNet(config)
+    expected = {name: tuple(p.shape) for name, p in control.named_parameters()}
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    if wrong := sorted(expected.items() ^ shapes.items()):
+        raise UserError(
+            f"{option} {path} must fit the model, but its tensor {wrong[0][0]} does not. Use the base model that the "
+            "ControlNet was trained with."
+        )
+    control.to_empty(device="cpu")
+    control.load_state_dict(values)
+    return control.eval()
+
+
+def control_weights(reader: CheckpointReader, weights: str | None, option: str) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint's control by name. UserError: its run trained none."""
+    if not reader.config().control.enabled:
+        raise UserError(
+            f"{option} {reader.folder} must be of a run with control.enabled=true, but in this run it is false. Use "
+            "another run."
+        )
+    kind = "master" if weights == "master" else default_weights(reader.kinds())
+    return {name.removeprefix(_PREFIX): reader.whole(kind, name) for name in reader.shapes}
+
+
+def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> None:
+    """Write a control as a new folder of diffusers. A folder that is not complete never appears."""
+    with export_folder(folder) as temporary:
+        content = control_json(config)
+        (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        if content["_class_name"] == CLASS:
+            name, code = model_code(RaphaelControlNet)
+            (temporary / f"{name}.py").write_text(code)
+        with open(temporary / f"{STEM}.safetensors", "xb") as file:
+            save_tensors(file, values, {"format": "pt"})
+
+
+def control_json(config: Config) -> JsonObject:
+    """Return the content of config.json: that of diffusers' class if the model has no experts."""
+    model = config.model
+    if model.space_experts or model.time_experts:
+        return expert_json(config, RaphaelControlNet)
+    from diffusers import ControlNetModel
+
+    # A control has no edge modules.
+    unet = unet_json(config.model_copy(update={"edge": config.edge.model_copy(update={"weight": 0.0})}), "--to controlnet")
+    known = inspect.signature(ControlNetModel.__init__).parameters
+    shared = {key: value for key, value in unet.items() if key in known}
+    return {"_class_name": "ControlNetModel", **shared, "conditioning_embedding_out_channels": [CONDITION_WIDTH]}
+
+
+def _read_folder(folder: Path, option: str) -> dict[str, Tensor]:
+    try:
+        content = read_json(folder / CONFIG)
+        name = content["_class_name"]
+        if name == CLASS:
+            config_of_experts(content, folder / CONFIG, {}, None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
+    if name not in (CLASS, "ControlNetModel"):
+        raise UserError(
+            f"{option} {folder}: _class_name in {CONFIG} must be {CLASS} or ControlNetModel, but it is {name}. Use another "
+            "folder."
+        )
+    return read_tensors(folder / f"{STEM}.safetensors")

@@ -1,0 +1,256 @@
+"""Converts a checkpoint from one layout to another: plan, write, verify, publish.
+
+The target appears by one rename at the end, so a conversion that is killed leaves nothing that looks like a checkpoint.
+Files are divided over the ranks of `mpirun`. Their contents depend on the plan only, so any number of ranks writes the same
+bytes.
+"""
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from raphael_dist.checkpoint.manifest import seal
+from raphael_dist.checkpoint.tensors import Span
+from raphael_dist.config.schema import Config
+from raphael_dist.convert.layouts import layout_of, open_checkpoint
+from raphael_dist.convert.lora_files import MergedSource, read_adapter
+from raphael_dist.convert.mpi import MpiRanks
+from raphael_dist.convert.source_checkpoint import Checkpoint, is_dense
+from raphael_dist.convert.upcycle import UpcycledSource
+from raphael_dist.convert.write_plan import ConversionPlan, Options, Source, check_complete, write_file
+from raphael_dist.errors import UserError
+from raphael_dist.runtime.progress_bar import ProgressBar
+from raphael_dist.storage.files import FileEntry, integrity_error, sync, write_bytes
+from raphael_dist.storage.tensorfile import HashedFile
+
+_SYNCING = 16  # files that are synced while others are written
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: how many tensors, parameters, bytes and files of a kind were written."""
+
+    kind: str
+    tensors: int
+    parameters: int
+    bytes: int
+    files: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a conversion. verified: how the source was checked, as text."""
+
+    source: str
+    target: str
+    rows: list[Row]
+    notes: list[str]
+    verified: str
+    seconds: float
+
+
+def convert(
+    from_layout: str,
+    path: Path,
+    to_layout: str,
+    target: Path,
+    options: Options,
+    config: Config | None = None,
+    ranks: MpiRanks | None = None,
+    lora: Path | None = None,
+    lora_scale: float = 1.0,
+) -> Report:
+    """Convert a checkpoint. Collective over `ranks`.
+
+    Args:
+        from_layout: layout of the source, or "auto".
+        path: the source.
+        to_layout: layout of the target.
+        target: the new folder, which must not exist.
+        options: of the target.
+        config: the model to upcycle to, or the model of a folder whose files do not describe it.
+        ranks: the processes of `mpirun`. None: this process.
+        lora: path of adapters to merge (`read_adapter`). lora_scale: factor for them.
+
+    Raises:
+        UserError: the source is damaged or incomplete; the target exists or cannot hold the model. Nothing is left then.
+    """
+    ranks, began = ranks or MpiRanks(), time.monotonic()
+    layout_of("--to", to_layout)
+    opened, source, plan = ranks.raise_on_all_ranks(
+        lambda: _prepare(from_layout, path, to_layout, target, options, config, lora, lora_scale)
+    )
+    with opened:
+        write_target(to_layout, source, plan, target, ranks, opened.files)
+    verified = (
+        "sizes and SHA-256 of its manifest"
+        if opened.files
+        else "only that every tensor is present once, since there is no manifest with checksums"
+    )
+    omitted = [kind for kind in source.kinds() if kind not in plan.kinds]
+    notes = (
+        [f"{', '.join(omitted)}: not written, since the layout holds only one kind of weights (here {plan.kinds[0]})"]
+        if omitted
+        else []
+    )
+    notes = opened.notes + notes + plan.notes
+    return Report(opened.layout, to_layout, _rows(plan), notes, verified, time.monotonic() - began)
+
+
+def write_target(
+    layout: str,
+    source: Source,
+    plan: ConversionPlan,
+    target: Path,
+    ranks: MpiRanks,
+    checksummed_files: dict[Path, FileEntry],
+) -> None:
+    """Write the files of a plan and publish them as the new folder `target`. Collective over `ranks`.
+
+    The source's files are compared with their manifest's entries, `checksummed_files`, at the same time. Raises UserError as
+    `convert` does; nothing is left then.
+    """
+    temporary = target.parent / f".converting-{target.name}"
+    new_parents = [parent for parent in temporary.parents if not parent.exists()]  # the innermost first
+    try:
+        ranks.main_only(lambda: _create(target, temporary, plan))
+        entries = _write(plan, source, checksummed_files, temporary, ranks)
+        ranks.main_only(lambda: _publish(layout, plan, entries, temporary, target))
+    except BaseException:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process has put files into it
+                for parent in new_parents:
+                    parent.rmdir()
+        raise
+
+
+def _prepare(
+    from_layout: str,
+    path: Path,
+    to_layout: str,
+    target: Path,
+    options: Options,
+    config: Config | None,
+    lora: Path | None,
+    lora_scale: float,
+) -> tuple[Checkpoint, Source, ConversionPlan]:
+    if target.exists() or target.is_symlink():
+        raise UserError(f"--to {to_layout} {target} exists already, and nothing is overwritten. Choose a new path.")
+    opened = open_checkpoint(from_layout, path, config)
+    opened.set_prediction(options.prediction)
+    source: Source = opened
+    if config is not None and not layout_of("--from", opened.layout).takes_config:
+        if not is_dense(opened.config):
+            raise UserError(
+                f"--config requires a dense model without experts, which it upcycles, but {path} already has experts or "
+                "edge modules. Leave out --config."
+            )
+        source = UpcycledSource(opened, config)
+    if lora is not None:
+        source = MergedSource(source, read_adapter(lora, options.weights), lora_scale)
+    plan = layout_of("--to", to_layout).plan(source, options, target)
+    check_complete(plan, source)
+    return opened, source, plan
+
+
+def _create(target: Path, temporary: Path, plan: ConversionPlan) -> None:
+    """Create the temporary folder. UserError: it cannot be written, or the disk is too small."""
+    shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+    try:
+        temporary.mkdir(parents=True)
+        free, needed = shutil.disk_usage(temporary).free, sum(f.bytes for f in plan.files)
+    except OSError as error:
+        raise UserError(f"--to {target} cannot be written: {error.strerror}. Choose another path.") from None
+    if free < needed:
+        raise UserError(f"--to {target} requires {needed} bytes of disk space, but {free} bytes are free. Free some space.")
+
+
+def _write(
+    plan: ConversionPlan, source: Source, checksummed_files: dict[Path, FileEntry], temporary: Path, ranks: MpiRanks
+) -> dict[str, FileEntry]:
+    """Write this rank's files while a second thread verifies its share of the source; return all ranks' manifest entries."""
+    files = _share([(f.bytes, f) for f in plan.files], ranks)
+    to_check = _share([(entry["bytes"], (file, entry)) for file, entry in checksummed_files.items()], ranks)
+
+    def work() -> dict[str, FileEntry]:
+        problems: list[str | None] = []
+        checking = threading.Thread(target=lambda: problems.append(integrity_error(to_check)), daemon=True)
+        checking.start()
+        written, syncing = {}, deque[tuple[str, HashedFile]]()
+        try:
+            for number, file in enumerate(files, start=1):
+                bar.report(f"file {number} of {len(files)}", number, len(files))
+                syncing.append((file.name, write_file(file, temporary, source)))
+                if len(syncing) > _SYNCING:
+                    name, oldest = syncing.popleft()
+                    written[name] = oldest.entry()
+        finally:  # all threads end, even after an error
+            written |= {name: file.entry() for name, file in syncing}
+            checking.join()
+        if not problems or problems[0] is not None:
+            raise UserError(
+                f"{source.path} is damaged: {problems[0] if problems else 'its files cannot be verified'}. Use another "
+                "checkpoint."
+            )
+        return written
+
+    with ProgressBar("writing", enabled=ranks.is_main) as bar:
+        done = ranks.raise_on_all_ranks(work)
+    return {name: entry for written in ranks.gather(done) for name, entry in written.items()}
+
+
+def _share(weighted: list[tuple[int, T]], ranks: MpiRanks) -> list[T]:
+    """Divide (weight, item) over the ranks, the heaviest first, each to the rank with the least; return this rank's."""
+    loads, items = [0] * ranks.size, []
+    order = sorted(range(len(weighted)), key=lambda i: (-weighted[i][0], i))
+    for i in order:
+        rank = loads.index(min(loads))
+        loads[rank] += weighted[i][0] + 1
+        if rank == ranks.rank:
+            items.append(weighted[i][1])
+    return items
+
+
+def _publish(layout: str, plan: ConversionPlan, entries: dict[str, FileEntry], temporary: Path, target: Path) -> None:
+    """Write the manifest and other small files, open the result by its own layout, and rename it to its final name."""
+    missing = {f.name for f in plan.files} ^ entries.keys()
+    assert not missing, f"not written: {missing}"
+    for name, data in plan.small.items():
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(temporary / name, data)
+    if plan.finish is not None:
+        plan.finish(temporary)
+    home = (temporary / plan.manifest_name).parent
+    files = {os.path.relpath(temporary / name, home): entries[name] for name in sorted(entries)}
+    write_bytes(temporary / plan.manifest_name, seal(plan.manifest | {"files": files}))
+    with open_checkpoint(layout, temporary) as again:
+        assert len(plan.kinds) <= len(again.kinds())
+    for path in (temporary, *temporary.rglob("*")):
+        if str(path.relative_to(temporary)) not in entries:  # the others are synced already
+            sync(path)
+    temporary.rename(target)
+    sync(target.parent)
+
+
+def _rows(plan: ConversionPlan) -> list[Row]:
+    pieces: dict[str, list[tuple[str, int, Span]]] = {}
+    for file in plan.files:
+        for entry in file.entries:
+            for p in entry.pieces:
+                written = (file.name, p.span.numel * entry.dtype.itemsize, p.span)
+                pieces.setdefault("copies" if p.duplicate else p.kind, []).append(written)
+    return [_row(kind, written) for kind, written in pieces.items()]
+
+
+def _row(kind: str, written: list[tuple[str, int, Span]]) -> Row:
+    files, sizes, spans = zip(*written, strict=True)
+    tensors, parameters = {span.name for span in spans}, sum(span.numel for span in spans)
+    return Row(kind, len(tensors), parameters, sum(sizes), len(set(files)))

@@ -1,0 +1,230 @@
+"""The weights that a new run starts from (`run.init_from`), also if parts of the checkpoint do not fit the model.
+
+`run.reinit` names the parts that may differ. In these parts, parameters that the checkpoint lacks, or has in another shape,
+are initialised as in a new run, and parameters that the model lacks are not loaded. Feed-forward layers of a dense model
+become time experts. A super-resolution model may start from one that draws from captions only.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raphael_dist.checkpoint.tensors import default_weights
+from raphael_dist.config.schema import Config
+from raphael_dist.convert.layouts import open_checkpoint
+from raphael_dist.convert.source_checkpoint import Checkpoint, is_dense, parameter_shapes
+from raphael_dist.convert.upcycle import UpcycledSource
+from raphael_dist.engine.zero import Fragment
+from raphael_dist.errors import UserError
+from raphael_dist.model.controlnet import add_control
+from raphael_dist.model.lora import add_lora
+from raphael_dist.model.routing import gate_kind
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.runtime.progress_bar import Reporter, no_report
+from raphael_dist.storage.tensorfile import as_bytes
+
+_log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+INPUT_CONV = "conv_in.weight"  # its input channels: the latents, then the small image of a super-resolution model
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model, as named in run.reinit, of a parameter; "" if it belongs to none of them."""
+    if ".edge." in name:
+        return "edge"
+    if ".attn2.to_k." in name or ".attn2.to_v." in name:
+        return "text"
+    if ".space_moe." in name:
+        return "space"
+    return gate_kind(name) or ("time" if ".time_moe." in name or ".ff." in name else "")
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What becomes of each parameter.
+
+    Attributes:
+        loaded: read from the checkpoint.
+        reinitialised: initialised as in a new run.
+        unused: of the checkpoint only.
+        upcycled: experts that are made from the layers of a dense model.
+    """
+
+    loaded: tuple[str, ...]
+    reinitialised: tuple[str, ...]
+    unused: tuple[str, ...]
+    upcycled: tuple[str, ...] = ()
+
+    def describe(self, path: Path) -> str:
+        """Return one line about it."""
+        texts = [f"{len(self.loaded)} parameters were loaded from {path}"]
+        groups = ((self.upcycled, "upcycled to experts"), (self.reinitialised, "reinitialised"), (self.unused, "not loaded"))
+        texts += [f"{what}: {len(names)} ({_parts(names)})" for names, what in groups if names]
+        return "; ".join(texts)
+
+
+def check_initial(config: Config, checkpoint: Checkpoint) -> InitialWeights:
+    """Return what becomes of each parameter when a run starts from an opened checkpoint.
+
+    Raises:
+        UserError: a parameter does not fit, and run.reinit does not allow it; the checkpoint's model predicts something else
+            than the run's; or a dense model cannot be upcycled to the experts.
+    """
+    ours, theirs, allowed = parameter_shapes(config), checkpoint.shapes, set[str](config.run.reinit)
+    if _widens(config, checkpoint):
+        theirs = {**theirs, INPUT_CONV: _widened_shape(theirs[INPUT_CONV], config)}
+    new = tuple(n for n in ours if theirs.get(n) != ours[n])
+    unused = tuple(n for n in theirs if theirs[n] != ours.get(n))
+    refused = [n for n in sorted({*new, *unused}) if not _may_differ(n, n in new and n in unused, allowed)]
+    if refused:
+        raise UserError(_refusal(refused, ours, checkpoint, config))
+    checkpoint.check_prediction(config.diffusion.prediction)
+    upcycled = tuple(n for n in new if part_of(n) in ("time", "space")) if _upcycles(config, checkpoint) else ()
+    loaded = tuple(n for n in ours if n not in set(new))
+    initial = InitialWeights(loaded, tuple(n for n in new if n not in set(upcycled)), unused, upcycled)
+    _reader(config, checkpoint, initial)
+    return initial
+
+
+def load_initial(
+    fragments: Iterable[Fragment],
+    path: Path,
+    config: Config,
+    *,
+    verify: bool = True,
+    report: Reporter = no_report,
+) -> InitialWeights:
+    """Copy the weights of a checkpoint (the EMA if there is one) into this rank's fp32 weights.
+
+    Each rank reads its own fragments, in float32. Call `fragments.sync_model` afterwards.
+
+    Args:
+        fragments: of this rank.
+        path: a checkpoint in any layout.
+        config: of the run.
+        verify: check the files' checksums first; one rank does this for all.
+        report: is called with a line about every parameter.
+
+    Raises:
+        UserError: as `check_initial`; nothing is copied then.
+    """
+    checkpoint = open_initial(path)
+    report("its checksums")
+    with checkpoint:
+        if verify and (integrity_error := checkpoint.integrity_error()):
+            raise UserError(f"run.init_from={path} is damaged: {integrity_error}. Use another checkpoint.")
+        for note in checkpoint.notes:
+            _log.warning("run.init_from: %s", note)
+        initial = check_initial(config, checkpoint)
+        read = _reader(config, checkpoint, initial)
+        names = {*initial.loaded, *initial.upcycled}
+        with torch.no_grad():
+            for f in fragments:
+                report(f.name)
+                if f.name in names:
+                    f.master.copy_(read(f.name, f.start, f.numel).view(-1))
+    return initial
+
+
+def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_report) -> tuple[RaphaelUNet, str]:
+    """Return the frozen base model of run.init_from with new adapters or a new control, the same on every rank.
+
+    Expert parallelism and ZeRO shard it afterwards. Arguments and errors are those of `load_initial`.
+
+    Returns:
+        The model, and the SHA-256 of the base's weights, which does not depend on the layout.
+    """
+    assert config.run.init_from is not None  # config.checks requires it
+    with torch.device("meta"):
+        model = RaphaelUNet(config)
+    model.to_empty(device="cpu")
+    whole = [Fragment(n, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True) for n, p in model.named_parameters()]
+    load_initial(whole, config.run.init_from, config, verify=verify, report=report)
+    digest = hashlib.sha256()
+    for fragment in whole:
+        digest.update(fragment.name.encode() + as_bytes(fragment.master))
+    if config.control.enabled:
+        add_control(model, config, config.run.seed)
+    else:
+        add_lora(model, config.lora, config.run.seed)
+    return model, digest.hexdigest()
+
+
+def open_initial(path: Path) -> Checkpoint:
+    """Open the checkpoint of run.init_from. UserError: it cannot be read."""
+    try:
+        return open_checkpoint("auto", path)
+    except UserError as error:
+        raise UserError(f"run.init_from={path} cannot be read: {str(error).removeprefix('--from ')}") from None
+
+
+def _upcycles(config: Config, checkpoint: Checkpoint) -> bool:
+    return is_dense(checkpoint.config) and config.model.space_experts + config.model.time_experts > 0
+
+
+def _widens(config: Config, checkpoint: Checkpoint) -> bool:
+    # On top of a frozen base the new channels would never be trained.
+    return config.upscale.factor > 0 and checkpoint.config.upscale.factor == 0 and not config.trains_adapter_only
+
+
+def _widened_shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+    width, channels, *kernel = shape
+    return (width, channels + config.upscale.channels, *kernel)
+
+
+def _reader(config: Config, checkpoint: Checkpoint, initial: InitialWeights) -> Callable[[str, int, int], Tensor]:
+    if not _widens(config, checkpoint):
+        return _plain_reader(config, checkpoint, initial)
+    narrow = config.model_copy(update={"upscale": checkpoint.config.upscale})
+    read, shape = _plain_reader(narrow, checkpoint, initial), checkpoint.shapes[INPUT_CONV]
+
+    def widened(name: str, start: int, numel: int) -> Tensor:
+        if name != INPUT_CONV:
+            return read(name, start, numel)
+        # Zeros for the channels of the small image: at first the new model computes what the old one does.
+        whole = torch.zeros(_widened_shape(shape, config))
+        whole[:, : shape[1]] = read(name, 0, prod(shape)).view(shape)
+        return whole.view(-1)[start : start + numel]
+
+    return widened
+
+
+def _plain_reader(config: Config, checkpoint: Checkpoint, initial: InitialWeights) -> Callable[[str, int, int], Tensor]:
+    if initial.upcycled:
+        upcycled = UpcycledSource(checkpoint, config, any_text_width="text" in config.run.reinit)
+        return lambda name, start, numel: upcycled.read("master", name, start, numel)
+    kind = default_weights(checkpoint.kinds())
+    return lambda name, start, numel: checkpoint.read(kind, name, start, numel)
+
+
+def _may_differ(name: str, reshaped: bool, allowed: set[str]) -> bool:
+    # The first layer of a text gate has the width of the captions' tokens.
+    by_width = reshaped and gate_kind(name) == "space" and name.endswith(".net.0.weight")
+    return part_of(name) in allowed or (by_width and "text" in allowed)
+
+
+def _refusal(refused: list[str], ours: Shapes, checkpoint: Checkpoint, config: Config) -> str:
+    first, theirs = refused[0], checkpoint.shapes
+    text = (
+        f"run.init_from={checkpoint.path} must fit the model, but tensors differ ({len(refused)} in all): {first} is "
+        f"{theirs.get(first, 'missing')} in the checkpoint and {ours.get(first, 'missing')} in the model. "
+    )
+    parts = {part_of(name) for name in refused}
+    if "" in parts:
+        return text + (
+            "Only edge modules, experts and the width of the captions' tokens may differ. Use the model settings of the "
+            "checkpoint."
+        )
+    allowed = ", ".join(sorted({*config.run.reinit, *parts}))
+    return text + f"To initialise these parts as in a new run, set run.reinit=[{allowed}]."
+
+
+def _parts(names: tuple[str, ...]) -> str:
+    return ", ".join(dict.fromkeys(part_of(name) or "others" for name in names))

@@ -1,0 +1,143 @@
+"""Inspects a checkpoint: what it is, whether it verifies, and whether its experts are alive and different."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
+from raphael_dist.checkpoint.tensors import stacked
+from raphael_dist.config.schema import Config
+from raphael_dist.convert.layout_manifest import checksummed_files
+from raphael_dist.convert.layouts import detect, open_checkpoint
+from raphael_dist.convert.source_checkpoint import Checkpoint
+from raphael_dist.errors import UserError
+from raphael_dist.storage.files import integrity_error
+from raphael_dist.text import escape_control
+
+_SAMPLE = 1 << 16  # elements of each tensor by which two experts with equal norms are compared
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The experts of one layer.
+
+    Attributes:
+        norms: L2 norm of all weights of each expert.
+        dead: experts whose weights are all zero. not_finite: experts with NaN or infinity.
+        same: pairs of experts with equal weights.
+    """
+
+    name: str
+    norms: list[float]
+    dead: list[int]
+    same: list[tuple[int, int]]
+    not_finite: list[int]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return a line for each problem."""
+        texts = [f"expert {k} is dead: all its weights are zero" for k in self.dead]
+        texts += [f"experts {a} and {b} are identical" for a, b in self.same]
+        return texts + [f"expert {k} is not finite" for k in self.not_finite]
+
+
+def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
+    """Open a checkpoint. UserError for pickles whose checksum is in no manifest, unless `unpickle` (still weights only)."""
+    if not unpickle and path.exists():
+        layout = detect(path)
+        pickles = layout.pickles(path)
+        if pickles:
+            _check_pickles(path, pickles, layout.name)
+    return open_checkpoint("auto", path, config)
+
+
+def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
+    """Raise UserError unless a manifest has the right checksum of every pickle."""
+    manifest = pickles[0].parent / MANIFEST
+    is_listed = path.is_dir() and manifest.is_file()
+    files = checksummed_files(manifest.parent, read_manifest(manifest, layout)) if is_listed else {}
+    for pickle in pickles:
+        problem = integrity_error([(pickle, files[pickle])]) if pickle in files else "no manifest has its checksum"
+        if problem:
+            raise UserError(
+                f"{pickle} is a pickle file and is not opened, since it may contain code: {problem}. Add --unpickle to "
+                "read only the weights in it."
+            )
+
+
+def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
+    """Yield a report of the experts of each layer, with one expert's tensor in memory at a time."""
+    kind = "master" if "master" in checkpoint.kinds() else checkpoint.kinds()[0]
+    for layer in dict.fromkeys(owner[0] for name in checkpoint.shapes if (owner := stacked(name))):
+        names = [f"{layer}.{leaf}" for leaf in ("w1", "b1", "w2", "b2")]
+        num_experts = checkpoint.shapes[names[0]][0]
+        norms, heads = [], []
+        for k in range(num_experts):
+            square, head = 0.0, []
+            for name in names:
+                each = prod(checkpoint.shapes[name][1:])
+                values = checkpoint.read(kind, name, k * each, each)
+                square += float(values.double().square().sum())
+                head.append(values[:_SAMPLE].clone())
+            norms.append(square**0.5)
+            heads.append(head)
+        same = [
+            (a, b)
+            for b in range(num_experts)
+            for a in range(b)
+            if norms[a] == norms[b] > 0 and all(torch.equal(x, y) for x, y in zip(heads[a], heads[b], strict=True))
+        ]
+        dead = [k for k, norm in enumerate(norms) if norm == 0]
+        yield LayerReport(layer, norms, dead, same, [k for k, n in enumerate(norms) if not n < float("inf")])
+
+
+def show(checkpoint: Checkpoint) -> bool:
+    """Print a report; return whether the checkpoint verifies (or has no manifest) and there are no warnings."""
+    # In a pipe there is no screen, so no name is cut off.
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)
+    total = sum(prod(shape) for shape in checkpoint.shapes.values())
+    progress = f"step {checkpoint.progress.step}, {checkpoint.progress.samples_seen:,} samples seen"
+    console.print(escape_control(f"{checkpoint.path}: layout {checkpoint.layout}, {progress}"))
+    if checkpoint.topology:
+        console.print(f"written by {checkpoint.topology}")
+    m = checkpoint.config.model
+    console.print(f"channels {list(m.channels)}, {m.space_experts} space experts, {m.time_experts} time experts")
+    for kind in checkpoint.kinds():
+        console.print(f"  {kind}: {len(checkpoint.shapes):,} tensors, {total:,} parameters")
+    for note in checkpoint.notes:
+        console.print(escape_control(note), style="bold red")
+    sound = _show_experts(checkpoint, console)
+    problem = checkpoint.integrity_error()
+    if not checkpoint.files:
+        console.print("no manifest: sizes and checksums cannot be verified; every tensor is there once")
+    elif problem is None:
+        console.print(f"verified: {len(checkpoint.files)} files match the manifest")
+    else:
+        console.print(escape_control(f"damaged: {problem}"), style="bold red")
+    return sound and problem is None
+
+
+def _show_experts(checkpoint: Checkpoint, console: Console) -> bool:
+    table = Table(Column("layer", no_wrap=True, overflow="fold"), "experts", "smallest norm", "largest norm", "warnings")
+    sound, rows = True, 0
+    for layer in inspect_layers(checkpoint):
+        short = layer.name.replace("transformer_blocks.0.", "")
+        warnings = "; ".join(layer.warnings)
+        sound, rows = sound and not warnings, rows + 1
+        norms = f"{min(layer.norms):.4g}", f"{max(layer.norms):.4g}"
+        table.add_row(
+            escape_control(short),
+            str(len(layer.norms)),
+            *norms,
+            Text(warnings, style="red"),
+        )
+    if rows:
+        console.print(table)
+    return sound

@@ -1,0 +1,233 @@
+"""Reads and writes LoRA adapters (`model.lora`): in a run that trained them, or as a folder of peft.
+
+    adapter_config.json           peft's LoraConfig: rank, alpha, which layers
+    adapter_model.safetensors     A [rank, in] and B [out, rank] of each linear layer, float32; of a layer with K experts
+                                  A [K rank, in] and B [out, rank K], as peft stores them for stacked parameters
+
+peft wraps a layer once for each of its parameters. The wrapper of w1, the first, is called `LAYER.base_layer`, that of w2
+`LAYER`.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raphael_dist.checkpoint.progress import START
+from raphael_dist.checkpoint.reader import CheckpointReader
+from raphael_dist.checkpoint.tensors import Shapes, default_weights, stacked
+from raphael_dist.config.model_sections import Lora
+from raphael_dist.convert.adapter_files import export_folder, open_run, read_tensors
+from raphael_dist.convert.write_plan import Source
+from raphael_dist.errors import UserError
+from raphael_dist.model.lora import ATTENTION, import_peft, lora_scale, parse_adapter_name
+from raphael_dist.storage.tensorfile import save_tensors
+from raphael_dist.text import JsonObject, read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_EXPERTS = tuple(f"{kind}_moe.{name}" for kind in ("time", "space") for name in ("w1", "w2"))
+# Options of peft that are not supported, with the value that turns each off.
+_PLAIN: JsonObject = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+}
+_EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Adapters: `scale B A` is added to each parameter.
+
+    Attributes:
+        factors: A [rank, in] and B [out, rank], float32, by name of the parameter; of experts [K, rank, in], [K, out, rank].
+    """
+
+    path: Path
+    scale: float
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+
+    def delta(self, name: str) -> Tensor:
+        """Return the term to add to a parameter, in its shape, float32."""
+        a, b = self.factors[name]
+        return self.scale * (b @ a)
+
+    def check(self, shapes: Shapes, option: str) -> None:
+        """Raise UserError unless the model has every adapted parameter, in the right shape."""
+        for name, (a, b) in self.factors.items():
+            expected = (*b.shape[:-1], a.shape[-1])
+            if shapes.get(name) != expected:
+                actual = (
+                    f"its shape in the model is {list(shapes[name])}"
+                    if name in shapes
+                    else "the model has no such parameter"
+                )
+                raise UserError(
+                    f"{option} {self.path} requires the parameter {name} with the shape {list(expected)}, but {actual}. "
+                    "Use the base model that the adapter was trained with."
+                )
+
+
+class MergedSource:
+    """A source with adapters merged into its weights when they are read. The source itself does not change. At step 0."""
+
+    whole = False
+
+    def __init__(self, source: Source, adapter: Adapter, strength: float = 1.0, option: str = "--lora") -> None:
+        """`strength`: a factor on top of the adapter's own scale."""
+        adapter.check(source.shapes, option)
+        self.path, self.config, self.shapes = source.path, source.config, source.shapes
+        self.progress, self.dataset = START, ""
+        self._source, self._adapter, self._strength = source, adapter, strength
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds of weights. Moments are left out: they belong to the weights before the merge."""
+        return tuple(kind for kind in self._source.kinds() if kind in ("master", "ema"))
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Return elements [start, start + numel) of a flattened tensor, float32."""
+        values = self._source.read(kind, name, start, numel)
+        if name not in self._adapter.factors:
+            return values
+        if self._last[0] != name:
+            self._last = (name, self._strength * self._adapter.delta(name).flatten())
+        return values + self._last[1][start : start + numel].view_as(values)
+
+
+def read_adapter(path: Path, weights: str | None = None, option: str = "--lora") -> Adapter:
+    """Read adapters.
+
+    Args:
+        path: a folder of peft, a run (its newest checkpoint that verifies), or one of its step folders.
+        weights: of a run, "ema" or "master". None, or a run without EMA: the default.
+        option: name of the command line option, for messages.
+
+    Raises:
+        UserError: there are no adapters at `path`, or they are of a kind that is not supported.
+    """
+    if (path / CONFIG).is_file():
+        return read_peft_folder(path, option)
+    return adapter_of(open_run(path, CONFIG, option), weights, option)
+
+
+def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str = "--lora") -> Adapter:
+    """Return the adapters in a checkpoint of a run that trained them. UserError: it trained all weights."""
+    lora = reader.config().lora
+    if not lora.rank:
+        raise UserError(
+            f"{option} {reader.folder} must be of a run that trained adapters, but its lora.rank is 0. Use another run."
+        )
+    kind = "master" if weights == "master" else default_weights(reader.kinds())
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name in reader.shapes:
+        target = parse_adapter_name(name)
+        assert target is not None, name
+        parameter, factor = target
+        parts[parameter][factor] = reader.whole(kind, name)
+    factors = {name: (both["A"], both["B"]) for name, both in parts.items()}
+    return Adapter(reader.folder, lora_scale(lora.rank, lora.alpha), factors)
+
+
+def write_adapter(adapter: Adapter, lora: Lora, base: str, folder: Path) -> None:
+    """Write adapters as a new folder of peft, for the base model `base`. A folder that is not complete never appears."""
+    attention, experts = "attention" in lora.targets, "experts" in lora.targets
+    config = import_peft().LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=ATTENTION if attention else [],
+        target_parameters=[name for name in _EXPERTS if any(n.endswith(name) for n in adapter.factors)] if experts else None,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    with export_folder(folder) as temporary:
+        config.save_pretrained(str(temporary))
+        with open(temporary / WEIGHTS, "xb") as file:
+            save_tensors(file, _peft_tensors(adapter), {"format": "pt"})
+
+
+def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    tensors = {}
+    for name, (a, b) in adapter.factors.items():
+        owner = stacked(name)
+        module = name.removesuffix(".weight") if owner is None else owner[0]
+        if owner is not None:
+            both = owner[1] == "w1" and f"{module}.w2" in adapter.factors
+            module += ".base_layer" if both else ""
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.contiguous()
+    return tensors
+
+
+def read_peft_folder(folder: Path, option: str) -> Adapter:
+    """Read a folder of peft."""
+    config = _read_config(folder, option)
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in read_tensors(folder / WEIGHTS).items():
+        module, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if factor not in ("A", "B") or tensor.ndim != 2:
+            raise UserError(
+                f"{option}: {key} in {folder / WEIGHTS} must be a LoRA matrix A or B, but it is not (shape "
+                f"{list(tensor.shape)}). Use plain LoRA adapters."
+            )
+        tensors[module][factor] = tensor
+    parameters, factors = [str(name) for name in config.get("target_parameters") or ()], {}
+    for module, pair in tensors.items():
+        name = _parameter_of(module, tensors, parameters)
+        if name is None or pair.keys() != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1] or len(pair["A"]) % rank:
+            raise UserError(
+                f"{option}: the adapter of {module} in {folder / WEIGHTS} must match {CONFIG}, but it does not. Use the "
+                f"{CONFIG} and {WEIGHTS} of one training run."
+            )
+        if not stacked(name) and len(pair["A"]) != rank:
+            raise UserError(
+                f"{option} {folder}: r={rank} in {CONFIG} must be the rank of the tensors, but the rank of {module} is "
+                f"{len(pair['A'])}. Use the {CONFIG} and {WEIGHTS} of one training run."
+            )
+        factors[name] = _unstack(pair["A"], pair["B"], rank) if stacked(name) else (pair["A"], pair["B"])
+    return Adapter(folder, lora_scale(rank, alpha, bool(config.get("use_rslora"))), factors)
+
+
+def _read_config(folder: Path, option: str) -> JsonObject:
+    """Return peft's configuration. UserError: it cannot be read, or is not that of plain LoRA."""
+    try:
+        config: JsonObject = read_json(folder / CONFIG)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        if rank < 1 or not math.isfinite(alpha):
+            raise ValueError(f"r = {rank}, lora_alpha = {alpha}")
+        unsupported = [key for key, value in _PLAIN.items() if config.get(key, value) != value]
+        unsupported += [key for key in _EMPTY if config.get(key)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
+    if unsupported:
+        key = unsupported[0]
+        raise UserError(f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters.")
+    return config
+
+
+def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
+    """Return the parameter that a module of the file adapts; None if the configuration does not name it."""
+    layer = module.removesuffix(".base_layer")
+    names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})
+    if not names:
+        return f"{module}.weight"
+    wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner one is the first parameter's
+    return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return peft's A [K rank, in] and B [out, rank K] as [K, rank, in] and [K, out, rank]."""
+    return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()

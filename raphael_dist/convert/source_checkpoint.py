@@ -1,0 +1,169 @@
+"""A checkpoint in any layout, as spans of parameters in files. Layouts differ only in how they locate the spans."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from raphael_dist.checkpoint.progress import START, Progress
+from raphael_dist.checkpoint.tensors import KINDS, Key, coverage_error
+from raphael_dist.config.schema import Config
+from raphael_dist.errors import UserError
+from raphael_dist.model.layers import TransformerBlock
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.storage.files import FileEntry, integrity_error
+from raphael_dist.storage.tensorfile import CHUNK, FileReader, StoredTensor
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        config: of its run or model.
+        spans: where the values of each kind of each parameter are.
+        progress: of its run.
+        dataset: checksum of the data its run was trained on.
+        files: size and SHA-256 of each file, from the manifest; empty without one.
+        topology: which ranks wrote it, as text.
+        notes: lines for the user.
+        layout: name of its layout. whole: whether that holds the whole state of a run. `open_checkpoint` sets both.
+        says_prediction: whether the files state the prediction type; else `config` has the default.
+    """
+
+    path: Path
+    config: Config
+    spans: dict[Key, list[StoredTensor]]
+    progress: Progress = START
+    dataset: str = ""
+    files: dict[Path, FileEntry] = field(default_factory=dict)
+    topology: str = ""
+    notes: list[str] = field(default_factory=list)
+    layout: str = ""
+    whole: bool = False
+    says_prediction: bool = True
+
+    def __post_init__(self) -> None:
+        self.shapes = parameter_shapes(self.config)
+        self._reader = FileReader()
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds of values that it holds, in the order of KINDS."""
+        return tuple(kind for kind in KINDS if any(k == kind for k, _ in self.spans))
+
+    def check(self) -> None:
+        """Raise UserError unless every parameter is there exactly once in every kind, in files that the manifest lists."""
+        if "master" not in self.kinds():
+            raise UserError(
+                f"{self.path} must contain weights (master), but it contains {', '.join(self.kinds()) or 'nothing'}. Use "
+                "another checkpoint."
+            )
+        read = {span.path for spans in self.spans.values() for span in spans}
+        if self.files and not read <= self.files.keys():
+            raise UserError(
+                f"{min(read - self.files.keys())} must be listed in the manifest, but it is not. Remove the file, or the "
+                "manifest."
+            )
+        problem = coverage_error(
+            {key: [(s.start, s.numel) for s in spans] for key, spans in self.spans.items()}, self.kinds(), self.shapes
+        )
+        if problem:
+            raise UserError(f"{self.path} must contain each tensor exactly once, but {problem}. Use another checkpoint.")
+        for spans in self.spans.values():
+            spans.sort(key=lambda span: (span.start, span.numel))
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Return elements [start, start + numel) of a flattened tensor, float32. LookupError when they are missing."""
+        return self._reader.read(self.spans[kind, name], start, numel)
+
+    def set_prediction(self, prediction: str | None) -> None:
+        """Set the prediction type from --prediction if the files do not state it.
+
+        UserError: they state another one, or neither states it.
+        """
+        stored = self.config.diffusion.prediction
+        if self.says_prediction and prediction not in (None, stored):
+            raise UserError(
+                f"--prediction {prediction} must be {stored}, the prediction type that {self.path} states. Leave out "
+                "--prediction."
+            )
+        if not self.says_prediction and prediction is None:
+            raise UserError(
+                f"{self.path} must have a scheduler file that states its prediction type, but it has none. Add "
+                "--prediction epsilon or --prediction v_prediction."
+            )
+        diffusion = self.config.diffusion.model_copy(update={"prediction": prediction or stored})
+        self.config, self.says_prediction = self.config.model_copy(update={"diffusion": diffusion}), True
+
+    def check_prediction(self, prediction: str) -> None:
+        """Raise UserError unless the prediction type is known, and is that of the run that starts from it."""
+        if not self.says_prediction:
+            raise UserError(
+                f"run.init_from={self.path} must have a scheduler file that states its prediction type, but it has none. "
+                "Copy the folder scheduler/ of the model into it, or convert it with tools/convert_checkpoint.py "
+                "--prediction epsilon or --prediction v_prediction."
+            )
+        check_same_prediction("run.init_from", self.path, self.config, prediction)
+
+    def integrity_error(self) -> str | None:
+        """Return which file does not match the manifest, or None (always None without a manifest)."""
+        return integrity_error(self.files.items())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close the files."""
+        self._reader.close()
+
+
+@lru_cache(maxsize=8)
+def _structure(architecture: str) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    with torch.device("meta"):
+        model = RaphaelUNet(Config.model_validate_json(architecture))
+    blocks = [name for name, module in model.named_modules() if isinstance(module, TransformerBlock)]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return shapes, dict(zip(blocks, model.block_levels, strict=True))
+
+
+def _structure_of(config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    # "megablocks" requires its package to build the model; shapes do not depend on the backend.
+    model = config.model.model_copy(update={"expert_backend": "auto"})
+    return _structure(Config(model=model, edge=config.edge, upscale=config.upscale).model_dump_json())
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of the configuration's model, in the model's order."""
+    return dict(_structure_of(config)[0])
+
+
+def block_levels(config: Config) -> dict[str, int]:
+    """Return the name of every transformer block of the model with its U-Net level, in order of execution."""
+    return dict(_structure_of(config)[1])
+
+
+def check_same_prediction(field: str, path: Path, source: Config, prediction: str) -> None:
+    """Raise UserError unless the source model has the prediction type of the run."""
+    stored = source.diffusion.prediction
+    if stored != prediction:
+        raise UserError(
+            f"diffusion.prediction={prediction} must be {stored}, the prediction type of {field} {path}. Set "
+            f"diffusion.prediction={stored}, or use another model."
+        )
+
+
+def is_dense(config: Config) -> bool:
+    """Return whether the model has neither experts nor edge modules, so diffusers has a class for it."""
+    m = config.model
+    return not (m.space_experts or m.time_experts or config.edge.weight > 0)
+
+
+def chunks(start: int, numel: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Yield (start, numel) of pieces of at most `size`."""
+    for first in range(start, start + numel, size):
+        yield first, min(size, start + numel - first)

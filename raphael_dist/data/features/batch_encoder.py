@@ -1,0 +1,236 @@
+"""The encoders of a run, and the encoding of a batch."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config.upscale import COLOURS
+from raphael_dist.data.captions import CLEANING_VERSION
+from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder
+from raphael_dist.data.features.hed import EdgeEncoder
+from raphael_dist.data.features.packing import PACKING_VERSION, Text, pool_edges
+from raphael_dist.data.features.run_encoders import TextFeatures
+from raphael_dist.data.shards.decode_sample import ImageDataset
+from raphael_dist.data.stream import StreamSample
+from raphael_dist.model.device import is_gpu
+from raphael_dist.model.super_resolution import downscale
+
+IMAGE_BATCH = 16
+TEXT_BATCH = 64
+_thread = threading.local()
+
+
+@dataclass
+class Encoders:
+    """The encoders of a run.
+
+    Attributes:
+        edges: The edge detector (HED); None if the run makes no edge maps.
+        upscale: Factor of super-resolution; 0: none.
+        null: Features of the empty caption (B = 1), on the device; computed when `null_text` is first called.
+    """
+
+    text: TextEncoder
+    image: ImageEncoder
+    edges: EdgeEncoder | None
+    device: torch.device
+    upscale: int = 0
+    null: TextFeatures | None = None
+
+    def load_weights(self) -> None:
+        """Load the weights of all encoders in the calling thread. Raises UserError where they cannot be read."""
+        for encoder in (self.text, self.image, self.edges):
+            if encoder is not None:
+                encoder.load_weights()
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Run the block on a CUDA stream of this thread, and wait for the stream at the end. Does nothing without a GPU."""
+        if not is_gpu(self.device):
+            yield
+            return
+        if not hasattr(_thread, "stream"):  # kept: one stream cannot reuse memory that another has freed
+            _thread.stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(_thread.stream):
+            yield
+        _thread.stream.synchronize()  # in the encoding thread, so that the training stream never waits for it
+
+    def latents(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std of the latents, float32 [B, C, h, w] on the device, for images uint8 [B, 3, H, W]."""
+        parts = [self.image.encode(_signed(part.to(self.device))) for part in images.split(IMAGE_BATCH)]
+        return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
+
+    def edge_maps(self, images: Tensor) -> Tensor:
+        """Return edge maps at the latents' size, float32 [B, h, w] on the device, for images uint8 [B, 3, H, W]."""
+        assert self.edges is not None
+        parts = [self.edges.encode(_signed(part.to(self.device))) for part in images.split(IMAGE_BATCH)]
+        return pool_edges(torch.cat(parts), self.image.factor)
+
+    def provenance(self, dataset: ImageDataset) -> dict[str, object]:
+        """Return all settings that features depend on, by the configuration field."""
+        edges = dataset.edge if self.edges is None else f"{dataset.edge} {self.edges.fingerprint}"
+        return {
+            "upscale.factor": self.upscale,
+            "text.encoder": self.text.fingerprint,
+            "image.vae": self.image.fingerprint,
+            "image.buckets": [list(bucket) for bucket in dataset.buckets],
+            "data.edge_maps": edges,
+            "data.caption_from": [CLEANING_VERSION, dataset.captions.source],
+            "data.caption_weights": [list(pair) for pair in dataset.captions.weights],
+            "format": [PACKING_VERSION, dataset.max_pixels],
+        }
+
+    def null_text(self) -> TextFeatures:
+        """Return the features of the empty caption, B = 1, on the device."""
+        if self.null is None:
+            self.null = self.text.encode([""])
+        return self.null
+
+
+def _signed(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+@dataclass
+class Encoded:
+    """The features of a batch.
+
+    Attributes:
+        x0: Latents, float32 [B, C, h, w].
+        text: Tokens, float32 [B, Y, D].
+        mask: Attended tokens, bool [B, Y].
+        end: Index of the end-of-text token, int64 [B].
+        edge: Edge maps, float32 [B, h, w], or None.
+        seconds: Time by kind of work.
+        small: Small images for super-resolution, uint8 [B, 3, Hs, Ws], or None.
+    """
+
+    x0: Tensor
+    text: Tensor
+    mask: Tensor
+    end: Tensor
+    edge: Tensor | None
+    seconds: dict[str, float]
+    small: Tensor | None = None
+
+
+class BatchEncoder:
+    """Encodes the raw parts of a batch's samples on the device; parts that are already encoded stay on the host."""
+
+    def __init__(self, encoders: Encoders, with_edges: bool) -> None:
+        self._encoders, self._with_edges = encoders, with_edges
+
+    def encode(self, samples: Sequence[StreamSample]) -> Encoded:
+        """Return the features of samples of one bucket. On a GPU this runs on a side stream and is complete on return."""
+        began = time.monotonic()
+        if any(s.image is not None or s.text is None for s in samples):
+            with self._encoders.side_stream():
+                encoded = self._encode(samples)
+        else:
+            encoded = self._encode(samples)
+        encoded.seconds["encoding"] = time.monotonic() - began
+        for sample in samples:
+            for kind, seconds in sample.seconds.items():
+                encoded.seconds[kind] = encoded.seconds.get(kind, 0.0) + seconds
+        return encoded
+
+    def zeros(self, count: int, shape: tuple[int, int, int]) -> Encoded:
+        """Return zeros with the shapes of `encode` for `count` samples; `shape` is [C, h, w] of their latents."""
+        text = self._encoders.text
+        tokens, ends = torch.zeros(count, text.max_tokens, text.width), torch.zeros(count, dtype=torch.int64)
+        edge = torch.zeros(count, *shape[1:]) if self._with_edges else None
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        return Encoded(torch.zeros(count, *shape), tokens, mask, ends, edge, {}, self._zero_small(count, shape[1:]))
+
+    def _encode(self, samples: Sequence[StreamSample]) -> Encoded:
+        raw = [sample.image for sample in samples if sample.image is not None]
+        images = torch.stack(raw) if raw else None
+        return Encoded(self._x0(samples, images), *self._text(samples), self._edges(samples), {}, self._small(samples))
+
+    def _x0(self, samples: Sequence[StreamSample], images: Tensor | None) -> Tensor:
+        rows: dict[int, Tensor] = {i: s.latents for i, s in enumerate(samples) if s.latents is not None}
+        if images is not None:
+            raw = [i for i, sample in enumerate(samples) if sample.image is not None]
+            noise = torch.stack([samples[i].noise for i in raw]).to(self._encoders.device)
+            mean, std = self._encoders.latents(images)
+            rows |= dict(zip(raw, mean + std * noise, strict=True))
+        return _stack([rows[i] for i in range(len(samples))])
+
+    def _text(self, samples: Sequence[StreamSample]) -> tuple[Tensor, Tensor, Tensor]:
+        rows: dict[int, Text] = {i: s.text for i, s in enumerate(samples) if s.text is not None}
+        captions = list(dict.fromkeys(s.caption for s in samples if s.text is None and s.caption))
+        encoded: dict[str, Text] = {}
+        if any(s.text is None and not s.caption for s in samples):
+            null = self._encoders.null_text()
+            encoded[""] = null.tokens[0], null.mask[0], null.end[0]
+        for first in range(0, len(captions), TEXT_BATCH):
+            part = captions[first : first + TEXT_BATCH]
+            features = self._encoders.text.encode(part)
+            self._encoders.text.counter.warn()
+            encoded |= dict(zip(part, zip(features.tokens, features.mask, features.end, strict=True), strict=True))
+        rows |= {i: encoded[s.caption] for i, s in enumerate(samples) if s.text is None}
+        tokens, masks, ends = zip(*(rows[i] for i in range(len(samples))), strict=True)
+        return _stack(tokens), _stack(masks), _stack([torch.as_tensor(end) for end in ends])
+
+    def _edges(self, samples: Sequence[StreamSample]) -> Tensor | None:
+        if not self._with_edges:
+            return None
+        rows = {i: s.edge for i, s in enumerate(samples) if s.edge is not None}
+        missing = [i for i in range(len(samples)) if i not in rows]
+        if missing:
+            # From the unmirrored image: HED of a mirrored image differs slightly from the mirrored map.
+            plain = [s.image.flip(-1) if s.flipped else s.image for s in (samples[i] for i in missing)]  # type: ignore[union-attr]
+            maps = self._encoders.edge_maps(torch.stack(plain))  # type: ignore[arg-type]
+            rows |= {i: edge.flip(-1) if samples[i].flipped else edge for i, edge in zip(missing, maps, strict=True)}
+        return _stack([rows[i] for i in range(len(samples))])
+
+    def _small(self, samples: Sequence[StreamSample]) -> Tensor | None:
+        if not self._encoders.upscale:
+            return None
+        rows = {i: s.small for i, s in enumerate(samples) if s.small is not None}
+        raw = [i for i in range(len(samples)) if i not in rows]
+        if raw:
+            images = torch.stack([samples[i].image for i in raw])  # type: ignore[misc]
+            rows |= dict(zip(raw, downscale(images, self._encoders.upscale), strict=True))
+        return torch.stack([rows[i] for i in range(len(samples))])
+
+    def _zero_small(self, count: int, latent_hw: tuple[int, int]) -> Tensor | None:
+        if not self._encoders.upscale:
+            return None
+        sides = (side * self._encoders.image.factor // self._encoders.upscale for side in latent_hw)
+        return torch.zeros(count, COLOURS, *sides, dtype=torch.uint8)
+
+
+class NotEncodedError(Exception):
+    """A sample of a batch is not encoded yet."""
+
+
+def needs_encoding(sample: StreamSample) -> bool:
+    """Return whether a sample needs an encoder for more than the empty caption."""
+    return sample.image is not None or (sample.text is None and bool(sample.caption))
+
+
+class HostEncoder(BatchEncoder):
+    """Assembles encoded samples in processes without a device. Raises NotEncodedError for other samples."""
+
+    def __init__(self, encoder: BatchEncoder, null: TextFeatures | None) -> None:
+        """`null`: the features of the empty caption; None: `encoder` computes them now."""
+        null = encoder._encoders.null_text() if null is None else null
+        null = TextFeatures(null.tokens.cpu().float(), null.mask.cpu(), null.end.cpu())
+        super().__init__(replace(encoder._encoders, device=torch.device("cpu"), null=null), encoder._with_edges)
+
+    def _encode(self, samples: Sequence[StreamSample]) -> Encoded:
+        if any(map(needs_encoding, samples)):
+            raise NotEncodedError
+        return super()._encode(samples)
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows of the host and of the device; on the device if one of them is there."""
+    device = next((row.device for row in rows if row.device.type != "cpu"), rows[0].device)
+    return torch.stack([row.to(device) for row in rows])

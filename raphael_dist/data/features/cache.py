@@ -1,0 +1,315 @@
+"""The cache of features: computed once per shard, memory-mapped, and verified as each sample is read."""
+
+import hashlib
+import io
+import json
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor
+
+from raphael_dist.data.buckets import nearest_buckets
+from raphael_dist.data.features.batch_encoder import Encoders
+from raphael_dist.data.features.cache_build import IMAGE_TENSORS, TABLES, TEXT_TENSORS, ShardBuilder, checksum, encode_half
+from raphael_dist.data.features.feature_source import OnlineFeatures
+from raphael_dist.data.features.packing import Pick, SampleFeatures, unpack
+from raphael_dist.data.features.run_encoders import TextFeatures
+from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.index import BadSample
+from raphael_dist.errors import UserError
+from raphael_dist.runtime.progress_bar import Reporter, no_report
+from raphael_dist.storage.checksummed import read_sealed, write_sealed
+from raphael_dist.storage.files import atomic_path
+from raphael_dist.storage.tensorfile import DTYPE_NAMES, save_tensors
+
+_log = logging.getLogger(__name__)
+_OPEN_FILES = 64
+_UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, IndexError)
+
+
+class FeatureCache:
+    """Features in one safetensors file per shard under `root`/`fingerprint`.
+
+    - The fingerprint depends on the encoders, buckets, flip, captions and edge maps. A file's name depends on the shard's
+      content. So shards may be added or moved without computing the others again.
+    - Several processes may write and read at once: a file appears complete or not at all.
+    - A sample whose file is missing or damaged is returned raw, as online; the next `build` computes the file again.
+    """
+
+    decodes_images = False
+
+    def __init__(self, root: Path, dataset: ImageDataset, encoders: Encoders, flip: bool, with_text: bool = True) -> None:
+        """Open the cache; files are opened when they are read.
+
+        Args:
+            root: Folder of all caches.
+            dataset: The samples.
+            encoders: The encoders; their weights are loaded when something is computed.
+            flip: Also store the latents of mirrored images.
+            with_text: Store the captions' tokens, not their text.
+
+        Raises:
+            UserError: The image encoder's factor does not divide a bucket.
+        """
+        self._online = OnlineFeatures(dataset, encoders.image)
+        self.dataset, self.index, self.buckets, self.flip = dataset, dataset.index, dataset.buckets, flip
+        self.latent_factor, self.latent_channels = self._online.latent_factor, self._online.latent_channels
+        self.encoders, self._with_text = encoders, with_text
+        self._builder = ShardBuilder(dataset, encoders, flip, with_text)
+        parts = [encoders.provenance(dataset), flip, with_text]
+        self.fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        self.folder = Path(root) / self.fingerprint
+        self._open_shard = lru_cache(maxsize=_OPEN_FILES)(lambda shard: _CachedShard(self.path(shard)))
+        self._fill_thread: _FillThread | None = None
+
+    def path(self, shard: int) -> Path:
+        """Return the file of a shard number."""
+        source = self.index.shards[shard]
+        return self.folder / f"{Path(source.name).stem[:100]}-{source.content[:16]}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the shards that have samples and no file yet."""
+        return [n for n, shard in enumerate(self.index.shards) if shard.num_samples and not self.path(n).is_file()]
+
+    def build(self, shards: Sequence[int], report: Reporter = no_report) -> None:
+        """Compute and write the files of these shards. Corrupt samples are recorded as bad.
+
+        Raises:
+            UserError: A file cannot be written, or features exceed the range of float16.
+        """
+        for number, shard in enumerate(shards, start=1):
+            self._build_shard(shard, number, len(shards), report)
+
+    def _build_shard(self, shard: int, number: int, total: int, report: Reporter) -> None:
+        sizes, first = self.index.shards[shard].sizes, int(self.index.starts[shard])
+        buckets = nearest_buckets(sizes[:, 0], sizes[:, 1], self.buckets).tolist()
+        tensors, bad = self._builder.build(
+            first, buckets, lambda text: report(f"shard {number} of {total}, {text}", number, total)
+        )
+        tables_sum = checksum(tensors[name] for name in TABLES)
+        layout = {name: (DTYPE_NAMES[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()}
+        about = {"bad": bad, "tables_sum": tables_sum, "layout_sum": _layout_sum(layout, bad)}
+        path = self.path(shard)
+        try:
+            with atomic_path(path) as temporary, open(temporary, "xb") as file:
+                save_tensors(file, tensors, {"shard": json.dumps(about)})
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def fill_in_background(self, shards: Sequence[int]) -> None:
+        """Compute the files of these shards in a thread until `close`; until then their samples are read as online."""
+        self._fill_thread = _FillThread(self, shards)
+        self._fill_thread.start()
+
+    @property
+    def filling(self) -> bool:
+        """Whether `fill_in_background` was called."""
+        return self._fill_thread is not None
+
+    def close(self) -> None:
+        """Stop `fill_in_background`; unfinished files stay missing. Raises UserError where the thread has failed."""
+        if self._fill_thread is not None:
+            self._fill_thread.stop()
+
+    def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
+        """Return a sample's features with one of its captions, mirrored if `flip`; raw where the cache lacks them.
+
+        Raises:
+            BadSampleError: The sample cannot be used.
+            ValueError: `flip` with a cache that has no mirrored latents.
+        """
+        if flip and not self.flip:
+            raise ValueError("this cache has no mirrored latents; create it with flip")
+        if self._fill_thread is not None:
+            self._fill_thread.check()
+        number, row = self.index.locate(sample_id)
+        began = time.monotonic()
+        try:
+            features = self._open_shard(number).get(row, pick, flip)
+        except FileNotFoundError:
+            return self._online.get(sample_id, bucket, pick, flip)
+        except _UNREADABLE as error:
+            self._quarantine(number, error)
+            return self._online.get(sample_id, bucket, pick, flip)
+        if features is None:
+            source = self.index.shards[number]
+            raise BadSampleError(source.name, source.keys[row], "it was bad when it was cached")
+        features.seconds = {"reading": time.monotonic() - began}
+        return features
+
+    def _quarantine(self, shard: int, error: Exception) -> None:
+        """Rename a damaged file to damaged-NAME and log it, unless another process has done so."""
+        path = self.path(shard)
+        try:
+            path.replace(path.with_name(f"damaged-{path.name}"))
+        except OSError:
+            return
+        self._open_shard.cache_clear()
+        _log.warning(
+            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, and "
+            "the next start computes it again", path, " ".join(str(error).split())[:200],
+        )  # fmt: skip
+
+    def verify(self, shards: Sequence[int], report: Reporter = no_report) -> None:
+        """Open the files of these shards and quarantine damaged ones, which then count as missing."""
+        for number in shards:
+            report(f"the cached shard {number}")
+            try:
+                self._open_shard(number)
+            except FileNotFoundError:
+                pass
+            except _UNREADABLE as error:
+                self._quarantine(number, error)
+
+    @cached_property
+    def known_bad(self) -> dict[int, BadSample]:
+        """Sample id -> the samples that could not be encoded. `index.bad` has those that the index rejects."""
+        missing = set(self.missing())
+        present = [n for n, shard in enumerate(self.index.shards) if shard.num_samples and n not in missing]
+        return {sample_id: bad for number in present for sample_id, bad in self._read_bad(number).items()}
+
+    @cached_property
+    def null_text(self) -> TextFeatures | None:
+        """The features of the empty caption, B = 1, float32 on the CPU; None where tokens are not cached.
+
+        They are computed where no file has them. Raises UserError where the file cannot be written.
+        """
+        if not self._with_text:
+            return None
+        path = self.folder / "null_text.safetensors"
+        try:
+            tensors = load(read_sealed(path))
+        except (OSError, ValueError, SafetensorError):
+            tensors = encode_half(self.encoders.text, [""]).tensors()
+            buffer = io.BytesIO()
+            save_tensors(buffer, tensors)
+            try:
+                write_sealed(path, buffer.getvalue())
+            except OSError as error:
+                raise _cannot_write(path, error) from error
+        return TextFeatures(tensors["tokens"].float(), tensors["mask"], tensors["end"])
+
+    def _read_bad(self, shard: int) -> dict[int, BadSample]:
+        source, first = self.index.shards[shard], int(self.index.starts[shard])
+        try:
+            entries = self._open_shard(shard).bad
+        except _UNREADABLE:
+            return {}  # `get` reports the damage
+        return {first + n: BadSample(source.name, source.keys[n], reason) for n, reason in entries}
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"data.cache_dir: {path} cannot be written: {error}. Check free space and permissions.")
+
+
+class _FillThread(threading.Thread):
+    """Builds shards during training; a request to stop takes effect at the next batch of images.
+
+    A file that cannot be written only costs speed. Any other failure ends training: the cache would stay empty.
+    """
+
+    def __init__(self, cache: FeatureCache, shards: Sequence[int]) -> None:
+        super().__init__(name="cache", daemon=True)
+        self._cache, self._shards, self._stop_requested = cache, shards, threading.Event()
+        self._failure: UserError | None = None
+
+    def _report(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        if self._stop_requested.is_set():
+            raise InterruptedError
+
+    def run(self) -> None:
+        try:
+            with self._cache.encoders.side_stream():
+                self._cache.build(self._shards, self._report)
+            _log.info("data.cache_dir: all %d shards of this rank are cached", len(self._shards))
+        except InterruptedError:
+            pass
+        except UserError as error:
+            _log.warning("%s Latents and text tokens are computed in each step instead.", error)
+        except Exception as error:  # `check` raises it in the training thread
+            _log.exception("data.cache_fill=during: the cache cannot be filled")
+            self._failure = UserError(
+                f"data.cache_fill=during: the cache cannot be filled ({type(error).__name__}: {error}); the log of the run "
+                "has the traceback. Set data.features=online to train without the cache."
+            )
+
+    def check(self) -> None:
+        """Raise UserError where the thread has failed."""
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Stop the thread and log what is not cached. Raises as `check`."""
+        self._stop_requested.set()
+        self.join()
+        self.check()
+        if missing := [number for number in self._shards if not self._cache.path(number).is_file()]:
+            _log.warning(
+                "data.cache_fill=during: %d of %d shards of this rank are not cached yet", len(missing), len(self._shards)
+            )
+
+
+def _layout_sum(layout: dict[str, tuple[str, list[int]]], bad: list[tuple[int, str]]) -> int:
+    """Return the CRC-32 over a file's header: dtype and shape of each tensor, and the bad samples."""
+    return zlib.crc32(json.dumps([layout, bad], sort_keys=True).encode())
+
+
+class _CachedShard:
+    """One shard's file (cache_build.py lists its tensors): tables in memory, single rows of the large tensors."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileNotFoundError, and OSError, SafetensorError, KeyError or ValueError for a damaged file."""
+        self._file = safe_open(path, framework="pt")
+        # One entry: safetensors writes several in no fixed order.
+        about = json.loads(self._file.metadata()["shard"])
+        self.bad: list[tuple[int, str]] = about["bad"]
+        self._names = set(self._file.keys())
+        self._bucket, self._row, self._offsets, self._caption_rows, self._weights = (
+            self._file.get_tensor(name).numpy() for name in TABLES
+        )
+        if checksum(self._file.get_tensor(name) for name in TABLES) != about["tables_sum"]:
+            raise ValueError("the tables do not match their checksum")
+        slices = {name: self._file.get_slice(name) for name in self._names}
+        layout = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in slices.items()}
+        if about["layout_sum"] != _layout_sum(layout, self.bad):
+            raise ValueError("its header does not match its checksum")
+
+    def get(self, number: int, pick: Pick, flip: bool) -> SampleFeatures | None:
+        """Return a sample's features; None for a bad sample. Raises ValueError where they do not match their checksum."""
+        bucket, row = int(self._bucket[number]), int(self._row[number])
+        if bucket < 0:
+            return None
+        captions = slice(self._offsets[number], self._offsets[number + 1])
+        text_row = int(self._caption_rows[captions][pick(self._weights[captions].tolist())])
+        names = [name for name in IMAGE_TENSORS if f"{name}.{bucket}" in self._names]
+        tensors = self._read_row(names, f".{bucket}", row, "sum")
+        tensors["weights"] = torch.ones(1)
+        return unpack({**tensors, **self._read_text(text_row)}, lambda _: 0, flip)
+
+    def _read_text(self, row: int) -> dict[str, Tensor]:
+        if "tokens" in self._names:
+            return {name: tensor[None] for name, tensor in self._read_row(TEXT_TENSORS, "", row, "text_sum").items()}
+        ends = self._file.get_tensor("caption_ends")
+        first, last = int(ends[row - 1]) if row else 0, int(ends[row])
+        text = self._file.get_slice("captions")[first:last].clone()
+        if checksum([text]) != int(self._read("text_sum", row)):
+            raise ValueError(f"caption {row} does not match its checksum")
+        return {"captions": text, "caption_ends": ends[row : row + 1] - first}
+
+    def _read_row(self, names: Sequence[str], suffix: str, row: int, sum_name: str) -> dict[str, Tensor]:
+        tensors = {name: self._read(f"{name}{suffix}", row) for name in names}
+        if checksum(tensors.values()) != int(self._read(f"{sum_name}{suffix}", row)):
+            raise ValueError(f"row {row} does not match its checksum")
+        return tensors
+
+    def _read(self, name: str, row: int) -> Tensor:
+        # A copy: a view would keep the whole map alive, and writing into it would change the cached values.
+        return self._file.get_slice(name)[row : row + 1][0].clone()

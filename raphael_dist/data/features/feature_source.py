@@ -1,0 +1,128 @@
+"""The three sources of the features that training needs of a sample.
+
+- online: Images and captions are encoded before each step (`batch_encoder.py`).
+- cached: A file for each shard holds the features (`cache.py`); what is missing is encoded as online.
+- stored: A member of each sample holds the features, written by tools/prepare_data.py.
+
+All three give the same numbers up to the rounding in `packing.py`.
+"""
+
+import time
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from raphael_dist.data.buckets import factor_errors
+from raphael_dist.data.features.encoders import ImageEncoder
+from raphael_dist.data.features.packing import Pick, SampleFeatures, pool_edges, unpack
+from raphael_dist.data.features.run_encoders import TextFeatures
+from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.index import BadSample, DatasetIndex
+from raphael_dist.data.shards.tar_scan import FEATURES_EXT
+from raphael_dist.errors import UserError
+from raphael_dist.text import parse_json
+
+
+class FeatureSource(Protocol):
+    """Provides the features of samples; threads and forks may share one.
+
+    decodes_images: `get` decodes images for every sample.
+    """
+
+    index: DatasetIndex
+    buckets: tuple[tuple[int, int], ...]
+    latent_factor: int
+    latent_channels: int
+    decodes_images: bool
+
+    @property
+    def known_bad(self) -> dict[int, BadSample]:
+        """Sample id -> samples that are known to be bad before they are read."""
+
+    @property
+    def null_text(self) -> TextFeatures | None:
+        """The features of the empty caption (B = 1), where they are stored."""
+
+    def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
+        """Return a sample at the size of a bucket, mirrored if `flip`.
+
+        `pick` draws one of its captions. Raises BadSampleError where the sample cannot be used, and UserError.
+        """
+
+    def close(self) -> None:
+        """Stop background work."""
+
+
+class OnlineFeatures:
+    """Decodes samples; `BatchEncoder` encodes them later."""
+
+    known_bad: dict[int, BadSample] = {}  # noqa: RUF012  # never written: nothing is known before it is read
+    null_text = None
+    decodes_images = True
+
+    def __init__(self, dataset: ImageDataset, image: ImageEncoder) -> None:
+        """Raises UserError for a bucket that the image encoder's factor does not divide."""
+        if errors := factor_errors(dataset.buckets, image.factor):
+            raise UserError(*errors)
+        self.dataset, self.index, self.buckets = dataset, dataset.index, dataset.buckets
+        self.latent_factor, self.latent_channels = image.factor, image.channels
+
+    def close(self) -> None: ...
+
+    def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
+        sample = self.dataset.load(sample_id, bucket, flip)
+        began = time.monotonic()
+        edge = None if sample.edge is None else pool_edges(torch.from_numpy(sample.edge)[None], self.latent_factor)[0]
+        seconds = {**sample.seconds, "decoding": sample.seconds["decoding"] + time.monotonic() - began}
+        caption = sample.captions[pick(sample.weights)]
+        return SampleFeatures(image=torch.from_numpy(sample.image), caption=caption, edge=edge, seconds=seconds)
+
+
+class StoredFeatures(OnlineFeatures):
+    """Reads each sample's features from its member `.features`."""
+
+    decodes_images = False
+
+    def __init__(self, dataset: ImageDataset, image: ImageEncoder, provenance: dict[str, object]) -> None:
+        """`provenance`: the settings that the features must have been made with (`Encoders.provenance`)."""
+        super().__init__(dataset, image)
+        # Without the edge loss any edge maps are accepted: they are not used.
+        self._provenance = {
+            name: value for name, value in provenance.items() if name != "data.edge_maps" or dataset.edge != "none"
+        }
+
+    def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
+        began = time.monotonic()
+        members = self.dataset.read(sample_id, [FEATURES_EXT])
+        shard, number = self.index.locate(sample_id)
+        source = self.index.shards[shard]
+        if FEATURES_EXT not in members:
+            raise UserError(
+                f"data.features=stored requires encoded features in every sample, but sample {source.keys[number]!r} of "
+                f"{source.name} has none. Add them with tools/prepare_data.py --features, or set data.features=online."
+            )
+        try:
+            features = self._unpack(members[FEATURES_EXT], pick, flip, source.name)
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise BadSampleError(source.name, source.keys[number], f"its features cannot be read ({error})") from error
+        features.seconds = {"reading": time.monotonic() - began}
+        return features
+
+    def _unpack(self, data: bytes, pick: Pick, flip: bool, shard: str) -> SampleFeatures:
+        tensors = load(data)
+        stored = parse_json(bytes(tensors.pop("provenance").numpy()).decode())
+        wrong = [name for name, value in self._provenance.items() if stored.get(name) != value]
+        if wrong:
+            raise UserError(
+                f"data.features=stored requires features that were made with this run's settings, but those in {shard} "
+                f"were made with different settings: {', '.join(wrong)}. Restore these settings, prepare the shards again, "
+                "or set data.features=online."
+            )
+        if flip and "mean_flip" not in tensors:
+            raise UserError(
+                f"data.flip=true requires features of mirrored images, but {shard} has none. Prepare the shards again with "
+                "data.flip=true, or set data.flip=false."
+            )
+        return unpack(tensors, pick, flip)

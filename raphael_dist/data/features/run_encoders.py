@@ -1,0 +1,94 @@
+"""How loaded encoders are applied: tokens to text features, images to latents and back.
+
+Shape legend: B samples, Y text tokens, D text width, C latent channels, h and w latent height and width, H and W of images.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatures:
+    """Encoded captions.
+
+    Attributes:
+        tokens: float32 [B, Y, D].
+        mask: bool [B, Y], true at attended tokens.
+        end: int64 [B], index of the end-of-text token.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    end: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {"tokens": self.tokens, "mask": self.mask, "end": self.end}
+
+
+def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
+    """Return the features of tokenized captions.
+
+    Args:
+        model: a text encoder of transformers.
+        ids_BY: token numbers, int64, on its device.
+        attention_mask_BY: 0 at padding.
+        end_id: number of the end-of-text token; None: there is none.
+    """
+    mask_BY = attention_mask_BY.bool()
+    # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
+    is_clip = model.config.model_type.startswith("clip")
+    tokens = model(input_ids=ids_BY, attention_mask=None if is_clip else mask_BY.long()).last_hidden_state
+    return TextFeatures(tokens.float(), mask_BY, end_of_text_B(ids_BY, mask_BY, end_id))
+
+
+def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
+    """Return the index of the first end-of-text token, or of the last attended token where there is none, int64 [B].
+
+    It is the first one, because CLIP may pad with the end-of-text token.
+    """
+    last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
+    if end_id is None:
+        return last
+    is_end = ids_BY == end_id
+    return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), last)
+
+
+def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the latents, float32 [B, C, h, w].
+
+    Shift and scale are applied: training latents are mean + std * noise.
+
+    Args:
+        vae: an autoencoder of diffusers.
+        images: [B, 3, H, W] in -1..1.
+        device: where it runs; with offload, its weights move there when it is called.
+    """
+    encoded = vae.encode(images.to(device, vae.dtype))[0]
+    # A distribution if it is an AutoencoderKL.
+    mean, std = (encoded, torch.zeros_like(encoded)) if isinstance(encoded, Tensor) else (encoded.mean, encoded.std)
+    shift, scale = latent_shift_and_scale(vae, device)
+    return (mean.float() - shift) * scale, std.float() * scale
+
+
+def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
+    """Decode latents [B, C, h, w] (scaled as by `encode_images`) to images, float32 [B, 3, H, W] in -1..1."""
+    shift, scale = latent_shift_and_scale(vae, device)
+    latents = (latents.to(device).float() / scale + shift).to(vae.dtype)
+    images: Tensor = vae.decode(latents).sample
+    return images.float().clamp(-1, 1)
+
+
+def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the shift and the scale of latents by diffusers' configuration, for all channels [] or each [C, 1, 1]."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        shift, divisor = (torch.tensor(values, device=device).float().view(-1, 1, 1) for values in (mean, std))
+        return shift, config.scaling_factor / divisor
+    values = (config.get("shift_factor") or 0.0, config.scaling_factor)
+    shift, scale = (torch.tensor(float(value), device=device) for value in values)
+    return shift, scale

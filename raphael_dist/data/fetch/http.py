@@ -1,0 +1,176 @@
+"""Reads files of web servers: reports what the server answers, and never reads more bytes than requested.
+
+This uses only the session and the event loop of fsspec's HTTP file system. The calls of that file system turn every failure
+into FileNotFoundError, and read and decompress bodies of any length.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse
+
+T = TypeVar("T")
+_SKIP_BYTES = 1 << 20  # read at a time before the first requested byte
+_ABSENT = {404, 410}
+_DENIED = {401, 403, 407}
+_PACKED_NAMES = (".gz", ".tgz")
+
+
+class HttpError(OSError):
+    """An answer that is not the file.
+
+    status: The HTTP status, or 0. retry_after_s: The seconds of the server's Retry-After header.
+    """
+
+    def __init__(self, reason: str, status: int = 0, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.status, self.retry_after_s = status, retry_after_s
+
+
+class HttpFile:
+    """One file of a web server, read in ranges. Without range support the body is requested once and read in order."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        """`timeout_s`: limit for one answer, or for the bytes of one `read`."""
+        self._url, self._timeout_s = url, timeout_s
+        self._fs: Any = None
+        self._body: Any = None  # the response being read, at byte `_at`
+        self._at = 0
+
+    def stat(self) -> tuple[int | None, Mapping[str, str]]:
+        """Return the size by the server's headers, and the headers. Raises as `read`."""
+        return self._wait(self._stat)
+
+    def read(self, start: int, end: int, size: int) -> bytes:
+        """Return bytes start .. end - 1 of a file of `size` bytes.
+
+        Raises:
+            HttpError, FileNotFoundError, PermissionError: By the server's answer.
+            TimeoutError: The server was too slow. Errors of aiohttp are passed on.
+        """
+        try:
+            return self._wait(self._read, start, end, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection of a body that was not read to the end."""
+        if self._body is not None:
+            self._fs.loop.call_soon_threadsafe(self._body.close)
+            self._body = None
+
+    def _wait(self, request: Callable[..., Coroutine[object, object, T]], *args: int) -> T:
+        from fsspec import asyn, filesystem
+
+        if self._fs is None:
+            self._fs = filesystem("http")
+        result: T = asyn.sync(self._fs.loop, request, *args)
+        return result
+
+    async def _stat(self) -> tuple[int | None, Mapping[str, str]]:
+        head = await self._ask("HEAD", {})
+        head.close()
+        if head.ok and head.headers.get("Content-Length", "").isdigit():
+            return int(head.headers["Content-Length"]), head.headers
+        if head.status in _ABSENT or head.status == 429 or "Retry-After" in head.headers:
+            _check(head)
+        # Signed addresses allow only GET, and some servers do not support HEAD.
+        response = await self._ask("GET", {"Range": "bytes=0-0"})
+        response.close()
+        _check(response)
+        return _stated_size(response), response.headers
+
+    async def _read(self, start: int, end: int, size: int) -> bytes:
+        if self._body is None or self._at != start:
+            self.close()
+            self._body = await self._ask("GET", {"Range": f"bytes={start}-{end - 1}"})
+            await self._check_start(start, size)
+        whole = self._body.status != 206
+        data = await self._take(end - start)
+        self._at = end
+        if (end == size or not whole) and await self._has_more():
+            raise HttpError("the server sends more bytes than its headers state")
+        if end == size or not whole:
+            self._body.close()
+            self._body = None
+        return data
+
+    async def _check_start(self, start: int, size: int) -> None:
+        """Check an answer's headers, and skip the bytes before `start`."""
+        response = self._body
+        _check(response)
+        packed = response.headers.get("Content-Encoding", "identity")
+        if packed != "identity" and not self._url.partition("?")[0].lower().endswith(_PACKED_NAMES):
+            raise HttpError(f"the server compresses the file ({packed[:20]}) against the request")
+        stated = _stated_size(response)
+        if stated not in (None, size):
+            raise HttpError(f"the size has changed from {size} to {stated} bytes")
+        first = response.headers.get("Content-Range", f"bytes {start}-").removeprefix("bytes ").partition("-")[0]
+        if response.status == 206 and first != str(start):
+            raise HttpError("the server sends another range than requested")
+        skipped = 0 if response.status == 206 else start
+        while skipped:
+            skipped -= len(await self._take(min(skipped, _SKIP_BYTES)))
+
+    async def _ask(self, method: str, headers: dict[str, str]) -> "ClientResponse":
+        """Return the answer; its body is not read yet, and is not decompressed."""
+        import aiohttp
+
+        session = await self._fs.set_session()
+        return await asyncio.wait_for(
+            session.request(
+                method,
+                self._fs.encode_url(self._url),
+                headers={"Accept-Encoding": "identity", **headers},
+                allow_redirects=True,
+                auto_decompress=False,
+                timeout=aiohttp.ClientTimeout(total=None),
+            ),
+            self._timeout_s,
+        )
+
+    async def _take(self, num_bytes: int) -> bytes:
+        try:
+            data: bytes = await asyncio.wait_for(self._body.content.readexactly(num_bytes), self._timeout_s)
+        except asyncio.IncompleteReadError as error:
+            raise HttpError(f"received {len(error.partial)} of {num_bytes} requested bytes") from error
+        return data
+
+    async def _has_more(self) -> bool:
+        return bool(await asyncio.wait_for(self._body.content.read(1), self._timeout_s))
+
+
+def _check(response: "ClientResponse") -> None:
+    """Raise the exception for an answer that is not the file."""
+    status = response.status
+    if status in (200, 206):
+        return
+    if status in _ABSENT:
+        raise FileNotFoundError
+    if status in _DENIED:
+        raise PermissionError
+    raise HttpError(f"status {status}", status, _retry_after_seconds(response.headers.get("Retry-After", "")))
+
+
+def _stated_size(response: "ClientResponse") -> int | None:
+    """Return the size of the whole file by the headers of an answer; None where they do not state it."""
+    if response.status == 206:
+        text = response.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        text = response.headers.get("Content-Length", "")
+    return int(text) if text.isdigit() else None
+
+
+def _retry_after_seconds(retry_after: str) -> float:
+    """Return the seconds of a Retry-After header, which holds a number or a date."""
+    if retry_after.isdigit():
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0

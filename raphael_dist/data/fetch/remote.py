@@ -1,0 +1,182 @@
+"""Reads files of https://, s3://, gs://, hf:// and other services of fsspec, in pieces and with retries.
+
+Each service's library finds its own credentials and endpoints (AWS_*, HF_TOKEN, ...). Messages do not show the credentials
+that a URL may hold (user:password@, ?signature); see `text.hide_secrets`.
+"""
+
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import fsspec
+
+from raphael_dist.data.fetch.http import HttpError, HttpFile
+from raphael_dist.errors import UserError
+from raphael_dist.text import HIDDEN, hide_secrets
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs")
+NO_LISTING = ("http", "https")
+PIECE_BYTES = 16 << 20
+_FINAL = {400, 401, 403, 404, 410}  # HTTP statuses that a repeated request does not change
+_MAX_PAUSE_S = 30.0
+_MAX_WAIT_S = 120.0  # limit for Retry-After
+
+
+class RemoteError(Exception):
+    """A remote file that could not be read; the text is the reason, without secrets.
+
+    final: A repeated request cannot succeed. absent: The server reports that the file does not exist.
+    """
+
+    def __init__(self, text: str, final: bool = False, absent: bool = False) -> None:
+        super().__init__(text)
+        self.final, self.absent = final, absent
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """The number of retries, the limit for one request, and the first pause, which doubles after each retry."""
+
+    retries: int = 5
+    timeout_s: float = 60.0
+    pause_s: float = 0.5
+
+
+DEFAULT_RETRY = RetryPolicy()
+
+
+def is_remote(name: str) -> bool:
+    """Return whether a name is a supported URL. Raises UserError for an unsupported one."""
+    match = _SCHEME.match(name)
+    if match is None:
+        return False
+    if match[1].lower() not in SCHEMES or not name[match.end() :].startswith("//"):
+        raise UserError(
+            f"data.shards={hide_secrets(name)!r} must be a path or a URL that begins with {'://, '.join(SCHEMES)}://. "
+            "Change it."
+        )
+    if HIDDEN in name:
+        raise UserError(
+            f"data.shards={name!r} must be a complete address, but '{HIDDEN}' in it stands for a user, password or query, "
+            "which runs do not store. Write the whole address."
+        )
+    return True
+
+
+def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
+    """Return a file's size in bytes and a stamp that changes with it (ETag, generation or time; "" without any)."""
+    file = _open(url, retry)
+    size, info = _with_retries(url, retry, file.stat)
+    if size is None:
+        raise RemoteError(f"{hide_secrets(url)}: the server does not state its size")
+    names = ("ETag", "etag", "generation", "blob_id", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime")
+    lfs = info.get("lfs") or {}
+    stamps = [lfs.get("sha256") if isinstance(lfs, dict) else None, *(info.get(name) for name in names)]
+    return size, next((str(stamp) for stamp in stamps if stamp), "")
+
+
+def pieces(url: str, size: int, retry: RetryPolicy) -> Iterator[bytes]:
+    """Yield the `size` bytes of a file in pieces, each with retries. Raises RemoteError where the retries fail."""
+    file = _open(url, retry)
+    try:
+        for start in range(0, size, PIECE_BYTES):
+            end = min(size, start + PIECE_BYTES)
+            yield _with_retries(url, retry, partial(file.read, start, end, size))
+    finally:
+        file.close()
+
+
+def matches(pattern: str, retry: RetryPolicy) -> list[str]:
+    """Return the files that match a URL with wildcards."""
+    return sorted(_with_retries(pattern, retry, _LibraryFile(pattern, retry.timeout_s).matches))
+
+
+class _LibraryFile:
+    """A file of a service, read by its file system of fsspec."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._url, self._timeout_s = url, timeout_s
+
+    def _resolve(self) -> tuple[Any, str, dict[str, Any]]:
+        fs, path = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
+        return fs, path, {"timeout": self._timeout_s} if fs.async_impl else {}
+
+    def stat(self) -> tuple[int | None, Mapping[str, Any]]:
+        fs, path, options = self._resolve()
+        fs.invalidate_cache()  # hf:// caches the state of a file in spite of use_listings_cache=False
+        info: dict[str, Any] = fs.info(path, **options)
+        size = info.get("size")
+        return size if isinstance(size, int) else None, info
+
+    def read(self, start: int, end: int, size: int) -> bytes:
+        fs, path, options = self._resolve()
+        data = bytes(fs.cat_file(path, start=start, end=end, **options))
+        if len(data) == size:  # a server without range support sends everything
+            data = data[start:end]
+        if len(data) != end - start:
+            raise HttpError(f"received {len(data)} of {end - start} requested bytes")
+        return data
+
+    def matches(self) -> list[str]:
+        fs, path, options = self._resolve()
+        return [fs.unstrip_protocol(match) for match in fs.glob(path, **options)]
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+def _open(url: str, retry: RetryPolicy) -> HttpFile | _LibraryFile:
+    kind = HttpFile if url.partition(":")[0].lower() in NO_LISTING else _LibraryFile
+    return kind(url, retry.timeout_s)
+
+
+def _with_retries(url: str, retry: RetryPolicy, request: Callable[[], T]) -> T:
+    """Return the result of `request`, with retries."""
+    pause = retry.pause_s
+    for attempt in range(retry.retries + 1):
+        try:
+            return request()
+        except ImportError as error:
+            raise UserError(
+                f"data.shards={hide_secrets(url)} requires a library that is not installed ({error}). "
+                'Run: pip install "raphael_dist[remote]"'
+            ) from None
+        except Exception as error:  # each library has its own errors
+            reason, final = _reason(error), _is_final(error)
+            if final or attempt == retry.retries:
+                attempts = f" ({attempt + 1} attempts)" if attempt else ""
+                absent = isinstance(error, FileNotFoundError)
+                raise RemoteError(f"{hide_secrets(url)}: {reason}{attempts}", final, absent) from error
+            wait = min(getattr(error, "retry_after_s", 0.0), _MAX_WAIT_S)
+            _log.info("%s: %s; retry in %.1f s", hide_secrets(url), reason, max(wait, pause))
+        # Random, so that a thousand rejected ranks do not return at the same time.
+        time.sleep(wait + pause * random.Random(os.urandom(8)).uniform(0.5, 1.0))
+        pause = min(2 * pause, _MAX_PAUSE_S)
+    raise AssertionError("unreachable")
+
+
+def _is_final(error: Exception) -> bool:
+    if isinstance(error, (FileNotFoundError, PermissionError)) or getattr(error, "status", None) in _FINAL:
+        return True
+    return type(error).__name__ in ("TooManyRedirects", "InvalidUrlRedirectClientError", "NonHttpUrlRedirectClientError")
+
+
+def _reason(error: Exception) -> str:
+    status = getattr(error, "status", None)
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return "access is denied"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    # The text of a library's error may hold the whole URL with its secrets.
+    return str(error) if isinstance(error, HttpError) else f"status {status}" if status else type(error).__name__

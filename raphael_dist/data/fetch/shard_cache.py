@@ -1,0 +1,275 @@
+"""Access to shards: local files, or a bounded cache folder of fetched and expanded ones.
+
+The processes of a node share the folder. One of them fetches a shard under a lock while the others wait. A file appears
+complete or not at all. The least recently used files are evicted; a process that has one open can still read it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from raphael_dist.data.fetch import remote
+from raphael_dist.data.fetch.remote import DEFAULT_RETRY, RemoteError, RetryPolicy
+from raphael_dist.data.shards.tar_scan import gunzip
+from raphael_dist.errors import UserError
+from raphael_dist.storage.files import atomic_path, no_links, sha256, write_all
+from raphael_dist.text import hide_secrets
+
+if TYPE_CHECKING:
+    from raphael_dist.config.data_sections import Data  # not imported at run time: worker processes do not need pydantic
+
+_GZIPPED = re.compile(r"(\.tar\.gz|\.tgz)$", re.IGNORECASE)
+_CACHE_VERSION = 1
+_SHA256 = "sha256:"  # prefix of the mark where the server states none: the digest of the plain tar
+_STALE_S = 3600.0  # an older temporary file was left by a killed process
+_TOUCH_S = 10.0
+
+
+class ShardError(UserError):
+    """A shard that cannot be read: its base name and the reason.
+
+    absent: The shard does not exist. Otherwise it cannot be reached or stored, and its state is unknown.
+    """
+
+    def __init__(self, shard: str, reason: str, absent: bool = False) -> None:
+        super().__init__(shard, reason, absent)  # all three, so that it can be sent to another process
+        self.shard, self.reason, self.absent = shard, reason, absent
+
+    def __str__(self) -> str:
+        return f"data.shards: {self.shard} cannot be used: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """The state of a shard's source: its size in bytes, and a mark that changes with it (mtime in ns, ETag or digest)."""
+
+    num_bytes: int
+    mark: str
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """Provides local files for shards. It holds no open file, so it can be sent to other processes.
+
+    Attributes:
+        folder: Where gzipped local shards are expanded permanently; None: they are rejected.
+        fetched: Where remote shards are cached.
+        max_bytes: Limit for `fetched`.
+        retry: How requests to servers are repeated.
+    """
+
+    folder: Path | None = None
+    fetched: Path | None = None
+    max_bytes: int = 64 << 30
+    retry: RetryPolicy = DEFAULT_RETRY
+
+    def stamp(self, name: str) -> Stamp:
+        """Return the present state of the shard `name` (path or URL). Raises ShardError: it is missing or not readable."""
+        if remote.is_remote(name):
+            try:
+                return Stamp(*remote.stat(name, self.retry))
+            except RemoteError as error:
+                raise ShardError(base_name(name), str(error), error.absent) from error
+        try:
+            status = Path(name).stat()
+        except OSError as error:
+            absent = isinstance(error, FileNotFoundError)
+            raise ShardError(base_name(name), f"{name}: {error.strerror}", absent) from error
+        return Stamp(status.st_size, str(status.st_mtime_ns))
+
+    def fetch_new(self, name: str, stamp: Stamp) -> tuple[Stamp, Path]:
+        """Return the stamp for a shard's index record and the local path of its plain tar. Raises as `fetch`.
+
+        Where a server states nothing that changes with the file, the shard is fetched in any case, and the SHA-256 of the
+        plain tar becomes its stamp.
+        """
+        if stamp.mark:
+            return stamp, self.fetch(name, stamp)
+        path = self.path(name, stamp)
+        path.unlink(missing_ok=True)
+        path = self.fetch(name, stamp)
+        stamp = Stamp(stamp.num_bytes, _SHA256 + sha256(path))
+        final_path = self.path(name, stamp)
+        final_path.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(final_path)
+        return stamp, final_path
+
+    def path(self, name: str, stamp: Stamp) -> Path:
+        """Return the local path of a shard's plain tar, which may not exist yet."""
+        plain = _GZIPPED.sub(".tar", base_name(name))
+        if remote.is_remote(name):
+            if self.fetched is None:
+                raise UserError(
+                    f"data.shards={hide_secrets(name)} is remote and requires a folder for its download. Set data.cache_dir."
+                )
+            digest = _digest([name, stamp.num_bytes, stamp.mark])
+            return self.fetched / digest[:2] / digest[:32] / plain
+        if plain == base_name(name):
+            return Path(name)
+        if self.folder is None:
+            raise UserError(
+                f"data.shards={name} is gzipped and requires a folder for the unpacked file. Set data.cache_dir, or gunzip "
+                "the file."
+            )
+        # The folder depends on the file's state, so that a changed .tar.gz is expanded again.
+        digest = _digest([_CACHE_VERSION, str(Path(name).resolve()), stamp.num_bytes, int(stamp.mark)])
+        return self.folder / "expanded" / digest[:32] / plain
+
+    def fetch(self, name: str, stamp: Stamp) -> Path:
+        """Return the local path of a shard's plain tar; fetch or expand it first if necessary.
+
+        Raises:
+            ShardError: It cannot be read, has changed since `stamp`, or does not fit into the folder.
+            DamagedShardError: A .tar.gz is not gzip.
+        """
+        path = self.path(name, stamp)
+        if path == Path(name) or path.is_file():
+            return path
+        try:
+            if remote.is_remote(name):
+                with _locked(path):
+                    if not path.is_file():
+                        self._download(name, stamp, path)
+            else:
+                with atomic_path(path) as temporary:
+                    gunzip(Path(name), temporary)
+        except RemoteError as error:
+            raise ShardError(base_name(name), str(error), error.absent) from error
+        except OSError as error:
+            where = error.filename or path
+            raise ShardError(
+                base_name(name), f"{where}: {error.strerror or error}; check free space and permissions"
+            ) from error
+        return path
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a shard's source. Raises ShardError where it cannot be read."""
+        try:
+            if not remote.is_remote(name):
+                with open(name, "rb") as file:
+                    return file.read(num_bytes)
+            size, _ = remote.stat(name, self.retry)
+            return b"".join(remote.pieces(name, min(num_bytes, size), self.retry))
+        except (OSError, RemoteError) as error:
+            raise ShardError(base_name(name), getattr(error, "strerror", None) or str(error)) from error
+
+    def open(self, name: str, stamp: Stamp) -> int:
+        """Return a descriptor of a shard's plain tar, which the caller must close. Raises as `fetch`."""
+        path = self.fetch(name, stamp)
+        for is_last in (False, True):
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                break
+            except FileNotFoundError as error:
+                if is_last or path == Path(name):  # otherwise another process may have evicted it between the two calls
+                    raise ShardError(
+                        base_name(name), f"{path} is missing, although it existed when it was indexed"
+                    ) from error
+                path = self.fetch(name, stamp)
+            except OSError as error:
+                raise ShardError(
+                    base_name(name), f"{path}: {error.strerror}, although it was readable when it was indexed"
+                ) from error
+        status = os.fstat(descriptor)
+        if path == Path(name) and Stamp(status.st_size, str(status.st_mtime_ns)) != stamp:
+            os.close(descriptor)
+            raise ShardError(base_name(name), f"{path} has changed since it was indexed. Start again")
+        if path != Path(name) and time.time() - status.st_mtime > _TOUCH_S:
+            with contextlib.suppress(OSError):
+                os.utime(descriptor)
+        return descriptor
+
+    def _download(self, url: str, stamp: Stamp, path: Path) -> None:
+        """Download a remote shard to `path`, after evicting others if necessary."""
+        if stamp.num_bytes > self.max_bytes:
+            raise UserError(
+                f"data.shard_cache_gb={self.max_bytes / 2**30:g} must be large enough for each shard, but "
+                f"{hide_secrets(url)} has {stamp.num_bytes / 2**30:.1f} GiB. Raise it."
+            )
+        self._evict(stamp.num_bytes)
+        try:
+            self._write(url, stamp, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._evict(self.max_bytes)  # others fill the same disk: evict everything and try once more
+            self._write(url, stamp, path)
+
+    def _write(self, url: str, stamp: Stamp, path: Path) -> None:
+        with atomic_path(path) as temporary:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                for piece in remote.pieces(url, stamp.num_bytes, self.retry):
+                    write_all(descriptor, memoryview(piece))
+            finally:
+                os.close(descriptor)
+            changed = RemoteError(f"{hide_secrets(url)} has changed since it was indexed. Index it again")
+            by_content = stamp.mark.startswith(_SHA256)
+            if not by_content and self.stamp(url) != stamp:
+                raise changed
+            if _GZIPPED.search(base_name(url)):
+                plain = temporary.with_name(f"{temporary.name}.tar")
+                try:
+                    gunzip(temporary, plain)
+                    plain.replace(temporary)
+                finally:
+                    plain.unlink(missing_ok=True)
+            if by_content and _SHA256 + sha256(temporary) != stamp.mark:
+                raise changed
+
+    def _evict(self, num_bytes: int) -> None:
+        """Remove the least recently used files until `num_bytes` more fit below the limit."""
+        assert self.fetched is not None
+        with _locked(self.fetched / "room"):
+            files, now = [], time.time()
+            for path in self.fetched.glob("*/*/*"):
+                with contextlib.suppress(OSError):  # another process removed it
+                    status = path.stat()
+                    if path.suffix != ".lock" and (path.suffix != ".tmp" or now - status.st_mtime > _STALE_S):
+                        files.append((status.st_mtime, status.st_size, path))
+            excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
+            for _, size, path in sorted(files):
+                if excess <= 0:
+                    return
+                path.unlink(missing_ok=True)
+                excess -= size
+
+
+def store_of(d: "Data") -> ShardStore:
+    """Return the object that reads the shards of a configuration."""
+    fetched = d.cache_dir / "shards" if d.shard_cache is None else d.shard_cache
+    retry = RetryPolicy(d.retries, d.timeout_s)
+    return ShardStore(d.cache_dir / "index", fetched, int(d.shard_cache_gb * 2**30), retry)
+
+
+def base_name(name: str) -> str:
+    """Return the last part of a path or URL."""
+    return PurePosixPath(re.split(r"[?#]\(hidden\)", hide_secrets(name))[0] if "://" in name else name).name
+
+
+def plain_name(name: str) -> str:
+    """Return the base name of a shard without its compression suffix: a.tar for a.tar.gz."""
+    return _GZIPPED.sub(".tar", base_name(name))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file next to `path`, for the processes of this node."""
+    lock = path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a", opener=no_links) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _digest(values: list[object]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -1,0 +1,79 @@
+"""Prefetches the shards of the current and the next window before their samples are read."""
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import psutil
+
+from raphael_dist.data.fetch.remote import is_remote
+from raphael_dist.data.mixture import MixedOrder
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.errors import UserError
+
+_log = logging.getLogger(__name__)
+_THREADS = 4
+_SHARE_OF_MEMORY = 0.5
+
+
+class ShardPrefetcher:
+    """Fetches remote shards into the store's folder, and lets the system read local ones ahead into the page cache.
+
+    The ranks of a node share both, and each begins with different shards. Errors are left to the reader of the shard.
+    Thread-safe.
+    """
+
+    def __init__(self, order: SampleOrder | MixedOrder, first: int = 0) -> None:
+        """`first`: the shard of a window to begin with: the rank's number on its node."""
+        self._order, self._index, self._first = order, order.index, first
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
+        self._current: list[int] = []
+        self._futures: dict[int, Future[None]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def prefetch_from(self, position: int) -> None:
+        """Start prefetching the shards that are read from a position on."""
+        shards = self._order.shards_from(position)
+        with self._lock:
+            if shards == self._current or self._closed:
+                return
+            self._current = shards
+            half = len(shards) // 2
+            for number in (*_rotated(shards[:half], self._first), *_rotated(shards[half:], self._first)):
+                if number not in self._futures:
+                    self._futures[number] = self._pool.submit(self._prefetch, number)
+            for number in [n for n in self._futures if n not in shards]:
+                self._futures.pop(number).cancel()
+
+    def close(self) -> None:
+        """Cancel what has not started, and wait for the rest."""
+        with self._lock:
+            self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _prefetch(self, number: int) -> None:
+        shard = self._index.shards[number]
+        try:
+            if not is_remote(shard.source) and not _fits(self._index, self._current):
+                return
+            path = self._index.store.fetch(shard.source, shard.stamp)
+            if not is_remote(shard.source):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                os.close(descriptor)
+        except (UserError, OSError) as error:
+            _log.debug("shard %s was not prefetched: %s", shard.name, error)
+
+
+def _rotated(shards: Sequence[int], first: int) -> list[int]:
+    start = first % len(shards) if shards else 0
+    return [*shards[start:], *shards[:start]]
+
+
+def _fits(index: DatasetIndex, shards: Sequence[int]) -> bool:
+    """Return whether the windows fit into free memory: otherwise reading ahead would evict pages in use."""
+    return int(index.num_bytes[list(shards)].sum()) < _SHARE_OF_MEMORY * psutil.virtual_memory().available

@@ -1,0 +1,182 @@
+"""Reads every external image: upright, transparency on white, 8 bits per channel, with a limit on pixels."""
+
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+
+from raphael_dist.errors import UserError
+
+IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
+MAX_PIXELS = 64 << 20
+_USER_FORMATS = (*IMAGE_FORMATS, "AVIF", "BMP", "GIF", "TIFF")  # for files that the user names
+_EXT_OF = {"WEBP": "webp", "PNG": "png", "JPEG": "jpg"}
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+# Other formats that occur under the names of images: (offset, bytes, format).
+_MAGIC = (
+    (0, b"GIF8", "GIF"), (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftypavi", "AVIF"),
+    (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIF"), (4, b"ftypmsf1", "HEIF"),
+    (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"), (4, b"jP  ", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"8BPS", "PSD"), (0, b"%PDF", "PDF"), (0, b"\0\0\1\0", "ICO"), (0, b"<svg", "SVG"), (0, b"<?xml", "XML"),
+    (0, b"<html", "HTML"), (0, b"<!doctype html", "HTML"),
+)  # fmt: skip
+_ADDRESS = re.compile(r"<([\w.]+) object at 0x[0-9a-fA-F]+>| at 0x[0-9a-fA-F]+")
+
+# Training on half an image is worse than skipping it. Some libraries turn this on.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def decode_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = IMAGE_FORMATS, background: str = "white"
+) -> Image.Image:
+    """Decode an image to upright RGB, with transparency on `background`.
+
+    Raises:
+        ValueError: The header states more than `max_pixels`; nothing was decoded.
+        Exception: Decoders raise nearly anything on damaged images.
+    """
+    image = _open(data, formats)
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"image has {image.width} x {image.height} pixels, but at most {max_pixels} are allowed")
+    return to_rgb(image, background)
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert an image of Pillow to upright RGB, with transparency on `background`. Raises ValueError for other modes."""
+    if image.mode not in _MODES:
+        raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
+    image.load()  # a PNG may have its orientation after its pixels
+    orientation = _orientation(image)
+    if image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = image.convert("RGB")
+    image.info = {}  # the orientation is applied
+    return image
+
+
+def read_image(path: Path, option: str, background: str = "white") -> Image.Image:
+    """Read an image file that the user names, as `decode_image`. Raises UserError with the option's name."""
+    Image.init()
+    try:
+        formats = tuple(name for name in _USER_FORMATS if name in Image.OPEN)
+        return decode_image(path.read_bytes(), formats=formats, background=background)
+    except Exception as error:  # decoders raise nearly anything
+        raise UserError(f"{option}={path} cannot be read as an image: {reason_of(error)}. Use another image.") from None
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) of the image that `decode_image` returns; decodes pixels only if the header does not suffice.
+
+    Raises:
+        ValueError: The bytes are no supported image; the text names the format.
+        Exception: Decoders raise nearly anything on damaged images.
+    """
+    image = _open(data, IMAGE_FORMATS)
+    if data.startswith(_PNG) and image.width * image.height <= MAX_PIXELS and _has_late_metadata(data):
+        image.load()
+    size = (image.height, image.width) if _orientation(image) in _SIDEWAYS else (image.width, image.height)
+    if min(size) < 1:
+        raise ValueError("image has no pixels")
+    return size
+
+
+def image_ext(data: bytes) -> str:
+    """Return the extension for an image's bytes: webp, png or jpg. Raises as `upright_size`."""
+    return _EXT_OF[str(_open(data, IMAGE_FORMATS).format)]
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the text of an error without object addresses, so that equal faults have equal texts."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return _ADDRESS.sub(lambda match: match[1] or "", text)
+
+
+def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Open an image and read only its header. Raises ValueError for another format and for damage."""
+    try:
+        if data.startswith(_JPEG):  # not by Image.open, which treats further images of an MPO as part of it
+            return JpegImageFile(io.BytesIO(data))
+        return Image.open(io.BytesIO(_without_damaged_chunks(data)), formats=formats)
+    except Exception as error:  # Pillow's parsers raise nearly anything on hostile headers
+        if not data:
+            raise ValueError("image file is empty") from None
+        start = data[:64].lower()
+        for offset, magic, name in _MAGIC:
+            if start[offset:].startswith(magic.lower()) and name not in formats:
+                raise ValueError(f"image has the format {name}, but it must be one of {', '.join(formats)}") from None
+        raise ValueError(f"image header cannot be read ({type(error).__name__})") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
+    try:
+        # A PNG's own `getexif` would decode its pixels first.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        return int(value) if value in _TURNS else 1
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        return 1
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert 16-bit grey to 8 bits by the high bytes, as Pillow does for 16-bit colours."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (kind, first byte, end) of the complete chunks of a PNG."""
+    start = len(_PNG)
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if end > len(data):
+            return
+        yield data[start + 4 : start + 8], start, end
+        start = end
+
+
+def _without_damaged_chunks(data: bytes) -> bytes:
+    """Remove chunks of a PNG that its pixels do not need and whose checksum is wrong: EXIF, texts, profiles."""
+    if not data.startswith(_PNG):
+        return data
+    damaged = [
+        (start, end)
+        for kind, start, end in _png_chunks(data)
+        if kind[:1].islower() and zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
+    ]
+    for start, end in reversed(damaged):
+        data = data[:start] + data[end:]
+    return data
+
+
+def _has_late_metadata(data: bytes) -> bool:
+    kinds = [kind for kind, _, _ in _png_chunks(data)]
+    behind = kinds[kinds.index(b"IDAT") :] if b"IDAT" in kinds else []
+    return bool({b"eXIf", b"iTXt", b"zTXt", b"tEXt"} & set(behind))

@@ -1,0 +1,203 @@
+"""Opens the encoders and the streams of training and validation samples of a configuration."""
+
+import logging
+
+import numpy as np
+import torch
+
+from raphael_dist.config.schema import Config
+from raphael_dist.config.upscale import check_small_images
+from raphael_dist.data.buckets import factor_errors
+from raphael_dist.data.captions import CaptionChoice
+from raphael_dist.data.features.batch_encoder import Encoders
+from raphael_dist.data.features.cache import FeatureCache
+from raphael_dist.data.features.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
+from raphael_dist.data.features.feature_source import FeatureSource, OnlineFeatures, StoredFeatures
+from raphael_dist.data.features.hed import EdgeEncoder
+from raphael_dist.data.fetch.shard_cache import store_of
+from raphael_dist.data.shards.decode_sample import EdgeSource, ImageDataset
+from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.open_index import find_shards, open_order
+from raphael_dist.data.shards.sample_reader import SampleReader
+from raphael_dist.data.stream import TrainStream
+from raphael_dist.errors import UserError
+from raphael_dist.runtime.long_work import run_on_all_ranks, run_on_rank0
+from raphael_dist.runtime.progress_bar import Reporter
+from raphael_dist.runtime.ranks import Ranks, gather_objects, raise_on_all_ranks
+
+_log = logging.getLogger(__name__)
+_MAX_STORED_TEXT = 64 << 10  # bytes of a caption's tokens up to which data.cached_text=auto stores them
+
+
+def open_encoders(config: Config, device: torch.device) -> Encoders:
+    """Return the encoders without weights, which each rank loads when it first encodes. Collective.
+
+    Rank 0 reads the facts for all. Raises UserError on all ranks as `check_encoders`.
+    """
+    dtype, image_dtype = getattr(torch, config.train.dtype), getattr(torch, config.image.dtype)
+
+    def read(_: Reporter) -> tuple[TextFacts, ImageFacts]:
+        text = TextFacts.read(config.text.encoder, config.text.max_tokens, dtype, config.text.layer)
+        return text, ImageFacts.read(config.image.vae, image_dtype)
+
+    text_facts, image_facts = run_on_rank0("reading the encoders' configurations", read)
+    text = TextEncoder.lazy(config.text.encoder, text_facts, device, dtype, config.text.layer)
+    image = ImageEncoder.lazy(config.image.vae, image_facts, device, image_dtype)
+    raise_on_all_ranks(lambda: check_encoders(config, text, image))
+    return Encoders(text, image, raise_on_all_ranks(lambda: edge_encoder(config, device)), device, config.upscale.factor)
+
+
+def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
+    """Return HED if the configuration computes edge maps with it. Raises UserError without its weights."""
+    if config.edge.weight == 0 or config.data.features == "stored" or config.data.edge_maps not in ("auto", "hed"):
+        return None
+    return EdgeEncoder(config.data.hed_weights, device)
+
+
+def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[TextEncoder, ImageEncoder]:
+    """Load the text encoder (in `dtype`) and the image encoder in a process without ranks.
+
+    Raises UserError as `check_encoders`, and for files that cannot be read.
+    """
+    text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype, config.text.layer)
+    image = ImageEncoder.load(config.image.vae, device, getattr(torch, config.image.dtype))
+    check_encoders(config, text, image)
+    return text, image
+
+
+def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEncoder | ImageFacts) -> None:
+    """Raise UserError, with a line for each mismatch, where the encoders do not fit the model or the image sizes."""
+    lines = []
+    if text.width != config.model.text_width:
+        lines.append(
+            f"model.text_width={config.model.text_width} must be {text.width}, the width of the embeddings of "
+            f"text.encoder={config.text.encoder}. Set model.text_width={text.width}."
+        )
+    lines += factor_errors(config.image.buckets, image.factor)
+    try:
+        check_small_images(config.upscale, image.factor, config.image.buckets)
+    except UserError as error:
+        lines += error.args
+    if image.channels != config.model.latent_channels:
+        lines.append(
+            f"model.latent_channels={config.model.latent_channels} must be {image.channels}, the number of latent channels "
+            f"of image.vae={config.image.vae}. Set model.latent_channels={image.channels}."
+        )
+    if lines:
+        raise UserError(*lines)
+
+
+def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: bool) -> TrainStream:
+    """Index the shards, fill the feature cache (each rank its part) and return the stream of samples. Collective.
+
+    Raises:
+        UserError: On all ranks, for missing or empty shards, too many bad samples, or missing edge maps.
+    """
+    d = config.data
+    order = open_order(config, ranks, training=training)
+    source = raise_on_all_ranks(lambda: source_of(config, order.index, encoders, training))
+    if isinstance(source, FeatureCache):
+        _fill(source, encoders, config, ranks)
+    reader = SampleReader(config, source.dataset, order, ranks.local_rank) if isinstance(source, OnlineFeatures) else None
+    return run_on_all_ranks(
+        "opening the features",
+        lambda _: TrainStream(
+            order,
+            source,
+            seed=config.run.seed,
+            caption_dropout=config.train.caption_dropout if training else 0.0,
+            flip=d.flip and training,
+            max_bad_fraction=d.max_bad_fraction,
+            on_error=d.on_error,
+            reader=reader,
+        ),
+    )
+
+
+def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks) -> None:
+    """Compute the missing files of the cache, each rank its part, now or in the background. Collective."""
+    present = ranks.share(len(cache.index.shards))
+    run_on_all_ranks("checking cached features", lambda report: cache.verify(present, report))
+    missing = run_on_rank0("finding cached features", lambda _: cache.missing())
+    local_missing = missing[ranks.rank :: ranks.world_size]
+    in_background = config.data.cache_fill == "during"
+    if missing and ranks.is_main:
+        when = "during training" if in_background else "once"
+        _log.info("computing embeddings and latents of %d of %d shards, %s", len(missing), len(cache.index.shards), when)
+
+    def fill(report: Reporter) -> None:
+        if not in_background:
+            with SampleReader(config, cache.dataset):
+                cache.build(local_missing, report=report)
+        elif local_missing:
+            # Now, and not while the model's weights are initialized: both draw from the same generator.
+            encoders.load_weights()
+        if ranks.is_main:  # only here: otherwise each rank would load the text encoder for it
+            _ = cache.null_text
+
+    run_on_all_ranks("caching", fill)
+    if missing and not in_background:
+        counter = encoders.text.counter
+        counts = np.sum(gather_objects((counter.truncated, counter.total)), axis=0).tolist()
+        if ranks.is_main:
+            counter.warn("captions", *counts)
+    if in_background and local_missing:
+        cache.fill_in_background(local_missing)
+
+
+def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *, training: bool) -> tuple[int, int]:
+    """Compute the missing files of the shards part, part + num_parts, ... in a process without ranks.
+
+    Returns:
+        The number of computed shards, and of all shards.
+
+    Raises:
+        UserError: As `open_stream`.
+    """
+    d = config.data
+    index = build_index(find_shards(config, training=training), store=store_of(d))
+    cache = _cache_of(config, dataset_of(config, index, training=training), encoders, training)
+    # By shard number: the list of missing shards gets shorter while other processes work.
+    missing = [shard for shard in cache.missing() if shard % num_parts == part]
+    with SampleReader(config, cache.dataset):
+        cache.build(missing)
+    encoders.text.counter.warn()
+    return len(missing), len(index.shards)
+
+
+def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: EdgeSource | None = None) -> ImageDataset:
+    """Return the configured data set; `edges` replaces data.edge_maps. Raises UserError where edge maps are missing."""
+    d, needs_edges = config.data, config.edge.weight > 0
+    if needs_edges and d.edge_maps == "none":
+        raise UserError(
+            f"edge.weight={config.edge.weight} requires edge maps for data.{'shards' if training else 'val_shards'}, but "
+            "data.edge_maps is none. Set data.edge_maps=auto, which computes missing edge maps with HED, or set "
+            "edge.weight=0."
+        )
+    choice = CaptionChoice(d.caption_from, tuple(sorted(d.caption_weights.items())))
+    return ImageDataset(index, config.image.buckets, (edges or d.edge_maps) if needs_edges else "none", captions=choice)
+
+
+def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training: bool) -> FeatureSource:
+    """Return the configured source of features; a cache may be empty. Raises UserError as `dataset_of`."""
+    if config.data.features == "stored":
+        # Whatever made their edge maps, they were members of the samples when the features were computed.
+        dataset = dataset_of(config, index, training=training, edges="stored")
+        return StoredFeatures(dataset, encoders.image, encoders.provenance(dataset))
+    dataset = dataset_of(config, index, training=training)
+    if config.data.features == "online":
+        return OnlineFeatures(dataset, encoders.image)
+    return _cache_of(config, dataset, encoders, training)
+
+
+def _cache_of(config: Config, dataset: ImageDataset, encoders: Encoders, training: bool) -> FeatureCache:
+    return FeatureCache(
+        config.data.cache_dir, dataset, encoders, config.data.flip and training, with_text=stores_text(config, encoders.text)
+    )
+
+
+def stores_text(config: Config, text: TextEncoder) -> bool:
+    """Return whether captions are cached as tokens; otherwise as text, which is encoded before each step."""
+    setting = config.data.cached_text
+    return setting == "stored" or (setting == "auto" and 2 * text.max_tokens * text.width <= _MAX_STORED_TEXT)

@@ -1,0 +1,34 @@
+"""Reads samples of shards one after the other, for evaluation and tools that do not train."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset
+from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.shard_names import expand_shards, name_option
+
+
+def read_samples(
+    patterns: Sequence[str], cache_dir: Path, size_hw: tuple[int, int], option: str = "data.shards", limit: int | None = None
+) -> Iterator[DecodedSample]:
+    """Yield the good samples of shards in order.
+
+    Args:
+        size_hw: (height, width) to which images are resized and cropped.
+        option: The option that names the shards, for errors.
+        limit: Largest number of samples.
+
+    Raises:
+        UserError: The files do not exist or are no shards.
+    """
+    with name_option(option):
+        index = build_index(expand_shards(patterns), cache_dir / "index")
+    yield from itertools.islice(_good_samples(ImageDataset(index, [size_hw], "none")), limit)
+
+
+def _good_samples(dataset: ImageDataset) -> Iterator[DecodedSample]:
+    for sample_id in range(dataset.index.num_samples):
+        with contextlib.suppress(BadSampleError):
+            yield dataset.load(sample_id, 0)

@@ -1,0 +1,94 @@
+"""The data of a run: encoders, training samples and validation samples."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raphael_dist.config.resume_check import CLEANING
+from raphael_dist.config.schema import Config
+from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.captions import CLEANING_VERSION
+from raphael_dist.data.features.batch_encoder import BatchEncoder, Encoders
+from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder
+from raphael_dist.data.open_streams import open_encoders, open_stream
+from raphael_dist.data.stream import TrainStream
+from raphael_dist.model.device import is_gpu
+from raphael_dist.runtime.ranks import Ranks
+
+
+@dataclass
+class DataSource:
+    """Opened data. The trainer gets the function that opens it, so that tests can replace it."""
+
+    encoders: Encoders
+    training: TrainStream
+    held_out: TrainStream | None
+
+    @property
+    def text(self) -> TextEncoder:
+        return self.encoders.text
+
+    @property
+    def image(self) -> ImageEncoder:
+        return self.encoders.image
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprints that a checkpoint stores, by field. A run cannot resume with other data."""
+        index = self.training.order.index
+        return {
+            "data.shards": self.training.order.fingerprint,
+            "data.shards (captions)": index.text_digest,
+            CLEANING: f"version {CLEANING_VERSION}",
+            "text.encoder": self.text.fingerprint,
+            "image.vae": self.image.fingerprint,
+        }
+
+    @property
+    def replaced(self) -> int:
+        """The number of replaced bad samples since the start, on this rank."""
+        return self.training.replaced
+
+    def describe(self) -> str:
+        """Return a line with the images of an epoch and what is left out."""
+        order = self.training.order
+        trained, short = order.samples_per_epoch, order.dropped_per_epoch
+        left_out = [
+            (order.index.num_samples - trained - short, "dropped by data.filters"),
+            (short, f"that do not fill a run of {order.run_length} of one size"),
+            (order.index.num_bad + len(self.training.bad_samples), "bad samples"),
+        ]
+        details = ", ".join(f"{count} {reason}" for count, reason in left_out if count)
+        return f"{trained} images" + (f" (left out: {details})" if details else "")
+
+    def key(self, position: int) -> str:
+        """Return the name of the sample at a position."""
+        return self.training.sample(position).key
+
+    def builder(self, config: Config, num_blocks: int, device: torch.device) -> BatchBuilder:
+        """Return a builder of training batches for a model with `num_blocks` transformer blocks."""
+        return self.batches_of(self.training, config, num_blocks, device)
+
+    def batches_of(
+        self, stream: TrainStream, config: Config, num_blocks: int, device: torch.device, **options: Any
+    ) -> BatchBuilder:
+        """Return a builder of batches of a stream, with the options of `BatchBuilder`."""
+        encoder = BatchEncoder(self.encoders, with_edges=config.edge.weight > 0)
+        return BatchBuilder(config, stream, encoder, num_blocks, pin=is_gpu(device), **options)
+
+    def close(self) -> None:
+        """Stop the background work of the streams."""
+        for stream in (self.training, self.held_out):
+            if stream is not None:
+                stream.close()
+
+
+def open_source(config: Config, ranks: Ranks, device: torch.device) -> DataSource:
+    """Open the encoders and the data of a configuration, with the work divided over the ranks. Collective.
+
+    Raises UserError on all ranks as `open_encoders` and `open_stream`.
+    """
+    encoders = open_encoders(config, device)
+    training = open_stream(config, ranks, encoders, training=True)
+    held_out = open_stream(config, ranks, encoders, training=False) if config.data.val_shards else None
+    return DataSource(encoders, training, held_out)

@@ -1,0 +1,142 @@
+"""Columns for filters: numbers and short words of the samples' json and of a parquet file next to the shard."""
+
+import io
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from raphael_dist.data.shards.tar_scan import expanded_limit
+from raphael_dist.errors import UserError
+
+Arrow = Any  # an object of pyarrow, which is optional
+MAX_COLUMNS = 64
+MAX_WORDS = 64  # a column with more distinct strings is not a category
+MAX_WORD_CHARS = 64
+MAX_KEY_CHARS = 4096
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,63}")
+# A parquet file may list samples that were not downloaded; a hostile one may have any number of rows.
+_MIN_ROWS, _MAX_ROWS_PER_KEY = 1_000_000, 10
+_BATCH_ROWS = 1024
+_KEY = "key"  # the column of img2dataset's parquet file with the sample's key
+
+
+class ColumnCollector:
+    """Collects the columns of a shard's samples from the fields of their json, one row per sample."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._values: dict[str, dict[int, float]] = defaultdict(dict)
+        self._words: dict[str, set[str]] = defaultdict(set)
+
+    def add(self, meta: Mapping[str, object]) -> None:
+        """Add the row of one sample."""
+        for name, value in meta.items():
+            number = self._number(name, value)
+            if number is not None and (name in self._values or len(self._values) < MAX_COLUMNS):
+                self._values[name][self._rows] = number
+        self._rows += 1
+
+    def _number(self, name: str, value: object) -> float | None:
+        if isinstance(value, (int, float)):
+            return float(value) if _NAME.fullmatch(name) and abs(value) < 1e38 else None
+        words = self._words[name]
+        if not isinstance(value, str) or len(value) > MAX_WORD_CHARS or len(words) > MAX_WORDS or not _NAME.fullmatch(name):
+            return None
+        words.add(value)
+        return word_code(value)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return float32 [rows] of each column, NaN where a sample has no value."""
+        columns = {}
+        for name, values in self._values.items():
+            if len(self._words.get(name, ())) <= MAX_WORDS:
+                column = np.full(self._rows, np.nan, np.float32)
+                column[list(values)] = list(values.values())
+                columns[name] = column
+        return columns
+
+
+def word_code(word: str) -> float:
+    """Return the number that represents a word in a column: a hash of 23 bits, below -1, exact in float32."""
+    return -2.0 - (zlib.crc32(word.encode("utf-8", "surrogateescape")) & 0x7FFFFF)
+
+
+def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read the columns of a parquet file next to a shard; the column `key` matches its rows with `keys`.
+
+    Returns:
+        float32 [len(keys)] by column name; {} where the file has no column `key`.
+
+    Raises:
+        ValueError: The file is not parquet, or expands beyond the limits.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "data.filters: a parquet file next to a shard requires the package pyarrow, which is not installed. Run: pip "
+            "install 'raphael_dist[parquet]'"
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        if _KEY not in file.schema_arrow.names:
+            return {}
+        check_expansion(file, len(data))
+        if file.metadata.num_rows > (limit := _MIN_ROWS + _MAX_ROWS_PER_KEY * len(keys)):
+            raise ValueError(
+                f"it has {file.metadata.num_rows} rows for {len(keys)} samples, but at most {limit} are allowed"
+            )
+        kinds = {field.name: field.type for field in file.schema_arrow}
+        used = [name for name, kind in kinds.items() if _is_scalar(pyarrow.types, kind)]
+        # Read as dictionaries, each distinct string is in memory once.
+        strings = [name for name in used if pyarrow.types.is_string(kinds[name])]
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data), read_dictionary=strings)
+        row_of = _rows_of(file.iter_batches(batch_size=_BATCH_ROWS, columns=used), keys)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"it is not a parquet file ({type(error).__name__})") from error
+    collector = ColumnCollector()
+    for key in keys:
+        collector.add(row_of.get(key, row_of.get(_base(key), {})))
+    return collector.columns()
+
+
+def check_expansion(file: Arrow, num_bytes: int) -> None:
+    """Raise ValueError where a parquet file of `num_bytes` expands beyond the limit by its own metadata."""
+    expanded = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
+    if expanded > expanded_limit(num_bytes):
+        raise ValueError(f"its {num_bytes} bytes expand to {expanded}, but at most {expanded_limit(num_bytes)} are allowed")
+
+
+def _rows_of(batches: Iterable[Arrow], keys: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Return the rows of a parquet file whose key is in `keys`, or is the base name of one of them, by that key."""
+    known = {*keys, *map(_base, keys)}
+    rows: dict[str, dict[str, object]] = {}
+    for batch in batches:
+        limits = {name: MAX_KEY_CHARS if name == _KEY else MAX_WORD_CHARS for name in batch.schema.names}
+        table = {name: _values(batch.column(name), limit) for name, limit in limits.items()}
+        for number, key in enumerate(table.pop(_KEY)):
+            if str(key) in known:
+                rows[str(key)] = {name: values[number] for name, values in table.items()}
+    return rows
+
+
+def _base(key: str) -> str:
+    """Return the part of a key that a parquet file lists: the sample may be in a folder of the tar."""
+    return key.rpartition("/")[2]
+
+
+def _values(column: Arrow, max_chars: int) -> list[object]:
+    """Return a column's values, with None in place of longer strings."""
+    if not hasattr(column, "dictionary"):
+        return list(column.to_pylist())
+    words = [word if word is None or len(word) <= max_chars else None for word in column.dictionary.to_pylist()]
+    return [None if number is None else words[number] for number in column.indices.to_pylist()]
+
+
+def _is_scalar(types: Arrow, kind: Arrow) -> bool:
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_string(kind))

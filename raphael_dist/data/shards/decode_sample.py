@@ -1,0 +1,207 @@
+"""Decodes one sample of a shard (image, captions, edge map) within limits, or rejects it with a reason."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from raphael_dist.data.buckets import fit, resize_and_crop
+from raphael_dist.data.captions import CaptionChoice, read_captions
+from raphael_dist.data.fetch.remote import is_remote
+from raphael_dist.data.fetch.shard_cache import ShardError
+from raphael_dist.data.image import MAX_PIXELS, decode_image, reason_of
+from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.data.shards.tar_scan import (
+    EDGE_EXT,
+    EXTS,
+    FEATURES_EXT,
+    IMAGE_EXTS,
+    MAX_SAMPLE_BYTES,
+    members_of,
+)  # fmt: skip
+
+EdgeSource = Literal["stored", "auto", "hed", "none"]
+RAW_EXTS = [ext for ext in EXTS if ext != FEATURES_EXT]
+_OPEN_FILES = 64
+RETRY_AFTER_S = 600.0  # until a shard that could not be read is tried again
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used: the base name of its shard, its key and the reason."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        super().__init__(shard, key, reason)  # all three, so that it can be sent to another process
+        self.shard, self.key, self.reason = shard, key, reason
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.key!r}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedSample:
+    """A decoded sample.
+
+    Attributes:
+        image: uint8 [3, h, w], RGB.
+        captions: Cleaned captions, at least one.
+        edge: Edge map, uint8 [h, w], or None.
+        key: Its key in the shard.
+        weights: Relative probability of each caption.
+        seconds: Time for reading and for decoding.
+    """
+
+    image: np.ndarray
+    captions: list[str]
+    edge: np.ndarray | None
+    key: str
+    weights: list[float]
+    seconds: dict[str, float]
+
+
+Request = tuple[int, int, bool]  # sample id, bucket, flip
+
+
+class ImageDataset:
+    """Loads samples of an index by id, resized and cropped to a bucket. Threads and forks may share it."""
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        buckets: Sequence[tuple[int, int]],
+        edge: EdgeSource,
+        max_pixels: int = MAX_PIXELS,
+        captions: CaptionChoice = CaptionChoice(),  # noqa: B008  # frozen
+    ) -> None:
+        """Create a data set; no file is opened before the first sample.
+
+        Args:
+            index: The index of the shards.
+            buckets: (height, width) in pixels.
+            edge: Whether edge maps are members of every sample (stored), of some (auto), or are not read (hed, none).
+            max_pixels: Limit for the size in an image's header.
+            captions: Which texts of a sample are its captions.
+        """
+        self.index, self.edge, self.max_pixels, self.captions = index, edge, max_pixels, captions
+        self.buckets = tuple((int(height), int(width)) for height, width in buckets)
+        self._files = _OpenFiles(index)
+        self._failed_shards: dict[int, tuple[float, ShardError]] = {}
+        self._decode_elsewhere: Callable[[Request], DecodedSample] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_decode_elsewhere": None, "_failed_shards": {}}
+
+    def set_decoder(self, decode: Callable[[Request], DecodedSample] | None) -> None:
+        """Let `load` call this function (`DecodePool.load`) in place of `self.decode`; None: `self.decode`."""
+        self._decode_elsewhere = decode
+
+    def read(self, sample_id: int, exts: Iterable[str] = RAW_EXTS) -> dict[str, bytes]:
+        """Return the undecoded members of a sample that have one of these extensions.
+
+        Raises:
+            BadSampleError: The members are not where they were indexed.
+            ShardError: The shard is missing or has changed.
+        """
+        number, row = self.index.locate(sample_id)
+        shard = self.index.shards[number]
+        key, data = shard.keys[row], self._read_span(number, row)
+        try:
+            members = members_of(data, key)
+        except ValueError as error:
+            raise BadSampleError(shard.name, key, str(error)) from error
+        return {ext: members[ext] for ext in exts if ext in members}
+
+    def _read_span(self, number: int, row: int) -> bytes:
+        """Return the bytes of a sample in its shard; a shard that failed is tried again after RETRY_AFTER_S."""
+        failed_at, error = self._failed_shards.get(number, (0.0, None))
+        if error is not None and time.monotonic() - failed_at < RETRY_AFTER_S:
+            raise error
+        try:
+            return self._files.read(number, *self.index.shards[number].span(row))
+        except ShardError as error:
+            self._failed_shards[number] = (time.monotonic(), error)
+            raise
+
+    def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
+        """Return the sample at the size `buckets[bucket]`, mirrored if `flip`.
+
+        Raises:
+            BadSampleError: It cannot be decoded, exceeds the pixel limit, or has no edge map with edge="stored".
+            ShardError: As `read`.
+        """
+        if self._decode_elsewhere is None:
+            return self.decode(sample_id, bucket, flip)
+        return self._decode_elsewhere((sample_id, bucket, flip))
+
+    def decode(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
+        """Return what `load` returns, decoded in this process. Raises MemoryError where the machine has too little."""
+        began = time.monotonic()
+        members = self.read(sample_id)
+        read = time.monotonic()
+        number, row = self.index.locate(sample_id)
+        shard = self.index.shards[number]
+        try:
+            image, edge = self._decode_images(members, self.buckets[bucket], flip)
+            captions, weights = read_captions(members, self.captions)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise nearly anything; whatever it is, this sample is bad
+            raise BadSampleError(shard.name, shard.keys[row], reason_of(error)) from error
+        seconds = {"reading": read - began, "decoding": time.monotonic() - read}
+        return DecodedSample(image, captions, edge, shard.keys[row], weights, seconds)
+
+    def _decode_images(
+        self, members: dict[str, bytes], size: tuple[int, int], flip: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        image = decode_image(next(members[ext] for ext in IMAGE_EXTS if ext in members), self.max_pixels)
+        has_edge = self.edge == "stored" or (self.edge == "auto" and EDGE_EXT in members)
+        edge = self._decode_edge(members, size, flip) if has_edge else None
+        return resize_and_crop(image, size, flip), edge
+
+    def _decode_edge(self, members: dict[str, bytes], size: tuple[int, int], flip: bool) -> np.ndarray:
+        if EDGE_EXT not in members:
+            raise ValueError(f"no {EDGE_EXT}")
+        edge = decode_image(members[EDGE_EXT], self.max_pixels, background="black").convert("L")
+        # Pillow's bilinear filter averages over the area when it shrinks: thin edges fade, they do not vanish.
+        return np.array(fit(edge, size, flip, Image.Resampling.BILINEAR), np.uint8)
+
+
+class _OpenFiles:
+    """The open shards of an index.
+
+    Reads use offsets, so that threads and forks do not share a file position. A copy in another process starts empty.
+    """
+
+    def __init__(self, index: DatasetIndex) -> None:
+        self._index = index
+        self._file = lru_cache(maxsize=_OPEN_FILES)(self._open)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _OpenFiles, (self._index,)
+
+    def _open(self, shard: int) -> "_OpenFile":
+        source = self._index.shards[shard]
+        return _OpenFile(self._index.store.open(source.source, source.stamp))
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Return the bytes at an offset of a shard, fewer at its end."""
+        # A fetched file is opened for each read: a descriptor would keep its disk space after the cache has removed it.
+        is_local = not is_remote(self._index.shards[shard].source)
+        return (self._file(shard) if is_local else self._open(shard)).read(offset, size)
+
+
+class _OpenFile:
+    """An open file that is closed with its last reference, so never while a thread reads from it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._fd = descriptor
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._fd, min(size, MAX_SAMPLE_BYTES), offset)
+
+    def __del__(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,278 @@
+"""Worker processes that read and decode samples for a rank.
+
+- A worker holds the data set and does not import torch.
+- Requests and results travel through a pipe, pixels through shared memory.
+- A worker that dies or stalls is replaced, and its sample is read again, after ATTEMPTS workers by the rank itself.
+  A fault of the machine never makes a sample bad.
+- A sample is bad if decoding takes more than LIMIT_S of CPU time (a hostile image may) or crashes every worker.
+- Workers ignore signals, which the rank handles, and exit when the rank's end of the pipe closes for any reason.
+"""
+
+import logging
+import mmap
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import tempfile
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from multiprocessing import reduction, util
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset, Request
+from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.runtime.clock import RunningClock
+
+_log = logging.getLogger(__name__)
+LIMIT_S = 120.0  # of CPU time for one sample, and of wall time without any CPU time
+ATTEMPTS = 3  # workers that may be lost over one sample or batch
+_MAX_TMPDIR = 70  # bytes; multiprocessing appends the names of a folder and a socket
+_POLL_S = 1.0
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}  # by which a decoder ends its own process
+_EXTRA_BYTES = 1 << 16  # of shared memory, in addition to the pixels
+
+
+def shorten_socket_paths() -> None:
+    """Let multiprocessing create its sockets in a short folder where TMPDIR is long: a path may have 107 bytes."""
+    if len(os.fsencode(tempfile.gettempdir())) <= _MAX_TMPDIR:
+        return
+    short = next((folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if os.access(folder, os.W_OK | os.X_OK)), None)
+    before, tempfile.tempdir = tempfile.tempdir, short
+    try:
+        util.get_temp_dir()  # multiprocessing remembers it, also in the processes that it starts
+    finally:
+        tempfile.tempdir = before
+
+
+def ignore_signals(_: int = 0) -> None:
+    """Ignore requests to stop in a worker: the rank handles them. The argument is that of a DataLoader's init function."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class DecodePool:
+    """Decodes samples in worker processes, which start when they are first needed."""
+
+    def __init__(self, dataset: ImageDataset, workers: int) -> None:
+        """Create the pool. An error at the start of a worker is raised by the first sample."""
+        shorten_socket_paths()
+        self._dataset = dataset
+        self._prefetched: dict[Request, deque[Future[DecodedSample]]] = defaultdict(deque)
+        self._lock = threading.Lock()
+        self._tasks: queue.SimpleQueue[tuple[Request, Future[DecodedSample]] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._drive_worker, name="decode", daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def prefetch(self, requests: Iterable[Request]) -> None:
+        """Start decoding; `load` must be called once for each request."""
+        for request in requests:
+            with self._lock:
+                self._prefetched[request].append(self._submit(request))
+
+    def load(self, request: Request) -> DecodedSample:
+        """Return what `ImageDataset.decode(*request)` returns, or raise what it raises. Thread-safe."""
+        with self._lock:
+            futures = self._prefetched.get(request)
+            future = futures.popleft() if futures else self._submit(request)
+            if not futures:
+                self._prefetched.pop(request, None)
+        return future.result()
+
+    def _submit(self, request: Request) -> Future[DecodedSample]:
+        future: Future[DecodedSample] = Future()
+        self._tasks.put((request, future))
+        return future
+
+    def close(self) -> None:
+        """Finish the submitted requests and stop the workers."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _drive_worker(self) -> None:
+        """Run in one thread per worker: send it requests, and replace it when it is lost."""
+        worker: _Worker | None = None
+        while (task := self._tasks.get()) is not None:
+            request, future = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            losses: list[_WorkerLostError] = []
+            while not future.done():
+                try:
+                    if worker is None and len(losses) < ATTEMPTS:
+                        worker = _Worker(self._dataset)
+                    future.set_result(self._dataset.decode(*request) if worker is None else worker.load(request))
+                except _WorkerLostError as error:
+                    worker = None
+                    losses.append(error)
+                    self._handle_loss(request, losses, future)
+                except BaseException as error:  # raised where the sample is waited for
+                    future.set_exception(error)
+        if worker is not None:
+            worker.close()
+
+    def _handle_loss(self, request: Request, losses: "list[_WorkerLostError]", future: Future[DecodedSample]) -> None:
+        """Log that a worker was lost, or mark the sample as bad if decoding it is the cause."""
+        shard, row = self._dataset.index.locate(request[0])
+        source, last = self._dataset.index.shards[shard], losses[-1]
+        if last.is_endless or (len(losses) == ATTEMPTS and all(loss.is_crash for loss in losses)):
+            future.set_exception(BadSampleError(source.name, source.keys[row], str(last)))
+            return
+        _log.warning("%s:%r: %s; the sample is read again", source.name, source.keys[row], last)
+
+
+class _WorkerLostError(Exception):
+    """A worker that died or did not answer.
+
+    is_crash, is_endless: decoding is the cause, not the machine.
+    """
+
+    def __init__(self, text: str, *, is_crash: bool = False, is_endless: bool = False) -> None:
+        super().__init__(text)
+        self.is_crash, self.is_endless = is_crash, is_endless
+
+
+class _Worker:
+    """The rank's side of one worker process."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        # The server process has no threads and has imported what the workers need.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([ImageDataset.__module__, DatasetIndex.__module__])
+        pixels = max(height * width for height, width in dataset.buckets)
+        try:
+            self._shared = _SharedMemory(4 * pixels + _EXTRA_BYTES)
+            self._pipe, remote_pipe = context.Pipe()
+            self._process = context.Process(
+                target=_serve, args=(remote_pipe, dataset, self._shared), name="decode", daemon=True
+            )
+            self._process.start()
+        except (OSError, EOFError) as error:
+            raise _WorkerLostError(f"data.workers: a worker process cannot be started: {error}") from error
+        # At exit Python would wait for a process that ignores SIGTERM.
+        util.Finalize(self, self._process.kill, exitpriority=10)
+        remote_pipe.close()
+
+    def load(self, request: Request) -> DecodedSample:
+        """Return the sample; raises what `ImageDataset.load` has raised in the worker, or _WorkerLostError."""
+        try:
+            self._pipe.send(request)
+            self._wait()
+            answer, sizes = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(5.0)
+            raise self._exit_error() from error
+        if isinstance(answer, MemoryError):
+            self._process.kill()
+            raise _WorkerLostError("not enough memory to decode it")
+        if isinstance(answer, BaseException):
+            raise answer
+        buffers, first = [], 0
+        for size in sizes:
+            buffers.append(bytearray(self._shared.view[first : first + size]))
+            first += size
+        sample: DecodedSample = pickle.loads(answer, buffers=buffers)
+        return sample
+
+    def _wait(self) -> None:
+        """Wait for an answer. Raises _WorkerLostError where decoding computes for too long, or the process stalls."""
+        began = last_cpu_s = self._cpu_seconds()
+        clock = RunningClock(2 * _POLL_S)
+        last_progress = clock.now()
+        while not self._pipe.poll(_POLL_S):
+            cpu_s = self._cpu_seconds()
+            if cpu_s > last_cpu_s:
+                last_cpu_s, last_progress = cpu_s, clock.now()
+            if cpu_s - began > LIMIT_S:
+                self._process.kill()
+                raise _WorkerLostError(f"decoding needed more than {LIMIT_S:g} s", is_endless=True)
+            if clock.now() - last_progress > LIMIT_S:
+                self._process.kill()
+                raise _WorkerLostError(f"its process stalled for {LIMIT_S:g} s")
+
+    def _cpu_seconds(self) -> float:
+        try:
+            times = psutil.Process(self._process.pid).cpu_times()
+        except psutil.Error:  # it has ended, which the pipe is about to report
+            return 0.0
+        return float(times.user + times.system)
+
+    def _exit_error(self) -> _WorkerLostError:
+        code = self._process.exitcode
+        if code == -signal.SIGKILL:
+            return _WorkerLostError("its process was killed, possibly by the system for lack of memory (see dmesg)")
+        is_crash = code is not None and -code in _CRASHES
+        return _WorkerLostError(f"decoding ended its process (exit code {code})", is_crash=is_crash)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(5.0)
+
+
+class _SharedMemory:
+    """Memory that two processes share. No file backs it, so the size of /dev/shm does not limit it."""
+
+    def __init__(self, size: int, descriptor: int | None = None) -> None:
+        self._size, self._descriptor = size, os.memfd_create("decode") if descriptor is None else descriptor
+        if descriptor is None:
+            os.ftruncate(self._descriptor, size)
+        util.Finalize(self, os.close, (self._descriptor,))
+        self.view = memoryview(mmap.mmap(self._descriptor, size))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _attach, (self._size, reduction.DupFd(self._descriptor))
+
+
+def _attach(size: int, descriptor: Any) -> _SharedMemory:
+    return _SharedMemory(size, descriptor.detach())
+
+
+def _serve(pipe: Connection, dataset: ImageDataset, shared: _SharedMemory) -> None:
+    """Run in the worker: answer requests until the other end closes."""
+    ignore_signals()
+    while True:
+        try:
+            request = pipe.recv()
+        except (EOFError, OSError):
+            return
+        answer: bytes | Exception
+        try:
+            answer, sizes = _pack(dataset.load(*request), shared.view)
+        except Exception as error:
+            answer, sizes = _picklable(error), []
+        try:
+            pipe.send((answer, sizes))
+        except OSError:
+            return
+
+
+def _pack(sample: DecodedSample, memory: memoryview) -> tuple[bytes, list[int]]:
+    """Pickle a sample without its arrays, which go to the shared memory; return the pickle and the arrays' bytes."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(sample, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    if sum(view.nbytes for view in views) > len(memory):
+        return pickle.dumps(sample, protocol=5), []
+    first = 0
+    for view in views:
+        memory[first : first + view.nbytes] = view
+        first += view.nbytes
+    return data, [view.nbytes for view in views]
+
+
+def _picklable(error: Exception) -> Exception:
+    """Return an exception that the other process can unpickle."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,267 @@
+"""The index of a data set: one memory-mapped table of all samples, which a node holds in memory once.
+
+A table is a folder. For N samples in S shards:
+
+| file | type and shape | holds |
+|---|---|---|
+| place.npy | uint32 [N, 2] | first block (512 bytes) of the sample in its shard, and number of blocks |
+| size.npy | uint16 [N, 2] | width and height in pixels; beyond 65,535 both are scaled down alike |
+| column.NAME.npy | float32 [N] | a column that filters use, NaN where a sample has no value |
+| keys.bin | bytes | the keys of each shard, compressed; 2 to 3 bytes a sample for LAION's |
+| bad.bin | bytes | for each shard the (key, reason) of its bad samples, compressed json |
+| shards.npy | int64 [S + 1, 5] | before each shard: samples, bytes of keys.bin, of bad.bin, bad samples; its own bytes |
+| shards.json | | names, stamps, digests and damage of the shards, skipped members, digests of the data set |
+| sums.json | | size and SHA-256 of each of these, which are checked when the table is opened (storage/checksummed.py) |
+
+A sample takes 15 bytes and 4 bytes for each column.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from raphael_dist.data.fetch.shard_cache import ShardStore, Stamp, plain_name
+from raphael_dist.data.shards.shard_record import BLOCK, unpack_keys
+from raphael_dist.data.shards.skipped import SkipCounts
+from raphael_dist.errors import UserError
+from raphael_dist.text import hide_secrets
+
+VERSION = 3
+SAMPLES, KEYS, BAD, NUM_BAD, BYTES = range(5)  # columns of shards.npy
+DIGESTS = ("fingerprint", "content", "text_digest")
+_SHARDS_IN_MEMORY = 20
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used for training: the base name of its shard, its key and the reason."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.key!r}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """The usable samples of one tar: a view of the table.
+
+    Attributes:
+        source: Path or URL as configured.
+        stamp: Of the source file when it was indexed.
+        num_bytes: Size of the plain tar.
+        sizes: uint16 [num_samples, 2], width and height in pixels.
+        places: uint32 [num_samples, 2], first block and number of blocks in the tar.
+        packed_keys: The keys, compressed.
+        fingerprint, content, text_digest, damage: See `ShardRecord`.
+    """
+
+    source: str
+    stamp: Stamp
+    num_bytes: int
+    sizes: np.ndarray
+    places: np.ndarray
+    packed_keys: bytes = field(repr=False)
+    fingerprint: str
+    content: str
+    text_digest: str
+    damage: str
+
+    @property
+    def name(self) -> str:
+        """The base name as a plain tar."""
+        return plain_name(self.source)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.places)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        return unpack_keys(zlib.decompress(self.packed_keys))
+
+    def span(self, number: int) -> tuple[int, int]:
+        """Return (offset, size) in bytes of the part of the tar with a sample's headers and members."""
+        first, blocks = self.places[number].tolist()
+        return first * BLOCK, blocks * BLOCK
+
+
+class _Shards(Sequence[ShardIndex]):
+    """The shards of an index, created on access."""
+
+    def __init__(self, index: "DatasetIndex") -> None:
+        self._index = index
+        self._shard = lru_cache(maxsize=_SHARDS_IN_MEMORY)(index._shard)
+
+    def __len__(self) -> int:
+        return len(self._index.about["names"])
+
+    @overload
+    def __getitem__(self, number: int) -> ShardIndex: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[ShardIndex]: ...
+    def __getitem__(self, number: int | slice) -> ShardIndex | list[ShardIndex]:
+        if isinstance(number, slice):
+            return [self._shard(n) for n in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._shard(int(number))
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetIndex:
+    """All shards in order. A sample id is the number of a usable sample, counted from 0 over all shards.
+
+    An index can be sent to other processes, which open it again.
+
+    Attributes:
+        store: Access to the shards' bytes.
+        arrays, packed_keys, packed_bad, about: The files of the table (see above).
+        folder: Where it is memory-mapped from; None for an index in memory.
+    """
+
+    store: ShardStore
+    arrays: dict[str, np.ndarray]
+    packed_keys: np.ndarray | bytes
+    packed_bad: np.ndarray | bytes
+    about: dict[str, Any]
+    folder: Path | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.folder is not None:
+            names = self.about["names"]
+            return open_table, (
+                self.folder,
+                self.store,
+                names if any(hide_secrets(name) != name for name in names) else None,
+            )
+        return DatasetIndex, (self.store, self.arrays, self.packed_keys, self.packed_bad, self.about)
+
+    @cached_property
+    def shards(self) -> Sequence[ShardIndex]:
+        return _Shards(self)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [num_shards + 1]: the first sample id of each shard, and the end."""
+        return np.ascontiguousarray(self.arrays["shards"][:, SAMPLES])
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.arrays["shards"][-1, SAMPLES])
+
+    @property
+    def num_bad(self) -> int:
+        """The number of samples that are not usable."""
+        return int(self.arrays["shards"][-1, NUM_BAD])
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        """int64 [num_shards]: the size of each plain tar in bytes."""
+        return self.arrays["shards"][:-1, BYTES]
+
+    @property
+    def bad(self) -> list[BadSample]:
+        """All samples that are not usable; possibly millions."""
+        return list(self.iter_bad())
+
+    def iter_bad(self) -> Iterator[BadSample]:
+        """Yield the samples that are not usable."""
+        for shard in np.flatnonzero(np.diff(self.arrays["shards"][:, NUM_BAD])).tolist():
+            first, end = self.arrays["shards"][shard : shard + 2, BAD].tolist()
+            for key, reason in json.loads(zlib.decompress(bytes(self.packed_bad[first:end]))):
+                yield BadSample(plain_name(self.about["names"][shard]), key, reason)
+
+    @cached_property
+    def damaged(self) -> dict[int, str]:
+        """Shard number -> why the shard could not be read to the end."""
+        return {int(shard): reason for shard, reason in self.about["damage"].items()}
+
+    @property
+    def skipped(self) -> SkipCounts:
+        """The members of the shards that belong to no sample."""
+        return SkipCounts(self.about["skipped"])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' base names, sizes and sample keys, in order."""
+        return str(self.about["whole"]["fingerprint"])
+
+    @property
+    def text_digest(self) -> str:
+        """sha256 over the captions of all samples, in order."""
+        return str(self.about["whole"]["text_digest"])
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns in the table."""
+        return [name.removeprefix("column.") for name in self.arrays if name.startswith("column.")]
+
+    @property
+    def known_columns(self) -> list[str]:
+        """The names of all columns of the shards; the table has only those that filters use."""
+        return list(self.about["known"])
+
+    def locate(self, sample_id: int) -> tuple[int, int]:
+        """Return (shard number, sample number in the shard); IndexError outside 0 .. num_samples - 1."""
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample id {sample_id} outside 0..{self.num_samples - 1}")
+        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return shard, sample_id - int(self.starts[shard])
+
+    def key(self, sample_id: int) -> str:
+        shard, number = self.locate(sample_id)
+        return str(self.shards[shard].keys[number])
+
+    def _shard(self, number: int) -> ShardIndex:
+        (first, keys, *_), (end, keys_end, *_) = self.arrays["shards"][number : number + 2].tolist()
+        about = self.about
+        return ShardIndex(
+            source=about["names"][number],
+            stamp=Stamp(*about["stamps"][number]),
+            num_bytes=int(self.num_bytes[number]),
+            sizes=self.arrays["size"][first:end],
+            places=self.arrays["place"][first:end],
+            packed_keys=bytes(self.packed_keys[keys:keys_end]),
+            damage=self.damaged.get(number, ""),
+            **{digest: about[digest][number] for digest in DIGESTS},
+        )
+
+
+def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = None) -> DatasetIndex:
+    """Open the index in a table's folder, memory-mapped.
+
+    Args:
+        names: Names of its shards with the secrets of their addresses, which the table does not store.
+
+    Raises:
+        UserError: The table is damaged or has another version.
+    """
+    try:
+        about = json.loads((folder / "shards.json").read_text())
+        about["names"] = about["names"] if names is None else list(names)
+        if about["version"] != VERSION:
+            raise ValueError(f"version {about['version']}")
+        arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        arrays["shards"] = np.array(arrays["shards"])
+        keys, bad = _map_bytes(folder / "keys.bin"), _map_bytes(folder / "bad.bin")
+        if len(arrays["place"]) != len(arrays["size"]) or len(arrays["place"]) != arrays["shards"][-1, SAMPLES]:
+            raise ValueError("its files do not match each other")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"data.cache_dir: the index of the shards in {folder} cannot be read ({error}). Delete this folder; the next "
+            "start creates it again."
+        ) from error
+    return DatasetIndex(store, arrays, keys, bad, about, folder)
+
+
+def _map_bytes(path: Path) -> np.ndarray | bytes:
+    return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else b""

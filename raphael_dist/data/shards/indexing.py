@@ -1,0 +1,228 @@
+"""Builds the index of shards: makes the records that are missing and joins them to one table."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from raphael_dist.data.fetch import remote
+from raphael_dist.data.fetch.shard_cache import ShardError, ShardStore, Stamp
+from raphael_dist.data.shards.index import VERSION, BadSample, DatasetIndex, open_table
+from raphael_dist.data.shards.index_write import table_in_memory, write_table
+from raphael_dist.data.shards.shard_record import (
+    UNREACHED,
+    ShardRecord,
+    load_record,
+    save_record,
+    scan_shard,
+    unreached_record,
+)
+from raphael_dist.data.shards.tar_scan import IMAGE_EXTS
+from raphael_dist.errors import UserError
+from raphael_dist.runtime.progress_bar import Reporter, no_report
+from raphael_dist.storage.checksummed import folder_damage, read_sealed, write_sealed
+from raphael_dist.text import hide_secrets
+
+_log = logging.getLogger(__name__)
+# A run indexes at most so many bytes of shards; tools/index_shards.py has no limit.
+MAX_BYTES_IN_RUN = 64 << 30
+_STAT_THREADS = 32
+
+
+def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] = ()) -> DatasetIndex | None:
+    """Return the existing index of these shards.
+
+    Returns:
+        None where there is no table with these columns, a local file has changed, a shard was missing when the table was
+        written, or the table does not match its checksums.
+    """
+    if store.folder is None:
+        return None
+    pointer = _pointer_path(store.folder, names)
+    try:
+        folder = store.folder / "tables" / json.loads(read_sealed(pointer))["table"]
+    except (OSError, ValueError):
+        return None
+    if damage := folder_damage(folder):
+        _log.warning("data.cache_dir: %s; the index table is written again", damage)
+        return None
+    index = open_table(folder, store, names)
+    if not set(columns) <= set(index.columns):
+        return None
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        current = list(pool.map(lambda name: _local_stamp(store, name), index.about["names"]))
+    indexed = [Stamp(*stamp) for stamp in index.about["stamps"]]
+    if UNREACHED in indexed:
+        return None
+    return index if all(new in (None, old) for new, old in zip(current, indexed, strict=True)) else None
+
+
+def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
+    """Return (name, bytes) of the shards that have no record, or the record of another file."""
+
+    def check(name: str) -> tuple[str, int] | None:
+        record = None if store.folder is None else load_record(store.folder, name)
+        try:
+            stamp = store.stamp(name)
+        except ShardError:
+            return (name, 0)
+        report(f"checking {hide_secrets(name)}")
+        return None if record is not None and record.stamp == stamp else (name, stamp.num_bytes)
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return [entry for entry in pool.map(check, names) if entry is not None]
+
+
+def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[ShardRecord]:
+    """Read each tar, write its record and return the records.
+
+    A missing shard gets a record of its damage in memory only, so that the next start looks for it again.
+
+    Raises:
+        UserError: A shard cannot be reached, so that its state is unknown, or nothing can be written.
+    """
+    records = []
+    for number, name in enumerate(names, start=1):
+        report(f"shard {number} of {len(names)}", number, len(names))
+        try:
+            record = scan_shard(store, name)
+        except ShardError as error:
+            if not error.absent:
+                raise UserError(
+                    f"{error}. Start again when it can be read, or remove it from the list of shards."
+                ) from error
+            _log.warning("%s", error)
+            records.append(unreached_record(name, error.reason))
+            continue
+        if store.folder is not None:
+            try:
+                save_record(store.folder, record)
+            except OSError as error:
+                raise _cannot_write(store.folder, error) from error
+        records.append(record)
+    return records
+
+
+def join_records(
+    names: Sequence[str], store: ShardStore, columns: Sequence[str] = (), report: Reporter = no_report
+) -> DatasetIndex:
+    """Join the records of these shards to a table, write it and return it.
+
+    A shard without a record counts as damaged.
+
+    Args:
+        columns: The sample columns that the table gets.
+
+    Raises:
+        UserError: There is no usable sample, or nothing can be written.
+    """
+    assert store.folder is not None
+    index_folder = store.folder
+
+    def records() -> Iterator[ShardRecord]:
+        for number, name in enumerate(names, start=1):
+            report(f"record {number} of {len(names)}", number, len(names))
+            yield load_record(index_folder, name) or unreached_record(name, "is missing")
+
+    digest = hashlib.sha256(json.dumps([VERSION, sorted(columns)]).encode())
+    num_samples = 0
+    first_damage = first_bad = ""
+    for record in records():
+        digest.update(f"{record.name} {record.stamp} {record.content}".encode())
+        num_samples += record.num_samples
+        if record.bad and not first_bad:
+            first_bad = str(BadSample(record.name, *record.bad[0]))
+        if record.damage and not first_damage:
+            first_damage = f"{record.name} {record.damage}"
+    if num_samples == 0:
+        raise _nothing_usable(names, first_damage, first_bad)
+    folder = index_folder / "tables" / digest.hexdigest()[:32]
+    try:
+        if folder_damage(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            write_table(folder, records(), sorted(columns))
+        write_sealed(_pointer_path(index_folder, names), json.dumps({"table": folder.name}).encode())
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return open_table(folder, store, names)
+
+
+def build_index(
+    paths: Sequence[str | Path],
+    folder: Path | None = None,
+    report: Reporter = no_report,
+    *,
+    store: ShardStore | None = None,
+    columns: Sequence[str] = (),
+) -> DatasetIndex:
+    """Return the index of the shards in a process without ranks, building what is missing.
+
+    Args:
+        folder: Where the index is stored, and where .tar.gz shards are expanded; None: everything stays in memory.
+        store: Access to the shards, in place of `folder`.
+        columns: The sample columns that the table gets.
+
+    Raises:
+        UserError: There is no usable sample, nothing can be written, or a gzipped or remote shard has no folder.
+    """
+    names = [str(name) for name in paths]
+    if store is None:
+        store = ShardStore(folder, None if folder is None else folder / "fetched")
+    if store.folder is None:
+        records = scan_shards(names, store, report)
+        index = table_in_memory(store, records)
+        if index.num_samples == 0:
+            damage = next((f"{record.name} {record.damage}" for record in records if record.damage), "")
+            raise _nothing_usable(names, damage, str(next(index.iter_bad(), "")))
+        return index
+    existing = open_index(names, store, columns)
+    if existing is not None:
+        return existing
+    scan_shards([name for name, _ in unindexed(names, store)], store, report)
+    return join_records(names, store, columns, report)
+
+
+def check_index_in_run(missing: Sequence[tuple[str, int]], command: str) -> None:
+    """Raise UserError with the indexing command where a run would have to index too many bytes itself."""
+    total = sum(size for _, size in missing)
+    if total > MAX_BYTES_IN_RUN:
+        raise UserError(
+            f"data.shards must be indexed before training, since a run indexes at most {MAX_BYTES_IN_RUN / 1e9:.0f} GB "
+            f"itself. Shards without an index: {len(missing)} ({total / 1e9:.0f} GB), the first one is "
+            f"{hide_secrets(missing[0][0])}. Run: {command}"
+        )
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    where = error.filename or folder
+    return UserError(
+        f"data.cache_dir: {where} cannot be written: {error.strerror or error}. Check free space and permissions."
+    )
+
+
+def _nothing_usable(names: Sequence[str], damage: str, bad: str) -> UserError:
+    details = f". The first damaged shard {damage}" if damage else ""
+    details += f". The first unusable sample is {bad}" if bad else ""
+    return UserError(
+        f"data.shards must contain samples that can be used, but its files have none (number of files: {len(names)}, first "
+        f"file: {hide_secrets(names[0])}){details}. Each sample requires an image ({'/'.join(IMAGE_EXTS)}) and a caption "
+        "(txt, or json with captions). Correct the samples, or make shards with tools/prepare_data.py."
+    )
+
+
+def _pointer_path(folder: Path, names: Sequence[str]) -> Path:
+    full_names = [name if remote.is_remote(name) else str(Path(name).resolve()) for name in names]
+    return folder / "tables" / f"{hashlib.sha256(json.dumps([VERSION, full_names]).encode()).hexdigest()[:32]}.json"
+
+
+def _local_stamp(store: ShardStore, name: str) -> Stamp | None:
+    """Return the present stamp of a local file; None for a remote one, which is compared when it is fetched."""
+    if remote.is_remote(name):
+        return None
+    try:
+        return store.stamp(name)
+    except ShardError:
+        return UNREACHED

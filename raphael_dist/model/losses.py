@@ -1,0 +1,89 @@
+"""The training loss of one micro-batch, per sample, so that every division of a global batch gives the same sum.
+
+Shape legend: B samples, L transformer blocks, K experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config.schema import Config
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B, min_snr_weight_B
+from raphael_dist.model.edge import edge_loss_B
+from raphael_dist.model.routing import one_hot
+from raphael_dist.model.super_resolution import append_small_image
+from raphael_dist.model.unet import UNetOutput
+
+
+@dataclass
+class Losses:
+    """Losses per sample, float32 [B], multiplied by the weights of the slots. Only `total` has a gradient.
+
+    Attributes:
+        total: the loss that is minimised.
+        denoise: the denoising loss without min-SNR weights.
+        edge: the edge loss.
+        space_used: weighted sum over samples of the share of image tokens per space expert, [L, K], or None.
+        time_load: weighted number of samples per time expert, [L, K], or None.
+    """
+
+    total: Tensor
+    denoise: Tensor
+    edge: Tensor
+    space_used: Tensor | None
+    time_load: Tensor | None
+
+
+def compute_losses(
+    model: Callable[..., UNetOutput], batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype
+) -> Losses:
+    """Compute L = L_denoise + L_edge (Sec. 3.2), and the balance loss if it has a weight.
+
+    Args:
+        model: the U-Net, or the engine.
+        batch: on the device of the model.
+        schedule: of the noise.
+        config: weights of the losses.
+        dtype: in which the model runs.
+    """
+    noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
+    if batch.small is not None:
+        noised = append_small_image(noised, batch.small, config.upscale.patch)
+    edge_map = [batch.edge] if config.control.enabled else []
+    out = model(
+        noised.to(dtype), batch.timestep, batch.text.to(dtype), batch.text_mask, batch.end, batch.gate_noise, *edge_map
+    )
+    denoise = denoise_loss_B(out.prediction, schedule.target(batch.x0, batch.noise, batch.timestep)) * batch.weight
+    total = denoise
+    if gamma := config.diffusion.min_snr_gamma:
+        total = denoise * min_snr_weight_B(schedule.abar_T[batch.timestep], gamma, schedule.prediction)
+    edge = torch.zeros_like(denoise)
+    if out.edge_logits and batch.edge is not None:
+        e = config.edge
+        per_sample = edge_loss_B(
+            out.edge_logits,
+            batch.edge,
+            batch.timestep,
+            max_timestep=e.max_timestep,
+            alpha=e.focal_alpha,
+            gamma=e.focal_gamma,
+            form=e.focal_form,
+        )
+        edge = e.weight * per_sample * batch.weight
+    total = total + edge
+    if out.balance:
+        total = total + config.model.balance_weight * torch.stack(out.balance).mean(dim=0) * batch.weight
+    return Losses(total, denoise.detach(), edge.detach(), *_loads(out, batch.weight, config))
+
+
+@torch.no_grad()
+def _loads(out: UNetOutput, weight_B: Tensor, config: Config) -> tuple[Tensor | None, Tensor | None]:
+    space_used = torch.einsum("lbk,b->lk", torch.stack(out.space_used), weight_B) if out.space_used else None
+    time_load = None
+    if out.time_expert:
+        onehot = one_hot(torch.stack(out.time_expert), config.model.time_experts).float()
+        time_load = torch.einsum("lbk,b->lk", onehot, weight_B)
+    return space_used, time_load

@@ -1,0 +1,44 @@
+"""Super-resolution (RAPHAEL, Fig. 8): the U-Net gets a small image in additional input channels.
+
+SR3 (arXiv 2104.07636) and Stable Diffusion's x4 upscaler work in the same way. Model, loss and sampling are unchanged
+otherwise.
+
+Shape legend: B samples, C latent channels, h and w latent height and width, H and W of the image, Hs and Ws of the small
+one.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def downscale(images_B3HW: Tensor, factor: int) -> Tensor:
+    """Average uint8 images over `factor` x `factor` pixels; return small images, uint8 [B, 3, Hs, Ws]."""
+    # Sums of integers divided by a power of two are exact in float32 on any device, so a cached image equals a new one.
+    return F.avg_pool2d(images_B3HW.float(), factor).round().to(torch.uint8)
+
+
+def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
+    """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
+
+    If a small image has `patch` x `patch` pixels per latent, each of them gets its own channels. If it has fewer pixels than
+    there are latents, pixels are repeated.
+    """
+    small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
+    size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
+    if small_BChw.shape[-2:] != size_hw:
+        small_BChw = F.interpolate(small_BChw, size_hw, mode="nearest")
+    return torch.cat([x_BChw, small_BChw.to(x_BChw.dtype)], dim=1)
+
+
+def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
+    """Correct sampled images in -1..1 so that their averages approach the small images (Irani and Peleg, 1991).
+
+    Autoencoder and sampling change colours, which the small image has. The difference is enlarged and added, `times` times.
+    """
+    factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
+    for _ in range(times):
+        error_B3HsWs = small_B3HsWs - F.avg_pool2d(images_B3HW, factor)
+        correction_B3HW = F.interpolate(error_B3HsWs, scale_factor=factor, mode="bicubic", align_corners=False)
+        images_B3HW = (images_B3HW + correction_B3HW).clamp(-1, 1)
+    return images_B3HW

@@ -1,0 +1,159 @@
+"""Descriptions of clusters: devices, links and prices. Every number has a source.
+
+A description is a YAML file. Those in `planning/clusters/` are loaded by name, others by path. Every number has the form
+`{value: ..., source: ...}`; the source of an assumed number contains the word "assumed".
+"""
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raphael_dist.config.types import Dtype
+from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.planning.communication import Cluster
+from raphael_dist.text import read_text
+
+CLASSES_WITH_FLOPS = ("product", "convolution", "attention")  # of operations.CLASSES
+
+
+class Number(BaseModel):
+    """A number and its source."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    value: float = Field(ge=0, allow_inf_nan=False)
+    source: str = Field(min_length=3)
+
+
+class Rates(BaseModel):
+    """Time of one class of operations: `us + max(FLOPs / tflops, bytes / gb_s)` (a roofline with a minimum).
+
+    Attributes:
+        us: microseconds of an empty operation.
+        tflops: TFLOP/s of a large operation.
+        gb_s: GB/s of inputs and outputs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    us: Number
+    tflops: Number | None = None
+    gb_s: Number
+
+
+class ClusterSpec(BaseModel):
+    """A cluster of nodes with equal devices.
+
+    Attributes:
+        device: "gpu", whose host runs ahead of it, or "cpu", which is its own host.
+        per_node: devices in a node.
+        memory_gb: GB (1e9 bytes) of a device; on a CPU, of the host.
+        peak_tflops: of the data sheet, by `train.dtype`.
+        rates: by `train.dtype` and class of operations. Missing classes use `product` or `other`.
+        launch_us: microseconds of the host per operation.
+        node_gb_s, net_gb_s, node_hop_us, net_hop_us: as in `communication.Cluster`.
+        price: dollars per device hour.
+        gpu_hours_per_failure: device hours between two failures that end a run.
+        storage_gb_s: GB/s that a node writes.
+        host_gb_s: GB/s from a device to its host.
+        restart_s: seconds from a failure to the next step.
+        recomputed: how many times longer an operation takes when the backward pass repeats it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = ""
+    device: Literal["gpu", "cpu"]
+    per_node: Number
+    memory_gb: Number
+    peak_tflops: dict[Dtype, Number]
+    rates: dict[Dtype, dict[str, Rates]]
+    launch_us: Number
+    node_gb_s: Number
+    net_gb_s: Number
+    node_hop_us: Number
+    net_hop_us: Number
+    price: Number
+    gpu_hours_per_failure: Number
+    storage_gb_s: Number
+    host_gb_s: Number
+    restart_s: Number
+    recomputed: Number = Number(value=1.0, source="assumed")
+
+    def with_value(self, name: str, value: float) -> "ClusterSpec":
+        """Return a copy with another value in one field."""
+        return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
+
+    def links(self, ranks: int) -> Cluster:
+        """Return the links of `ranks` devices."""
+        return Cluster(
+            ranks,
+            min(ranks, int(self.per_node.value)),
+            self.node_gb_s.value,
+            self.net_gb_s.value,
+            self.node_hop_us.value,
+            self.net_hop_us.value,
+        )
+
+    def rate(self, dtype: str, op_class: str) -> Rates:
+        """Return the rates of a class of operations.
+
+        Raises:
+            UserError: the cluster has no rates for the dtype.
+        """
+        for name, rates in self.rates.items():
+            if name == dtype:
+                return rates.get(op_class) or rates["product" if op_class in CLASSES_WITH_FLOPS else "other"]
+        raise UserError(
+            f"train.dtype={dtype} requires rates.{dtype} in the description of the cluster {self.name}, but it has only "
+            f"rates for {', '.join(self.rates)}. Add them, or change train.dtype."
+        )
+
+
+def cluster_names() -> list[str]:
+    """Return the names of the clusters that ship with the package."""
+    folder = resources.files("raphael_dist.planning") / "clusters"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_cluster(name_or_path: str) -> ClusterSpec:
+    """Read a description by its name or path.
+
+    Raises:
+        UserError: there is no such cluster, or its description is wrong.
+    """
+    names = cluster_names()
+    if name_or_path in names:
+        text = (resources.files("raphael_dist.planning") / "clusters" / f"{name_or_path}.yaml").read_text()
+    elif name_or_path.endswith((".yaml", ".yml")):
+        try:
+            text = read_text(Path(name_or_path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--cluster {name_or_path} cannot be read: {error}. Check the file.") from None
+    else:
+        hint = did_you_mean(name_or_path, names)
+        raise UserError(
+            f"--cluster {name_or_path}: there is no such cluster{hint}. Use {', '.join(names)}, or a .yaml file."
+        )
+    return _parse(name_or_path, text)
+
+
+def _parse(name: str, text: str) -> ClusterSpec:
+    try:
+        tree = yaml.safe_load(text)
+        spec = ClusterSpec.model_validate({**tree, "name": Path(name).stem} if isinstance(tree, dict) else tree)
+    except yaml.YAMLError as error:
+        raise UserError(f"--cluster {name} is not valid YAML: {' '.join(str(error).split())}. Correct the file.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"--cluster {name}: {field} is not valid ({first['msg']}). Write every number as {{value: ..., source: ...}}."
+        ) from None
+    for dtype, rates in spec.rates.items():
+        for required in ("product", "other"):
+            if required not in rates or (required == "product" and rates[required].tflops is None):
+                raise UserError(
+                    f"--cluster {name}: rates.{dtype}.{required} is missing or incomplete. Give us, tflops and gb_s for it."
+                )
+    return spec

@@ -1,0 +1,161 @@
+"""Predicts the communication of a step: bytes and seconds to reduce gradients, gather weights and move rows to experts.
+
+The model is that of NCCL's rings, as NCCL uses it to choose between algorithms (src/graph/tuning.cc). A ring passes all
+members of a group in a node and then the next node. There are as many parallel rings as a node has members with a network
+card each, so all cards carry the bytes. A call costs its bytes over the slower of the two links, and one hop per member,
+which takes longer between nodes. The result is a lower bound: no rank is late and no network is shared.
+
+Nothing here was measured. docs/scale.md lists the results and what the model leaves out.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from raphael_dist.config.schema import Config
+from raphael_dist.config.types import bytes_per_element
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.placement import choose_placement, sync_traffic
+
+# How weights and their gradients are divided over ranks. docs/scale.md lists which ds_config uses which scheme.
+Scheme = Literal["replicated", "all_reduce", "reduce_scatter", "node_shards", "zero3", "zero3_hpz"]
+# The pass that can hide a communication.
+HiddenBy = Literal["forward", "backward", "nothing"]
+DEEPSPEED_BUCKET = 500_000_000  # elements; default of DeepSpeed's reduce_bucket_size
+PREFETCH_BUCKET = 50_000_000  # elements; default of DeepSpeed's stage3_prefetch_bucket_size
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The links of `ranks` GPUs, `per_node` in a node, each with its own network card.
+
+    Attributes:
+        node_gb_s: GB/s from a GPU to others of its node. NVLink 4 has 450 by its data sheet; 80% of it is assumed.
+        net_gb_s: GB/s of a GPU's network card: 50 for 400 Gbit/s, of which 90% is assumed. Where a node has fewer cards than
+            GPUs: the sum of its cards divided by the GPUs.
+        node_hop_us, net_hop_us: microseconds of a hop, NCCL's constants for the ring in its simple protocol.
+    """
+
+    ranks: int
+    per_node: int = 8
+    node_gb_s: float = 360.0
+    net_gb_s: float = 45.0
+    node_hop_us: float = 3.4
+    net_hop_us: float = 9.6
+
+
+@dataclass(frozen=True)
+class Communication:
+    """One communication of a step: its seconds, the GB through this rank's network card, and the pass that can hide it."""
+
+    name: str
+    seconds: float
+    network_gb: float
+    hidden_by: HiddenBy
+
+
+def hidden_seconds(parts: Iterable[Communication], forward_s: float, backward_s: float) -> float:
+    """Return the seconds of communication that a forward and a backward pass of the given seconds can hide."""
+    hidden = 0.0
+    for hidden_by, available in (("forward", forward_s), ("backward", backward_s)):
+        hidden += min(sum(part.seconds for part in parts if part.hidden_by == hidden_by), available)
+    return hidden
+
+
+def ring(
+    name: str, hidden_by: HiddenBy, size: float, ranks: int, cluster: Cluster, stride: int = 1, calls: int = 1
+) -> Communication:
+    """Predict a reduce-scatter or an all-gather by a ring; an all-reduce is two of them.
+
+    Args:
+        name: for tables.
+        hidden_by: the pass that can hide it.
+        size: bytes of the whole tensor.
+        ranks: members of the ring.
+        cluster: the links.
+        stride: distance between two members, in ranks.
+        calls: number of collectives into which the tensor is divided.
+    """
+    if ranks <= 1:
+        return Communication(name, 0.0, 0.0, hidden_by)
+    lanes = min(ranks, max(1, cluster.per_node // stride))  # members in a node, each with its card
+    nodes = -(-ranks // lanes)
+    sent = size * (ranks - 1) / ranks / 1e9
+    network_gb = sent / lanes if nodes > 1 else 0.0
+    transfer = max(sent / cluster.node_gb_s if lanes > 1 else 0.0, network_gb / cluster.net_gb_s)
+    hops = (ranks - nodes) * cluster.node_hop_us + (nodes - 1) * cluster.net_hop_us
+    return Communication(name, transfer + calls * hops * 1e-6, network_gb, hidden_by)
+
+
+def communications(
+    config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme, reductions: int = 1
+) -> list[Communication]:
+    """Return the communications of a step.
+
+    Args:
+        config: model, batch and precision.
+        plan: how the batch is divided over ranks.
+        cluster: the links.
+        parameters: of the whole model.
+        scheme: how weights and gradients are divided.
+        reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights.
+
+    Raises:
+        ValueError: `scheme` does not support sharded experts.
+    """
+    parts = _single_reduction(config, plan, cluster, parameters, scheme)
+    # What nothing hides belongs to the update, or moves the rows of all micro-steps already.
+    repeated = [part for part in parts if part.hidden_by != "nothing"]
+    return parts + (reductions - 1) * repeated
+
+
+def _single_reduction(
+    config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme
+) -> list[Communication]:
+    width = bytes_per_element(config.train.dtype)
+    sharded = [cost for cost in choose_placement(config, plan) if cost.shard]
+    if sharded and scheme not in ("all_reduce", "reduce_scatter"):
+        raise ValueError(f"{scheme} does not support sharded experts (parallel.space_ep or parallel.time_ep above 1)")
+    replicated = parameters - sum(cost.parameters for cost in sharded)
+    parts = _synchronisation(scheme, replicated, width, cluster.ranks, cluster)
+    for ep in sorted({cost.ep for cost in sharded}):
+        costs, copies = [cost for cost in sharded if cost.ep == ep], cluster.ranks // ep
+        local = sum(cost.parameters for cost in costs) // ep
+        for part in _synchronisation(scheme, local, width, copies, cluster, ep):
+            name = f"experts over {ep} ranks: {part.name}"
+            parts.append(Communication(name, part.seconds, part.network_gb, part.hidden_by))
+        rows_gb = sum(c.sharded_bytes - width * sync_traffic(c.parameters // ep, copies) for c in costs) / 1e9
+        # If groups do not fit into nodes, the slowest of them crosses two nodes.
+        in_node = cluster.per_node % ep == 0
+        seconds = rows_gb / (cluster.node_gb_s if in_node else cluster.net_gb_s)
+        name = f"rows to and from experts over {ep} ranks"
+        parts.append(Communication(name, seconds, 0.0 if in_node else rows_gb, "nothing"))
+    return parts
+
+
+def _synchronisation(
+    scheme: Scheme, parameters: int, width: int, ranks: int, cluster: Cluster, stride: int = 1
+) -> list[Communication]:
+    """Return what it costs to reduce the gradients of `parameters` over `ranks` ranks and to give each the new weights."""
+    size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
+    if scheme in ("replicated", "all_reduce", "reduce_scatter"):
+        passes, calls = (1, 1) if scheme == "reduce_scatter" else (2, 2 * buckets)
+        reduce = ring("reduce gradients", "backward", passes * size, ranks, cluster, stride, calls)
+        gather = ring("gather weights", "nothing", size, ranks, cluster, stride)
+        return [reduce] if scheme == "replicated" else [reduce, gather]
+    inside = min(cluster.per_node, ranks)
+    if scheme == "node_shards":
+        nodes = ranks // inside
+        return [
+            ring("reduce gradients in the node", "backward", size, inside, cluster, calls=buckets),
+            ring("reduce shards across nodes", "backward", 2 * size / inside, nodes, cluster, inside, 2 * buckets),
+            ring("gather weights in the node", "nothing", size, inside, cluster),
+        ]
+    calls = math.ceil(parameters / PREFETCH_BUCKET)
+    second_gather = inside if scheme == "zero3_hpz" else ranks
+    return [
+        ring("gather weights, forward", "forward", size, ranks, cluster, calls=calls),
+        ring("gather weights, backward", "backward", size, second_gather, cluster, calls=calls),
+        ring("reduce gradients", "backward", size, ranks, cluster, calls=buckets),
+    ]

@@ -1,0 +1,69 @@
+"""Expert parallelism in a trace: the layers of `expert_parallel` on a group whose other ranks do not exist.
+
+Exchanges return tensors of the right shapes and count bytes as the real ones do, so a trace yields exactly the bytes that a
+rank sends. Samples are divided evenly over the time experts. Space experts exchange with fixed sizes, as on a GPU.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config.schema import Config
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel import expert_parallel
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.exchange import ExpertGroup, Traffic, Work
+
+
+class _Done:
+    def wait(self) -> None:
+        """Do nothing: the work is done."""
+
+
+class DummyGroup(ExpertGroup):
+    """A group whose other members do not exist."""
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Work]:
+        self.traffic.experts += (sum(sent) - sent[self.index]) * rows.shape[1:].numel() * rows.element_size()
+        return rows.new_empty(sum(received), *rows.shape[1:]), _Done()
+
+    def all_gather(self, rows: Tensor) -> tuple[Tensor, Work]:
+        self.traffic.experts += (self.size - 1) * rows.nbytes
+        return rows.new_empty(self.size * rows.shape[0], *rows.shape[1:]), _Done()
+
+    def reduce_scatter(self, rows: Tensor) -> tuple[Tensor, Work]:
+        out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
+        self.traffic.experts += (self.size - 1) * out.nbytes
+        return out, _Done()
+
+
+def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, int], Traffic]:
+    """Return the argument `shard` of `trace`: shards the experts as `plan` says, as the first rank of a group sees it."""
+
+    def shard(model: RaphaelUNet, samples: int) -> Traffic:
+        def create_group(size: int, traffic: Traffic) -> ExpertGroup:
+            return DummyGroup(None, size, 0, traffic)  # type: ignore[arg-type]
+
+        traffic = expert_parallel.shard_experts(model, config, plan, create_group)
+        sharded = expert_parallel.sharded_time_layers(model)
+        if any(sharded):
+            group = create_group(config.parallel.time_ep, traffic)
+            model.count_samples = lambda onehot_LBK: _even_counts(onehot_LBK, group, samples, sharded)
+        return traffic
+
+    return shard
+
+
+def _even_counts(
+    onehot_LBK: Tensor, group: ExpertGroup, samples: int, sharded: Sequence[bool]
+) -> list[expert_parallel.SampleCounts]:
+    """Return each layer's samples as `expert_parallel.count_samples` does, assigned to the experts in turn."""
+    group.all_gather(onehot_LBK.sum(dim=1).unsqueeze(0))
+    experts = onehot_LBK.shape[-1]
+    counts = torch.zeros(group.size, experts, dtype=torch.long)
+    for number in range(group.size * samples):
+        counts[number // samples, number % experts] += 1
+    host = torch.unflatten(counts, 1, (group.size, -1))
+    even = expert_parallel.GroupSamples(host, host.to("meta"))
+    return [even if moves else host[group.index].flatten().to("meta") for moves in sharded]

@@ -1,0 +1,38 @@
+"""The largest micro-batch of a configuration that fits GPUs of several memory sizes, as a row of a Markdown table."""
+
+from raphael_dist.planning.search import MICRO_BATCHES, USABLE, Choice, Outcome, Search
+from raphael_dist.planning.trace import Recompute
+
+SIZES_GB = (24, 48, 80, 141)  # RTX 4090, L40S, A100 and H100, H200
+COMPARED: tuple[Recompute, ...] = ("none", "blocks")
+
+
+def memory_table(name: str, search: Search) -> str:
+    """Return a table of one row for each ZeRO stage that `search` allows (default: 2).
+
+    Each cell has the largest micro-batch and the GB of a rank, without recomputation and with transformer blocks recomputed.
+    """
+    header = [
+        "| preset | GPUs | ZeRO | " + " | ".join(f"{size} GB" for size in SIZES_GB) + " |",
+        "|---" * (3 + len(SIZES_GB)) + "|",
+    ]
+    return "\n".join(header + [_row(name, search, int(stage)) for stage in search.allowed.get("stage", (2,))])
+
+
+def _row(name: str, search: Search, stage: int) -> str:
+    outcomes = {recompute: _by_micro_batch(search, stage, recompute) for recompute in COMPARED}
+    cells = [" / ".join(_cell(outcomes[recompute], size) for recompute in COMPARED) for size in SIZES_GB]
+    return f"| {name} | {search.world} | {stage} | " + " | ".join(cells) + " |"
+
+
+def _by_micro_batch(search: Search, stage: int, recompute: Recompute) -> list[Outcome]:
+    """Return the outcomes of all micro-batches that the configuration allows, the largest first."""
+    choices = [Choice(1, 1, stage, False, micro, recompute, "auto") for micro in reversed(MICRO_BATCHES)]
+    return [outcome for choice in choices if (outcome := search.evaluate(choice))]
+
+
+def _cell(outcomes: list[Outcome], size_gb: float) -> str:
+    for outcome in outcomes:
+        if outcome.memory.total <= USABLE * size_gb * 1e9:
+            return f"{outcome.choice.micro_batch_size} ({outcome.memory.total / 1e9:.1f})"
+    return "-"

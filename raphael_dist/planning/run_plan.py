@@ -1,0 +1,118 @@
+"""The plan of a run: ranked choices, and what the best one costs in days, GPU hours and money."""
+
+import math
+from dataclasses import dataclass
+
+from raphael_dist.checkpoint.tensors import stacked
+from raphael_dist.config.schema import Config
+from raphael_dist.errors import UserError
+from raphael_dist.planning.checkpoint_interval import SavePlan, plan_saves
+from raphael_dist.planning.cluster_spec import ClusterSpec
+from raphael_dist.planning.search import Outcome, Search
+
+STATE_BYTES = 16  # per parameter in a checkpoint: fp32 weights, two moments, moving average
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run.
+
+    Attributes:
+        config, cluster, search: the inputs.
+        ranked: all choices, the best first.
+        images: number of images to train on.
+        parameters: of the model.
+        active: parameters that process one image token.
+        saves: how often to save.
+        price: dollars per device hour.
+    """
+
+    config: Config
+    cluster: ClusterSpec
+    search: Search
+    ranked: list[Outcome]
+    images: int
+    parameters: int
+    active: int
+    saves: SavePlan
+    price: float
+
+    @property
+    def best(self) -> Outcome:
+        return self.ranked[0]
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole run, including saves and failures."""
+        return self.images / self.best.step.images_per_s / (1 - self.saves.lost)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds / 3600 * self.search.world
+
+    @property
+    def dollars(self) -> float:
+        return self.gpu_hours * self.price
+
+    def save_every(self) -> int:
+        """Return `checkpoint.every` for the best interval, in steps."""
+        return max(1, round(self.saves.interval_s / self.best.step.seconds))
+
+
+def make_plan(
+    search: Search, images: int | None = None, price: float | None = None, mtbf_gpu_hours: float | None = None
+) -> RunPlan:
+    """Evaluate all choices and the cost of the best.
+
+    Args:
+        search: configuration, cluster and devices.
+        images: number of images; None: `train.max_steps` times `train.global_batch_size`.
+        price: dollars per device hour; None: the cluster's.
+        mtbf_gpu_hours: device hours between two failures; None: the cluster's.
+
+    Raises:
+        UserError: no choice fits into memory.
+    """
+    config, cluster = search.config, search.cluster
+    ranked = search.ranked()
+    best = ranked[0]
+    if not best.fits:
+        raise UserError(
+            f"{search.world} devices of the cluster {cluster.name} have too little memory: the smallest choice "
+            f"({best.choice}) requires {best.memory.total / 1e9:.1f} GB per rank, but a device has "
+            f"{cluster.memory_gb.value:.0f} GB. Use more nodes, or devices with more memory."
+        )
+    num_bytes = STATE_BYTES * search.parameters
+    nodes = math.ceil(search.world / cluster.per_node.value)
+    hours = cluster.gpu_hours_per_failure.value if mtbf_gpu_hours is None else mtbf_gpu_hours
+    saves = plan_saves(
+        num_bytes,
+        stall_s=num_bytes / search.world / (cluster.host_gb_s.value * 1e9),
+        write_s=num_bytes / nodes / (cluster.storage_gb_s.value * 1e9),
+        mtbf_s=hours * 3600 / search.world,
+        restart_s=cluster.restart_s.value,
+        shortest_s=best.step.seconds,
+    )
+    return RunPlan(
+        config=config,
+        cluster=cluster,
+        search=search,
+        ranked=ranked,
+        images=config.train.max_steps * config.train.global_batch_size if images is None else images,
+        parameters=search.parameters,
+        active=active_parameters(search.shapes),
+        saves=saves,
+        price=cluster.price.value if price is None else price,
+    )
+
+
+def active_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Return how many parameters process one image token: one expert of each kind and layer, and everything else.
+
+    Args:
+        shapes: of the whole model's parameters.
+    """
+    total = 0
+    for name, shape in shapes.items():
+        total += math.prod(shape[1:] if stacked(name) else shape)
+    return total

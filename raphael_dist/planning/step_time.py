@@ -1,0 +1,170 @@
+"""Predicts the time of a step on a cluster: products, memory traffic, launches and communication.
+
+A device needs for each operation the larger of the times for its FLOPs and its bytes (the roofline), and a minimum time. The
+host of a GPU launches ahead of it, so launches cost only the time by which they exceed the device's. A CPU is its own host.
+Communication comes from `planning.communication`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raphael_dist.config.schema import Config
+from raphael_dist.config.types import bytes_per_element
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.planning.cluster_spec import CLASSES_WITH_FLOPS, ClusterSpec
+from raphael_dist.planning.communication import Communication, Scheme, communications, hidden_seconds
+from raphael_dist.planning.memory import MemoryFootprint
+from raphael_dist.planning.operations import CLASSES
+from raphael_dist.planning.trace import PHASES, Trace
+
+# Launches for each parameter in every micro-step: DeepSpeed copies the gradient into a bucket and divides it; with
+# contiguous gradients there is one addition, which a captured backward pass contains.
+LAUNCHES_PER_PARAMETER = 2
+LAUNCHES_IF_CONTIGUOUS = 1
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Time of one optimizer step on every rank, in seconds.
+
+    Attributes:
+        products: operations with FLOPs.
+        traffic: all other operations.
+        update: gradient norm, optimizer and moving average.
+        launches: time by which the host is slower than the device.
+        exposed: communication that no computation hides.
+        parts: all communication.
+        images: of the step.
+        ranks: number of devices.
+        flops: of the model per image: three times those of the forward pass.
+    """
+
+    products: float
+    traffic: float
+    update: float
+    launches: float
+    exposed: float
+    parts: tuple[Communication, ...]
+    images: int
+    ranks: int
+    flops: float
+
+    @property
+    def compute(self) -> float:
+        """Everything but communication."""
+        return self.products + self.traffic + self.update + self.launches
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
+    @property
+    def communication(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / self.seconds
+
+    def mfu(self, peak_tflops: float) -> float:
+        """Return the model's FLOPs as a share of the devices' peak; recomputation does not count."""
+        return self.images_per_s / self.ranks * self.flops / (peak_tflops * 1e12)
+
+
+def operation_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> NDArray[np.float64]:
+    """Return the device's seconds for each operation of a micro-step, float64 [ops]."""
+    seconds = np.zeros(trace.launches)
+    for i, name in enumerate(CLASSES):
+        chosen = trace.op_class == i
+        rates = cluster.rate(dtype, name)
+        times = trace.bytes[chosen] / (rates.gb_s.value * 1e9)
+        if rates.tflops is not None:
+            times = np.maximum(times, trace.flops[chosen] / (rates.tflops.value * 1e12))
+        seconds[chosen] = rates.us.value * 1e-6 + times
+    seconds[trace.phase == PHASES.index("recomputed")] *= cluster.recomputed.value
+    return seconds
+
+
+def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float, float]:
+    """Return the device's seconds in a micro-step for operations with FLOPs, and for all others."""
+    seconds = operation_times(trace, cluster, dtype)
+    with_flops = np.isin(trace.op_class, [CLASSES.index(name) for name in CLASSES_WITH_FLOPS])
+    return float(seconds[with_flops].sum()), float(seconds[~with_flops].sum())
+
+
+def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec) -> float:
+    """Return the seconds of gradient norm, optimizer and moving average, which are limited by memory bandwidth.
+
+    - The norm reads the gradients, which are converted to float32 if they are not yet.
+    - The optimizer reads gradients, and reads and writes master weights and moments.
+    - The average reads the weights, and is read and written.
+    - The weights of the model are written.
+    """
+    states = footprint.states
+    part = states.master or states.weights
+    gradients = part * bytes_per_element(config.train.dtype) // 4
+    num_bytes = gradients + (gradients + part if footprint.update_bytes else 0) + part
+    num_bytes += 2 * part + 2 * states.moments + part // 2 + 3 * states.ema
+    # Long contiguous reads, as those of products.
+    return num_bytes / (cluster.rate(config.train.dtype, "product").gb_s.value * 1e9)
+
+
+def scheme_of(footprint: MemoryFootprint) -> Scheme:
+    """Return how weights and gradients are divided over ranks (docs/scale.md)."""
+    if footprint.stage in (0, 3):
+        return "zero3" if footprint.stage else "replicated"
+    return "reduce_scatter" if footprint.contiguous else "all_reduce"
+
+
+def step_time(
+    config: Config,
+    plan: BatchPlan,
+    trace: Trace,
+    footprint: MemoryFootprint,
+    cluster: ClusterSpec,
+    parameters: int,
+    num_tensors: int,
+    overlap: bool = False,
+) -> StepTime:
+    """Predict the time of an optimizer step.
+
+    Args:
+        config: the run's configuration.
+        plan: how the batch is divided over ranks.
+        trace: of one micro-step.
+        footprint: memory of a rank.
+        cluster: devices and links.
+        parameters: of the whole model, in `num_tensors` tensors.
+        num_tensors: number of parameter tensors.
+        overlap: whether gradients are reduced during the backward pass (`zero2_overlap.json`). ZeRO-3 always does that.
+    """
+    dtype, micro_steps = config.train.dtype, plan.accumulation
+    products, traffic = (micro_steps * seconds for seconds in device_times(trace, cluster, dtype))
+    update = update_time(config, footprint, cluster)
+    device = products + traffic + update
+    per_tensor = LAUNCHES_IF_CONTIGUOUS if footprint.contiguous else LAUNCHES_PER_PARAMETER
+    num_launches = 0 if config.train.cuda_graphs else micro_steps * (trace.launches + per_tensor * num_tensors)
+    host = num_launches * cluster.launch_us.value * 1e-6
+    launches = max(0.0, host - device) if cluster.device == "gpu" else host
+    # ZeRO-2 and 3 reduce in every micro-step, the others once a step.
+    reductions = micro_steps if footprint.stage >= 2 else 1
+    links = cluster.links(plan.world_size)
+    parts = tuple(communications(config, plan, links, parameters, scheme_of(footprint), reductions))
+    forward = trace.total(trace.flops, "forward")
+    hidden = 0.0
+    if overlap or footprint.stage == 3:
+        backward_share = 1 - forward / max(1, trace.total(trace.flops))
+        passes = products + traffic + launches
+        hidden = hidden_seconds(parts, (1 - backward_share) * passes, backward_share * passes)
+    exposed = sum(part.seconds for part in parts) - hidden
+    images = config.train.global_batch_size
+    model_flops = 3 * forward / trace.samples
+    return StepTime(products, traffic, update, launches, exposed, parts, images, plan.world_size, model_flops)
+
+
+def seconds_by_phase(trace: Trace, cluster: ClusterSpec, dtype: str) -> dict[str, float]:
+    """Return the device's seconds in each phase of a micro-step."""
+    seconds = operation_times(trace, cluster, dtype)
+    return {phase: float(seconds[trace.phase == i].sum()) for i, phase in enumerate(PHASES)}

@@ -1,0 +1,23 @@
+"""Time during which this process was able to run: a job that is suspended for an hour has not hung for an hour."""
+
+import threading
+import time
+
+
+class RunningClock:
+    """Seconds without suspensions (SIGSTOP, a frozen machine).
+
+    Of the time between two readings at most `max_gap` seconds count. Whoever relies on the clock must read it more often.
+    """
+
+    def __init__(self, max_gap: float) -> None:
+        self._max_gap, self._seconds, self._last = max_gap, 0.0, time.monotonic()
+        self._lock = threading.Lock()
+
+    def now(self) -> float:
+        """Return the seconds since the clock was created, without suspensions."""
+        with self._lock:
+            now = time.monotonic()
+            self._seconds += min(now - self._last, self._max_gap)
+            self._last = now
+            return self._seconds

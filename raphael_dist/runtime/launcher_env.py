@@ -1,0 +1,53 @@
+"""The environment variables by which launchers number the ranks. Imports no torch: the command line reads them first.
+
+DeepSpeed and torchrun set RANK, mpirun OMPI_COMM_WORLD_RANK, srun SLURM_PROCID. Without any there is one rank.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Launcher(NamedTuple):
+    """A launcher and the names of its variables."""
+
+    name: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+
+
+LAUNCHERS = (
+    Launcher("deepspeed or torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    Launcher(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+
+
+def launcher_of(env: Mapping[str, str] = os.environ) -> Launcher | None:
+    """Return the launcher that started this process; None without one."""
+    for launcher in LAUNCHERS:
+        # An interactive Slurm shell has SLURM_PROCID without being one of several ranks.
+        if launcher.rank in env and (launcher.name != "srun" or "SLURM_STEP_ID" in env):
+            return launcher
+    return None
+
+
+def rank_of(env: Mapping[str, str] = os.environ) -> str:
+    """Return the rank as the launcher wrote it, "0" without a launcher. It may be no number: `ranks.discover` checks it."""
+    launcher = launcher_of(env)
+    return env[launcher.rank] if launcher else "0"
+
+
+def world_size_of(env: Mapping[str, str] = os.environ) -> int:
+    """Return the number of ranks; 1 without a launcher, or where its variable is no number."""
+    launcher = launcher_of(env)
+    text = env.get(launcher.world_size, "") if launcher else ""
+    return int(text) if text.isdigit() else 1

@@ -1,0 +1,227 @@
+"""Work that may take longer than a collective may wait, on one rank or on all: the others wait at the ranks' store.
+
+A collective has a time-out: a rank that waits in one while another rank reads a million files fails. Here a rank that has
+finished polls the process group's store until all ranks have finished. A rank at work reports its progress. When no rank
+has reported for SILENCE_S seconds, all waiting ranks raise HungError, which names the unfinished ranks. When one rank
+fails, the others stop at their next report, and all raise its error.
+
+Cost: ranks poll the less often the more they are. The store gets about 2,000 requests a second from waiting ranks, and a
+few more for each report.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+import torch.distributed as dist
+
+from raphael_dist.errors import HungError
+from raphael_dist.runtime.clock import RunningClock
+from raphael_dist.runtime.progress_bar import ProgressBar, Reporter
+from raphael_dist.runtime.ranks import TIMEOUT, host_name, raise_if_any_failed
+from raphael_dist.runtime.rendezvous import ANSWER_S, MAX_NAMED, POLL_S_PER_RANK
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+SILENCE_S = TIMEOUT.total_seconds()  # as long as a collective would wait
+LOG_EVERY_S = 60.0
+_pieces = [0]  # pieces of work so far, which is the name of the next one: all ranks do the same work in the same order
+listeners: list[Callable[[], None]] = []  # called at every report of any rank
+
+
+class AbandonedError(RuntimeError):
+    """This rank's work is no longer needed: another rank failed."""
+
+
+@contextmanager
+def long_work(doing: str) -> Iterator[Reporter]:
+    """Context for a piece of work that every rank does, however long it takes. When it fails on any rank, raise on all.
+
+    The work must call no collective, and must report at least every SILENCE_S seconds. Collective at its end.
+
+    Args:
+        doing: what is done, for bars and messages, such as "indexing".
+
+    Yields: the function that reports how far this rank is.
+
+    Raises:
+        HungError: unfinished ranks have not reported for SILENCE_S seconds.
+        Otherwise as `ranks.raise_on_all_ranks`.
+    """
+    watch, failure = Watch(doing, SILENCE_S), None
+    with ProgressBar(doing, enabled=dist.get_rank() == 0) as bar:
+
+        def report(text: str, done: int | None = None, total: int | None = None) -> None:
+            bar.report(text, done, total)
+            watch.report(text)
+
+        try:
+            yield report
+        except Exception as error:
+            failure = error
+    watch.finish(failed=failure is not None)
+    watch.wait()
+    raise_if_any_failed(None, None if isinstance(failure, AbandonedError) else failure)
+
+
+def run_on_all_ranks(doing: str, work: Callable[[Reporter], T]) -> T:
+    """Run `work` on every rank as `long_work` does; return this rank's result. Collective."""
+    with long_work(doing) as report:
+        return work(report)
+
+
+def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
+    """Return on all ranks what `work` returns on rank 0, which is pickled. What it raises is raised on all. Collective."""
+    result: list[T | None] = [None]
+    with long_work(doing) as report:
+        if dist.get_rank() == 0:
+            result = [work(report)]
+    dist.broadcast_object_list(result, src=0)
+    return cast(T, result[0])
+
+
+def report_failure(reason: str) -> None:
+    """End the ranks that wait for this rank in the next piece of long work: it will never begin it."""
+
+    def post() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or there is none yet
+            store = _store_of(_pieces[0])
+            store.set("left", reason)
+            store.add("signs", 1)
+
+    thread = threading.Thread(target=post, daemon=True)  # the store may be in a process that hangs
+    thread.start()
+    thread.join(ANSWER_S)
+
+
+def _store_of(piece: int) -> dist.Store:
+    return dist.PrefixStore(f"long work {piece}", dist.distributed_c10d._get_default_store())
+
+
+class Watch:
+    """One piece of work, seen from this rank.
+
+    Only a thread of its own uses the store: that is kept by a process that may hang, and requests to it have no time-out.
+    """
+
+    def __init__(self, doing: str, silence_s: float) -> None:
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._doing, self._silence = doing, silence_s
+        self._store = _store_of(_pieces[0])
+        _pieces[0] += 1
+        self._status, self._reports = doing, 1
+        self._finished = self._failed = self._abandoned = False
+        self._last_status = "nothing"  # the newest of any rank
+        self._problem: str | None = None
+        # Polled every few seconds, so that longer gaps are suspensions of this process.
+        self._clock = RunningClock(max(2 * self._pause(silence_s), 10.0))
+        self._answered = self._clock.now()  # when the store answered last
+        self._changed, self._over = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name=doing, daemon=True).start()
+
+    def report(self, text: str) -> None:
+        """Post how far this rank is. Raises AbandonedError when another rank has failed."""
+        self._status, self._reports = f"{self._doing}: {text}", self._reports + 1
+        if self._abandoned:
+            raise AbandonedError
+
+    def finish(self, failed: bool) -> None:
+        """Post that this rank has finished."""
+        self._failed, self._finished = failed, True
+        self._changed.set()
+
+    def wait(self) -> None:
+        """Wait until all ranks have finished. Raises HungError when they stop reporting, or the store stops answering."""
+        self._answered = self._clock.now()  # the work may have kept the thread from running
+        while not self._over.wait(min(1.0, self._silence / 8)):
+            if self._clock.now() - self._answered > self._silence:
+                raise HungError(
+                    f"{self._doing}: the store through which ranks exchange their status (in rank 0, or in the launcher's "
+                    f"agent on its host) has not answered for {self._silence:g} s. The last report was: {self._last_status}"
+                )
+        if self._problem is not None:
+            if self._rank == 0:  # the store may end with this process: let the others read it first
+                time.sleep(3 * self._pause(self._silence))
+            raise HungError(f"{self._doing}: {self._problem}")
+
+    def _run(self) -> None:
+        try:
+            self._exchange()
+        except Exception as error:  # the process that keeps the store is gone
+            self._problem = (
+                "the connection to the store through which ranks exchange their status was lost "
+                f"({' '.join(str(error).split())[:200]}). The last report was: {self._last_status}"
+            )
+        self._over.set()
+
+    def _exchange(self) -> None:
+        """Post this rank's status and read the others' until all have finished, one has left, or none reports."""
+        began = last_sign = logged = self._clock.now()
+        posted, counted, signs, finished = 0, False, -1, 0
+        while True:
+            if posted != self._reports:
+                posted = self._reports
+                self._post_status()
+            if self._finished and not counted:
+                self._count_finished()
+                counted = True
+            newest_signs = self._store.add("signs", 0)
+            now = self._answered = self._clock.now()
+            if newest_signs != signs:  # nothing else changes without a sign
+                signs, last_sign = newest_signs, now
+                finished = self._read_store()
+                if self._problem is not None:
+                    return
+            if finished == self._world:
+                return
+            if counted and now - last_sign > self._silence:
+                self._problem = self._describe_unfinished()
+                return
+            if now - logged > LOG_EVERY_S:
+                logged = now
+                _log.info("%d of %d ranks have finished; the last report was: %s", finished, self._world, self._last_status)
+            self._changed.wait(self._pause(now - began))
+            self._changed.clear()
+
+    def _read_store(self) -> int:
+        """Read what has changed; return how many ranks have finished."""
+        self._last_status = self._store.get("last").decode()
+        for listener in listeners:
+            listener()
+        finished, self._abandoned = self._store.add("finished", 0), self._store.add("failed", 0) > 0
+        if self._store.check(["left"]):
+            self._problem, self._abandoned = self._store.get("left").decode(), True
+        return finished
+
+    def _pause(self, elapsed: float) -> float:
+        """Return the seconds to the next poll: an eighth of the time elapsed, within bounds that grow with the ranks."""
+        return min(self._silence / 8, max(self._world * POLL_S_PER_RANK, min(elapsed / 8, 1.0)))
+
+    def _post_status(self) -> None:
+        line = f"rank {self._rank} on {host_name()}: {self._status}"
+        self._store.set(f"status/{self._rank}", line)
+        self._store.set("last", line)
+        self._store.add("signs", 1)
+
+    def _count_finished(self) -> None:
+        if self._failed:
+            self._store.add("failed", 1)
+        self._store.append("who", f"{self._rank} ")  # type: ignore[attr-defined]  # missing in its stubs
+        self._store.add("finished", 1)
+        self._store.add("signs", 1)
+
+    def _describe_unfinished(self) -> str:
+        """Return which ranks have not finished, and their last status."""
+        finished = {int(rank) for rank in self._store.get("who").split()}
+        unfinished = [rank for rank in range(self._world) if rank not in finished]
+        names = "; ".join(map(self._status_of, unfinished[:MAX_NAMED]))
+        rest = f" and {len(unfinished) - MAX_NAMED} more" if len(unfinished) > MAX_NAMED else ""
+        return f"there was no sign of progress for {self._silence:g} s from {names}{rest}"
+
+    def _status_of(self, rank: int) -> str:
+        key = f"status/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else f"rank {rank}, which has not begun"

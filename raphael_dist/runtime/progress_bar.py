@@ -1,0 +1,80 @@
+"""Progress reports of long work, and the bar that shows them on a terminal. Imports rich only there, and no torch."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+
+class Reporter(Protocol):
+    """A function that takes how far a piece of work is: in words, and as `done` of `total` parts where they are counted."""
+
+    def __call__(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
+
+
+def no_report(text: str, done: int | None = None, total: int | None = None) -> None:
+    """Discard a report: for work outside a run."""
+
+
+class ProgressBar:
+    """A bar on a terminal. It appears with the first report; nothing appears where the stream is no terminal."""
+
+    def __init__(self, title: str, *, enabled: bool, file: TextIO | None = None, transient: bool = True) -> None:
+        """
+        Args:
+            title: stands in front of the bar.
+            enabled: False on ranks that show nothing.
+            file: where the bar is drawn; None: standard output.
+            transient: remove the bar at the end.
+        """
+        stream = file or sys.stdout
+        self._console = _open_console(stream) if enabled and stream.isatty() else None
+        self._title, self._transient = title, transient
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a terminal to show the bar on."""
+        return self._console is not None
+
+    def report(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """Move the bar to `done` of `total`, where they are known, and show `text` behind it. A `Reporter`."""
+        if self._console is None:
+            return
+        if self._progress is None or self._task is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            time_left, description = TimeRemainingColumn(), TextColumn("{task.description}", markup=False)
+            columns = (TextColumn(self._title), BarColumn(), MofNCompleteColumn(), time_left, description)
+            self._progress = Progress(*columns, console=self._console, transient=self._transient)
+            self._task = self._progress.add_task("", total=None)
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=total, description=text)
+
+    def print(self, line: str) -> None:
+        """Print a line above the bar, or to standard output without one."""
+        if self._console is None:
+            print(line, flush=True)
+        else:
+            self._console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _open_console(stream: TextIO) -> "Console":
+    from rich.console import Console
+
+    return Console(file=stream)

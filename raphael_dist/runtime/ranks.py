@@ -1,0 +1,245 @@
+"""This process among the ranks, and how ranks decide together."""
+
+import logging
+import os
+import secrets
+import socket
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from raphael_dist.errors import NotSavedError, UserError, describe_error
+from raphael_dist.model.device import from_host
+from raphael_dist.runtime import rendezvous
+from raphael_dist.runtime.host_memory import keep_freed_memory
+from raphael_dist.runtime.launcher_env import launcher_of
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+SHARED_ERRORS = (UserError, NotSavedError)  # raised on every rank when one rank raises them
+TIMEOUT = timedelta(minutes=30)  # of every process group
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: global rank, number of ranks, rank on this host, ranks on this host."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str = "none"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Return which of `count` items this rank works on: every `world_size`-th, beginning with its own number."""
+        return range(self.rank, count, self.world_size)
+
+
+def discover(env: Mapping[str, str] = os.environ) -> Ranks:
+    """Read the launcher's variables. Raises UserError when some of them are missing or no numbers."""
+    launcher = launcher_of(env)
+    if launcher is None:
+        return Ranks()
+    rank, world_size, local_rank = (
+        _number(env, name, launcher.name) for name in (launcher.rank, launcher.world_size, launcher.local_rank)
+    )
+    if rank >= world_size:
+        raise UserError(
+            f"environment variable {launcher.rank}={rank} must be below {launcher.world_size}={world_size}. Give every "
+            f"rank its own number from 0 on, or unset {launcher.rank} for a single process."
+        )
+    local_world_size = env.get(launcher.local_world_size, "").split("(")[0]  # Slurm writes "8(x2)"
+    return Ranks(
+        rank, world_size, local_rank, int(local_world_size) if local_world_size.isdigit() else world_size, launcher.name
+    )
+
+
+def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
+    value = env.get(name, "")
+    if not (value.isascii() and value.isdigit()):
+        raise UserError(
+            f"environment variable {name}={value!r} (set by {launcher}) must be a number. Start with torchrun or "
+            "deepspeed, or unset RANK and WORLD_SIZE for a single process."
+        )
+    return int(value)
+
+
+def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT, heartbeat: Callable[[str], None] | None = None) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
+
+    Args:
+        timeout: of the process group, and of each part of joining it.
+        heartbeat: is called with a description before each part that may take long.
+
+    Raises: as `rendezvous.connect` and `rendezvous.wait_for_all`.
+    """
+    # DeepSpeed calls collectives under names that torch 2.13 has renamed; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
+    complete_environment(ranks)
+    device = _choose_device(ranks)
+    heartbeat = heartbeat or _no_heartbeat
+    heartbeat("meeting the other ranks")
+    store = rendezvous.connect(ranks.rank, ranks.world_size, timeout)
+    heartbeat("waiting for the other ranks")
+    rendezvous.wait_for_all(ranks.rank, ranks.world_size, timeout)
+    heartbeat("connecting to the other ranks")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    return device
+
+
+def _no_heartbeat(text: str) -> None:
+    """Nothing watches this process."""
+
+
+def complete_environment(ranks: Ranks) -> None:
+    """Set the variables that torch and DeepSpeed read, whichever launcher started this process."""
+    if ranks.launcher == "mpirun" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _master_by_mpi()
+    if ranks.local_world_size == ranks.world_size:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if ranks.launcher == "none":
+        os.environ["MASTER_PORT"] = str(free_port())
+    os.environ["RANK"] = str(ranks.rank)
+    os.environ["WORLD_SIZE"] = str(ranks.world_size)
+    os.environ["LOCAL_RANK"] = str(ranks.local_rank)
+
+
+def _choose_device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(num_threads(ranks))
+        keep_freed_memory()
+        return torch.device("cpu")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"the launcher must start one rank per GPU, but it started {ranks.local_world_size} ranks on a host with "
+            f"{torch.cuda.device_count()} GPUs. Start fewer ranks per host."
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
+def own_group(members: list[int], timeout: timedelta = TIMEOUT) -> dist.ProcessGroup:
+    """Create the process group of these ranks, one of which is this rank. Collective over its members alone.
+
+    A rank makes one call instead of one per group of the world. Every rank must have created equally many groups before: the
+    members find each other by a name that contains that number.
+    """
+    return cast(dist.ProcessGroup, dist.new_group(members, timeout=timeout, use_local_synchronization=True))
+
+
+def _master_by_mpi() -> tuple[str, str]:
+    """Return the address and port of rank 0, which mpirun does not pass on."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError(
+            "mpirun requires the environment variables MASTER_ADDR and MASTER_PORT, but they are not set. Set both "
+            "(mpirun -x), or install mpi4py."
+        ) from None
+    world = MPI.COMM_WORLD
+    return cast(tuple[str, str], world.bcast((socket.gethostname(), str(free_port())) if world.rank == 0 else None))
+
+
+def num_threads(ranks: Ranks) -> int:
+    """Return how many threads a rank on a CPU may use: OMP_NUM_THREADS, or its share of the cores it may run on."""
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    if setting.isdigit() and int(setting) > 0:
+        return int(setting)
+    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+
+
+def host_name() -> str:
+    """Return the name of this host; under Slurm, the name of this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def rank_table(ranks: Ranks, device: torch.device) -> list[str]:
+    """Write a line about every rank to the log of rank 0; return their hosts. Collective."""
+    table = gather_objects((host_name(), str(device), ranks.local_rank, os.getpid()))
+    for rank, (host, name, local_rank, pid) in enumerate(table if ranks.is_main else []):
+        _log.info("rank %d: %s, %s, local rank %d, pid %d, started by %s", rank, host, name, local_rank, pid, ranks.launcher)
+    return [host for host, *_ in table]
+
+
+def free_port() -> int:
+    """Return a TCP port that is free on this host now.
+
+    It lies below the ports that the kernel gives to outgoing connections, so that none takes it before its user does.
+    """
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(10_000, first_given) if first_given > 12_000 else [0]
+    while True:
+        with socket.socket() as s, suppress(OSError):  # in use: the next candidate
+            s.bind(("127.0.0.1", secrets.choice(candidates)))
+            return int(s.getsockname()[1])
+
+
+def all_reduce_sum(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the sum of each value over all ranks, as float64 on the host. Collective; waits for the device once."""
+    if isinstance(values, torch.Tensor):
+        tensor = values.to(device, torch.float64, copy=True)
+    else:
+        tensor = from_host(values, device, torch.float64)
+    dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the value of every rank, in order. For small values: they are pickled."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)
+
+
+def raise_on_all_ranks(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; when it fails on any rank, raise on all. Collective.
+
+    For short work: ranks that have finished wait in a collective. `long_work.run_on_all_ranks` has no such limit.
+
+    Raises:
+        UserError, NotSavedError: on all ranks, when one rank raises them.
+        RuntimeError: on the other ranks, when one rank raises another exception.
+    """
+    return raise_if_any_failed(*attempt(work))
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return what `work` returns, and what it raises."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def raise_if_any_failed(
+    result: T | None, failure: Exception | None, gather: Callable[[Any], list[Any]] = gather_objects
+) -> T:
+    """Return `result` when no rank has a failure; otherwise raise as `raise_on_all_ranks` does. Collective.
+
+    Args:
+        gather: returns the value of every rank in order; for ranks without a process group.
+    """
+    kind = next((k for k in SHARED_ERRORS if isinstance(failure, k)), None)
+    problems = gather(None if failure is None else (kind, str(failure) if kind else describe_error(failure)))
+    if failure is not None and kind is None:
+        raise failure
+    for rank, problem in enumerate(problems):
+        if problem is not None and problem[0] is not None:
+            error = problem[0](problem[1])
+            error.agreed = True
+            raise error from None
+        if problem is not None:
+            raise RuntimeError(f"rank {rank} failed: {problem[1]}")
+    return cast(T, result)

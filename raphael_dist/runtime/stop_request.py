@@ -1,0 +1,77 @@
+"""Requests to stop early: a signal, the time limit (`--max-time`), or a launcher that has ended.
+
+This is one rank's request; the ranks agree on it at the end of a step.
+"""
+
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from raphael_dist.errors import UserError
+from raphael_dist.runtime.launchers import Process, launchers
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Slurm's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+_TIME = re.compile(r"(?:(?P<days>\d+)-(?P<day_clock>\d+(?::\d+){0,2})|(?P<clock>\d+(?::\d+){0,2}))")
+
+
+class StopRequest:
+    """Whether this rank is to stop. Signal handlers only set a flag, so that no collective is interrupted."""
+
+    def __init__(self, max_time: float | None = None) -> None:
+        """`max_time`: seconds from now to the time limit; None: no limit."""
+        self._signal: int | None = None
+        self._orphaned = False
+        self.launchers = launchers()
+        self._deadline = None if max_time is None else time.monotonic() + max_time
+
+    def listen(self) -> None:
+        """Handle SIGTERM, SIGINT and SIGUSR1. A second SIGINT interrupts at once. For the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def ignore(self) -> None:
+        """Let no further signal end the process: its work is saved and its exit code is decided."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank is to stop."""
+        if self._signal is not None or (self._deadline is not None and time.monotonic() >= self._deadline):
+            return True
+        if not self._orphaned and (ended := describe_ended(self.launchers)):
+            print(f"warning: {ended}; the run stops", file=sys.stderr, flush=True)
+            self._orphaned = True
+        return self._orphaned
+
+
+def describe_ended(processes: Sequence[Process]) -> str:
+    """Return which launcher has ended, or "" when all run."""
+    return next((f"the launcher {p.launcher} (process {p.pid}) has ended" for p in processes if not p.alive), "")
+
+
+def parse_time(text: str) -> float:
+    """Return the seconds of a time in Slurm's form: `90` (minutes), `1:30:00`, `2-12:00:00`. Raises UserError."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"--max-time={text} must have the form of Slurm's --time, which is minutes, minutes:seconds, "
+            "hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds. Correct it."
+        )
+    if match["days"] is not None:
+        hours, minutes, seconds = ([int(n) for n in match["day_clock"].split(":")] + [0, 0])[:3]
+        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
+    numbers = [int(n) for n in match["clock"].split(":")]
+    if len(numbers) == 1:
+        return numbers[0] * 60.0
+    hours, minutes, seconds = [0, *numbers][-3:]
+    return (hours * 60.0 + minutes) * 60 + seconds

@@ -1,0 +1,270 @@
+"""Ends a run that hangs: a thread next to the training thread that knows when the last sign of progress was.
+
+It watches the progress of the loop, not process groups, so it notices a hang in any of them. Every rank writes a heartbeat
+to a file in the run directory. The rank whose time-out ends first reads all of them, names the ranks that are behind, writes
+every thread's stack to `logs/stacks-rank-N.txt` and exits with EXIT_HUNG, upon which the launcher ends the others.
+
+It starts before the ranks have met. Until they have a run directory, heartbeats are lines in their store (rendezvous.py).
+
+A thread that never releases Python's lock would stop this one too. So each rank starts a small process
+(interpreter_watchdog.py). It gets a byte from this thread at every tick, and ends the rank when none comes.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from raphael_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, write_error, write_exit_code
+from raphael_dist.runtime import long_work, rendezvous
+from raphael_dist.runtime.clock import RunningClock
+from raphael_dist.runtime.launchers import Process, alive
+from raphael_dist.runtime.ranks import Ranks, host_name
+from raphael_dist.runtime.stop_request import describe_ended
+from raphael_dist.storage.files import no_links, replace_bytes
+from raphael_dist.text import print_line
+
+_log = logging.getLogger(__name__)
+# Timeout factor of start-up, the first step, validation, sampling and saving.
+SLOW = 5.0
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Where a rank is, and when it wrote so. `count`: its heartbeats so far; all ranks give the same ones in a run."""
+
+    rank: int
+    host: str
+    count: int
+    where: str
+    time: float = 0.0  # by the clock of the file system; before there is a run directory, by the host's
+    pid: int = 0  # of a process that has not exited by itself
+
+
+class Watchdog:
+    """Ends the process when `heartbeat` is not called for `timeout_s` seconds. It watches from `start` to `stop`.
+
+    Reports of other ranks in long work count as heartbeats. Time in which the process was suspended does not count.
+    """
+
+    def __init__(self, ranks: Ranks, run_dir: Path, timeout_s: float, launchers: Sequence[Process] = ()) -> None:
+        """`launchers`: end the process when one of these ends during start-up; in training it is a request to stop."""
+        self._ranks, self._timeout, self._launchers = ranks, timeout_s, launchers
+        self._folder, self._host = run_dir / "logs", host_name()
+        self._count, self._where, self._pid = 0, "start", os.getpid()
+        self._local_pids: set[int] = set()  # processes of ranks on this host that were seen running
+        self._killed = ""
+        self._tick = min(30.0, timeout_s / 8)
+        self._clock = RunningClock(4 * self._tick)
+        self._timeout_factor = SLOW
+        self._deadline = timeout_s * SLOW
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._stacks: TextIO | None = None  # open once there is a run directory
+        self._interpreter_watchdog: subprocess.Popen[bytes] | None = None
+
+    def heartbeat(self, where: str, timeout_factor: float = 1.0) -> None:
+        """Record that the loop is at `where`; the next call is due within `timeout_factor` times the time-out."""
+        self._count, self._where, self._timeout_factor = self._count + 1, where, timeout_factor
+        self._extend()
+        if self._stacks is None:
+            rendezvous.post_status(self._line())
+
+    def _extend(self) -> None:
+        self._deadline = self._clock.now() + self._timeout * self._timeout_factor
+
+    def start(self) -> Self:
+        """Start to watch, with the timeout factor SLOW. Writes no file yet."""
+        self._extend()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # without a standard error
+            faulthandler.register(signal.SIGUSR2, all_threads=True)
+        program = str(Path(__file__).with_name("interpreter_watchdog.py"))
+        # It acts after the others' deadline, so that they can name this rank first.
+        timeout, tick = str(self._timeout + 2 * self._tick), str(self._tick)
+        command = [sys.executable, "-I", "-S", program, str(os.getpid()), timeout, tick]
+        self._interpreter_watchdog = subprocess.Popen(command, stdin=subprocess.PIPE)
+        long_work.listeners.append(self._extend)
+        self._thread.start()
+        return self
+
+    def use_folder(self) -> None:
+        """Write heartbeats and stacks to the run directory from now on. Raises as `write_error`."""
+        try:
+            (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)
+            self._stacks = open(self._folder / f"stacks-rank-{self._ranks.rank}.txt", "w", opener=no_links)
+        except OSError as error:
+            raise write_error(self._folder, error) from None
+        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        self._publish()
+
+    def stop(self) -> None:
+        """Stop watching, and remove this rank's files. May be called twice."""
+        if self._ended.is_set():
+            return
+        long_work.listeners.remove(self._extend)
+        self._ended.set()
+        self._thread.join()
+        assert self._interpreter_watchdog is not None
+        with contextlib.suppress(OSError):
+            self._interpreter_watchdog.communicate()  # ends it by closing its input
+        faulthandler.unregister(signal.SIGUSR2)
+        if self._stacks is not None:
+            self._stacks.close()
+            for path in (self._path(self._ranks.rank), Path(self._stacks.name)):
+                path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        self._launchers = ()
+        if not self._thread.is_alive():
+            self.start().use_folder()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def _watch(self) -> None:
+        assert self._interpreter_watchdog is not None
+        assert self._interpreter_watchdog.stdin is not None
+        while True:
+            with contextlib.suppress(OSError):
+                os.write(self._interpreter_watchdog.stdin.fileno(), b".")
+            self._publish()
+            if self._ended.wait(self._tick):
+                return
+            if self._clock.now() > self._deadline or self._killed:
+                self._end_process()
+            self._killed = self._find_killed_rank()  # acts at the next tick, unless the other rank's end ends this one first
+            if ended := describe_ended(self._launchers):
+                print(
+                    f"error on rank {self._ranks.rank}: {ended} during the start. The same command continues.",
+                    file=sys.stderr,
+                )
+                write_exit_code(EXIT_INTERRUPTED)
+                os._exit(EXIT_INTERRUPTED)
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / "heartbeats" / f"rank-{rank:05d}"
+
+    def _line(self) -> str:
+        return json.dumps(asdict(Heartbeat(self._ranks.rank, self._host, self._count, self._where, time.time(), self._pid)))
+
+    def _publish(self) -> None:
+        if self._stacks is None:  # in a thread, since the store may be kept by a process that hangs
+            threading.Thread(target=rendezvous.post_status, args=(self._line(),), daemon=True).start()
+            return
+        with contextlib.suppress(OSError):  # a full disk is not a hang
+            replace_bytes(self._path(self._ranks.rank), self._line().encode(), durable=False)
+
+    def _find_killed_rank(self) -> str:
+        """Return a message about a killed rank of this host, whose heartbeat exists and whose process does not, or ""."""
+        first = self._ranks.rank - self._ranks.local_rank
+        for rank in range(first, first + self._ranks.local_world_size) if self._stacks is not None else ():
+            heartbeat = self._read_file(rank)
+            if heartbeat.host != self._host or not heartbeat.pid:
+                continue
+            if alive(heartbeat.pid):
+                self._local_pids.add(heartbeat.pid)
+            elif heartbeat.pid in self._local_pids:  # else the file is of an earlier run
+                return (
+                    f"rank {rank} on {self._host} (process {heartbeat.pid}) was killed at {heartbeat.where}. If the system "
+                    "killed it for lack of memory, dmesg reports this"
+                )
+        return ""
+
+    def _end_process(self) -> None:
+        """Report who is behind, write this rank's stacks and exit with EXIT_HUNG."""
+        self._publish()
+        time.sleep(min(self._tick, 1.0))  # the other ranks are about to publish theirs
+        heartbeats = self._read_heartbeats()
+        stragglers = describe_stragglers(heartbeats, self._tick) if heartbeats else rendezvous.no_answer()
+        if stragglers.startswith("all ") and not self._killed:
+            stragglers += self._describe_links(heartbeats)
+        timeout = self._timeout * self._timeout_factor
+        message = self._killed or f"there was no progress for {timeout:g} s at {self._where}: {stragglers}"
+        self._pid = 0
+        self._publish()
+        print_line(f"error on rank {self._ranks.rank} ({self._host}): {message}", file=sys.stderr)
+        if self._stacks is not None:
+            _log.error("%s; stacks of this rank: %s", message, self._stacks.name)
+            with contextlib.suppress(OSError):
+                faulthandler.dump_traceback(self._stacks, all_threads=True)
+        write_exit_code(EXIT_HUNG)
+        if not heartbeats or silent(heartbeats, self._tick):
+            # The silent rank's interpreter watchdog is about to write its stacks; the launcher ends it with this rank.
+            time.sleep(4 * self._tick)
+        os._exit(EXIT_HUNG)  # the training thread is stuck: nothing less ends it
+
+    def _describe_links(self, heartbeats: list[Heartbeat]) -> str:
+        """Return which ranks cannot be reached, though they write heartbeats, or ""."""
+        # The time-outs of ranks at the same place end within a tick.
+        seconds = self._tick + rendezvous.ANSWER_S
+        missing = rendezvous.unreachable(self._ranks.rank, self._ranks.world_size, seconds)
+        names = rendezvous.join_first([f"rank {rank} on {heartbeats[rank].host}" for rank in missing], ", ")
+        return f", and {names} cannot be reached from {self._host}: check the network between them" if missing else ""
+
+    def _read_heartbeats(self) -> list[Heartbeat]:
+        """Return the heartbeat of every rank; [] where only the store has them and does not answer."""
+        if self._stacks is None:
+            return _newest(rendezvous.read_status(), self._ranks.world_size)
+        return [self._read_file(rank) for rank in range(self._ranks.world_size)]
+
+    def _read_file(self, rank: int) -> Heartbeat:
+        try:
+            with open(self._path(rank)) as file:
+                return Heartbeat(**{**json.load(file), "time": os.fstat(file.fileno()).st_mtime})
+        except (OSError, ValueError, TypeError):
+            return _missing(rank)
+
+
+def _missing(rank: int) -> Heartbeat:
+    return Heartbeat(rank, "", -1, "")
+
+
+def _newest(lines: list[str] | None, world_size: int) -> list[Heartbeat]:
+    """Return the last heartbeat of each rank, of lines that the store has, the oldest first."""
+    if lines is None:
+        return []
+    newest = {rank: _missing(rank) for rank in range(world_size)}
+    for line in lines:
+        heartbeat = Heartbeat(**json.loads(line))
+        newest[heartbeat.rank] = heartbeat
+    return list(newest.values())
+
+
+def silent(heartbeats: list[Heartbeat], tick: float) -> list[Heartbeat]:
+    """Return the ranks without a heartbeat for longer than three ticks: stopped, dead, or kept from running."""
+    newest = max(h.time for h in heartbeats)
+    return [h for h in heartbeats if newest - h.time > 3 * tick]
+
+
+def describe_stragglers(heartbeats: list[Heartbeat], tick: float) -> str:
+    """Return which ranks are behind: those with fewer heartbeats than others, or none for long.
+
+    `tick`: seconds between two publications of a healthy rank.
+    """
+    newest, highest = max(h.time for h in heartbeats), max(h.count for h in heartbeats)
+    dead = silent(heartbeats, tick)
+    behind = [h for h in heartbeats if h.count < highest and h not in dead]
+    lines = [_describe_silent(h, newest) for h in dead]
+    lines += [f"rank {h.rank} on {h.host} is behind, at {h.where}" for h in behind]
+    return rendezvous.join_first(lines, "; ") if lines else f"all {len(heartbeats)} ranks are at the same place"
+
+
+def _describe_silent(heartbeat: Heartbeat, newest: float) -> str:
+    if heartbeat.count < 0:
+        return f"rank {heartbeat.rank} is missing and has given no sign of life yet"
+    seconds = newest - heartbeat.time
+    return (
+        f"rank {heartbeat.rank} on {heartbeat.host} has given no sign of life for {seconds:.0f} s (last: {heartbeat.where})"
+    )

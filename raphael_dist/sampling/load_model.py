@@ -1,0 +1,184 @@
+"""Loads a model to sample from: of a run directory, an exported pipeline or any other layout."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from raphael_dist.checkpoint.folders import resolve_latest
+from raphael_dist.checkpoint.reader import open_newest
+from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.convert.controlnet_files import read_control
+from raphael_dist.convert.layouts import detect, open_checkpoint
+from raphael_dist.convert.layouts.dense import read_object, scheduler_settings
+from raphael_dist.convert.lora_files import MergedSource, read_adapter
+from raphael_dist.convert.source_checkpoint import Checkpoint
+from raphael_dist.convert.write_plan import Source
+from raphael_dist.data.open_streams import load_encoders
+from raphael_dist.errors import UserError
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.runtime.ranks import Ranks, raise_on_all_ranks
+from raphael_dist.sampling.rank_group import join_ranks
+from raphael_dist.sampling.sampler import Sampler
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A model that was loaded from a checkpoint.
+
+    Attributes:
+        config: of its run.
+        origin: where it comes from, as text.
+        digest: a checksum of the checkpoint's manifest; of its path if it has none.
+        weights: "ema" or "master".
+    """
+
+    model: RaphaelUNet
+    sampler: Sampler
+    config: Config
+    origin: str
+    digest: str
+    weights: str
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Adapters and a control to add to a model in memory, each with a scale: 0 turns it off, 1 is as trained.
+
+    Attributes:
+        lora: path for `read_adapter`.
+        control: path for `read_control`.
+    """
+
+    lora: Path | None = None
+    lora_scale: float = 1.0
+    control: Path | None = None
+    control_scale: float = 1.0
+
+    def describe(self) -> list[str]:
+        """Return the path and the scale of each."""
+        pairs = ((self.lora, self.lora_scale), (self.control, self.control_scale))
+        return [f"{path} {scale}" for path, scale in pairs if path is not None]
+
+
+@contextmanager
+def open_model(
+    path: Path, weights: str | None, adapters: AdapterOptions = AdapterOptions()
+) -> Iterator[tuple[TrainedModel, Ranks]]:
+    """Load a model on all ranks of a launcher, or on this process alone, and yield it with the ranks. As `load_trained`."""
+    with join_ranks() as (ranks, device):
+        yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters=adapters)), ranks
+
+
+def load_trained(
+    path: Path,
+    weights: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    adapters: AdapterOptions = AdapterOptions(),
+) -> TrainedModel:
+    """Load a model with its encoders. Checksums are verified.
+
+    Args:
+        path: a run directory, a step folder, an exported pipeline, or another checkpoint.
+        weights: "ema" or "master". None: the EMA if there is one.
+        device: of the model.
+        dtype: of the weights. None: bfloat16 for a run in bfloat16 on a GPU, else float32.
+        adapters: to add to the model.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged or lacks these weights, an encoder is missing, or an adapter does
+            not fit.
+    """
+    with open_for_sampling(path) as checkpoint:
+        config = exported_config(checkpoint, path)
+        if dtype is None:
+            half = config.train.dtype == "bfloat16" and device.type == "cuda"
+            dtype = torch.bfloat16 if half else torch.float32
+        text, image = load_encoders(config, device, dtype)
+        kind = _kind(checkpoint, weights)
+        source: Source = checkpoint
+        if adapters.lora is not None:
+            source = MergedSource(checkpoint, read_adapter(adapters.lora, weights), adapters.lora_scale)
+        model = read_model(source, config, kind)
+        if adapters.control is not None:
+            model.control = read_control(adapters.control, config, weights)
+            model.control_scale = adapters.control_scale
+        model = model.to(device, dtype)
+        step = f"step {checkpoint.progress.step} of " if checkpoint.progress.step else ""
+        sums = sorted(str(entry.get("sha256")) for entry in checkpoint.files.values()) or [str(path)]
+    digest = hashlib.sha256("".join([kind, *sums, *adapters.describe()]).encode()).hexdigest()[:16]
+    origin = " + ".join([f"{step}{path}", *adapters.describe()])
+    return TrainedModel(model, Sampler.of(model, text, image), config, origin, digest, kind)
+
+
+def open_for_sampling(path: Path) -> Checkpoint:
+    """Open a checkpoint in any layout; of a run, the newest that verifies. UserError: there is none, or it is damaged."""
+    path = resolve_latest(path)
+    try:
+        layout = detect(path).name
+    except UserError as error:
+        if path.is_dir():
+            raise UserError(
+                f"--checkpoint {path} contains no checkpoint. Use a run directory, a step-* folder or an exported pipeline."
+            ) from None
+        raise UserError(f"--checkpoint {str(error).removeprefix('--from ')}") from None
+    if layout == "raphael":
+        return open_checkpoint(layout, open_newest(path).folder)  # it has verified the checksums
+    checkpoint = open_checkpoint(layout, path)
+    if problem := checkpoint.integrity_error():
+        raise UserError(f"--checkpoint {path} is damaged: {problem}. Use another checkpoint.")
+    return checkpoint
+
+
+def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
+    """Return the run's configuration; of an exported pipeline, with its own encoders and scheduler."""
+    config = checkpoint.config
+    if not (path / "model_index.json").is_file():
+        return config
+    tree, index = config.model_dump(mode="json"), read_object(path / "model_index.json")
+    tree["text"]["encoder"] = index.get("text") or str(path)
+    tree["image"]["vae"] = str(path) if (path / "vae").is_dir() else "none"
+    tree["diffusion"] |= scheduler_settings(path)
+    for section, field in (("text", "max_tokens"), ("sample", "steps"), ("sample", "guidance")):
+        if index.get(field) is not None:
+            tree[section][field] = index[field]
+    if "size" in index and not checkpoint.files:
+        tree["image"]["buckets"] = [index["size"]]
+    return config_from_tree(tree)
+
+
+def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
+    """Return the kind of weights to load. A layout with one kind only stores it as master, even if it is the EMA."""
+    kinds = checkpoint.kinds()
+    if "ema" not in kinds and (weights is None or (weights == "ema" and not checkpoint.whole)):
+        return "master"
+    if weights is not None and weights not in kinds:
+        raise UserError(
+            f"--weights {weights} must be one of {', '.join(kinds)}, the kinds of weights in this checkpoint. Change it."
+        )
+    return weights or "ema"
+
+
+def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
+    """Return the model with one kind of weights, in float32 on the CPU, in eval mode."""
+    with torch.device("meta"):
+        model = RaphaelUNet(config)
+    model.to_empty(device="cpu")
+    fill(model, lambda name, numel: checkpoint.read(kind, name, 0, numel))
+    return model.eval()
+
+
+def fill(model: torch.nn.Module, read: Callable[[str, int], torch.Tensor]) -> None:
+    """Fill every parameter with the values that `read` returns for its name and number of elements."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(read(name, p.numel()).view(p.shape))

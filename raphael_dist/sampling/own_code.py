@@ -1,0 +1,5 @@
+"""Whether code runs inside the package, or in the folder of an exported model that carries its own code."""
+
+from typing import Final
+
+IN_PACKAGE: Final = True  # convert/standalone.py leaves out what follows `if IN_PACKAGE:`

@@ -1,0 +1,300 @@
+"""From prompts to images: classifier-free guidance with diffusers' schedulers, from noise or from an image.
+
+Shape legend: B images, C latent channels, h and w latent height and width, H and W image height and width.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raphael_dist.config.upscale import Upscale
+from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder
+from raphael_dist.data.features.run_encoders import TextFeatures
+from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import late_start_warning
+from raphael_dist.model.super_resolution import append_small_image, back_project
+from raphael_dist.rng import Purpose, generator
+
+_log = logging.getLogger(__name__)
+_NONE = Upscale()
+# Predicts noise (or v) from noised latents [B, C, h, w], timesteps [B] and captions.
+Denoise = Callable[[Tensor, Tensor, TextFeatures], Tensor]
+# Called after each step with its number, its timestep and the latents; returns the latents to continue with.
+OnStep = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to draw. `seed`, `index` and `copy` fix its noise, so it is the same in any batch and on any rank.
+
+    Attributes:
+        prompt, negative: caption and negative caption.
+        size_hw: height and width in pixels.
+        index: number of the prompt within its set. copy: number among the images of one prompt.
+        start: image to start from, uint8 [H, W, 3] of size `size_hw`. None: start from noise.
+        edges: edge map for a model with a control, float32 [H, W] in 0..1, or None.
+        small: small image for a super-resolution model, uint8 [Hs, Ws, 3], or None.
+    """
+
+    prompt: str
+    size_hw: tuple[int, int]
+    seed: int = 0
+    index: int = 0
+    copy: int = 0
+    negative: str = ""
+    start: np.ndarray | None = None
+    edges: np.ndarray | None = None
+    small: np.ndarray | None = None
+
+
+def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
+    """Return the initial noise of one image, float32 of `shape`. `copy` numbers the images of prompt `index`."""
+    draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
+    return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
+
+
+def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
+    """Return the prediction of a `RaphaelUNet` as a function of captions. edge_Bhw: edge maps for its control."""
+
+    def denoise(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
+        # The batch holds captions, then negative captions; both use the same maps.
+        edges = [] if edge_Bhw is None else [None, edge_Bhw.repeat(len(x) // len(edge_Bhw), 1, 1)]
+        prediction: Tensor = model(x, timestep, text.tokens, text.mask, text.end, *edges).prediction
+        return prediction
+
+    return denoise
+
+
+def super_resolution_denoiser(denoise: Denoise, small_B3HsWs: Tensor, patch: int) -> Denoise:
+    """Return the prediction of a super-resolution model with small images in -1..1, as a function of captions."""
+
+    def denoise_with_small(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
+        # The batch holds captions, then negative captions; both use the same small images.
+        small = small_B3HsWs.repeat(len(x) // len(small_B3HsWs), 1, 1, 1)
+        return denoise(append_small_image(x, small, patch), timestep, text)
+
+    return denoise_with_small
+
+
+@torch.no_grad()
+def sample_latents(
+    denoise: Denoise,
+    scheduler: Any,
+    noise_BChw: Tensor,
+    text: TextFeatures,
+    null: TextFeatures,
+    *,
+    steps: int,
+    guidance: float,
+    dtype: torch.dtype = torch.float32,
+    start_BChw: Tensor | None = None,
+    strength: float = 1.0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Denoise with classifier-free guidance: eps_null + guidance * (eps_text - eps_null).
+
+    Args:
+        denoise: the model. Its gates get no noise.
+        scheduler: of diffusers (`model.diffusion.make_scheduler`).
+        noise_BChw: float32, on the device of the model.
+        text: B captions. null: B negative captions, or one for all.
+        steps: denoising steps.
+        guidance: guidance scale; 1 turns guidance off.
+        dtype: of the model's weights.
+        start_BChw: latents of images to start from. None: start from noise.
+        strength: share of the steps, 0 to 1, that are taken from `start_BChw`.
+        on_step: called after each step.
+
+    Returns:
+        Latents, float32 [B, C, h, w].
+    """
+    device, batch = noise_BChw.device, len(noise_BChw)
+    captions = _to(text, device, dtype) if guidance == 1 else _both(text, null, batch, device, dtype)
+    copies = len(captions.tokens) // batch
+    x, timesteps = _begin(scheduler, noise_BChw, steps, start_BChw, strength)
+    for number, t in enumerate(timesteps):
+        scaled = _model_input(scheduler, x, t).to(dtype).repeat(copies, 1, 1, 1)
+        timestep = torch.full((len(scaled),), t.item(), device=device)
+        parts = denoise(scaled, timestep, captions).float().chunk(copies)
+        prediction = parts[0] if copies == 1 else parts[1] + guidance * (parts[0] - parts[1])
+        x = scheduler.step(prediction, t, x).prev_sample
+        if on_step is not None:
+            x = on_step(number, t, x)
+    return x
+
+
+def _begin(
+    scheduler: Any, noise: Tensor, steps: int, start: Tensor | None, strength: float
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the input of the first step, and the timesteps."""
+    scheduler.set_timesteps(steps)
+    if start is None:
+        if late := late_start_warning(scheduler):
+            _log.warning("%s", late)
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
+    skipped = steps - min(int(steps * strength), steps)  # as in diffusers
+    timesteps = scheduler.timesteps[skipped:]
+    if not len(timesteps):
+        return start, timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    timestep_B = timesteps[:1].expand(len(start))
+    if hasattr(scheduler, "scale_noise"):  # flow matching
+        return scheduler.scale_noise(start, timestep_B, noise), timesteps
+    return scheduler.add_noise(start, noise, timestep_B), timesteps
+
+
+def _model_input(scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
+    """Return the scaled latents; schedulers of flow matching have no scale."""
+    scaled: Tensor = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+    return scaled
+
+
+def _to(text: TextFeatures, device: torch.device, dtype: torch.dtype) -> TextFeatures:
+    return TextFeatures(text.tokens.to(device, dtype), text.mask.to(device), text.end.to(device))
+
+
+def _both(text: TextFeatures, null: TextFeatures, batch: int, device: torch.device, dtype: torch.dtype) -> TextFeatures:
+    """Return the captions, then the negative captions, in one batch."""
+    pairs = ((text.tokens, null.tokens), (text.mask, null.mask), (text.end, null.end))
+    parts = [torch.cat([own.to(device), other.to(device).expand(batch, *other.shape[1:])]) for own, other in pairs]
+    return _to(TextFeatures(*parts), device, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """A model with its encoders.
+
+    Attributes:
+        denoise: the model without edge maps.
+        text, image: the encoders.
+        device: of the latents, which are float32. dtype: of the model's weights.
+        with_edges: returns the model with edge maps [B, h, w]; None if it has no control.
+        upscale: the model's super-resolution settings.
+    """
+
+    denoise: Denoise
+    text: TextEncoder
+    image: ImageEncoder
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    with_edges: Callable[[Tensor], Denoise] | None = None
+    upscale: Upscale = _NONE
+
+    @classmethod
+    def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
+        """Return the sampler of a `RaphaelUNet`, on its device and in its dtype."""
+        weight = next(model.parameters())
+        with_edges = partial(denoiser, model) if getattr(model, "control", None) is not None else None
+        upscale = cast(Upscale, model.upscale)
+        return cls(denoiser(model), text, image, weight.device, weight.dtype, with_edges, upscale)
+
+    def draw(
+        self,
+        requests: Sequence[Request],
+        scheduler: Any,
+        *,
+        steps: int,
+        guidance: float,
+        strength: float = 0.8,
+        on_step: OnStep | None = None,
+    ) -> np.ndarray:
+        """Draw requests of one size, all with an image to start from or none.
+
+        Args:
+            requests: B requests.
+            scheduler: of diffusers; it is changed.
+            steps, guidance, strength, on_step: as in `sample_latents`.
+
+        Returns:
+            Images, uint8 [B, H, W, 3].
+        """
+        (size_hw,) = {request.size_hw for request in requests}
+        shape = (self.image.channels, size_hw[0] // self.image.factor, size_hw[1] // self.image.factor)
+        noise = torch.stack([initial_noise(r.seed, r.index, shape, r.copy) for r in requests]).to(self.device)
+        captions = self.text.encode([r.prompt for r in requests])
+        negatives = sorted({r.negative for r in requests})
+        null = self.text.encode(negatives if len(negatives) == 1 else [r.negative for r in requests])
+        latents = sample_latents(
+            self._denoise(requests),
+            scheduler,
+            noise,
+            captions,
+            null,
+            steps=steps,
+            guidance=guidance,
+            dtype=self.dtype,
+            start_BChw=self._start(requests),
+            strength=strength,
+            on_step=on_step,
+        )
+        images = self.image.decode(latents)
+        if self.upscale.factor:
+            images = back_project(images, self._small(requests).to(images.device), self.upscale.back_projections)
+        return to_pixels(images)
+
+    def _denoise(self, requests: Sequence[Request]) -> Denoise:
+        if self.upscale.factor or any(r.small is not None for r in requests):
+            return super_resolution_denoiser(self.denoise, self._small(requests), self.upscale.patch)
+        maps = [r.edges for r in requests if r.edges is not None]
+        if not maps:
+            return self.denoise
+        if self.with_edges is None or len(maps) < len(requests):
+            raise UserError(
+                "--control requires a model with a ControlNet, and an edge map for each image or for none, but one of the "
+                "two is missing. Add --control-from, or give all images an edge map."
+            )
+        edge_BHW = torch.from_numpy(np.stack(maps)).to(self.device)
+        return self.with_edges(nn.functional.avg_pool2d(edge_BHW, self.image.factor))
+
+    def _small(self, requests: Sequence[Request]) -> Tensor:
+        for r in requests:
+            check_small(self.upscale.factor, r.small, r.size_hw)
+        return to_tensor(np.stack([r.small for r in requests if r.small is not None])).to(self.device)
+
+    def _start(self, requests: Sequence[Request]) -> Tensor | None:
+        images = [r.start for r in requests if r.start is not None]
+        if not images:
+            return None
+        mean, _ = self.image.encode(to_tensor(np.stack(images)).to(self.device))
+        return mean.to(self.device)
+
+
+def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
+    """Raise UserError if a model with this `upscale.factor` cannot draw an image of `size_hw` from this small image.
+
+    None as the small image: from the caption only.
+    """
+    if not factor:
+        if small_HsWs3 is not None:
+            raise UserError(
+                f"{option} requires a super-resolution model, but upscale.factor of this model is 0. Leave out {option}."
+            )
+        return
+    expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels for an image of {size_hw[0]} x {size_hw[1]}"
+    if small_HsWs3 is None:
+        raise UserError(
+            f"{option} is required, since the model has upscale.factor={factor}. Give a small image of {expected}."
+        )
+    height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
+    if (height, width) != tuple(size_hw):
+        raise UserError(
+            f"{option}: the small image must be {expected}, but it is {height // factor} x {width // factor}. Resize it, or "
+            f"set --size {height} {width}."
+        )
+
+
+def to_pixels(images_B3HW: Tensor) -> np.ndarray:
+    """Convert images in -1..1 to uint8 [B, H, W, 3]."""
+    return ((images_B3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
+    """Convert uint8 images to float32 [B, 3, H, W] in -1..1."""
+    return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1

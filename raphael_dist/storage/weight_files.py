@@ -1,0 +1,69 @@
+"""Finds the weight files of a model folder, by the file names of diffusers and transformers.
+
+STEM.safetensors, or STEM.safetensors.index.json and the parts that it names
+STEM.bin, STEM.bin.index.json                         the same as files of torch.save
+STEM.fp16.safetensors, STEM.safetensors.index.fp16.json ...              the same as a variant, here "fp16"
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from raphael_dist.errors import UserError
+from raphael_dist.text import read_json
+
+DIFFUSERS, TRANSFORMERS = ("diffusion_pytorch_model",) * 2, ("model", "pytorch_model")  # stems of safetensors and of .bin
+_FIRST = ("fp32", "bf16", "fp16")  # of several variants
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of one model, all safetensors or all .bin. variant: None for plain names."""
+
+    paths: tuple[Path, ...]
+    variant: str | None = None
+
+    @property
+    def pickled(self) -> bool:
+        return self.paths[0].suffix == ".bin"
+
+
+def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFiles:
+    """Return a model's weight files: plain names before variants, safetensors before .bin. UserError: there are none."""
+    for variant in (None, *_variants(folder, stems)):
+        for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
+            single = folder / ".".join(filter(None, (stem, variant, suffix)))
+            index = folder / ".".join(filter(None, (stem, suffix, "index", variant, "json")))
+            if single.is_file():
+                return WeightFiles((single,), variant)
+            if index.is_file():
+                return WeightFiles(_parts(index), variant)
+    raise UserError(
+        f"{folder} must contain weights, but {stems[0]}.safetensors and {stems[0]}.bin are missing, also with a variant "
+        "(such as fp16) in their names. Restore them, or give another folder."
+    )
+
+
+def _variants(folder: Path, stems: tuple[str, str]) -> list[str]:
+    """Return the variants in a folder, those with most bits first."""
+    either = "|".join(map(re.escape, dict.fromkeys(stems)))
+    names = re.compile(rf"(?:{either})\.(?:([\w-]+)\.(?:safetensors|bin)|(?:safetensors|bin)\.index\.([\w-]+)\.json)")
+    matches = [names.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    variants = {match[1] or match[2] for match in matches if match and "-of-" not in match[0]}
+    return sorted(variants, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+
+
+def _parts(index: Path) -> tuple[Path, ...]:
+    """Return the files that an index names. UserError: it cannot be read, or one is missing or outside its folder."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read: {error}. Restore the file.") from None
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise UserError(
+            f"{index} must list weight files in its own folder under weight_map, but it lists {names[:3]}. Restore the file."
+        )
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name} is missing, but {index.name} lists it. Restore the file.")
+    return tuple(index.parent / name for name in names)

@@ -1,0 +1,207 @@
+"""Text from outside: read text files, print foreign text safely, hide the secrets of addresses."""
+
+import codecs
+import contextlib
+import errno
+import io
+import json
+import logging
+import os
+import re
+import stat
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+JsonObject = dict[str, Any]  # what a JSON object becomes
+MAX_TEXT = 1 << 30  # bytes; a manifest has some 200 bytes for each tensor of each rank
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+HIDDEN = "(hidden)"
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
+_SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password|passwd)$")
+# A straight quote opens where no letter or digit precedes it, and closes where none follows: 24" is a length.
+_QUOTED = re.compile(r"""(?<!\w)"([^"]+)"(?!\w)|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»""")
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading and return its descriptor. Raises OSError for a file that is not regular (FIFO)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return descriptor
+
+
+def read_text(path: Path, regular: bool = True) -> str:
+    """Read a text file.
+
+    Args:
+        path: the file.
+        regular: refuse a FIFO, which a user may pass but a downloaded folder must not contain.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, or larger than MAX_TEXT bytes.
+    """
+    with open(open_regular(path) if regular else path, "rb") as file:
+        data = file.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"it is larger than {MAX_TEXT >> 20} MiB")
+    return decode_text(data)
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8 text without its byte order mark, with unchanged line ends. ValueError: it is in another encoding."""
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    try:
+        if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
+            return data.decode("utf-8-sig")
+        where = encoding or "it has NUL characters, as UTF-16 does"
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start}"
+    raise ValueError(f"not UTF-8 ({where}); save it as UTF-8")
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Return the lines of a text, which end at \n or \r\n alone; `str.splitlines` also cuts at form feeds and U+2028."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parse a JSON text.
+
+    Args:
+        text: the text.
+        make_object: makes the value of an object from its (key, value) pairs; None: a dict.
+
+    Raises:
+        ValueError: the text is not valid JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=make_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises OSError, and ValueError as `read_text` and `parse_json`."""
+    return parse_json(read_text(path))
+
+
+def escape_control(text: str, keep: str = "") -> str:
+    r"""Escape control characters of foreign text (\n, \x1b, \u202e), so that it cannot forge lines of a log.
+
+    Characters of `keep` are not escaped.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def shorten(text: str) -> str:
+    """Return a text that fits into a line: at most 200 characters."""
+    return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
+
+
+def hide_secrets(address: str) -> str:
+    """Hide user, password and query of an address (scheme://...), which may be secrets; return a path unchanged."""
+    scheme, is_address, rest = address.partition("://")
+    if not is_address:
+        return address
+    is_web = scheme.lower() in ("http", "https")
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    user, has_user, _ = host.rpartition("@")
+    if not has_user and not _HOST.fullmatch(host):  # a password with /, ? or # in it
+        user, _, rest = rest.partition("@")
+        rest = f"{HIDDEN}@{rest}"
+    elif has_user and (is_web or ":" in user or scheme.lower() == "s3"):  # abfs://container@account is no secret
+        rest = f"{HIDDEN}@{rest[len(user) + 1 :]}"
+    place = re.split(r"[?#]" if is_web else r"\?", rest, maxsplit=1)[0]
+    tail = rest[len(place) :]
+    if tail and not tail[1:].startswith(HIDDEN):
+        tail = tail[0] + HIDDEN
+    return f"{scheme}://{place}{tail}"
+
+
+def hide_secrets_in_text(text: str) -> str:
+    """Hide the secrets of all addresses in a text, as `hide_secrets` does."""
+    return _ADDRESS.sub(_shown_in_text, text) if "://" in text else text
+
+
+def _shown_in_text(match: re.Match[str]) -> str:
+    address = match[0].rstrip(":,;.]}")
+    return hide_secrets(address) + match[0][len(address) :]
+
+
+def hide_secrets_in_tree(tree: Any) -> Any:
+    """Return a copy of nested dicts and lists in which the secrets of addresses are hidden, as `hide_secrets` does."""
+    if isinstance(tree, dict):
+        return {key: hide_secrets_in_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [hide_secrets_in_tree(value) for value in tree]
+    return hide_secrets(tree) if isinstance(tree, str) else tree
+
+
+def redact(tree: Any) -> Any:
+    """Return a copy of nested dicts and lists without the secrets of addresses and the values of keys such as `token`."""
+    if isinstance(tree, dict):
+        return {k: HIDDEN if _SECRET.search(str(k)) and v is not None else redact(v) for k, v in tree.items()}
+    return [redact(value) for value in tree] if isinstance(tree, list) else hide_secrets_in_tree(tree)
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print one line with the secrets of its addresses hidden and the control characters of foreign text escaped."""
+    print(escape_control(hide_secrets_in_text(text)), file=file, flush=True)
+
+
+class LineFormat(logging.Formatter):
+    """Format log records like `print_line`. A traceback keeps its line breaks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and the traceback where there is one."""
+        return escape_control(hide_secrets_in_text(super().format(record)), keep="\n\t")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return escape_control(super().formatMessage(record))
+
+
+def prepare_streams() -> None:
+    """Prepare stdin, stdout, stderr and the log. Every command calls it first.
+
+    - A closed stream is opened: otherwise the next file that is opened takes its number, and printed text goes into it.
+    - A character that the encoding of stdout or stderr lacks is escaped instead of raising UnicodeEncodeError.
+    - Tracebacks and warnings of the log hide secrets.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(LineFormat())
+    sys.excepthook = _print_traceback
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(hide_secrets_in_text("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+
+
+def quoted_parts(text: str) -> list[str]:
+    """Return the texts in double quotes, straight or typographic, without the quotes. Inches are no quotes."""
+    return [next(filter(None, match.groups())) for match in _QUOTED.finditer(text)]

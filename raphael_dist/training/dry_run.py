@@ -1,0 +1,173 @@
+"""`--dry-run`: checks of shards, encoders, checkpoints and folders before any rank starts, without a GPU."""
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from raphael_dist.checkpoint.reader import newest
+from raphael_dist.config.schema import Config
+from raphael_dist.convert.init_weights import check_initial, open_initial
+from raphael_dist.data.features.encoders import ImageFacts, TextFacts
+from raphael_dist.data.fetch.remote import is_remote
+from raphael_dist.data.fetch.shard_cache import store_of
+from raphael_dist.data.open_streams import check_encoders, edge_encoder
+from raphael_dist.data.shards.open_index import find_shards, patterns_of, require_shards
+from raphael_dist.data.shards.tar_scan import EDGE_EXT
+from raphael_dist.errors import UserError
+from raphael_dist.model.controlnet import add_control
+from raphael_dist.model.lora import add_lora
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.sampling.prompts import sample_requests
+from raphael_dist.storage.files import free_bytes
+from raphael_dist.training.run_dir import check_unowned
+from raphael_dist.training.trackers import check_installed
+
+T = TypeVar("T")
+_MEMBERS = 32  # of the first shard: enough for a whole sample
+
+
+def problems(config: Config) -> list[str]:
+    """Return a line for each reason why a start with this configuration would fail.
+
+    Only names, headers and small files are read: no shard, and no weights but HED's where `sample.images` require it.
+    """
+    shards = [partial(_check_shards, name=name) for name in ("shards", "val_shards")]
+    checks: list[Callable[[Config], object]] = [_check_run_dir, _check_cache_dir, check_installed, _check_encoders]
+    checks += [_check_edge_encoder, *shards, _check_initial_weights, sample_requests]
+    lines: list[str] = []
+    for check in checks:
+        attempt(lines, partial(check, config))
+    return lines
+
+
+def attempt(lines: list[str], work: Callable[[], T]) -> T | None:
+    """Return the result of `work`; when it raises UserError, add its lines to `lines` and return None."""
+    try:
+        return work()
+    except UserError as error:
+        lines += error.args
+        return None
+
+
+def _check_run_dir(config: Config) -> None:
+    _check_writable("run.dir", config.run.dir)
+    check_unowned(config)
+    _check_space(config)
+
+
+def _check_space(config: Config) -> None:
+    """Raise UserError where the checkpoints do not fit on the disk: `checkpoint.keep`, and one that is being written."""
+    saved, every = len(newest(config.run.dir / "checkpoints")), config.checkpoint.every or config.train.max_steps
+    count = max(1, min(config.checkpoint.keep + 1, -(-config.train.max_steps // every)) - saved)
+    folder = _existing(config.run.dir)
+    need, free = count * _checkpoint_bytes(config), free_bytes(folder)
+    if need > free:
+        raise UserError(
+            f"run.dir={config.run.dir} requires {need / 1e9:.2f} GB for {count} checkpoints (checkpoint.keep and the one "
+            f"that is written), but {free / 1e9:.2f} GB are free in {folder}. Free some space, or choose another run.dir."
+        )
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Return the bytes of a checkpoint: trained weights, Adam's moments and the moving average, all in float32."""
+    with torch.device("meta"):
+        model = RaphaelUNet(config)
+        if config.control.enabled:
+            add_control(model, config, config.run.seed)
+        elif config.lora.rank:
+            add_lora(model, config.lora, config.run.seed)
+    kinds = 1 + 2 * (config.optim.kind == "adamw") + config.ema.enabled
+    return 4 * kinds * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _check_cache_dir(config: Config) -> None:
+    _check_writable("data.cache_dir", config.data.cache_dir)
+    folder = _existing(config.data.cache_dir)
+    if not free_bytes(folder):
+        raise UserError(f"data.cache_dir: no space is left in {folder}. Free some space, or choose another folder.")
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _check_writable(field: str, folder: Path) -> None:
+    parent = _existing(folder)
+    if not parent.is_dir():
+        raise UserError(f"{field}={folder} must be a folder, but {parent} is a file. Choose another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK) or str(parent).startswith("/proc"):
+        raise UserError(f"{field}={folder} must be writable, but {parent} is not. Choose another folder.")
+
+
+def _check_encoders(config: Config) -> None:
+    lines: list[str] = []
+    dtype = getattr(torch, config.train.dtype)
+    text = attempt(lines, lambda: TextFacts.read(config.text.encoder, config.text.max_tokens, dtype, config.text.layer))
+    image = attempt(lines, lambda: ImageFacts.read(config.image.vae))
+    if text is not None and image is not None:
+        check_encoders(config, text, image)
+    if lines:
+        raise UserError(*lines)
+
+
+def _check_edge_encoder(config: Config) -> None:
+    edge_encoder(config, torch.device("cpu"))
+
+
+def _check_shards(config: Config, name: str) -> None:
+    if name == "shards":
+        require_shards(config)
+    elif not config.data.val_shards:
+        return
+    first = _find_shards(config, name)[0]
+    if is_remote(first):
+        store_of(config.data).stamp(first)
+        return
+    if config.edge.weight > 0 and config.data.edge_maps == "stored" and not any(_are_edge_maps(Path(first))):
+        raise UserError(
+            f"edge.weight={config.edge.weight} requires edge maps, but the first samples of {first} (data.{name}) have no "
+            f"{EDGE_EXT}. Add edge maps, set data.edge_maps=auto, or set edge.weight=0."
+        )
+
+
+def _find_shards(config: Config, name: str) -> list[str]:
+    """Return the shards of a field. Raises UserError with a line for each pattern without shards."""
+    training, lines = name == "shards", list[str]()
+    names = attempt(lines, lambda: find_shards(config, training=training))
+    if names is not None:
+        return names
+    patterns = [pattern for patterns, _ in patterns_of(config, training) for pattern in patterns]
+    if len(patterns) > 1:
+        each: list[str] = []
+        for pattern in patterns:
+            data = config.data.model_copy(update={"sources": (), name: (pattern,)})
+            alone = config.model_copy(update={"data": data})
+            attempt(each, partial(find_shards, alone, training=training))
+        lines = each or lines
+    raise UserError(*lines)
+
+
+def _are_edge_maps(shard: Path) -> Iterator[bool]:
+    """Yield for the first members of a shard whether they are edge maps. Raises UserError for what is no tar file."""
+    try:
+        with tarfile.open(shard) as tar:
+            for member in islice(tar, _MEMBERS):
+                yield member.name.lower().endswith(f".{EDGE_EXT}")
+    except (OSError, tarfile.TarError, EOFError) as error:
+        why = str(error).splitlines()[0].rstrip(":")
+        raise UserError(
+            f"data.shards: {shard} cannot be read as a tar file ({why}). Restore the file, or remove it from data.shards."
+        ) from None
+
+
+def _check_initial_weights(config: Config) -> None:
+    if config.run.init_from is None or (not config.trains_adapter_only and newest(config.run.dir / "checkpoints")):
+        return
+    with open_initial(config.run.init_from) as checkpoint:
+        check_initial(config, checkpoint)

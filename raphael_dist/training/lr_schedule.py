@@ -1,0 +1,76 @@
+"""The learning rate and the standard deviation of the gate noise: functions of the optimizer step alone.
+
+They do not depend on sample positions: a rollback takes other samples in the same step, and a stage may have another global
+batch.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+from raphael_dist.config.schema import Config
+
+_INTEGERS = ("num_decay_steps", "num_stable_steps", "timescale")  # arguments of transformers' schedules
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 1): linear warm-up, then the schedule optim.lr_schedule.
+
+    The first step after the warm-up has the peak rate, as in transformers' and diffusers' schedules of the same name.
+    """
+    optim = config.optim
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.lr_schedule == "constant":
+        return optim.lr
+    if optim.lr_schedule == "cosine":
+        progress = (step - 1 - optim.warmup_steps) / max(1, config.train.max_steps - optim.warmup_steps)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    arguments = tuple(sorted(optim.lr_schedule_args.items()))
+    factor = _schedule(optim.lr_schedule, optim.lr, optim.warmup_steps, config.train.max_steps, arguments)
+    return optim.lr * factor(step - 1)
+
+
+def gate_noise_deviation(config: Config, step: int) -> float:
+    """Return the deviation of the gate noise in optimizer step `step` (from 1): `model.gate_noise`, annealed to 0."""
+    model = config.model
+    done = (step - 1) / model.gate_noise_steps if model.gate_noise_steps else 0.0
+    return model.gate_noise * annealing_factor(model.gate_noise_schedule, done)
+
+
+def annealing_factor(schedule: str, done: float) -> float:
+    """Return the factor after the share `done` of a schedule: 1 at its start, 0 from its end on."""
+    if done >= 1:
+        return 0.0
+    if schedule == "linear":
+        return 1 - done
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 0.01**done  # exponential
+
+
+@lru_cache(maxsize=8)
+def _schedule(
+    name: str, lr: float, warmup: int, steps: int, arguments: tuple[tuple[str, float], ...]
+) -> Callable[[int], float]:
+    """Return transformers' function from steps taken to a factor of the learning rate."""
+    import torch
+    from transformers import get_scheduler
+
+    keywords = {name: int(value) if name in _INTEGERS else value for name, value in arguments}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=keywords
+    )
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return factor
+
+
+def draw_schedule(config: Config, columns: int = 40) -> str:
+    """Return the learning rate over the steps of a run as one line of text."""
+    optim, last = config.optim, config.train.max_steps
+    rates = [learning_rate(config, 1 + (last - 1) * column // (columns - 1)) for column in range(columns)]
+    top = max(rates)
+    bars = "".join("▁▂▃▄▅▆▇█"[round(7 * rate / top)] for rate in rates)
+    warmup = f"warm-up of {optim.warmup_steps} steps to" if optim.warmup_steps else "from"
+    return f"learning rate: {bars} {warmup} {optim.lr:g}, then {optim.lr_schedule}; {rates[-1]:.3g} at step {last}"

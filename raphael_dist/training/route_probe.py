@@ -1,0 +1,42 @@
+"""How sure the gates are, and how stable their routes, measured at each validation without gate noise.
+
+Shape legend: L transformer blocks, R rows (text tokens or timesteps), K experts, B samples, Y text tokens, D text width.
+"""
+
+import torch
+from torch import Tensor
+
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.unet import RaphaelUNet
+
+
+class RouteProbe:
+    """Gate entropy, and the share of routes that changed since the last call, for the same held-out tokens and timesteps."""
+
+    def __init__(self) -> None:
+        self._routes: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def measure(self, model: RaphaelUNet, batch: Batch) -> dict[str, float]:
+        """Return scalars by tag. `batch` must be the same at each call.
+
+        Nothing is measured under ZeRO-3, where a gate has its weights only during the model's forward pass.
+        """
+        if model.gathers_weights:
+            return {}
+        values: dict[str, float] = {}
+        if model.config.space_experts:
+            values |= self._measure("space", model.text_logits(batch.text[batch.text_mask]))
+        if model.config.time_experts and model.config.time_routing == "learned":
+            values |= self._measure("time", model.time_logits(batch.timestep.device))
+        return values
+
+    def _measure(self, kind: str, logits_LRK: Tensor) -> dict[str, float]:
+        entropy_LR = torch.distributions.Categorical(logits=logits_LRK).entropy()
+        routes_LR, before_LR = logits_LRK.argmax(dim=-1), self._routes.get(kind)
+        self._routes[kind] = routes_LR
+        even = torch.tensor(float(max(2, logits_LRK.shape[-1]))).log()  # the entropy of an even choice
+        values = {f"moe/{kind}/gate_entropy": float(entropy_LR.mean() / even)}
+        if before_LR is not None:
+            values[f"moe/{kind}/routes_changed"] = float((routes_LR != before_LR).float().mean())
+        return values

@@ -1,0 +1,89 @@
+"""The state of a training run on one rank."""
+
+from dataclasses import dataclass
+from typing import IO
+
+from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.config.schema import Config
+from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.run_data import DataSource
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.runtime.ranks import Ranks
+from raphael_dist.runtime.stop_request import StopRequest
+from raphael_dist.runtime.watchdog import SLOW, Watchdog
+from raphael_dist.sampling.sampler import Request
+from raphael_dist.training.guard import Guard
+from raphael_dist.training.telemetry import Telemetry
+from raphael_dist.training.validation import Validator
+
+
+@dataclass
+class RunProgress:
+    """How far the run is; `step` and `samples_seen` are all that a checkpoint stores of it.
+
+    Changed by `trainer.train_step` and by `recovery`, on all ranks alike.
+    """
+
+    max_steps: int  # of the run
+    step: int = 0
+    samples_seen: int = 0
+    stage_start: int = 0  # the last step of the stage before (train.stages)
+    stage_end: int = 0  # the last step of this stage; 0: the run's
+    first_step: int = 0  # where this process began, or returned to
+    updated: bool = False  # a step since `first_step` changed the weights
+    all_non_finite: bool = False  # no sample of the last skipped step had a finite loss: the weights are the cause
+    save_due: bool = False  # save after the next good step
+
+    @property
+    def complete(self) -> bool:
+        return self.step >= self.max_steps
+
+    @property
+    def stage_over(self) -> bool:
+        """Whether the stage, and perhaps the run, is complete, or a rollback led to an earlier stage."""
+        return not self.stage_start <= self.step < (self.stage_end or self.max_steps)
+
+    def timeout_factor(self, micro_step: int) -> float:
+        """Return how many times longer a micro-step may take: the first one compiles and allocates."""
+        return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
+
+
+@dataclass
+class StopState:
+    """Why the run stops early. Changed by the trainer alone."""
+
+    request: StopRequest  # of this rank
+    agreed: bool = False  # all ranks agreed to stop, at a step's end
+    data_failure: UserError | None = None  # why this rank cannot get another batch
+
+    def raise_data_failure(self) -> None:
+        """Raise the failure, if there is one."""
+        if self.data_failure is not None:
+            raise self.data_failure
+
+
+@dataclass
+class Run:
+    """Everything a training run holds on this rank."""
+
+    config: Config
+    ranks: Ranks
+    plan: BatchPlan
+    data: DataSource
+    builder: BatchBuilder
+    validator: Validator | None
+    engine: Engine
+    ema: Ema | None
+    schedule: NoiseSchedule
+    store: CheckpointStore
+    guard: Guard
+    telemetry: Telemetry
+    watchdog: Watchdog
+    lock: IO[str] | None  # of the run directory, on rank 0
+    requests: list[Request]  # the images that are drawn during training
+    progress: RunProgress
+    stop: StopState

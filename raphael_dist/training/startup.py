@@ -1,0 +1,110 @@
+"""The parts of `trainer.build`: the run directory, the engine, resuming, and the rehearsal before the first step."""
+
+from functools import partial
+from typing import IO, Any
+
+import torch
+
+from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.config.schema import Config
+from raphael_dist.convert.init_weights import adapted_base, load_initial
+from raphael_dist.data.run_data import DataSource
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.engine import Engine
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.runtime.long_work import long_work, run_on_rank0
+from raphael_dist.runtime.ranks import Ranks, rank_table
+from raphael_dist.runtime.watchdog import SLOW, Watchdog
+from raphael_dist.sampling.sampler import Request
+from raphael_dist.text import print_line
+from raphael_dist.training import recovery, run_dir, throughput
+from raphael_dist.training.run_state import Run
+from raphael_dist.training.telemetry import Telemetry
+from raphael_dist.training.validation import ready_to_sample
+
+
+def open_run_dir(
+    config: Config, ranks: Ranks, device: torch.device, watchdog: Watchdog
+) -> tuple[IO[str] | None, BatchPlan, Telemetry]:
+    """Lock the run directory, and start logs and metrics in it. Collective."""
+    watchdog.heartbeat("taking the run directory", SLOW)
+    lock = None
+    with long_work("taking the run directory") as report:
+        if ranks.is_main:
+            lock = run_dir.acquire(config, report)
+    resume_points = run_on_rank0("looking for checkpoints", partial(run_dir.resume_points, config))
+    plan = BatchPlan.of(config, ranks.world_size, resume_points)
+    with long_work("opening the logs"):
+        run_dir.start_logging(config, ranks.rank)
+        watchdog.use_folder()
+    hosts = rank_table(ranks, device)
+    with long_work("opening the metrics"):
+        telemetry = Telemetry(config, ranks, device, hosts)
+    for line in [*config.find_warnings(), *plan.advice()]:
+        telemetry.warn(line)
+    return lock, plan, telemetry
+
+
+def build_engine(
+    config: Config, json_tree: dict[str, Any], ranks: Ranks, device: torch.device, plan: BatchPlan, data: DataSource
+) -> tuple[Engine, Ema | None, CheckpointStore]:
+    """Build the model and its engine, the moving average of the weights, and the store of their checkpoints. Collective."""
+    base, digest = _read_base(config, ranks)
+    engine = Engine(config, json_tree, plan, device, base)
+    ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
+    return engine, ema, CheckpointStore(config, ranks, engine.fragments, ema, data.fingerprints() | digest)
+
+
+def open_requests(config: Config, ranks: Ranks, engine: Engine, data: DataSource) -> list[Request]:
+    """Return the requests of the images drawn during training, as `ready_to_sample`. Collective."""
+    with long_work("reading the encoders"):
+        return ready_to_sample(config, ranks, engine, data.text, data.image)
+
+
+def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[str, str]]:
+    """Return the frozen base model of adapters or a control, and its digest for checkpoints; None and {} without one.
+
+    It is read at every start, since checkpoints hold only what is trained. Collective.
+    """
+    if not config.trains_adapter_only:
+        return None, {}
+    with long_work("reading run.init_from") as report:
+        model, digest = adapted_base(config, verify=ranks.is_main, report=report)
+    if ranks.is_main:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print_line(f"{trained:,} parameters are trained on top of the frozen weights of {config.run.init_from}")
+    return model, {"run.init_from": digest}
+
+
+def resume(run: Run) -> None:
+    """Restore the newest checkpoint; without one, load the weights of run.init_from. Collective."""
+    run.watchdog.heartbeat("looking for a checkpoint", SLOW)
+    saved = run.store.resume()
+    if saved is not None:
+        recovery.restore(run, saved)
+    elif run.config.run.init_from is not None and not run.config.trains_adapter_only:
+        _load_initial_weights(run)
+    progress = run.progress
+    progress.first_step = progress.step
+    run.builder.phase = progress.samples_seen % run.config.train.global_batch_size
+
+
+def _load_initial_weights(run: Run) -> None:
+    path, fragments = run.config.run.init_from, run.engine.fragments
+    assert path is not None
+    with long_work("reading run.init_from") as report:
+        initial = load_initial(fragments, path, run.config, verify=run.ranks.is_main, report=report)
+    if run.ranks.is_main:
+        print_line(f"run.init_from: {initial.describe(path)}")
+    fragments.sync_model()
+    if run.ema is not None:
+        run.ema.restart()
+
+
+def rehearse(run: Run) -> None:
+    """Run a micro-batch before the first step, so that what does not fit into memory fails now. Collective."""
+    run.watchdog.heartbeat("the rehearsal", SLOW)
+    with long_work("reading the first samples"):
+        batch = run.builder.build(run.plan.slots(run.progress.samples_seen, run.ranks.rank, 0))
+    run.telemetry.begin(run.progress.step, throughput.warmup_step(run.engine, batch, run.schedule))

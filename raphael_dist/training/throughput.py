@@ -1,0 +1,142 @@
+"""Throughput, model FLOPs and memory, and the rehearsal before the first step."""
+
+import resource
+from functools import lru_cache
+from time import perf_counter
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from raphael_dist.config.schema import Config
+from raphael_dist.engine.engine import Engine
+from raphael_dist.errors import UserError
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.compiling import uncompiled
+from raphael_dist.model.device import is_gpu
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.experts import Experts
+from raphael_dist.model.losses import compute_losses
+from raphael_dist.model.unet import RaphaelUNet
+
+# Dense bfloat16 TFLOP/s by the start of the device's name, from NVIDIA's data sheets.
+PEAK_BF16_TFLOPS = {
+    "NVIDIA H200": 989.0,
+    "NVIDIA H100": 989.0,
+    "NVIDIA A100": 312.0,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA L40S": 362.0,
+}
+
+
+def grouped_product_flops(a: torch.Size, b: torch.Size, *_: object, **__: object) -> int:
+    """Return the FLOPs of torch's grouped product of shapes a and b.
+
+    An operand with 2 axes is divided into groups along one axis; one with 3 axes has a matrix for each group. Every row (or
+    column) is multiplied with one matrix, however the groups divide: 2 m k n; times the groups where both have 3 axes.
+    """
+    groups = a[0] if len(a) == len(b) == 3 else 1
+    return int(2 * groups * a[-2] * a[-1] * b[-1])
+
+
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """Return the FLOPs of fused attention on a CPU: those of its two products."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+def attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    """Return the FLOPs of its backward pass: five products, as torch counts for other devices."""
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+# torch's own counter skips these (as of 2.13).
+FLOPS = {
+    torch.ops.aten._grouped_mm: grouped_product_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def warmup_step(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
+    """Run a micro-batch before the first step, so that what does not work or fit fails now; return model FLOPs per sample.
+
+    Memory holds all that a step needs: activations, gradients, reduction buffers, Adam's moments. With several micro-batches
+    per step it runs twice, since the second one's activations add to the sums of the first one's gradients. (Exception: CPU
+    offload in bfloat16 takes up to 2 bytes per parameter more in a step.) The gradients are dropped; nothing changes.
+
+    Collective. FLOPs are those of the forward pass without recomputation, times three: the backward pass costs two.
+
+    Raises:
+        UserError: a micro-batch does not fit into memory.
+    """
+    try:
+        return _rehearse(engine, batch.to(engine.device), schedule)
+    except torch.OutOfMemoryError:
+        micro = engine.config.train.micro_batch_size
+        raise UserError(
+            f"train.micro_batch_size={micro} does not fit into the memory of {engine.device}. Set a smaller "
+            "train.micro_batch_size or model.checkpoint_activations=blocks, or use ds_configs/zero2_offload.json or "
+            "ds_configs/zero3.json."
+        ) from None
+
+
+def _rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
+    flops = forward_flops(engine.module, batch, schedule, engine.config, engine.dtype)
+    if engine.fragments.moment_addresses() == []:
+        engine.fragments.create_moments(0)  # as the first step would
+    for last in (False, True) if engine.plan.accumulation > 1 else (True,):
+        losses = compute_losses(engine, batch, schedule, engine.config, engine.dtype)
+        engine.backward(losses.total.sum() * engine.plan.loss_scale, last=last)
+    engine.discard_gradients()
+    return 3 * flops / len(batch.weight)
+
+
+def forward_flops(model: RaphaelUNet, batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype) -> int:
+    """Return the FLOPs of a forward pass, by running it. Collective with expert parallelism or ZeRO-3."""
+    # The counter does not see grouped_gemm's product, which is no operation of torch; torch's own has as many.
+    megablocks_layers = [m for m in model.modules() if isinstance(m, Experts) and m.use_megablocks]
+    for layer in megablocks_layers:
+        layer.use_megablocks = False
+    with uncompiled(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        compute_losses(model, batch, schedule, config, dtype)
+    for layer in megablocks_layers:
+        layer.use_megablocks = True
+    return int(counter.get_total_flops())
+
+
+def throughput(
+    samples: float, seconds: float, flops: float, device: torch.device, dtype: torch.dtype, world_size: int
+) -> dict[str, float]:
+    """Return images per second of all ranks, and model TFLOP/s and model FLOP utilisation (MFU) per rank."""
+    rate = samples / max(seconds, 1e-9)
+    tflops = rate / world_size * flops / 1e12
+    return {
+        "throughput/samples_per_s": rate,
+        "throughput/tflops": tflops,
+        "throughput/mfu": tflops / peak_tflops(device, dtype),
+    }
+
+
+@lru_cache(maxsize=1)
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the device's peak TFLOP/s: of its data sheet where known, else measured with a large matrix product."""
+    if is_gpu(device) and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for start, peak in PEAK_BF16_TFLOPS.items():
+            if name.startswith(start):
+                return peak
+    size = 1024
+    a, best = torch.randn(size, size, device=device, dtype=dtype), float("inf")
+    for _ in range(4):
+        began = perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, perf_counter() - began)
+    return 2 * size**3 / best / 1e12
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the largest memory use so far, in GiB: of the GPU, or of this process on the CPU."""
+    if is_gpu(device):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

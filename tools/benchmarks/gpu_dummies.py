@@ -1,0 +1,156 @@
+"""What torch, DeepSpeed and the package find in place of a GPU while `pretend_gpu.PretendGpu` is open."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.fx.experimental._config
+from torch import Tensor
+
+from raphael_dist.model import device as package_device
+
+GPU = torch.device("meta")
+
+
+def on_gpu(device: Any) -> bool:
+    """Return whether a device, its name or None is the pretended GPU."""
+    return device is not None and torch.device(device).type == GPU.type
+
+
+def _has_list(index: Any) -> bool:
+    return any(isinstance(i, (list, range)) for i in (index if isinstance(index, tuple) else (index,)))
+
+
+def patches(wait: Callable[[str], None]) -> Iterator[Any]:
+    """Yield what makes torch, DeepSpeed and the package take the ways of a GPU while the context is open."""
+    from deepspeed.accelerator import real_accelerator
+    from torch.optim import optimizer as torch_optimizer
+
+    yield mock.patch.object(package_device, "GPU_KINDS", (*package_device.GPU_KINDS, GPU.type))
+    yield mock.patch.object(real_accelerator, "ds_accelerator", _accelerator(wait))
+    yield mock.patch.object(torch_optimizer, "_get_fused_kernels_supported_devices", return_value=[GPU.type])
+    yield mock.patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)
+    for name, value in _stand_ins(wait).items():
+        yield mock.patch.object(torch.cuda, name, value)
+    # What torch does before there is an operation: attributes, and tensors made of Python's numbers.
+    yield mock.patch.object(Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
+    yield mock.patch.object(Tensor, "record_stream")
+    for name in ("tensor", "as_tensor", "asarray"):
+        yield mock.patch.object(torch, name, _by_way_of_the_host(getattr(torch, name)))
+    yield mock.patch.object(Tensor, "new_tensor", _new_tensor)
+    for name in ("__getitem__", "__setitem__"):
+        yield mock.patch.object(Tensor, name, _noting_lists(wait, getattr(Tensor, name)))
+
+
+def _by_way_of_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return torch.tensor and its like as they work for a GPU: a tensor on the host, and a copy."""
+
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        if not on_gpu(device):
+            return make(data, *args, device=device, **kwargs)
+        return make(data, *args, **kwargs).to(device)
+
+    return made
+
+
+def _new_tensor(self: Tensor, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
+    """Return `data` as a tensor where `self` is, as Tensor.new_tensor does."""
+    made = torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
+    return made.requires_grad_(requires_grad)
+
+
+def _noting_lists(wait: Callable[[str], None], access: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(tensor: Tensor, index: Any, *value: Any) -> Any:
+        if tensor.is_meta and _has_list(index):
+            wait("copies pageable memory to the GPU (an index of Python's numbers)")
+        return access(tensor, index, *value)
+
+    return noting
+
+
+def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
+    """Return replacements for the members of torch.cuda that the package and DeepSpeed use."""
+
+    class Moment:
+        """A stream or an event: the order of work on a GPU, which keeps the host waiting only in `synchronize`."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            """Take what torch takes."""
+
+        def synchronize(self) -> None:
+            wait("synchronize()")
+
+        def elapsed_time(self, _: Any) -> float:
+            return 0.0
+
+        def query(self) -> bool:
+            return True
+
+        def record(self, *_: Any) -> None:
+            """Stand in the queue."""
+
+        wait_stream = wait_event = wait = record
+
+    @contextmanager
+    def stream(_: Any) -> Iterator[None]:
+        yield
+
+    return {
+        "Stream": Moment,
+        "Event": Moment,
+        "stream": stream,
+        "current_stream": lambda *_: Moment(),
+        "default_stream": lambda *_: Moment(),
+        "synchronize": lambda *_: wait("synchronize()"),
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
+        "get_device_name": lambda *_: "NVIDIA H200",
+        "get_device_capability": lambda *_: (9, 0),
+    }
+
+
+def _accelerator(wait: Callable[[str], None]) -> Any:
+    """Return what DeepSpeed asks about its device."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Pretended(CPU_Accelerator):
+        def is_synchronized_device(self) -> bool:
+            return False
+
+        def device_name(self, device_index: int | None = None) -> str:
+            return GPU.type
+
+        def current_device_name(self) -> str:
+            return GPU.type
+
+        def current_device(self) -> Any:
+            return GPU
+
+        def on_accelerator(self, tensor: Tensor) -> bool:
+            return tensor.is_meta
+
+        def synchronize(self, device_index: int | None = None) -> None:
+            wait("synchronize()")
+
+        def stream(self, stream: Any) -> Any:
+            return torch.cuda.stream(stream)
+
+        def current_stream(self, device_index: int | None = None) -> Any:
+            return torch.cuda.current_stream()
+
+        default_stream = current_stream
+
+        @property
+        def Stream(self) -> Any:
+            return torch.cuda.Stream
+
+        @property
+        def Event(self) -> Any:
+            return torch.cuda.Event
+
+        def available_memory(self, device_index: int | None = None) -> int:
+            return 2**40
+
+    return Pretended()
