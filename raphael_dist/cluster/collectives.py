@@ -1,0 +1,76 @@
+"""Timed and checked collectives: the result of each is compared with what a formula gives."""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from raphael_dist.parallel.exchange import REDUCE_SCATTER
+
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+# Its name since torch 2.13, and before.
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Collective:
+    """One kind of collective in a group of n ranks, on a buffer of n blocks of `each` float32 numbers.
+
+    Block b of rank r holds r n + b. The values stay below 2**24, so that their sums are exact up to 4,000 ranks.
+    """
+
+    def __init__(self, name: str, group: dist.ProcessGroup, each: int, device: torch.device) -> None:
+        self.name, self.size = name, dist.get_world_size(group)
+        self._group, self._each, self._device = group, each, device
+        n, rank = self.size, dist.get_rank(group)
+        blocks = torch.arange(n, dtype=torch.float32)
+        sums = n * n * (n - 1) / 2 + n * blocks
+        sent, expected = {
+            "all_reduce": (rank * n + blocks, sums),
+            "reduce_scatter": (rank * n + blocks, sums[rank : rank + 1]),
+            "all_gather": (blocks[rank : rank + 1], blocks),
+            "all_to_all": (rank * n + blocks, blocks * n + rank),
+        }[name]
+        self._sent, self._expected = (t.to(device).repeat_interleave(each) for t in (sent, expected))
+        self._received = torch.empty_like(self._expected)
+
+    @property
+    def sent_bytes(self) -> float:
+        """The bytes that a rank must send in a ring, or directly to each other rank."""
+        return (2 if self.name == "all_reduce" else 1) * 4 * self._each * (self.size - 1)
+
+    def run(self) -> None:
+        """Run it once; the result is in a buffer of its own."""
+        if self.name == "all_reduce":
+            self._received.copy_(self._sent)
+            dist.all_reduce(self._received, group=self._group)
+        elif self.name == "reduce_scatter":
+            REDUCE_SCATTER(self._received, self._sent, group=self._group)
+        elif self.name == "all_gather":
+            _GATHER(self._received, self._sent, group=self._group)
+        else:
+            dist.all_to_all_single(self._received, self._sent, group=self._group)
+
+    def is_right(self) -> bool:
+        """Return whether the last result is right."""
+        return torch.allclose(self._received, self._expected, rtol=1e-5)
+
+    def seconds(self, repeats: int = 1) -> float:
+        """Return the seconds of the fastest of some runs; one before them opens the connections."""
+        self.run()
+        best = float("inf")
+        for _ in range(repeats):
+            dist.barrier(group=self._group)
+            best = min(best, timed(self.run, self._device))
+        return best
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that work on a device takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return max(time.perf_counter() - began, 1e-9)

@@ -1,0 +1,132 @@
+"""The small model whose training `prove` compares with one process: its batches, and the same steps in plain PyTorch."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.model.batch import Batch
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.losses import compute_losses
+from raphael_dist.model.unet import GateNoise, RaphaelUNet
+from raphael_dist.planning.meta_batch import meta_batch
+
+Slots = Sequence[tuple[int, float]]
+EXPERTS = 8  # of each kind, so that ep can be 1, 2, 4 or 8
+ADAM_EPS = 1e-3  # large, or Adam makes whole steps of the rounding errors in gradients that cancel
+# Widths are multiples of 8, as the grouped product on GPUs requires. Of SGD the change of the weights is the gradient.
+TREE: dict[str, dict[str, Any]] = {
+    "model": {
+        "channels": [16, 24],
+        "attention": [True, False],
+        "layers_per_block": 1,
+        "head_dim": 8,
+        "norm_groups": 8,
+        "text_width": 16,
+        "expert_width": [24, 32],
+        "gate_width": 16,
+        "space_experts": EXPERTS,
+        "time_experts": EXPERTS,
+    },
+    "image": {"vae": "none", "buckets": [[8, 8]]},
+    "text": {"max_tokens": 7},
+    "edge": {"channels": 4},
+    "ema": {"enabled": False},
+    "optim": {"kind": "sgd", "lr": 0.05, "max_grad_norm": 0.5},
+}
+
+
+def proof_config(**sections: dict[str, Any]) -> Config:
+    """Return the configuration of the small model with some keys of its sections replaced."""
+    return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in {*TREE, *sections}})
+
+
+def position_batch(config: Config, slots: Slots, num_blocks: int) -> Batch:
+    """Return a batch in the shapes of training, of the largest image size; a sample is a function of seed and position."""
+    meta = meta_batch(config, 1, num_blocks)
+    samples = [_sample(config, meta, position, weight) for position, weight in slots]
+    joined: dict[str, Any] = {
+        field.name: _join([getattr(sample, field.name) for sample in samples]) for field in fields(Batch)[:-2]
+    }
+    return Batch(**joined)
+
+
+def _sample(config: Config, meta: Batch, position: int, weight: float) -> Batch:
+    draw = torch.Generator().manual_seed(config.run.seed * 1_000_003 + position)
+    sample = meta.map_tensors(lambda t: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t)
+    tokens = config.text.max_tokens
+    end = torch.tensor([position % tokens])
+    sample.position, sample.weight, sample.end = torch.tensor([position]), torch.tensor([weight]), end
+    sample.timestep = torch.tensor([position * 389 % config.diffusion.num_timesteps])
+    sample.text_mask = torch.arange(tokens)[None] <= end
+    sample.edge = None if sample.edge is None else sample.edge.sigmoid()
+    sample.small = None if sample.small is None else sample.small.tanh()
+    return sample
+
+
+def _join(values: list[Any]) -> Tensor | GateNoise | None:
+    if values[0] is None:
+        return None
+    if isinstance(values[0], GateNoise):
+        return GateNoise(*(torch.cat(parts) for parts in zip(*values, strict=True)))
+    return torch.cat(values)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return a checksum of the values of tensors on the host."""
+    checksum = hashlib.sha256()
+    for tensor in tensors:
+        checksum.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return checksum.hexdigest()[:16]
+
+
+class Reference:
+    """Training of the whole global batch in one process, in float32, without DeepSpeed, ranks or accumulation.
+
+    Attributes:
+        weights: of the model, by name.
+        norm: of the last step's gradient, before clipping.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        """Build the model that the seed gives; its weights are rounded to `train.dtype`."""
+        self.config, self.device, self.norm = config, device, 0.0
+        torch.manual_seed(config.run.seed)
+        self.model = RaphaelUNet(config)
+        self.num_blocks = self.model.num_blocks
+        dtype = getattr(torch, config.train.dtype)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(p.to(dtype))
+        self.model.to(device)
+        self.weights: dict[str, Tensor] = dict(self.model.named_parameters())
+        self._schedule = NoiseSchedule.create(config.diffusion, device)
+        optim, parameters = config.optim, self.model.parameters()
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(parameters, lr=optim.lr)
+            if optim.kind == "sgd"
+            else torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0)
+        )
+
+    def losses(self, slots: Slots) -> Tensor:
+        """Return the weighted loss of each sample, float32 [B]."""
+        batch = position_batch(self.config, slots, self.num_blocks).to(self.device)
+        return compute_losses(self.model, batch, self._schedule, self.config, torch.float32).total
+
+    def gradients(self, slots: Slots) -> dict[str, Tensor]:
+        """Return the gradient of the samples' share of the global batch's mean loss, by name of the parameter."""
+        loss = self.losses(slots).sum() / self.config.train.global_batch_size
+        gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(self.weights, gradients, strict=True))
+
+    def step(self, gradients: dict[str, Tensor]) -> None:
+        """Clip the gradients of a whole batch and apply them."""
+        for name, p in self.weights.items():
+            p.grad = gradients[name]
+        clip = self.config.optim.max_grad_norm or float("inf")
+        self.norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        self._optimizer.step()

@@ -1,0 +1,57 @@
+"""The checks of `prove`, in order, with their time limits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raphael_dist.cluster import preflight, prove_hardware, prove_numbers, prove_saves
+from raphael_dist.cluster.proof import Proof, Result
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check.
+
+    Attributes:
+        title: for the report.
+        run: what a worker does on each rank.
+        limit_s: time limit, long enough for a slow CPU, after which the worker is ended.
+        environment: whether a failure means a bad environment (exit code 2), not wrong numbers (3).
+        alone: whether it has worker processes of its own.
+        ranks: returns on how many of the ranks it runs.
+    """
+
+    title: str
+    run: Callable[[Proof], Result]
+    limit_s: float
+    environment: bool = False
+    alone: bool = False
+    ranks: Callable[[int], int] = lambda world: world
+
+
+def _preflight(proof: Proof) -> Result:
+    """Check this rank on its own, then links and clocks with the others; the agents judge the reports."""
+    out = proof.folder / "preflight"
+    out.mkdir(exist_ok=True)
+    preflight.Probe(proof.config, proof.ranks, out, with_data=bool(proof.config.data.shards)).run()
+    return Result()
+
+
+def fewer(world: int) -> int:
+    """Return on how many ranks a run of `world` ranks is resumed."""
+    return max(1, world // 2)
+
+
+PREFLIGHT, KILL = "environment", "save"
+CHECKS = {
+    PREFLIGHT: Check("Environment: versions, clocks, disk, GPUs, network", _preflight, 180, environment=True, alone=True),
+    "links": Check("Latency and bandwidth of collectives", prove_hardware.links, 300, environment=True),
+    "seeds": Check("Equal randomness on all ranks", prove_numbers.seeds, 120),
+    "gradients": Check("Gradients, clip norm and steps against one process", prove_numbers.gradients, 900),
+    "sums": Check("Sums of many micro-steps in bfloat16", prove_numbers.sums, 600),
+    "graphs": Check("CUDA graphs", prove_hardware.graphs, 120),
+    "waits": Check("Waits of the host for the GPU", prove_hardware.waits, 300),
+    "plan": Check("The plan next to a measured step", prove_hardware.plan, 300),
+    "micro_batch": Check("The largest micro-batch that fits", prove_hardware.micro_batch, 300),
+    KILL: Check("Save, and a kill during the next save", prove_saves.save_and_kill, 300, alone=True),
+    "resume": Check("Resume on other ranks", prove_saves.resume, 300, alone=True, ranks=fewer),
+}

@@ -1,0 +1,344 @@
+"""Checks of `prove` that compare training on all ranks with one process: gradients, clip norm, steps, sums.
+
+Every rank computes the reference by itself and compares what it has: its own gradients before they are reduced, then its
+part of the weights. The first check that fails says which rank, parameter and expert are wrong; what follows from it is
+left out.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raphael_dist.checkpoint.tensors import stacked
+from raphael_dist.cluster.proof import Problem, Proof, Result
+from raphael_dist.cluster.proof_model import EXPERTS, Reference, Slots, digest, position_batch, proof_config
+from raphael_dist.config.schema import Config
+from raphael_dist.engine.engine import Engine
+from raphael_dist.engine.zero import global_shape
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.losses import compute_losses
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.runtime.ranks import gather_objects
+
+STEPS = 3
+# Relative differences that are allowed in losses and norms, in the gradient of a parameter or expert, and in all weights.
+TOLERANCE = {"float32": (1e-4, 2e-3, 2e-3), "bfloat16": (2e-2, 0.2, 4e-2)}
+SMALL_SHARE = 1e-3  # parts of the gradient below this share of its norm say little in bfloat16
+SMALL = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, "stage3_param_persistence_threshold": 100}
+SUMMED_STAGES, SUMMED_STEPS = (1, 2, 3), 64  # micro-steps; rounded sums of 24 of them are 0.5% wrong, of 64 more
+SUM_TOLERANCE = 0.003  # the reduction over ranks adds some rounding, which grows with their number
+
+
+@dataclass(frozen=True)
+class Case:
+    """A precision, ZeRO stage and number of ranks over which experts are sharded."""
+
+    dtype: str
+    stage: int
+    ep: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} ZeRO-{self.stage} ep {self.ep}"
+
+
+def cases(world: int) -> list[Case]:
+    """Return the cases that are possible on `world` ranks."""
+    sizes = expert_sizes(world)
+    plain = [Case(dtype, stage, 1) for dtype in TOLERANCE for stage in range(4) if (dtype, stage) != ("bfloat16", 0)]
+    return plain + [Case(dtype, stage, ep) for dtype in TOLERANCE for stage in (1, 2) for ep in sizes[1:]]
+
+
+def expert_sizes(world: int) -> list[int]:
+    """Return the numbers of ranks over which the experts can be sharded."""
+    return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
+
+
+def case_config(case: Case, world: int, batch: int = 0, micro: int = 2, **sections: dict[str, Any]) -> Config:
+    """Return the configuration of a case: two micro-steps, one of which has an empty slot, unless `batch` is given."""
+    train = {"global_batch_size": batch or 4 * world - 1, "micro_batch_size": micro, "dtype": case.dtype}
+    parallel = {"space_ep": case.ep, "time_ep": case.ep, "placement": ["shard"]}
+    return proof_config(train=train, parallel=parallel, **sections)
+
+
+class Steps:
+    """The reference's steps: losses by sample, gradients, norms and weights, computed when they are first needed."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._reference = Reference(config, device)
+        self._batch = config.train.global_batch_size
+        self.weights: list[dict[str, Tensor]] = [self._copy()]
+        self.losses: list[Tensor] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.norms: list[float] = []
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self._reference.weights.items()}
+
+    def take(self, steps: int) -> "Steps":
+        """Compute the steps up to `steps`."""
+        while len(self.norms) < steps:
+            slots = self.slots(len(self.norms))
+            with torch.no_grad():
+                self.losses.append(self._reference.losses(slots))
+            self.gradients.append(self._reference.gradients(slots))
+            # Clipping changes them in place.
+            self._reference.step({name: g.clone() for name, g in self.gradients[-1].items()})
+            self.norms.append(self._reference.norm)
+            self.weights.append(self._copy())
+        return self
+
+    def slots(self, step: int) -> Slots:
+        """Return the slots of a step (counted from 0) if one process has all of it."""
+        return [(position, 1.0) for position in range(step * self._batch, (step + 1) * self._batch)]
+
+    def own_loss(self, step: int, slots: Slots, before: int = 0) -> float:
+        """Return the summed loss of some slots of a step, with the weights of `before` steps earlier."""
+        if before == 0:
+            return sum(weight * float(self.losses[step][position - step * self._batch]) for position, weight in slots)
+        with torch.no_grad():
+            for name, p in self._reference.weights.items():
+                p.copy_(self.weights[step - before][name])
+            loss = float(self._reference.losses(slots).sum())
+            for name, p in self._reference.weights.items():
+                p.copy_(self.weights[-1][name])
+        return loss
+
+
+@cache
+def _steps(dtype: str, world: int, device: torch.device) -> Steps:
+    return Steps(case_config(Case(dtype, 0, 1), world), device).take(STEPS)
+
+
+def seeds(proof: Proof) -> Result:
+    """Compare initial weights and a batch of all ranks: all are functions of the seed."""
+    config = case_config(Case("float32", 0, 1), proof.ranks.world_size)
+    reference = Reference(config, torch.device("cpu"))
+    batch = position_batch(config, [(3, 1.0)], reference.num_blocks)
+    own = {"initial weights": digest(reference.weights.values()), "noise of a sample": digest(batch.tensors())}
+    every = gather_objects(own)
+    problems = []
+    for what, value in own.items():
+        values = [other[what] for other in every]
+        usual = max(values, key=values.count)
+        if value != usual:
+            problems.append(Problem(f"its {what} differ from those of other ranks: it has another seed"))
+    return Result(["initial weights and noise are the same on all ranks"], problems)
+
+
+def gradients(proof: Proof) -> Result:
+    """Take three steps in every case and compare them with one process."""
+    problems: list[Problem] = []
+    worst: dict[str, float] = {}
+    every = cases(proof.ranks.world_size)
+    for case in every:
+        proof.mark(str(case))
+        difference, problem = _compare_case(proof, case)
+        worst[case.dtype] = max(worst.get(case.dtype, 0.0), difference)
+        problems += [problem] if problem else []
+    lines = [f"{len(every)} cases of {STEPS} steps: {', '.join(map(str, every))}"]
+    lines += [f"weights after {STEPS} steps, {dtype}: within {value:.0e} of one process" for dtype, value in worst.items()]
+    return Result(lines, problems)
+
+
+def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
+    """Return the largest relative difference of this rank's weights, and the first problem."""
+    world, rank = proof.ranks.world_size, proof.ranks.rank
+    config = case_config(case, world)
+    expected = _steps(case.dtype, world, proof.device)
+    plan = BatchPlan.of(config, world)
+    run = Trained(proof, config, {"stage": case.stage, **SMALL}, plan)
+    problem: Problem | None = None
+    for step in range(STEPS):
+        proof.mark(f"{case}, step {step + 1}")
+        slots = [plan.slots(step * plan.global_batch_size, rank, micro) for micro in range(plan.accumulation)]
+        loss = run.accumulate(slots)
+        if step == 0:
+            problem = run.local_problem(slots)
+        problem = problem or loss_problem(case, expected, step, [slot for micro in slots for slot in micro], loss)
+        before = run.masters()
+        run.engine.step(config.optim.lr)
+        if step == 0 and problem is None:
+            problem = _reduced_problem(case, expected, run, before)
+        problem = problem or norm_problem(case, expected, step, run.engine.grad_norm)
+    difference = weights_difference(expected.weights[STEPS], run)
+    if problem is None and not difference < TOLERANCE[case.dtype][2]:
+        problem = Problem(f"its weights after {STEPS} steps differ by {difference:.0e} from those of one process", False)
+    return difference, problem and problem.in_case(str(case))
+
+
+class Trained:
+    """An engine on all ranks with the small model. The gradients of this rank are recorded before they are reduced."""
+
+    def __init__(self, proof: Proof, config: Config, zero: dict[str, Any], plan: BatchPlan) -> None:
+        self.config, self.plan, self._proof = config, plan, proof
+        self.engine = Engine(config, {"zero_optimization": zero}, plan, proof.device)
+        self._schedule = NoiseSchedule.create(config.diffusion, proof.device)
+        self._micro = 0
+        self.recorded: list[dict[str, Tensor]] = []  # by micro-step
+        self._starts: dict[str, int] = {}  # first element of this rank's experts, in the whole parameter
+        for name, p in self.engine.module.named_parameters():
+            self._starts[name] = global_shape(p)[1]
+            p.register_hook(lambda g, name=name: self._record(name, g))
+
+    def _record(self, name: str, gradient: Tensor) -> None:
+        recorded = self.recorded[self._micro]
+        value = gradient.detach().float().clone()
+        recorded[name] = recorded[name] + value if name in recorded else value
+
+    def accumulate(self, slots: Sequence[Slots]) -> float:
+        """Run the micro-steps of a step; return the summed loss of this rank's samples."""
+        self.recorded = [{} for _ in slots]
+        total = 0.0
+        for self._micro, micro in enumerate(slots):
+            batch = position_batch(self.config, micro, self.engine.module.num_blocks).to(self._proof.device)
+            loss = compute_losses(self.engine, batch, self._schedule, self.config, self.engine.dtype).total.sum()
+            self.engine.backward(loss * self.plan.loss_scale)
+            total += float(loss.detach())
+        return total
+
+    def masters(self) -> list[Tensor]:
+        """Return copies of this rank's fp32 weights."""
+        return [master.detach().clone() for master in self.engine.fragments.masters()]
+
+    def local_problem(self, slots: Sequence[Slots]) -> Problem | None:
+        """Compare this rank's gradients before they are reduced with those of one process on the same samples."""
+        reference = Reference(self.config, self._proof.device)
+        micro_steps = [self._expected(reference, micro, number) for number, micro in enumerate(slots)]
+        norm = math.sqrt(sum(float(g.square().sum()) for micro in micro_steps for g in micro.values()))
+        tolerance = TOLERANCE[self.config.train.dtype][1]
+        for number, (actual, expected) in enumerate(zip(self.recorded, micro_steps, strict=True)):
+            nothing = all(not g.any() for g in actual.values())
+            if nothing and any(g.any() for g in expected.values()):
+                return Problem(f"its gradient of micro-step {number + 1} of {len(slots)} is missing")
+            for name, gradient in expected.items():
+                value = actual.get(name, torch.zeros_like(gradient))
+                shape, start = self.engine.fragments.shapes[name], self._starts[name]
+                for label, part in pieces(name, shape, start, value.numel()):
+                    text = differs(value.flatten()[part], gradient.flatten()[part], SMALL_SHARE * norm, tolerance)
+                    if text:
+                        return Problem(f"its own gradient of {label} is {text} that of one process")
+        return None
+
+    def _expected(self, reference: Reference, micro: Slots, number: int) -> dict[str, Tensor]:
+        """Return this rank's gradients of a micro-step: of its samples; of sharded experts from all samples of the group."""
+        world, ep = self._proof.ranks.world_size, self.config.parallel.space_ep
+        own = reference.gradients(micro)
+        group = own
+        if ep > 1:
+            first = self._proof.ranks.rank // ep * ep
+            members = [self.plan.slots(0, rank, number) for rank in range(first, first + ep)]
+            group = reference.gradients([slot for slots in members for slot in slots])
+        expected = {}
+        for name, p in self.engine.module.named_parameters():
+            start, experts = getattr(p, "expert_slice", (0, None))
+            gradient = own[name] if experts is None else group[name][start : start + p.shape[0]]
+            expected[name] = gradient * world  # the mean over ranks follows
+        return expected
+
+
+def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[str, slice]]:
+    """Yield a label and the elements of each expert in a range of a flattened parameter; one for other parameters."""
+    each = prod(shape[1:]) if stacked(name) else prod(shape)
+    at = 0
+    while at < numel:
+        expert, offset = divmod(start + at, each)
+        length = min(each - offset, numel - at)
+        yield f"{name}, expert {expert}" if stacked(name) else name, slice(at, at + length)
+        at += length
+
+
+def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) -> str:
+    """Return "" if two gradients agree, else how many times the expected one the actual one is, in words."""
+    size = float(expected.norm())
+    if float((actual - expected).norm()) <= tolerance * size + tolerance * floor:
+        return ""
+    factor = float((actual * expected).sum()) / max(size, 1e-30) ** 2
+    proportional = float((actual - factor * expected).norm()) <= tolerance * abs(factor) * size + tolerance * floor
+    return f"{factor:.2f} times" if proportional else f"{float((actual - expected).norm()) / max(size, 1e-30):.0%} away from"
+
+
+def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: float) -> Problem | None:
+    tolerance = TOLERANCE[case.dtype][0]
+    reference = expected.own_loss(step, slots)
+    if math.isclose(loss, reference, rel_tol=tolerance, abs_tol=1e-6):
+        return None
+    if step and math.isclose(loss, expected.own_loss(step, slots, before=1), rel_tol=tolerance):
+        return Problem(f"it computes step {step + 1} with stale weights, those of before the update of step {step}")
+    return Problem(f"the loss of its samples in step {step + 1} is {loss:.6g}, in one process {reference:.6g}")
+
+
+def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem | None:
+    tolerance = TOLERANCE[case.dtype][0]
+    reference = expected.norms[step]
+    if math.isclose(norm, reference, rel_tol=tolerance):
+        return None
+    rest = [float(g.square().sum()) for name, g in expected.gradients[step].items() if not stacked(name)]
+    without = math.isclose(norm, math.sqrt(sum(rest)), rel_tol=tolerance)
+    why = ": it leaves out the experts" if without else ""
+    return Problem(f"the clip norm of step {step + 1} is {norm:.6g}, in one process {reference:.6g}{why}", False)
+
+
+def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:
+    """Compare the change of this rank's weights in the first step, which is the reduced gradient, with one process."""
+    clip, norm, lr = run.config.optim.max_grad_norm, run.engine.grad_norm, run.config.optim.lr
+    scale = lr * min(1.0, clip / (norm + 1e-6))
+    tolerance = TOLERANCE[case.dtype][1]
+    for fragment, old in zip(run.engine.fragments, before, strict=True):
+        change = (old - fragment.master) / scale
+        gradient = expected.gradients[0][fragment.name].flatten()[fragment.start : fragment.start + fragment.numel]
+        rounding = 2e-7 * float(old.abs().max()) / scale * math.sqrt(old.numel()) / tolerance
+        for label, part in pieces(fragment.name, fragment.shape, fragment.start, fragment.numel):
+            text = differs(change[part], gradient[part].to(change), SMALL_SHARE * expected.norms[0] + rounding, tolerance)
+            if text:
+                return Problem(f"the gradient of {label}, reduced over all ranks, is {text} that of one process", False)
+    return None
+
+
+def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
+    """Return the relative difference of this rank's part of the weights."""
+    error, size = 0.0, 0.0
+    for f in run.engine.fragments:
+        reference = expected[f.name].flatten()[f.start : f.start + f.numel].to(f.master)
+        error += float((f.master - reference).square().sum())
+        size += float(reference.square().sum())
+    return math.sqrt(error / size) if size else 0.0
+
+
+def sums(proof: Proof) -> Result:
+    """Compare the sum of many micro-steps in bfloat16 with the float32 sum of the same gradients."""
+    world = proof.ranks.world_size
+    problems, worst = [], 0.0
+    tolerance = SUM_TOLERANCE * math.sqrt(1 + math.log2(world))
+    for stage in SUMMED_STAGES:
+        case = Case("bfloat16", stage, 1)
+        proof.mark(str(case))
+        config = case_config(case, world, batch=SUMMED_STEPS * world, micro=1)
+        plan = BatchPlan.of(config, world)
+        run = Trained(proof, config, {"stage": stage}, plan)
+        run.accumulate([plan.slots(0, proof.ranks.rank, micro) for micro in range(plan.accumulation)])
+        before = run.masters()
+        run.engine.step(config.optim.lr)
+        summed = {}
+        for name in sorted(run.engine.fragments.shapes):
+            total = torch.stack([micro[name] for micro in run.recorded if name in micro]).sum(0)
+            dist.all_reduce(total)
+            summed[name] = total.flatten() / world
+        scale = config.optim.lr * min(1.0, config.optim.max_grad_norm / (run.engine.grad_norm + 1e-6))
+        error, size = 0.0, 0.0
+        for f, old in zip(run.engine.fragments, before, strict=True):
+            part = summed[f.name][f.start : f.start + f.numel].to(old)
+            error += float(((old - f.master) / scale - part).square().sum())
+            size += float(part.square().sum())
+        difference = math.sqrt(error / size) if size else 0.0
+        worst = max(worst, difference)
+        if not difference < tolerance:
+            text = f"the sum over {SUMMED_STEPS} micro-steps is {difference:.2%} away from the float32 sum: it is rounded to"
+            problems.append(Problem(f"{text} bfloat16 after each of them", False).in_case(str(case)))
+    return Result([f"sums over {SUMMED_STEPS} micro-steps in bfloat16: within {worst:.2%} of float32"], problems)

@@ -1,0 +1,236 @@
+"""The report of `prove`: judges what all ranks found, and writes report.json and a self-contained report.html."""
+
+import datetime
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from raphael_dist.cluster.preflight_report import judge
+from raphael_dist.errors import EXIT_USER_ERROR
+from raphael_dist.storage.files import replace_bytes
+
+FORMAT = 1
+EXIT_WRONG_NUMBERS = 3
+GREEN, AMBER, RED, NOT_PROVEN = "green", "amber", "red", "not proven"
+NOT_RUN = "not run"
+# What no run of `prove` shows.
+NEVER_PROVEN = ("learning: a long run on real data", "the failure of a real node in the middle of a run")
+
+
+@dataclass
+class CheckReport:
+    """The result of a check on all ranks.
+
+    Attributes:
+        status: GREEN, AMBER, RED, NOT_PROVEN or NOT_RUN.
+        code: exit code that it asks for: 0, 2 (environment) or 3 (numbers).
+        lines: what was measured. problems: what is wrong, with the rank and its node.
+        joined: whether all ranks could exchange data.
+    """
+
+    name: str = ""
+    title: str = ""
+    status: str = NOT_RUN
+    code: int = 0
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    not_proven: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    joined: bool = True
+
+    def text(self) -> list[str]:
+        """Return the lines for a terminal."""
+        head = f"{self.status.upper():<11}{self.title} ({self.seconds:.0f} s)"
+        return [head, *(f"  PROBLEM: {p}" for p in self.problems), *(f"  {line}" for line in self.lines)]
+
+
+@dataclass
+class Report:
+    """All checks of one environment."""
+
+    environment: dict[str, Any]
+    checks: list[CheckReport]
+
+    @property
+    def exit_code(self) -> int:
+        """3 if numbers are wrong, else 2 if the environment is bad or a check has no result, else 0."""
+        codes = {check.code if check.status != NOT_RUN else EXIT_USER_ERROR for check in self.checks}
+        return max(codes, default=0)
+
+    def finished(self) -> list[str]:
+        """Return the names of the checks that need not run again."""
+        return [check.name for check in self.checks if check.status in (GREEN, NOT_PROVEN)]
+
+    def add(self, check: CheckReport) -> None:
+        """Put the result of a check in its place."""
+        self.checks = [check if other.name == check.name else other for other in self.checks]
+
+    def write(self, folder: Path) -> None:
+        """Write report.json and report.html."""
+        tree = {"format": FORMAT, "key": key_of(self.environment), "exit_code": self.exit_code, **asdict(self)}
+        tree["written"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        tree["never_proven"] = NEVER_PROVEN
+        replace_bytes(folder / "report.json", json.dumps(tree, indent=1).encode(), durable=False)
+        replace_bytes(folder / "report.html", html(tree).encode(), durable=False)
+
+
+def key_of(environment: dict[str, Any]) -> str:
+    """Return a checksum of an environment: results are read again only in the same one."""
+    return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_report(folder: Path, environment: dict[str, Any], titles: dict[str, str]) -> Report:
+    """Return the report in a folder if it is of this environment, else a new one. `titles`: of all checks."""
+    report = Report(environment, [CheckReport(name, title) for name, title in titles.items()])
+    try:
+        tree = json.loads((folder / "report.json").read_text())
+        if tree["format"] == FORMAT and tree["key"] == key_of(environment):
+            for check in tree["checks"]:
+                report.add(CheckReport(**check))
+    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
+        pass
+    return report
+
+
+def judge_environment(probes: list[dict[str, Any]], hosts: list[str]) -> CheckReport:
+    """Judge the reports of the preflight."""
+    if not probes:
+        return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=["no rank left a report"], joined=False)
+    verdict = judge(probes, len(hosts), list(dict.fromkeys(hosts)))
+    problems = [f"{node}: {text}" for node, texts in verdict.faults.items() for text in texts]
+    joined = len(probes) == len(hosts) and all(probe["joined"] for probe in probes)
+    status = RED if problems else AMBER if verdict.warnings else GREEN
+    code = EXIT_USER_ERROR if problems else 0
+    return CheckReport(status=status, code=code, lines=verdict.lines, problems=problems + verdict.warnings, joined=joined)
+
+
+def judge_check(
+    name: str, outcomes: list[dict[str, Any] | None], hosts: list[str], environment: bool, expects_kill: bool
+) -> CheckReport:
+    """Judge the outcomes of a check (`prove.Outcome`) on all its ranks; None: the rank's agent did not answer."""
+    silent = [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in _where_none(outcomes)]
+    answered = [outcome for outcome in outcomes if outcome is not None]
+    if expects_kill and not silent and all(o["last"] == "killed" and "ended with" in o["why"] for o in answered):
+        return CheckReport(status=GREEN, lines=[f"{len(answered)} ranks were killed while a checkpoint was being written"])
+    unfinished = silent + _unfinished([outcome for outcome in answered if outcome["result"] is None])
+    if unfinished:
+        return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=unfinished)
+    results = [outcome["result"] for outcome in answered]
+    found = [(o, p) for o in answered for p in o["result"]["problems"]]
+    problems = _named([(o, p) for o, p in found if not p["amber"]])
+    warnings = _named([(o, p) for o, p in found if p["amber"]])
+    lines, not_proven = results[0]["lines"], results[0]["not_proven"]
+    status = RED if problems else AMBER if warnings else GREEN if lines else NOT_PROVEN
+    code = 0 if not problems else EXIT_USER_ERROR if environment else EXIT_WRONG_NUMBERS
+    return CheckReport(
+        status=status,
+        code=code,
+        lines=lines,
+        problems=problems + warnings,
+        not_proven=not_proven,
+        values=results[0]["values"],
+    )
+
+
+def _where_none(outcomes: list[dict[str, Any] | None]) -> list[int]:
+    return [rank for rank, outcome in enumerate(outcomes) if outcome is None]
+
+
+def _unfinished(outcomes: list[dict[str, Any]]) -> list[str]:
+    """Return who failed, or else which ranks are late; the others waited for them."""
+    if not outcomes:
+        return []
+    late = [o for o in outcomes if o["why"].startswith("not finished")]
+    failed = [o for o in outcomes if not o["why"].startswith(("not finished", "stopped"))]
+    # The death of a rank makes others fail in a collective: a process that ended by itself comes first.
+    died = [o for o in failed if o["why"].startswith("its process ended")]
+    if died or failed:
+        return [f"rank {o['rank']} on {o['node']}: {o['why']}, at {o['last']!r}" for o in died or failed]
+    least, most = min(o["marks"] for o in outcomes), max(o["marks"] for o in outcomes)
+    if least == most:
+        return [f"all ranks hang at {outcomes[0]['last']!r}: {late[0]['why'] if late else outcomes[0]['why']}"]
+    ahead = next(o["last"] for o in outcomes if o["marks"] == most)
+    behind = [o for o in outcomes if o["marks"] == least]
+    return [f"rank {o['rank']} on {o['node']} hangs at {o['last']!r}; others are at {ahead!r}" for o in behind]
+
+
+def _named(found: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """Return problems with their ranks: those that ranks cause, else those that they see."""
+    own = [(o, p) for o, p in found if p["own"]]
+    ranks: dict[str, list[str]] = {}
+    for outcome, problem in own or found:
+        ranks.setdefault(problem["text"], []).append(f"rank {outcome['rank']} on {outcome['node']}")
+    lines = [f"{', '.join(names[:4])}{' and others' * (len(names) > 4)}: {text}" for text, names in ranks.items()]
+    effects = {o["rank"] for o, _ in found} - {o["rank"] for o, _ in own}
+    return lines + ([f"effects of this on {len(effects)} other ranks are left out"] if own and effects else [])
+
+
+_STYLE = """
+body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
+.tile{display:inline-block;padding:.3em .7em;margin:.2em;border-radius:.3em;color:#fff}
+.green{background:#2a7d2a}.amber{background:#b36b00}.red{background:#b3261e}.none{background:#777}
+table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}
+pre{white-space:pre-wrap;background:#f4f4f4;padding:.6em}.problem{color:#b3261e;font-weight:bold}
+"""
+_VERDICTS = {
+    0: (GREEN, "All checks that could run here passed"),
+    EXIT_USER_ERROR: (RED, "The environment is bad, or a check did not finish"),
+    EXIT_WRONG_NUMBERS: (RED, "Numbers are wrong: do not train here"),
+}
+
+
+def html(tree: dict[str, Any]) -> str:
+    """Return the page of a report: the colours first, then details, then what was not proven."""
+    colour, verdict = _VERDICTS[tree["exit_code"]]
+    if colour == GREEN and any(check["status"] == AMBER for check in tree["checks"]):
+        colour = AMBER
+    tiles = "".join(
+        f'<a class="tile {_css(check["status"])}" href="#{check["name"]}">{escape(check["title"])}: {check["status"]}</a>'
+        for check in tree["checks"]
+    )
+    missing = [*_not_proven(tree["checks"]), *tree["never_proven"]]
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>raphael_dist: proof</title><style>{_STYLE}</style>'
+        f'<h1>raphael_dist on this cluster</h1><p class="tile {_css(colour)}">{verdict} (exit code {tree["exit_code"]})</p>'
+        f"<p>{tiles}</p><p>Written {tree['written']}</p><h2>Details</h2>"
+        + "".join(map(_details, tree["checks"]))
+        + "<h2>What was not proven here</h2><ul>"
+        + "".join(f"<li>{escape(text)}</li>" for text in missing)
+        + "</ul><h2>Environment</h2>"
+        + _environment(tree["environment"])
+        + "</html>"
+    )
+
+
+def _css(status: str) -> str:
+    return status if status in (GREEN, AMBER, RED) else "none"
+
+
+def _not_proven(checks: list[dict[str, Any]]) -> list[str]:
+    """Return what the checks could not prove, and those that did not run or failed."""
+    reasons = [text for check in checks for text in check["not_proven"]]
+    return reasons + [f"{check['title']}: {check['status']}" for check in checks if check["status"] in (NOT_RUN, RED)]
+
+
+def _details(check: dict[str, Any]) -> str:
+    problems = "".join(f'<p class="problem">{escape(text)}</p>' for text in check["problems"])
+    lines = escape("\n".join(check["lines"] + [f"not proven: {text}" for text in check["not_proven"]]))
+    head = f'<h3 id="{check["name"]}"><span class="tile {_css(check["status"])}">{check["status"]}</span> '
+    return f"{head}{escape(check['title'])} ({check['seconds']:.0f} s)</h3>{problems}" + (
+        f"<pre>{lines}</pre>" if lines else ""
+    )
+
+
+def _environment(environment: dict[str, Any]) -> str:
+    ranks = [rank or {} for rank in environment["ranks"]]
+    names = list(dict.fromkeys(name for rank in ranks for name in rank))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["rank", *names])
+    rows = "".join(
+        f"<tr><td>{number}</td>" + "".join(f"<td>{escape(str(rank.get(name, '?')))}</td>" for name in names) + "</tr>"
+        for number, rank in enumerate(ranks)
+    )
+    return f"<table><tr>{head}</tr>{rows}</table><p>Commit: {escape(environment['commit'] or 'unknown')}</p>"

@@ -1,0 +1,110 @@
+"""Checks of `prove` of checkpoints: a run is killed while it saves, and resumed on other ranks under another ZeRO stage."""
+
+import os
+import signal
+from math import prod
+
+import torch
+from torch import Tensor
+
+from raphael_dist.checkpoint.progress import Progress
+from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.checkpoint.tensors import stacked
+from raphael_dist.cluster.proof import Problem, Proof, Result
+from raphael_dist.cluster.proof_model import ADAM_EPS
+from raphael_dist.cluster.prove_numbers import (
+    TOLERANCE,
+    Case,
+    Steps,
+    Trained,
+    case_config,
+    expert_sizes,
+    loss_problem,
+    norm_problem,
+    pieces,
+    weights_difference,
+)
+from raphael_dist.config.schema import Config
+from raphael_dist.parallel.batch_plan import BatchPlan
+
+SAVED_STEP, RESUMED_STEPS = 2, 2
+DATA = {"data.shards": "synthetic"}
+
+
+def _run_config(proof: Proof, world: int, ep: int) -> Config:
+    """Return the configuration of the run that is killed and resumed; the global batch does not depend on the ranks."""
+    optim = {"kind": "adamw", "lr": 3e-3, "eps": ADAM_EPS, "max_grad_norm": 0.5}
+    run = {"dir": str(proof.folder / "resume")}
+    case = Case("float32", 2, ep)
+    return case_config(case, world, batch=4 * proof.options["world"] - 1, optim=optim, run=run)
+
+
+def save_and_kill(proof: Proof) -> Result:
+    """Train with sharded experts, save, and end by SIGKILL while the next checkpoint is being written. Never returns."""
+    world = proof.ranks.world_size
+    config = _run_config(proof, world, expert_sizes(world)[-1])
+    plan = BatchPlan.of(config, world)
+    run = Trained(proof, config, {"stage": 2}, plan)
+    store = CheckpointStore(config, proof.ranks, run.engine.fragments, None, DATA)
+    store.root.mkdir(parents=True, exist_ok=True)
+    for step in range(SAVED_STEP + 2):
+        proof.mark(f"step {step + 1}")
+        first = step * plan.global_batch_size
+        run.accumulate([plan.slots(first, proof.ranks.rank, micro) for micro in range(plan.accumulation)])
+        run.engine.step(config.optim.lr)
+        progress = Progress(step + 1, first + plan.global_batch_size, step + 1, {})
+        if step + 1 == SAVED_STEP:
+            store.save(progress)
+    proof.mark("killed")
+    store.begin(progress)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def resume(proof: Proof) -> Result:
+    """Resume the killed run on other ranks, under another ZeRO stage, and compare weights and steps with one process."""
+    world = proof.ranks.world_size
+    config = _run_config(proof, world, 1)
+    plan = BatchPlan.of(config, world)
+    run = Trained(proof, config, {"stage": 1}, plan)
+    store = CheckpointStore(config, proof.ranks, run.engine.fragments, None, DATA)
+    proof.mark("resuming")
+    progress = store.resume()
+    if progress is None:
+        return Result([], [Problem("no complete checkpoint: do all nodes share the folder of --out?", False)])
+    expected = Steps(config, proof.device).take(progress.step + RESUMED_STEPS)
+    problem = _restored_problem(expected.weights[progress.step], run)
+    for step in range(progress.step, progress.step + RESUMED_STEPS):
+        proof.mark(f"step {step + 1}")
+        slots = [plan.slots(step * plan.global_batch_size, proof.ranks.rank, micro) for micro in range(plan.accumulation)]
+        loss = run.accumulate(slots)
+        case = Case("float32", 1, 1)
+        problem = problem or loss_problem(case, expected, step, [slot for micro in slots for slot in micro], loss)
+        run.engine.step(config.optim.lr)
+        problem = problem or norm_problem(case, expected, step, run.engine.grad_norm)
+    difference = weights_difference(expected.weights[-1], run)
+    if problem is None and not difference < TOLERANCE["float32"][2]:
+        problem = Problem(f"its weights {RESUMED_STEPS} steps later differ by {difference:.0e} from one process", False)
+    before = proof.options["world"]
+    lines = [
+        f"saved by {before} ranks (ZeRO-2, ep {expert_sizes(before)[-1]}), killed during the next save, resumed at step "
+        f"{progress.step} on {world} ranks (ZeRO-1, ep 1)",
+        f"weights {RESUMED_STEPS} steps later: within {difference:.0e} of one process",
+    ]
+    return Result(lines, [problem] if problem else [])
+
+
+def _restored_problem(expected: dict[str, Tensor], run: Trained) -> Problem | None:
+    for f in run.engine.fragments:
+        whole = expected[f.name].flatten().to(f.master)
+        for label, part in pieces(f.name, f.shape, f.start, f.numel):
+            start, values = f.start + part.start, f.master[part]
+            if torch.allclose(values, whole[start : start + values.numel()], rtol=1e-4, atol=1e-5):
+                continue
+            each = prod(f.shape[1:])
+            for other in range(f.shape[0]) if stacked(f.name) else ():
+                at = other * each + start % each
+                if torch.allclose(values, whole[at : at + values.numel()], rtol=1e-4, atol=1e-5):
+                    return Problem(f"after resuming, {label} holds the weights of expert {other}")
+            return Problem(f"after resuming, the weights of {label} are not those that were saved")
+    return None

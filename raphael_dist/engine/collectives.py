@@ -1,0 +1,123 @@
+"""The collectives of DeepSpeed, counted, and with a reduce-scatter that is one on gloo, too.
+
+All of them pass through one object of `deepspeed.comm`, in every ZeRO stage. Only this file replaces it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raphael_dist.parallel.exchange import Traffic, Work, reduce_scatter
+
+Group = dist.ProcessGroup | None
+_BROADCAST_BYTES = 1 << 28  # of one call
+
+
+def import_deepspeed() -> Any:
+    """Return the module `deepspeed` without its shared-memory all-reduce.
+
+    On CPUs that is compiled on first use, which takes about a minute; gloo does not need it.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_comm() -> Any:
+    """Return the module through which DeepSpeed calls collectives."""
+    import_deepspeed()
+    from deepspeed.comm import comm
+
+    return comm
+
+
+def count_collectives(traffic: Traffic) -> "CountedBackend":
+    """Count what DeepSpeed's collectives send from now on: reductions as gradients, gathers as weights."""
+    comm = deepspeed_comm()
+    comm.init_distributed(dist_init_required=False, verbose=False)
+    backend = comm.cdb
+    comm.cdb = CountedBackend(backend.backend if isinstance(backend, CountedBackend) else backend, traffic)
+    return comm.cdb
+
+
+def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup]) -> None:
+    """Give each parameter the values of the first rank that has it, in a few calls. Collective.
+
+    `groups`: of the ranks with the same experts, by `group_name`; all ranks have the other parameters.
+    """
+    members = defaultdict(list)
+    for p in model.parameters():
+        members[getattr(p, "group_name", "")].append(p.data)
+    for name in sorted(members):
+        group = groups.get(name) or dist.group.WORLD
+        assert group is not None
+        dist._broadcast_coalesced(group, members[name], _BROADCAST_BYTES, 0)
+
+
+class CountedBackend:
+    """DeepSpeed's backend with counted collectives."""
+
+    def __init__(self, backend: Any, traffic: Traffic) -> None:
+        self.backend, self._traffic, self._skips_broadcasts = backend, traffic, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    @contextmanager
+    def without_broadcasts(self) -> Iterator[None]:
+        """Skip broadcasts: DeepSpeed has one for each parameter, which is minutes on a slow network."""
+        self._skips_broadcasts = True
+        try:
+            yield
+        finally:
+            self._skips_broadcasts = False
+
+    def broadcast(self, tensor: Tensor, src: int, group: Group = None, async_op: bool = False) -> Any:
+        return None if self._skips_broadcasts else self.backend.broadcast(tensor, src, group, async_op)
+
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False) -> Any:
+        self._traffic.gradients += 2 * _others(tensor.nbytes, group)
+        return self.backend.all_reduce(tensor, op, group, async_op)
+
+    def reduce_scatter_tensor(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        op: Any = dist.ReduceOp.SUM,
+        group: Group = None,
+        async_op: bool = False,
+    ) -> Work | None:
+        assert self.backend._reduce_op(op) == dist.ReduceOp.SUM
+        self._traffic.gradients += _others(input_tensor.nbytes, group)
+        work = reduce_scatter(output_tensor, input_tensor, group)
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+    def all_gather_into_tensor(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Group = None, async_op: bool = False
+    ) -> Any:
+        self._traffic.weights += _others(output_tensor.nbytes, group)
+        return self.backend.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+
+    def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, group: Group = None, async_op: bool = False) -> Any:
+        self._traffic.weights += _others(sum(part.nbytes for part in tensor_list), group)
+        return self.backend.all_gather(tensor_list, tensor, group, async_op)
+
+    def all_gather_coalesced(
+        self, output_tensors: list[Tensor], input_tensors: list[Tensor], group: Group = None, async_op: bool = False
+    ) -> Any:
+        self._traffic.weights += _others(sum(whole.nbytes for whole in output_tensors), group)
+        return self.backend.all_gather_coalesced(output_tensors, input_tensors, group, async_op)
+
+
+def _others(num_bytes: int, group: Group) -> int:
+    """Return the bytes of a tensor without this rank's part."""
+    ranks = dist.get_world_size(group)
+    return num_bytes * (ranks - 1) // ranks

@@ -1,0 +1,281 @@
+"""`tools/bench.py network`: bytes that a node sends in a step, compared with the plan and with what ranks count.
+
+Nodes are network namespaces of this host (tests/lib/netns.py), whose interfaces count bytes and frames. All contenders train
+the U-Net of `--config` in float32 on equal random batches: ours in the ZeRO stages and with sharded experts, PyTorch's
+DistributedDataParallel, DeepSpeed's own ZeRO-2, and our blocks with DeepSpeed's `MoE` layers instead. Needs root.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.states import random_batch
+from benchmarks.step import with_deepspeed_moe
+from raphael_dist.config.schema import Config, load_config
+from raphael_dist.engine.engine import Engine, import_deepspeed
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.losses import compute_losses
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.exchange import Traffic
+from raphael_dist.planning.communication import Cluster, Scheme, communications
+from raphael_dist.runtime.ranks import Ranks, discover, initialise
+from raphael_dist.storage.files import replace_bytes
+
+HEADERS = 66  # bytes of a frame: Ethernet 14, IP 20, TCP 32
+SAMPLES, SIDE, STEPS = 1, 8, 1  # of a micro-batch; of its latents; measured, after one more
+SCHEMES: dict[int, Scheme] = {0: "replicated", 1: "reduce_scatter", 2: "reduce_scatter", 3: "zero3"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained on which ranks. who: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE"."""
+
+    nodes: int
+    per_node: int
+    who: str = "ours"
+    stage: int = 2
+    space_ep: int = 1
+    time_ep: int = 1
+    placement: str = "shard"
+    accumulation: int = 1
+
+    def config(self, name: str) -> Config:
+        """Return the run's configuration."""
+        world = self.nodes * self.per_node
+        overrides = [
+            f"train.micro_batch_size={SAMPLES}",
+            f"train.global_batch_size={SAMPLES * world * self.accumulation}",
+            f"parallel.space_ep={self.space_ep}",
+            f"parallel.time_ep={self.time_ep}",
+            f"parallel.placement=[{self.placement}]",
+        ]
+        return load_config(name, overrides)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes of a step, of the node that sends most. Attributes:
+    wire: sent by the interface.
+    payload: the same without headers of frames.
+    counted: by the node's ranks, as `comm/*` does; 0 where others count nothing.
+    planned: by the plan; 0 where there is none.
+    """
+
+    case: Case
+    wire: float
+    payload: float
+    counted: float
+    planned: float
+
+
+def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]:
+    """Yield what is measured: most choices on the first topology and a few on the others, or `everything`."""
+    for number, (nodes, per_node) in enumerate(topologies):
+        base = Case(nodes, per_node)
+        if everything or number == 0:
+            for stage, accumulation in product(range(4), (1, 4)):
+                yield replace(base, stage=stage, accumulation=accumulation)
+            experts = product((1, 2), ((2, 1), (1, 2), (2, 2)), ("shard", "replicate"), (1, 4))
+            for stage, (space, time_), placement, accumulation in experts:
+                if everything or (stage == 2 and accumulation == 1):
+                    yield replace(
+                        base, stage=stage, space_ep=space, time_ep=time_, placement=placement, accumulation=accumulation
+                    )
+        else:
+            yield from (base, replace(base, stage=3), replace(base, space_ep=2, time_ep=2))
+        for who in ("DDP", "DeepSpeed", "DeepSpeed MoE"):
+            yield replace(base, who=who)
+
+
+# ---- on a rank ------------------------------------------------------------------------------
+
+
+def measure(config_name: str, todo: list[Case], out: str) -> None:
+    """Measure all cases on this rank; rank 0 of each node writes the counters. Collective."""
+    ranks = discover()
+    device = initialise(ranks)
+    torch.set_num_threads(1)
+    results = []
+    for case in todo:
+        print(time.strftime("%X"), case, flush=True)
+        torch.manual_seed(0)
+        step, traffic = contender(case, case.config(config_name), ranks, device)
+        results.append(_count(step, traffic))
+        Path(f"{out}-{ranks.rank}.json").write_text(json.dumps(results))
+        del step
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _count(step: Callable[[], object], traffic: Traffic) -> tuple[float, float, float]:
+    """Return bytes and frames that this node sent, and the bytes that this rank counts, per step."""
+    step()
+    traffic.take()
+    before = _settled()
+    for _ in range(STEPS):
+        step()
+    after = _settled()
+    counted = sum(asdict(traffic.take()).values())
+    return (after[0] - before[0]) / STEPS, (after[1] - before[1]) / STEPS, counted / STEPS
+
+
+def _settled() -> tuple[int, int]:
+    """Return bytes and frames that eth0 has sent, after all ranks have arrived here."""
+    dist.barrier()
+    time.sleep(0.2)  # the last acknowledgements
+    line = next(line for line in Path("/proc/self/net/dev").read_text().splitlines() if "eth0" in line)
+    fields = line.split(":")[1].split()
+    dist.barrier()
+    return int(fields[8]), int(fields[9])
+
+
+def contender(case: Case, config: Config, ranks: Ranks, device: torch.device) -> tuple[Callable[[], object], Traffic]:
+    """Return a function that takes an optimizer step, and the counter of what it sends. Collective."""
+    schedule, batch = NoiseSchedule.create(config.diffusion, device), random_batch(config, SAMPLES, (SIDE, SIDE))
+
+    def loss(model: Any, config: Config = config) -> Tensor:
+        return compute_losses(model, batch, schedule, config, torch.float32).total.sum()
+
+    if case.who == "ours":
+        engine = Engine(config, {"zero_optimization": {"stage": case.stage}}, BatchPlan.of(config, ranks.world_size), device)
+
+        def step() -> None:
+            for _ in range(case.accumulation):
+                engine.backward(loss(engine) * engine.plan.loss_scale)
+            engine.step(1e-5)
+
+        return step, engine.traffic
+    if case.who == "DDP":
+        return _ddp_step(nn.parallel.DistributedDataParallel(RaphaelUNet(config)), loss), Traffic()
+    return _deepspeed_step(case, config, ranks, loss), Traffic()
+
+
+def _ddp_step(model: nn.Module, loss: Callable[[Any], Tensor]) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    return step
+
+
+def _deepspeed_step(case: Case, config: Config, ranks: Ranks, loss: Callable[..., Tensor]) -> Callable[[], object]:
+    deepspeed = import_deepspeed()
+    if case.who == "DeepSpeed":
+        model, groups = RaphaelUNet(config), None
+    else:
+        deepspeed.init_distributed(verbose=False)
+        model, config = with_deepspeed_moe(config, ranks.world_size)
+        groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(
+            {"params": list(model.parameters()), "name": "all"}
+        )
+    tree = {
+        "train_micro_batch_size_per_gpu": SAMPLES,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(groups or model.parameters(), lr=1e-5)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
+
+    def step() -> None:
+        engine.backward(loss(engine, config))
+        engine.step()
+
+    return step
+
+
+# ---- on the host ----------------------------------------------------------------------------
+
+
+def planned_bytes(case: Case, config_name: str) -> float:
+    """Return the bytes that a node sends in a step by the plan."""
+    if case.who != "ours":
+        return 0.0
+    config, world = case.config(config_name), case.nodes * case.per_node
+    plan, reductions = BatchPlan.of(config, world), case.accumulation if case.stage >= 2 else 1
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in RaphaelUNet(config).parameters())
+    links = Cluster(world, case.per_node)
+    parts = communications(config, plan, links, parameters, SCHEMES[case.stage], reductions)
+    return sum(part.network_gb for part in parts) * 1e9 * case.per_node
+
+
+def bench_network(config_name: str, topologies: list[tuple[int, int]], everything: bool = False) -> Iterator[Row]:
+    """Yield a row for each case."""
+    netns = importlib.import_module("tests.lib.netns")
+    if reason := netns.missing():
+        raise SystemExit(f"no nodes can be made: {reason}")
+    todo = list(cases(topologies, everything))
+    for nodes, per_node in topologies:
+        here = [case for case in todo if (case.nodes, case.per_node) == (nodes, per_node)]
+        with tempfile.TemporaryDirectory() as folder, netns.Network([netns.Link()] * nodes) as network:
+            spec, out = Path(folder, "cases.json"), f"{folder}/out"
+            spec.write_text(json.dumps([asdict(case) for case in here]))
+            command = ["tools/bench.py", "network", "--config", config_name, "--cases", str(spec), out]
+            codes, outputs = netns.finish(network.start_ranks(command, per_node), 3600)
+            if any(codes):
+                raise SystemExit(f"exit codes {codes}:\n" + "\n".join(outputs)[-3000:])
+            yield from read_rows(here, config_name, out)
+
+
+def read_rows(measured: list[Case], config_name: str, out: str) -> Iterator[Row]:
+    """Yield the rows of cases on the same ranks, of what `measure` wrote."""
+    nodes, per_node = measured[0].nodes, measured[0].per_node
+    ranks = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(nodes * per_node)]
+    for i, case in enumerate(measured):
+        rows = []
+        for node in range(nodes):
+            own = [rank[i] for rank in ranks[node * per_node : (node + 1) * per_node]]
+            (wire, frames, _), counted = own[0], sum(rank[2] for rank in own)
+            rows.append(Row(case, wire, wire - HEADERS * frames, counted, planned_bytes(case, config_name)))
+        yield max(rows, key=lambda row: row.wire)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")))
+    command.add_argument("--nodes", type=int, nargs="+", default=[2, 4])
+    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="on each node")
+    command.add_argument("--all", action="store_true", help="every combination; takes hours")
+    command.add_argument("--out", type=Path, help="a JSON file for the rows")
+    command.add_argument("--cases", nargs=2, help=argparse.SUPPRESS)  # on a rank
+
+
+def describe(case: Case) -> str:
+    """Return the case in words."""
+    if case.who != "ours":
+        return {"DDP": "PyTorch's DDP", "DeepSpeed": "DeepSpeed's ZeRO-2"}.get(case.who, "DeepSpeed's ZeRO-2 and `MoE`")
+    experts = f", ep {case.space_ep} and {case.time_ep}, {case.placement}" if case.space_ep * case.time_ep > 1 else ""
+    return f"ZeRO-{case.stage}{experts}" + (f", {case.accumulation} micro-steps" if case.accumulation > 1 else "")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the bytes of a step on the wire, as ranks count them, and as planned."""
+    if args.cases:
+        spec, out = args.cases
+        return measure(args.config, [Case(**case) for case in json.loads(Path(spec).read_text())], out)
+    rows = []
+    print("| nodes x ranks | | wire, MB | without headers | counted | planned |\n|---|---|---|---|---|---|")
+    for row in bench_network(args.config, list(product(args.nodes, args.ranks)), args.all):
+        rows.append(row)
+        shown = " | ".join(f"{b / 1e6:.2f}" if b else "" for b in (row.wire, row.payload, row.counted, row.planned))
+        print(f"| {row.case.nodes} x {row.case.per_node} | {describe(row.case)} | {shown} |", flush=True)
+        if args.out:
+            content = {"command": "tools/bench.py " + " ".join(sys.argv[1:]), "rows": [asdict(row) for row in rows]}
+            replace_bytes(args.out, json.dumps(content, indent=1).encode())
+    return None
