@@ -1,0 +1,103 @@
+"""The debug bundle: what a maintainer needs to see of a run, in one archive without secrets."""
+
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import yaml
+
+from raphael_dist.errors import UserError
+from raphael_dist.reporting.examine import Examined
+from raphael_dist.reporting.plan import plan_lines
+from raphael_dist.storage.files import atomic_path
+from raphael_dist.text import HIDDEN, hide_secrets_in_text, open_regular, redact
+
+LOG_BYTES = 1 << 20  # the end of each log
+METRIC_BYTES = 8 << 20  # the end of metrics.jsonl
+LOGS = ("train.log", "logs/rank-*.log", "logs/stacks-rank-*.txt", "logs/heartbeats/rank-*")
+MAX_LOGS = 64  # of each kind
+_NAME = r"[\w.-]*(?:api_?key|access_?key|token|secret|passw(?:or)?d|credentials?)[\w.-]*"
+# name=value, name: value, "name": "value", Authorization: Bearer value, and keys known by their beginning.
+_ASSIGNED = re.compile(rf"(?i)(\b{_NAME}[\"']?\s*[=:]\s*[\"']?)(?!\d+\b)[^\s\"',;]+")
+_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.+/=~-]{8,}")
+_KNOWN = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[bp]-[\w-]{10,})"
+)
+_SECRET_NAME = re.compile(rf"(?i){_NAME}")
+# Options of the configuration whose names look like those of secrets: they count tokens.
+_NO_SECRET = re.compile(r"(?i)\b(max_|num_|n_)?tokens?\b\s*[=:]")
+
+
+def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Hide what may be a secret in a text: in addresses, after names such as `token=`, and values of such variables."""
+    for name, value in environment.items():
+        if _SECRET_NAME.fullmatch(name) and len(value) >= 8:
+            text = text.replace(value, HIDDEN)
+    text = _KNOWN.sub(HIDDEN, _BEARER.sub(rf"\1 {HIDDEN}", text))
+    text = _ASSIGNED.sub(lambda match: match[0] if _NO_SECRET.search(match[1]) else f"{match[1]}{HIDDEN}", text)
+    return hide_secrets_in_text(text)
+
+
+def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
+    """Write the archive; the file appears whole or not at all.
+
+    Args:
+        report: what the doctor printed.
+
+    Returns: the names of its members.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    folder, names = examined.run.folder, []
+    try:
+        with atomic_path(path) as temporary, tarfile.open(temporary, "w:gz") as archive:
+            for name, text in _members(examined, report, folder):
+                data = scrub(text).encode(errors="backslashreplace")
+                info = tarfile.TarInfo(f"bundle/{name}")
+                info.size, info.mtime = len(data), int(examined.now.timestamp())
+                archive.addfile(info, io.BytesIO(data))
+                names.append(name)
+    except OSError as error:
+        raise UserError(f"--bundle {path}: cannot be written: {error.strerror or error}. Choose another file.") from None
+    return names
+
+
+def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of each member; a file that vanishes meanwhile is named in not-included.txt."""
+    left_out = list(examined.notes)
+    yield "doctor.txt", report
+    yield "plan.txt", "\n".join([*plan_lines(examined.plan), examined.plan_note]) + "\n"
+    if examined.run.config:
+        yield "config.yaml", yaml.safe_dump(redact(examined.run.config), sort_keys=False)
+    if examined.run.versions:
+        yield "versions.txt", "".join(f"{name} {version}\n" for name, version in examined.run.versions.items())
+    for pattern, limit in (*((pattern, LOG_BYTES) for pattern in LOGS), ("metrics.jsonl", METRIC_BYTES)):
+        for path in sorted(folder.glob(pattern))[:MAX_LOGS]:
+            name = str(path.relative_to(folder))
+            try:
+                yield name, _tail(path, limit)
+            except OSError as error:
+                left_out.append(f"{name}: {error.strerror or error}")
+    yield "files.txt", "".join(f"{line}\n" for line in _listing(folder))
+    yield "not-included.txt", "".join(f"{line}\n" for line in left_out)
+
+
+def _tail(path: Path, limit: int) -> str:
+    """Return the end of a file from the beginning of a line on."""
+    with open(open_regular(path), "rb") as file:
+        start = max(0, os.fstat(file.fileno()).st_size - limit)
+        file.seek(start)
+        data = file.read(limit)
+    return (data.partition(b"\n")[2] if start else data).decode(errors="replace")
+
+
+def _listing(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        try:
+            yield f"{path.stat().st_size:>14,} {path.relative_to(folder)}"
+        except OSError:
+            yield f"{'vanished':>14} {path.relative_to(folder)}"

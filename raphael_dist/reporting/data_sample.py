@@ -1,0 +1,45 @@
+"""Looks at some samples of a run's data: edge maps without edges, and images that look alike."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from raphael_dist.config.schema import Config
+from raphael_dist.data.fetch.remote import is_remote
+from raphael_dist.data.shards.decode_sample import ImageDataset
+from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.shard_names import expand_shards
+from raphael_dist.data_prep.inspect_data import buckets_of, find_duplicates, inspect
+from raphael_dist.errors import UserError
+
+COUNT, SHARDS = 256, 2
+EDGE_LEVEL = 16  # of 255; a map without a brighter pixel is empty
+
+
+@dataclass(frozen=True)
+class DataSample:
+    """Counts of the samples that were looked at."""
+
+    samples: int
+    edges: int
+    empty_edges: int
+    duplicates: int
+
+
+def sample_data(config: Config) -> DataSample:
+    """Decode samples that are evenly distributed over the first shards on this machine.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    local = [pattern for pattern in config.data.shards if not is_remote(pattern)]
+    if not local:
+        raise UserError("data.shards names no shards on this machine")
+    names = expand_shards(local)[:SHARDS]
+    with TemporaryDirectory() as folder:
+        dataset = ImageDataset(build_index(names, Path(folder)), config.image.buckets, "auto")
+        findings = inspect(dataset, buckets_of(dataset).tolist(), COUNT, COUNT)
+    edges = [sample.edge for sample, _ in findings.sheet if sample.edge is not None]
+    groups = find_duplicates(findings.thumbnails)
+    empty = sum(bool(edge.max() < EDGE_LEVEL) for edge in edges)
+    return DataSample(len(findings.thumbnails), len(edges), empty, sum(len(group) - 1 for group in groups))

@@ -1,0 +1,99 @@
+"""What happened in a run, from its logs: starts, saves, faults, ends, and how far it was at each time."""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+
+from raphael_dist.reporting.run_files import LogLine, RunFiles
+
+# Kinds of events by a pattern of their line. The first that matches counts.
+KINDS = {
+    "start": r"from scratch|new, from",
+    "restart": r"resumed at step",
+    "complete": r"complete: ",
+    "stopped": r"stopped by a signal",
+    "saved": r"saved .*step-\d+",
+    "hang": r"there was no progress for|rank \d+ .*(was killed at|no sign of life)",
+    "save failed": r"the checkpoint of step \d+ was not written",
+    "damaged checkpoint": r"the damaged checkpoint was moved|skipping checkpoint",
+    "rollback": r"the run is back at step \d+",
+    "skipped step": r"step \d+ was skipped",
+    "spike": r"step \d+: the loss .* is a spike",
+    "bad data": r"sample .* cannot be used|a data worker process was lost",
+    "slow rank": r"step \d+: slow for",
+}
+FAULTS = tuple(KINDS)[5:]
+UNCLEAN = "killed or crashed"  # a process whose log has no line of its end
+_PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
+_PROGRESS = re.compile(r"step (\d+)/\d+ ")
+_STEP = re.compile(r"step[ -]0*(\d+)")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened: `step` is the step of its line, or the last one before it."""
+
+    time: datetime
+    kind: str
+    step: int
+    text: str
+
+    @property
+    def is_fault(self) -> bool:
+        return self.kind in FAULTS or self.kind == UNCLEAN
+
+
+@dataclass(frozen=True)
+class History:
+    """The events of a run, and (time, step) of its progress."""
+
+    events: list[Event]
+    progress: list[tuple[datetime, int]]
+
+    def of(self, *kinds: str) -> list[Event]:
+        """Return the events of these kinds."""
+        return [event for event in self.events if event.kind in kinds]
+
+    @property
+    def faults(self) -> list[Event]:
+        return [event for event in self.events if event.is_fault]
+
+
+def read_history(run: RunFiles) -> History:
+    """Return the history of a run, from the lines of its logs."""
+    events: list[Event] = []
+    progress: list[tuple[datetime, int]] = []
+    step, is_open = 0, False
+    previous: LogLine | None = None
+    for line in run.log:
+        kind = next((kind for kind, pattern in _PATTERNS.items() if pattern.match(line.text)), None)
+        if match := _PROGRESS.match(line.text):
+            step = int(match[1])
+            progress.append((line.time, step))
+        if kind in ("start", "restart"):
+            if is_open and previous is not None:
+                events.append(Event(previous.time, UNCLEAN, step, "the log has no line of its end"))
+            is_open = True
+        if kind in ("complete", "stopped") or line.text.endswith("(train.stages)"):
+            is_open = False
+        if kind is not None:
+            number = _STEP.search(line.text)
+            step = int(number[1]) if number and kind in ("restart", "rollback") else step
+            events.append(Event(line.time, kind, int(number[1]) if number else step, line.text))
+            if kind in ("restart", "rollback"):
+                progress.append((line.time, step))
+        previous = line
+    return History(events, progress)
+
+
+def ending(run: RunFiles, history: History, now: datetime) -> str:
+    """Return how the run ended, or when it last wrote a line."""
+    ends = [event for event in history.events if event.kind in ("complete", "stopped", "start", "restart")]
+    if ends and ends[-1].kind == "complete":
+        return f"complete at step {run.step:,}"
+    if ends and ends[-1].kind == "stopped":
+        return f"stopped at step {run.step:,} by a signal or the time limit; the same command continues"
+    if not run.log:
+        return f"at step {run.step:,}; no log says whether it is complete"
+    minutes = (now - run.log[-1].time).total_seconds() / 60
+    return f"at step {run.step:,}, not complete; the last log line is {minutes:,.0f} minutes old"

@@ -1,0 +1,91 @@
+"""Everything that is known about one run: its files, its history, what the rules find, and the planner's prediction."""
+
+import contextlib
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from raphael_dist.checkpoint.folders import step_of
+from raphael_dist.config.schema import Config, load_config
+from raphael_dist.errors import UserError
+from raphael_dist.reporting.events import History, read_history
+from raphael_dist.reporting.plan import PlanRow, compare, measured_rows
+from raphael_dist.reporting.rules import Case, Finding, coverage, diagnose
+from raphael_dist.reporting.run_files import RunFiles, read_run
+from raphael_dist.storage.files import free_bytes
+
+NO_PLAN = "none"  # value of --cluster
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A run and what was found out about it.
+
+    Attributes:
+        looked_at, not_looked_at: by the rules.
+        notes: what could not be read, and why, in sentences.
+        plan_note: why there is no prediction; "" where there is one.
+    """
+
+    run: RunFiles
+    history: History
+    findings: list[Finding]
+    looked_at: list[str]
+    not_looked_at: list[str]
+    notes: list[str]
+    plan: list[PlanRow]
+    plan_note: str
+    now: datetime
+
+
+def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> Examined:
+    """Read a run directory and look at everything in it.
+
+    Args:
+        cluster: that the prediction is for; NO_PLAN: none is made.
+        with_data: decode some samples of the run's data.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    run = read_run(folder)
+    history, notes, now = read_history(run), list(run.missing), datetime.now()
+    config, why = _config_of(run)
+    data = None
+    if config is not None and with_data:
+        from raphael_dist.reporting.data_sample import sample_data
+
+        try:
+            data = sample_data(config)
+        except (UserError, OSError) as error:
+            notes.append(f"Edge maps and duplicates in the data were not looked at: {error}.")
+    case = Case(run, history, now, free_bytes(folder), _newest_bytes(folder), data)
+    plan, plan_note = measured_rows(run), why
+    if cluster == NO_PLAN:
+        plan_note = "--cluster none: no prediction was made"
+    elif config is not None:
+        try:
+            plan = compare(run, config, cluster)
+        except UserError as error:
+            plan_note = str(error)
+    return Examined(run, history, diagnose(case), *coverage(case), notes, plan, plan_note, now)
+
+
+def _config_of(run: RunFiles) -> tuple[Config | None, str]:
+    """Return the configuration, or None and why it cannot be used."""
+    if not run.config:
+        return None, "config.yaml is missing or cannot be read"
+    try:
+        return load_config(str(run.folder / "config.yaml")), ""
+    except UserError as error:
+        return None, f"this version does not accept the run's configuration: {error}"
+
+
+def _newest_bytes(folder: Path) -> int:
+    """Return the size of the newest checkpoint; 0 without one."""
+    checkpoints = [path for path in folder.glob("checkpoints/step-*") if step_of(path) is not None]
+    if not checkpoints:
+        return 0
+    with contextlib.suppress(OSError):
+        return sum(path.stat().st_size for path in max(checkpoints, key=lambda path: path.name).iterdir())
+    return 0

@@ -1,0 +1,44 @@
+"""Blocks with dead or overloaded experts, from the loads in a run's metrics."""
+
+import re
+from collections.abc import Callable
+
+from raphael_dist.analysis.experts import DEAD_SHARE
+from raphael_dist.reporting.run_files import RunFiles
+
+OVERLOADED = 0.9  # as a share of a block's load
+MIN_SAMPLES = 20.0  # that an expert would get between two log lines if the load were even; fewer are not judged
+_LAYER = re.compile(r"moe/(space|time)/L(\d+)/load_(min|max)")
+
+
+def dead_blocks(run: RunFiles) -> dict[str, list[int]]:
+    """Return by kind the blocks in which an expert had almost no load at each of the last log lines.
+
+    A share of few lines is noisy: the last fifth of them counts, and at least three.
+    """
+    return _blocks(run, "min", lambda load, experts: load < DEAD_SHARE)
+
+
+def overloaded_blocks(run: RunFiles) -> dict[str, list[int]]:
+    """Return by kind the blocks in which one expert had almost all of the load at each of the last log lines."""
+    return _blocks(run, "max", lambda load, experts: load > OVERLOADED * experts)
+
+
+def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, int], bool]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for tag, series in run.series.items():
+        match = _LAYER.fullmatch(tag)
+        if match is None or match[3] != end or len(series) < 3:
+            continue
+        experts = run.option(f"model.{match[1]}_experts") or 1
+        recent = series[-max(3, len(series) // 5) :]
+        if experts_are_judged(run, match[1]) and all(is_bad(load, experts) for _, load in recent):
+            found.setdefault(match[1], []).append(int(match[2]))
+    return {kind: sorted(blocks) for kind, blocks in sorted(found.items())}
+
+
+def experts_are_judged(run: RunFiles, kind: str) -> bool:
+    """Return whether there are loads, of enough samples in a log line: with few, an expert has no load by chance."""
+    experts = run.option(f"model.{kind}_experts") or 1
+    samples = (run.option("train.log_every") or 1) * (run.option("train.global_batch_size") or 1)
+    return f"moe/{kind}/load_min" in run.series and experts > 1 and samples >= experts * MIN_SAMPLES

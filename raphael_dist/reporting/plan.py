@@ -1,0 +1,78 @@
+"""What a run needs, next to what the planner predicts for the same choice."""
+
+from dataclasses import dataclass
+
+from raphael_dist.config.schema import Config
+from raphael_dist.errors import UserError
+from raphael_dist.reporting.run_files import RunFiles
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One quantity: what was measured (mean of the last half of the run; the peak of memory) and what was planned."""
+
+    name: str
+    measured: float | None
+    planned: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        return self.measured / self.planned if self.measured and self.planned else None
+
+
+def measured_rows(run: RunFiles) -> list[PlanRow]:
+    """Return what the run has measured, without a plan."""
+    rate, images = run.last("throughput/samples_per_s", share=0.5), run.option("train.global_batch_size")
+    peak = max(run.values("memory/peak_gib"), default=None)
+    return [
+        PlanRow("images per second", rate, None),
+        PlanRow("seconds per step", images / rate if rate and images else None, None),
+        PlanRow("peak memory of a rank, GiB", peak, None),
+        PlanRow("share of the device's peak FLOP/s (MFU)", run.last("throughput/mfu", share=0.5), None),
+    ]
+
+
+def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
+    """Return the rows with the prediction for the run's own ranks, ZeRO stage and micro-batch on a cluster.
+
+    Args:
+        config: of the run.
+        cluster_name: as `tools/plan_run.py --cluster`; "auto": the CPUs' where the run used CPUs.
+
+    Raises:
+        UserError: the log names no start, the cluster is unknown, or the planner refuses the choice.
+    """
+    from raphael_dist.planning.cluster_spec import load_cluster  # imports DeepSpeed, which takes seconds
+    from raphael_dist.planning.search import Choice, Search
+
+    launch = run.launch
+    if launch is None:
+        raise UserError("the log names no start of the run, and so neither ranks nor ZeRO stage")
+    if cluster_name == "auto" and launch.device != "cpu":
+        raise UserError("the log does not name the GPU; add --cluster h100x8, for example")
+    cluster = load_cluster("cpu" if cluster_name == "auto" else cluster_name)
+    choice = Choice(
+        config.parallel.space_ep, config.parallel.time_ep, launch.stage, False, config.train.micro_batch_size,
+        config.model.checkpoint_activations, config.parallel.placement[0],
+    )  # fmt: skip
+    outcome = Search(config, cluster, launch.world).evaluate(choice)
+    if outcome is None:
+        raise UserError(f"the planner refuses {choice} on {launch.world} ranks")
+    step, peak = outcome.step, cluster.peak_tflops.get(config.train.dtype)
+    planned = (
+        step.images_per_s,
+        step.seconds,
+        outcome.memory.total / 2**30,
+        step.mfu(peak.value) if peak else None,
+    )
+    return [PlanRow(row.name, row.measured, value) for row, value in zip(measured_rows(run), planned, strict=True)]
+
+
+def plan_lines(rows: list[PlanRow]) -> list[str]:
+    """Return the rows as text."""
+    return [f"{row.name}: measured {number(row.measured)}, planned {number(row.planned)}" for row in rows]
+
+
+def number(value: float | None) -> str:
+    """Return a number with three digits; "unknown" without one."""
+    return "unknown" if value is None else f"{value:,.3g}"

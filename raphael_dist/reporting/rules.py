@@ -1,0 +1,308 @@
+"""What may be wrong with a run. Each rule is one small function of the run; `RULES` names what it looks at.
+
+A rule returns what is wrong and what to do, or None. It is silent where the run has not left what it looks at.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from raphael_dist.analysis.experts import DEAD_SHARE
+from raphael_dist.config.lr_schedules import ENDLESS
+from raphael_dist.reporting.events import History, ending
+from raphael_dist.reporting.expert_health import OVERLOADED, dead_blocks, experts_are_judged, overloaded_blocks
+from raphael_dist.reporting.run_files import RunFiles
+from raphael_dist.training.data_timer import KINDS, REMEDIES
+from raphael_dist.training.stragglers import SLOW_RATIO
+
+if TYPE_CHECKING:
+    from raphael_dist.reporting.data_sample import DataSample
+
+MIN_LINES = 8  # of metrics; fewer say nothing about a trend
+DATA_BOUND = 0.1  # share of the time
+CLIPPED = 0.8  # share of the log lines
+TRUNCATED = 0.05  # share of the captions
+EMPTY = 0.2  # share of the edge maps
+EDGE_LOSS = 1e-3  # of maps without edges; with edges it stays above 0.01
+DUPLICATES = 0.1  # share of the images
+SKIPPED = 0.01  # share of the steps
+DISK_SAVES = 2  # checkpoints that must still fit
+_TRUNCATED = re.compile(r"text\.max_tokens=(\d+): longer captions are truncated \((\d+) of (\d+)\)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rules look at.
+
+    Attributes:
+        free_bytes: that can still be written to the run directory; None: unknown.
+        checkpoint_bytes: of the newest checkpoint; 0: there is none.
+        data: samples of the run's data; None: they were not read.
+    """
+
+    run: RunFiles
+    history: History
+    now: datetime
+    free_bytes: int | None = None
+    checkpoint_bytes: int = 0
+    data: "DataSample | None" = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong, with its numbers, and what to do."""
+
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.problem[:1].upper()}{self.problem[1:]}. What to do: {self.remedy}."
+
+
+Rule = Callable[[Case], Finding | None]
+
+
+def loss_not_finite(case: Case) -> Finding | None:
+    """Find losses that are infinite or NaN."""
+    bad = [step for step, loss in case.run.series.get("train/loss", []) if not math.isfinite(loss)]
+    if not bad:
+        return None
+    return Finding(f"the loss was not finite at {len(bad)} logged steps, first at step {bad[0]}", "lower optim.lr")
+
+
+def loss_not_falling(case: Case) -> Finding | None:
+    """Find a loss that ends where it began."""
+    losses = [loss for loss in case.run.values("train/loss") if math.isfinite(loss)]
+    if len(losses) < MIN_LINES:
+        return None
+    begin, end = fmean(losses[: max(2, len(losses) // 10)]), fmean(losses[-(len(losses) // 4) :])
+    if end < 0.95 * begin:
+        return None
+    return Finding(
+        f"the training loss does not fall: {begin:.3g} at the start, {end:.3g} in the last quarter",
+        "check optim.lr (too high or too low), the captions and images (python -m raphael_dist prepare), and run.init_from",
+    )
+
+
+def dead_experts(case: Case) -> Finding | None:
+    """Find experts without load."""
+    dead = dead_blocks(case.run)
+    scalar = case.run.last("moe/dead_experts", share=0.01)
+    if not dead and not scalar:
+        return None
+    shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
+    count = f"{scalar:.0f} experts are dead" if scalar else "experts are dead"
+    where = f": an expert has under {DEAD_SHARE:.0%} of an even share in {shown}" if shown else ""
+    return Finding(count + where, "set model.balance_weight=0.01 (space experts), or raise model.gate_noise or its steps")
+
+
+def overloaded_experts(case: Case) -> Finding | None:
+    """Find experts that take nearly all of the load."""
+    over = overloaded_blocks(case.run)
+    if not over:
+        return None
+    shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in over.items())
+    return Finding(
+        f"one expert takes over {OVERLOADED:.0%} of the load in {shown}",
+        "set model.balance_weight=0.01 (space experts), or raise model.gate_noise or its steps",
+    )
+
+
+def data_bound(case: Case) -> Finding | None:
+    """Find a run that waits for data."""
+    share = case.run.last("time/data_wait_frac", share=0.5)
+    if share is None or share < DATA_BOUND:
+        return None
+    kind = longest_wait(case.run)
+    return Finding(f"{share:.0%} of the time goes into waiting for data, most of it for {kind}", REMEDIES[kind])
+
+
+def always_clipped(case: Case) -> Finding | None:
+    """Find gradients that are clipped at nearly every step."""
+    limit, norms = case.run.option("optim.max_grad_norm"), case.run.values("optim/grad_norm", share=0.5)
+    share = fmean(norm > limit for norm in norms) if limit and norms else 0.0
+    if len(norms) < MIN_LINES // 2 or share < CLIPPED:
+        return None
+    return Finding(
+        f"gradients are clipped at {share:.0%} of the logged steps (median norm {median(norms):.3g}, limit {limit:g})",
+        "lower optim.lr, lengthen optim.warmup_steps, or raise optim.max_grad_norm",
+    )
+
+
+def checkpoints_fail(case: Case) -> Finding | None:
+    """Find saves that failed, and damaged checkpoints."""
+    failed = max(case.run.values("checkpoint/failed"), default=0.0)
+    events = case.history.of("save failed")
+    count = max(int(failed), len(events))
+    if not count and not case.run.damaged:
+        return None
+    what = [f"saves of a checkpoint failed (number: {count})"] if count else []
+    what += [f"checkpoints are damaged ({', '.join(case.run.damaged[:3])})"] * bool(case.run.damaged)
+    why = f"; the last: {events[-1].text}" if events else ""
+    return Finding(" and ".join(what) + why, "free disk space or look at the disk, then resume: the last good one is used")
+
+
+def slow_ranks(case: Case) -> Finding | None:
+    """Find ranks that all others wait for."""
+    ratios = case.run.values("time/slowest_rank_ratio", share=0.5)
+    if not ratios or median(ratios) <= SLOW_RATIO:
+        return None
+    named = case.history.of("slow rank")
+    who = f" ({named[-1].text.partition(': ')[2]})" if named else ""
+    return Finding(
+        f"the slowest rank needs {median(ratios):.1f} times the median rank's time{who}",
+        "look at that host: its clock, other processes, its disk; or leave it out",
+    )
+
+
+def wrong_schedule(case: Case) -> Finding | None:
+    """Find schedules that do not fit the length of the run."""
+    run, steps = case.run, case.run.option("train.max_steps") or 0
+    warmup, noise = run.option("optim.warmup_steps") or 0, run.option("model.gate_noise_steps") or 0
+    if steps and warmup >= steps / 2:
+        return Finding(f"optim.warmup_steps={warmup} is half of train.max_steps={steps} or more", "lower optim.warmup_steps")
+    if steps and run.option("model.gate_noise") and noise > steps:
+        return Finding(
+            f"model.gate_noise_steps={noise} is longer than train.max_steps={steps}: the noise never ends",
+            "lower model.gate_noise_steps",
+        )
+    rates = run.series.get("optim/lr", [])
+    peak = max((rate for _, rate in rates), default=0.0)
+    idle = [step for step, rate in rates if rate < 0.001 * peak and step > warmup]
+    if len(rates) >= MIN_LINES and len(idle) > 0.1 * len(rates):
+        return Finding(
+            f"the learning rate is below a thousandth of its peak since step {idle[0]} of {rates[-1][0]}",
+            "lower train.max_steps, or lengthen the schedule (optim.lr_schedule_args)",
+        )
+    complete = bool(case.history.of("complete"))
+    decays = run.option("optim.lr_schedule", "constant") not in ENDLESS
+    if complete and decays and len(rates) >= MIN_LINES and rates[-1][1] > 0.5 * peak:
+        return Finding(
+            f"the run is complete, but its learning rate ended at {rates[-1][1] / peak:.0%} of its peak",
+            "shorten the schedule (optim.lr_schedule_args), or train longer",
+        )
+    return None
+
+
+def disk_nearly_full(case: Case) -> Finding | None:
+    """Find a disk without room for the next checkpoints."""
+    need = DISK_SAVES * case.checkpoint_bytes
+    if case.free_bytes is None or case.free_bytes >= max(need, 1 << 28):
+        return None
+    return Finding(
+        f"the disk of the run directory has {case.free_bytes / 2**30:.2f} GiB left; a checkpoint has "
+        f"{case.checkpoint_bytes / 2**30:.2f} GiB",
+        "free some space, or lower checkpoint.keep",
+    )
+
+
+def truncated_captions(case: Case) -> Finding | None:
+    """Find captions that the text encoder truncates."""
+    counts = [match for line in case.run.log if (match := _TRUNCATED.match(line.text))]
+    if not counts:
+        return None
+    limit, truncated, total = map(int, counts[-1].groups())
+    if truncated < TRUNCATED * total:
+        return None
+    return Finding(
+        f"{truncated / total:.0%} of the captions ({truncated} of {total}) are longer than text.max_tokens={limit}",
+        "shorten the captions, or raise text.max_tokens in a new run if the encoder allows more",
+    )
+
+
+def empty_edge_maps(case: Case) -> Finding | None:
+    """Find edge maps without edges."""
+    if not case.run.option("edge.weight"):
+        return None
+    remedy = "make them again (python -m raphael_dist prepare with --edges), or set edge.weight=0 in a new run"
+    if case.data is not None and case.data.edges and case.data.empty_edges > EMPTY * case.data.edges:
+        return Finding(f"{case.data.empty_edges} of {case.data.edges} edge maps are empty", remedy)
+    loss = case.run.last("train/loss_edge")
+    if loss is None or len(case.run.values("train/loss_edge")) < MIN_LINES or loss > EDGE_LOSS:
+        return None
+    return Finding(f"the edge loss is {loss:.1g}: the edge maps seem to be empty", remedy)
+
+
+def duplicates(case: Case) -> Finding | None:
+    """Find images that occur several times."""
+    if case.data is None or case.data.duplicates <= DUPLICATES * case.data.samples:
+        return None
+    return Finding(
+        f"{case.data.duplicates} of {case.data.samples} images look like another one",
+        "remove duplicates: the model repeats what it sees often (python tools/inspect_data.py names them)",
+    )
+
+
+def skipped_steps(case: Case) -> Finding | None:
+    """Find many steps that changed nothing."""
+    skipped = max(case.run.values("train/skipped"), default=0.0)
+    if skipped <= SKIPPED * max(1, case.run.step):
+        return None
+    return Finding(f"{skipped:.0f} of {case.run.step} steps were skipped", "lower optim.lr, and look at the named samples")
+
+
+def stalled(case: Case) -> Finding | None:
+    """Find a run that is not complete and writes nothing any more."""
+    times = [time for time, _ in case.history.progress]
+    if len(times) < 2 or ending(case.run, case.history, case.now).startswith(("complete", "stopped")):
+        return None
+    usual = median((b - a).total_seconds() for a, b in pairwise(times))
+    silent = (case.now - case.run.log[-1].time).total_seconds()
+    if silent < max(600, 20 * usual):
+        return None
+    return Finding(
+        f"the run is not complete and has logged nothing for {silent / 60:,.0f} minutes",
+        "if no process runs any more, start the same command again: it resumes",
+    )
+
+
+# Each rule with what it looks at, and what it needs: a tag of the metrics, or a field of `Case` or `RunFiles`.
+RULES: dict[Rule, tuple[str, str]] = {
+    loss_not_finite: ("whether the loss is finite", "train/loss"),
+    loss_not_falling: ("whether the loss falls", "train/loss"),
+    dead_experts: ("dead experts", "expert_samples"),
+    overloaded_experts: ("overloaded experts", "expert_samples"),
+    data_bound: ("waiting for data", "time/data_wait_frac"),
+    slow_ranks: ("slow ranks", "time/slowest_rank_ratio"),
+    always_clipped: ("clipped gradients", "optim/grad_norm"),
+    skipped_steps: ("skipped steps", "train/skipped"),
+    wrong_schedule: ("length of the schedules", "optim/lr"),
+    checkpoints_fail: ("failed and damaged checkpoints", "checkpoint/failed log"),
+    disk_nearly_full: ("free disk space", "free_bytes"),
+    truncated_captions: ("truncated captions", "log"),
+    empty_edge_maps: ("empty edge maps", "train/loss_edge data"),
+    duplicates: ("duplicate images", "data"),
+    stalled: ("how recent the log is", "log"),
+}
+
+
+def diagnose(case: Case) -> list[Finding]:
+    """Return what the rules find, in their order."""
+    return [finding for rule in RULES if (finding := rule(case))]
+
+
+def coverage(case: Case) -> tuple[list[str], list[str]]:
+    """Return what the rules looked at, and what they could not because the run has not left it."""
+    seen: list[str] = []
+    unseen: list[str] = []
+    for what, needs in RULES.values():
+        has = any(need in case.run.series or _has(case, need) for need in needs.split())
+        (seen if has else unseen).append(what)
+    return seen, unseen
+
+
+def _has(case: Case, need: str) -> bool:
+    if need == "expert_samples":
+        return any(experts_are_judged(case.run, kind) for kind in ("space", "time"))
+    value = getattr(case, need, None) if need in ("data", "free_bytes") else getattr(case.run, need, None)
+    return value is not None and value != [] and value != {}
+
+
+def longest_wait(run: RunFiles) -> str:
+    """Return the kind of work that a run waits for most."""
+    return max(KINDS, key=lambda kind: run.last(f"time/data_wait_{kind}", share=0.5) or 0.0)

@@ -1,0 +1,180 @@
+"""Reads what a run leaves in its directory: metrics, logs, configuration, versions, sample grids, routes, checkpoints."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from raphael_dist.checkpoint.folders import step_of
+from raphael_dist.config.load import UNREADABLE
+from raphael_dist.errors import UserError
+from raphael_dist.text import read_json, read_text
+from raphael_dist.training.metrics import read_metrics
+
+Series = list[tuple[int, float]]  # (step, value)
+_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) [\w.]+: (.*)")
+_START = re.compile(r"(from scratch|new, from|resumed at step (\d+)).*?(\d+) ranks on (\w+), ZeRO-(\d)")
+MARKS = ("config.yaml", "metrics.jsonl", "train.log")  # a folder with one of them is a run directory
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line of a log: `rank` is 0 for train.log."""
+
+    time: datetime
+    level: str
+    text: str
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a process of the run started: ranks, device, ZeRO stage."""
+
+    world: int
+    device: str
+    stage: int
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run has left. Anything may be empty: `missing` says in a sentence what could not be read, and why.
+
+    Attributes:
+        series: (step, value) pairs by tag, in order of steps.
+        config: the tree of config.yaml.
+        samples, routes: files by step.
+    """
+
+    folder: Path
+    series: dict[str, Series] = field(default_factory=dict)
+    log: list[LogLine] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    samples: dict[int, Path] = field(default_factory=dict)
+    routes: dict[int, Path] = field(default_factory=dict)
+    checkpoints: list[int] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def option(self, key: str, default: Any = None) -> Any:
+        """Return a value of the configuration by its name, such as "train.max_steps"."""
+        section, _, name = key.partition(".")
+        values = self.config.get(section)
+        return values.get(name, default) if isinstance(values, dict) else default
+
+    def values(self, tag: str, share: float = 1.0) -> list[float]:
+        """Return the values of a tag over the last `share` of its lines, at least one line."""
+        series = self.series.get(tag, [])
+        return [value for _, value in series[-max(1, round(share * len(series))) :]] if series else []
+
+    def last(self, tag: str, share: float = 0.2) -> float | None:
+        """Return the mean of a tag over the last `share` of its lines; None without any."""
+        values = self.values(tag, share)
+        return fmean(values) if values else None
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged, or of which there is a checkpoint."""
+        return max([series[-1][0] for series in self.series.values()] + self.checkpoints, default=0)
+
+    @property
+    def launch(self) -> Launch | None:
+        """The last start; None where the log has none."""
+        for line in reversed(self.log):
+            if match := _START.match(line.text):
+                return Launch(int(match[3]), match[4], int(match[5]))
+        return None
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run directory.
+
+    Raises:
+        UserError: the folder does not exist, or is no run directory.
+    """
+    if not folder.is_dir():
+        raise UserError(f"RUN={folder} must be a run directory, but there is no such folder. Give the run.dir of a run.")
+    if not any((folder / name).is_file() for name in MARKS):
+        raise UserError(f"RUN={folder} must be a run directory, but it has none of {', '.join(MARKS)}. Give a run.dir.")
+    missing: list[str] = []
+    checkpoints = folder / "checkpoints"
+    steps = [step_of(path) for path in checkpoints.glob("step-*")]
+    return RunFiles(
+        folder,
+        _read(missing, folder / "metrics.jsonl", _metrics, {}),
+        _read_logs(folder, missing),
+        _read(missing, folder / "config.yaml", _config, {}),
+        _read(missing, folder / "versions.json", _versions, {}),
+        _by_step(folder / "samples", ".png"),
+        _by_step(folder / "samples", ".routes.json"),
+        sorted(step for step in steps if step is not None),
+        sorted(path.name for path in checkpoints.glob("damaged-*")),
+        missing,
+    )
+
+
+def _read(missing: list[str], path: Path, read: Any, default: Any) -> Any:
+    try:
+        return read(path)
+    except FileNotFoundError:
+        missing.append(f"{path.name} is not in the run directory.")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+        missing.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}.")
+    return default
+
+
+def _metrics(path: Path) -> dict[str, Series]:
+    series = {tag: [(s, float(v)) for s, v in pairs if v is not None] for tag, pairs in read_metrics(path).items()}
+    if not series:
+        raise ValueError("it has no line of metrics")
+    return series
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(read_text(path))
+    except UNREADABLE as error:
+        raise ValueError(error) from None
+    if not isinstance(tree, dict):
+        raise ValueError("it is no tree of sections")
+    return tree
+
+
+def _versions(path: Path) -> dict[str, str]:
+    return {str(name): str(version) for name, version in read_json(path).items()}
+
+
+def _read_logs(folder: Path, missing: list[str]) -> list[LogLine]:
+    lines = _read(missing, folder / "train.log", lambda path: _parse(path, 0), [])
+    for path in sorted(folder.glob("logs/rank-*.log")):
+        lines += _read(missing, path, lambda path: _parse(path, int(path.stem.rpartition("-")[2])), [])
+    return sorted(lines, key=lambda line: line.time)
+
+
+def _parse(path: Path, rank: int) -> list[LogLine]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        matches = (_LINE.match(line) for line in file)
+        return [LogLine(datetime.fromisoformat(m[1]), m[2], m[3].rstrip(), rank) for m in matches if m]
+
+
+def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
+    found = {re.fullmatch(rf"step-(\d+){re.escape(suffix)}", path.name): path for path in folder.glob("step-*")}
+    return {int(match[1]): path for match, path in sorted(found.items(), key=lambda item: item[1].name) if match}
+
+
+def read_routes(path: Path) -> dict[str, Any]:
+    """Return the routes of one grid (analysis/report.py). Raises OSError or ValueError."""
+    routes = json.loads(read_text(path))
+    if not isinstance(routes, dict) or not {"words", "space", "regions", "time", "timesteps"} <= set(routes):
+        raise ValueError(f"{path.name} holds no routes")
+    return routes

@@ -1,0 +1,92 @@
+"""The charts of the report: which tags each shows, and their points, few enough for a page."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from raphael_dist.reporting.events import History
+from raphael_dist.reporting.run_files import RunFiles, Series
+
+BUCKETS = 250  # of a curve; each has two points
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart: its section, its title, and the tags it shows with their labels."""
+
+    section: str
+    title: str
+    tags: dict[str, str]
+
+
+CHARTS = (
+    Chart("loss", "Loss without weights", {"train/loss": "training", "val/loss": "validation"}),
+    Chart("loss", "Validation loss by timestep", {f"val/loss_t{i}": f"quarter {i}" for i in range(4)}),
+    Chart("loss", "Loss that the optimizer lowers", {"train/loss_weighted": "weighted", "train/loss_edge": "edges"}),
+    Chart("loss", "Learning rate", {"optim/lr": "learning rate"}),
+    Chart("loss", "Gradient norm before clipping", {"optim/grad_norm": "norm"}),
+    Chart("speed", "Images per second", {"throughput/samples_per_s": "images/s"}),
+    Chart(
+        "speed",
+        "Share of the time that waits for data",
+        {"time/data_wait_frac": "all"} | {f"time/data_wait_{k}": k for k in ("reading", "decoding", "encoding", "copying")},
+    ),
+    Chart("speed", "Slowest rank against the median", {"time/slowest_rank_ratio": "ratio"}),
+    Chart(
+        "experts",
+        "Entropy of the experts' loads (1: even)",
+        {"moe/space/load_entropy": "space", "moe/time/load_entropy": "time"},
+    ),
+    Chart("experts", "Space experts: load over an even share", {f"moe/space/load_{e}": f"{e}imum" for e in ("max", "min")}),
+    Chart("experts", "Time experts: load over an even share", {f"moe/time/load_{e}": f"{e}imum" for e in ("max", "min")}),
+    Chart("experts", "Dead experts", {"moe/dead_experts": "experts"}),
+    Chart("memory", "Peak memory of a rank, GiB", {"memory/peak_gib": "GiB"}),
+)
+
+
+def chart_data(chart: Chart, runs: list[RunFiles]) -> list[dict[str, Any]]:
+    """Return the curves of a chart: label, x (steps) and y; [] without any value."""
+    curves = []
+    for run in runs:
+        for tag, label in chart.tags.items():
+            if series := run.series.get(tag):
+                steps, values = zip(*thinned(series), strict=True)
+                name = f"{run.name}: {label}" if len(runs) > 1 else label
+                curves.append({"label": name, "x": steps, "y": [round_(value) for value in values]})
+    return curves
+
+
+def timeline_data(histories: list[tuple[str, History]]) -> list[dict[str, Any]]:
+    """Return the curves of the timeline: steps over minutes since the first line, and points for restarts and faults."""
+    curves: list[dict[str, Any]] = []
+    for name, history in histories:
+        begin = min([time for time, _ in history.progress] + [event.time for event in history.events], default=None)
+        kinds = {
+            "step": history.progress,
+            "restart": [(event.time, event.step) for event in history.of("restart")],
+            "fault": [(event.time, event.step) for event in history.faults],
+        }
+        for kind, points in kinds.items():
+            if begin is None or not points:
+                continue
+            minutes = {round((time - begin).total_seconds() / 60, 3): step for time, step in points}
+            thin = sorted(minutes.items())[:: max(1, len(minutes) // (2 * BUCKETS))]
+            label = f"{name}: {kind}" if len(histories) > 1 else kind
+            curves.append({"label": label, "x": [x for x, _ in thin], "y": [y for _, y in thin], "kind": kind})
+    return curves
+
+
+def thinned(series: Series) -> Series:
+    """Return at most two points of each of BUCKETS stretches, the smallest and the largest value: spikes stay."""
+    size = -(-len(series) // BUCKETS)
+    if size <= 2:
+        return series
+    points: list[tuple[int, float]] = []
+    for start in range(0, len(series), size):
+        part = series[start : start + size]
+        points += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return points
+
+
+def round_(value: float) -> float | None:
+    """Return a value with five digits; None, a gap, if it is not finite."""
+    return float(f"{value:.5g}") if abs(value) < float("inf") else None

@@ -1,0 +1,114 @@
+"""Answers about a run, each in a sentence or two, from its metrics and logs."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, variance
+from typing import Any
+
+from raphael_dist.reporting.events import FAULTS, UNCLEAN, ending
+from raphael_dist.reporting.examine import Examined
+from raphael_dist.reporting.expert_health import MIN_SAMPLES, dead_blocks, experts_are_judged
+from raphael_dist.reporting.rules import DATA_BOUND, MIN_LINES, longest_wait
+from raphael_dist.reporting.run_files import RunFiles
+from raphael_dist.training.stragglers import SLOW_RATIO
+
+LEVEL = 0.05  # relative change of the loss between the last two eighths of a run below which it has levelled off
+SAVING = 0.05  # share of the time
+PLACES = ("run.dir", "data.cache_dir")  # where a run lies does not tell runs apart
+
+
+def convergence(run: RunFiles) -> str:
+    """Say whether the loss fell and has levelled off."""
+    losses = [loss for loss in run.values("train/loss") if math.isfinite(loss)]
+    if len(losses) < MIN_LINES:
+        return f"Unknown: {len(losses)} log lines have a finite loss, at least {MIN_LINES} are needed."
+    eighth = max(3, len(losses) // 8)
+    before, end = losses[-2 * eighth : -eighth], losses[-eighth:]
+    change, noise = fmean(end) - fmean(before), math.sqrt((variance(before) + variance(end)) / eighth)
+    if fmean(end) > 0.95 * losses[0]:
+        verdict = "No, it did not fall"
+    elif abs(change) <= max(LEVEL * fmean(before), 2 * noise):
+        verdict = "It has levelled off"
+    else:
+        verdict = "Not yet, it is still falling" if change < 0 else "No, it rises again"
+    text = (
+        f"{verdict}: the training loss went from {losses[0]:.3g} to {fmean(end):.3g} (mean of the last eighth of the log "
+        f"lines, {change / fmean(before):+.1%} against the eighth before)."
+    )
+    if rates := run.values("optim/lr"):
+        text += f" The learning rate is at {rates[-1] / max(rates):.0%} of its peak."
+    held_out = [(loss, step) for step, loss in run.series.get("val/loss", []) if math.isfinite(loss)]
+    if held_out:
+        loss, step = min(held_out)
+        text += f" The best validation loss is {loss:.3g}, at step {step:,}; the last is {held_out[-1][0]:.3g}."
+    return text
+
+
+def expert_health(run: RunFiles) -> str:
+    """Say which blocks have dead experts."""
+    if not any(tag.startswith("moe/") for tag in run.series):
+        return "Unknown: no expert loads were logged. A dense model has none."
+    dead, scalar = dead_blocks(run), run.last("moe/dead_experts", share=0.01)
+    if scalar is not None and not dead:
+        return f"Yes: {scalar:.0f} by the last count." if scalar else "No expert is dead by the last count."
+    if not dead and not any(experts_are_judged(run, kind) for kind in ("space", "time")):
+        return (
+            f"Unknown: with few images between two log lines an expert has no load by chance. Raise train.log_every so that "
+            f"each expert of a block gets {MIN_SAMPLES:.0f} on average."
+        )
+    if not dead:
+        return "No expert is dead in the last fifth of the log lines."
+    where = "; ".join(f"{kind} experts in blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
+    count = f" The last count is {scalar:.0f}." if scalar else ""
+    return f"Yes, at least one in each of these: {where}.{count}"
+
+
+def speed(run: RunFiles) -> str:
+    """Say how fast the run is and what bounds it."""
+    rate = run.last("throughput/samples_per_s", share=0.5)
+    if rate is None:
+        return "Unknown: no throughput was logged."
+    wait, ratio = (run.last(f"time/{name}", share=0.5) or 0.0 for name in ("data_wait_frac", "slowest_rank_ratio"))
+    stall = sum(run.values("checkpoint/stall_s")) / max(1e-9, run.step * (run.option("train.global_batch_size") or 1) / rate)
+    if wait >= DATA_BOUND:
+        bound = f"Waiting for data, most of it for {longest_wait(run)}"
+    elif ratio > SLOW_RATIO:
+        bound = "The slowest rank, for which all others wait"
+    elif stall > SAVING:
+        bound = "Saving checkpoints"
+    else:
+        bound = "Computation and communication"
+    mfu = run.last("throughput/mfu", share=0.5)
+    utilised = f", {mfu:.1%} of the device's peak FLOP/s" if mfu else ""
+    return (
+        f"{bound}. {rate:,.3g} images per second{utilised}. Waiting for data takes {wait:.1%} of the time, saving "
+        f"{stall:.1%}; the slowest rank needs {ratio:.2f} times the median."
+    )
+
+
+def failures(examined: Examined) -> str:
+    """Say how often the run failed, was restarted, and how it ended."""
+    history = examined.history
+    if not examined.run.log:
+        return "Unknown: there is no train.log."
+    counts = {kind: len(history.of(kind)) for kind in (UNCLEAN, *FAULTS)}
+    named = ", ".join(f"{kind}: {count}" for kind, count in counts.items() if count)
+    total = f"Faults: {len(history.faults)} ({named})" if named else "Never: no fault is in the logs"
+    starts, stops = len(history.of("start", "restart")), len(history.of("stopped"))
+    planned = f", stops by a signal or the time limit: {stops}" if stops else ""
+    return f"{total}. Starts: {starts}{planned}. The run is {ending(examined.run, history, examined.now)}."
+
+
+def flatten(config: dict[str, Any]) -> dict[str, str]:
+    """Return the configuration as `section.key`: value as text."""
+    flat = {}
+    for section, values in config.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            flat[f"{section}.{key}".rstrip(".")] = str(value)
+    return flat
+
+
+def differences(configs: Sequence[dict[str, str]]) -> list[str]:
+    """Return the keys whose values differ between runs, without those of places."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if key not in PLACES and len({config.get(key) for config in configs}) > 1]
