@@ -1,0 +1,268 @@
+"""Makes the Python modules that an exported folder carries, so that it loads without this package.
+
+A module is put together from the package's own source: a class, and everything of the package that it reaches. Definitions
+keep their text and comments. What serves training alone is left out: definitions that are not reached, methods whose name
+nothing reads, and the branches in `_NEVER`.
+"""
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from raphael_dist import __version__
+
+CODE = "pipeline"  # the module in a pipeline's folder from which diffusers imports the pipeline's class
+MODEL = "modeling_raphael"  # the module in the folder of a model
+_PACKAGE = "raphael_dist"
+_ROOT = Path(__file__).parents[1]
+_PIPELINES = (
+    ("raphael_dist.sampling.pipeline", "RaphaelPipeline"),
+    ("raphael_dist.sampling.pipeline_variants", "RaphaelImg2ImgPipeline"),
+    ("raphael_dist.sampling.pipeline_variants", "RaphaelInpaintPipeline"),
+    ("raphael_dist.sampling.pipeline_variants", "RaphaelControlNetPipeline"),
+    ("raphael_dist.sampling.pipeline_variants", "RaphaelUpscalePipeline"),
+)
+# Conditions, as `ast.unparse` writes them, that are False in an exported folder.
+_NEVER = {
+    "IN_PACKAGE",
+    "TYPE_CHECKING",
+    "m.expert_backend == 'megablocks'",
+    "self.use_megablocks",
+    "self.assumes_even_loads",
+    "m.balance_weight > 0 and torch.is_grad_enabled()",
+    "recompute and torch.is_grad_enabled()",
+    "torch.is_grad_enabled() and (not x.requires_grad)",
+}
+_CALLED_BY_TORCH = {"forward", "backward"}
+_LICENCE = """# Copyright the authors of raphael_dist. Licensed under the Apache License, Version 2.0:
+# http://www.apache.org/licenses/LICENSE-2.0
+"""
+
+
+@cache
+def pipeline_code() -> str:
+    """Return the module with the pipelines, pipeline.py. It imports torch, diffusers, transformers and what they require."""
+    return standalone_module(_PIPELINES, "The pipelines of a RAPHAEL text-to-image model, for diffusers.")
+
+
+@cache
+def model_code(kind: Any) -> tuple[str, str]:
+    """Return the name and the text of the module with a component's class, such as RaphaelUNet2D."""
+    own = kind.__module__.rpartition(".")[2]
+    name = MODEL if own == "diffusers_model" else f"modeling_{own}"
+    return name, standalone_module(((kind.__module__, kind.__name__),), f"{kind.__name__}, for diffusers and transformers.")
+
+
+def standalone_module(roots: tuple[tuple[str, str], ...], title: str) -> str:
+    """Return the text of a module that holds the classes `roots`, given as (module, name), and nothing that imports ours.
+
+    Args:
+        roots: classes of the package; all of their methods are kept.
+        title: first line of the docstring.
+    """
+    selection = _Selection()
+    for module, name in roots:
+        selection.add(module, name, whole=True)
+    selection.complete()
+    body = [selection.text_of(module) for module in selection.order()]
+    head = (
+        f'"""{title}\n\nMade from the source of raphael_dist {__version__}, for drawing only; not meant to be edited.\n"""\n'
+    )
+    return "\n\n".join([f"{_LICENCE}\n{head}\n{selection.imports()}", *body]) + "\n"
+
+
+# ---- modules -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Module:
+    """The source of a module.
+
+    Attributes:
+        lines: its text, without the branches in `_NEVER`.
+        own: its definitions by name.
+        ours: names that it imports from this package, with the module that they come from.
+        external: names that it imports from other packages, with the import.
+    """
+
+    lines: list[str]
+    own: dict[str, ast.stmt] = field(default_factory=dict)
+    ours: dict[str, str] = field(default_factory=dict)
+    external: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@cache
+def _read(name: str) -> _Module:
+    text = (_ROOT / Path(*name.split(".")[1:]).with_suffix(".py")).read_text()
+    text = text.replace('config: "Config"', "config: Any")  # the trainer's configuration, of which the sections are used
+    lines = _without(text.splitlines(), [node for node in ast.walk(ast.parse(text)) if _is_never(node)])
+    module, tree = _Module(lines), ast.parse("\n".join(lines))
+    for node in tree.body:
+        for bound in _bound(node):
+            module.own[bound] = node
+    # Imports inside functions stay where they are; they are of other packages.
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            module.external |= {(alias.asname or alias.name).split(".")[0]: ("", ast.unparse(node)) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                bound = alias.asname or alias.name
+                if node.module.split(".")[0] == _PACKAGE:
+                    module.ours[alias.name] = node.module
+                else:
+                    module.external[bound] = (node.module, alias.name + (f" as {bound}" if alias.asname else ""))
+    return module
+
+
+def _is_never(node: ast.AST) -> bool:
+    is_never = isinstance(node, ast.If) and ast.unparse(node.test) in _NEVER
+    assert not (is_never and node.orelse), "a branch of _NEVER must have no else"  # type: ignore[attr-defined]
+    return is_never
+
+
+def _bound(node: ast.stmt) -> list[str]:
+    """Return the names that a statement of a module defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def _first_line(node: ast.AST, lines: list[str]) -> int:
+    """Return the number, from 0, of a statement's first line: that of its decorators and of the comments above it."""
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1  # type: ignore[attr-defined]
+    while first and lines[first - 1].lstrip().startswith("#") and not lines[first - 1].lstrip().startswith("# ----"):
+        first -= 1
+    return first
+
+
+def _without(lines: list[str], nodes: list[ast.AST]) -> list[str]:
+    """Return the lines without those of some statements."""
+    left_out = {n for node in nodes for n in range(_first_line(node, lines), node.end_lineno)}  # type: ignore[attr-defined]
+    return [line for n, line in enumerate(lines) if n not in left_out]
+
+
+# ---- selection ---------------------------------------------------------------------------------------------------------
+
+
+class _Selection:
+    """The definitions that some classes reach."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[int, ast.stmt]] = defaultdict(dict)  # by module and position in it
+        self._left_out: dict[str, list[ast.AST]] = {}
+        self._imports: set[tuple[str, str]] = set()
+        self._methods: list[tuple[str, ast.FunctionDef]] = []  # that wait for a reader of their names
+        self._read_names: set[str] = set()
+        self._after: dict[str, set[str]] = defaultdict(set)
+        self._owners: dict[str, str] = {}
+
+    def add(self, module: str, name: str, whole: bool = False) -> None:
+        """Add what a name of a module stands for, and all that it reaches."""
+        source = _read(module)
+        if name in source.external:
+            self._imports.add(source.external[name])
+        elif name in source.ours:
+            self._after[module].add(source.ours[name])
+            self.add(source.ours[name], name, whole)
+        elif name in source.own and source.own[name].lineno not in self._kept[module]:
+            node = source.own[name]
+            assert self._owners.setdefault(name, module) == module, f"{name} is defined in {module} and {self._owners[name]}"
+            self._kept[module][node.lineno] = node
+            self._visit(module, node, whole)
+
+    def _visit(self, module: str, node: ast.stmt, whole: bool) -> None:
+        parts: list[ast.AST] = [node]
+        if isinstance(node, ast.ClassDef):
+            for base in node.bases:
+                if isinstance(base, ast.Name):
+                    self.add(module, base.id, whole)
+            parts = [*node.decorator_list, *node.bases, *node.keywords]
+            for statement in node.body:
+                waits = isinstance(statement, ast.FunctionDef) and not (whole or _is_called_by_python(statement.name))
+                if waits:
+                    self._methods.append((module, statement))  # type: ignore[arg-type]
+                else:
+                    parts.append(statement)
+        for part in parts:
+            self._visit_names(module, part)
+
+    def _visit_names(self, module: str, part: ast.AST) -> None:
+        for inner in ast.walk(part):
+            if isinstance(inner, ast.Name):
+                self.add(module, inner.id)
+            elif isinstance(inner, ast.Attribute):
+                self._read_names.add(inner.attr)
+
+    def complete(self) -> None:
+        """Add the methods whose names are read anywhere, until there are no more."""
+        while ready := [pair for pair in self._methods if pair[1].name in self._read_names]:
+            self._methods = [pair for pair in self._methods if pair not in ready]
+            for module, method in ready:
+                self._visit_names(module, method)
+
+    def order(self) -> list[str]:
+        """Return the modules, each after those that it imports."""
+        done: dict[str, None] = {}
+
+        def visit(module: str) -> None:
+            if module not in done:
+                for other in sorted(self._after[module]):
+                    visit(other)
+                done[module] = None
+
+        for module in list(self._kept):
+            visit(module)
+        return [module for module in done if self._kept[module]]
+
+    def text_of(self, module: str) -> str:
+        """Return the kept definitions of a module in their order."""
+        lines = _read(module).lines
+        text, spaced = f"# ---- {module.removeprefix(f'{_PACKAGE}.')} ".ljust(120, "-"), True
+        for _, node in sorted(self._kept[module].items()):
+            is_block = isinstance(node, ast.ClassDef | ast.FunctionDef)
+            text += ("\n\n\n" if spaced or is_block else "\n") + self._definition(module, node, lines)
+            spaced = is_block
+        return text
+
+    def _definition(self, module: str, node: ast.stmt, lines: list[str]) -> str:
+        methods = [method for of, method in self._methods if of == module]
+        inside = set(node.body) if isinstance(node, ast.ClassDef) else set()
+        left_out = {n for m in methods if m in inside for n in range(_first_line(m, lines), m.end_lineno or 0)}
+        first = _first_line(node, lines)
+        kept = [line for n, line in enumerate(lines[first : node.end_lineno], start=first) if n not in left_out]
+        return "\n".join(_squeeze(kept))
+
+    def imports(self) -> str:
+        """Return the import statements: the standard library, then other packages."""
+        plain = {text for module, text in self._imports if not module}
+        grouped: dict[str, list[str]] = defaultdict(list)
+        for module, name in self._imports:
+            if module:
+                grouped[module].append(name)
+        statements = plain | {f"from {module} import {', '.join(sorted(names))}" for module, names in grouped.items()}
+        standard = {text for text in statements if text.split()[1].split(".")[0] in sys.stdlib_module_names}
+        blocks = [sorted(block, key=_import_order) for block in (standard, statements - standard)]
+        return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _is_called_by_python(name: str) -> bool:
+    return name in _CALLED_BY_TORCH or (name.startswith("__") and name.endswith("__"))
+
+
+def _import_order(statement: str) -> tuple[bool, str]:
+    return statement.startswith("from "), statement
+
+
+def _squeeze(lines: list[str]) -> Iterator[str]:
+    """Yield lines without repeated empty ones, and without those at the end."""
+    while lines and not lines[-1].strip():
+        lines = lines[:-1]
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.strip() or before.strip():
+            yield line

@@ -1,0 +1,210 @@
+"""`RaphaelUNet` and `ControlNet` as models of diffusers, under the same parameter names.
+
+Shape legend: B images, C latent channels, h and w latent height and width, Y text tokens, D text width.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.controlnets.controlnet import ControlNetOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
+
+from raphael_dist.model.controlnet import ControlNet
+from raphael_dist.model.routing import Gate
+from raphael_dist.model.unet import ControlResiduals, RaphaelUNet, UNetInput
+
+# Fields of the model's config.json that diffusers' U-Nets do not have, and their names in the section `model`.
+EXPERT_FIELDS = {
+    "num_space_experts": "space_experts",
+    "num_time_experts": "time_experts",
+    "expert_width": "expert_width",
+    "shared_expert": "shared_expert",
+    "time_routing": "time_routing",
+    "time_activation": "time_activation",
+    "gate_width": "gate_width",
+    "gate_gradient": "gate_gradient",
+    "mask_threshold": "mask_threshold",
+    "mask_padding": "mask_padding",
+}
+
+
+def sections_of(fields: Any) -> Any:
+    """Return the sections that `RaphaelUNet` is built from, for the fields of the model's config.json."""
+    widths, heads = fields.block_out_channels, fields.attention_head_dim
+    model = {
+        "channels": widths,
+        "attention": [kind.startswith("CrossAttn") for kind in fields.down_block_types],
+        "layers_per_block": fields.layers_per_block,
+        "head_dim": widths[0] // heads[0],
+        "norm_groups": fields.norm_num_groups,
+        "latent_channels": fields.out_channels,
+        "text_width": fields.cross_attention_dim,
+        **{ours: getattr(fields, name) for name, ours in EXPERT_FIELDS.items()},
+    }
+    training = {"expert_backend": "auto", "checkpoint_activations": "none", "balance_weight": 0.0}
+    edges = fields.edge_channels
+    return SimpleNamespace(
+        model=SimpleNamespace(**model, **training),
+        edge=SimpleNamespace(channels=edges, weight=float(edges > 0)),
+        diffusion=SimpleNamespace(num_timesteps=fields.num_train_timesteps),
+        upscale=SimpleNamespace(channels=fields.in_channels - fields.out_channels),
+        run=SimpleNamespace(seed=0),
+    )
+
+
+class _Wrapper(ModelMixin, ConfigMixin):
+    """A network of this package as a model of diffusers."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        down_block_types: Sequence[str] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        up_block_types: Sequence[str] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        layers_per_block: int = 2,
+        cross_attention_dim: int = 1024,
+        attention_head_dim: Sequence[int] = (5, 10, 20, 20),
+        norm_num_groups: int = 32,
+        act_fn: str = "silu",
+        use_linear_projection: bool = True,
+        num_space_experts: int = 6,
+        num_time_experts: int = 4,
+        expert_width: Sequence[int] = (1280, 2560, 5120, 5120),
+        shared_expert: float = 0.0,
+        time_routing: str = "learned",
+        time_activation: str = "gelu",
+        gate_width: int = 128,
+        gate_gradient: str = "straight_through",
+        mask_threshold: float = 0.2,
+        mask_padding: bool = False,
+        edge_channels: int = 16,
+        num_train_timesteps: int = 1000,
+        auto_map: dict[str, str] | None = None,
+    ) -> None:
+        """Build the network. Fields of UNet2DConditionModel have its meaning.
+
+        Args:
+            sample_size: height and width of the latents that it was trained on.
+            in_channels: channels of latents, and of a small image for super-resolution.
+            out_channels: channels of latents.
+            block_out_channels: width of each level.
+            down_block_types: names with "CrossAttn" have transformer blocks.
+            up_block_types: the same levels, innermost first.
+            layers_per_block: residual blocks of each level of the encoder.
+            cross_attention_dim: width of the text tokens.
+            attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
+            norm_num_groups: groups of each GroupNorm.
+            act_fn: of the residual blocks; always "silu".
+            use_linear_projection: always True, as in Stable Diffusion 2.
+            num_space_experts: experts of each Space-MoE; 0: none.
+            num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
+            expert_width: hidden width of an expert on each level.
+            shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: none.
+            time_routing: "learned" or "boundaries".
+            time_activation: of the time experts, "gelu" or "geglu".
+            gate_width: hidden width of the gates.
+            gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
+            mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
+            mask_padding: leave padding tokens out of the Space-MoE.
+            edge_channels: width of the edge modules, which are used in training only; 0: none.
+            num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
+            auto_map: of the file, where diffusers' AutoModel finds this class.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        network = self._network(sections_of(self.config))
+        for name, child in network.named_children():
+            self.add_module(name, child)
+        # The method and not the network: as a child, it would add a prefix to the names of all parameters.
+        self._predict: Any = network.forward
+
+    @staticmethod
+    def _network(sections: Any) -> RaphaelUNet:
+        raise NotImplementedError
+
+    def _inputs(self, sample: Tensor, timestep: Any, text: Tensor, mask: Tensor | None, end: Tensor | None) -> UNetInput:
+        batch, tokens = text.shape[:2]
+        mask = torch.ones(batch, tokens, device=sample.device) if mask is None else mask
+        end = (mask.long().sum(dim=1) - 1).clamp(min=0) if end is None else end
+        timestep_B = torch.as_tensor(timestep, device=sample.device).expand(batch)
+        # Sequential offload loads a module's weights by a hook around its forward pass.
+        gates = [module for module in self.modules() if isinstance(module, Gate)]
+        self._predict.__self__.gathers_weights = any(hasattr(gate.net[0], "_hf_hook") for gate in gates)
+        return UNetInput(sample, timestep_B, text, mask.bool(), end, None)
+
+
+class RaphaelUNet2D(_Wrapper):
+    """The U-Net of RAPHAEL, called like UNet2DConditionModel."""
+
+    @staticmethod
+    def _network(sections: Any) -> RaphaelUNet:
+        return RaphaelUNet(sections)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        end_of_text: Tensor | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict the noise (or v), as UNet2DConditionModel does.
+
+        Args:
+            sample: noised latents [B, C, h, w].
+            timestep: one for all, or [B].
+            encoder_hidden_states: text tokens [B, Y, D].
+            encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
+            end_of_text: int64 [B], index of the end-of-text token. None: the last token that the mask keeps. Only the
+                edge modules read it, not the prediction.
+            down_block_additional_residuals: of a ControlNet, outermost first.
+            mid_block_additional_residual: of a ControlNet.
+            return_dict: whether to return a UNet2DConditionOutput or a tuple.
+        """
+        inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, end_of_text)
+        residuals = None
+        if down_block_additional_residuals is not None and mid_block_additional_residual is not None:
+            residuals = ControlResiduals(tuple(down_block_additional_residuals), mid_block_additional_residual)
+        prediction = self._predict(*inputs, residuals=residuals).prediction
+        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+
+class RaphaelControlNet(_Wrapper):
+    """A ControlNet for RaphaelUNet2D, called like ControlNetModel."""
+
+    @staticmethod
+    def _network(sections: Any) -> RaphaelUNet:
+        return ControlNet(sections)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
+        """Return the residuals for the U-Net, as ControlNetModel does.
+
+        Args:
+            sample, timestep, encoder_hidden_states, encoder_attention_mask: as of the U-Net.
+            controlnet_cond: edge map in 0..1 at the size of the latents, [B, 3, h, w] with three equal channels.
+            conditioning_scale: factor of the residuals.
+            return_dict: whether to return a ControlNetOutput or a tuple.
+        """
+        inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, None)
+        residuals = self._predict(inputs, controlnet_cond[:, 0])
+        skips, middle = [conditioning_scale * skip for skip in residuals.skips], conditioning_scale * residuals.middle
+        return ControlNetOutput(tuple(skips), middle) if return_dict else (skips, middle)

@@ -1,0 +1,185 @@
+"""The arguments of a call of a pipeline, checked before anything is computed.
+
+Shape legend: B images, C latent channels, h and w latent height and width, Y text tokens, D text width.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from raphael_dist.config.types import INT_LIMIT
+from raphael_dist.errors import UserError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CallArguments:
+    """Arguments of one call, under the names of diffusers (`RaphaelPipeline.__call__` describes them)."""
+
+    prompt: Any = None
+    height: int
+    width: int
+    num_inference_steps: int
+    timesteps: list[int] | None = None
+    sigmas: list[float] | None = None
+    guidance_scale: float
+    negative_prompt: Any = None
+    num_images_per_prompt: int = 1
+    eta: float = 0.0
+    generator: Any = None
+    latents: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    output_type: str = "pil"
+    return_dict: bool = True
+    guidance_rescale: float = 0.0
+    callback_on_step_end: Callback | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    seed: int | None = None
+    image: Any = None
+    mask_image: Any = None
+    strength: float = 1.0
+    controlnet_conditioning_scale: float = 1.0
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def num_prompts(self) -> int:
+        return len(as_list(self.prompt)) if self.prompt_embeds is None else len(self.prompt_embeds)
+
+    @property
+    def images(self) -> list[Any]:
+        """One image for each prompt, or none."""
+        return [] if self.image is None else for_each("image", self.image, self.num_prompts)
+
+    @property
+    def masks(self) -> list[Any]:
+        """One mask for each prompt, or none."""
+        return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
+
+    def check(self, factor: int, num_timesteps: int) -> None:
+        """Raise UserError for a value that is not allowed.
+
+        Args:
+            factor: pixels per latent, by which the sides of an image must be divisible.
+            num_timesteps: of the noise schedule.
+        """
+        check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
+        check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+        check_whole("num_inference_steps", self.num_inference_steps, 1, num_timesteps - 1)
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0, INT_LIMIT - 1)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if not _is_whole(side) or side < factor or side % factor:
+                raise UserError(f"{name}={side!r} must be a multiple of {factor}. Change it.")
+        check_real("guidance_scale", self.guidance_scale, math.inf)
+        check_real("controlnet_conditioning_scale", self.controlnet_conditioning_scale, math.inf)
+        for name, high in (("strength", 1), ("eta", 1), ("guidance_rescale", 1)):
+            check_real(name, getattr(self, name), high)
+        if self.output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type={self.output_type!r} must be one of {', '.join(OUTPUT_TYPES)}. Change it.")
+        if not set(self.callback_on_step_end_tensor_inputs) <= set(CALLBACK_INPUTS):
+            names = list(self.callback_on_step_end_tensor_inputs)
+            raise UserError(f"callback_on_step_end_tensor_inputs={names} must be among {list(CALLBACK_INPUTS)}. Change it.")
+        for name, images in (("image", self.images), ("mask_image", self.masks)):
+            for image in images:
+                _check_image(name, image)
+        for image, mask in zip(self.images, self.masks, strict=False):  # one of them may be empty
+            if image.size != mask.size:
+                raise UserError(
+                    f"mask_image of {mask.width} x {mask.height} pixels must have the size of the image, which is "
+                    f"{image.width} x {image.height}. Resize the mask."
+                )
+
+
+def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
+    """Raise UserError unless prompts are texts or embeddings, and negative prompts fit them."""
+    for name, texts, embeds in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative, negative_embeds),
+    ):
+        if texts is not None and embeds is not None:
+            raise UserError(f"{name}={texts!r} must be left out, since {name}_embeds is given.")
+    if prompt_embeds is None:
+        _check_text_list("prompt", as_list(prompt))
+    if negative_embeds is None:
+        count = len(as_list(prompt)) if prompt_embeds is None else len(prompt_embeds)
+        _check_text_list("negative_prompt", for_each("negative_prompt", negative or "", count))
+
+
+def check_embeddings(
+    name: str, embeds: Tensor, mask: Tensor | None, width: int | None, shape: Sequence[int] | None = None
+) -> None:
+    """Raise UserError unless embeddings [B, Y, D] have the model's width and the `shape`, and the mask [B, Y] fits them."""
+    if (
+        embeds.ndim != 3
+        or embeds.shape[2] != (width or embeds.shape[2])
+        or (shape is not None and tuple(embeds.shape) != tuple(shape))
+    ):
+        expected = ["prompts", "tokens", width] if shape is None else list(shape)
+        raise UserError(
+            f"{name} of shape {list(embeds.shape)} must have shape [{', '.join(map(str, expected))}]. Use encode_prompt() "
+            "of a pipeline with this model's text encoder."
+        )
+    if mask is not None and mask.shape != embeds.shape[:2]:
+        mask_name = name.replace("embeds", "attention_mask")
+        raise UserError(
+            f"{mask_name} of shape {list(mask.shape)} must have shape {list(embeds.shape[:2])}, as {name}. Change it."
+        )
+
+
+def as_list(value: object) -> list[Any]:
+    """Return a list of one value or of several."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def for_each(name: str, value: object, count: int) -> list[Any]:
+    """Return one value for each of `count` prompts, from one for all or a list. UserError: a list of another length."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise UserError(
+            f"{name} must be one value, or a list of one for each prompt ({count}), but the list has {len(values)}. Change "
+            "its length."
+        )
+    return values
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise UserError unless the value is a whole number from `low` to `high`."""
+    if not _is_whole(value) or value < low or (high is not None and value > high):
+        limits = f"from {low}" + ("" if high is None else f" to {high}")
+        raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
+
+
+def check_real(name: str, value: Any, high: float) -> None:
+    """Raise UserError unless the value is a number from 0 to `high`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
+        limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
+        raise UserError(f"{name}={value!r} must be a number {limits}. Change it.")
+
+
+def _check_text_list(name: str, values: Sequence[object]) -> None:
+    if not values or not all(isinstance(text, str) for text in values):
+        raise UserError(f"{name}={list(values)!r} must be a text or a list of texts. Change it, or give {name}_embeds.")
+
+
+def _check_image(name: str, image: object) -> None:
+    if not isinstance(image, Image.Image):
+        hint = "Image.fromarray(array)" if hasattr(image, "shape") else "Image.open(path)"
+        raise UserError(f"{name} must be a PIL image, or one for each prompt, but it is {type(image).__name__}. Use {hint}.")

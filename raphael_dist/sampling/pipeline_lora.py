@@ -1,0 +1,138 @@
+"""LoRA adapters of a pipeline, under the method names of diffusers.
+
+Adapters are added to the weights in memory, so that experts, which peft does not wrap, are treated like attention, and
+drawing takes no longer. The own weights of adapted parameters are kept in host memory: subtracting an adapter from a rounded
+sum would not restore them exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raphael_dist.convert.lora_files import Adapter, read_adapter, read_peft_folder
+from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.sampling.own_code import IN_PACKAGE
+from raphael_dist.sampling.pipeline_arguments import as_list, check_real
+
+
+@dataclass
+class LoraState:
+    """The adapters of a U-Net, which pipelines may share.
+
+    Attributes:
+        adapters: all of them by name. active: the weights of those in use.
+        own: weights of the U-Net without adapters, of the parameters that active adapters change.
+        fused: weights before `fuse_lora`.
+    """
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+    fused: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LoraLoader:
+    """Loads and combines adapters of `self.unet`."""
+
+    unet: Any
+
+    @property
+    def _lora(self) -> LoraState:
+        if not hasattr(self.unet, "lora_state"):
+            self.unet.lora_state = LoraState()
+        state: LoraState = self.unet.lora_state
+        return state
+
+    def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
+        """Load adapters and activate them alone, with weight 1.
+
+        Args:
+            pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
+            adapter_name: name for `set_adapters`; None: default_0, default_1, ...
+
+        Raises:
+            UserError: there are no adapters, they do not fit the U-Net, or the name is in use.
+        """
+        name = f"default_{len(self._lora.adapters)}" if adapter_name is None else adapter_name
+        if name in self._lora.adapters:
+            raise UserError(f"adapter_name={name!r} must be new, but the pipeline has such an adapter. Choose another name.")
+        path, adapter = Path(pretrained_model_name_or_path), None
+        if IN_PACKAGE:  # it also reads a run that trained adapters
+            adapter = read_adapter(path, option="load_lora_weights")
+        if adapter is None:
+            adapter = read_peft_folder(path, "load_lora_weights")
+        shapes = {name: tuple(p.shape) for name, p in self.unet.named_parameters()}
+        adapter.check(shapes, "load_lora_weights")
+        self._lora.adapters[name] = adapter
+        self.set_adapters(name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Activate adapters, each with a weight (1 if None). UserError: there is no adapter of this name."""
+        names = as_list(adapter_names)
+        weights = as_list(1.0 if adapter_weights is None else adapter_weights)
+        weights = weights * len(names) if len(weights) == 1 else weights
+        if len(weights) != len(names):
+            raise UserError(f"adapter_weights={weights} must be one, or one for each of the {len(names)} adapters")
+        for name, weight in zip(names, weights, strict=True):
+            if name not in self._lora.adapters:
+                known = list(self._lora.adapters)
+                raise UserError(f"adapter_names={name!r} must be one of {known}{did_you_mean(str(name), known)}")
+            check_real("adapter_weights", weight, float("inf"))
+        self._merge(dict(zip(names, weights, strict=True)))
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the names of the active adapters."""
+        return list(self._lora.active)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return the names of all adapters by component."""
+        return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
+
+    def disable_lora(self) -> None:
+        """Draw with the own weights until `set_adapters`."""
+        self._merge({})
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove adapters."""
+        names = as_list(adapter_names)
+        self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
+        for name in names:
+            self._lora.adapters.pop(name, None)
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Make the active adapters, times `lora_scale`, a part of the own weights, which `save_pretrained` writes."""
+        check_real("lora_scale", lora_scale, float("inf"))
+        self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
+        # What was fused before lies below: its own weights are the older ones.
+        self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
+
+    def unfuse_lora(self) -> None:
+        """Restore the weights before `fuse_lora`, bit for bit."""
+        self._lora.own |= self._lora.fused
+        self._lora.fused = {}
+        self._merge(self._lora.active)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters that are not fused, and restore the own weights, bit for bit."""
+        self._merge({})
+        self._lora.adapters.clear()
+
+    @torch.no_grad()
+    def _merge(self, active: dict[str, float]) -> None:
+        """Set the U-Net's weights to the own ones plus the adapters `active`, each with its weight."""
+        parameters, state = dict(self.unet.named_parameters()), self._lora
+        names = {name for adapter in active for name in state.adapters[adapter].factors}
+        if any(parameters[name].is_meta for name in names | state.own.keys()):
+            raise UserError("load adapters before enable_sequential_cpu_offload(), which keeps the weights elsewhere")
+        for name, value in state.own.items():
+            parameters[name].copy_(value)
+        state.active, state.own = active, {name: parameters[name].to("cpu", copy=True) for name in names}
+        for key, weight in active.items():
+            for name in state.adapters[key].factors:
+                parameters[name] += (weight * state.adapters[key].delta(name)).to(parameters[name])

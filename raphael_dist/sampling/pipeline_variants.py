@@ -1,0 +1,158 @@
+"""Pipelines that draw from images: image-to-image, inpainting, ControlNet, super-resolution.
+
+Each shares its components with a RaphaelPipeline: `RaphaelInpaintPipeline.from_pipe(pipeline)`.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from raphael_dist.data.buckets import fit
+from raphael_dist.data.image import to_rgb
+from raphael_dist.errors import UserError
+from raphael_dist.sampling.pipeline import ImageInputs, RaphaelPipeline
+from raphael_dist.sampling.pipeline_arguments import CallArguments
+from raphael_dist.sampling.sampler import check_small, to_tensor
+from raphael_dist.text import JsonObject
+
+
+class RaphaelImg2ImgPipeline(RaphaelPipeline):
+    """Changes images by a caption."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any
+    ) -> Any:
+        """Draw images that start from others.
+
+        Args:
+            prompt: as of RaphaelPipeline.
+            image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
+            strength: share of the steps, 0 to 1, that change it.
+            options: other arguments of RaphaelPipeline.
+        """
+        return self._draw(prompt=prompt, image=image, strength=strength, **options)
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        return ImageInputs(start=self._encode_images(call))
+
+
+class RaphaelInpaintPipeline(RaphaelPipeline):
+    """Replaces a part of an image.
+
+    After each step the latents outside the mask are replaced by those of the image with noise. The U-Net has no input
+    channels for a mask: none are trained, so it does not see where the mask is.
+    """
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, mask_image: Any = None, strength: float = 1.0, **options: Any
+    ) -> Any:
+        """Draw the white part of a mask.
+
+        Args:
+            prompt: as of RaphaelPipeline.
+            image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
+            mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
+                is kept.
+            strength: share of the steps, 0 to 1, that change it. 1: the masked part starts from noise alone.
+            options: other arguments of RaphaelPipeline.
+        """
+        return self._draw(prompt=prompt, image=image, mask_image=mask_image, strength=strength, **options)
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        if not call.masks:
+            raise UserError("mask_image=None must be a PIL image, white where the image is drawn")
+        start, copies = self._encode_images(call), call.num_images_per_prompt
+        fitted = [fit(mask.convert("L"), call.size_hw, False, Image.Resampling.NEAREST) for mask in call.masks]
+        drawn_B1HW = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in fitted])).unsqueeze(1).float()
+        mask = F.interpolate(drawn_B1HW, start.shape[-2:]).repeat_interleave(copies, dim=0)
+        return ImageInputs(start=start, mask=mask.to(start.device))
+
+
+class RaphaelControlNetPipeline(RaphaelPipeline):
+    """Draws images that follow an edge map."""
+
+    model_cpu_offload_seq = "text_encoder->controlnet->unet->vae"
+
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        controlnet: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        max_tokens: int = 77,
+        steps: int = 25,
+        guidance: float = 4.5,
+        size: Any = (512, 512),
+        text: str | None = None,
+        upscale: JsonObject | None = None,
+    ) -> None:
+        """Combine the components: a RaphaelControlNet and those of RaphaelPipeline."""
+        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, max_tokens, steps, guidance, size, text, upscale)
+        self.register_modules(controlnet=controlnet)
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, controlnet_conditioning_scale: float = 1.0, **options: Any
+    ) -> Any:
+        """Draw images with given edges.
+
+        Args:
+            prompt: as of RaphaelPipeline.
+            image: edge map with white lines on black, a PIL image, or one for each prompt.
+            controlnet_conditioning_scale: strength; 0: none.
+            options: other arguments of RaphaelPipeline.
+        """
+        return self._draw(prompt=prompt, image=image, controlnet_conditioning_scale=controlnet_conditioning_scale, **options)
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        if not call.images:
+            raise UserError("image=None must be an edge map, white lines on black, as a PIL image")
+        fitted = [fit(to_rgb(image, "black"), call.size_hw, False, Image.Resampling.LANCZOS) for image in call.images]
+        maps = np.stack([np.asarray(image).mean(axis=2, dtype=np.float32) / 255 for image in fitted])
+        edge_B1hw = F.avg_pool2d(torch.from_numpy(maps).unsqueeze(1), self.vae_scale_factor)
+        edges = edge_B1hw.expand(-1, 3, -1, -1).repeat_interleave(call.num_images_per_prompt, dim=0)
+        return ImageInputs(edges=edges.to(self._execution_device))
+
+
+class RaphaelUpscalePipeline(RaphaelPipeline):
+    """Makes large images from small ones and captions, with a super-resolution model."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, **options: Any
+    ) -> Any:
+        """Enlarge small images.
+
+        Args:
+            prompt: as of RaphaelPipeline.
+            image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
+            options: other arguments of RaphaelPipeline.
+        """
+        return self._draw(prompt=prompt, image=image, **options)
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        factor = (self.config.upscale or {}).get("factor", 0)
+        if not factor:
+            raise UserError(
+                "RaphaelUpscalePipeline requires a super-resolution model, but this one is not. Use RaphaelPipeline."
+            )
+        small = small_images(call.images, call.size_hw, factor).repeat_interleave(call.num_images_per_prompt, dim=0)
+        return ImageInputs(small=small.to(self._execution_device))
+
+
+def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
+    """Return small images as float32 [B, 3, Hs, Ws] in -1..1. UserError: there are none, or they are of another size."""
+    small = [np.array(to_rgb(image)) for image in images]
+    if not small:
+        check_small(factor, None, size_hw, "image")
+    for pixels in small:
+        check_small(factor, pixels, size_hw, "image")
+    return to_tensor(np.stack(small))
