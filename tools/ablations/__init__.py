@@ -1,1 +1,1 @@
-"""What each part of the model is worth: the same run without it, beside it, more of it. The command is tools/ablate.py."""
+"""Ablation campaigns: the same training run without a part of the model, or with more of it. See tools/ablate.py."""

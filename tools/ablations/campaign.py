@@ -1,13 +1,14 @@
-"""A campaign: every variant with every seed as a run of the trainer, some at a time, in one folder.
+"""A campaign: every variant with every seed is a run of the trainer, in one folder.
 
-OUT/protocol.json says what all runs have in common, OUT/runs/VARIANT/seed-S is a run directory of the trainer, and the
-`finished.json` in it says that nothing is left to do there. What was ended goes on by the same command: a run by its
-checkpoint, the campaign with the first run that is not finished.
+OUT/protocol.json holds the settings that all runs share. OUT/runs/VARIANT/seed-S is a run directory of the trainer, which
+has a `finished.json` when the run is complete. The same command continues a stopped campaign: a run from its checkpoint, the
+campaign with the first unfinished run.
 """
 
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,144 +20,181 @@ from pathlib import Path
 from typing import IO, Any
 
 from ablations.size import size_of
-from ablations.variants import Base, Variant
+from ablations.variants import Base, Variant, steps_of
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, UserError
-from raphael_dist.evaluation.drawn import claim
-from raphael_dist.parallel.ranks import free_port
-from raphael_dist.storage.files import read_text, replace_bytes
+from raphael_dist.evaluation.draw import record_protocol
+from raphael_dist.runtime.ranks import free_port
+from raphael_dist.storage.files import no_links, replace_bytes
+from raphael_dist.text import read_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FINISHED = "finished.json"
-BENCHMARK = "benchmark"
-PATIENCE_S = 86_400  # with a run that a killed campaign left behind: it ends, and this one finds it complete
-# Not part of the protocol: what each run has of its own, and how runs are watched; but for what decides the numbers there.
-FREE, DECIDES = ("run.", "train.max_steps"), {"run.init_from", "run.init_missing"}
-Tell = Callable[[str], None]
+BENCHMARK, TEXT = "benchmark", "text"
+VALIDATIONS = 20  # points of the curves over images seen, unless train.val_every is set
+LOCK_WAIT_S = 86_400  # for a run that a killed campaign left running: once it ends, it is complete
+# Fields outside the protocol: they differ between runs or do not affect results, except those of AFFECTS_RESULTS.
+FREE, AFFECTS_RESULTS = ("run.", "train.max_steps"), {"run.init_from", "run.reinit"}
+Reporter = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is run. images: of each run, rounded up to whole steps. benchmark: the emoji benchmark after each run. jobs: runs
-    at a time.
+    """What is run.
+
+    Attributes:
+        images: of each run, rounded up to whole steps; None: as configured.
+        benchmark: run the emoji benchmark after each run.
+        read: captions whose quoted text is read in the images of each run (evaluate text); None: none.
+        jobs: runs at the same time.
     """
 
     out: Path
     base: Base
     variants: list[Variant]
-    seeds: int
     images: int | None
     ranks: int
     benchmark: bool
+    read: str | None
     jobs: int
 
     @property
     def steps(self) -> int:
         """Optimizer steps of each run."""
-        train = self.base.config().train
-        return train.max_steps if self.images is None else -(-self.images // train.global_batch)
+        return steps_of(self.base, self.images)
 
     def folder(self, variant: Variant, seed: int) -> Path:
         return self.out / "runs" / variant.name / f"seed-{seed}"
 
     def runs(self) -> Iterator[tuple[Variant, int]]:
-        """Yield all runs in order: every variant with one seed before any with the next."""
-        for seed in range(self.seeds):
+        """Yield all runs in order: every variant with a seed before any variant with the next seed."""
+        for seed in range(max(variant.seeds for variant in self.variants)):
             for variant in self.variants:
-                yield variant, seed
+                if seed < variant.seeds:
+                    yield variant, seed
 
     def protocol(self) -> dict[str, Any]:
-        """Return what decides the numbers of all runs; what has its default is left out, so that fields may be added."""
+        """Return the settings that affect results. Defaults are omitted, so that fields can be added later."""
         tree = self.base.config().model_dump(mode="json", exclude_defaults=True)
         flat = {f"{section}.{key}": value for section, fields in tree.items() for key, value in fields.items()}
-        fields = {key: value for key, value in flat.items() if not key.startswith(FREE) or key in DECIDES}
-        return {"images": self.steps * self.base.config().train.global_batch, "ranks": self.ranks, **fields}
+        fields = {key: value for key, value in flat.items() if not key.startswith(FREE) or key in AFFECTS_RESULTS}
+        return {"images": self.steps * self.base.config().train.global_batch_size, "ranks": self.ranks, **fields}
 
 
 @contextmanager
-def claimed(campaign: Campaign) -> Iterator[None]:
-    """Make the folder this campaign's. UserError: another is at work in it, or its runs were made otherwise."""
-    claim(campaign.out, campaign.protocol())
-    with open(campaign.out / ".lock", "a") as lock:
+def lock(campaign: Campaign) -> Iterator[None]:
+    """Lock the folder. UserError: another campaign uses it, or its runs have other settings."""
+    record_protocol(campaign.out, campaign.protocol())
+    with open(campaign.out / ".lock", "a", opener=no_links) as lock_file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--out {campaign.out}: another campaign is at work there; wait, or use --table") from None
+            raise UserError(
+                f"--out={campaign.out} is in use by another campaign. Wait for it, or use --table to see its results."
+            ) from None
         yield
 
 
-def carry_out(campaign: Campaign, tell: Tell, after_each: Callable[[], object]) -> None:
-    """Run what is not finished. UserError: a run that cannot go on; KeyboardInterrupt: one was told to stop.
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Interrupt the block, as Ctrl-C does, after so many seconds."""
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
-    Whatever ends it, runs at work save and end first.
+
+def run_all(campaign: Campaign, report: Reporter, after_each: Callable[[], object]) -> None:
+    """Run all unfinished runs. On any error, active runs save and end first.
+
+    Raises:
+        UserError: a run cannot continue.
+        KeyboardInterrupt: a run was interrupted.
     """
-    runs, programs = list(campaign.runs()), Programs(campaign)
-    errors: list[BaseException] = []  # as they came: the others end because of the first
+    runs, processes = list(campaign.runs()), Processes(campaign)
+    errors: list[BaseException] = []  # in order; later ones follow from the first
 
-    def one(number: int, variant: Variant, seed: int) -> None:
+    def run_one(number: int, variant: Variant, seed: int) -> None:
         try:
-            _carry_out_one(campaign, programs, variant, seed, f"[{number}/{len(runs)}] ", tell)
+            _run(campaign, processes, variant, seed, f"[{number}/{len(runs)}] ", report)
         except BaseException as error:
             errors.append(error)
-            programs.stop()  # at once: this thread would take up the next run
+            processes.stop()  # before this thread starts the next run
             raise
 
     with ThreadPoolExecutor(campaign.jobs) as pool:
-        futures = [pool.submit(one, number, *run) for number, run in enumerate(runs, start=1)]
+        futures = [pool.submit(run_one, number, *run) for number, run in enumerate(runs, start=1)]
         try:
             for future in as_completed(futures):
                 future.result()
                 after_each()
         except BaseException as error:
             errors.append(error)
-            programs.stop()
+            processes.stop()
             raise errors[0] from None
 
 
-def _carry_out_one(campaign: Campaign, programs: "Programs", variant: Variant, seed: int, which: str, tell: Tell) -> None:
-    programs.go_on()
+def _run(campaign: Campaign, processes: "Processes", variant: Variant, seed: int, prefix: str, report: Reporter) -> None:
+    processes.raise_if_stopped()
     folder, name = campaign.folder(variant, seed), f"{variant.name}, seed {seed}"
-    found = finished(folder)
-    if found is None:
-        tell(f"{which}{name}: {folder}")
-        _train(campaign, programs, variant, seed)
-    elif found["overrides"] != variant.overrides:
+    result = read_finished(folder)
+    if result is None:
+        report(f"{prefix}{name}: {folder}")
+        _train(campaign, processes, variant, seed)
+    elif result["overrides"] != variant.overrides:
         raise UserError(
-            f"{folder}: made with {found['overrides']}, and {variant.name} means {variant.overrides} now; "
-            "remove it, or choose another --out"
+            f"{folder} was created with the settings {result['overrides']}, but {variant.name} requires "
+            f"{variant.overrides} now. Remove the folder, or choose another --out."
         )
-    if campaign.benchmark and not (folder / BENCHMARK / "results.json").is_file() and not diverged(folder):
-        tell(f"{which}{name}: the emoji benchmark")
-        arguments = ["-m", "raphael_dist.evaluate", "emoji", "--checkpoint", str(folder)]
-        code = programs.run([*arguments, "--out", str(folder / BENCHMARK)], folder)
-        _check(code, f"{name}, benchmark", folder)
+    if diverged(folder):
+        return
+    for what, out, arguments in measurements(campaign, folder):
+        if not (out / "results.json").is_file():
+            report(f"{prefix}{name}: {what}")
+            code = processes.run([*arguments, "--checkpoint", str(folder), "--out", str(out)], folder)
+            _check(code, f"{name}, {what}", folder)
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """Return what `finished.json` of a run says, None without one. UserError: it cannot be read."""
+def measurements(campaign: Campaign, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """Yield what is measured of each finished run: its name, its folder and the program."""
+    if campaign.benchmark:
+        yield "the emoji benchmark", folder / BENCHMARK, [str(ROOT / "tools" / "emoji_benchmark.py")]
+    if campaign.read:
+        command = ["-m", "raphael_dist", "evaluate", "text", "--captions", campaign.read]
+        guidance = str(campaign.base.config().sample.guidance)
+        yield "reading text", folder / TEXT, [*command, "--guidance", guidance]
+
+
+def read_finished(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a run's `finished.json`, None without one. UserError: it cannot be read."""
     path = folder / FINISHED
     if not path.is_file():
         return None
     try:
-        found = json.loads(read_text(path))
-        assert isinstance(found["overrides"], dict)
+        result = json.loads(read_text(path))
+        assert isinstance(result["overrides"], dict)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it, and the run goes on") from None
-    return dict(found)
+        raise UserError(f"{path} cannot be read ({error}). Remove the file; the next start continues the run.") from None
+    return dict(result)
 
 
 def diverged(folder: Path) -> bool:
-    """Return whether a finished run had no finite loss any more."""
-    return (finished(folder) or {}).get("outcome") == "diverged"
+    """Return whether a finished run ended with a non-finite loss."""
+    return (read_finished(folder) or {}).get("outcome") == "diverged"
 
 
-def _train(campaign: Campaign, programs: "Programs", variant: Variant, seed: int) -> None:
+def _train(campaign: Campaign, processes: "Processes", variant: Variant, seed: int) -> None:
     folder = campaign.folder(variant, seed)
     folder.mkdir(parents=True, exist_ok=True)
     own = {"run.dir": str(folder), "run.seed": str(seed), "train.max_steps": str(campaign.steps)}
-    more = {"run.lock_wait_s": str(PATIENCE_S), "checkpoint.keep": "1"}
-    fields = {**more, **campaign.base.overrides, **variant.overrides, **own}
+    defaults = {"run.lock_wait_s": str(LOCK_WAIT_S), "checkpoint.keep": "1"}
+    if not campaign.base.config().train.val_every:
+        defaults["train.val_every"] = str(max(1, campaign.steps // VALIDATIONS))
+    fields = {**defaults, **campaign.base.overrides, **variant.overrides, **own}
     arguments = ["--config", campaign.base.name, *(f"{key}={text}" for key, text in fields.items())]
-    code = programs.run([str(ROOT / "raphael_dist" / "train.py"), *arguments], folder)
+    code = processes.run([str(ROOT / "raphael_dist" / "train.py"), *arguments], folder)
     if code != EXIT_NON_FINITE:
         _check(code, f"{variant.name}, seed {seed}", folder)
     size = size_of(campaign.base.config(variant.overrides))
@@ -174,53 +212,53 @@ def _train(campaign: Campaign, programs: "Programs", variant: Variant, seed: int
     replace_bytes(folder / FINISHED, json.dumps(result, indent=1).encode())
 
 
-class Programs:
-    """Starts programs on the ranks, from several threads, and ends them all."""
+class Processes:
+    """Training processes, started from several threads and ended together."""
 
     def __init__(self, campaign: Campaign) -> None:
         self._ranks = campaign.ranks
         self._threads = max(1, len(os.sched_getaffinity(0)) // (campaign.jobs * campaign.ranks))
-        self._lock, self._at_work, self._stopped = threading.Lock(), set[subprocess.Popen[bytes]](), False
+        self._lock, self._active, self._stopped = threading.Lock(), set[subprocess.Popen[bytes]](), False
 
     def run(self, arguments: list[str], folder: Path) -> int:
-        """Run a Python program at the lowest priority; return its exit code. What it says goes to output.txt."""
+        """Run a Python program at the lowest priority; return its exit code. Its output goes to output.txt."""
         launcher = [sys.executable]
         if self._ranks > 1:
             port = ["--master_port", str(free_port())]
             launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(self._ranks), *port]
-        told = folder / "exit-code"  # torchrun turns every code into 1
-        told.unlink(missing_ok=True)
+        code_file = folder / "exit-code"  # torchrun turns every code into 1
+        code_file.unlink(missing_ok=True)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "RAPHAEL_EXIT_FILE": str(told), "PYTHONPATH": path}
-        with open(folder / "output.txt", "ab") as output:
+        env = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "RAPHAEL_EXIT_FILE": str(code_file), "PYTHONPATH": path}
+        with open(folder / "output.txt", "ab", opener=no_links) as output:
             process = self._start(["nice", "-n", "19", *launcher, *arguments], env, output)
             code = process.wait()
         with self._lock:
-            self._at_work.remove(process)
+            self._active.remove(process)
         with suppress(OSError, ValueError):
-            return int(told.read_text())
+            return int(code_file.read_text())
         return code
 
     def _start(self, command: list[str], env: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
         with self._lock:
-            self.go_on()
-            # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
+            self.raise_if_stopped()
+            # In a session of its own, since Ctrl-C reaches the whole session of a terminal.
             process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-            with suppress(OSError):  # Linux's scheduler shares out time among sessions first, by this
+            with suppress(OSError):  # Linux's scheduler divides time among sessions first, by this priority
                 Path(f"/proc/{process.pid}/autogroup").write_text("19")
-            self._at_work.add(process)
+            self._active.add(process)
         return process
 
-    def go_on(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raise KeyboardInterrupt after `stop`."""
         if self._stopped:
             raise KeyboardInterrupt
 
     def stop(self) -> None:
-        """Start no more programs, and tell those at work to end: the trainer saves first. `run` returns then."""
+        """Start no more processes and terminate active ones; the trainer saves first, then `run` returns."""
         with self._lock:
             self._stopped = True
-            for process in self._at_work:
+            for process in self._active:
                 process.terminate()
 
 
@@ -229,5 +267,8 @@ def _check(code: int, name: str, folder: Path) -> None:
         raise KeyboardInterrupt
     if code:
         lines = (folder / "output.txt").read_text(errors="replace").splitlines()
-        said = next((line for line in reversed(lines) if line.startswith("error")), f"exit code {code}")
-        raise UserError(f"{name}: {said.removeprefix('error: ')} ({folder / 'output.txt'}); the same command goes on")
+        error = next((line for line in reversed(lines) if line.startswith("error")), f"exit code {code}")
+        raise UserError(
+            f"{name} failed: {error.removeprefix('error: ')} (its output is in {folder / 'output.txt'}). Correct the "
+            "cause; the same command continues."
+        )

@@ -1,4 +1,4 @@
-"""Figures of a campaign: the variants beside each other, and the loss over each number that was varied."""
+"""Figures of a campaign: all variants, and the loss over each number that was varied."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ablations.results import Interval, Summary
+from ablations.results import ROUTING, Interval, RunResult, Summary, interval
 from ablations.variants import Base
 from raphael_dist.storage.files import atomic_path
 
@@ -20,7 +20,7 @@ COLOUR, LOSS = "#0072b2", "held-out loss"
 
 
 def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
-    """Write variants.png, and a curve for each number of which there are two values; return the files."""
+    """Write variants.png, and a curve for each number with at least two values; return the files."""
     known = [summary for summary in summaries if summary.loss is not None]
     drawn = [_variants(known, out / "variants.png")] if known else []
     for name, (field, label) in CURVES.items():
@@ -34,8 +34,43 @@ def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
     return drawn
 
 
+def draw_curves(runs: Sequence[RunResult], out: Path) -> None:
+    """Write curves.png: losses, their differences to `full` and what the gates do, over images seen; means over seeds."""
+    panels = [("val/loss", LOSS), ("", "difference to `full`, 95%"), *((tag, tag) for tag in ROUTING)]
+    figure = Figure(figsize=(14.0, 9.0), dpi=100)
+    all_axes = list(figure.subplots(3, 4).flat)
+    full = {run.seed: dict(run.curves["val/loss"]) for run in runs if run.variant == "full" and run.curves}
+    for number, name in enumerate(dict.fromkeys(run.variant for run in runs if run.curves)):
+        own = [run for run in runs if run.variant == name and run.curves]
+        for axes, (tag, label) in zip(all_axes, panels, strict=True):
+            axes.set_title(label, fontsize=9)
+            if tag:
+                curves = [dict(run.curves.get(tag, ())) for run in own]
+            else:
+                curves = [_minus(dict(run.curves["val/loss"]), full[run.seed]) for run in own if run.seed in full]
+            _band(axes, curves, f"C{number % 10}", name)
+    all_axes[0].legend(fontsize=7)
+    _save(figure, all_axes, out / "curves.png")
+
+
+def _minus(curve: dict[int, float], other: dict[int, float]) -> dict[int, float]:
+    return {x: curve[x] - other[x] for x in curve if x in other}
+
+
+def _band(axes: Axes, curves: Sequence[dict[int, float]], colour: str, label: str) -> None:
+    """Draw the mean of curves with its interval, at points that all have."""
+    points = (
+        {x: interval([curve[x] for curve in curves]) for x in sorted(set.intersection(*map(set, curves)))} if curves else {}
+    )
+    known = [(x, y.mean, y.half or 0.0) for x, y in points.items() if y is not None]
+    axes.plot([x for x, _, _ in known], [y for _, y, _ in known], color=colour, label=label, linewidth=1)
+    axes.fill_between(
+        [x for x, _, _ in known], [y - h for _, y, h in known], [y + h for _, y, h in known], color=colour, alpha=0.15
+    )
+
+
 def _variants(summaries: Sequence[Summary], path: Path) -> Path:
-    """Draw losses at the left, differences to `full` at the right."""
+    """Draw losses on the left, differences to `full` on the right."""
     figure = Figure(figsize=(9.0, 1.2 + 0.32 * len(summaries)), dpi=120)
     left, right = figure.subplots(1, 2, sharey=True)
     for row, summary in enumerate(summaries):
@@ -45,13 +80,13 @@ def _variants(summaries: Sequence[Summary], path: Path) -> Path:
     left.invert_yaxis()
     left.set_xlabel(LOSS)
     right.axvline(0, color="grey", linewidth=0.8)
-    right.set_xlabel("difference to the whole model, same seeds")
+    right.set_xlabel("difference to the full model, same seeds")
     return _save(figure, (left, right), path)
 
 
-def _point(axes: Axes, found: Interval | None, row: int) -> None:
-    if found is not None:
-        axes.errorbar(found.mean, row, xerr=found.half, fmt="o", color=COLOUR, capsize=3)
+def _point(axes: Axes, point: Interval | None, row: int) -> None:
+    if point is not None:
+        axes.errorbar(point.mean, row, xerr=point.half, fmt="o", color=COLOUR, capsize=3)
 
 
 def _curve(points: Sequence[tuple[float, Interval | None]], label: str, path: Path) -> Path:

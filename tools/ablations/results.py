@@ -1,7 +1,7 @@
-"""What a campaign found: a row for each run, a mean with an interval for each variant, and the difference to `full`.
+"""Results of a campaign: a row for each run, and for each variant a mean with its interval and the difference to `full`.
 
-Intervals are of 95%, by Student's t over the seeds; differences are taken seed by seed, since runs of one seed see the same
-pictures, noise and timesteps in the same order.
+Intervals are 95%, by Student's t over seeds. Differences are taken seed by seed, because runs with the same seed have the
+same images, noise and timesteps in the same order.
 """
 
 import csv
@@ -15,22 +15,32 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from ablations.campaign import BENCHMARK, Campaign, finished
+from ablations.campaign import BENCHMARK, TEXT, Campaign, read_finished
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import atomic_path
 from raphael_dist.training.metrics import read_metrics
 
-LAST = 0.1  # share of the steps whose mean is the final training loss
+LAST = 0.1  # the final training loss is the mean over this last share of the steps
 CONFIDENCE = 0.95
 VALIDATION = ("val/loss", "val/loss_t0", "val/loss_t1", "val/loss_t2", "val/loss_t3")
+ROUTING = (
+    "moe/dead_experts", "moe/space/density",
+    "moe/space/load_max", "moe/space/load_min", "moe/space/gate_entropy", "moe/space/routes_changed",
+    "moe/time/load_max", "moe/time/load_min", "moe/time/gate_entropy", "moe/time/routes_changed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run. losses: L_denoise on held-out data at fixed noise, of all timesteps and of each quarter of them.
+    """One finished run.
 
-    train_loss: the mean L_denoise of the last tenth of the steps. images_per_s: the median over the log lines.
-    benchmark: value by row of the emoji benchmark.
+    Attributes:
+        losses: L_denoise on held-out data at fixed noise, over all timesteps and over each quarter.
+        train_loss: mean L_denoise of the last tenth of the steps.
+        images_per_s: median over the log lines.
+        benchmark: value of each row of the emoji benchmark, and of the text that was read.
+        routing: last value of each of ROUTING.
+        curves: (images seen, value) of each of VALIDATION and ROUTING.
     """
 
     variant: str
@@ -43,11 +53,18 @@ class RunResult:
     train_loss: float | None = None
     images_per_s: float | None = None
     benchmark: dict[str, float] = field(default_factory=dict)
+    routing: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """Everything that is compared with `full`."""
+        return {**self.losses, **self.benchmark}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `count` seeds, and half the width of its interval; None with a single seed."""
+    """Mean over `count` seeds. half: half the width of its interval, None with a single seed."""
 
     mean: float
     half: float | None
@@ -59,7 +76,7 @@ class Interval:
 
     @property
     def side(self) -> int:
-        """1 or -1 where the interval lies above or below 0, else 0."""
+        """1 if the interval lies above 0, -1 below, else 0."""
         if self.half is None or abs(self.mean) <= self.half:
             return 0
         return 1 if self.mean > 0 else -1
@@ -67,7 +84,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """All finished runs of one variant. difference: of the held-out loss to `full`, over the seeds that both have."""
+    """All finished runs of a variant. differences: of each measure to `full`, over their common seeds."""
 
     variant: str
     what: str
@@ -79,13 +96,15 @@ class Summary:
     flops_per_image: int
     loss: Interval | None
     difference: Interval | None
+    differences: dict[str, Interval]
     train_loss: Interval | None
     images_per_s: Interval | None
     benchmark: dict[str, Interval]
+    routing: dict[str, Interval]
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Return mean and interval of values, None without any."""
+    """Return the mean and interval of values; None for no values."""
     if not values:
         return None
     count, half = len(values), None
@@ -95,89 +114,124 @@ def interval(values: Sequence[float]) -> Interval | None:
 
 
 def collect(campaign: Campaign) -> tuple[list[RunResult], list[Summary]]:
-    """Return the finished runs of a campaign's folder, of all variants that are there, and what they amount to.
-
-    UserError: none is finished.
-    """
-    runs, words = [], {}
+    """Return all finished runs in a campaign's folder and a summary of each variant. UserError: no run is finished."""
+    runs, results = [], {}
     order = {variant.name: number for number, variant in enumerate(campaign.variants)}
     for path in sorted((campaign.out / "runs").glob("*/seed-*")):
-        said = finished(path)
-        if said is not None:
-            words[said["variant"]] = said
-            runs.append(_read(path, said))
+        result = read_finished(path)
+        if result is not None:
+            results[result["variant"]] = result
+            runs.append(_read_run(path, result, campaign.base.config().train.global_batch_size))
     if not runs:
-        raise UserError(f"--out {campaign.out}: no run is finished yet")
+        raise UserError(f"--out={campaign.out} has no finished run yet. Start the command without --table first.")
     runs.sort(key=lambda run: (order.get(run.variant, len(order)), run.variant, run.seed))
-    whole = {run.seed: run.losses["val/loss"] for run in runs if run.variant == "full" and run.losses}
+    full = {run.seed: run for run in runs if run.variant == "full" and run.losses}
     names = dict.fromkeys(run.variant for run in runs)
-    return runs, [_summary(words[name], [run for run in runs if run.variant == name], whole) for name in names]
+    return runs, [_summarise(results[name], [run for run in runs if run.variant == name], full) for name in names]
 
 
-def _read(folder: Path, said: dict[str, Any]) -> RunResult:
+def _read_run(folder: Path, result: dict[str, Any], batch: int) -> RunResult:
     keys = ("variant", "seed", "outcome", "overrides", "parameters", "flops_per_image")
-    common = {key: said[key] for key in keys}
-    if said["outcome"] != "complete":
+    common = {key: result[key] for key in keys}
+    if result["outcome"] != "complete":
         return RunResult(**common)
     try:
         series = read_metrics(folder / "metrics.jsonl")
-        losses = {tag: dict(series[tag])[said["steps"]] for tag in VALIDATION if tag in series}
-        late = [loss for step, loss in series["train/loss_denoise"] if step > (1 - LAST) * said["steps"]]
+        losses = {tag: dict(series[tag])[result["steps"]] for tag in VALIDATION if tag in series}
+        late = [loss for step, loss in series["train/loss"] if step > (1 - LAST) * result["steps"]]
         rates = [rate for _, rate in series["throughput/samples_per_s"]]
         assert "val/loss" in losses
     except (OSError, KeyError, AssertionError) as error:
-        raise UserError(f"{folder / 'metrics.jsonl'}: is not of a complete run ({error}); remove {folder}") from None
-    drawn = folder / BENCHMARK / "results.json"
-    rows = json.loads(drawn.read_text())["this model"] if drawn.is_file() else []
+        raise UserError(
+            f"{folder / 'metrics.jsonl'} must be of a complete run, but it lacks {error}. Remove the folder of this run."
+        ) from None
+    curves = {tag: [(step * batch, value) for step, value in series[tag]] for tag in VALIDATION + ROUTING if tag in series}
     return RunResult(
         **common,
         losses=losses,
         train_loss=statistics.fmean(late),
         images_per_s=statistics.median(rates),
-        benchmark={row["what"]: row["value"] for row in rows if not row["what"].startswith("loss")},
+        benchmark=_read_benchmarks(folder),
+        routing={tag: curves[tag][-1][1] for tag in ROUTING if tag in curves},
+        curves=curves,
     )
 
 
-def _summary(said: dict[str, Any], runs: Sequence[RunResult], whole: dict[int, float]) -> Summary:
+def _read_benchmarks(folder: Path) -> dict[str, float]:
+    values, drawn, read = {}, folder / BENCHMARK / "results.json", folder / TEXT / "results.json"
+    if drawn.is_file():
+        rows = json.loads(drawn.read_text())["this model"]
+        values = {row["what"]: row["value"] for row in rows if not row["what"].startswith("loss")}
+    if read.is_file():
+        (row,) = json.loads(read.read_text())
+        values |= {"text read exactly": row["text_exact"], "edits per letter": row["text_edits"]}
+    return values
+
+
+def _summarise(result: dict[str, Any], runs: Sequence[RunResult], full: dict[int, RunResult]) -> Summary:
     complete = [run for run in runs if run.losses]
-    differences = [run.losses["val/loss"] - whole[run.seed] for run in complete if run.seed in whole]
-    columns: dict[str, list[float]] = {}
-    for run in complete:
-        for what, value in run.benchmark.items():
-            columns.setdefault(what, []).append(value)
+    differences = _intervals(paired_differences(complete, full)) if result["variant"] != "full" else {}
     return Summary(
-        said["variant"],
-        said["what"],
-        said["overrides"],
-        said["match"],
+        result["variant"],
+        result["what"],
+        result["overrides"],
+        result["match"],
         runs=len(runs),
         diverged=len(runs) - len(complete),
-        parameters=said["parameters"],
-        flops_per_image=said["flops_per_image"],
+        parameters=result["parameters"],
+        flops_per_image=result["flops_per_image"],
         loss=interval([run.losses["val/loss"] for run in complete]),
-        difference=None if said["variant"] == "full" else interval(differences),
+        difference=differences.get("val/loss"),
+        differences=differences,
         train_loss=interval([run.train_loss for run in complete if run.train_loss is not None]),
         images_per_s=interval([run.images_per_s for run in complete if run.images_per_s is not None]),
-        benchmark={what: found for what, values in columns.items() if (found := interval(values)) is not None},
+        benchmark=_intervals([run.benchmark for run in complete]),
+        routing=_intervals([run.routing for run in complete]),
     )
+
+
+def paired_differences(runs: Sequence[RunResult], full: dict[int, RunResult]) -> list[dict[str, float]]:
+    """Return the differences of all measures to the run of `full` with the same seed, for each run that has one."""
+    pairs = [(run.measures, full[run.seed].measures) for run in runs if run.seed in full]
+    return [{what: own[what] - other[what] for what in own.keys() & other.keys()} for own, other in pairs]
+
+
+def _intervals(rows: Sequence[dict[str, float]]) -> dict[str, Interval]:
+    """Return the interval of each key, in order, over the rows that have it."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    means = {key: interval([row[key] for row in rows if key in row]) for key in keys}
+    return {key: mean for key, mean in means.items() if mean is not None}
 
 
 def write(campaign: Campaign, runs: Sequence[RunResult], summaries: Sequence[Summary], table: str) -> None:
-    """Write results.csv (a line for each run), results.json and results.md; a campaign and `--table` may do so at once."""
-    everything = {"runs": [asdict(run) for run in runs], "variants": [asdict(summary) for summary in summaries]}
+    """Write results.* and curves.csv atomically, since a campaign and `--table` may do so at once."""
+    everything = {"runs": [_without_curves(run) for run in runs], "variants": [asdict(summary) for summary in summaries]}
     rows = [_flat(run) for run in runs]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    contents = {"results.json": json.dumps(everything, indent=1), "results.md": table, "results.csv": text.getvalue()}
+    curves = ["variant,seed,images,metric,value"]
+    for run in runs:
+        for tag, points in run.curves.items():
+            curves += [f"{run.variant},{run.seed},{images},{tag},{value:.6g}" for images, value in points]
+    contents = {
+        "curves.csv": "\n".join(curves) + "\n",
+        "results.json": json.dumps(everything, indent=1),
+        "results.md": table,
+        "results.csv": text.getvalue(),
+    }
     for name, content in contents.items():
         with atomic_path(campaign.out / name) as temporary:
             temporary.write_text(content)
 
 
+def _without_curves(run: RunResult) -> dict[str, Any]:
+    return {key: value for key, value in asdict(run).items() if key != "curves"}
+
+
 def _flat(run: RunResult) -> dict[str, Any]:
-    row = asdict(run)
-    nested = {**row.pop("losses"), **row.pop("benchmark")}
+    row = _without_curves(run)
+    nested = {**row.pop("losses"), **row.pop("benchmark"), **row.pop("routing")}
     overrides = " ".join(f"{key}={text}" for key, text in row.pop("overrides").items())
     return {**row, **nested, "overrides": overrides}

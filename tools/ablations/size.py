@@ -1,22 +1,26 @@
-"""How large a variant is, reckoned without running it, and the width that makes two equally large."""
+"""Size of a variant, estimated without running it, and the expert width that makes two variants equally large."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Literal
 
-from raphael_dist.config import Config, config_from_tree
+from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.convert.source_checkpoint import parameter_shapes
 from raphael_dist.errors import UserError
-from raphael_dist.planning.memory import shapes_of
 from raphael_dist.planning.trace import SAMPLES, trace
 
-_ROUND, _WIDE = 8, 256  # widths from _WIDE on are multiples of _ROUND, as products want on GPUs; below, that is too coarse
+_ROUND, _WIDE = 8, 256  # widths of _WIDE and more are multiples of _ROUND, for GPUs; smaller ones need a finer step
 
 
 @dataclass(frozen=True)
 class Size:
-    """parameters: of the whole model, edge modules and gates too. flops: of training on one image, forward and backward,
-    with every space expert on every image token, as on a GPU."""
+    """Size of a model.
+
+    Attributes:
+        parameters: of the complete model with edge modules and gates.
+        flops: of one training image, forward and backward, with every space expert on every image token, as on a GPU.
+    """
 
     parameters: int
     flops: int
@@ -28,20 +32,22 @@ def size_of(config: Config) -> Size:
 
 
 def matched_widths(target: Config, config: Config, what: Literal["parameters", "flops"]) -> tuple[int, ...]:
-    """Return the expert widths of `config`, all scaled alike, that give it as many parameters or FLOPs as `target`.
+    """Return the expert widths, scaled equally, that give `config` as many parameters or FLOPs as `target`.
 
-    Both counts are straight lines over the scale, so that two points tell it; rounding is what stays. UserError: even the
-    least width is too much.
+    Both counts are linear in the scale, so that two points determine it; the result is exact up to rounding.
+
+    Raises:
+        UserError: the smallest width is too large.
     """
     measure = {"parameters": _parameters, "flops": _flops}[what]
     base = config.model.expert_width
-    one, two = measure(config), measure(_with_widths(config, tuple(2 * width for width in base)))
-    scale = 1 + (measure(target) - one) / (two - one)
+    single, double = measure(config), measure(_with_widths(config, tuple(2 * width for width in base)))
+    scale = 1 + (measure(target) - single) / (double - single)
     step = _ROUND if scale * min(base) >= _WIDE else 1
     if scale * min(base) < 0.5:
         raise UserError(
-            f"model.expert_width: nothing is narrow enough for {config.model.space_experts} space and "
-            f"{config.model.time_experts} time experts to have as many {what} as the whole model; leave this variant out"
+            f"model.expert_width cannot be small enough for {config.model.space_experts} space experts and "
+            f"{config.model.time_experts} time experts to have the {what} of the full model. Leave out this variant."
         )
     return tuple(max(step, round(scale * width / step) * step) for width in base)
 
@@ -53,7 +59,7 @@ def _with_widths(config: Config, widths: tuple[int, ...]) -> Config:
 
 
 def _parameters(config: Config) -> int:
-    return sum(prod(shape) for shape in shapes_of(config).values())
+    return sum(prod(shape) for shape in parameter_shapes(config).values())
 
 
 def _flops(config: Config) -> int:

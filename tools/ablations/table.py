@@ -1,16 +1,16 @@
-"""The results of a campaign as Markdown: a table, and in words what was told apart."""
+"""Results of a campaign as Markdown: a table, the order of the variants and a verdict on each part."""
 
 from collections.abc import Sequence
 
 from ablations.campaign import Campaign
-from ablations.results import Interval, Summary
+from ablations.results import ROUTING, Interval, Summary
 from ablations.size import size_of
 
-PARTS = ("no-space", "no-time", "no-edge")  # every part of the paper's model, taken out
+PARTS = ("no-space", "no-time", "no-edge")  # the variants without a part of the paper's model
 
 
 def listing(campaign: Campaign) -> str:
-    """Return the variants with their sizes and overrides, a line each."""
+    """Return a line for each variant with its size and overrides."""
     lines = []
     for variant in campaign.variants:
         size = size_of(campaign.base.config(variant.overrides))
@@ -22,27 +22,40 @@ def listing(campaign: Campaign) -> str:
 
 def describe(campaign: Campaign, summaries: Sequence[Summary]) -> str:
     """Return the table and the order of the variants."""
-    whole = next((summary for summary in summaries if summary.variant == "full"), None)
+    full = next((summary for summary in summaries if summary.variant == "full"), None)
     rows = list(dict.fromkeys(what for summary in summaries for what in summary.benchmark))
     head = ["variant", "", "seeds", "held-out loss", "difference to `full`", "training loss", "parameters"]
     head += ["GFLOP per image", "images/s", *rows]
     lines = [
-        f"`{campaign.base.name}`, {campaign.steps * campaign.base.config().train.global_batch:,} images a run. "
+        f"`{campaign.base.name}`, {campaign.steps * campaign.base.config().train.global_batch_size:,} images a run. "
         "Losses are L_denoise; means over seeds with 95% intervals by Student's t, differences seed by seed.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
     ]
-    lines += ["| " + " | ".join(_cells(summary, whole, rows)) + " |" for summary in summaries]
-    return "\n".join([*lines, "", *_in_words(summaries)]) + "\n"
+    lines += ["| " + " | ".join(_cells(summary, full, rows)) + " |" for summary in summaries]
+    compared = list(dict.fromkeys(what for summary in summaries for what in summary.differences if what != "val/loss"))
+    lines += _table("Differences to `full`", compared, [(s.variant, s.differences) for s in summaries], sign="+")
+    lines += _table("Routing at the end", ROUTING, [(s.variant, s.routing) for s in summaries])
+    return "\n".join([*lines, "", *_conclusions(summaries)]) + "\n"
 
 
-def _cells(summary: Summary, whole: Summary | None, rows: Sequence[str]) -> list[str]:
+def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, dict[str, Interval]]], sign: str = "") -> list[str]:
+    """Return a table of the variants that have such values; [] without any."""
+    rows = [(name, values) for name, values in rows if values]
+    if not rows:
+        return []
+    lines = ["", f"{title}:", "", "| variant | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    cells = [(name, [_text(values.get(column), digits=3, sign=sign) for column in columns]) for name, values in rows]
+    return lines + [f"| `{name}` | " + " | ".join(texts) + " |" for name, texts in cells]
+
+
+def _cells(summary: Summary, full: Summary | None, rows: Sequence[str]) -> list[str]:
     seeds = str(summary.runs) + (f" ({summary.diverged} diverged)" if summary.diverged else "")
     parameters, flops = f"{summary.parameters / 1e6:.3f} M", f"{summary.flops_per_image / 1e9:.3f}"
-    if whole is not None and summary is not whole:
-        parameters += f" ({summary.parameters / whole.parameters - 1:+.2%})"
-        flops += f" ({summary.flops_per_image / whole.flops_per_image - 1:+.2%})"
+    if full is not None and summary is not full:
+        parameters += f" ({summary.parameters / full.parameters - 1:+.2%})"
+        flops += f" ({summary.flops_per_image / full.flops_per_image - 1:+.2%})"
     return [
         f"`{summary.variant}`",
         summary.what,
@@ -57,15 +70,15 @@ def _cells(summary: Summary, whole: Summary | None, rows: Sequence[str]) -> list
     ]
 
 
-def _text(found: Interval | None, digits: int = 4, sign: str = "") -> str:
-    return "" if found is None else found.text(digits, sign)
+def _text(value: Interval | None, digits: int = 4, sign: str = "") -> str:
+    return "" if value is None else value.text(digits, sign)
 
 
-def _in_words(summaries: Sequence[Summary]) -> list[str]:
-    """Return the order by held-out loss, and for each part whether the model is worse without it, as the paper has it."""
+def _conclusions(summaries: Sequence[Summary]) -> list[str]:
+    """Return the order by held-out loss, and for each part whether the model is worse without it, as in the paper."""
     ranked = sorted((s for s in summaries if s.loss is not None), key=lambda s: s.loss.mean if s.loss else 0.0)
     lines = ["By held-out loss, the best first: " + ", ".join(f"`{s.variant}`" for s in ranked) + "."]
-    verdicts = {1: "worse, as in the paper", -1: "better, against the paper", 0: "not told apart"}
+    verdicts = {1: "worse, as in the paper", -1: "better, against the paper", 0: "no significant difference"}
     for summary in summaries:
         if summary.variant in PARTS and summary.difference is not None:
             how = verdicts[summary.difference.side]

@@ -1,47 +1,57 @@
-"""The variants of a model that are compared: named overrides of one base configuration."""
+"""Variants of a model: named overrides of one base configuration."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ablations.size import matched_widths
-from raphael_dist.config import Config, load_config
+from raphael_dist.config.schema import Config, load_config
 from raphael_dist.errors import UserError, did_you_mean
 
-# What a campaign sets itself, and by which option.
+# Fields that a campaign sets for each run, and the option of each.
 OWN = {"run.dir": "--out", "run.seed": "--seeds", "train.max_steps": "--images"}
 WIDTH = "model.expert_width"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model. overrides: text by field. match: the expert width is chosen so that it has as much of this as `full`."""
+    """One model.
+
+    Attributes:
+        overrides: text by field.
+        match: scale the expert width to the parameters or FLOPs of `full`.
+        seeds: number of its runs.
+    """
 
     name: str
     what: str
     overrides: dict[str, str]
     match: Literal["parameters", "flops"] | None = None
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
 class Base:
-    """The configuration that all variants start from: a preset or file, and overrides by field."""
+    """Base configuration of all variants: a preset or file, and overrides by field."""
 
     name: str
     overrides: dict[str, str]
 
     def config(self, more: dict[str, str] | None = None) -> Config:
-        """Return the configuration with further overrides, which go before the base's. UserError for what is wrong."""
+        """Return the configuration with further overrides, which take precedence. UserError: it is invalid."""
         return load_config(self.name, [f"{key}={text}" for key, text in {**self.overrides, **(more or {})}.items()])
 
 
 def read_base(name: str, overrides: Sequence[str]) -> Base:
-    """Return the base. UserError: what a campaign sets itself, or a model with nothing to take out."""
-    load_config(name, overrides)  # overrides that are written wrong, or twice
-    base = Base(name, dict(one.split("=", 1) for one in overrides))
+    """Return the base. UserError: an override that a campaign sets, or a model that lacks a part."""
+    load_config(name, overrides)  # reports malformed and repeated overrides
+    base = Base(name, dict(override.split("=", 1) for override in overrides))
     for key, option in OWN.items():
         if key in base.overrides:
-            raise UserError(f"{key}: given {base.overrides[key]}, but a campaign sets it for each run; use {option}")
+            raise UserError(
+                f"{key}={base.overrides[key]} must not be given, since a campaign sets it for each run. Use {option} "
+                "instead."
+            )
     config = base.config()
     for field, value in (
         ("model.space_experts", config.model.space_experts),
@@ -49,18 +59,19 @@ def read_base(name: str, overrides: Sequence[str]) -> Base:
         ("edge.weight", config.edge.weight),
     ):
         if not value:
-            raise UserError(f"--config {name}: {field} is 0, and a campaign compares with the whole model; set it above 0")
+            raise UserError(f"--config={name} must be the full model, but {field} is 0. Set {field} above 0.")
     if not config.data.val_shards:
-        raise UserError(f"--config {name}: data.val_shards is empty, and variants are compared by the loss on held-out data")
+        raise UserError(f"--config={name} requires held-out data, but data.val_shards is empty. Set data.val_shards.")
     return base
 
 
-def groups_of(base: Base) -> dict[str, list[Variant]]:
-    """Return the variants by group, the most important first."""
+def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
+    """Return the variants of each group, the most important group first. `steps`: of each run."""
     config = base.config()
     space, time, last = config.model.space_experts, config.model.time_experts, config.diffusion.num_timesteps
     dense = {"model.space_experts": "0", "model.time_experts": "0"}
     shared, bands = {"model.shared_expert": "1"}, {"model.time_routing": "boundaries"}
+    attended = {"model.mask_padding": "true"}
     finer = {"model.space_experts": str(2 * space), "model.time_experts": str(2 * time)}
     return {
         "main": [
@@ -85,46 +96,74 @@ def groups_of(base: Base) -> dict[str, list[Variant]]:
             Variant("shared-finer", "both of these, at equal FLOPs", {**shared, **finer}, "flops"),
             Variant("time-boundaries", "time experts with fixed boundaries", bands),
         ],
+        "gates": [
+            Variant("balanced", "balance loss over attended tokens", {**attended, "model.balance_weight": "0.01"}),
+            Variant("unbalanced", "without balance loss", {"model.balance_weight": "0"}),
+            Variant("annealed", "gate noise falls to 0 at half of the steps", {"model.gate_noise_steps": str(steps // 2)}),
+            Variant("noisy", "gate noise to the end", {"model.gate_noise_steps": "0"}),
+            Variant("padding", "padding tokens are routed as well", {"model.mask_padding": "false"}),
+        ],
     }
 
 
-def choose(base: Base, words: Sequence[str]) -> list[Variant]:
-    """Return `full` and the variants that the words (groups, names, `all`) name, each model once, widths as matched.
+def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None = None) -> list[Variant]:
+    """Return `full` and the named variants, each model once, with matched widths and numbers of seeds.
 
-    UserError: a word that is neither.
+    Args:
+        words: groups, names or `all`; WORD:N gives these variants N seeds of their own.
+        seeds: of each other variant, and of `full` at least as many as of any variant, since differences are paired.
+        images: as in `steps_of`.
+
+    Raises:
+        UserError: unknown name, or N is not a positive number.
     """
-    groups = groups_of(base)
+    groups = groups_of(base, steps_of(base, images))
     known = [variant for group in groups.values() for variant in group]
-    names = {variant.name: [variant] for variant in known}
-    choice = {"all": known, **groups, **names}
-    if unknown := [word for word in words if word not in choice]:
-        hint = did_you_mean(unknown[0], choice)
-        raise UserError(f"--variants: given {unknown[0]!r}{hint}; groups: {', '.join([*groups, 'all'])}; --list names all")
-    wanted = [variant for word in words for variant in choice[word]]
-    first = _first_of_each_model(base, known)
-    kept = {first[variant.name] for variant in [known[0], *wanted]}
-    return [_matched(base, variant) for variant in known if variant.name in kept]
+    choice = {"all": known, **groups, **{variant.name: [variant] for variant in known}}
+    first, count_of = _first_of_each_model(base, known), dict[str, int]()
+    for word in sorted(words, key=lambda word: ":" in word):  # a number of its own counts more than the group's
+        name, _, own = word.partition(":")
+        if name not in choice:
+            hint = did_you_mean(name, choice)
+            raise UserError(
+                f"--variants={word} must be a group or the name of a variant{hint}. The groups are "
+                f"{', '.join([*groups, 'all'])}; --list shows the names."
+            )
+        if own and not (own.isdecimal() and int(own)):
+            raise UserError(f"--variants={word} must be NAME:N with N seeds, but N is {own!r}. Give a positive number.")
+        count_of |= {first[variant.name]: int(own or seeds) for variant in choice[name]}
+    full = known[0].name
+    count_of[full] = max(count_of.get(full, seeds), *count_of.values(), 1)
+    return [
+        _matched(base, replace(v, seeds=count_of[v.name])) for v in known if v.name in count_of and first[v.name] == v.name
+    ]
+
+
+def steps_of(base: Base, images: int | None) -> int:
+    """Return the optimizer steps of a run of so many images, rounded up; None: as configured."""
+    train = base.config().train
+    return train.max_steps if images is None else -(-images // train.global_batch_size)
 
 
 def _first_of_each_model(base: Base, variants: Iterable[Variant]) -> dict[str, str]:
-    """Return, by variant, the name of the first that is the same model: 6 space experts may be the base's own number."""
-    found: dict[tuple[str, str | None], str] = {}
-    return {v.name: found.setdefault((_text(base, v), v.match), v.name) for v in variants}
+    """Return, for each variant, the first with the same model, e.g. `full` for the base's own number of experts."""
+    first: dict[tuple[str, str | None], str] = {}
+    return {v.name: first.setdefault((_text(base, v), v.match), v.name) for v in variants}
 
 
 def _text(base: Base, variant: Variant) -> str:
     try:
         return base.config(variant.overrides).model_dump_json()
-    except UserError:  # it is none of the base's: 7 space experts on 2 ranks, say; told where it is wanted
+    except UserError:  # invalid, e.g. 7 space experts on 2 ranks; reported if it is selected
         return variant.name
 
 
 def _matched(base: Base, variant: Variant) -> Variant:
-    """Return the variant with its width. UserError: it does not go with the base."""
+    """Return the variant with its matched width. UserError: it is incompatible with the base."""
     try:
         config = base.config(variant.overrides)
     except UserError as error:
-        raise UserError(f"--variants: {variant.name}: {error}") from None
+        raise UserError(f"--variants={variant.name} is incompatible with the base configuration: {error}") from None
     if variant.match is None:
         return variant
     widths = matched_widths(base.config(), config, variant.match)

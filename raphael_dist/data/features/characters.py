@@ -1,0 +1,171 @@
+"""text.encoder=characters: a frozen encoder without weights, which spells the text that a caption quotes.
+
+Subword encoders cannot spell. Here each character in double quotes is a token with its identity and its place in the string,
+so that each letter has a region and a space expert of its own. Other words are hashed.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHARACTERS = "characters"
+VERSION = 1  # of tokens and embeddings; other ones give other features
+BLOCK = 64
+WIDTH = 4 * BLOCK  # character, place in the string, word, word with the word before it
+ONE_HOT = 16
+_PAD, _END = 0, 1
+# A token's number holds all that its embedding depends on, below a bit for its kind.
+_CHARACTER, _WORD = 1 << 60, 1 << 61
+_PLACE_BITS, _HASH_BITS = 12, 28
+_PARTS = re.compile(r"""["“](.+?)["”]|(\w+)""")
+_PERIODS = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Tokens of one caption, with the members of an encoding of the package tokenizers that are used here."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    overflowing: bool
+    n_sequences: int = 1
+
+    @property
+    def word_ids(self) -> list[int | None]:
+        return [None if token in (_PAD, _END) else i for i, token in enumerate(self.ids)]
+
+    def token_to_chars(self, index: int) -> tuple[int, int]:
+        return self.offsets[index]
+
+
+class CharacterTokenizer:
+    """Tokenizes captions; has the part of a tokenizer of transformers that the text encoder uses."""
+
+    pad_token, pad_token_id, eos_token_id, bos_token_id, unk_token_id = "<pad>", _PAD, _END, None, None
+    all_special_tokens, all_special_ids = ("<pad>", "<end>"), (_PAD, _END)
+
+    def num_special_tokens_to_add(self) -> int:
+        """Return the number of tokens of an empty caption."""
+        return 1
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        *,
+        padding: str | bool = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        **_: Any,
+    ) -> Any:
+        """Tokenize one caption or several, as tokenizers of transformers do: return a BatchEncoding of them."""
+        from transformers import BatchEncoding
+
+        limit = max_length if truncation else None
+        encodings = [_encode(text, limit, add_special_tokens) for text in ([texts] if isinstance(texts, str) else texts)]
+        longest = max((len(encoding.ids) for encoding in encodings), default=0)
+        length = max_length or longest if padding == "max_length" else longest if padding else 0
+        rows: dict[str, Any] = {"input_ids": [], "attention_mask": [], "special_tokens_mask": []}
+        for encoding in encodings:
+            used, blank = len(encoding.ids), max(0, length - len(encoding.ids))
+            rows["input_ids"].append(encoding.ids + [_PAD] * blank)
+            rows["attention_mask"].append([1] * used + [0] * blank)
+            rows["special_tokens_mask"].append([int(i == _END) for i in encoding.ids] + [1] * blank)
+        if isinstance(texts, str):
+            rows = {name: row[0] for name, row in rows.items()}
+        return BatchEncoding(rows, encoding=encodings, tensor_type=return_tensors)  # type: ignore[arg-type]
+
+
+class CharacterModel(nn.Module):
+    """The frozen embedding of tokens, with the part of a text encoder of transformers that is used here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=WIDTH, model_type=CHARACTERS, vocab_size=1 << 62)
+        self.register_buffer("_device", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its results."""
+        return torch.device(self.get_buffer("_device").device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that a pipeline asks for; results are float32."""
+        return self.get_buffer("_device").dtype
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        """Return `last_hidden_state`, float32 [B, Y, WIDTH], for tokens int64 [B, Y]."""
+        rows = torch.tensor([embed(number) for number in input_ids.flatten().tolist()])
+        return SimpleNamespace(last_hidden_state=rows.view(*input_ids.shape, WIDTH).to(self.device))
+
+
+def fingerprint(max_tokens: int) -> str:
+    """Return a sha256 that changes with the encoder's features."""
+    return hashlib.sha256(f"{CHARACTERS} {VERSION} {max_tokens}".encode()).hexdigest()
+
+
+def _encode(text: str, limit: int | None, add_end: bool) -> _Encoding:
+    tokens = list(_tokens(text))
+    keep = len(tokens) if limit is None else max(0, limit - add_end)
+    end = [(_END, (len(text), len(text)))] if add_end else []
+    ids, offsets = zip(*kept, strict=True) if (kept := tokens[:keep] + end) else ((), ())
+    return _Encoding(list(ids), list(offsets), len(tokens) > keep)
+
+
+def _tokens(text: str) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield the number and the place in `text` of each token but the end."""
+    before = 0
+    for part in _PARTS.finditer(text):
+        if quoted := part[1]:
+            length = _clamped(len(quoted))
+            for i, char in enumerate(quoted):
+                start = part.start(1) + i
+                yield _CHARACTER | ord(char) << 2 * _PLACE_BITS | _clamped(i) << _PLACE_BITS | length, (start, start + 1)
+        else:
+            word = int.from_bytes(hashlib.sha256(part[2].casefold().encode()).digest()[:4], "big") >> (32 - _HASH_BITS)
+            yield _WORD | before << _HASH_BITS | word, part.span()
+            before = word
+
+
+def _clamped(value: int) -> int:
+    return min(value, (1 << _PLACE_BITS) - 1)
+
+
+@lru_cache(maxsize=1 << 16)
+def embed(number: int) -> list[float]:
+    """Return the embedding of a token, WIDTH numbers; that of padding is zero."""
+    zeros = [0.0] * BLOCK
+    if number & _CHARACTER:
+        mask = (1 << _PLACE_BITS) - 1
+        place, length = number >> _PLACE_BITS & mask, number & mask
+        return [*_signs(f"character {number >> 2 * _PLACE_BITS & 0x1FFFFF}"), *_place(place, length), *zeros, *zeros]
+    if number & _WORD:
+        mask = (1 << _HASH_BITS) - 1
+        word, before = number & mask, number >> _HASH_BITS & mask
+        return [*zeros, *zeros, *_signs(f"word {word}"), *_signs(f"words {before} {word}")]
+    return [*zeros, *zeros, *(_signs("end") if number == _END else zeros), *zeros]
+
+
+def _signs(key: str) -> list[float]:
+    """Return BLOCK signs by the sha256 of `key`: those of different keys are nearly orthogonal."""
+    bits = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
+    return [1.0 if bits >> i & 1 else -1.0 for i in range(BLOCK)]
+
+
+def _place(place: int, length: int) -> list[float]:
+    """Return BLOCK numbers for a character's place: from the start, from the end, from the middle, and in relation."""
+    after = length - 1 - place
+    one_hots = [2.0 * (i == value) for value in (place, after) for i in range(ONE_HOT)]
+    angles = [2 * math.pi * value / period for value in (place, after, place - (length - 1) / 2) for period in _PERIODS]
+    angles += [math.pi * k * (place + 0.5) / length for k in range(1, len(_PERIODS) + 1)]
+    return one_hots + [wave(angle) for angle in angles for wave in (math.sin, math.cos)]

@@ -1,0 +1,132 @@
+"""OCR engines: PP-OCRv6 with the weights of the package rapidocr, tesseract, or a function of the user's."""
+
+import importlib
+import importlib.util
+import itertools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from raphael_dist.errors import UserError
+from raphael_dist.evaluation.lettering import normalise_text
+
+# From an image, uint8 [H, W, 3], to the text in it.
+Reader = Callable[[np.ndarray], str]
+WEIGHTS = "PP-OCRv6_rec_small.onnx"
+LINE_HW = (
+    48,
+    320,
+)  # pixels: the height of PP-OCRv6's input, and the width that shorter lines are padded to, as in its training
+TESSERACT_SIDE = 400  # pixels that a small image is enlarged to: tesseract expects scans
+
+
+def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
+    """Return the OCR engine that `--ocr` names.
+
+    Args:
+        spec: "rapidocr", "tesseract", or "module:function" with a function of an image's pixels.
+        alphabet: characters that the images can contain; rapidocr reads no others.
+
+    Raises:
+        UserError: the engine is not installed, or there is no such function.
+    """
+    if spec == "rapidocr":
+        return LineReader(alphabet)
+    if spec == "tesseract":
+        if shutil.which("tesseract") is None:
+            raise UserError(
+                "--ocr=tesseract requires tesseract, but it is not installed. Install it (Debian: tesseract-ocr) or leave "
+                "out --ocr."
+            )
+        return read_with_tesseract
+    module, _, name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"--ocr={spec} must be rapidocr, tesseract or module:function, but cannot be imported ({error})."
+        ) from None
+    if not callable(function):
+        raise UserError(f"--ocr={spec} must name a function of an image's pixels, but it is not callable.")
+    return lambda pixels: str(function(pixels))
+
+
+class LineReader:
+    """PP-OCRv6's recogniser. It reads an image as one line of text.
+
+    Only the weights of the package rapidocr are used: its own code downloads weights that it does not find.
+    """
+
+    def __init__(self, alphabet: Collection[str]):
+        """Load the weights. UserError: the packages of the extra `eval` are missing."""
+        package = importlib.util.find_spec("rapidocr")
+        path = Path(next(iter((package and package.submodule_search_locations) or [""]))) / "models" / WEIGHTS
+        try:
+            import onnxruntime
+        except ImportError:
+            onnxruntime = None
+        if onnxruntime is None or not path.is_file():
+            raise UserError(
+                "--ocr=rapidocr requires rapidocr 3.10 or later and onnxruntime, but "
+                f"{'onnxruntime' if onnxruntime is None else WEIGHTS + ' of rapidocr'} is not installed. "
+                'Run `pip install "raphael_dist[eval]"` or give --ocr tesseract.'
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # each rank of a launcher reads its share
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        (network_input,) = self._session.get_inputs()
+        self._input = network_input.name
+        # Class 0 is CTC's blank, the last one a space.
+        self._characters = ["", *self._session.get_modelmeta().custom_metadata_map["character"].splitlines(), " "]
+        self._allowed = np.array([not character or character in alphabet for character in self._characters])
+
+    def __call__(self, pixels_HW3: np.ndarray) -> str:
+        """Return the text: the best allowed class at each position, repetitions merged, blanks left out."""
+        scores_TC = self._session.run(None, {self._input: line_input(pixels_HW3)[None]})[0][0]
+        best_T = np.where(self._allowed, scores_TC, -np.inf).argmax(axis=1)
+        return "".join(self._characters[best] for best, _ in itertools.groupby(best_T))
+
+
+def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
+    """Return an image, uint8 [H, W, 3], as PP-OCRv6's input: float32 [3, 48, >= 320] in -1..1, blue first, grey padding."""
+    height, least_width = LINE_HW
+    width = max(1, round(height * pixels_HW3.shape[1] / pixels_HW3.shape[0]))
+    resized = Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling.BICUBIC)
+    line = np.zeros((3, height, max(width, least_width)), np.float32)
+    line[:, :, :width] = np.asarray(resized, np.float32)[:, :, ::-1].transpose(2, 0, 1) / 127.5 - 1
+    return line
+
+
+def read_with_tesseract(pixels_HW3: np.ndarray) -> str:
+    """Return what tesseract reads as a line, or as one character if it reads no line.
+
+    Dark on light and light on dark are tried; the text with more letters and digits counts.
+    """
+    image = Image.fromarray(pixels_HW3).convert("L")
+    scale = max(1, TESSERACT_SIDE // max(image.size))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
+    inverted = Image.fromarray(255 - np.asarray(image))
+    for mode in ("7", "10"):  # tesseract's page segmentation: a line, a character
+        best = max((_run_tesseract(i, mode) for i in (image, inverted)), key=lambda text: len(normalise_text(text)))
+        if normalise_text(best):
+            return best
+    return ""
+
+
+def _run_tesseract(image: Image.Image, mode: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.png"
+        image.save(path)
+        command = ["tesseract", str(path), "stdout", "--psm", mode, "--dpi", "300"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise UserError(
+            f"--ocr=tesseract failed with this message: {(done.stderr.strip().splitlines() or ['none'])[0]}. Correct the "
+            "installation of tesseract."
+        )
+    return done.stdout.strip()

@@ -1,0 +1,189 @@
+"""Build the data set of words in images: `python tools/make_words_dataset.py --out data/words-full`.
+
+Needs the packages of the fonts (docs/words.md) and the extra `edges`. The words are those of the emoji's names.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkout  # noqa: F401 (before the package)
+from emoji_data.dataset import Sample, encode_edges, write_tar
+from raphael_dist.cli.common import Parser
+from raphael_dist.data.features.hed import edge_map
+from raphael_dist.errors import run_command
+from words_data.drawing import FONTS, HELD_OUT_FONT, Look, captions, full_caption, render
+from words_data.vocabulary import HELD_OUT_STRINGS, Vocabulary, emoji_words
+
+SHARD_SAMPLES = 5000
+# Prompts per set.
+PROMPTS = 300
+# Prompts of each set in the grid of prompts.txt, which has six columns.
+GRID = {"trained-words": 6, "held-out-words": 12, "held-out-strings": 6, "held-out-font": 6}
+_TRAIN, _VAL, _PROMPTS = range(3)  # streams of random numbers
+
+
+def make_sample(key: str, text: str, look: Look, random: np.random.Generator) -> Sample:
+    """Draw and encode one sample."""
+    image = render(text, look)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).unsqueeze(0)
+    record = {
+        "captions": captions(text, look, random),
+        "text": text,
+        "font": look.font.name,
+        "style": look.font.style,
+        "colour": look.colour,
+        "background": look.background,
+        "place": look.place,
+        "width": image.width,
+        "height": image.height,
+    }
+    edges = encode_edges(edge_map(pixels, "canny")[0, 0].numpy())
+    data = json.dumps(record, separators=(",", ":")).encode()
+    return Sample(key, False, {"webp": encode_lossless(image), "json": data, "edge.png": edges})
+
+
+def encode_lossless(image: Image.Image) -> bytes:
+    """Return the image as lossless WebP."""
+    buffer = io.BytesIO()
+    image.save(buffer, "webp", lossless=True, quality=50, method=2)
+    return buffer.getvalue()
+
+
+def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, longest: int | None) -> Iterator[Sample]:
+    """Yield the training samples of these numbers; each depends on the seed, its number and `longest` alone."""
+    for number in numbers:
+        random = np.random.default_rng((seed, _TRAIN, number))
+        text = vocabulary.training_text(random, longest)
+        yield make_sample(f"{number:07d}", text, Look.draw(random), random)
+
+
+def held_out_texts(vocabulary: Vocabulary) -> dict[str, list[str]]:
+    """Return the texts of each set of prompts and of each validation shard, by the set's name."""
+    order = np.random.default_rng(PROMPTS).permutation(len(vocabulary.words))
+    long_enough = [vocabulary.words[i] for i in order if len(vocabulary.words[i]) >= 4]
+    return {
+        "trained-words": long_enough[:PROMPTS],
+        "held-out-words": sorted(vocabulary.held_out_words, key=lambda w: hashlib.sha256(w[::-1].encode()).digest())[
+            :PROMPTS
+        ],
+        "held-out-strings": vocabulary.held_out_strings[:PROMPTS],
+        "held-out-font": long_enough[:PROMPTS],
+    }
+
+
+def looks(name: str, seed: int, stream: int) -> Iterator[tuple[Look, np.random.Generator]]:
+    """Yield the looks of a set; those of "held-out-font" are in the held-out font."""
+    fonts = (HELD_OUT_FONT,) if name == "held-out-font" else FONTS
+    number = 0
+    while True:
+        random = np.random.default_rng((seed, stream, number))
+        yield Look.draw(random, fonts), random
+        number += 1
+
+
+def prompt(name: str, text: str, look: Look) -> str:
+    """Return a prompt that names everything; the held-out font by its name."""
+    caption = full_caption(text, look)
+    return caption.replace(f"{look.font.style} font", f"{look.font.name} font") if name == "held-out-font" else caption
+
+
+def write_prompts(vocabulary: Vocabulary, out: Path) -> None:
+    """Write prompts-NAME.txt for each set, and prompts.txt with some of each (GRID)."""
+    out.mkdir(parents=True, exist_ok=True)
+    grid = []
+    for name, texts in held_out_texts(vocabulary).items():
+        lines = [prompt(name, text, look) for text, (look, _) in zip(texts, looks(name, 0, _PROMPTS), strict=False)]
+        (out / f"prompts-{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        grid += lines[: GRID[name]]
+    (out / "prompts.txt").write_text("\n".join(grid) + "\n", encoding="utf-8")
+
+
+def write_shards(
+    vocabulary: Vocabulary,
+    out: Path,
+    seed: int,
+    samples: int,
+    report: Callable[[str], None],
+    longest: int | None = None,
+) -> None:
+    """Write train-*.tar, one val-NAME.tar for each held-out set, and manifest.json; `longest` as in `training_text`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in (*out.glob("train-*.tar"), *out.glob("val-*.tar")):
+        stale.unlink()
+    shards = {}
+    for i, first in enumerate(range(0, samples, SHARD_SAMPLES)):
+        path = out / f"train-{i:04d}.tar"
+        numbers = range(first, min(first + SHARD_SAMPLES, samples))
+        write_tar(path, training_samples(vocabulary, seed, numbers, longest))
+        shards[path.name] = len(numbers)
+        report(f"{numbers.stop} of {samples} training samples")
+    for name, texts in held_out_texts(vocabulary).items():
+        if name == "trained-words":
+            continue
+        path = out / f"val-{name}.tar"
+        drawn = zip(texts, looks(name, seed, _VAL), strict=False)
+        write_tar(path, (make_sample(f"{name}-{i:04d}", text, look, r) for i, (text, (look, r)) in enumerate(drawn)))
+        shards[path.name] = len(texts)
+    manifest = {
+        "seed": seed,
+        "longest": longest,
+        "fonts": {font.name: f"{font.module.replace('_', '-')} {font.file} {font.licence}" for font in FONTS},
+        "held_out_font": HELD_OUT_FONT.name,
+        "words": len(vocabulary.words),
+        "held_out_words": vocabulary.held_out_words,
+        "held_out_strings": vocabulary.held_out_strings,
+        "shards": {
+            name: {"samples": n, "sha256": hashlib.sha256((out / name).read_bytes()).hexdigest()}
+            for name, n in shards.items()
+        },
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument(
+        "--emoji", type=Path, default=Path("data/emoji"), help="folder with the emoji shards, for their names"
+    )
+    parser.add_argument("--samples", type=int, default=40_000, help="training samples")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--longest",
+        type=int,
+        metavar="N",
+        help="draw only random strings of up to N characters, with which a run learns letters",
+    )
+    parser.add_argument("--prompts-only", action="store_true", help="write only the prompts-*.txt")
+    return parser.parse_args(argv)
+
+
+def build(args: argparse.Namespace) -> None:
+    """Write the prompts and the shards."""
+    vocabulary = Vocabulary(emoji_words(args.emoji))
+    write_prompts(vocabulary, args.out)
+    if not args.prompts_only:
+        write_shards(vocabulary, args.out, args.seed, args.samples, lambda line: print(line, flush=True), args.longest)
+    print(
+        f"{len(vocabulary.words)} training words, {len(vocabulary.held_out_words)} held-out words, "
+        f"{HELD_OUT_STRINGS} held-out strings in {args.out}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    return run_command(lambda: build(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Draws a text on an image of 32 x 128 pixels and describes it in captions."""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from raphael_dist.errors import UserError
+
+HEIGHT, WIDTH = 32, 128
+MARGIN = 4
+# Of capitals, in pixels.
+CAP_HEIGHTS = (14, 17)
+CAPTIONS = 4
+
+
+@dataclass(frozen=True)
+class Font:
+    """A font of a PyPI package: its name in captions, its style, the package's module, the file and its licence."""
+
+    name: str
+    style: str
+    module: str
+    file: str
+    licence: str
+
+
+FONTS = (
+    Font("roboto", "sans", "font_roboto", "Roboto-Bold.ttf", "Apache-2.0"),
+    Font("source serif", "serif", "font_source_serif_pro", "SourceSerifPro-Bold.ttf", "OFL-1.1"),
+    Font("caladea", "serif", "font_caladea", "Caladea-Bold.ttf", "Apache-2.0"),
+    Font("fredoka", "rounded", "font_fredoka_one", "FredokaOne-Regular.ttf", "OFL-1.1"),
+)
+HELD_OUT_FONT = Font("manrope", "sans", "font_manrope", "Manrope-Bold.ttf", "OFL-1.1")
+COLOURS = {
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "red": (214, 32, 32),
+    "orange": (245, 130, 32),
+    "yellow": (250, 215, 40),
+    "green": (30, 140, 60),
+    "blue": (35, 80, 210),
+    "purple": (125, 45, 165),
+}
+# Smallest difference of luminance between text and background.
+CONTRAST = 70
+PLACES = ("centre", "left", "right")
+_PLACE_WEIGHTS = (0.8, 0.1, 0.1)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a text is drawn. `cap_height` is in pixels, `shift` (down, right) in pixels from the nominal place."""
+
+    font: Font
+    colour: str
+    background: str
+    place: str
+    cap_height: int
+    shift: tuple[int, int]
+
+    @classmethod
+    def draw(cls, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> "Look":
+        """Draw a look at random, with enough contrast to be read."""
+        while True:
+            colour, background = (str(random.choice(list(COLOURS))) for _ in range(2))
+            if abs(_luminance(colour) - _luminance(background)) >= CONTRAST:
+                break
+        return cls(
+            font=fonts[random.integers(len(fonts))],
+            colour=colour,
+            background=background,
+            place=str(random.choice(PLACES, p=_PLACE_WEIGHTS)),
+            cap_height=int(random.integers(CAP_HEIGHTS[0], CAP_HEIGHTS[1] + 1)),
+            shift=(int(random.integers(-1, 2)), int(random.integers(-2, 3))),
+        )
+
+
+def render(text: str, look: Look) -> Image.Image:
+    """Return the image, RGB. A text that is too wide for the look's size is drawn smaller."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), COLOURS[look.background])
+    pen = ImageDraw.Draw(image)
+    for cap_height in range(look.cap_height, 4, -1):
+        font = _sized(look.font, cap_height)
+        left, _, right, _ = font.getbbox(text, anchor="ls")
+        if right - left <= WIDTH - 2 * MARGIN:
+            break
+    free = WIDTH - (right - left)
+    x = {"centre": free // 2, "left": MARGIN, "right": free - MARGIN}[look.place] + look.shift[1]
+    x = min(max(x, 1), max(1, free - 1))
+    y = (HEIGHT + cap_height) // 2 + look.shift[0]
+    pen.text((x - left, y), text, COLOURS[look.colour], font, anchor="ls")
+    return image
+
+
+def captions(text: str, look: Look, random: np.random.Generator) -> list[str]:
+    """Return CAPTIONS captions: a full one, then some of whose parts but the text are missing."""
+    return [_caption(text, look, random, keep) for keep in (1.0, *[0.6] * (CAPTIONS - 1))]
+
+
+def full_caption(text: str, look: Look) -> str:
+    """Return the caption that names text, colours, style and place."""
+    return _caption(text, look, None, 1.0)
+
+
+def _caption(text: str, look: Look, random: np.random.Generator | None, keep: float) -> str:
+    def kept() -> bool:
+        return random is None or random.random() < keep
+
+    kind = "words" if " " in text else "word" if text.isalpha() else "text"
+    parts = [f'the {kind} "{text}"' if kept() else f'"{text}"']
+    parts += [f"in {look.colour}"] if kept() else []
+    parts += [f"on {look.background}"] if kept() else []
+    by_name = random is not None and random.random() < 0.5
+    font = f", {look.font.name if by_name else look.font.style} font" if kept() else ""
+    place = f", {look.place}" if kept() and look.place != "centre" else ""
+    return " ".join(parts) + font + place
+
+
+def _luminance(colour: str) -> float:
+    return float(np.dot(COLOURS[colour], (0.299, 0.587, 0.114)))
+
+
+@cache
+def _sized(font: Font, cap_height: int) -> Any:
+    """Return the font in the size at which an H is `cap_height` pixels high."""
+    spec = importlib.util.find_spec(font.module)
+    if spec is None or spec.origin is None:
+        package = font.module.replace("_", "-")
+        raise UserError(f"the font {font.name} requires the package {package}. Run: pip install {package}")
+    path = Path(spec.origin).parent / "files" / font.file
+    for size in range(cap_height, 4 * cap_height):
+        sized = ImageFont.truetype(str(path), size)
+        _, top, _, bottom = sized.getbbox("H", anchor="ls")
+        if bottom - top >= cap_height:
+            return sized
+    raise AssertionError(font.file)
