@@ -1,4 +1,4 @@
-"""One thread per process: ranks and workers share the machine's cores."""
+"""Shared fixtures. Each process uses one thread, because ranks and workers share the cores."""
 
 import os
 from collections.abc import Iterator
@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before whatever reads it: threads that wait for each other spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before it is read
 
 import torch
 
-from tests.forks import Forks, server
+from tests.lib.forks import Forks, server
 
 torch.set_num_threads(1)
 
 
-# Minutes each: begun last, one of them would keep a single core at work when all others are done.
-LONGEST = ("test_precision.py", "test_watchdog.py", "test_checkpoint_faults.py", "test_ablations.py", "test_prepare.py",
+# Minutes each: started last, one of them would run alone on a single core at the end.
+LONGEST = ("test_precision.py", "test_watchdog.py", "test_checkpoint_faults.py", "test_ablations.py", "test_data_prep.py",
            "test_shipped_model.py", "test_examples.py")  # fmt: skip
 
 
@@ -28,12 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def forks() -> Forks:
-    """A process that has imported everything and forks ranks from itself."""
+    """The server that forks ranks, shared by the session."""
     return server()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_server_is_left() -> Iterator[None]:
+def _close_server() -> Iterator[None]:
     yield
     if server.cache_info().currsize:
         server().close()
@@ -41,12 +41,12 @@ def _no_server_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
-    """Return the random state of a model with experts and of a dense one, and their canonical folders, not to be changed."""
-    from tests.checkpoints import DENSE, MOE, handmade_canonical, random_state
+    """Return (random state, canonical folder) of a model with experts and of a dense one. Tests must not change them."""
+    from tests.lib.checkpoints import DENSE, MOE, handmade_canonical, random_state
 
     folder = tmp_path_factory.mktemp("sources")
-    found = {}
+    sources = {}
     for name, config in (("moe", MOE), ("dense", DENSE)):
         state = random_state(config)
-        found[name] = (state, handmade_canonical(folder / name, config, state))
-    return found
+        sources[name] = (state, handmade_canonical(folder / name, config, state))
+    return sources

@@ -1,5 +1,5 @@
-"""Faults of many kinds, random in place and time, against real ranks and a real Slurm: see tools/torture.py.
+"""Many kinds of faults at random places and times, against real ranks and a real Slurm: see tools/torture.py.
 
-`trial.py`: what a fault is tried on, and the oracle it is compared with. `faults_*.py`: the kinds. `campaign.py`: the order
-of trials, and the table that is left.
+`trial.py` is the run that a fault is injected into, and its oracle. `faults_*.py` are the kinds. `campaign.py` is the order
+of trials and the table of results.
 """

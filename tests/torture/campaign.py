@@ -1,4 +1,4 @@
-"""The order of trials, and the table they leave: every kind in a random order, again and again, until the time is over."""
+"""Order of trials and table of results: every kind in a random order, repeated until the time is over."""
 
 import json
 import os
@@ -8,18 +8,20 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raphael_dist.storage.files import replace_bytes
-from tests import slurm_cluster
-from tests.forks import Forks
-from tests.torture import (  # noqa: F401  the kinds enter themselves
+from tests.lib import netns, slurm_cluster
+from tests.lib.forks import Forks, ServerDiedError
+from tests.torture import (  # noqa: F401  importing registers the kinds
     faults_commands,
     faults_data,
     faults_disk,
     faults_files,
+    faults_network,
     faults_numbers,
     faults_process,
     faults_slurm,
@@ -32,7 +34,7 @@ GROUPS = sorted({kind.group for kind in KINDS.values()})
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one trial."""
+    """Outcome of one trial."""
 
     number: int
     seed: str
@@ -44,19 +46,19 @@ class Result:
 
 
 class Campaign:
-    """Context: trials on this machine, in a folder that is removed with what survived.
+    """Context manager for trials on this machine; their folder is removed when none was lost.
 
-    The results in `out` of an earlier campaign are added to.
+    New results are added to those of an earlier campaign in `out`.
     """
 
-    def __init__(self, seed: int, out: Path, kinds: list[str], say: Any = print) -> None:
-        self.seed, self.out, self.say = seed, out, say
+    def __init__(self, seed: int, out: Path, kinds: list[str], report: Callable[[str], None] = print) -> None:
+        self.seed, self.out, self.report = seed, out, report
         self._kinds = [KINDS[name] for name in kinds]
         self._folder = Path(tempfile.mkdtemp(prefix="torture-"))
         self._oracles: dict[Setting, Path] = {}
         self._shared: dict[str, Any] = {"folder": self._folder}
-        self.results, self._before_s = _earlier(out / "results.json")
-        self._began = time.monotonic()
+        self.results, self._earlier_s = _read_results(out / "results.json")
+        self._started = time.monotonic()
 
     def __enter__(self) -> "Campaign":
         self._forks = Forks()
@@ -70,36 +72,42 @@ class Campaign:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, seconds: float) -> bool:
-        """Try kinds in a random order, each once before any comes again, until the time is over; return whether all held."""
+        """Try all kinds in a random order, then again, until the time is over; return whether none was lost."""
         order, number = random.Random(self.seed), 0
         while True:
             for kind in order.sample(self._kinds, len(self._kinds)):
-                if time.monotonic() - self._began > seconds:
+                if time.monotonic() - self._started > seconds:
                     return all(result.outcome != "lost" for result in self.results)
-                self.try_one(kind, f"{self.seed}.{number}")
+                self.run_trial(kind, f"{self.seed}.{number}")
                 number += 1
 
-    def try_one(self, kind: Kind, seed: str) -> Result:
-        """Try one kind; a seed as an earlier run printed it repeats that trial, as far as time allows."""
-        draw, began = random.Random(f"{seed} {kind.name}"), time.monotonic()
+    def run_trial(self, kind: Kind, seed: str) -> Result:
+        """Try one kind of fault. A seed that was printed earlier repeats that trial, except for timing.
+
+        Raises:
+            ServerDiedError: no ranks can start any more; the trial has no result.
+        """
+        draw, started = random.Random(f"{seed} {kind.name}"), time.monotonic()
         setting = draw.choice(SETTINGS)
         folder = self._folder / f"trial-{seed}"
         try:
-            outcome = kind.inject(self._place(kind, folder, draw, setting))
+            outcome = kind.inject(self._new_trial(kind, folder, draw, setting))
+        except ServerDiedError:
+            raise
         except Exception as error:
             why = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
             folder.mkdir(exist_ok=True)
             (folder / "why.txt").write_text(why)
             lines = why.strip().splitlines() or [repr(error)]
-            outcome = Outcome("lost", f"{lines[0 if isinstance(error, AssertionError) else -1]} (all of it: {folder})")
+            outcome = Outcome("lost", f"{lines[0 if isinstance(error, AssertionError) else -1]} (details: {folder})")
         name = str(setting) if kind.where == "ranks" else ""
-        result = Result(len(self.results), seed, kind.name, name, outcome.kind, outcome.line, time.monotonic() - began)
-        self._tell(result)
+        result = Result(len(self.results), seed, kind.name, name, outcome.kind, outcome.line, time.monotonic() - started)
+        self._record(result)
         if outcome.kind != "lost":
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
-    def _place(self, kind: Kind, folder: Path, draw: random.Random, setting: Setting) -> Trial:
+    def _new_trial(self, kind: Kind, folder: Path, draw: random.Random, setting: Setting) -> Trial:
         folder.mkdir()
         oracle = self._folder
         if kind.where == "ranks":
@@ -108,32 +116,32 @@ class Campaign:
             oracle = self._oracles[setting]
         return Trial(self._forks, folder, draw, setting, oracle, self._shared)
 
-    def _tell(self, result: Result) -> None:
+    def _record(self, result: Result) -> None:
         self.results.append(result)
         counts = f"{sum(r.outcome != 'lost' for r in self.results)} of {len(self.results)}"
-        self.say(f"{result.outcome:8} {result.kind} [{result.seed}]: {result.line} ({result.seconds:.0f} s; {counts})")
+        self.report(f"{result.outcome:8} {result.kind} [{result.seed}]: {result.line} ({result.seconds:.0f} s; {counts})")
         self.write()
 
     def write(self) -> None:
-        """Leave results.json and table.md."""
+        """Write results.json and table.md."""
         self.out.mkdir(parents=True, exist_ok=True)
-        minutes = (self._before_s + time.monotonic() - self._began) / 60
+        minutes = (self._earlier_s + time.monotonic() - self._started) / 60
         facts = {"seed": self.seed, "minutes": round(minutes, 1), "cores": os.cpu_count()}
-        found = {**facts, "results": [asdict(result) for result in self.results]}
-        replace_bytes(self.out / "results.json", json.dumps(found, indent=1).encode())
+        content = {**facts, "results": [asdict(result) for result in self.results]}
+        replace_bytes(self.out / "results.json", json.dumps(content, indent=1).encode())
         replace_bytes(self.out / "table.md", table(self.results).encode())
 
 
-def _earlier(path: Path) -> tuple[list[Result], float]:
-    """Return the results in a file and the seconds they took; none where there is no file."""
+def _read_results(path: Path) -> tuple[list[Result], float]:
+    """Return the results of an earlier campaign and the seconds they took; none if there is no file."""
     if not path.is_file():
         return [], 0.0
-    found = json.loads(path.read_text())
-    return [Result(**result) for result in found["results"]], 60 * float(found["minutes"])
+    content = json.loads(path.read_text())
+    return [Result(**result) for result in content["results"]], 60 * float(content["minutes"])
 
 
 def table(results: list[Result]) -> str:
-    """Return a table in Markdown: how often each kind was tried and what became of it, and what was lost and why."""
+    """Return a Markdown table of the outcomes of each kind, and a list of the lost trials with reasons."""
     rows = defaultdict(list)
     for result in results:
         rows[result.kind].append(result)
@@ -151,13 +159,16 @@ def _counts(results: list[Result]) -> str:
 
 
 def available(names: list[str]) -> tuple[list[str], list[str]]:
-    """Return which of these kinds or groups (all, without any) can be tried here, and a line for what cannot."""
-    wanted = [name for name, kind in KINDS.items() if not names or {name, kind.group, kind.where} & set(names)]
+    """Return the kinds of these names or groups (default: all) that can run here, and a reason for each that cannot."""
+    chosen = [name for name, kind in KINDS.items() if not names or {name, kind.group, kind.where} & set(names)]
     notes = []
-    if slurm_cluster.missing() and any(KINDS[name].where == "slurm" for name in wanted):
+    if slurm_cluster.missing() and any(KINDS[name].where == "slurm" for name in chosen):
         notes.append(f"no Slurm: {slurm_cluster.missing()}")
-        wanted = [name for name in wanted if KINDS[name].where != "slurm"]
-    if os.geteuid() != 0 and any(KINDS[name].group == "disks" for name in wanted):
-        notes.append("no faults of disks: only root may mount file systems")
-        wanted = [name for name in wanted if KINDS[name].group != "disks"]
-    return wanted, notes
+        chosen = [name for name in chosen if KINDS[name].where != "slurm"]
+    if os.geteuid() != 0 and any(KINDS[name].group == "disks" for name in chosen):
+        notes.append("no disk faults: only root may mount file systems")
+        chosen = [name for name in chosen if KINDS[name].group != "disks"]
+    if (reason := netns.missing()) and any(KINDS[name].group == "links" for name in chosen):
+        notes.append(f"no faults of links: {reason}")
+        chosen = [name for name in chosen if KINDS[name].group != "links"]
+    return chosen, notes

@@ -1,4 +1,4 @@
-"""Command lines and batch scripts that get what nobody should give them, and tools that are ended in the middle."""
+"""Hostile command lines, configuration files and batch-script variables; interrupted tools; unusual surroundings."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch import ROOT, rank_env
-from tests.test_slurm_scripts import NUMBERS
+from tests.cluster.test_slurm_scripts import NUMBERS
+from tests.lib.launch import ROOT, rank_env
 from tests.torture.kinds import fault
-from tests.torture.trial import SLOW_MACHINE, WORLD, Outcome, Trial, one_line, refused, survived
+from tests.torture.trial import SLOW_MACHINE, WORLD, Outcome, Trial, refused, survived
 
 FIELDS = (
-    "train.max_steps", "train.global_batch", "optim.lr", "optim.betas", "model.channels", "image.buckets", "run.dir",
+    "train.max_steps", "train.global_batch_size", "optim.lr", "optim.betas", "model.channels", "image.buckets", "run.dir",
     "run.seed", "run.init_from", "data.shards", "data.cache_dir", "text.encoder", "train.dtype", "sample.prompts", "nope.x",
     "model.nope", "diffusion.beta_end", "parallel.placement", "run.allow_change", "ema.decay",
 )  # fmt: skip
@@ -32,13 +32,13 @@ LIMIT = 3 << 30
 
 
 def limited() -> None:
-    """Let a process have so much memory and time, and no more."""
+    """Limit the memory and CPU time of a process."""
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 
 
 def command(*arguments: str, timeout: float = 120, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run the training command, which is to plan only."""
+    """Run the training command with --dry-run."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     preset = [] if "--config" in arguments else ["--config=emoji-tiny"]
     return subprocess.run(
@@ -48,43 +48,43 @@ def command(*arguments: str, timeout: float = 120, cwd: Path = ROOT) -> subproce
 
 
 def judge(done: subprocess.CompletedProcess[str], what: str) -> str | None:
-    """Require a plan, or one line and exit code 2; return that line."""
+    """Require a plan, or exit code 2 with one line for each mistake; return the first line."""
     if done.returncode == 0:
         return None
     assert done.returncode == 2, f"{what[:200]}: exit code {done.returncode}\n{done.stderr[-2000:]}"
     if done.stderr.startswith("usage:"):  # argparse
         assert done.stderr.count("\n") < 12, done.stderr
         return done.stderr.splitlines()[-1]
-    line = one_line(done.stderr)
-    assert len(line) < 6000, f"{what[:200]}: a line of {len(line)} characters"
-    return line
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines, f"{what[:200]}: {done.stderr[-3000:]}"
+    assert max(map(len, lines)) < 6000, f"{what[:200]}: {max(map(len, lines))} characters in a line"
+    return lines[0]
 
 
-@fault("settings on the command line that are none", "settings", "commands")
+@fault("invalid settings on the command line", "settings", "commands")
 def overrides(trial: Trial) -> Outcome:
-    said, passed = [], 0
+    lines, passed = [], 0
     for _ in range(8):
         name, value = trial.draw.choice(FIELDS), trial.draw.choice(VALUES)
-        given = f"{name}={value}"
-        if "\0" in given or "\ud800" in given:  # no program can be given a NUL: from a file
-            path = trial.folder / "given.yaml"
+        override = f"{name}={value}"
+        if "\0" in override or "\ud800" in override:  # arguments cannot hold a NUL, a file can
+            path = trial.folder / "override.yaml"
             section, field = name.split(".")
             path.write_text(f'{section}: {{{field}: "a\\0b"}}\n')
-            line = judge(command("--config", str(path)), given)
+            line = judge(command("--config", str(path)), override)
         else:
-            line = judge(command(given), given)
-        said += [line] if line else []
+            line = judge(command(override), override)
+        lines += [line] if line else []
         passed += line is None
     assert not list(trial.folder.glob("canary"))
     return (
-        refused(f"{len(said)} of 8; e.g. {trial.draw.choice(said)[:140]}")
-        if said
-        else survived("all of them meant something")
+        refused(f"{len(lines)} of 8; e.g. {trial.draw.choice(lines)[:140]}") if lines else survived("all of them are valid")
     )
 
 
 def bomb(trial: Trial) -> tuple[str, str]:
-    """Return a kind and a file of YAML that is made to do harm."""
+    """Return a kind and the text of a hostile YAML file."""
     draw = trial.draw
     kinds = {
         "aliases": "a: &a [x, x, x, x, x, x, x, x, x]\n"
@@ -112,21 +112,21 @@ def bomb(trial: Trial) -> tuple[str, str]:
     return kind, kinds[kind]
 
 
-@fault("a configuration file that is made to do harm", "settings", "commands")
+@fault("a hostile configuration file", "settings", "commands")
 def yaml_files(trial: Trial) -> Outcome:
-    said = []
+    lines = []
     for i in range(4):
         kind, text = bomb(trial)
         path = trial.folder / f"{i}.yaml"
         path.write_text(text)
         line = judge(command("--config", str(path), cwd=trial.folder), kind)
         assert line is None or "Traceback" not in line
-        said += [f"{kind}: {line.replace(str(trial.folder), '')[:100]}"] if line else []
-    assert not (trial.folder / "canary").exists(), "it ran what was in a file"
-    return refused(said[0]) if said else survived("all of them meant something")
+        lines += [f"{kind}: {line.replace(str(trial.folder), '')[:100]}"] if line else []
+    assert not (trial.folder / "canary").exists(), "code in a file was run"
+    return refused(lines[0]) if lines else survived("all of them are valid")
 
 
-@fault("a number of the batch script that would run code", "settings", "commands")
+@fault("a batch-script variable that would run code", "settings", "commands")
 def arithmetic(trial: Trial) -> Outcome:
     canary, line = trial.folder / "canary", ""
     for _ in range(4):
@@ -181,7 +181,7 @@ def conversion(trial: Trial) -> Outcome:
     output = process.communicate(timeout=120)[0]
     what = f"{number.name}, exit code {process.returncode}"
     if process.returncode != 0:
-        assert not target.exists(), "half a conversion looks whole"
+        assert not target.exists(), "an incomplete conversion was published"
         if number == signal.SIGINT and process.returncode == 130:
             assert output.strip().splitlines()[-1] == "interrupted", output[-2000:]
             assert "Traceback" not in output, output[-2000:]
@@ -218,9 +218,9 @@ PLACES = (
 )
 
 
-@fault("a run directory, a locale or a Python cache that is out of the ordinary", "surroundings", "ranks")
+@fault("an unusual run directory, locale or Python cache", "surroundings", "ranks")
 def places(trial: Trial) -> Outcome:
-    """With Python started anew: these things are read when it begins."""
+    """Ranks start a new Python, which reads these when it starts."""
     name, locale = trial.draw.choice(PLACES), trial.draw.choice(["C", "POSIX", "C.UTF-8", "nonsense"])
     run, code = trial.folder / name, trial.folder / "code"
     if name == "link":
@@ -228,12 +228,12 @@ def places(trial: Trial) -> Outcome:
         run.symlink_to("elsewhere")
     for part in ("raphael_dist", "tests"):  # whose byte code may be damaged
         shutil.copytree(ROOT / part, code / part, ignore=shutil.ignore_patterns("data"))
-    told = {"folder": str(trial.said), "run_dir": str(run), "stage": trial.setting.stage, "sections": trial.sections}
-    (trial.folder / "spec.json").write_text(json.dumps(told))
-    trial.said.mkdir()
+    spec = {"folder": str(trial.outputs), "run_dir": str(run), "stage": trial.setting.stage, "sections": trial.sections}
+    (trial.folder / "spec.json").write_text(json.dumps(spec))
+    trial.outputs.mkdir()
     for path in code.rglob("*.pyc"):
         path.write_bytes(path.read_bytes()[: trial.draw.choice([0, 8, 16, 40])])
-    output = start_anew(trial.folder / "spec.json", code, {"LC_ALL": locale, "LANG": locale})
+    output = start_ranks(trial.folder / "spec.json", code, {"LC_ALL": locale, "LANG": locale})
     assert "Traceback" not in output
     trial.run = run
     trial.check_equals_oracle()
@@ -241,7 +241,7 @@ def places(trial: Trial) -> Outcome:
     return survived(f"{name[:40]!r}, LC_ALL={locale}, byte code cut off")
 
 
-def start_anew(spec: Path, code: Path, env: dict[str, str]) -> str:
+def start_ranks(spec: Path, code: Path, env: dict[str, str]) -> str:
     """Run the ranks of a spec, each as a Python of its own, with the package in `code`; return what they printed."""
     base = {**rank_env(WORLD), **env, "PYTHONPATH": str(code)}
     command = [sys.executable, "-m", "tests.workers.spec", str(spec)]

@@ -1,30 +1,37 @@
-"""Data sets, encoders and cached features: other than they were, damaged, gone, or made to do harm.
+"""Changed, damaged, missing or hostile data sets, encoders and cached features.
 
-On the command line as users have it, with a small data set on disk: three shards of eight pictures, a random CLIP.
+Runs use the real command line and a small data set on disk: three shards of eight images, a random CLIP.
 """
 
 import bz2
+import contextlib
 import gzip
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.test_conditioning import save_clip
-from tests.test_shards import png, png_header, write_raw, write_shard
-from tests.test_training import SMALL
+import psutil
+
+from tests.data.test_encoders import save_clip
+from tests.data.test_shards import png, png_header, write_raw, write_shard
+from tests.lib.launch import ROOT
+from tests.lib.servers import Faults, http_files
 from tests.torture.faults_process import alive
 from tests.torture.kinds import fault
 from tests.torture.trial import EVERY, STEPS, WORLD, Outcome, Trial, refused, survived
+from tests.training.test_training import SMALL
 
 
 @dataclass
 class DataTrial:
-    """A run on a data set of its own, which is a copy of the oracle's at first."""
+    """A run on its own copy of the oracle's data set."""
 
     trial: Trial
 
@@ -33,9 +40,9 @@ class DataTrial:
         if "data" not in t.shared:
             t.shared["data"] = make_world(t.oracle / "data")
             t.oracle = t.shared["data"] / "run"
-            peace = DataTrial.__new__(DataTrial)
-            peace.trial, peace.home = t, t.shared["data"]
-            codes = peace.train(t.oracle)
+            plain = DataTrial.__new__(DataTrial)
+            plain.trial, plain.home = t, t.shared["data"]
+            codes = plain.train(t.oracle)
             assert codes == [0] * WORLD, f"the oracle ended with {codes}:\n{t.output}"
         t.oracle = t.shared["data"] / "run"
         self.home = t.folder / "home"
@@ -60,11 +67,14 @@ class DataTrial:
             "run.hang_timeout_s=60",
         ]
 
-    def train(self, run: Path, meanwhile: Callable[[list[int]], None] | None = None, *more: str) -> list[int]:
+    def train(
+        self, run: Path, meanwhile: Callable[[list[int]], None] | None = None, *more: str, **spec: dict[int, dict[str, int]]
+    ) -> list[int]:
         """Run the ranks until they end."""
         t = self.trial
-        arguments = [*self.arguments(run), *more]
-        return t.forks.run(t.said, WORLD, 300, meanwhile, worker="tortured", arguments=arguments)
+        differ = {argument.partition("=")[0] for argument in more}
+        arguments = [*(a for a in self.arguments(run) if a.partition("=")[0] not in differ), *more]
+        return t.forks.run(t.outputs, WORLD, 300, meanwhile, worker="tortured", arguments=arguments, **spec)
 
     def begin(self, at: int | None = None) -> int:
         """As `Trial.begin`."""
@@ -93,13 +103,13 @@ def make_world(folder: Path) -> Path:
 
 
 def sample(n: int) -> tuple[str, dict[str, bytes]]:
-    """Return a picture of one grey, its caption of six letters and an edge map."""
+    """Return a sample: a grey image, a caption of three letters, an edge map."""
     letters = " ".join("abc"[(n // 3**i) % 3] for i in range(3))
     return f"{n:04d}", {"png": png(8, 8, 10 * (n % 25)), "txt": letters.encode(), "edge.png": png(8, 8, 255 - 10 * (n % 25))}
 
 
 def refuses(case: DataTrial, field: str) -> str:
-    """Require that the run does not go on with other data, naming the field; return its line."""
+    """Require that the run refuses other data by the field's name; return its line."""
     before = case.trial.snapshot()
     line = case.trial.check_refused(case.train(case.trial.run))
     assert field in line, line
@@ -120,7 +130,7 @@ def captions(trial: Trial) -> Outcome:
     write_shard(path, rows)
     assert path.stat().st_size == size
     line = refuses(case, "data.shards")
-    # And on it goes with the captions it had.
+    # With the original captions it continues.
     path.write_bytes((trial.shared["data"] / "shards" / path.name).read_bytes())
     case.finish()
     return refused(line)
@@ -145,7 +155,7 @@ def shard_changed(trial: Trial) -> Outcome:
         write_shard(path.with_name("s9.tar"), [sample(99)])
     before = trial.snapshot()
     codes = case.train(trial.run)
-    if codes == [0] * WORLD:  # a bit between the members, or of a picture that is cached
+    if codes == [0] * WORLD:  # a bit between the members, or of a image that is cached
         trial.check_equals_oracle()
         return survived(f"{path.name} {how}: not a byte that counts")
     line = trial.check_refused(codes)
@@ -202,13 +212,13 @@ def cache_damaged(trial: Trial) -> Outcome:
         trial.check_equals_oracle()
         return survived(f"{what}: computed again")
     logs = "".join(path.read_text() for path in (trial.run / "train.log", *(trial.run / "logs").glob("*.log")))
-    assert "was set aside" in logs, "nobody said that a file is damaged"
-    # Its samples are encoded as they are needed, which is what the file held but for its rounding.
+    assert "was renamed to damaged-" in logs, "the damage was not logged"
+    # Its samples are encoded when needed; the file held the same values rounded.
     trial.check_equals_oracle(rounded=1e-3)
-    return survived(f"{what}: set aside, its samples encoded as they were needed")
+    return survived(f"{what}: quarantined, its samples encoded when needed")
 
 
-@fault("shards and cache removed while the run goes on", "data", "data")
+@fault("shards and cache removed during the run", "data", "data")
 def vanish(trial: Trial) -> Outcome:
     case = DataTrial(trial)
     at, wait = case.begin(), trial.draw.uniform(0.2, 3.0)
@@ -227,7 +237,7 @@ def vanish(trial: Trial) -> Outcome:
             shutil.rmtree(case.home / what, ignore_errors=True)
 
     codes = case.train(trial.run, meanwhile)
-    assert all(codes) or not any(codes), f"one rank went on alone: {codes}"
+    assert all(codes) or not any(codes), f"one rank continued alone: {codes}"
     newest = trial.check_lost_at_most_an_interval(at)
     ended = trial.output
     for path in case.shards if (case.home / "shards").is_dir() else []:
@@ -243,8 +253,119 @@ def vanish(trial: Trial) -> Outcome:
     return survived(f"{what} after {wait:.1f} s; exit codes {codes}, on from step {newest}")
 
 
+@fault("a data worker that is killed", "data", "data")
+def worker_killed(trial: Trial) -> Outcome:
+    case = DataTrial(trial)
+    case.begin(at=0)
+    features, wait = trial.draw.choice(["online", "cached"]), trial.draw.uniform(0.0, 2.0)
+    killed: list[int] = []
+
+    def meanwhile(pids: list[int]) -> None:
+        deadline = time.monotonic() + 60
+        while alive(pids) and not killed and time.monotonic() < deadline:
+            workers = [p for pid in pids for p in descendants(pid) if "interpreter_watchdog" not in " ".join(p.cmdline())]
+            if workers:
+                time.sleep(wait)
+                victim = trial.draw.choice(workers)
+                with contextlib.suppress(psutil.Error):
+                    victim.kill()
+                    killed.append(victim.pid)
+            time.sleep(0.01)
+
+    how = (f"data.features={features}", "data.workers=2")
+    trial.oracle = trial.folder / "plain"  # cached features are rounded, those encoded as they are needed are not
+    assert case.train(trial.oracle, None, *how) == [0] * WORLD, trial.output
+    codes = case.train(trial.run, meanwhile, *how)
+    assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
+    trial.check_equals_oracle()
+    assert "bad sample" not in trial.log, "a good sample was taken for a bad one"
+    return survived(f"{features}: {len(killed)} killed")
+
+
+@fault("kill -9 of torchrun", "kills", "data")
+def torchrun_killed(trial: Trial) -> Outcome:
+    case = DataTrial(trial)
+    at, wait = case.begin(at=0), trial.draw.uniform(0.0, 0.5)
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}", "raphael_dist/train.py"]
+    command = [sys.executable, *words, *case.arguments(trial.run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    with open(trial.folder / "torchrun.txt", "w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+    deadline = time.monotonic() + 200
+    while process.poll() is None and not (trial.run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(wait)
+    ranks = descendants(process.pid)
+    process.kill()
+    process.wait()
+    left = psutil.wait_procs(ranks, timeout=60)[1]
+    for rank in left:
+        rank.kill()
+    assert not left, "ranks continue without torchrun"
+    newest = trial.check_lost_at_most_an_interval(at)
+    assert newest, "nothing was saved"
+    case.finish()
+    return survived(f"after {wait:.1f} s; on from step {newest}")
+
+
+@fault("/dev/shm that is too small", "disks", "data")
+def small_shared_memory(trial: Trial) -> Outcome:
+    case = DataTrial(trial)
+    case.begin(at=0)
+    size = trial.draw.choice([1 << 12, 1 << 16, 1 << 20])
+    codes = case.train(trial.run, None, "data.workers=2", around={rank: {"shm": size} for rank in range(WORLD)})
+    assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
+    trial.check_equals_oracle()
+    return survived(f"{size} bytes")
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return the processes that a rank has started, [] if it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+@fault("a byte of a derived file flipped, before a restart", "data", "data")
+def derived_flipped(trial: Trial) -> Outcome:
+    case = DataTrial(trial)
+    at = case.begin(at=trial.draw.choice([0, 2, 4, 6]))
+    files = sorted(p for p in (case.home / "cache").rglob("*") if p.is_file() and p.stat().st_size)
+    path = trial.draw.choice([p for p in files if p.suffix in (".npy", ".json")] or files)
+    data = bytearray(path.read_bytes())
+    data[trial.draw.randrange(len(data))] ^= 1 << trial.draw.randrange(8)
+    path.write_bytes(data)
+    codes = case.train(trial.run)
+    what = f"{path.relative_to(case.home / 'cache')}, at step {at}"
+    if codes == [0] * WORLD:
+        trial.check_equals_oracle()
+        return survived(f"{what}: made again, or not a byte that counts")
+    line = trial.check_refused(codes)
+    shutil.rmtree(case.home / "cache", ignore_errors=True)
+    case.finish()
+    return refused(f"{what}: {line.replace(str(case.home), '')[:140]}")
+
+
+@fault("a server of shards that fails for a moment", "data", "data")
+def server_fails(trial: Trial) -> Outcome:
+    case = DataTrial(trial)
+    case.begin(at=0)
+    faults = Faults()
+    how = trial.draw.choice(["503", "429", "cut"])
+    for path in trial.draw.sample(case.shards, 2):
+        faults.of[path.name] = [how] * trial.draw.randint(1, 2)
+    with http_files(case.home / "shards", faults) as address:
+        names = ",".join(f"{address}/{path.name}" for path in case.shards)
+        codes = case.train(trial.run, None, f"data.shards=[{names}]", f"data.shard_cache={case.home}/fetched")
+    assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
+    taken = [json.loads(line) for line in trial.metrics_lines()]
+    assert len(taken) >= STEPS
+    assert "24 images" in trial.output, f"samples were lost:\n{trial.output}"
+    return survived(f"{how} for {len(faults.of)} shards")
+
+
 class Touch:
-    """What a pickle would run."""
+    """A pickle that would run a command."""
 
     def __init__(self, canary: Path) -> None:
         self._canary = canary
@@ -254,18 +375,18 @@ class Touch:
 
 
 def hostile(trial: Trial, path: Path, canary: Path) -> str:
-    """Write a shard that is made to do harm; return what it is."""
+    """Write a hostile shard; return its kind."""
     good = [sample(70 + i) for i in range(6)]
     evil = pickle.dumps(Touch(canary))
     kind = trial.draw.choice(
-        ["pickles", "no utf-8", "huge picture", "names", "double keys", "empty", "cut", "gzip bomb", "bz2", "no tar", "json",
+        ["pickles", "no utf-8", "huge image", "names", "double keys", "empty", "cut", "gzip bomb", "bz2", "no tar", "json",
          "zip of death", "long caption", "endless name"]
     )  # fmt: skip
     if kind == "pickles":
         write_shard(path, [*good, ("0090", {"pyd": evil, "pkl": evil, "pickle": evil, "png": evil, "txt": b"a"})])
     elif kind == "no utf-8":
         write_shard(path, [*good, ("0090", {"png": png(8, 8), "txt": b"\xff\xfe\x00", "edge.png": png(8, 8)})])
-    elif kind == "huge picture":
+    elif kind == "huge image":
         write_shard(path, [*good, ("0090", {"png": png_header(30_000, 30_000), "txt": b"a", "edge.png": png(8, 8)})])
     elif kind == "names":
         members = [("../../evil.png", png(8, 8)), ("/etc/evil.txt", b"a"), ("$(touch x).png", png()), ("a\nb.txt", b"a")]
@@ -297,18 +418,18 @@ def hostile(trial: Trial, path: Path, canary: Path) -> str:
     return kind
 
 
-@fault("a shard that is made to do harm", "data", "data")
+@fault("a hostile shard", "data", "data")
 def hostile_shard(trial: Trial) -> Outcome:
     case = DataTrial(trial)
     canary = trial.folder / "canary"
     kind = hostile(trial, case.home / "shards" / "s5.tar", canary)
     trial.run.mkdir()
     codes = case.train(trial.run, None, "data.max_bad_fraction=0.3")
-    assert not canary.exists(), "it ran what was in a shard"
+    assert not canary.exists(), "code in a shard was run"
     assert not list(Path("/etc").glob("evil*"))
     if codes != [0] * WORLD:
         return refused(f"{kind}: {trial.check_refused(codes).replace(str(case.home), '')[:160]}")
     assert "Traceback" not in trial.output
     assert len(trial.metrics_lines()) >= STEPS
-    told = [line for line in trial.log.splitlines() if "bad sample" in line or "left out" in line]
-    return survived(f"{kind}: {told[0].split(': ', 1)[-1][:120] if told else 'trained'}")
+    reports = [line for line in trial.log.splitlines() if "cannot be used" in line or "left out" in line]
+    return survived(f"{kind}: {reports[0].split(': ', 1)[-1][:120] if reports else 'trained'}")

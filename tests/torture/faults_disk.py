@@ -1,4 +1,4 @@
-"""Disks that are full, slow, read-only, or that fail now and then."""
+"""Disks that are full, slow, read-only, or fail once."""
 
 import errno
 import os
@@ -17,8 +17,8 @@ from tests.torture.trial import EVERY, STEPS, WORLD, Outcome, Trial, refused, su
 
 @contextmanager
 def disk(folder: Path, options: str) -> Iterator[Path]:
-    """A file system of its own, in memory, below a folder that is moved into it."""
-    held = folder.with_name("held")
+    """Put a folder on a file system of its own, in memory."""
+    held = folder.with_name("moved")
     if folder.exists():
         folder.rename(held)
     folder.mkdir(parents=True)
@@ -74,10 +74,10 @@ def full(trial: Trial) -> Outcome:
     with disk(trial.run, "size=64m"):
         leave_room(trial.run, room)
         codes = train_without_room(trial, at)
-        said = "" if not any(codes) else next(line for line in trial.output.splitlines() if line.startswith("error"))
+        error = "" if not any(codes) else next(line for line in trial.output.splitlines() if line.startswith("error"))
         remount(trial.run, "size=64m")
         trial.finish()
-    return refused(said.replace(str(trial.run), "")[:200]) if said else survived(f"{room} bytes were enough")
+    return refused(error.replace(str(trial.run), "")[:200]) if error else survived(f"{room} bytes were enough")
 
 
 @fault("a disk that is full for a while", "disks")
@@ -125,7 +125,7 @@ def file_size(trial: Trial) -> Outcome:
     trial.check_equals_oracle()
     assert trial.newest() == STEPS
     if not (trial.run / "checkpoints" / f"step-{step:08d}").exists():
-        assert f"checkpoint of step {step} not written, the previous one stays: rank {rank}: no space" in trial.log
+        assert f"checkpoint of step {step} was not written, and the previous one remains: rank {rank}: no space" in trial.log
     return survived(f"{size} bytes on rank {rank} in step {step}")
 
 
@@ -139,32 +139,32 @@ def fails_once(trial: Trial) -> Outcome:
     codes = trial.train(around=around, sections={"run": {"hang_timeout_s": 20}})
     newest = trial.newest()
     assert newest >= at, f"the checkpoint of step {at} is gone"
-    assert all(codes) or not any(codes), f"one rank went on alone: {codes}\n{trial.output}"
+    assert all(codes) or not any(codes), f"one rank continued alone: {codes}\n{trial.output}"
     ended = trial.output
     trial.finish(damaged=True)
     what = f"{errno.errorcode[number]} at call {call} of rank {rank}"
     if not any(codes):
         return survived(what)
     assert "Traceback" not in ended, f"{what}, exit codes {codes}:\n{ended[-3000:]}"
-    said = [line for line in ended.splitlines() if line.startswith("error")]
-    assert said, f"{what}: ended with {codes} without a word"
-    return refused(f"{what}: {said[0].replace(str(trial.run), '')[:140]}; went on from step {newest}")
+    errors = [line for line in ended.splitlines() if line.startswith("error")]
+    assert errors, f"{what}: ended with {codes} and no error line"
+    return refused(f"{what}: {errors[0].replace(str(trial.run), '')[:140]}; continued from step {newest}")
 
 
 @fault("a rank whose user may not write to the run directory", "disks")
 def permissions(trial: Trial) -> Outcome:
     at, rank = trial.begin(), trial.draw.randrange(WORLD)
-    trial.said.mkdir()
-    for folder in (trial.folder.parent, trial.folder, trial.said):
+    trial.outputs.mkdir()
+    for folder in (trial.folder.parent, trial.folder, trial.outputs):
         folder.chmod(0o777)
     before = trial.snapshot()
     codes = trial.train(around={rank: {"uid": 65534}})
     line = trial.check_refused(codes)
     assert "Permission denied" in line, line
     assert trial.snapshot() == before
-    shutil.rmtree(trial.said)  # some of it is the other user's
+    shutil.rmtree(trial.outputs)  # some of it is the other user's
     trial.finish()
-    return refused(f"rank {rank}: {line.replace(str(trial.run), '')}; went on from step {at}")
+    return refused(f"rank {rank}: {line.replace(str(trial.run), '')}; continued from step {at}")
 
 
 @fault("a read-only file system in the middle of training", "disks")
@@ -189,7 +189,7 @@ def read_only(trial: Trial) -> Outcome:
 
 
 def busy(act: object) -> None:
-    """Try until nobody is in the way: a file system with open files is not made read-only."""
+    """Retry while files are open for writing, which keeps a file system from becoming read-only."""
     for _ in range(50):
         try:
             act()  # type: ignore[operator]

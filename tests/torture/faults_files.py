@@ -1,4 +1,4 @@
-"""Checkpoints, manifests and what lies beside them: damaged, mixed up, missing, or something else altogether."""
+"""Checkpoints and manifests that are damaged, swapped, missing or replaced, and foreign files next to them."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from tests.torture.trial import EVERY, STEPS, WORLD, Outcome, Trial, checkpoints
 
 
 def victim(trial: Trial) -> tuple[int, Path]:
-    """Let the run have two checkpoints or more; return the newest one's step and a file of it."""
+    """Give the run at least two checkpoints; return the newest one's step and one of its files."""
     at = trial.begin(at=trial.draw.choice(range(2 * EVERY, STEPS, EVERY)))
     folder = trial.run / "checkpoints" / f"step-{at:08d}"
     return at, trial.draw.choice(sorted(folder.iterdir()))
 
 
 def falls_back(trial: Trial, at: int, what: str) -> Outcome:
-    """Require that the run goes on from the checkpoint before the damaged one, says so and keeps it."""
+    """Require that the run resumes from the checkpoint before, logs it and quarantines the damaged one."""
     trial.finish(damaged=True)
-    kept = trial.run / "checkpoints" / f"damaged-step-{at:08d}"
+    quarantined = trial.run / "checkpoints" / f"damaged-step-{at:08d}"
     assert f"resumed at step {at - EVERY}" in trial.log, f"it did not fall back:\n{trial.log[-2000:]}"
-    assert "skipping checkpoint" in trial.log, "in silence"
-    assert kept.exists() or kept.is_symlink(), "the damaged one was not kept"
-    said = next(line for line in trial.log.splitlines() if "skipping checkpoint" in line)
-    return survived(f"{what}: {said.split('skipping checkpoint ', 1)[1].replace(str(trial.run), '')[:160]}")
+    assert "skipping checkpoint" in trial.log, "the damage was not logged"
+    assert quarantined.exists() or quarantined.is_symlink(), "the damaged checkpoint is gone"
+    line = next(line for line in trial.log.splitlines() if "skipping checkpoint" in line)
+    return survived(f"{what}: {line.split('skipping checkpoint ', 1)[1].replace(str(trial.run), '')[:160]}")
 
 
 @fault("a file of a checkpoint cut off", "damage")
@@ -85,7 +85,7 @@ def swap(trial: Trial) -> Outcome:
 
 
 def something_else(path: Path, kind: str, trial: Trial) -> None:
-    """Put something in a file's place that is no file, or no file of ours."""
+    """Replace a file by something that is no file of a checkpoint."""
     path.unlink()
     makers: dict[str, Callable[[], Any]] = {
         "a FIFO": lambda: os.mkfifo(path),
@@ -110,7 +110,7 @@ THINGS = (
 )  # fmt: skip
 
 
-@fault("something else in the place of a checkpoint's file", "damage")
+@fault("a checkpoint file replaced by something else", "damage")
 def replaced(trial: Trial) -> Outcome:
     at, path = victim(trial)
     kind = trial.draw.choice(THINGS)
@@ -119,7 +119,7 @@ def replaced(trial: Trial) -> Outcome:
 
 
 def impossible(trial: Trial, manifest: dict[str, Any]) -> str:
-    """Let a manifest say what cannot be; return what."""
+    """Give a manifest an impossible value; return a description."""
     draw = trial.draw
     number = draw.choice([-1, 2**63, 2**70, 1.5, "4", None, True, [4], float("1e308")])
     key = draw.choice(["step", "samples_seen", "updates", "guard", "tensors", "files", "config", "format", "entry", "range"])
@@ -146,14 +146,14 @@ def impossible(trial: Trial, manifest: dict[str, Any]) -> str:
     return f"{key} = {str(manifest[key])[:60]}"
 
 
-@fault("a sealed manifest that says what cannot be", "manifests")
+@fault("a sealed manifest with impossible values", "manifests")
 def lies(trial: Trial) -> Outcome:
     at, _ = victim(trial)
     path = trial.run / "checkpoints" / f"step-{at:08d}" / MANIFEST
     manifest = json.loads(path.read_text())
     what = impossible(trial, manifest)
     path.write_bytes(seal(manifest))
-    if "config = " in what:  # another model, or none: not damage, and no run goes on with it
+    if "config = " in what:  # another model or none: refused, which is not damage
         before = trial.snapshot()
         codes = trial.train()
         if codes != [0] * WORLD:
@@ -186,7 +186,7 @@ def renamed(trial: Trial) -> Outcome:
     (root / "step-00000006").rename(root / "step-00000012")
     trial.finish(damaged=True)
     assert "resumed at step 4" in trial.log, trial.log[-2000:]
-    return survived("step 6 as step 12: passed over, kept aside")
+    return survived("step 6 as step 12: skipped and quarantined")
 
 
 @fault("every checkpoint damaged", "damage")
@@ -197,13 +197,13 @@ def all_damaged(trial: Trial) -> Outcome:
         trial.draw.choice([path.unlink, lambda p=path: os.truncate(p, 7)])()
     before = trial.snapshot()
     line = trial.check_refused(trial.train())
-    assert "run.fresh=true" in line
+    assert "run.ignore_damaged=true" in line
     assert trial.snapshot() == before, "a refusal changed files"
-    trial.finish(damaged=True, sections={"run": {"fresh": True}})
+    trial.finish(damaged=True, sections={"run": {"ignore_damaged": True}})
     return refused(line.replace(str(trial.run), "")[:160])
 
 
-@fault("things in the folder of checkpoints that nobody wrote", "damage")
+@fault("foreign files in the checkpoint folder", "damage")
 def strays(trial: Trial) -> Outcome:
     at = trial.begin()
     root, draw = trial.run / "checkpoints", trial.draw
@@ -214,10 +214,10 @@ def strays(trial: Trial) -> Outcome:
     )  # fmt: skip
     for name in names:
         if not (root / name).exists() and draw.random() < 0.5 and not name.startswith("."):
-            (root / name).write_text("mine")
+            (root / name).write_text("foreign")
         elif not (root / name).exists():
             (root / name).mkdir()
-            (root / name / "file").write_text("mine")
+            (root / name / "file").write_text("foreign")
     if ".probe-00001" in names:
         line = trial.check_refused(trial.train())
         assert trial.newest() == at
@@ -227,7 +227,7 @@ def strays(trial: Trial) -> Outcome:
     trial.finish()
     for name in names:
         assert (root / name).exists() != name.startswith("."), f"{name} was removed, or left"
-    return survived(f"{', '.join(names)}; went on from step {at}")
+    return survived(f"{', '.join(names)}; continued from step {at}")
 
 
 @fault("config.yaml lost, emptied or cut off", "manifests")
@@ -240,15 +240,17 @@ def config_lost(trial: Trial) -> Outcome:
         path.write_bytes({"empty": b"", "cut": path.read_bytes()[:90], "noise": b"\xff\0:", "list": b"[1, 2]"}[how])
     before = trial.snapshot()
     line = trial.check_refused(trial.train(sections={"run": {"seed": 7}}))
-    assert "run.seed was 0 there and is 7 here" in line
+    assert "run.seed was 0 and is now 7" in line
     assert trial.snapshot() == before
     trial.finish()
-    return refused(f"{how}, and another seed: {line.replace(str(trial.run), '')[:120]}; went on from step {at} with its own")
+    return refused(
+        f"{how}, and another seed: {line.replace(str(trial.run), '')[:120]}; continued from step {at} with its own"
+    )
 
 
-@fault("another value of a field that decides the numbers", "identity")
+@fault("another value of a setting that affects results", "identity")
 def another_run(trial: Trial) -> Outcome:
-    from tests.test_identity import OTHER
+    from tests.config.test_resume_check import OTHER
 
     at = trial.begin(at=trial.draw.choice([2, 4, 6]))
     name = trial.draw.choice(sorted(OTHER.keys() - {"image.buckets", "text.max_tokens", "train.dtype"}))
@@ -260,12 +262,12 @@ def another_run(trial: Trial) -> Outcome:
     assert f"{name} was " in line
     assert trial.snapshot() == before
     trial.finish()
-    return refused(f"{line.split('holds another run: ')[1][:100]}; went on from step {at}")
+    return refused(f"{line.replace(str(trial.run), '')[:140]}; continued from step {at}")
 
 
-@fault("other ranks, another stage, experts spread in another way", "identity")
+@fault("other ranks, another stage, other expert parallelism", "identity")
 def another_topology(trial: Trial) -> Outcome:
-    """What was restored is saved again at once: the values are those of the checkpoint, wherever they now lie."""
+    """What was restored is saved again at once and must have the same values."""
     import torch
 
     from raphael_dist.checkpoint.reader import CheckpointReader
@@ -277,8 +279,8 @@ def another_topology(trial: Trial) -> Outcome:
     sections = {**trial.sections, "parallel": {"space_ep": ep[0], "time_ep": ep[1]}}
     sections["train"] = {**sections["train"], "max_steps": at}  # nothing is left to train
     spec = {"worker": "tortured", "run_dir": str(trial.run), "stage": stage, "sections": sections, "save_again": True}
-    codes = trial.forks.run(trial.said, world, 300, **spec)
-    assert codes == [0] * world, f"exit codes {codes}:\n{(trial.said / 'out-0.txt').read_text()[-3000:]}"
+    codes = trial.forks.run(trial.outputs, world, 300, **spec)
+    assert codes == [0] * world, f"exit codes {codes}:\n{(trial.outputs / 'out-0.txt').read_text()[-3000:]}"
     root = trial.run / "checkpoints"
     was, now = (CheckpointReader(root / f"step-{step:08d}") for step in (at, 99))
     assert was.kinds() == now.kinds()

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, spikes, weights that no step can go on from."""
+"""Non-finite losses and gradients, spikes, and checkpoints whose weights only give bad steps."""
 
 import json
 import shutil
@@ -16,19 +16,19 @@ G = 12
 SPACE_W1 = "down_blocks.0.attentions.0.transformer_blocks.0.space_moe.w1"
 
 
-@fault("a loss or gradient that is not finite, and a kill after it", "numbers")
+@fault("a non-finite loss or gradient, then a kill", "numbers")
 def bad_step_and_kill(trial: Trial) -> Outcome:
-    """The oracle is the same run with the bad step and without the kill."""
+    """The oracle is the same run with the bad step, without the kill."""
     step = trial.draw.randrange(1, STEPS)
     if trial.draw.random() < 0.5:
         faults = {"nan": trial.draw.sample(range(step * G, (step + 1) * G), trial.draw.randint(1, 3))}
     else:
         faults = {"inf_grad": {"ranks": [trial.draw.randrange(WORLD)], "steps": [step + 1], "name": SPACE_W1}}
-    peace = trial.run
+    undisturbed = trial.run
     codes = trial.train(faults=faults)
     assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
-    assert f"step {step + 1}: skipped" in trial.log, "the step was not skipped, or nobody said so"
-    trial.oracle = peace.rename(trial.folder / "peace")
+    assert f"step {step + 1} was skipped" in trial.log, "the step was not skipped, or not logged"
+    trial.oracle = undisturbed.rename(trial.folder / "undisturbed")
     saved = [step_of(folder) for folder in checkpoints(trial.oracle)]
     assert step + 1 not in saved or step + 1 == STEPS, "a checkpoint was published between skipped steps"
     victim = trial.draw.randrange(WORLD)
@@ -38,7 +38,7 @@ def bad_step_and_kill(trial: Trial) -> Outcome:
     return survived(f"step {step + 1} skipped; killed with codes {codes}")
 
 
-@fault("losses that stay not finite", "numbers")
+@fault("losses that stay non-finite", "numbers")
 def never_finite(trial: Trial) -> Outcome:
     at = trial.begin(at=trial.draw.choice([0, 2, 4]))
     first = trial.draw.randrange(at, at + 3)
@@ -46,13 +46,15 @@ def never_finite(trial: Trial) -> Outcome:
     line = trial.check_refused(trial.train(faults=faults, sections={"train": {"max_steps": 12}}), (EXIT_NON_FINITE,))
     assert "train.max_skipped" in line
     newest = trial.newest()
-    set_aside = trial.run / "checkpoints" / f"damaged-step-{at:08d}"  # where not one step from it was any good
-    assert newest >= at or set_aside.is_dir(), f"the checkpoint of step {at} is gone, the newest is {newest}"
+    quarantined = trial.run / "checkpoints" / f"damaged-step-{at:08d}"  # if no step from it was good
+    assert newest >= at or quarantined.is_dir(), f"the checkpoint of step {at} is gone, the newest is {newest}"
     before = trial.snapshot()
     codes = trial.train(faults=faults, sections={"train": {"max_steps": 12}})  # again, from the checkpoint
     assert codes == [EXIT_NON_FINITE] * WORLD, f"exit codes {codes}:\n{trial.output}"
-    was, kept = ({name.split("/")[0].removeprefix("damaged-") for name in found} for found in (before, trial.snapshot()))
-    assert was <= kept, "a checkpoint is gone"
+    was, remaining = (
+        {name.split("/")[0].removeprefix("damaged-") for name in names} for names in (before, trial.snapshot())
+    )
+    assert was <= remaining, "a checkpoint is gone"
     for folder in (trial.run / "checkpoints").glob("damaged-step-*"):
         if not (trial.run / "checkpoints" / folder.name.removeprefix("damaged-")).exists():
             folder.rename(folder.with_name(folder.name.removeprefix("damaged-")))
@@ -76,27 +78,27 @@ def nan_in_state(trial: Trial) -> Outcome:
     return refused(f"{what} of rank {rank}: {line.replace(str(trial.run), '')[:160]}")
 
 
-@fault("a checkpoint whose weights no step can go on from", "numbers")
+@fault("a checkpoint whose weights only give bad steps", "numbers")
 def poisoned(trial: Trial) -> Outcome:
-    from tests.test_guard import poison
+    from tests.training.test_guard import poison
 
     at = trial.begin(at=trial.draw.choice([4, 6]))
     poison(trial.run, at)
     codes = trial.train(sections={"train": {"max_steps": STEPS + 6}})
     assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
-    assert f"no step since the return to step {at} was any good" in trial.log
+    assert f"No step since the return to step {at} was good" in trial.log
     assert (trial.run / "checkpoints" / f"damaged-step-{at:08d}").is_dir()
     newest = checkpoints(trial.run)[-1]
     reader = CheckpointReader(newest)
-    assert reader.damage() is None
-    # Three batches were used up on the weights that were no good; none is met twice.
+    assert reader.integrity_error() is None
+    # Three batches were used on the bad weights; none is used twice.
     assert reader.manifest["samples_seen"] == (reader.step + 3 + EVERY) * G
-    return survived(f"step {at} set aside, on to step {reader.step}")
+    return survived(f"step {at} quarantined, continued to step {reader.step}")
 
 
-@fault("a spike that is rolled back, and a kill after it", "numbers")
+@fault("a spike that is rolled back, then a kill", "numbers")
 def spike(trial: Trial) -> Outcome:
-    """The oracle is the same run with the spike and without the kill."""
+    """The oracle is the same run with the spike, without the kill."""
     at = 14
     sections = {
         "train": {"max_steps": at + 4, "spike_action": trial.draw.choice(["rollback", "skip"]), "spike_sigma": 8.0},
@@ -106,7 +108,7 @@ def spike(trial: Trial) -> Outcome:
     codes = trial.train(faults=faults, sections=sections)
     assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
     assert "is a spike" in trial.log
-    peace = trial.run.rename(trial.folder / "peace")
+    undisturbed = trial.run.rename(trial.folder / "undisturbed")
     victim, last = trial.draw.randrange(WORLD), f"step-{at + 4:08d}"
     codes = trial.train(
         at_random(trial, lambda p: send(p[victim], signal.SIGKILL) and None), faults=faults, sections=sections
@@ -114,8 +116,10 @@ def spike(trial: Trial) -> Outcome:
     if not (trial.run / "checkpoints" / last).exists():
         again = trial.train(faults=faults, sections=sections)
         assert again == [0] * WORLD, f"exit codes {again}:\n{trial.output}"
-    assert sums(trial.run / "checkpoints" / last) == sums(peace / "checkpoints" / last), "the spike was judged otherwise"
-    seen = [json.loads((d / "checkpoints" / last / MANIFEST).read_text())["samples_seen"] for d in (trial.run, peace)]
+    assert sums(trial.run / "checkpoints" / last) == sums(undisturbed / "checkpoints" / last), (
+        "the spike was judged otherwise"
+    )
+    seen = [json.loads((d / "checkpoints" / last / MANIFEST).read_text())["samples_seen"] for d in (trial.run, undisturbed)]
     assert seen[0] == seen[1]
-    shutil.rmtree(peace)
+    shutil.rmtree(undisturbed)
     return survived(f"{sections['train']['spike_action']}, killed with codes {codes}")

@@ -1,4 +1,4 @@
-"""Processes that die, are stopped, get signals, or meet each other in one run directory."""
+"""Processes that are killed, stopped or signalled, and two runs in one directory."""
 
 import json
 import os
@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raphael_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED
-from tests.launch import ROOT, rank_env
+from tests.lib.launch import ROOT, rank_env
 from tests.torture.kinds import fault
 from tests.torture.trial import STEPS, WORLD, Outcome, Trial, checkpoints, refused, survived
 
-LIFE = 4.0  # seconds within which most runs of a few steps begin and end
+LIFE = 4.0  # seconds that most runs of a few steps take
 HANG_S = 6.0
 
 
 def send(pid: int, number: int) -> bool:
-    """Send a signal; return whether there was somebody to get it."""
+    """Send a signal; return whether the process exists."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -28,7 +28,7 @@ def send(pid: int, number: int) -> bool:
 
 
 def at_random(trial: Trial, act: Callable[[list[int]], None]) -> Callable[[list[int]], None]:
-    """Return what waits for a random moment of the run's life, often that of a save, and then acts on its ranks."""
+    """Return a function that waits for a random moment, often of a save, and then acts on the ranks."""
     wait, on_save = trial.draw.uniform(0, LIFE), trial.draw.random() < 0.4
     late = trial.draw.uniform(0, 0.08)
 
@@ -46,20 +46,20 @@ def at_random(trial: Trial, act: Callable[[list[int]], None]) -> Callable[[list[
 
 
 def writing(trial: Trial) -> list[str]:
-    """Return which saves are going on."""
+    """Return the temporary folders of unfinished saves."""
     return [path.name for path in (trial.run / "checkpoints").glob(".writing-*")]
 
 
 def alive(pids: list[int]) -> bool:
-    """Return whether all ranks are there."""
+    """Return whether all ranks exist."""
     return all(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def go_on_after_death(trial: Trial, at: int, what: str) -> Outcome:
-    """Check what a death left, and go on."""
+def continue_after_death(trial: Trial, at: int, what: str) -> Outcome:
+    """Check what a killed run left, and continue it."""
     newest = trial.check_lost_at_most_an_interval(at)
     trial.finish()
-    return survived(f"{what}; went on from step {newest}")
+    return survived(f"{what}; continued from step {newest}")
 
 
 @fault("kill -9 of a rank at a random moment", "kills")
@@ -67,22 +67,22 @@ def kill_one(trial: Trial) -> Outcome:
     at, victim = trial.begin(), trial.draw.randrange(WORLD)
     codes = trial.train(at_random(trial, lambda pids: send(pids[victim], signal.SIGKILL) and None))
     # The other may have had nothing left to do.
-    assert all(codes) or not any(codes) or trial.newest() == STEPS, f"one rank went on alone: {codes}"
-    return go_on_after_death(trial, at, f"rank {victim}, exit codes {codes}")
+    assert all(codes) or not any(codes) or trial.newest() == STEPS, f"one rank continued alone: {codes}"
+    return continue_after_death(trial, at, f"rank {victim}, exit codes {codes}")
 
 
 @fault("kill -9 of all ranks at once", "kills")
 def kill_all(trial: Trial) -> Outcome:
     at = trial.begin()
     codes = trial.train(at_random(trial, lambda pids: [send(pid, signal.SIGKILL) for pid in pids] and None))
-    return go_on_after_death(trial, at, f"exit codes {codes}")
+    return continue_after_death(trial, at, f"exit codes {codes}")
 
 
 @fault("kill -9 instead of the n-th call that changes the file system", "kills")
 def kill_at_call(trial: Trial) -> Outcome:
     at, victim, call = trial.begin(), trial.draw.randrange(WORLD), int(trial.draw.triangular(0, 260, 20))
     codes = trial.train(around={victim: {"calls": [str(trial.folder / "calls.txt"), "kill", call]}})
-    return go_on_after_death(trial, at, f"rank {victim} at call {call}, exit codes {codes}")
+    return continue_after_death(trial, at, f"rank {victim} at call {call}, exit codes {codes}")
 
 
 @fault("five kills in a row", "kills")
@@ -94,7 +94,7 @@ def kill_often(trial: Trial) -> Outcome:
         at = trial.check_lost_at_most_an_interval(at)
         reached.append(at)
     trial.finish()
-    return survived(f"went on from steps {reached}")
+    return survived(f"continued from steps {reached}")
 
 
 @fault("a signal to stop, at a random moment", "signals")
@@ -105,7 +105,7 @@ def signal_once(trial: Trial) -> Outcome:
     # Before the handlers are there (imports, fork) a signal ends the process as it does any.
     early = [0, EXIT_INTERRUPTED]
     if not set(codes) <= set(early):
-        return go_on_after_death(trial, at, f"{number.name} before the run listened, exit codes {codes}")
+        return continue_after_death(trial, at, f"{number.name} before the run listened, exit codes {codes}")
     assert len(set(codes)) == 1, f"the ranks disagree: {codes}"
     if codes[0] == EXIT_INTERRUPTED:
         # Saved where it stopped, which may be a step of which the oracle has no checkpoint.
@@ -131,10 +131,10 @@ def signal_storm(trial: Trial) -> Outcome:
             time.sleep(gap)
 
     codes = trial.train(storm)
-    return go_on_after_death(trial, at, f"exit codes {codes}")
+    return continue_after_death(trial, at, f"exit codes {codes}")
 
 
-@fault("SIGSTOP of a rank for ever", "hangs")
+@fault("SIGSTOP of a rank", "hangs")
 def stop_one(trial: Trial) -> Outcome:
     at, victim = trial.begin(), trial.draw.randrange(WORLD)
     stopped = []
@@ -145,9 +145,19 @@ def stop_one(trial: Trial) -> Outcome:
     if codes != [0] * WORLD:
         assert codes[1 - victim] in (EXIT_HUNG, 1), f"exit codes {codes}:\n{trial.output}"
         assert codes[victim] == -9, codes  # by the launcher
-        said = f"rank {victim}"
-        assert said in trial.output or "error" in trial.output, f"nobody said which rank hangs:\n{trial.output}"
-    return go_on_after_death(trial, at, f"rank {victim}, exit codes {codes}")
+        named = f"rank {victim}" in trial.output or "error" in trial.output
+        assert named, f"the hanging rank was not named:\n{trial.output}"
+    return continue_after_death(trial, at, f"rank {victim}, exit codes {codes}")
+
+
+@fault("a rank that never starts", "hangs")
+def never_comes(trial: Trial) -> Outcome:
+    at, victim = trial.begin(), trial.draw.randrange(WORLD)
+    codes = trial.train(around={victim: {"never": True}}, sections={"run": {"hang_timeout_s": 1.0}})
+    assert codes[victim] == -9, codes  # by the launcher
+    assert codes[1 - victim] == EXIT_HUNG, f"exit codes {codes}:\n{trial.output}"
+    assert f"rank {victim}" in trial.output, f"the missing rank was not named:\n{trial.output}"
+    return continue_after_death(trial, at, f"rank {victim}, exit codes {codes}")
 
 
 @fault("a suspension of all ranks, longer than the time-out", "hangs")
@@ -165,7 +175,7 @@ def suspend(trial: Trial) -> Outcome:
     codes = trial.train(at_random(trial, act), sections={"run": {"hang_timeout_s": HANG_S}})
     assert codes == [0] * WORLD, f"a healthy run was ended: {codes}\n{trial.output}"
     trial.check_equals_oracle()
-    return survived("suspended and went on")
+    return survived("suspended and continued")
 
 
 @fault("a rank that is stopped for a while", "hangs")
@@ -198,25 +208,25 @@ def clock(trial: Trial) -> Outcome:
 def memory(trial: Trial) -> Outcome:
     at, victim, room = trial.begin(), trial.draw.randrange(WORLD), int(10 ** trial.draw.uniform(6, 8.5))
     codes = trial.train(around={victim: {"memory": room}}, sections={"run": {"hang_timeout_s": 3 * HANG_S}})
-    assert all(codes) or not any(codes), f"one rank went on alone: {codes}"
-    return go_on_after_death(trial, at, f"{room >> 20} MiB more on rank {victim}, exit codes {codes}")
+    assert all(codes) or not any(codes), f"one rank continued alone: {codes}"
+    return continue_after_death(trial, at, f"{room >> 20} MiB more on rank {victim}, exit codes {codes}")
 
 
 @fault("two runs in one directory", "surroundings")
 def rivals(trial: Trial) -> Outcome:
     trial.begin()
-    said = []
+    attempts = []
 
     def rival(pids: list[int]) -> None:
         while alive(pids) and not (trial.run / ".lock").exists():
             time.sleep(0.01)
-        config = trial.said / "given-0.yaml"
+        config = trial.outputs / "given-0.yaml"
         if not alive(pids):
             return
         alone = ["parallel.space_ep=1", "parallel.time_ep=1"]  # what one rank can do
         command = [sys.executable, "raphael_dist/train.py", "--config", str(config), f"run.dir={trial.run}", *alone]
         done = subprocess.run(command, env=rank_env(1), cwd=ROOT, capture_output=True, text=True, timeout=300)
-        said.append((done.returncode, done.stderr, alive(pids)))
+        attempts.append((done.returncode, done.stderr, alive(pids)))
 
     def meanwhile(pids: list[int]) -> None:
         rival(pids)
@@ -224,10 +234,10 @@ def rivals(trial: Trial) -> Outcome:
             send(pid, signal.SIGTERM)
 
     codes = trial.train(meanwhile, sections={"train": {"max_steps": 400}})  # long enough for the rival to come
-    assert said, "no rival"
-    code, error, there = said[0]
-    assert set(codes) <= {0, EXIT_INTERRUPTED}, f"the first run did not go on: {codes}\n{trial.output}"
+    assert attempts, "no rival"
+    code, error, there = attempts[0]
+    assert set(codes) <= {0, EXIT_INTERRUPTED}, f"the first run did not continue: {codes}\n{trial.output}"
     if not there:
         return survived("the rival came when the first run was done")
-    assert (code, "another process is training in" in error, error.count("\n")) == (2, True, 1), error
+    assert (code, "in use by another process" in error, error.count("\n")) == (2, True, 1), error
     return refused(error.strip())

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of four nodes on this host: `sbatch slurm/train_raphael.sh` on two of them, and mishaps."""
+"""Faults of jobs on a real Slurm of four nodes on this host: `sbatch slurm/train_raphael.sh` on two of them."""
 
 import re
 import signal
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import psutil
 
-from tests.launch import run_ranks
-from tests.slurm_cluster import Cluster, wait_for
-from tests.test_slurm import EVERY, LONG_RUN, Job, files_of, losses
-from tests.test_training import SMALL
+from tests.cluster.test_slurm import EVERY, LONG_RUN, Job, files_of, losses
+from tests.lib.launch import run_ranks
+from tests.lib.slurm_cluster import Cluster, wait_for
 from tests.torture.faults_disk import disk, leave_room, remount
 from tests.torture.faults_process import send
 from tests.torture.kinds import fault
 from tests.torture.trial import Outcome, Trial, refused, survived
+from tests.training.test_training import SMALL
 
 LAST = 120  # of LONG_RUN
-PATIENCE_S = 600.0
+TIMEOUT_S = 600.0
 
 
 class SlurmTrial:
@@ -35,20 +35,20 @@ class SlurmTrial:
         if "alone" not in shared:
             folder = trial.oracle / "alone"
             more = ["--deepspeed_config=ds_configs/zero1.json", f"run.dir={folder}", self.cache, *LONG_RUN]
-            run_ranks(["raphael_dist/train.py", *SMALL, *more], 2, timeout=PATIENCE_S)
+            run_ranks(["raphael_dist/train.py", *SMALL, *more], 2, timeout=TIMEOUT_S)
             shared["alone"] = folder
         self.alone: Path = shared["alone"]
         self.job: Job | None = None
 
     def submit(self, *more: str, nodes: int = 2, **env: str) -> Job:
-        """Send the job; the same directory whenever it is sent."""
-        given = {one.partition("=")[0] for one in more}
-        arguments = [self.cache, *(one for one in LONG_RUN if one.partition("=")[0] not in given), *more]
+        """Submit the job, always with the same run directory."""
+        fields = {override.partition("=")[0] for override in more}
+        arguments = [self.cache, *(o for o in LONG_RUN if o.partition("=")[0] not in fields), *more]
         self.job = Job(self.cluster, self.trial.folder, [f"--nodes={nodes}"], arguments, **env)
         return self.job
 
     def any_moment(self) -> str:
-        """Wait for a random moment between the job's start and its last steps; return when it came."""
+        """Wait for a random moment between the job's start and its middle; return a description of it."""
         assert self.job is not None
         wait_for(lambda: self.cluster.job(self.job.id).get("JobState") == "RUNNING", 120, "the job to run")
         if self.draw.random() < 0.3:
@@ -59,23 +59,23 @@ class SlurmTrial:
         return f"at step {self.job.steps[-1]}"
 
     def pids(self) -> dict[int, tuple[str, int]]:
-        """Wait until the ranks have said who they are; return their nodes and process ids."""
+        """Wait until the ranks have logged their nodes and process ids; return them."""
         assert self.job is not None
         log = self.job.dir / "train.log"
         wait_for(lambda: log.is_file() and "local rank" in log.read_text(), 180, "ranks")
         return self.job.pids()
 
     def finish(self, sudden: int) -> None:
-        """Wait for the job's end and compare it with the oracle. sudden: how many ends without warning there were."""
+        """Wait for the job's end and compare it with the oracle. sudden: number of ends without warning."""
         assert self.job is not None
-        self.job.finish(seconds=PATIENCE_S)
+        self.job.finish(seconds=TIMEOUT_S)
         assert files_of(self.job.dir, LAST) == files_of(self.alone, LAST), "other weights or moments at the end"
         assert losses(self.job.dir) == losses(self.alone), "other losses"
         repeated = len(self.job.steps) - LAST
         assert repeated <= sudden * EVERY, f"{repeated} steps were taken again after {sudden} ends"
 
     def cleanup(self) -> None:
-        """Leave no job and every node up."""
+        """Cancel all jobs and start all nodes."""
         wait_for(lambda: not self.cluster.cancel_all(), 120, "the end of all jobs")
         for node in self.cluster.nodes:
             if node not in self.cluster._daemons:
@@ -84,7 +84,7 @@ class SlurmTrial:
 
 
 def on_slurm(act: Callable[[SlurmTrial], Outcome]) -> Callable[[Trial], Outcome]:
-    """Return the fault of a trial that is given a cluster and cleans up behind itself."""
+    """Return a fault that gets the cluster and cleans it up afterwards."""
 
     def inject(trial: Trial) -> Outcome:
         case = SlurmTrial(trial)
@@ -100,20 +100,20 @@ def on_slurm(act: Callable[[SlurmTrial], Outcome]) -> Callable[[Trial], Outcome]
 
 
 def slurm(name: str) -> Callable[[Callable[[SlurmTrial], Outcome]], Callable[[Trial], Outcome]]:
-    """Enter a fault of a job."""
+    """Register a fault of a job."""
     return lambda act: fault(name, "slurm", "slurm")(on_slurm(act))
 
 
 def processes_of(job: str, name: str) -> list[psutil.Process]:
-    """Return the processes of a job by the name of their program."""
-    found = []
+    """Return the processes of a job with this program name."""
+    processes = []
     for process in psutil.process_iter(["name"]):
         try:
             if process.info["name"] == name and process.environ().get("SLURM_JOB_ID") == job:
-                found.append(process)
+                processes.append(process)
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 @slurm("kill -9 of a task")
@@ -154,15 +154,15 @@ def batch_shell(case: SlurmTrial) -> Outcome:
 @slurm("scontrol requeue")
 def requeue(case: SlurmTrial) -> Outcome:
     job, times = case.submit(), case.draw.choice([1, 1, 2])
-    said = []
+    moments = []
     for i in range(times):
-        said.append(case.any_moment())
+        moments.append(case.any_moment())
         case.cluster.run("scontrol", "requeue", job.id, check=False)
         if case.cluster.job(job.id)["JobState"] == "COMPLETED":
             break
         job.wait_restart(i + 1)
     case.finish(sudden=times)
-    return survived(", ".join(said))
+    return survived(", ".join(moments))
 
 
 @slurm("USR1, as before a time limit or a preemption")
@@ -236,7 +236,7 @@ def suspended(case: SlurmTrial) -> Outcome:
     return survived(when)
 
 
-@slurm("SIGSTOP of a task for ever")
+@slurm("SIGSTOP of a task")
 def hung(case: SlurmTrial) -> Outcome:
     job = case.submit("run.hang_timeout_s=10")
     when = case.any_moment()
@@ -244,7 +244,7 @@ def hung(case: SlurmTrial) -> Outcome:
     there = send(pid, signal.SIGSTOP)
     case.finish(sudden=1)
     if there and "restart 1:" in job.log:
-        assert f"rank {rank}" in job.log, "nobody said which rank hangs"
+        assert f"rank {rank}" in job.log, "the hanging rank was not named"
     return survived(f"rank {rank}, {when}")
 
 
@@ -254,14 +254,14 @@ def rival(case: SlurmTrial) -> Outcome:
     first.wait_step(1)
     arguments = [case.cache, *LONG_RUN, f"run.dir={first.dir}"]
     second = Job(case.cluster, case.trial.folder / "rival", ["--nodes=1"], arguments)
-    state = case.cluster.wait_job(second.id, seconds=PATIENCE_S)["JobState"]
-    said = second.log
+    state = case.cluster.wait_job(second.id, seconds=TIMEOUT_S)["JobState"]
+    log = second.log
     case.finish(sudden=0)
     if state == "COMPLETED":
         return survived("it came when the first was complete, and had nothing to do")
-    assert "another process is training in" in said, said[-2000:]
-    assert "Traceback" not in said
-    return refused("run.dir: another process is training in it")
+    assert "in use by another process" in log, log[-2000:]
+    assert "Traceback" not in log
+    return refused("run.dir is in use by another process")
 
 
 @slurm("a full disk under a job")
@@ -272,16 +272,16 @@ def full_disk(case: SlurmTrial) -> Outcome:
         job = case.submit()
         when = case.any_moment()
         leave_room(run, 8192)
-        state = case.cluster.wait_job(job.id, seconds=PATIENCE_S)["JobState"]
-        said = job.log
-        assert "Traceback" not in said, said[-3000:]
-        assert "restart 5:" not in said
+        state = case.cluster.wait_job(job.id, seconds=TIMEOUT_S)["JobState"]
+        log = job.log
+        assert "Traceback" not in log, log[-3000:]
+        assert "restart 5:" not in log
         remount(run, "size=200m")
         if state != "COMPLETED":
             assert case.cluster.job(job.id)["ExitCode"] == "4:0", case.cluster.job(job.id)["ExitCode"]
             case.submit()
         case.finish(sudden=20)  # every save failed: what is repeated is bounded by the disk, not by the interval
-    line = next((line for line in said.splitlines() if line.startswith("error")), "")
+    line = next((line for line in log.splitlines() if line.startswith("error")), "")
     return refused(f"{when}: {line.replace(str(run), '')[:140]}") if line else survived(when)
 
 
@@ -296,7 +296,7 @@ def preflight(case: SlurmTrial) -> Outcome:
     settings = {"PYTHON": str(python), "PREFLIGHT": "1", "SPARE_NODES": "1", "PREFLIGHT_MINUTES": "1"}
     job = case.submit(nodes=3, **settings)
     case.finish(sudden=0)
-    assert f"{node}: no report" in job.log, "nobody named the node"
+    assert f"{node}: no report" in job.log, "the node was not named"
     assert node not in {where for where, _ in job.pids().values()}
     return survived(f"{how} on {node}")
 
@@ -316,7 +316,7 @@ def hostile(case: SlurmTrial) -> Outcome:
         env = {"RUN_DIR": ""}
     arguments = [attack] if where == "argument" else [case.cache, *LONG_RUN[1:], "train.max_steps=1"]
     job = Job(case.cluster, case.trial.folder, ["--nodes=1", *options], arguments, **env)
-    state = case.cluster.wait_job(job.id, seconds=PATIENCE_S)["JobState"]
+    state = case.cluster.wait_job(job.id, seconds=TIMEOUT_S)["JobState"]
     log = job.log
     assert not canary.exists(), f"{where} ran"
     assert "Traceback" not in log, log[-2000:]

@@ -9,7 +9,7 @@ from tests.torture.trial import Outcome
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault. `where`: ranks, data, commands or slurm, which says what `inject` is given."""
+    """A kind of fault. where: "ranks", "data", "commands" or "slurm", the setup that `inject` uses."""
 
     name: str
     group: str
@@ -21,11 +21,11 @@ KINDS: dict[str, Kind] = {}
 
 
 def fault(name: str, group: str, where: str = "ranks") -> Callable[[Callable[[Any], Outcome]], Callable[[Any], Outcome]]:
-    """Enter a function among the kinds of faults."""
+    """Register a function as a kind of fault."""
 
-    def enter(inject: Callable[[Any], Outcome]) -> Callable[[Any], Outcome]:
+    def register(inject: Callable[[Any], Outcome]) -> Callable[[Any], Outcome]:
         assert name not in KINDS, name
         KINDS[name] = Kind(name, group, where, inject)
         return inject
 
-    return enter
+    return register

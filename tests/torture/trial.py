@@ -1,8 +1,9 @@
-"""What a fault is tried on: a small run of real ranks, and the same run that nothing happens to, its oracle.
+"""The run that a fault is injected into, a small one of real ranks, and its oracle, the same run without faults.
 
-A fault is a function of a `Trial`. It returns what became of it: survived (the run ended with the oracle's losses, weights,
-moments and average, bit for bit, no more than an interval repeated) or refused (in one line, with everything as it was). An
-AssertionError, or anything else it raises, means that something was lost.
+A fault is a function of a `Trial` that returns an outcome:
+- survived: the run ended with the oracle's losses, weights, moments and average, bit for bit; at most an interval repeated
+- refused: the run ended with one line and changed nothing
+An AssertionError or any other exception means that something was lost.
 """
 
 import json
@@ -17,15 +18,15 @@ from raphael_dist.checkpoint.folders import step_of
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.errors import UserError
 from raphael_dist.training.metrics import read_metrics
-from tests.forks import Forks, output_of
+from tests.lib.forks import Forks, output_of
 
 WORLD, STEPS, EVERY = 2, 8, 2
-SLOW_MACHINE = 300.0  # seconds that a run of a few steps may take where other work goes on
+SLOW_MACHINE = 300.0  # seconds that a run of a few steps may take on a busy machine
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a run is carried out: a ZeRO stage, how many ranks share space and time experts, and a type."""
+    """ZeRO stage, sizes of the expert-parallel groups (space, time), and dtype of a run."""
 
     stage: int
     ep: tuple[int, int]
@@ -34,16 +35,16 @@ class Setting:
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
-        """The configuration, beside the tiny model's."""
+        """The sections of the configuration that differ from the tiny model's."""
         return {
             "train": {
-                "global_batch": 12,
-                "micro_batch": 6 // self.accumulation,
+                "global_batch_size": 12,
+                "micro_batch_size": 6 // self.accumulation,
                 "max_steps": STEPS,
                 "log_every": 1,
                 "dtype": self.dtype,
             },
-            "optim": {"lr": 1e-3, "clip": 0.5},
+            "optim": {"lr": 1e-3, "max_grad_norm": 0.5},
             "checkpoint": {"every": EVERY, "keep": 99},
             "parallel": {"space_ep": self.ep[0], "time_ep": self.ep[1]},
         }
@@ -63,43 +64,43 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a fault. `line`: what the run said of it, or what was done to it."""
+    """Outcome of a fault. line: the run's error, or a description of the fault."""
 
     kind: str  # survived, refused or lost
     line: str
 
 
 def survived(what: str) -> Outcome:
-    """Return that the run came to the oracle's end."""
+    """Return the outcome of a run that ended like the oracle."""
     return Outcome("survived", what)
 
 
 def refused(line: str) -> Outcome:
-    """Return that the run said so, and that nothing was changed by it."""
+    """Return the outcome of a run that ended with one line and changed nothing."""
     return Outcome("refused", line)
 
 
 @dataclass
 class Trial:
-    """A place for one fault: an empty folder, a random generator, ranks to fork, and the oracle of a setting."""
+    """Setup of one fault: an empty folder, a random generator, ranks to fork, and the oracle of a setting."""
 
     forks: Forks
     folder: Path
     draw: random.Random
     setting: Setting
     oracle: Path
-    shared: dict[str, Any] = field(default_factory=dict)  # what a campaign keeps from trial to trial
+    shared: dict[str, Any] = field(default_factory=dict)  # by all trials of a campaign
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.run, self.said = self.folder / "run", self.folder / "said"
+        self.run, self.outputs = self.folder / "run", self.folder / "outputs"
         self.sections = self.setting.sections
         self.sections["checkpoint"]["background"] = self.draw.random() < 0.5
 
-    # ---- the life of a run ------------------------------------------------------------------------------------------
+    # ---- running ------------------------------------------------------------------------------------------
 
     def begin(self, *, at: int | None = None) -> int:
-        """Let the run be as it was when it had saved step `at`, 0 for a new one, by default any; return that step."""
+        """Put the run into the state after the save of step `at` (0: a new run, None: a random one); return that step."""
         at = self.draw.choice(range(0, STEPS, EVERY)) if at is None else at
         if at == 0:
             self.run.mkdir(parents=True)
@@ -117,39 +118,39 @@ class Trial:
     def train(
         self, meanwhile: Callable[[list[int]], None] | None = None, sections: dict[str, Any] | None = None, **spec: Any
     ) -> list[int]:
-        """Run the ranks until they end; return their exit codes. `sections`: fields that differ."""
+        """Run the ranks until they end; return their exit codes. sections: overrides of the configuration."""
         names = self.sections.keys() | (sections or {}).keys()
         merged = {n: {**self.sections.get(n, {}), **(sections or {}).get(n, {})} for n in names}
         spec = {"worker": "tortured", "run_dir": str(self.run), "stage": self.setting.stage, "sections": merged, **spec}
-        return self.forks.run(self.said, WORLD, SLOW_MACHINE, meanwhile, **spec)
+        return self.forks.run(self.outputs, WORLD, SLOW_MACHINE, meanwhile, **spec)
 
     @property
     def output(self) -> str:
-        """What the ranks printed last."""
-        return output_of(self.said, WORLD)
+        """What the ranks printed in the last run."""
+        return output_of(self.outputs, WORLD)
 
     @property
     def log(self) -> str:
-        """The run's log."""
+        """Text of the run's log, "" without one."""
         path = self.run / "train.log"
         return path.read_text() if path.is_file() else ""
 
     def metrics_lines(self) -> list[str]:
-        """The whole lines of metrics.jsonl."""
+        """The complete lines of metrics.jsonl."""
         path = self.run / "metrics.jsonl"
         return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
 
-    # ---- what must hold ---------------------------------------------------------------------------------------------
+    # ---- checks ---------------------------------------------------------------------------------------------
 
     def newest(self) -> int:
-        """Return the step of the newest checkpoint, 0 without any; every one in sight must be whole and the oracle's.
+        """Return the step of the newest checkpoint, 0 without any. Every published one must be valid and equal the oracle's.
 
-        The oracle has none of a step at which a signal stopped the run.
+        The oracle has no checkpoint of a step at which a signal stopped the run.
         """
         steps = [0]
         for folder in checkpoints(self.run):
             reader = CheckpointReader(folder)
-            assert reader.damage() is None, f"{folder.name}: {reader.damage()}"
+            assert reader.integrity_error() is None, f"{folder.name}: {reader.integrity_error()}"
             assert reader.incomplete() is None, f"{folder.name}: {reader.incomplete()}"
             peer = self.oracle / "checkpoints" / folder.name
             assert not peer.exists() or sums(folder) == sums(peer), f"{folder.name} is not the oracle's"
@@ -157,21 +158,21 @@ class Trial:
         return max(steps)
 
     def check_lost_at_most_an_interval(self, before: int) -> int:
-        """Compare the steps that were taken with the newest checkpoint, which is at least `before`; return its step."""
+        """Require that at most an interval was lost and `before` still exists; return the newest checkpoint's step."""
         newest = self.newest()
         assert newest >= before, f"the checkpoint of step {before} is gone, the newest is {newest}"
         taken = max((json.loads(line)["step"] for line in self.metrics_lines()), default=0)
-        # A write in the background may take as long as the next interval.
+        # A background save may take until the next one is due.
         limit = EVERY * (2 if self.sections["checkpoint"]["background"] else 1)
         assert taken - newest <= limit, f"{taken - newest} steps are lost, of {taken}"
         return newest
 
     def finish(self, *, damaged: bool = False, **spec: Any) -> None:
-        """Run the same command to the end, which must be the oracle's. damaged: checkpoints in sight may be."""
+        """Run the same command to the end and compare with the oracle. damaged: published checkpoints may be damaged."""
         codes = self.train(**spec)
         assert codes == [0] * WORLD, f"exit codes {codes}:\n{self.output}"
         self.check_equals_oracle()
-        assert damaged or not list((self.run / "checkpoints").glob(".*")), "something temporary was left"
+        assert damaged or not list((self.run / "checkpoints").glob(".*")), "temporary files are left"
 
     def check_equals_oracle(self, rounded: float = 0.0) -> None:
         """Compare the last checkpoint and the losses and gradient norms of all steps, bit for bit.
@@ -179,43 +180,43 @@ class Trial:
         rounded: instead, by how much of themselves losses, norms and rates may differ.
         """
         last = f"step-{STEPS:08d}"
-        mine, others = self.run / "checkpoints" / last, self.oracle / "checkpoints" / last
-        assert rounded or sums(mine) == sums(others), "other weights at the end"
-        found, expected = (read_metrics(folder / "metrics.jsonl") for folder in (self.run, self.oracle))
+        actual, expected_folder = self.run / "checkpoints" / last, self.oracle / "checkpoints" / last
+        assert rounded or sums(actual) == sums(expected_folder), "other weights at the end"
+        metrics, expected = (read_metrics(folder / "metrics.jsonl") for folder in (self.run, self.oracle))
         for tag in ("train/loss", "optim/grad_norm", "optim/lr"):
-            steps = dict(found[tag])
-            # As text: a loss that is not a number is what the oracle's is.
+            steps = dict(metrics[tag])
+            # Compared as text, so that NaN equals NaN.
             differ = [(n, v) for n, v in expected[tag] if n in steps and repr(steps[n]) != repr(v)]
             wrong = [step for step, value in differ if not abs(steps[step] - value) <= rounded * abs(value)]
             assert not wrong, f"{tag} differs at steps {wrong}"
 
     def check_refused(self, codes: list[int], allowed: tuple[int, ...] = (2,)) -> str:
-        """Require one of these exit codes of all ranks and a line that says why, without a traceback; return the line."""
+        """Require one of these exit codes of all ranks and one error line without a traceback; return the line."""
         assert set(codes) <= set(allowed), f"exit codes {codes}:\n{self.output}"
         return one_line(self.output)
 
     def snapshot(self) -> dict[str, int]:
-        """Return what must not change while a run refuses to go on: files of checkpoints and when they were written."""
+        """Return the files of checkpoints with their times of modification, which a refusal must not change."""
         root = self.run / "checkpoints"
         return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 def one_line(output: str) -> str:
-    """Return the one error of an output. AssertionError for a traceback, no error or several different ones."""
+    """Return the error line of an output. AssertionError: a traceback, no error, or several different ones."""
     assert "Traceback" not in output, output[-3000:]
     errors = [line for line in output.splitlines() if line.startswith("error")]
-    assert len({line.split(": ", 1)[-1] for line in errors}) == 1, f"{len(errors)} lines of error:\n{output[-3000:]}"
+    assert len({line.split(": ", 1)[-1] for line in errors}) == 1, f"{len(errors)} error lines:\n{output[-3000:]}"
     return errors[0]
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints, oldest first, by the names that the trainer gives."""
+    """Return the folders of a run's published checkpoints, oldest first."""
     folder = run / "checkpoints"
     return sorted(p for p in folder.iterdir() if step_of(p) is not None) if folder.is_dir() else []
 
 
 def sums(folder: Path) -> dict[str, str]:
-    """Return the checksums of a checkpoint's files. AssertionError where it has no manifest to believe."""
+    """Return the checksums of a checkpoint's files. AssertionError: its manifest is missing or damaged."""
     try:
         return {name: entry["sha256"] for name, entry in CheckpointReader(folder).manifest["files"].items()}
     except UserError as error:
@@ -223,7 +224,7 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def make_oracle(forks: Forks, folder: Path, setting: Setting) -> Path:
-    """Train in peace; return the run directory."""
-    forks.must(folder, WORLD, worker="tortured", stage=setting.stage, sections=setting.sections)
+    """Train without faults; return the run directory."""
+    forks.must(folder, WORLD, timeout=SLOW_MACHINE, worker="tortured", stage=setting.stage, sections=setting.sections)
     assert [step_of(p) for p in checkpoints(folder)] == list(range(EVERY, STEPS + 1, EVERY))
     return folder

@@ -16,11 +16,11 @@ from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import all_reduce_sum, discover, initialise
-from tests.launch import leave
-from tests.synthetic import synthetic_batch, tiny_config
+from raphael_dist.runtime.ranks import all_reduce_sum, discover, initialise
+from tests.lib.launch import leave
+from tests.lib.synthetic import synthetic_batch, tiny_config
 from tests.workers.train_steps import state
 
 
@@ -41,20 +41,20 @@ def main(out: str, spec: dict) -> None:
     for step in range(spec["first"], spec["steps"]):
         total = torch.zeros(())
         for micro in range(plan.accumulation):
-            slots = plan.slots(step * config.train.global_batch, ranks.rank, micro)
+            slots = plan.slots(step * config.train.global_batch_size, ranks.rank, micro)
             batch = synthetic_batch(config, slots, engine.module.num_blocks)
             loss = compute_losses(engine, batch, schedule, config, engine.dtype).total.sum()
             engine.backward(loss * plan.loss_scale)
             total += loss.detach()
         engine.step(config.optim.lr)
         ema.update(step + 1)
-        losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch)
+        losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch_size)
     if spec.get("save"):
         engine._engine.save_checkpoint(spec["save"], tag=f"global_step{spec['steps']}")
     if spec.get("run"):
         store = CheckpointStore(config, ranks, engine.fragments, ema, {"data.shards": "synthetic"})
         store.root.mkdir(parents=True, exist_ok=True)
-        store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch, spec["steps"], {}))
+        store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch_size, spec["steps"], {}))
     torch.save({"losses": losses, "resumed": resumed, "fragments": state(engine.fragments)}, f"{out}.{ranks.rank}")
     leave()
 

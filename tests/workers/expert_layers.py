@@ -14,7 +14,7 @@ from raphael_dist.model import moe
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.parallel.exchange import ExpertGroup
 from raphael_dist.parallel.expert_parallel import STACKED, ParallelSpaceMoE, ParallelTimeMoE, count_samples
-from raphael_dist.parallel.ranks import discover, initialise
+from raphael_dist.runtime.ranks import discover, initialise
 
 B, N, Y, K, D, HIDDEN = 3, 10, 7, 6, 8, 12
 
@@ -69,22 +69,22 @@ def check_space(case: str, dispatch: str, backend: str, recompute: bool, group: 
     else:
         out, used = layer(h, mask, weight)
     grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), group.index))
-    sent = group.traffic.take()
-    mine, first = slice(group.index * B, (group.index + 1) * B), group.index * layer.num_experts
-    close(out, expected[mine], "output")
-    assert torch.equal(used, expected_used[mine])
-    for found, wanted, what in zip(grads[:2], expected_grads[:2], ("tokens", "weights"), strict=True):
+    sent = group.traffic.take().experts
+    local, first = slice(group.index * B, (group.index + 1) * B), group.index * layer.num_experts
+    close(out, expected[local], "output")
+    assert torch.equal(used, expected_used[local])
+    for result, reference, what in zip(grads[:2], expected_grads[:2], ("tokens", "weights"), strict=True):
         # Only the routed expert of a text token passes its gradient on (routing.space_weights_BYK).
-        routed = (weight > 0) if what == "weights" else torch.ones_like(found)
-        close(found * routed, wanted[mine] * routed, f"gradient of {what}")
+        routed = (weight > 0) if what == "weights" else torch.ones_like(result)
+        close(result * routed, reference[local] * routed, f"gradient of {what}")
     names = [n for n, _ in layer.named_parameters()]
     assert names == [n for n, _ in whole.named_parameters()]
-    for name, found, wanted in zip(names, grads[2:], expected_grads[2:], strict=True):
+    for name, result, reference in zip(names, grads[2:], expected_grads[2:], strict=True):
         if name in STACKED:
-            close(found, wanted[first : first + layer.num_experts], name)
+            close(result, reference[first : first + layer.num_experts], name)
         else:  # replicated: each rank has the share of its own samples
-            dist.all_reduce(found)
-            close(found, wanted, name)
+            dist.all_reduce(result)
+            close(result, reference, name)
     return sent
 
 
@@ -119,7 +119,7 @@ def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, g
     grad_out = torch.cat([target_grad((B, N, D), r) for r in range(group.size)])
     expected_grads = torch.autograd.grad(expected, [*inputs, *whole.parameters()], grad_out)
 
-    mine, me = slice(group.index * B, (group.index + 1) * B), group.index
+    local, me = slice(group.index * B, (group.index + 1) * B), group.index
     samples = count_samples(torch.nn.functional.one_hot(expert[None, me], experts), group, [True])
     inputs = [h[me].clone().requires_grad_(), factor[me].clone().requires_grad_()]
     group.traffic.take()
@@ -127,12 +127,12 @@ def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, g
     grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], target_grad((B, N, D), me))
     here = experts // group.size
     crossing = int((expert[me] // here != me).sum()) + int((torch.cat([expert[:me], expert[me + 1 :]]) // here == me).sum())
-    assert group.traffic.take() == 2 * crossing * N * D * 8
-    close(out, expected[mine], "output")
-    for found, wanted in zip(grads[:2], expected_grads[:2], strict=True):
-        close(found, wanted[mine], "gradient of the inputs")
-    for name, found, wanted in zip(STACKED, grads[2:], expected_grads[2:], strict=True):
-        close(found, wanted[me * here : (me + 1) * here], name)
+    assert group.traffic.take().experts == 2 * crossing * N * D * 8
+    close(out, expected[local], "output")
+    for result, reference in zip(grads[:2], expected_grads[:2], strict=True):
+        close(result, reference[local], "gradient of the inputs")
+    for name, result, reference in zip(STACKED, grads[2:], expected_grads[2:], strict=True):
+        close(result, reference[me * here : (me + 1) * here], name)
 
 
 def check_saving(group: ExpertGroup) -> None:
@@ -148,11 +148,11 @@ def check_saving(group: ExpertGroup) -> None:
     assert (used_BK == 1).all()
     # Every pair whose expert is elsewhere would send D numbers there and D back, and as many in the backward pass.
     pairs = B * N * experts_there * 2 * 2 * width * 4
-    share = group.traffic.take() / pairs
+    share = group.traffic.take().experts / pairs
     assert share <= 0.38, share  # with counts and constants, which these 30 tokens can hardly spread
     rows = B * N * 2 * (2 * width + experts_there) * 4
     assert rows / pairs <= 0.36
-    print(f"bytes beside (token, expert) pairs: {rows / pairs:.3f}, with counts and constants {share:.3f}")
+    print(f"bytes per (token, expert) pairs: {rows / pairs:.3f}, with counts and constants {share:.3f}")
 
 
 def main() -> None:
@@ -162,7 +162,7 @@ def main() -> None:
     group = ExpertGroup(dist.group.WORLD, ranks.world_size, ranks.rank)
     for case in CASES:
         for dispatch in ("auto", "all_to_all", "all_gather"):
-            for backend in ("grouped", "wide"):
+            for backend in ("grouped", "dense"):
                 sent = check_space(case, dispatch, backend, False, group)
                 assert sent == space_bytes(case, dispatch, group), (case, dispatch, sent)
             # Each rank by its own density: ranks that run different products still agree about the exchanges.
@@ -170,7 +170,7 @@ def main() -> None:
         print(f"{case}: {check_space(case, 'all_to_all', 'grouped', False, group)} bytes sent by rank {ranks.rank}")
     if group.size == 2:
         check_saving(group)
-    moe.WIDE_DENSITY = 0.5 if ranks.is_main else 2.0
+    moe.DENSE_DENSITY = 0.5 if ranks.is_main else 2.0
     check_space("random", "all_to_all", "auto", True, group)
     for activation in ("gelu", "geglu"):
         draw = torch.Generator().manual_seed(1)

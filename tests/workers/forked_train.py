@@ -1,4 +1,4 @@
-"""Rank: `raphael_dist/train.py` on the tiny model and synthetic batches, with faults on request (see tests/forks.py).
+"""Rank: `raphael_dist/train.py` on the tiny model and synthetic batches, with faults on request (see tests/lib/forks.py).
 
 spec: {"folder": run directory, "sections": configuration, "stage": ZeRO stage, "faults": {...}, "save_again": bool}. All but
 the data is the real thing: command line, trainer, engine, store. With "save_again", what was restored is saved as step 99.
@@ -21,15 +21,16 @@ import yaml
 
 from raphael_dist import train
 from raphael_dist.checkpoint.reader import CheckpointReader
-from raphael_dist.config import Config
-from raphael_dist.data.encoding import Encoders
-from raphael_dist.data.source import DataSource
+from raphael_dist.config.schema import Config
+from raphael_dist.data.features.batch_encoder import Encoders
+from raphael_dist.data.run_data import DataSource
 from raphael_dist.model.batch import Batch
-from raphael_dist.parallel.ranks import Ranks
+from raphael_dist.model.unet import GateNoise
+from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.storage import files, tensorfile
 from raphael_dist.training import recovery, trainer
-from raphael_dist.training.run import Run
-from tests.synthetic import TREE, synthetic_batch
+from raphael_dist.training.run_state import Run
+from tests.lib.synthetic import TREE, synthetic_batch
 
 real_build = trainer.build  # before main replaces it
 COUNTED = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
@@ -43,6 +44,8 @@ class Builder:
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
         batch = synthetic_batch(self._config, slots, self._num_blocks)
+        if "gate_noise" in self._faults and batch.gate_noise is not None:
+            batch.gate_noise = GateNoise(*map(torch.ones_like, batch.gate_noise))
         for kind, factor in (("nan", float("nan")), ("spike", 1e4)):
             for i, (position, _) in enumerate(slots):
                 if position in self._faults.get(kind, []):
@@ -74,12 +77,14 @@ class Synthetic(DataSource):
         return Builder(config, num_blocks, self._faults)
 
 
-def build(spec: dict[str, Any], config: Config, tree: dict[str, Any], ranks: Ranks, device: Any, stop: Any) -> Run:
+def build(
+    spec: dict[str, Any], config: Config, tree: dict[str, Any], ranks: Ranks, device: Any, stop: Any, **options: Any
+) -> Run:
     """Build a run with faults in it."""
     torch.set_num_threads(1)
     faults = spec.get("faults", {})
     with counted_reads(Path(spec["folder"]) / f"read-{ranks.rank}.json"):
-        run = real_build(config, tree, ranks, device, stop, lambda *_: Synthetic(faults))
+        run = real_build(config, tree, ranks, device, stop, lambda *_: Synthetic(faults), **options)
     inject(run, faults, ranks.rank)
     return run
 
@@ -114,7 +119,11 @@ def inject(run: Run, faults: dict[str, Any], rank: int) -> None:
     if rank in faults.get("inf_grad", {}).get("ranks", []):
         spec = faults["inf_grad"]
         p = dict(run.engine.module.named_parameters())[spec["name"]]
-        p.register_hook(lambda g: g * float("inf") if run.step + 1 in spec["steps"] else g)
+        p.register_hook(lambda g: g * float("inf") if run.progress.step + 1 in spec["steps"] else g)
+    if "gate_noise" in faults:  # the noise that the model gets, by step
+        run.engine.module.register_forward_pre_hook(
+            lambda _, args: _note(faults["gate_noise"], run.progress.step + 1, args[5])
+        )
     begin = run.store.begin
 
     def armed_begin(progress: Any) -> None:
@@ -132,6 +141,11 @@ def inject(run: Run, faults: dict[str, Any], rank: int) -> None:
     run.store.begin = armed_begin  # type: ignore[method-assign]
 
 
+def _note(log: str, step: int, noise: GateNoise) -> None:
+    with open(log, "a") as file:
+        file.write(f"{json.dumps([step, float(noise.time_BLK.min()), float(noise.space_BLYK.max())])}\n")
+
+
 def arm(fault: dict[str, Any], run: Run) -> None:
     """Let the file system, or the process, fail from now on."""
     if "nan_weight" in fault:
@@ -144,7 +158,7 @@ def arm(fault: dict[str, Any], run: Run) -> None:
         real = os.fsync
         os.fsync = lambda fd: (time.sleep(fault["sleep_in_fsync"]), real(fd))[1]  # type: ignore[assignment]
     if "count" in fault:
-        count_calls(fault["count"], fault.get("kill_at"))
+        count_calls(fault["count"], fault.get("kill_at"), run.store.root)  # other threads write, too
 
 
 def disarm() -> None:
@@ -152,21 +166,22 @@ def disarm() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def count_calls(log: str, kill_at: int | None) -> None:
-    """Append the name of every call that changes the file system to `log`; die instead of the one numbered `kill_at`."""
+def count_calls(log: str, kill_at: int | None, folder: Path = Path("/")) -> None:
+    """Append the calls that change the file system below `folder` to `log`, by name and path; die at call `kill_at`."""
     lock, calls = threading.Lock(), [0]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    write = os.write
+    write, folder = os.write, folder.resolve()
 
     def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if name == "open" and not args[1] & os.O_CREAT:
+            path = _path_of(args[0], kwargs.get("dir_fd"))
+            if (name == "open" and not args[1] & os.O_CREAT) or not path.is_relative_to(folder):
                 return real(*args, **kwargs)
             with lock:
                 if calls[0] == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 calls[0] += 1
-                write(descriptor, f"{name} {args[0]}\n".encode())
+                write(descriptor, f"{name} {path}\n".encode())
             return real(*args, **kwargs)
 
         return call
@@ -175,11 +190,19 @@ def count_calls(log: str, kill_at: int | None) -> None:
         setattr(os, name, counted(name, getattr(os, name)))
 
 
+def _path_of(target: Any, dir_fd: int | None) -> Path:
+    """Return the path that a call of `os` works on, given by name or as an open file."""
+    if isinstance(target, int):
+        return Path(f"/proc/self/fd/{target}").readlink()
+    parent = Path.cwd() if dir_fd is None else Path(f"/proc/self/fd/{dir_fd}").readlink()
+    return parent / os.fsdecode(target)
+
+
 def save_again(run: Run) -> bool:
-    """Save what was restored, as step 99, without a step in between; the optimizer says how many updates it took."""
+    """Save what was restored as step 99, without a step in between, with the optimizer's number of updates."""
     state = next(iter(run.engine.fragments._optimizer.state.values()))
     with run.store:
-        run.store.save(recovery.progress(run)._replace(step=99, updates=int(state["step"])))
+        run.store.save(recovery.progress_record(run)._replace(step=99, updates=int(state["step"])))
     return True
 
 
@@ -187,12 +210,12 @@ def main(spec: dict[str, Any]) -> int:
     """Return the exit code of the command line."""
     folder = Path(spec["folder"])
     names = TREE.keys() | spec.get("sections", {}).keys() | {"run", "data"}
-    given = {"run": {"dir": spec.get("run_dir", str(folder))}, "data": {"shards": ["synthetic"]}}
-    tree = {n: {**TREE.get(n, {}), **given.get(n, {}), **spec.get("sections", {}).get(n, {})} for n in names}
+    base = {"run": {"dir": spec.get("run_dir", str(folder))}, "data": {"shards": ["synthetic"]}}
+    tree = {n: {**TREE.get(n, {}), **base.get(n, {}), **spec.get("sections", {}).get(n, {})} for n in names}
     rank = os.environ["RANK"]
     (folder / f"given-{rank}.yaml").write_text(yaml.safe_dump(tree))
     (folder / f"given-{rank}.json").write_text(json.dumps({"zero_optimization": {"stage": spec.get("stage", 1)}}))
-    trainer.build = lambda *args: build(spec, *args)  # type: ignore[assignment]
+    trainer.build = lambda *args, **options: build(spec, *args, **options)  # type: ignore[assignment]
     if spec.get("save_again"):
         trainer.train = save_again  # type: ignore[assignment]
     arguments = ["--config", str(folder / f"given-{rank}.yaml"), "--deepspeed_config", str(folder / f"given-{rank}.json")]

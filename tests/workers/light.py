@@ -1,9 +1,10 @@
-"""Rank: parts of a start and of validation by themselves (see tests/forks.py); writes what it saw to seen-N.json.
+"""Rank: parts of a start and of validation by themselves (see tests/lib/forks.py); writes what it saw to seen-N.json.
 
 spec: {"folder", "case", ...} with the keys that the case reads.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,27 +12,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raphael_dist.config import Config, config_from_tree, load_config
-from raphael_dist.data import encoders
-from raphael_dist.data.encoders import ImageEncoder, TextFeatures
-from raphael_dist.data.open import open_encoders, open_stream
+from raphael_dist.config.schema import Config, config_from_tree, load_config
+from raphael_dist.data.features import encoders
+from raphael_dist.data.features.encoders import ImageEncoder
+from raphael_dist.data.features.run_encoders import TextFeatures
+from raphael_dist.data.open_streams import open_encoders, open_stream
 from raphael_dist.engine import expert_groups
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.exchange import Traffic
-from raphael_dist.parallel.ranks import Ranks, discover, initialise
+from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.sampling.prompts import sample_requests
-from raphael_dist.sampling.sampling import Request, Sampler
+from raphael_dist.sampling.sampler import Request, Sampler
 from raphael_dist.training import validation
-from tests.synthetic import SIZE, TEXT_WIDTH, TOKENS, TREE
+from tests.lib.synthetic import SIZE, TEXT_WIDTH, TOKENS, TREE
 
 
 def groups_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Join the groups of each size; return the sums of rank numbers in them, as DeepSpeed's registry finds them."""
     from deepspeed.utils import groups
 
-    found = {}
+    actual = {}
     for size in spec["sizes"]:
-        expert_group = expert_groups.join(size, Traffic())
+        expert_group = expert_groups.create_groups(size, Traffic())
         sums = []
         for group in (
             groups._get_expert_parallel_group(expert_group.name),
@@ -40,20 +42,20 @@ def groups_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             value = torch.tensor([float(ranks.rank)])
             dist.all_reduce(value, group=group)
             sums.append(float(value))
-        again = expert_groups.join(size, Traffic())
-        found[size] = {"sums": sums, "index": expert_group.index, "same": again.process_group is expert_group.process_group}
-    return found
+        again = expert_groups.create_groups(size, Traffic())
+        actual[size] = {"sums": sums, "index": expert_group.index, "same": again.process_group is expert_group.process_group}
+    return actual
 
 
 def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Open the data twice, then get ready to sample; return how often this rank had loaded the text encoder each time."""
-    loads, load = [0], encoders._text_model
+    loads, load = [0], encoders.text_model
 
     def counting(*args: Any) -> Any:
         loads[0] += 1
         return load(*args)
 
-    encoders._text_model = counting
+    encoders.text_model = counting
     config, seen = load_config("emoji-tiny", spec["overrides"]), []
     for _ in range(2):
         encoders_ = open_encoders(config, torch.device("cpu"))
@@ -67,6 +69,9 @@ def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 class Letters:
     """Stands for a text encoder: tokens drawn from the caption's letters."""
 
+    def warn_truncated(self, texts: Sequence[str], what: str) -> None:
+        """Nothing is cut that a test draws."""
+
     def encode(self, captions: list[str]) -> TextFeatures:
         seeds = [sum(map(ord, caption)) for caption in captions]
         tokens = [torch.randn(TOKENS, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -76,17 +81,17 @@ class Letters:
 
 def config_of_prompts(prompts: list[str], space_ep: int) -> Config:
     """Return the tiny model's configuration with these prompts."""
-    given = {
-        "image": {"encoder": "none", "buckets": [[SIZE, SIZE]]},
+    arguments = {
+        "image": {"vae": "none", "buckets": [[SIZE, SIZE]]},
         "model": {**TREE["model"], "latent_channels": 3},
         "sample": {"prompts": prompts, "steps": 2},
         "parallel": {"space_ep": space_ep},
     }
-    return config_from_tree({**TREE, **given})
+    return config_from_tree({**TREE, **arguments})
 
 
 def tiny_unet(config: Config) -> RaphaelUNet:
-    """Return a model whose pictures depend on the caption: the last layer starts from zero otherwise."""
+    """Return a model whose images depend on the caption: the last layer starts from zero otherwise."""
     torch.manual_seed(0)
     model = RaphaelUNet(config)
     for p in model.parameters():

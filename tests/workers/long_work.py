@@ -1,4 +1,4 @@
-"""Rank: one piece of long work, with a fault on request (see tests/forks.py); writes what came of it to result-N.txt.
+"""Rank: one piece of long work, with a fault on request (see tests/lib/forks.py); writes what came of it to result-N.txt.
 
 spec: {"folder", "case", "at": the rank that is special, "collective_s", "silence_s"}. A rank that raises HungError exits
 with EXIT_HUNG.
@@ -14,37 +14,37 @@ from typing import Any
 import torch
 
 from raphael_dist.errors import EXIT_HUNG, HungError, UserError
-from raphael_dist.parallel import long_work
-from raphael_dist.parallel.long_work import Tell
-from raphael_dist.parallel.ranks import discover, initialise
+from raphael_dist.runtime import long_work
+from raphael_dist.runtime.progress_bar import Reporter
+from raphael_dist.runtime.ranks import discover, initialise
 
 
 def work_of(case: str, here: bool, folder: Path, rank: int) -> Any:
     """Return the work of a rank; `here`: it is the special one."""
 
-    def long(tell: Tell) -> str:
+    def long(report: Reporter) -> str:
         for i in range(30 if here else 0):
             time.sleep(0.2)
-            tell(f"shard {i} of 30")
+            report(f"shard {i} of 30")
         return "done"
 
-    def stops(tell: Tell) -> str:
+    def stops(report: Reporter) -> str:
         (folder / f"began-{rank}").touch()
         if here:
             while len(list(folder.glob("began-*"))) < int(os.environ["WORLD_SIZE"]):
                 time.sleep(0.05)
-            tell("shard 3 of 7")
+            report("shard 3 of 7")
             time.sleep(2.0)  # until the others know
             os.kill(os.getpid(), signal.SIGSTOP)
         return "done"
 
-    def fails(tell: Tell) -> str:
+    def fails(report: Reporter) -> str:
         if here:
-            tell("shard 3 of 7")
+            report("shard 3 of 7")
             raise UserError("data.shards: no such shard")
         for i in range(300):  # half a minute, unless it hears of the failure
             time.sleep(0.1)
-            tell(f"shard {i} of 300")
+            report(f"shard {i} of 300")
         return "done"
 
     return {"long": long, "stops": stops, "fails": fails}[case]
@@ -58,11 +58,11 @@ def main(spec: dict[str, Any]) -> int:
     work = work_of(spec["case"], ranks.rank == spec["at"], Path(spec["folder"]), ranks.rank)
     began, code = time.monotonic(), 0
     try:
-        result = long_work.together("indexing", work)
+        result = long_work.run_on_all_ranks("indexing", work)
         if ranks.rank == 0 or not spec.get("share"):
             result += f" by rank {ranks.rank}"
         if spec.get("share"):
-            result = long_work.from_main("sharing", lambda _: result)
+            result = long_work.run_on_rank0("sharing", lambda _: result)
     except UserError as error:
         result, code = f"UserError: {error}", 2
     except HungError as error:

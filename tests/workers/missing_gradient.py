@@ -2,17 +2,17 @@
 
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import discover, initialise
-from tests.launch import leave
-from tests.synthetic import synthetic_batch, tiny_config
+from raphael_dist.runtime.ranks import discover, initialise
+from tests.lib.launch import leave
+from tests.lib.synthetic import synthetic_batch, tiny_config
 
 
 def main() -> None:
     ranks = discover()
     device = initialise(ranks)
-    config = tiny_config(train={"global_batch": 12, "check_gradients": True})
+    config = tiny_config(train={"global_batch_size": 12, "check_gradients": True})
     plan = BatchPlan.of(config, ranks.world_size)
     assert plan.accumulation == 2  # nothing is reduced after the first micro-step
     engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)

@@ -13,13 +13,13 @@ import torch
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.fragments import MOMENTS
-from raphael_dist.engine.zero import Collected, Sharded
+from raphael_dist.engine.zero import Zero3, Zero12Contiguous
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import Ranks, discover, initialise
-from tests.launch import leave
-from tests.synthetic import synthetic_batch, tiny_config
+from raphael_dist.runtime.ranks import Ranks, discover, initialise
+from tests.lib.launch import leave
+from tests.lib.synthetic import synthetic_batch, tiny_config
 
 
 def held(tensors: list) -> int:
@@ -31,7 +31,7 @@ def kinds(engine: Engine, ema: Ema, gradients: int) -> dict[str, int]:
     owners = list({id(f.owner): f.owner for f in engine.fragments}.values())
     optimizer = engine.fragments._optimizer
     zero = engine._engine.optimizer
-    if isinstance(engine._zero, Sharded):
+    if isinstance(engine._zero, Zero3):
         weights = held(list(zero.fp16_partitioned_groups_flat))
         owners = list(zero.fp32_partitioned_groups_flat)
     else:
@@ -54,7 +54,7 @@ def run(spec: dict, ranks: Ranks, device: torch.device) -> dict[str, int]:
     gradients = 0
     for step in (1, 2):
         for micro in range(plan.accumulation):
-            slots = plan.slots((step - 1) * config.train.global_batch, ranks.rank, micro)
+            slots = plan.slots((step - 1) * config.train.global_batch_size, ranks.rank, micro)
             batch = synthetic_batch(config, slots, engine.module.num_blocks)
             engine.backward(compute_losses(engine, batch, schedule, config, engine.dtype).total.sum() * plan.loss_scale)
         gradients = _gradients(engine)
@@ -69,7 +69,7 @@ def _gradients(engine: Engine) -> int:
     if hasattr(zero, "fp32_groups_gradients_flat"):  # of BF16_Optimizer
         return held(list(zero.fp32_groups_gradients_flat)) + sum(g.nbytes for g in own)
     parts = list(engine._zero.gradients()) if engine.stage else []
-    if isinstance(engine._zero, Collected):
+    if isinstance(engine._zero, Zero12Contiguous):
         return held([*engine._zero.buffers, *parts])
     flat = {g.untyped_storage()._cdata for g in parts}
     alone = [g for g in own if g.untyped_storage()._cdata not in flat]

@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from raphael_dist.config import load_config
+from raphael_dist.config.schema import load_config
 from raphael_dist.errors import UserError
-from raphael_dist.parallel.ranks import discover, initialise
+from raphael_dist.runtime.ranks import discover, initialise
 from raphael_dist.training import trainer
-from tests.launch import leave
+from tests.lib.launch import leave
 
 
 def main(out: str, cases: dict[str, list[str]]) -> None:
@@ -20,7 +20,7 @@ def main(out: str, cases: dict[str, list[str]]) -> None:
     messages: dict[str, str | None] = {}
     for name, overrides in cases.items():
         try:
-            config = load_config("tests/data/small.yaml", overrides)
+            config = load_config("tests/fixtures/small.yaml", overrides)
             trainer.build(config, {"zero_optimization": {"stage": 1}}, ranks, device)
             messages[name] = None
         except UserError as error:

@@ -12,12 +12,12 @@ import torch
 from raphael_dist.engine.ds_config import read_deepspeed_json
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import discover, initialise
-from raphael_dist.training.measure import rehearse
-from tests.launch import leave
-from tests.synthetic import synthetic_batch, tiny_config
+from raphael_dist.runtime.ranks import discover, initialise
+from raphael_dist.training.throughput import warmup_step
+from tests.lib.launch import leave
+from tests.lib.synthetic import synthetic_batch, tiny_config
 from tests.workers.train_steps import state
 
 # Each kind of DeepSpeed's optimizers, with and without float32 sums of bfloat16 gradients. Not zero2_offload in bfloat16:
@@ -37,7 +37,7 @@ def tensor_bytes() -> int:
 
 
 def watch_bytes(engine: Engine) -> dict[str, int]:
-    """Return a dict that will hold the most bytes at calls of `backward` but the first, and of `discard` or `update`."""
+    """Return a dict that will hold the most bytes at later calls of `backward`, and at `discard_gradients` or `update`."""
     held: dict[str, int] = {}
 
     def noted(moment: str, real: Any) -> Any:
@@ -48,7 +48,7 @@ def watch_bytes(engine: Engine) -> dict[str, int]:
 
         return call
 
-    for name, moment in (("backward", "backward"), ("discard", "end"), ("update", "end")):
+    for name, moment in (("backward", "backward"), ("discard_gradients", "end"), ("update", "end")):
         setattr(engine, name, noted(moment, getattr(engine, name)))
     return held
 
@@ -59,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, dtype in KINDS:
         config = tiny_config(
-            train={"global_batch": 12, "micro_batch": 3, "dtype": dtype}, optim={"kind": "adamw", "lr": 1e-3}
+            train={"global_batch_size": 12, "micro_batch_size": 3, "dtype": dtype}, optim={"kind": "adamw", "lr": 1e-3}
         )
         plan = BatchPlan.of(config, ranks.world_size)
         assert plan.accumulation > 1
@@ -67,7 +67,7 @@ def main() -> None:
         schedule = NoiseSchedule.create(config.diffusion, device)
         batch = synthetic_batch(config, plan.slots(0, ranks.rank, 0), engine.module.num_blocks).to(device)
         before, held = state(engine.fragments), watch_bytes(engine)
-        assert rehearse(engine, batch, schedule) > 0
+        assert warmup_step(engine, batch, schedule) > 0
         rehearsed = held.copy()
         held.clear()
         for (name_of, _, _, was), (_, _, _, now) in zip(before, state(engine.fragments), strict=True):

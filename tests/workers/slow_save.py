@@ -1,4 +1,4 @@
-"""Rank: saves a checkpoint, which takes one rank longer than a collective may wait (see tests/forks.py).
+"""Rank: saves a checkpoint, which takes one rank longer than a collective may wait (see tests/lib/forks.py).
 
 spec: {"folder": run directory, "at": the slow rank, "collective_s", "seconds": how long it takes}.
 """
@@ -14,8 +14,8 @@ import torch
 from raphael_dist.checkpoint import store
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel.ranks import discover, initialise
-from tests.synthetic import plain_fragments, tiny_config
+from raphael_dist.runtime.ranks import discover, initialise
+from tests.lib.synthetic import plain_fragments, tiny_config
 
 
 def main(spec: dict[str, Any]) -> int:
@@ -23,12 +23,12 @@ def main(spec: dict[str, Any]) -> int:
     ranks, write = discover(), store.write_snapshot
     initialise(ranks, timedelta(seconds=spec["collective_s"]))
 
-    def slowly(*given: Any) -> dict[str, Any]:
-        tell: Callable[[str], None] = given[-1]
+    def slowly(*arguments: Any) -> dict[str, Any]:
+        report: Callable[[str], None] = arguments[-1]
         for i in range(int(spec["seconds"]) if ranks.rank == spec["at"] else 0):
-            tell(f"piece {i}")
+            report(f"piece {i}")
             time.sleep(1)
-        return write(*given)
+        return write(*arguments)
 
     store.write_snapshot = slowly  # type: ignore[assignment]
     Path(spec["folder"], "checkpoints").mkdir(exist_ok=True)  # as claiming a run directory does

@@ -7,17 +7,17 @@ import sys
 import torch
 
 from raphael_dist import train
-from raphael_dist.training import measure
+from raphael_dist.training import throughput
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     rank, *arguments = sys.argv[1:]
-    rehearse = measure.rehearse
+    warmup_step = throughput.warmup_step
 
     def stopping(*args: object) -> float:
         os.kill(os.getpid(), signal.SIGSTOP)
-        return rehearse(*args)
+        return warmup_step(*args)
 
     if os.environ["RANK"] == rank:
-        measure.rehearse = stopping
+        throughput.warmup_step = stopping
     sys.exit(train.main(arguments))

@@ -5,12 +5,18 @@ by rank: {"0": {...}, "1": {...}} of
     calls: [log, how, n] - the n-th call that changes the file system kills the rank ("kill") or fails with an errno
     clock: seconds - from the 30th look on, time.time() is so far off
     memory: bytes - RLIMIT_AS, beyond what the process has
+    never: true - it stops before it meets the others
+    shm: bytes - /dev/shm is so small
+    node: [namespace, host name] - the node on which it runs (tests/lib/netns.py)
     umask, uid: numbers; env: {name: value}; chdir: folder
     ema: step - the average holds a NaN from the save of that step on
 """
 
+import ctypes
 import os
 import resource
+import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -19,7 +25,10 @@ import psutil
 import torch
 
 from raphael_dist import train
+from tests.lib.relay import enter
 from tests.workers import forked_train
+
+_NEW_HOST_NAME = 0x4000000  # CLONE_NEWUTS
 
 
 def fail_call(log: str, how: str | int, at: int) -> None:
@@ -61,8 +70,8 @@ def poison_average(step: int) -> None:
     """Let the average of the weights hold a NaN when this step is saved."""
     real = forked_train.build
 
-    def build(*args: Any) -> Any:
-        run = real(*args)
+    def build(*args: Any, **more: Any) -> Any:
+        run = real(*args, **more)
         begin = run.store.begin
 
         def poisoned(progress: Any) -> None:
@@ -76,9 +85,34 @@ def poison_average(step: int) -> None:
     forked_train.build = build  # type: ignore[assignment]
 
 
+def shrink_shared_memory(size: int) -> None:
+    """Mount a /dev/shm of so many bytes, for this process alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = {"namespace": 0x20000, "private": 0x44000}  # CLONE_NEWNS; MS_PRIVATE | MS_REC
+    calls = (
+        libc.unshare(flags["namespace"]),
+        libc.mount(b"none", b"/", None, flags["private"], None),
+        libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()),
+    )
+    _checked(*calls)
+
+
+def _checked(*calls: int) -> None:
+    assert not any(calls), os.strerror(ctypes.get_errno())
+
+
 def surround(around: dict[str, Any]) -> None:
     """Put this process into its surroundings."""
     os.environ.update(around.get("env", {}))
+    if "node" in around:
+        space, name = around["node"]
+        enter(space)
+        _checked(ctypes.CDLL(None, use_errno=True).unshare(_NEW_HOST_NAME))
+        socket.sethostname(name)
+    if around.get("never"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if "shm" in around:
+        shrink_shared_memory(around["shm"])
     if "umask" in around:
         os.umask(around["umask"])
     if "chdir" in around:

@@ -14,27 +14,26 @@ import torch
 
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.store import CheckpointStore
-from raphael_dist.config_adapters import beside
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.fragments import MOMENTS, Fragments
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.objective import compute_losses
+from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.ranks import Ranks, all_reduce_sum, discover, initialise
-from raphael_dist.training.measure import rehearse
-from tests.launch import leave
-from tests.synthetic import adapted_model, synthetic_batch, tiny_config
+from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initialise
+from raphael_dist.training.throughput import warmup_step
+from tests.lib.launch import leave
+from tests.lib.synthetic import adapted_model, synthetic_batch, tiny_config
 
 
 def state(fragments: Fragments) -> list[tuple]:
     """Return (name, shape, start, values by kind) of everything this rank owns."""
-    found = []
+    actual = []
     for f in fragments:
         moments = {kind: fragments.moment(f, kind) for kind in MOMENTS}
         values = {"master": f.master, **{kind: v for kind, v in moments.items() if v is not None}}
-        found.append((f.name, f.shape, f.start, {kind: v.detach().cpu().clone() for kind, v in values.items()}))
-    return found
+        actual.append((f.name, f.shape, f.start, {kind: v.detach().cpu().clone() for kind, v in values.items()}))
+    return actual
 
 
 def main(out: str, specs: dict | list[dict]) -> None:
@@ -53,7 +52,7 @@ def main(out: str, specs: dict | list[dict]) -> None:
 def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
     config = tiny_config(**spec["sections"])
     plan = BatchPlan.of(config, ranks.world_size)
-    engine = Engine(config, spec["deepspeed"], plan, device, adapted_model(config) if beside(config) else None)
+    engine = Engine(config, spec["deepspeed"], plan, device, adapted_model(config) if config.trains_adapter_only else None)
     schedule = NoiseSchedule.create(config.diffusion, device)
     store = (
         CheckpointStore(config, ranks, engine.fragments, None, {"data.shards": "synthetic"})
@@ -65,31 +64,31 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
     losses, norms, resumed = [], [], state(engine.fragments)
 
     def batch_of(step: int, micro: int) -> Batch:
-        slots = plan.slots(step * config.train.global_batch, ranks.rank, micro)
+        slots = plan.slots(step * config.train.global_batch_size, ranks.rank, micro)
         return synthetic_batch(config, slots, engine.module.num_blocks, spec.get("last_experts_until")).to(device)
 
     def accumulate(step: int, factor: float = 1.0) -> torch.Tensor:
         total = torch.zeros((), device=device)
         for micro in range(plan.accumulation):
             loss = compute_losses(engine, batch_of(step, micro), schedule, config, engine.dtype).total.sum()
-            engine.backward(loss * plan.loss_scale * factor, step=step + 1)
+            engine.backward(loss * plan.loss_scale * factor)
             total += loss.detach()
         return total
 
     if spec.get("spoiled"):
-        rehearse(engine, batch_of(8, 0), schedule)
+        warmup_step(engine, batch_of(8, 0), schedule)
         accumulate(9, float("nan"))
-        engine.discard()
+        engine.discard_gradients()
     for step in range(first, spec["steps"]):
         total = accumulate(step)
         engine.step(config.optim.lr)
-        losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch)
+        losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch_size)
         norms.append(engine.grad_norm)
     if store and spec["steps"] > first:
-        store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch, spec["steps"], {}))
+        store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch_size, spec["steps"], {}))
     result = {"losses": losses, "norms": norms, "resumed": resumed, "fragments": state(engine.fragments)}
-    spread = [n for n, p in engine.module.named_parameters() if hasattr(p, "expert_slice") and n.endswith("space_moe.w1")]
-    torch.save({**result, "sent": engine.traffic.take(), "spread": spread}, f"{out}.{ranks.rank}")
+    sharded = [n for n, p in engine.module.named_parameters() if hasattr(p, "expert_slice") and n.endswith("space_moe.w1")]
+    torch.save({**result, "sent": engine.traffic.take().experts, "spread": sharded}, f"{out}.{ranks.rank}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""Limits for compressed files that expand to much more than their size."""
+
+import io
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raphael_dist.data.shards.columns import parquet_columns, word_code
+from raphael_dist.data_prep.image_folder import _parquet_rows
+from raphael_dist.errors import UserError
+from tests.lib.launch import ROOT
+
+pyarrow = pytest.importorskip("pyarrow")
+
+
+def parquet_of(compression: str = "zstd", **columns: list) -> bytes:
+    from pyarrow import parquet
+
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer, compression=compression)
+    return buffer.getvalue()
+
+
+def peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def test_repeated_parquet_string_is_in_memory_once() -> None:
+    rows = 1500
+    keys = [f"{n:09d}" for n in range(rows)]
+    data = parquet_of(key=keys, url=["x" * (1 << 19)] * rows, style=["oil"] * rows, score=[0.5] * rows)
+    assert len(data) < 1 << 18
+    before = peak_mb()
+    columns = parquet_columns(data, ["a/000000003", "000001499", "absent"])
+    assert peak_mb() - before < 300, "all of it would be 0.8 GB"
+    assert columns["score"][:2].tolist() == [0.5, 0.5]
+    assert columns["style"][:2].tolist() == [word_code("oil")] * 2
+    assert "url" not in columns
+
+
+def test_parquet_beyond_limits_is_rejected_before_reading(tmp_path: Path) -> None:
+    words = [f"{n:07d}" * 1000 for n in range(12_000)]  # compresses to less than a fiftieth
+    data = parquet_of(key=[str(n) for n in range(12_000)], text=words)
+    before = peak_mb()
+    with pytest.raises(ValueError, match=r"its \d+ bytes expand to \d+, but at most 67108864 are allowed"):
+        parquet_columns(data, ["1"])
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(UserError, match=r"a.parquet cannot be read as parquet .its \d+ bytes expand to"):
+        list(_parquet_rows([tmp_path / "a.parquet"]))
+    assert peak_mb() - before < 100
+    with pytest.raises(ValueError, match="it has 1000021 rows for 2 samples, but at most 1000020 are allowed"):
+        parquet_columns(parquet_of(key=["a"] * 1_000_021), ["a", "b"])
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_closed_standard_streams_neither_abort_nor_receive_files(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    """An opened file must not get the descriptor of a closed stream: output would go into it."""
+    code = f"""
+import os
+from pathlib import Path
+from raphael_dist.errors import run_command
+def work():
+    file = os.open({str(tmp_path / "file")!r}, os.O_WRONLY | os.O_CREAT)
+    assert file > 2, file
+    os.write(1, b"output of a library")
+    print("output", flush=True)
+    import sys
+    from raphael_dist.training.console import Console, ignore_output_errors
+    ignore_output_errors()
+    Console(True, 0, 1).line("a line")
+    sys.stderr.flush()
+exit(run_command(work))
+"""
+    redirections = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
+    command = ["bash", "-c", f'exec "$0" -c "$1" {redirections}', sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b""

@@ -1,0 +1,95 @@
+"""Derived files that affect numbers: a flipped byte is detected, and the file is written again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from raphael_dist.config.data_sections import Filter
+from raphael_dist.config.schema import Config
+from raphael_dist.data.features.batch_encoder import Encoders
+from raphael_dist.data.features.cache import FeatureCache
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.view import open_view
+from raphael_dist.storage.checksummed import read_sealed, write_sealed
+from tests.data.test_features import config, encoders, samples, stream_of, with_data, write_shard  # noqa: F401
+from tests.data.test_index import laion_shard
+from tests.data.test_order import BUCKETS
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 0x41
+    path.unlink()  # not into what is mapped
+    path.write_bytes(data)
+
+
+def numbers(shards: list[Path], folder: Path) -> list:
+    """Return everything that training uses of the index: samples by position, keys and fingerprints."""
+    index = build_index(shards, folder, columns=["score"])
+    order = SampleOrder(index, BUCKETS, 0, 2, 2, open_view(index, BUCKETS, [Filter(column="score", min=2)]))
+    places = [order.lookup(position) for position in range(40)]
+    spans = [index.shards[index.locate(p.sample_id)[0]].span(index.locate(p.sample_id)[1]) for p in places]
+    bad = [str(one) for one in index.iter_bad()]
+    return [order.fingerprint, index.text_digest, places, spans, [index.key(p.sample_id) for p in places], bad]
+
+
+def test_flipped_byte_in_index_files_changes_no_number(tmp_path: Path) -> None:
+    shards = [laion_shard(tmp_path / f"{n}.tar", 6 * n, 6, score=[1, 2, 3, 4, 5, 6]) for n in range(2)]
+    folder = tmp_path / "index"
+    expected = numbers(shards, folder)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert {path.name for path in files} >= {"counts.npy", "bucket_of.npy", "place.npy", "keys.bin", "sums.json"}
+    for name in files:
+        for at in (-1, 150):
+            flip(folder / name, at)
+            assert numbers(shards, folder) == expected, (name, at)
+    for record in (folder / "shards").rglob("*.safetensors"):  # the table is joined again, from damaged records
+        flip(record, 700)
+    for table in (folder / "tables").glob("*/place.npy"):
+        flip(table, 140)
+    assert numbers(shards, folder) == expected
+
+
+def test_flipped_byte_in_null_text_or_a_cache_header_is_computed_again(
+    tmp_path: Path,
+    config: Config,  # noqa: F811
+    encoders: Encoders,  # noqa: F811
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", samples(3))
+    config = with_data(config, cache_dir=str(tmp_path / "cache"), cached_text="stored")
+    _, cache = stream_of(config, encoders, shard)
+    assert isinstance(cache, FeatureCache)
+    text, path = cache.null_text, cache.folder / "null_text.safetensors"
+    assert text is not None
+    tokens = text.tokens
+    for at in (-40, -1, 60):
+        flip(path, at)
+        _, again = stream_of(config, encoders, shard)
+        assert again.null_text is not None
+        assert torch.equal(again.null_text.tokens, tokens)
+    [file] = [path for path in cache.folder.glob("*.safetensors") if path.name.startswith("a-")]
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    header = file.read_bytes()[8 : 8 + size]
+    assert set(json.loads(header)) > {"mean.0", "tokens"}
+    # The same bytes read as another type are other numbers, under the same checksum of the bytes.
+    data = bytearray(file.read_bytes())
+    at = data.index(b'"F16"')
+    data[at : at + 5] = b'"I16"'
+    file.unlink()
+    file.write_bytes(data)
+    _, again = stream_of(config, encoders, shard)
+    assert isinstance(again, FeatureCache)
+    again.verify(range(1))
+    assert again.missing() == [0], "discarded, and computed again by the next build"
+
+
+def test_changed_sealed_file_is_rejected(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "a", b"data")
+    assert read_sealed(tmp_path / "a") == b"data"
+    for wrong in (b"", b"data", (tmp_path / "a").read_bytes()[:-1], (tmp_path / "a").read_bytes() + b"x"):
+        (tmp_path / "a").write_bytes(wrong)
+        with pytest.raises(ValueError, match="does not match its checksum"):
+            read_sealed(tmp_path / "a")

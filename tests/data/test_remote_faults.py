@@ -1,0 +1,136 @@
+"""Temporary and permanent server faults: later runs lose nothing, and reads are limited."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from raphael_dist.data import stream
+from raphael_dist.data.features.feature_source import OnlineFeatures
+from raphael_dist.data.fetch import remote
+from raphael_dist.data.fetch.remote import RemoteError, RetryPolicy
+from raphael_dist.data.fetch.shard_cache import ShardError
+from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shards import decode_sample
+from raphael_dist.data.shards.decode_sample import ImageDataset
+from raphael_dist.data.shards.indexing import build_index, unindexed
+from raphael_dist.data.stream import TrainStream
+from raphael_dist.errors import UserError
+from tests.data.test_remote import BUCKETS, QUICK, cached_names, local, store_in  # noqa: F401
+from tests.data.test_stream import Text, encoders
+from tests.lib.servers import Faults, http_files
+
+
+def names(address: str) -> list[str]:
+    return [f"{address}/{n:05d}.tar" for n in range(3)]
+
+
+@pytest.mark.parametrize("status", ["503", "429", "500"])
+def test_unreachable_shard_is_rejected_and_read_at_next_start(
+    local: list[Path],  # noqa: F811
+    tmp_path: Path,
+    status: str,
+) -> None:
+    faults = Faults(of={"00001.tar": [status] * 99}, heads={"00001.tar": [status] * 99})
+    retry = RetryPolicy(retries=1, timeout_s=1.0, pause_s=0.01)
+    with http_files(local[0].parent, faults) as address:
+        with pytest.raises(UserError, match=rf"00001.tar: status {status} .2 attempts.. Start again"):
+            build_index(names(address), store=store_in(tmp_path, retry=retry))
+        faults.of, faults.heads = {}, {}
+        assert build_index(names(address), store=store_in(tmp_path)).num_samples == 15
+
+
+def test_refused_connection_is_not_a_missing_shard(local: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    with http_files(local[0].parent) as address, http_files(local[0].parent) as gone:
+        pass
+    with http_files(local[0].parent) as address:
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"00001.tar: ClientConnectorError"):
+                build_index([f"{address}/00000.tar", f"{gone}/00001.tar"], store=store_in(tmp_path))
+
+
+def test_short_failure_is_retried_after_retry_after(local: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    faults = Faults(of={"00001.tar": ["429", "503"], "00002.parquet": ["503"]}, heads={"00001.tar": ["429", "503"]})
+    with http_files(local[0].parent, faults) as address:
+        began = time.monotonic()
+        assert build_index(names(address), store=store_in(tmp_path)).num_samples == 15
+    assert time.monotonic() - began >= 2.0
+    assert faults.injected == 2
+
+
+def test_missing_shard_is_left_out_and_tried_at_next_start(local: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    away = local[1].rename(tmp_path / "away")
+    with http_files(local[0].parent, faults := Faults()) as address:
+        index = build_index(names(address), store=store_in(tmp_path))
+        assert (index.num_samples, list(index.damaged)) == (10, [1])
+        away.rename(local[1])
+        faults.asked.clear()
+        assert build_index(names(address), store=store_in(tmp_path)).num_samples == 15
+        assert set(faults.asked) == {"00001.tar"} | {name for name in faults.asked if "parquet" in name}
+
+
+def test_other_bytes_of_the_same_size_are_detected_without_etag(local: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    store = store_in(tmp_path)
+    with http_files(local[0].parent, marks=False) as address:
+        index = build_index(names(address), store=store)
+        assert {shard.stamp.mark[:7] for shard in index.shards} == {"sha256:"}
+        for path in (tmp_path / "fetched").rglob("*.tar"):
+            path.unlink()
+        data = local[0].read_bytes()
+        local[0].write_bytes(data.replace(b"picture 1", b"drawing 1"))
+        data_set = ImageDataset(index, BUCKETS, "none")
+        with pytest.raises(ShardError, match=r"00000\.tar has changed since it was indexed"):
+            data_set.load(0, 0)
+        assert data_set.load(5, 0).captions == ["picture 5"]
+        assert len(unindexed(names(address), store)) == 3, "indexed again, all are read again"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("endless", "more bytes than its headers"), ("packed", "compresses the file .gzip.")]
+)
+def test_endless_or_compressed_body_is_rejected(local: list[Path], fault: str, message: str) -> None:  # noqa: F811
+    size = local[0].stat().st_size
+    faults = Faults(of={"00000.tar": [fault]})
+    with (
+        http_files(local[0].parent, faults) as address,
+        pytest.raises(RemoteError, match=message),
+    ):
+        b"".join(remote.pieces(f"{address}/00000.tar", size, RetryPolicy(retries=0, timeout_s=5.0)))
+    assert faults.sent < 32 << 20, "no more than what the buffers between the two hold"
+
+
+def test_server_without_ranges_sends_shard_once(
+    local: list[Path],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "PIECE_BYTES", 1000)
+    data, faults = local[0].read_bytes(), Faults(of={"00000.tar": ["cut"]})
+    with http_files(local[0].parent, faults, knows_ranges=False) as address:
+        assert b"".join(remote.pieces(f"{address}/00000.tar", len(data), QUICK)) == data
+    assert faults.asked == ["00000.tar"] * 2, "and once more after the fault"
+
+
+def test_sample_of_unreachable_shard_becomes_good_again(
+    local: list[Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "RETRY_AFTER_S", 0.2)
+    monkeypatch.setattr(decode_sample, "RETRY_AFTER_S", 0.2)
+    faults = Faults()
+    with http_files(local[0].parent, faults) as address:
+        index = build_index(names(address), store=store_in(tmp_path, retry=RetryPolicy(0, 5.0, 0.01)))
+        source = OnlineFeatures(ImageDataset(index, BUCKETS, "none"), encoders(Text()).image)
+        samples = TrainStream(
+            SampleOrder(index, BUCKETS, 0), source, seed=0, caption_dropout=0.0, flip=False, max_bad_fraction=1.0
+        )
+        keys = [samples.sample(position).key for position in range(15)]
+        for path in (tmp_path / "fetched").rglob("*.tar"):
+            path.unlink()
+        faults.of = {"00001.tar": ["503"] * 99}
+        assert [samples.sample(position).key for position in range(15)] != keys
+        assert samples.replaced > 0
+        time.sleep(0.3)
+        faults.of = {}
+        assert [samples.sample(position).key for position in range(15)] == keys
+        assert samples.bad_samples == {}

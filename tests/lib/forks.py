@@ -1,0 +1,204 @@
+"""Start real ranks quickly: a server process imports everything once and forks each rank from itself.
+
+A rank that starts by itself spends seconds on imports; a forked one spends none. `Forks` is the client; run as a program,
+this file is the server. All ranks of a server have the same string hashes. A test of independence from set order starts
+fresh ranks (`launch.run_ranks`).
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+GRACE = 4.0  # seconds that ranks get to notice that one of them is gone
+
+
+class ServerDiedError(RuntimeError):
+    """The server ended, so that no more ranks can start."""
+
+
+class Forks:
+    """The server process; use as a context manager."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.lib.forks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=env,
+        )
+
+    def run(
+        self,
+        folder: Path,
+        world_size: int,
+        timeout: float = 90,
+        meanwhile: Callable[[list[int]], None] | None = None,
+        **spec: Any,
+    ) -> list[int]:
+        """Run a worker with `spec` as ranks; return exit codes, the negative signal of a killed one.
+
+        The worker is the module of tests/workers that spec["worker"] names, forked_train.py by default. Output of rank N is
+        in folder/out-N.txt.
+
+        Args:
+            meanwhile: called with the ranks' process ids as soon as they have started.
+
+        Raises:
+            AssertionError: a rank outlives the time-out.
+            ServerDiedError: the server has ended.
+        """
+        return self._ask(folder, world_size, timeout, GRACE, {"spec": {"folder": str(folder), **spec}}, meanwhile)
+
+    def run_program(
+        self, folder: Path, world_size: int, timeout: float, command: list[str], env: dict[str, str]
+    ) -> list[int]:
+        """Run `python COMMAND` as ranks; `env` holds all but RANK and LOCAL_RANK. Return exit codes as `run` does."""
+        return self._ask(folder, world_size, timeout, timeout, {"command": command, "env": env})
+
+    def _ask(
+        self,
+        folder: Path,
+        world_size: int,
+        timeout: float,
+        grace: float,
+        task: dict[str, Any],
+        meanwhile: Callable[[list[int]], None] | None = None,
+    ) -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"folder": str(folder), "world_size": world_size, "timeout": timeout, "grace": grace, **task}
+        with suppress(BrokenPipeError):  # the missing answer tells the same
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        pids = self._answer()
+        if meanwhile is not None:
+            meanwhile(pids)
+        answer = self._answer()
+        assert not answer["late"], f"ranks {answer['late']} did not end in {timeout} s:\n{output_of(folder, world_size)}"
+        return answer["codes"]
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ServerDiedError(f"the fork server ended with exit code {self._process.wait(timeout=30)}")
+        return json.loads(line)
+
+    def must(self, folder: Path, world_size: int, **spec: Any) -> None:
+        """Run and require that every rank succeeds."""
+        codes = self.run(folder, world_size, **spec)
+        assert codes == [0] * world_size, f"exit codes {codes}:\n{output_of(folder, world_size)}"
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # a server that died left a request unread
+            self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+@cache
+def server() -> Forks:
+    """Return the server that all tests of this process share; `conftest.forks` closes it."""
+    return Forks()
+
+
+def output_of(folder: Path, world_size: int) -> str:
+    """Return what the ranks printed."""
+    return "\n".join(f"--- rank {r}\n" + (folder / f"out-{r}.txt").read_text()[-3000:] for r in range(world_size))
+
+
+def fork_rank(request: dict[str, Any], rank: int, port: int) -> int:
+    """Return the process id of the rank."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        out = os.open(f"{request['folder']}/out-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.setpgid(0, 0)
+        world = str(request["world_size"])
+        os.environ.update(request.get("env", {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": str(port)}))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        if "command" in request:
+            sys.argv = request["command"]
+            sys.path.insert(0, str((ROOT / sys.argv[0]).parent))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        else:
+            worker = importlib.import_module(f"tests.workers.{request['spec'].get('worker', 'forked_train')}")
+            code = worker.main(request["spec"])
+    except SystemExit as error:  # as the interpreter does
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(pids: list[int], timeout: float, grace: float) -> dict[str, Any]:
+    """Wait for all ranks; after one fails, the others get `grace` seconds, as under a launcher."""
+    codes: dict[int, int] = {}
+    began, late = time.monotonic(), []
+    deadline, failed_at = began + timeout, None
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+                    if codes[pid] and failed_at is None:
+                        failed_at = time.monotonic()
+        now = time.monotonic()
+        if now > deadline and not late:
+            late = [rank for rank, pid in enumerate(pids) if pid not in codes]
+        if now > deadline or (failed_at is not None and now > failed_at + grace):
+            for pid in pids:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return {"codes": [codes[pid] for pid in pids], "late": late}
+
+
+def main() -> None:
+    """Serve requests, one per line, until the client closes the pipe."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # only answers may reach the pipe
+    import encodings.utf_8_sig  # noqa: F401 (a rank of another user may not read the standard library)
+
+    import deepspeed  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.bert.modeling_bert  # noqa: F401
+
+    from raphael_dist.runtime.ranks import free_port
+    from tests.workers import forked_train  # noqa: F401
+
+    for line in sys.stdin:
+        request, port = json.loads(line), free_port()
+        pids = [fork_rank(request, rank, port) for rank in range(request["world_size"])]
+        print(json.dumps(pids), file=answers, flush=True)
+        print(json.dumps(wait_for(pids, request["timeout"], request["grace"])), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The debug bundle: its members, no secrets, files that vanish, and nothing half written."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from raphael_dist.cli import doctor
+from raphael_dist.reporting import bundle
+from raphael_dist.reporting.bundle import scrub
+from tests.lib.planted_run import log_line, plant
+
+SECRETS = [
+    "hunter2hunter2", "hf_abcdefghijklmnopqrst", "AKIAABCDEFGHIJKLMNOP", "s3cr3tpassw0rd", "wandb0123456789",
+    "eyJhbGciOi.JIUzI1",
+]  # fmt: skip
+
+
+def text_of(path: Path) -> dict[str, str]:
+    with tarfile.open(path) as archive:
+        return {member.name: archive.extractfile(member).read().decode() for member in archive}  # type: ignore[union-attr]
+
+
+def with_secrets(folder: Path) -> Path:
+    log = [
+        (1.1, "WARNING", f"cannot fetch https://user:{SECRETS[0]}@data.org/a.tar?sig={SECRETS[0]}"),
+        (1.2, "WARNING", f"started with HF_TOKEN={SECRETS[1]} and key {SECRETS[2]}"),
+        (1.3, "WARNING", f"headers {{'Authorization': 'Bearer {SECRETS[5]}', 'x-password': '{SECRETS[3]}'}}"),
+        (1.4, "WARNING", f"tracker failed for {SECRETS[4]}"),
+    ]
+    shards = [f"https://user:{SECRETS[0]}@data.org/{{0..9}}.tar"]
+    run = plant(folder, log=log, options={"data.shards": shards, "run.project": SECRETS[4]})
+    (run / "logs" / "rank-00001.log").write_text(log_line(2, "INFO", f"aws_secret_access_key: {SECRETS[3]}"))
+    (run / "logs" / "stacks-rank-1.txt").write_text(f'  File "x.py", line 3\n    api_key="{SECRETS[3]}"\n')
+    return run
+
+
+def test_bundle_holds_what_a_maintainer_needs_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRETS[4])
+    run, out = with_secrets(tmp_path / "run"), tmp_path / "out" / "bundle.tar.gz"
+    assert doctor.main([str(run), "--bundle", str(out), "--cluster", "none", "--no-data"]) == 0
+    assert "bundle:" in capsys.readouterr().out
+    members = text_of(out)
+    expected = ["doctor.txt", "plan.txt", "config.yaml", "versions.txt", "train.log", "logs/rank-00001.log"]
+    expected += ["logs/stacks-rank-1.txt", "metrics.jsonl", "files.txt", "not-included.txt"]
+    assert list(members) == [f"bundle/{name}" for name in expected]
+    everything = "\n".join(members.values())
+    assert [secret for secret in SECRETS if secret in everything] == []
+    for harmless in ("max_tokens: 28", "data.org", "step 400/400", '"train/loss"', "torch 2.13", "caption_dropout: 0.1"):
+        assert harmless in everything, harmless
+    assert everything.count('"step"') == 40
+
+
+@pytest.mark.parametrize("text", ["text.max_tokens=28: 3 of 9 captions", "tokens 77", "lr 0.1  keys 3", "max_tokens: 28"])
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert scrub(text, {}) == text
+
+
+def test_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = plant(tmp_path / "run"), tmp_path / "bundle.tar.gz"
+    read_tail = bundle._tail
+
+    def vanishing(path: Path, limit: int) -> str:
+        path.unlink()
+        return read_tail(path, limit)
+
+    monkeypatch.setattr(bundle, "_tail", vanishing)
+    assert doctor.main([str(run), "--bundle", str(out), "--cluster", "none", "--no-data"]) == 0
+    members = text_of(out)
+    assert "bundle/train.log" not in members
+    lines = members["bundle/not-included.txt"].splitlines()
+    assert lines == [f"{name}: No such file or directory" for name in ("train.log", "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name", ["taken/bundle.tar.gz", "bundle.zip"])
+def test_bundle_that_cannot_be_written_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = plant(tmp_path / "run")
+    (tmp_path / "taken").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert doctor.main([str(run), "--bundle", str(tmp_path / name), "--cluster", "none", "--no-data"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --bundle")
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_the_end_of_a_long_log_is_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = plant(tmp_path / "run"), tmp_path / "bundle.tar.gz"
+    monkeypatch.setattr(bundle, "LOG_BYTES", 500)
+    doctor.main([str(run), "--bundle", str(out), "--cluster", "none", "--no-data"])
+    log = text_of(out)["bundle/train.log"]
+    assert len(log) < 500
+    assert log.startswith("2026-01-01")
+    assert "complete: 400 steps" in log

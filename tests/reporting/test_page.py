@@ -1,0 +1,225 @@
+"""The HTML report: sections and sentences, its size, bad input; and in a real browser: figures, sliders, routes."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raphael_dist.cli import report
+from raphael_dist.reporting.page import MAX_BYTES, SECTIONS
+from raphael_dist.reporting.series import BUCKETS, thinned
+from tests.lib.planted_run import plant, routes
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+START = "resumed at step 100: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16 = 1 x 2 x 8 slots"
+
+
+def page_of(out: Path, *runs: Path) -> str:
+    assert report.main([*map(str, runs), "--out", str(out), "--cluster", "none"]) == 0
+    return out.read_text()
+
+
+def text_of(page: str) -> str:
+    """Return the text that a reader sees."""
+    words: list[str] = []
+
+    class Reader(HTMLParser):
+        hidden = 0
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            self.hidden += tag in ("script", "style")
+
+        def handle_endtag(self, tag: str) -> None:
+            self.hidden -= tag in ("script", "style")
+
+        def handle_data(self, data: str) -> None:
+            words.append("" if self.hidden else data)
+
+    Reader().feed(page)
+    return " ".join(" ".join(words).split())
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A healthy run, and one of another learning rate with a dead expert that waits for data and failed."""
+    folder = tmp_path_factory.mktemp("runs")
+    bad = {"moe/space/L02/load_min": lambda i: 0.0, "time/data_wait_frac": lambda i: 0.4}
+    failed = [(10.5, "INFO", START), (12.5, "WARNING", "step 120 was skipped, since the loss is not finite")]
+    return [plant(folder / "one"), plant(folder / "two", bad, failed, {"optim.lr": 0.004}, grids=0)]
+
+
+def test_reader_can_answer_from_the_text_alone(two_runs: list[Path], tmp_path: Path) -> None:
+    text = text_of(page_of(tmp_path / "r.html", *two_runs))
+    for answer in (
+        "Did it converge? one: It has levelled off: the training loss went from 1 to 0.3",
+        "Is any expert dead? one: No expert is dead",
+        "two: Yes, at least one in each of these: space experts in blocks 2.",
+        "What bounds its speed? one: Computation and communication. 40 images per second.",
+        "two: Waiting for data, most of it for decoding",
+        "How often did it fail? one: Never: no fault is in the logs. Starts: 1. The run is complete at step 400.",
+        "two: Faults: 2 (killed or crashed: 1, skipped step: 1). Starts: 2.",
+        "What differs between the runs? (one / two) optim.lr: 0.002 / 0.004.",
+    ):
+        assert answer in text, answer
+    assert [title for title in SECTIONS.values() if title not in text] == []
+    assert "There is no sample grid" in text
+    assert "The run has no routes" in text
+
+
+def test_page_is_small_and_asks_no_server(tmp_path: Path) -> None:
+    run = plant(tmp_path / "run", grids=0)
+    rng = np.random.default_rng(0)
+    for step in range(1, 61):  # noise: the images that compress worst
+        pixels = rng.integers(0, 255, (1400, 1400, 3), np.uint8) if step == 1 else pixels  # noqa: F821
+        Image.fromarray(pixels).save(run / "samples" / f"step-{step:08d}.png", compress_level=0)
+        big = routes() | {"regions": [[[32, 32, "01" * 512]] * 16] * 40}
+        (run / "samples" / f"step-{step:08d}.routes.json").write_text(json.dumps(big))
+    page = page_of(tmp_path / "r.html", run)
+    assert 1_000_000 < len(page.encode()) < MAX_BYTES
+    body = re.sub(r"/\*!? ?https://github\S+.*?\*/", "", page)  # the name in uPlot's licence comment
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(http""", body)
+    assert "default-src 'none'" in page
+
+
+def test_text_of_others_cannot_become_markup(tmp_path: Path) -> None:
+    hostile = "</script><script>alert(1)</script>"
+    run = plant(
+        tmp_path / "run", log=[(2.5, "WARNING", f"step 20 was skipped, since {hostile}")], options={"run.project": hostile}
+    )
+    (run / "samples" / "step-00000400.routes.json").write_text(json.dumps(routes() | {"prompt": hostile}))
+    page = page_of(tmp_path / "r.html", run)
+    assert hostile not in page
+    assert page.count("<script") == 3
+
+
+def test_secrets_of_addresses_are_hidden(tmp_path: Path) -> None:
+    run = plant(tmp_path / "run", options={"data.shards": ["https://me:hunter2@host/a.tar"]})
+    assert "hunter2" not in page_of(tmp_path / "r.html", run)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "versions.json", "train.log", "samples"])
+def test_section_says_what_is_missing(name: str, tmp_path: Path) -> None:
+    run = plant(tmp_path / "run")
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    sentences = {
+        "config.yaml": "config.yaml is not in the run directory.",
+        "versions.json": "There is no versions.json.",
+        "train.log": "There is no train.log: starts, stops and faults are unknown.",
+        "samples": "There is no sample grid",
+    }
+    assert sentences[name] in text_of(page_of(tmp_path / "r.html", run))
+
+
+@pytest.mark.parametrize("content", [None, "", "half a li", "[1]\n3\n"])
+def test_run_without_metrics_is_one_line(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = plant(tmp_path / "run")
+    (run / "metrics.jsonl").unlink() if content is None else (run / "metrics.jsonl").write_text(content)
+    assert report.main([str(run), "--out", str(tmp_path / "r.html"), "--cluster", "none"]) == 2
+    err = capsys.readouterr().err
+    assert "a report requires metrics.jsonl with at least one line, but the run has none" in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_out_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = plant(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    for out, part in (("r.txt", "must end in .html"), ("file/r.html", "cannot be written")):
+        assert report.main([str(run), "--out", str(tmp_path / out), "--cluster", "none"]) == 2
+        assert part in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_damaged_grids_and_routes_are_left_out(tmp_path: Path) -> None:
+    run = plant(tmp_path / "run", grids=3)
+    (run / "samples" / "step-00000133.png").write_bytes(b"\x89PNG broken")
+    (run / "samples" / "step-00000133.routes.json").write_text("[]")
+    data = data_of(page_of(tmp_path / "r.html", run))
+    assert [entry["step"] for entry in data["samples"][0]] == [266, 400]
+    assert [entry["step"] for entry in data["routes"][0]] == [266, 400]
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)
+    assert found
+    return json.loads(found[1])
+
+
+def test_thinned_curve_keeps_spikes_and_order() -> None:
+    series = [(step, 1.0) for step in range(10_000)]
+    series[5000] = (5000, 99.0)
+    thin = thinned(series)
+    assert len(thin) <= 2 * BUCKETS
+    assert (5000, 99.0) in thin
+    assert thin == sorted(thin)
+    assert thinned(series[:300]) == series[:300]
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs a browser: Debian's package chromium")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
+def test_browser_draws_every_figure_without_an_error(browser: Any, two_runs: list[Path], tmp_path: Path, width: int) -> None:
+    page_of(tmp_path / "r.html", *two_runs)
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
+    page.goto((tmp_path / "r.html").as_uri())
+    figures = page.locator("figure[data-chart]")
+    assert figures.count() == 12
+    for number in range(figures.count()):
+        assert figures.nth(number).locator("canvas").count() == 1
+        assert is_drawn(figures.nth(number))
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+    assert page.locator("img.grid").evaluate("image => image.complete && image.naturalWidth") == 200
+    assert problems == []
+    page.close()
+
+
+def is_drawn(figure: Any) -> bool:
+    """Return whether a curve or points are drawn: coloured pixels."""
+    script = """figure => {
+        const canvas = figure.querySelector("canvas");
+        const d = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        for (let i = 0; i < d.length; i += 4)
+            if (d[i + 3] > 200 && Math.max(d[i], d[i + 1], d[i + 2]) - Math.min(d[i], d[i + 1], d[i + 2]) > 60) return true;
+        return false; }"""
+    return bool(figure.evaluate(script))
+
+
+def test_sliders_and_routes_can_be_clicked_through(browser: Any, two_runs: list[Path], tmp_path: Path) -> None:
+    page_of(tmp_path / "r.html", *two_runs)
+    page = browser.new_page()
+    page.goto((tmp_path / "r.html").as_uri())
+    samples = page.locator("[data-samples]")
+    assert "step 400 (2 of 2)" in samples.inner_text()
+    samples.locator("input").fill("0")
+    assert "step 200 (1 of 2)" in samples.inner_text()
+    box = page.locator("[data-routes]")
+    for name in ("heart", "2: 1", "500: 1"):
+        box.get_by_role("button", name=name, exact=True).click()
+    path = '"heart" → region of 75% in block 2 (at timestep 400) → space expert 1 → timestep 500: time expert 1'
+    assert box.locator(".path").inner_text() == path
+    assert "a red <heart>" in box.inner_text()
+    page.close()

@@ -1,0 +1,192 @@
+"""The doctor: a healthy run has no finding, and each planted problem is found by its rule, and by no other."""
+
+import ast
+import re
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from raphael_dist.cli import doctor
+from raphael_dist.data.features.tokens import truncation_line
+from raphael_dist.reporting import rules
+from raphael_dist.reporting.data_sample import DataSample
+from raphael_dist.reporting.events import KINDS, UNCLEAN, read_history
+from raphael_dist.reporting.rules import RULES, Case, diagnose
+from raphael_dist.reporting.run_files import read_run
+from tests.lib.planted_run import BEGIN, LINES, log_line, plant
+
+ROOT = Path(__file__).parents[2]
+START = "resumed at step 100: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16 = 1 x 2 x 8 slots"
+# For each rule: what is planted, and a part of what it must report.
+PLANTED: dict[rules.Rule, tuple[dict, str]] = {
+    rules.loss_not_finite: ({"tags": {"train/loss": lambda i: float("nan") if i == 20 else 0.3 + 0.7 * 0.8**i}}, "step 210"),
+    rules.loss_not_falling: ({"tags": {"train/loss": lambda i: 1.0 + 0.01 * (i % 3)}}, "does not fall: 1.01 at the start"),
+    rules.dead_experts: ({"tags": {"moe/space/L02/load_min": lambda i: 0.001}}, "space blocks 2"),
+    rules.overloaded_experts: ({"tags": {"moe/time/L01/load_max": lambda i: 3.9}}, "time blocks 1"),
+    rules.data_bound: ({"tags": {"time/data_wait_frac": lambda i: 0.6}}, "60% of the time goes into waiting"),
+    rules.slow_ranks: (
+        {
+            "tags": {"time/slowest_rank_ratio": lambda i: 2.4},
+            "log": [(9.5, "WARNING", "step 90: slow for 20 steps or more: rank 1 on n7 (2.4 times the median)")],
+        },
+        "rank 1 on n7",
+    ),
+    rules.always_clipped: ({"tags": {"optim/grad_norm": lambda i: 7.0}}, "100% of the logged steps"),
+    rules.skipped_steps: ({"tags": {"train/skipped": lambda i: float(i)}}, "39 of 400 steps"),
+    rules.wrong_schedule: ({"options": {"optim.warmup_steps": 300}}, "optim.warmup_steps=300"),
+    rules.checkpoints_fail: (
+        {"log": [(5.5, "WARNING", "the checkpoint of step 50 was not written, and the previous one remains: no space")]},
+        "saves of a checkpoint failed (number: 1); the last: the checkpoint of step 50 was not written",
+    ),
+    rules.truncated_captions: (
+        {"log": [(0.1, "WARNING", truncation_line("captions", 30, 87, 28))]},
+        "34% of the captions (30 of 87)",
+    ),
+    rules.empty_edge_maps: ({"tags": {"train/loss_edge": lambda i: 1e-6}}, "edge maps seem to be empty"),
+    rules.stalled: ({"complete": False}, "logged nothing for"),
+}
+
+
+def case_of(folder: Path, **fields: object) -> Case:
+    run = read_run(folder)
+    minutes = 10_000 if not read_history(run).of("complete") else LINES
+    return Case(run, read_history(run), BEGIN + timedelta(minutes=minutes), **fields)  # type: ignore[arg-type]
+
+
+def test_healthy_run_has_no_finding(tmp_path: Path) -> None:
+    data = DataSample(samples=200, edges=200, empty_edges=3, duplicates=2)
+    case = case_of(plant(tmp_path / "run"), free_bytes=1 << 40, checkpoint_bytes=1 << 30, data=data)
+    assert diagnose(case) == []
+    assert rules.coverage(case) == ([what for what, _ in RULES.values()], [])
+
+
+@pytest.mark.parametrize("rule", PLANTED, ids=lambda rule: rule.__name__)
+def test_planted_problem_is_found_by_its_rule_alone(rule: rules.Rule, tmp_path: Path) -> None:
+    spec, part = PLANTED[rule]
+    case = case_of(plant(tmp_path / "run", **spec))
+    finding = rule(case)
+    assert finding is not None
+    assert part in finding.problem
+    assert finding.remedy
+    assert diagnose(case) == [finding]
+
+
+def test_rules_about_disk_and_data_find_what_is_planted(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "run")
+    full = case_of(folder, free_bytes=3 << 30, checkpoint_bytes=2 << 30)
+    assert "3.00 GiB left" in diagnose(full)[0].problem
+    data = DataSample(samples=200, edges=200, empty_edges=90, duplicates=50)
+    problems = [finding.problem for finding in diagnose(case_of(folder, data=data))]
+    assert problems == ["90 of 200 edge maps are empty", "50 of 200 images look like another one"]
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "run")
+    (folder / "checkpoints" / "damaged-step-00000300").mkdir()
+    assert "damaged-step-00000300" in diagnose(case_of(folder))[0].problem
+
+
+@pytest.mark.parametrize(
+    ("lr", "options", "part"),
+    [
+        (lambda i: 1e-3 if i < 20 else 0.0, {}, "since step 210 of 400"),
+        (lambda i: 1e-3, {}, "ended at 100% of its peak"),
+        (lambda i: 1e-3, {"optim.lr_schedule": "constant"}, ""),
+        (lambda i: 1e-3 * (1 - i / 41), {"model.gate_noise_steps": 500}, "the noise never ends"),
+    ],
+)
+def test_wrong_schedules_are_found(tmp_path: Path, lr: object, options: dict, part: str) -> None:
+    findings = diagnose(case_of(plant(tmp_path / "run", {"optim/lr": lr}, options=options)))  # type: ignore[dict-item]
+    assert [part in finding.problem for finding in findings] == ([True] if part else [])
+
+
+def test_dead_experts_are_not_judged_by_few_samples_or_few_lines(tmp_path: Path) -> None:
+    dead = {"moe/space/L02/load_min": lambda i: 0.0}
+    few = plant(tmp_path / "few", dead, options={"train.global_batch_size": 2, "train.log_every": 1})
+    assert diagnose(case_of(few)) == []
+    revived = plant(tmp_path / "revived", {"moe/space/L02/load_min": lambda i: 0.0 if i < 36 else 0.5})
+    assert diagnose(case_of(revived)) == []
+    counted = plant(tmp_path / "counted", {"moe/dead_experts": lambda i: 3.0})
+    assert diagnose(case_of(counted))[0].problem == "3 experts are dead"
+
+
+def test_doctor_prints_findings_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([str(plant(tmp_path / "good")), "--no-data"]) == 0
+    assert "Nothing wrong was found." in capsys.readouterr().out
+    bad = plant(tmp_path / "bad", {"optim/grad_norm": lambda i: 7.0})
+    assert doctor.main([str(bad), "--no-data"]) == doctor.FOUND == 1
+    out = capsys.readouterr().out
+    assert "1. Gradients are clipped at 100%" in out
+    assert "What to do: lower optim.lr" in out
+    assert "Not looked at, since the run has not left it: duplicate images." in out
+
+
+def test_doctor_looks_at_the_data_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([str(plant(tmp_path / "run"))]) in (0, 1)
+    assert "Not looked at" not in capsys.readouterr().out
+    assert doctor.main([str(plant(tmp_path / "other", options={"data.shards": ["absent.tar"]})), "--no-data"]) == 0
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["report", "--out", "x.html"]])
+def test_folder_that_is_no_run_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raphael_dist.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("absent", "."):
+        assert main([command[0], name, *command[1:]]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: RUN={name} must be a run directory, but")
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def log_templates() -> set[str]:
+    """Return the texts of the package with 7 in place of each value, also as a step's line and of a folder step-7."""
+    texts: set[str] = set()
+    for path in (ROOT / "raphael_dist").rglob("*.py"):
+        if path.parent.name == "reporting":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.add("".join(str(part.value) if isinstance(part, ast.Constant) else "7" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(re.sub(r"%[srd]", "7", node.value))
+    return {f"{prefix}{text}" for prefix in ("", "step 7: ") for text in texts} | {t.replace("7", "step-7") for t in texts}
+
+
+def test_each_kind_of_event_is_a_line_that_the_package_logs() -> None:
+    templates = log_templates()
+    unknown = [
+        (kind, pattern)
+        for kind, alternatives in KINDS.items()
+        for pattern in (alternatives.split("|") if "(" not in alternatives else [alternatives])
+        if not any(re.match(pattern, text) for text in templates)
+    ]
+    assert unknown == []
+
+
+def test_history_counts_processes_that_ended_without_a_stop_line(tmp_path: Path) -> None:
+    log = [(10.5, "INFO", START), (20.5, "INFO", "stopped by a signal or the time limit at step 200"), (20.6, "INFO", START)]
+    history = read_history(read_run(plant(tmp_path / "run", log=log)))
+    assert [event.kind for event in history.events] == [
+        "start",
+        UNCLEAN,
+        "restart",
+        "stopped",
+        "restart",
+        "complete",
+    ]
+    assert [event.step for event in history.faults] == [100]
+
+
+def test_log_of_another_rank_is_read(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "run")
+    (folder / "logs" / "rank-00003.log").write_text(
+        log_line(3, "ERROR", "there was no progress for 600 s at step 20") + "half a li"
+    )
+    history = read_history(read_run(folder))
+    assert [(event.kind, event.step) for event in history.faults] == [("hang", 20)]

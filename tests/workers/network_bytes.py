@@ -1,0 +1,18 @@
+"""Rank on a node (tests/lib/netns.py) that counts the bytes of steps. spec: "config", "cases", "out", "nodes", "master"."""
+
+import os
+import sys
+from typing import Any
+
+from tests.lib.launch import ROOT
+from tests.lib.relay import enter
+
+
+def main(spec: dict[str, Any]) -> int:
+    sys.path.insert(0, str(ROOT / "tools"))
+    from benchmarks.network import Case, measure
+
+    enter(spec["nodes"][int(os.environ["RANK"])])
+    os.environ |= {"MASTER_ADDR": spec["master"], "GLOO_SOCKET_IFNAME": "eth0"}
+    measure(spec["config"], [Case(**case) for case in spec["cases"]], spec["out"])
+    return 0
