@@ -1,14 +1,14 @@
 #!/bin/bash
-# From a folder of pictures to a sampled picture: own_folder.sh OUT [PICTURES] [train.py's overrides]
-# A picture has its caption in a .txt of the same name. Without PICTURES the demo's emoji are unpacked, as such a folder.
+# From a folder of images to a sampled image, on a CPU: own_folder.sh OUT [IMAGES] [overrides for train.py]
+# Each image has its caption in a .txt file of the same name. Without IMAGES the demo's emoji are unpacked as such a folder.
 set -euo pipefail
-out=$1 pictures=${2:-}
+out=$1 images=${2:-}
 shift $(($# > 1 ? 2 : 1))
 mkdir -p "$out"
 
-if [ -z "$pictures" ]; then
-    pictures=$out/pictures
-    python - data/emoji-demo/train-0000.tar "$pictures" <<'PYTHON'
+if [ -z "$images" ]; then
+    images=$out/images
+    python - data/emoji-demo/train-0000.tar "$images" <<'PYTHON'
 import json, sys, tarfile
 from pathlib import Path
 folder = Path(sys.argv[2])
@@ -24,9 +24,13 @@ with tarfile.open(sys.argv[1]) as tar:
 PYTHON
 fi
 
-# Shards with edge maps; Canny's are there at once, `--edges hed` takes about a second for each picture on a CPU.
-python tools/prepare_data.py "$pictures" --out "$out/shards" --held-out 0.05 --edges canny
+texts=("$images"/*.txt)
+caption=$(head -n1 "${texts[0]}" | tr -d '"')  # the prompt that is sampled during training and at the end
+
+# Shards with edge maps. Canny is fast; `--edges hed` takes about a second for each image on a CPU.
+python tools/prepare_data.py "$images" --out "$out/shards" --held-out 0.05 --edges canny
 python tools/inspect_data.py "$out/shards" --out "$out/look.png"
 python raphael_dist/train.py --config emoji-tiny run.dir="$out/run" \
-    data.shards="$out/shards/train-*.tar" data.val_shards="$out/shards/val-*.tar" data.cache_dir="$out/cache" "$@"
-python -m raphael_dist.sample --checkpoint "$out/run" --prompt "a red heart, noto style" --out "$out/heart.png"
+    data.shards="$out/shards/train-*.tar" data.val_shards="$out/shards/val-*.tar" data.cache_dir="$out/cache" \
+    sample.prompts="[\"$caption\"]" "$@"
+python -m raphael_dist.sample --checkpoint "$out/run" --prompt "$caption" --out "$out/sample.png"
