@@ -18,7 +18,7 @@ if __name__ == "__main__" or Path(sys.argv[0]).name.startswith("raphael-"):
 
 from raphael_dist import sample, train
 from raphael_dist.cli import common, doctor, evaluate, prove, report, routes
-from raphael_dist.config import assets, reference
+from raphael_dist.config import assets, key_reference
 from raphael_dist.errors import run_command
 
 Command = Callable[[Sequence[str]], int]
@@ -35,9 +35,9 @@ def config(argv: Sequence[str]) -> int:
     form.add_argument("--json-schema", action="store_true", help="print a schema for editors that check YAML")
     args = parser.parse_args(argv)
     if args.markdown or args.json_schema:
-        print(reference.markdown() if args.markdown else reference.json_schema())
+        print(key_reference.markdown() if args.markdown else key_reference.json_schema())
         return 0
-    keys, pages = reference.find_keys(args.word)
+    keys, pages = key_reference.find_keys(args.word)
     print("\n".join(key.line() for key in keys) or f"no key of the configuration contains {args.word!r}")
     for page in pages:
         print(f"See docs/{page}.")

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 from raphael_dist.cli import common
 from raphael_dist.config.run_sections import RunConfig
 from raphael_dist.config.schema import Config, load_config, load_leniently, to_yaml
-from raphael_dist.config.stages import every_stage
+from raphael_dist.config.training_stages import every_stage
 from raphael_dist.config.types import EXPERT_KINDS
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import (

@@ -18,7 +18,7 @@ from raphael_dist.text import escape_control, print_line
 
 if TYPE_CHECKING:
     from raphael_dist.convert.conversion import Report
-    from raphael_dist.convert.mpi import MpiRanks
+    from raphael_dist.convert.mpi_ranks import MpiRanks
     from raphael_dist.convert.write_plan import Options
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Convert and print the result. Raises UserError for what the user can fix; under mpirun only rank 0 prints it."""
-    from raphael_dist.convert.mpi import MpiRanks
+    from raphael_dist.convert.mpi_ranks import MpiRanks
 
     ranks = MpiRanks()
     try:

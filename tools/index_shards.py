@@ -18,7 +18,7 @@ import checkout  # noqa: F401 (before the package)
 from raphael_dist.cli.common import Parser
 from raphael_dist.config.data_sections import Data
 from raphael_dist.data.fetch.shard_cache import ShardStore, store_of
-from raphael_dist.data.shards import indexing
+from raphael_dist.data.shards import build_index
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 from raphael_dist.errors import UserError, run_command
 from raphael_dist.text import hide_secrets, print_line
@@ -47,7 +47,7 @@ def index(args: argparse.Namespace) -> None:
     store = store_of(Data(cache_dir=args.cache_dir, shard_cache=args.shard_cache))
     with name_option("SHARDS"):
         names = expand_shards(args.shards, store.retry)
-    missing = [name for name, _ in indexing.unindexed(names[part::parts], store)]
+    missing = [name for name, _ in build_index.unindexed(names[part::parts], store)]
     print(f"part {part} of {parts}: {len(missing)} of {len(names[part::parts])} shards to read", flush=True)
     # Forked processes would have the locks of fsspec without its threads.
     with multiprocessing.get_context("spawn").Pool(args.processes) if args.processes > 1 else ThreadPool(1) as pool:
@@ -60,11 +60,11 @@ def index(args: argparse.Namespace) -> None:
             f"not all shards could be read: {len(unread)} of {len(missing)} failed, the first one is {unread[0]}. Start "
             "the command again when they can be read."
         )
-    if missing := [name for name, _ in indexing.unindexed(names, store)]:
+    if missing := [name for name, _ in build_index.unindexed(names, store)]:
         print(f"{len(missing)} shards (of other parts, or unreachable) have no record yet", flush=True)
         if parts > 1:
             return
-    table = indexing.join_records(names, store, args.columns)
+    table = build_index.join_records(names, store, args.columns)
     print(f"{table.num_samples:,} samples in {len(names):,} shards, {table.num_bad:,} bad samples, in {table.folder}")
     for number, why in table.damaged.items():
         print_line(f"damaged: {table.about['names'][number]} {why}")
@@ -74,7 +74,7 @@ def _scan(task: tuple[ShardStore, str]) -> tuple[str, bool]:
     """Index a shard; return a line about it, and whether it could be read."""
     store, name = task
     try:
-        (record,) = indexing.scan_shards([name], store)
+        (record,) = build_index.scan_shards([name], store)
     except UserError as error:
         return str(error), False
     damage = f"; {record.damage}" if record.damage else ""

@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
     if args.count < 1 or args.images < 1:
         raise UserError(f"--count {args.count} and --images {args.images} must be at least 1. Give larger numbers.")
     from raphael_dist.data.captions import CaptionChoice
+    from raphael_dist.data.shards.build_index import build_index
     from raphael_dist.data.shards.decode_sample import ImageDataset
-    from raphael_dist.data.shards.indexing import build_index
     from raphael_dist.data.shards.shard_names import expand_shards, name_option
     from raphael_dist.data.shards.view import columns_of, open_view
     from raphael_dist.data_prep.contact_sheet import contact_sheet

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
         print(calibrate(args.calibrate))
         return
-    from raphael_dist.planning import report
+    from raphael_dist.planning import plan_report
     from raphael_dist.planning.cluster_spec import load_cluster
     from raphael_dist.planning.run_plan import make_plan
     from raphael_dist.planning.search import Search, restriction
@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> None:
         print(memory_table(args.config, search))
         return
     plan = make_plan(search, args.images, args.price, args.failure_hours)
-    print(report.describe(plan, args.config))
+    print(plan_report.describe(plan, args.config))
     if args.figure is not None:
-        from raphael_dist.planning.figure import draw
+        from raphael_dist.planning.plan_figure import draw
 
         draw(plan, args.figure)
 

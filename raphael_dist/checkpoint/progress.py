@@ -12,7 +12,7 @@ class Progress(NamedTuple):
         step: optimizer steps, skipped ones included.
         samples_seen: the position of the next sample in the data order.
         updates: steps that changed the weights; Adam counts these.
-        guard: the state of the rules against bad steps (training/guard.py).
+        guard: the state of the rules against bad steps (training/step_guard.py).
     """
 
     step: int

@@ -11,7 +11,7 @@ from raphael_dist.errors import UserError, run_command
 from raphael_dist.text import escape_control, hide_secrets_in_text, print_line
 
 if TYPE_CHECKING:
-    from raphael_dist.reporting.examine import Examined
+    from raphael_dist.reporting.run_facts import Examined
 
 FOUND = 1  # the exit code when something was found
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"--bundle {args.bundle}: must end in .tar.gz")
     from raphael_dist.reporting.bundle import write_bundle
-    from raphael_dist.reporting.examine import NO_PLAN, examine
+    from raphael_dist.reporting.run_facts import NO_PLAN, examine
 
     # Only the bundle shows the plan, which takes a while to trace.
     examined = examine(args.run, args.cluster if args.bundle else NO_PLAN, with_data=not args.no_data)

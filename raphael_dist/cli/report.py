@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     """Write the report. Raises UserError for what the user can fix."""
     if args.out.suffix != ".html":
         raise UserError(f"--out {args.out}: must end in .html")
-    from raphael_dist.reporting.examine import examine
     from raphael_dist.reporting.page import build_page
+    from raphael_dist.reporting.run_facts import examine
     from raphael_dist.storage.files import replace_bytes
 
     examined = [examine(folder, args.cluster, with_data=False) for folder in args.runs]

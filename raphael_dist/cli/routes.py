@@ -15,7 +15,7 @@ from raphael_dist.errors import UserError, run_command
 from raphael_dist.text import escape_control
 
 if TYPE_CHECKING:
-    from raphael_dist.analysis.report import Report
+    from raphael_dist.analysis.route_report import Report
     from raphael_dist.sampling.load_model import TrainedModel
 
 CAPTIONS = 2000  # that are read at most
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     """Write everything below `args.out`. Raises UserError for what the user can fix."""
     import torch
 
-    from raphael_dist.analysis.report import Report
+    from raphael_dist.analysis.route_report import Report
     from raphael_dist.sampling.load_model import load_trained
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,7 +90,7 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
 
 def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> None:
     """Draw the bands of the time experts over all timesteps."""
-    from raphael_dist.analysis.figures import draw_bands
+    from raphael_dist.analysis.route_figures import draw_bands
     from raphael_dist.analysis.routes import time_routes
 
     num = trained.config.diffusion.num_timesteps
@@ -107,9 +107,9 @@ def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int,
     from PIL import Image
 
     from raphael_dist.analysis.coverage import measure_coverage, route_agreement
-    from raphael_dist.analysis.figures import draw_overlays, draw_routes
-    from raphael_dist.analysis.prompt import trace_prompt
+    from raphael_dist.analysis.route_figures import draw_overlays, draw_routes
     from raphael_dist.analysis.routes import noisy_word_routes
+    from raphael_dist.analysis.trace_prompt import trace_prompt
 
     s = trained.config.sample
     steps = s.steps if args.steps is None else args.steps
@@ -134,7 +134,7 @@ def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "
     import torch
 
     from raphael_dist.analysis.experts import expert_loads, find_dead, find_duplicates
-    from raphael_dist.analysis.figures import draw_heat_map
+    from raphael_dist.analysis.route_figures import draw_heat_map
     from raphael_dist.analysis.routes import collect_word_paths, time_routes
 
     m, findings = trained.config.model, []

@@ -20,14 +20,14 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from raphael_dist.cluster.collectives import Collective, timed
+from raphael_dist.cluster.collective_timing import Collective, timed
 from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch.shard_cache import ShardError, store_of
 from raphael_dist.data.shards.open_index import find_shards
 from raphael_dist.errors import UserError
 from raphael_dist.model.moe import SpaceMoE
-from raphael_dist.parallel.exchange import ExpertGroup
-from raphael_dist.parallel.expert_parallel import STACKED, ParallelSpaceMoE
+from raphael_dist.parallel.async_collectives import ExpertGroup
+from raphael_dist.parallel.expert_dispatch import STACKED, ParallelSpaceMoE
 from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, gather_objects, host_name, num_threads, own_group
 from raphael_dist.storage.files import free_bytes, replace_bytes, write_bytes

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from raphael_dist.cluster import preflight, prove_report
-from raphael_dist.cluster.proof import Proof
 from raphael_dist.cluster.prove_checks import CHECKS, KILL, PREFLIGHT
 from raphael_dist.cluster.prove_report import CheckReport, Report
+from raphael_dist.cluster.prove_results import Proof
 from raphael_dist.config import assets
 from raphael_dist.config.schema import Config
 from raphael_dist.errors import EXIT_USER_ERROR, describe_error

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from raphael_dist.cluster import preflight, prove_hardware, prove_numbers, prove_saves
-from raphael_dist.cluster.proof import Proof, Result
+from raphael_dist.cluster.prove_results import Proof, Result
 
 
 @dataclass(frozen=True)

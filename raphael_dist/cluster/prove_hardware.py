@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from raphael_dist.cluster.collectives import COLLECTIVES, Collective
+from raphael_dist.cluster.collective_timing import COLLECTIVES, Collective
 from raphael_dist.cluster.preflight_report import SLOW_PAIR
-from raphael_dist.cluster.proof import Problem, Proof, Result
-from raphael_dist.cluster.proof_model import position_batch
+from raphael_dist.cluster.prove_model import position_batch
 from raphael_dist.cluster.prove_numbers import Case, case_config
+from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config import assets
 from raphael_dist.config.schema import Config
 from raphael_dist.engine.ds_config import read_deepspeed_json, zero_stage

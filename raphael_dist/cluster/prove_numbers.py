@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raphael_dist.checkpoint.tensors import stacked
-from raphael_dist.cluster.proof import Problem, Proof, Result
-from raphael_dist.cluster.proof_model import EXPERTS, Reference, Slots, digest, position_batch, proof_config
+from raphael_dist.cluster.prove_model import EXPERTS, Reference, Slots, digest, position_batch, proof_config
+from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config.schema import Config
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.zero import global_shape

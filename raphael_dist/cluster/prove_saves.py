@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from raphael_dist.checkpoint.progress import Progress
-from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.checkpoint.tensors import stacked
-from raphael_dist.cluster.proof import Problem, Proof, Result
-from raphael_dist.cluster.proof_model import ADAM_EPS
+from raphael_dist.cluster.prove_model import ADAM_EPS
 from raphael_dist.cluster.prove_numbers import (
     TOLERANCE,
     Case,
@@ -24,6 +23,7 @@ from raphael_dist.cluster.prove_numbers import (
     pieces,
     weights_difference,
 )
+from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config.schema import Config
 from raphael_dist.parallel.batch_plan import BatchPlan
 

@@ -20,7 +20,7 @@ from raphael_dist.checkpoint.tensors import Span
 from raphael_dist.config.schema import Config
 from raphael_dist.convert.layouts import layout_of, open_checkpoint
 from raphael_dist.convert.lora_files import MergedSource, read_adapter
-from raphael_dist.convert.mpi import MpiRanks
+from raphael_dist.convert.mpi_ranks import MpiRanks
 from raphael_dist.convert.source_checkpoint import Checkpoint, is_dense
 from raphael_dist.convert.upcycle import UpcycledSource
 from raphael_dist.convert.write_plan import ConversionPlan, Options, Source, check_complete, write_file

@@ -18,7 +18,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.convert.source_checkpoint import block_levels, check_same_prediction, parameter_shapes
 from raphael_dist.convert.write_plan import Source
 from raphael_dist.errors import UserError
-from raphael_dist.model.edge import EdgeModule
+from raphael_dist.model.edge_supervision import EdgeModule
 from raphael_dist.model.moe import SpaceMoE
 from raphael_dist.model.routing import Gate
 

@@ -15,9 +15,9 @@ from raphael_dist.data.features.encoders import ImageEncoder, ImageFacts, TextEn
 from raphael_dist.data.features.feature_source import FeatureSource, OnlineFeatures, StoredFeatures
 from raphael_dist.data.features.hed import EdgeEncoder
 from raphael_dist.data.fetch.shard_cache import store_of
+from raphael_dist.data.shards.build_index import build_index
+from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.data.shards.decode_sample import EdgeSource, ImageDataset
-from raphael_dist.data.shards.index import DatasetIndex
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.open_index import find_shards, open_order
 from raphael_dist.data.shards.sample_reader import SampleReader
 from raphael_dist.data.stream import TrainStream

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.data.shards.view import View, open_view
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator

@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 
 

@@ -19,8 +19,8 @@ from raphael_dist.data.features.packing import SampleFeatures, Text
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder, SamplePosition
+from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data.shards.decode_sample import RETRY_AFTER_S, BadSampleError, Request
-from raphael_dist.data.shards.index import BadSample
 from raphael_dist.data.shards.sample_reader import SampleReader
 from raphael_dist.data.shards.skipped import most_common_reasons
 from raphael_dist.data.shards.tar_scan import EDGE_EXT

@@ -30,8 +30,8 @@ from raphael_dist.data.features.hed import EdgeEncoder, edge_map
 from raphael_dist.data.image import decode_image, reason_of
 from raphael_dist.data.open_streams import dataset_of, stores_text
 from raphael_dist.data.prefetch import Prefetcher
-from raphael_dist.data.shards.index import BadSample
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
+from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data.shards.skipped import SkipCounts, most_common_reasons
 from raphael_dist.data.shards.tar_scan import EDGE_EXT, FEATURES_EXT, IMAGE_EXTS
 from raphael_dist.data_prep.inputs import Part, RawSample

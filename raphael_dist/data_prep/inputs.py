@@ -10,9 +10,9 @@ from raphael_dist.data.captions import clean_caption
 from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import base_name
 from raphael_dist.data.image import image_ext, reason_of
+from raphael_dist.data.shards.build_index import build_index
+from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data.shards.decode_sample import RAW_EXTS, ImageDataset
-from raphael_dist.data.shards.index import BadSample
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 from raphael_dist.data.shards.skipped import SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT

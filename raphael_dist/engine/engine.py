@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from raphael_dist.config.run_sections import Optim
 from raphael_dist.config.schema import Config
 from raphael_dist.engine import ds_config, expert_groups
-from raphael_dist.engine.collectives import broadcast_weights, count_collectives, import_deepspeed
+from raphael_dist.engine.deepspeed_comm import broadcast_weights, count_collectives, import_deepspeed
 from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.engine.zero import Zero12Contiguous, adapter
@@ -23,7 +23,7 @@ from raphael_dist.model.cuda_graphs import replay_cuda_graphs
 from raphael_dist.model.device import is_gpu
 from raphael_dist.model.routing import gate_kind
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel import expert_parallel
+from raphael_dist.parallel import expert_dispatch
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import all_reduce_sum, raise_on_all_ranks
 
@@ -71,7 +71,7 @@ class Engine:
         for part in model.modules():  # the U-Net, and its control
             if isinstance(part, RaphaelUNet):
                 part.gathers_weights = self.stage == 3
-        self.traffic = expert_parallel.shard_experts(model, config, plan, expert_groups.create_groups)
+        self.traffic = expert_dispatch.shard_experts(model, config, plan, expert_groups.create_groups)
         expert_groups.add_moe_marker(model, config.model.space_experts + config.model.time_experts)
         if config.train.compile:
             _compile(model, config, self.stage, device)

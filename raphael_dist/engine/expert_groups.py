@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from raphael_dist.parallel.exchange import ExpertGroup, Traffic
+from raphael_dist.parallel.async_collectives import ExpertGroup, Traffic
 from raphael_dist.runtime.ranks import gather_objects, own_group
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raphael_dist.engine.collectives import deepspeed_comm
+from raphael_dist.engine.deepspeed_comm import deepspeed_comm
 from raphael_dist.engine.ds_config import uses_contiguous_gradients
 
 DeepSpeedObject = Any  # DeepSpeed's optimizers have no types

@@ -14,7 +14,7 @@ from torch import nn
 
 from raphael_dist.errors import UserError
 from raphael_dist.model.experts import Experts
-from raphael_dist.model.residual import ResidualBlock
+from raphael_dist.model.residual_block import ResidualBlock
 
 # Graphs per function: residual blocks differ in width, size, and whether gradients are needed. Beyond torch's own limit of 8
 # they would run uncompiled.

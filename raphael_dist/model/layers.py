@@ -17,7 +17,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from raphael_dist.config.types import ExpertBackend
-from raphael_dist.model.edge import EdgeModule
+from raphael_dist.model.edge_supervision import EdgeModule
 from raphael_dist.model.experts import Activation
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.routing import BlockRouting, region_mask_BNY

@@ -12,7 +12,7 @@ from torch import Tensor
 from raphael_dist.config.schema import Config
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B, min_snr_weight_B
-from raphael_dist.model.edge import edge_loss_B
+from raphael_dist.model.edge_supervision import edge_loss_B
 from raphael_dist.model.routing import one_hot
 from raphael_dist.model.super_resolution import append_small_image
 from raphael_dist.model.unet import UNetOutput

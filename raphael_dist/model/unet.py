@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raphael_dist.model.experts import require_grouped_gemm
 from raphael_dist.model.layers import BlockSpec, SpatialTransformer, UNetLevel
-from raphael_dist.model.residual import ResidualBlock, feature_map_format, match_format
+from raphael_dist.model.residual_block import ResidualBlock, feature_map_format, match_format
 from raphael_dist.model.routing import (
     BlockRouting,
     Gate,

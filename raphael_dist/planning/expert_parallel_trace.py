@@ -11,9 +11,9 @@ from torch import Tensor
 
 from raphael_dist.config.schema import Config
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel import expert_parallel
+from raphael_dist.parallel import expert_dispatch
+from raphael_dist.parallel.async_collectives import ExpertGroup, Traffic, Work
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.exchange import ExpertGroup, Traffic, Work
 
 
 class _Done:
@@ -45,8 +45,8 @@ def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, i
         def create_group(size: int, traffic: Traffic) -> ExpertGroup:
             return DummyGroup(None, size, 0, traffic)  # type: ignore[arg-type]
 
-        traffic = expert_parallel.shard_experts(model, config, plan, create_group)
-        sharded = expert_parallel.sharded_time_layers(model)
+        traffic = expert_dispatch.shard_experts(model, config, plan, create_group)
+        sharded = expert_dispatch.sharded_time_layers(model)
         if any(sharded):
             group = create_group(config.parallel.time_ep, traffic)
             model.count_samples = lambda onehot_LBK: _even_counts(onehot_LBK, group, samples, sharded)
@@ -57,13 +57,13 @@ def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, i
 
 def _even_counts(
     onehot_LBK: Tensor, group: ExpertGroup, samples: int, sharded: Sequence[bool]
-) -> list[expert_parallel.SampleCounts]:
-    """Return each layer's samples as `expert_parallel.count_samples` does, assigned to the experts in turn."""
+) -> list[expert_dispatch.SampleCounts]:
+    """Return each layer's samples as `expert_dispatch.count_samples` does, assigned to the experts in turn."""
     group.all_gather(onehot_LBK.sum(dim=1).unsqueeze(0))
     experts = onehot_LBK.shape[-1]
     counts = torch.zeros(group.size, experts, dtype=torch.long)
     for number in range(group.size * samples):
         counts[number // samples, number % experts] += 1
     host = torch.unflatten(counts, 1, (group.size, -1))
-    even = expert_parallel.GroupSamples(host, host.to("meta"))
+    even = expert_dispatch.GroupSamples(host, host.to("meta"))
     return [even if moves else host[group.index].flatten().to("meta") for moves in sharded]

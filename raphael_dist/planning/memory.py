@@ -11,8 +11,8 @@ from math import prod
 from raphael_dist.checkpoint.tensors import Shapes
 from raphael_dist.config.schema import Config
 from raphael_dist.config.types import bytes_per_element
-from raphael_dist.convert.partition import Topology, groups, local, topology_of, zero3
 from raphael_dist.convert.write_plan import Options
+from raphael_dist.convert.zero_partition import Topology, groups, local, topology_of, zero3
 from raphael_dist.engine.ds_config import CONTIGUOUS_BUCKET, sums_in_float32, uses_contiguous_gradients
 from raphael_dist.planning.communication import DEEPSPEED_BUCKET
 

@@ -12,8 +12,8 @@ from math import prod
 
 from raphael_dist.config.schema import Config
 from raphael_dist.config.types import bytes_per_element
-from raphael_dist.convert.partition import Topology
 from raphael_dist.convert.source_checkpoint import parameter_shapes
+from raphael_dist.convert.zero_partition import Topology
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.batch_plan import BatchPlan

@@ -16,7 +16,7 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.planning.cluster_spec import CLASSES_WITH_FLOPS, ClusterSpec
 from raphael_dist.planning.communication import Communication, Scheme, communications, hidden_seconds
 from raphael_dist.planning.memory import MemoryFootprint
-from raphael_dist.planning.operations import CLASSES
+from raphael_dist.planning.op_costs import CLASSES
 from raphael_dist.planning.trace import PHASES, Trace
 
 # Launches for each parameter in every micro-step: DeepSpeed copies the gradient into a bucket and divides it; with

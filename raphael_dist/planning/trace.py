@@ -24,17 +24,17 @@ from torch.utils._pytree import tree_leaves
 
 from raphael_dist.config.schema import Config
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.edge import EdgeModule
+from raphael_dist.model.edge_supervision import EdgeModule
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
-from raphael_dist.model.residual import ResidualBlock
+from raphael_dist.model.residual_block import ResidualBlock
 from raphael_dist.model.routing import BlockRouting
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel.exchange import Traffic
+from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.planning.meta_batch import META, meta_batch
-from raphael_dist.planning.operations import LiveBytes, flops_of, launches_work, op_class
+from raphael_dist.planning.op_costs import LiveBytes, flops_of, launches_work, op_class
 
 Recompute = Literal["none", "blocks", "all"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "blocks", "all")

@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from raphael_dist.errors import UserError
-from raphael_dist.reporting.examine import Examined
-from raphael_dist.reporting.plan import plan_lines
+from raphael_dist.reporting.plan_comparison import plan_lines
+from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.storage.files import atomic_path
 from raphael_dist.text import HIDDEN, hide_secrets_in_text, open_regular, redact
 

@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 
 from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch.remote import is_remote
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import ImageDataset
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.data_prep.inspect_data import buckets_of, find_duplicates, inspect
 from raphael_dist.errors import UserError

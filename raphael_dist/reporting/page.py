@@ -12,9 +12,9 @@ from PIL import Image
 
 from raphael_dist.analysis.experts import DEAD_SHARE
 from raphael_dist.reporting import summary
-from raphael_dist.reporting.examine import Examined
 from raphael_dist.reporting.expert_health import OVERLOADED, dead_blocks, overloaded_blocks
-from raphael_dist.reporting.plan import number as shown_number
+from raphael_dist.reporting.plan_comparison import number as shown_number
+from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.reporting.run_files import RunFiles, read_routes
 from raphael_dist.reporting.series import CHARTS, chart_data, timeline_data
 from raphael_dist.text import JsonObject, hide_secrets_in_text, redact

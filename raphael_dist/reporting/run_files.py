@@ -173,7 +173,7 @@ def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def read_routes(path: Path) -> dict[str, Any]:
-    """Return the routes of one grid (analysis/report.py). Raises OSError or ValueError."""
+    """Return the routes of one grid (analysis/route_report.py). Raises OSError or ValueError."""
     routes = json.loads(read_text(path))
     if not isinstance(routes, dict) or not {"words", "space", "regions", "time", "timesteps"} <= set(routes):
         raise ValueError(f"{path.name} holds no routes")

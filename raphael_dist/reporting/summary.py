@@ -6,9 +6,9 @@ from statistics import fmean, variance
 from typing import Any
 
 from raphael_dist.reporting.events import FAULTS, UNCLEAN, ending
-from raphael_dist.reporting.examine import Examined
 from raphael_dist.reporting.expert_health import MIN_SAMPLES, dead_blocks, experts_are_judged
 from raphael_dist.reporting.rules import DATA_BOUND, MIN_LINES, longest_wait
+from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.training.stragglers import SLOW_RATIO
 

@@ -2,4 +2,4 @@
 
 from typing import Final
 
-IN_PACKAGE: Final = True  # convert/standalone.py leaves out what follows `if IN_PACKAGE:`
+IN_PACKAGE: Final = True  # convert/exported_code.py leaves out what follows `if IN_PACKAGE:`

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from raphael_dist.convert.standalone import CODE, model_code, pipeline_code
+from raphael_dist.convert.exported_code import CODE, model_code, pipeline_code
 from raphael_dist.data.features.characters import CHARACTERS
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusers_model import RaphaelControlNet, RaphaelUNet2D

@@ -26,7 +26,7 @@ from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.prompts import sample_requests
 from raphael_dist.storage.files import free_bytes
 from raphael_dist.training.run_dir import check_unowned
-from raphael_dist.training.trackers import check_installed
+from raphael_dist.training.wandb_mlflow import check_installed
 
 T = TypeVar("T")
 _MEMBERS = 32  # of the first shard: enough for a whole sample

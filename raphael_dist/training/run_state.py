@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import IO
 
-from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.config.schema import Config
 from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.run_data import DataSource
@@ -16,8 +16,8 @@ from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.sampling.sampler import Request
-from raphael_dist.training.guard import Guard
-from raphael_dist.training.telemetry import Telemetry
+from raphael_dist.training.logged_metrics import Telemetry
+from raphael_dist.training.step_guard import Guard
 from raphael_dist.training.validation import Validator
 
 

@@ -5,7 +5,7 @@ from typing import IO, Any
 
 import torch
 
-from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.config.schema import Config
 from raphael_dist.convert.init_weights import adapted_base, load_initial
 from raphael_dist.data.run_data import DataSource
@@ -19,8 +19,8 @@ from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.sampling.sampler import Request
 from raphael_dist.text import print_line
 from raphael_dist.training import recovery, run_dir, throughput
+from raphael_dist.training.logged_metrics import Telemetry
 from raphael_dist.training.run_state import Run
-from raphael_dist.training.telemetry import Telemetry
 from raphael_dist.training.validation import ready_to_sample
 
 

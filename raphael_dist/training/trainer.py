@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from raphael_dist.config.schema import Config
-from raphael_dist.config.stages import stage_at
+from raphael_dist.config.training_stages import stage_at
 from raphael_dist.data.batch_workers import BatchPrefetcher
 from raphael_dist.data.run_data import DataSource, open_source
 from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
@@ -26,9 +26,9 @@ from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.sampling.grid import caption_grid, save_image
 from raphael_dist.training import recovery, run_dir, startup, summary
-from raphael_dist.training.guard import Guard
 from raphael_dist.training.lr_schedule import gate_noise_deviation, learning_rate
 from raphael_dist.training.run_state import Run, RunProgress, StopState
+from raphael_dist.training.step_guard import Guard
 from raphael_dist.training.validation import Validator, draw_samples, figures_of, routes_of
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from raphael_dist.analysis.figures import draw_bands, draw_overlays, draw_routes
-from raphael_dist.analysis.prompt import make_trace
 from raphael_dist.analysis.recorder import Record, Recorder
-from raphael_dist.analysis.report import trace_values
+from raphael_dist.analysis.route_figures import draw_bands, draw_overlays, draw_routes
+from raphael_dist.analysis.route_report import trace_values
 from raphael_dist.analysis.routes import split_words
+from raphael_dist.analysis.trace_prompt import make_trace
 from raphael_dist.config.schema import Config
 from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder
 from raphael_dist.data.run_data import DataSource
@@ -163,7 +163,7 @@ def draw_samples(
 
 
 def routes_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Any]:
-    """Return the routes and regions of the first sample as JSON values (analysis/report.py)."""
+    """Return the routes and regions of the first sample as JSON values (analysis/route_report.py)."""
     words = split_words(text.tokenizer, prompt, text.max_tokens)
     return trace_values(prompt, make_trace(samples.images[0], words, samples.record))
 

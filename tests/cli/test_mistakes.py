@@ -13,7 +13,7 @@ from raphael_dist import sample, train
 from raphael_dist.cli.installed import PACKAGES
 from raphael_dist.config.key_names import NAMES_ELSEWHERE
 from raphael_dist.config.schema import Config, load_config
-from raphael_dist.config.stages import every_stage
+from raphael_dist.config.training_stages import every_stage
 from raphael_dist.config.types import keys_of, sections_of
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.engine.ds_config import read_deepspeed_json

@@ -10,11 +10,11 @@ import pytest
 from raphael_dist.config.schema import load_config, stored_tree, to_yaml
 from raphael_dist.data.fetch.remote import RetryPolicy
 from raphael_dist.data.fetch.shard_cache import ShardStore, base_name
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.errors import UserError, run_command
 from raphael_dist.text import LineFormat, hide_secrets, hide_secrets_in_text, hide_secrets_in_tree
-from raphael_dist.training.trackers import flat
+from raphael_dist.training.wandb_mlflow import flat
 from tests.lib.launch import ROOT, run_ranks
 from tests.lib.servers import http_files
 

@@ -200,7 +200,7 @@ DECODE = """
 import sys
 from pathlib import Path
 from raphael_dist.data.shards.decode_sample import ImageDataset
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_workers import DecodePool
 if __name__ == "__main__":
     pool = DecodePool(ImageDataset(build_index([Path(sys.argv[1])]), [(16, 16)], "none"), 1)

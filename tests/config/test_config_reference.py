@@ -11,8 +11,8 @@ import yaml
 from raphael_dist import __main__ as commands
 from raphael_dist import train
 from raphael_dist.config.assets import locate, root
+from raphael_dist.config.key_reference import TOPICS, all_keys, find_keys, json_schema, markdown
 from raphael_dist.config.load import preset_names
-from raphael_dist.config.reference import TOPICS, all_keys, find_keys, json_schema, markdown
 from raphael_dist.config.schema import Config, load_config
 from tests.lib.launch import ROOT
 

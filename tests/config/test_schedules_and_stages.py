@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from raphael_dist.config.model_sections import Diffusion
 from raphael_dist.config.resume_check import changed_fields
 from raphael_dist.config.schema import Config, load_config
-from raphael_dist.config.stages import every_stage, stage_at
+from raphael_dist.config.training_stages import every_stage, stage_at
 from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.engine.ema import Ema
 from raphael_dist.errors import UserError

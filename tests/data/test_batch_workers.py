@@ -14,7 +14,7 @@ from raphael_dist.data import batch_workers
 from raphael_dist.data.batch_workers import BatchPrefetcher
 from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.features.batch_encoder import BatchEncoder, Encoders
-from raphael_dist.data.shards.index import BadSample
+from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data_prep.build_shards import Preparer
 from raphael_dist.data_prep.inputs import parts_of
 from raphael_dist.errors import UserError

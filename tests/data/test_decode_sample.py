@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.errors import UserError
 from tests.data.test_shards import png, png_header, write_raw
 

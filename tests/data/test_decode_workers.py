@@ -17,9 +17,9 @@ from raphael_dist.data.fetch.shard_cache import ShardError, ShardStore
 from raphael_dist.data.fetch.shard_prefetch import ShardPrefetcher
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards import decode_workers
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
 from raphael_dist.data.shards.decode_workers import DecodePool
-from raphael_dist.data.shards.indexing import build_index
 from tests.data.test_decode_sample import encode
 from tests.data.test_index import laion_shard
 from tests.data.test_remote import QUICK
@@ -147,7 +147,7 @@ def test_workers_end_with_killed_or_exited_rank(tmp_path: Path, kill: bool) -> N
 import sys, time
 from pathlib import Path
 from raphael_dist.data.shards.decode_sample import ImageDataset
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_workers import DecodePool
 if __name__ == "__main__":
     data = ImageDataset(build_index([sys.argv[1] + "/a.tar"], Path(sys.argv[1]) / "cache"), [(24, 24)], "none")

@@ -11,7 +11,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache import FeatureCache
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.view import open_view
 from raphael_dist.storage.checksummed import read_sealed, write_sealed
 from tests.data.test_features import config, encoders, samples, stream_of, with_data, write_shard  # noqa: F401

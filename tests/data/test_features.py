@@ -23,13 +23,13 @@ from raphael_dist.data.features.hed import EdgeEncoder
 from raphael_dist.data.features.packing import pool_edges
 from raphael_dist.data.open_streams import source_of
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.data_prep.build_shards import Preparer
 from raphael_dist.data_prep.inputs import parts_of
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.edge import edge_loss_B
+from raphael_dist.model.edge_supervision import edge_loss_B
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.runtime.ranks import Ranks

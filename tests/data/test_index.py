@@ -18,14 +18,13 @@ from raphael_dist.config.schema import load_config
 from raphael_dist.data.fetch.shard_cache import ShardStore
 from raphael_dist.data.mixture import BLOCK, MixedOrder, apportion
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards import indexing
+from raphael_dist.data.shards.build_index import MAX_BYTES_IN_RUN, build_index, check_index_in_run, open_index
+from raphael_dist.data.shards.dataset_index import DatasetIndex, open_table
 from raphael_dist.data.shards.decode_sample import ImageDataset
-from raphael_dist.data.shards.index import DatasetIndex, open_table
-from raphael_dist.data.shards.index_write import table_in_memory, write_table
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.open_index import check_damage
 from raphael_dist.data.shards.shard_record import load_record, pack_keys, unpack_keys
 from raphael_dist.data.shards.view import open_view
+from raphael_dist.data.shards.write_index import table_in_memory, write_table
 from raphael_dist.errors import UserError
 from tests.data.test_order import BUCKETS, make_index, record_of
 from tests.data.test_shards import good, png, write_raw, write_shard
@@ -111,7 +110,7 @@ def test_records_are_written_once_and_again_for_changed_shards(tmp_path: Path, m
     first = build_index(paths, cache, lambda text, done=None, total=None: reports.append(text))
     assert [words for words in reports if words.startswith("shard")] == ["shard 1 of 3", "shard 2 of 3", "shard 3 of 3"]
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "scan_shard", None)
+        patch.setattr("raphael_dist.data.shards.build_index.scan_shard", None)
         assert build_index(paths, cache).fingerprint == first.fingerprint
         for pointer in cache.glob("tables/*.json"):  # the records are enough
             pointer.unlink()
@@ -256,9 +255,9 @@ def test_links_and_parent_paths_in_tars_are_never_followed(tmp_path: Path) -> No
 
 
 def test_run_rejects_indexing_too_much_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    indexing.check_index_in_run([("a.tar", indexing.MAX_BYTES_IN_RUN)], "x")
+    check_index_in_run([("a.tar", MAX_BYTES_IN_RUN)], "x")
     with pytest.raises(UserError, match=r"without an index: 2 .*first one is a\.tar.*Run: python tools/index_shards\.py"):
-        indexing.check_index_in_run([("a.tar", 1), ("b.tar", indexing.MAX_BYTES_IN_RUN)], "python tools/index_shards.py")
+        check_index_in_run([("a.tar", 1), ("b.tar", MAX_BYTES_IN_RUN)], "python tools/index_shards.py")
 
 
 def tool(tmp_path: Path, *arguments: str, **environment: str) -> str:
@@ -283,7 +282,7 @@ def test_last_of_parallel_parts_joins_the_index(tmp_path: Path) -> None:
     assert "2 shards (of other parts" in first
     second = tool(tmp_path, "--columns", "score", "--part", "0", "--parts", "2", "--processes", "2")
     assert "damaged:" in second
-    index = indexing.open_index([str(path) for path in paths], ShardStore(tmp_path / "cache" / "index"), ["score"])
+    index = open_index([str(path) for path in paths], ShardStore(tmp_path / "cache" / "index"), ["score"])
     assert index is not None
     assert 8 < index.num_samples < 12
     assert views(index, Filter(column="score", min=3)).counts.sum() < index.num_samples

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.training.metrics import read_metrics
 from tests.data.test_decode_sample import encode
 from tests.data.test_shards import write_shard

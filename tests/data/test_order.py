@@ -11,9 +11,9 @@ from raphael_dist.config.schema import load_config
 from raphael_dist.data.buckets import nearest_buckets, resize_and_crop
 from raphael_dist.data.fetch.shard_cache import ShardStore, Stamp
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.index import DatasetIndex
-from raphael_dist.data.shards.index_write import table_in_memory
+from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.data.shards.shard_record import ShardRecord
+from raphael_dist.data.shards.write_index import table_in_memory
 from raphael_dist.errors import UserError
 
 BUCKETS = [(64, 64), (48, 80), (80, 48)]

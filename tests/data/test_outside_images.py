@@ -20,8 +20,8 @@ from raphael_dist.data.fonts import drawable
 from raphael_dist.data.image import decode_image, upright_size
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.run_data import DataSource
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.open_index import describe
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.data.shards.skipped import most_common_reasons

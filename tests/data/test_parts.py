@@ -31,7 +31,7 @@ from raphael_dist.data.features.cache import FeatureCache
 from raphael_dist.data.features.encoder_models import save_autoencoder, save_text_model
 from raphael_dist.data.features.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.open_streams import source_of
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data_prep.build_shards import Preparer
 from raphael_dist.data_prep.inputs import parts_of
 from raphael_dist.errors import UserError

@@ -11,8 +11,8 @@ import pytest
 from raphael_dist.data.fetch import remote
 from raphael_dist.data.fetch.remote import RemoteError, RetryPolicy
 from raphael_dist.data.fetch.shard_cache import ShardError, ShardStore
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import ImageDataset
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.errors import UserError
 from tests.data.test_index import laion_shard

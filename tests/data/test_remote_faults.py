@@ -12,8 +12,8 @@ from raphael_dist.data.fetch.remote import RemoteError, RetryPolicy
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards import decode_sample
+from raphael_dist.data.shards.build_index import build_index, unindexed
 from raphael_dist.data.shards.decode_sample import ImageDataset
-from raphael_dist.data.shards.indexing import build_index, unindexed
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
 from tests.data.test_remote import BUCKETS, QUICK, cached_names, local, store_in  # noqa: F401

@@ -20,7 +20,7 @@ from raphael_dist.data.features.feature_source import OnlineFeatures
 from raphael_dist.data.fetch.shard_cache import ShardStore
 from raphael_dist.data.open_streams import source_of
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.sample_reader import SampleReader
 from raphael_dist.data.stream import StreamSample, TrainStream
 from raphael_dist.data_prep.build_shards import Preparer

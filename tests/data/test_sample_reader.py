@@ -14,8 +14,8 @@ from raphael_dist.config.schema import Config, load_config
 from raphael_dist.data.fetch.shard_cache import ShardStore
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import ImageDataset
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.sample_reader import SampleReader
 from raphael_dist.data.shards.view import open_view
 from raphael_dist.parallel.batch_plan import BatchPlan

@@ -20,9 +20,9 @@ from webdataset import TarWriter
 
 from raphael_dist.data.captions import MAX_CAPTION_CHARS, clean_caption, read_texts
 from raphael_dist.data.shards import tar_scan
+from raphael_dist.data.shards.build_index import build_index
+from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.data.shards.decode_sample import ImageDataset
-from raphael_dist.data.shards.index import DatasetIndex
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.data.shards.tar_scan import members_of
 from raphael_dist.errors import UserError
@@ -182,7 +182,7 @@ def test_index_cache_is_used_for_unchanged_files_and_repaired(tmp_path, monkeypa
     path, cache = write_shard(tmp_path / "a.tar", [good(0), ("mute", {"png": png()})]), tmp_path / "cache"
     first = build_index([path], cache)
     with monkeypatch.context() as patch:
-        patch.setattr("raphael_dist.data.shards.indexing.scan_shard", None)
+        patch.setattr("raphael_dist.data.shards.build_index.scan_shard", None)
         again = build_index([path], cache)
     assert again.fingerprint == first.fingerprint
     assert (again.shards[0].places == first.shards[0].places).all()

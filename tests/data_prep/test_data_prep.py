@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data_prep.inspect_data import find_duplicates
 from raphael_dist.training.metrics import read_metrics
 from tests.data.test_index import laion_shard

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert.test_convert_mpi import bytes_below
+from tests.convert.test_mpi_ranks import bytes_below
 from tests.data_prep.test_data_prep import folder_of
 from tests.lib.launch import ROOT
 

@@ -13,7 +13,7 @@ import pytest
 from deepspeed.comm.torch import TorchBackend
 
 from raphael_dist.engine import zero
-from raphael_dist.engine.collectives import CountedBackend
+from raphael_dist.engine.deepspeed_comm import CountedBackend
 
 ROOT = Path(__file__).parents[2]
 # Each adapter, DeepSpeed's class behind it, and every name of that class which the adapter reads, replaces or calls.

@@ -89,7 +89,7 @@ def plant(
 
 def log_line(minute: float, level: str, text: str) -> str:
     time = BEGIN + timedelta(minutes=minute)
-    return f"{time:%Y-%m-%d %H:%M:%S},000 {level} raphael_dist.training.telemetry: {text}\n"
+    return f"{time:%Y-%m-%d %H:%M:%S},000 {level} raphael_dist.training.logged_metrics: {text}\n"
 
 
 def routes() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raphael_dist.engine import engine
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts, require_compiler, uncompiled
-from raphael_dist.model.residual import ResidualBlock
+from raphael_dist.model.residual_block import ResidualBlock
 from raphael_dist.model.unet import RaphaelUNet
 from tests.lib.synthetic import tiny_config
 from tests.model.test_unet import run

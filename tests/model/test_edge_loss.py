@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from raphael_dist.model.edge import EdgeModule, edge_loss_B, focal_loss, quality_focal_loss
+from raphael_dist.model.edge_supervision import EdgeModule, edge_loss_B, focal_loss, quality_focal_loss
 from raphael_dist.model.unet import RaphaelUNet
 from tests.lib.synthetic import synthetic_batch, tiny_config
 

@@ -27,8 +27,8 @@ from raphael_dist.data.features.cache import FeatureCache
 from raphael_dist.data.features.encoders import ImageEncoder
 from raphael_dist.data.open_streams import source_of
 from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import DecodedSample
-from raphael_dist.data.shards.indexing import build_index
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.data_prep.build_shards import Preparer
 from raphael_dist.data_prep.inputs import parts_of

@@ -22,8 +22,8 @@ from raphael_dist.planning.checkpoint_interval import daly, lost_share, plan_sav
 from raphael_dist.planning.cluster_spec import cluster_names, load_cluster
 from raphael_dist.planning.memory import MemoryFootprint, States
 from raphael_dist.planning.meta_batch import meta_batch
-from raphael_dist.planning.operations import CLASSES
-from raphael_dist.planning.report import run_so_far
+from raphael_dist.planning.op_costs import CLASSES
+from raphael_dist.planning.plan_report import run_so_far
 from raphael_dist.planning.run_plan import active_parameters, make_plan
 from raphael_dist.planning.search import USABLE, Choice, Search
 from raphael_dist.planning.step_time import device_times, step_time

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from raphael_dist import errors
 from raphael_dist.config.load import preset_names
 from raphael_dist.config.schema import Config, config_from_tree, load_config
-from raphael_dist.config.stages import every_stage
+from raphael_dist.config.training_stages import every_stage
 from raphael_dist.convert.controlnet_files import write_control
 from raphael_dist.convert.conversion import convert
 from raphael_dist.convert.layouts import names
@@ -64,7 +64,7 @@ NOT_RUN = {
     r"scancel .*": "needs a cluster; tests/cluster/test_slurm.py cancels jobs and sends signals",
     r"sbatch( --\S+)+": "an option of sbatch without a script",
     r"mpirun .*raphael_dist/train\.py .*": "tests/cluster/test_slurm.py trains under mpirun",
-    r"mpirun .*convert_checkpoint\.py .*": "tests/convert/test_convert_mpi.py converts under mpirun",
+    r"mpirun .*convert_checkpoint\.py .*": "tests/convert/test_mpi_ranks.py converts under mpirun",
 }
 # Placeholders in commands: an example of each, or nothing.
 FILLED_IN = {"NAME": "emoji-tiny", "YOURS": "raphael-3b", "N": "2", "WORD": "optim"}

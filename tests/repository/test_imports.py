@@ -40,7 +40,7 @@ ROOMS = {
 BASE = {"raphael_dist", "errors", "rng", "text"}
 ENTRY = {"__main__", "train", "sample", "pipeline"}
 # The writer of DeepSpeed's layout pickles three of its small classes.
-MAY_IMPORT_DEEPSPEED = {"engine.collectives", "engine.expert_groups", "convert.layouts.deepspeed.write"}
+MAY_IMPORT_DEEPSPEED = {"engine.deepspeed_comm", "engine.expert_groups", "convert.layouts.deepspeed.write"}
 LIGHT_MODULES = {
     "errors", "cli.common", "engine.ds_config", "parallel.batch_plan", "parallel.placement", "planning.communication",
     "cluster.preflight_report", "cli.installed",

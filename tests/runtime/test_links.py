@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist.checkpoint.restore import Restorer
+from raphael_dist.checkpoint.resume import Restorer
 from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch import shard_cache
 from raphael_dist.errors import UserError, write_exit_code

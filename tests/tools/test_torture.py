@@ -15,7 +15,7 @@ from tests.torture import campaign
 from tests.torture.campaign import KINDS, Campaign, table
 from tests.torture.kinds import Kind
 from tests.torture.trial import STEPS, Outcome, Trial, one_line, refused, survived
-from tests.training.test_guard import poison
+from tests.training.test_step_guard import poison
 from tools import torture
 
 

@@ -80,7 +80,7 @@ def nan_in_state(trial: Trial) -> Outcome:
 
 @fault("a checkpoint whose weights only give bad steps", "numbers")
 def poisoned(trial: Trial) -> Outcome:
-    from tests.training.test_guard import poison
+    from tests.training.test_step_guard import poison
 
     at = trial.begin(at=trial.draw.choice([4, 6]))
     poison(trial.run, at)

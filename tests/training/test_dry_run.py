@@ -15,8 +15,8 @@ from raphael_dist.config.schema import Config, load_config, load_leniently
 from raphael_dist.convert.conversion import convert
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.write_plan import Options
-from raphael_dist.data.shards.index import BadSample
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
+from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data.shards.open_index import find_shards
 from raphael_dist.data.stream import _check_bad_fraction
 from raphael_dist.errors import UserError
@@ -105,7 +105,7 @@ def test_dry_run_lists_all_problems(
         "train.max_step=5", "parallel.space_ep=5", "run.trackers=[wandb]", "text.encoder=nowhere", "image.vae=gone",
         "data.shards=[a.tar,b.tar]", f"run.dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache",
     ]  # fmt: skip
-    monkeypatch.setattr("raphael_dist.training.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("raphael_dist.training.wandb_mlflow.find_spec", lambda name: None)
     assert train.main(["--config", "emoji-tiny", "--dry-run", "--deepspeed_config", "gone.json", *wrong]) == 2
     lines = capsys.readouterr().err.splitlines()
     starts = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raphael_dist.analysis.figures import draw_heat_map
+from raphael_dist.analysis.route_figures import draw_heat_map
 from raphael_dist.training.metrics import LAYOUT, DeadExperts, Metrics, MetricsWriter, load_metrics
 
 

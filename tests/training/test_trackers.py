@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from raphael_dist.config.schema import Config
 from raphael_dist.errors import UserError
-from raphael_dist.training import trackers
+from raphael_dist.training import wandb_mlflow
 from raphael_dist.training.metrics import MetricsWriter
 from raphael_dist.training.summary import end_lines
-from raphael_dist.training.trackers import Trackers, flat
+from raphael_dist.training.wandb_mlflow import Trackers, flat
 from tests.lib.synthetic import tiny_config
 
 
@@ -82,7 +82,7 @@ def test_tracker_logs_repeated_steps_once(tmp_path: Path, monkeypatch: pytest.Mo
         def scalars(self, step: int, values: dict[str, float]) -> None:
             logged.append((step, values))
 
-    monkeypatch.setitem(trackers._TRACKERS, "mlflow", Recorder)
+    monkeypatch.setitem(wandb_mlflow._TRACKERS, "mlflow", Recorder)
     rows = [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 2.0}, {"step": 1, "val/loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     resumed = Trackers(config_in(tmp_path, "mlflow"))
@@ -109,7 +109,7 @@ def test_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch) -
     def missing(config: Config) -> None:
         import no_such_tracker  # noqa: F401
 
-    monkeypatch.setitem(trackers._TRACKERS, "wandb", missing)
+    monkeypatch.setitem(wandb_mlflow._TRACKERS, "wandb", missing)
     with pytest.raises(UserError, match=r"^run\.trackers=wandb .* not installed\. Run pip install wandb"):
         Trackers(config_in(tmp_path, "wandb"))
 
@@ -122,12 +122,12 @@ def test_failing_tracker_is_closed_with_one_warning(tmp_path: Path, monkeypatch)
         def scalars(self, step: int, values: object) -> None:
             raise ConnectionError("no network\nmore")
 
-    monkeypatch.setitem(trackers._TRACKERS, "mlflow", Failing)
+    monkeypatch.setitem(wandb_mlflow._TRACKERS, "mlflow", Failing)
     # One handler of our own: what the root's sees depends on the tests before.
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", records.append)
-    monkeypatch.setattr(trackers._log, "handlers", [handler])
+    monkeypatch.setattr(wandb_mlflow._log, "handlers", [handler])
     both = Trackers(config_in(tmp_path, "mlflow"))
     for step in range(3):
         both.scalars(step, {"train/loss": 1.0})

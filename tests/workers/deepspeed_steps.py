@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from raphael_dist.checkpoint.progress import Progress
-from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.diffusion import NoiseSchedule

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from raphael_dist.model import moe
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
-from raphael_dist.parallel.exchange import ExpertGroup
-from raphael_dist.parallel.expert_parallel import STACKED, ParallelSpaceMoE, ParallelTimeMoE, count_samples
+from raphael_dist.parallel.async_collectives import ExpertGroup
+from raphael_dist.parallel.expert_dispatch import STACKED, ParallelSpaceMoE, ParallelTimeMoE, count_samples
 from raphael_dist.runtime.ranks import discover, initialise
 
 B, N, Y, K, D, HIDDEN = 3, 10, 7, 6, 8, 12

@@ -19,7 +19,7 @@ from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.data.open_streams import open_encoders, open_stream
 from raphael_dist.engine import expert_groups
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel.exchange import Traffic
+from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.sampling.prompts import sample_requests
 from raphael_dist.sampling.sampler import Request, Sampler

@@ -21,7 +21,7 @@ from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.cli import prove as command
 from raphael_dist.cluster import preflight, prove, prove_hardware, prove_numbers
-from raphael_dist.cluster.proof_model import proof_config
+from raphael_dist.cluster.prove_model import proof_config
 from raphael_dist.engine import ds_config
 from raphael_dist.engine.engine import Engine, square_sum
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from raphael_dist import train
+from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.checkpoint.snapshot import Snapshot
-from raphael_dist.checkpoint.store import CheckpointStore
 
 
 def main(spec: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from raphael_dist.checkpoint import store
+from raphael_dist.checkpoint import save
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.runtime.ranks import discover, initialise
@@ -20,7 +20,7 @@ from tests.lib.synthetic import plain_fragments, tiny_config
 
 def main(spec: dict[str, Any]) -> int:
     torch.set_num_threads(1)
-    ranks, write = discover(), store.write_snapshot
+    ranks, write = discover(), save.write_snapshot
     initialise(ranks, timedelta(seconds=spec["collective_s"]))
 
     def slowly(*arguments: Any) -> dict[str, Any]:
@@ -30,10 +30,10 @@ def main(spec: dict[str, Any]) -> int:
             time.sleep(1)
         return write(*arguments)
 
-    store.write_snapshot = slowly  # type: ignore[assignment]
+    save.write_snapshot = slowly  # type: ignore[assignment]
     Path(spec["folder"], "checkpoints").mkdir(exist_ok=True)  # as claiming a run directory does
     config = tiny_config(run={"dir": spec["folder"]})
     torch.manual_seed(0)
-    saved = store.CheckpointStore(config, ranks, plain_fragments(RaphaelUNet(config)), None, {"data.shards": "synthetic"})
+    saved = save.CheckpointStore(config, ranks, plain_fragments(RaphaelUNet(config)), None, {"data.shards": "synthetic"})
     saved.save(Progress(1, 12, 1, {}))
     return 0

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raphael_dist.parallel.exchange import reduce_scatter
+from raphael_dist.parallel.async_collectives import reduce_scatter
 from raphael_dist.runtime.ranks import discover, initialise
 from tests.lib.launch import leave
 

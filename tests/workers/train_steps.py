@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from raphael_dist.checkpoint.progress import Progress
-from raphael_dist.checkpoint.store import CheckpointStore
+from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.fragments import MOMENTS, Fragments
 from raphael_dist.model.batch import Batch

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from benchmarks.convert import bench_convert, table
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
+from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.checkpoint.snapshot import Snapshot
-from raphael_dist.checkpoint.store import CheckpointStore
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.convert.write_plan import Options
 from raphael_dist.engine.ema import Ema

@@ -16,7 +16,7 @@ from raphael_dist.checkpoint.tensors import KINDS
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.convert.conversion import convert, write_target
 from raphael_dist.convert.layouts import layout_of
-from raphael_dist.convert.mpi import MpiRanks
+from raphael_dist.convert.mpi_ranks import MpiRanks
 from raphael_dist.convert.source_checkpoint import parameter_shapes
 from raphael_dist.convert.write_plan import Options
 from raphael_dist.storage.files import sync

@@ -22,9 +22,9 @@ from PIL import Image
 from raphael_dist.data.buckets import resize_and_crop
 from raphael_dist.data.fetch.shard_prefetch import ShardPrefetcher
 from raphael_dist.data.order import SampleOrder
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.decode_workers import DecodePool
-from raphael_dist.data.shards.indexing import build_index
 
 BATCH = 16
 LATENT_BYTES = 32 << 10  # of 512 pixels in bfloat16

@@ -17,7 +17,7 @@ from raphael_dist.data.features.cache import FeatureCache
 from raphael_dist.data.features.packing import pack_std, unpack_std
 from raphael_dist.data.open_streams import edge_encoder, load_encoders, source_of
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.indexing import build_index
+from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.data_prep.build_shards import Preparer

@@ -12,10 +12,10 @@ import numpy as np
 
 from raphael_dist.data.fetch.shard_cache import ShardStore, Stamp
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.index import open_table
-from raphael_dist.data.shards.index_write import write_table
+from raphael_dist.data.shards.dataset_index import open_table
 from raphael_dist.data.shards.shard_record import BLOCK, ShardRecord
 from raphael_dist.data.shards.view import open_view
+from raphael_dist.data.shards.write_index import write_table
 
 PAPER = [(448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576), (704, 512), (768, 512), (832, 448)]
 

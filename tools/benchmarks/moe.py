@@ -22,8 +22,8 @@ from raphael_dist.engine import expert_groups
 from raphael_dist.engine.engine import import_deepspeed
 from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
-from raphael_dist.parallel.exchange import ExpertGroup, Traffic
-from raphael_dist.parallel.expert_parallel import ParallelSpaceMoE, ParallelTimeMoE, count_samples
+from raphael_dist.parallel.async_collectives import ExpertGroup, Traffic
+from raphael_dist.parallel.expert_dispatch import ParallelSpaceMoE, ParallelTimeMoE, count_samples
 from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initialise
 
 

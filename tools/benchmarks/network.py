@@ -28,8 +28,8 @@ from raphael_dist.engine.engine import Engine, import_deepspeed
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.exchange import Traffic
 from raphael_dist.planning.communication import Cluster, Scheme, communications
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.files import replace_bytes

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.gpu_dummies import on_gpu, patches
-from raphael_dist.planning.operations import launches_work
+from raphael_dist.planning.op_costs import launches_work
 
 aten = torch.ops.aten
 OURS = ("/raphael_dist/", "/deepspeed/")  # parts of the names of files whose lines are reported as places

@@ -40,9 +40,9 @@ from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import Watchdog
 from raphael_dist.training import trainer
-from raphael_dist.training.guard import Guard
+from raphael_dist.training.logged_metrics import Telemetry
 from raphael_dist.training.run_state import Run, RunProgress, StopState
-from raphael_dist.training.telemetry import Telemetry
+from raphael_dist.training.step_guard import Guard
 
 STEADY = 3  # steps before the one that is counted
 

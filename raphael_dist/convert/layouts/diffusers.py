@@ -1,10 +1,9 @@
 """The diffusers layout: a folder that loads as a pipeline, with a model card.
 
 It has model_index.json, unet, vae, text_encoder, tokenizer and scheduler. With experts it carries the code of its U-Net and
-pipeline (`standalone.py`), so that it loads without this package. A dense model gives a UNet2DConditionModel, and with the
-encoders of Stable Diffusion a StableDiffusionPipeline. Files of encoders are copied, or loaded and saved again if they would
-not load under plain names.
-"""
+pipeline (`exported_code.py`), so that it loads without this package. A dense model gives a UNet2DConditionModel, and with
+the encoders of Stable Diffusion a StableDiffusionPipeline. Files of encoders are copied, or loaded and saved again if they
+would not load under plain names."""
 
 import json
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.convert.exported_code import CODE, MODEL, model_code, pipeline_code
 from raphael_dist.convert.layout_manifest import base_manifest, read_optional_manifest
 from raphael_dist.convert.layouts import WEIGHTS, Layout
 from raphael_dist.convert.layouts.canonical import gather
@@ -30,7 +30,6 @@ from raphael_dist.convert.layouts.dense import (
 )
 from raphael_dist.convert.model_card import IMAGE, model_card, samples_image
 from raphael_dist.convert.source_checkpoint import Checkpoint, is_dense
-from raphael_dist.convert.standalone import CODE, MODEL, model_code, pipeline_code
 from raphael_dist.convert.write_plan import ConversionPlan, Options, Source
 from raphael_dist.data.features.characters import CHARACTERS, CharacterModel
 from raphael_dist.data.features.encoder_files import NAMED, text_folders, vae_folder

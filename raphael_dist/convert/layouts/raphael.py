@@ -12,9 +12,9 @@ from raphael_dist.checkpoint.reader import CheckpointReader, first_good
 from raphael_dist.config.schema import Config, stored_tree, to_yaml
 from raphael_dist.convert.layout_manifest import base_manifest, checksummed_files
 from raphael_dist.convert.layouts import RANKS, Layout
-from raphael_dist.convert.partition import Topology, parallel_config, spans, topology_of
 from raphael_dist.convert.source_checkpoint import Checkpoint
 from raphael_dist.convert.write_plan import ZEROS, ConversionPlan, Entry, Options, OutFile, Piece, Source, progress_of_target
+from raphael_dist.convert.zero_partition import Topology, parallel_config, spans, topology_of
 from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
 

@@ -22,8 +22,8 @@ from raphael_dist.data.features.cache_build import IMAGE_TENSORS, TABLES, TEXT_T
 from raphael_dist.data.features.feature_source import OnlineFeatures
 from raphael_dist.data.features.packing import Pick, SampleFeatures, unpack
 from raphael_dist.data.features.run_encoders import TextFeatures
+from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
-from raphael_dist.data.shards.index import BadSample
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage.checksummed import read_sealed, write_sealed

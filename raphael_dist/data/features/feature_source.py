@@ -18,8 +18,8 @@ from raphael_dist.data.buckets import factor_errors
 from raphael_dist.data.features.encoders import ImageEncoder
 from raphael_dist.data.features.packing import Pick, SampleFeatures, pool_edges, unpack
 from raphael_dist.data.features.run_encoders import TextFeatures
+from raphael_dist.data.shards.dataset_index import BadSample, DatasetIndex
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
-from raphael_dist.data.shards.index import BadSample, DatasetIndex
 from raphael_dist.data.shards.tar_scan import FEATURES_EXT
 from raphael_dist.errors import UserError
 from raphael_dist.text import parse_json

@@ -15,7 +15,7 @@ The tensors of one sample (the cache holds rows of many samples):
 
 Tokens are bfloat16 where the text encoder computes in it, which loses nothing, otherwise float16. Padding is stored: the
 model's cross-attention reads it, and an encoder gives different numbers there for each caption. The edge loss uses averages
-of the edge map over a latent's pixels and larger areas (model/edge.py), so that size suffices.
+of the edge map over a latent's pixels and larger areas (model/edge_supervision.py), so that size suffices.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ import psutil
 from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.errors import UserError
 
 _log = logging.getLogger(__name__)

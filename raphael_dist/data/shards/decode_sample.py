@@ -15,7 +15,7 @@ from raphael_dist.data.captions import CaptionChoice, read_captions
 from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.image import MAX_PIXELS, decode_image, reason_of
-from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.data.shards.tar_scan import (
     EDGE_EXT,
     EXTS,

@@ -26,8 +26,8 @@ from typing import Any
 
 import psutil
 
+from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset, Request
-from raphael_dist.data.shards.index import DatasetIndex
 from raphael_dist.runtime.clock import RunningClock
 
 _log = logging.getLogger(__name__)

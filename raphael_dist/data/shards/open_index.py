@@ -10,8 +10,8 @@ from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch.shard_cache import store_of
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards import indexing
-from raphael_dist.data.shards.index import DatasetIndex, open_table
+from raphael_dist.data.shards import build_index
+from raphael_dist.data.shards.dataset_index import DatasetIndex, open_table
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 from raphael_dist.data.shards.view import View, columns_of, open_view
 from raphael_dist.errors import UserError
@@ -109,19 +109,19 @@ def _open_index(config: Config, ranks: Ranks, names: Sequence[str], training: bo
     columns = columns_of(config.data.filters) if training else []
 
     def find(report: Reporter) -> tuple[Path | None, list[tuple[str, int]]]:
-        index = indexing.open_index(names, store, columns)
+        index = build_index.open_index(names, store, columns)
         if index is not None:
             return index.folder, []
-        missing = indexing.unindexed(names, store, report)
-        indexing.check_index_in_run(missing, command_of(config, training))
+        missing = build_index.unindexed(names, store, report)
+        build_index.check_index_in_run(missing, command_of(config, training))
         return None, missing
 
     folder, missing = run_on_rank0("finding the index", find)
     if folder is None:
         local_names = [name for name, _ in missing[ranks.rank :: ranks.world_size]]
-        run_on_all_ranks("indexing", lambda report: indexing.scan_shards(local_names, store, report) and None)
+        run_on_all_ranks("indexing", lambda report: build_index.scan_shards(local_names, store, report) and None)
         folder = run_on_rank0(
-            "joining the index", lambda report: indexing.join_records(names, store, columns, report).folder
+            "joining the index", lambda report: build_index.join_records(names, store, columns, report).folder
         )
     assert folder is not None
     return run_on_all_ranks("reading the index", lambda _: open_table(folder, store, names))

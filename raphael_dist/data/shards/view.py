@@ -17,7 +17,7 @@ import numpy as np
 from raphael_dist.config.data_sections import Filter
 from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.shards.columns import word_code
-from raphael_dist.data.shards.index import DatasetIndex
+from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.errors import UserError
 from raphael_dist.storage.checksummed import folder_damage, sealed_folder
 

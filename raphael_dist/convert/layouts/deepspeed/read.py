@@ -17,8 +17,8 @@ from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.convert.layout_manifest import checksummed_files, read_optional_manifest
 from raphael_dist.convert.layouts import canonical
 from raphael_dist.convert.layouts.deepspeed.classes import ALLOWED
-from raphael_dist.convert.partition import Group, Topology, groups, zero3
 from raphael_dist.convert.source_checkpoint import Checkpoint, parameter_shapes
+from raphael_dist.convert.zero_partition import Group, Topology, groups, zero3
 from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import StoredTensor

@@ -21,7 +21,6 @@ from raphael_dist.checkpoint.tensors import Span
 from raphael_dist.config.schema import Config, stored_tree
 from raphael_dist.convert.layout_manifest import base_manifest
 from raphael_dist.convert.layouts.canonical import kind_files
-from raphael_dist.convert.partition import groups, local, parallel_config, topology_of, zero3
 from raphael_dist.convert.write_plan import (
     STEP,
     ZEROS,
@@ -35,6 +34,7 @@ from raphael_dist.convert.write_plan import (
     piece,
     progress_of_target,
 )
+from raphael_dist.convert.zero_partition import groups, local, parallel_config, topology_of, zero3
 from raphael_dist.engine import ds_config
 from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.parallel.batch_plan import BatchPlan

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from raphael_dist.data.fetch.shard_cache import ShardStore, plain_name
-from raphael_dist.data.shards.index import BYTES, DIGESTS, SAMPLES, VERSION, DatasetIndex
+from raphael_dist.data.shards.dataset_index import BYTES, DIGESTS, SAMPLES, VERSION, DatasetIndex
 from raphael_dist.data.shards.shard_record import ShardRecord, pack_keys
 from raphael_dist.data.shards.skipped import SkipCounts
 from raphael_dist.storage.checksummed import sealed_folder

@@ -1,4 +1,4 @@
-"""Collectives of our own (parallel/exchange.py)."""
+"""Collectives of our own (parallel/async_collectives.py)."""
 
 from pathlib import Path
 

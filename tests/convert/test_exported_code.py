@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from raphael_dist.convert.conversion import convert
-from raphael_dist.convert.standalone import model_code, pipeline_code
+from raphael_dist.convert.exported_code import model_code, pipeline_code
 from raphael_dist.convert.write_plan import Options
 from raphael_dist.model.diffusers_model import RaphaelControlNet, RaphaelUNet2D
 from raphael_dist.pipeline import RaphaelImg2ImgPipeline, RaphaelInpaintPipeline, RaphaelPipeline

@@ -34,8 +34,8 @@ from raphael_dist.model.experts import Experts
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.async_collectives import AllGather, AllToAll, ExpertGroup, ReduceScatter, Traffic
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.parallel.exchange import AllGather, AllToAll, ExpertGroup, ReduceScatter, Traffic
 from raphael_dist.parallel.placement import choose_placement
 
 STACKED = ("w1", "b1", "w2", "b2")  # the parameters of `Experts` without adapters, one slice per expert

@@ -11,19 +11,19 @@ from typing import Self
 import torch
 from PIL import Image
 
-from raphael_dist.analysis.figures import draw_heat_map
-from raphael_dist.checkpoint.store import Save
+from raphael_dist.analysis.route_figures import draw_heat_map
+from raphael_dist.checkpoint.save import Save
 from raphael_dist.config.schema import Config, to_yaml
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.losses import Losses
-from raphael_dist.parallel.exchange import Traffic
+from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.training.console import Console
 from raphael_dist.training.data_timer import DataTimer
 from raphael_dist.training.metrics import DeadExperts, Metrics, MetricsWriter, load_metrics, relative_load
 from raphael_dist.training.stragglers import Stopwatch, Stragglers
 from raphael_dist.training.throughput import peak_gib, throughput
-from raphael_dist.training.trackers import Trackers, flat
+from raphael_dist.training.wandb_mlflow import Trackers, flat
 
 _log = logging.getLogger(__name__)
 

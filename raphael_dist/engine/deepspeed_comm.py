@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raphael_dist.parallel.exchange import Traffic, Work, reduce_scatter
+from raphael_dist.parallel.async_collectives import Traffic, Work, reduce_scatter
 
 Group = dist.ProcessGroup | None
 _BROADCAST_BYTES = 1 << 28  # of one call

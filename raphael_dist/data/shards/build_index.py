@@ -10,8 +10,7 @@ from pathlib import Path
 
 from raphael_dist.data.fetch import remote
 from raphael_dist.data.fetch.shard_cache import ShardError, ShardStore, Stamp
-from raphael_dist.data.shards.index import VERSION, BadSample, DatasetIndex, open_table
-from raphael_dist.data.shards.index_write import table_in_memory, write_table
+from raphael_dist.data.shards.dataset_index import VERSION, BadSample, DatasetIndex, open_table
 from raphael_dist.data.shards.shard_record import (
     UNREACHED,
     ShardRecord,
@@ -21,6 +20,7 @@ from raphael_dist.data.shards.shard_record import (
     unreached_record,
 )
 from raphael_dist.data.shards.tar_scan import IMAGE_EXTS
+from raphael_dist.data.shards.write_index import table_in_memory, write_table
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage.checksummed import folder_damage, read_sealed, write_sealed

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from raphael_dist.parallel.exchange import REDUCE_SCATTER
+from raphael_dist.parallel.async_collectives import REDUCE_SCATTER
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 # Its name since torch 2.13, and before.

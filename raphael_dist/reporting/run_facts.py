@@ -9,7 +9,7 @@ from raphael_dist.checkpoint.folders import step_of
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.errors import UserError
 from raphael_dist.reporting.events import History, read_history
-from raphael_dist.reporting.plan import PlanRow, compare, measured_rows
+from raphael_dist.reporting.plan_comparison import PlanRow, compare, measured_rows
 from raphael_dist.reporting.rules import Case, Finding, coverage, diagnose
 from raphael_dist.reporting.run_files import RunFiles, read_run
 from raphael_dist.storage.files import free_bytes

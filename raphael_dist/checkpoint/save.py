@@ -29,7 +29,7 @@ from raphael_dist.checkpoint import folders
 from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST, Manifest, seal
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
-from raphael_dist.checkpoint.restore import Restorer
+from raphael_dist.checkpoint.resume import Restorer
 from raphael_dist.checkpoint.snapshot import Snapshot, write_snapshot
 from raphael_dist.config.schema import Config, stored_tree
 from raphael_dist.engine.ema import Ema

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raphael_dist.analysis.coverage import Coverage
 from raphael_dist.analysis.experts import Finding
-from raphael_dist.analysis.prompt import PromptTrace
+from raphael_dist.analysis.trace_prompt import PromptTrace
 
 # Headings of `Coverage.means`.
 COLUMNS = (
