@@ -269,7 +269,7 @@ sys.exit(code)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # at the lowest priority
+@pytest.mark.timeout(1800)
 def test_killed_campaign_on_two_ranks_resumes_its_run(tmp_path: Path) -> None:
     """Real runs: the first is interrupted, and the same command gives the same result as without."""
     more = [
@@ -300,7 +300,7 @@ def test_killed_campaign_on_two_ranks_resumes_its_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # at the lowest priority
+@pytest.mark.timeout(1800)
 def test_real_campaign_logs_gates_of_each_arm_over_images(tmp_path: Path) -> None:
     more = [f"data.cache_dir={tmp_path / 'cache'}", "sample.prompts=[]"]
     arguments = ["--config", SMALL, "--images", "40", "--variants", "dense-flops", "--seeds", "1", *more]

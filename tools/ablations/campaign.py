@@ -221,7 +221,7 @@ class Processes:
         self._lock, self._active, self._stopped = threading.Lock(), set[subprocess.Popen[bytes]](), False
 
     def run(self, arguments: list[str], folder: Path) -> int:
-        """Run a Python program at the lowest priority; return its exit code. Its output goes to output.txt."""
+        """Run a Python program; return its exit code. Its output goes to output.txt."""
         launcher = [sys.executable]
         if self._ranks > 1:
             port = ["--master_port", str(free_port())]
@@ -231,7 +231,7 @@ class Processes:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "RAPHAEL_EXIT_FILE": str(code_file), "PYTHONPATH": path}
         with open(folder / "output.txt", "ab", opener=no_links) as output:
-            process = self._start(["nice", "-n", "19", *launcher, *arguments], env, output)
+            process = self._start([*launcher, *arguments], env, output)
             code = process.wait()
         with self._lock:
             self._active.remove(process)
