@@ -88,7 +88,7 @@ def test_full_disk_is_named(forks: Forks, tmp_path: Path) -> None:
 )
 def test_hanging_node_is_named_within_the_limit(forks: Forks, tmp_path, monkeypatch, fault, expected) -> None:
     codes = server().run(
-        tmp_path, 2, timeout=300, worker="prove_faults", fault=fault, checks=["links", "seeds"], limit_s=15.0
+        tmp_path, 2, timeout=300, worker="prove_faults", fault=fault, checks=["links", "seeds"], limit_s=30.0
     )
     report = json.loads((tmp_path / "proof" / "report.json").read_text())
     assert any(expected in problem for problem in problems(report)), (problems(report), output_of(tmp_path, 2))
