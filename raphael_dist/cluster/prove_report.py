@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -146,6 +147,8 @@ def _unfinished(outcomes: list[dict[str, Any]]) -> list[str]:
         return []
     late = [o for o in outcomes if o["why"].startswith("not finished")]
     failed = [o for o in outcomes if not o["why"].startswith(("not finished", "stopped"))]
+    if late:  # whose processes were killed, so that others lost their connection
+        failed = [o for o in failed if not re.search("(closed|reset) by peer", o["why"])]
     # The death of a rank makes others fail in a collective: a process that ended by itself comes first.
     died = [o for o in failed if o["why"].startswith("its process ended")]
     if died or failed:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist.cluster.prove_report import html
+from raphael_dist.cluster.prove_report import html, judge_check
 from tests.lib.forks import Forks, output_of, server
 from tests.lib.small_disk import small_disk
 
@@ -143,3 +143,23 @@ def test_speed_checks_measure_and_say_what_a_cpu_cannot_prove(forks: Forks, tmp_
     assert "waits 1 times in a step of emoji" in lines, problems(report)
     reasons = [text for check in report["checks"] for text in check["not_proven"]]
     assert "train.cuda_graphs on and off requires a GPU" in reasons
+
+
+def test_lost_connection_to_a_killed_rank_does_not_hide_who_was_late() -> None:
+    late = {
+        "rank": 1,
+        "node": "n2",
+        "why": "not finished after 15 s",
+        "marks": 2,
+        "last": "a group of all ranks",
+        "result": None,
+    }
+    lost = late | {
+        "rank": 0,
+        "node": "n1",
+        "why": "RuntimeError: Connection closed by peer",
+        "marks": 3,
+        "last": "all_reduce",
+    }
+    report = judge_check("links", [lost, late], ["n1", "n2"], environment=True, expects_kill=False)
+    assert report.problems == ["rank 1 on n2 hangs at 'a group of all ranks'; others are at 'all_reduce'"]

@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
         print(_machine(ranks, device), flush=True)
         print("| model | micro-batch | ms a step | images/s a rank | TFLOP/s a rank | MFU | peak GiB |")
         print("|---|---|---|---|---|---|---|", flush=True)
-    for micro in args.micro_batch_size:
+    for micro in args.micro_batch:
         sizes = [
             f"train.micro_batch_size={micro}",
             f"train.global_batch_size={micro * ranks.world_size}",
