@@ -12,7 +12,7 @@ from raphael_dist.model.experts import Experts
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.unet import RaphaelUNet
 
-DEAD_SHARE = 0.02  # of an even share
+DEAD_SHARE = 0.01  # of an even share of a block's load; under it an expert is dead, in training, reports and routes
 DUPLICATE_DISTANCE = 0.05  # relative distance of two experts' outputs
 
 

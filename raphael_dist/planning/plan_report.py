@@ -17,7 +17,8 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
     lines = [
         f"{config_name} on {world} devices of {cluster.name}, {plan.config.train.dtype}, "
         f"{plan.config.train.global_batch_size} images per step",
-        f"parameters: {plan.parameters / 1e6:,.1f} M, of which {plan.active / 1e6:,.1f} M process an image token",
+        f"parameters: {plan.parameters / 1e6:,.1f} M, of which {plan.active / 1e6:,.1f} M process an image token "
+        "that one space expert works on (a token in the regions of several words can have several)",
         "",
         *_choices(plan.ranked[:shown], peak),
         "",

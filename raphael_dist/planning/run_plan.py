@@ -22,7 +22,7 @@ class RunPlan:
         ranked: all choices, the best first.
         images: number of images to train on.
         parameters: of the model.
-        active: parameters that process one image token.
+        active: parameters that process one image token, with one space expert and one time expert in each layer.
         saves: how often to save.
         price: dollars per device hour.
     """
@@ -108,6 +108,8 @@ def make_plan(
 
 def active_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
     """Return how many parameters process one image token: one expert of each kind and layer, and everything else.
+
+    A token in the regions of several words has the experts of all of them; how many depends on the trained gates.
 
     Args:
         shapes: of the whole model's parameters.

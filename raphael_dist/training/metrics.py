@@ -18,6 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from raphael_dist.analysis.experts import DEAD_SHARE
 from raphael_dist.model.device import from_host
 from raphael_dist.storage.files import no_links, replace_bytes, write_all
 
@@ -300,11 +301,11 @@ def load_entropy(share_LK: Tensor) -> float:
 class DeadExperts:
     """Counts experts without work, and warns with the remedy.
 
-    An expert is dead if its load is below DEAD of an even share of its block, over the fewest last log lines that hold at
-    least SAMPLES samples per expert.
+    An expert is dead if its load is below DEAD_SHARE of an even share of its block, over the fewest last log lines that hold
+    at least SAMPLES samples per expert.
     """
 
-    DEAD, SAMPLES = 0.01, 100
+    SAMPLES = 100
 
     def __init__(self) -> None:
         self._lines: dict[str, list[tuple[Tensor, float]]] = defaultdict(list)
@@ -322,7 +323,7 @@ class DeadExperts:
             del lines[0]
         if sum(count for _, count in lines) < needed:
             return None
-        return relative_load(torch.stack([load for load, _ in lines]).sum(dim=0)) < self.DEAD
+        return relative_load(torch.stack([load for load, _ in lines]).sum(dim=0)) < DEAD_SHARE
 
     def warning(self, kind: str, dead_LK: Tensor) -> str | None:
         """Return a warning for the first dead experts of a kind, and again each time their number has doubled, else None."""
@@ -332,6 +333,6 @@ class DeadExperts:
         self._warned[kind] = count
         blocks = ", ".join(str(block) for block in dead_LK.any(dim=1).nonzero().flatten().tolist())
         return (
-            f"{count} of {dead_LK.numel()} {kind} experts are dead: each has under {self.DEAD:.0%} of an even share of its "
+            f"{count} of {dead_LK.numel()} {kind} experts are dead: each has under {DEAD_SHARE:.0%} of an even share of its "
             f"block's work (blocks {blocks}). {REMEDY}"
         )

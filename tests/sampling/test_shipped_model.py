@@ -10,8 +10,14 @@ import pytest
 from PIL import Image
 
 from raphael_dist import sample
+from raphael_dist.convert.standalone import CODE, model_code, pipeline_code
+from raphael_dist.model.diffusers_model import RaphaelUNet2D
 from tests.lib.launch import ROOT
 
+UPDATE_CODE = (
+    ".venv/bin/raphael-convert --from diffusers models/emoji --to diffusers build/emoji --text-by-name && "
+    "cp build/emoji/pipeline.py models/emoji/ && cp build/emoji/unet/*.py models/emoji/unet/"
+)
 MODEL, PROMPTS = ROOT / "models" / "emoji", ROOT / "data" / "emoji" / "prompts.txt"
 
 
@@ -27,6 +33,12 @@ def test_shipped_model_is_a_pipeline_of_at_most_25_mb() -> None:
     manifest = json.loads((MODEL / "manifest.json").read_text())
     assert {path.relative_to(MODEL).as_posix() for path in files} >= {*manifest["files"], "model_index.json", "README.md"}
     assert (MODEL / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+
+
+def test_shipped_code_is_what_an_export_writes_now() -> None:
+    name, code = model_code(RaphaelUNet2D)
+    for path, text in ((f"{CODE}.py", pipeline_code()), (f"unet/{name}.py", code)):
+        assert (MODEL / path).read_text() == text, f"models/emoji/{path} is out of date. Run: {UPDATE_CODE}"
 
 
 def test_shipped_model_draws_the_images_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,13 +61,14 @@ def write(folder: Path, args: argparse.Namespace) -> None:
     width, height = args.size
     distinct = [make_image(number, (width, height)) for number in range(min(args.images, 200))]
     about = {"caption": "an image", "width": width, "height": height}
-    latents = np.random.default_rng(0).bytes(LATENT_BYTES)
-    for kind, image in (("tar", None), ("latents", latents)):
+    tiny = {"jpg": make_image(0, (64, 64)), "json": json.dumps(about | {"width": 64, "height": 64}).encode()}
+    latents = tiny | {"npy": np.random.default_rng(0).bytes(LATENT_BYTES)}
+    for kind in ("tar", "latents"):
         pattern = str(folder / kind / "%05d.tar")
         with ShardWriter(pattern, maxcount=args.per_shard, maxsize=1e12, verbose=0) as shards:
             for number in range(args.images):
-                data = distinct[number % len(distinct)] if image is None else image
-                shards.write({"__key__": f"{number:09d}", "jpg": data, "json": json.dumps(about).encode()})
+                image = {"jpg": distinct[number % len(distinct)], "json": json.dumps(about).encode()}
+                shards.write({"__key__": f"{number:09d}", **(image if kind == "tar" else latents)})
     for name, (_, writer) in READERS.items():
         if writer is not None and available(name):
             writer(folder / name, distinct, args.images)
