@@ -18,11 +18,16 @@ from raphael_dist.text import escape_control
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = Parser(prog="emoji_benchmark.py", description="Compare drawings of held-out emoji with the true ones.")
+    parser = Parser(
+        prog="emoji_benchmark.py",
+        example="python tools/emoji_benchmark.py --checkpoint models/emoji --out runs/emoji-benchmark",
+        usage="%(prog)s --checkpoint PATH --out DIR [options]",
+        description="Sample held-out pairs of thing and style, and compare the images with the real emoji.",
+    )
     add_common_arguments(parser)
     parser.add_argument("--shards", nargs="+", help="training images (default: data.shards of the run)")
     parser.add_argument("--val-shards", nargs="+", help="held-out images (default: data.val_shards of the run)")
-    parser.add_argument("--per-pair", type=int, default=1, help="images of each held-out pair")
+    parser.add_argument("--per-pair", type=int, default=1, help="images of each held-out pair (default 1)")
     parser.set_defaults(study="emoji")
     return parser.parse_args(argv)
 

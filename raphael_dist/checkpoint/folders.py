@@ -44,7 +44,8 @@ def resolve_latest(path: Path) -> Path:
     name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]
     if not _STEP.fullmatch(name) or not path.with_name(name).is_dir():
         raise UserError(
-            f"{path} must name a checkpoint in its own folder, but it names {name!r}. Give the run directory instead."
+            f"{path} must contain the name of a checkpoint in the same folder, but it contains {name!r}. Give the run "
+            "directory instead."
         )
     return path.with_name(name)
 
@@ -86,7 +87,7 @@ def quarantine(folder: Path) -> Path:
         if not target.exists():
             folder.rename(target)
             return target
-    raise OSError(f"{folder} cannot be renamed, since there are 1000 damaged checkpoints of this step already")
+    raise OSError(f"{folder} cannot be renamed, since 1000 damaged checkpoints of this step exist. Delete some of them")
 
 
 def remove_partial(root: Path) -> None:

@@ -104,7 +104,7 @@ def write_snapshot(
     report("reading it back")
     # From the device, not from memory: older checkpoints are removed once this file is known to be readable.
     if sha256(path, from_device=True) != entry["sha256"]:
-        raise OSError(f"{path}: the file system returned other bytes than were written")
+        raise OSError(f"{path}: the file system does not return the bytes that were written")
     return entry
 
 
@@ -116,5 +116,5 @@ def _finite(layout: list[tuple[str, int]], values: Tensor, report: Reporter) -> 
         if piece.numel() and not all(x.isfinite() for x in piece.aminmax()):
             parts = zip(layout, torch.split(values, [numel for _, numel in layout]), strict=True)
             key = next(key for (key, _), part in parts if not part.isfinite().all())
-            raise OSError(f"{key} is not finite, so this state is not saved")
+            raise OSError(f"{key} contains NaN or infinity, so this state is not saved")
         yield piece

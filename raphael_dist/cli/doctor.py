@@ -21,12 +21,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="raphael_dist doctor",
         example="python -m raphael_dist doctor runs/demo",
-        description="Say what is wrong with a run that runs or has ended, and what to do. It exits with 1 if it finds "
-        "something, else with 0.",
+        description="List the problems of a run, in progress or ended, and what to do. Exit code 1: there are problems, 0: "
+        "there are none.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write a .tar.gz for a bug report, without secrets")
-    parser.add_argument("--no-data", action="store_true", help="do not decode samples of the run's data")
+    parser.add_argument("--no-data", action="store_true", help="do not check samples of the training data")
     add_cluster(parser)
     return parser.parse_args(argv)
 
@@ -35,7 +35,8 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
     """Add the option that names what a prediction is made for."""
     parser.add_argument(
         "--cluster", default="auto", metavar="NAME",
-        help="devices of the planner's prediction: h100x8, cpu, ..., a YAML file, or none (default: cpu for runs on CPUs)",
+        help="also predict speed and memory on these devices: h100x8, cpu, ..., or a YAML file; none: no prediction "
+        "(default: cpu, for runs on CPUs)",
     )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Print the findings and write the bundle. Raises UserError for what the user can fix."""
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
-        raise UserError(f"--bundle {args.bundle}: must end in .tar.gz")
+        raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Change the name.")
     from raphael_dist.reporting.bundle import write_bundle
     from raphael_dist.reporting.examine import NO_PLAN, examine
 
@@ -71,8 +72,8 @@ def describe(examined: "Examined") -> list[str]:
     for number, finding in enumerate(examined.findings, 1):
         lines.append(f"{number}. {finding}")
     if not examined.findings:
-        lines.append("Nothing wrong was found.")
-    lines.append(f"Looked at: {', '.join(examined.looked_at)}.")
+        lines.append("No problem was found.")
+    lines.append(f"Checked: {', '.join(examined.looked_at)}.")
     if examined.not_looked_at:
-        lines.append(f"Not looked at, since the run has not left it: {', '.join(examined.not_looked_at)}.")
+        lines.append(f"Not checked, since the run directory has no data about it: {', '.join(examined.not_looked_at)}.")
     return [*lines, *examined.notes]

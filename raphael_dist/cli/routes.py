@@ -27,10 +27,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="raphael_dist routes",
         example='python -m raphael_dist routes --checkpoint models/emoji --prompt "a red heart, noto style" --out paths',
         usage="%(prog)s --checkpoint PATH [options]",
-        description="Show the diffusion paths of a trained model in figures and a report.",
+        description="Show which experts a trained model uses for words and timesteps, in figures and a report.",
     )
     add_model(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="caption to draw and to follow; may be repeated")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="caption to sample an image for and to show the routes of; may be repeated",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("paths"), metavar="DIR", help="folder of figures, paths.json, report.md"
     )

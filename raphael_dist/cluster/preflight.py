@@ -160,7 +160,7 @@ class Probe:
         finally:
             path.unlink(missing_ok=True)
         if not same:
-            self._problem(f"run.dir: {folder} returns other bytes than were written", "use another file system")
+            self._problem(f"run.dir: {folder} does not return the bytes that were written", "use another file system")
         if free < 1 << 30:
             self._problem(
                 f"run.dir: only {free / 2**20:.0f} MiB are free in {folder}", "free some, or choose another run.dir"

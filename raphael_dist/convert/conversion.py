@@ -150,7 +150,7 @@ def _prepare(
     if config is not None and not layout_of("--from", opened.layout).takes_config:
         if not is_dense(opened.config):
             raise UserError(
-                f"--config requires a dense model without experts, which it upcycles, but {path} already has experts or "
+                f"--config={config.name} upcycles a dense model to a model with experts, but {path} already has experts or "
                 "edge modules. Leave out --config."
             )
         source = UpcycledSource(opened, config)

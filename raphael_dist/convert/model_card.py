@@ -60,9 +60,9 @@ def model_card(source: Source, kind: str, options: Options, pipeline: str, has_i
 
 Licence: {licence}.
 
-- It draws what its training data show, at the sizes above; other sizes and subjects are untested.
-- Longer captions are cut, and nothing filters what it draws.
-- Losses say little about images. Look at images of your own captions first.
+- The model was trained for the subjects of its training data, at the sizes above. Other subjects and sizes are untested.
+- Longer captions are truncated. There is no safety filter.
+- A loss says little about the quality of images. Sample images of your own captions first.
 - The author of the model should add its intended use here.
 """
 

@@ -56,7 +56,9 @@ def progress_of_target(source: Source) -> tuple[Progress, list[str]]:
     stateless = source.config.optim.kind == "sgd" or not source.progress.updates
     if all(kind in source.kinds() for kind in MOMENTS) or (source.whole and stateless):
         return source.progress, []
-    return START, ["exp_avg, exp_avg_sq: the source has none; they are zero, at step 0, as in a new run"]
+    return START, [
+        "the source has no Adam moments (exp_avg, exp_avg_sq): the target starts at step 0 with zeros, like a new run"
+    ]
 
 
 @dataclass(frozen=True)

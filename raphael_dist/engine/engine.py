@@ -140,7 +140,10 @@ class Engine:
         missing = [name for name in self.fragments.shapes if name not in self._touched]
         self._touched.clear()
         if missing:
-            raise RuntimeError(f"parameters without a gradient on this rank: {len(missing)}, the first one is {missing[0]}")
+            raise RuntimeError(
+                f"train.check_gradients=true: {len(missing)} parameters have no gradient on this rank, the first one is "
+                f"{missing[0]}"
+            )
 
     @torch.no_grad()
     def grad_square(self) -> Tensor:

@@ -72,7 +72,7 @@ def read_history(run: RunFiles) -> History:
             progress.append((line.time, step))
         if kind in ("start", "restart"):
             if is_open and previous is not None:
-                events.append(Event(previous.time, UNCLEAN, step, "the log has no line of its end"))
+                events.append(Event(previous.time, UNCLEAN, step, "the log does not state how the run ended"))
             is_open = True
         if kind in ("complete", "stopped") or line.text.endswith("(train.stages)"):
             is_open = False

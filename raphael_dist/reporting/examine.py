@@ -58,7 +58,7 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
         try:
             data = sample_data(config)
         except (UserError, OSError) as error:
-            notes.append(f"Edge maps and duplicates in the data were not looked at: {error}.")
+            notes.append(f"Edge maps and duplicates in the data were not checked: {error}.")
     case = Case(run, history, now, free_bytes(folder), _newest_bytes(folder), data)
     plan, plan_note = measured_rows(run), why
     if cluster == NO_PLAN:

@@ -47,7 +47,7 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
 
     launch = run.launch
     if launch is None:
-        raise UserError("the log names no start of the run, and so neither ranks nor ZeRO stage")
+        raise UserError("the log has no start line, which states the number of ranks and the ZeRO stage")
     if cluster_name == "auto" and launch.device != "cpu":
         raise UserError("the log does not name the GPU; add --cluster h100x8, for example")
     cluster = load_cluster("cpu" if cluster_name == "auto" else cluster_name)
@@ -57,7 +57,7 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     )  # fmt: skip
     outcome = Search(config, cluster, launch.world).evaluate(choice)
     if outcome is None:
-        raise UserError(f"the planner refuses {choice} on {launch.world} ranks")
+        raise UserError(f"the planner does not support these settings on {launch.world} ranks: {choice}")
     step, peak = outcome.step, cluster.peak_tflops.get(config.train.dtype)
     planned = (
         step.images_per_s,

@@ -33,7 +33,7 @@ def convergence(run: RunFiles) -> str:
         verdict = "Not yet, it is still falling" if change < 0 else "No, it rises again"
     text = (
         f"{verdict}: the training loss went from {losses[0]:.3g} to {fmean(end):.3g} (mean of the last eighth of the log "
-        f"lines, {change / fmean(before):+.1%} against the eighth before)."
+        f"lines, {change / fmean(before):+.1%} compared with the eighth before it)."
     )
     if rates := run.values("optim/lr"):
         text += f" The learning rate is at {rates[-1] / max(rates):.0%} of its peak."
@@ -53,8 +53,8 @@ def expert_health(run: RunFiles) -> str:
         return f"Yes: {scalar:.0f} by the last count." if scalar else "No expert is dead by the last count."
     if not dead and not any(experts_are_judged(run, kind) for kind in ("space", "time")):
         return (
-            f"Unknown: with few images between two log lines an expert has no load by chance. Raise train.log_every so that "
-            f"each expert of a block gets {MIN_SAMPLES:.0f} on average."
+            "Unknown: there are too few images between two log lines to tell a dead expert from chance. Raise "
+            f"train.log_every, so that each expert of a block gets {MIN_SAMPLES:.0f} images on average."
         )
     if not dead:
         return "No expert is dead in the last fifth of the log lines."

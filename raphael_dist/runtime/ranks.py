@@ -89,7 +89,7 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT, heartbeat: Callable[[
     complete_environment(ranks)
     device = _choose_device(ranks)
     heartbeat = heartbeat or _no_heartbeat
-    heartbeat("meeting the other ranks")
+    heartbeat("looking for the other ranks")
     store = rendezvous.connect(ranks.rank, ranks.world_size, timeout)
     heartbeat("waiting for the other ranks")
     rendezvous.wait_for_all(ranks.rank, ranks.world_size, timeout)

@@ -96,7 +96,9 @@ def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
             present = {int(number) for number in store.get("who").split()}
             missing = [str(number) for number in range(world_size) if number not in present]
             names = join_first(missing, ", ")
-            raise HungError(f"{count} of {world_size} ranks have met after {clock.now():.0f} s. These are missing: {names}")
+            raise HungError(
+                f"{count} of {world_size} ranks have connected after {clock.now():.0f} s. These are missing: {names}"
+            )
         time.sleep(pause)
         count = store.add("met", 0)
 

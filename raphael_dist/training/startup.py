@@ -104,7 +104,7 @@ def _load_initial_weights(run: Run) -> None:
 
 def rehearse(run: Run) -> None:
     """Run a micro-batch before the first step, so that what does not fit into memory fails now. Collective."""
-    run.watchdog.heartbeat("the rehearsal", SLOW)
+    run.watchdog.heartbeat("the test of a micro-batch", SLOW)
     with long_work("reading the first samples"):
         batch = run.builder.build(run.plan.slots(run.progress.samples_seen, run.ranks.rank, 0))
     run.telemetry.begin(run.progress.step, throughput.warmup_step(run.engine, batch, run.schedule))

@@ -84,7 +84,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
-    command.add_argument("--folder", type=Path, default=Path("runs/bench-checkpoint"), help="on the disk to measure")
+    command.add_argument(
+        "--folder", type=Path, default=Path("runs/bench-checkpoint"), help="folder to write to, on the disk to measure"
+    )
     command.add_argument("--repeats", type=int, default=5)
 
 

@@ -80,10 +80,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default="emoji-small")
     command.add_argument("--kinds", nargs="+", default=list(KINDS))
-    command.add_argument("--world", type=int, default=4, help="files of the source")
+    command.add_argument("--world", type=int, default=4, help="number of files of the source checkpoint")
     command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2)
     command.add_argument("--to", nargs="+", default=["canonical", "deepspeed"])
-    command.add_argument("--folder", type=Path, default=Path("runs/bench-convert"), help="on the disk to measure")
+    command.add_argument(
+        "--folder", type=Path, default=Path("runs/bench-convert"), help="folder to write to, on the disk to measure"
+    )
     command.add_argument("--repeats", type=int, default=3)
 
 

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--bucket", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="each reader is run so often; the best counts")
-    parser.add_argument("--only", nargs="*", choices=READERS, help="these readers alone")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each reader, of which the fastest counts (default 2)")
+    parser.add_argument("--only", nargs="*", choices=READERS, help="measure only these readers")
 
 
 def make_image(number: int, size: tuple[int, int]) -> bytes:

@@ -152,9 +152,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default="raphael-3b")
     command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
-    command.add_argument("--deepspeed_config", help="a DeepSpeed JSON; without one the default")
-    command.add_argument("--steps", type=int, default=10, help="of each of three rounds")
-    command.add_argument("--alone", action="store_true", help="without diffusers' U-Net")
+    command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
+    command.add_argument("--steps", type=int, default=10, help="steps in each of three rounds (default 10)")
+    command.add_argument("--alone", action="store_true", help="do not measure diffusers' U-Net")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.compile=true")
 
 

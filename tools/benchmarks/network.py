@@ -250,9 +250,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")))
     command.add_argument("--nodes", type=int, nargs="+", default=[2, 4])
-    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="on each node")
-    command.add_argument("--all", action="store_true", help="every combination; takes hours")
-    command.add_argument("--out", type=Path, help="a JSON file for the rows")
+    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks per node (default: 1 2)")
+    command.add_argument("--all", action="store_true", help="measure every combination, which takes hours")
+    command.add_argument("--out", type=Path, help="also write the rows to this JSON file")
     command.add_argument("--cases", nargs=2, help=argparse.SUPPRESS)  # on a rank
 
 

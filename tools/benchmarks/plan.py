@@ -186,7 +186,7 @@ def _sd2_profile() -> Profile:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    command.add_argument("--cluster", default="cpu", help="a description that --calibrate of tools/plan_run.py wrote")
+    command.add_argument("--cluster", default="cpu", help="cpu, or a YAML file from tools/plan_run.py --calibrate")
     command.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     command.add_argument(
         "--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process"

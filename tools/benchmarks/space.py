@@ -114,9 +114,11 @@ def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) 
     for name, default in (("batch", batch), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6)):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--repeats", type=int, default=7)
-    command.add_argument("--config", help="take the sizes of every attention level of a preset instead")
-    command.add_argument("--latent", type=int, default=16, help="side of the latents, with --config")
-    command.add_argument("--hidden", type=int, help="width of an expert (4 x dim)")
+    command.add_argument("--config", help="use the sizes of every attention level of this preset instead")
+    command.add_argument(
+        "--latent", type=int, default=16, help="with --config: height and width of the latents (default 16)"
+    )
+    command.add_argument("--hidden", type=int, help="hidden width of an expert (default: 4 x --dim)")
     command.add_argument("--masks", type=float, nargs="+", default=masks)
     command.add_argument("--threads", type=int, default=torch.get_num_threads())
 

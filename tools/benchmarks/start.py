@@ -135,7 +135,7 @@ def _own_groups(ep: int) -> None:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64], help="numbers of ranks, multiples of --ep")
-    command.add_argument("--ep", type=int, default=4, help="ranks that share experts")
+    command.add_argument("--ep", type=int, default=4, help="number of ranks over which experts are sharded (default 4)")
     command.add_argument("--repeats", type=int, default=5)
 
 

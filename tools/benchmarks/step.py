@@ -270,8 +270,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--widths", choices=WIDTHS, nargs="+", default=list(WIDTHS))
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--threads", type=int, default=torch.get_num_threads())
-    command.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: on a machine that is busy")
-    command.add_argument("--no-reference", action="store_true", help="leave out the paper's formula as printed, the slowest")
+    command.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu measures processor time, for a busy machine; requires --threads 1",
+    )
+    command.add_argument(
+        "--no-reference", action="store_true", help="do not measure the paper's formula as printed, which is slow"
+    )
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 

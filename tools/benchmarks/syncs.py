@@ -159,11 +159,16 @@ def _batches(run: Run) -> Iterator[Batch]:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default="raphael-3b")
-    command.add_argument("--deepspeed_config", help="a DeepSpeed JSON; without one the default")
-    command.add_argument("--world", type=int, default=8, help="ranks that are pretended")
+    command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
+    command.add_argument("--world", type=int, default=8, help="number of simulated ranks (default 8)")
     command.add_argument("--micro-steps", type=int, default=2)
-    command.add_argument("--places", type=int, default=25, help="so many of the places with the most launches are shown")
-    command.add_argument("overrides", nargs="*", help="key=value of the configuration")
+    command.add_argument(
+        "--places",
+        type=int,
+        default=25,
+        help="number of places in the code to list, those with the most launches first (default 25)",
+    )
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings as for training")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -182,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
 
 def report(notes: StepNotes, places: int) -> str:
     """Return the tables; the last line is the number of host synchronisations."""
-    lines = ["", "the host waits", *_waits(notes.step), "", "a log line adds", *_waits(notes.log), ""]
+    lines = ["", "the host waits for the GPU:", *_waits(notes.step), "", "a log line adds:", *_waits(notes.log), ""]
     launches, num_bytes = notes.step.launches, notes.step.bytes
     lines += [f"{'launches':>8} {'MB':>10}  place, of {len(launches)}"]
     lines += [f"{n:>8} {num_bytes[place] / 1e6:>10.1f}  {place}" for place, n in launches.most_common(places)]
