@@ -38,7 +38,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def resolve_latest(path: Path) -> Path:
-    """Return the checkpoint that a file `latest` names; any other path unchanged. UserError: it names no checkpoint."""
+    """Return the checkpoint that a file `latest` names; other paths are unchanged. UserError: there is no such checkpoint."""
     if path.name != "latest" or not path.is_file():
         return path
     name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]
@@ -70,7 +70,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that half of one never looks complete. A failure only warns."""
+    """Delete a checkpoint. It is renamed first, so that a partly deleted one never looks complete. Failures are logged."""
     hidden = folder if folder.name.startswith(".") else folder.with_name(REMOVING + folder.name)
     try:
         if hidden != folder:

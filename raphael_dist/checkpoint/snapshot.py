@@ -88,14 +88,15 @@ def write_snapshot(
         path: the file; it must not exist.
         layout: (key, number of elements) of each part.
         values: the buffer, float32 [n] in host memory.
-        metadata: of the safetensors file.
+        metadata: metadata of the safetensors file.
         report: is called with a line about every piece.
 
     Returns:
         The entry of the file in the manifest.
 
     Raises:
-        OSError: the file cannot be written, a value is not finite, or the device returns other bytes than were written.
+        OSError: the file cannot be written, a value is not finite, or the device does not return the bytes that were
+            written.
     """
     heads = [(key, torch.float32, (numel,)) for key, numel in layout]
     with tensorfile.HashedFile(path) as file:

@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         Args:
             example: a command that works, shown first in the help.
             raw: keep the line breaks of description and epilog.
-            **kwargs: as argparse's.
+            **kwargs: arguments of argparse's parser.
         """
         kind = argparse.RawDescriptionHelpFormatter if raw else argparse.HelpFormatter
         kwargs.setdefault("formatter_class", lambda prog: kind(prog, max_help_position=28, width=_WIDTH))

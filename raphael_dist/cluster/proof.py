@@ -56,9 +56,9 @@ class Proof:
 
     Attributes:
         ranks: this rank among those of the check.
-        device: of this rank.
-        config: of the user's run, for the checks of speed and memory.
-        folder: of the reports; all ranks share it.
+        device: this rank's device.
+        config: the user's configuration, for the checks of speed and memory.
+        folder: folder of the reports, which all ranks share.
         options: further arguments of the check.
         mark: reports what this rank begins. The rank with the fewest marks is late.
     """

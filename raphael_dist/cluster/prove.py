@@ -48,7 +48,7 @@ class Outcome:
     """What an agent knows about a check on its rank.
 
     Attributes:
-        result: of the worker; None: it did not finish.
+        result: result of the worker; None: it did not finish.
         marks, last: number of marks of the worker, and the last.
         why: why it did not finish.
     """

@@ -12,7 +12,7 @@ class Check:
     """A check.
 
     Attributes:
-        title: for the report.
+        title: title in the report.
         run: what a worker does on each rank.
         limit_s: time limit, long enough for a slow CPU, after which the worker is ended.
         environment: whether a failure means a bad environment (exit code 2), not wrong numbers (3).

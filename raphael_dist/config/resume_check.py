@@ -69,9 +69,9 @@ def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Co
     """Compare the fingerprints of shards, captions and encoders with those in a checkpoint's manifest.
 
     Args:
-        manifest: of the checkpoint. One that was converted has no fingerprints of captions and encoders.
+        manifest: the checkpoint's manifest. After a conversion it has no fingerprints of captions and encoders.
         current: the fingerprints of this run by name.
-        config: of this run.
+        config: this run's configuration.
         folder: name of the checkpoint in messages.
 
     Returns:

@@ -38,7 +38,7 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
     Args:
         path: a run (its newest checkpoint that verifies), one of its step folders, or a folder of diffusers.
         config: configuration of the base model.
-        weights: of a run, "ema" or "master". None, or a run without EMA: the default.
+        weights: "ema" or "master", for a run. None, or a run without EMA: the default.
         option: name of the command line option, for messages.
 
     Raises:

@@ -74,7 +74,7 @@ def convert(
         path: the source.
         to_layout: layout of the target.
         target: the new folder, which must not exist.
-        options: of the target.
+        options: options of the target.
         config: the model to upcycle to, or the model of a folder whose files do not describe it.
         ranks: the processes of `mpirun`. None: this process.
         lora: path of adapters to merge (`read_adapter`). lora_scale: factor for them.

@@ -53,7 +53,7 @@ class InitialWeights:
     Attributes:
         loaded: read from the checkpoint.
         reinitialised: initialised as in a new run.
-        unused: of the checkpoint only.
+        unused: parameters that only the checkpoint has.
         upcycled: experts that are made from the layers of a dense model.
     """
 
@@ -106,14 +106,14 @@ def load_initial(
     Each rank reads its own fragments, in float32. Call `fragments.sync_model` afterwards.
 
     Args:
-        fragments: of this rank.
+        fragments: this rank's part of the weights.
         path: a checkpoint in any layout.
-        config: of the run.
+        config: the run's configuration.
         verify: check the files' checksums first; one rank does this for all.
         report: is called with a line about every parameter.
 
     Raises:
-        UserError: as `check_initial`; nothing is copied then.
+        UserError: see `check_initial`; nothing is copied then.
     """
     checkpoint = open_initial(path)
     report("its checksums")

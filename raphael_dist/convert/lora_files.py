@@ -107,7 +107,7 @@ def read_adapter(path: Path, weights: str | None = None, option: str = "--lora")
 
     Args:
         path: a folder of peft, a run (its newest checkpoint that verifies), or one of its step folders.
-        weights: of a run, "ema" or "master". None, or a run without EMA: the default.
+        weights: "ema" or "master", for a run. None, or a run without EMA: the default.
         option: name of the command line option, for messages.
 
     Raises:

@@ -26,7 +26,7 @@ def model_card(source: Source, kind: str, options: Options, pipeline: str, has_i
     Args:
         source: the exported model.
         kind: "ema" or "master", the exported weights.
-        options: of the conversion; `licence` is an identifier as model hubs use it, e.g. "apache-2.0".
+        options: options of the conversion; `licence` is an identifier that model hubs use, e.g. "apache-2.0".
         pipeline: name of the pipeline's class.
         has_image: whether the folder has `samples_image` as samples.png.
     """

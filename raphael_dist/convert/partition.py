@@ -58,8 +58,8 @@ def topology_of(config: Config, options: Options, *, aligned: bool = True) -> To
     """Return the topology of a target.
 
     Args:
-        config: with the target's expert parallelism (`parallel_config`).
-        options: of the target.
+        config: the configuration with the target's expert parallelism (`parallel_config`).
+        options: options of the target.
         aligned: whether ZeRO-1 and 2 round parameters up to 16 bytes in the dtype of training, as `ds_config.merge` sets it.
     """
     replicated: frozenset[str] = frozenset()

@@ -124,7 +124,7 @@ class Options:
         part_bytes: size at which weights are divided into several files.
         unet_only: leave the encoders out of a pipeline.
         text_by_name: refer to a text encoder by its name instead of copying it; "characters" is always referred to.
-        licence: for the model card of a pipeline.
+        licence: licence in the model card of a pipeline.
         prediction: prediction type of the source's model, if its files do not state it.
     """
 

@@ -69,7 +69,7 @@ def ring(
     """Predict a reduce-scatter or an all-gather by a ring; an all-reduce is two of them.
 
     Args:
-        name: for tables.
+        name: text for tables.
         hidden_by: the pass that can hide it.
         size: bytes of the whole tensor.
         ranks: members of the ring.
@@ -97,7 +97,7 @@ def communications(
         config: model, batch and precision.
         plan: how the batch is divided over ranks.
         cluster: the links.
-        parameters: of the whole model.
+        parameters: number of parameters of the whole model.
         scheme: how weights and gradients are divided.
         reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights.
 

@@ -21,7 +21,7 @@ class RunPlan:
         config, cluster, search: the inputs.
         ranked: all choices, the best first.
         images: number of images to train on.
-        parameters: of the model.
+        parameters: number of parameters of the model.
         active: parameters that process one image token.
         saves: how often to save.
         price: dollars per device hour.
@@ -110,7 +110,7 @@ def active_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
     """Return how many parameters process one image token: one expert of each kind and layer, and everything else.
 
     Args:
-        shapes: of the whole model's parameters.
+        shapes: shapes of the whole model's parameters.
     """
     total = 0
     for name, shape in shapes.items():

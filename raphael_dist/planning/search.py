@@ -98,7 +98,7 @@ class Search:
         cluster: devices and links.
         world: number of devices.
         allowed: values to which choices are restricted, by field of `Choice`.
-        profile: of the model; None: it is traced. Searches of the same model can share it.
+        profile: traced operations of the model; None: trace it. Searches of the same model can share it.
     """
 
     config: Config

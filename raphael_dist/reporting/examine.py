@@ -22,7 +22,7 @@ class Examined:
     """A run and what was found out about it.
 
     Attributes:
-        looked_at, not_looked_at: by the rules.
+        looked_at, not_looked_at: what the rules checked, and what they could not check.
         notes: what could not be read, and why, in sentences.
         plan_note: why there is no prediction; "" where there is one.
     """
@@ -42,7 +42,7 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
     """Read a run directory and look at everything in it.
 
     Args:
-        cluster: that the prediction is for; NO_PLAN: none is made.
+        cluster: the devices of the prediction; NO_PLAN: no prediction.
         with_data: decode some samples of the run's data.
 
     Raises:

@@ -36,8 +36,8 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     """Return the rows with the prediction for the run's own ranks, ZeRO stage and micro-batch on a cluster.
 
     Args:
-        config: of the run.
-        cluster_name: as `tools/plan_run.py --cluster`; "auto": the CPUs' where the run used CPUs.
+        config: the run's configuration.
+        cluster_name: a value of `tools/plan_run.py --cluster`; "auto": "cpu" if the run used CPUs.
 
     Raises:
         UserError: the log names no start, the cluster is unknown, or the planner refuses the choice.

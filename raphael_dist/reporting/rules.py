@@ -41,8 +41,8 @@ class Case:
     """What the rules look at.
 
     Attributes:
-        free_bytes: that can still be written to the run directory; None: unknown.
-        checkpoint_bytes: of the newest checkpoint; 0: there is none.
+        free_bytes: free disk space for the run directory, in bytes; None: unknown.
+        checkpoint_bytes: size of the newest checkpoint; 0: there is none.
         data: samples of the run's data; None: they were not read.
     """
 

@@ -27,7 +27,7 @@ class ProgressBar:
         Args:
             title: stands in front of the bar.
             enabled: False on ranks that show nothing.
-            file: where the bar is drawn; None: standard output.
+            file: stream that the bar is written to; None: standard output.
             transient: remove the bar at the end.
         """
         stream = file or sys.stdout

@@ -79,10 +79,10 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT, heartbeat: Callable[[
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
 
     Args:
-        timeout: of the process group, and of each part of joining it.
+        timeout: limit of the process group's collectives, and of each part of connecting.
         heartbeat: is called with a description before each part that may take long.
 
-    Raises: as `rendezvous.connect` and `rendezvous.wait_for_all`.
+    Raises the exceptions of `rendezvous.connect` and `rendezvous.wait_for_all`.
     """
     # DeepSpeed calls collectives under names that torch 2.13 has renamed; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")

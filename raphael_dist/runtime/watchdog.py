@@ -99,7 +99,7 @@ class Watchdog:
         return self
 
     def use_folder(self) -> None:
-        """Write heartbeats and stacks to the run directory from now on. Raises as `write_error`."""
+        """Write heartbeats and stacks to the run directory from now on. Raises the errors of `write_error`."""
         try:
             (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)
             self._stacks = open(self._folder / f"stacks-rank-{self._ranks.rank}.txt", "w", opener=no_links)

@@ -101,7 +101,7 @@ def sample_latents(
 
     Args:
         denoise: the model. Its gates get no noise.
-        scheduler: of diffusers (`model.diffusion.make_scheduler`).
+        scheduler: a scheduler of diffusers (`model.diffusion.make_scheduler`).
         noise_BChw: float32, on the device of the model.
         text: B captions. null: B negative captions, or one for all.
         steps: denoising steps.
@@ -209,8 +209,8 @@ class Sampler:
 
         Args:
             requests: B requests.
-            scheduler: of diffusers; it is changed.
-            steps, guidance, strength, on_step: as in `sample_latents`.
+            scheduler: a scheduler of diffusers; its state is changed.
+            steps, guidance, strength, on_step: see `sample_latents`.
 
         Returns:
             Images, uint8 [B, H, W, 3].

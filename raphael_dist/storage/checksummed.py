@@ -42,7 +42,7 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Read the array of `write_array`. Raises as `read_sealed`."""
+    """Read the array of `write_array`. Raises the errors of `read_sealed`."""
     values: np.ndarray = np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
     return values
 

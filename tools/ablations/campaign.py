@@ -42,7 +42,7 @@ class Campaign:
     """What is run.
 
     Attributes:
-        images: of each run, rounded up to whole steps; None: as configured.
+        images: number of images of each run, rounded up to whole steps; None: as configured.
         benchmark: run the emoji benchmark after each run.
         read: captions whose quoted text is read in the images of each run (evaluate text); None: none.
         jobs: runs at the same time.

@@ -70,8 +70,8 @@ class Row:
     """Bytes of a step, of the node that sends most. Attributes:
     wire: sent by the interface.
     payload: the same without headers of frames.
-    counted: by the node's ranks, as `comm/*` does; 0 where others count nothing.
-    planned: by the plan; 0 where there is none.
+    counted: bytes that the node's ranks count as `comm/*`; 0 for other trainers, which count nothing.
+    planned: bytes of the plan; 0: there is no plan.
     """
 
     case: Case
