@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample and write the grid, on all ranks of a launcher. Raises UserError for what the user can fix."""
+    """Sample and write the grid, on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
     _check(args)
 
     from raphael_dist.runtime.ranks import raise_on_all_ranks

@@ -261,7 +261,7 @@ def run(config: Config, tree: dict[str, object], stop: StopRequest) -> int:
             dist.destroy_process_group()
         raise
     except Exception as error:
-        # Also into this rank's log. The process group is kept: destroying it might wait for ranks that are gone.
+        # Also into this rank's log. The process group is kept: destroying it might wait for ranks that have ended.
         logging.getLogger("raphael_dist").info("rank %d failed", ranks.rank, exc_info=True)  # not on the terminal again
         long_work.report_failure(f"rank {ranks.rank} on {host_name()} failed: {describe_error(error)}")
         raise

@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the campaign, or list or show it. Raises UserError for what the user can fix."""
+    """Run the campaign, or list or show it. Raises UserError for mistakes that the user can correct."""
     for name in ("seeds", "images", "ranks", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:

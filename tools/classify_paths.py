@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a table of accuracies. Raises UserError for what the user can fix."""
+    """Print a table of accuracies. Raises UserError for mistakes that the user can correct."""
     import torch
 
     from raphael_dist.analysis.routes import collect_word_paths

@@ -124,7 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Enlarge, print errors and write the rows of images. Raises UserError for what the user can fix."""
+    """Enlarge, print errors and write the rows of images. Raises UserError for mistakes that the user can correct."""
     for option in ("count", "shown"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option}={getattr(args, option)} must be at least 1. Give a larger number.")

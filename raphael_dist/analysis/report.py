@@ -14,7 +14,7 @@ from raphael_dist.analysis.coverage import Coverage
 from raphael_dist.analysis.experts import Finding
 from raphael_dist.analysis.prompt import PromptTrace
 
-# Headings of `Coverage.means`.
+# Headings of the columns of `Coverage.means`.
 COLUMNS = (
     *("region of a word", "of a padding token", "pairs in sampling", "without padding"),
     *("pairs in training", "without padding"),

@@ -1,4 +1,4 @@
-"""Command line: `python -m raphael_dist doctor RUN`: what is wrong with a run, and what to do about it."""
+"""Command line: `python -m raphael_dist doctor RUN`: the problems of a run, and what to do about them."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from raphael_dist.text import escape_control, hide_secrets_in_text, print_line
 if TYPE_CHECKING:
     from raphael_dist.reporting.examine import Examined
 
-FOUND = 1  # the exit code when something was found
+FOUND = 1  # exit code if there are problems
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names what a prediction is made for."""
+    """Add the option with the devices of the planner's prediction."""
     parser.add_argument(
         "--cluster", default="auto", metavar="NAME",
         help="also predict speed and memory on these devices: h100x8, cpu, ..., or a YAML file; none: no prediction "
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings and write the bundle. Raises UserError for what the user can fix."""
+    """Print the findings and write the bundle. Raises UserError for mistakes that the user can correct."""
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Change the name.")
     from raphael_dist.reporting.bundle import write_bundle
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(examined: "Examined") -> list[str]:
-    """Return the lines: the state of the run, what is wrong, and what was looked at."""
+    """Return the lines: the state of the run, its problems, and what was checked."""
     from raphael_dist.reporting.events import ending
 
     lines = [f"{examined.run.folder}: {ending(examined.run, examined.history, examined.now)}"]

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run a study on all ranks of a launcher. Raises UserError for what the user can fix."""
+    """Run a study on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
     check_arguments(args)
 
     from raphael_dist.sampling.load_model import open_model

@@ -1,4 +1,4 @@
-"""Command line: `torchrun --nproc_per_node 2 -m raphael_dist prove --out DIR` proves an installation in about ten minutes.
+"""Command line: `torchrun --nproc_per_node 2 -m raphael_dist prove --out DIR` checks an installation in about ten minutes.
 
 Exit codes: 0 all checks passed, 2 bad environment, 3 wrong numbers.
 """
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run all checks; return the exit code. Raises UserError for what the user can fix."""
+    """Run all checks; return the exit code. Raises UserError for mistakes that the user can correct."""
     config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
     if args.config is None:  # no data is needed, and checkpoints are those of the checks
         data = config.data.model_copy(update={"shards": ()})

@@ -1,4 +1,4 @@
-"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html`: one file that shows runs."""
+"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html`: one file about one or more runs."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the report. Raises UserError for what the user can fix."""
+    """Write the report. Raises UserError for mistakes that the user can correct."""
     if args.out.suffix != ".html":
         raise UserError(f"--out {args.out} must end in .html. Change the name.")
     from raphael_dist.reporting.examine import examine

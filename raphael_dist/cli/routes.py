@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raphael_dist.analysis.report import Report
     from raphael_dist.sampling.load_model import TrainedModel
 
-CAPTIONS = 2000  # that are read at most
+CAPTIONS = 2000  # largest number of captions that are read
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write everything below `args.out`. Raises UserError for what the user can fix."""
+    """Write everything below `args.out`. Raises UserError for mistakes that the user can correct."""
     import torch
 
     from raphael_dist.analysis.report import Report

@@ -107,7 +107,7 @@ class Probe:
             os._exit(1)
 
     def _limit(self, of: tuple[float, float]) -> float:
-        """Return a time limit in seconds for this number of ranks."""
+        """Return the time limit in seconds for this number of ranks, from (seconds, seconds per rank)."""
         return of[0] + of[1] * self.ranks.world_size
 
     def _identity(self) -> Report:

@@ -1,4 +1,4 @@
-"""What the checks of `prove` share: this rank among those of a check, a result, a problem."""
+"""Classes that the checks of `prove` share: a rank, a result, a problem."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -12,10 +12,10 @@ from raphael_dist.runtime.ranks import Ranks
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong on a rank.
+    """A problem of a rank.
 
     Attributes:
-        text: what, with "it" for the rank.
+        text: description, with "it" for the rank.
         own: whether this rank causes it, so that other ranks may only see its effects.
         amber: whether training is possible nevertheless.
     """

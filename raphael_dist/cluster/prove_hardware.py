@@ -1,4 +1,4 @@
-"""Checks of `prove` that measure: links, CUDA graphs, waits of the host, and the plan next to a measured step."""
+"""Checks of `prove` that measure: links, CUDA graphs, waits of the host, and a measured step compared with the plan."""
 
 import re
 import subprocess
@@ -141,7 +141,7 @@ def graphs(proof: Proof) -> Result:
 
 
 def waits(proof: Proof) -> Result:
-    """Count how often the host waits for the GPU in a step; without a GPU on one that is simulated."""
+    """Count how often the host waits for the GPU in a step; without a GPU, on a simulated one."""
     if proof.device.type != "cuda":
         return _simulated_waits(proof)
     counts: list[int] = []

@@ -24,7 +24,7 @@ class Topology:
     """How a run is divided over ranks.
 
     Attributes:
-        world: number of ranks. stage: of ZeRO.
+        world: number of ranks. stage: ZeRO stage.
         space_ep, time_ep: ranks that share one set of space and of time experts.
         alignment: ZeRO-1 and 2 round each parameter in their flat buffers up to a multiple of this many elements.
         replicated: layers whose experts are on every rank in spite of `space_ep` and `time_ep` (parallel.placement).

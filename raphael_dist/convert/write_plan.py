@@ -119,11 +119,12 @@ class Options:
     """Options of a conversion. `Layout.options` lists those that a layout supports.
 
     Attributes:
-        space_ep, time_ep: ranks that share one set of space and of time experts. world: ranks. stage: of ZeRO.
+        space_ep, time_ep: ranks over which experts are sharded. world: number of ranks. stage: ZeRO stage.
         weights: "master" or "ema", for layouts that hold one kind; None: the EMA if there is one. dtype: of its values.
         part_bytes: size at which weights are divided into several files.
         unet_only: leave the encoders out of a pipeline.
-        text_by_name: refer to a text encoder by its name instead of copying it; "characters" is always referred to.
+        text_by_name: store the name of a text encoder instead of a copy. For "characters" only the name is stored in any
+            case.
         licence: licence in the model card of a pipeline.
         prediction: prediction type of the source's model, if its files do not state it.
     """

@@ -137,7 +137,7 @@ def _single_reduction(
 def _synchronisation(
     scheme: Scheme, parameters: int, width: int, ranks: int, cluster: Cluster, stride: int = 1
 ) -> list[Communication]:
-    """Return what it costs to reduce the gradients of `parameters` over `ranks` ranks and to give each the new weights."""
+    """Return the communication that reduces the gradients of `parameters` over ranks and sends them the new weights."""
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
     if scheme in ("replicated", "all_reduce", "reduce_scatter"):
         passes, calls = (1, 1) if scheme == "reduce_scatter" else (2, 2 * buckets)

@@ -1,7 +1,7 @@
 """Memory of one rank in bytes, by kind, for every ZeRO stage, precision and expert parallelism.
 
 Model states are exact. Where each element lies is computed by `convert.partition`, which is tested against real engines;
-what DeepSpeed 0.19 keeps of it is tested byte for byte. Activations come from a trace. Buffers follow DeepSpeed's own
+the memory that DeepSpeed 0.19 keeps is tested byte for byte. Activations come from a trace. Buffers follow DeepSpeed's
 settings.
 """
 

@@ -1,4 +1,4 @@
-"""What happened in a run, from its logs: starts, saves, faults, ends, and how far it was at each time."""
+"""The events of a run, from its logs: starts, saves, faults, ends, and its progress over time."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ KINDS = {
     "slow rank": r"step \d+: slow for",
 }
 FAULTS = tuple(KINDS)[5:]
-UNCLEAN = "killed or crashed"  # a process whose log has no line of its end
+UNCLEAN = "killed or crashed"  # a process whose log does not state how it ended
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 _PROGRESS = re.compile(r"step (\d+)/\d+ ")
 _STEP = re.compile(r"step[ -]0*(\d+)")

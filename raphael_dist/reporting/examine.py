@@ -1,4 +1,4 @@
-"""Everything that is known about one run: its files, its history, what the rules find, and the planner's prediction."""
+"""All results about one run: its files, its history, the findings of the rules, and the planner's prediction."""
 
 import contextlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NO_PLAN = "none"  # value of --cluster
 
 @dataclass(frozen=True)
 class Examined:
-    """A run and what was found out about it.
+    """A run and the results about it.
 
     Attributes:
         looked_at, not_looked_at: what the rules checked, and what they could not check.
@@ -39,7 +39,7 @@ class Examined:
 
 
 def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> Examined:
-    """Read a run directory and look at everything in it.
+    """Read a run directory, and apply all rules.
 
     Args:
         cluster: the devices of the prediction; NO_PLAN: no prediction.

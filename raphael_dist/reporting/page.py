@@ -49,7 +49,7 @@ def build_page(runs: Sequence[Examined]) -> str:
     links = "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in SECTIONS)
     web = resources.files("raphael_dist.reporting") / "web"
     read = lambda name: (web / name).read_text(encoding="utf-8")  # noqa: E731
-    # < cannot end the element early; nothing may be fetched, whatever a caption holds.
+    # < cannot end the element early. Nothing may be fetched, whatever text a caption contains.
     payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
     return (

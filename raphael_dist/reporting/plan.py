@@ -1,4 +1,4 @@
-"""What a run needs, next to what the planner predicts for the same choice."""
+"""The speed and memory of a run, compared with the planner's prediction for the same settings."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
-"""What may be wrong with a run. Each rule is one small function of the run; `RULES` names what it looks at.
+"""Rules that detect problems of a run. Each rule is a small function; `RULES` names what it checks.
 
-A rule returns what is wrong and what to do, or None. It is silent where the run has not left what it looks at.
+A rule returns a problem and its remedy, or None. It returns None, too, if the run has no data about it.
 """
 
 import math
@@ -23,7 +23,7 @@ from raphael_dist.training.stragglers import SLOW_RATIO
 if TYPE_CHECKING:
     from raphael_dist.reporting.data_sample import DataSample
 
-MIN_LINES = 8  # of metrics; fewer say nothing about a trend
+MIN_LINES = 8  # of metrics; fewer show no trend
 DATA_BOUND = 0.1  # share of the time
 CLIPPED = 0.8  # share of the log lines
 TRUNCATED = 0.05  # share of the captions
@@ -38,7 +38,7 @@ _TRUNCATED = re.compile(r"text\.max_tokens=(\d+): longer captions are truncated 
 
 @dataclass(frozen=True)
 class Case:
-    """What the rules look at.
+    """The inputs of the rules.
 
     Attributes:
         free_bytes: free disk space for the run directory, in bytes; None: unknown.
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, with its numbers, and what to do."""
+    """A problem with its numbers, and what to do."""
 
     problem: str
     remedy: str
@@ -266,7 +266,7 @@ def stalled(case: Case) -> Finding | None:
     )
 
 
-# Each rule with what it looks at, and what it needs: a tag of the metrics, or a field of `Case` or `RunFiles`.
+# Each rule with what it checks, and what it needs: a tag of the metrics, or a field of `Case` or `RunFiles`.
 RULES: dict[Rule, tuple[str, str]] = {
     loss_not_finite: ("whether the loss is finite", "train/loss"),
     loss_not_falling: ("whether the loss falls", "train/loss"),
@@ -287,12 +287,12 @@ RULES: dict[Rule, tuple[str, str]] = {
 
 
 def diagnose(case: Case) -> list[Finding]:
-    """Return what the rules find, in their order."""
+    """Return the findings of all rules, in their order."""
     return [finding for rule in RULES if (finding := rule(case))]
 
 
 def coverage(case: Case) -> tuple[list[str], list[str]]:
-    """Return what the rules looked at, and what they could not because the run has not left it."""
+    """Return what the rules checked, and what they could not check because the run has no data about it."""
     seen: list[str] = []
     unseen: list[str] = []
     for what, needs in RULES.values():

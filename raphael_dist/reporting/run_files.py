@@ -1,4 +1,4 @@
-"""Reads what a run leaves in its directory: metrics, logs, configuration, versions, sample grids, routes, checkpoints."""
+"""Reads the files in a run directory: metrics, logs, configuration, versions, sample grids, routes, checkpoints."""
 
 import json
 import re
@@ -43,7 +43,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run has left. Anything may be empty: `missing` says in a sentence what could not be read, and why.
+    """The files of a run. Every field may be empty: `missing` has a sentence about each file that could not be read.
 
     Attributes:
         series: (step, value) pairs by tag, in order of steps.

@@ -14,11 +14,11 @@ from raphael_dist.training.stragglers import SLOW_RATIO
 
 LEVEL = 0.05  # relative change of the loss between the last two eighths of a run below which it has levelled off
 SAVING = 0.05  # share of the time
-PLACES = ("run.dir", "data.cache_dir")  # where a run lies does not tell runs apart
+PLACES = ("run.dir", "data.cache_dir")  # keys of places, which do not describe a difference between runs
 
 
 def convergence(run: RunFiles) -> str:
-    """Say whether the loss fell and has levelled off."""
+    """Return a sentence: whether the loss fell and has levelled off."""
     losses = [loss for loss in run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return f"Unknown: {len(losses)} log lines have a finite loss, at least {MIN_LINES} are needed."
@@ -45,7 +45,7 @@ def convergence(run: RunFiles) -> str:
 
 
 def expert_health(run: RunFiles) -> str:
-    """Say which blocks have dead experts."""
+    """Return a sentence about blocks with dead experts."""
     if not any(tag.startswith("moe/") for tag in run.series):
         return "Unknown: no expert loads were logged. A dense model has none."
     dead, scalar = dead_blocks(run), run.last("moe/dead_experts", share=0.01)
@@ -64,7 +64,7 @@ def expert_health(run: RunFiles) -> str:
 
 
 def speed(run: RunFiles) -> str:
-    """Say how fast the run is and what bounds it."""
+    """Return a sentence about the run's speed and what limits it."""
     rate = run.last("throughput/samples_per_s", share=0.5)
     if rate is None:
         return "Unknown: no throughput was logged."
@@ -87,7 +87,7 @@ def speed(run: RunFiles) -> str:
 
 
 def failures(examined: Examined) -> str:
-    """Say how often the run failed, was restarted, and how it ended."""
+    """Return a sentence about failures, restarts and the end of the run."""
     history = examined.history
     if not examined.run.log:
         return "Unknown: there is no train.log."

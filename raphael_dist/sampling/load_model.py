@@ -51,7 +51,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Adapters and a control to add to a model in memory, each with a scale: 0 turns it off, 1 is as trained.
+    """LoRA adapters and a ControlNet to add to a model in memory, each with a scale: 0 turns it off, 1 is as trained.
 
     Attributes:
         lora: path for `read_adapter`.
@@ -73,7 +73,7 @@ class AdapterOptions:
 def open_model(
     path: Path, weights: str | None, adapters: AdapterOptions = AdapterOptions()
 ) -> Iterator[tuple[TrainedModel, Ranks]]:
-    """Load a model on all ranks of a launcher, or on this process alone, and yield it with the ranks. As `load_trained`."""
+    """Load a model on all ranks of a launcher, or in this process alone, and yield it with the ranks. See `load_trained`."""
     with join_ranks() as (ranks, device):
         yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters=adapters)), ranks
 

@@ -1,4 +1,4 @@
-"""Derived files that affect results. Each has its SHA-256; a file that does not match is to be written again."""
+"""Derived files that affect results, each with its SHA-256. A file that does not match must be written again."""
 
 import hashlib
 import io

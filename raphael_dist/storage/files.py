@@ -65,8 +65,8 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
 
     Args:
         path: the file; its folder is created.
-        shared: other processes may write the same file. If False, the temporary path is `.NAME.new`, and what a killed
-            process left is overwritten.
+        shared: other processes may write the same file. If False, the temporary path is `.NAME.new`, and the file of a
+            killed process is overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if shared else f".{path.name}.new")
