@@ -1,6 +1,6 @@
 """Train a model without each of its parts, and other models of equal size: `python tools/ablate.py --out runs/ablation`.
 
-The same command continues a stopped campaign. docs/learning.md describes the variants and the comparison.
+The same command continues a stopped campaign. docs/evaluation.md describes the variants and the comparison.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The emoji benchmark: `python tools/emoji_benchmark.py --checkpoint RUN_DIR --out FOLDER`. It downloads nothing.
 
-Draws the held-out pairs of a thing and a style, compares them with the true images, and prints a table. Ranks of a launcher
-divide the work; a stopped command continues where it was.
+Samples the held-out pairs of a thing and a style, compares them with the real images, and prints a table. Ranks of a
+launcher divide the work; a stopped command continues where it was.
 """
 
 import argparse

@@ -91,7 +91,7 @@ def looks(name: str, seed: int, stream: int) -> Iterator[tuple[Look, np.random.G
 
 
 def prompt(name: str, text: str, look: Look) -> str:
-    """Return a prompt that names everything; the held-out font by its name."""
+    """Return a prompt with text, colours, place and font; a held-out font is named."""
     caption = full_caption(text, look)
     return caption.replace(f"{look.font.style} font", f"{look.font.name} font") if name == "held-out-font" else caption
 

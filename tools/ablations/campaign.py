@@ -39,7 +39,7 @@ Reporter = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is run.
+    """The settings of a campaign.
 
     Attributes:
         images: number of images of each run, rounded up to whole steps; None: as configured.

@@ -1,4 +1,4 @@
-"""`tools/bench.py checkpoint`: what the trainer's save costs compared with torch.save of the same bytes and DeepSpeed's
+"""`tools/bench.py checkpoint`: time of the trainer's save compared with torch.save of the same bytes and DeepSpeed's
 `save_checkpoint`, and conversions compared with a copy."""
 
 import argparse

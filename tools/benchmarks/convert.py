@@ -1,4 +1,4 @@
-"""`tools/bench.py convert`: what conversions cost compared with a copy: seconds, rate, and the most memory in use."""
+"""`tools/bench.py convert`: seconds, rate and peak memory of conversions, compared with a copy."""
 
 import argparse
 import resource
@@ -33,7 +33,7 @@ class Noise:
         self._kinds, self._values = tuple(kinds), torch.randn(CHUNK + 4096)
 
     def kinds(self) -> tuple[str, ...]:
-        """Return what there is of each parameter."""
+        """Return the kinds of values of each parameter."""
         return self._kinds
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:

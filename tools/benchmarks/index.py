@@ -1,4 +1,4 @@
-"""What the index costs at a size: bytes a sample, time and memory to open it and the order, time to read positions."""
+"""Cost of an index of a given size: bytes per sample, time and memory to open it, time to read positions."""
 
 import argparse
 import multiprocessing

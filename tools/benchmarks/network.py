@@ -1,6 +1,6 @@
 """`tools/bench.py network`: bytes that a node sends in a step, compared with the plan and with what ranks count.
 
-Nodes are network namespaces of this host (tests/lib/netns.py), whose interfaces count bytes and frames. All contenders train
+Nodes are network namespaces of this host (tests/lib/netns.py), whose interfaces count bytes and frames. All trainers train
 the U-Net of `--config` in float32 on equal random batches: ours in the ZeRO stages and with sharded experts, PyTorch's
 DistributedDataParallel, DeepSpeed's own ZeRO-2, and our blocks with DeepSpeed's `MoE` layers instead. Needs root.
 """
@@ -41,7 +41,7 @@ SCHEMES: dict[int, Scheme] = {0: "replicated", 1: "reduce_scatter", 2: "reduce_s
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on which ranks. who: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE"."""
+    """A trainer and its ranks. who: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE"."""
 
     nodes: int
     per_node: int

@@ -1,8 +1,8 @@
 """`tools/bench.py scaling`: a whole run on 1, 2, 4 and 8 ranks of this host, compared with the plan.
 
-strong: one global batch, whatever the ranks; weak: as many images on each rank. Everything counts that a run does (data,
-metrics, average, the engine), but for saves, validation and samples. Rounds are interleaved and the fastest step counts.
-More ranks than cores share them: the plan's computation then takes as many times longer.
+strong: the same global batch on any number of ranks; weak: the same number of images per rank. The time includes data,
+metrics, EMA and engine, but no saves, validation and samples. Rounds are interleaved, and the fastest step counts.
+If there are more ranks than cores, the computation in the plan takes as many times longer.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`tools/bench.py syncs`: where the host waits for the GPU in an optimizer step, found on a machine without one.
+"""`tools/bench.py syncs`: where the host waits for the GPU in an optimizer step, recorded on a machine without a GPU.
 
 The real trainer, engine and DeepSpeed run one whole step (data, forward, backward, reduce, clip, update, metrics) on
 tensors without data, which stand for a GPU's (`pretend_gpu` says what counts as a wait, a launch and a byte), among ranks
@@ -49,7 +49,7 @@ STEADY = 3  # steps before the one that is counted
 
 @dataclass(frozen=True)
 class StepNotes:
-    """What happened in one optimizer step, and in the log lines after it."""
+    """Records of one optimizer step, and of the log line after it."""
 
     step: Notes
     log: Notes
@@ -122,7 +122,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
 
 
 class _Stream:
-    """Replaces the training stream: black images with empty captions, of the right shapes."""
+    """Replaces the training stream: black images with empty captions, in the right shapes."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -152,7 +152,7 @@ class _Stream:
 
 
 def _batches(run: Run) -> Iterator[Batch]:
-    """Yield what the prefetching thread would have made; here in this thread, where it is seen."""
+    """Yield the batches of the prefetching thread, made in this thread, where they are recorded."""
     return map(run.builder.build, trainer._slots(run))
 
 
