@@ -117,5 +117,5 @@ def _finite(layout: list[tuple[str, int]], values: Tensor, report: Reporter) -> 
         if piece.numel() and not all(x.isfinite() for x in piece.aminmax()):
             parts = zip(layout, torch.split(values, [numel for _, numel in layout]), strict=True)
             key = next(key for (key, _), part in parts if not part.isfinite().all())
-            raise OSError(f"{key} contains NaN or infinity, so this state is not saved")
+            raise OSError(f"{key} is not finite (it contains NaN or infinity), so this state is not saved")
         yield piece

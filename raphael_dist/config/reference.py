@@ -16,15 +16,15 @@ from raphael_dist.config.types import FREE, INT_LIMIT, SHAPES, keys_marked, sect
 
 # Topics that people look for, the keys that belong to them, and the page that explains them.
 TOPICS = {
-    "accumulation": ("train.global_batch_size train.micro_batch_size", "training.md"),
+    "accumulation": ("train.global_batch_size train.micro_batch_size", "batching.md"),
     "cpu": ("data.workers model.expert_backend train.dtype", "install.md"),
     "early stopping": ("train.max_steps train.max_skipped train.val_every", "training.md"),
     "fine tuning": ("run.init_from run.reinit lora.rank control.enabled", "adapters.md"),
     "gpu": ("train.dtype train.compile train.cuda_graphs model.expert_backend", "install.md"),
     "learning rate": ("optim.lr optim.warmup_steps optim.lr_schedule optim.lr_schedule_args", "training.md"),
-    "memory": ("train.micro_batch_size model.checkpoint_activations train.dtype data.workers", "performance.md"),
+    "memory": ("train.micro_batch_size model.checkpoint_activations train.dtype data.workers", "memory.md"),
     "precision": ("train.dtype image.dtype", "training.md"),
-    "resume": ("run.dir run.allow_change run.ignore_damaged run.init_from", "checkpoints.md"),
+    "resume": ("run.dir run.allow_change run.ignore_damaged run.init_from", "training.md"),
     "workers": ("data.workers data.prefetch", "data.md"),
 }
 
