@@ -29,10 +29,15 @@ def config(argv: Sequence[str]) -> int:
     parser = common.Parser(
         prog="raphael-config", description=COMMANDS["config"][1], example="python -m raphael_dist config memory"
     )
-    parser.add_argument("word", nargs="?", default="", help="a topic, a part of a key, or what another trainer calls it")
+    parser.add_argument(
+        "word",
+        nargs="?",
+        default="",
+        help="topic (memory, resume), part of a key, or name of the setting in another trainer",
+    )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="print docs/configuration.md")
-    form.add_argument("--json-schema", action="store_true", help="print a schema for editors that check YAML")
+    form.add_argument("--markdown", action="store_true", help="print all settings as Markdown (docs/configuration.md)")
+    form.add_argument("--json-schema", action="store_true", help="print a JSON schema, by which editors check YAML files")
     args = parser.parse_args(argv)
     if args.markdown or args.json_schema:
         print(key_reference.markdown() if args.markdown else key_reference.json_schema())
@@ -71,16 +76,16 @@ def _tool(name: str, argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train.main, "train a model, or resume a run"),
     "sample": (sample.main, "sample images from a checkpoint"),
-    "evaluate": (evaluate.main, "measure a model: FID, KID, precision, recall, CLIP score, lettering"),
+    "evaluate": (evaluate.main, "measure a model: FID, KID, precision, recall, CLIP score, text in images"),
     "routes": (routes.main, "show the experts that words and timesteps are routed to"),
-    "report": (report.main, "write one HTML file that shows runs"),
-    "doctor": (doctor.main, "say what is wrong with a run, and what to do; make a bundle for a bug report"),
+    "report": (report.main, "write one HTML file about one or more runs"),
+    "doctor": (doctor.main, "list the problems of a run and what to do; make a bundle for a bug report"),
     "convert": (partial(_tool, "convert_checkpoint"), "convert a checkpoint between layouts, export adapters"),
     "inspect": (partial(_tool, "inspect_checkpoint"), "describe and verify a checkpoint"),
     "prepare": (partial(_tool, "prepare_data"), "make training data: shards, edge maps, features"),
-    "prove": (prove.main, "check an installation on the ranks of a launcher, and write a report"),
-    "config": (config, "print keys of the configuration with type, default, range and description"),
-    "slurm": (slurm, "print the folder of the Slurm scripts (see README.md there)"),
+    "prove": (prove.main, "check that training is correct on your machines, and write a report"),
+    "config": (config, "find settings by a word, with type, default, range and description"),
+    "slurm": (slurm, "print the folder of the Slurm scripts (see the README.md in it)"),
 }
 
 
@@ -92,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m raphael_dist",
         example="python -m raphael_dist train --config emoji-tiny",
         description="Train RAPHAEL (arXiv 2305.18295), a text-to-image diffusion mixture of experts. Runs on Linux.",
-        epilog=f"commands:\n{lines}\nEach has --help.",
+        epilog=f"commands:\n{lines}\nEach command has --help.",
         raw=True,
     )
     common.add_version(parser)

@@ -60,11 +60,11 @@ class NotSavedError(RuntimeError):
 
 
 class HungError(RuntimeError):
-    """Other ranks make no progress; the text names them. No collective is possible after it."""
+    """Other ranks make no progress; the text names them. Collectives are not possible afterwards."""
 
 
 def describe_error(error: BaseException) -> str:
-    """Describe an error in one line. A lack of memory is named, which the exceptions themselves do not always do."""
+    """Describe an error in one line. A lack of memory is stated, even if the exception itself does not."""
     text = " ".join(str(error).split())
     lacks = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     if lacks or "can't allocate memory" in text or "out of memory" in text:

@@ -44,28 +44,32 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_sampling(parser)
     parser.add_argument("--prompt", action="append", default=[], help="caption of one image; may be repeated")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line, or .jsonl (docs/learning.md)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line, or .jsonl (docs/sampling.md)")
     parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt, for all prompts")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), metavar="FILE", help=f"grid of up to {GRID} images")
     parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into this folder, by its number")
-    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="images of each prompt")
+    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="number of images of each prompt")
     parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: sample.guidance of the run)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the initial noise (default: sample.seed of the run)")
-    parser.add_argument("--lora", type=Path, metavar="PATH", help="adapters: a peft folder, or a run that trained them")
+    parser.add_argument("--lora", type=Path, metavar="PATH", help="LoRA adapters: a peft folder, or a run that trained them")
     parser.add_argument(
-        "--lora-scale", type=float, default=1.0, metavar="S", help="factor for the adapters (default 1; 0: off)"
+        "--lora-scale", type=float, default=1.0, metavar="S", help="strength of the adapters (default 1; 0: off)"
     )
-    parser.add_argument("--control", type=Path, metavar="IMAGE", help="image whose edges are followed, with --control-from")
-    parser.add_argument("--control-from", type=Path, metavar="PATH", help="run that trained a control, or its export")
+    parser.add_argument(
+        "--control", type=Path, metavar="IMAGE", help="image whose edges the sample follows; requires --control-from"
+    )
+    parser.add_argument("--control-from", type=Path, metavar="PATH", help="run that trained a ControlNet, or its export")
     kinds = ("hed", "canny", "map")
-    parser.add_argument("--control-kind", choices=kinds, default="hed", help="edge detector; map: the image is an edge map")
     parser.add_argument(
-        "--control-scale", type=float, default=1.0, metavar="S", help="factor for the control (default 1; 0: off)"
+        "--control-kind", choices=kinds, default="hed", help="edge detector for --control; map: --control is an edge map"
     )
-    parser.add_argument("--upscale", type=Path, metavar="IMAGE", help="small image, for a super-resolution model")
-    parser.add_argument("--image", type=Path, metavar="IMAGE", help="image to start from")
     parser.add_argument(
-        "--strength", type=float, metavar="S", help=f"share of the steps that change --image (default {STRENGTH})"
+        "--control-scale", type=float, default=1.0, metavar="S", help="strength of the ControlNet (default 1; 0: off)"
+    )
+    parser.add_argument("--upscale", type=Path, metavar="IMAGE", help="small image to enlarge with a super-resolution model")
+    parser.add_argument("--image", type=Path, metavar="IMAGE", help="image to start from instead of noise")
+    parser.add_argument(
+        "--strength", type=float, metavar="S", help=f"how much --image changes, from 0 to 1 (default {STRENGTH})"
     )
     return parser.parse_args(argv)
 
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample and write the grid, on all ranks of a launcher. Raises UserError for what the user can fix."""
+    """Sample and write the grid, on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
     _check(args)
 
     from raphael_dist.runtime.ranks import raise_on_all_ranks

@@ -1,4 +1,4 @@
-"""Text from outside: read text files, print foreign text safely, hide the secrets of addresses."""
+"""External text: read text files, print untrusted text safely, hide the secrets of addresses."""
 
 import codecs
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 JsonObject = dict[str, Any]  # what a JSON object becomes
 MAX_TEXT = 1 << 30  # bytes; a manifest has some 200 bytes for each tensor of each rank
 _MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because this mark begins with that of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -188,7 +188,7 @@ def prepare_streams() -> None:
             with contextlib.suppress(OSError):
                 os.fstat(number)
                 continue
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -71,16 +71,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--deepspeed_config",
         action=common.Once,
         metavar="JSON",
-        help="DeepSpeed configuration, see ds_configs/ (default: ZeRO-2 in bfloat16, ZeRO-1 in float32)",
+        help="DeepSpeed configuration, e.g. ds_configs/zero2.json (default: ZeRO-2 in bfloat16, ZeRO-1 in float32)",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="print settings, learning rates and batch plan, without reading data"
+        "--plan", action="store_true", help="print settings, learning rates and batch plan, and exit; reads no data"
     )
-    parser.add_argument("--dry-run", action="store_true", help="like --plan, and also check shards, encoders and folders")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="like --plan, and also check that shards, encoders and folders can be used"
+    )
     parser.add_argument("--world-size", type=int, help="number of ranks for --plan and --dry-run")
     levels = get_args(RunConfig.model_fields["log_level"].annotation)
-    parser.add_argument("--log-level", choices=levels, help="lowest level of log messages on the terminal: run.log_level")
-    parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, in the form of Slurm's --time")
+    parser.add_argument(
+        "--log-level", choices=levels, help="lowest level of log messages on the terminal (default: run.log_level)"
+    )
+    parser.add_argument(
+        "--max-time", metavar="TIME", help="save and stop after this time, written as for Slurm's --time, e.g. 11:30:00"
+    )
     common.add_version(parser)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
@@ -255,7 +261,7 @@ def run(config: Config, tree: dict[str, object], stop: StopRequest) -> int:
             dist.destroy_process_group()
         raise
     except Exception as error:
-        # Also into this rank's log. The process group is kept: destroying it might wait for ranks that are gone.
+        # Also into this rank's log. The process group is kept: destroying it might wait for ranks that have ended.
         logging.getLogger("raphael_dist").info("rank %d failed", ranks.rank, exc_info=True)  # not on the terminal again
         long_work.report_failure(f"rank {ranks.rank} on {host_name()} failed: {describe_error(error)}")
         raise

@@ -1,6 +1,6 @@
 """Train a model without each of its parts, and other models of equal size: `python tools/ablate.py --out runs/ablation`.
 
-The same command continues a stopped campaign. docs/learning.md describes the variants and the comparison.
+The same command continues a stopped campaign. docs/evaluation.md describes the variants and the comparison.
 """
 
 import argparse
@@ -17,22 +17,29 @@ from raphael_dist.runtime.stop_request import parse_time
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(
+        example="python tools/ablate.py --config emoji-tiny --out runs/ablation --images 19200",
+        description="Train a model, variants of it without one part each, and dense models of equal size; compare losses.",
+    )
     parser.add_argument("--config", default="emoji-tiny", action=Once, help="preset or YAML file of the full model")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of runs and results")
     parser.add_argument(
         "--variants",
         default="main",
-        help="groups or names (--list), separated by commas; NAME:N gives it N seeds of its own",
+        help="variants or groups of them (see --list), separated by commas; NAME:N: N seeds for this variant",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each other variant, with seeds from 0 (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of every other variant, counted from 0 (default 3)")
     parser.add_argument("--images", type=int, help="images of each run (default: train.max_steps x train.global_batch_size)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
-    parser.add_argument("--max-time", metavar="TIME", help="save and stop after this time, as of train.py; continue later")
+    parser.add_argument(
+        "--max-time", metavar="TIME", help="save and stop after this time, as in train.py; the same command continues"
+    )
     parser.add_argument("--benchmark", action="store_true", help="run the emoji benchmark after each run")
     parser.add_argument(
-        "--read", metavar="SOURCE", help="read quoted text in each run's images: --captions of evaluate text"
+        "--read",
+        metavar="SOURCE",
+        help="also measure quoted text in each run's images; SOURCE as in evaluate text --captions",
     )
     parser.add_argument("--list", action="store_true", help="list the variants with their sizes and exit")
     parser.add_argument("--table", action="store_true", help="write the results of finished runs and exit")
@@ -41,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the campaign, or list or show it. Raises UserError for what the user can fix."""
+    """Run the campaign, or list or show it. Raises UserError for mistakes that the user can correct."""
     for name in ("seeds", "images", "ranks", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:

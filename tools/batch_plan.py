@@ -1,9 +1,9 @@
 """Print how a global batch divides over many cluster sizes: `python tools/batch_plan.py --config raphael-3b`."""
 
-import argparse
 import sys
 
 import checkout  # noqa: F401 (before the package)
+from raphael_dist.cli.common import Parser
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.errors import run_command
 from raphael_dist.parallel.batch_plan import BatchPlan
@@ -34,9 +34,12 @@ def _cell(config: Config, world: int) -> str:
 
 def main() -> int:
     """Read the command line; print the table; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="raphael-3b", help="preset or YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = Parser(
+        example="python tools/batch_plan.py --config raphael-3b",
+        description="Print micro-steps and empty slots of a global batch, for many numbers of ranks.",
+    )
+    parser.add_argument("--config", default="raphael-3b", help="preset or YAML file (default raphael-3b)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.global_batch_size=512")
     args = parser.parse_args()
     return run_command(lambda: print("\n".join(table(args.config, args.overrides))))
 

@@ -1,35 +1,40 @@
-"""Times parts of a run: `python tools/bench.py space`, `torchrun --nproc_per_node 2 tools/bench.py checkpoint`."""
+"""Time parts of a run: `python tools/bench.py space`, `torchrun --nproc_per_node 2 tools/bench.py checkpoint`."""
 
-import argparse
 import importlib
 import sys
 
 import checkout  # noqa: F401 (before the package)
+from raphael_dist.cli.common import Parser
 
 COMMANDS = {
-    "space": ("space", "the Space-MoE: reference, grouped and dense"),
-    "moe": ("moe", "our layers compared with DeepSpeed's MoE and a loop"),
-    "balance": ("balance", "how even time experts' loads are"),
-    "checkpoint": ("checkpoint", "save, write, verify, convert"),
-    "states": ("states", "bytes per parameter of each ZeRO configuration"),
-    "start": ("start", "starting up with many ranks"),
-    "gpu": ("gpu_step", "a whole optimizer step compared with diffusers' U-Net"),
-    "plan": ("plan", "the planner compared with measurements and published runs"),
-    "step": ("step", "an optimizer step of ours compared with diffusers' and DeepSpeed's"),
-    "scaling": ("scaling", "a whole run over ranks of this host, strong and weak, compared with the plan"),
-    "network": ("network", "bytes that nodes send in a step, compared with the plan, DDP and DeepSpeed"),
-    "syncs": ("syncs", "where a step's host waits for the GPU, without one"),
-    "data": ("data", "decoding and reading shards, compared with other libraries"),
-    "index": ("index", "the index of 100 million samples"),
-    "convert": ("convert", "conversions of a model of any size"),
-    "features": ("features", "latents and tokens made ahead, cached, or stored in the shards"),
+    "space": ("space", "time of the Space-MoE: formula as printed, grouped, dense"),
+    "moe": ("moe", "time of our expert layers, compared with DeepSpeed's MoE and a plain loop"),
+    "balance": ("balance", "how evenly the time experts are loaded"),
+    "checkpoint": ("checkpoint", "time to save, write, verify and convert a checkpoint"),
+    "states": ("states", "bytes per parameter in each ZeRO stage"),
+    "start": ("start", "time to start and to save with many ranks"),
+    "gpu": ("gpu_step", "time of an optimizer step on a GPU, compared with diffusers' U-Net"),
+    "plan": ("plan", "predictions of the planner, compared with measurements and published runs"),
+    "step": ("step", "time of an optimizer step, compared with diffusers and DeepSpeed's MoE"),
+    "scaling": ("scaling", "speed with 1 to 8 ranks on this host, compared with the planner"),
+    "network": ("network", "bytes that nodes send per step, compared with the planner, DDP and DeepSpeed"),
+    "syncs": ("syncs", "how often the host waits for the GPU in a step; runs without a GPU"),
+    "data": ("data", "speed of decoding and reading shards, compared with other libraries"),
+    "index": ("index", "time to open an index of 100 million samples"),
+    "convert": ("convert", "time and memory to convert a model of any size"),
+    "features": ("features", "cost of latents and tokens: encoded in the step, cached, or stored in the shards"),
 }
 
 
 def main() -> None:
     """Read the command line and run one benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    parser = Parser(
+        example="python tools/bench.py space",
+        description="Measure one part of a run.",
+        epilog="`python tools/bench.py NAME --help` lists the options of a benchmark.",
+        usage="%(prog)s NAME [options]",
+    )
+    commands = parser.add_subparsers(required=True, metavar="NAME")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name in sys.argv[1:2]:  # the others are not imported: each needs other libraries

@@ -1,7 +1,9 @@
-"""Check nodes before a long job: `srun ... check_cluster.py --out DIR [train.py arguments]`, then once `--judge DIR`.
+"""Check the nodes of a job before a long training: slurm/train_raphael.sh runs this in two steps.
 
-The first form is one task per rank; it takes at most 55 seconds and 0.1 seconds a rank. The second prints the verdict.
-slurm/train_raphael.sh runs both.
+1. `srun ... check_cluster.py --out DIR [train.py arguments]`, one task per rank, writes a report per rank. It takes at most
+   55 seconds plus 0.1 seconds per rank.
+2. `check_cluster.py --judge DIR`, once, prints the verdict.
+
 Exit codes of --judge: 0 passed, 1 failed, 2 failed with the same fault on every node, 4 passed without the named nodes;
 `good-nodes` in DIR lists the others.
 """
@@ -26,11 +28,15 @@ EXIT_LEFT_OUT = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, raw=True)
-    parser.add_argument("--out", type=Path, help="folder for the ranks' reports")
-    parser.add_argument("--judge", type=Path, metavar="DIR", help="folder with reports to judge")
+    parser = Parser(
+        example="srun python tools/check_cluster.py --out preflight; python tools/check_cluster.py --judge preflight",
+        description=__doc__,
+        raw=True,
+    )
+    parser.add_argument("--out", type=Path, help="step 1: folder for the ranks' reports, which all nodes share")
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="step 2: folder with the ranks' reports")
     parser.add_argument("--ranks", type=int, default=0, help="with --judge: expected number of ranks")
-    parser.add_argument("--need", type=int, default=0, help="with --judge: number of nodes that suffices")
+    parser.add_argument("--need", type=int, default=0, help="with --judge: number of nodes that the job requires")
     parser.add_argument("--nodes", nargs="*", default=[], help="with --judge: names of all nodes")
     args, rest = parser.parse_known_args(argv)
     try:

@@ -147,11 +147,21 @@ def verb_captions() -> list[str]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = Parser(prog="classify_paths.py", description="Identify words by their paths through the space experts.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run directory, step-* folder or exported pipeline")
-    parser.add_argument("--words", nargs="+", choices=("captions", "adjectives", "verbs"), default=["captions"])
+    parser = Parser(
+        prog="classify_paths.py",
+        example="python tools/classify_paths.py --checkpoint models/emoji",
+        description="Train a classifier that identifies a word by its path, the space experts that process it.",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, step-* folder or exported pipeline")
+    parser.add_argument(
+        "--words",
+        nargs="+",
+        choices=("captions", "adjectives", "verbs"),
+        default=["captions"],
+        help="words to identify (default: captions)",
+    )
     parser.add_argument("--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: the run's)")
-    parser.add_argument("--weights", choices=WEIGHTS, help="averaged weights, or the last ones (default: ema if there)")
+    parser.add_argument("--weights", choices=WEIGHTS, help="averaged (ema) or last weights (default: ema if present)")
     return parser.parse_args(argv)
 
 
@@ -162,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a table of accuracies. Raises UserError for what the user can fix."""
+    """Print a table of accuracies. Raises UserError for mistakes that the user can correct."""
     import torch
 
     from raphael_dist.analysis.routes import collect_word_paths

@@ -29,34 +29,56 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         example="python -m raphael_dist convert --from auto runs/emoji-tiny --to diffusers exported",
         usage="%(prog)s --from LAYOUT PATH --to LAYOUT PATH [options]",
         description="Convert a checkpoint between layouts, or export what was trained on top of a frozen base model.",
-        epilog=f"layouts: {', '.join(names())}; only for --to: {formats}",
+        epilog=f"Layouts are {', '.join(names())}. Only for --to: {formats}.",
     )
     parser.add_argument(
-        "--from", dest="source", nargs=2, required=True, metavar=("LAYOUT", "PATH"), help="what to read; LAYOUT may be auto"
+        "--from",
+        dest="source",
+        nargs=2,
+        required=True,
+        metavar=("LAYOUT", "PATH"),
+        help="checkpoint to read; LAYOUT auto: detect the layout",
     )
     parser.add_argument(
-        "--to", dest="target", nargs=2, required=True, metavar=("LAYOUT", "PATH"), help="what to write; PATH must not exist"
+        "--to",
+        dest="target",
+        nargs=2,
+        required=True,
+        metavar=("LAYOUT", "PATH"),
+        help="checkpoint to write; PATH must not exist",
     )
     ranks = parser.add_argument_group("layouts with files per rank")
-    ranks.add_argument("--ep", default="1,1", metavar="S,T", help="expert parallelism: ranks per set of space, time experts")
+    ranks.add_argument(
+        "--ep", default="1,1", metavar="S,T", help="ranks over which space and time experts are sharded, e.g. 2,1"
+    )
     ranks.add_argument("--world", type=int, default=1, help="number of ranks (default 1)")
     ranks.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default 1)")
     weights = parser.add_argument_group("layouts that hold weights only")
-    weights.add_argument("--weights", choices=("ema", "master"), help="default: ema if there is one")
-    weights.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    weights.add_argument("--weights", choices=("ema", "master"), help="weights to write (default: ema if present)")
+    weights.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="data type of the weights (default float32)"
+    )
     model = parser.add_argument_group("the model")
-    model.add_argument("--config", help="preset or YAML: the model to upcycle to, or the model of a DeepSpeed folder")
+    model.add_argument(
+        "--config", help="preset or YAML file: the model to upcycle a dense model to, or the model in a DeepSpeed folder"
+    )
     model.add_argument(
         "--prediction",
         choices=("epsilon", "v_prediction"),
-        help="what the U-Net predicts, if no file of a scheduler states it",
+        help="what the U-Net predicts, if the checkpoint has no scheduler file that states it",
     )
-    model.add_argument("--lora", type=Path, metavar="PATH", help="merge adapters: a peft folder, or a run that trained them")
-    model.add_argument("--lora-scale", type=float, default=1.0, help="factor for the adapters (default 1)")
+    model.add_argument(
+        "--lora", type=Path, metavar="PATH", help="merge these LoRA adapters: a peft folder, or a run that trained them"
+    )
+    model.add_argument("--lora-scale", type=float, default=1.0, help="strength of the adapters (default 1)")
     pipeline = parser.add_argument_group("diffusers pipelines")
-    pipeline.add_argument("--unet-only", action="store_true", help="leave out encoders and scheduler")
     pipeline.add_argument(
-        "--text-by-name", action="store_true", help="refer to a text encoder that ships in a package instead of copying it"
+        "--unet-only", action="store_true", help="export only the U-Net, without VAE, text encoder and scheduler"
+    )
+    pipeline.add_argument(
+        "--text-by-name",
+        action="store_true",
+        help="store the name of a text encoder that comes in a Python package, not its weights",
     )
     pipeline.add_argument("--license", default="unknown", help="license in the model card, e.g. apache-2.0")
     return parser.parse_args(argv)

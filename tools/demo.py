@@ -1,6 +1,5 @@
-"""`make demo`: train emoji-tiny on two ranks, draw images with it and check that the loss fell."""
+"""`make demo`: train emoji-tiny on two ranks, sample images from it, and check that the loss fell."""
 
-import argparse
 import shlex
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import checkout  # noqa: F401 (before the package)
+from raphael_dist.cli.common import Parser
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.ranks import free_port
 from raphael_dist.training.metrics import read_metrics
@@ -30,9 +30,13 @@ PROMPTS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("overrides", nargs="*", help="passed on to raphael_dist/train.py")
+    parser = Parser(
+        example="python tools/demo.py --run-dir runs/demo",
+        description="Train emoji-tiny on two ranks, sample images from it, and check that the loss fell. `make demo` runs "
+        "this.",
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="run directory, which is deleted first")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings for raphael_dist/train.py")
     args = parser.parse_args()
     began = time.monotonic()
     shutil.rmtree(args.run_dir, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The emoji benchmark: `python tools/emoji_benchmark.py --checkpoint RUN_DIR --out FOLDER`. It downloads nothing.
 
-Draws the held-out pairs of a thing and a style, compares them with the true images, and prints a table. Ranks of a launcher
-divide the work; a stopped command continues where it was.
+Samples the held-out pairs of a thing and a style, compares them with the real images, and prints a table. Ranks of a
+launcher divide the work; a stopped command continues where it was.
 """
 
 import argparse
@@ -18,11 +18,16 @@ from raphael_dist.text import escape_control
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = Parser(prog="emoji_benchmark.py", description="Compare drawings of held-out emoji with the true ones.")
+    parser = Parser(
+        prog="emoji_benchmark.py",
+        example="python tools/emoji_benchmark.py --checkpoint models/emoji --out runs/emoji-benchmark",
+        usage="%(prog)s --checkpoint PATH --out DIR [options]",
+        description="Sample held-out pairs of thing and style, and compare the images with the real emoji.",
+    )
     add_common_arguments(parser)
     parser.add_argument("--shards", nargs="+", help="training images (default: data.shards of the run)")
     parser.add_argument("--val-shards", nargs="+", help="held-out images (default: data.val_shards of the run)")
-    parser.add_argument("--per-pair", type=int, default=1, help="images of each held-out pair")
+    parser.add_argument("--per-pair", type=int, default=1, help="images of each held-out pair (default 1)")
     parser.set_defaults(study="emoji")
     return parser.parse_args(argv)
 
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the benchmark on all ranks of a launcher. Raises UserError for what the user can fix."""
+    """Run the benchmark on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
     check_arguments(args)
     if args.guidance and len(args.guidance) > 1:
         raise UserError(

@@ -108,19 +108,23 @@ def draw_rows(enlargements: Sequence[Enlargement], scale: int = 2) -> Image.Imag
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(
+        example="python tools/enlarge.py --checkpoint runs/emoji-upscale --out rows.png",
+        description="Enlarge held-out images with a super-resolution model, and compare the result with bicubic "
+        "interpolation.",
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="super-resolution run or exported pipeline")
     parser.add_argument("--shards", nargs="+", help="images to measure on (default: data.val_shards of the run)")
     parser.add_argument("--count", type=int, default=1000, help="measure at most this many images (default 1000)")
-    parser.add_argument("--shown", type=int, default=6, help="columns in --out (default 6)")
+    parser.add_argument("--shown", type=int, default=6, help="number of images on the sheet (default 6)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: sample.steps of the run)")
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/raphael_dist"), help="folder of the shards' index")
-    parser.add_argument("--out", type=Path, help="write rows of images to this file: small, bicubic, the model's, true")
+    parser.add_argument("--out", type=Path, help="write a sheet of images: small, bicubic, the model's, original")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Enlarge, print errors and write the rows of images. Raises UserError for what the user can fix."""
+    """Enlarge, print errors and write the rows of images. Raises UserError for mistakes that the user can correct."""
     for option in ("count", "shown"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option}={getattr(args, option)} must be at least 1. Give a larger number.")

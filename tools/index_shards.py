@@ -25,12 +25,16 @@ from raphael_dist.text import hide_secrets, print_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, raw=True)
-    parser.add_argument("shards", nargs="+", help="as data.shards: paths, URLs, globs, {000..999} ranges")
+    parser = Parser(
+        example="python tools/index_shards.py 'data/emoji/train-*.tar.gz' --cache-dir .cache/raphael_dist",
+        description=__doc__,
+        raw=True,
+    )
+    parser.add_argument("shards", nargs="+", help="shards as in data.shards: paths, URLs, globs, {000..999} ranges")
     parser.add_argument("--cache-dir", type=Path, default=Data().cache_dir, help="data.cache_dir of the run")
-    parser.add_argument("--shard-cache", type=Path, help="cache folder for remote shards")
-    parser.add_argument("--columns", nargs="*", default=[], help="columns for data.filters")
-    parser.add_argument("--processes", type=int, default=1, help="processes of this part")
+    parser.add_argument("--shard-cache", type=Path, help="folder for downloaded shards")
+    parser.add_argument("--columns", nargs="*", default=[], help="columns to index, for data.filters")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes that read shards (default 1)")
     parser.add_argument("--part", type=int, help="number of this part, from 0 (default: from the environment)")
     parser.add_argument("--parts", type=int, help="number of parts")
     return run_command(lambda: index(parser.parse_args(argv)))

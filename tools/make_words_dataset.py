@@ -91,7 +91,7 @@ def looks(name: str, seed: int, stream: int) -> Iterator[tuple[Look, np.random.G
 
 
 def prompt(name: str, text: str, look: Look) -> str:
-    """Return a prompt that names everything; the held-out font by its name."""
+    """Return a prompt with text, colours, place and font; a held-out font is named."""
     caption = full_caption(text, look)
     return caption.replace(f"{look.font.style} font", f"{look.font.name} font") if name == "held-out-font" else caption
 
@@ -151,18 +151,22 @@ def write_shards(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(description=__doc__)
+    parser = Parser(
+        example="python tools/make_words_dataset.py --out data/words-full",
+        description="Make the data set of words in images. Requires the font packages (docs/words.md) and the extra "
+        "`edges`.",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument(
-        "--emoji", type=Path, default=Path("data/emoji"), help="folder with the emoji shards, for their names"
+        "--emoji", type=Path, default=Path("data/emoji"), help="folder with the emoji shards, whose names are the words"
     )
-    parser.add_argument("--samples", type=int, default=40_000, help="training samples")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=40_000, help="number of training samples (default 40,000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of words, fonts and layouts (default 0)")
     parser.add_argument(
         "--longest",
         type=int,
         metavar="N",
-        help="draw only random strings of up to N characters, with which a run learns letters",
+        help="draw only random strings of up to N characters, to learn single letters first",
     )
     parser.add_argument("--prompts-only", action="store_true", help="write only the prompts-*.txt")
     return parser.parse_args(argv)

@@ -15,15 +15,21 @@ from raphael_dist.errors import UserError, run_command
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--config", default="raphael-3b", help="preset or YAML file")
-    parser.add_argument("--cluster", default="h100x8", help="a100x8, h100x8, h200x8, b200x8, cpu, or a YAML file")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes of the cluster")
-    parser.add_argument("--ranks", type=int, help="devices, instead of whole nodes")
+    parser = Parser(
+        example="python tools/plan_run.py --config raphael-3b --cluster h100x8 --nodes 125",
+        description="Predict memory, speed, days and cost of a run without GPUs, and print the command of the fastest "
+        "choice.",
+    )
+    parser.add_argument("--config", default="raphael-3b", help="preset or YAML file (default raphael-3b)")
+    parser.add_argument("--cluster", default="h100x8", help="a100x8, h100x8 (default), h200x8, b200x8, cpu, or a YAML file")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default 1)")
+    parser.add_argument("--ranks", type=int, help="number of GPUs, instead of --nodes")
     parser.add_argument("--images", type=int, help="images to train on (default: train.max_steps x train.global_batch_size)")
-    parser.add_argument("--price", type=float, help="dollars per device hour (default: of the cluster)")
-    parser.add_argument("--failure-hours", type=float, help="device hours between two failures (default: of the cluster)")
-    parser.add_argument("--figure", type=Path, help="also draw memory, timeline and scaling into this PNG")
+    parser.add_argument("--price", type=float, help="dollars per GPU hour (default: from the cluster's description)")
+    parser.add_argument(
+        "--failure-hours", type=float, help="GPU hours between two failures (default: from the cluster's description)"
+    )
+    parser.add_argument("--figure", type=Path, help="also write a PNG file with memory, timeline and scaling")
     parser.add_argument(
         "--memory-table",
         action="store_true",
@@ -33,7 +39,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--only", action="append", default=[], metavar="NAME=VALUE", help="restrict the choices, e.g. stage=2 or space_ep=1"
     )
     parser.add_argument(
-        "--calibrate", type=Path, metavar="YAML", help="measure this machine for a minute and write its description"
+        "--calibrate",
+        type=Path,
+        metavar="YAML",
+        help="measure this machine for a minute, and write its description to this file",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)

@@ -29,12 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="python -m raphael_dist prepare my_images --out shards",
         usage="%(prog)s SOURCE --out DIR [options]",
     )
-    parser.add_argument("words", nargs="*", metavar="SOURCE | section.key=value", help="input, and settings as for training")
+    parser.add_argument(
+        "words", nargs="*", metavar="SOURCE | section.key=value", help="image folder or shards; settings as for training"
+    )
     parser.add_argument("--out", type=Path, help="output folder for the shards")
-    parser.add_argument("--edges", default="auto", help="auto, hed, canny, stored (existing edge maps), none")
-    parser.add_argument("--features", action="store_true", help="add latents and tokens by the encoders of --config")
+    parser.add_argument(
+        "--edges",
+        default="auto",
+        help="edge maps: hed, canny, stored (keep existing ones), none; auto: hed if installed, otherwise canny",
+    )
+    parser.add_argument(
+        "--features", action="store_true", help="also store latents and tokens, made with the encoders of --config"
+    )
     parser.add_argument("--caption", help="column or field with the captions, if it has an unusual name")
-    parser.add_argument("--per-shard", type=int, default=1000, help="images of a folder per shard")
+    parser.add_argument("--per-shard", type=int, default=1000, help="number of images per shard, for an image folder")
     parser.add_argument("--held-out", type=float, default=0.0, help="share of samples for validation, for example 0.02")
     parser.add_argument("--config", help="preset or YAML file of the run: encoders, image sizes, cache")
     parser.add_argument("--part", type=int, help="number of this part of the work, from 0")

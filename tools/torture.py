@@ -11,17 +11,27 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401 (before the package)
+from raphael_dist.cli.common import Parser
 from raphael_dist.errors import UserError, run_command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(
+        example="python tools/torture.py --minutes 120 --seed 0",
+        description="Inject random faults into training on real ranks and on a Slurm that it starts on this machine.",
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="start trials for this long (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the order of kinds, and places and times of faults")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kinds, places and times of faults (default 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/torture"), help="folder for results.json and table.md")
-    parser.add_argument("--only", action="append", default=[], metavar="KIND", help="a kind, or a group or place of kinds")
-    parser.add_argument("--again", metavar="SEED", help="repeat one trial of --only, by the seed that was printed")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="only this kind, group or place of faults (see --list); may be repeated",
+    )
+    parser.add_argument("--again", metavar="SEED", help="repeat the trial of --only with this seed, which was printed")
     parser.add_argument("--list", action="store_true", help="list the kinds of faults")
     return parser.parse_args(argv)
 

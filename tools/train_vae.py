@@ -15,7 +15,10 @@ from raphael_dist.errors import UserError, run_command
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = Parser(description=__doc__)
+    parser = Parser(
+        example="python tools/train_vae.py --data data/emoji --out models/my-vae",
+        description="Train a small VAE on the training shards of a data set.",
+    )
     parser.add_argument(
         "--data", type=Path, default=Path("data/emoji"), help="folder with train-*.tar and val-*.tar, or .tar.gz"
     )

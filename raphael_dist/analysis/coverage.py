@@ -50,7 +50,7 @@ def measure_coverage(
     """Return the coverage at each alpha.
 
     Args:
-        record: of a Space-MoE, with attention maps.
+        record: recorded forward passes of a Space-MoE, with attention maps.
         noisy_LY: routes with the gate noise of training, int64.
         mask_Y: False at padding tokens.
     """

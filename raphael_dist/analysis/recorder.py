@@ -23,12 +23,12 @@ class Record:
     """Routes and regions of one sample of the batches.
 
     Attributes:
-        timesteps: of the forward passes.
+        timesteps: timesteps of the forward passes.
         time_LS: time expert of each block and pass, int64 [L, S]; None without a Time-MoE.
         space_LY: space expert of each block and text token, int64 [L, Y]; None without a Space-MoE.
-        regions: for each block, bool [Y, N], the region of each text token in pass `at`.
+        regions: region of each text token in each block, in pass `at`, bool [Y, N].
         maps: attention maps of pass `at`, float32 [N, Y] for each block, if requested.
-        sizes: for each block, (h, w) with h * w = N.
+        sizes: (h, w) of each block, with h * w = N.
         at: the pass whose regions are recorded, counted from 0.
     """
 

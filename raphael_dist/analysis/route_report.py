@@ -14,10 +14,15 @@ from raphael_dist.analysis.coverage import Coverage
 from raphael_dist.analysis.experts import Finding
 from raphael_dist.analysis.trace_prompt import PromptTrace
 
-# Headings of `Coverage.means`.
+# Headings of the columns of `Coverage.means`.
 COLUMNS = (
     *("region of a word", "of a padding token", "pairs in sampling", "without padding"),
     *("pairs in training", "without padding"),
+)
+_LEGEND = (
+    "A region is the share of the image tokens that a text token attends to, for a value of alpha (model.mask_threshold). "
+    "Pairs are the share of all (image token, space expert) pairs that are computed. Numbers are means over the blocks; "
+    "paths.json has those of each block."
 )
 
 
@@ -49,8 +54,11 @@ class Report:
             lines += ["", "## Time experts (timesteps first-last: expert)"]
             lines += [f"- block {number}: " + _describe(row) for number, row in enumerate(self.routes["time"])]
         for prompt, regions in self.regions.items():
-            lines += ["", f"## Regions: {prompt}", "Means over blocks; values by block are in paths.json.", ""]
-            lines += [f"The gate noise of training leaves {self.agreement[prompt]:.0%} of the word routes unchanged.", ""]
+            lines += ["", f"## Regions: {prompt}", _LEGEND, ""]
+            agreement = (
+                f"{self.agreement[prompt]:.0%} of the words keep their expert when the gate noise of training is added."
+            )
+            lines += [agreement, ""]
             lines += ["| alpha | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
             for coverage in regions:
                 cells = [f"{coverage.alpha:g}", *(f"{mean:.2f}" for mean in coverage.means())]

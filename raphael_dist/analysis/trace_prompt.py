@@ -18,7 +18,7 @@ class PromptTrace:
     Attributes:
         pixels: uint8 [H, W, 3].
         route_WL: space expert of each word in each block, int [W, L]; None without a Space-MoE.
-        regions: for each word and block, bool [h, w], at `timestep`.
+        regions: region of each word in each block at `timestep`, bool [h, w].
     """
 
     pixels: np.ndarray

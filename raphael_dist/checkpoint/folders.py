@@ -38,13 +38,14 @@ def step_of(folder: Path) -> int | None:
 
 
 def resolve_latest(path: Path) -> Path:
-    """Return the checkpoint that a file `latest` names; any other path unchanged. UserError: it names no checkpoint."""
+    """Return the checkpoint that a file `latest` names; other paths unchanged. UserError: there is no such checkpoint."""
     if path.name != "latest" or not path.is_file():
         return path
     name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]
     if not _STEP.fullmatch(name) or not path.with_name(name).is_dir():
         raise UserError(
-            f"{path} must name a checkpoint in its own folder, but it names {name!r}. Give the run directory instead."
+            f"{path} must contain the name of a checkpoint in the same folder, but it contains {name!r}. Give the run "
+            "directory instead."
         )
     return path.with_name(name)
 
@@ -69,7 +70,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that half of one never looks complete. A failure only warns."""
+    """Delete a checkpoint. It is renamed first, so that a partly deleted one never looks complete. Failures are logged."""
     hidden = folder if folder.name.startswith(".") else folder.with_name(REMOVING + folder.name)
     try:
         if hidden != folder:
@@ -86,7 +87,7 @@ def quarantine(folder: Path) -> Path:
         if not target.exists():
             folder.rename(target)
             return target
-    raise OSError(f"{folder} cannot be renamed, since there are 1000 damaged checkpoints of this step already")
+    raise OSError(f"{folder} cannot be renamed, since 1000 damaged checkpoints of this step exist. Delete some of them")
 
 
 def remove_partial(root: Path) -> None:

@@ -22,7 +22,7 @@ def read_manifest(path: Path, layout: str | None = None) -> Manifest:
 
     Args:
         path: the file.
-        layout: the layout it must be of; None for that of a run.
+        layout: the layout that it must have; None: that of a run.
 
     Raises:
         UserError: it is missing, unreadable, of another layout or format, lacks a key, does not match its checksum, or names

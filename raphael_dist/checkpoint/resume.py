@@ -35,7 +35,7 @@ class Restorer:
         self._config, self._ranks, self._fragments, self._ema, self._data = config, ranks, fragments, ema, data
 
     def resume(self) -> Progress | None:
-        """Restore the newest checkpoint that verifies. What a killed process left is cleaned up.
+        """Restore the newest checkpoint that verifies, and remove unfinished folders of killed processes.
 
         Returns:
             Its progress, or None if there is no checkpoint.
@@ -50,7 +50,7 @@ class Restorer:
         if reader is not None:
             run_on_all_ranks(f"restoring {reader.folder.name}", partial(self._restore, reader))
             self._fragments.sync_model()
-        # They are renamed, so that retention and saves of the same step do not meet them, and not deleted: the damage may be
+        # They are renamed, so that retention and saves of the same step ignore them. They are not deleted: the damage may be
         # a passing fault of the disk.
         self._quarantine(list(damaged))
         return progress_of(reader.manifest) if reader else None

@@ -62,10 +62,10 @@ class Save:
     Attributes:
         temporary, final: the folder while it is written, and afterwards.
         manifest: everything except the files.
-        bytes: of all ranks.
+        bytes: size of the checkpoint, over all ranks.
         stall_s: seconds that training waited. write_s: seconds of the slowest rank to write and read back.
         written: this rank's file, until `commit`.
-        published: on rank 0, after `commit`.
+        published: the thread that publishes it; on rank 0, after `commit`.
         status: what this rank's thread is doing.
         failure: why the save failed; the same text on all ranks after they have agreed.
         concluded: whether the result of `published` has been recorded.
@@ -85,7 +85,7 @@ class Save:
 
     @property
     def line(self) -> str:
-        """The log line about it."""
+        """The log line about this save."""
         cost = f"training waited {self.stall_s:.3f} s, written and read back in {self.write_s:.2f} s"
         return f"saved {self.final} ({self.bytes / 2**20:.1f} MiB, {cost})"
 
@@ -98,7 +98,7 @@ class Save:
 class CheckpointStore:
     """Saves and resumes the checkpoints of one run. Use it as a context manager around training.
 
-    Methods are collective: all ranks call them alike. `written` and `finished_saves` are not.
+    Methods are collective: all ranks call them in the same order. `written` and `finished_saves` are not collective.
     """
 
     def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
@@ -116,7 +116,7 @@ class CheckpointStore:
             "config": stored_tree(config),
             "tensors": fragments.shapes,
         }
-        # An upper estimate: the entries of files and ranges are not known yet.
+        # Estimated too large rather than too small: the entries of files and ranges are not known yet.
         self._manifest_bytes = len(json.dumps(self._constant)) + 1000 * ranks.world_size + 600 * len(fragments.shapes)
         self._save: Save | None = None
         self._finished: list[Save] = []  # published, not yet returned by `finished_saves`
@@ -213,7 +213,7 @@ class CheckpointStore:
 
         Training continues with later samples than those that followed this checkpoint before.
 
-        A failure only warns: it matters to a restart, not to this process.
+        A failure is only logged, because it affects a restart and not this process.
         """
         if not self._ranks.is_main:
             return

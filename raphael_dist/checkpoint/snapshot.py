@@ -88,14 +88,15 @@ def write_snapshot(
         path: the file; it must not exist.
         layout: (key, number of elements) of each part.
         values: the buffer, float32 [n] in host memory.
-        metadata: of the safetensors file.
+        metadata: metadata of the safetensors file.
         report: is called with a line about every piece.
 
     Returns:
         The entry of the file in the manifest.
 
     Raises:
-        OSError: the file cannot be written, a value is not finite, or the device returns other bytes than were written.
+        OSError: the file cannot be written, a value is not finite, or the device does not return the bytes that were
+            written.
     """
     heads = [(key, torch.float32, (numel,)) for key, numel in layout]
     with tensorfile.HashedFile(path) as file:
@@ -104,7 +105,7 @@ def write_snapshot(
     report("reading it back")
     # From the device, not from memory: older checkpoints are removed once this file is known to be readable.
     if sha256(path, from_device=True) != entry["sha256"]:
-        raise OSError(f"{path}: the file system returned other bytes than were written")
+        raise OSError(f"{path}: the file system does not return the bytes that were written")
     return entry
 
 
@@ -116,5 +117,5 @@ def _finite(layout: list[tuple[str, int]], values: Tensor, report: Reporter) -> 
         if piece.numel() and not all(x.isfinite() for x in piece.aminmax()):
             parts = zip(layout, torch.split(values, [numel for _, numel in layout]), strict=True)
             key = next(key for (key, _), part in parts if not part.isfinite().all())
-            raise OSError(f"{key} is not finite, so this state is not saved")
+            raise OSError(f"{key} is not finite (it contains NaN or infinity), so this state is not saved")
         yield piece

@@ -46,7 +46,7 @@ def coverage_error(spans: Mapping[Key, Iterable[tuple[int, int]]], kinds: Iterab
     kinds = tuple(kinds)
     for kind, name in spans:
         if name not in shapes:
-            return f"{kind} of {name} belongs to no parameter of the model"
+            return f"{kind} of {name} belongs to a parameter that the model does not have"
         if kind not in kinds:
             return f"{kind} of {name} is not expected, since the kinds are {', '.join(kinds)}"
     for kind in kinds:
@@ -58,7 +58,7 @@ def coverage_error(spans: Mapping[Key, Iterable[tuple[int, int]]], kinds: Iterab
                     return f"{kind} of {_element(name, shape, min(at, start))} is {problem}"
                 at += numel
             if at != total:
-                return f"{kind} of {_element(name, shape, at)} is {'missing' if at < total else 'beyond its parameter'}"
+                return f"{kind} of {_element(name, shape, at)} is {'missing' if at < total else 'outside its parameter'}"
     return None
 
 

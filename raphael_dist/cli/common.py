@@ -1,4 +1,4 @@
-"""What command lines share: parser, common options, checks of numbers, versions."""
+"""Code that all command lines use: parser, common options, checks of numbers, versions."""
 
 import argparse
 import math
@@ -27,12 +27,12 @@ class Parser(argparse.ArgumentParser):
     _argv: Sequence[str] = ()
 
     def __init__(self, *, example: str = "", raw: bool = False, **kwargs: Any) -> None:
-        """Create a parser. Options are written in full: `--n 3` is no `--negative`.
+        """Create a parser. Options must be written in full: `--n 3` is not accepted for `--negative`.
 
         Args:
             example: a command that works, shown first in the help.
             raw: keep the line breaks of description and epilog.
-            **kwargs: as argparse's.
+            **kwargs: arguments of argparse's parser.
         """
         kind = argparse.RawDescriptionHelpFormatter if raw else argparse.HelpFormatter
         kwargs.setdefault("formatter_class", lambda prog: kind(prog, max_help_position=28, width=_WIDTH))
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         return (f"example: {self._example}\n\n" if self._example else "") + super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's."""
+        """Remember the arguments, and parse them like argparse."""
         self._argv = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 

@@ -1,4 +1,4 @@
-"""Command line: `python -m raphael_dist doctor RUN`: what is wrong with a run, and what to do about it."""
+"""Command line: `python -m raphael_dist doctor RUN`: the problems of a run, and what to do about them."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from raphael_dist.text import escape_control, hide_secrets_in_text, print_line
 if TYPE_CHECKING:
     from raphael_dist.reporting.run_facts import Examined
 
-FOUND = 1  # the exit code when something was found
+FOUND = 1  # exit code if there are problems
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -21,21 +21,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="raphael_dist doctor",
         example="python -m raphael_dist doctor runs/demo",
-        description="Say what is wrong with a run that runs or has ended, and what to do. It exits with 1 if it finds "
-        "something, else with 0.",
+        description="List the problems of a run, in progress or ended, and what to do. Exit code 1: there are problems, 0: "
+        "there are none.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write a .tar.gz for a bug report, without secrets")
-    parser.add_argument("--no-data", action="store_true", help="do not decode samples of the run's data")
+    parser.add_argument("--no-data", action="store_true", help="do not check samples of the training data")
     add_cluster(parser)
     return parser.parse_args(argv)
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names what a prediction is made for."""
+    """Add the option with the devices of the planner's prediction."""
     parser.add_argument(
         "--cluster", default="auto", metavar="NAME",
-        help="devices of the planner's prediction: h100x8, cpu, ..., a YAML file, or none (default: cpu for runs on CPUs)",
+        help="also predict speed and memory on these devices: h100x8, cpu, ..., or a YAML file; none: no prediction "
+        "(default: cpu, for runs on CPUs)",
     )  # fmt: skip
 
 
@@ -47,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings and write the bundle. Raises UserError for what the user can fix."""
+    """Print the findings and write the bundle. Raises UserError for mistakes that the user can correct."""
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
-        raise UserError(f"--bundle {args.bundle}: must end in .tar.gz")
+        raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Change the name.")
     from raphael_dist.reporting.bundle import write_bundle
     from raphael_dist.reporting.run_facts import NO_PLAN, examine
 
@@ -64,15 +65,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(examined: "Examined") -> list[str]:
-    """Return the lines: the state of the run, what is wrong, and what was looked at."""
+    """Return the lines: the state of the run, its problems, and what was checked."""
     from raphael_dist.reporting.events import ending
 
     lines = [f"{examined.run.folder}: {ending(examined.run, examined.history, examined.now)}"]
     for number, finding in enumerate(examined.findings, 1):
         lines.append(f"{number}. {finding}")
     if not examined.findings:
-        lines.append("Nothing wrong was found.")
-    lines.append(f"Looked at: {', '.join(examined.looked_at)}.")
+        lines.append("No problem was found.")
+    lines.append(f"Checked: {', '.join(examined.looked_at)}.")
     if examined.not_looked_at:
-        lines.append(f"Not looked at, since the run has not left it: {', '.join(examined.not_looked_at)}.")
+        lines.append(f"Not checked, since the run directory has no data about it: {', '.join(examined.not_looked_at)}.")
     return [*lines, *examined.notes]

@@ -45,19 +45,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--features", metavar="NET", help="hed, or inception=FILE (torch-fidelity's weights) for the usual FID"
     )
     images.add_argument("--clip", type=Path, metavar="DIR", help="folder of a transformers CLIP, for the CLIP score")
-    images.add_argument("--side", type=int, metavar="N", help="compare squares of N x N pixels (COCO: 256)")
+    images.add_argument(
+        "--side", type=int, metavar="N", help="crop and resize all images to N x N pixels before comparing (COCO: 256)"
+    )
     example = "python -m raphael_dist evaluate text --checkpoint models/emoji --captions prompts=words.txt --out lettering"
     text = studies.add_parser("text", help="share of quoted text that an OCR engine reads", example=example, usage=usage)
     add_common_arguments(text)
     text.add_argument(
-        "--captions", required=True, metavar="SOURCE", help='as for images; with text in "quotes" or letter emoji'
+        "--captions",
+        required=True,
+        metavar="SOURCE",
+        help='coco=..., folder=..., shards=... or prompts=...; captions contain text in "quotes", or name letter emoji',
     )
-    text.add_argument("--reference", metavar="SOURCE", help="shards=PATTERN of true images, which are read too")
+    text.add_argument("--reference", metavar="SOURCE", help="shards=PATTERN: real images, whose text is read for comparison")
     text.add_argument(
         "--ocr",
         default="rapidocr",
         metavar="NAME",
-        help="rapidocr (PP-OCRv6, the default), tesseract, or module:function of an image's pixels",
+        help="rapidocr (PP-OCRv6, the default), tesseract, or MODULE:FUNCTION that turns an image's pixels into text",
     )
     return parser.parse_args(argv)
 
@@ -65,8 +70,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of every study: model, folder, and how images are sampled."""
     add_sampling(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of images, features and results")
-    parser.add_argument("--guidance", type=float, nargs="+", metavar="G", help="guidance scales")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="output folder for images, features and results"
+    )
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="G", help="one or more guidance scales")
     parser.add_argument("--count", type=int, metavar="N", help="number of captions (FID-30k: 30000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise and of the choice of captions")
 
@@ -78,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run a study on all ranks of a launcher. Raises UserError for what the user can fix."""
+    """Run a study on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
     check_arguments(args)
 
     from raphael_dist.sampling.load_model import open_model
@@ -100,7 +107,7 @@ def check_arguments(args: argparse.Namespace) -> None:
                 "--reference and --features require each other, but only one of them is given. Add the other one."
             )
         if not (args.features or args.clip):
-            raise UserError("--features or --clip is required, but neither is given. Add what is to be measured.")
+            raise UserError("--features or --clip is required, but neither is given. Add --features hed, or --clip DIR.")
 
 
 def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
@@ -149,7 +156,9 @@ def _run(args: argparse.Namespace, trained: "TrainedModel", ranks: "Ranks") -> N
     from raphael_dist.runtime.ranks import raise_on_all_ranks
 
     settings, scheduler, default = raise_on_all_ranks(lambda: drawing_settings(args, trained))
-    study = run_on_all_ranks("reading captions and networks", lambda _: _make_study(args, trained, default, scheduler))
+    study = run_on_all_ranks(
+        "reading captions and feature networks", lambda _: _make_study(args, trained, default, scheduler)
+    )
     text = args.study == "text"
     guidances = tuple(args.guidance or ((settings.guidance,) if text else GUIDANCES))
     several = len(guidances) > 1

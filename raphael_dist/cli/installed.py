@@ -30,10 +30,10 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
         return
     missing = ", ".join(package for module, package in PACKAGES.items() if find_spec(module) is None)
     python = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "python"
-    remedy = f"Use {python}" if python.is_file() else "Run `make install`, and use .venv/bin/python"
+    remedy = f"Use {python}" if python.is_file() else "Run `make install` and use .venv/bin/python"
     line = (
-        f"{sys.executable} requires packages that are not installed: {missing}. {remedy}, and PYTHON=PATH for make and the "
-        "Slurm scripts."
+        f"{sys.executable} requires packages that are not installed: {missing}. {remedy}. For make and the Slurm scripts, "
+        "set PYTHON to this path."
     )
     launcher = launcher_of()
     if launcher is None or os.environ.get(launcher.local_rank, "0") == "0":

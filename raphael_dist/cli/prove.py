@@ -1,4 +1,4 @@
-"""Command line: `torchrun --nproc_per_node 2 -m raphael_dist prove --out DIR` proves an installation in about ten minutes.
+"""Command line: `torchrun --nproc_per_node 2 -m raphael_dist prove --out DIR` checks an installation in about ten minutes.
 
 Exit codes: 0 all checks passed, 2 bad environment, 3 wrong numbers.
 """
@@ -21,11 +21,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="raphael_dist prove",
         example="torchrun --nproc_per_node 2 -m raphael_dist prove --out proof",
-        description="Check environment, links, gradients, saves and speed on the ranks of a launcher. Write report.json "
-        "and report.html. A second call repeats only what did not pass.",
-        epilog=f"The configuration is for the checks of speed, memory and data (default: {DEFAULT_CONFIG}, without data).",
+        description="Check environment, network, gradients, checkpoints and speed on the ranks of a launcher. Write "
+        "report.json and report.html. A second call repeats only the checks that did not pass.",
+        epilog=f"--config is used in the checks of speed, memory and data (default: {DEFAULT_CONFIG}, without data).",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report; all nodes share it")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the report, which all nodes share"
+    )
     add_config(parser)
     return parser.parse_intermixed_args(argv)
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run all checks; return the exit code. Raises UserError for what the user can fix."""
+    """Run all checks; return the exit code. Raises UserError for mistakes that the user can correct."""
     config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
     if args.config is None:  # no data is needed, and checkpoints are those of the checks
         data = config.data.model_copy(update={"shards": ()})

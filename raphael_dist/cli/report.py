@@ -1,4 +1,4 @@
-"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html`: one file that shows runs."""
+"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html`: one file about one or more runs."""
 
 import argparse
 import sys
@@ -16,8 +16,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="raphael_dist report",
         example="python -m raphael_dist report runs/demo --out report.html",
-        description="Write one HTML file, which needs no server and no network, that shows runs: curves, speed, samples, "
-        "routes, experts, memory, faults, configuration.",
+        description="Write a report of one or more runs as one HTML file, which needs no server and no network: curves, "
+        "speed, samples, routes, experts, memory, faults, configuration.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; the first is the reference")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the file to write")
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the report. Raises UserError for what the user can fix."""
+    """Write the report. Raises UserError for mistakes that the user can correct."""
     if args.out.suffix != ".html":
-        raise UserError(f"--out {args.out}: must end in .html")
+        raise UserError(f"--out={args.out} must end in .html. Change the name.")
     from raphael_dist.reporting.page import build_page
     from raphael_dist.reporting.run_facts import examine
     from raphael_dist.storage.files import replace_bytes

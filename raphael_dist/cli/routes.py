@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raphael_dist.analysis.route_report import Report
     from raphael_dist.sampling.load_model import TrainedModel
 
-CAPTIONS = 2000  # that are read at most
+CAPTIONS = 2000  # largest number of captions that are read
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -27,10 +27,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="raphael_dist routes",
         example='python -m raphael_dist routes --checkpoint models/emoji --prompt "a red heart, noto style" --out paths',
         usage="%(prog)s --checkpoint PATH [options]",
-        description="Show the diffusion paths of a trained model in figures and a report.",
+        description="Show which experts a trained model uses for words and timesteps, in figures and a report.",
     )
     add_model(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="caption to draw and to follow; may be repeated")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="caption to sample an image for and to show the routes of; may be repeated",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("paths"), metavar="DIR", help="folder of figures, paths.json, report.md"
     )
@@ -49,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write everything below `args.out`. Raises UserError for what the user can fix."""
+    """Write everything below `args.out`. Raises UserError for mistakes that the user can correct."""
     import torch
 
     from raphael_dist.analysis.route_report import Report

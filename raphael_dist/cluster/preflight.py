@@ -107,7 +107,7 @@ class Probe:
             os._exit(1)
 
     def _limit(self, of: tuple[float, float]) -> float:
-        """Return a time limit in seconds for this number of ranks."""
+        """Return the time limit in seconds for this number of ranks, from (seconds, seconds per rank)."""
         return of[0] + of[1] * self.ranks.world_size
 
     def _identity(self) -> Report:
@@ -160,7 +160,7 @@ class Probe:
         finally:
             path.unlink(missing_ok=True)
         if not same:
-            self._problem(f"run.dir: {folder} returns other bytes than were written", "use another file system")
+            self._problem(f"run.dir: {folder} does not return the bytes that were written", "use another file system")
         if free < 1 << 30:
             self._problem(
                 f"run.dir: only {free / 2**20:.0f} MiB are free in {folder}", "free some, or choose another run.dir"

@@ -22,7 +22,7 @@ class Verdict:
 
     Attributes:
         lines: the table of results.
-        faults: by node, the reasons why it cannot train.
+        faults: for each node, the reasons why it cannot train.
         warnings: problems that do not prevent training.
         everywhere: whether every node has the same fault, so that excluding nodes does not help.
     """
@@ -53,7 +53,7 @@ def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
     """Return the verdict.
 
     Args:
-        reports: of the ranks.
+        reports: reports of the ranks.
         num_ranks: expected number of ranks.
         nodes: all nodes, including those without a report; may be empty.
     """

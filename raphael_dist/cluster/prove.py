@@ -1,4 +1,4 @@
-"""Runs the checks of `prove` on the ranks of a launcher, each with a time limit, and survives what a check does.
+"""Runs the checks of `prove` on the ranks of a launcher, each with a time limit, and survives crashes and hangs of a check.
 
 The process that the launcher started is the rank's agent. It computes nothing and touches no GPU: it starts a worker process
 for the checks, follows it through a pipe, and ends it at the time limit. Agents talk through a store, whose requests have a
@@ -45,10 +45,10 @@ KILLED = "killed"  # the last mark of a worker that ends itself
 
 @dataclass
 class Outcome:
-    """What an agent knows about a check on its rank.
+    """The outcome of a check on one rank, as its agent knows it.
 
     Attributes:
-        result: of the worker; None: it did not finish.
+        result: result of the worker; None: it did not finish.
         marks, last: number of marks of the worker, and the last.
         why: why it did not finish.
     """
@@ -66,7 +66,7 @@ class Agents:
     """The agents of all ranks, as seen by this one."""
 
     def __init__(self, ranks: Ranks) -> None:
-        """Meet the other agents. Raises HungError that names missing ranks."""
+        """Connect to the other agents. Raises HungError that names missing ranks."""
         complete_environment(ranks)
         limit = timedelta(seconds=JOIN_S)
         self.ranks = ranks
@@ -92,7 +92,7 @@ class Agents:
 
     @contextmanager
     def deadline(self, limit_s: float) -> Iterator[None]:
-        """Context in which this process ends some time after the limit: a dead node's store never answers."""
+        """Return a context that ends this process some time after the limit: the store of a dead node never answers."""
         timer = threading.Timer(limit_s + 3 * GRACE_S, self._end)
         timer.daemon = True
         timer.start()

@@ -12,7 +12,7 @@ class Check:
     """A check.
 
     Attributes:
-        title: for the report.
+        title: title in the report.
         run: what a worker does on each rank.
         limit_s: time limit, long enough for a slow CPU, after which the worker is ended.
         environment: whether a failure means a bad environment (exit code 2), not wrong numbers (3).
@@ -50,7 +50,7 @@ CHECKS = {
     "sums": Check("Sums of many micro-steps in bfloat16", prove_numbers.sums, 600),
     "graphs": Check("CUDA graphs", prove_hardware.graphs, 120),
     "waits": Check("Waits of the host for the GPU", prove_hardware.waits, 300),
-    "plan": Check("The plan next to a measured step", prove_hardware.plan, 300),
+    "plan": Check("A measured step compared with the plan", prove_hardware.plan, 300),
     "micro_batch": Check("The largest micro-batch that fits", prove_hardware.micro_batch, 300),
     KILL: Check("Save, and a kill during the next save", prove_saves.save_and_kill, 300, alone=True),
     "resume": Check("Resume on other ranks", prove_saves.resume, 300, alone=True, ranks=fewer),

@@ -1,4 +1,4 @@
-"""Checks of `prove` that measure: links, CUDA graphs, waits of the host, and the plan next to a measured step."""
+"""Checks of `prove` that measure: links, CUDA graphs, waits of the host, and a measured step compared with the plan."""
 
 import re
 import subprocess
@@ -135,12 +135,13 @@ def graphs(proof: Proof) -> Result:
     problems = []
     if not difference < 1e-2:
         problems.append(Problem(f"with CUDA graphs the gradient norm differs by {difference:.1%}", False))
-    times = " ms without CUDA graphs, ".join(f"{runs[on].seconds * 1e3:.1f}" for on in (False, True))
-    return Result([f"a step of the small model takes {times} ms with; norms within {difference:.0e}"], problems)
+    without, with_graphs = (f"{runs[on].seconds * 1e3:.1f} ms" for on in (False, True))
+    line = f"a step of the small model takes {without} without CUDA graphs and {with_graphs} with them"
+    return Result([f"{line}; gradient norms agree within {difference:.0e}"], problems)
 
 
 def waits(proof: Proof) -> Result:
-    """Count how often the host waits for the GPU in a step; without a GPU on one that is simulated."""
+    """Count how often the host waits for the GPU in a step; without a GPU, on a simulated one."""
     if proof.device.type != "cuda":
         return _simulated_waits(proof)
     counts: list[int] = []
@@ -186,7 +187,7 @@ def plan(proof: Proof) -> Result:
     ]
     problems, missing = _states_problems(measured.engine, outcome.memory.states.master), []
     if proof.device.type == "cpu":
-        missing.append("speed next to the plan: CPUs differ, and the description of a CPU is not calibrated")
+        missing.append("speed compared with the plan: CPUs differ, and the description of a CPU is not calibrated")
     elif not 1 / (1 + PLAN_TOLERANCE) < ratio < 1 + PLAN_TOLERANCE:
         problems.append(Problem(f"the planned step takes {ratio:.2f} times as long as the measured step", False, amber=True))
     if proof.device.type == "cuda":

@@ -88,8 +88,8 @@ class Reference:
     """Training of the whole global batch in one process, in float32, without DeepSpeed, ranks or accumulation.
 
     Attributes:
-        weights: of the model, by name.
-        norm: of the last step's gradient, before clipping.
+        weights: weights of the model, by name.
+        norm: gradient norm of the last step, before clipping.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Checks of `prove` that compare training on all ranks with one process: gradients, clip norm, steps, sums.
 
-Every rank computes the reference by itself and compares what it has: its own gradients before they are reduced, then its
-part of the weights. The first check that fails says which rank, parameter and expert are wrong; what follows from it is
+Every rank computes the reference by itself, and compares its own gradients before they are reduced, and then its
+part of the weights. The first check that fails names the rank, parameter and expert that are wrong; its consequences are
 left out.
 """
 

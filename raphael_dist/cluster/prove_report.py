@@ -1,4 +1,4 @@
-"""The report of `prove`: judges what all ranks found, and writes report.json and a self-contained report.html."""
+"""The report of `prove`: evaluates the results of all ranks, and writes report.json and a self-contained report.html."""
 
 import datetime
 import hashlib
@@ -17,7 +17,7 @@ FORMAT = 1
 EXIT_WRONG_NUMBERS = 3
 GREEN, AMBER, RED, NOT_PROVEN = "green", "amber", "red", "not proven"
 NOT_RUN = "not run"
-# What no run of `prove` shows.
+# Properties that `prove` cannot check.
 NEVER_PROVEN = ("learning: a long run on real data", "the failure of a real node in the middle of a run")
 
 
@@ -27,7 +27,7 @@ class CheckReport:
 
     Attributes:
         status: GREEN, AMBER, RED, NOT_PROVEN or NOT_RUN.
-        code: exit code that it asks for: 0, 2 (environment) or 3 (numbers).
+        code: exit code of this check: 0, 2 (environment) or 3 (numbers).
         lines: what was measured. problems: what is wrong, with the rank and its node.
         joined: whether all ranks could exchange data.
     """
@@ -92,7 +92,7 @@ def open_report(folder: Path, environment: dict[str, Any], titles: dict[str, str
         if tree["format"] == FORMAT and tree["key"] == key_of(environment):
             for check in tree["checks"]:
                 report.add(CheckReport(**check))
-    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
+    except (OSError, ValueError, KeyError, TypeError):  # missing or incomplete
         pass
     return report
 

@@ -1,4 +1,4 @@
-"""What the checks of `prove` share: this rank among those of a check, a result, a problem."""
+"""Classes that the checks of `prove` share: a rank, a result, a problem."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -12,10 +12,10 @@ from raphael_dist.runtime.ranks import Ranks
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong on a rank.
+    """A problem of a rank.
 
     Attributes:
-        text: what, with "it" for the rank.
+        text: description, with "it" for the rank.
         own: whether this rank causes it, so that other ranks may only see its effects.
         amber: whether training is possible nevertheless.
     """
@@ -56,9 +56,9 @@ class Proof:
 
     Attributes:
         ranks: this rank among those of the check.
-        device: of this rank.
-        config: of the user's run, for the checks of speed and memory.
-        folder: of the reports; all ranks share it.
+        device: this rank's device.
+        config: the user's configuration, for the checks of speed and memory.
+        folder: folder of the reports, which all ranks share.
         options: further arguments of the check.
         mark: reports what this rank begins. The rank with the fewest marks is late.
     """

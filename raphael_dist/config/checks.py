@@ -1,4 +1,4 @@
-"""What sections of the configuration require of each other. Each function yields one line per mistake."""
+"""Checks of settings that depend on other sections of the configuration. Each function yields one line per mistake."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from raphael_dist.text import shorten
 
 
 def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
-    """Yield mistakes in what the data set is."""
+    """Yield mistakes in the data set's settings."""
     if data.shards and data.sources:
         yield (
             f"data.shards={list(data.shards)} requires data.sources=[], but both are set. Use data.sources for several "

@@ -1,4 +1,4 @@
-"""Sections that define what a sample is and where it comes from: captions, images, shards."""
+"""Sections about samples: captions, images, shards."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -112,7 +112,7 @@ class Filter(Section):
 
 
 class Source(Section):
-    """Shards that are drawn from with a weight, relative to the weights of the other sources."""
+    """Shards from which samples are drawn, with a weight relative to those of the other sources."""
 
     shards: tuple[str, ...] = Field(min_length=1)
     weight: Annotated[float, Field(gt=0)] = 1.0

@@ -16,15 +16,15 @@ from raphael_dist.config.types import FREE, INT_LIMIT, SHAPES, keys_marked, sect
 
 # Topics that people look for, the keys that belong to them, and the page that explains them.
 TOPICS = {
-    "accumulation": ("train.global_batch_size train.micro_batch_size", "training.md"),
+    "accumulation": ("train.global_batch_size train.micro_batch_size", "batching.md"),
     "cpu": ("data.workers model.expert_backend train.dtype", "install.md"),
     "early stopping": ("train.max_steps train.max_skipped train.val_every", "training.md"),
     "fine tuning": ("run.init_from run.reinit lora.rank control.enabled", "adapters.md"),
     "gpu": ("train.dtype train.compile train.cuda_graphs model.expert_backend", "install.md"),
     "learning rate": ("optim.lr optim.warmup_steps optim.lr_schedule optim.lr_schedule_args", "training.md"),
-    "memory": ("train.micro_batch_size model.checkpoint_activations train.dtype data.workers", "performance.md"),
+    "memory": ("train.micro_batch_size model.checkpoint_activations train.dtype data.workers", "memory.md"),
     "precision": ("train.dtype image.dtype", "training.md"),
-    "resume": ("run.dir run.allow_change run.ignore_damaged run.init_from", "checkpoints.md"),
+    "resume": ("run.dir run.allow_change run.ignore_damaged run.init_from", "training.md"),
     "workers": ("data.workers data.prefetch", "data.md"),
 }
 
@@ -34,21 +34,28 @@ _TYPE_NAMES = {
 }  # fmt: skip
 _HEAD = """# Configuration
 
-This page is the output of `python -m raphael_dist config --markdown`; a test compares the two.
+Every setting with its meaning, default, type and range. This page is generated: `python -m raphael_dist config --markdown`.
 
-A setting is taken from, lowest precedence first:
+A setting is taken from these places. A later one has priority:
 
 1. the default in the table below,
 2. `--config`: a preset or a YAML file, on top of the preset or file that its `base` names,
 3. `section.key=value` on the command line, each key once.
+
+Commands:
 
 - `python -m raphael_dist config WORD` finds keys by a word: a part of their name or description, what another
   trainer calls them, or a topic such as `memory` or `resume`.
 - `python -m raphael_dist config --json-schema` prints a schema by which editors complete and check YAML. With the
   YAML language server the file begins with `# yaml-language-server: $schema=` and the path of the schema.
 
-"On resume" says whether a key may change when a run is resumed: *free*: yes; *fixed*: only if `run.allow_change` names it;
-*never*: the shapes of the weights depend on it.
+"On resume" states whether a key may change when a run is resumed:
+
+| word | meaning |
+|---|---|
+| free | it may change |
+| fixed | it may change only if `run.allow_change` names it |
+| never | it may not change, because the shapes of the weights depend on it |
 """
 
 
@@ -110,12 +117,12 @@ def markdown() -> str:
             f"## {section}",
             (kind.__doc__ or "").splitlines()[0],
             "",
-            "| key | type | default | range | what | on resume |",
+            "| key | meaning | default | type | range | on resume |",
             "|---|---|---|---|---|---|",
         ]
         for key in keys:
             if key.name.split(".")[0] == section:
-                cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.range, key.description, key.on_resume)
+                cells = (f"`{key.name}`", key.description, f"`{key.default}`", key.type, key.range, key.on_resume)
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from raphael_dist.config.validation_errors import value_text
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.text import JsonObject, read_text, shorten
 
-# What YAML's reader raises: for its own grammar; 2020-99-99 and numbers of 5,000 digits; deep brackets.
+# Exceptions of YAML's reader: wrong syntax; values such as 2020-99-99 or numbers of 5,000 digits; deep nesting.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError)
 MAX_VALUES = 100_000
 MAX_BASES = 10
@@ -23,15 +23,15 @@ MAX_BASES = 10
 
 @dataclass
 class ConfigTree:
-    """Nested values, and the file and line of each `section` and `section.key` that stands in a file."""
+    """Nested values, with the file and line of each `section` and `section.key` that comes from a file."""
 
     tree: JsonObject
     places: dict[str, str] = field(default_factory=dict)
 
     def place(self, location: Sequence[str | int]) -> str:
-        """Return " (my.yaml, line 3)" for the place of a value, "" if it stands in no file."""
+        """Return " (my.yaml, line 3)" for the place of a value, "" if it does not come from a file."""
         names = [".".join(map(str, location[:depth])) for depth in (2, 1)]
-        # A value from the command line has no place, though its section may stand in the file.
+        # A value from the command line has no place, even if its section is in the file.
         known = names[:1] if len(location) > 1 else names[1:]
         return next((f" ({self.places[name]})" for name in known if name in self.places), "")
 
@@ -142,7 +142,7 @@ def _preset_text(name: str) -> str:
 
 
 def _locate_assets(preset: JsonObject) -> JsonObject:
-    """Return a preset with the paths of its data as they are reached from the working directory."""
+    """Return a preset with the paths of its data relative to the working directory."""
     for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "vae"), ("sample", "images")):
         value = preset.get(section, {}).get(name)
         if isinstance(value, str):
@@ -153,7 +153,7 @@ def _locate_assets(preset: JsonObject) -> JsonObject:
 
 
 def _find_places(root: yaml.Node | None, file: str) -> dict[str, str]:
-    """Return where sections and keys stand. UserError for a key that a mapping has twice, of which YAML keeps the last."""
+    """Return the places of sections and keys. UserError: a mapping has a key twice, of which YAML would keep the last."""
     places: dict[str, str] = {}
     for depth, parent, mapping in _mappings(root):
         lines: dict[str, int] = {}
@@ -188,7 +188,7 @@ def _mappings(root: yaml.Node | None) -> Iterator[tuple[int, str, yaml.MappingNo
 
 
 def check_repeated_keys(overrides: Sequence[str], config_type: type[BaseModel]) -> None:
-    """Raise UserError if a key is given twice, which is what a shell makes of braces without quotes."""
+    """Raise UserError if a key is given twice, for example because a shell expanded braces without quotes."""
     texts: dict[str, list[str]] = {}
     for override in overrides:
         key, _, text = override.partition("=")

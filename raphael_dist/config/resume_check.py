@@ -1,4 +1,4 @@
-"""Which settings decide the results of a run: when it is resumed, they must not change unnoticed."""
+"""Settings that affect the results of a run: when it is resumed, a change of them must be allowed explicitly."""
 
 from collections.abc import Mapping
 
@@ -21,10 +21,10 @@ FINGERPRINTS = {
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[object, object]]:
-    """Return the fields that decide the results of a run and differ, each with its old and new value."""
+    """Return the fields that affect the results of a run and have changed, each with its old and new value."""
     free = FREE_FIELDS | staged_keys(old) | staged_keys(new)  # train.stages itself is compared
     if new.optim.lr_schedule not in ENDLESS:
-        free -= {"train.max_steps"}  # another end is another learning rate at every step
+        free -= {"train.max_steps"}  # another last step changes the learning rate of every step
     old_tree, new_tree = stored_tree(old), stored_tree(new)
     changed = {}
     for key in keys_of(Config):
@@ -69,9 +69,9 @@ def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Co
     """Compare the fingerprints of shards, captions and encoders with those in a checkpoint's manifest.
 
     Args:
-        manifest: of the checkpoint. One that was converted has no fingerprints of captions and encoders.
+        manifest: the checkpoint's manifest. After a conversion it has no fingerprints of captions and encoders.
         current: the fingerprints of this run by name.
-        config: of this run.
+        config: this run's configuration.
         folder: name of the checkpoint in messages.
 
     Returns:

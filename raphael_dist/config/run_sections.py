@@ -26,7 +26,7 @@ from raphael_dist.config.types import (
 
 
 class RunConfig(Section):
-    """The run: where it is stored, what it starts from, how it is watched."""
+    """The run: its folder, initial weights, watchdog and trackers."""
 
     dir: Path = free_setting(
         Path("runs/default"),
@@ -278,7 +278,7 @@ class Parallel(Section, json_schema_extra=FREE):
         return (value,) if isinstance(value, str) else value
 
     def ep(self, kind: ExpertKind) -> int:
-        """Return how many ranks share one set of experts of a kind."""
+        """Return the number of ranks over which the experts of a kind are sharded."""
         return self.space_ep if kind == "space" else self.time_ep
 
     @property

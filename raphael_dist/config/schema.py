@@ -122,7 +122,7 @@ def load_leniently(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Co
                 tree.pop(name)
             elif len(location) > 1 and isinstance(section, dict):
                 section.pop(location[1], None)
-            else:  # with the section's defaults in its place, further checks would report false mistakes
+            else:  # with the section's defaults instead, further checks would report false mistakes
                 return None, lines
         return Config.model_validate(tree, context=_LENIENT), lines
     except ValueError:

@@ -41,7 +41,7 @@ def stage_at(config: Config, step: int) -> StageSpan:
 
 
 def every_stage(config: Config) -> list[Config]:
-    """Return the configuration of each stage; that of the run if it has no stages. Raises UserError as `stage_at`."""
+    """Return the configuration of each stage; that of the run if it has no stages. Raises the UserErrors of `stage_at`."""
     stages = config.train.stages
     return [_with_values(config, stage.set, number) for number, stage in enumerate(stages, start=1)] or [config]
 

@@ -26,7 +26,7 @@ FocalForm = Literal["focal", "quality"]
 Placement = Literal["auto", "shard", "replicate"]
 Scheduler = Literal["ddim", "dpm++", "euler"]
 TextLayer = Literal["last", "penultimate"]
-WEIGHTS = ("ema", "master")  # what checkpoints hold: averaged weights (EMA), and fp32 master weights
+WEIGHTS = ("ema", "master")  # weights in checkpoints: averaged (EMA), and fp32 master weights
 
 # What may change when a run is resumed, as a mark of a field or of a section. Fields without a mark decide the results of a
 # run: they may change only if run.allow_change names them.
@@ -57,7 +57,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_stray_value(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse what pydantic accepts: true and false as the numbers 1 and 0, an empty path as the working directory."""
+        """Refuse values that pydantic accepts: true and false as numbers, an empty path as the working directory."""
         kinds = set(_plain_types(cls.model_fields[str(info.field_name)].annotation))
         if kinds & {int, float} and not kinds & {bool, Any} and _contains_bool(value):
             raise PydanticCustomError("bool_for_number", "must be a number, not true or false")

@@ -7,7 +7,7 @@ COLOURS = 3
 
 
 class Upscale(Section):
-    """Super-resolution: the U-Net also sees a small image."""
+    """Super-resolution: the U-Net receives a small image as well."""
 
     factor: NonNegative = shape_setting(
         0,

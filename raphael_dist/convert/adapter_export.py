@@ -10,20 +10,20 @@ from raphael_dist.errors import UserError
 
 
 def export_adapter(source_layout: str, run: Path, target_format: str, folder: Path, weights: str | None = None) -> str:
-    """Write the adapters or the control of a run in the format of another library.
+    """Write the LoRA adapters or the ControlNet of a run in the format of another library.
 
     Args:
-        source_layout: "auto" or "raphael"; adapters and controls lie in a run's own layout only.
+        source_layout: "auto" or "raphael", the only layout with adapters and ControlNets.
         run: a run directory (its newest checkpoint that verifies is read), or one of its step-* folders.
         target_format: "peft" or "controlnet".
         folder: the new folder; it must not exist.
         weights: "ema" or "master". None: the EMA if there is one.
 
     Returns:
-        One line for the user: how many parameters were written, and to which base model they belong.
+        One line for the user: the number of parameters, and the base model that they belong to.
 
     Raises:
-        UserError: the run holds no adapters or no control, or the folder cannot be written.
+        UserError: the run has no adapters or no ControlNet, or the folder cannot be written.
     """
     assert target_format in ADAPTER_FORMATS
     if source_layout not in ("auto", "raphael"):

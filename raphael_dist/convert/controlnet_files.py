@@ -1,7 +1,7 @@
 """Reads and writes a ControlNet (`model.controlnet`): in a run that trained it, or as a folder of diffusers.
 
-    config.json                             of diffusers' ControlNetModel; of a model with experts, also their fields
-    modeling_raphael.py                     the code of a control with experts, for diffusers' AutoModel
+    config.json                             the fields of diffusers' ControlNetModel, and those of the experts
+    modeling_raphael.py                     the code of a ControlNet with experts, for diffusers' AutoModel
     diffusion_pytorch_model.safetensors     weights under diffusers' names, float32
 
 `diffusers.ControlNetModel.from_pretrained` loads the folder if the model has no experts. Its condition is an edge map at the
@@ -33,16 +33,16 @@ _PREFIX = "control."
 
 
 def read_control(path: Path, config: Config, weights: str | None = None, option: str = "--control-from") -> ControlNet:
-    """Read a control, in eval mode on the CPU.
+    """Read a ControlNet, in eval mode on the CPU.
 
     Args:
         path: a run (its newest checkpoint that verifies), one of its step folders, or a folder of diffusers.
         config: configuration of the base model.
-        weights: of a run, "ema" or "master". None, or a run without EMA: the default.
+        weights: "ema" or "master", for a run. None, or a run without EMA: the default.
         option: name of the command line option, for messages.
 
     Raises:
-        UserError: there is no control at `path`, or it belongs to another model.
+        UserError: there is no ControlNet at `path`, or it belongs to another model.
     """
     if (path / CONFIG).is_file() and (path / f"{STEM}.safetensors").is_file():
         values = _read_folder(path, option)
@@ -65,7 +65,7 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
 
 
 def control_weights(reader: CheckpointReader, weights: str | None, option: str) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint's control by name. UserError: its run trained none."""
+    """Return the weights of a checkpoint's ControlNet by name. UserError: its run did not train one."""
     if not reader.config().control.enabled:
         raise UserError(
             f"{option} {reader.folder} must be of a run with control.enabled=true, but in this run it is false. Use "
@@ -76,7 +76,7 @@ def control_weights(reader: CheckpointReader, weights: str | None, option: str) 
 
 
 def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> None:
-    """Write a control as a new folder of diffusers. A folder that is not complete never appears."""
+    """Write a ControlNet as a new folder of diffusers. The folder appears only when it is complete."""
     with export_folder(folder) as temporary:
         content = control_json(config)
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n")

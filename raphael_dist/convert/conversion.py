@@ -1,6 +1,6 @@
 """Converts a checkpoint from one layout to another: plan, write, verify, publish.
 
-The target appears by one rename at the end, so a conversion that is killed leaves nothing that looks like a checkpoint.
+The target gets its name by one rename at the end, so a conversion that is killed leaves no incomplete checkpoint.
 Files are divided over the ranks of `mpirun`. Their contents depend on the plan only, so any number of ranks writes the same
 bytes.
 """
@@ -74,13 +74,14 @@ def convert(
         path: the source.
         to_layout: layout of the target.
         target: the new folder, which must not exist.
-        options: of the target.
+        options: options of the target.
         config: the model to upcycle to, or the model of a folder whose files do not describe it.
         ranks: the processes of `mpirun`. None: this process.
-        lora: path of adapters to merge (`read_adapter`). lora_scale: factor for them.
+        lora: path of LoRA adapters to merge (`read_adapter`). lora_scale: strength of the adapters.
 
     Raises:
-        UserError: the source is damaged or incomplete; the target exists or cannot hold the model. Nothing is left then.
+        UserError: the source is damaged or incomplete; the target exists or its layout does not support the model. No files
+            are left then.
     """
     ranks, began = ranks or MpiRanks(), time.monotonic()
     layout_of("--to", to_layout)
@@ -150,7 +151,7 @@ def _prepare(
     if config is not None and not layout_of("--from", opened.layout).takes_config:
         if not is_dense(opened.config):
             raise UserError(
-                f"--config requires a dense model without experts, which it upcycles, but {path} already has experts or "
+                f"--config={config.name} upcycles a dense model to a model with experts, but {path} already has experts or "
                 "edge modules. Leave out --config."
             )
         source = UpcycledSource(opened, config)

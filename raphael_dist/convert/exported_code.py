@@ -1,7 +1,7 @@
-"""Makes the Python modules that an exported folder carries, so that it loads without this package.
+"""Makes the Python modules in an exported folder, by which it loads without this package.
 
-A module is put together from the package's own source: a class, and everything of the package that it reaches. Definitions
-keep their text and comments. What serves training alone is left out: definitions that are not reached, methods whose name
+A module is assembled from the package's own source: a class, and everything of the package that it uses. Definitions
+keep their text and comments. Code for training only is left out: definitions that are not used, methods whose name
 nothing reads, and the branches in `_NEVER`.
 """
 
@@ -151,7 +151,7 @@ def _without(lines: list[str], nodes: list[ast.AST]) -> list[str]:
 
 
 class _Selection:
-    """The definitions that some classes reach."""
+    """The definitions that some classes use."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[int, ast.stmt]] = defaultdict(dict)  # by module and position in it
@@ -163,7 +163,7 @@ class _Selection:
         self._owners: dict[str, str] = {}
 
     def add(self, module: str, name: str, whole: bool = False) -> None:
-        """Add what a name of a module stands for, and all that it reaches."""
+        """Add the definition of a name in a module, and everything that it uses."""
         source = _read(module)
         if name in source.external:
             self._imports.add(source.external[name])

@@ -48,12 +48,12 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What becomes of each parameter.
+    """How each parameter is initialised, by name.
 
     Attributes:
-        loaded: read from the checkpoint.
-        reinitialised: initialised as in a new run.
-        unused: of the checkpoint only.
+        loaded: parameters that are read from the checkpoint.
+        reinitialised: parameters that are initialised as in a new run.
+        unused: parameters that only the checkpoint has.
         upcycled: experts that are made from the layers of a dense model.
     """
 
@@ -63,7 +63,7 @@ class InitialWeights:
     upcycled: tuple[str, ...] = ()
 
     def describe(self, path: Path) -> str:
-        """Return one line about it."""
+        """Return one line for the log."""
         texts = [f"{len(self.loaded)} parameters were loaded from {path}"]
         groups = ((self.upcycled, "upcycled to experts"), (self.reinitialised, "reinitialised"), (self.unused, "not loaded"))
         texts += [f"{what}: {len(names)} ({_parts(names)})" for names, what in groups if names]
@@ -71,7 +71,7 @@ class InitialWeights:
 
 
 def check_initial(config: Config, checkpoint: Checkpoint) -> InitialWeights:
-    """Return what becomes of each parameter when a run starts from an opened checkpoint.
+    """Return how each parameter is initialised when a run starts from an opened checkpoint.
 
     Raises:
         UserError: a parameter does not fit, and run.reinit does not allow it; the checkpoint's model predicts something else
@@ -106,14 +106,14 @@ def load_initial(
     Each rank reads its own fragments, in float32. Call `fragments.sync_model` afterwards.
 
     Args:
-        fragments: of this rank.
+        fragments: this rank's part of the weights.
         path: a checkpoint in any layout.
-        config: of the run.
+        config: the run's configuration.
         verify: check the files' checksums first; one rank does this for all.
         report: is called with a line about every parameter.
 
     Raises:
-        UserError: as `check_initial`; nothing is copied then.
+        UserError: see `check_initial`; nothing is copied then.
     """
     checkpoint = open_initial(path)
     report("its checksums")

@@ -1,4 +1,4 @@
-"""Inspects a checkpoint: what it is, whether it verifies, and whether its experts are alive and different."""
+"""Inspects a checkpoint: its layout, its checksums, and whether experts are dead or equal."""
 
 import sys
 from collections.abc import Iterator
@@ -100,7 +100,7 @@ def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
 
 def show(checkpoint: Checkpoint) -> bool:
     """Print a report; return whether the checkpoint verifies (or has no manifest) and there are no warnings."""
-    # In a pipe there is no screen, so no name is cut off.
+    # Without a terminal the width is unlimited, so that no name is cut off.
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)
     total = sum(prod(shape) for shape in checkpoint.shapes.values())
     progress = f"step {checkpoint.progress.step}, {checkpoint.progress.samples_seen:,} samples seen"

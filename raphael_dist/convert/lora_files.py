@@ -44,7 +44,7 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication
 
 @dataclass(frozen=True)
 class Adapter:
-    """Adapters: `scale B A` is added to each parameter.
+    """LoRA adapters: `scale B A` is added to each parameter.
 
     Attributes:
         factors: A [rank, in] and B [out, rank], float32, by name of the parameter; of experts [K, rank, in], [K, out, rank].
@@ -107,7 +107,7 @@ def read_adapter(path: Path, weights: str | None = None, option: str = "--lora")
 
     Args:
         path: a folder of peft, a run (its newest checkpoint that verifies), or one of its step folders.
-        weights: of a run, "ema" or "master". None, or a run without EMA: the default.
+        weights: "ema" or "master", for a run. None, or a run without EMA: the default.
         option: name of the command line option, for messages.
 
     Raises:
@@ -137,7 +137,7 @@ def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str
 
 
 def write_adapter(adapter: Adapter, lora: Lora, base: str, folder: Path) -> None:
-    """Write adapters as a new folder of peft, for the base model `base`. A folder that is not complete never appears."""
+    """Write adapters as a new folder of peft, for the base model `base`. The folder appears only when it is complete."""
     attention, experts = "attention" in lora.targets, "experts" in lora.targets
     config = import_peft().LoraConfig(
         r=lora.rank,

@@ -26,7 +26,7 @@ def model_card(source: Source, kind: str, options: Options, pipeline: str, has_i
     Args:
         source: the exported model.
         kind: "ema" or "master", the exported weights.
-        options: of the conversion; `licence` is an identifier as model hubs use it, e.g. "apache-2.0".
+        options: options of the conversion; `licence` is an identifier that model hubs use, e.g. "apache-2.0".
         pipeline: name of the pipeline's class.
         has_image: whether the folder has `samples_image` as samples.png.
     """
@@ -60,9 +60,9 @@ def model_card(source: Source, kind: str, options: Options, pipeline: str, has_i
 
 Licence: {licence}.
 
-- It draws what its training data show, at the sizes above; other sizes and subjects are untested.
-- Longer captions are cut, and nothing filters what it draws.
-- Losses say little about images. Look at images of your own captions first.
+- The model was trained for the subjects of its training data, at the sizes above. Other subjects and sizes are untested.
+- Longer captions are truncated. There is no safety filter.
+- A loss says little about the quality of images. Sample images of your own captions first.
 - The author of the model should add its intended use here.
 """
 
@@ -112,7 +112,7 @@ def _super_resolution(config: Config) -> dict[str, str]:
 
 
 def samples_image(source: Source) -> bytes | None:
-    """Return the newest image that the run drew up to this step; None if there is none in a folder above."""
+    """Return the run's newest sample grid up to this step; None if no folder above the checkpoint has one."""
     images: list[tuple[int, Path]] = []
     for folder in (source.path, *source.path.parents[:2]):
         for path in sorted((folder / "samples").glob("*.png")):
@@ -123,13 +123,13 @@ def samples_image(source: Source) -> bytes | None:
 
 
 def _measured(path: Path, step: int) -> dict[str, str]:
-    """Return the run's last losses up to a step; nothing if its metrics.jsonl is not in a folder above."""
+    """Return the run's last losses up to a step; {} if no folder above the checkpoint has its metrics.jsonl."""
     file = next((f for f in (folder / "metrics.jsonl" for folder in (path, *path.parents[:2])) if f.is_file()), None)
     losses: dict[str, str] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file else []:
         try:
             row = json.loads(line)
-        except ValueError:  # a crash left half a line
+        except ValueError:  # an incomplete line after a crash
             continue
         if row.get("step", step + 1) <= step:
             losses |= {name: f"{row[tag]:.4g} at step {row['step']:,}" for tag, name in _MEASURED.items() if tag in row}

@@ -25,12 +25,12 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        config: of its run or model.
-        spans: where the values of each kind of each parameter are.
-        progress: of its run.
+        config: configuration of its run or model.
+        spans: positions in files of the values of each kind of each parameter.
+        progress: progress of its run.
         dataset: checksum of the data its run was trained on.
         files: size and SHA-256 of each file, from the manifest; empty without one.
-        topology: which ranks wrote it, as text.
+        topology: text about the ranks that wrote it.
         notes: lines for the user.
         layout: name of its layout. whole: whether that holds the whole state of a run. `open_checkpoint` sets both.
         says_prediction: whether the files state the prediction type; else `config` has the default.

@@ -56,7 +56,9 @@ def progress_of_target(source: Source) -> tuple[Progress, list[str]]:
     stateless = source.config.optim.kind == "sgd" or not source.progress.updates
     if all(kind in source.kinds() for kind in MOMENTS) or (source.whole and stateless):
         return source.progress, []
-    return START, ["exp_avg, exp_avg_sq: the source has none; they are zero, at step 0, as in a new run"]
+    return START, [
+        "the source has no Adam moments (exp_avg, exp_avg_sq): the target starts at step 0 with zeros, like a new run"
+    ]
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,13 @@ class Options:
     """Options of a conversion. `Layout.options` lists those that a layout supports.
 
     Attributes:
-        space_ep, time_ep: ranks that share one set of space and of time experts. world: ranks. stage: of ZeRO.
+        space_ep, time_ep: ranks over which experts are sharded. world: number of ranks. stage: ZeRO stage.
         weights: "master" or "ema", for layouts that hold one kind; None: the EMA if there is one. dtype: of its values.
         part_bytes: size at which weights are divided into several files.
         unet_only: leave the encoders out of a pipeline.
-        text_by_name: refer to a text encoder by its name instead of copying it; "characters" is always referred to.
-        licence: for the model card of a pipeline.
+        text_by_name: store the name of a text encoder instead of a copy. For "characters" only the name is stored in any
+            case.
+        licence: licence in the model card of a pipeline.
         prediction: prediction type of the source's model, if its files do not state it.
     """
 

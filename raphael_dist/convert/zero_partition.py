@@ -24,7 +24,7 @@ class Topology:
     """How a run is divided over ranks.
 
     Attributes:
-        world: number of ranks. stage: of ZeRO.
+        world: number of ranks. stage: ZeRO stage.
         space_ep, time_ep: ranks that share one set of space and of time experts.
         alignment: ZeRO-1 and 2 round each parameter in their flat buffers up to a multiple of this many elements.
         replicated: layers whose experts are on every rank in spite of `space_ep` and `time_ep` (parallel.placement).
@@ -58,8 +58,8 @@ def topology_of(config: Config, options: Options, *, aligned: bool = True) -> To
     """Return the topology of a target.
 
     Args:
-        config: with the target's expert parallelism (`parallel_config`).
-        options: of the target.
+        config: the configuration with the target's expert parallelism (`parallel_config`).
+        options: options of the target.
         aligned: whether ZeRO-1 and 2 round parameters up to 16 bytes in the dtype of training, as `ds_config.merge` sets it.
     """
     replicated: frozenset[str] = frozenset()

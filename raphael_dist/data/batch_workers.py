@@ -1,7 +1,7 @@
 """Builds micro-batches of encoded samples in worker processes.
 
-One thread of a rank builds some 800 samples a second next to the rank's own Python, which a small model on a GPU outruns.
-torch's DataLoader runs the processes. They are forks of the rank, use no device and leave signals to the rank.
+One thread of a rank builds about 800 samples per second, which is too slow for a small model on a GPU.
+torch's DataLoader runs the processes. They are forks of the rank, use no device and ignore signals.
 """
 
 import copy
@@ -29,7 +29,7 @@ from raphael_dist.storage.files import free_bytes
 _log = logging.getLogger(__name__)
 Slots = Sequence[tuple[int, float]]  # (position, weight) pairs of a micro-batch
 SHARED_MEMORY = Path("/dev/shm")  # through which torch passes tensors of workers
-_PROBED = 4  # samples, one of which very likely has a caption that was not dropped
+_PROBED = 4  # number of samples, so that at least one very likely has a caption that was not dropped
 
 
 class BatchPrefetcher(Prefetcher[Any, Batch]):

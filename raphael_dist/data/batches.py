@@ -46,7 +46,7 @@ class BatchBuilder:
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
-        """Read, encode and assemble one micro-batch. Raises UserError as `TrainStream`."""
+        """Read, encode and assemble one micro-batch. Raises the UserErrors of `TrainStream`."""
         samples = self.stream.samples([position for position, _ in slots])
         return self.finalize(self._assemble(slots, self.encoder.encode(samples)))
 

@@ -103,7 +103,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
 
 def image_ext(data: bytes) -> str:
-    """Return the extension for an image's bytes: webp, png or jpg. Raises as `upright_size`."""
+    """Return the extension for an image's bytes: webp, png or jpg. Raises the errors of `upright_size`."""
     return _EXT_OF[str(_open(data, IMAGE_FORMATS).format)]
 
 

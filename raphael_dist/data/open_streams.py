@@ -33,7 +33,7 @@ _MAX_STORED_TEXT = 64 << 10  # bytes of a caption's tokens up to which data.cach
 def open_encoders(config: Config, device: torch.device) -> Encoders:
     """Return the encoders without weights, which each rank loads when it first encodes. Collective.
 
-    Rank 0 reads the facts for all. Raises UserError on all ranks as `check_encoders`.
+    Rank 0 reads the facts for all. Raises the UserErrors of `check_encoders` on all ranks.
     """
     dtype, image_dtype = getattr(torch, config.train.dtype), getattr(torch, config.image.dtype)
 
@@ -58,7 +58,7 @@ def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
 def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[TextEncoder, ImageEncoder]:
     """Load the text encoder (in `dtype`) and the image encoder in a process without ranks.
 
-    Raises UserError as `check_encoders`, and for files that cannot be read.
+    Raises the UserErrors of `check_encoders`, and for files that cannot be read.
     """
     text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype, config.text.layer)
     image = ImageEncoder.load(config.image.vae, device, getattr(torch, config.image.dtype))
@@ -153,7 +153,7 @@ def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *,
         The number of computed shards, and of all shards.
 
     Raises:
-        UserError: As `open_stream`.
+        UserError: See `open_stream`.
     """
     d = config.data
     index = build_index(find_shards(config, training=training), store=store_of(d))
@@ -180,7 +180,7 @@ def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: Ed
 
 
 def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training: bool) -> FeatureSource:
-    """Return the configured source of features; a cache may be empty. Raises UserError as `dataset_of`."""
+    """Return the configured source of features; a cache may be empty. Raises the UserErrors of `dataset_of`."""
     if config.data.features == "stored":
         # Whatever made their edge maps, they were members of the samples when the features were computed.
         dataset = dataset_of(config, index, training=training, edges="stored")

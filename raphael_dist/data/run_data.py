@@ -19,7 +19,7 @@ from raphael_dist.runtime.ranks import Ranks
 
 @dataclass
 class DataSource:
-    """Opened data. The trainer gets the function that opens it, so that tests can replace it."""
+    """The opened data of a run. The trainer receives the function that opens it, so that tests can replace it."""
 
     encoders: Encoders
     training: TrainStream
@@ -86,7 +86,7 @@ class DataSource:
 def open_source(config: Config, ranks: Ranks, device: torch.device) -> DataSource:
     """Open the encoders and the data of a configuration, with the work divided over the ranks. Collective.
 
-    Raises UserError on all ranks as `open_encoders` and `open_stream`.
+    Raises the UserErrors of `open_encoders` and `open_stream` on all ranks.
     """
     encoders = open_encoders(config, device)
     training = open_stream(config, ranks, encoders, training=True)

@@ -1,6 +1,6 @@
 """Writes the shards of parts: decodes each image once, adds edge maps, and features on request.
 
-A finished part is not written again: its shard appears complete, then NAME.json with the report.
+A finished part is not written again: first its complete shard appears, then NAME.json with the report.
 """
 
 import fcntl

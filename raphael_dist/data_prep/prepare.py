@@ -122,7 +122,7 @@ def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[Report], 
 
 
 def fill_caches(config: Config, part: int, parts: int) -> None:
-    """Fill the feature cache of a run's training and validation shards. Raises UserError as `fill_cache`."""
+    """Fill the feature cache of a run's training and validation shards. Raises the UserErrors of `fill_cache`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
     encoders = Encoders(text, image, edge_encoder(config, device), device, config.upscale.factor)

@@ -1,4 +1,4 @@
-"""The collectives of DeepSpeed, counted, and with a reduce-scatter that is one on gloo, too.
+"""DeepSpeed's collectives with counted bytes, and with a true reduce-scatter on gloo.
 
 All of them pass through one object of `deepspeed.comm`, in every ZeRO stage. Only this file replaces it.
 """
@@ -20,7 +20,7 @@ _BROADCAST_BYTES = 1 << 28  # of one call
 def import_deepspeed() -> Any:
     """Return the module `deepspeed` without its shared-memory all-reduce.
 
-    On CPUs that is compiled on first use, which takes about a minute; gloo does not need it.
+    On CPUs it is compiled on first use, which takes about a minute. gloo does not need it.
     """
     import deepspeed
 
@@ -48,7 +48,7 @@ def count_collectives(traffic: Traffic) -> "CountedBackend":
 def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup]) -> None:
     """Give each parameter the values of the first rank that has it, in a few calls. Collective.
 
-    `groups`: of the ranks with the same experts, by `group_name`; all ranks have the other parameters.
+    `groups`: groups of ranks with the same experts, by `group_name`. All ranks have the other parameters.
     """
     members = defaultdict(list)
     for p in model.parameters():
@@ -70,7 +70,7 @@ class CountedBackend:
 
     @contextmanager
     def without_broadcasts(self) -> Iterator[None]:
-        """Skip broadcasts: DeepSpeed has one for each parameter, which is minutes on a slow network."""
+        """Skip broadcasts: DeepSpeed broadcasts each parameter by itself, which takes minutes on a slow network."""
         self._skips_broadcasts = True
         try:
             yield

@@ -22,7 +22,7 @@ def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
     """Read a DeepSpeed JSON.
 
     Args:
-        path: of the file. None: the ZeRO stage that suits `dtype`, which is 2 for bfloat16. DeepSpeed's ZeRO-1 in bfloat16
+        path: the file. None: a default with the ZeRO stage for `dtype`, 2 for bfloat16. DeepSpeed's ZeRO-1 in bfloat16
             keeps the sum of all gradients in float32 on every rank, starts most parameters at addresses from which the
             grouped product must copy them, and reduces all gradients after the backward pass.
         dtype: `train.dtype`.
@@ -80,14 +80,14 @@ def uses_contiguous_gradients(
 ) -> bool:
     """Return whether gradients lie in one buffer and are reduced at once (`zero.Zero12Contiguous`).
 
-    They must stay on the device until the backward pass has ended. ZeRO-2 is there to save memory: for its own reduction it
+    They must stay on the device until the backward pass has ended. ZeRO-2 is used to save memory: for its own reduction it
     needs a bucket and a copy of it, so the gradients must not be larger than two buckets.
 
     Args:
-        stage: of ZeRO.
+        stage: ZeRO stage.
         overlap: whether gradients are reduced during the backward pass.
         offload: whether gradients leave the device.
-        elements: of the rank's model; 0: of a model that is small enough.
+        elements: number of parameters of the rank's model; 0: the model is small enough.
         bucket: reduce_bucket_size, in elements.
     """
     return stage in (1, 2) and not overlap and not offload and (stage == 1 or elements <= 2 * bucket)

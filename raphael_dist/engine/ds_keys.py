@@ -65,7 +65,7 @@ _TRACKERS = "use run.trackers; TensorBoard's files are in run.dir/tensorboard"
 _NOT_USED = {
     "optimizer": "use optim.* of the configuration",
     "scheduler": "use optim.warmup_steps and optim.lr_schedule",
-    "elasticity": "every number of ranks keeps train.global_batch_size",
+    "elasticity": "train.global_batch_size is kept for any number of ranks",
     "checkpoint": "checkpoints are written by raphael_dist; use checkpoint.*",
     "amp": "use train.dtype",
     "torch_autocast": "use train.dtype",
@@ -83,10 +83,10 @@ _NOT_USED = {
 _BECAUSE = {
     "zero_optimization.round_robin_gradients": "DeepSpeed moves parameters in its flat buffers and does not record where",
     "zero_optimization.parameter_alignment": "the grouped product on GPUs reads parameters at multiples of 16 bytes",
-    "zero_optimization.offload_optimizer.device": "averages and checkpoints need the fp32 weights in memory",
-    "zero_optimization.offload_param.device": "averages and checkpoints need the fp32 weights in memory",
-    "zero_optimization.contiguous_gradients": "experts' gradients are reduced in no other way",
-    "zero_optimization.reduce_scatter": "experts' gradients are reduced in no other way",
+    "zero_optimization.offload_optimizer.device": "the EMA and checkpoints require the fp32 weights in memory",
+    "zero_optimization.offload_param.device": "the EMA and checkpoints require the fp32 weights in memory",
+    "zero_optimization.contiguous_gradients": "the gradients of sharded experts require it",
+    "zero_optimization.reduce_scatter": "the gradients of sharded experts require it",
     "prescale_gradients": "the loss is scaled so that DeepSpeed's mean is the mean over the global batch",
     "gradient_predivide_factor": "the loss is scaled so that DeepSpeed's mean is the mean over the global batch",
     "gradient_allreduce_op": "the loss is scaled so that DeepSpeed's mean is the mean over the global batch",

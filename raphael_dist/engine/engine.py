@@ -34,14 +34,14 @@ class Engine:
     """A model under DeepSpeed with one optimizer step per `accumulation` calls of `backward`.
 
     Attributes:
-        config, plan, device: as passed.
-        dtype: in which the model computes.
+        config, plan, device: the arguments.
+        dtype: precision of the model.
         ds_config: the full DeepSpeed configuration.
-        stage: of ZeRO.
+        stage: ZeRO stage.
         module: the U-Net.
         fragments: this rank's fp32 weights.
         traffic: bytes sent to other ranks.
-        grad_norm: of the last step, before clipping.
+        grad_norm: gradient norm of the last step, before clipping.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Engine:
             config: the run's configuration.
             json_tree: the user's DeepSpeed JSON.
             plan: how the batch is divided over ranks.
-            device: of this rank.
+            device: this rank's device.
             model: equal on every rank; None: a new one.
         """
         self.config, self.plan, self.device = config, plan, device
@@ -113,7 +113,7 @@ class Engine:
         """Accumulate the gradients of one micro-step. The last one of a step also reduces them over ranks.
 
         Args:
-            loss: of the micro-step, with `plan.loss_scale`.
+            loss: loss of the micro-step, multiplied by `plan.loss_scale`.
             last: whether this is the step's last micro-step; None: every `accumulation`-th call is.
         """
         self._micro_step += 1
@@ -140,7 +140,10 @@ class Engine:
         missing = [name for name in self.fragments.shapes if name not in self._touched]
         self._touched.clear()
         if missing:
-            raise RuntimeError(f"parameters without a gradient on this rank: {len(missing)}, the first one is {missing[0]}")
+            raise RuntimeError(
+                f"train.check_gradients=true: {len(missing)} parameters have no gradient on this rank, the first one is "
+                f"{missing[0]}"
+            )
 
     @torch.no_grad()
     def grad_square(self) -> Tensor:

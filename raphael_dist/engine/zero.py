@@ -25,7 +25,7 @@ class Fragment:
     """Elements [start, start + numel) of a flattened parameter.
 
     Attributes:
-        name, shape: of the whole parameter.
+        name, shape: name and shape of the whole parameter.
         master: float32 [numel], a view of the fp32 weights.
         owner, offset: the tensor that the optimizer updates, and the element at which the view starts in it.
         shared: whether every rank has it (ZeRO-0).
@@ -96,7 +96,7 @@ def global_shape(p: Any) -> tuple[tuple[int, ...], int]:
 
 
 class Zero0(Zero):
-    """ZeRO-0: torch's optimizer on the float32 weights of the model; every rank has everything."""
+    """ZeRO-0: torch's optimizer on the float32 weights of the model; every rank has all weights."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module, world_size: int) -> None:
         self._optimizer, self._module, self.copies = optimizer, module, world_size

@@ -32,7 +32,7 @@ def load_features(spec: str, device: torch.device) -> Features:
 
     Args:
         spec: "hed", or "inception=FILE" with the weights that torch-fidelity publishes.
-        device: where the network runs.
+        device: the device that the network runs on.
 
     Raises:
         UserError: unknown name, missing or wrong file, or torch-fidelity cannot be imported.

@@ -102,14 +102,14 @@ def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list
     """Return the true images of shards=PATTERN whose captions request a text, uint8 [H, W, 3], each with its text."""
     kind, _, where = spec.partition("=")
     if kind != "shards" or not where:
-        raise UserError(f"--reference={spec} must be shards=PATTERN.")
+        raise UserError(f"--reference={spec} must be shards=PATTERN for this command. Change it.")
     images = []
     for sample in read_samples([where], cache_dir, size_hw, "--reference"):
         text = requested_text(sample.captions[0])
         if text and normalise_text(text):
             images.append((sample.image.transpose(1, 2, 0).copy(), text))
     if not images:
-        raise UserError(f'--reference={spec} requires captions with text in "quotes", but none has any.')
+        raise UserError(f'--reference={spec} must have captions with text in "quotes", but none has any. Use other shards.')
     return images
 
 

@@ -49,10 +49,14 @@ def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"--ocr={spec} must be rapidocr, tesseract or module:function, but cannot be imported ({error})."
+            f"--ocr={spec} must be rapidocr, tesseract or the MODULE:FUNCTION of an installed module, but it cannot be "
+            f"imported ({error}). Correct it."
         ) from None
     if not callable(function):
-        raise UserError(f"--ocr={spec} must name a function of an image's pixels, but it is not callable.")
+        raise UserError(
+            f"--ocr={spec} must name a function that turns an image's pixels into text, but it is not a function. Correct "
+            "it."
+        )
     return lambda pixels: str(function(pixels))
 
 

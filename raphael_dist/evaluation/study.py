@@ -38,10 +38,10 @@ Scorer = Callable[[Sequence[int]], np.ndarray]
 
 @dataclass(frozen=True)
 class Study:
-    """What is drawn and measured.
+    """What is sampled and measured.
 
     side: crop images to squares of this many pixels first; None: use them as they are.
-    true_texts: true images for `reader`, uint8 [H, W, 3], each with its text.
+    true_texts: real images for `reader`, uint8 [H, W, 3], each with its text.
     """
 
     folder: Path

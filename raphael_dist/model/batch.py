@@ -30,7 +30,7 @@ class Batch:
         text_mask: bool [B, Y], False at padding.
         end: int64 [B], index of the end-of-text token.
         edge: edge maps [B, h, w] in 0..1, or None.
-        gate_noise: or None.
+        gate_noise: noise on the gates' logits, or None.
         small: small images with their noise [B, 3, Hs, Ws] in -1..1 (super_resolution.py), or None.
         memory: uint8, the pinned memory that all tensors on the host share, or None.
         seconds: time to build the batch by kind of work.

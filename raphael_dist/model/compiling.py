@@ -26,7 +26,7 @@ def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None
 
     Args:
         model: the U-Net.
-        device: where it runs.
+        device: the device that the model runs on.
         dynamic: one graph for all sizes. Required where sizes change within a run (several image sizes, rows that move
             between ranks): a graph that is replaced between a forward pass and its recomputation saves other tensors.
 

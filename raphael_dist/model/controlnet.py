@@ -26,7 +26,7 @@ class ControlNet(RaphaelUNet):
     """The encoder and the middle of a U-Net, whose outputs are added to the skips and the middle of another."""
 
     def __init__(self, config: "Config") -> None:
-        """Build the control of a U-Net with this configuration. It has no edge modules."""
+        """Build the ControlNet of a U-Net with this configuration. It has no edge modules."""
         super().__init__(config, with_edges=False)
         del self.up_blocks, self.conv_norm_out, self.conv_out
         levels = cast(list[UNetLevel], [*self.down_blocks, self.mid_block])
@@ -60,12 +60,12 @@ class ControlNet(RaphaelUNet):
 
 
 def add_control(model: RaphaelUNet, config: "Config", seed: int) -> None:
-    """Freeze the model and give it a control that starts as a copy of its encoder.
+    """Freeze the model and add a ControlNet that starts as a copy of its encoder.
 
     Args:
         model: the U-Net.
-        config: of the U-Net.
-        seed: of the control's new weights.
+        config: configuration of the U-Net.
+        seed: fixes the initial values of the ControlNet's new weights.
     """
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

@@ -31,8 +31,8 @@ def replay_cuda_graphs(unet: RaphaelUNet, gradients: Gradients) -> None:
     """Capture each training pass of `unet` when it first runs, and replay it from then on.
 
     Args:
-        unet: the model. Its weights must stay where they are.
-        gradients: for each trained parameter the tensor to which its gradient is added; must stay where it is. A pass that
+        unet: the model. Its weights must not move in memory.
+        gradients: for each trained parameter, the tensor that accumulates its gradient; must not move in memory. A pass that
             captures adds to it before its backward pass is called: clear it in between.
     """
     unet.forward = _ReplayedForward(unet, gradients)  # type: ignore[method-assign, assignment]
@@ -49,7 +49,7 @@ class _ReplayedForward:
     def __call__(self, *args: Any) -> UNetOutput:
         arguments = args[: max(i for i, arg in enumerate(args) if arg is not None) + 1]
         key = _shape_key(arguments)
-        # Sampling, validation and tools that watch single operations run without graphs.
+        # Sampling, validation and tools that record single operations run without graphs.
         if key is None or not torch.is_grad_enabled() or _get_current_dispatch_mode() is not None:
             return self._eager(*args)
         if key not in self._captured:

@@ -102,21 +102,21 @@ class _Wrapper(ModelMixin, ConfigMixin):
             cross_attention_dim: width of the text tokens.
             attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
             norm_num_groups: groups of each GroupNorm.
-            act_fn: of the residual blocks; always "silu".
+            act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
             num_space_experts: experts of each Space-MoE; 0: none.
             num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
             shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: none.
             time_routing: "learned" or "boundaries".
-            time_activation: of the time experts, "gelu" or "geglu".
+            time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates.
             gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
             mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
             mask_padding: leave padding tokens out of the Space-MoE.
             edge_channels: width of the edge modules, which are used in training only; 0: none.
             num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
-            auto_map: of the file, where diffusers' AutoModel finds this class.
+            auto_map: entry of config.json by which diffusers' AutoModel finds this class.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         network = self._network(sections_of(self.config))
@@ -167,8 +167,8 @@ class RaphaelUNet2D(_Wrapper):
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             end_of_text: int64 [B], index of the end-of-text token. None: the last token that the mask keeps. Only the
                 edge modules read it, not the prediction.
-            down_block_additional_residuals: of a ControlNet, outermost first.
-            mid_block_additional_residual: of a ControlNet.
+            down_block_additional_residuals: residuals of a ControlNet for the skips, outermost first.
+            mid_block_additional_residual: residual of a ControlNet for the middle.
             return_dict: whether to return a UNet2DConditionOutput or a tuple.
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, end_of_text)
@@ -199,7 +199,7 @@ class RaphaelControlNet(_Wrapper):
         """Return the residuals for the U-Net, as ControlNetModel does.
 
         Args:
-            sample, timestep, encoder_hidden_states, encoder_attention_mask: as of the U-Net.
+            sample, timestep, encoder_hidden_states, encoder_attention_mask: the inputs of the U-Net.
             controlnet_cond: edge map in 0..1 at the size of the latents, [B, 3, h, w] with three equal channels.
             conditioning_scale: factor of the residuals.
             return_dict: whether to return a ControlNetOutput or a tuple.

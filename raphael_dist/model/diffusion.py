@@ -99,8 +99,8 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size
 
     Args:
         config: the noise schedule.
-        seed: of the run.
-        position: in the endless order of training.
+        seed: `run.seed`.
+        position: number of the sample in the endless order of training.
         global_batch_size: positions per step.
         phase: position within [0, global_batch_size) at which steps start; 0 unless a run changed its global batch.
     """

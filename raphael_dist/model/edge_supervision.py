@@ -71,7 +71,7 @@ def edge_loss_B(
         max_timestep: T_c; samples with t >= T_c have loss 0.
         alpha: weight of edge pixels.
         gamma: focusing parameter.
-        form: of the focal loss.
+        form: "focal" or "quality".
 
     Returns:
         Mean over blocks and map positions, float32 [B].

@@ -31,7 +31,8 @@ class Experts(nn.Module):
         dim: width of a row.
         hidden: width between the two layers.
         activation: GELU or gated GELU.
-        seed: with the global id of an expert it fixes its initial weights, so every placement starts from the same model.
+        seed: together with the global id of an expert, it fixes the initial weights. Every placement starts from the same
+            model.
         first_expert: global id of the first expert.
     """
 

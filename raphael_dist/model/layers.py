@@ -32,11 +32,11 @@ class BlockSpec:
         hidden: hidden width of an expert.
         space_experts, time_experts: number of experts; 0 removes the Space-MoE, or replaces the Time-MoE by one layer.
         shared_hidden: hidden width of the Space-MoE's shared expert; 0: none.
-        time_activation: of the time experts.
+        time_activation: activation of the time experts, "gelu" or "geglu".
         expert_backend: how the experts run.
         mask_threshold: alpha of Sec. 3.1.
         edge_channels: width of the edge module; 0: none.
-        seed: of the experts' initial weights.
+        seed: fixes the initial weights of the experts.
     """
 
     dim: int

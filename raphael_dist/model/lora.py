@@ -22,14 +22,14 @@ _ADAPTER = re.compile(r"(.*)\.(?:lora_([AB])\.default\.weight|(w[12])_lora_([AB]
 
 
 def add_lora(model: RaphaelUNet, lora: Lora, seed: int) -> None:
-    """Freeze the model and give it adapters. They have no effect at first, because B is zero.
+    """Freeze the model and add LoRA adapters. They have no effect at first, because B is zero.
 
     Parameters keep their names, except the weights of attention, which become `....base_layer.weight`.
 
     Args:
         model: the U-Net.
         lora: rank, alpha and targets.
-        seed: of A.
+        seed: fixes the random initial values of A.
 
     Raises:
         UserError: peft is not installed.

@@ -44,10 +44,10 @@ def compute_losses(
 
     Args:
         model: the U-Net, or the engine.
-        batch: on the device of the model.
-        schedule: of the noise.
-        config: weights of the losses.
-        dtype: in which the model runs.
+        batch: the micro-batch, on the device of the model.
+        schedule: the noise schedule.
+        config: the run's configuration, with the weights of the losses.
+        dtype: precision of the forward pass.
     """
     noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
     if batch.small is not None:

@@ -110,9 +110,9 @@ def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor
     sample and therefore has no such loss.
 
     Args:
-        logits_BYK: of the text gate; further axes can come first, such as blocks.
+        logits_BYK: logits of the text gate; further axes can come first, such as blocks.
         chosen_BY: chosen experts, int64.
-        taking_part_BY: as in `space_weights_BYK`.
+        taking_part_BY: bool, False for tokens that are left out; None: all tokens count.
 
     Returns:
         float32 [B].

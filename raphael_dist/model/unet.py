@@ -51,7 +51,7 @@ class UNetInput(NamedTuple):
         text_BYD: text tokens.
         text_mask_BY: bool, False at padding.
         end_B: index of the end-of-text token, int64.
-        noise: of the gates, in training; None: no noise.
+        noise: noise on the gates' logits in training; None: no noise.
     """
 
     x_BCHW: Tensor
@@ -84,7 +84,7 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """What a control adds to the skips (outermost first) and to the middle, at full strength."""
+    """Residuals that a ControlNet adds to the skips (outermost first) and to the middle, at full strength."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
@@ -220,8 +220,8 @@ class RaphaelUNet(nn.Module):
         """Predict the noise or the velocity of noised latents. The arguments up to `noise` are those of `UNetInput`.
 
         Args:
-            edge_Bhw: edge map in 0..1 that the control follows; None: the control is not used.
-            residuals: those of a control that is not part of the model.
+            edge_Bhw: edge map in 0..1 for the ControlNet; None: the ControlNet is not used.
+            residuals: residuals of a ControlNet that is not part of the model.
         """
         inputs = UNetInput(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
         state, routings = self.begin(inputs)

@@ -32,9 +32,9 @@ class Traffic:
     one, twice in an all-reduce.
 
     Attributes:
-        experts: rows and their gradients, forward, recomputed and backward.
-        gradients: to reduce them.
-        weights: to gather them.
+        experts: rows of experts and their gradients, forward, recomputed and backward.
+        gradients: reduction of gradients.
+        weights: gathering of weights.
     """
 
     experts: int = 0

@@ -22,12 +22,12 @@ class LevelCost:
     """Cost of one kind of experts on one U-Net level.
 
     Attributes:
-        kind: of the experts.
-        level: of the U-Net, 0 is the outermost.
-        blocks: transformer blocks of the level.
+        kind: kind of experts, "space" or "time".
+        level: U-Net level, 0 is the outermost.
+        blocks: number of transformer blocks of the level.
         ep: ranks that share one set of experts.
         rows: image tokens that one rank sends through the experts per step.
-        parameters: of all experts of the kind on the level.
+        parameters: number of parameters of all experts of this kind on the level.
         sharded_bytes: sent per rank and step if experts are sharded.
         replicated_bytes: the same if every rank has all experts.
         shard: the choice.

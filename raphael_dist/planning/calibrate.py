@@ -124,7 +124,7 @@ def description(rates: dict[str, ClassRate], factor: float, us: float, recompute
     """Return the tree of a description of this machine.
 
     Args:
-        rates: of operations that run alone.
+        rates: rates of operations that run alone.
         factor: how many times longer operations take within a step.
         us: microseconds of an empty operation.
         recomputed: how many times longer operations take when the backward pass repeats them.

@@ -49,10 +49,10 @@ class ClusterSpec(BaseModel):
         device: "gpu", whose host runs ahead of it, or "cpu", which is its own host.
         per_node: devices in a node.
         memory_gb: GB (1e9 bytes) of a device; on a CPU, of the host.
-        peak_tflops: of the data sheet, by `train.dtype`.
-        rates: by `train.dtype` and class of operations. Missing classes use `product` or `other`.
+        peak_tflops: peak TFLOP/s in the data sheet, by `train.dtype`.
+        rates: achieved rates, by `train.dtype` and class of operations. Missing classes use `product` or `other`.
         launch_us: microseconds of the host per operation.
-        node_gb_s, net_gb_s, node_hop_us, net_hop_us: as in `communication.Cluster`.
+        node_gb_s, net_gb_s, node_hop_us, net_hop_us: links, see `communication.Cluster`.
         price: dollars per device hour.
         gpu_hours_per_failure: device hours between two failures that end a run.
         storage_gb_s: GB/s that a node writes.

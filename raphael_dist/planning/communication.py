@@ -69,7 +69,7 @@ def ring(
     """Predict a reduce-scatter or an all-gather by a ring; an all-reduce is two of them.
 
     Args:
-        name: for tables.
+        name: text for tables.
         hidden_by: the pass that can hide it.
         size: bytes of the whole tensor.
         ranks: members of the ring.
@@ -97,7 +97,7 @@ def communications(
         config: model, batch and precision.
         plan: how the batch is divided over ranks.
         cluster: the links.
-        parameters: of the whole model.
+        parameters: number of parameters of the whole model.
         scheme: how weights and gradients are divided.
         reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights.
 
@@ -137,7 +137,7 @@ def _single_reduction(
 def _synchronisation(
     scheme: Scheme, parameters: int, width: int, ranks: int, cluster: Cluster, stride: int = 1
 ) -> list[Communication]:
-    """Return what it costs to reduce the gradients of `parameters` over `ranks` ranks and to give each the new weights."""
+    """Return the communication that reduces the gradients of `parameters` over ranks and sends them the new weights."""
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
     if scheme in ("replicated", "all_reduce", "reduce_scatter"):
         passes, calls = (1, 1) if scheme == "reduce_scatter" else (2, 2 * buckets)

@@ -1,7 +1,7 @@
 """Memory of one rank in bytes, by kind, for every ZeRO stage, precision and expert parallelism.
 
 Model states are exact. Where each element lies is computed by `convert.partition`, which is tested against real engines;
-what DeepSpeed 0.19 keeps of it is tested byte for byte. Activations come from a trace. Buffers follow DeepSpeed's own
+the memory that DeepSpeed 0.19 keeps is tested byte for byte. Activations come from a trace. Buffers follow DeepSpeed's
 settings.
 """
 
@@ -46,7 +46,7 @@ class RankMemory:
     Attributes:
         states: model states.
         activations: peak of a micro-step.
-        buffers: for the reduction of gradients; under ZeRO-3 also the gathered weights.
+        buffers: bytes of the buffers that reduce gradients; under ZeRO-3 also of the gathered weights.
         update: temporary memory of the update, when the activations have been freed.
         slack: memory that the allocator cannot reuse; on a CPU, memory of the libraries.
     """
@@ -76,10 +76,10 @@ class MemoryFootprint:
 
     Attributes:
         states: model states.
-        elements: of the rank's copy of the model.
-        stage: of ZeRO.
+        elements: number of parameters in the rank's copy of the model.
+        stage: ZeRO stage.
         contiguous: whether gradients lie in one buffer and are reduced at once (`engine.zero.Zero12Contiguous`).
-        buffer_elements: of the buckets in which DeepSpeed reduces gradients; under ZeRO-3 of the gathered weights.
+        buffer_elements: elements in DeepSpeed's buckets for gradients; under ZeRO-3 in the gathered weights.
         update_bytes: copies that the update of ZeRO-1 to 3 makes of its part of the gradients (flat, and in float32).
     """
 
@@ -105,11 +105,11 @@ def model_states(
 
     Args:
         config: the run's configuration.
-        shapes: of the whole model's parameters.
+        shapes: shapes of the whole model's parameters.
         where: how they are divided over the ranks.
         accumulation: micro-steps per optimizer step.
         rank: the rank.
-        contiguous: as in `MemoryFootprint`; matters for ZeRO-1 and 2.
+        contiguous: see `MemoryFootprint`; matters for ZeRO-1 and 2.
     """
     width = bytes_per_element(config.train.dtype)
     moments = 8 if config.optim.kind == "adamw" else 0  # bytes per element: two in float32

@@ -21,7 +21,7 @@ class RunPlan:
         config, cluster, search: the inputs.
         ranked: all choices, the best first.
         images: number of images to train on.
-        parameters: of the model.
+        parameters: number of parameters of the model.
         active: parameters that process one image token, with one space expert and one time expert in each layer.
         saves: how often to save.
         price: dollars per device hour.
@@ -112,7 +112,7 @@ def active_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
     A token in the regions of several words has the experts of all of them; how many depends on the trained gates.
 
     Args:
-        shapes: of the whole model's parameters.
+        shapes: shapes of the whole model's parameters.
     """
     total = 0
     for name, shape in shapes.items():

@@ -98,7 +98,7 @@ class Search:
         cluster: devices and links.
         world: number of devices.
         allowed: values to which choices are restricted, by field of `Choice`.
-        profile: of the model; None: it is traced. Searches of the same model can share it.
+        profile: traced operations of the model; None: trace it. Searches of the same model can share it.
     """
 
     config: Config
@@ -221,7 +221,7 @@ def exchange_bytes(config: Config, plan: BatchPlan) -> int:
 
 
 def reasons(best: Outcome, ranked: list[Outcome], limit_gb: float) -> list[str]:
-    """Return why the best choice is first: for each setting, what the best other value would give."""
+    """Return why the best choice is first: for each setting, the speed and memory with the best other value."""
     lines = []
     for name, text in (
         ("micro_batch_size", "micro-batch "),

@@ -36,9 +36,9 @@ class StepTime:
         launches: time by which the host is slower than the device.
         exposed: communication that no computation hides.
         parts: all communication.
-        images: of the step.
+        images: number of images of the step.
         ranks: number of devices.
-        flops: of the model per image: three times those of the forward pass.
+        flops: FLOPs of the model per image, three times those of the forward pass.
     """
 
     products: float
@@ -133,10 +133,10 @@ def step_time(
     Args:
         config: the run's configuration.
         plan: how the batch is divided over ranks.
-        trace: of one micro-step.
+        trace: operations of one micro-step.
         footprint: memory of a rank.
         cluster: devices and links.
-        parameters: of the whole model, in `num_tensors` tensors.
+        parameters: number of parameters of the whole model.
         num_tensors: number of parameter tensors.
         overlap: whether gradients are reduced during the backward pass (`zero2_overlap.json`). ZeRO-3 always does that.
     """

@@ -1,4 +1,4 @@
-"""The debug bundle: what a maintainer needs to see of a run, in one archive without secrets."""
+"""The debug bundle: the files of a run that a maintainer needs, in one archive without secrets."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
-    """Write the archive; the file appears whole or not at all.
+    """Write the archive. The file appears only when it is complete.
 
     Args:
         report: what the doctor printed.

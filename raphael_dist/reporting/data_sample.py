@@ -1,4 +1,4 @@
-"""Looks at some samples of a run's data: edge maps without edges, and images that look alike."""
+"""Checks some samples of a run's data for edge maps without edges and images that look alike."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ EDGE_LEVEL = 16  # of 255; a map without a brighter pixel is empty
 
 @dataclass(frozen=True)
 class DataSample:
-    """Counts of the samples that were looked at."""
+    """Counts of the samples that were checked."""
 
     samples: int
     edges: int

@@ -1,4 +1,4 @@
-"""What happened in a run, from its logs: starts, saves, faults, ends, and how far it was at each time."""
+"""The events of a run, from its logs: starts, saves, faults, ends, and its progress over time."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ KINDS = {
     "slow rank": r"step \d+: slow for",
 }
 FAULTS = tuple(KINDS)[5:]
-UNCLEAN = "killed or crashed"  # a process whose log has no line of its end
+UNCLEAN = "killed or crashed"  # a process whose log does not state how it ended
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 _PROGRESS = re.compile(r"step (\d+)/\d+ ")
 _STEP = re.compile(r"step[ -]0*(\d+)")
@@ -72,7 +72,7 @@ def read_history(run: RunFiles) -> History:
             progress.append((line.time, step))
         if kind in ("start", "restart"):
             if is_open and previous is not None:
-                events.append(Event(previous.time, UNCLEAN, step, "the log has no line of its end"))
+                events.append(Event(previous.time, UNCLEAN, step, "the log does not state how the run ended"))
             is_open = True
         if kind in ("complete", "stopped") or line.text.endswith("(train.stages)"):
             is_open = False

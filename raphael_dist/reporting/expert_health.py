@@ -38,7 +38,7 @@ def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, int], bool]) -> di
 
 
 def experts_are_judged(run: RunFiles, kind: str) -> bool:
-    """Return whether there are loads, of enough samples in a log line: with few, an expert has no load by chance."""
+    """Return whether a log line has loads of enough samples. With few samples an expert can have no load by chance."""
     experts = run.option(f"model.{kind}_experts") or 1
     samples = (run.option("train.log_every") or 1) * (run.option("train.global_batch_size") or 1)
     return f"moe/{kind}/load_min" in run.series and experts > 1 and samples >= experts * MIN_SAMPLES

@@ -31,7 +31,7 @@ SECTIONS = {
     "samples": "Samples",
     "routes": "Routes: word, region, expert, timestep",
     "experts": "Expert health",
-    "memory": "Memory and time next to the plan",
+    "memory": "Memory and time compared with the plan",
     "faults": "Faults and restarts",
     "config": "Configuration",
     "versions": "Versions",
@@ -49,7 +49,7 @@ def build_page(runs: Sequence[Examined]) -> str:
     links = "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in SECTIONS)
     web = resources.files("raphael_dist.reporting") / "web"
     read = lambda name: (web / name).read_text(encoding="utf-8")  # noqa: E731
-    # < cannot end the element early; nothing may be fetched, whatever a caption holds.
+    # < cannot end the element early. Nothing may be fetched, whatever text a caption contains.
     payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -113,7 +113,7 @@ def _summary(runs: Sequence[Examined], data: JsonObject) -> str:
     questions: dict[str, Callable[[Examined], str]] = {
         "Did it converge?": lambda examined: summary.convergence(examined.run),
         "Is any expert dead?": lambda examined: summary.expert_health(examined.run),
-        "What bounds its speed?": lambda examined: summary.speed(examined.run),
+        "What limits its speed?": lambda examined: summary.speed(examined.run),
         "How often did it fail?": summary.failures,
     }
     lines = []
@@ -130,12 +130,12 @@ def _summary(runs: Sequence[Examined], data: JsonObject) -> str:
         names = " / ".join(_text(examined.run.name) for examined in runs)
         shown = shown or "nothing in the configuration"
         lines.append(f"<dt>What differs between the runs?</dt><dd>({names}) {_text(shown + more)}.</dd>")
-    lines.append("<dt>What is wrong, and what to do?</dt>")
+    lines.append("<dt>Which problems does it have, and what to do?</dt>")
     for examined in runs:
         name = f"<b>{_text(examined.run.name)}:</b> " if len(runs) > 1 else ""
         items = "".join(f"<li>{_text(f)}</li>" for f in examined.findings)
-        lines.append(f"<dd>{name}{f'<ul>{items}</ul>' if items else 'Nothing wrong was found.'}</dd>")
-        unseen = [f"Not looked at: {', '.join(examined.not_looked_at)}."] if examined.not_looked_at else []
+        lines.append(f"<dd>{name}{f'<ul>{items}</ul>' if items else 'No problem was found.'}</dd>")
+        unseen = [f"Not checked: {', '.join(examined.not_looked_at)}."] if examined.not_looked_at else []
         lines += [f"<dd>{_text(note)}</dd>" for note in unseen + examined.notes]
     return f"<dl>{''.join(lines)}</dl>"
 
@@ -200,8 +200,9 @@ def _routes(runs: Sequence[Examined], data: JsonObject) -> str:
         else:
             parts.append(
                 _sentence(
-                    "The run has no routes. Each sample grid (train.sample_every) of a model with experts brings them; "
-                    f"for a checkpoint: python -m raphael_dist routes --checkpoint {examined.run.folder} --out paths"
+                    "The run has no routes. A model with experts writes them with each sample grid (train.sample_every). To "
+                    f"make them from a checkpoint: python -m raphael_dist routes --checkpoint {examined.run.folder} --out "
+                    "paths"
                 )
             )
     return "".join(parts)
@@ -228,8 +229,9 @@ def _experts(runs: Sequence[Examined], data: JsonObject) -> str:
     for examined in runs:
         tables += [_heading(runs, examined.run), _sentence(summary.expert_health(examined.run)), _health(examined.run)]
     legend = (
-        f"Loads are relative to an even share (1), as means of the last fifth of the log lines. Marked: under {DEAD_SHARE} "
-        f"(dead) or over {OVERLOADED:.0%} of all (overloaded) at each of them. Block 0 is the first."
+        "Loads are means over the last fifth of the log lines; 1 is an even share. A block is marked if an expert has under "
+        f"{DEAD_SHARE} (dead) or over {OVERLOADED:.0%} of the load (overloaded) in each of these lines. Block 0 is the "
+        "first."
     )
     return _charts("experts", runs, data) + "".join(tables) + _sentence(legend)
 
@@ -257,7 +259,7 @@ def _memory(runs: Sequence[Examined], data: JsonObject) -> str:
         parts += [_heading(runs, examined.run), _table(["quantity", "measured", "planned", "measured / planned"], rows)]
         if examined.plan_note:
             parts.append(_sentence(f"There is no plan: {examined.plan_note}."))
-    note = "On a CPU, measured memory is that of the whole process; the plan assumes cores that do nothing else."
+    note = "On a CPU, the measured memory is that of the whole process. The plan assumes that its cores have no other work."
     return "".join(parts) + _sentence(note)
 
 

@@ -1,4 +1,4 @@
-"""What a run needs, next to what the planner predicts for the same choice."""
+"""The speed and memory of a run, compared with the planner's prediction for the same settings."""
 
 from dataclasses import dataclass
 
@@ -36,8 +36,8 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     """Return the rows with the prediction for the run's own ranks, ZeRO stage and micro-batch on a cluster.
 
     Args:
-        config: of the run.
-        cluster_name: as `tools/plan_run.py --cluster`; "auto": the CPUs' where the run used CPUs.
+        config: the run's configuration.
+        cluster_name: a value of `tools/plan_run.py --cluster`; "auto": "cpu" if the run used CPUs.
 
     Raises:
         UserError: the log names no start, the cluster is unknown, or the planner refuses the choice.
@@ -47,7 +47,7 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
 
     launch = run.launch
     if launch is None:
-        raise UserError("the log names no start of the run, and so neither ranks nor ZeRO stage")
+        raise UserError("the log has no start line, which states the number of ranks and the ZeRO stage")
     if cluster_name == "auto" and launch.device != "cpu":
         raise UserError("the log does not name the GPU; add --cluster h100x8, for example")
     cluster = load_cluster("cpu" if cluster_name == "auto" else cluster_name)
@@ -57,7 +57,7 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     )  # fmt: skip
     outcome = Search(config, cluster, launch.world).evaluate(choice)
     if outcome is None:
-        raise UserError(f"the planner refuses {choice} on {launch.world} ranks")
+        raise UserError(f"the planner does not support these settings on {launch.world} ranks: {choice}")
     step, peak = outcome.step, cluster.peak_tflops.get(config.train.dtype)
     planned = (
         step.images_per_s,

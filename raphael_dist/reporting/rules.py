@@ -1,6 +1,6 @@
-"""What may be wrong with a run. Each rule is one small function of the run; `RULES` names what it looks at.
+"""Rules that detect problems of a run. Each rule is a small function; `RULES` names what it checks.
 
-A rule returns what is wrong and what to do, or None. It is silent where the run has not left what it looks at.
+A rule returns a problem and its remedy, or None. It returns None, too, if the run has no data about it.
 """
 
 import math
@@ -23,7 +23,7 @@ from raphael_dist.training.stragglers import SLOW_RATIO
 if TYPE_CHECKING:
     from raphael_dist.reporting.data_sample import DataSample
 
-MIN_LINES = 8  # of metrics; fewer say nothing about a trend
+MIN_LINES = 8  # of metrics; fewer show no trend
 DATA_BOUND = 0.1  # share of the time
 CLIPPED = 0.8  # share of the log lines
 TRUNCATED = 0.05  # share of the captions
@@ -32,16 +32,17 @@ EDGE_LOSS = 1e-3  # of maps without edges; with edges it stays above 0.01
 DUPLICATES = 0.1  # share of the images
 SKIPPED = 0.01  # share of the steps
 DISK_SAVES = 2  # checkpoints that must still fit
+_BALANCE = "set model.balance_weight=0.01 or raise it, or raise model.gate_noise or model.gate_noise_steps"
 _TRUNCATED = re.compile(r"text\.max_tokens=(\d+): longer captions are truncated \((\d+) of (\d+)\)")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the rules look at.
+    """The inputs of the rules.
 
     Attributes:
-        free_bytes: that can still be written to the run directory; None: unknown.
-        checkpoint_bytes: of the newest checkpoint; 0: there is none.
+        free_bytes: free disk space for the run directory, in bytes; None: unknown.
+        checkpoint_bytes: size of the newest checkpoint; 0: there is none.
         data: samples of the run's data; None: they were not read.
     """
 
@@ -55,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, with its numbers, and what to do."""
+    """A problem with its numbers, and what to do."""
 
     problem: str
     remedy: str
@@ -98,7 +99,7 @@ def dead_experts(case: Case) -> Finding | None:
     shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
     count = f"{scalar:.0f} experts are dead" if scalar else "experts are dead"
     where = f": an expert has under {DEAD_SHARE:.0%} of an even share in {shown}" if shown else ""
-    return Finding(count + where, "set model.balance_weight=0.01 (space experts), or raise model.gate_noise or its steps")
+    return Finding(count + where, _BALANCE)
 
 
 def overloaded_experts(case: Case) -> Finding | None:
@@ -109,7 +110,7 @@ def overloaded_experts(case: Case) -> Finding | None:
     shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in over.items())
     return Finding(
         f"one expert takes over {OVERLOADED:.0%} of the load in {shown}",
-        "set model.balance_weight=0.01 (space experts), or raise model.gate_noise or its steps",
+        _BALANCE,
     )
 
 
@@ -119,7 +120,7 @@ def data_bound(case: Case) -> Finding | None:
     if share is None or share < DATA_BOUND:
         return None
     kind = longest_wait(case.run)
-    return Finding(f"{share:.0%} of the time goes into waiting for data, most of it for {kind}", REMEDIES[kind])
+    return Finding(f"the run waits for data {share:.0%} of the time, most of it for {kind}", REMEDIES[kind])
 
 
 def always_clipped(case: Case) -> Finding | None:
@@ -144,7 +145,9 @@ def checkpoints_fail(case: Case) -> Finding | None:
     what = [f"saves of a checkpoint failed (number: {count})"] if count else []
     what += [f"checkpoints are damaged ({', '.join(case.run.damaged[:3])})"] * bool(case.run.damaged)
     why = f"; the last: {events[-1].text}" if events else ""
-    return Finding(" and ".join(what) + why, "free disk space or look at the disk, then resume: the last good one is used")
+    return Finding(
+        " and ".join(what) + why, "free disk space or check the disk, then resume: the newest intact checkpoint is used"
+    )
 
 
 def slow_ranks(case: Case) -> Finding | None:
@@ -156,7 +159,7 @@ def slow_ranks(case: Case) -> Finding | None:
     who = f" ({named[-1].text.partition(': ')[2]})" if named else ""
     return Finding(
         f"the slowest rank needs {median(ratios):.1f} times the median rank's time{who}",
-        "look at that host: its clock, other processes, its disk; or leave it out",
+        "check that host's clock speed, other processes and disk, or exclude it",
     )
 
 
@@ -168,7 +171,7 @@ def wrong_schedule(case: Case) -> Finding | None:
         return Finding(f"optim.warmup_steps={warmup} is half of train.max_steps={steps} or more", "lower optim.warmup_steps")
     if steps and run.option("model.gate_noise") and noise > steps:
         return Finding(
-            f"model.gate_noise_steps={noise} is longer than train.max_steps={steps}: the noise never ends",
+            f"model.gate_noise_steps={noise} is longer than train.max_steps={steps}: the noise never falls to 0",
             "lower model.gate_noise_steps",
         )
     rates = run.series.get("optim/lr", [])
@@ -176,7 +179,7 @@ def wrong_schedule(case: Case) -> Finding | None:
     idle = [step for step, rate in rates if rate < 0.001 * peak and step > warmup]
     if len(rates) >= MIN_LINES and len(idle) > 0.1 * len(rates):
         return Finding(
-            f"the learning rate is below a thousandth of its peak since step {idle[0]} of {rates[-1][0]}",
+            f"the learning rate has been below 0.1% of its peak since step {idle[0]} of {rates[-1][0]}",
             "lower train.max_steps, or lengthen the schedule (optim.lr_schedule_args)",
         )
     complete = bool(case.history.of("complete"))
@@ -233,8 +236,8 @@ def duplicates(case: Case) -> Finding | None:
     if case.data is None or case.data.duplicates <= DUPLICATES * case.data.samples:
         return None
     return Finding(
-        f"{case.data.duplicates} of {case.data.samples} images look like another one",
-        "remove duplicates: the model repeats what it sees often (python tools/inspect_data.py names them)",
+        f"{case.data.duplicates} of {case.data.samples} images look like another image",
+        "remove duplicates, which the model memorises (python tools/inspect_data.py lists them)",
     )
 
 
@@ -243,7 +246,9 @@ def skipped_steps(case: Case) -> Finding | None:
     skipped = max(case.run.values("train/skipped"), default=0.0)
     if skipped <= SKIPPED * max(1, case.run.step):
         return None
-    return Finding(f"{skipped:.0f} of {case.run.step} steps were skipped", "lower optim.lr, and look at the named samples")
+    return Finding(
+        f"{skipped:.0f} of {case.run.step} steps were skipped", "lower optim.lr, and check the samples that the log names"
+    )
 
 
 def stalled(case: Case) -> Finding | None:
@@ -261,7 +266,7 @@ def stalled(case: Case) -> Finding | None:
     )
 
 
-# Each rule with what it looks at, and what it needs: a tag of the metrics, or a field of `Case` or `RunFiles`.
+# Each rule with what it checks, and what it needs: a tag of the metrics, or a field of `Case` or `RunFiles`.
 RULES: dict[Rule, tuple[str, str]] = {
     loss_not_finite: ("whether the loss is finite", "train/loss"),
     loss_not_falling: ("whether the loss falls", "train/loss"),
@@ -282,12 +287,12 @@ RULES: dict[Rule, tuple[str, str]] = {
 
 
 def diagnose(case: Case) -> list[Finding]:
-    """Return what the rules find, in their order."""
+    """Return the findings of all rules, in their order."""
     return [finding for rule in RULES if (finding := rule(case))]
 
 
 def coverage(case: Case) -> tuple[list[str], list[str]]:
-    """Return what the rules looked at, and what they could not because the run has not left it."""
+    """Return what the rules checked, and what they could not check because the run has no data about it."""
     seen: list[str] = []
     unseen: list[str] = []
     for what, needs in RULES.values():

@@ -1,4 +1,4 @@
-"""Everything that is known about one run: its files, its history, what the rules find, and the planner's prediction."""
+"""All results about one run: its files, its history, the findings of the rules, and the planner's prediction."""
 
 import contextlib
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ NO_PLAN = "none"  # value of --cluster
 
 @dataclass(frozen=True)
 class Examined:
-    """A run and what was found out about it.
+    """A run and the results about it.
 
     Attributes:
-        looked_at, not_looked_at: by the rules.
+        looked_at, not_looked_at: what the rules checked, and what they could not check.
         notes: what could not be read, and why, in sentences.
         plan_note: why there is no prediction; "" where there is one.
     """
@@ -39,10 +39,10 @@ class Examined:
 
 
 def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> Examined:
-    """Read a run directory and look at everything in it.
+    """Read a run directory, and apply all rules.
 
     Args:
-        cluster: that the prediction is for; NO_PLAN: none is made.
+        cluster: the devices of the prediction; NO_PLAN: no prediction.
         with_data: decode some samples of the run's data.
 
     Raises:
@@ -58,7 +58,7 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
         try:
             data = sample_data(config)
         except (UserError, OSError) as error:
-            notes.append(f"Edge maps and duplicates in the data were not looked at: {error}.")
+            notes.append(f"Edge maps and duplicates in the data were not checked: {error}.")
     case = Case(run, history, now, free_bytes(folder), _newest_bytes(folder), data)
     plan, plan_note = measured_rows(run), why
     if cluster == NO_PLAN:

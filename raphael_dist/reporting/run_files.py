@@ -1,4 +1,4 @@
-"""Reads what a run leaves in its directory: metrics, logs, configuration, versions, sample grids, routes, checkpoints."""
+"""Reads the files in a run directory: metrics, logs, configuration, versions, sample grids, routes, checkpoints."""
 
 import json
 import re
@@ -43,7 +43,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run has left. Anything may be empty: `missing` says in a sentence what could not be read, and why.
+    """The files of a run. Every field may be empty: `missing` has a sentence about each file that could not be read.
 
     Attributes:
         series: (step, value) pairs by tag, in order of steps.
@@ -136,7 +136,7 @@ def _read(missing: list[str], path: Path, read: Any, default: Any) -> Any:
 def _metrics(path: Path) -> dict[str, Series]:
     series = {tag: [(s, float(v)) for s, v in pairs if v is not None] for tag, pairs in read_metrics(path).items()}
     if not series:
-        raise ValueError("it has no line of metrics")
+        raise ValueError("it contains no metrics")
     return series
 
 
@@ -146,7 +146,7 @@ def _config(path: Path) -> dict[str, Any]:
     except UNREADABLE as error:
         raise ValueError(error) from None
     if not isinstance(tree, dict):
-        raise ValueError("it is no tree of sections")
+        raise ValueError("it is not a mapping of sections")
     return tree
 
 
@@ -176,5 +176,5 @@ def read_routes(path: Path) -> dict[str, Any]:
     """Return the routes of one grid (analysis/route_report.py). Raises OSError or ValueError."""
     routes = json.loads(read_text(path))
     if not isinstance(routes, dict) or not {"words", "space", "regions", "time", "timesteps"} <= set(routes):
-        raise ValueError(f"{path.name} holds no routes")
+        raise ValueError(f"{path.name} contains no routes")
     return routes

@@ -6,7 +6,7 @@ from typing import Any
 from raphael_dist.reporting.events import History
 from raphael_dist.reporting.run_files import RunFiles, Series
 
-BUCKETS = 250  # of a curve; each has two points
+BUCKETS = 250  # number of intervals of a curve; each has two points
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def timeline_data(histories: list[tuple[str, History]]) -> list[dict[str, Any]]:
 
 
 def thinned(series: Series) -> Series:
-    """Return at most two points of each of BUCKETS stretches, the smallest and the largest value: spikes stay."""
+    """Return the smallest and the largest value in each of BUCKETS intervals, so that spikes stay visible."""
     size = -(-len(series) // BUCKETS)
     if size <= 2:
         return series

@@ -14,11 +14,11 @@ from raphael_dist.training.stragglers import SLOW_RATIO
 
 LEVEL = 0.05  # relative change of the loss between the last two eighths of a run below which it has levelled off
 SAVING = 0.05  # share of the time
-PLACES = ("run.dir", "data.cache_dir")  # where a run lies does not tell runs apart
+PLACES = ("run.dir", "data.cache_dir")  # keys of places, which do not describe a difference between runs
 
 
 def convergence(run: RunFiles) -> str:
-    """Say whether the loss fell and has levelled off."""
+    """Return a sentence: whether the loss fell and has levelled off."""
     losses = [loss for loss in run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return f"Unknown: {len(losses)} log lines have a finite loss, at least {MIN_LINES} are needed."
@@ -33,7 +33,7 @@ def convergence(run: RunFiles) -> str:
         verdict = "Not yet, it is still falling" if change < 0 else "No, it rises again"
     text = (
         f"{verdict}: the training loss went from {losses[0]:.3g} to {fmean(end):.3g} (mean of the last eighth of the log "
-        f"lines, {change / fmean(before):+.1%} against the eighth before)."
+        f"lines, {change / fmean(before):+.1%} compared with the eighth before it)."
     )
     if rates := run.values("optim/lr"):
         text += f" The learning rate is at {rates[-1] / max(rates):.0%} of its peak."
@@ -45,7 +45,7 @@ def convergence(run: RunFiles) -> str:
 
 
 def expert_health(run: RunFiles) -> str:
-    """Say which blocks have dead experts."""
+    """Return a sentence about blocks with dead experts."""
     if not any(tag.startswith("moe/") for tag in run.series):
         return "Unknown: no expert loads were logged. A dense model has none."
     dead, scalar = dead_blocks(run), run.last("moe/dead_experts", share=0.01)
@@ -53,8 +53,8 @@ def expert_health(run: RunFiles) -> str:
         return f"Yes: {scalar:.0f} by the last count." if scalar else "No expert is dead by the last count."
     if not dead and not any(experts_are_judged(run, kind) for kind in ("space", "time")):
         return (
-            f"Unknown: with few images between two log lines an expert has no load by chance. Raise train.log_every so that "
-            f"each expert of a block gets {MIN_SAMPLES:.0f} on average."
+            "Unknown: there are too few images between two log lines to tell a dead expert from chance. Raise "
+            f"train.log_every, so that each expert of a block gets {MIN_SAMPLES:.0f} images on average."
         )
     if not dead:
         return "No expert is dead in the last fifth of the log lines."
@@ -64,7 +64,7 @@ def expert_health(run: RunFiles) -> str:
 
 
 def speed(run: RunFiles) -> str:
-    """Say how fast the run is and what bounds it."""
+    """Return a sentence about the run's speed and what limits it."""
     rate = run.last("throughput/samples_per_s", share=0.5)
     if rate is None:
         return "Unknown: no throughput was logged."
@@ -87,7 +87,7 @@ def speed(run: RunFiles) -> str:
 
 
 def failures(examined: Examined) -> str:
-    """Say how often the run failed, was restarted, and how it ended."""
+    """Return a sentence about failures, restarts and the end of the run."""
     history = examined.history
     if not examined.run.log:
         return "Unknown: there is no train.log."

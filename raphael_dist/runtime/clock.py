@@ -7,7 +7,7 @@ import time
 class RunningClock:
     """Seconds without suspensions (SIGSTOP, a frozen machine).
 
-    Of the time between two readings at most `max_gap` seconds count. Whoever relies on the clock must read it more often.
+    Of the time between two readings at most `max_gap` seconds count, so the clock must be read at least that often.
     """
 
     def __init__(self, max_gap: float) -> None:

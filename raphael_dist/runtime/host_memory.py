@@ -1,4 +1,4 @@
-"""What freed memory costs a step: the C library's, where a CPU keeps tensors, and Python's."""
+"""Keeps the cost of freed memory out of steps: that of the C library, for tensors on a CPU, and that of Python."""
 
 import ctypes
 import gc
@@ -14,10 +14,10 @@ _USER_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for the next tensor; return whether it does.
 
-    Each step allocates what the step before freed. By default glibc returns tensors above 32 MB to the system and asks for
-    them again; the system clears every page, at one page fault each. That takes a quarter of a step with weights of this
-    size. From now on the process holds its highest memory use. Nothing changes where the environment sets an allocator or
-    glibc's own variables.
+    Each step allocates the memory that the previous step freed. By default glibc returns tensors above 32 MB to the system
+    and requests them again, and the system clears every page. That takes a quarter of a step with weights of this size. From
+    now on the process keeps the memory of its highest use. Nothing changes if the environment sets an allocator or glibc's
+    own variables.
     """
     if any(name.startswith(_USER_SETTINGS) for name in os.environ):
         return False
@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def without_long_collections() -> Iterator[None]:
-    """Context in which Python's garbage collector ignores all objects that exist at its beginning.
+    """Return a context in which Python's garbage collector ignores all objects that exist at its beginning.
 
     Modules and the model are a million objects. A full collection visits them in 0.4 s: every eight steps with activation
     checkpointing, on each rank at another time, while all others wait.

@@ -1,6 +1,6 @@
 """The environment variables by which launchers number the ranks. Imports no torch: the command line reads them first.
 
-DeepSpeed and torchrun set RANK, mpirun OMPI_COMM_WORLD_RANK, srun SLURM_PROCID. Without any there is one rank.
+DeepSpeed and torchrun set RANK, mpirun sets OMPI_COMM_WORLD_RANK, srun sets SLURM_PROCID. Without them there is one rank.
 """
 
 import os
@@ -41,7 +41,7 @@ def launcher_of(env: Mapping[str, str] = os.environ) -> Launcher | None:
 
 
 def rank_of(env: Mapping[str, str] = os.environ) -> str:
-    """Return the rank as the launcher wrote it, "0" without a launcher. It may be no number: `ranks.discover` checks it."""
+    """Return the launcher's text for the rank, "0" without a launcher. `ranks.discover` checks that it is a number."""
     launcher = launcher_of(env)
     return env[launcher.rank] if launcher else "0"
 

@@ -1,4 +1,4 @@
-"""The launcher processes above this rank. A rank whose launcher has ended is an orphan, which nothing else would end.
+"""The launcher processes that started this rank. A rank whose launcher has ended must end itself, because nothing else does.
 
 SIGTERM or SIGKILL to `deepspeed` alone leaves the process that it started, and the ranks. Launchers are recognised by their
 command lines: other ancestors, such as the shell that started a run in the background, may end.

@@ -1,11 +1,11 @@
-"""Work that may take longer than a collective may wait, on one rank or on all: the others wait at the ranks' store.
+"""Work that may take longer than a collective's time-out, on one rank or on all, while the others poll the ranks' store.
 
 A collective has a time-out: a rank that waits in one while another rank reads a million files fails. Here a rank that has
 finished polls the process group's store until all ranks have finished. A rank at work reports its progress. When no rank
 has reported for SILENCE_S seconds, all waiting ranks raise HungError, which names the unfinished ranks. When one rank
 fails, the others stop at their next report, and all raise its error.
 
-Cost: ranks poll the less often the more they are. The store gets about 2,000 requests a second from waiting ranks, and a
+Cost: the more ranks, the less often each polls. The store gets about 2,000 requests a second from waiting ranks, and a
 few more for each report.
 """
 
@@ -39,18 +39,18 @@ class AbandonedError(RuntimeError):
 
 @contextmanager
 def long_work(doing: str) -> Iterator[Reporter]:
-    """Context for a piece of work that every rank does, however long it takes. When it fails on any rank, raise on all.
+    """Return a context for work of any length that every rank does. If it fails on one rank, all ranks raise its error.
 
     The work must call no collective, and must report at least every SILENCE_S seconds. Collective at its end.
 
     Args:
         doing: what is done, for bars and messages, such as "indexing".
 
-    Yields: the function that reports how far this rank is.
+    Yields: the function that reports this rank's progress.
 
     Raises:
         HungError: unfinished ranks have not reported for SILENCE_S seconds.
-        Otherwise as `ranks.raise_on_all_ranks`.
+        Other exceptions: see `ranks.raise_on_all_ranks`.
     """
     watch, failure = Watch(doing, SILENCE_S), None
     with ProgressBar(doing, enabled=dist.get_rank() == 0) as bar:
@@ -75,7 +75,7 @@ def run_on_all_ranks(doing: str, work: Callable[[Reporter], T]) -> T:
 
 
 def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Return on all ranks what `work` returns on rank 0, which is pickled. What it raises is raised on all. Collective."""
+    """Run `work` on rank 0; return its result, which is pickled, or raise its error on all ranks. Collective."""
     result: list[T | None] = [None]
     with long_work(doing) as report:
         if dist.get_rank() == 0:
@@ -103,9 +103,9 @@ def _store_of(piece: int) -> dist.Store:
 
 
 class Watch:
-    """One piece of work, seen from this rank.
+    """Follows one piece of work on all ranks, for this rank.
 
-    Only a thread of its own uses the store: that is kept by a process that may hang, and requests to it have no time-out.
+    Only a separate thread uses the store, because its process may hang and requests to it have no time-out.
     """
 
     def __init__(self, doing: str, silence_s: float) -> None:
@@ -124,7 +124,7 @@ class Watch:
         threading.Thread(target=self._run, name=doing, daemon=True).start()
 
     def report(self, text: str) -> None:
-        """Post how far this rank is. Raises AbandonedError when another rank has failed."""
+        """Post this rank's progress. Raises AbandonedError when another rank has failed."""
         self._status, self._reports = f"{self._doing}: {text}", self._reports + 1
         if self._abandoned:
             raise AbandonedError

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """A function that takes how far a piece of work is: in words, and as `done` of `total` parts where they are counted."""
+    """A function that receives the progress of work: as text, and as `done` of `total` parts if they are counted."""
 
     def __call__(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
 
@@ -20,14 +20,14 @@ def no_report(text: str, done: int | None = None, total: int | None = None) -> N
 
 
 class ProgressBar:
-    """A bar on a terminal. It appears with the first report; nothing appears where the stream is no terminal."""
+    """A bar on a terminal. It appears with the first report. If the stream is not a terminal, nothing appears."""
 
     def __init__(self, title: str, *, enabled: bool, file: TextIO | None = None, transient: bool = True) -> None:
         """
         Args:
-            title: stands in front of the bar.
+            title: text in front of the bar.
             enabled: False on ranks that show nothing.
-            file: where the bar is drawn; None: standard output.
+            file: stream that the bar is written to; None: standard output.
             transient: remove the bar at the end.
         """
         stream = file or sys.stdout
@@ -42,7 +42,7 @@ class ProgressBar:
         return self._console is not None
 
     def report(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Move the bar to `done` of `total`, where they are known, and show `text` behind it. A `Reporter`."""
+        """Move the bar to `done` of `total`, if they are known, and show `text` after it. This is a `Reporter`."""
         if self._console is None:
             return
         if self._progress is None or self._task is None:

@@ -79,17 +79,17 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT, heartbeat: Callable[[
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
 
     Args:
-        timeout: of the process group, and of each part of joining it.
+        timeout: limit of the process group's collectives, and of each part of connecting.
         heartbeat: is called with a description before each part that may take long.
 
-    Raises: as `rendezvous.connect` and `rendezvous.wait_for_all`.
+    Raises the exceptions of `rendezvous.connect` and `rendezvous.wait_for_all`.
     """
-    # DeepSpeed calls collectives under names that torch 2.13 has renamed; users can do nothing about it.
+    # DeepSpeed calls collectives by names that torch 2.13 has renamed. Users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
     complete_environment(ranks)
     device = _choose_device(ranks)
     heartbeat = heartbeat or _no_heartbeat
-    heartbeat("meeting the other ranks")
+    heartbeat("looking for the other ranks")
     store = rendezvous.connect(ranks.rank, ranks.world_size, timeout)
     heartbeat("waiting for the other ranks")
     rendezvous.wait_for_all(ranks.rank, ranks.world_size, timeout)
@@ -100,7 +100,7 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT, heartbeat: Callable[[
 
 
 def _no_heartbeat(text: str) -> None:
-    """Nothing watches this process."""
+    """Do nothing: no watchdog watches this process."""
 
 
 def complete_environment(ranks: Ranks) -> None:
@@ -216,7 +216,7 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Return what `work` returns, and what it raises."""
+    """Run `work`; return its result and its exception, one of which is None."""
     try:
         return work(), None
     except Exception as error:

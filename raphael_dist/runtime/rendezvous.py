@@ -1,4 +1,4 @@
-"""How ranks meet: the store through which they form a process group, and the status of each rank until then.
+"""How ranks find each other: the store by which they form a process group, and the status of each rank until then.
 
 Before there is a run directory, only the store can show which rank is missing. A single rank needs no network: it keeps the
 store in its own memory and listens on no port.
@@ -81,7 +81,7 @@ def _own_address() -> str:
 
 
 def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
-    """Wait until all ranks have met. Raises HungError that names the missing ones.
+    """Wait until all ranks are connected. Raises HungError that names the missing ones.
 
     Forming the process group would also wait, but with Python's lock held: no thread could watch it.
     """
@@ -96,7 +96,9 @@ def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
             present = {int(number) for number in store.get("who").split()}
             missing = [str(number) for number in range(world_size) if number not in present]
             names = join_first(missing, ", ")
-            raise HungError(f"{count} of {world_size} ranks have met after {clock.now():.0f} s. These are missing: {names}")
+            raise HungError(
+                f"{count} of {world_size} ranks have connected after {clock.now():.0f} s. These are missing: {names}"
+            )
         time.sleep(pause)
         count = store.add("met", 0)
 
@@ -153,7 +155,7 @@ def read_status() -> list[str] | None:
 
 
 def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
-    """Return the ranks that exchange no words with rank 0's store within `seconds`. All ranks ask at about that time."""
+    """Return the ranks that do not answer through rank 0's store within `seconds`. All ranks call this together."""
     present: set[int] = {rank}
 
     def ask() -> None:

@@ -1,10 +1,11 @@
-"""Ends a run that hangs: a thread next to the training thread that knows when the last sign of progress was.
+"""Ends a run that hangs: a thread that follows the progress of the training thread.
 
 It watches the progress of the loop, not process groups, so it notices a hang in any of them. Every rank writes a heartbeat
 to a file in the run directory. The rank whose time-out ends first reads all of them, names the ranks that are behind, writes
 every thread's stack to `logs/stacks-rank-N.txt` and exits with EXIT_HUNG, upon which the launcher ends the others.
 
-It starts before the ranks have met. Until they have a run directory, heartbeats are lines in their store (rendezvous.py).
+It starts before the ranks are connected. Until there is a run directory, heartbeats are lines in their store
+(rendezvous.py).
 
 A thread that never releases Python's lock would stop this one too. So each rank starts a small process
 (interpreter_watchdog.py). It gets a byte from this thread at every tick, and ends the rank when none comes.
@@ -42,7 +43,7 @@ SLOW = 5.0
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank is, and when it wrote so. `count`: its heartbeats so far; all ranks give the same ones in a run."""
+    """Where a rank is, and when it wrote this. `count`: number of its heartbeats, which are the same on all ranks."""
 
     rank: int
     host: str
@@ -63,7 +64,7 @@ class Watchdog:
         self._ranks, self._timeout, self._launchers = ranks, timeout_s, launchers
         self._folder, self._host = run_dir / "logs", host_name()
         self._count, self._where, self._pid = 0, "start", os.getpid()
-        self._local_pids: set[int] = set()  # processes of ranks on this host that were seen running
+        self._local_pids: set[int] = set()  # processes of ranks on this host that have been running
         self._killed = ""
         self._tick = min(30.0, timeout_s / 8)
         self._clock = RunningClock(4 * self._tick)
@@ -99,7 +100,7 @@ class Watchdog:
         return self
 
     def use_folder(self) -> None:
-        """Write heartbeats and stacks to the run directory from now on. Raises as `write_error`."""
+        """Write heartbeats and stacks to the run directory from now on. Raises the errors of `write_error`."""
         try:
             (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)
             self._stacks = open(self._folder / f"stacks-rank-{self._ranks.rank}.txt", "w", opener=no_links)

@@ -13,11 +13,11 @@ from raphael_dist.sampling.sampler import Request, Sampler
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How images are drawn.
+    """How images are sampled.
 
     Attributes:
-        steps: denoising steps. guidance: guidance scale. strength: as in `sample_latents`.
-        batch: images drawn at a time.
+        steps: denoising steps. guidance: guidance scale. strength: see `sample_latents`.
+        batch: images sampled at a time.
     """
 
     steps: int

@@ -30,8 +30,8 @@ class TrainedModel:
     """A model that was loaded from a checkpoint.
 
     Attributes:
-        config: of its run.
-        origin: where it comes from, as text.
+        config: configuration of its run.
+        origin: text about the checkpoint that it comes from.
         digest: a checksum of the checkpoint's manifest; of its path if it has none.
         weights: "ema" or "master".
     """
@@ -51,7 +51,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Adapters and a control to add to a model in memory, each with a scale: 0 turns it off, 1 is as trained.
+    """LoRA adapters and a ControlNet to add to a model in memory, each with a scale: 0 turns it off, 1 is as trained.
 
     Attributes:
         lora: path for `read_adapter`.
@@ -73,7 +73,7 @@ class AdapterOptions:
 def open_model(
     path: Path, weights: str | None, adapters: AdapterOptions = AdapterOptions()
 ) -> Iterator[tuple[TrainedModel, Ranks]]:
-    """Load a model on all ranks of a launcher, or on this process alone, and yield it with the ranks. As `load_trained`."""
+    """Load a model on all ranks of a launcher, or in this process alone, and yield it with the ranks. See `load_trained`."""
     with join_ranks() as (ranks, device):
         yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters=adapters)), ranks
 
@@ -90,9 +90,9 @@ def load_trained(
     Args:
         path: a run directory, a step folder, an exported pipeline, or another checkpoint.
         weights: "ema" or "master". None: the EMA if there is one.
-        device: of the model.
-        dtype: of the weights. None: bfloat16 for a run in bfloat16 on a GPU, else float32.
-        adapters: to add to the model.
+        device: device to load the model to.
+        dtype: dtype of the weights. None: bfloat16 for a run in bfloat16 on a GPU, else float32.
+        adapters: LoRA adapters to add to the model.
 
     Raises:
         UserError: there is no checkpoint, it is damaged or lacks these weights, an encoder is missing, or an adapter does

@@ -1,4 +1,4 @@
-"""Whether code runs inside the package, or in the folder of an exported model that carries its own code."""
+"""Whether code runs inside the package, or in the folder of an exported model, which contains its own code."""
 
 from typing import Final
 

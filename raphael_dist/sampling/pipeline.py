@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """What images are drawn from in addition to noise and text; None where a pipeline does not use it.
+    """Inputs of a call in addition to noise and text; None if a pipeline does not use them.
 
     Attributes:
         start: latents of the images to change, float32 [B, C, h, w].
@@ -97,10 +97,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         Args:
             unet: a RaphaelUNet2D or UNet2DConditionModel.
             scheduler: any of diffusers' Karras schedulers (`KarrasDiffusionSchedulers`).
-            vae: None: the model draws pixels, or only latents are wanted.
-            text_encoder: of transformers. None: calls pass embeddings.
-            tokenizer: of the text encoder.
-            max_tokens: longest caption; what is longer is cut.
+            vae: an autoencoder of diffusers. None: the model works on pixels, or only latents are returned.
+            text_encoder: a text encoder of transformers. None: calls pass embeddings.
+            tokenizer: tokenizer of the text encoder.
+            max_tokens: largest number of tokens of a caption; longer ones are truncated.
             steps: default number of inference steps.
             guidance: default guidance scale.
             size: default (height, width) in pixels.
@@ -178,24 +178,24 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
 
         Args:
             prompt: captions; or `prompt_embeds`.
-            height: of the images in pixels.
-            width: of the images in pixels.
+            height: height of the images in pixels.
+            width: width of the images in pixels.
             num_inference_steps: denoising steps.
             timesteps: own timesteps, for a scheduler that takes them, instead of `num_inference_steps`.
             sigmas: own sigmas, for a scheduler that takes them.
             guidance_scale: weight of the prompt; up to 1 turns guidance off.
             negative_prompt: one for all, or one for each prompt.
             num_images_per_prompt: images of each prompt.
-            eta: of DDIM; 0 adds no noise.
-            generator: of the noise, one or one for each image.
+            eta: noise that DDIM adds in each step, from 0 (none) to 1.
+            generator: generator of the initial noise, one for all or one for each image.
             latents: initial noise, [B, C, h, w].
-            prompt_embeds: of `encode_prompt`, [prompts, Y, D].
-            negative_prompt_embeds: of the same shape.
+            prompt_embeds: result of `encode_prompt`, [prompts, Y, D].
+            negative_prompt_embeds: the same for negative prompts.
             prompt_attention_mask: bool [prompts, Y], False at padding. None: no padding.
             negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
             output_type: "pil"; in 0..1 "np" [B, H, W, 3] or "pt" [B, 3, H, W]; or "latent".
             return_dict: whether to return an ImagePipelineOutput or a tuple.
-            guidance_rescale: share of arXiv 2305.08891, Sec. 3.4, against overexposure.
+            guidance_rescale: factor phi of arXiv 2305.08891, Sec. 3.4, against overexposure.
             callback_on_step_end: called with (pipeline, step, timestep, tensors); returns tensors to replace.
             callback_on_step_end_tensor_inputs: among latents, prompt_embeds and negative_prompt_embeds.
             seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.

@@ -74,7 +74,7 @@ class CallArguments:
 
         Args:
             factor: pixels per latent, by which the sides of an image must be divisible.
-            num_timesteps: of the noise schedule.
+            num_timesteps: length of the noise schedule.
         """
         check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)

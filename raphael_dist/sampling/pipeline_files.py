@@ -1,4 +1,4 @@
-"""How a pipeline is loaded and saved: as diffusers does, with its own code in the folder."""
+"""Loads and saves pipelines like diffusers, with their own code in the folder."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers. UserError: a local folder is no pipeline."""
+        """Load a pipeline, as in diffusers. UserError: a local folder is not a pipeline."""
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)
@@ -33,7 +33,10 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers. In the package the folder's own code is not run, and `trust_remote_code` is not required."""
+        """Load the configuration, as in diffusers.
+
+        Inside the package the folder's code is not run, so `trust_remote_code` is not required.
+        """
         loaded = super().load_config(*args, **kwargs)
         for config in loaded if isinstance(loaded, tuple) else (loaded,):
             if isinstance(config.get("_class_name"), list):
@@ -64,7 +67,7 @@ class PipelineFiles(_Pipeline):
         return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers. The folder carries its own code, and loads as a DiffusionPipeline without this package."""
+        """Save the pipeline, as in diffusers. The folder contains its own code, and loads without this package."""
         # That encoder has no files, and its code is in the pipeline's. Its class differs if that code was imported twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))

@@ -30,7 +30,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
         """Draw images that start from others.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             strength: share of the steps, 0 to 1, that change it.
             options: other arguments of RaphaelPipeline.
@@ -55,7 +55,7 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
         """Draw the white part of a mask.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
                 is kept.
@@ -105,7 +105,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         """Draw images with given edges.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: edge map with white lines on black, a PIL image, or one for each prompt.
             controlnet_conditioning_scale: strength; 0: none.
             options: other arguments of RaphaelPipeline.
@@ -132,7 +132,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
         """Enlarge small images.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
             options: other arguments of RaphaelPipeline.
         """

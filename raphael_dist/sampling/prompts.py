@@ -132,7 +132,7 @@ def sample_requests(config: Config, drawn: Container[int] | None = None) -> list
     """Return the requests that are drawn during training: `sample.prompts` with `sample.images`.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         drawn: numbers of the requests whose images are read. None: all.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The process group of a sampling command: of a launcher's ranks, or of this process alone."""
+"""The process group of a sampling command, with the ranks of a launcher or with this process alone."""
 
 import os
 from collections.abc import Iterator

@@ -38,7 +38,7 @@ class Request:
         size_hw: height and width in pixels.
         index: number of the prompt within its set. copy: number among the images of one prompt.
         start: image to start from, uint8 [H, W, 3] of size `size_hw`. None: start from noise.
-        edges: edge map for a model with a control, float32 [H, W] in 0..1, or None.
+        edges: edge map for a model with a ControlNet, float32 [H, W] in 0..1, or None.
         small: small image for a super-resolution model, uint8 [Hs, Ws, 3], or None.
     """
 
@@ -101,7 +101,7 @@ def sample_latents(
 
     Args:
         denoise: the model. Its gates get no noise.
-        scheduler: of diffusers (`model.diffusion.make_scheduler`).
+        scheduler: a scheduler of diffusers (`model.diffusion.make_scheduler`).
         noise_BChw: float32, on the device of the model.
         text: B captions. null: B negative captions, or one for all.
         steps: denoising steps.
@@ -174,8 +174,8 @@ class Sampler:
     Attributes:
         denoise: the model without edge maps.
         text, image: the encoders.
-        device: of the latents, which are float32. dtype: of the model's weights.
-        with_edges: returns the model with edge maps [B, h, w]; None if it has no control.
+        device: device of the latents, which are float32. dtype: dtype of the model's weights.
+        with_edges: returns the model with edge maps [B, h, w]; None if it has no ControlNet.
         upscale: the model's super-resolution settings.
     """
 
@@ -209,8 +209,8 @@ class Sampler:
 
         Args:
             requests: B requests.
-            scheduler: of diffusers; it is changed.
-            steps, guidance, strength, on_step: as in `sample_latents`.
+            scheduler: a scheduler of diffusers; its state is changed.
+            steps, guidance, strength, on_step: see `sample_latents`.
 
         Returns:
             Images, uint8 [B, H, W, 3].
@@ -269,7 +269,7 @@ class Sampler:
 def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
     """Raise UserError if a model with this `upscale.factor` cannot draw an image of `size_hw` from this small image.
 
-    None as the small image: from the caption only.
+    `small_HsWs3` is None: the image is drawn from the caption only.
     """
     if not factor:
         if small_HsWs3 is not None:

@@ -1,4 +1,4 @@
-"""Derived files that affect results. Each has its SHA-256; a file that does not match is to be written again."""
+"""Derived files that affect results, each with its SHA-256. A file that does not match must be written again."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Read the array of `write_array`. Raises as `read_sealed`."""
+    """Read the array of `write_array`. Raises the errors of `read_sealed`."""
     values: np.ndarray = np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
     return values
 

@@ -39,11 +39,11 @@ def no_links(path: str | Path, flags: int) -> int:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, f"{Path(path).name} is a symbolic link, remove it", str(path)) from None
+            raise OSError(errno.ELOOP, f"{Path(path).name} is a symbolic link; remove it", str(path)) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, f"{Path(path).name} is not a regular file, remove it", str(path))
+        raise OSError(errno.EINVAL, f"{Path(path).name} is not a regular file; remove it", str(path))
     return descriptor
 
 
@@ -65,8 +65,8 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
 
     Args:
         path: the file; its folder is created.
-        shared: other processes may write the same file. If False, the temporary path is `.NAME.new`, and what a killed
-            process left is overwritten.
+        shared: other processes may write the same file. If False, the temporary path is `.NAME.new`, and the file of a
+            killed process is overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if shared else f".{path.name}.new")
@@ -152,7 +152,7 @@ def integrity_error(files: Iterable[tuple[Path, FileEntry]], report: Callable[[s
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != entry["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, but its manifest says {entry['bytes']}"
+            return f"{path} has {path.stat().st_size} bytes, but the manifest states {entry['bytes']}"
         if sha256(path) != entry["sha256"]:
             return f"{path} does not match its checksum"
     return None

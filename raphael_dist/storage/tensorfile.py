@@ -193,7 +193,7 @@ def _close_all(descriptors: "OrderedDict[Path, int]") -> None:
 class HashedFile:
     """A new file, written sequentially. A second thread computes its SHA-256, and syncs the file at the end.
 
-    What is given to `write` must not change until `entry` returns. Raises FileExistsError when the file is there already.
+    Buffers passed to `write` must not change until `entry` returns. Raises FileExistsError if the file exists.
     """
 
     def __init__(self, path: Path) -> None:

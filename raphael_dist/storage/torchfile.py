@@ -36,7 +36,8 @@ def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
         allowed: classes and functions that the pickle may use, in the form of `torch.serialization.safe_globals`.
 
     Raises:
-        UserError: the file is missing or damaged, or holds more than these, tensors and plain values. No other code is run.
+        UserError: the file is missing or damaged, or contains other objects than these, tensors and plain values. No other
+            code is run.
     """
     try:
         with zipfile.ZipFile(path) as archive:

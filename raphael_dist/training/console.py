@@ -16,7 +16,7 @@ _SHOWN = (
 
 
 class _Lossy:
-    """A text stream that discards what cannot be written, where it would raise OSError."""
+    """A text stream that discards text that cannot be written, instead of raising OSError."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -35,9 +35,9 @@ class _Lossy:
 
 
 def ignore_output_errors() -> None:
-    """Let no print end the run: its output may go to a file on a full disk, or to a terminal that is gone.
+    """Let no failed print end the run: the output may be a file on a full disk, or a closed terminal.
 
-    Permanently: a rest in a buffer would fail once more when Python ends, and change the exit code.
+    This is permanent: text that is left in a buffer would fail again when Python ends, and change the exit code.
     """
     if not isinstance(sys.stdout, _Lossy):
         sys.stdout, sys.stderr = cast(TextIO, _Lossy(sys.stdout)), cast(TextIO, _Lossy(sys.stderr))
@@ -63,7 +63,7 @@ class Console:
         shown = "  ".join(f"{tag.split('/')[1]} {values[tag]:.4g}" for tag in _SHOWN if tag in values)
         left = (time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step)
         if "train/loss" in values:
-            self._loss = f"loss {values['train/loss']:.4f}"  # a narrow terminal holds no more
+            self._loss = f"loss {values['train/loss']:.4f}"  # a narrow terminal has no room for more
             self.advance(step)
         line = f"step {step}/{self._total}  {shown}  eta {int(left // 60)}:{int(left % 60):02d}"
         self.line(line, only_log=self._bar.active)

@@ -34,7 +34,7 @@ class DataTimer:
         self.last_wait = now - self._began
 
     def fetched(self, seconds: Mapping[str, float]) -> None:
-        """Record that the batch is there. `seconds`: those spent on making it, by kind."""
+        """Record that the batch has arrived. `seconds`: the time for making it, by kind of work."""
         self._fetched = time.monotonic()
         waited, total = self._fetched - self._began, sum(seconds.get(kind, 0.0) for kind in KINDS)
         for kind in KINDS:
@@ -43,7 +43,8 @@ class DataTimer:
     def take(self, elapsed: float) -> tuple[dict[str, float], str | None]:
         """Return the shares of the `elapsed` seconds since the last call, by metric, and a line to log, if there is one.
 
-        The line names the kind that was waited for most, once until that changes. The first call has none: a start waits.
+        The line names the kind of work with the longest wait, once until that changes. The first call returns no line,
+        because a start always waits.
         """
         shares = {kind: self._seconds[kind] / max(elapsed, 1e-9) for kind in KINDS}
         total, longest = sum(shares.values()), max(KINDS, key=lambda kind: shares[kind])

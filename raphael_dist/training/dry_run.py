@@ -35,7 +35,7 @@ _MEMBERS = 32  # of the first shard: enough for a whole sample
 def problems(config: Config) -> list[str]:
     """Return a line for each reason why a start with this configuration would fail.
 
-    Only names, headers and small files are read: no shard, and no weights but HED's where `sample.images` require it.
+    Only names, headers and small files are read: no shard and no weights, except HED's if `sample.images` require it.
     """
     shards = [partial(_check_shards, name=name) for name in ("shards", "val_shards")]
     checks: list[Callable[[Config], object]] = [_check_run_dir, _check_cache_dir, check_installed, _check_encoders]
@@ -154,7 +154,7 @@ def _find_shards(config: Config, name: str) -> list[str]:
 
 
 def _are_edge_maps(shard: Path) -> Iterator[bool]:
-    """Yield for the first members of a shard whether they are edge maps. Raises UserError for what is no tar file."""
+    """Yield for each of the first members of a shard whether it is an edge map. UserError: it is not a tar file."""
     try:
         with tarfile.open(shard) as tar:
             for member in islice(tar, _MEMBERS):

@@ -1,4 +1,4 @@
-"""What is measured of a run, and where it goes: metrics.jsonl, TensorBoard, trackers, the console and the log."""
+"""Measurements of a run, written to metrics.jsonl, TensorBoard, trackers, the console and the log."""
 
 import logging
 import time
@@ -102,13 +102,13 @@ class Telemetry:
             self._metrics.add(f"comm/{part}", float(num_bytes), "mean")
 
     def end_step(self, step: int, updated: bool) -> None:
-        """Keep the losses and loads of step `step` for the log when it updated the weights; else drop them."""
+        """Keep the losses and loads of step `step` for the log if it updated the weights; otherwise drop them."""
         if updated:
             self._steps.append((step, self._current_step))
         self._current_step = Metrics(self._device)
 
     def return_to(self, step: int) -> None:
-        """Drop what was recorded and written of the steps after `step`, which are taken again."""
+        """Remove the values of the steps after `step`, which are repeated."""
         self._steps = [(number, metrics) for number, metrics in self._steps if number <= step]
         self._dead_experts.clear()
         if self._writer is not None:
@@ -117,7 +117,7 @@ class Telemetry:
     def log_step(self, step: int, samples_seen: int, replaced: int, own: dict[str, float]) -> None:
         """Reduce over ranks what was recorded since the last call; write and show it. Collective; waits for the device.
 
-        There are no losses where no step since then updated the weights.
+        Without a step that updated the weights there are no losses.
 
         Args:
             replaced: bad samples that this rank has replaced so far.

@@ -1,6 +1,6 @@
 """The learning rate and the standard deviation of the gate noise: functions of the optimizer step alone.
 
-They do not depend on sample positions: a rollback takes other samples in the same step, and a stage may have another global
+They do not depend on sample positions: after a rollback a step has different samples, and a stage may have another global
 batch.
 """
 

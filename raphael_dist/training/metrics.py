@@ -164,13 +164,13 @@ class MetricsWriter:
                         self._board.add_scalar(tag, value, step)
 
     def return_to(self, step: int) -> None:
-        """Drop what was written of the steps after `step`: they are taken again."""
+        """Remove the values of the steps after `step`, which are repeated."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         with self._tolerating(str(self._path)):
             _drop_after(self._path, step)
         if self._board is not None:
-            with self._tolerating(_BOARD):  # as SummaryWriter(purge_step=...) does, for a writer that is open
+            with self._tolerating(_BOARD):  # as SummaryWriter(purge_step=...) does, but for an open writer
                 start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
                 self._board._get_file_writer().add_event(start, step + 1)
 
@@ -188,19 +188,19 @@ class MetricsWriter:
 
     def _append(self, line: str) -> None:
         with open(self._path, "ab", buffering=0, opener=no_links) as file:
-            text = ("\n" * self._mid_line + line).encode()  # after half a line, on a line of its own
+            text = ("\n" * self._mid_line + line).encode()  # after an incomplete line, start a new one
             self._mid_line = True
             write_all(file.fileno(), memoryview(text))
             self._mid_line = False
 
     @contextmanager
     def _tolerating(self, what: str) -> Iterator[None]:
-        """Context in which an OSError is a warning, the first time."""
+        """Return a context in which the first OSError is logged as a warning, and others are ignored."""
         try:
             yield
         except OSError as error:
             if what == _BOARD:
-                self._board = None  # its thread is gone, and a flush would wait for it
+                self._board = None  # its thread has ended, and a flush would wait for it
             if not self._warned:
                 _log.warning(
                     "%s cannot be written (%s): training continues, but metrics are lost", what, error.strerror or error
@@ -219,7 +219,7 @@ def _drop_after(path: Path, step: int) -> None:
 def _step_of(line: bytes) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # half a line, which readers skip
+    except (ValueError, KeyError, TypeError):  # an incomplete line, which readers skip
         return -1
 
 
@@ -248,7 +248,7 @@ def _without_tensorboard_errors(hook: _Hook) -> _Hook:
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Return the (step, value) pairs of each tag in a metrics.jsonl. Of two values of a step, the later one counts.
 
-    Half a line, which a kill or a full disk leaves, is skipped.
+    An incomplete line, caused by a kill or a full disk, is skipped.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -269,7 +269,7 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
     `load_entropy` is that of the loads.
 
     Args:
-        prefix: of the tags.
+        prefix: first part of the tags.
         load_LK: load of each expert of each block. With `total_samples`, a sum over samples of shares of image tokens.
         total_samples: adds `density`, the share of (token, expert) pairs in use.
     """

@@ -1,6 +1,6 @@
 """What happens after a step with a bad loss or gradient: it is skipped, or the run returns to a checkpoint.
 
-All ranks have the same loss and the same gradient norm, so that all of them decide alike.
+All ranks have the same loss and the same gradient norm, so they decide in the same way.
 """
 
 import math
@@ -65,7 +65,9 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
 
 
 def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
-    """Leave the checkpoint that the run started from for the one before; return False when there is none. Collective."""
+    """Quarantine the checkpoint that the run started from, and return to an earlier one; False: there is none.
+
+    Collective."""
     first_step, samples_seen = run.progress.first_step, run.progress.samples_seen
     saved = run.store.rewind(before=first_step)
     if saved is None:
@@ -100,7 +102,7 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
             "times, the limit is train.max_skipped. Lower optim.lr, or look at the samples."
         )
     run.progress.step, run.progress.samples_seen = saved.step, samples_seen
-    # In the checkpoint, too: a run that stops now must not meet the same samples again.
+    # In the checkpoint, too: a run that is stopped now must not use the same samples again.
     run.store.amend(progress_record(run))
     run.telemetry.return_to(saved.step)
     run.telemetry.warn(f"the run is back at step {saved.step} and continues with sample {samples_seen}")
@@ -113,7 +115,7 @@ def restore(run: Run, saved: Progress) -> None:
 
 
 def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
-    """Return the progress to store in a checkpoint. rollbacks: returns to it so far; None: those that the guard counted."""
+    """Return the progress to store in a checkpoint. rollbacks: number of returns to it; None: the guard's count."""
     state = run.guard.state()
     if rollbacks is not None:
         state["rollbacks"] = rollbacks

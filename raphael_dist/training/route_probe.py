@@ -1,4 +1,4 @@
-"""How sure the gates are, and how stable their routes, measured at each validation without gate noise.
+"""Gate entropy and stability of routes, measured at each validation without gate noise.
 
 Shape legend: L transformer blocks, R rows (text tokens or timesteps), K experts, B samples, Y text tokens, D text width.
 """

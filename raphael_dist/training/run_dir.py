@@ -28,12 +28,12 @@ def acquire(config: Config, report: Reporter = no_report) -> IO[str]:
     """Lock the run directory, and record configuration and versions in it. For rank 0.
 
     Args:
-        report: is called while waiting for another run to leave the directory.
+        report: is called while another process has locked the directory.
 
     Returns: the lock file. The directory is locked while it is open.
 
     Raises:
-        UserError: another process trains in the directory, it holds a run with other settings, or it cannot be written.
+        UserError: another process trains in the directory, it has a run with other settings, or it cannot be written.
         NotSavedError: the disk is full.
     """
     folder = config.run.dir
@@ -53,7 +53,7 @@ def acquire(config: Config, report: Reporter = no_report) -> IO[str]:
 
 
 def _lock(file: IO[str], wait_s: float, report: Reporter) -> bool:
-    # After a lost node, the other ranks of the run before may take a while to notice it.
+    # After a node is lost, the other ranks of the previous run may take a while to end.
     deadline = time.monotonic() + wait_s
     while True:
         try:

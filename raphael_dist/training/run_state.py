@@ -25,7 +25,7 @@ from raphael_dist.training.validation import Validator
 class RunProgress:
     """How far the run is; `step` and `samples_seen` are all that a checkpoint stores of it.
 
-    Changed by `trainer.train_step` and by `recovery`, on all ranks alike.
+    It is changed by `trainer.train_step` and `recovery`, in the same way on all ranks.
     """
 
     max_steps: int  # of the run
@@ -33,10 +33,12 @@ class RunProgress:
     samples_seen: int = 0
     stage_start: int = 0  # the last step of the stage before (train.stages)
     stage_end: int = 0  # the last step of this stage; 0: the run's
-    first_step: int = 0  # where this process began, or returned to
-    updated: bool = False  # a step since `first_step` changed the weights
-    all_non_finite: bool = False  # no sample of the last skipped step had a finite loss: the weights are the cause
-    save_due: bool = False  # save after the next good step
+    first_step: int = 0  # step at which this process began, or to which it returned
+    updated: bool = False  # whether a step since `first_step` changed the weights
+    all_non_finite: bool = (
+        False  # whether no sample of the last skipped step had a finite loss: then the weights are the cause
+    )
+    save_due: bool = False  # whether to save after the next good step
 
     @property
     def complete(self) -> bool:
@@ -54,7 +56,7 @@ class RunProgress:
 
 @dataclass
 class StopState:
-    """Why the run stops early. Changed by the trainer alone."""
+    """Why the run stops early. Only the trainer changes it."""
 
     request: StopRequest  # of this rank
     agreed: bool = False  # all ranks agreed to stop, at a step's end
@@ -68,7 +70,7 @@ class StopState:
 
 @dataclass
 class Run:
-    """Everything a training run holds on this rank."""
+    """The objects and the state of a training run on this rank."""
 
     config: Config
     ranks: Ranks

@@ -1,4 +1,4 @@
-"""The parts of `trainer.build`: the run directory, the engine, resuming, and the rehearsal before the first step."""
+"""The parts of `trainer.build`: run directory, engine, resuming, and a test of a micro-batch before the first step."""
 
 from functools import partial
 from typing import IO, Any
@@ -65,7 +65,7 @@ def open_requests(config: Config, ranks: Ranks, engine: Engine, data: DataSource
 def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[str, str]]:
     """Return the frozen base model of adapters or a control, and its digest for checkpoints; None and {} without one.
 
-    It is read at every start, since checkpoints hold only what is trained. Collective.
+    It is read at every start, because checkpoints contain only the trained weights. Collective.
     """
     if not config.trains_adapter_only:
         return None, {}
@@ -103,8 +103,8 @@ def _load_initial_weights(run: Run) -> None:
 
 
 def rehearse(run: Run) -> None:
-    """Run a micro-batch before the first step, so that what does not fit into memory fails now. Collective."""
-    run.watchdog.heartbeat("the rehearsal", SLOW)
+    """Run a micro-batch before the first step, so that a run that does not fit into memory fails now. Collective."""
+    run.watchdog.heartbeat("the test of a micro-batch", SLOW)
     with long_work("reading the first samples"):
         batch = run.builder.build(run.plan.slots(run.progress.samples_seen, run.ranks.rank, 0))
     run.telemetry.begin(run.progress.step, throughput.warmup_step(run.engine, batch, run.schedule))

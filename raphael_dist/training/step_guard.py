@@ -1,7 +1,7 @@
 """Rules against steps that would harm the weights: losses that are not finite, and spikes.
 
-Every rank judges the same number, the mean loss over all ranks in float64, and so decides alike. The state is part of a
-checkpoint: a resumed run judges like one that never stopped.
+All ranks judge the same number, the mean loss over all ranks in float64, so they decide in the same way. The state is in the
+checkpoint: a resumed run judges like one that was not interrupted.
 """
 
 import math
@@ -47,7 +47,7 @@ class Guard:
     def record_rollback(self, state: Mapping[str, Any], step: int) -> bool:
         """Record a return to the checkpoint of `step` with this state; return whether these are too many without a new one.
 
-        Failed saves do not count: returns add up until there is another checkpoint to return to.
+        The count goes back to 0 only when there is a newer checkpoint to return to.
         """
         before = self.rollbacks if step == self._returned_to else 0
         spikes, rollbacks = self.spikes, max(before, int(state.get("rollbacks", 0))) + 1

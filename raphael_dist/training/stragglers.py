@@ -1,7 +1,7 @@
 """Which ranks are slow. All ranks wait for the slowest, so the length of a step alone does not show it.
 
 A rank's own time is that of its data and its forward pass; the backward pass ends in a collective and takes equally long
-everywhere. With expert parallelism the forward pass waits too: then the slow rank's group stands out.
+everywhere. With expert parallelism the forward pass waits too, so all ranks of the slow rank's group appear slow.
 """
 
 import time
@@ -76,7 +76,7 @@ class Stragglers:
         return max(self._ratios())
 
     def describe_slow(self) -> str | None:
-        """Return a message that names the ranks beyond SLOW_RATIO over at least WINDOW steps; None without any."""
+        """Return a message that names the ranks above SLOW_RATIO for at least WINDOW steps; None: there are none."""
         if len(self.hosts) < 2 or sum(n for n, _ in self._recent) < WINDOW:
             return None
         late = [(ratio, rank) for rank, ratio in enumerate(self._ratios()) if ratio > SLOW_RATIO]

@@ -1,4 +1,4 @@
-"""The lines that a run prints at its start and its end: what it trains, how good it became, what to run next."""
+"""The lines that a run prints at its start and its end: what it trains, its validation loss, what to run next."""
 
 import math
 import shlex

@@ -1,4 +1,4 @@
-"""Throughput, model FLOPs and memory, and the rehearsal before the first step."""
+"""Throughput, model FLOPs and memory, and the test of a micro-batch before the first step."""
 
 import resource
 from functools import lru_cache
@@ -59,9 +59,9 @@ FLOPS = {
 
 
 def warmup_step(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
-    """Run a micro-batch before the first step, so that what does not work or fit fails now; return model FLOPs per sample.
+    """Run a micro-batch before the first step, so that errors and too little memory show now; return model FLOPs per sample.
 
-    Memory holds all that a step needs: activations, gradients, reduction buffers, Adam's moments. With several micro-batches
+    It uses the memory of a whole step: activations, gradients, reduction buffers, Adam's moments. With several micro-batches
     per step it runs twice, since the second one's activations add to the sums of the first one's gradients. (Exception: CPU
     offload in bfloat16 takes up to 2 bytes per parameter more in a step.) The gradients are dropped; nothing changes.
 

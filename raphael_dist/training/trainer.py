@@ -43,8 +43,8 @@ def build(
 ) -> Run:
     """Check everything, open the data, build the engine, and resume from the newest checkpoint. Collective.
 
-    `json_tree`: the DeepSpeed configuration. `watchdog`: one that watches already; None: start one. Raises UserError on all
-    ranks for what the user can fix.
+    `json_tree`: the DeepSpeed configuration. `watchdog`: a watchdog that is running; None: start one. Raises UserError on
+    all ranks for mistakes that the user can correct.
     """
     stop = stop or StopRequest()
     with ExitStack() as on_error:
@@ -183,7 +183,7 @@ def train_stages(
         run = build(stage, json_tree, ranks, device, stop, watchdog=watchdog)
         progress = run.progress
         progress.stage_start, progress.stage_end = stage_start, stage_end
-        # A stage is over at once where a damaged checkpoint was skipped for one of an earlier stage.
+        # A stage is over at once if a damaged checkpoint was skipped and an earlier stage's is used.
         if not progress.stage_over or progress.complete:
             if train(run) or run.stop.agreed:
                 return progress.complete
@@ -242,7 +242,7 @@ def after_step(run: Run) -> None:
             f"The run is complete at step {step}, but its weights are not saved: the last steps were skipped, and no loss "
             "in them was finite. The last checkpoint is unchanged. Lower optim.lr, and train again."
         )
-    # Not while steps are being skipped: the update before them may be what is wrong with the weights.
+    # Not while steps are being skipped: the last update may have damaged the weights.
     if progress.stage_over or (progress.save_due and not run.guard.in_a_row):
         save(run, progress.stage_over or run.stop.agreed)
     for saved in run.store.finished_saves():
@@ -286,7 +286,7 @@ def sample(run: Run) -> None:
 
 
 def save(run: Run, last: bool) -> None:
-    """Start a checkpoint; wait for it when it is the last one. Collective.
+    """Start to save a checkpoint; wait for it if it is the last one. Collective.
 
     Raises NotSavedError when the last one fails. An earlier one that fails is tried again when the next is due.
     """

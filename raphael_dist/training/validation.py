@@ -47,7 +47,7 @@ class Validator:
         pairs = data.held_out.order.samples_per_epoch
         micro, unit, run = config.train.micro_batch_size, ranks_per_unit(config), bucket_run_length(config, training=False)
         group = forward_group_size(config, engine, ranks.world_size)
-        # Whole rounds over the pairs, equally many on any number of ranks; ranks without samples take no part.
+        # Whole rounds over the pairs, the same number of samples on any number of ranks. Ranks without samples do nothing.
         count = pairs * -(-max(MIN_DRAWS, group) // pairs)
         self._active_ranks = active_ranks(count, ranks.world_size, group, min(group * micro, run or group * micro))
         self._plan = BatchPlan(count, self._active_ranks, micro, unit, run)
@@ -111,7 +111,7 @@ def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> li
 def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> list[Request]:
     """Return the requests of the images drawn during training; load encoders and read images on the ranks that draw them.
 
-    So mistakes are found before the first step: raises UserError.
+    This reports mistakes before the first step: raises UserError.
     """
     group = forward_group_size(config, engine, ranks.world_size)
     share = prompt_share(len(config.sample.prompts), ranks.rank, ranks.world_size, group)

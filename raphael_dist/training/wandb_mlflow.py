@@ -1,8 +1,8 @@
 """Experiment trackers: Weights & Biases and MLflow (`run.trackers`), through one small interface.
 
-Each gets what metrics.jsonl and TensorBoard get. A tracker that fails is closed with one warning, and the run continues. The
-run directory stores the tracker's run id, so that a resumed run continues it. Keys come from the environment variables of
-each package; none is written into a run.
+Each receives what metrics.jsonl and TensorBoard receive. A tracker that fails is closed with one warning, and the run
+continues. The run directory stores the tracker's run id, so that a resumed run continues it. Keys come from the environment
+variables of each package. They are not written into a run.
 """
 
 import logging

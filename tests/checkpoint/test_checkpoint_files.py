@@ -71,7 +71,7 @@ def test_value_that_is_not_finite_is_refused_by_name(tmp_path: Path, bad: float)
 def test_device_that_returns_other_bytes_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, bytes(data).replace(b"\x80?", b"\x81?")))
-    with pytest.raises(OSError, match="other bytes than were written"):
+    with pytest.raises(OSError, match="does not return the bytes that were written"):
         write_snapshot(tmp_path / "x", LAYOUT, torch.ones(15), {})
 
 

@@ -180,14 +180,14 @@ def test_skipped_members_are_counted_by_reason(tmp_path: Path, capsys: pytest.Ca
     assert index.shards[0].keys == ["1", "4", "./5"]
     counts = {reason.split(":")[0]: value for reason, value in index.skipped.counts.items()}
     assert counts == {
-        "member whose key holds a dot": (2, "a.tar:img.v2.png"),
-        "member that is no image, text or edge map": (1, "a.tar:1.cls"),
+        "member with a dot in its key": (2, "a.tar:img.v2.png"),
+        "member that is not an image, a text or an edge map": (1, "a.tar:1.cls"),
         "hidden file or folder of the system": (3, "a.tar:__MACOSX/2.png"),
         "further image of the same key": (1, "a.tar:4"),
     }
     assert inspect_data.main([str(path)]) == 0
     output = capsys.readouterr().out
-    assert "skipped: 2 x member whose key holds a dot" in output
+    assert "skipped: 2 x member with a dot in its key" in output
     assert "columns for data.filters: quoted_text, width, height, short_side, pixels, ratio" in output
     assert prepare(path, "--out", tmp_path / "out", "--edges", "none") == 0
     assert "skipped: 3 x hidden file or folder of the system, the first 'a.tar:__MACOSX/2.png'" in capsys.readouterr().out
@@ -311,7 +311,7 @@ def test_captions_of_any_script_are_drawn_or_escaped() -> None:
 def test_run_start_reports_skipped_members(tmp_path: Path) -> None:
     index = build_index([write_raw(tmp_path / "a.tar", [("1.png", png()), ("1.txt", b"one"), ("a.b.png", png())])])
     order = SampleOrder(index, [(16, 16)], seed=0)
-    assert any("skipped: 1 x member whose key holds a dot" in line for line in describe(index, order.view, order))
+    assert any("skipped: 1 x member with a dot in its key" in line for line in describe(index, order.view, order))
 
 
 def test_start_counts_the_training_images(tmp_path: Path) -> None:

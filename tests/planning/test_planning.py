@@ -250,7 +250,12 @@ def test_the_tool_plans_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan_run.py", *words, "--figure", str(tmp_path / "plan.png")])
     assert plan_run.main() == 0
     printed = capsys.readouterr().out
-    for message in ("images/s", "why the first", "to run the first:", "torchrun --nproc_per_node 2"):
+    for message in (
+        "images/s",
+        "the first choice compared with others:",
+        "command for the first choice:",
+        "torchrun --nproc_per_node 2",
+    ):
         assert message in printed
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 

@@ -61,7 +61,7 @@ def test_reader_can_answer_from_the_text_alone(two_runs: list[Path], tmp_path: P
         "Did it converge? one: It has levelled off: the training loss went from 1 to 0.3",
         "Is any expert dead? one: No expert is dead",
         "two: Yes, at least one in each of these: space experts in blocks 2.",
-        "What bounds its speed? one: Computation and communication. 40 images per second.",
+        "What limits its speed? one: Computation and communication. 40 images per second.",
         "two: Waiting for data, most of it for decoding",
         "How often did it fail? one: Never: no fault is in the logs. Starts: 1. The run is complete at step 400.",
         "two: Faults: 2 (killed or crashed: 1, skipped step: 1). Starts: 2.",

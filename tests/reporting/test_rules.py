@@ -24,7 +24,7 @@ PLANTED: dict[rules.Rule, tuple[dict, str]] = {
     rules.loss_not_falling: ({"tags": {"train/loss": lambda i: 1.0 + 0.01 * (i % 3)}}, "does not fall: 1.01 at the start"),
     rules.dead_experts: ({"tags": {"moe/space/L02/load_min": lambda i: 0.001}}, "space blocks 2"),
     rules.overloaded_experts: ({"tags": {"moe/time/L01/load_max": lambda i: 3.9}}, "time blocks 1"),
-    rules.data_bound: ({"tags": {"time/data_wait_frac": lambda i: 0.6}}, "60% of the time goes into waiting"),
+    rules.data_bound: ({"tags": {"time/data_wait_frac": lambda i: 0.6}}, "waits for data 60% of the time"),
     rules.slow_ranks: (
         {
             "tags": {"time/slowest_rank_ratio": lambda i: 2.4},
@@ -78,7 +78,7 @@ def test_rules_about_disk_and_data_find_what_is_planted(tmp_path: Path) -> None:
     assert "3.00 GiB left" in diagnose(full)[0].problem
     data = DataSample(samples=200, edges=200, empty_edges=90, duplicates=50)
     problems = [finding.problem for finding in diagnose(case_of(folder, data=data))]
-    assert problems == ["90 of 200 edge maps are empty", "50 of 200 images look like another one"]
+    assert problems == ["90 of 200 edge maps are empty", "50 of 200 images look like another image"]
 
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         (lambda i: 1e-3 if i < 20 else 0.0, {}, "since step 210 of 400"),
         (lambda i: 1e-3, {}, "ended at 100% of its peak"),
         (lambda i: 1e-3, {"optim.lr_schedule": "constant"}, ""),
-        (lambda i: 1e-3 * (1 - i / 41), {"model.gate_noise_steps": 500}, "the noise never ends"),
+        (lambda i: 1e-3 * (1 - i / 41), {"model.gate_noise_steps": 500}, "the noise never falls to 0"),
     ],
 )
 def test_wrong_schedules_are_found(tmp_path: Path, lr: object, options: dict, part: str) -> None:
@@ -113,18 +113,18 @@ def test_dead_experts_are_not_judged_by_few_samples_or_few_lines(tmp_path: Path)
 
 def test_doctor_prints_findings_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([str(plant(tmp_path / "good")), "--no-data"]) == 0
-    assert "Nothing wrong was found." in capsys.readouterr().out
+    assert "No problem was found." in capsys.readouterr().out
     bad = plant(tmp_path / "bad", {"optim/grad_norm": lambda i: 7.0})
     assert doctor.main([str(bad), "--no-data"]) == doctor.FOUND == 1
     out = capsys.readouterr().out
     assert "1. Gradients are clipped at 100%" in out
     assert "What to do: lower optim.lr" in out
-    assert "Not looked at, since the run has not left it: duplicate images." in out
+    assert "Not checked, since the run directory has no data about it: duplicate images." in out
 
 
 def test_doctor_looks_at_the_data_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([str(plant(tmp_path / "run"))]) in (0, 1)
-    assert "Not looked at" not in capsys.readouterr().out
+    assert "Not checked" not in capsys.readouterr().out
     assert doctor.main([str(plant(tmp_path / "other", options={"data.shards": ["absent.tar"]})), "--no-data"]) == 0
 
 

@@ -79,7 +79,7 @@ def test_symbolic_link_in_a_shared_folder_is_not_followed(
     try:
         write(run)
     except UserError as error:
-        assert f"{link.name} is a symbolic link, remove it" in str(error)  # noqa: PT017  where it has to be refused
+        assert f"{link.name} is a symbolic link; remove it" in str(error)  # noqa: PT017  where it has to be refused
     except OSError as error:
         assert "is a symbolic link" in str(error)  # noqa: PT017
     assert other.read_text() == WORDS

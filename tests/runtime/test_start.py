@@ -34,7 +34,7 @@ def arguments(folder: Path) -> list[str]:
             "there was no progress for 5 s at waiting for the other ranks: "
             "rank 1 is missing and has given no sign of life yet",
         ),
-        (0, "never", "there was no progress for 5 s at meeting the other ranks: rank 0 at MASTER_ADDR="),
+        (0, "never", "there was no progress for 5 s at looking for the other ranks: rank 0 at MASTER_ADDR="),
         pytest.param(1, "logging", "rank 1 is missing and has given no sign of life yet", marks=pytest.mark.slow),
         (1, "claiming", "at taking the run directory: rank 1 on "),
         (0, "met", ""),
@@ -101,7 +101,7 @@ def test_missing_rank_is_named_without_a_watchdog(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     rendezvous.connect(0, 3, timedelta(seconds=5))
-    with pytest.raises(HungError, match=r"1 of 3 ranks have met after \d s. These are missing: 1, 2$"):
+    with pytest.raises(HungError, match=r"1 of 3 ranks have connected after \d s. These are missing: 1, 2$"):
         rendezvous.wait_for_all(0, 3, timedelta(seconds=1))
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(HungError, match=r"rank 0 at MASTER_ADDR=127\.0\.0\.1 .* has not answered"):

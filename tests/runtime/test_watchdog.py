@@ -83,7 +83,7 @@ def test_rank_that_stops_before_the_first_step_is_named(tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
     assert ranks[0].returncode == EXIT_HUNG, output
-    assert "no progress for 30 s at the rehearsal: rank 1 on host1 has given no sign of life" in output
+    assert "no progress for 30 s at the test of a micro-batch: rank 1 on host1 has given no sign of life" in output
 
 
 def test_rank_that_is_behind_or_silent_is_named() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from raphael_dist import sample
-from raphael_dist.convert.standalone import CODE, model_code, pipeline_code
+from raphael_dist.convert.exported_code import CODE, model_code, pipeline_code
 from raphael_dist.model.diffusers_model import RaphaelUNet2D
 from tests.lib.launch import ROOT
 

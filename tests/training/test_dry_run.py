@@ -222,7 +222,9 @@ def test_latest_file_refers_to_the_checkpoint_it_names(tmp_path: Path) -> None:
     assert open_newest(latest).step == 3
     for text in ("", "step-00000004", "../../etc", "x" * 5000):
         latest.write_text(text)
-        with pytest.raises(UserError, match=r"latest must name a checkpoint in its own folder, but it names") as caught:
+        with pytest.raises(
+            UserError, match=r"latest must contain the name of a checkpoint in the same folder, but it contains"
+        ) as caught:
             open_checkpoint("auto", latest)
         assert len(str(caught.value)) < 1000
 

@@ -39,10 +39,10 @@ Reporter = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is run.
+    """The settings of a campaign.
 
     Attributes:
-        images: of each run, rounded up to whole steps; None: as configured.
+        images: number of images of each run, rounded up to whole steps; None: as configured.
         benchmark: run the emoji benchmark after each run.
         read: captions whose quoted text is read in the images of each run (evaluate text); None: none.
         jobs: runs at the same time.

@@ -58,7 +58,7 @@ class RunResult:
 
     @property
     def measures(self) -> dict[str, float]:
-        """Everything that is compared with `full`."""
+        """The values that are compared with `full`."""
         return {**self.losses, **self.benchmark}
 
 

@@ -18,8 +18,8 @@ class Size:
     """Size of a model.
 
     Attributes:
-        parameters: of the complete model with edge modules and gates.
-        flops: of one training image, forward and backward, with every space expert on every image token, as on a GPU.
+        parameters: number of parameters, with edge modules and gates.
+        flops: FLOPs of one training image, forward and backward, with every space expert on every image token, as on a GPU.
     """
 
     parameters: int

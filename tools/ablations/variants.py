@@ -111,8 +111,9 @@ def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None 
 
     Args:
         words: groups, names or `all`; WORD:N gives these variants N seeds of their own.
-        seeds: of each other variant, and of `full` at least as many as of any variant, since differences are paired.
-        images: as in `steps_of`.
+        seeds: number of seeds of each other variant. `full` has at least as many as any variant, because differences are
+            paired.
+        images: see `steps_of`.
 
     Raises:
         UserError: unknown name, or N is not a positive number.

@@ -1,4 +1,4 @@
-"""`tools/bench.py balance`: how even the loads of time experts are, by how timesteps are drawn."""
+"""`tools/bench.py balance`: how evenly the time experts are loaded, for several ways to draw timesteps."""
 
 import argparse
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class BalanceRow:
 
 
 def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, group: int, experts: int) -> list[BalanceRow]:
-    """Compare ways to draw timesteps: `draws[name](step)` gives those of a global batch in order of position.
+    """Compare ways to draw timesteps: `draws[name](step)` returns those of a global batch, in order of position.
 
     Experts serve equal ranges of timesteps; a group takes `group` consecutive positions in a micro-step, and waits for its
     busiest expert.

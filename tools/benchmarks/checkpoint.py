@@ -1,4 +1,4 @@
-"""`tools/bench.py checkpoint`: what the trainer's save costs compared with torch.save of the same bytes and DeepSpeed's
+"""`tools/bench.py checkpoint`: time of the trainer's save compared with torch.save of the same bytes and DeepSpeed's
 `save_checkpoint`, and conversions compared with a copy."""
 
 import argparse
@@ -84,7 +84,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
-    command.add_argument("--folder", type=Path, default=Path("runs/bench-checkpoint"), help="on the disk to measure")
+    command.add_argument(
+        "--folder", type=Path, default=Path("runs/bench-checkpoint"), help="folder to write to, on the disk to measure"
+    )
     command.add_argument("--repeats", type=int, default=5)
 
 

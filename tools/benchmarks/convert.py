@@ -1,4 +1,4 @@
-"""`tools/bench.py convert`: what conversions cost compared with a copy: seconds, rate, and the most memory in use."""
+"""`tools/bench.py convert`: seconds, rate and peak memory of conversions, compared with a copy."""
 
 import argparse
 import resource
@@ -33,7 +33,7 @@ class Noise:
         self._kinds, self._values = tuple(kinds), torch.randn(CHUNK + 4096)
 
     def kinds(self) -> tuple[str, ...]:
-        """Return what there is of each parameter."""
+        """Return the kinds of values of each parameter."""
         return self._kinds
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
@@ -80,10 +80,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default="emoji-small")
     command.add_argument("--kinds", nargs="+", default=list(KINDS))
-    command.add_argument("--world", type=int, default=4, help="files of the source")
+    command.add_argument("--world", type=int, default=4, help="number of files of the source checkpoint")
     command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2)
     command.add_argument("--to", nargs="+", default=["canonical", "deepspeed"])
-    command.add_argument("--folder", type=Path, default=Path("runs/bench-convert"), help="on the disk to measure")
+    command.add_argument(
+        "--folder", type=Path, default=Path("runs/bench-convert"), help="folder to write to, on the disk to measure"
+    )
     command.add_argument("--repeats", type=int, default=3)
 
 

@@ -1,6 +1,6 @@
 """Reading JPEGs from shards compared with webdataset, mosaicml-streaming and litdata: the same images, decoding and workers.
 
-Each reader is a process of its own. The other libraries are no dependencies of ours; what is not installed is left out.
+Each reader is a process of its own. The other libraries are optional: one that is not installed is skipped.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--bucket", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="each reader is run so often; the best counts")
-    parser.add_argument("--only", nargs="*", choices=READERS, help="these readers alone")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each reader, of which the fastest counts (default 2)")
+    parser.add_argument("--only", nargs="*", choices=READERS, help="measure only these readers")
 
 
 def make_image(number: int, size: tuple[int, int]) -> bytes:
-    """Return a JPEG of about 90 kB at 640 x 480: colours that flow, and grain."""
+    """Return a JPEG of about 90 kB at 640 x 480: colour gradients with noise."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     grain = rng.normal(0, 12, (size[1], size[0], 1))
@@ -228,7 +228,7 @@ def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> N
 
 
 def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
-    """Print a line for each reader. They take turns, so that what else the machine does meets all of them alike."""
+    """Print a line for each reader. They take turns, so that other work on the machine affects all of them equally."""
     context = multiprocessing.get_context("spawn")
     results: dict[str, list[tuple[float, ...]]] = {name: [] for name in args.only or READERS}
     there = {name for name in results if available(name)}

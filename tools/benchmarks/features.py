@@ -108,7 +108,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--batches", type=int, default=10)
     command.add_argument("--threads", type=int, default=2)
-    command.add_argument("overrides", nargs="*", help="key=value of the configuration")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings as for training")
 
 
 def run(args: argparse.Namespace) -> None:

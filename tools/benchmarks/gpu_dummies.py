@@ -1,4 +1,4 @@
-"""What torch, DeepSpeed and the package find in place of a GPU while `pretend_gpu.PretendGpu` is open."""
+"""Replacements for the GPU interfaces of torch, DeepSpeed and the package, while `pretend_gpu.PretendGpu` is open."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ GPU = torch.device("meta")
 
 
 def on_gpu(device: Any) -> bool:
-    """Return whether a device, its name or None is the pretended GPU."""
+    """Return whether a device, its name or None is the simulated GPU."""
     return device is not None and torch.device(device).type == GPU.type
 
 
@@ -24,7 +24,7 @@ def _has_list(index: Any) -> bool:
 
 
 def patches(wait: Callable[[str], None]) -> Iterator[Any]:
-    """Yield what makes torch, DeepSpeed and the package take the ways of a GPU while the context is open."""
+    """Yield the patches by which torch, DeepSpeed and the package use their code paths for a GPU."""
     from deepspeed.accelerator import real_accelerator
     from torch.optim import optimizer as torch_optimizer
 
@@ -34,7 +34,7 @@ def patches(wait: Callable[[str], None]) -> Iterator[Any]:
     yield mock.patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)
     for name, value in _stand_ins(wait).items():
         yield mock.patch.object(torch.cuda, name, value)
-    # What torch does before there is an operation: attributes, and tensors made of Python's numbers.
+    # Parts of torch that are no operations: attributes, and tensors made from Python's numbers.
     yield mock.patch.object(Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
     yield mock.patch.object(Tensor, "record_stream")
     for name in ("tensor", "as_tensor", "asarray"):
@@ -45,7 +45,7 @@ def patches(wait: Callable[[str], None]) -> Iterator[Any]:
 
 
 def _by_way_of_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return torch.tensor and its like as they work for a GPU: a tensor on the host, and a copy."""
+    """Return torch.tensor and similar functions as they work for a GPU: a tensor on the host, and a copy."""
 
     def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         if not on_gpu(device):
@@ -74,10 +74,10 @@ def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
     """Return replacements for the members of torch.cuda that the package and DeepSpeed use."""
 
     class Moment:
-        """A stream or an event: the order of work on a GPU, which keeps the host waiting only in `synchronize`."""
+        """A stream or an event. The host waits for the GPU only in `synchronize`."""
 
         def __init__(self, *_: Any, **__: Any) -> None:
-            """Take what torch takes."""
+            """Accept the arguments of torch's class."""
 
         def synchronize(self) -> None:
             wait("synchronize()")
@@ -89,7 +89,7 @@ def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
             return True
 
         def record(self, *_: Any) -> None:
-            """Stand in the queue."""
+            """Do nothing: the order of work is not simulated."""
 
         wait_stream = wait_event = wait = record
 
@@ -112,7 +112,7 @@ def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _accelerator(wait: Callable[[str], None]) -> Any:
-    """Return what DeepSpeed asks about its device."""
+    """Return DeepSpeed's accelerator for the simulated GPU."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     class Pretended(CPU_Accelerator):

@@ -1,7 +1,7 @@
 """`tools/bench.py gpu`: a whole optimizer step of a preset, compared with that of diffusers' U-Net of the same widths.
 
-Ours is what training runs: the engine with its ZeRO stage, forward, backward, clipping, AdamW on fp32 masters, the moving
-average, and the copy of the batch. Theirs is plain PyTorch as diffusers' training scripts have it: fp32 weights, autocast,
+Our step is that of training: the engine with its ZeRO stage, forward, backward, clipping, AdamW on fp32 masters, the moving
+average, and the copy of the batch. diffusers' step is plain PyTorch as in its training scripts: fp32 weights, autocast,
 AdamW, clipping, no average. Its blocks are dense: compared with `sd2-dense` both compute the same, and compared with a model
 with experts the difference is what experts, gates and edge modules cost. Samples are random, of the first size of
 `image.buckets`.
@@ -54,8 +54,8 @@ class StepTime:
 def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device, steps: int) -> StepTime:
     """Time the trainer's step with one micro-step. Collective."""
     plan = BatchPlan.of(config, ranks.world_size)
-    torch.manual_seed(config.run.seed)  # every rank the same weights
-    with device:  # drawn there: 2.9 B numbers take a CPU a minute
+    torch.manual_seed(config.run.seed)  # the same weights on every rank
+    with device:  # drawn on the device: 2.9 B numbers take a minute on a CPU
         model = RaphaelUNet(config)
     engine = Engine(config, tree, plan, device, model)
     ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
@@ -152,9 +152,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default="raphael-3b")
     command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
-    command.add_argument("--deepspeed_config", help="a DeepSpeed JSON; without one the default")
-    command.add_argument("--steps", type=int, default=10, help="of each of three rounds")
-    command.add_argument("--alone", action="store_true", help="without diffusers' U-Net")
+    command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
+    command.add_argument("--steps", type=int, default=10, help="steps in each of three rounds (default 10)")
+    command.add_argument("--alone", action="store_true", help="do not measure diffusers' U-Net")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.compile=true")
 
 
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
             works[f"diffusers, widths of {args.config}"] = partial(time_diffusers, config, device, args.steps)
         for what, work in works.items():
             line = _line(config, work, ranks, device)
-            gc.collect()  # DeepSpeed's engine is a circle
+            gc.collect()  # DeepSpeed's engine is a reference cycle
             if ranks.is_main:
                 print(f"| {what} | {micro} | {line} |", flush=True)
 
@@ -199,7 +199,7 @@ def _line(config: Config, work: Callable[[], StepTime], ranks: Ranks, device: to
 
 
 def _machine(ranks: Ranks, device: torch.device) -> str:
-    """Return the device and the versions that the numbers stand for."""
+    """Return the device and the versions that the numbers belong to."""
     name = torch.cuda.get_device_name(device) if is_gpu(device) else "CPU"
     cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if is_gpu(device) else {}
     return f"{ranks.world_size} x {name}; " + ", ".join(f"{k} {v}" for k, v in {**versions(), **cuda}.items()) + "\n"

@@ -1,4 +1,4 @@
-"""What the index costs at a size: bytes a sample, time and memory to open it and the order, time to read positions."""
+"""Cost of an index of a given size: bytes per sample, time and memory to open it, time to read positions."""
 
 import argparse
 import multiprocessing
@@ -23,9 +23,13 @@ PAPER = [(448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576),
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options."""
     parser.add_argument("--samples", type=int, default=100_000_000)
-    parser.add_argument("--per-shard", type=int, default=10_000, help="as img2dataset writes them")
-    parser.add_argument("--folder", type=Path, help="keep the index here, and use it again")
-    parser.add_argument("--ranks", type=int, default=2, help="processes that open it, one after the other and together")
+    parser.add_argument(
+        "--per-shard", type=int, default=10_000, help="samples per shard (default 10,000, as img2dataset writes)"
+    )
+    parser.add_argument("--folder", type=Path, help="keep the index in this folder, or use the one that is there")
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="number of processes that open the index, first in turn and then at once"
+    )
 
 
 def records(num_samples: int, per_shard: int = 10_000) -> Iterator[ShardRecord]:

@@ -42,7 +42,7 @@ class MoeRow:
 
 
 class Blocking(ExpertGroup):
-    """A group whose exchanges are waited for at once: what overlap gains is the difference."""
+    """A group that waits for each exchange immediately. The difference is the gain of overlap."""
 
     def all_to_all(self, *arguments: Any) -> tuple[Tensor, Any]:
         return _waited(super().all_to_all(*arguments))
@@ -103,7 +103,7 @@ def _time(case: SpaceCase, group: ExpertGroup | None) -> nn.Module:
 
 
 class _Loop(nn.Module):
-    """What one writes first: for each expert pick its tokens, run it, put the rows back."""
+    """A plain loop: for each expert, select its tokens, run it, and put the rows back."""
 
     def __init__(self, experts: Experts, expert_R: Tensor) -> None:
         super().__init__()

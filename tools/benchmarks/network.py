@@ -1,6 +1,6 @@
 """`tools/bench.py network`: bytes that a node sends in a step, compared with the plan and with what ranks count.
 
-Nodes are network namespaces of this host (tests/lib/netns.py), whose interfaces count bytes and frames. All contenders train
+Nodes are network namespaces of this host (tests/lib/netns.py), whose interfaces count bytes and frames. All trainers train
 the U-Net of `--config` in float32 on equal random batches: ours in the ZeRO stages and with sharded experts, PyTorch's
 DistributedDataParallel, DeepSpeed's own ZeRO-2, and our blocks with DeepSpeed's `MoE` layers instead. Needs root.
 """
@@ -41,7 +41,7 @@ SCHEMES: dict[int, Scheme] = {0: "replicated", 1: "reduce_scatter", 2: "reduce_s
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on which ranks. who: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE"."""
+    """A trainer and its ranks. who: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE"."""
 
     nodes: int
     per_node: int
@@ -70,8 +70,8 @@ class Row:
     """Bytes of a step, of the node that sends most. Attributes:
     wire: sent by the interface.
     payload: the same without headers of frames.
-    counted: by the node's ranks, as `comm/*` does; 0 where others count nothing.
-    planned: by the plan; 0 where there is none.
+    counted: bytes that the node's ranks count as `comm/*`; 0 for other trainers, which count nothing.
+    planned: bytes of the plan; 0: there is no plan.
     """
 
     case: Case
@@ -250,9 +250,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")))
     command.add_argument("--nodes", type=int, nargs="+", default=[2, 4])
-    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="on each node")
-    command.add_argument("--all", action="store_true", help="every combination; takes hours")
-    command.add_argument("--out", type=Path, help="a JSON file for the rows")
+    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks per node (default: 1 2)")
+    command.add_argument("--all", action="store_true", help="measure every combination, which takes hours")
+    command.add_argument("--out", type=Path, help="also write the rows to this JSON file")
     command.add_argument("--cases", nargs=2, help=argparse.SUPPRESS)  # on a rank
 
 

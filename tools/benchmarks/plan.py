@@ -131,7 +131,7 @@ def resident(name: str) -> tuple[int, int]:
 
     measured_peak(
         load_config("emoji-tiny", ["train.micro_batch_size=1", "train.global_batch_size=1"])
-    )  # what libraries keep
+    )  # memory that libraries keep
     gc.collect()
     before = psutil.Process().memory_info().rss
     engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
@@ -163,7 +163,7 @@ def on_a_gpu(case: Measured) -> tuple[float, float]:
     assert outcome is not None
     return outcome.step.seconds * 1e3, replace(
         outcome.memory, slack=0
-    ).total / 1e9  # what the allocator loses it does not count
+    ).total / 1e9  # without the memory that the allocator cannot reuse
 
 
 def published(run: Published) -> float:
@@ -186,7 +186,7 @@ def _sd2_profile() -> Profile:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    command.add_argument("--cluster", default="cpu", help="a description that --calibrate of tools/plan_run.py wrote")
+    command.add_argument("--cluster", default="cpu", help="cpu, or a YAML file from tools/plan_run.py --calibrate")
     command.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     command.add_argument(
         "--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process"
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{'MB':<28}{'activations':>12}{'plan':>9}{'':>8}{'resident':>12}{'plan':>9}")
         for name in CONFIGURATIONS:
             command = [sys.executable, str(Path(__file__).parent.parent / "bench.py"), "plan", "--resident", name]
-            # Let the C library give back what is freed; by default it keeps much of it, in holes.
+            # Let the C library return freed memory; by default it keeps much of it.
             env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
             lines = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.splitlines()
             grown, planned = map(int, lines[-1].split())

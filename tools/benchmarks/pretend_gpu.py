@@ -1,10 +1,10 @@
-"""A GPU that is not there: tensors without data stand for its tensors, and all that would happen on it is noted.
+"""A simulated GPU: tensors without data replace its tensors, and every operation on it is recorded.
 
 Inside `PretendGpu` a tensor on torch's `meta` device counts as one on the GPU and a CPU tensor as host memory. What a
-program does is seen where torch sees it, operation by operation, in the backward pass too; so the notes hold for any code,
-and nothing is computed. What the host reads of the GPU's memory is made up: 1 for floats, 0 and False for the rest.
+program does is recorded operation by operation, in the backward pass too. The notes are therefore valid for any code,
+and nothing is computed. Values that the host reads from the GPU are constants: 1 for floats, 0 and False for others.
 
-A *wait* is a moment at which the host stands still until the GPU has finished all its work:
+A *wait* is a moment at which the host waits until the GPU has finished all its work:
 - a value that is read (`item`, `float`, `bool`, `int`), or a copy to the host (`cpu`, `tolist`) unless it is non-blocking
   into pinned memory;
 - a copy from the host out of pageable memory, also that of a list (`torch.tensor(list, device=...)`, `x[[0, 1]]`);
@@ -41,7 +41,7 @@ _NOT_A_PLACE = ("/torch/", "/contextlib.py", "/gpu_dummies.py", __file__)
 
 @dataclass
 class Notes:
-    """What happened: waits by (place, kind), launches and bytes by place; a place is `file:line`."""
+    """Recorded waits by (place, kind), launches and bytes by place; a place is `file:line`."""
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
@@ -53,7 +53,7 @@ class PretendGpu:
 
     def __init__(self) -> None:
         self.notes = Notes()
-        self.noting = True  # False while nobody is interested, which is faster
+        self.noting = True  # False while nothing is recorded, which is faster
         self._origin: dict[int, str] = {}  # the place in the forward pass by the number of its autograd node
         self._stack = ExitStack()
 
@@ -63,12 +63,12 @@ class PretendGpu:
         return taken
 
     def wait(self, kind: str) -> None:
-        """Note that the host waits."""
+        """Record that the host waits."""
         if self.noting:
             self.notes.waits[self.place(), kind] += 1
 
     def launch(self, num_bytes: int) -> None:
-        """Note an operation on the GPU."""
+        """Record an operation on the GPU."""
         if not self.noting:
             return
         place = self.place()
@@ -169,7 +169,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _run(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Return what an operation returns, without data; what arrives on the host is made up."""
+    """Return the result of an operation without data; values that are copied to the host are constants."""
     if name == "_local_scalar_dense":
         return _made_up(args[0].dtype)
     if name == "equal":
@@ -205,7 +205,7 @@ def _flat(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.numel())
 
 
-# Operations whose shape depends on values, with a shape that is made up: all elements take part.
+# Operations whose shape depends on values, with the shape that they have if all elements are selected.
 _SHAPES: dict[str, Callable[..., Any]] = {
     "nonzero": lambda x: x.new_empty(x.numel(), x.dim(), dtype=torch.long),
     "masked_select": lambda x, mask: x.new_empty(torch.broadcast_shapes(x.shape, mask.shape).numel()),

@@ -1,8 +1,8 @@
 """`tools/bench.py scaling`: a whole run on 1, 2, 4 and 8 ranks of this host, compared with the plan.
 
-strong: one global batch, whatever the ranks; weak: as many images on each rank. Everything counts that a run does (data,
-metrics, average, the engine), but for saves, validation and samples. Rounds are interleaved and the fastest step counts.
-More ranks than cores share them: the plan's computation then takes as many times longer.
+strong: the same global batch on any number of ranks; weak: the same number of images per rank. The time includes data,
+metrics, EMA and engine, but no saves, validation and samples. Rounds are interleaved, and the fastest step counts.
+If there are more ranks than cores, the computation in the plan takes as many times longer.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     command.add_argument("--steps", type=int, default=10)
     command.add_argument("--rounds", type=int, default=2)
-    command.add_argument("--cluster", default="cpu", help="a description that --calibrate of tools/plan_run.py wrote")
+    command.add_argument("--cluster", default="cpu", help="cpu, or a YAML file from tools/plan_run.py --calibrate")
 
 
 def overrides(kind: str, ranks: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""`tools/bench.py space`: the ways to run a Space-MoE. Every case checks that they agree before it times anything.
+"""`tools/bench.py space`: time of the forms of the Space-MoE. Every case checks that their results agree before it measures.
 
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width.
 """
@@ -35,7 +35,7 @@ class SpaceCase:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return h [B, N, D], a mask [B, N, Y] with each region `mask` of the image, and random routing [B, Y, K].
 
-        `uneven`: half of the text tokens want expert 0.
+        `uneven`: half of the text tokens are routed to expert 0.
         """
         draw = torch.Generator().manual_seed(seed)
         h_BND = torch.randn(self.batch, self.tokens, self.dim, generator=draw)
@@ -110,13 +110,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) -> None:
-    """Declare what describes a Space-MoE layer and the measurement."""
+    """Declare the options of a Space-MoE layer and of the measurement."""
     for name, default in (("batch", batch), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6)):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--repeats", type=int, default=7)
-    command.add_argument("--config", help="take the sizes of every attention level of a preset instead")
-    command.add_argument("--latent", type=int, default=16, help="side of the latents, with --config")
-    command.add_argument("--hidden", type=int, help="width of an expert (4 x dim)")
+    command.add_argument("--config", help="use the sizes of every attention level of this preset instead")
+    command.add_argument(
+        "--latent", type=int, default=16, help="with --config: height and width of the latents (default 16)"
+    )
+    command.add_argument("--hidden", type=int, help="hidden width of an expert (default: 4 x --dim)")
     command.add_argument("--masks", type=float, nargs="+", default=masks)
     command.add_argument("--threads", type=int, default=torch.get_num_threads())
 
@@ -137,7 +139,7 @@ def cases(args: argparse.Namespace) -> list[SpaceCase]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what each way to run a Space-MoE takes, forward and backward, at several densities of the masks."""
+    """Print the time of each form of the Space-MoE, forward and backward, at several densities of the masks."""
     torch.set_num_threads(args.threads)
     for case in cases(args):
         print(f"{case}, {args.dtype} on {args.device}, {args.threads} threads, median of {args.repeats}")

@@ -1,8 +1,8 @@
-"""`tools/bench.py start`: what starting up costs with many ranks that do no arithmetic.
+"""`tools/bench.py start`: time to start with many ranks that do not compute.
 
 One process imports everything and forks the ranks from itself, so that hundreds fit into a machine's memory. All of them
-share its cores and talk by gloo over loopback: a network has more latency, and a node has cores of its own for its ranks, so
-the numbers show what grows with the ranks rather than what it takes on a cluster.
+share its cores and communicate by gloo over loopback: a network has more latency, and a node has cores for its ranks, so
+the numbers show how the time grows with the ranks, not the time on a cluster.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 def _groups_of_all(ep: int) -> None:
-    """As it was: every rank creates every group."""
+    """Create every group on every rank, for comparison."""
     world = dist.get_world_size()
     for members in [list(range(first, first + ep)) for first in range(0, world, ep)]:
         dist.new_group(members, timeout=TIMEOUT)
@@ -135,7 +135,7 @@ def _own_groups(ep: int) -> None:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64], help="numbers of ranks, multiples of --ep")
-    command.add_argument("--ep", type=int, default=4, help="ranks that share experts")
+    command.add_argument("--ep", type=int, default=4, help="number of ranks over which experts are sharded (default 4)")
     command.add_argument("--repeats", type=int, default=5)
 
 

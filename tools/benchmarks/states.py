@@ -1,6 +1,6 @@
-"""`tools/bench.py states`: what a ZeRO configuration keeps per parameter on a rank, counted in live tensors.
+"""`tools/bench.py states`: bytes per parameter that a ZeRO configuration keeps on a rank, counted in live tensors.
 
-A model on the CPU, small activations; what is counted is what a rank holds right after the last micro-step's reduction and
+The model is on the CPU and has small activations. Bytes are counted right after the last micro-step's reduction and
 after the update, over all tensors of the process, once per storage.
 """
 

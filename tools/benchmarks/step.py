@@ -101,7 +101,7 @@ class Contender:
 
 
 def contenders(config: Config, reference: bool, side: int = 16) -> dict[str, Contender]:
-    """Return what is compared. `config`: with experts; `reference`: with the paper's formula as printed."""
+    """Return the models to compare. `config`: with experts; `reference`: with the paper's formula as printed."""
     schedule, batch = (
         NoiseSchedule.create(config.diffusion),
         random_batch(config, config.train.micro_batch_size, (side, side)),
@@ -254,7 +254,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
-    """Record what the trainer does of a micro-step, and reduce it, as a log line would, in every step."""
+    """Record the metrics of a micro-step and reduce them in every step, as the trainer does for a log line."""
     count = batch.weight.sum()
     metrics.add("samples", count, "sum")
     for tag, value in (("loss", losses.denoise), ("loss_weighted", losses.total), ("loss_edge", losses.edge)):
@@ -270,13 +270,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--widths", choices=WIDTHS, nargs="+", default=list(WIDTHS))
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--threads", type=int, default=torch.get_num_threads())
-    command.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: on a machine that is busy")
-    command.add_argument("--no-reference", action="store_true", help="leave out the paper's formula as printed, the slowest")
+    command.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu measures processor time, for a busy machine; requires --threads 1",
+    )
+    command.add_argument(
+        "--no-reference", action="store_true", help="do not measure the paper's formula as printed, which is slow"
+    )
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
 def run(args: argparse.Namespace) -> None:
-    """One optimizer step of ours compared with diffusers' U-Net and DeepSpeed's MoE, and what the engine around it costs."""
+    """One optimizer step of ours compared with diffusers' U-Net and DeepSpeed's MoE, and the time that the engine adds."""
     ranks = discover()
     device = initialise(ranks)
     torch.set_num_threads(args.threads)

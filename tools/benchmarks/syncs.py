@@ -1,4 +1,4 @@
-"""`tools/bench.py syncs`: where the host waits for the GPU in an optimizer step, found on a machine without one.
+"""`tools/bench.py syncs`: where the host waits for the GPU in an optimizer step, recorded on a machine without a GPU.
 
 The real trainer, engine and DeepSpeed run one whole step (data, forward, backward, reduce, clip, update, metrics) on
 tensors without data, which stand for a GPU's (`pretend_gpu` says what counts as a wait, a launch and a byte), among ranks
@@ -49,7 +49,7 @@ STEADY = 3  # steps before the one that is counted
 
 @dataclass(frozen=True)
 class StepNotes:
-    """What happened in one optimizer step, and in the log lines after it."""
+    """Records of one optimizer step, and of the log line after it."""
 
     step: Notes
     log: Notes
@@ -122,7 +122,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
 
 
 class _Stream:
-    """Replaces the training stream: black images with empty captions, of the right shapes."""
+    """Replaces the training stream: black images with empty captions, in the right shapes."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -152,18 +152,23 @@ class _Stream:
 
 
 def _batches(run: Run) -> Iterator[Batch]:
-    """Yield what the prefetching thread would have made; here in this thread, where it is seen."""
+    """Yield the batches of the prefetching thread, made in this thread, where they are recorded."""
     return map(run.builder.build, trainer._slots(run))
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     command.add_argument("--config", default="raphael-3b")
-    command.add_argument("--deepspeed_config", help="a DeepSpeed JSON; without one the default")
-    command.add_argument("--world", type=int, default=8, help="ranks that are pretended")
+    command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
+    command.add_argument("--world", type=int, default=8, help="number of simulated ranks (default 8)")
     command.add_argument("--micro-steps", type=int, default=2)
-    command.add_argument("--places", type=int, default=25, help="so many of the places with the most launches are shown")
-    command.add_argument("overrides", nargs="*", help="key=value of the configuration")
+    command.add_argument(
+        "--places",
+        type=int,
+        default=25,
+        help="number of places in the code to list, those with the most launches first (default 25)",
+    )
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings as for training")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -182,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
 
 def report(notes: StepNotes, places: int) -> str:
     """Return the tables; the last line is the number of host synchronisations."""
-    lines = ["", "the host waits", *_waits(notes.step), "", "a log line adds", *_waits(notes.log), ""]
+    lines = ["", "the host waits for the GPU:", *_waits(notes.step), "", "a log line adds:", *_waits(notes.log), ""]
     launches, num_bytes = notes.step.launches, notes.step.bytes
     lines += [f"{'launches':>8} {'MB':>10}  place, of {len(launches)}"]
     lines += [f"{n:>8} {num_bytes[place] / 1e6:>10.1f}  {place}" for place, n in launches.most_common(places)]

@@ -1,4 +1,4 @@
-"""Run the emoji benchmark: draw the held-out pairs, judge them and two references, write one table."""
+"""Run the emoji benchmark: sample the held-out pairs, measure them and two references, write one table."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ SHOWN = 48  # pairs in pairs.png
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is drawn and how.
+    """What is sampled, and how.
 
     Attributes:
         options: names of the options or fields that gave the two kinds of shards, for errors.

@@ -15,7 +15,7 @@ _BARE_PHRASES = ("tokyo tower", "palms up together")
 _THE = ("back of a raised hand", "milky way", "statue of liberty", "wheel of dharma", "kaaba")
 # These end in "s" but are one thing.
 _SINGULAR_S = re.compile(r"(ss|us|(?<!sk)is|os|lens|gas|'s)$")
-# Names that begin with these go on with what the person does; the first word is the head noun.
+# After these beginnings a name states what the person does; the first word is the head noun.
 _BEINGS = ("person", "man", "woman", "face", "cat")
 _PLURAL_STARTS = ("men", "women", "people", "hands", "children", "two")
 _CONSONANT_SOUND = re.compile(r"(uni|eu|ewe|one\b|one-|use|ufo)")
@@ -23,7 +23,7 @@ _VOWEL_SOUND = re.compile(r"([aeiou]|hour|x-ray|sos\b|ng\b|atm\b)")
 _HEAD = re.compile(r" (?:with|without|of|in|on|at|from|behind|facing|and|over|holding|showing|for|by|under|meaning) ")
 _SYMBOLS = {"&": "and", "!": "", "\u201c": "", "\u201d": "", "\u2019": "'"}
 
-# Names that give a meaning where a sign is drawn.
+# Names that state the meaning of a sign.
 _SIGNS = (
     *("potable water", "non-potable water", "water closet", "restroom", "men's room", "women's room", "customs"),
     *("passport control", "baggage claim", "left luggage", "warning", "no entry", "prohibited"),
@@ -93,7 +93,7 @@ _RENAMED = {
     "flag south georgia and south sandwich islands": "flag of south georgia and the south sandwich islands",
     "flag st. vincent and grenadines": "flag of st. vincent and the grenadines",
 }
-# Names leave the article out between these, as headlines do.
+# Names omit the article after these words, as headlines do.
 _BEFORE = "with|without|in|on|behind|getting|tipping|raising|taking|rowing|bouncing|wearing|feeding"
 _COUNTED = (
     "halo|tear|diagonal mouth|open mouth|mouth|raised eyebrow|peeking eye|medical mask|thermometer|head-bandage|monocle|"

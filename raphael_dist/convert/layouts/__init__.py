@@ -1,4 +1,4 @@
-"""The layouts: the ways in which a checkpoint lies on disk.
+"""The layouts: formats of a checkpoint on disk.
 
 Every module or folder here whose name does not begin with an underscore is a layout of that name, and has a `LAYOUT`. There
 is no other list: a new file is a new layout for the command lines, for inspection and for `run.init_from`. A module is
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 # Fields of `Options` that a layout may support: layouts with files per rank, and layouts with one kind of weights.
 RANKS = frozenset({"space_ep", "time_ep", "world", "stage"})
 WEIGHTS = frozenset({"weights", "dtype"})
-# Formats of what is trained on top of a frozen base (convert/adapter_export.py). They hold no whole model.
+# Formats of adapters that are trained on top of a frozen base (convert/adapter_export.py). They contain no whole model.
 ADAPTER_FORMATS = {"peft": "LoRA adapters", "controlnet": "a ControlNet of diffusers"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which a checkpoint lies on disk.
+    """One format of a checkpoint on disk.
 
     Attributes:
         name: the name of its module.
-        holds: everything that a run needs to continue, or weights only.
+        holds: whether it contains everything that a run needs to continue, or only weights.
         detect: returns whether a path is of this layout. It is called only if no manifest.json has `"layout": NAME`, so
             most layouts return False. It may look at file names, not into files.
         open: returns the checkpoint at a path, after reading headers only. The second argument is the configuration that
             the user gave; None for most. Raises UserError for tensors that are missing, doubled or misshapen, and for files
-            of another kind: whatever else it raises is a bug of the layout.
+            of another kind. Any other exception is a bug of the layout.
         plan: returns which files hold a source in this layout; the third argument is the target's path. Raises UserError
             when the layout cannot hold the source's model, or not with these options.
         options: the fields of `Options` that it supports as a target.

@@ -302,7 +302,7 @@ def scheduler_settings(folder: Path) -> JsonObject:
     """Return the section `diffusion` for the scheduler of a pipeline; {} without one.
 
     Args:
-        folder: of the pipeline, or its unet/.
+        folder: the pipeline's folder, or its unet/.
 
     Raises:
         UserError: its noise schedule is of another kind.

@@ -247,7 +247,7 @@ class _FillThread(threading.Thread):
             raise self._failure
 
     def stop(self) -> None:
-        """Stop the thread and log what is not cached. Raises as `check`."""
+        """Stop the thread and log what is not cached. Raises the errors of `check`."""
         self._stop_requested.set()
         self.join()
         self.check()

@@ -1,6 +1,6 @@
 """Computes the features of one shard's samples as the tensors of one file, in the format of `packing.py`.
 
-For n samples with U distinct captions, n_b of the samples being good and in bucket b:
+For n samples with U distinct captions, of which n_b good samples are in bucket b:
 
 | tensor | type and shape | holds |
 |---|---|---|

@@ -73,7 +73,7 @@ def packaged_folder(name: str) -> Path:
 
 
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
-    """Return the model and the tokenizer of a text encoder with a name (NAMED). UserError as `packaged_folder`."""
+    """Return the model and the tokenizer of a named text encoder (NAMED). Raises the UserErrors of `packaged_folder`."""
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
     from transformers import AutoModelForTextEncoding, AutoTokenizer

@@ -42,7 +42,7 @@ def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
 
 
 def empty_text_model(spec: str, layer: TextLayer) -> Model:
-    """Build a text model without weights, and check the headers of its files. Raises UserError as `text_model`."""
+    """Build a text model without weights, and check the headers of its files. Raises the UserErrors of `text_model`."""
     if spec == CHARACTERS:
         return text_model(spec, torch.float32, layer)
     folder, _ = text_folders(spec)
@@ -134,7 +134,7 @@ def autoencoder_class(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
 
 
 def empty_autoencoder(spec: str) -> Model:
-    """Build an autoencoder without weights, and check the headers of its files. Raises UserError as `autoencoder`."""
+    """Build an autoencoder without weights, and check the headers of its files. Raises the UserErrors of `autoencoder`."""
     folder = vae_folder(spec)
     kind, config = autoencoder_class(folder, spec)
     with reported("image.vae", spec), _quiet("diffusers"):

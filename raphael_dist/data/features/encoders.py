@@ -104,7 +104,7 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
 
         A folder holds CLIP, a sentence encoder, or a diffusers pipeline.
 
-        `layer` selects the hidden layer that gives the tokens. Raises UserError as `TextFacts.read` and `load_weights`.
+        `layer` selects the hidden layer that gives the tokens. Raises the UserErrors of `TextFacts.read` and `load_weights`.
         """
         return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype, layer), device, dtype, layer).load_weights()
 
@@ -203,7 +203,7 @@ class ImageEncoder(_Frozen[Model]):
     def load(cls, spec: str, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Load "none" (latents are the pixels) or the folder of an autoencoder or of a pipeline with one.
 
-        Raises UserError as `ImageFacts.read`.
+        Raises the UserErrors of `ImageFacts.read`.
         """
         return cls.lazy(spec, ImageFacts.read(spec, dtype), device, dtype).load_weights()
 

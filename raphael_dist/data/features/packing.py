@@ -1,4 +1,4 @@
-"""The compact storage format of features. Its rounding is of the size of rounding in training.
+"""The compact storage format of features. Its rounding errors are as small as those of training.
 
 The tensors of one sample (the cache holds rows of many samples):
 
@@ -11,7 +11,7 @@ The tensors of one sample (the cache holds rows of many samples):
 | small | uint8 [3, Hs, Ws] | the downscaled image, with upscale.factor |
 | weights | float32 [K] | relative probability of each of its K captions |
 | tokens, mask, end | 16 bits [K, Y, D], bool [K, Y], int64 [K] | tokens, attended tokens, index of the end-of-text token |
-| captions, caption_ends | uint8 [bytes], int64 [K] | in their place: the captions' text, UTF-8 |
+| captions, caption_ends | uint8 [bytes], int64 [K] | instead of tokens: the captions' text, UTF-8 |
 
 Tokens are bfloat16 where the text encoder computes in it, which loses nothing, otherwise float16. Padding is stored: the
 model's cross-attention reads it, and an encoder gives different numbers there for each caption. The edge loss uses averages

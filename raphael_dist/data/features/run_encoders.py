@@ -65,7 +65,7 @@ def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tenso
     Args:
         vae: an autoencoder of diffusers.
         images: [B, 3, H, W] in -1..1.
-        device: where it runs; with offload, its weights move there when it is called.
+        device: the device it runs on; with offload, its weights are moved there when it is called.
     """
     encoded = vae.encode(images.to(device, vae.dtype))[0]
     # A distribution if it is an AutoencoderKL.

@@ -1,4 +1,4 @@
-"""Reads files of web servers: reports what the server answers, and never reads more bytes than requested.
+"""Reads files of web servers. Reports the server's answer, and never reads more bytes than requested.
 
 This uses only the session and the event loop of fsspec's HTTP file system. The calls of that file system turn every failure
 into FileNotFoundError, and read and decompress bodies of any length.
@@ -42,14 +42,14 @@ class HttpFile:
         self._at = 0
 
     def stat(self) -> tuple[int | None, Mapping[str, str]]:
-        """Return the size by the server's headers, and the headers. Raises as `read`."""
+        """Return the size by the server's headers, and the headers. Raises the errors of `read`."""
         return self._wait(self._stat)
 
     def read(self, start: int, end: int, size: int) -> bytes:
         """Return bytes start .. end - 1 of a file of `size` bytes.
 
         Raises:
-            HttpError, FileNotFoundError, PermissionError: By the server's answer.
+            HttpError, FileNotFoundError, PermissionError: The server's answer.
             TimeoutError: The server was too slow. Errors of aiohttp are passed on.
         """
         try:

@@ -131,7 +131,7 @@ class _LibraryFile:
         return [fs.unstrip_protocol(match) for match in fs.glob(path, **options)]
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no connection stays open."""
 
 
 def _open(url: str, retry: RetryPolicy) -> HttpFile | _LibraryFile:

@@ -87,7 +87,7 @@ class ShardStore:
         return Stamp(status.st_size, str(status.st_mtime_ns))
 
     def fetch_new(self, name: str, stamp: Stamp) -> tuple[Stamp, Path]:
-        """Return the stamp for a shard's index record and the local path of its plain tar. Raises as `fetch`.
+        """Return the stamp for a shard's index record and the local path of its plain tar. Raises the errors of `fetch`.
 
         Where a server states nothing that changes with the file, the shard is fetched in any case, and the SHA-256 of the
         plain tar becomes its stamp.
@@ -163,7 +163,7 @@ class ShardStore:
             raise ShardError(base_name(name), getattr(error, "strerror", None) or str(error)) from error
 
     def open(self, name: str, stamp: Stamp) -> int:
-        """Return a descriptor of a shard's plain tar, which the caller must close. Raises as `fetch`."""
+        """Return a descriptor of a shard's plain tar, which the caller must close. Raises the errors of `fetch`."""
         path = self.fetch(name, stamp)
         for is_last in (False, True):
             try:

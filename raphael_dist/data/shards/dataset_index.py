@@ -56,7 +56,7 @@ class ShardIndex:
 
     Attributes:
         source: Path or URL as configured.
-        stamp: Of the source file when it was indexed.
+        stamp: State of the source file when it was indexed.
         num_bytes: Size of the plain tar.
         sizes: uint16 [num_samples, 2], width and height in pixels.
         places: uint32 [num_samples, 2], first block and number of blocks in the tar.

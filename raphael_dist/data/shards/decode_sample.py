@@ -131,7 +131,7 @@ class ImageDataset:
 
         Raises:
             BadSampleError: It cannot be decoded, exceeds the pixel limit, or has no edge map with edge="stored".
-            ShardError: As `read`.
+            ShardError: See `read`.
         """
         if self._decode_elsewhere is None:
             return self.decode(sample_id, bucket, flip)

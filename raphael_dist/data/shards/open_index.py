@@ -38,7 +38,7 @@ def _field(training: bool) -> str:
 
 
 def names_of(config: Config, training: bool) -> list[list[str]]:
-    """Return the shards of each source. Raises UserError as `expand_shards`, with the name of the field."""
+    """Return the shards of each source. Raises the UserErrors of `expand_shards`, with the name of the field."""
     retry = store_of(config.data).retry
     with name_option(_field(training)):
         names = [expand_shards(patterns, retry) for patterns, _ in patterns_of(config, training)]
@@ -69,7 +69,7 @@ def require_shards(config: Config) -> None:
 
 
 def find_shards(config: Config, *, training: bool) -> list[str]:
-    """Return all shards of data.shards or data.sources, or of data.val_shards. Raises UserError as `names_of`."""
+    """Return all shards of data.shards or data.sources, or of data.val_shards. Raises the UserErrors of `names_of`."""
     return [name for source in names_of(config, training) for name in source]
 
 
@@ -143,7 +143,7 @@ def order_of(
     *,
     training: bool,
 ) -> Order:
-    """Return the order of an index's samples by the configuration. Raises UserError as `SampleOrder`."""
+    """Return the order of an index's samples by the configuration. Raises the UserErrors of `SampleOrder`."""
     # A micro-batch has one image size, so samples of one size come in runs.
     seed, window, run = config.run.seed, config.data.window_shards, bucket_run_length(config, training) or 1
     if len(by_source) == 1:

@@ -33,7 +33,7 @@ class ShardRecord:
 
     Attributes:
         name: Path or URL.
-        stamp: Of the source file.
+        stamp: State of the source file.
         num_bytes: Size of the plain tar.
         places: uint32 [num_samples, 2], first block and number of blocks (512 bytes) of each sample.
         sizes: int32 [num_samples, 2], width and height in pixels.

@@ -121,8 +121,8 @@ def _skip_reason(name: str) -> str:
     if is_hidden(name):
         return HIDDEN
     if name.lower().endswith(tuple(f".{ext}" for ext in EXTS)):
-        return "member whose key holds a dot: KEY.EXT must have its first dot before EXT; rename it"
-    return "member that is no image, text or edge map"
+        return "member with a dot in its key: a name KEY.EXT may have only one dot before EXT; rename it"
+    return "member that is not an image, a text or an edge map"
 
 
 def members_of(data: bytes, key: str) -> dict[str, bytes]:

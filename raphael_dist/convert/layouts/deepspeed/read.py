@@ -125,7 +125,7 @@ def _shards(folder: Path, world: int) -> list[Path]:
 
 
 def _item(file: Path, tree: Any, key: Any, kind: type[T]) -> T:
-    """Return an item of an unpickled dict or list. UserError: it is missing, or not of this type."""
+    """Return an item of an unpickled dict or list. UserError: it is missing, or has another type."""
     try:
         value = tree[key]
     except (LookupError, TypeError):
@@ -139,7 +139,7 @@ def _item(file: Path, tree: Any, key: Any, kind: type[T]) -> T:
 
 
 class _Files:
-    """Where the tensors lie in DeepSpeed's files of one checkpoint. topology: which ranks wrote it, as text."""
+    """The positions of tensors in DeepSpeed's files of one checkpoint. topology: text about the ranks that wrote it."""
 
     def __init__(self, model_file: Path, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         self._file, self._model, self._shapes = model_file, model, shapes

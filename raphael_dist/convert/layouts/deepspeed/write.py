@@ -44,7 +44,7 @@ Tree = dict[str, Any]  # of dicts, lists and plain values, with an Entry for eac
 
 
 class _Target:
-    """What all files of one conversion depend on."""
+    """Values that all files of one conversion depend on."""
 
     def __init__(self, source: Source, options: Options) -> None:
         self.source, self.options = source, options
