@@ -151,7 +151,7 @@ def _prepare(
     if config is not None and not layout_of("--from", opened.layout).takes_config:
         if not is_dense(opened.config):
             raise UserError(
-                f"--config={config.name} upcycles a dense model to a model with experts, but {path} already has experts or "
+                f"--config is for upcycling a dense model to a model with experts, but {path} already has experts or "
                 "edge modules. Leave out --config."
             )
         source = UpcycledSource(opened, config)
