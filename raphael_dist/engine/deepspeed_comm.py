@@ -60,7 +60,7 @@ def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup])
 
 
 class CountedBackend:
-    """DeepSpeed's backend with counted collectives."""
+    """DeepSpeed's communication backend, which also counts the bytes that each collective sends."""
 
     def __init__(self, backend: Any, traffic: Traffic) -> None:
         self.backend, self._traffic, self._skips_broadcasts = backend, traffic, False

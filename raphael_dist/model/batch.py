@@ -99,7 +99,7 @@ class Batch:
         return required + [tensor for tensor in optional if tensor is not None]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a batch with `function` applied to every tensor, without `memory`."""
+        """Return a batch with `function` applied to every tensor; its `memory` is None."""
 
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)

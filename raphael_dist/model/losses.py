@@ -20,12 +20,12 @@ from raphael_dist.model.unet import UNetOutput
 
 @dataclass
 class Losses:
-    """Losses per sample, float32 [B], multiplied by the weights of the slots. Only `total` has a gradient.
+    """Losses of a batch, multiplied by each sample's weight (0 for padding samples). Only `total` has a gradient.
 
     Attributes:
-        total: the loss that is minimised.
-        denoise: the denoising loss without min-SNR weights.
-        edge: the edge loss.
+        total: the loss that is minimised, float32 [B].
+        denoise: the denoising loss without min-SNR weights, float32 [B].
+        edge: the edge loss, float32 [B].
         space_used: weighted sum over samples of the share of image tokens per space expert, [L, K], or None.
         time_load: weighted number of samples per time expert, [L, K], or None.
     """

@@ -85,7 +85,7 @@ class ClusterSpec(BaseModel):
         return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
 
     def links(self, ranks: int) -> Cluster:
-        """Return the links of `ranks` devices."""
+        """Return the cluster that a number of devices forms: devices per node, and bandwidth and latency of its links."""
         return Cluster(
             ranks,
             min(ranks, int(self.per_node.value)),

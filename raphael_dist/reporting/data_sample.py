@@ -34,7 +34,7 @@ def sample_data(config: Config) -> DataSample:
     """
     local = [pattern for pattern in config.data.shards if not is_remote(pattern)]
     if not local:
-        raise UserError("data.shards names no shards on this machine")
+        raise UserError(f"data.shards={config.data.shards} has only remote addresses, and only local files are examined")
     names = expand_shards(local)[:SHARDS]
     with TemporaryDirectory() as folder:
         dataset = ImageDataset(build_index(names, Path(folder)), config.image.buckets, "auto")

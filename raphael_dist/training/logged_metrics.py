@@ -108,7 +108,7 @@ class Telemetry:
         self._current_step = Metrics(self._device)
 
     def return_to(self, step: int) -> None:
-        """Remove the values of the steps after `step`, which are repeated."""
+        """Remove the values logged after `step`: training continues from there and logs later steps again."""
         self._steps = [(number, metrics) for number, metrics in self._steps if number <= step]
         self._dead_experts.clear()
         if self._writer is not None:

@@ -164,7 +164,7 @@ class MetricsWriter:
                         self._board.add_scalar(tag, value, step)
 
     def return_to(self, step: int) -> None:
-        """Remove the values of the steps after `step`, which are repeated."""
+        """Remove the values logged after `step`: training continues from there and logs later steps again."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         with self._tolerating(str(self._path)):

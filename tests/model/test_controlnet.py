@@ -127,7 +127,7 @@ def test_control_run_resumes_bit_for_bit_and_keeps_its_base(forks: Forks, tmp_pa
     other = canonical(tmp_path / "other", tiny_config(), seed=6)
     assert forks.run(tmp_path / "run", 2, **spec(other, steps=6)) == [2, 2]
     assert "a base model with other weights" in output_of(tmp_path / "run", 1)
-    with pytest.raises(UserError, match=r"contains only a ControlNet, not the base model .*--to controlnet"):
+    with pytest.raises(UserError, match=r"contains only a ControlNet, without the base model.*--to controlnet"):
         open_checkpoint("auto", tmp_path / "run")
     assert (
         convert_checkpoint.main(["--from", "auto", str(tmp_path / "run"), "--to", "controlnet", str(tmp_path / "control")])

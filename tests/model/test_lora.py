@@ -296,7 +296,7 @@ def test_mistakes_are_one_line(trained: tuple[Path, Path], tmp_path: Path) -> No
     ):
         with pytest.raises(UserError, match=message):
             tiny_config(**arguments)
-    with pytest.raises(UserError, match=r"contains only adapters, not the base model .*--lora .*--to peft"):
+    with pytest.raises(UserError, match=r"contains only adapters, without the base model.*--lora .*--to peft"):
         open_checkpoint("auto", run)
     with pytest.raises(UserError, match=r"--lora .*no checkpoint.*adapter_config.json"):
         read_adapter(base)

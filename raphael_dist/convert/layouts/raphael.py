@@ -36,8 +36,8 @@ def _open_step(folder: Path) -> Checkpoint:
             ("a ControlNet", "--control-from", "controlnet") if config.control.enabled else ("adapters", "--lora", "peft")
         )
         raise UserError(
-            f"{folder} contains only {what}, not the base model {config.run.init_from}. Use the base model with {option} "
-            f"{folder}, or export it with --to {export} (docs/adapters.md)."
+            f"{folder} contains only {what}, without the base model. Give the base model, {config.run.init_from}, and add "
+            f"{option} {folder}; or export {what} with --to {export} (docs/adapters.md)."
         )
     files, topology = checksummed_files(folder, manifest), f"ep {config.parallel.space_ep},{config.parallel.time_ep}"
     checkpoint = Checkpoint(folder, config, reader.spans(), progress_of(manifest), manifest["dataset"], files)

@@ -178,9 +178,12 @@ class FeatureCache:
 
     @cached_property
     def null_text(self) -> TextFeatures | None:
-        """The features of the empty caption, B = 1, float32 on the CPU; None where tokens are not cached.
+        """Features of the empty caption (B = 1, float32, CPU); None if text features are not cached.
 
-        They are computed where no file has them. Raises UserError where the file cannot be written.
+        Read from the cache. If its file is missing or damaged, they are computed and written.
+
+        Raises:
+            UserError: the file cannot be written.
         """
         if not self._with_text:
             return None

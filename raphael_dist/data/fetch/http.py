@@ -106,13 +106,13 @@ class HttpFile:
         _check(response)
         packed = response.headers.get("Content-Encoding", "identity")
         if packed != "identity" and not self._url.partition("?")[0].lower().endswith(_PACKED_NAMES):
-            raise HttpError(f"the server compresses the file ({packed[:20]}) against the request")
+            raise HttpError(f"the server sent Content-Encoding {packed[:20]}, although the request allowed no compression")
         stated = _stated_size(response)
         if stated not in (None, size):
             raise HttpError(f"the size has changed from {size} to {stated} bytes")
         first = response.headers.get("Content-Range", f"bytes {start}-").removeprefix("bytes ").partition("-")[0]
         if response.status == 206 and first != str(start):
-            raise HttpError("the server sends another range than requested")
+            raise HttpError(f"the server sent bytes from {first[:20]}, but bytes from {start} were requested")
         skipped = 0 if response.status == 206 else start
         while skipped:
             skipped -= len(await self._take(min(skipped, _SKIP_BYTES)))
