@@ -91,7 +91,8 @@ class CheckpointReader:
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / name} must state where its tensors start, but it does not: {error}. Use another "
+                    f"{self.folder / name} must state where its tensors start, but its header does not: {error}. Use "
+                    "another "
                     "checkpoint."
                 ) from None
             if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:

@@ -213,8 +213,8 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
     section, dot, name = key.partition(".")
     if not (separator and dot and section and name) or "." in name:
         raise UserError(
-            f"argument {shorten(repr(override))} must have the form section.key=value, e.g. "
-            f"train.max_steps=50{_suggestion(key, text, config_type)}"
+            f"argument {shorten(repr(override))} must have the form section.key=value{_suggestion(key, text, config_type)}. "
+            "Write, for example, train.max_steps=50."
         )
     try:
         value = yaml.safe_load(text)

@@ -30,7 +30,7 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
     try:
         return open_newest(path, option)
     except UserError as error:
-        raise UserError(f"{error} A folder with {config_name} can be used too.") from None
+        raise UserError(f"{error} Or use a folder with {config_name}.") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -38,4 +38,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}. Restore the file.") from None

@@ -93,7 +93,7 @@ def convert(
     verified = (
         "sizes and SHA-256 of its manifest"
         if opened.files
-        else "only that every tensor is present once, since there is no manifest with checksums"
+        else "every tensor is present once, but there is no manifest with checksums"
     )
     omitted = [kind for kind in source.kinds() if kind not in plan.kinds]
     notes = (

@@ -34,7 +34,7 @@ def sample_data(config: Config) -> DataSample:
     """
     local = [pattern for pattern in config.data.shards if not is_remote(pattern)]
     if not local:
-        raise UserError("data.shards names no shards on this machine")
+        raise UserError("the shards in data.shards are not on this machine")
     names = expand_shards(local)[:SHARDS]
     with TemporaryDirectory() as folder:
         dataset = ImageDataset(build_index(names, Path(folder)), config.image.buckets, "auto")

@@ -339,7 +339,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
     def _encode_images(self, call: CallArguments) -> Tensor:
         """Return the latents of the call's images, float32 [B, C, h, w]."""
         if not call.images:
-            raise UserError("image=None must be a PIL image, or one for each prompt")
+            raise UserError("image=None must be a PIL image, or one for each prompt. Pass an image.")
         device = self._execution_device
         images = to_tensor(np.stack([fit_image(image, call.size_hw) for image in call.images]))
         if self.vae is not None:
@@ -355,7 +355,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             )
         except ValueError as error:
             given = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
-            raise UserError(f"{given} do not fit {type(scheduler).__name__}: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{given} must be supported by {type(scheduler).__name__}, but it reports: {reason}. Change them."
+            ) from None
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):
                 _log.warning("%s", late)

@@ -106,7 +106,9 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
         model = sizes_of_unet(unet, where) | {ours: unet[name] for name, ours in EXPERT_FIELDS.items()}
         edges, steps = int(unet["edge_channels"]), int(unet["num_train_timesteps"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: must be the configuration of a {UNET}: {error!r}") from None
+        raise UserError(
+            f"{where} must be the configuration of a {UNET}, but a field is missing or wrong: {error!r}. Restore it."
+        ) from None
     edge: JsonObject = {"channels": edges, "max_timestep": min(500, steps)} if edges else {"weight": 0.0}
     sections = {"model": model, "edge": edge, "upscale": upscale or {}, "sample": {"steps": min(25, steps - 1)}}
     return config_from_tree({**sections, "diffusion": diffusion | {"num_timesteps": steps}})

@@ -228,7 +228,8 @@ class _Files:
         unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
             raise UserError(
-                f"{file} contains {unknown}, which is no parameter of the model in --config. Use the configuration of the "
+                f"{file} contains {unknown}, which is not a parameter of the model in --config. Use the configuration of "
+                "the "
                 "run as --config."
             )
         paddings = state.get("param_alignment_paddings")
