@@ -153,7 +153,10 @@ def _locate_assets(preset: JsonObject) -> JsonObject:
 
 
 def _find_places(root: yaml.Node | None, file: str) -> dict[str, str]:
-    """Return the places of sections and keys. UserError: a mapping has a key twice, of which YAML would keep the last."""
+    """Return the places of sections and keys.
+
+    Raises UserError if a mapping has a key twice, of which YAML would keep the last.
+    """
     places: dict[str, str] = {}
     for depth, parent, mapping in _mappings(root):
         lines: dict[str, int] = {}

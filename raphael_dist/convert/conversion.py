@@ -163,7 +163,7 @@ def _prepare(
 
 
 def _create(target: Path, temporary: Path, plan: ConversionPlan) -> None:
-    """Create the temporary folder. UserError: it cannot be written, or the disk is too small."""
+    """Create the temporary folder. Raises UserError if it cannot be written, or the disk is too small."""
     shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
     try:
         temporary.mkdir(parents=True)

@@ -146,7 +146,10 @@ def as_list(value: object) -> list[Any]:
 
 
 def for_each(name: str, value: object, count: int) -> list[Any]:
-    """Return one value for each of `count` prompts, from one for all or a list. UserError: a list of another length."""
+    """Return one value for each of `count` prompts, from one for all or a list.
+
+    Raises UserError: a list of another length.
+    """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(

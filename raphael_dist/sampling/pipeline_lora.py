@@ -73,7 +73,7 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Activate adapters, each with a weight (1 if None). UserError: there is no adapter of this name."""
+        """Activate adapters, each with a weight (1 if None). Raises UserError if there is no adapter of this name."""
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights

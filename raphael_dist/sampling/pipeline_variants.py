@@ -149,7 +149,10 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
 
 def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
-    """Return small images as float32 [B, 3, Hs, Ws] in -1..1. UserError: there are none, or they are of another size."""
+    """Return small images as float32 [B, 3, Hs, Ws] in -1..1.
+
+    Raises UserError if there are none, or they are of another size.
+    """
     small = [np.array(to_rgb(image)) for image in images]
     if not small:
         check_small(factor, None, size_hw, "image")

@@ -68,7 +68,7 @@ def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a weights file, safetensors or torch.save, by name. UserError: it cannot be read."""
+    """Return the tensors of a weights file, safetensors or torch.save, by name. Raises UserError if it cannot be read."""
     if path.suffix == ".safetensors":
         return read_header(path)[0]
     tree = load_tree(path)

@@ -52,7 +52,7 @@ UNET = RaphaelUNet2D.__name__
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a pipeline folder, or only its unet/. UserError when an encoder of the configuration is missing."""
+    """Plan a pipeline folder, or only its unet/. Raises UserError when an encoder of the configuration is missing."""
     config = source.config
     unet = unet_json(config, "--to diffusers") if is_dense(config) else expert_json(config, RaphaelUNet2D)
     files, small, kind = unet_files(source, options, "unet/")
@@ -201,7 +201,10 @@ def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
 
 
 def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open the U-Net of a pipeline folder. UserError unless it is of this project or has Stable Diffusion 2's structure."""
+    """Open the U-Net of a pipeline folder.
+
+    Raises UserError unless it is of this project or has Stable Diffusion 2's structure.
+    """
     unet = read_object(folder / "unet" / "config.json")
     manifest = read_optional_manifest(folder, "diffusers")
     if manifest is None and unet.get("_class_name") == CLASS:

@@ -125,7 +125,7 @@ def _shards(folder: Path, world: int) -> list[Path]:
 
 
 def _item(file: Path, tree: Any, key: Any, kind: type[T]) -> T:
-    """Return an item of an unpickled dict or list. UserError: it is missing, or has another type."""
+    """Return an item of an unpickled dict or list. Raises UserError if it is missing, or has another type."""
     try:
         value = tree[key]
     except (LookupError, TypeError):
