@@ -168,8 +168,8 @@ def _parse(path: Path, rank: int) -> list[LogLine]:
 
 
 def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
-    found = {re.fullmatch(rf"step-(\d+){re.escape(suffix)}", path.name): path for path in folder.glob("step-*")}
-    return {int(match[1]): path for match, path in sorted(found.items(), key=lambda item: item[1].name) if match}
+    paths = {re.fullmatch(rf"step-(\d+){re.escape(suffix)}", path.name): path for path in folder.glob("step-*")}
+    return {int(match[1]): path for match, path in sorted(paths.items(), key=lambda item: item[1].name) if match}
 
 
 def read_routes(path: Path) -> dict[str, Any]:

@@ -37,9 +37,9 @@ class Base:
     name: str
     overrides: dict[str, str]
 
-    def config(self, more: dict[str, str] | None = None) -> Config:
+    def config(self, overrides: dict[str, str] | None = None) -> Config:
         """Return the configuration with further overrides, which take precedence. Raises UserError if it is invalid."""
-        return load_config(self.name, [f"{key}={text}" for key, text in {**self.overrides, **(more or {})}.items()])
+        return load_config(self.name, [f"{key}={text}" for key, text in {**self.overrides, **(overrides or {})}.items()])
 
 
 def read_base(name: str, overrides: Sequence[str]) -> Base:
