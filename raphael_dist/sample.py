@@ -124,7 +124,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _make_requests(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[list[Request], SamplingSettings]":
-    """Return the requests and the settings. UserError for what does not fit the model."""
+    """Return the requests and the settings. Raises UserError for what does not fit the model."""
     from raphael_dist.sampling.distributed import SamplingSettings
     from raphael_dist.sampling.prompts import check_sizes, read_edges, read_fitted_image, read_requests, read_small
     from raphael_dist.sampling.sampler import Request

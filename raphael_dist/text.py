@@ -38,7 +38,7 @@ def open_regular(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return descriptor
 
 
@@ -61,7 +61,10 @@ def read_text(path: Path, regular: bool = True) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8 text without its byte order mark, with unchanged line ends. ValueError: it is in another encoding."""
+    """Decode UTF-8 text without its byte order mark, with unchanged line ends.
+
+    Raises ValueError if it is in another encoding.
+    """
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     try:
         if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
@@ -203,5 +206,5 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def quoted_parts(text: str) -> list[str]:
-    """Return the texts in double quotes, straight or typographic, without the quotes. Inches are no quotes."""
+    """Return the texts in double quotes, straight or typographic, without the quotes. A sign for inches is not a quote."""
     return [next(filter(None, match.groups())) for match in _QUOTED.finditer(text)]

@@ -34,7 +34,7 @@ def main() -> None:
         epilog="`python tools/bench.py NAME --help` lists the options of a benchmark.",
         usage="%(prog)s NAME [options]",
     )
-    commands = parser.add_subparsers(required=True, metavar="NAME")
+    commands = parser.add_subparsers(required=True, metavar="NAME", prog="bench.py")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name in sys.argv[1:2]:  # the others are not imported: each needs other libraries

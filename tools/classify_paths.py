@@ -83,7 +83,10 @@ def gather(paths: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = ()
 
 
 def classify(samples: Samples, seed: int = 0, rounds: int = 20, threads: int = 1) -> Outcome:
-    """Train XGBoost on one-hot paths in five folds of captions, and again on shuffled labels. UserError: no xgboost."""
+    """Train XGBoost on one-hot paths in five folds of captions, and again on shuffled labels.
+
+    Raises UserError: no xgboost.
+    """
     labels = samples.labels
     scores = _folds(samples.paths, labels, samples.groups, rounds, threads)
     shuffled = np.random.default_rng(seed).permutation(labels)

@@ -26,7 +26,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments; argparse exits with 2 on a mistake."""
     formats = "; ".join(f"{name}: {what}" for name, what in ADAPTER_FORMATS.items())
     parser = Parser(
-        example="python -m raphael_dist convert --from auto runs/emoji-tiny --to diffusers exported",
+        example="python -m raphael_dist convert --from auto models/emoji --to canonical weights",
         usage="%(prog)s --from LAYOUT PATH --to LAYOUT PATH [options]",
         description="Convert a checkpoint between layouts, or export what was trained on top of a frozen base model.",
         epilog=f"Layouts are {', '.join(names())}. Only for --to: {formats}.",

@@ -38,7 +38,10 @@ def step_of(folder: Path) -> int | None:
 
 
 def resolve_latest(path: Path) -> Path:
-    """Return the checkpoint that a file `latest` names; other paths unchanged. UserError: there is no such checkpoint."""
+    """Return the checkpoint that a file `latest` names; other paths unchanged.
+
+    Raises UserError if there is no such checkpoint.
+    """
     if path.name != "latest" or not path.is_file():
         return path
     name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]

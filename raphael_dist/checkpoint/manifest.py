@@ -32,8 +32,7 @@ def read_manifest(path: Path, layout: str | None = None) -> Manifest:
         manifest = read_json(path)
     except FileNotFoundError:
         raise UserError(
-            f"{path.parent} must contain {path.name}, but it does not: it is no checkpoint, or saving it was never "
-            "finished. Use another folder."
+            f"{path.parent} has no {path.name}: it is not a checkpoint, or saving it was interrupted. Use another folder."
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Use another checkpoint.") from None
@@ -46,7 +45,7 @@ def read_manifest(path: Path, layout: str | None = None) -> Manifest:
 def _problem(manifest: object, layout: str | None) -> str | None:
     """Return what is wrong with a manifest, or None."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("layout") != layout:
-        return f"it must have {f'the layout {layout} and ' if layout else ''}the format {FORMAT}"
+        return f"it must have {f'the layout {layout} and ' if layout else ''}the format {FORMAT}, but it has another one"
     missing = (_KEYS if layout else _KEYS | {"tensors"}) - manifest.keys()
     if missing:
         return f"it lacks {', '.join(sorted(missing))}"

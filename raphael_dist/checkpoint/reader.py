@@ -82,7 +82,7 @@ class CheckpointReader:
         return {key: sorted(spans) for key, spans in ranges.items()}
 
     def _stored(self, name: str) -> dict[str, StoredTensor]:
-        """Return the tensors of a file by key. UserError when they are not those of the manifest."""
+        """Return the tensors of a file by key. Raises UserError when they are not those of the manifest."""
         if name not in self._headers:
             tensors, metadata = read_header(self.folder / name)
             listed = self.manifest["files"][name].get("ranges")
@@ -91,7 +91,8 @@ class CheckpointReader:
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / name} must state where its tensors start, but it does not: {error}. Use another "
+                    f"{self.folder / name} must state where its tensors start, but its header does not: {error}. Use "
+                    "another "
                     "checkpoint."
                 ) from None
             if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:
@@ -107,14 +108,14 @@ class CheckpointReader:
         return {kind for kind, _ in self._ranges}
 
     def spans(self) -> dict[Key, list[StoredTensor]]:
-        """Return where every tensor lies, from the headers of all files. UserError when one cannot be read."""
+        """Return where every tensor lies, from the headers of all files. Raises UserError when one cannot be read."""
         return {
             (kind, name): [self._stored(file)[f"{kind}/{name}"] for _, _, file in ranges]
             for (kind, name), ranges in self._ranges.items()
         }
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened tensor, float32. UserError when any is missing.
+        """Return elements [start, start + numel) of a flattened tensor, float32. Raises UserError when any is missing.
 
         Only the files that hold these elements are opened.
         """
@@ -150,7 +151,10 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
 
 
 def newest(root: Path) -> list[Path]:
-    """Return the checkpoint folders in `root`, the newest first, complete or not. UserError when `root` is unreadable."""
+    """Return the checkpoint folders in `root`, the newest first, complete or not.
+
+    Raises UserError when `root` is unreadable.
+    """
     try:
         return step_folders(root)
     except OSError as error:

@@ -48,7 +48,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     images.add_argument(
         "--side", type=int, metavar="N", help="crop and resize all images to N x N pixels before comparing (COCO: 256)"
     )
-    example = "python -m raphael_dist evaluate text --checkpoint models/emoji --captions prompts=words.txt --out lettering"
+    example = (
+        "python -m raphael_dist evaluate text --checkpoint models/emoji --captions 'shards=data/emoji/val-*' --out lettering"
+    )
     text = studies.add_parser("text", help="share of quoted text that an OCR engine reads", example=example, usage=usage)
     add_common_arguments(text)
     text.add_argument(

@@ -121,9 +121,9 @@ def judge_check(
     if unfinished:
         return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=unfinished)
     results = [outcome["result"] for outcome in answered]
-    found = [(o, p) for o in answered for p in o["result"]["problems"]]
-    problems = _named([(o, p) for o, p in found if not p["amber"]])
-    warnings = _named([(o, p) for o, p in found if p["amber"]])
+    pairs = [(o, p) for o in answered for p in o["result"]["problems"]]
+    problems = _named([(o, p) for o, p in pairs if not p["amber"]])
+    warnings = _named([(o, p) for o, p in pairs if p["amber"]])
     lines, not_proven = results[0]["lines"], results[0]["not_proven"]
     status = RED if problems else AMBER if warnings else GREEN if lines else NOT_PROVEN
     code = 0 if not problems else EXIT_USER_ERROR if environment else EXIT_WRONG_NUMBERS
@@ -161,14 +161,14 @@ def _unfinished(outcomes: list[dict[str, Any]]) -> list[str]:
     return [f"rank {o['rank']} on {o['node']} hangs at {o['last']!r}; others are at {ahead!r}" for o in behind]
 
 
-def _named(found: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+def _named(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     """Return problems with their ranks: those that ranks cause, else those that they see."""
-    own = [(o, p) for o, p in found if p["own"]]
+    own = [(o, p) for o, p in pairs if p["own"]]
     ranks: dict[str, list[str]] = {}
-    for outcome, problem in own or found:
+    for outcome, problem in own or pairs:
         ranks.setdefault(problem["text"], []).append(f"rank {outcome['rank']} on {outcome['node']}")
     lines = [f"{', '.join(names[:4])}{' and others' * (len(names) > 4)}: {text}" for text, names in ranks.items()]
-    effects = {o["rank"] for o, _ in found} - {o["rank"] for o, _ in own}
+    effects = {o["rank"] for o, _ in pairs} - {o["rank"] for o, _ in own}
     return lines + ([f"effects of this on {len(effects)} other ranks are left out"] if own and effects else [])
 
 

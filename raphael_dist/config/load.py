@@ -153,7 +153,10 @@ def _locate_assets(preset: JsonObject) -> JsonObject:
 
 
 def _find_places(root: yaml.Node | None, file: str) -> dict[str, str]:
-    """Return the places of sections and keys. UserError: a mapping has a key twice, of which YAML would keep the last."""
+    """Return the places of sections and keys.
+
+    Raises UserError if a mapping has a key twice, of which YAML would keep the last.
+    """
     places: dict[str, str] = {}
     for depth, parent, mapping in _mappings(root):
         lines: dict[str, int] = {}
@@ -213,8 +216,8 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
     section, dot, name = key.partition(".")
     if not (separator and dot and section and name) or "." in name:
         raise UserError(
-            f"argument {shorten(repr(override))} must have the form section.key=value, e.g. "
-            f"train.max_steps=50{_suggestion(key, text, config_type)}"
+            f"argument {shorten(repr(override))} must have the form section.key=value{_suggestion(key, text, config_type)}. "
+            "Write, for example, train.max_steps=50."
         )
     try:
         value = yaml.safe_load(text)

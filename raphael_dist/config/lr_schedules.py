@@ -30,7 +30,7 @@ def check_lr_schedule(schedule: str, arguments: Mapping[str, float]) -> Iterator
             known = f"its arguments are {', '.join(names)}" if names else "it has no arguments"
             yield (
                 f"optim.lr_schedule_args={dict(arguments)} must be arguments of optim.lr_schedule={schedule}, but {name} "
-                f"is none ({known}). Remove {name}, or choose another schedule."
+                f"is not one of them ({known}). Remove {name}, or choose another schedule."
             )
     required = REQUIRED.get(schedule, ())
     if required and not set(required) & set(arguments):

@@ -229,7 +229,8 @@ class CheckpointConfig(Section, json_schema_extra=FREE):
 
     every: NonNegative = setting(1000, "Number of steps between two checkpoints. 0: save only at the end of the run.")
     keep: Positive = setting(
-        2, "Number of newest checkpoints that are kept. Older ones are deleted, but see checkpoint.keep_every."
+        2,
+        "Number of newest checkpoints that are kept. Older ones are deleted, except those that checkpoint.keep_every keeps.",
     )
     keep_every: NonNegative = setting(
         0,
@@ -256,7 +257,7 @@ class Parallel(Section, json_schema_extra=FREE):
     )
     elastic: bool = setting(
         False,
-        "If the number of ranks is no multiple of parallel.space_ep or parallel.time_ep: true uses the next smaller size "
+        "If the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep: true uses the next smaller size "
         "that fits, false ends with an error.",
     )
     dispatch: Dispatch = setting(

@@ -30,7 +30,7 @@ class StageSpan(NamedTuple):
 
 
 def stage_at(config: Config, step: int) -> StageSpan:
-    """Return the stage that follows after `step` steps. UserError: its settings are not allowed or not valid."""
+    """Return the stage that follows after `step` steps. Raises UserError if its settings are not allowed or not valid."""
     since, last = 0, config.train.max_steps
     for number, stage in enumerate(config.train.stages, start=1):
         until = last if stage.until is None else min(last, stage.until)

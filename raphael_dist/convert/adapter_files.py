@@ -15,7 +15,10 @@ from raphael_dist.storage.files import atomic_folder
 
 @contextmanager
 def export_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `folder` at the end. UserError: it exists already, or cannot be written."""
+    """Yield a temporary folder that becomes `folder` at the end.
+
+    Raises UserError if it exists already, or cannot be written.
+    """
     if folder.exists():
         raise UserError(f"--to {folder} exists already, and nothing is overwritten. Choose a new path.")
     try:
@@ -26,16 +29,16 @@ def export_folder(folder: Path) -> Iterator[Path]:
 
 
 def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
-    """Open a run's newest checkpoint that verifies. UserError: there is none, nor a folder with `config_name`."""
+    """Open a run's newest checkpoint that verifies. Raises UserError if there is none, nor a folder with `config_name`."""
     try:
         return open_newest(path, option)
     except UserError as error:
-        raise UserError(f"{error} A folder with {config_name} can be used too.") from None
+        raise UserError(f"{error} Or use a folder with {config_name}.") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, float32. UserError: it cannot be read."""
+    """Return all tensors of a safetensors file, float32. Raises UserError if it cannot be read."""
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}. Restore the file.") from None

@@ -65,7 +65,7 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
 
 
 def control_weights(reader: CheckpointReader, weights: str | None, option: str) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint's ControlNet by name. UserError: its run did not train one."""
+    """Return the weights of a checkpoint's ControlNet by name. Raises UserError if its run did not train one."""
     if not reader.config().control.enabled:
         raise UserError(
             f"{option} {reader.folder} must be of a run with control.enabled=true, but in this run it is false. Use "

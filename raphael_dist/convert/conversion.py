@@ -93,7 +93,7 @@ def convert(
     verified = (
         "sizes and SHA-256 of its manifest"
         if opened.files
-        else "only that every tensor is present once, since there is no manifest with checksums"
+        else "every tensor is present once, but there is no manifest with checksums"
     )
     omitted = [kind for kind in source.kinds() if kind not in plan.kinds]
     notes = (
@@ -163,7 +163,7 @@ def _prepare(
 
 
 def _create(target: Path, temporary: Path, plan: ConversionPlan) -> None:
-    """Create the temporary folder. UserError: it cannot be written, or the disk is too small."""
+    """Create the temporary folder. Raises UserError if it cannot be written, or the disk is too small."""
     shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
     try:
         temporary.mkdir(parents=True)

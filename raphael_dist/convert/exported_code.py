@@ -235,8 +235,8 @@ class _Selection:
         inside = set(node.body) if isinstance(node, ast.ClassDef) else set()
         left_out = {n for m in methods if m in inside for n in range(_first_line(m, lines), m.end_lineno or 0)}
         first = _first_line(node, lines)
-        kept = [line for n, line in enumerate(lines[first : node.end_lineno], start=first) if n not in left_out]
-        return "\n".join(_squeeze(kept))
+        text = [line for n, line in enumerate(lines[first : node.end_lineno], start=first) if n not in left_out]
+        return "\n".join(_squeeze(text))
 
     def imports(self) -> str:
         """Return the import statements: the standard library, then other packages."""

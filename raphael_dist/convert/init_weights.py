@@ -158,7 +158,7 @@ def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_r
 
 
 def open_initial(path: Path) -> Checkpoint:
-    """Open the checkpoint of run.init_from. UserError: it cannot be read."""
+    """Open the checkpoint of run.init_from. Raises UserError if it cannot be read."""
     try:
         return open_checkpoint("auto", path)
     except UserError as error:

@@ -49,7 +49,10 @@ class LayerReport:
 
 
 def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
-    """Open a checkpoint. UserError for pickles whose checksum is in no manifest, unless `unpickle` (still weights only)."""
+    """Open a checkpoint.
+
+    Raises UserError for pickles whose checksum is in no manifest, unless `unpickle` (still weights only).
+    """
     if not unpickle and path.exists():
         layout = detect(path)
         pickles = layout.pickles(path)

@@ -31,7 +31,7 @@ def read_optional_manifest(folder: Path, layout: str) -> Manifest | None:
 
 
 def checkpoint_of(folder: Path, manifest: Manifest, spans: dict[Key, list[StoredTensor]]) -> Checkpoint:
-    """Return the checkpoint that a manifest describes. UserError unless `spans` hold every parameter exactly once."""
+    """Return the checkpoint that a manifest describes. Raises UserError unless `spans` hold every parameter exactly once."""
     checkpoint = Checkpoint(
         folder,
         config_from_tree(manifest["config"]),

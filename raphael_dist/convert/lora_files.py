@@ -119,7 +119,7 @@ def read_adapter(path: Path, weights: str | None = None, option: str = "--lora")
 
 
 def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str = "--lora") -> Adapter:
-    """Return the adapters in a checkpoint of a run that trained them. UserError: it trained all weights."""
+    """Return the adapters in a checkpoint of a run that trained them. Raises UserError if it trained all weights."""
     lora = reader.config().lora
     if not lora.rank:
         raise UserError(
@@ -198,7 +198,7 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
 
 
 def _read_config(folder: Path, option: str) -> JsonObject:
-    """Return peft's configuration. UserError: it cannot be read, or is not that of plain LoRA."""
+    """Return peft's configuration. Raises UserError if it cannot be read, or is not that of plain LoRA."""
     try:
         config: JsonObject = read_json(folder / CONFIG)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])

@@ -78,7 +78,10 @@ class Checkpoint:
             spans.sort(key=lambda span: (span.start, span.numel))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened tensor, float32. LookupError when they are missing."""
+        """Return elements [start, start + numel) of a flattened tensor, float32.
+
+        Raises LookupError when they are missing.
+        """
         return self._reader.read(self.spans[kind, name], start, numel)
 
     def set_prediction(self, prediction: str | None) -> None:

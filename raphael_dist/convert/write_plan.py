@@ -174,7 +174,7 @@ def check_complete(plan: ConversionPlan, source: Source) -> None:
                 spans[p.kind, p.span.name].append((p.span.start, p.span.numel))
     problem = coverage_error(spans, plan.kinds, source.shapes)
     if problem:
-        raise UserError(f"--to: the target must contain each tensor exactly once, but {problem}. Use another layout.")
+        raise UserError(f"--to: the target must contain each tensor exactly once, but {problem}. Use another target layout.")
 
 
 def values(entry: Entry, source: Source) -> Iterator[Tensor]:

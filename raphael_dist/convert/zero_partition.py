@@ -46,7 +46,10 @@ class Topology:
 
 
 def parallel_config(config: Config, options: Options) -> Config:
-    """Return the configuration with the target's expert parallelism. UserError when model, ranks or stage forbid it."""
+    """Return the configuration with the target's expert parallelism.
+
+    Raises UserError when model, ranks or stage forbid it.
+    """
     tree = config.model_dump(mode="json")
     tree["parallel"] |= {"space_ep": options.space_ep, "time_ep": options.time_ep}
     target_config = config_from_tree(tree)

@@ -127,7 +127,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
 class _WorkerBatch:
     """A worker's result for one micro-batch.
 
-    batch: None where a sample is not encoded or building failed. replaced: number of replaced bad samples.
+    batch: None if a sample is not encoded or building failed. replaced: number of replaced bad samples.
     """
 
     slots: Slots

@@ -167,7 +167,7 @@ def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *,
 
 
 def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: EdgeSource | None = None) -> ImageDataset:
-    """Return the configured data set; `edges` replaces data.edge_maps. Raises UserError where edge maps are missing."""
+    """Return the configured data set; `edges` replaces data.edge_maps. Raises UserError if edge maps are missing."""
     d, needs_edges = config.data, config.edge.weight > 0
     if needs_edges and d.edge_maps == "none":
         raise UserError(

@@ -259,7 +259,7 @@ def _stop_error(bad: BadSample) -> UserError:
 
 
 def _check_bad_fraction(num_bad: int, bad: Iterable[BadSample], total: int, max_fraction: float) -> None:
-    """Raise UserError where `num_bad` are too many; `bad` are some of them, for the message."""
+    """Raise UserError if `num_bad` are too many; `bad` are some of them, for the message."""
     if num_bad <= max_fraction * total:
         return
     examples = list(itertools.islice(bad, _MAX_REASONS))

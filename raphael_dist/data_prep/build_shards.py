@@ -81,7 +81,7 @@ class Preparer:
         self._settings = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished_report(self, part: Part) -> Report | None:
-        """Return the report of a finished part, or None. Raises UserError where it was written with other settings."""
+        """Return the report of a finished part, or None. Raises UserError if it was written with other settings."""
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())
             skipped = SkipCounts(about.get("skipped")).counts
@@ -98,7 +98,7 @@ class Preparer:
     def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
         """Write a part's shard and its report; `report_progress` is called for each sample.
 
-        Raises UserError where they cannot be written.
+        Raises UserError if they cannot be written.
         """
         bad: list[BadSample] = []
         path = self.out / f"{part.name}.tar"

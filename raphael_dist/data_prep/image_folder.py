@@ -167,7 +167,7 @@ def _file_image(path: Path, folder: Path, captions: list[str], problem: str, met
 
 
 def _table_of(folder: Path) -> tuple[Path, Iterable[Row]] | None:
-    """Return the table that describes a folder's images, and its rows; None where there is no table."""
+    """Return the table that describes a folder's images, and its rows; None if there is no table."""
     if (folder / "dataset_dict.json").is_file():
         raise UserError(
             f"SOURCE={folder} must be one split of a data set, but it contains several. Use one of them, for example "

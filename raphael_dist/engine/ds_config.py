@@ -34,7 +34,7 @@ def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
         return {"zero_optimization": {"stage": 2 if dtype == "bfloat16" else 1}}
     file = Path(locate(path))
     if not file.is_file():
-        raise UserError(f"--deepspeed_config={path} must be an existing file, but {_describe_missing(path)}.")
+        raise UserError(f"--deepspeed_config={path} must be an existing file, but {_describe_missing(path)}")
     try:
         tree = parse_json(read_text(file), _unique_keys)
     except (OSError, ValueError) as error:
@@ -49,9 +49,10 @@ def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
 
 def _describe_missing(path: str) -> str:
     if Path(path).is_dir():
-        return f"it is a folder. Give one file, e.g. {path.rstrip('/')}/zero2.json"
+        return f"it is a folder. Give one file, e.g. {path.rstrip('/')}/zero2.json."
     shipped = f"ds_configs/{Path(path).name.removesuffix('.json')}.json"
-    return "there is none" + (f" (did you mean {shipped!r}?)" if Path(locate(shipped)).is_file() else "")
+    hint = f" (did you mean {shipped!r}?)" if Path(locate(shipped)).is_file() else ""
+    return f"there is no such file{hint}. Correct the path."
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Tree:

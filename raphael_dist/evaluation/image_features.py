@@ -117,7 +117,7 @@ class ClipScore:
     """100 max(cos(image, caption), 0) (Hessel et al. 2021, without their factor 2.5), by a CLIP of transformers."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Load the model. UserError: the folder holds no complete CLIP with its processor."""
+        """Load the model. Raises UserError if the folder has no complete CLIP with its processor."""
         self._model, self._processor = _load_clip(str(folder))
         self._model.to(device)  # type: ignore[arg-type]
 

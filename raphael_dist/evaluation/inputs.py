@@ -114,7 +114,7 @@ def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list
 
 
 def list_images(folder: Path, option: str) -> list[Path]:
-    """Return the images below a folder, sorted. UserError: fewer than two."""
+    """Return the images below a folder, sorted. Raises UserError if there are fewer than two."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < 2:
         raise UserError(

@@ -67,7 +67,7 @@ class LineReader:
     """
 
     def __init__(self, alphabet: Collection[str]):
-        """Load the weights. UserError: the packages of the extra `eval` are missing."""
+        """Load the weights. Raises UserError if the packages of the extra `eval` are missing."""
         package = importlib.util.find_spec("rapidocr")
         path = Path(next(iter((package and package.submodule_search_locations) or [""]))) / "models" / WEIGHTS
         try:

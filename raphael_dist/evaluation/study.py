@@ -56,7 +56,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Result:
-    """The numbers of one guidance weight; None where a measure was not requested. true_text: of the true images."""
+    """The numbers of one guidance weight; None if a measure was not requested. true_text: of the true images."""
 
     guidance: float
     images: int

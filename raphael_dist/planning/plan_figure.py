@@ -99,7 +99,7 @@ def _draw_scaling(ax: "Axes", plan: RunPlan) -> None:
 
 
 def images_per_s_on(plan: RunPlan, world: int) -> float | None:
-    """Return images/s of the best choice on `world` devices with the same images per device; None where it is refused."""
+    """Return images/s of the best choice on `world` devices with the same images per device; None if it is refused."""
     search, batch = plan.search, plan.config.train.global_batch_size
     train = plan.config.train.model_copy(update={"global_batch_size": max(1, batch * world // search.world)})
     config = plan.config.model_copy(update={"train": train})

@@ -142,7 +142,7 @@ class Search:
         return all(getattr(choice, name) in values for name, values in self.allowed.items())
 
     def check(self, choice: Choice) -> tuple[Config, BatchPlan] | None:
-        """Return the configuration and batch plan of a choice; None where either is refused."""
+        """Return the configuration and batch plan of a choice; None if either is refused."""
         config = choice.apply(self.config)
         if choice.micro_batch_size > -(-config.train.global_batch_size // self.world):
             return None
@@ -160,7 +160,7 @@ class Search:
         return config, plan
 
     def evaluate(self, choice: Choice) -> Outcome | None:
-        """Predict memory and time of a choice; None where it is refused."""
+        """Predict memory and time of a choice; None if it is refused."""
         checked = self.check(choice)
         return None if checked is None else self._outcome(choice, *checked)
 

@@ -25,7 +25,7 @@ def overloaded_blocks(run: RunFiles) -> dict[str, list[int]]:
 
 
 def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, int], bool]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+    blocks_by_kind: dict[str, list[int]] = {}
     for tag, series in run.series.items():
         match = _LAYER.fullmatch(tag)
         if match is None or match[3] != end or len(series) < 3:
@@ -33,8 +33,8 @@ def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, int], bool]) -> di
         experts = run.option(f"model.{match[1]}_experts") or 1
         recent = series[-max(3, len(series) // 5) :]
         if experts_are_judged(run, match[1]) and all(is_bad(load, experts) for _, load in recent):
-            found.setdefault(match[1], []).append(int(match[2]))
-    return {kind: sorted(blocks) for kind, blocks in sorted(found.items())}
+            blocks_by_kind.setdefault(match[1], []).append(int(match[2]))
+    return {kind: sorted(blocks) for kind, blocks in sorted(blocks_by_kind.items())}
 
 
 def experts_are_judged(run: RunFiles, kind: str) -> bool:

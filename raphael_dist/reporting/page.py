@@ -126,10 +126,10 @@ def _summary(runs: Sequence[Examined], data: JsonObject) -> str:
         flat = [summary.flatten(redact(examined.run.config)) for examined in runs]
         keys = summary.differences(flat)
         shown = "; ".join(f"{key}: {' / '.join(config.get(key, 'absent') for config in flat)}" for key in keys[:8])
-        more = f" and {len(keys) - 8} more below" if len(keys) > 8 else ""
+        rest = f" and {len(keys) - 8} more below" if len(keys) > 8 else ""
         names = " / ".join(_text(examined.run.name) for examined in runs)
         shown = shown or "nothing in the configuration"
-        lines.append(f"<dt>What differs between the runs?</dt><dd>({names}) {_text(shown + more)}.</dd>")
+        lines.append(f"<dt>What differs between the runs?</dt><dd>({names}) {_text(shown + rest)}.</dd>")
     lines.append("<dt>Which problems does it have, and what to do?</dt>")
     for examined in runs:
         name = f"<b>{_text(examined.run.name)}:</b> " if len(runs) > 1 else ""
@@ -239,7 +239,9 @@ def _experts(runs: Sequence[Examined], data: JsonObject) -> str:
 def _health(run: RunFiles) -> str:
     """Return the table of the least and the most busy expert of each block."""
     blocks = sorted({tag.split("/")[2] for tag in run.series if tag.startswith("moe/") and tag.count("/") == 3})
-    bad = {block for found in (dead_blocks(run), overloaded_blocks(run)) for numbers in found.values() for block in numbers}
+    bad = {
+        block for by_kind in (dead_blocks(run), overloaded_blocks(run)) for numbers in by_kind.values() for block in numbers
+    }
     columns = [(kind, end) for kind in ("space", "time") for end in ("min", "max")]
     rows: list[tuple[str, Sequence[object]]] = []
     for name in blocks:

@@ -78,7 +78,7 @@ class RunFiles:
         return [value for _, value in series[-max(1, round(share * len(series))) :]] if series else []
 
     def last(self, tag: str, share: float = 0.2) -> float | None:
-        """Return the mean of a tag over the last `share` of its lines; None without any."""
+        """Return the mean of a tag over the last `share` of its lines; None if there is none."""
         values = self.values(tag, share)
         return fmean(values) if values else None
 
@@ -89,7 +89,7 @@ class RunFiles:
 
     @property
     def launch(self) -> Launch | None:
-        """The last start; None where the log has none."""
+        """The last start; None if the log has none."""
         for line in reversed(self.log):
             if match := _START.match(line.text):
                 return Launch(int(match[3]), match[4], int(match[5]))
@@ -168,8 +168,8 @@ def _parse(path: Path, rank: int) -> list[LogLine]:
 
 
 def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
-    found = {re.fullmatch(rf"step-(\d+){re.escape(suffix)}", path.name): path for path in folder.glob("step-*")}
-    return {int(match[1]): path for match, path in sorted(found.items(), key=lambda item: item[1].name) if match}
+    paths = {re.fullmatch(rf"step-(\d+){re.escape(suffix)}", path.name): path for path in folder.glob("step-*")}
+    return {int(match[1]): path for match, path in sorted(paths.items(), key=lambda item: item[1].name) if match}
 
 
 def read_routes(path: Path) -> dict[str, Any]:

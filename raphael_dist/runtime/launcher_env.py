@@ -32,7 +32,7 @@ LAUNCHERS = (
 
 
 def launcher_of(env: Mapping[str, str] = os.environ) -> Launcher | None:
-    """Return the launcher that started this process; None without one."""
+    """Return the launcher that started this process; None if there is none."""
     for launcher in LAUNCHERS:
         # An interactive Slurm shell has SLURM_PROCID without being one of several ranks.
         if launcher.rank in env and (launcher.name != "srun" or "SLURM_STEP_ID" in env):

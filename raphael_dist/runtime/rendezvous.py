@@ -110,7 +110,7 @@ def join_first(names: Sequence[str], separator: str) -> str:
 
 
 def master_address() -> tuple[str, int]:
-    """Return where rank 0 listens. Raises UserError where the environment has no valid address."""
+    """Return where rank 0 listens. Raises UserError if the environment has no valid address."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value]
     if missing:

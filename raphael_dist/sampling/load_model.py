@@ -121,7 +121,10 @@ def load_trained(
 
 
 def open_for_sampling(path: Path) -> Checkpoint:
-    """Open a checkpoint in any layout; of a run, the newest that verifies. UserError: there is none, or it is damaged."""
+    """Open a checkpoint in any layout; of a run, the newest that verifies.
+
+    Raises UserError if there is none, or it is damaged.
+    """
     path = resolve_latest(path)
     try:
         layout = detect(path).name

@@ -228,11 +228,11 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             seed=seed,
         )
 
-    def _draw(self, **given: Any) -> Any:
+    def _draw(self, **arguments: Any) -> Any:
         """Check the arguments, encode, denoise and decode. The arguments are those of `CallArguments`."""
         size, steps, guidance = self.config.size, self.config.steps, self.config.guidance
         defaults = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
-        call = CallArguments(**defaults | {name: value for name, value in given.items() if value is not None})
+        call = CallArguments(**defaults | {name: value for name, value in arguments.items() if value is not None})
         call.check(self.vae_scale_factor, self.scheduler.config.num_train_timesteps)
         if self.vae is None and call.output_type != "latent" and self.unet.config.out_channels != 3:
             raise UserError(f"output_type={call.output_type!r} requires a vae, but the pipeline has none. Use 'latent'.")
@@ -339,7 +339,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
     def _encode_images(self, call: CallArguments) -> Tensor:
         """Return the latents of the call's images, float32 [B, C, h, w]."""
         if not call.images:
-            raise UserError("image=None must be a PIL image, or one for each prompt")
+            raise UserError("image=None must be a PIL image, or one for each prompt. Pass an image.")
         device = self._execution_device
         images = to_tensor(np.stack([fit_image(image, call.size_hw) for image in call.images]))
         if self.vae is not None:
@@ -354,8 +354,11 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
                 scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
             )
         except ValueError as error:
-            given = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
-            raise UserError(f"{given} do not fit {type(scheduler).__name__}: {str(error).splitlines()[0]}") from None
+            settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. Change them."
+            ) from None
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):
                 _log.warning("%s", late)
@@ -379,10 +382,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
                 prediction = self._predict(call, latents, t, inputs, prompts)
                 latents = self.scheduler.step(prediction, t, latents, **options).prev_sample
                 if inputs.mask is not None and inputs.start is not None:
-                    kept = inputs.start
+                    original = inputs.start
                     if i + 1 < len(timesteps):
-                        kept = self.scheduler.add_noise(kept, noise, timesteps[i + 1 : i + 2].expand(len(kept)))
-                    latents = (1 - inputs.mask) * kept + inputs.mask * latents
+                        original = self.scheduler.add_noise(original, noise, timesteps[i + 1 : i + 2].expand(len(original)))
+                    latents = (1 - inputs.mask) * original + inputs.mask * latents
                 latents, prompts = self._call_back(call, i, t, latents, prompts)
                 bar.update()
         return latents

@@ -111,7 +111,7 @@ def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negati
         ("negative_prompt", negative, negative_embeds),
     ):
         if texts is not None and embeds is not None:
-            raise UserError(f"{name}={texts!r} must be left out, since {name}_embeds is given.")
+            raise UserError(f"{name}={texts!r} cannot be combined with {name}_embeds. Pass only one of them.")
     if prompt_embeds is None:
         _check_text_list("prompt", as_list(prompt))
     if negative_embeds is None:
@@ -146,7 +146,10 @@ def as_list(value: object) -> list[Any]:
 
 
 def for_each(name: str, value: object, count: int) -> list[Any]:
-    """Return one value for each of `count` prompts, from one for all or a list. UserError: a list of another length."""
+    """Return one value for each of `count` prompts, from one for all or a list.
+
+    Raises UserError: a list of another length.
+    """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(

@@ -25,7 +25,7 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load a pipeline, as in diffusers. UserError: a local folder is not a pipeline."""
+        """Load a pipeline, as in diffusers. Raises UserError if a local folder is not a pipeline."""
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)

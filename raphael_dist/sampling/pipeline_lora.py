@@ -73,16 +73,18 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Activate adapters, each with a weight (1 if None). UserError: there is no adapter of this name."""
+        """Activate adapters, each with a weight (1 if None). Raises UserError if there is no adapter of this name."""
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
-            raise UserError(f"adapter_weights={weights} must be one, or one for each of the {len(names)} adapters")
+            raise UserError(
+                f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters. Change it."
+            )
         for name, weight in zip(names, weights, strict=True):
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)
-                raise UserError(f"adapter_names={name!r} must be one of {known}{did_you_mean(str(name), known)}")
+                raise UserError(f"adapter_names={name!r} must be one of {known}{did_you_mean(str(name), known)}. Change it.")
             check_real("adapter_weights", weight, float("inf"))
         self._merge(dict(zip(names, weights, strict=True)))
 
@@ -129,7 +131,9 @@ class LoraLoader:
         parameters, state = dict(self.unet.named_parameters()), self._lora
         names = {name for adapter in active for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):
-            raise UserError("load adapters before enable_sequential_cpu_offload(), which keeps the weights elsewhere")
+            raise UserError(
+                "adapters must be loaded before enable_sequential_cpu_offload(), which moves the weights. Load them first."
+            )
         for name, value in state.own.items():
             parameters[name].copy_(value)
         state.active, state.own = active, {name: parameters[name].to("cpu", copy=True) for name in names}

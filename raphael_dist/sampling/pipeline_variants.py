@@ -66,7 +66,7 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
         if not call.masks:
-            raise UserError("mask_image=None must be a PIL image, white where the image is drawn")
+            raise UserError("mask_image=None must be a PIL image, white where the image is repainted. Pass a mask.")
         start, copies = self._encode_images(call), call.num_images_per_prompt
         fitted = [fit(mask.convert("L"), call.size_hw, False, Image.Resampling.NEAREST) for mask in call.masks]
         drawn_B1HW = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in fitted])).unsqueeze(1).float()
@@ -114,7 +114,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
         if not call.images:
-            raise UserError("image=None must be an edge map, white lines on black, as a PIL image")
+            raise UserError("image=None must be an edge map, white lines on black, as a PIL image. Pass an edge map.")
         fitted = [fit(to_rgb(image, "black"), call.size_hw, False, Image.Resampling.LANCZOS) for image in call.images]
         maps = np.stack([np.asarray(image).mean(axis=2, dtype=np.float32) / 255 for image in fitted])
         edge_B1hw = F.avg_pool2d(torch.from_numpy(maps).unsqueeze(1), self.vae_scale_factor)
@@ -149,7 +149,10 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
 
 def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
-    """Return small images as float32 [B, 3, Hs, Ws] in -1..1. UserError: there are none, or they are of another size."""
+    """Return small images as float32 [B, 3, Hs, Ws] in -1..1.
+
+    Raises UserError if there are none, or they are of another size.
+    """
     small = [np.array(to_rgb(image)) for image in images]
     if not small:
         check_small(factor, None, size_hw, "image")

@@ -102,7 +102,7 @@ def read_fitted_image(
 ) -> np.ndarray:
     """Return an image, uint8 [H, W, 3], resized and cropped to `size_hw`, transparent pixels on `background`.
 
-    UserError: it cannot be read.
+    Raises UserError if it cannot be read.
     """
     return fit_image(read_image(path, option, background), size_hw)
 

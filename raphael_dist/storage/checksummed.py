@@ -51,7 +51,7 @@ def read_array(path: Path) -> np.ndarray:
 def sealed_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; at the end of the block it gets checksums of its files and is renamed to `folder`.
 
-    Several processes may write the same folder: the first one wins. Raises OSError where no process has written it.
+    Several processes may write the same folder: the first one wins. Raises OSError if no process has written it.
     """
     try:
         with atomic_folder(folder) as temporary:

@@ -70,7 +70,10 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file. UserError: it is missing, truncated or inconsistent."""
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises UserError if it is missing, truncated or inconsistent.
+    """
     try:
         size = path.stat().st_size
         with open(open_regular(path), "rb") as file:

@@ -47,13 +47,15 @@ def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
                 raise ValueError("its parts are larger than the file")
             order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
         if order not in (b"", sys.byteorder.encode()):
-            raise ValueError("it was written on a machine with the other byte order")
+            raise ValueError("it was written on a machine with another byte order")
         with FakeTensorMode(), torch.serialization.safe_globals(list(allowed)):
             return _with_places(torch.load(path, weights_only=True, map_location="cpu"), path, [MAX_VALUES])
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Restore the file, or check the path.") from None
     except pickle.UnpicklingError as error:
-        unsafe = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "no weights file")
+        unsafe = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "it is not a file of weights"
+        )
         raise UserError(
             f"{path} must contain only tensors and plain values, but loading it would run other code ({unsafe.strip()}); "
             "that code was not run. Save the weights as safetensors."
@@ -66,7 +68,7 @@ def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a weights file, safetensors or torch.save, by name. UserError: it cannot be read."""
+    """Return the tensors of a weights file, safetensors or torch.save, by name. Raises UserError if it cannot be read."""
     if path.suffix == ".safetensors":
         return read_header(path)[0]
     tree = load_tree(path)
@@ -78,7 +80,7 @@ def _with_places(node: Any, path: Path, left: list[int]) -> Any:
     """Replace the tensors of a tree by their places. left: how many values it may still have, shared by all calls."""
     left[0] -= 1
     if left[0] < 0:
-        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        raise ValueError(f"it contains more than {MAX_VALUES:,} values")
     if isinstance(node, dict):
         return {key: _with_places(value, path, left) for key, value in node.items()}
     if isinstance(node, torch.Size):

@@ -29,7 +29,10 @@ class WeightFiles:
 
 
 def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFiles:
-    """Return a model's weight files: plain names before variants, safetensors before .bin. UserError: there are none."""
+    """Return a model's weight files: plain names before variants, safetensors before .bin.
+
+    Raises UserError if there are none.
+    """
     for variant in (None, *_variants(folder, stems)):
         for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
             single = folder / ".".join(filter(None, (stem, variant, suffix)))
@@ -54,7 +57,10 @@ def _variants(folder: Path, stems: tuple[str, str]) -> list[str]:
 
 
 def _parts(index: Path) -> tuple[Path, ...]:
-    """Return the files that an index names. UserError: it cannot be read, or one is missing or outside its folder."""
+    """Return the files that an index names.
+
+    Raises UserError if it cannot be read, or one is missing or outside its folder.
+    """
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

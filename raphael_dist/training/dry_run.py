@@ -62,7 +62,7 @@ def _check_run_dir(config: Config) -> None:
 
 
 def _check_space(config: Config) -> None:
-    """Raise UserError where the checkpoints do not fit on the disk: `checkpoint.keep`, and one that is being written."""
+    """Raise UserError if the checkpoints do not fit on the disk: `checkpoint.keep`, and one that is being written."""
     saved, every = len(newest(config.run.dir / "checkpoints")), config.checkpoint.every or config.train.max_steps
     count = max(1, min(config.checkpoint.keep + 1, -(-config.train.max_steps // every)) - saved)
     folder = _existing(config.run.dir)
@@ -154,7 +154,7 @@ def _find_shards(config: Config, name: str) -> list[str]:
 
 
 def _are_edge_maps(shard: Path) -> Iterator[bool]:
-    """Yield for each of the first members of a shard whether it is an edge map. UserError: it is not a tar file."""
+    """Yield for each of the first members of a shard whether it is an edge map. Raises UserError if it is not a tar file."""
     try:
         with tarfile.open(shard) as tar:
             for member in islice(tar, _MEMBERS):

@@ -275,7 +275,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "bit in a weight": (lambda run: change(rank_file(run), flip(-9)), "rank-00001.safetensors does not match"),
     "swapped files": (swap, "rank-00000.safetensors "),
     "file of another step": (lambda run: shutil.copy(rank_file(run, 2), rank_file(run)) and None, "rank-00001.safetensors "),
-    "missing manifest": (lambda run: (step_folder(run, 4) / MANIFEST).unlink(), "it was never finished"),
+    "missing manifest": (lambda run: (step_folder(run, 4) / MANIFEST).unlink(), "saving it was interrupted"),
     "truncated manifest": (lambda run: change(step_folder(run, 4) / MANIFEST, lambda d: d[:500]), "cannot be read"),
     "empty manifest": (lambda run: change(step_folder(run, 4) / MANIFEST, lambda d: b""), "cannot be read"),
     "bit in the manifest": (

@@ -262,7 +262,11 @@ def test_equal_or_auto_deepspeed_numbers_are_accepted():
 
 def test_invalid_deepspeed_file_is_one_line(tmp_path):
     path = tmp_path / "ds.json"
-    for text, expected in ((None, "but there is none"), ("{", "cannot be read as JSON"), ("[1]", "but it contains a list")):
+    for text, expected in (
+        (None, "but there is no such file"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "but it contains a list"),
+    ):
         if text is not None:
             path.write_text(text)
         line = refusal(ds_config.read_deepspeed_json, str(path))

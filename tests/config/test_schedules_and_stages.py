@@ -130,8 +130,8 @@ def test_learning_rates_equal_transformers(decay: str, arguments: dict[str, floa
 
 def test_wrong_schedule_arguments_are_named() -> None:
     cases = {
-        ("cosine", "{power: 2}"): "power is none (it has no arguments)",
-        ("polynomial", "{powr: 2}"): "powr is none (its arguments are power, lr_end)",
+        ("cosine", "{power: 2}"): "power is not one of them (it has no arguments)",
+        ("polynomial", "{powr: 2}"): "powr is not one of them (its arguments are power, lr_end)",
         (
             "warmup_stable_decay",
             "{}",

@@ -142,7 +142,7 @@ def only_the_average(folder: Path) -> None:
 DAMAGES = [
     (lose_an_expert, r"master of down.*space_moe.w1, expert 3 is missing"),
     (double_an_expert, r"experts.3.w1.weight must be in one file only"),
-    (one_expert_more, r"experts.6.w1.weight, which is no tensor of the model"),
+    (one_expert_more, r"experts.6.w1.weight, which is not a tensor of the model"),
     (another_architecture, r"must have the shape \[11\], but it has \[10\]"),
     (flip_a_bit, r"exp_avg.safetensors does not match its checksum"),
     (truncate, r"ema.safetensors cannot be read .*: it has .* bytes, but its header says"),

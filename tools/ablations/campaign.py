@@ -82,7 +82,7 @@ class Campaign:
 
 @contextmanager
 def lock(campaign: Campaign) -> Iterator[None]:
-    """Lock the folder. UserError: another campaign uses it, or its runs have other settings."""
+    """Lock the folder. Raises UserError if another campaign uses it, or its runs have other settings."""
     record_protocol(campaign.out, campaign.protocol())
     with open(campaign.out / ".lock", "a", opener=no_links) as lock_file:
         try:
@@ -168,7 +168,7 @@ def measurements(campaign: Campaign, folder: Path) -> Iterator[tuple[str, Path, 
 
 
 def read_finished(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a run's `finished.json`, None without one. UserError: it cannot be read."""
+    """Return the content of a run's `finished.json`, None if there is none. Raises UserError if it cannot be read."""
     path = folder / FINISHED
     if not path.is_file():
         return None

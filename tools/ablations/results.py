@@ -114,7 +114,10 @@ def interval(values: Sequence[float]) -> Interval | None:
 
 
 def collect(campaign: Campaign) -> tuple[list[RunResult], list[Summary]]:
-    """Return all finished runs in a campaign's folder and a summary of each variant. UserError: no run is finished."""
+    """Return all finished runs in a campaign's folder and a summary of each variant.
+
+    Raises UserError if no run is finished.
+    """
     runs, results = [], {}
     order = {variant.name: number for number, variant in enumerate(campaign.variants)}
     for path in sorted((campaign.out / "runs").glob("*/seed-*")):

@@ -37,13 +37,13 @@ class Base:
     name: str
     overrides: dict[str, str]
 
-    def config(self, more: dict[str, str] | None = None) -> Config:
-        """Return the configuration with further overrides, which take precedence. UserError: it is invalid."""
-        return load_config(self.name, [f"{key}={text}" for key, text in {**self.overrides, **(more or {})}.items()])
+    def config(self, overrides: dict[str, str] | None = None) -> Config:
+        """Return the configuration with further overrides, which take precedence. Raises UserError if it is invalid."""
+        return load_config(self.name, [f"{key}={text}" for key, text in {**self.overrides, **(overrides or {})}.items()])
 
 
 def read_base(name: str, overrides: Sequence[str]) -> Base:
-    """Return the base. UserError: an override that a campaign sets, or a model that lacks a part."""
+    """Return the base. Raises UserError if an override that a campaign sets, or a model that lacks a part."""
     load_config(name, overrides)  # reports malformed and repeated overrides
     base = Base(name, dict(override.split("=", 1) for override in overrides))
     for key, option in OWN.items():
@@ -160,7 +160,7 @@ def _text(base: Base, variant: Variant) -> str:
 
 
 def _matched(base: Base, variant: Variant) -> Variant:
-    """Return the variant with its matched width. UserError: it is incompatible with the base."""
+    """Return the variant with its matched width. Raises UserError if it is incompatible with the base."""
     try:
         config = base.config(variant.overrides)
     except UserError as error:

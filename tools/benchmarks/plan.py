@@ -63,7 +63,7 @@ class Published:
 class Measured:
     """A step on one H200 (`tools/bench.py gpu`'s, bfloat16, ZeRO-2): milliseconds, and the most GiB that torch gave out.
 
-    graphs: train.cuda_graphs. gib: None where another model's memory was left.
+    graphs: train.cuda_graphs. gib: None if another model's memory was left.
     """
 
     preset: str

@@ -88,7 +88,7 @@ class Sample:
 
 
 def fetch_packages(folder: Path) -> None:
-    """Download the packages that `folder` lacks with `npm pack`. Raises UserError where npm is missing or fails."""
+    """Download the packages that `folder` lacks with `npm pack`. Raises UserError if npm is missing or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in (*STYLES.values(), NAMES):
         if (folder / package.tarball).is_file():

@@ -48,7 +48,10 @@ class TrueImages:
         size_hw: tuple[int, int],
         options: tuple[str, str] = ("data.shards", "data.val_shards"),
     ) -> "TrueImages":
-        """Read both kinds of shards; errors name `options`. UserError: a key is not THING__STYLE, or one kind is missing."""
+        """Read both kinds of shards; errors name `options`.
+
+        Raises UserError if a key is not THING__STYLE, or one kind is missing.
+        """
         images = cls([], [], [], [], np.zeros(0, bool))
         flags: list[bool] = []
         for patterns, option in zip((training, held_out), options, strict=True):

@@ -64,7 +64,7 @@ def names() -> list[str]:
 
 
 def layout_of(option: str, name: str) -> Layout:
-    """Return the layout that a command line option ("--from" or "--to") names. UserError when there is none."""
+    """Return the layout that a command line option ("--from" or "--to") names. Raises UserError when there is none."""
     if name not in names():
         known = [*names(), *(ADAPTER_FORMATS if option == "--to" else ())]
         raise UserError(
@@ -76,7 +76,7 @@ def layout_of(option: str, name: str) -> Layout:
 
 
 def detect(path: Path) -> Layout:
-    """Return the layout of the files at `path`. UserError when no layout matches."""
+    """Return the layout of the files at `path`. Raises UserError when no layout matches."""
     if not path.exists():
         raise UserError(f"--from {path}: there is no such file or folder. Check the path.")
     if (path / MANIFEST).is_file():

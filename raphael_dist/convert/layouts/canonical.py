@@ -62,7 +62,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_canonical(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a canonical folder; only headers are read. UserError for a missing, extra, doubled or misshapen tensor."""
+    """Open a canonical folder; only headers are read. Raises UserError for a missing, extra, doubled or misshapen tensor."""
     manifest = read_manifest(folder / MANIFEST, "canonical")
     shapes = parameter_shapes(config_from_tree(manifest["config"]))
     return checkpoint_of(folder, manifest, read_kinds(folder, manifest, shapes))
@@ -78,7 +78,8 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
         for key, stored in gather(of_kind).items():
             if key not in expected:
                 raise UserError(
-                    f"{stored.path} contains {key}, which is no tensor of the model in its manifest. Use another checkpoint."
+                    f"{stored.path} contains {key}, which is not a tensor of the model in its manifest. Use another "
+                    "checkpoint."
                 )
             name, start, shape = expected[key]
             if stored.shape != shape:
@@ -91,7 +92,7 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
 
 
 def gather(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return the tensors of several files by key. UserError for a key in two files."""
+    """Return the tensors of several files by key. Raises UserError for a key in two files."""
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         for key, stored in file_tensors(path).items():

@@ -58,7 +58,10 @@ _LINEAR = "use_linear_projection"  # on in Stable Diffusion 2, off by diffusers'
 
 
 def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str, Any] | None = None) -> Config:
-    """Return the configuration of a U-Net from diffusers' `config.json`. UserError for a structure that is not supported."""
+    """Return the configuration of a U-Net from diffusers' `config.json`.
+
+    Raises UserError for a structure that is not supported.
+    """
     from diffusers import UNet2DConditionModel
 
     parameters = inspect.signature(UNet2DConditionModel.__init__).parameters.items()
@@ -78,7 +81,7 @@ def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str,
 
 
 def sizes_of_unet(unet: Mapping[str, Any], where: Path) -> JsonObject:
-    """Return fields of the section `model` from diffusers' `config.json`. UserError for another structure."""
+    """Return fields of the section `model` from diffusers' `config.json`. Raises UserError for another structure."""
     try:
         channels = list(unet["block_out_channels"])
         attention = [str(kind).startswith("CrossAttn") for kind in unet["down_block_types"]]
@@ -108,7 +111,10 @@ def _dense_config(sizes: JsonObject, diffusion: Mapping[str, Any] | None = None)
 
 
 def unet_json(config: Config, where: str) -> JsonObject:
-    """Return diffusers' `config.json` of a dense model. UserError for a model that diffusers' U-Net cannot represent."""
+    """Return diffusers' `config.json` of a dense model.
+
+    Raises UserError for a model that diffusers' U-Net cannot represent.
+    """
     m = config.model
     if not is_dense(config):
         raise UserError(
@@ -235,7 +241,7 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
 
 
 def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
-    """Open a `unet/` folder (or a pipeline's folder), or a single file. UserError for another architecture."""
+    """Open a `unet/` folder (or a pipeline's folder), or a single file. Raises UserError for another architecture."""
     if path.is_file():
         return _open_file(path)
     folder = path / "unet" if (path / "unet").is_dir() else path
@@ -269,7 +275,10 @@ def _open_file(path: Path) -> Checkpoint:
 def weights_by_name(
     folder: Path, config: Config, stored: dict[str, StoredTensor], manifest: JsonObject | None
 ) -> Checkpoint:
-    """Return a checkpoint whose tensors have the trainer's names. UserError for a tensor that does not fit the model."""
+    """Return a checkpoint whose tensors have the trainer's names.
+
+    Raises UserError for a tensor that does not fit the model.
+    """
     expected = parameter_shapes(config)
     unfit = sorted(n for n in expected.keys() | stored.keys() if n not in stored or expected.get(n) != stored[n].shape)
     if unfit:
@@ -288,7 +297,7 @@ def weights_by_name(
 
 
 def read_object(path: Path) -> JsonObject:
-    """Return a JSON object. UserError: it cannot be read."""
+    """Return a JSON object. Raises UserError if it cannot be read."""
     try:
         tree = read_json(path)
     except (OSError, ValueError) as error:
@@ -332,7 +341,7 @@ def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutF
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a diffusers `unet/` folder. UserError when the model is not dense."""
+    """Plan a diffusers `unet/` folder. Raises UserError when the model is not dense."""
     unet = unet_json(source.config, "--to dense")
     files, small, kind = unet_files(source, options, "")
     small["config.json"] = json.dumps(unet, indent=2).encode()

@@ -51,7 +51,7 @@ UNET = RaphaelUNet2D.__name__
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a pipeline folder, or only its unet/. UserError when an encoder of the configuration is missing."""
+    """Plan a pipeline folder, or only its unet/. Raises UserError when an encoder of the configuration is missing."""
     config = source.config
     unet = unet_json(config, "--to diffusers") if is_dense(config) else expert_json(config, RaphaelUNet2D)
     files, small, kind = unet_files(source, options, "unet/")
@@ -105,7 +105,9 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
         model = sizes_of_unet(unet, where) | {ours: unet[name] for name, ours in EXPERT_FIELDS.items()}
         edges, steps = int(unet["edge_channels"]), int(unet["num_train_timesteps"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: must be the configuration of a {UNET}: {error!r}") from None
+        raise UserError(
+            f"{where} must be the configuration of a {UNET}, but a field is missing or wrong: {error!r}. Restore it."
+        ) from None
     edge: JsonObject = {"channels": edges, "max_timestep": min(500, steps)} if edges else {"weight": 0.0}
     sections = {"model": model, "edge": edge, "upscale": upscale or {}, "sample": {"steps": min(25, steps - 1)}}
     return config_from_tree({**sections, "diffusion": diffusion | {"num_timesteps": steps}})
@@ -198,7 +200,10 @@ def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
 
 
 def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open the U-Net of a pipeline folder. UserError unless it is of this project or has Stable Diffusion 2's structure."""
+    """Open the U-Net of a pipeline folder.
+
+    Raises UserError unless it is of this project or has Stable Diffusion 2's structure.
+    """
     unet = read_object(folder / "unet" / "config.json")
     manifest = read_optional_manifest(folder, "diffusers")
     if manifest is None and unet.get("_class_name") == CLASS:

@@ -51,7 +51,7 @@ def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...],
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a folder of stacked weights. UserError for a model without experts."""
+    """Plan a folder of stacked weights. Raises UserError for a model without experts."""
     model = source.config.model
     if not (model.space_experts or model.time_experts):
         raise UserError(
@@ -68,7 +68,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a folder that `plan` describes. UserError for a missing, extra or misshapen tensor."""
+    """Open a folder that `plan` describes. Raises UserError for a missing, extra or misshapen tensor."""
     manifest = read_manifest(folder / MANIFEST, "megablocks")
     config = config_from_tree(manifest["config"])
     shapes, stored = parameter_shapes(config), gather(weight_files(folder, (STEM, STEM)).paths)
@@ -89,7 +89,7 @@ def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
             located.setdefault(("master", span.name), []).append(part)
     if stored:
         raise UserError(
-            f"{folder} contains {next(iter(stored))}, which is no tensor of the model in its manifest. Use another "
+            f"{folder} contains {next(iter(stored))}, which is not a tensor of the model in its manifest. Use another "
             "checkpoint."
         )
     return checkpoint_of(folder, manifest, located)

@@ -43,7 +43,7 @@ class Encoders:
     null: TextFeatures | None = None
 
     def load_weights(self) -> None:
-        """Load the weights of all encoders in the calling thread. Raises UserError where they cannot be read."""
+        """Load the weights of all encoders in the calling thread. Raises UserError if they cannot be read."""
         for encoder in (self.text, self.image, self.edges):
             if encoder is not None:
                 encoder.load_weights()

@@ -115,7 +115,7 @@ class FeatureCache:
         return self._fill_thread is not None
 
     def close(self) -> None:
-        """Stop `fill_in_background`; unfinished files stay missing. Raises UserError where the thread has failed."""
+        """Stop `fill_in_background`; unfinished files stay missing. Raises UserError if the thread has failed."""
         if self._fill_thread is not None:
             self._fill_thread.stop()
 
@@ -245,7 +245,7 @@ class _FillThread(threading.Thread):
             )
 
     def check(self) -> None:
-        """Raise UserError where the thread has failed."""
+        """Raise UserError if the thread has failed."""
         if self._failure is not None:
             raise self._failure
 
@@ -286,7 +286,7 @@ class _CachedShard:
             raise ValueError("its header does not match its checksum")
 
     def get(self, number: int, pick: Pick, flip: bool) -> SampleFeatures | None:
-        """Return a sample's features; None for a bad sample. Raises ValueError where they do not match their checksum."""
+        """Return a sample's features; None for a bad sample. Raises ValueError if they do not match their checksum."""
         bucket, row = int(self._bucket[number]), int(self._row[number])
         if bucket < 0:
             return None

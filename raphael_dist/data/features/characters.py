@@ -118,7 +118,7 @@ def _encode(text: str, limit: int | None, add_end: bool) -> _Encoding:
     tokens = list(_tokens(text))
     keep = len(tokens) if limit is None else max(0, limit - add_end)
     end = [(_END, (len(text), len(text)))] if add_end else []
-    ids, offsets = zip(*kept, strict=True) if (kept := tokens[:keep] + end) else ((), ())
+    ids, offsets = zip(*selected, strict=True) if (selected := tokens[:keep] + end) else ((), ())
     return _Encoding(list(ids), list(offsets), len(tokens) > keep)
 
 

@@ -60,9 +60,12 @@ def text_folders(spec: str) -> tuple[Path, Path]:
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the folder of a text encoder that ships in a package. UserError: the name is unknown or it is not installed."""
+    """Return the folder of a text encoder that ships in a package.
+
+    Raises UserError if the name is unknown or it is not installed.
+    """
     if name not in PACKAGED:
-        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}.")
+        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Change it.")
     package = importlib.util.find_spec(PACKAGED[name])
     if package is None or not package.submodule_search_locations:
         raise UserError(

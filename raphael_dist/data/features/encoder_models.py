@@ -56,7 +56,7 @@ def empty_text_model(spec: str, layer: TextLayer) -> Model:
 
 
 def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -> Model:
-    """Load a text model whose last layer is `layer`. Raises UserError where it cannot be loaded."""
+    """Load a text model whose last layer is `layer`. Raises UserError if it cannot be loaded."""
     if spec == CHARACTERS:
         if layer != "last":
             raise UserError(
@@ -107,7 +107,7 @@ def tokenizer_of(spec: str) -> Tokenizer:
 
 
 def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
-    """Write a text model whose last layer is `layer`. Raises UserError where it cannot be loaded."""
+    """Write a text model whose last layer is `layer`. Raises UserError if it cannot be loaded."""
     text_model(spec, "auto", layer).save_pretrained(folder)
     apply_umask(folder)
 
@@ -158,7 +158,7 @@ def _current_name(name: str) -> str:
 
 
 def autoencoder(spec: str, dtype: torch.dtype | None) -> Model:
-    """Load an autoencoder; dtype None: in float32. Raises UserError where it cannot be loaded."""
+    """Load an autoencoder; dtype None: in float32. Raises UserError if it cannot be loaded."""
     folder = vae_folder(spec)
     kind, _ = autoencoder_class(folder, spec)
     with reported("image.vae", spec), _quiet("diffusers"):
@@ -173,7 +173,7 @@ def autoencoder(spec: str, dtype: torch.dtype | None) -> Model:
 
 
 def save_autoencoder(spec: str, folder: Path) -> None:
-    """Write an autoencoder with the standard file names. Raises UserError where it cannot be loaded."""
+    """Write an autoencoder with the standard file names. Raises UserError if it cannot be loaded."""
     autoencoder(spec, None).save_pretrained(folder)
     apply_umask(folder)
 
@@ -192,6 +192,6 @@ def _quiet(library: str) -> Iterator[None]:
 
 
 def _check_loaded(info: Mapping[str, Iterable[str]], folder: Path) -> None:
-    """Raise ValueError where weights are missing in the files, so that the model has random ones."""
+    """Raise ValueError if weights are missing in the files, so that the model has random ones."""
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"the weight {name} is missing in the files of {folder}")

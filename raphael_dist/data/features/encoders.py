@@ -80,7 +80,7 @@ class _Frozen(Generic[T]):
         self.fingerprint = fingerprint
 
     def load_weights(self) -> Self:
-        """Load the weights, unless they are loaded. Raises UserError where they cannot be read."""
+        """Load the weights, unless they are loaded. Raises UserError if they cannot be read."""
         self._loaded()
         return self
 

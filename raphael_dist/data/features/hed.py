@@ -160,7 +160,7 @@ class EdgeEncoder:
     """HED as a frozen encoder on the device, loaded when it is first used."""
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
-        """`path`: the file of weights; None: the installed package's. Raises UserError where it is missing."""
+        """`path`: the file of weights; None: the installed package's. Raises UserError if it is missing."""
         try:
             self.path = path or hed_weights_path()
         except UserError:

@@ -82,7 +82,7 @@ def pool_edges(edge_BHW: Tensor, factor: int) -> Tensor:
 
 
 def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures:
-    """Return a sample's features with one caption, mirrored if `flip`. Raises KeyError where a tensor is missing."""
+    """Return a sample's features with one caption, mirrored if `flip`. Raises KeyError if a tensor is missing."""
     suffix = "_flip" if flip else ""
     mean, std, edge = tensors[f"mean{suffix}"].float(), tensors.get(f"std{suffix}"), tensors.get("edge")
     small = tensors.get("small")

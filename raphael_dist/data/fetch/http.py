@@ -158,7 +158,7 @@ def _check(response: "ClientResponse") -> None:
 
 
 def _stated_size(response: "ClientResponse") -> int | None:
-    """Return the size of the whole file by the headers of an answer; None where they do not state it."""
+    """Return the size of the whole file by the headers of an answer; None if they do not state it."""
     if response.status == 206:
         text = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:

@@ -36,7 +36,7 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
     """Return the existing index of these shards.
 
     Returns:
-        None where there is no table with these columns, a local file has changed, a shard was missing when the table was
+        None if there is no table with these columns, a local file has changed, a shard was missing when the table was
         written, or the table does not match its checksums.
     """
     if store.folder is None:

@@ -106,7 +106,7 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def check_expansion(file: Arrow, num_bytes: int) -> None:
-    """Raise ValueError where a parquet file of `num_bytes` expands beyond the limit by its own metadata."""
+    """Raise ValueError if a parquet file of `num_bytes` expands beyond the limit by its own metadata."""
     expanded = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
     if expanded > expanded_limit(num_bytes):
         raise ValueError(f"its {num_bytes} bytes expand to {expanded}, but at most {expanded_limit(num_bytes)} are allowed")

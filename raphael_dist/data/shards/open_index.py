@@ -48,7 +48,7 @@ def names_of(config: Config, training: bool) -> list[list[str]]:
 
 
 def _check_held_out(config: Config, names: Sequence[str]) -> None:
-    """Raise UserError where shards are used for both training and validation."""
+    """Raise UserError if shards are used for both training and validation."""
     try:
         training = {os.path.realpath(name) for source in names_of(config, True) for name in source}
     except UserError:

@@ -73,7 +73,7 @@ def record_path(folder: Path, name: str) -> Path:
 
 
 def load_record(folder: Path, name: str) -> ShardRecord | None:
-    """Return the record of a shard; None where it is missing or does not match its checksum."""
+    """Return the record of a shard; None if it is missing or does not match its checksum."""
     try:
         arrays = load(read_sealed(record_path(folder, name)))
         about = parse_json(arrays.pop("about").tobytes().decode())

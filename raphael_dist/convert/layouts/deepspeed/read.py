@@ -125,7 +125,7 @@ def _shards(folder: Path, world: int) -> list[Path]:
 
 
 def _item(file: Path, tree: Any, key: Any, kind: type[T]) -> T:
-    """Return an item of an unpickled dict or list. UserError: it is missing, or has another type."""
+    """Return an item of an unpickled dict or list. Raises UserError if it is missing, or has another type."""
     try:
         value = tree[key]
     except (LookupError, TypeError):
@@ -228,7 +228,8 @@ class _Files:
         unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
             raise UserError(
-                f"{file} contains {unknown}, which is no parameter of the model in --config. Use the configuration of the "
+                f"{file} contains {unknown}, which is not a parameter of the model in --config. Use the configuration of "
+                "the "
                 "run as --config."
             )
         paddings = state.get("param_alignment_paddings")
