@@ -24,6 +24,8 @@ Scheme = Literal["replicated", "all_reduce", "reduce_scatter", "node_shards", "z
 HiddenBy = Literal["forward", "backward", "nothing"]
 DEEPSPEED_BUCKET = 500_000_000  # elements; default of DeepSpeed's reduce_bucket_size
 PREFETCH_BUCKET = 50_000_000  # elements; default of DeepSpeed's stage3_prefetch_bucket_size
+MAX_REUSE_DISTANCE = 1_000_000_000  # elements; default of DeepSpeed's stage3_max_reuse_distance
+PERSISTENT = 100_000  # elements; stage3_param_persistence_threshold of ds_configs/zero3.json
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,24 @@ def ring(
     return Communication(name, transfer + calls * hops * 1e-6, network_gb, hidden_by)
 
 
+def gathered_again(parameters: int, recomputes: bool, distance: int = MAX_REUSE_DISTANCE) -> float:
+    """Return the share of the weights that ZeRO-3 gathers a second time in a micro-step, for the backward pass.
+
+    After a module's forward pass DeepSpeed frees its weights, unless they are used again before `distance` elements of other
+    weights are. If n elements follow in the model, 2 n are used until its backward pass: those of the forward and of the
+    backward pass of what follows. With recomputation it is 3 n. The last `distance` / 2 or / 3 elements are kept.
+    """
+    return max(0.0, 1 - distance / ((3 if recomputes else 2) * parameters))
+
+
 def communications(
-    config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme, reductions: int = 1
+    config: Config,
+    plan: BatchPlan,
+    cluster: Cluster,
+    parameters: int,
+    scheme: Scheme,
+    reductions: int = 1,
+    persistent: int = 0,
 ) -> list[Communication]:
     """Return the communications of a step.
 
@@ -100,23 +118,26 @@ def communications(
         parameters: number of parameters of the whole model.
         scheme: how weights and gradients are divided.
         reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights.
+        persistent: parameters in tensors of up to PERSISTENT elements, which ZeRO-3 gathers once in a step.
 
     Raises:
         ValueError: `scheme` does not support sharded experts.
     """
-    parts = _single_reduction(config, plan, cluster, parameters, scheme)
+    parts = _single_reduction(config, plan, cluster, parameters, scheme, persistent)
     # What nothing hides belongs to the update, or moves the rows of all micro-steps already.
     repeated = [part for part in parts if part.hidden_by != "nothing"]
     return parts + (reductions - 1) * repeated
 
 
 def _single_reduction(
-    config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme
+    config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme, persistent: int
 ) -> list[Communication]:
     width = bytes_per_element(config.train.dtype)
     sharded = [cost for cost in choose_placement(config, plan) if cost.shard]
     if sharded and scheme not in ("all_reduce", "reduce_scatter"):
         raise ValueError(f"{scheme} does not support sharded experts (parallel.space_ep or parallel.time_ep above 1)")
+    if scheme in ("zero3", "zero3_hpz"):
+        return _zero3(config, cluster, parameters, persistent, scheme)
     replicated = parameters - sum(cost.parameters for cost in sharded)
     parts = _synchronisation(scheme, replicated, width, cluster.ranks, cluster)
     for ep in sorted({cost.ep for cost in sharded}):
@@ -145,17 +166,24 @@ def _synchronisation(
         gather = ring("gather weights", "nothing", size, ranks, cluster, stride)
         return [reduce] if scheme == "replicated" else [reduce, gather]
     inside = min(cluster.per_node, ranks)
-    if scheme == "node_shards":
-        nodes = ranks // inside
-        return [
-            ring("reduce gradients in the node", "backward", size, inside, cluster, calls=buckets),
-            ring("reduce shards across nodes", "backward", 2 * size / inside, nodes, cluster, inside, 2 * buckets),
-            ring("gather weights in the node", "nothing", size, inside, cluster),
-        ]
-    calls = math.ceil(parameters / PREFETCH_BUCKET)
-    second_gather = inside if scheme == "zero3_hpz" else ranks
+    return [  # node_shards
+        ring("reduce gradients in the node", "backward", size, inside, cluster, calls=buckets),
+        ring("reduce shards across nodes", "backward", 2 * size / inside, ranks // inside, cluster, inside, 2 * buckets),
+        ring("gather weights in the node", "nothing", size, inside, cluster),
+    ]
+
+
+def _zero3(config: Config, cluster: Cluster, parameters: int, persistent: int, scheme: Scheme) -> list[Communication]:
+    """Return what a micro-step costs in which every rank gathers all weights."""
+    width, ranks = bytes_per_element(config.train.dtype), cluster.ranks
+    again = gathered_again(parameters, config.model.checkpoint_activations != "none")
+    second_gather = min(cluster.per_node, ranks) if scheme == "zero3_hpz" else ranks
+    size, small = float(width * (parameters - persistent)), float(width * persistent)
+    calls = math.ceil((parameters - persistent) / PREFETCH_BUCKET)
+    buckets = math.ceil(parameters / DEEPSPEED_BUCKET)
     return [
         ring("gather weights, forward", "forward", size, ranks, cluster, calls=calls),
-        ring("gather weights, backward", "backward", size, second_gather, cluster, calls=calls),
-        ring("reduce gradients", "backward", size, ranks, cluster, calls=buckets),
+        ring("gather weights, backward", "backward", again * size, second_gather, cluster, calls=math.ceil(again * calls)),
+        ring("reduce gradients", "backward", size + small, ranks, cluster, calls=buckets),
+        ring("gather small weights", "nothing", small, ranks, cluster),
     ]

@@ -14,7 +14,7 @@ from raphael_dist.config.types import bytes_per_element
 from raphael_dist.convert.write_plan import Options
 from raphael_dist.convert.zero_partition import Topology, groups, local, topology_of, zero3
 from raphael_dist.engine.ds_config import CONTIGUOUS_BUCKET, sums_in_float32, uses_contiguous_gradients
-from raphael_dist.planning.communication import DEEPSPEED_BUCKET
+from raphael_dist.planning.communication import DEEPSPEED_BUCKET, PERSISTENT
 
 MAX_LIVE_PARAMETERS = 1_000_000_000  # elements; DeepSpeed's stage3_max_live_parameters
 # Share of the activations that the caching allocator cannot reuse, because blocks are rounded up and split. Assumed.
@@ -81,6 +81,7 @@ class MemoryFootprint:
         contiguous: whether gradients lie in one buffer and are reduced at once (`engine.zero.Zero12Contiguous`).
         buffer_elements: elements in DeepSpeed's buckets for gradients; under ZeRO-3 in the gathered weights.
         update_bytes: copies that the update of ZeRO-1 to 3 makes of its part of the gradients (flat, and in float32).
+        persistent: elements that ZeRO-3 never frees.
     """
 
     states: States
@@ -89,6 +90,7 @@ class MemoryFootprint:
     contiguous: bool
     buffer_elements: int
     update_bytes: int
+    persistent: int
 
 
 def topology(config: Config, stage: int, world: int) -> Topology:
@@ -165,7 +167,13 @@ def memory_footprint(
     elif where.stage == 3:
         buffer_elements = min(MAX_LIVE_PARAMETERS, elements) + min(DEEPSPEED_BUCKET, elements)
     update_bytes = part * (flat_copy + float32_copy)
-    return MemoryFootprint(states, elements, where.stage, contiguous, buffer_elements, update_bytes)
+    persistent = persistent_elements(shapes) if where.stage == 3 else 0
+    return MemoryFootprint(states, elements, where.stage, contiguous, buffer_elements, update_bytes, persistent)
+
+
+def persistent_elements(shapes: Shapes) -> int:
+    """Return the elements of the parameters that ZeRO-3 never frees, since they are small."""
+    return sum(size for size in map(prod, shapes.values()) if size <= PERSISTENT)
 
 
 def rank_memory(config: Config, footprint: MemoryFootprint, activations: int, *, allocator: bool = True) -> RankMemory:

@@ -151,7 +151,8 @@ def step_time(
     # ZeRO-2 and 3 reduce in every micro-step, the others once a step.
     reductions = micro_steps if footprint.stage >= 2 else 1
     links = cluster.links(plan.world_size)
-    parts = tuple(communications(config, plan, links, parameters, scheme_of(footprint), reductions))
+    scheme = scheme_of(footprint)
+    parts = tuple(communications(config, plan, links, parameters, scheme, reductions, footprint.persistent))
     forward = trace.total(trace.flops, "forward")
     hidden = 0.0
     if overlap or footprint.stage == 3:

@@ -3,6 +3,7 @@
 Each shares its components with a RaphaelPipeline: `RaphaelInpaintPipeline.from_pipe(pipeline)`.
 """
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,21 @@ from raphael_dist.sampling.sampler import check_small, to_tensor
 from raphael_dist.text import JsonObject
 
 
+def shows_options(call: Any) -> Any:
+    """Show RaphaelPipeline's arguments instead of `**options` in help(), in editors, and to diffusers, which reads them."""
+    *own, _ = inspect.signature(call).parameters.values()
+    names = {parameter.name for parameter in own}
+    options = [p for p in inspect.signature(RaphaelPipeline.__call__).parameters.values() if p.name not in names]
+    call.__signature__ = inspect.Signature([*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options)])
+    return call
+
+
 class RaphaelImg2ImgPipeline(RaphaelPipeline):
     """Changes images by a caption."""
 
+    @shows_options
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
-        self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any
-    ) -> Any:
+    def __call__(self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any) -> Any:
         """Draw images that start from others.
 
         Args:
@@ -48,8 +57,9 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
     channels for a mask: none are trained, so it does not see where the mask is.
     """
 
+    @shows_options
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, prompt: Any = None, image: Any = None, mask_image: Any = None, strength: float = 1.0, **options: Any
     ) -> Any:
         """Draw the white part of a mask.
@@ -98,8 +108,9 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, max_tokens, steps, guidance, size, text, upscale)
         self.register_modules(controlnet=controlnet)
 
+    @shows_options
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, prompt: Any = None, image: Any = None, controlnet_conditioning_scale: float = 1.0, **options: Any
     ) -> Any:
         """Draw images with given edges.
@@ -125,10 +136,9 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 class RaphaelUpscalePipeline(RaphaelPipeline):
     """Makes large images from small ones and captions, with a super-resolution model."""
 
+    @shows_options
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
-        self, prompt: Any = None, image: Any = None, **options: Any
-    ) -> Any:
+    def __call__(self, prompt: Any = None, image: Any = None, **options: Any) -> Any:
         """Enlarge small images.
 
         Args:

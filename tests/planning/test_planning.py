@@ -62,7 +62,7 @@ def cluster_of(**numbers: float):
 
 def nothing(contiguous: bool) -> MemoryFootprint:
     """Return the footprint of a rank of ZeRO-2 without memory."""
-    return MemoryFootprint(States(0, 0, 0, 0, 0), 0, 2, contiguous, 0, 0)
+    return MemoryFootprint(States(0, 0, 0, 0, 0), 0, 2, contiguous, 0, 0, 0)
 
 
 def test_operation_time_is_the_maximum_of_flops_and_bytes():

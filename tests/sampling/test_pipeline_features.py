@@ -1,6 +1,9 @@
 """Properties that users of diffusers expect of its pipelines."""
 
+import copy
+import inspect
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from raphael_dist.pipeline import (
     RaphaelUNet2D,
     RaphaelUpscalePipeline,
 )
+from raphael_dist.sampling.pipeline_arguments import CallArguments
 from tests.lib.parts import save_text
 from tests.sampling.test_pipeline import emoji
 
@@ -266,6 +270,29 @@ def test_offload_and_slicing_change_no_image(parts: dict[str, Any], tmp_path: Pa
         pipeline.set_adapters("x")
 
 
+def test_group_offload_to_disk_changes_no_image(pipeline: Any, tmp_path: Path) -> None:
+    expected, other = draw(pipeline), build_from_parts(pipeline)
+    with pytest.raises(ValueError, match="offload_type='block_level' must be 'leaf_level'"):
+        other.unet.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    other.unet.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path))
+    assert list(tmp_path.iterdir())
+    assert np.array_equal(draw(other), expected)
+
+
+def test_layerwise_casting_keeps_the_image(pipeline: Any) -> None:
+    expected, other = draw(pipeline), build_from_parts(pipeline)
+    other.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert other.unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.float8_e4m3fn
+    assert np.abs(draw(other) - expected).mean() < 0.05
+
+
+def build_from_parts(pipeline: Any) -> Any:
+    """Return the same pipeline with a copy of its U-Net."""
+    other = RaphaelPipeline.from_pipe(pipeline, unet=copy.deepcopy(pipeline.unet))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
 def test_folder_that_is_no_pipeline_is_reported_in_one_line(tmp_path: Path) -> None:
     for content in (None, "{", "[]", json.dumps({"unet": ["a", "b"]})):
         if content is not None:
@@ -290,6 +317,16 @@ def test_from_pipe_shares_parts_and_settings(parts: dict[str, Any], pipeline: An
         RaphaelControlNetPipeline.from_pipe(pipeline)
     with pytest.raises(UserError, match="requires a super-resolution model"):
         other("a", image=picture())
+
+
+@pytest.mark.parametrize(
+    "kind", [RaphaelImg2ImgPipeline, RaphaelInpaintPipeline, RaphaelControlNetPipeline, RaphaelUpscalePipeline]
+)
+def test_call_shows_every_argument_that_it_takes(kind: Any) -> None:
+    shown = set(inspect.signature(kind.__call__).parameters)
+    assert shown > set(inspect.signature(RaphaelPipeline.__call__).parameters)
+    assert shown - {"self"} <= {field.name for field in fields(CallArguments)}
+    assert "options" not in shown
 
 
 def test_inpainting_keeps_what_the_mask_excludes(parts: dict[str, Any], pipeline: Any) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.planning.communication import Cluster, Scheme, communications
+from raphael_dist.planning.memory import persistent_elements
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.files import replace_bytes
 
@@ -209,9 +211,11 @@ def planned_bytes(case: Case, config_name: str) -> float:
     config, world = case.config(config_name), case.nodes * case.per_node
     plan, reductions = BatchPlan.of(config, world), case.accumulation if case.stage >= 2 else 1
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in RaphaelUNet(config).parameters())
-    links = Cluster(world, case.per_node)
-    parts = communications(config, plan, links, parameters, SCHEMES[case.stage], reductions)
+        shapes = {name: tuple(p.shape) for name, p in RaphaelUNet(config).named_parameters()}
+    links, parameters = Cluster(world, case.per_node), sum(map(prod, shapes.values()))
+    # Without a threshold in its configuration DeepSpeed has the same.
+    scheme, persistent = SCHEMES[case.stage], persistent_elements(shapes)
+    parts = communications(config, plan, links, parameters, scheme, reductions, persistent)
     return sum(part.network_gb for part in parts) * 1e9 * case.per_node
 
 

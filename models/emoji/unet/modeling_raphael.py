@@ -1056,8 +1056,16 @@ def sections_of(fields: Any) -> Any:
     )
 
 
+# Attributes of a module whose weights are loaded or cast by a hook around its own forward pass: sequential offload of
+# accelerate; group offload and layerwise casting of diffusers.
+_HOOKS = ("_hf_hook", "_diffusers_hook")
+
+
 class _Wrapper(ModelMixin, ConfigMixin):
     """A network of this package as a model of diffusers."""
+
+    # Layers whose dtype is read outside of their own forward pass.
+    _skip_layerwise_casting_patterns = ["norm", "gates", "conv_in", "edge"]  # noqa: RUF012 (diffusers' name and type)
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -1128,14 +1136,25 @@ class _Wrapper(ModelMixin, ConfigMixin):
     def _network(sections: Any) -> RaphaelUNet:
         raise NotImplementedError
 
+    def enable_group_offload(
+        self, onload_device: torch.device, offload_device: Any = "cpu", offload_type: str = "leaf_level", **options: Any
+    ) -> None:
+        """As in diffusers. ValueError: `offload_type` is not "leaf_level"."""
+        if offload_type != "leaf_level":
+            raise ValueError(
+                f"offload_type={offload_type!r} must be 'leaf_level': this network calls the layers of a block one by one, "
+                "so that the hooks of whole blocks never run."
+            )
+        device = torch.device(offload_device)
+        super().enable_group_offload(onload_device, device, offload_type, **options)  # type: ignore[misc]
+
     def _inputs(self, sample: Tensor, timestep: Any, text: Tensor, mask: Tensor | None, end: Tensor | None) -> UNetInput:
         batch, tokens = text.shape[:2]
         mask = torch.ones(batch, tokens, device=sample.device) if mask is None else mask
         end = (mask.long().sum(dim=1) - 1).clamp(min=0) if end is None else end
         timestep_B = torch.as_tensor(timestep, device=sample.device).expand(batch)
-        # Sequential offload loads a module's weights by a hook around its forward pass.
-        gates = [module for module in self.modules() if isinstance(module, Gate)]
-        self._predict.__self__.gathers_weights = any(hasattr(gate.net[0], "_hf_hook") for gate in gates)
+        parts = [part for module in self.modules() if isinstance(module, Gate) for part in module.modules()]
+        self._predict.__self__.gathers_weights = any(hasattr(part, hook) for part in parts for hook in _HOOKS)
         return UNetInput(sample, timestep_B, text, mask.bool(), end, None)
 
 
