@@ -64,7 +64,7 @@ class Metrics:
     def reduce(self) -> dict[str, Tensor]:
         """Return the values reduced over all ranks by name, as float32 tensors on the host, and clear this object.
 
-        Two collectives; waits for the device once. Every rank must have recorded the same names and shapes.
+        Two collectives; waits for the device once. All ranks must have recorded the same names and shapes.
         """
         sums = self._sums | {f"#{n}": c for n, c in self._counts.items()}
         parts = [_flat(sums, self._device), _flat(self._maxima, self._device)]
@@ -124,9 +124,8 @@ _BOARD = "TensorBoard's file"
 class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and to TensorBoard's files in the run directory. Used on rank 0.
 
-    Scalars of single transformer blocks (moe/space/L00/...) go to TensorBoard only with `every_scalar`, because heat maps
-    show them already. If a file cannot be written, e.g. on a full disk, the values are lost, one warning is logged, and the
-    run continues.
+    Scalars of single blocks (moe/space/L00/...) go to TensorBoard only with `every_scalar`: heat maps show them already.
+    What cannot be written, e.g. on a full disk, is lost with one warning, and the run continues.
     """
 
     def __init__(self, run_dir: Path, every_scalar: bool = False) -> None:
@@ -324,15 +323,12 @@ class DeadExperts:
         self._lines.clear()
 
     def find(self, kind: str, load_LK: Tensor, samples: float) -> Tensor | None:
-        """Add the expert loads of one log line; return which experts are dead, bool [L, K].
+        """Add the expert loads of one log line; return which experts are dead, bool [L, K]; None: too few samples yet.
 
         Args:
             kind: "space" or "time".
             load_LK: as for `load_metrics`.
             samples: number of samples in `load_LK`.
-
-        Returns:
-            None while there are too few samples to decide.
         """
         lines, needed = self._lines[kind], self.SAMPLES * load_LK.shape[1]
         lines.append((load_LK, samples))
