@@ -42,7 +42,7 @@ class Ema:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Run the body with the averaged weights in the model; restore the training weights exactly at its end. Collective."""
+        """Run the body with the averaged weights in the model, then restore the training weights exactly. Collective."""
         self._swap()
         try:
             yield
