@@ -1,6 +1,7 @@
-"""DeepSpeed's collectives with counted bytes, and with a true reduce-scatter on gloo.
+"""Wraps DeepSpeed's collectives: counts the bytes that each one sends, and runs a true reduce-scatter on gloo.
 
-All of them pass through one object of `deepspeed.comm`, in every ZeRO stage. Only this file replaces it.
+DeepSpeed calls all collectives of every ZeRO stage through one object, `deepspeed.comm.comm.cdb`. Only this file replaces
+it.
 """
 
 from collections import defaultdict
@@ -18,9 +19,9 @@ _BROADCAST_BYTES = 1 << 28  # of one call
 
 
 def import_deepspeed() -> Any:
-    """Return the module `deepspeed` without its shared-memory all-reduce.
+    """Import and return `deepspeed`, with its shared-memory all-reduce turned off.
 
-    On CPUs it is compiled on first use, which takes about a minute. gloo does not need it.
+    That all-reduce is for CPUs. It would be compiled on first use, which takes about a minute, and gloo does not need it.
     """
     import deepspeed
 
@@ -29,7 +30,7 @@ def import_deepspeed() -> Any:
 
 
 def deepspeed_comm() -> Any:
-    """Return the module through which DeepSpeed calls collectives."""
+    """Return the module `deepspeed.comm.comm`, through which DeepSpeed calls collectives."""
     import_deepspeed()
     from deepspeed.comm import comm
 
@@ -37,7 +38,10 @@ def deepspeed_comm() -> Any:
 
 
 def count_collectives(traffic: Traffic) -> "CountedBackend":
-    """Count what DeepSpeed's collectives send from now on: reductions as gradients, gathers as weights."""
+    """From now on, add the bytes that DeepSpeed's collectives send to `traffic`; return the wrapped backend.
+
+    Reductions count as `traffic.gradients`, gathers as `traffic.weights`.
+    """
     comm = deepspeed_comm()
     comm.init_distributed(dist_init_required=False, verbose=False)
     backend = comm.cdb
@@ -46,9 +50,10 @@ def count_collectives(traffic: Traffic) -> "CountedBackend":
 
 
 def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup]) -> None:
-    """Give each parameter the values of the first rank that has it, in a few calls. Collective.
+    """Make every parameter equal on all ranks that have it, by a few broadcasts from the first of them. Collective.
 
-    `groups`: groups of ranks with the same experts, by `group_name`. All ranks have the other parameters.
+    `groups`: for sharded experts, the group of ranks that have the same experts, by the parameters' attribute `group_name`.
+    All ranks have the other parameters.
     """
     members = defaultdict(list)
     for p in model.parameters():
@@ -60,7 +65,7 @@ def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup])
 
 
 class CountedBackend:
-    """DeepSpeed's communication backend, which also counts the bytes that each collective sends."""
+    """DeepSpeed's communication backend for torch.distributed, which also counts the bytes that each collective sends."""
 
     def __init__(self, backend: Any, traffic: Traffic) -> None:
         self.backend, self._traffic, self._skips_broadcasts = backend, traffic, False
@@ -70,7 +75,10 @@ class CountedBackend:
 
     @contextmanager
     def without_broadcasts(self) -> Iterator[None]:
-        """Skip broadcasts: DeepSpeed broadcasts each parameter by itself, which takes minutes on a slow network."""
+        """Skip all broadcasts in the body. `broadcast_weights` replaces them.
+
+        DeepSpeed broadcasts every parameter in a call of its own, which takes minutes on a slow network.
+        """
         self._skips_broadcasts = True
         try:
             yield

@@ -1,8 +1,8 @@
-"""Merges this project's settings into the user's DeepSpeed JSON, and checks that both agree.
+"""Merges this project's settings into the user's DeepSpeed JSON, and checks that they do not contradict each other.
 
-The JSON in `ds_configs/` owns ZeRO, offload, communication and profiling. This project's configuration owns batch sizes,
-clipping, precision, optimizer and schedule: another value in the JSON is an error that shows both. This module does not
-import torch, for `--plan`.
+The JSON in `ds_configs/` determines ZeRO, offload, communication and profiling. This project's configuration determines
+batch sizes, clipping, precision, optimizer and schedule. If the JSON has another value for one of the latter, the error
+shows both values. This module does not import torch, so that `--plan` starts fast.
 """
 
 from pathlib import Path
@@ -22,9 +22,9 @@ def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
     """Read a DeepSpeed JSON.
 
     Args:
-        path: the file. None: a default with the ZeRO stage for `dtype`, 2 for bfloat16. DeepSpeed's ZeRO-1 in bfloat16
-            keeps the sum of all gradients in float32 on every rank, starts most parameters at addresses from which the
-            grouped product must copy them, and reduces all gradients after the backward pass.
+        path: the file. None: return a default configuration, which is ZeRO-2 for bfloat16 and ZeRO-1 for float32. (ZeRO-1 is
+            worse in bfloat16. Every rank keeps the sum of all gradients in float32, gradients are reduced only after the
+            backward pass, and most parameters start at addresses from which the grouped matrix product must copy them.)
         dtype: `train.dtype`.
 
     Raises:
@@ -72,37 +72,43 @@ def zero_stage(tree: Tree) -> int:
 
 
 def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
-    """Return whether gradients are accumulated in float32: bfloat16 would lose most of the later micro-steps."""
+    """Return whether gradients are accumulated in float32.
+
+    In a bfloat16 sum the gradients of later micro-steps would mostly be rounded away.
+    """
     return dtype == "bfloat16" and accumulation > 1
 
 
 def uses_contiguous_gradients(
     stage: int, *, overlap: bool, offload: bool, elements: int = 0, bucket: int = CONTIGUOUS_BUCKET
 ) -> bool:
-    """Return whether gradients lie in one buffer and are reduced at once (`zero.Zero12Contiguous`).
+    """Return whether all gradients of a step lie in one buffer that is reduced at once (`zero.Zero12Contiguous`).
 
-    They must stay on the device until the backward pass has ended. ZeRO-2 is used to save memory: for its own reduction it
-    needs a bucket and a copy of it, so the gradients must not be larger than two buckets.
+    All gradients then stay on the device until the backward pass ends. ZeRO-2 is meant to save memory: its own reduction
+    needs one bucket and a copy of it, so the gradients must not be larger than two buckets.
 
     Args:
         stage: ZeRO stage.
         overlap: whether gradients are reduced during the backward pass.
-        offload: whether gradients leave the device.
-        elements: number of parameters of the rank's model; 0: the model is small enough.
+        offload: whether gradients are moved off the device.
+        elements: number of parameters of the model on this rank; 0: assume that the gradients fit.
         bucket: reduce_bucket_size, in elements.
     """
     return stage in (1, 2) and not overlap and not offload and (stage == 1 or elements <= 2 * bucket)
 
 
 def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
-    """Return where a DeepSpeed configuration moves the optimizer ("offload_param": the weights); None: nowhere."""
+    """Return the device to which the DeepSpeed JSON offloads the optimizer, e.g. "cpu"; None: it offloads nothing.
+
+    `name`: "offload_optimizer", or "offload_param" for the weights.
+    """
     section = tree.get("zero_optimization", {}).get(name)
     device = section.get("device") if isinstance(section, dict) else None
     return None if device == "none" else device
 
 
 def merge(config: Config, tree: Tree, accumulation: int, world_size: int) -> Tree:
-    """Return the full DeepSpeed configuration.
+    """Return the full DeepSpeed configuration: the user's JSON and the keys that this project determines.
 
     Args:
         config: the run's configuration.
@@ -173,7 +179,10 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
-    """With `parallel.elastic`, return the configuration with the largest space_ep and time_ep that the ranks allow."""
+    """Return the configuration with space_ep and time_ep (ranks per set of experts) that suit the number of ranks.
+
+    With `parallel.elastic` they become the largest possible sizes up to the configured ones. Otherwise nothing changes.
+    """
     if not config.parallel.elastic or world_size < 1:
         return config
     sizes = {}
@@ -190,7 +199,7 @@ def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[in
 
 
 def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
-    """Raise UserError if the ranks or the DeepSpeed JSON do not support the expert parallelism of `parallel`."""
+    """Raise UserError if the sizes in `parallel` do not fit the number of ranks or the DeepSpeed JSON."""
     for kind in EXPERT_KINDS:
         size = config.parallel.ep(kind)
         if world_size % size:
@@ -265,7 +274,13 @@ def _check_capture(config: Config) -> None:
 
 
 def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for `train.cuda_graphs=true` if a requirement is not met."""
+    """Return the error for a setting that is incompatible with `train.cuda_graphs=true`.
+
+    Args:
+        requirement: what CUDA graphs require.
+        actual: what is set instead.
+        remedy: what to change.
+    """
     return UserError(
         f"train.cuda_graphs=true requires {requirement}, but {actual}. {remedy} or set train.cuda_graphs=false."
     )

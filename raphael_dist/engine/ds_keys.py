@@ -1,7 +1,8 @@
-"""The supported keys of a DeepSpeed JSON and their values. Each is tested against a single process, or refused by name.
+"""The supported keys of a DeepSpeed JSON and their allowed values. All other keys and values raise UserError.
 
-DeepSpeed has more keys. It ignores some, some end in an AssertionError, and some change what the engine's adapters
-(`engine.zero`) rely on, so that training would continue with wrong numbers.
+Every supported key is tested against training in a single process. DeepSpeed has more keys, but it ignores some, fails with
+an AssertionError for others, and some change internals that `engine.zero` relies on, so that training would continue with
+wrong numbers.
 """
 
 import json
@@ -94,13 +95,16 @@ _BECAUSE = {
 
 
 def without_unset(tree: Tree) -> Tree:
-    """Return a copy without keys that set nothing: comments (keys that start with _), "auto" and null."""
+    """Return a copy without keys that set nothing: comments (names that start with _), and the values "auto" and null."""
     plain = {key: without_unset(value) if isinstance(value, dict) else value for key, value in tree.items()}
     return {key: value for key, value in plain.items() if not key.startswith("_") and value not in ("auto", None)}
 
 
 def check_keys(tree: Tree, section: str = "") -> None:
-    """Raise UserError for the first key or value that is not supported."""
+    """Raise UserError for the first key or value of a DeepSpeed JSON that is not supported.
+
+    `section`: dotted name of the section that `tree` is, with a final dot; "": the whole file.
+    """
     for key, value in tree.items():
         name = section + key
         if name in _NOT_USED:

@@ -1,4 +1,7 @@
-"""An exponential moving average of the weights, over the fp32 fragments that this rank owns."""
+"""An exponential moving average of the weights.
+
+Each rank averages the part of the fp32 weights that it stores under ZeRO (`fragments`).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ PIECE = 2**24  # elements that are swapped at a time: 64 MiB
 
 
 class Ema:
-    """ema = decay * ema + (1 - decay) * weights after every optimizer step, in float32."""
+    """The moving average: `ema = decay * ema + (1 - decay) * weights` after every optimizer step, in float32."""
 
     def __init__(self, fragments: Fragments, config: EmaConfig) -> None:
         self.values: list[Tensor] = [m.clone() for m in fragments.masters()]
@@ -25,13 +28,13 @@ class Ema:
         torch._foreach_copy_(self.values, self._fragments.masters())
 
     def decay(self, step: int) -> float:
-        """Return the decay after optimizer step `step` (counted from 1). Its warm-up begins after `ema.start_step`."""
+        """Return the decay to use after optimizer step `step` (from 1). It rises during a warm-up after `ema.start_step`."""
         target, step = self._config.decay, step - self._config.start_step
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Add the weights after optimizer step `step` to the average."""
+        """Update the average with the weights after optimizer step `step` (from 1)."""
         if self.values and step <= self._config.start_step:
             self.restart()
         elif self.values:
@@ -39,7 +42,7 @@ class Ema:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Run the body with the averaged weights in the model, then restore the exact weights. Collective."""
+        """Run the body with the averaged weights in the model, then restore the training weights exactly. Collective."""
         self._swap()
         try:
             yield

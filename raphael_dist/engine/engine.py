@@ -31,17 +31,17 @@ _ROW = 2**16  # elements that `square_sum` adds up in float32
 
 
 class Engine:
-    """A model under DeepSpeed with one optimizer step per `accumulation` calls of `backward`.
+    """A model under DeepSpeed, with one optimizer step per `plan.accumulation` calls of `backward`.
 
     Attributes:
-        config, plan, device: the arguments.
+        config, plan, device: the arguments of the constructor.
         dtype: precision of the model.
         ds_config: the full DeepSpeed configuration.
         stage: ZeRO stage.
         module: the U-Net.
-        fragments: this rank's fp32 weights.
-        traffic: bytes sent to other ranks.
-        grad_norm: gradient norm of the last step, before clipping.
+        fragments: the part of the fp32 weights that this rank stores.
+        traffic: bytes that this rank sent to other ranks.
+        grad_norm: global gradient norm of the last step, before clipping.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Engine:
             json_tree: the user's DeepSpeed JSON.
             plan: how the batch is divided over ranks.
             device: this rank's device.
-            model: equal on every rank; None: a new one.
+            model: the model to train, with equal weights on every rank; None: create it from `config`.
         """
         self.config, self.plan, self.device = config, plan, device
         self.dtype = getattr(torch, config.train.dtype)
@@ -110,11 +110,11 @@ class Engine:
         return self._engine(*args)
 
     def backward(self, loss: Tensor, last: bool | None = None) -> None:
-        """Accumulate the gradients of one micro-step. The last one of a step also reduces them over ranks.
+        """Add the gradients of one micro-step to those of the step. The last micro-step also reduces them over ranks.
 
         Args:
             loss: loss of the micro-step, multiplied by `plan.loss_scale`.
-            last: whether this is the step's last micro-step; None: every `accumulation`-th call is.
+            last: whether this is the step's last micro-step; None: every `accumulation`-th call is the last one.
         """
         self._micro_step += 1
         last = self._micro_step == self.plan.accumulation if last is None else last
@@ -147,17 +147,20 @@ class Engine:
 
     @torch.no_grad()
     def grad_square(self) -> Tensor:
-        """Return this rank's part of the squared norm of a step's gradients, float64 [], on its device.
+        """Return this rank's contribution to the squared norm of a step's gradients, float64 [], on this rank's device.
 
-        The sum over all ranks is the square of the global norm before clipping. It is not finite if a gradient is not.
+        The sum over all ranks is the square of the global norm before clipping. It is not finite if any gradient is not
+        finite.
         """
         return square_sum(self._zero.gradients()).to(self.device) / self._zero.copies
 
     def step(self, lr: float) -> bool:
-        """Clip and apply the accumulated gradients with learning rate `lr`, after the last `backward` of a step. Collective.
+        """Compute the gradient norm, clip, and update the weights with learning rate `lr`. Collective.
+
+        Call it after the last `backward` of a step.
 
         Returns:
-            False on all ranks if a gradient of any rank is not finite; weights and moments are unchanged then.
+            False on all ranks if a gradient on any rank is not finite. Weights and moments are then unchanged.
         """
         norm = math.sqrt(float(all_reduce_sum(self.grad_square(), self.device)))
         if math.isfinite(norm):
@@ -168,7 +171,10 @@ class Engine:
 
     @torch.no_grad()
     def update(self, lr: float, norm: float) -> None:
-        """Clip and apply the accumulated gradients. `norm` is their global norm, finite and equal on all ranks."""
+        """Clip the accumulated gradients and update the weights with learning rate `lr`.
+
+        `norm`: the global gradient norm, which must be finite and equal on all ranks.
+        """
         assert self._engine.is_gradient_accumulation_boundary()
         clip, self.grad_norm, self._micro_step = self.config.optim.max_grad_norm, norm, 0
         if clip and norm > clip:
@@ -186,7 +192,7 @@ class Engine:
             self._engine.step()
 
     def save_deepspeed(self, folder: Path) -> None:
-        """Write DeepSpeed's own checkpoint, for comparisons. Training never reads it. Collective."""
+        """Write a checkpoint in DeepSpeed's own format, for comparisons. This project never reads it. Collective."""
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
 
@@ -200,7 +206,10 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of all squares, float64 []. Rows of `_ROW` numbers are added up in float32, longer sums in float64."""
+    """Return the sum of the squares of all elements of all tensors, float64 [].
+
+    Up to `_ROW` consecutive squares are added in float32, and these sums in float64.
+    """
     rows, rest = [], []
     for flat in (t.reshape(-1) for t in tensors):
         whole = flat.numel() // _ROW * _ROW
@@ -215,7 +224,8 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
 def decays(name: str) -> bool:
     """Return whether `optim.weight_decay` applies to a parameter: to matrices and kernels, not to norms, biases and gates.
 
-    The name decides, because biases of stacked experts [K, F] have two axes, and flat parts under ZeRO have no shape.
+    This is decided by the name. Shapes would not do: biases of stacked experts [K, F] have two axes, and the flattened parts
+    of parameters under ZeRO have one.
     """
     owner, _, leaf = name.rpartition(".")
     norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")

@@ -1,4 +1,4 @@
-"""What DeepSpeed needs for sharded experts: process groups, a marker module in the model, optimizer groups."""
+"""Registers sharded experts with DeepSpeed: process groups, a marker module in the model, groups of parameters."""
 
 import hashlib
 from typing import Any
@@ -11,10 +11,14 @@ from raphael_dist.runtime.ranks import gather_objects, own_group
 
 
 def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
-    """Create this rank's two groups of one size if they do not exist; return its view of the first. Collective.
+    """Create this rank's two process groups for sets of experts that are sharded over `size` ranks. Collective.
 
-    Consecutive ranks share a set of experts (ep). Ranks at a distance of `size` have the same experts and reduce their
-    gradients (edp). DeepSpeed finds both groups in its registry; groups that it creates itself have no timeout.
+    The first group has `size` consecutive ranks, which together have one set of experts ("ep" in DeepSpeed). The second has
+    the ranks at distances of `size`, which have the same experts and reduce their gradients ("edp"). Groups that exist are
+    used again. Both are put into DeepSpeed's registry, because groups that DeepSpeed creates itself have no timeout.
+
+    Returns:
+        The first group. It adds the bytes that it sends to `traffic`.
     """
     from deepspeed.utils import groups
 
@@ -29,14 +33,14 @@ def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
 
 
 def copies() -> dict[str, dist.ProcessGroup]:
-    """Return the groups of ranks that have the same experts, by `group_name`."""
+    """Return the process groups of ranks that have the same experts, by the parameters' attribute `group_name`."""
     from deepspeed.utils import groups
 
     return dict(groups._EXPERT_DATA_PARALLEL_GROUP)
 
 
 def add_moe_marker(model: nn.Module, num_experts: int) -> None:
-    """Add a module without parameters to a model with sharded experts, by which DeepSpeed's engine detects them."""
+    """Add a module without parameters to the model, which tells DeepSpeed's engine that the model has sharded experts."""
     from deepspeed.moe.layer import MoE
 
     # Only trained experts: DeepSpeed requires a group of the optimizer for such a module.
@@ -58,10 +62,10 @@ def add_moe_marker(model: nn.Module, num_experts: int) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: all replicated parameters, then one group per expert-parallel size, ascending.
+    """Return the optimizer's parameter groups: all replicated parameters, then one group for each expert-parallel size.
 
-    DeepSpeed's own division iterates over a set of strings. The order could differ between ranks, which would then hang.
-    All ranks must have the same groups.
+    The sizes ascend, so that the order is the same on all ranks. DeepSpeed's own function iterates over a set of strings,
+    whose order can differ between ranks; they would then wait for each other forever.
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"": []}
     for name, p in model.named_parameters():

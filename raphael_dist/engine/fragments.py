@@ -1,8 +1,8 @@
-"""This rank's part of the fp32 weights and of Adam's moments, as named ranges, for every ZeRO stage.
+"""The part of the fp32 weights and of Adam's moments that this rank stores, by parameter name, for every ZeRO stage.
 
-ZeRO flattens parameters and divides the result between ranks. A fragment states which elements [start, start + n) of the
-flattened parameter `name` a view contains. EMA, checkpoints and resharding use only fragments, which mean the same on every
-topology.
+ZeRO flattens parameters and divides the result among ranks. A fragment is a view of the elements [start, start + n) of the
+flattened parameter `name` that this rank stores. The moving average, checkpoints and resharding use only fragments, because
+their meaning does not depend on the number of ranks or the ZeRO stage.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Fragments:
-    """All fragments of this rank, in the order of the model's parameters. Frozen parameters have none."""
+    """All fragments that this rank stores, in the order of the model's parameters. Frozen parameters have none."""
 
     def __init__(self, module: nn.Module, zero: Zero, optimizer: torch.optim.Optimizer) -> None:
-        """Collect the fragments. `optimizer` is torch's; its parameters are the fragments' owners."""
+        """Collect the fragments.
+
+        Args:
+            module: the model.
+            zero: the adapter for DeepSpeed's optimizer.
+            optimizer: the torch optimizer inside it, whose state has Adam's moments.
+        """
         self._zero, self._optimizer = zero, optimizer
         self.shapes = {name: global_shape(p)[0] for name, p in module.named_parameters() if p.requires_grad}
         self.all = list(zero.fragments(module))
@@ -29,23 +35,26 @@ class Fragments:
         return iter(self.all)
 
     def masters(self) -> list[Tensor]:
-        """Return the views of the fp32 weights, one per fragment."""
+        """Return the fp32 weights of each fragment, as a view, float32 [numel]."""
         return [f.master for f in self.all]
 
     def moment(self, fragment: Fragment, kind: str) -> Tensor | None:
-        """Return a view of one of Adam's moments, float32 [numel]; None before the first step, or without moments."""
+        """Return one of Adam's moments for a fragment, as a view, float32 [numel].
+
+        `kind`: one of MOMENTS. Returns None before the first step, or if the optimizer has no moments.
+        """
         state = self._optimizer.state.get(fragment.owner, {})
         if kind not in state:
             return None
         return state[kind].view(-1).narrow(0, fragment.offset, fragment.numel)
 
     def moment_addresses(self) -> list[int]:
-        """Return the addresses of the optimizer's moments. If they change, a caller's views are stale."""
+        """Return the memory addresses of Adam's moments. If they change, views that `moment` returned earlier are stale."""
         states = [self._optimizer.state.get(owner, {}) for owner in self._owners]
         return [state[kind].data_ptr() for state in states for kind in MOMENTS if kind in state]
 
     def create_moments(self, steps_taken: int) -> None:
-        """Create the optimizer's state as after `steps_taken` steps, with moments of zero that the caller fills."""
+        """Create the optimizer's state as after `steps_taken` steps, with moments of zero, which the caller then fills."""
         if not isinstance(self._optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD has no state
             return
         on_device = self._optimizer.defaults.get("fused") or self._optimizer.defaults.get("capturable")
@@ -58,5 +67,5 @@ class Fragments:
 
     @torch.no_grad()
     def sync_model(self) -> None:
-        """Copy the fp32 weights into the model. Collective."""
+        """Copy the fp32 weights into the weights that the model computes with. Collective."""
         self._zero.sync_model()

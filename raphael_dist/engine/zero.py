@@ -1,7 +1,8 @@
-"""Adapters for DeepSpeed's optimizers, one class for each kind. Only this file uses their private names.
+"""Adapters that give DeepSpeed's ZeRO optimizers one interface. Only this file uses their private attributes.
 
-DeepSpeed 0.19 has several kinds of optimizers without a common interface. `tests/engine/test_deepspeed_contract.py` lists
-the names that each must have, so that another version fails there.
+DeepSpeed 0.19 has one optimizer class for each kind of ZeRO and no common interface.
+`tests/engine/test_deepspeed_contract.py` lists the attributes that each class must have, so that an incompatible version
+fails there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +23,14 @@ DeepSpeedObject = Any  # DeepSpeed's optimizers have no types
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + numel) of a flattened parameter.
+    """The elements [start, start + numel) of a flattened parameter, which this rank stores in fp32.
 
     Attributes:
         name, shape: name and shape of the whole parameter.
-        master: float32 [numel], a view of the fp32 weights.
-        owner, offset: the tensor that the optimizer updates, and the element at which the view starts in it.
-        shared: whether every rank has it (ZeRO-0).
+        start: the first element.
+        master: the fp32 weights, a view, float32 [numel].
+        owner, offset: the tensor that the optimizer updates, and the index of the first element within it.
+        shared: whether every rank has this fragment (ZeRO-0).
     """
 
     name: str
@@ -45,35 +47,35 @@ class Fragment:
 
 
 class Zero(Protocol):
-    """The interface of all adapters. `copies` is the number of ranks that have each gradient."""
+    """The interface of the adapters. `copies`: how many ranks have each gradient after the reduction."""
 
     copies: int = 1
 
     def prepare_backward(self, first: bool) -> None:
-        """Prepare a backward pass; `first`: the first of a step."""
+        """Prepare a backward pass. `first`: whether it is the first one of an optimizer step."""
         return
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
-        """Yield this rank's part of the fp32 weights, in the order of the model's parameters."""
+        """Yield the parts of the fp32 weights that this rank stores, in the order of the model's parameters."""
 
     def sync_model(self) -> None:
-        """Copy the fp32 weights into the model. Collective."""
+        """Copy the fp32 weights into the weights that the model computes with. Collective."""
 
     def gradients(self) -> Sequence[Tensor]:
-        """Return this rank's part of the reduced gradients of a step; it can be changed before the update.
+        """Return this rank's part of the reduced gradients of a step. The caller may change them before the update.
 
         The parts of all ranks together contain each element `copies` times.
         """
 
     def disable_builtin_clipping(self) -> None:
-        """Turn off DeepSpeed's norm, overflow check and clipping, which the engine does."""
+        """Turn off DeepSpeed's gradient norm, overflow check and clipping. `Engine` does this work instead."""
 
     def skip_step(self) -> AbstractContextManager[None]:
-        """Return a context in which DeepSpeed's `step` detects an overflow, drops the gradients and changes nothing."""
+        """Return a context in which DeepSpeed's `step` only drops the gradients, as after an overflow."""
 
 
 def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Zero:
-    """Return the adapter for an optimizer of `deepspeed.initialize`, or for a torch optimizer."""
+    """Return the adapter for `optimizer`, which is one of DeepSpeed's optimizers or a torch optimizer (ZeRO-0)."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return Zero3(optimizer)
     if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
@@ -84,9 +86,10 @@ def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Z
 
 
 def global_shape(p: Any) -> tuple[tuple[int, ...], int]:
-    """Return the shape of the whole parameter, and the element at which this rank's part starts in it, flattened.
+    """Return the shape of the whole parameter of which `p` is this rank's part, and the flat index where the part starts.
 
-    A parameter with some of K stacked experts has the attribute `expert_slice = (first expert, K)`.
+    A parameter with some of K stacked experts has the attribute `expert_slice = (first expert, K)`. For other parameters the
+    index is 0.
     """
     shape = tuple(getattr(p, "ds_shape", p.shape))
     first, num_experts = getattr(p, "expert_slice", (0, None))
@@ -107,13 +110,13 @@ class Zero0(Zero):
                 yield Fragment(name, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True)
 
     def sync_model(self) -> None:
-        """Do nothing: the weights are the model's."""
+        """Do nothing, because the optimizer updates the model's own weights."""
 
     def gradients(self) -> Sequence[Tensor]:
         return [p.grad for p in self._module.parameters() if p.grad is not None]
 
     def disable_builtin_clipping(self) -> None:
-        """Do nothing: the engine configures no clipping."""
+        """Do nothing, because without ZeRO no clipping is configured in DeepSpeed."""
 
     @contextmanager
     def skip_step(self) -> Iterator[None]:
@@ -129,7 +132,7 @@ class DeepSpeedZero(Zero):
 
 
 class Zero12(DeepSpeedZero):
-    """ZeRO-1 and 2, with or without CPU offload: flat buffers, each divided into one part per rank."""
+    """ZeRO-1 and 2, with or without CPU offload: parameters lie in flat buffers, of which each rank stores a part."""
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         return _linked_fragments(module, self._zero.single_partition_of_fp32_groups)
@@ -174,9 +177,9 @@ class Zero12(DeepSpeedZero):
 class Zero12Contiguous(Zero12):
     """ZeRO-1 and 2 with all gradients of a step in one buffer, which is reduced at once.
 
-    DeepSpeed runs a hook per parameter, which costs the host 0.1 ms, copies gradients into a bucket, out of it and into a
-    flat part, and by default sends every bucket to all ranks. Here gradients are written where a reduce-scatter reads them:
-    no hooks, no copies, and half of the bytes.
+    DeepSpeed's own reduction runs a hook for every parameter (0.1 ms of host time each). It copies gradients into a bucket
+    and from there into a flat part, and by default sends every bucket to all ranks. Here the backward pass writes gradients
+    directly into the input of a reduce-scatter: no hooks, no copies, and half of the bytes.
     """
 
     def __init__(self, optimizer: DeepSpeedObject) -> None:
@@ -198,7 +201,7 @@ class Zero12Contiguous(Zero12):
 
     @staticmethod
     def supports(zero: DeepSpeedObject) -> bool:
-        """Return whether the adapter can replace DeepSpeed's reduction."""
+        """Return whether this adapter can replace the gradient reduction of the DeepSpeed optimizer `zero`."""
         return not zero.use_grad_accum_attribute and uses_contiguous_gradients(
             2 if zero.partition_gradients else 1,
             overlap=zero.overlap_comm,
@@ -242,7 +245,7 @@ def _reduce_scatter(whole: Tensor, group: dist.ProcessGroup, dtype: torch.dtype)
 
 
 class Zero1Bf16(DeepSpeedZero):
-    """ZeRO-1 for bfloat16 weights whose gradients accumulate in float32: every rank has the whole sum."""
+    """ZeRO-1 for bfloat16 weights with float32 gradient sums. Every rank keeps the sums of all gradients."""
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         return _linked_fragments(module, self._zero.fp32_groups_flat_partition)

@@ -1,7 +1,7 @@
-"""One micro-batch with all of its randomness: a step is a pure function of (weights, batch).
+"""One micro-batch with all of its random numbers, so that a training step is a pure function of (weights, batch).
 
-Shape legend: B samples, C latent channels, h and w latent height and width, Y text tokens, D text width, Hs and Ws size of
-small images.
+Shape legend: B samples, C latent channels, h and w latent height and width, Y text tokens, D text width, Hs and Ws height
+and width of small images.
 """
 
 from collections.abc import Callable
@@ -22,18 +22,18 @@ class Batch:
     """A micro-batch. Floating-point tensors are float32.
 
     Attributes:
-        position: int64 [B], positions in the endless order of training.
-        weight: [B], 0 for a slot without a sample.
-        x0, noise: latents and their noise [B, C, h, w].
+        position: int64 [B], numbers of the samples in the endless order of training.
+        weight: [B], weight of each sample in the loss: 1, or 0 if it only pads the micro-batch.
+        x0, noise: latents and the noise to add to them, [B, C, h, w].
         timestep: int64 [B].
         text: text tokens [B, Y, D].
         text_mask: bool [B, Y], False at padding.
         end: int64 [B], index of the end-of-text token.
         edge: edge maps [B, h, w] in 0..1, or None.
-        gate_noise: noise on the gates' logits, or None.
+        gate_noise: noise to add to the logits of the gates, or None.
         small: small images with their noise [B, 3, Hs, Ws] in -1..1 (super_resolution.py), or None.
-        memory: uint8, the pinned memory that all tensors on the host share, or None.
-        seconds: time to build the batch by kind of work.
+        memory: uint8, one block of pinned host memory in which all tensors lie after `pack`, or None.
+        seconds: time that building the batch took, by kind of work.
     """
 
     position: Tensor
@@ -51,9 +51,9 @@ class Batch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> "Batch":
-        """Copy the tensors on the host into one block of pinned memory, which a GPU copies at once without a wait.
+        """Copy the tensors on the host into one block of pinned memory, so that `to` copies them to a GPU without a wait.
 
-        Tensors on a device stay there.
+        Tensors that are on a device stay there.
         """
         offsets: dict[int, int] = {}
         size = 0
@@ -88,12 +88,12 @@ class Batch:
         return batch
 
     def scale_gate_noise(self, deviation: float) -> None:
-        """Multiply the gates' noise, which is drawn with deviation 1."""
+        """Multiply the gate noise, which has standard deviation 1 when it is drawn, by `deviation`."""
         if self.gate_noise is not None:
             self.gate_noise = GateNoise(*torch._foreach_mul(self.gate_noise, deviation))
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors of all fields but `memory`."""
+        """Return the tensors of all fields except `memory`."""
         required = [self.position, self.weight, self.x0, self.noise, self.timestep, self.text, self.text_mask, self.end]
         optional = [self.edge, *(self.gate_noise or ()), self.small]
         return required + [tensor for tensor in optional if tensor is not None]

@@ -1,8 +1,9 @@
-"""`train.compile`: torch.compile for the parts of the U-Net that are one graph for any data.
+"""`train.compile`: applies torch.compile to those parts of the U-Net that are a single graph for any data.
 
-These are the residual blocks (GroupNorm and SiLU become one kernel next to the convolutions) and the experts' activations.
-The rest of a transformer block depends on counts, exchanges rows with other ranks, or is a kernel already (attention). Parts
-are compiled in place, so parameters keep their names. Recomputation surrounds compiled parts and is never inside them.
+These are the residual blocks (GroupNorm and SiLU become one kernel) and the activations of the experts. The rest of a
+transformer block either depends on counts, or exchanges rows with other ranks, or is a single kernel already (attention).
+Parts are compiled in place, so parameters keep their names. Activation recomputation is applied around compiled parts, never
+inside them.
 """
 
 import os
@@ -45,9 +46,10 @@ def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Run the parts uncompiled, for tools that must see every operation (counts of FLOPs or of synchronisations).
+    """Return a context in which the compiled parts run uncompiled.
 
-    Without it torch detects the tool, falls back to eager mode for the part, and never compiles it again.
+    Tools that count operations (FLOPs, synchronisations) require it. Without it torch detects the tool, runs the part
+    uncompiled, and never compiles it again.
     """
     context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return context

@@ -23,10 +23,10 @@ CONDITION_CHANNELS, CONDITION_WIDTH = 3, 16
 
 
 class ControlNet(RaphaelUNet):
-    """The encoder and the middle of a U-Net, whose outputs are added to the skips and the middle of another."""
+    """A copy of a U-Net's encoder and middle that reads an edge map. Its outputs are added to that U-Net."""
 
     def __init__(self, config: "Config") -> None:
-        """Build the ControlNet of a U-Net with this configuration. It has no edge modules."""
+        """Build the ControlNet for a U-Net with this configuration. It has no edge modules."""
         super().__init__(config, with_edges=False)
         del self.up_blocks, self.conv_norm_out, self.conv_out
         levels = cast(list[UNetLevel], [*self.down_blocks, self.mid_block])
@@ -49,7 +49,12 @@ class ControlNet(RaphaelUNet):
                     nn.init.zeros_(p)
 
     def forward(self, inputs: UNetInput, edge_Bhw: Tensor) -> ControlResiduals:  # type: ignore[override]
-        """Return the residuals for an edge map in 0..1 at the size of the latents; `inputs` are the U-Net's."""
+        """Return the residuals to add to the U-Net's skips and middle.
+
+        Args:
+            inputs: the inputs of the U-Net.
+            edge_Bhw: edge map in 0..1 at the size of the latents.
+        """
         x_BCHW = inputs.x_BCHW
         # The blocks of the copy route as the U-Net's first ones, with the same noise.
         state, _ = self.begin(inputs._replace(noise=_first_blocks(inputs.noise, self.num_blocks)))

@@ -1,9 +1,9 @@
-"""`train.cuda_graphs`: the U-Net's forward and backward pass as one CUDA graph each, for steps that the host slows down.
+"""`train.cuda_graphs`: runs the U-Net's forward and backward pass as one CUDA graph each.
 
 A step launches thousands of kernels. If each has little work (few images per GPU, a small model), the GPU waits for the
-host; a graph is launched at once. A captured graph is fixed:
+host, whereas a graph needs one launch. A captured graph cannot change:
 - shapes: there is a pair of graphs for each set of input shapes;
-- addresses of weights, which ZeRO-1 and 2 update in place;
+- addresses of weights: ZeRO-1 and 2 update weights in place;
 - addresses of gradients: the backward graph adds to the buffers that the engine reduces (`engine.zero.Zero12Contiguous`).
 Hooks of the parameters do not run.
 """
@@ -28,12 +28,12 @@ ShapeKey = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 def replay_cuda_graphs(unet: RaphaelUNet, gradients: Gradients) -> None:
-    """Capture each training pass of `unet` when it first runs, and replay it from then on.
+    """Make `unet` capture each training pass in a CUDA graph at its first run, and replay the graph in later runs.
 
     Args:
-        unet: the model. Its weights must not move in memory.
-        gradients: for each trained parameter, the tensor that accumulates its gradient; must not move in memory. A pass that
-            captures adds to it before its backward pass is called: clear it in between.
+        unet: the model, changed in place. Its weights must not move in memory.
+        gradients: for each trained parameter, the tensor that accumulates its gradient. It must not move in memory. The run
+            that captures a pass also adds to these tensors during its forward pass: clear them before its backward pass.
     """
     unet.forward = _ReplayedForward(unet, gradients)  # type: ignore[method-assign, assignment]
 

@@ -1,4 +1,4 @@
-"""Which devices are GPUs: they execute a queue of operations, and the host should not wait for them."""
+"""Tells GPUs from CPUs. A GPU executes a queue of operations, and the host should not wait for it."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,6 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def from_host(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return numbers of the host as a vector on `device`. The host does not wait: a GPU copies pinned memory."""
+    """Copy numbers to `device` and return them as a vector. The host does not wait, because a GPU copies pinned memory."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if is_gpu(device) else tensor.to(device)

@@ -34,7 +34,10 @@ EXPERT_FIELDS = {
 
 
 def sections_of(fields: Any) -> Any:
-    """Return the sections that `RaphaelUNet` is built from, for the fields of the model's config.json."""
+    """Return the configuration sections from which `RaphaelUNet` is built.
+
+    `fields`: the fields of the model's config.json, as diffusers names them.
+    """
     widths, heads = fields.block_out_channels, fields.attention_head_dim
     model = {
         "channels": widths,

@@ -29,7 +29,10 @@ def alphas_cumprod(config: Diffusion) -> Tensor:
 
 
 def zero_terminal_snr(abar_T: Tensor) -> Tensor:
-    """Shift and scale the roots of abar so that the last is 0 and the first is unchanged (arXiv 2305.08891, Alg. 1)."""
+    """Shift and scale sqrt(abar) so that its last value is 0 and its first is unchanged; return the new abar.
+
+    This is Alg. 1 of arXiv 2305.08891.
+    """
     roots = abar_T.sqrt()
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
 
@@ -76,9 +79,11 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
 
 
 def late_start_warning(scheduler: Any) -> str | None:
-    """Return a warning if a scheduler whose timesteps are set starts far from pure noise, else None.
+    """Return a warning if the first sampling step starts far from pure noise, else None.
 
-    DDIM spaces its steps by whole timesteps from the low end: 600 of 1,000 start at timestep 600, and images are flat.
+    `scheduler`: a scheduler of diffusers whose timesteps are set. DDIM spaces timesteps by a whole number, counted from the
+    low end. For example, with 1,000 training timesteps 600 sampling steps start at timestep 600, and the images get little
+    contrast.
     """
     first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
     if total - first <= max(2 * total / steps, total / 20):
@@ -91,17 +96,18 @@ def late_start_warning(scheduler: Any) -> str | None:
 
 
 def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size: int, phase: int = 0) -> int:
-    """Return the timestep of a sample position, uniform over 0 .. T-1.
+    """Return the timestep of a training sample, uniform over 0 .. T-1.
 
-    If stratified, the positions of a global batch fall into `global_batch_size` equal strata in an order that depends on
-    (seed, step). Every topology draws the same timesteps. A batch covers the range evenly, and so do consecutive positions
-    within it, which the ranks that share experts process (`batch_plan`).
+    If `config` asks for stratified timesteps, the range is divided into `global_batch_size` equal strata (subranges), and
+    each sample of a global batch gets its own, in an order that depends on (seed, step). The timesteps do not depend on the
+    number of ranks. A batch covers the range evenly. So do consecutive positions within it, which are processed by ranks
+    that share experts (`batch_plan`).
 
     Args:
         config: the noise schedule.
         seed: `run.seed`.
         position: number of the sample in the endless order of training.
-        global_batch_size: positions per step.
+        global_batch_size: samples per step.
         phase: position within [0, global_batch_size) at which steps start; 0 unless a run changed its global batch.
     """
     uniform = generator(seed, Purpose.TIMESTEP, position).random()
@@ -113,7 +119,10 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size
 
 
 def draw_offset(seed: int, position: int, channels: int) -> Tensor:
-    """Return a standard normal number per channel of a sample's latents, float32 [C, 1, 1] (diffusion.offset_noise)."""
+    """Return a standard normal number for each channel of a sample's latents, float32 [C, 1, 1].
+
+    It is the noise of `diffusion.offset_noise`.
+    """
     drawn = generator(seed, Purpose.OFFSET, position).standard_normal((channels, 1, 1), dtype=np.float32)
     return torch.from_numpy(drawn)
 
@@ -144,7 +153,7 @@ def _scramble(indices: np.ndarray, draws: Iterator[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (the paper prints the two roots swapped)."""
+    """The noise schedule x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (the paper prints the two roots swapped)."""
 
     abar_T: Tensor
     prediction: str
@@ -164,7 +173,7 @@ class NoiseSchedule:
         return signal * x0_BChw + sigma * noise_BChw
 
     def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return what the model predicts: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0."""
+        """Return what the model must predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0; float32 [B, C, h, w]."""
         if self.prediction == "epsilon":
             return noise_BChw
         signal, sigma = self._roots(timestep_B)
@@ -172,21 +181,22 @@ class NoiseSchedule:
 
 
 class FlowSchedule(NoiseSchedule):
-    """x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T, as of rectified flow (arXiv 2209.03003) and diffusers."""
+    """The schedule x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T, as in rectified flow (arXiv 2209.03003)."""
 
     def _roots(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         sigma = (timestep_B.float() / len(self.abar_T)).view(-1, 1, 1, 1)
         return 1 - sigma, sigma
 
     def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return eps - x_0, the derivative of x_t with respect to sigma."""
+        """Return what the model must predict: eps - x_0, the derivative of x_t by sigma; float32 [B, C, h, w]."""
         return noise_BChw - x0_BChw
 
 
 def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
-    """Return min(SNR, gamma) / SNR for predicted noise, / (SNR + 1) for v, float32 [B] (arXiv 2303.09556, Sec. 3.4).
+    """Return the min-SNR weight of the loss at each timestep, float32 [B] (arXiv 2303.09556, Sec. 3.4).
 
-    SNR = abar / (1 - abar). Written in terms of abar, nothing is divided by a signal of 0.
+    It is min(SNR, gamma) / SNR if the model predicts the noise, and min(SNR, gamma) / (SNR + 1) if it predicts v, with SNR =
+    abar / (1 - abar). The code uses abar only, so that nothing is divided by a signal of 0.
     """
     signal, noise = abar_B, 1 - abar_B
     if prediction == "epsilon":

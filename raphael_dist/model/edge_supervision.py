@@ -1,4 +1,4 @@
-"""Edge-supervised learning (Sec. 3.2 and 7.2): edges are predicted from the attention map of the end-of-text token.
+"""Edge-supervised learning (Sec. 3.2 and 7.2): predicts edges from the attention map of the end-of-text token.
 
 Shape legend: B samples, N image tokens (h * w), Y text tokens.
 """
@@ -13,7 +13,7 @@ from raphael_dist.config.types import FocalForm
 
 
 class EdgeModule(nn.Module):
-    """P of Sec. 7.2: five convolutions from one attention map to edge logits."""
+    """Five convolutions that predict edge logits from one attention map (P of Sec. 7.2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -24,7 +24,13 @@ class EdgeModule(nn.Module):
         self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, map_BNY: Tensor, end_B: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Return edge logits, float32 [B, h, w], from the map of token `end_B` (int64) scaled to a maximum of 1."""
+        """Return edge logits, float32 [B, h, w].
+
+        Args:
+            map_BNY: attention maps. Only that of the end-of-text token is used, scaled to a maximum of 1.
+            end_B: index of the end-of-text token, int64.
+            size_hw: height and width of the map.
+        """
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
         image = map_BN.view(-1, 1, *size_hw).to(next(self.parameters()).dtype)
@@ -35,9 +41,9 @@ class EdgeModule(nn.Module):
 def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
     """Compute the focal loss for soft targets in [0, 1], elementwise (Lin et al. 2017, Eq. 5, weighted by the target).
 
-    `-alpha y (1-p)^gamma log p - (1-alpha) (1-y) p^gamma log(1-p)` with p = sigmoid(logits). RAPHAEL's paper names the focal
-    loss but no form for soft targets, which HED's maps are. The minimum is at p = y only for y = 0 and 1: with gamma = 2 the
-    best answer to a target of 0.1 is 0.31.
+    `-alpha y (1-p)^gamma log p - (1-alpha) (1-y) p^gamma log(1-p)` with p = sigmoid(logits). RAPHAEL's paper uses the focal
+    loss but gives no form for soft targets such as HED's maps. The minimum is at p = y only for y = 0 and 1: with gamma = 2
+    the best prediction for a target of 0.1 is 0.31.
     """
     log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
     # Powers through logarithms: the gradient of (1-p)^gamma is infinite at p = 1 if gamma is below 1.

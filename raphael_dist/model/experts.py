@@ -1,4 +1,4 @@
-"""K feed-forward experts in stacked tensors, so that consecutive experts are a contiguous slice of each parameter.
+"""K feed-forward experts, whose weights are stacked so that consecutive experts are a contiguous slice of each parameter.
 
 Shape legend: R rows, K experts, D width, F hidden width (2F for the fused GEGLU projection).
 """
@@ -23,17 +23,17 @@ Activation = Literal["gelu", "geglu"]
 class Experts(nn.Module):
     """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
 
-    This is a base class because ZeRO-3 gathers a module's own parameters around its `forward`: the layer that decides how
-    the experts run must own them.
+    This is a base class of the MoE layers, because ZeRO-3 gathers a module's own parameters around its `forward`. Therefore
+    the layer that runs the experts must itself own their parameters.
 
     Args:
-        num_experts: experts of this rank.
+        num_experts: number of experts on this rank.
         dim: width of a row.
         hidden: width between the two layers.
         activation: GELU or gated GELU.
-        seed: together with the global id of an expert, it fixes the initial weights. Every placement starts from the same
-            model.
-        first_expert: global id of the first expert.
+        seed: fixes the initial weights together with the global index of an expert, so the initial model does not depend on
+            which rank has which expert.
+        first_expert: global index of the first expert on this rank.
     """
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
@@ -70,10 +70,10 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def add_lora(self, rank: int, alpha: float) -> None:
-        """Add adapters to w1 and w2 of every expert (`model.lora`): `w_k + alpha / rank B_k A_k`, with B zero.
+        """Add LoRA adapters to w1 and w2 of every expert: `w_k + alpha / rank B_k A_k`, with B zero at first.
 
-        They are the parameters w1_lora_A [K, rank, D], w1_lora_B [K, F, rank], and the same for w2. As parameters of this
-        module, ZeRO-3 gathers them with the weights, and expert parallelism shards them in the same way.
+        The adapters are the parameters w1_lora_A [K, rank, D], w1_lora_B [K, F, rank], and the same for w2. They belong to
+        this module, so that ZeRO-3 gathers them with the weights and expert parallelism shards them in the same way.
         """
         self.lora_scale = alpha / rank
         for name in ("w1", "w2"):
@@ -85,10 +85,11 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_lora_B", nn.Parameter(b))
 
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return A [K, rank, in] and alpha / rank B [K, out, rank] of w1 or w2; None without adapters.
+        """Return the adapters of `name` ("w1" or "w2"), or None if there are none.
 
-        They are applied one after the other and never added to the weight: bfloat16 would round small changes of a weight
-        away, and the product needs as much memory as the weights.
+        They are A [K, rank, in] and alpha / rank B [K, out, rank]. They are applied one after the other and never added to
+        the weight: bfloat16 would round small changes of a weight away, and the product B A needs as much memory as the
+        weights.
         """
         if self.lora_scale is None:
             return None
@@ -102,7 +103,7 @@ class Experts(nn.Module):
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return `e_k(0) - b2_k` of every expert, [K, D]."""
+        """Return `e_k(0) - b2_k` of every expert (its output for a zero row, without the last bias), [K, D]."""
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -110,11 +111,12 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply each expert to its rows.
+        """Apply each expert to its rows; return [R, D].
 
-        Every expert takes part, with zero rows if it has none, so that every parameter has a gradient on every rank (ZeRO
-        would otherwise add up gradients of different experts). The grouped product leaves the counts on the device. The loop
-        reads them, so the host waits for a GPU; it runs there for float32 and for widths that are not multiples of 8.
+        Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
+        (Otherwise ZeRO would add gradients of different experts to each other.) The grouped matrix product reads the counts
+        on the device. For float32, and for widths that are not multiples of 8, a loop over experts runs instead; it reads
+        the counts on the host, so the host waits for a GPU.
 
         Args:
             x_RD: rows sorted by expert.
@@ -162,13 +164,13 @@ class Experts(nn.Module):
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)` for rows y of `w1_k x`, with k the expert of each row."""
+        """Return `act(y + b1_k)`, where y is a row of `w1_k x` and k the expert of that row."""
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with static shapes.
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]. Every expert processes every row, so shapes are static.
 
-        The weights scale the experts' outputs, which are narrower than their hidden units.
+        The weights multiply the experts' outputs, because these are narrower than their hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -209,17 +211,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return the expert of each row as one-hot bool [R, K], for rows sorted by expert, on the device of the counts."""
+    """Return which expert each row belongs to, one-hot, bool [R, K], on the device of the counts.
+
+    `counts_K`: number of rows of each expert. The rows are sorted by expert.
+    """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
     return (row_R1 < ends_K) & (row_R1 >= ends_K - counts_K)
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Add the bias of its expert to each row.
+    """Add to each row the bias of its expert.
 
-    This is a product with the one-hot matrix, so that its gradient is a product too, which accumulates in float32 on every
-    device. The gradient of `bias[expert]` accumulates in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
+    The bias is looked up by a product with the one-hot matrix, so that its gradient is also a matrix product, which sums in
+    float32 on every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24%
+    wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -231,7 +237,9 @@ def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the same product by MegaBlocks' package grouped_gemm (bfloat16 on a GPU), with counts on the device.
+    """Return the function `(x, w) -> x w_k^T` for rows sorted by expert, computed by the package grouped_gemm.
+
+    This is MegaBlocks' kernel, for bfloat16 on a GPU. The counts stay on the device.
 
     Raises:
         UserError: the package is not installed.
@@ -247,7 +255,10 @@ def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def require_grouped_gemm() -> None:
-    """Raise UserError if `model.expert_backend=megablocks` cannot run: no package, or one that needs counts on the host."""
+    """Raise UserError if `model.expert_backend=megablocks` cannot run.
+
+    The package grouped_gemm must be installed, in a build that reads the counts on the device.
+    """
     sizes_K = torch.tensor([8])
     product = grouped_gemm_product(sizes_K.cuda() if torch.cuda.is_available() else sizes_K)
     if not torch.cuda.is_available():

@@ -1,4 +1,7 @@
-"""Downsampling factor of an image encoder, from its configuration file alone. It does not import torch, for `--plan`."""
+"""The downsampling factor of an image encoder, read from its configuration file.
+
+This module does not import torch, so that `--plan` starts fast.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +14,7 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 
 
 def latent_factor(encoder: str) -> int:
-    """Return the downsampling factor for a value of `image.vae`; USUAL_FACTOR if its file cannot be read."""
+    """Return image size divided by latent size for a value of `image.vae`; USUAL_FACTOR if its file cannot be read."""
     if encoder == "none":
         return 1
     folder = Path(encoder).expanduser()
@@ -24,7 +27,10 @@ def latent_factor(encoder: str) -> int:
 
 
 def downscale_factor(config: Mapping[str, Any]) -> int:
-    """Return the downsampling factor of an autoencoder, which halves the size between levels, from its configuration."""
+    """Return image size divided by latent size of an autoencoder: 2 for each transition between two of its levels.
+
+    `config`: the autoencoder's config.json.
+    """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
     return int(2 ** (count - 1))

@@ -1,6 +1,6 @@
 """The transformer block of Fig. 3: self-attention, cross-attention, Time-MoE, Space-MoE, each with pre-norm and residual.
 
-Everything except experts, gates and edge modules is a layer of diffusers with its name in diffusers.
+Everything except experts, gates and edge modules is a layer of diffusers and keeps its parameter names.
 
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width, C channels, H heads.
 """
@@ -54,7 +54,13 @@ class BlockSpec:
 
 
 class BlockOutput(NamedTuple):
-    """Image tokens, edge logits float32 [B, h, w] or None, share of image tokens per space expert [B, K] or None."""
+    """The output of a transformer block.
+
+    Attributes:
+        h_BND: image tokens.
+        edge_logits: float32 [B, h, w]; None without an edge module.
+        space_used_BK: share of image tokens that each space expert processes; None without a Space-MoE.
+    """
 
     h_BND: Tensor
     edge_logits: Tensor | None
@@ -62,7 +68,10 @@ class BlockOutput(NamedTuple):
 
 
 class MapProcessor:
-    """Attention that also returns its map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1), averaged over heads."""
+    """An attention processor of diffusers that also returns the attention map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1).
+
+    The map is averaged over heads.
+    """
 
     def __call__(
         self,
@@ -149,7 +158,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block between feature maps, with the names of diffusers' Transformer2DModel."""
+    """A transformer block that reads and returns feature maps. Parameter names are those of Transformer2DModel."""
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
@@ -171,7 +180,10 @@ class SpatialTransformer(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """One level of the encoder, the middle or the decoder: residual blocks, each with attention after it if there is any."""
+    """One level of the encoder or the decoder, or the middle.
+
+    It consists of residual blocks. On levels with attention, a transformer block follows each of them.
+    """
 
     resnets: nn.ModuleList
     attentions: nn.ModuleList | None

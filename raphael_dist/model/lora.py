@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): trained low-rank matrices on top of a frozen model, `W + alpha / rank B A`.
+"""LoRA (arXiv 2106.09685): trains low-rank matrices on top of a frozen model, `W + alpha / rank B A`.
 
-Adapters of attention are layers of peft. The experts of a layer are one parameter, which expert parallelism shards; peft's
-wrapper of parameters cannot be sharded, so adapters of experts are parameters of `Experts`. On disk both have peft's form
-(`convert.lora_files`).
+Attention uses the LoRA layers of the package peft. Experts use parameters of `Experts` instead: the experts of a layer are
+one parameter, which expert parallelism shards, and peft's wrapper of a parameter cannot be sharded. Files contain both in
+peft's format (`convert.lora_files`).
 """
 
 import math
@@ -47,7 +47,7 @@ def add_lora(model: RaphaelUNet, lora: Lora, seed: int) -> None:
 
 
 def parse_adapter_name(name: str) -> tuple[str, str] | None:
-    """Return the parameter of the frozen model that an adapter's parameter belongs to, and "A" or "B"; None for others."""
+    """Return which parameter of the frozen model an adapter changes, and whether it is "A" or "B"; None for other names."""
     match = _ADAPTER.fullmatch(name)
     if match is None:
         return None
@@ -56,7 +56,7 @@ def parse_adapter_name(name: str) -> tuple[str, str] | None:
 
 
 def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
-    """Return the factor of B A, alpha / rank; with `root` alpha / sqrt(rank), as peft's `use_rslora`."""
+    """Return the factor of the product B A: alpha / rank, or with `root` alpha / sqrt(rank) (peft's `use_rslora`)."""
     return alpha / (math.sqrt(rank) if root else rank)
 
 

@@ -1,4 +1,6 @@
-"""The training loss of one micro-batch, per sample, so that every division of a global batch gives the same sum.
+"""The training loss of one micro-batch, for each sample.
+
+Losses are kept per sample, so that every division of a global batch into micro-batches gives the same sum.
 
 Shape legend: B samples, L transformer blocks, K experts.
 """

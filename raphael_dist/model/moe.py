@@ -1,4 +1,4 @@
-"""Time-MoE (Sec. 7.3) and Space-MoE (Sec. 3.1) on one rank. Expert parallelism replaces them by subclasses.
+"""Time-MoE (Sec. 7.3) and Space-MoE (Sec. 3.1) with all experts on one rank. Expert parallelism uses subclasses of them.
 
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width, R rows (B * N).
 """
@@ -81,12 +81,18 @@ class SpaceMoE(Experts):
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]. `zero_KD` is `e_k(0) - b2_k` of this rank's experts."""
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D].
+
+        Args:
+            x_RD: image tokens.
+            w_RK: weight of each expert for each token.
+            zero_KD: `e_k(0) - b2_k` of the experts on this rank.
+        """
         run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return the rows of all experts, given those of this rank's experts."""
+        """Return one row for each expert of the layer, from the rows of this rank's experts. Here these are the same."""
         return own_KD
 
     def _choose_backend(self, used: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""The convolutional part of the U-Net: diffusers' residual block and parameter names, with our own forward pass.
+"""The residual block of the U-Net: diffusers' block and parameter names, with a forward pass of its own.
 
 Shape legend: B samples, C channels, H and W of the feature map, E width of the timestep embedding.
 """

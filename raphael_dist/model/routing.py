@@ -1,7 +1,7 @@
-"""Gates and routing: the expert of each text token and each sample, for all blocks, before the U-Net runs.
+"""Gates and routing: choose the expert of each text token and each sample, for all blocks, before the U-Net runs.
 
-Routing needs only captions and timesteps. All blocks are routed outside the recomputed region, so recomputation cannot
-choose differently.
+Routing depends only on captions and timesteps. All blocks are routed outside the part that activation recomputation runs
+again, so recomputation always uses the same experts.
 
 Shape legend: B samples, Y text tokens, K experts, N image tokens, D width, L transformer blocks, H a gate's hidden width, R
 rows of any kind.
@@ -18,7 +18,7 @@ GateGradient = Literal["straight_through", "none", "scaled"]
 
 
 class Gate(nn.Module):
-    """G of Sec. 3.1 and G' of Sec. 7.3: a feed-forward network with GELU from an embedding to one logit per expert."""
+    """A gate: a feed-forward network with GELU from an embedding to one logit per expert (G of Sec. 3.1, G' of Sec. 7.3)."""
 
     def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
         super().__init__()
@@ -31,15 +31,18 @@ class Gate(nn.Module):
 
 
 def gate_kind(name: str) -> Literal["space", "time"] | None:
-    """Return the kind of experts whose gate has a parameter of this name, with any prefix; None for other parameters."""
+    """Return "space" or "time" if `name` is a parameter of a gate of such experts; None for other parameters.
+
+    Any prefix of the name is allowed.
+    """
     parts = name.split(".")
     return "space" if "text_gates" in parts else "time" if "time_gates" in parts else None
 
 
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
-    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two products.
+    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two matrix products.
 
-    One by one, the gates would need 3 L launches, and 6 L in the backward pass.
+    Running the gates one by one would need 3 L kernel launches, and 6 L in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -94,10 +97,11 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
 
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
-    """Return the time expert of each timestep, int64 [B]: K bands of equally many timesteps.
+    """Return the time expert of each timestep, int64 [B], if timesteps are divided into K equal bands (subranges).
 
-    This is not in the paper; Wan 2.2 has two such experts. Bands are equal in timesteps, not in signal-to-noise ratio,
-    because timesteps are drawn evenly: every expert gets an equal share of the samples, in each group of ranks.
+    This is not in the paper; Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the
+    signal-to-noise ratio. Timesteps are drawn evenly, so every expert gets an equal share of the samples, in each group of
+    ranks.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 

@@ -36,7 +36,10 @@ TIME_GRID = 64  # timesteps at which the balance of the time gates is measured
 
 
 class GateNoise(NamedTuple):
-    """Noise on the gates' logits, a function of the sample position: float32 [B, L, K] and [B, L, Y, K]."""
+    """Noise for the logits of the time gates, float32 [B, L, K], and of the text gates, float32 [B, L, Y, K].
+
+    It is a function of the sample's position in the order of training.
+    """
 
     time_BLK: Tensor
     space_BLYK: Tensor
@@ -69,11 +72,11 @@ class UNetOutput(NamedTuple):
     prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
-        prediction: [B, C, h, w].
-        edge_logits: per block with an edge module, float32 [B, h, w].
-        space_used: per block, share of image tokens that need each space expert, [B, K].
-        time_expert: per block, int64 [B].
-        balance: per block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
+        prediction: predicted noise or velocity [B, C, h, w].
+        edge_logits: for each block with an edge module, float32 [B, h, w].
+        space_used: for each block, share of image tokens that each space expert processes, [B, K].
+        time_expert: for each block, the time expert of each sample, int64 [B].
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
     """
 
     prediction: Tensor
@@ -84,14 +87,14 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """Residuals that a ControlNet adds to the skips (outermost first) and to the middle, at full strength."""
+    """Tensors that a ControlNet adds to the U-Net's skips (outermost first) and to its middle, at full strength."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
 
 
 class ForwardState(NamedTuple):
-    """State of one forward pass: shared inputs, remaining routing plans, collected outputs."""
+    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs."""
 
     embedding_BE: Tensor
     text_BYD: Tensor
@@ -106,12 +109,15 @@ def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return the number of samples of each expert, int64 [K] for each layer, on the device of the one-hot."""
+    """Return the number of samples of each time expert, int64 [K], for each layer, on the device of `onehot_LBK`.
+
+    `onehot_LBK`: the time expert of each sample in each layer, one-hot.
+    """
     return onehot_LBK.sum(dim=1).unbind(0)
 
 
 class RaphaelUNet(nn.Module):
-    """D(x_t, t, y) of RAPHAEL; with `space_experts = time_experts = 0`, Stable Diffusion 2's U-Net."""
+    """The denoising network D(x_t, t, y) of RAPHAEL. Without experts it is the U-Net of Stable Diffusion 2."""
 
     def __init__(self, config: "Config", with_edges: bool = True) -> None:
         """Build the U-Net.
@@ -241,7 +247,7 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Start a forward pass: embed the timesteps and route all blocks."""
+        """Start a forward pass: embed the timesteps and route all blocks; return the state and the routing of each block."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
@@ -330,16 +336,16 @@ class RaphaelUNet(nn.Module):
         return choose(logits_LBK, noise.time_BLK.transpose(0, 1) if noise else None, m.gate_gradient)
 
     def time_balance_L(self, device: torch.device) -> Tensor:
-        """Return the load-balance loss of the time gates, float32 [L].
+        """Return the load-balance loss of the time gates, float32 [L]. Only the gates get a gradient from it.
 
-        A sample has one timestep, but timesteps are drawn evenly: the loss is that of a grid of timesteps, without gate
-        noise. It is the same for every division of a batch. Only the gates get its gradient.
+        A sample has one timestep, so no loss of a single sample can be balanced. Training draws timesteps evenly; therefore
+        the loss is computed on an even grid of timesteps, without gate noise. It does not depend on how a batch is divided.
         """
         logits_LGK = self.time_logits(device)
         return balance_loss_B(logits_LGK, logits_LGK.detach().argmax(dim=-1))
 
     def time_logits(self, device: torch.device) -> Tensor:
-        """Return the logits of the time gates at a grid of G timesteps, float32 [L, G, K]. Only the gates get a gradient."""
+        """Return the logits of the time gates on a grid of G timesteps, float32 [L, G, K]. Only the gates get a gradient."""
         grid_G = torch.arange(TIME_GRID, device=device) * self.num_timesteps // TIME_GRID
         with torch.no_grad():
             embedding_GE = self.time_embedding(self.time_proj(grid_G).to(self.conv_in.weight.dtype))

@@ -1,8 +1,8 @@
-"""The ranks that share one set of experts, and differentiable exchanges between them.
+"""Differentiable, asynchronous exchanges of rows between the ranks that share one set of experts.
 
-An exchange has two parts, so that computation between them overlaps with it. In the forward pass `start` launches the
-collective and `finish` waits for it. In the backward pass autograd reaches the parts in reverse order: `finish` launches the
-exchange of the gradient (the transposed exchange), and `start` waits for it.
+An exchange has two halves, so that computation between them overlaps with communication. In the forward pass `start`
+launches the collective and `finish` waits for it. Autograd runs the halves in reverse order: the backward pass of `finish`
+launches the transposed collective on the gradient, and the backward pass of `start` waits for it.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,22 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 class Work(Protocol):
-    """A collective in progress."""
+    """The handle of a collective in progress."""
 
     def wait(self) -> object:
-        """Wait for its result."""
+        """Wait until its result can be read."""
 
 
 @dataclass
 class Traffic:
     """Bytes that this rank sent to other ranks.
 
-    They are counted by arithmetic on the host. Gathers and reductions count as rings, in which a rank sends all parts but
-    one, twice in an all-reduce.
+    They are computed on the host from the sizes of the tensors, not measured. Gathers and reductions count as rings: a rank
+    sends all parts of the tensor but one, and in an all-reduce twice as much.
 
     Attributes:
-        experts: rows of experts and their gradients, forward, recomputed and backward.
+        experts: expert parallelism: rows for experts, their outputs and gradients, in forward, recomputed and backward
+            passes.
         gradients: reduction of gradients.
         weights: gathering of weights.
     """
@@ -42,17 +43,17 @@ class Traffic:
     weights: int = 0
 
     def take(self) -> "Traffic":
-        """Return the bytes since the last call."""
+        """Return the bytes since the last call, and set the counters to 0."""
         taken = replace(self)
         self.experts = self.gradients = self.weights = 0
         return taken
 
 
 def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Work:
-    """Start to sum `rows` over a group; `out` is this member's part when the returned work is done.
+    """Start to sum `rows` over a group. When the returned work is done, `out` is this member's part of the sum.
 
-    Gloo's own reduce-scatter is an all-reduce, which sends every byte twice. Here each part goes to its member at once,
-    which adds the parts up.
+    Gloo's own reduce-scatter is an all-reduce, which sends every byte twice. On gloo this function sends each part directly
+    to the member that needs it, and that member adds the parts up.
     """
     if dist.get_backend(group) != "gloo":
         return cast(Work, REDUCE_SCATTER(out, rows, group=group, async_op=True))
@@ -76,9 +77,9 @@ class _LocalSum:
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """The `size` ranks of one group that share one set of experts; this rank is member `index`.
+    """The `size` ranks that together have one set of experts. This rank is number `index` of them.
 
-    Methods are raw collectives. Each returns its result, which can be read when its work is done.
+    The methods start collectives. Each returns its result and a `Work`; the result must not be read before `Work.wait`.
     """
 
     process_group: dist.ProcessGroup
@@ -88,11 +89,14 @@ class ExpertGroup:
 
     @property
     def name(self) -> str:
-        """The group's name in DeepSpeed, which parses the size from it."""
+        """The group's name in DeepSpeed's registry. DeepSpeed reads the group's size from it."""
         return f"ep_size_{self.size}"
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Work]:
-        """Send the first `sent[0]` rows to member 0, and so on; return `received[p]` rows from each member p, and work."""
+        """Send `sent[p]` consecutive rows to each member p; return the received rows and the work.
+
+        `received[p]` rows come from member p. The result has them in the order of members.
+        """
         out = rows.new_empty(sum(received), *rows.shape[1:])
         work = dist.all_to_all_single(
             out, rows.contiguous(), list(received), list(sent), group=self.process_group, async_op=True
@@ -101,14 +105,14 @@ class ExpertGroup:
         return out, work
 
     def all_gather(self, rows: Tensor) -> tuple[Tensor, Work]:
-        """Return the rows of all members in their order, and the work. All members have equally many rows."""
+        """Return the rows of all members, in the order of members, and the work. All members have equally many rows."""
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         work = dist.all_gather_into_tensor(out, rows.contiguous(), group=self.process_group, async_op=True)
         self.traffic.experts += (self.size - 1) * rows.nbytes
         return out, work
 
     def reduce_scatter(self, rows: Tensor) -> tuple[Tensor, Work]:
-        """Return this member's part of the sum over all members' rows, and the work."""
+        """Sum the rows over all members; return this member's part of the sum (1/size of the rows), and the work."""
         out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
         work = reduce_scatter(out, rows.contiguous(), self.process_group)
         self.traffic.experts += (self.size - 1) * out.nbytes
@@ -116,14 +120,14 @@ class ExpertGroup:
 
 
 class Exchange:
-    """One exchange: launched in `start`, completed in `finish`."""
+    """The base of the exchanges: `start` launches the collective and `finish` waits for it (see module)."""
 
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
         self._pending: tuple[Tensor, Work] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
-        """Send `rows`. The result must only be passed to `finish`."""
+        """Start to send `rows`. Return a placeholder that must only be passed to `finish`."""
         pending: Tensor = _Start.apply(rows, self)  # type: ignore[no-untyped-call]
         return pending
 
@@ -133,11 +137,11 @@ class Exchange:
         return received
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Send and wait."""
+        """Send rows and wait; return the received rows."""
         return self.finish(self.start(rows))
 
     def launch(self, rows: Tensor, forward: bool) -> Tensor:
-        """Start the collective on raw tensors, or its transpose. The result must not be read before `wait`."""
+        """Start the collective (`forward`) or its transpose, without autograd. Its result must not be read before `wait`."""
         self._pending = self._forward(rows) if forward else self._backward(rows)
         return self._pending[0]
 
@@ -156,7 +160,10 @@ class Exchange:
 
 
 class AllToAll(Exchange):
-    """`sent[p]` rows go to member p and `received[p]` rows come from it. Gradients go in the opposite direction."""
+    """Sends `sent[p]` rows to each member p and receives `received[p]` rows from it.
+
+    Gradients go in the opposite direction.
+    """
 
     def __init__(self, group: ExpertGroup, sent: Sequence[int], received: Sequence[int]) -> None:
         super().__init__(group)
@@ -170,7 +177,7 @@ class AllToAll(Exchange):
 
 
 class AllGather(Exchange):
-    """Every member receives the rows of all. The gradient of a row is the sum of all members' gradients for it."""
+    """Gives every member the rows of all members. The gradient of a row is the sum of all members' gradients for it."""
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:
         return self.group.all_gather(rows)
@@ -180,7 +187,10 @@ class AllGather(Exchange):
 
 
 class ReduceScatter(Exchange):
-    """Every member receives its part of the sum of all members' rows. The gradient of a summand is that of the sum."""
+    """Sums the rows over all members and gives each member its part of the sum.
+
+    The gradient of each summand is the gradient of the sum.
+    """
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:
         return self.group.reduce_scatter(rows)

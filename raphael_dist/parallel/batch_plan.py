@@ -1,11 +1,15 @@
-"""Assigns sample positions to ranks and micro-steps, so that a step processes exactly the global batch.
+"""Assigns samples to ranks and micro-steps, so that an optimizer step processes exactly the global batch.
 
-Progress is one integer, `samples_seen`: step s processes the positions [s * G, (s + 1) * G). They are divided into chunks,
-which are assigned in order, over *units* of ranks and then over micro-steps. A unit is one rank, or the ranks that exchange
-samples because they share experts. A unit processes one image size at a time. With several sizes a chunk therefore ends
-where a run of one size ends, and a run that is not a multiple of a unit's slots leaves slots empty. An empty slot repeats a
-sample
-with weight 0: all ranks have equal shapes and take part in all collectives.
+Samples are numbered: a position is the number of a sample in the endless order of training. Progress is one integer,
+`samples_seen`: step s processes the positions [s * G, (s + 1) * G) of a global batch G.
+
+A slot is one place for a sample in a micro-batch of a rank. A unit is one rank, or the consecutive ranks that exchange
+samples because they share experts. The positions of a step are divided into chunks of consecutive positions. In order, each
+chunk is assigned to one unit in one micro-step: first over all units, then over micro-steps.
+
+A unit processes one image size at a time. With several image sizes, a chunk ends where the run of positions with one size
+ends. If a chunk is shorter than the slots of a unit, slots stay empty. An empty slot repeats a sample with weight 0, so that
+all ranks have equal shapes and take part in all collectives.
 """
 
 import math
@@ -39,12 +43,15 @@ class BatchPlan:
 
     @classmethod
     def of(cls, config: Config, world_size: int, samples_seen: Iterable[int] = ()) -> "BatchPlan":
-        """Return the plan of a configuration's training step.
+        """Return the plan for the training steps of a configuration.
 
         Args:
             config: the run's configuration.
             world_size: number of ranks.
-            samples_seen: positions at which a run can continue.
+            samples_seen: positions at which the run may resume, i.e. those of its checkpoints.
+
+        Raises:
+            UserError: there are more ranks than samples in a global batch.
         """
         batch, run = config.train.global_batch_size, bucket_run_length(config)
         aligned = all(seen % math.gcd(run, batch) == 0 for seen in samples_seen)
@@ -60,7 +67,7 @@ class BatchPlan:
 
     @cached_property
     def accumulation(self) -> int:
-        """Micro-steps per optimizer step: the same in every step, enough for the step with most chunks."""
+        """Micro-steps per optimizer step, equal in all steps: as many as the step with the most chunks needs."""
         return -(-self._most_chunks // max(1, self.world_size // self.unit))
 
     @cached_property
@@ -70,7 +77,7 @@ class BatchPlan:
 
     @property
     def waste(self) -> float:
-        """Share of empty slots."""
+        """Share of the slots of a step that are empty (0..1)."""
         return 1 - self.global_batch_size / (self.accumulation * self.world_size * self.micro_batch_size)
 
     @property
@@ -82,7 +89,7 @@ class BatchPlan:
         return self.world_size * self.accumulation / self.global_batch_size
 
     def slots(self, samples_seen: int, rank: int, micro_step: int) -> list[tuple[int, float]]:
-        """Return (position, weight) of each slot of one micro-batch. The weight of an empty slot is 0."""
+        """Return (position, weight) for each sample of one micro-batch. The weight is 1, or 0 for an empty slot."""
         chunks = _chunks(self.global_batch_size, self._span, self.run, samples_seen % self.run if self.run else 0)
         number = micro_step * (self.world_size // self.unit) + rank // self.unit
         first, last = chunks[min(number, len(chunks) - 1)]
@@ -96,7 +103,7 @@ class BatchPlan:
         return self.unit * self.micro_batch_size
 
     def advice(self) -> list[str]:
-        """Return advice if more than 10% of the computation goes to empty slots, else []."""
+        """Return a line that suggests better settings if more than 10% of the slots are empty, else []."""
         if self.waste <= 0.1:
             return []
         changes = []
@@ -112,26 +119,26 @@ class BatchPlan:
         return [f"{self.waste:.1%} of the computation goes to empty slots{better}"]
 
     def better_micro_batch(self) -> int:
-        """Return the micro-batch up to the current one with least waste, the largest of equals."""
+        """Return the largest micro-batch size, not above the current one, that leaves the fewest slots empty."""
         largest = min(self.micro_batch_size, -(-self.global_batch_size // self.world_size))
         plans = [replace(self, micro_batch_size=m) for m in range(1, largest + 1)]
         return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch_size)).micro_batch_size
 
     def better_world_size(self) -> int:
-        """Return the smallest number of ranks that needs no more micro-steps."""
+        """Return the smallest number of ranks with which a step has no more micro-steps than now."""
         return -(-self._most_chunks // self.accumulation) * self.unit
 
 
 def ranks_per_unit(config: Config) -> int:
-    """Return the number of consecutive ranks that exchange samples, directly or through others."""
+    """Return the number of consecutive ranks that exchange samples with each other, directly or via other ranks."""
     return math.lcm(config.parallel.space_ep, config.parallel.time_ep)
 
 
 def bucket_run_length(config: Config, training: bool = True) -> int:
-    """Return the number of consecutive positions that share an image size; 0 if all do.
+    """Return the number of consecutive positions that have the same image size; 0 if there is only one image size.
 
-    Samples of one size that do not fill a run are left out of an epoch. In validation a run is one micro-batch, so that few
-    are left out.
+    At the end of an epoch, the samples of a size that do not fill such a run are left out. In validation a run is as short
+    as one micro-batch, so that few samples are left out.
     """
     if len(config.image.buckets) == 1:
         return 0

@@ -1,24 +1,23 @@
 """Expert parallelism: P ranks share one set of experts, each has K/P of them, and rows move to the experts.
 
 Space-MoE moves image tokens, in three phases:
-1. Dispatch: an image token goes once to each *other rank* that has an expert it needs, as a row of its D values and its
-   weights for the K/P experts of that rank.
-2. That rank computes the weighted sum over its experts, with the code for a single rank.
-3. Combine: one row of D values returns and is added.
-With 6 experts on 2 ranks this sends a third of the rows that (token, expert) pairs would. Where nearly every token needs
-every
-rank, fixed sizes are used instead: all tokens are gathered on all ranks, and outputs are added by a reduce-scatter.
+1. Dispatch: an image token goes once to each *other rank* that has an expert it needs. It is sent as a row with its D values
+  and its weights for the K/P experts of that rank.
+2. That rank computes the weighted sum over its experts, with the same code as on a single rank.
+3. Combine: one row of D values returns and is added to the token's output.
+With 6 experts on 2 ranks this sends a third of the rows that sending each (token, expert) pair would. If nearly every token
+needs every rank, fixed sizes are used instead: all tokens are gathered on all ranks, and outputs are added by a
+reduce-scatter.
 
-Time-MoE moves whole samples to the rank of their expert and back. One small all-gather before the first block tells each
-rank the counts of all layers. It is the only wait for the device in a forward pass; without sharded time experts there is
-none.
+Time-MoE moves whole samples to the rank of their expert and back. One small all-gather before the first block exchanges the
+number of samples per expert for all layers. It is the only wait for the device in a forward pass; without sharded time
+experts there is none.
 
-Rows for experts of this rank stay here. They are computed while other rows are on their way, and so are their gradients.
-With one rank, only the code between dispatch and combine runs. The ranks of a group must run the same layers on equally many
-samples of equal size.
+Rows for experts of this rank are not sent. They are computed while other rows are in transit, and so are their gradients.
+With P = 1, only phase 2 runs. The ranks of a group must run the same layers on equally many samples of equal size.
 
-Shape legend: B samples, N image tokens, K experts, D width, R rows of this rank, O rows that stay, S rows sent or received,
-P ranks that share the experts, L transformer blocks.
+Shape legend: B samples, N image tokens, K experts, D width, R rows of this rank, O rows that stay on this rank, S rows sent
+or received, P ranks that share the experts, L transformer blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,9 +43,10 @@ STATIC_DENSITY = 0.9
 
 
 class GroupSamples(NamedTuple):
-    """Samples of one layer: `[p, q, k]` is how many of member p go to expert k of member q, int64 [P, P, K/P].
+    """Number of samples that move between ranks in one Time-MoE layer, once on the host and once on the device.
 
-    An exchange reads its sizes on the host; the product over the experts reads them on the device.
+    Both are int64 [P, P, K/P]: element [p, q, k] counts the samples of rank p for expert k of rank q. The all-to-all needs
+    its sizes on the host; the product over the experts reads them on the device.
     """
 
     host_PPK: Tensor
@@ -57,7 +57,7 @@ SampleCounts = GroupSamples | Tensor  # of a layer with and without sharded time
 
 
 class ParallelTimeMoE(TimeMoE):
-    """A TimeMoE with K/P of the experts on this rank. Samples move to their expert and back."""
+    """A TimeMoE with K/P of the experts on this rank. Samples move to the rank of their expert and back."""
 
     group: ExpertGroup
 
@@ -66,7 +66,10 @@ class ParallelTimeMoE(TimeMoE):
         _take_slice(self, whole, group)
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Any, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert, as `TimeMoE.forward`; `samples` are those of all members (`GroupSamples`)."""
+        """Run each sample through its expert, as `TimeMoE.forward`.
+
+        `samples`: the counts of all ranks that share the experts (`GroupSamples`).
+        """
         me, (host_PPK, device_PPK) = self.group.index, samples
         sent, received = host_PPK[me].sum(dim=1).tolist(), host_PPK[:, me].sum(dim=1).tolist()
         stays, sent[me], received[me] = sent[me], 0, 0
@@ -99,7 +102,7 @@ class ParallelTimeMoE(TimeMoE):
 
 
 class ParallelSpaceMoE(SpaceMoE):
-    """A SpaceMoE with K/P of the experts on this rank. Image tokens move to the ranks of the experts they need."""
+    """A SpaceMoE with K/P of the experts on this rank. Image tokens move to the ranks of the experts that they need."""
 
     group: ExpertGroup
 
@@ -109,7 +112,7 @@ class ParallelSpaceMoE(SpaceMoE):
         self.norm, self.shared, self.backend, self.dispatch = whole.norm, whole.shared, whole.backend, dispatch
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all ranks, [R, D]."""
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all P ranks, [R, D]."""
         w_RPK = torch.unflatten(w_RK, 1, (self.group.size, self.num_experts))
         needed_PR = (w_RPK.detach() > 0).any(dim=2).t()
         counts_PP = self._rows_between_ranks(needed_PR)
@@ -118,7 +121,7 @@ class ParallelSpaceMoE(SpaceMoE):
         return self._all_to_all(x_RD, w_RPK, zero_KD, needed_PR, counts_PP)
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return the rows of the experts of all ranks, [K, D]."""
+        """All-gather one row per expert: [K/P, D] on each rank to [K, D]."""
         return AllGather(self.group)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:
@@ -164,9 +167,17 @@ class ParallelSpaceMoE(SpaceMoE):
 
 
 def count_samples(onehot_LBK: Tensor, group: ExpertGroup, sharded: Sequence[bool]) -> list[SampleCounts]:
-    """Return the samples of each layer: of all members if the layer's experts are sharded, else this rank's, int64 [K].
+    """Return the number of samples of each time expert, for each layer. Collective, once for all layers.
 
-    Collective, once for all layers. The host waits for a GPU here.
+    The host waits for a GPU here.
+
+    Args:
+        onehot_LBK: the time expert of each sample in each layer, one-hot.
+        group: the ranks that share the experts.
+        sharded: for each layer, whether its time experts are sharded.
+
+    Returns:
+        For a sharded layer the counts of all ranks of the group (`GroupSamples`), else those of this rank, int64 [K].
     """
     counts_PLK, work = group.all_gather(onehot_LBK.sum(dim=1).unsqueeze(0))
     work.wait()
@@ -194,18 +205,18 @@ def _take_slice(layer: Any, whole: Experts, group: ExpertGroup) -> None:
 def shard_experts(
     model: RaphaelUNet, config: Config, plan: BatchPlan, create_groups: Callable[[int, Traffic], ExpertGroup]
 ) -> Traffic:
-    """Replace the model's experts by this rank's share on the levels where `placement` shards them. Collective.
+    """Keep only this rank's share of the experts, on the U-Net levels where `placement` decides to shard them. Collective.
 
-    Call it before the optimizer is built, on equal models. Other levels are not changed.
+    Call it before the optimizer is created, on models with equal weights. The other levels keep all experts.
 
     Args:
-        model: the U-Net.
+        model: the U-Net, changed in place.
         config: the run's configuration.
         plan: how the batch is divided over ranks.
-        create_groups: creates this rank's group of a given size.
+        create_groups: creates this rank's process group of a given size.
 
     Returns:
-        The counter of all exchanges.
+        A counter to which all expert exchanges add the bytes that this rank sends.
     """
     traffic = Traffic()
     costs = [cost for cost in choose_placement(config, plan) if cost.shard]
@@ -226,6 +237,6 @@ def shard_experts(
 
 
 def sharded_time_layers(model: RaphaelUNet) -> list[bool]:
-    """Return for each transformer block whether its time experts are sharded."""
+    """Return, for each transformer block in order, whether its time experts are sharded."""
     blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
     return [isinstance(getattr(block, "time_moe", None), ParallelTimeMoE) for block in blocks]

@@ -1,8 +1,9 @@
-"""Chooses per U-Net level whether experts are sharded, so that rows move to them, or replicated on every rank.
+"""Decides for each U-Net level whether its experts are sharded over ranks or replicated on every rank.
 
-Ranks that share experts send image tokens (Space-MoE) or samples (Time-MoE) in every pass. Ranks that have all experts send
-their weights and gradients once per step. Outer levels have many tokens and small experts, inner levels the reverse. The
-choice is arithmetic on the configuration: `--dry-run` prints it, and the engine applies it in the same way on every rank.
+With sharded experts, ranks exchange image tokens (Space-MoE) or samples (Time-MoE) in every pass. With replicated experts,
+ranks exchange the experts' gradients and weights once per step. Outer levels have many tokens and small experts; inner
+levels have few tokens and large experts. The decision is computed from the configuration alone: `--dry-run` prints it, and
+every rank's engine computes the same one.
 
 Bytes are the average that one rank sends in an optimizer step. Gathers and reductions count as rings: for n numbers over r
 ranks each rank sends n (r - 1) / r, once to reduce gradients and once to gather weights (ZeRO-1 and 2).
@@ -19,18 +20,18 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 
 @dataclass(frozen=True)
 class LevelCost:
-    """Cost of one kind of experts on one U-Net level.
+    """Communication cost of the experts of one kind on one U-Net level, and the decision.
 
     Attributes:
         kind: kind of experts, "space" or "time".
         level: U-Net level, 0 is the outermost.
         blocks: number of transformer blocks of the level.
-        ep: ranks that share one set of experts.
+        ep: ranks that share one set of experts if they are sharded.
         rows: image tokens that one rank sends through the experts per step.
         parameters: number of parameters of all experts of this kind on the level.
-        sharded_bytes: sent per rank and step if experts are sharded.
-        replicated_bytes: the same if every rank has all experts.
-        shard: the choice.
+        sharded_bytes: bytes that a rank sends per step if the experts are sharded.
+        replicated_bytes: bytes that a rank sends per step if every rank has all experts.
+        shard: whether they are sharded.
     """
 
     kind: ExpertKind
@@ -45,12 +46,12 @@ class LevelCost:
 
     @property
     def saved(self) -> int:
-        """Parameters that a rank saves if the experts are sharded."""
+        """Number of parameters by which the model on each rank is smaller if the experts are sharded."""
         return self.parameters - self.parameters // self.ep
 
 
 def choose_placement(config: Config, plan: BatchPlan) -> list[LevelCost]:
-    """Return the choice for each kind of experts with ep > 1 on each level with transformer blocks."""
+    """Return the decision for each kind of experts with ep > 1, on each level with transformer blocks."""
     costs = []
     for kind in EXPERT_KINDS:
         if config.parallel.ep(kind) > 1:
@@ -59,7 +60,7 @@ def choose_placement(config: Config, plan: BatchPlan) -> list[LevelCost]:
 
 
 def blocks_per_level(config: Config) -> list[int]:
-    """Return the number of transformer blocks of each level; the middle belongs to the last level."""
+    """Return the number of transformer blocks of each U-Net level. The middle block counts for the last level."""
     m = config.model
     blocks = [(2 * m.layers_per_block + 1) * attends for attends in m.attention]
     blocks[-1] += 1
@@ -88,19 +89,22 @@ def _cost(config: Config, plan: BatchPlan, kind: ExpertKind, level: int, blocks:
 
 
 def sync_traffic(parameters: int, ranks: int) -> int:
-    """Return how many numbers a rank sends to reduce the gradients of `parameters` and to gather the new weights."""
+    """Return how many numbers a rank sends to reduce the gradients of `parameters` and to gather the new weights.
+
+    `ranks`: number of ranks that have these parameters.
+    """
     return 2 * parameters * (ranks - 1) // max(1, ranks)
 
 
 def mean_tokens(config: Config, level: int) -> int:
-    """Return the image tokens of a level, averaged over the image sizes."""
+    """Return the number of image tokens per image on a U-Net level, averaged over the image sizes."""
     side: int = latent_factor(config.image.vae) * 2**level
     tokens = [-(-height // side) * -(-width // side) for height, width in config.image.buckets]
     return sum(tokens) // len(tokens)
 
 
 def describe(costs: Sequence[LevelCost]) -> list[str]:
-    """Return a table of the costs and choices, as lines."""
+    """Return the costs and decisions as the lines of a table; [] if there are none."""
     if not costs:
         return []
     lines = [

@@ -1,8 +1,8 @@
-"""Measures this machine for a minute and writes its description for the planner.
+"""Measures the speed of this machine for about a minute and writes it as a cluster description for the planner.
 
-For each class of operations a small and a large one are timed, forward and backward; the difference gives the rate. Then
-reference steps are measured and predicted, because operations take longer within a step than alone (caches, allocations,
-and the time of Python and autograd for each).
+For each class of torch operations (matrix products, convolutions, ...) a small and a large operation are timed, forward and
+backward. The difference gives the rate in TFLOP/s or GB/s. Then whole training steps are measured and predicted, because an
+operation takes longer within a step than alone (caches, allocations, and the time of Python and autograd).
 """
 
 import datetime
@@ -47,12 +47,15 @@ ROWS, WIDTH = 8192, 256  # of the large operations without FLOPs
 
 
 def clock() -> float:
-    """Return seconds: of the processor if one thread computes, so that other work on the machine hardly counts."""
+    """Return a time in seconds: with one thread the processor time of this process, else wall-clock time.
+
+    Processor time is hardly changed by other work on the machine.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Return the fastest time of a call, in seconds, over runs of several calls."""
+    """Return the shortest time of one call of `work`, in seconds. Several runs of several calls are timed."""
     work()
     start, calls = clock(), 0
     while clock() - start < MIN_SECONDS:
@@ -69,7 +72,12 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class ClassRate:
-    """Measured rates of a class of operations; `tflops` is None for classes without FLOPs."""
+    """Measured speed of one class of operations.
+
+    Attributes:
+        tflops: TFLOP/s; None for classes without FLOPs.
+        gb_s: GB/s of inputs and outputs.
+    """
 
     tflops: float | None
     gb_s: float
@@ -98,7 +106,7 @@ def _seconds_per_row_difference(work: Callable[[Tensor], object]) -> float:
 
 
 def measure_rates() -> dict[str, ClassRate]:
-    """Return the rates of each class on this machine, with torch's number of threads."""
+    """Return the measured speed of each class of operations on this machine, with torch's number of threads."""
     size = 2.0 * ROWS * WIDTH * 4  # bytes read and written by the large operation
     compute = {
         "product": (_product(4), _product(512), 2 * 512**3),
@@ -121,13 +129,13 @@ def measure_rates() -> dict[str, ClassRate]:
 
 
 def description(rates: dict[str, ClassRate], factor: float, us: float, recomputed: float = 1.0) -> Tree:
-    """Return the tree of a description of this machine.
+    """Return a cluster description of this machine, as the tree of a YAML file.
 
     Args:
-        rates: rates of operations that run alone.
-        factor: how many times longer operations take within a step.
-        us: microseconds of an empty operation.
-        recomputed: how many times longer operations take when the backward pass repeats them.
+        rates: measured speed of each class of operations, running alone.
+        factor: how many times longer operations take within a step than alone.
+        us: microseconds that an operation without work takes.
+        recomputed: how many times longer a forward operation takes when the backward pass runs it again.
     """
     how = f"measured by --calibrate on {datetime.date.today()}, {torch.get_num_threads()} threads"
 
@@ -151,7 +159,7 @@ def description(rates: dict[str, ClassRate], factor: float, us: float, recompute
 
 
 def measured_step(config: Config, repeats: int = 4) -> float:
-    """Return the seconds of the fastest forward and backward pass of a micro-step. The first pass is not counted."""
+    """Return the seconds of the fastest forward and backward pass of one micro-step. The first pass is not counted."""
     torch.manual_seed(0)
     model, schedule = RaphaelUNet(config), NoiseSchedule.create(config.diffusion)
     batch = random_batch(config, model.num_blocks)
@@ -165,7 +173,10 @@ def measured_step(config: Config, repeats: int = 4) -> float:
 
 
 def measured_peak(config: Config) -> int:
-    """Return the most bytes of live activations in a micro-step. Gradients of weights are freed at once."""
+    """Return the largest number of bytes of activations that exist at the same time in a micro-step.
+
+    Gradients of weights are freed at once, so they do not count.
+    """
     model, schedule = RaphaelUNet(config), NoiseSchedule.create(config.diffusion)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(free_gradient)
@@ -176,7 +187,7 @@ def measured_peak(config: Config) -> int:
 
 
 def random_batch(config: Config, num_blocks: int) -> Batch:
-    """Return a batch of random numbers in the shapes of training, with every optional field."""
+    """Return a batch of random numbers with the shapes of a training batch and every optional field."""
     draw = torch.Generator().manual_seed(0)
 
     def fill(like: Tensor) -> Tensor:
@@ -193,12 +204,12 @@ def random_batch(config: Config, num_blocks: int) -> Batch:
 
 
 def predicted_step(config: Config, cluster: ClusterSpec) -> float:
-    """Return the planner's seconds for the forward and backward pass of a micro-step."""
+    """Return the seconds that the planner predicts for the forward and backward pass of one micro-step."""
     return sum(device_times(trace(config, config.train.micro_batch_size), cluster, "float32"))
 
 
 def calibrate(path: Path) -> str:
-    """Measure this machine, write its description to `path` and return a report.
+    """Measure this machine, write its cluster description to `path`, and return a text with the results.
 
     Raises:
         UserError: the file cannot be written.
@@ -225,9 +236,10 @@ def calibrate(path: Path) -> str:
 
 
 def fit_recomputed(cluster: ClusterSpec) -> float:
-    """Return how many times longer operations take when the backward pass repeats them.
+    """Return how many times longer a forward operation takes when the backward pass runs it again.
 
-    From reference steps with and without recomputation of the blocks: a small difference of two large times.
+    It is computed from measured steps with and without recomputation of the blocks. It is a small difference of two long
+    times, so it is not precise.
     """
     steps = []
     for recompute in ("none", "blocks"):
@@ -236,9 +248,9 @@ def fit_recomputed(cluster: ClusterSpec) -> float:
 
 
 def fit_reference(rates: dict[str, ClassRate]) -> tuple[float, float]:
-    """Return how many times longer operations take within a step than alone, and the microseconds of an empty one.
+    """Return how many times longer operations take within a step than alone, and the microseconds of one without work.
 
-    From reference steps of one image and of eight, which run the same operations with different sizes.
+    They are computed from measured steps with one image and with eight, which run the same operations with different sizes.
     """
     config, alone = config_from_tree(REFERENCE), _this_machine(description(rates, 1.0, 0.0))
     single_image, all_images = (

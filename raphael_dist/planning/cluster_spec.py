@@ -1,7 +1,7 @@
-"""Descriptions of clusters: devices, links and prices. Every number has a source.
+"""Descriptions of clusters: speeds of devices, links and disks, and prices, each number with its source.
 
-A description is a YAML file. Those in `planning/clusters/` are loaded by name, others by path. Every number has the form
-`{value: ..., source: ...}`; the source of an assumed number contains the word "assumed".
+A description is a YAML file. Those in `planning/clusters/` are loaded by name, others by path. Every number is written as
+`{value: ..., source: ...}`. The source of an assumed number contains the word "assumed".
 """
 
 from importlib import resources
@@ -28,12 +28,12 @@ class Number(BaseModel):
 
 
 class Rates(BaseModel):
-    """Time of one class of operations: `us + max(FLOPs / tflops, bytes / gb_s)` (a roofline with a minimum).
+    """Speed of one class of operations. An operation takes `us + max(FLOPs / tflops, bytes / gb_s)` (a roofline model).
 
     Attributes:
-        us: microseconds of an empty operation.
-        tflops: TFLOP/s of a large operation.
-        gb_s: GB/s of inputs and outputs.
+        us: microseconds that an operation without work takes.
+        tflops: TFLOP/s of a large operation; None for classes without FLOPs.
+        gb_s: GB/s of inputs and outputs of a large operation.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,11 +81,11 @@ class ClusterSpec(BaseModel):
     recomputed: Number = Number(value=1.0, source="assumed")
 
     def with_value(self, name: str, value: float) -> "ClusterSpec":
-        """Return a copy with another value in one field."""
+        """Return a copy with the number of one field replaced."""
         return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
 
     def links(self, ranks: int) -> Cluster:
-        """Return the cluster that a number of devices forms: devices per node, and bandwidth and latency of its links."""
+        """Return the links between `ranks` devices of this cluster: devices per node, bandwidths and latencies."""
         return Cluster(
             ranks,
             min(ranks, int(self.per_node.value)),
@@ -96,10 +96,12 @@ class ClusterSpec(BaseModel):
         )
 
     def rate(self, dtype: str, op_class: str) -> Rates:
-        """Return the rates of a class of operations.
+        """Return the speed of a class of operations in a dtype.
+
+        A class that is not listed has the speed of `product` or `other`.
 
         Raises:
-            UserError: the cluster has no rates for the dtype.
+            UserError: the cluster description has no rates for the dtype.
         """
         for name, rates in self.rates.items():
             if name == dtype:
@@ -117,10 +119,10 @@ def cluster_names() -> list[str]:
 
 
 def load_cluster(name_or_path: str) -> ClusterSpec:
-    """Read a description by its name or path.
+    """Read a cluster description, given its name or the path of a YAML file.
 
     Raises:
-        UserError: there is no such cluster, or its description is wrong.
+        UserError: there is no such cluster, or its description is invalid.
     """
     names = cluster_names()
     if name_or_path in names:

@@ -1,9 +1,10 @@
-"""Predicts the communication of a step: bytes and seconds to reduce gradients, gather weights and move rows to experts.
+"""Predicts the communication of a step: bytes and seconds to reduce gradients, gather weights and send rows to experts.
 
-The model is that of NCCL's rings, as NCCL uses it to choose between algorithms (src/graph/tuning.cc). A ring passes all
-members of a group in a node and then the next node. There are as many parallel rings as a node has members with a network
-card each, so all cards carry the bytes. A call costs its bytes over the slower of the two links, and one hop per member,
-which takes longer between nodes. The result is a lower bound: no rank is late and no network is shared.
+The model is that of NCCL's ring algorithm, as NCCL uses it to choose between algorithms (src/graph/tuning.cc). A ring passes
+through all members of a group on one node and then goes to the next node. There are as many parallel rings as a node has
+members with a network card of their own, so all cards carry the bytes. The time of a collective is its bytes divided by the
+bandwidth of the slower of the two links (within and between nodes), plus one latency (hop) per member, which is longer
+between nodes. The result is a lower bound: it assumes that no rank is late and that the network is not shared.
 
 Nothing here was measured. docs/scale.md lists the results and what the model leaves out.
 """
@@ -49,7 +50,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Communication:
-    """One communication of a step: its seconds, the GB through this rank's network card, and the pass that can hide it."""
+    """One kind of communication of a step, e.g. the reduction of the gradients.
+
+    Attributes:
+        name: text for tables.
+        seconds: predicted time.
+        network_gb: GB that pass through the network card of one rank.
+        hidden_by: during which pass it runs, so that computation can hide it; "nothing": every rank waits for it.
+    """
 
     name: str
     seconds: float
@@ -58,7 +66,12 @@ class Communication:
 
 
 def hidden_seconds(parts: Iterable[Communication], forward_s: float, backward_s: float) -> float:
-    """Return the seconds of communication that a forward and a backward pass of the given seconds can hide."""
+    """Return how many seconds of communication overlap with computation.
+
+    Args:
+        parts: all communication of a step.
+        forward_s, backward_s: duration of the forward and the backward pass, in seconds.
+    """
     hidden = 0.0
     for hidden_by, available in (("forward", forward_s), ("backward", backward_s)):
         hidden += min(sum(part.seconds for part in parts if part.hidden_by == hidden_by), available)
@@ -68,11 +81,11 @@ def hidden_seconds(parts: Iterable[Communication], forward_s: float, backward_s:
 def ring(
     name: str, hidden_by: HiddenBy, size: float, ranks: int, cluster: Cluster, stride: int = 1, calls: int = 1
 ) -> Communication:
-    """Predict a reduce-scatter or an all-gather by a ring; an all-reduce is two of them.
+    """Predict the time of a reduce-scatter or an all-gather with the ring algorithm. An all-reduce takes twice as long.
 
     Args:
         name: text for tables.
-        hidden_by: the pass that can hide it.
+        hidden_by: during which pass it runs.
         size: bytes of the whole tensor.
         ranks: members of the ring.
         cluster: the links.
@@ -109,14 +122,14 @@ def communications(
     reductions: int = 1,
     persistent: int = 0,
 ) -> list[Communication]:
-    """Return the communications of a step.
+    """Return all kinds of communication of a step, with predicted times.
 
     Args:
         config: model, batch and precision.
         plan: how the batch is divided over ranks.
         cluster: the links.
         parameters: number of parameters of the whole model.
-        scheme: how weights and gradients are divided.
+        scheme: how weights and gradients are divided over ranks and reduced (docs/scale.md).
         reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights.
         persistent: parameters in tensors of up to PERSISTENT elements, which ZeRO-3 gathers once in a step.
 

@@ -1,7 +1,9 @@
-"""Expert parallelism in a trace: the layers of `expert_parallel` on a group whose other ranks do not exist.
+"""Simulates expert parallelism in a trace (trace.py): the real layers run on one rank of a group whose other ranks do not
+exist.
 
-Exchanges return tensors of the right shapes and count bytes as the real ones do, so a trace yields exactly the bytes that a
-rank sends. Samples are divided evenly over the time experts. Space experts exchange with fixed sizes, as on a GPU.
+Exchanges with the other ranks return tensors of the right shapes without data, and count bytes as real ones do. The trace
+thus yields exactly the bytes that a rank sends, if samples are evenly divided over the time experts and exchanges of space
+experts have fixed sizes, as on a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ class _Done:
 
 
 class DummyGroup(ExpertGroup):
-    """A group whose other members do not exist."""
+    """A group for expert parallelism of which only this rank exists."""
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Work]:
         self.traffic.experts += (sum(sent) - sent[self.index]) * rows.shape[1:].numel() * rows.element_size()
@@ -39,7 +41,10 @@ class DummyGroup(ExpertGroup):
 
 
 def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, int], Traffic]:
-    """Return the argument `shard` of `trace`: shards the experts as `plan` says, as the first rank of a group sees it."""
+    """Return a function that shards a model's experts as `plan` says, for the argument `shard` of `trace`.
+
+    The model then has the experts of the first rank of a group.
+    """
 
     def shard(model: RaphaelUNet, samples: int) -> Traffic:
         def create_group(size: int, traffic: Traffic) -> ExpertGroup:

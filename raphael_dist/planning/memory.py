@@ -1,8 +1,8 @@
-"""Memory of one rank in bytes, by kind, for every ZeRO stage, precision and expert parallelism.
+"""Predicts the memory of one rank in bytes, by kind, for every ZeRO stage, precision and expert-parallel size.
 
-Model states are exact. Where each element lies is computed by `convert.partition`, which is tested against real engines;
-the memory that DeepSpeed 0.19 keeps is tested byte for byte. Activations come from a trace. Buffers follow DeepSpeed's
-settings.
+Model states are exact: `convert.partition` computes which elements each rank stores, which is tested against real engines,
+and the bytes are tested against those of DeepSpeed 0.19. Activations come from a trace (trace.py). Buffers follow from
+DeepSpeed's settings.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -26,7 +26,7 @@ LIBRARIES = 65_000_000
 
 @dataclass(frozen=True)
 class States:
-    """Model states of a rank in bytes. `gradients` are those after the last backward pass, before the update."""
+    """Model states of a rank in bytes. `gradients` is measured after the last backward pass of a step, before the update."""
 
     weights: int
     master: int
@@ -45,9 +45,9 @@ class RankMemory:
 
     Attributes:
         states: model states.
-        activations: peak of a micro-step.
-        buffers: bytes of the buffers that reduce gradients; under ZeRO-3 also of the gathered weights.
-        update: temporary memory of the update, when the activations have been freed.
+        activations: largest memory of activations in a micro-step.
+        buffers: buffers for the reduction of gradients; under ZeRO-3 also gathered weights.
+        update: temporary memory of the optimizer update, which runs after the activations have been freed.
         slack: memory that the allocator cannot reuse; on a CPU, memory of the libraries.
     """
 
@@ -59,11 +59,11 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """The larger of the two peaks: in the backward pass and in the update."""
+        """The larger of two peaks: that of the backward pass and that of the optimizer update."""
         return self.states.total + max(self.activations + self.buffers + self.slack, self.update)
 
     def by_kind(self) -> dict[str, int]:
-        """Return bytes by kind for tables and figures. `update` is listed only where the update is the peak."""
+        """Return bytes by kind, for tables and figures. `update` is included only if the update has the larger peak."""
         kinds = {f.name: getattr(self.states, f.name) for f in fields(self.states)}
         if self.update > self.activations + self.buffers + self.slack:
             return {**kinds, "update": self.update}
@@ -94,7 +94,7 @@ class MemoryFootprint:
 
 
 def topology(config: Config, stage: int, world: int) -> Topology:
-    """Return how the parameters of a configuration are divided over `world` ranks."""
+    """Return how the parameters of a configuration are divided over `world` ranks in a ZeRO stage."""
     parallel = config.parallel
     options = Options(world=world, space_ep=parallel.space_ep, time_ep=parallel.time_ep, stage=stage)
     return topology_of(config, options)
@@ -149,7 +149,10 @@ def model_states(
 def memory_footprint(
     config: Config, shapes: Shapes, where: Topology, accumulation: int, overlap: bool = False
 ) -> MemoryFootprint:
-    """Return the footprint of rank 0, which is the largest. `overlap`: gradients are reduced during the backward pass."""
+    """Return the memory of rank 0 without activations. No rank has more.
+
+    `overlap`: whether gradients are reduced during the backward pass.
+    """
     width = bytes_per_element(config.train.dtype)
     float32_sums = sums_in_float32(config.train.dtype, accumulation)
     elements = _local_elements(shapes, where, 0)
@@ -182,7 +185,7 @@ def rank_memory(config: Config, footprint: MemoryFootprint, activations: int, *,
     Args:
         config: the run's configuration.
         footprint: memory that does not depend on the micro-batch.
-        activations: peak of the trace, bytes.
+        activations: largest memory of activations in a micro-step, in bytes.
         allocator: whether torch's caching allocator keeps freed blocks; False on a CPU.
     """
     buffers = bytes_per_element(config.train.dtype) * footprint.buffer_elements

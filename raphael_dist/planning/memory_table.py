@@ -8,9 +8,10 @@ COMPARED: tuple[Recompute, ...] = ("none", "blocks")
 
 
 def memory_table(name: str, search: Search) -> str:
-    """Return a table of one row for each ZeRO stage that `search` allows (default: 2).
+    """Return rows of a Markdown table, one for each ZeRO stage that `search` allows (default: 2).
 
-    Each cell has the largest micro-batch and the GB of a rank, without recomputation and with transformer blocks recomputed.
+    For each GPU memory size, a row has the largest micro-batch that fits and the GB per rank, first without recomputation
+    and then with transformer blocks recomputed. `name`: label of the rows.
     """
     header = [
         "| preset | GPUs | ZeRO | " + " | ".join(f"{size} GB" for size in SIZES_GB) + " |",

@@ -12,7 +12,7 @@ META = torch.device("meta")
 
 
 def meta_batch(config: Config, samples: int, num_blocks: int) -> Batch:
-    """Return a batch without data, of the largest image size."""
+    """Return a micro-batch of `samples` images of the largest size, on the `meta` device (shapes without data)."""
     m, text = config.model, config.text.max_tokens
     height, width = max(config.image.buckets, key=lambda size: size[0] * size[1])
     factor = latent_factor(config.image.vae)

@@ -1,6 +1,6 @@
-"""Costs of torch operations, seen one by one below autograd: FLOPs, bytes, launches, and live memory.
+"""Counts the cost of torch operations below autograd, one by one: FLOPs, bytes, launches, and bytes of live tensors.
 
-This works on tensors of the `meta` device, which have shapes but no data, as well as on real ones.
+This works on real tensors and on tensors of the `meta` device, which have shapes but no data.
 """
 
 import weakref
@@ -50,18 +50,18 @@ def op_name(func: torch._ops.OpOverload) -> str:
 
 
 def op_class(func: torch._ops.OpOverload) -> int:
-    """Return the index in CLASSES of an operation's class."""
+    """Return the class of an operation, as an index into CLASSES."""
     return _CLASS_INDEX.get(op_name(func), CLASSES.index("pointwise"))
 
 
 def launches_work(func: torch._ops.OpOverload) -> bool:
-    """Return whether an operation runs something on the device, and is not just a view of an argument's memory."""
+    """Return whether an operation launches work on the device. Operations that only return a view do not."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not is_view and op_name(func) not in FREE
 
 
 def flops_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], result: object) -> int:
-    """Return the FLOPs of one product, convolution or attention; 0 for all other operations."""
+    """Return the FLOPs of a matrix product, convolution or attention; 0 for other operations."""
     packet = func._overloadpacket
     if packet in FLOPS:
         flops_from_shapes = cast(Callable[..., int], FLOPS[packet])
@@ -71,9 +71,9 @@ def flops_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str,
 
 
 class LiveBytes(TorchDispatchMode):
-    """Context that tracks the memory of tensors made in it, each storage once, until it is freed.
+    """A context that counts the bytes of all tensors that are created in it and not yet freed.
 
-    Memory allocated before the context does not count.
+    Tensors that share a storage count once. Memory allocated before the context does not count.
 
     Attributes:
         live: current bytes.
@@ -86,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def restart(self) -> int:
-        """Return the peak, and start a new one at the current value."""
+        """Return the peak in bytes, and set it to the current value."""
         peak, self.peak = self.peak, self.live
         return peak
 
@@ -97,7 +97,10 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def track(self, arguments: object, result: object) -> None:
-        """Count the storages of a result. Unknown storages of the arguments are older than the context."""
+        """Start to count the storages of an operation's result.
+
+        Storages of its arguments that are not known yet were created before the context, and are not counted.
+        """
         for tree, counts in ((arguments, False), (result, True)):
             for tensor in tree_leaves(tree):
                 if isinstance(tensor, Tensor):

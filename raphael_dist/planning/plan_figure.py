@@ -1,4 +1,4 @@
-"""Draws a plan: memory by kind, the timeline of a step, and images per second over the number of devices."""
+"""Draws a plan as a figure: memory by kind, the timeline of a step, and images per second against the number of devices."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ SHOWN = 5  # choices with a bar
 
 
 def draw(plan: RunPlan, path: Path) -> None:
-    """Write the figure as PNG.
+    """Write the figure of a plan as a PNG file.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
@@ -99,7 +99,10 @@ def _draw_scaling(ax: "Axes", plan: RunPlan) -> None:
 
 
 def images_per_s_on(plan: RunPlan, world: int) -> float | None:
-    """Return images/s of the best choice on `world` devices with the same images per device; None if it is refused."""
+    """Return the images/s of the plan's best settings on `world` devices, with the same number of images per device.
+
+    None if these settings are not possible on that number of devices.
+    """
     search, batch = plan.search, plan.config.train.global_batch_size
     train = plan.config.train.model_copy(update={"global_batch_size": max(1, batch * world // search.world)})
     config = plan.config.model_copy(update={"train": train})

@@ -1,4 +1,4 @@
-"""Writes a plan as text."""
+"""Writes a plan (run_plan.py) as text."""
 
 import math
 import shlex
@@ -11,7 +11,10 @@ from raphael_dist.planning.trace import KINDS, PHASES
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
-    """Return the report: the best choices, details of the first, its cost, and the command that runs it."""
+    """Return the plan as text: the best settings, details of the first ones, their cost, and the command that runs them.
+
+    `shown`: how many of the best settings are listed.
+    """
     cluster, world = plan.cluster, plan.search.world
     peak = cluster.peak_tflops[plan.config.train.dtype].value
     lines = [
@@ -57,7 +60,10 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
 
 
 def run_so_far(choice: Choice, device: str, world: int) -> str:
-    """Return where a choice has been run; keep it in agreement with docs/proven.md."""
+    """Return a sentence that states on which hardware settings like these have already been run.
+
+    It must agree with docs/proven.md.
+    """
     if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap:
         return "one H200"
     if device == "cpu":
@@ -123,7 +129,7 @@ def _cost(plan: RunPlan) -> list[str]:
 
 
 def command(plan: RunPlan, config_name: str) -> str:
-    """Return the command that runs the best choice on the cluster."""
+    """Return the shell command that trains with the plan's best settings on the cluster."""
     per_node, choice = int(plan.cluster.per_node.value), plan.best.choice
     settings = [*choice.settings(), f"checkpoint.every={plan.save_every()}"]
     if plan.cluster.device == "cpu":
@@ -139,7 +145,7 @@ def command(plan: RunPlan, config_name: str) -> str:
 
 
 def assumed(plan: RunPlan) -> list[str]:
-    """Return the numbers of the cluster's description that are assumed, not published or measured."""
+    """Return those numbers of the cluster description that are assumed, i.e. neither published nor measured."""
     numbers = []
     for name, value in plan.cluster.model_dump().items():
         if isinstance(value, dict) and "assumed" in value.get("source", ""):

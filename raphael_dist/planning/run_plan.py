@@ -1,4 +1,4 @@
-"""The plan of a run: ranked choices, and what the best one costs in days, GPU hours and money."""
+"""The plan of a run: possible settings, the fastest first, and what the best ones cost in days, GPU hours and money."""
 
 import math
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class RunPlan:
 
     Attributes:
         config, cluster, search: the inputs.
-        ranked: all choices, the best first.
+        ranked: all possible settings (`search.Choice`) with predicted memory and time, the best first.
         images: number of images to train on.
         parameters: number of parameters of the model.
-        active: parameters that process one image token, with one space expert and one time expert in each layer.
+        active: number of parameters that process one image token, if it uses one space expert and one time expert per layer.
         saves: how often to save.
         price: dollars per device hour.
     """
@@ -43,7 +43,7 @@ class RunPlan:
 
     @property
     def seconds(self) -> float:
-        """Time of the whole run, including saves and failures."""
+        """Predicted seconds of the whole run, including saves and failures."""
         return self.images / self.best.step.images_per_s / (1 - self.saves.lost)
 
     @property
@@ -55,23 +55,23 @@ class RunPlan:
         return self.gpu_hours * self.price
 
     def save_every(self) -> int:
-        """Return `checkpoint.every` for the best interval, in steps."""
+        """Return the value of `checkpoint.every` for the best interval between saves, in steps."""
         return max(1, round(self.saves.interval_s / self.best.step.seconds))
 
 
 def make_plan(
     search: Search, images: int | None = None, price: float | None = None, mtbf_gpu_hours: float | None = None
 ) -> RunPlan:
-    """Evaluate all choices and the cost of the best.
+    """Predict memory and time of all possible settings, and compute the cost of the best ones.
 
     Args:
         search: configuration, cluster and devices.
-        images: number of images; None: `train.max_steps` times `train.global_batch_size`.
-        price: dollars per device hour; None: the cluster's.
-        mtbf_gpu_hours: device hours between two failures; None: the cluster's.
+        images: number of images to train on; None: `train.max_steps` times `train.global_batch_size`.
+        price: dollars per device hour; None: that of the cluster description.
+        mtbf_gpu_hours: device hours between two failures; None: that of the cluster description.
 
     Raises:
-        UserError: no choice fits into memory.
+        UserError: no settings fit into memory.
     """
     config, cluster = search.config, search.cluster
     ranked = search.ranked()
@@ -107,12 +107,12 @@ def make_plan(
 
 
 def active_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return how many parameters process one image token: one expert of each kind and layer, and everything else.
+    """Return how many parameters process one image token: one expert of each kind in each layer, and all other parameters.
 
-    A token in the regions of several words has the experts of all of them; how many depends on the trained gates.
+    A token that lies in the regions of several words is processed by the experts of all of them. How many these are depends
+    on the trained gates, so they are not counted.
 
-    Args:
-        shapes: shapes of the whole model's parameters.
+    `shapes`: shapes of all parameters of the whole model, by name.
     """
     total = 0
     for name, shape in shapes.items():

@@ -1,7 +1,8 @@
-"""Searches expert parallelism, ZeRO stage, micro-batch, recomputation and placement for the most images per second.
+"""Searches for the fastest settings: expert parallelism, ZeRO stage, micro-batch, recomputation and placement of experts.
 
-Every choice that the configuration and DeepSpeed allow is evaluated: the memory of a rank and the time of a step. Choices
-that do not fit into memory stay in the ranking, so that a report can say why they were not chosen.
+A choice is one combination of these settings. For every choice that the configuration and DeepSpeed allow, the memory of a
+rank and the time of a step are predicted. Choices that do not fit into memory stay in the ranking, so that a report can
+state why they were not taken.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,10 @@ _RESTRICTABLE: dict[str, type[int] | type[str]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to run a configuration. `settings` are its overrides, `json` its file in `ds_configs/`."""
+    """One combination of settings for a run.
+
+    `settings` are its overrides on the command line, `json` is the name of its file in `ds_configs/`.
+    """
 
     space_ep: int
     time_ep: int
@@ -54,7 +58,7 @@ class Choice:
         return self.space_ep > 1 or self.time_ep > 1
 
     def settings(self) -> list[str]:
-        """Return the overrides as written on the command line."""
+        """Return the overrides of the configuration as they are written on the command line."""
         settings = [f"train.micro_batch_size={self.micro_batch_size}", f"model.checkpoint_activations={self.recompute}"]
         if self.uses_expert_parallelism:
             settings += [f"parallel.space_ep={self.space_ep}", f"parallel.time_ep={self.time_ep}"]
@@ -62,7 +66,7 @@ class Choice:
         return settings
 
     def apply(self, config: Config) -> Config:
-        """Return the configuration with this choice's settings."""
+        """Return a copy of the configuration with these settings."""
         parallel = {"space_ep": self.space_ep, "time_ep": self.time_ep, "placement": (self.placement,)}
         return config.model_copy(
             update={
@@ -80,7 +84,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Memory per rank, time per step and batch plan of one candidate. `fits`: whether a device has the memory."""
+    """The predictions for one choice: memory per rank, time per step, and the division of the batch over ranks.
+
+    `fits`: whether a device has enough memory.
+    """
 
     choice: Choice
     memory: RankMemory
@@ -91,14 +98,14 @@ class Outcome:
 
 @dataclass
 class Search:
-    """The choices for a configuration on `world` devices of a cluster.
+    """The space of choices for a configuration on `world` devices of a cluster.
 
     Attributes:
         config: the configuration.
         cluster: devices and links.
         world: number of devices.
-        allowed: values to which choices are restricted, by field of `Choice`.
-        profile: traced operations of the model; None: trace it. Searches of the same model can share it.
+        allowed: for fields of `Choice` that are restricted, the values to consider.
+        profile: traced operations of the model; None: trace it when needed. Searches for the same model can share it.
     """
 
     config: Config
@@ -110,7 +117,7 @@ class Search:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the whole model's parameters."""
+        """Shapes of all parameters of the whole model, by name."""
         return parameter_shapes(self.config)
 
     @property
@@ -118,7 +125,7 @@ class Search:
         return sum(prod(shape) for shape in self.shapes.values())
 
     def get_profile(self) -> Profile:
-        """Return the profile of a micro-step, which is traced once."""
+        """Return the traced operations of a micro-step. The model is traced only once."""
         if self.profile is None:
             self.profile = profile(self.config)
         return self.profile
@@ -142,7 +149,7 @@ class Search:
         return all(getattr(choice, name) in values for name, values in self.allowed.items())
 
     def check(self, choice: Choice) -> tuple[Config, BatchPlan] | None:
-        """Return the configuration and batch plan of a choice; None if either is refused."""
+        """Return the configuration and the division of the batch for a choice; None if the choice is not possible."""
         config = choice.apply(self.config)
         if choice.micro_batch_size > -(-config.train.global_batch_size // self.world):
             return None
@@ -160,7 +167,7 @@ class Search:
         return config, plan
 
     def evaluate(self, choice: Choice) -> Outcome | None:
-        """Predict memory and time of a choice; None if it is refused."""
+        """Predict memory and time of a choice; None if it is not possible."""
         checked = self.check(choice)
         return None if checked is None else self._outcome(choice, *checked)
 
@@ -180,7 +187,7 @@ class Search:
         return self._footprints[key]
 
     def ranked(self) -> list[Outcome]:
-        """Evaluate all choices: first those that fit, by images per second, then the others, by memory.
+        """Predict all choices and sort them: first those that fit into memory, the fastest first, then the others by memory.
 
         Raises:
             UserError: no choice is possible.
@@ -205,10 +212,10 @@ class Search:
 
 
 def exchange_bytes(config: Config, plan: BatchPlan) -> int:
-    """Return the bytes that exchanges between experts' ranks add to the peak of the activations.
+    """Return by how many bytes the exchanges of expert parallelism raise the peak of the activations.
 
-    On each level with sharded space experts a block stores the rows of the other ranks (fixed sizes): as received,
-    concatenated, and their outputs. With recomputation only one block at a time has them.
+    On each level with sharded space experts, a block stores the rows of the other ranks (fixed sizes) three times: as
+    received, concatenated, and their outputs. With recomputation only one block at a time stores them.
     """
     recomputes = config.model.checkpoint_activations != "none"
     sizes = [0]
@@ -221,7 +228,10 @@ def exchange_bytes(config: Config, plan: BatchPlan) -> int:
 
 
 def reasons(best: Outcome, ranked: list[Outcome], limit_gb: float) -> list[str]:
-    """Return why the best choice is first: for each setting, the speed and memory with the best other value."""
+    """Return lines that state why the best choice is first.
+
+    For each setting, a line shows the speed and memory of the best choice with another value of that setting.
+    """
     lines = []
     for name, text in (
         ("micro_batch_size", "micro-batch "),
@@ -249,10 +259,10 @@ def _differs_only_in(choice: Choice, other: Choice, name: str) -> bool:
 
 
 def restriction(text: str) -> tuple[str, tuple[int | str, ...]]:
-    """Parse `NAME=VALUE[,VALUE]` into a field of `Choice` and its allowed values.
+    """Parse the text `NAME=VALUE[,VALUE]` of `--only`: return a field of `Choice` and the values to consider.
 
     Raises:
-        UserError: unknown name or wrong value.
+        UserError: unknown name or invalid value.
     """
     name, _, values = text.partition("=")
     try:

@@ -1,8 +1,8 @@
-"""Predicts the time of a step on a cluster: products, memory traffic, launches and communication.
+"""Predicts the time of a step on a cluster from matrix products, memory traffic, kernel launches and communication.
 
-A device needs for each operation the larger of the times for its FLOPs and its bytes (the roofline), and a minimum time. The
-host of a GPU launches ahead of it, so launches cost only the time by which they exceed the device's. A CPU is its own host.
-Communication comes from `planning.communication`.
+For each operation a device takes the longer of the times for its FLOPs and for its bytes (the roofline model), and at least
+a minimum time. The host of a GPU launches operations ahead, so launches only cost the time by which the host is slower than
+the GPU. A CPU launches its own operations. `planning.communication` predicts the communication.
 """
 
 from dataclasses import dataclass
@@ -27,18 +27,18 @@ LAUNCHES_IF_CONTIGUOUS = 1
 
 @dataclass(frozen=True)
 class StepTime:
-    """Time of one optimizer step on every rank, in seconds.
+    """Predicted time of one optimizer step, in seconds, equal on every rank.
 
     Attributes:
-        products: operations with FLOPs.
-        traffic: all other operations.
-        update: gradient norm, optimizer and moving average.
+        products: time of operations with FLOPs (matrix products, convolutions, attention).
+        traffic: time of all other operations, which are limited by memory bandwidth.
+        update: time of gradient norm, optimizer and moving average.
         launches: time by which the host is slower than the device.
-        exposed: communication that no computation hides.
+        exposed: time of communication that does not overlap with computation.
         parts: all communication.
-        images: number of images of the step.
+        images: number of images of the step, on all ranks.
         ranks: number of devices.
-        flops: FLOPs of the model per image, three times those of the forward pass.
+        flops: model FLOPs per image, three times those of the forward pass.
     """
 
     products: float
@@ -53,7 +53,7 @@ class StepTime:
 
     @property
     def compute(self) -> float:
-        """Everything but communication."""
+        """Seconds of everything except communication."""
         return self.products + self.traffic + self.update + self.launches
 
     @property
@@ -69,12 +69,15 @@ class StepTime:
         return self.images / self.seconds
 
     def mfu(self, peak_tflops: float) -> float:
-        """Return the model's FLOPs as a share of the devices' peak; recomputation does not count."""
+        """Return the model FLOP utilisation (0..1): model FLOPs divided by what the devices could do at their peak.
+
+        Recomputed operations do not count.
+        """
         return self.images_per_s / self.ranks * self.flops / (peak_tflops * 1e12)
 
 
 def operation_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> NDArray[np.float64]:
-    """Return the device's seconds for each operation of a micro-step, float64 [ops]."""
+    """Return the seconds that the device takes for each operation of a micro-step, float64 [ops]."""
     seconds = np.zeros(trace.launches)
     for i, name in enumerate(CLASSES):
         chosen = trace.op_class == i
@@ -88,19 +91,19 @@ def operation_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> NDArray[n
 
 
 def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float, float]:
-    """Return the device's seconds in a micro-step for operations with FLOPs, and for all others."""
+    """Return the seconds that the device takes in a micro-step for operations with FLOPs, and for all others."""
     seconds = operation_times(trace, cluster, dtype)
     with_flops = np.isin(trace.op_class, [CLASSES.index(name) for name in CLASSES_WITH_FLOPS])
     return float(seconds[with_flops].sum()), float(seconds[~with_flops].sum())
 
 
 def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec) -> float:
-    """Return the seconds of gradient norm, optimizer and moving average, which are limited by memory bandwidth.
+    """Return the seconds of gradient norm, optimizer and moving average. They are limited by memory bandwidth.
 
-    - The norm reads the gradients, which are converted to float32 if they are not yet.
-    - The optimizer reads gradients, and reads and writes master weights and moments.
-    - The average reads the weights, and is read and written.
-    - The weights of the model are written.
+    - The norm reads the gradients, and converts them to float32 if they are in bfloat16.
+    - The optimizer reads gradients, and reads and writes fp32 weights and moments.
+    - The moving average reads the weights, and is read and written.
+    - The weights that the model computes with are written.
     """
     states = footprint.states
     part = states.master or states.weights
@@ -112,7 +115,7 @@ def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec
 
 
 def scheme_of(footprint: MemoryFootprint) -> Scheme:
-    """Return how weights and gradients are divided over ranks (docs/scale.md)."""
+    """Return the name of the scheme by which weights and gradients are divided over ranks (docs/scale.md)."""
     if footprint.stage in (0, 3):
         return "zero3" if footprint.stage else "replicated"
     return "reduce_scatter" if footprint.contiguous else "all_reduce"
@@ -166,6 +169,6 @@ def step_time(
 
 
 def seconds_by_phase(trace: Trace, cluster: ClusterSpec, dtype: str) -> dict[str, float]:
-    """Return the device's seconds in each phase of a micro-step."""
+    """Return the seconds that the device takes in each phase of a micro-step: "forward", "backward", "recomputed"."""
     seconds = operation_times(trace, cluster, dtype)
     return {phase: float(seconds[trace.phase == i].sum()) for i, phase in enumerate(PHASES)}

@@ -1,8 +1,8 @@
-"""Traces one micro-step of the model on tensors without data: each operation with FLOPs and bytes, and live memory.
+"""Traces one micro-step of the model on tensors without data: FLOPs and bytes of each operation, and live memory.
 
-The model has its true widths and takes the code paths of a GPU. Attention counts as one fused kernel. Nothing is computed,
-so a trace of 3 B parameters takes a second. Two traces give a line for every operation, and thus the trace of any
-micro-batch.
+The model has its true widths and uses the code paths of a GPU. Attention counts as one fused kernel. Nothing is computed, so
+a trace of a model with 3 B parameters takes a second. All counts are linear in the number of images, so two traces give the
+trace of any micro-batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,15 +64,17 @@ class Trace:
 
     Attributes:
         samples: images of the micro-step.
-        kind, phase, op_class: int64 [ops], indices into KINDS, PHASES and operations.CLASSES, in order of execution.
-        segment: int64 [ops], the segment of an operation (in the backward pass, of what it differentiates), or -1.
+        kind, phase, op_class: int64 [ops], for each operation in order of execution, indices into KINDS, PHASES and
+            op_costs.CLASSES.
+        segment: int64 [ops], the segment of each operation, or -1. A backward operation belongs to the segment that it
+            differentiates.
         flops, bytes: int64 [ops]. Bytes are those of inputs and outputs by their shapes, as if nothing stayed in a cache.
         is_block: bool [segments], True for transformer blocks.
-        saved_by: int64 [segments], bytes that the forward pass of a segment leaves for its backward pass.
-        peaks: int64 [2, segments + 1], the most live bytes in the forward and the backward pass while `i` segments have been
-            started. Gradients of weights are freed at once, as ZeRO does.
+        saved_by: int64 [segments], bytes that the forward pass of a segment keeps for its backward pass.
+        peaks: int64 [2, segments + 1]. Element [p, i] is the largest number of live bytes in the forward (0) or backward (1)
+            pass while `i` segments have been started. Gradients of weights are freed at once, as ZeRO does.
         saved: bytes of activations that are alive after the forward pass.
-        sent: bytes to the experts of other ranks.
+        sent: bytes that the rank sends to the experts of other ranks.
     """
 
     samples: int
@@ -94,7 +96,7 @@ class Trace:
 
     @property
     def peak(self) -> int:
-        """The most bytes of activations in the micro-step."""
+        """The largest number of bytes of activations that exist at the same time."""
         return int(self.peaks.max())
 
     def total(self, values: NDArray[np.int64], phase: str | None = None, kind: str | None = None) -> int:
@@ -107,9 +109,10 @@ class Trace:
         return int(values[chosen].sum())
 
     def with_recomputation(self, recompute: Recompute) -> "Trace":
-        """Add recomputation to a trace without it: repeat forward operations, and free what their segments save.
+        """Return a trace in which the backward pass recomputes segments, from a trace without recomputation.
 
-        Real recomputation skips a few last operations; they are counted here.
+        The forward operations of these segments are repeated, and what they keep for the backward pass is freed. Real
+        recomputation skips a few last operations; here they are counted.
         """
         if recompute == "none":
             return self
@@ -139,13 +142,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Profile:
-    """The micro-step as a linear function of its images, from two traces."""
+    """Two traces of the micro-step with different numbers of images, from which the trace for any number is extrapolated."""
 
     few: Trace
     many: Trace
 
     def at(self, samples: int, recompute: Recompute = "none") -> Trace:
-        """Return the trace of a micro-step of `samples` images."""
+        """Return the trace of a micro-step of `samples` images, by linear extrapolation."""
         share = (samples - self.few.samples) / (self.many.samples - self.few.samples)
 
         def line(name: str) -> NDArray[np.int64]:
@@ -166,7 +169,7 @@ class Profile:
 
 
 def profile(config: Config) -> Profile:
-    """Profile the micro-step of a configuration on one rank, without expert parallelism and without recomputation."""
+    """Trace the micro-step of a configuration for a profile, without expert parallelism and without recomputation."""
     few, many = (trace(config, samples, "none") for samples in SAMPLES)
     assert few.launches == many.launches, "the number of images changed which operations run"
     return Profile(few, many)
@@ -184,8 +187,8 @@ def trace(
         config: the run's configuration.
         samples: images of the micro-step.
         recompute: replaces `model.checkpoint_activations`; None keeps it.
-        shard: replaces the model's experts by expert-parallel ones, given the images, and returns their counter of sent
-            bytes (`expert_parallel_trace.shard_for_trace`). None: no expert parallelism.
+        shard: a function of the model and the number of images that shards the model's experts and returns the counter of
+            sent bytes (`expert_parallel_trace.shard_for_trace`). None: no expert parallelism.
     """
     update = {} if recompute is None else {"checkpoint_activations": recompute}
     config = config.model_copy(update={"model": config.model.model_copy(update=update)})
@@ -346,5 +349,5 @@ def _observe(model: RaphaelUNet, recorder: _Recorder) -> None:
 
 
 def free_gradient(p: Tensor) -> None:
-    """Drop the gradient of a parameter."""
+    """Drop the gradient of a parameter, to free its memory."""
     p.grad = None

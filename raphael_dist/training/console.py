@@ -1,4 +1,6 @@
-"""What a run shows: a progress bar on a terminal, plain lines elsewhere and in train.log."""
+"""The progress display of a training run: a progress bar on a terminal, otherwise plain lines. All lines also go to
+train.log.
+"""
 
 import contextlib
 import logging
@@ -35,19 +37,26 @@ class _Lossy:
 
 
 def ignore_output_errors() -> None:
-    """Let no failed print end the run: the output may be a file on a full disk, or a closed terminal.
+    """Replace stdout and stderr so that a failed print never ends the run, e.g. on a full disk or a closed terminal.
 
-    This is permanent: text that is left in a buffer would fail again when Python ends, and change the exit code.
+    The replacement is permanent. Otherwise text that is still buffered would fail again when Python exits, and change the
+    exit code.
     """
     if not isinstance(sys.stdout, _Lossy):
         sys.stdout, sys.stderr = cast(TextIO, _Lossy(sys.stdout)), cast(TextIO, _Lossy(sys.stderr))
 
 
 class Console:
-    """A run's progress on rank 0. Other ranks show nothing."""
+    """Shows the progress of a run on rank 0; does nothing on other ranks."""
 
     def __init__(self, active: bool, start: int, total: int) -> None:
-        """`start`: the step that this process begins after; `total`: the run's last step."""
+        """Create the display.
+
+        Args:
+            active: whether this rank shows anything.
+            start: number of optimizer steps that were complete before this process started.
+            total: number of the run's last step.
+        """
         self._active, self._start, self._total = active, start, total
         self._began = time.monotonic()
         self._loss = ""
@@ -55,11 +64,16 @@ class Console:
         self.advance(start)
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`."""
+        """Move the progress bar to optimizer step `step`."""
         self._bar.report(self._loss, step, self._total)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Show the scalars of a logged step in one line."""
+        """Show loss, learning rate, gradient norm, speed and remaining time of a logged step in one line.
+
+        Args:
+            step: the optimizer step.
+            values: all logged scalars by tag, e.g. "train/loss".
+        """
         shown = "  ".join(f"{tag.split('/')[1]} {values[tag]:.4g}" for tag in _SHOWN if tag in values)
         left = (time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step)
         if "train/loss" in values:
@@ -69,7 +83,7 @@ class Console:
         self.line(line, only_log=self._bar.active)
 
     def line(self, text: str, only_log: bool = False) -> None:
-        """Print one line, and write it to train.log."""
+        """Print one line, and write it to train.log. With `only_log`, only write it to train.log."""
         if not self._active:
             return
         text = escape_control(text)
@@ -78,5 +92,5 @@ class Console:
             self._bar.print(text)
 
     def close(self) -> None:
-        """Stop drawing the bar."""
+        """Stop drawing the progress bar."""
         self._bar.close()

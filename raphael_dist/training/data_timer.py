@@ -1,4 +1,4 @@
-"""How long a rank waits for its data, by the kind of work it waits for, and which setting would help."""
+"""Measures how long a rank waits for its data, and names the setting that would shorten the wait."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,11 @@ REMEDIES = {
 
 
 class DataTimer:
-    """Sums up waiting. The wait for a batch is divided in proportion to the work that made it; its copy is "copying"."""
+    """Adds up the seconds that this rank waits for data, separately for each kind of work in `KINDS`.
+
+    The wait for a batch is divided among reading, decoding and encoding, in proportion to the time that each took for this
+    batch. The time to copy the batch to the device is counted as "copying".
+    """
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(KINDS, 0.0)
@@ -26,7 +30,7 @@ class DataTimer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context around fetching a batch, after which `fetched` is called, and copying it to the device."""
+        """Measure the body, which fetches a batch, calls `fetched`, and then copies the batch to the device."""
         self._began = time.monotonic()
         yield
         now = time.monotonic()
@@ -34,17 +38,18 @@ class DataTimer:
         self.last_wait = now - self._began
 
     def fetched(self, seconds: Mapping[str, float]) -> None:
-        """Record that the batch has arrived. `seconds`: the time for making it, by kind of work."""
+        """Record that the batch has arrived. `seconds`: the time that building it took, by kind of work (`KINDS`)."""
         self._fetched = time.monotonic()
         waited, total = self._fetched - self._began, sum(seconds.get(kind, 0.0) for kind in KINDS)
         for kind in KINDS:
             self._seconds[kind] += waited * seconds.get(kind, 0.0) / max(total, 1e-9)
 
     def take(self, elapsed: float) -> tuple[dict[str, float], str | None]:
-        """Return the shares of the `elapsed` seconds since the last call, by metric, and a line to log, if there is one.
+        """Return the waiting times since the last call as metrics, and a line to log or None.
 
-        The line names the kind of work with the longest wait, once until that changes. The first call returns no line,
-        because a start always waits.
+        The metrics are shares (0..1) of the `elapsed` seconds, by tag (`time/data_wait_*`). The line names the kind of work
+        with the longest wait and a remedy. It is returned only if more than 3% of the time was spent waiting and the last
+        line named another kind. The first call returns no line, because every start has to wait for data.
         """
         shares = {kind: self._seconds[kind] / max(elapsed, 1e-9) for kind in KINDS}
         total, longest = sum(shares.values()), max(KINDS, key=lambda kind: shares[kind])

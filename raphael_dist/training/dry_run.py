@@ -33,9 +33,10 @@ _MEMBERS = 32  # of the first shard: enough for a whole sample
 
 
 def problems(config: Config) -> list[str]:
-    """Return a line for each reason why a start with this configuration would fail.
+    """Return one error line for each reason why a training with this configuration would fail to start; [] if there is none.
 
-    Only names, headers and small files are read: no shard and no weights, except HED's if `sample.images` require it.
+    The checks read only file names, headers and small files. They read no whole shard and no weights, except those of HED
+    (the edge detector) if `sample.images` requires it.
     """
     shards = [partial(_check_shards, name=name) for name in ("shards", "val_shards")]
     checks: list[Callable[[Config], object]] = [_check_run_dir, _check_cache_dir, check_installed, _check_encoders]
@@ -47,7 +48,7 @@ def problems(config: Config) -> list[str]:
 
 
 def attempt(lines: list[str], work: Callable[[], T]) -> T | None:
-    """Return the result of `work`; when it raises UserError, add its lines to `lines` and return None."""
+    """Return `work()`. If it raises UserError, append the error's lines to `lines` and return None."""
     try:
         return work()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Measurements of a run, written to metrics.jsonl, TensorBoard, trackers, the console and the log."""
+"""Collects the measurements of a run and writes them to metrics.jsonl, TensorBoard, trackers, the console and the log."""
 
 import logging
 import time
@@ -29,10 +29,13 @@ _log = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """Collects on every rank without waiting for the device, and writes on rank 0. Use it as a context around training."""
+    """The measurements of a run. Every rank records values without waiting for the device; rank 0 writes them.
+
+    Use it as a context manager around training.
+    """
 
     def __init__(self, config: Config, ranks: Ranks, device: torch.device, hosts: list[str]) -> None:
-        """`hosts`: the name of each rank's host, for messages about slow ranks."""
+        """Open the output files on rank 0. `hosts`: the host name of each rank, for messages about slow ranks."""
         self._ranks, self._device, self._dtype = ranks, device, getattr(torch, config.train.dtype)
         self._max_steps = config.train.max_steps
         self._metrics, self._dead_experts = Metrics(device), DeadExperts()
@@ -49,13 +52,13 @@ class Telemetry:
         self._flops = 0.0
 
     def begin(self, step: int, flops: float) -> None:
-        """Record the step that training starts after, and the model FLOPs per sample."""
+        """Start logging after optimizer step `step`. `flops`: model FLOPs per sample, for the MFU."""
         self._logged_step, self._flops = step, flops
         self.return_to(step)
 
     @property
     def seconds(self) -> float:
-        """Seconds since this process opened the run."""
+        """Seconds since this object was created, which is when this process opened the run."""
         return time.monotonic() - self._began
 
     def __enter__(self) -> Self:
@@ -71,20 +74,23 @@ class Telemetry:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[DataTimer]:
-        """Time the wait for a batch. Yields the timer, whose `fetched` is called between fetching and copying it."""
+        """Time the body, which fetches a batch and copies it to the device.
+
+        Yields the timer. The body must call its method `fetched` after fetching and before copying.
+        """
         with self._data_timer.waiting():
             yield self._data_timer
         self._stopwatch.add(self._data_timer.last_wait)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Time a forward pass, which is this rank's own work (stragglers.py)."""
+        """Time the body, a forward pass, and count it as this rank's own work (stragglers.py)."""
         began = self._stopwatch.start()
         yield
         self._stopwatch.stop(began)
 
     def record(self, batch: Batch, losses: Losses) -> None:
-        """Add a micro-batch's sums, without waiting for the device."""
+        """Add samples, losses and expert loads of a micro-batch to those of the step, without waiting for the device."""
         count, add = batch.weight.sum(), self._current_step.add
         add("samples", count, "sum")
         for tag, value in (("loss", losses.denoise), ("loss_weighted", losses.total), ("loss_edge", losses.edge)):
@@ -97,31 +103,33 @@ class Telemetry:
         self._metrics.add("memory/peak_gib", peak_gib(batch.weight.device), "max")
 
     def record_traffic(self, traffic: Traffic) -> None:
-        """Add the bytes that this rank sent in a step that updated the weights."""
+        """Add the bytes that this rank sent to other ranks in a step that updated the weights."""
         for part, num_bytes in asdict(traffic).items():
             self._metrics.add(f"comm/{part}", float(num_bytes), "mean")
 
     def end_step(self, step: int, updated: bool) -> None:
-        """Keep the losses and loads of step `step` for the log if it updated the weights; otherwise drop them."""
+        """End optimizer step `step`: keep its losses and expert loads for the next log line if `updated`, else drop them."""
         if updated:
             self._steps.append((step, self._current_step))
         self._current_step = Metrics(self._device)
 
     def return_to(self, step: int) -> None:
-        """Remove the values logged after `step`: training continues from there and logs later steps again."""
+        """Remove all values of steps after `step`, because the run continues from `step` and will log those steps again."""
         self._steps = [(number, metrics) for number, metrics in self._steps if number <= step]
         self._dead_experts.clear()
         if self._writer is not None:
             self._writer.return_to(step)
 
     def log_step(self, step: int, samples_seen: int, replaced: int, own: dict[str, float]) -> None:
-        """Reduce over ranks what was recorded since the last call; write and show it. Collective; waits for the device.
+        """Reduce the values recorded since the last call over all ranks, then write and show them.
 
-        Without a step that updated the weights there are no losses.
+        Collective; waits for the device. If no step since the last call updated the weights, no losses are logged.
 
         Args:
-            replaced: bad samples that this rank has replaced so far.
-            own: values that every rank has.
+            step: the optimizer step.
+            samples_seen: training samples of the run up to this step.
+            replaced: number of bad samples that this rank has replaced so far; summed over ranks.
+            own: further scalars by tag, which are equal on all ranks and are not reduced.
         """
         self._metrics.add("data/replaced", float(replaced), "sum")
         for _, metrics in self._steps:
@@ -171,12 +179,12 @@ class Telemetry:
         return self._stragglers.slowest_ratio()
 
     def log_save(self, saved: Save) -> None:
-        """Log a checkpoint that was published, and what it cost."""
+        """Log that a checkpoint was published, with its size and the time that saving took."""
         self.line(saved.line)
         self.write(saved.manifest["step"], saved.manifest["samples_seen"], saved.metrics())
 
     def log_images(self, step: int, images: dict[str, Image.Image]) -> None:
-        """Show PIL images by tag."""
+        """Send PIL images to TensorBoard and the trackers. `images`: the images by tag."""
         for tag, image in images.items():
             if self._writer is not None:
                 self._writer.image(tag, step, image)
@@ -184,23 +192,23 @@ class Telemetry:
                 self._trackers.image(tag, step, image)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
-        """Write scalars by tag, on rank 0."""
+        """On rank 0, write scalars by tag to metrics.jsonl, TensorBoard and the trackers."""
         if self._writer is not None:
             self._writer.write(step, samples_seen, values)
         if self._trackers is not None:
             self._trackers.scalars(step, values)
 
     def advance(self, step: int) -> None:
-        """Show that a step is complete."""
+        """Move the progress bar to optimizer step `step`."""
         if self._console is not None:
             self._console.advance(step)
 
     def line(self, text: str) -> None:
-        """Write a line to the console and the log, once for all ranks."""
+        """On rank 0, write a line to the console and the log."""
         if self._console is not None:
             self._console.line(text)
 
     def warn(self, text: str) -> None:
-        """Log a warning, once for all ranks."""
+        """On rank 0, log a warning."""
         if self._ranks.is_main:
             _log.warning("%s", text)

@@ -1,7 +1,7 @@
-"""The learning rate and the standard deviation of the gate noise: functions of the optimizer step alone.
+"""The learning rate and the standard deviation of the gate noise, as functions of the optimizer step alone.
 
-They do not depend on sample positions: after a rollback a step has different samples, and a stage may have another global
-batch.
+They do not depend on the number of samples seen: after a rollback a step gets other samples than before, and each entry of
+train.stages may set another global batch size.
 """
 
 import math
@@ -32,14 +32,17 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def gate_noise_deviation(config: Config, step: int) -> float:
-    """Return the deviation of the gate noise in optimizer step `step` (from 1): `model.gate_noise`, annealed to 0."""
+    """Return the standard deviation of the gate noise in optimizer step `step` (from 1).
+
+    It is `model.gate_noise` at the start, and is annealed to 0.
+    """
     model = config.model
     done = (step - 1) / model.gate_noise_steps if model.gate_noise_steps else 0.0
     return model.gate_noise * annealing_factor(model.gate_noise_schedule, done)
 
 
 def annealing_factor(schedule: str, done: float) -> float:
-    """Return the factor after the share `done` of a schedule: 1 at its start, 0 from its end on."""
+    """Return the factor of a schedule after the share `done` (0..1) of its steps: 1 at the start, 0 from the end on."""
     if done >= 1:
         return 0.0
     if schedule == "linear":
@@ -67,7 +70,7 @@ def _schedule(
 
 
 def draw_schedule(config: Config, columns: int = 40) -> str:
-    """Return the learning rate over the steps of a run as one line of text."""
+    """Return a one-line text plot, `columns` characters wide, of the learning rate over the steps of a run."""
     optim, last = config.optim, config.train.max_steps
     rates = [learning_rate(config, 1 + (last - 1) * column // (columns - 1)) for column in range(columns)]
     top = max(rates)

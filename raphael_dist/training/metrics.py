@@ -28,10 +28,10 @@ Reduction = Literal["sum", "mean", "max"]
 
 
 class Metrics:
-    """Collects values on this rank without waiting for the device; `reduce` combines them over ranks in two collectives.
+    """Collects named values on this rank without waiting for the device; `reduce` combines them over ranks.
 
-    Repeated values of a name are added (sum, mean), or their largest is kept (max). Tensors stay on the device, numbers on
-    the host.
+    If a name is recorded several times, its values are added (reductions "sum" and "mean"), or the largest is kept ("max").
+    Tensors stay on the device, numbers on the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,9 +41,9 @@ class Metrics:
         self._maxima: dict[str, Tensor | float] = {}
 
     def add(self, name: str, value: Tensor | float, reduction: Reduction, count: Tensor | float = 1.0) -> None:
-        """Record a value. A mean is sum(value) / sum(count).
+        """Record a value under `name`. A "mean" is sum(value) / sum(count) over all calls and ranks.
 
-        Values are numbers, or tensors on the metrics' device, of the same shape at each call with this name.
+        A value is a number, or a tensor on the device of this object with the same shape at every call with this name.
         """
         value = _plain(value)
         if reduction == "max":
@@ -55,16 +55,16 @@ class Metrics:
             self._counts[name] = self._counts[name] + n if name in self._counts else n
 
     def merge(self, other: "Metrics") -> None:
-        """Add the values of `other`, without waiting for the device."""
+        """Add all values recorded in `other` to this object, without waiting for the device."""
         for name, value in other._sums.items():
             self.add(name, value, "mean" if name in other._counts else "sum", other._counts.get(name, 1.0))
         for name, value in other._maxima.items():
             self.add(name, value, "max")
 
     def reduce(self) -> dict[str, Tensor]:
-        """Return the values over all ranks, as float32 on the host, and clear them. Collective; waits for the device once.
+        """Return the values reduced over all ranks by name, as float32 tensors on the host, and clear this object.
 
-        Every rank must have recorded the same names and shapes.
+        Two collectives; waits for the device once. All ranks must have recorded the same names and shapes.
         """
         sums = self._sums | {f"#{n}": c for n, c in self._counts.items()}
         parts = [_flat(sums, self._device), _flat(self._maxima, self._device)]
@@ -122,10 +122,10 @@ _BOARD = "TensorBoard's file"
 
 
 class MetricsWriter:
-    """Writes scalars to `metrics.jsonl` and to TensorBoard in the run directory. For rank 0.
+    """Writes scalars to `metrics.jsonl` and to TensorBoard's files in the run directory. Used on rank 0.
 
-    TensorBoard gets no scalars of single blocks (moe/space/L00/...) unless `every_scalar`: heat maps show these. What cannot
-    be written, for example on a full disk, is lost with one warning; the run continues.
+    Scalars of single blocks (moe/space/L00/...) go to TensorBoard only with `every_scalar`: heat maps show them already.
+    What cannot be written, e.g. on a full disk, is lost with one warning, and the run continues.
     """
 
     def __init__(self, run_dir: Path, every_scalar: bool = False) -> None:
@@ -142,7 +142,7 @@ class MetricsWriter:
             self._board.add_custom_scalars(LAYOUT)
 
     def describe(self, yaml: str, values: Mapping[str, bool | int | float | str]) -> None:
-        """Show a run's configuration: as text, and as the hyperparameters by which runs are compared."""
+        """Write a run's configuration to TensorBoard: `yaml` as text, `values` as hyperparameters for comparing runs."""
         from torch.utils.tensorboard.summary import hparams
 
         if self._board is not None:
@@ -153,7 +153,7 @@ class MetricsWriter:
                     self._board._get_file_writer().add_summary(summary)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
-        """Append one line, and one TensorBoard scalar per tag, for optimizer step `step`."""
+        """Write the scalars of optimizer step `step`: one line in metrics.jsonl, and one TensorBoard scalar per tag."""
         line = json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
         with self._tolerating(str(self._path)):
             self._append(line)
@@ -164,7 +164,7 @@ class MetricsWriter:
                         self._board.add_scalar(tag, value, step)
 
     def return_to(self, step: int) -> None:
-        """Remove the values logged after `step`: training continues from there and logs later steps again."""
+        """Remove all values of steps after `step`, because the run continues from `step` and will log those steps again."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         with self._tolerating(str(self._path)):
@@ -175,13 +175,13 @@ class MetricsWriter:
                 self._board._get_file_writer().add_event(start, step + 1)
 
     def image(self, tag: str, step: int, image: Image.Image) -> None:
-        """Show an image in TensorBoard."""
+        """Write an image to TensorBoard under `tag`."""
         if self._board is not None:
             with self._tolerating(_BOARD):
                 self._board.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what TensorBoard has buffered."""
+        """Write what TensorBoard has buffered, and close its file."""
         if self._board is not None:
             with self._tolerating(_BOARD):
                 self._board.close()
@@ -246,9 +246,10 @@ def _without_tensorboard_errors(hook: _Hook) -> _Hook:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the (step, value) pairs of each tag in a metrics.jsonl. Of two values of a step, the later one counts.
+    """Return the (step, value) pairs of each tag in a metrics.jsonl, in order of steps.
 
-    An incomplete line, caused by a kill or a full disk, is skipped.
+    If a tag has two values for one step, the later line counts. An incomplete line, caused by a kill or a full disk, is
+    skipped.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -264,14 +265,17 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = None) -> dict[str, float]:
-    """Return scalars from expert loads: the largest and the smallest, relative to an even share, over all and by block.
+    """Return scalars by tag that describe how evenly work is divided over experts, in total and for each block.
 
-    `load_entropy` is that of the loads.
+    `load_max` and `load_min` are the largest and the smallest load of an expert, divided by the mean load of its block (1:
+    even). `load_entropy` is the result of the function `load_entropy`.
 
     Args:
-        prefix: first part of the tags.
-        load_LK: load of each expert of each block. With `total_samples`, a sum over samples of shares of image tokens.
-        total_samples: adds `density`, the share of (token, expert) pairs in use.
+        prefix: first part of the tags, e.g. "moe/space".
+        load_LK: work of expert k in transformer block l. Time experts: number of samples. Space experts: the sum over
+            samples of the share of image tokens that need the expert.
+        total_samples: number of samples, for space experts. Adds `density`, the share of all (image token, expert) pairs
+            that are computed. None: no `density`.
     """
     share_LK = relative_load(load_LK)
     values = {f"{prefix}/load_max": float(share_LK.max()), f"{prefix}/load_min": float(share_LK.min())}
@@ -287,22 +291,25 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
 
 
 def relative_load(load_LK: Tensor) -> Tensor:
-    """Return loads relative to an even share of their block, [L, K]."""
+    """Return each expert's load divided by the mean load of its block, [L, K]; 1 means an even share."""
     return load_LK / load_LK.mean(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def load_entropy(share_LK: Tensor) -> float:
-    """Return the entropy of loads over experts, as a share of an even load's: mean over blocks, 1 is even, 0 one expert."""
+    """Return the normalised entropy of the expert loads, averaged over blocks: 1 if even, 0 if one expert has all work.
+
+    `share_LK`: the result of `relative_load`.
+    """
     experts = share_LK.shape[1]
     p_LK = (share_LK / experts).clamp(min=1e-12)
     return float(-(p_LK * p_LK.log()).sum(dim=1).mean() / math.log(experts)) if experts > 1 else 1.0
 
 
 class DeadExperts:
-    """Counts experts without work, and warns with the remedy.
+    """Detects experts that get almost no work, and words a warning with a remedy.
 
-    An expert is dead if its load is below DEAD_SHARE of an even share of its block, over the fewest last log lines that hold
-    at least SAMPLES samples per expert.
+    An expert is dead if its load is below DEAD_SHARE of the mean load of its block. The loads of the last log lines are
+    added up, as many lines as are needed for SAMPLES samples per expert.
     """
 
     SAMPLES = 100
@@ -316,7 +323,13 @@ class DeadExperts:
         self._lines.clear()
 
     def find(self, kind: str, load_LK: Tensor, samples: float) -> Tensor | None:
-        """Add a log line's loads (as for `load_metrics`); return which experts are dead, bool [L, K]; None: unknown yet."""
+        """Add the expert loads of one log line; return which experts are dead, bool [L, K]; None: too few samples yet.
+
+        Args:
+            kind: "space" or "time".
+            load_LK: as for `load_metrics`.
+            samples: number of samples in `load_LK`.
+        """
         lines, needed = self._lines[kind], self.SAMPLES * load_LK.shape[1]
         lines.append((load_LK, samples))
         while sum(count for _, count in lines[1:]) >= needed:
@@ -326,7 +339,10 @@ class DeadExperts:
         return relative_load(torch.stack([load for load, _ in lines]).sum(dim=0)) < DEAD_SHARE
 
     def warning(self, kind: str, dead_LK: Tensor) -> str | None:
-        """Return a warning for the first dead experts of a kind, and again each time their number has doubled, else None."""
+        """Return a warning if experts of this kind are dead, else None.
+
+        After a first warning, the next follows only when their number has doubled.
+        """
         count = int(dead_LK.sum())
         if count == 0 or count < 2 * self._warned[kind]:
             return None

@@ -1,6 +1,6 @@
-"""What happens after a step with a bad loss or gradient: it is skipped, or the run returns to a checkpoint.
+"""Handles a step with a bad loss or gradient: the step is skipped, or the run returns to a checkpoint.
 
-All ranks have the same loss and the same gradient norm, so they decide in the same way.
+The loss and the gradient norm are equal on all ranks, so all ranks decide in the same way.
 """
 
 import math
@@ -17,14 +17,18 @@ StepLosses = list[tuple[torch.Tensor, torch.Tensor]]  # (positions, losses) of e
 
 
 class SkipReason(NamedTuple):
-    """Why a step must not change the weights. rollback: it is a spike, and train.spike_action is rollback."""
+    """Why a step must not change the weights, as text (`why`).
+
+    `rollback`: whether the run must return to a checkpoint, because the loss is a spike and train.spike_action is
+    "rollback".
+    """
 
     why: str
     rollback: bool = False
 
 
 def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
-    """Return why a step with this loss and gradient norm must be skipped; None: it may change the weights."""
+    """Return why a step with this mean loss and gradient norm must be skipped, or None if it may change the weights."""
     verdict, action = run.guard.judge(loss), run.config.train.spike_action
     if verdict == "not finite":
         return SkipReason("the loss is not finite")
@@ -42,13 +46,15 @@ def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
 
 
 def skip(run: Run, why: str, losses: StepLosses) -> bool:
-    """Record a step that changed nothing; its samples are used up. Collective.
+    """Record a step that did not change the weights. The run does not use its samples again. Collective.
 
-    Returns False when the run returned to an earlier checkpoint, because too many steps in a row were skipped and none was
-    good since this checkpoint.
+    Returns:
+        True: the run continues with the next step. False: the run returned to an earlier checkpoint, because
+            train.max_skipped steps in a row were skipped and no step since the current checkpoint was good.
 
     Raises:
-        NonFiniteError: too many steps in a row were skipped.
+        NonFiniteError: train.max_skipped steps in a row were skipped, and returning to an earlier checkpoint is not
+            possible.
     """
     bad = _bad_positions(losses)
     run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size
@@ -65,9 +71,15 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
 
 
 def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
-    """Quarantine the checkpoint that the run started from, and return to an earlier one; False: there is none.
+    """Quarantine the checkpoint that this process started from, and return to the one before it. Collective.
 
-    Collective."""
+    Args:
+        run: the run.
+        line: the reason, for the log.
+
+    Returns:
+        False if there is no earlier checkpoint.
+    """
     first_step, samples_seen = run.progress.first_step, run.progress.samples_seen
     saved = run.store.rewind(before=first_step)
     if saved is None:
@@ -82,9 +94,9 @@ def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
 
 
 def rollback(run: Run) -> bool:
-    """Return to the newest checkpoint, and continue with the samples after this batch. Collective.
+    """Return to the newest checkpoint, and continue with the samples that follow the current batch. Collective.
 
-    Returns False, and changes nothing, when there is no checkpoint.
+    Returns False without changing anything if there is no checkpoint.
     """
     saved = run.store.rewind()
     if saved is None:
@@ -109,13 +121,16 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
 
 
 def restore(run: Run, saved: Progress) -> None:
-    """Continue from a checkpoint's progress."""
+    """Set the run's progress and the state of its loss guard to those of a checkpoint."""
     run.progress.step, run.progress.samples_seen = saved.step, saved.samples_seen
     run.guard.restore(saved.guard)
 
 
 def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
-    """Return the progress to store in a checkpoint. rollbacks: number of returns to it; None: the guard's count."""
+    """Return the progress to store in a checkpoint.
+
+    `rollbacks`: how many times the run has returned to this checkpoint; None: the number that the loss guard has counted.
+    """
     state = run.guard.state()
     if rollbacks is not None:
         state["rollbacks"] = rollbacks

@@ -1,4 +1,4 @@
-"""Gate entropy and stability of routes, measured at each validation without gate noise.
+"""Measures at each validation how certain the gates are and how many routes changed, without gate noise.
 
 Shape legend: L transformer blocks, R rows (text tokens or timesteps), K experts, B samples, Y text tokens, D text width.
 """
@@ -11,16 +11,19 @@ from raphael_dist.model.unet import RaphaelUNet
 
 
 class RouteProbe:
-    """Gate entropy, and the share of routes that changed since the last call, for the same held-out tokens and timesteps."""
+    """Measures gate entropy and the share of routes that changed since the last call, always on the same held-out inputs.
+
+    A route is the expert that a gate chooses for a text token or a timestep.
+    """
 
     def __init__(self) -> None:
         self._routes: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def measure(self, model: RaphaelUNet, batch: Batch) -> dict[str, float]:
-        """Return scalars by tag. `batch` must be the same at each call.
+        """Return gate entropies and shares of changed routes as scalars by tag. `batch` must be the same at each call.
 
-        Nothing is measured under ZeRO-3, where a gate has its weights only during the model's forward pass.
+        Returns nothing under ZeRO-3, where the gates have their weights only during the model's forward pass.
         """
         if model.gathers_weights:
             return {}

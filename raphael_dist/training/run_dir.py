@@ -1,4 +1,4 @@
-"""The run directory: its lock, its owner, and its logs."""
+"""The run directory: its lock, the check that no other run uses it, and its log files."""
 
 import contextlib
 import fcntl
@@ -25,15 +25,18 @@ from raphael_dist.text import LineFormat
 
 
 def acquire(config: Config, report: Reporter = no_report) -> IO[str]:
-    """Lock the run directory, and record configuration and versions in it. For rank 0.
+    """Lock the run directory, and write configuration and software versions into it. Called on rank 0.
 
     Args:
-        report: is called while another process has locked the directory.
+        config: the run's configuration.
+        report: called repeatedly while another process holds the lock.
 
-    Returns: the lock file. The directory is locked while it is open.
+    Returns:
+        The open lock file. The directory stays locked until this file is closed.
 
     Raises:
-        UserError: another process trains in the directory, it has a run with other settings, or it cannot be written.
+        UserError: another process trains in the directory, its checkpoints are from a run with other settings, or it is not
+            writable.
         NotSavedError: the disk is full.
     """
     folder = config.run.dir
@@ -83,15 +86,18 @@ def _owner() -> str:
 
 
 def check_owner(lock: IO[str] | None) -> None:
-    """Raise RuntimeError when another run has locked the directory: on some file systems a lock ends with its node."""
+    """Raise RuntimeError if another run has locked the directory in the meantime.
+
+    This can happen because some file systems drop a lock when its node fails.
+    """
     if lock is not None and Path(lock.name).read_text() != _owner():
         raise RuntimeError(f"another process has locked {Path(lock.name).parent}, so this process writes nothing more to it")
 
 
 def check_unowned(config: Config) -> None:
-    """Raise UserError when the newest readable checkpoint is of a run with other settings.
+    """Raise UserError if the newest readable checkpoint is from a run with other settings.
 
-    A start that failed before its first checkpoint does not count.
+    Files of a start that failed before its first checkpoint do not count.
     """
     for checkpoint in newest(config.run.dir / "checkpoints"):
         try:
@@ -103,13 +109,13 @@ def check_unowned(config: Config) -> None:
 
 
 def newest_step(config: Config) -> int:
-    """Return the step of the newest checkpoint, damaged or not; 0 without one."""
+    """Return the step of the newest checkpoint, even if it is damaged; 0 if there is no checkpoint."""
     checkpoints = newest(config.run.dir / "checkpoints")
     return step_of(checkpoints[0]) or 0 if checkpoints else 0
 
 
 def resume_points(config: Config, report: Reporter = no_report) -> list[int]:
-    """Return the `samples_seen` of each readable checkpoint: the run may continue from any of them."""
+    """Return `samples_seen` of each readable checkpoint, since the run may resume from any of them."""
     samples_seen = []
     for checkpoint in newest(config.run.dir / "checkpoints"):
         report(checkpoint.name)
@@ -136,7 +142,10 @@ class _LogFile(logging.FileHandler):
 
 
 def start_logging(config: Config, rank: int) -> None:
-    """Log to `train.log` (rank 0) or `logs/rank-NNNNN.log`; rank 0 logs to stderr too, from run.log_level on."""
+    """Log to `train.log` (rank 0) or `logs/rank-NNNNN.log` (other ranks).
+
+    Rank 0 also logs messages of level run.log_level and above to stderr.
+    """
     name = "train.log" if rank == 0 else f"logs/rank-{rank:05d}.log"
     path = config.run.dir / name
     try:

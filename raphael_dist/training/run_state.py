@@ -23,9 +23,9 @@ from raphael_dist.training.validation import Validator
 
 @dataclass
 class RunProgress:
-    """How far the run is; `step` and `samples_seen` are all that a checkpoint stores of it.
+    """How far the run is. A checkpoint stores only `step` and `samples_seen` of it.
 
-    It is changed by `trainer.train_step` and `recovery`, in the same way on all ranks.
+    `trainer.train_step` and `recovery` change it, in the same way on all ranks.
     """
 
     max_steps: int  # of the run
@@ -46,24 +46,27 @@ class RunProgress:
 
     @property
     def stage_over(self) -> bool:
-        """Whether the stage, and perhaps the run, is complete, or a rollback led to an earlier stage."""
+        """Whether to leave this stage of train.stages.
+
+        This is so if the stage or the run is complete, or if a rollback returned to an earlier stage.
+        """
         return not self.stage_start <= self.step < (self.stage_end or self.max_steps)
 
     def timeout_factor(self, micro_step: int) -> float:
-        """Return how many times longer a micro-step may take: the first one compiles and allocates."""
+        """Return the factor on the watchdog's timeout: larger for the first micro-step, which compiles and allocates."""
         return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 
 
 @dataclass
 class StopState:
-    """Why the run stops early. Only the trainer changes it."""
+    """Whether and why the run stops early. Only the trainer changes it."""
 
     request: StopRequest  # of this rank
     agreed: bool = False  # all ranks agreed to stop, at a step's end
     data_failure: UserError | None = None  # why this rank cannot get another batch
 
     def raise_data_failure(self) -> None:
-        """Raise the failure, if there is one."""
+        """Raise `data_failure` if this rank's data has failed."""
         if self.data_failure is not None:
             raise self.data_failure
 

@@ -1,4 +1,4 @@
-"""The parts of `trainer.build`: run directory, engine, resuming, and a test of a micro-batch before the first step."""
+"""The steps of `trainer.build`: open the run directory, build the engine, resume, and test one micro-batch before step 1."""
 
 from functools import partial
 from typing import IO, Any
@@ -27,7 +27,11 @@ from raphael_dist.training.validation import ready_to_sample
 def open_run_dir(
     config: Config, ranks: Ranks, device: torch.device, watchdog: Watchdog
 ) -> tuple[IO[str] | None, BatchPlan, Telemetry]:
-    """Lock the run directory, and start logs and metrics in it. Collective."""
+    """Lock the run directory, and start logs and metrics in it. Collective.
+
+    Returns:
+        The lock file (None except on rank 0), the division of batches over ranks, and the run's telemetry.
+    """
     watchdog.heartbeat("taking the run directory", SLOW)
     lock = None
     with long_work("taking the run directory") as report:
@@ -49,7 +53,10 @@ def open_run_dir(
 def build_engine(
     config: Config, json_tree: dict[str, Any], ranks: Ranks, device: torch.device, plan: BatchPlan, data: DataSource
 ) -> tuple[Engine, Ema | None, CheckpointStore]:
-    """Build the model and its engine, the moving average of the weights, and the store of their checkpoints. Collective."""
+    """Build the model with its DeepSpeed engine, the moving average of the weights (or None), and the checkpoint store.
+
+    Collective.
+    """
     base, digest = _read_base(config, ranks)
     engine = Engine(config, json_tree, plan, device, base)
     ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
@@ -57,7 +64,7 @@ def build_engine(
 
 
 def open_requests(config: Config, ranks: Ranks, engine: Engine, data: DataSource) -> list[Request]:
-    """Return the requests of the images drawn during training, as `ready_to_sample`. Collective."""
+    """Return the requests (prompt, seed, size) for images to draw during training, as `ready_to_sample`. Collective."""
     with long_work("reading the encoders"):
         return ready_to_sample(config, ranks, engine, data.text, data.image)
 
@@ -78,7 +85,7 @@ def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[s
 
 
 def resume(run: Run) -> None:
-    """Restore the newest checkpoint; without one, load the weights of run.init_from. Collective."""
+    """Restore the newest checkpoint. If there is none, load the weights of run.init_from. Collective."""
     run.watchdog.heartbeat("looking for a checkpoint", SLOW)
     saved = run.store.resume()
     if saved is not None:
@@ -103,7 +110,7 @@ def _load_initial_weights(run: Run) -> None:
 
 
 def rehearse(run: Run) -> None:
-    """Run a micro-batch before the first step, so that a run that does not fit into memory fails now. Collective."""
+    """Run one micro-batch before the first step, so that a run that does not fit into memory fails at once. Collective."""
     run.watchdog.heartbeat("the test of a micro-batch", SLOW)
     with long_work("reading the first samples"):
         batch = run.builder.build(run.plan.slots(run.progress.samples_seen, run.ranks.rank, 0))

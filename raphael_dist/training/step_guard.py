@@ -1,7 +1,7 @@
-"""Rules against steps that would harm the weights: losses that are not finite, and spikes.
+"""Detects steps that would harm the weights: losses that are not finite, and loss spikes.
 
-All ranks judge the same number, the mean loss over all ranks in float64, so they decide in the same way. The state is in the
-checkpoint: a resumed run judges like one that was not interrupted.
+All ranks judge the same number, the mean loss over all ranks in float64, so they decide in the same way. Checkpoints contain
+the state of the guard, so a resumed run judges as if it had not been interrupted.
 """
 
 import math
@@ -16,7 +16,7 @@ MIN_LOSSES = 10  # fewer give no meaningful deviation
 
 
 class Guard:
-    """Judges the loss of each step, and counts skipped steps and spikes of the whole run."""
+    """Judges the loss of each step, and counts skipped steps, spikes and rollbacks of the whole run."""
 
     def __init__(self, train: Train) -> None:
         self._train = train
@@ -25,7 +25,11 @@ class Guard:
         self._returned_to: int | None = None  # the step of the checkpoint of the last rollback
 
     def judge(self, loss: float) -> Verdict:
-        """Judge the loss of a step. A spike is more than `spike_sigma` deviations above the mean of the last losses."""
+        """Judge the mean loss of a step: "good", "not finite" or "spike".
+
+        A spike is more than train.spike_sigma standard deviations above the mean of the last good losses
+        (train.spike_window).
+        """
         if not math.isfinite(loss):
             return "not finite"
         if not self._train.spike_sigma or len(self.window) < MIN_LOSSES:
@@ -34,20 +38,22 @@ class Guard:
         return "spike" if loss > limit else "good"
 
     def record_good_step(self, loss: float) -> None:
-        """Record a step that changed the weights."""
+        """Record the loss of a step that changed the weights."""
         self.window = [*self.window, loss][-self._train.spike_window :]
         self.in_a_row = 0
 
     def skip(self) -> bool:
-        """Record a step that changed nothing; return whether these are too many in a row."""
+        """Record a step that did not change the weights; return whether train.max_skipped steps in a row did not."""
         self.skipped += 1
         self.in_a_row += 1
         return self.in_a_row >= self._train.max_skipped
 
     def record_rollback(self, state: Mapping[str, Any], step: int) -> bool:
-        """Record a return to the checkpoint of `step` with this state; return whether these are too many without a new one.
+        """Record a return to a checkpoint; return whether the run has returned to it train.max_skipped times.
 
-        The count goes back to 0 only when there is a newer checkpoint to return to.
+        Args:
+            state: the guard's state in that checkpoint.
+            step: the step of that checkpoint. The count starts again when a run returns to another checkpoint.
         """
         before = self.rollbacks if step == self._returned_to else 0
         spikes, rollbacks = self.spikes, max(before, int(state.get("rollbacks", 0))) + 1
@@ -56,12 +62,12 @@ class Guard:
         return rollbacks >= self._train.max_skipped
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs, as JSON values; JSON keeps floats exactly."""
+        """Return the guard's state as JSON values for `restore`. JSON keeps floats exactly."""
         counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes, "rollbacks": self.rollbacks}
         return {"window": self.window, **counts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; {} is that of a new run."""
+        """Set the guard's state to a result of `state`; {} resets it to that of a new run."""
         self.window = [float(loss) for loss in state.get("window", [])]
         self.skipped = int(state.get("skipped", 0))
         self.in_a_row = int(state.get("in_a_row", 0))

@@ -1,7 +1,8 @@
-"""Which ranks are slow. All ranks wait for the slowest, so the length of a step alone does not show it.
+"""Finds slow ranks. All ranks wait for the slowest one, so the duration of a step does not show which rank is slow.
 
-A rank's own time is that of its data and its forward pass; the backward pass ends in a collective and takes equally long
-everywhere. With expert parallelism the forward pass waits too, so all ranks of the slow rank's group appear slow.
+A rank's own time is the time for its data and its forward pass. The backward pass ends in a collective and takes equally
+long on all ranks. With expert parallelism the forward pass has collectives too, so all ranks in the group of a slow rank
+appear slow.
 """
 
 import time
@@ -19,7 +20,7 @@ WINDOW = 20  # least number of steps to compare
 
 
 class Stopwatch:
-    """Adds up the time of this rank's own work, without waiting for a GPU."""
+    """Adds up the time of this rank's own work. Only `take` waits for a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -27,22 +28,22 @@ class Stopwatch:
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> "float | torch.cuda.Event":
-        """Return a mark of this moment, for `stop`."""
+        """Start a measurement; return the start time (on a GPU: a CUDA event), which `stop` requires."""
         return self._mark() if is_gpu(self._device) else time.perf_counter()
 
     def stop(self, began: "float | torch.cuda.Event") -> None:
-        """Add the time since the mark `began`."""
+        """Add the time since `began`, a result of `start`."""
         if isinstance(began, float):
             self._seconds += time.perf_counter() - began
         else:
             self._spans.append((began, self._mark()))
 
     def add(self, seconds: float) -> None:
-        """Add time that was measured elsewhere."""
+        """Add seconds that were measured elsewhere."""
         self._seconds += seconds
 
     def take(self) -> float:
-        """Return the seconds since the last call. Waits for the device."""
+        """Return the seconds that were added since the last call. Waits for the device."""
         if self._spans:
             torch.cuda.synchronize(self._device)
         seconds = self._seconds + sum(a.elapsed_time(b) for a, b in self._spans) / 1e3
@@ -57,13 +58,19 @@ class Stopwatch:
 
 @dataclass
 class Stragglers:
-    """Compares the ranks' own times over the last steps."""
+    """Compares the ranks' own times (see module) over the last steps."""
 
     hosts: list[str]  # by rank
     _recent: deque[tuple[int, list[float]]] = field(default_factory=deque)
 
     def observe(self, steps: int, seconds: float, device: torch.device) -> None:
-        """Record the time of each rank for the last `steps` steps. Collective."""
+        """Gather the own time of each rank. Collective.
+
+        Args:
+            steps: number of optimizer steps since the last call.
+            seconds: this rank's own time in these steps.
+            device: this rank's device.
+        """
         local = from_host([seconds], device)
         by_rank = [torch.empty_like(local) for _ in self.hosts]
         dist.all_gather(by_rank, local)
@@ -72,11 +79,14 @@ class Stragglers:
             self._recent.popleft()
 
     def slowest_ratio(self) -> float:
-        """Return the slowest rank's time relative to the median."""
+        """Return the own time of the slowest rank divided by the median of all ranks."""
         return max(self._ratios())
 
     def describe_slow(self) -> str | None:
-        """Return a message that names the ranks above SLOW_RATIO for at least WINDOW steps; None: there are none."""
+        """Return a message naming the ranks whose own time exceeds SLOW_RATIO times the median, or None.
+
+        None also if fewer than WINDOW steps were observed.
+        """
         if len(self.hosts) < 2 or sum(n for n, _ in self._recent) < WINDOW:
             return None
         late = [(ratio, rank) for rank, ratio in enumerate(self._ratios()) if ratio > SLOW_RATIO]

@@ -1,4 +1,4 @@
-"""The lines that a run prints at its start and its end: what it trains, its validation loss, what to run next."""
+"""The lines that a run prints at its start and its end: what it trains, its validation loss, the next command."""
 
 import math
 import shlex
@@ -10,7 +10,7 @@ from raphael_dist.training.run_state import Run
 
 
 def start_line(run: Run) -> str:
-    """Return what the run trains, on which ranks, and where it starts."""
+    """Return a line that states what the run trains, on how many ranks, and at which step it starts."""
     c, engine, world_size = run.config, run.engine, run.ranks.world_size
     new = f"new, from the weights of {c.run.init_from}" if c.run.init_from else "from scratch"
     state = f"resumed at step {run.progress.step}" if run.progress.step else new
@@ -24,7 +24,7 @@ def start_line(run: Run) -> str:
 
 
 def stop_line(run: Run) -> str:
-    """Return where a run stopped early, and whether that step was saved."""
+    """Return a line that states at which step a run stopped early, and whether that step was saved."""
     saved = "" if run.progress.step > run.progress.first_step else ", with nothing new to save"
     if run.guard.in_a_row:
         saved = f", not saved because the last {run.guard.in_a_row} steps were skipped"
@@ -32,7 +32,14 @@ def stop_line(run: Run) -> str:
 
 
 def end_lines(config: Config, steps: int, images: int, seconds: float) -> list[str]:
-    """Return the lines of a complete run. `seconds`: of this process, which may have continued an earlier one."""
+    """Return the lines to print at the end of a complete run.
+
+    Args:
+        config: the run's configuration.
+        steps: optimizer steps of the run.
+        images: number of training images that were processed.
+        seconds: duration of this process, which may have resumed an earlier one.
+    """
     run_dir = quoted(config.run.dir)
     minutes, rest = divmod(round(seconds), 60)
     duration = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} in this process"

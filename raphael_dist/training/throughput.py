@@ -29,24 +29,28 @@ PEAK_BF16_TFLOPS = {
 
 
 def grouped_product_flops(a: torch.Size, b: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of torch's grouped product of shapes a and b.
+    """Return the FLOPs of torch's grouped matrix product of two tensors with shapes `a` and `b`.
 
-    An operand with 2 axes is divided into groups along one axis; one with 3 axes has a matrix for each group. Every row (or
-    column) is multiplied with one matrix, however the groups divide: 2 m k n; times the groups where both have 3 axes.
+    A tensor with 3 axes has one matrix per group. A tensor with 2 axes is divided into groups along one axis. Every row (or
+    column) is multiplied with one matrix, so the result does not depend on the sizes of the groups: 2 m k n. If both tensors
+    have 3 axes, it is 2 m k n times the number of groups.
     """
     groups = a[0] if len(a) == len(b) == 3 else 1
     return int(2 * groups * a[-2] * a[-1] * b[-1])
 
 
 def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of fused attention on a CPU: those of its two products."""
+    """Return the FLOPs of fused attention on a CPU: the products Q K^T and P V."""
     return int(sdpa_flop_count(query, key, value))
 
 
 def attention_backward_flops(
     grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
 ) -> int:
-    """Return the FLOPs of its backward pass: five products, as torch counts for other devices."""
+    """Return the FLOPs of the backward pass of fused attention on a CPU.
+
+    It counts five products, as torch does for other devices.
+    """
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
@@ -59,13 +63,15 @@ FLOPS = {
 
 
 def warmup_step(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
-    """Run a micro-batch before the first step, so that errors and too little memory show now; return model FLOPs per sample.
+    """Run a micro-batch before the first step, to detect errors and lack of memory; return model FLOPs per sample.
 
-    It uses the memory of a whole step: activations, gradients, reduction buffers, Adam's moments. With several micro-batches
-    per step it runs twice, since the second one's activations add to the sums of the first one's gradients. (Exception: CPU
-    offload in bfloat16 takes up to 2 bytes per parameter more in a step.) The gradients are dropped; nothing changes.
+    It uses as much memory as a whole step: activations, gradients, reduction buffers, Adam's moments. With several
+    micro-batches per step it runs two, because in a step the activations of the second one exist together with the
+    accumulated gradients of the first one. (Exception: with CPU offload in bfloat16 a real step needs up to 2 bytes per
+    parameter more.) The gradients are dropped and nothing else changes.
 
-    Collective. FLOPs are those of the forward pass without recomputation, times three: the backward pass costs two.
+    Collective. The FLOPs are those of the forward pass without recomputation, times three, since the backward pass costs
+    twice as much as the forward pass.
 
     Raises:
         UserError: a micro-batch does not fit into memory.
@@ -108,7 +114,15 @@ def forward_flops(model: RaphaelUNet, batch: Batch, schedule: NoiseSchedule, con
 def throughput(
     samples: float, seconds: float, flops: float, device: torch.device, dtype: torch.dtype, world_size: int
 ) -> dict[str, float]:
-    """Return images per second of all ranks, and model TFLOP/s and model FLOP utilisation (MFU) per rank."""
+    """Return the images per second of all ranks, and per rank the model TFLOP/s and FLOP utilisation (MFU).
+
+    Args:
+        samples: samples of all ranks.
+        seconds: the time that they took.
+        flops: model FLOPs per sample.
+        device, dtype: this rank's device and precision, for the peak.
+        world_size: number of ranks.
+    """
     rate = samples / max(seconds, 1e-9)
     tflops = rate / world_size * flops / 1e12
     return {
@@ -120,7 +134,10 @@ def throughput(
 
 @lru_cache(maxsize=1)
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the device's peak TFLOP/s: of its data sheet where known, else measured with a large matrix product."""
+    """Return the device's peak TFLOP/s for `dtype`: from its data sheet, or measured if it is not listed.
+
+    It is measured with a large matrix product.
+    """
     if is_gpu(device) and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for start, peak in PEAK_BF16_TFLOPS.items():
@@ -136,7 +153,7 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the largest memory use so far, in GiB: of the GPU, or of this process on the CPU."""
+    """Return the largest memory use so far, in GiB: of the GPU, or of this process if the device is a CPU."""
     if is_gpu(device):
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

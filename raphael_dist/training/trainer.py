@@ -41,10 +41,19 @@ def build(
     open_data: Callable[[Config, Ranks, torch.device], DataSource] = open_source,
     watchdog: Watchdog | None = None,
 ) -> Run:
-    """Check everything, open the data, build the engine, and resume from the newest checkpoint. Collective.
+    """Check the configuration, open the data, build the engine, and resume from the newest checkpoint. Collective.
 
-    `json_tree`: the DeepSpeed configuration. `watchdog`: a watchdog that is running; None: start one. Raises UserError on
-    all ranks for mistakes that the user can correct.
+    Args:
+        config: the run's configuration.
+        json_tree: the user's DeepSpeed JSON.
+        ranks: this rank and the number of ranks.
+        device: this rank's device.
+        stop: requests to stop early; None: a new one.
+        open_data: opens the training data.
+        watchdog: a watchdog that is already running; None: start one.
+
+    Raises:
+        UserError: a mistake that the user can correct; raised on all ranks.
     """
     stop = stop or StopRequest()
     with ExitStack() as on_error:
@@ -84,9 +93,13 @@ def build(
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> bool:
-    """Take one optimizer step on exactly the global batch: accumulate, agree, clip and update, average.
+    """Take one optimizer step on exactly the global batch.
 
-    Returns False when the run returned to a checkpoint instead.
+    The parts are: accumulate gradients, agree with all ranks whether the step is good, clip and update, update the moving
+    average of the weights.
+
+    Returns:
+        False if the run returned to a checkpoint instead.
     """
     loss_sum, losses = accumulate(run, batches)
     loss, norm = reduce_step_stats(run, loss_sum)
@@ -111,7 +124,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
 def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recovery.StepLosses]:
     """Add up the gradients of this rank's micro-batches. The last backward pass also reduces them over the ranks.
 
-    Returns the sum of the losses, float32 [] on the device, and the loss of each sample.
+    Returns:
+        The sum of the losses, float32 [] on the device, and for each micro-batch the positions and losses of its samples.
     """
     loss_sum, step_losses = torch.zeros((), device=run.engine.device), []
     step = run.progress.step + 1
@@ -134,8 +148,8 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
 def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
     """Return the next micro-batch on the device.
 
-    Once this rank's data fails, it is a dummy batch, so that no other rank waits for this one. `reduce_step_stats` then ends
-    the run on all ranks, before anything has changed.
+    After this rank's data has failed, it returns dummy batches, so that no other rank waits for this one.
+    `reduce_step_stats` of the same step then ends the run on all ranks, before the weights change.
     """
     if run.stop.data_failure is None:
         try:
@@ -150,10 +164,10 @@ def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
 
 
 def reduce_step_stats(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
-    """Return the mean loss and the gradient norm of the step, the same on all ranks. The step's one wait for the device.
+    """Return the mean loss and the global gradient norm of the step, equal on all ranks.
 
-    The same all-reduce agrees on a stop, and commits a checkpoint that all ranks have written. Raises UserError on all ranks
-    when the data of one rank failed.
+    This is the only wait for the device in a step. The same all-reduce agrees on stopping early, and publishes a checkpoint
+    once all ranks have written it. Raises UserError on all ranks if the data of any rank failed.
     """
     flags = [float(run.stop.request.requested), float(run.store.written), float(run.stop.data_failure is not None)]
     # new_full, not a copy from the host, which would wait.
@@ -176,7 +190,10 @@ def train_stages(
     stop: StopRequest | None = None,
     watchdog: Watchdog | None = None,
 ) -> bool:
-    """Build and train a run, one stage after another; return whether it is complete. Arguments are those of `build`."""
+    """Build and train a run, one stage of train.stages after another; return whether the run is complete.
+
+    The arguments are those of `build`.
+    """
     step = run_on_rank0("looking for checkpoints", lambda _: run_dir.newest_step(config))
     while True:
         stage, stage_start, stage_end = stage_at(config, step)
@@ -198,7 +215,7 @@ def train_stages(
 
 
 def train(run: Run) -> bool:
-    """Train to the end of the run or stage, or until all ranks agree to stop; return whether the run is complete."""
+    """Train until the run or the stage ends, or all ranks agree to stop early; return whether the run is complete."""
     run.stop.request.listen()
     # A request that came while the run was being built.
     run.stop.agreed = float(all_reduce_sum([float(run.stop.request.requested)], run.engine.device)) > 0
@@ -225,7 +242,7 @@ def train(run: Run) -> bool:
 
 
 def after_step(run: Run) -> None:
-    """Log, validate, draw samples and save, where they are due at this step. Collective."""
+    """Log, validate, draw images and save a checkpoint, each if it is due at this step. Collective."""
     train, progress = run.config.train, run.progress
     step, last = progress.step, progress.complete
     run.watchdog.heartbeat(f"the end of step {step}", SLOW)
@@ -250,7 +267,7 @@ def after_step(run: Run) -> None:
 
 
 def log_step(run: Run) -> None:
-    """Log what was recorded since the last call, with the step's own numbers. Collective."""
+    """Log the values recorded since the last call, with the learning rate and other numbers of this step. Collective."""
     own = {
         "optim/lr": learning_rate(run.config, run.progress.step),
         "optim/grad_norm": run.engine.grad_norm,
@@ -269,7 +286,7 @@ def validate(run: Run, validator: Validator) -> None:
 
 
 def sample(run: Run) -> None:
-    """Draw the images of `run.requests` with the averaged weights, and write the grid. Collective."""
+    """Draw the images of `run.requests` with the averaged weights, and write them to a grid image. Collective."""
     samples = draw_samples(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image, run.requests)
     if samples is None:
         return
@@ -286,9 +303,10 @@ def sample(run: Run) -> None:
 
 
 def save(run: Run, last: bool) -> None:
-    """Start to save a checkpoint; wait for it if it is the last one. Collective.
+    """Start saving a checkpoint. If it is the last one of the run (`last`), wait until it is written. Collective.
 
-    Raises NotSavedError when the last one fails. An earlier one that fails is tried again when the next is due.
+    Raises NotSavedError if the last checkpoint cannot be saved. If an earlier one fails, saving is tried again when the next
+    one is due.
     """
     raise_on_all_ranks(partial(run_dir.check_owner, run.lock))
     run.watchdog.heartbeat(f"saving step {run.progress.step}", SLOW)

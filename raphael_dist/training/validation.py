@@ -37,8 +37,9 @@ MIN_DRAWS = 32
 class Validator:
     """Measures the denoising loss on every held-out pair, at noise and timesteps that never change.
 
-    Few pairs are repeated with other noise. `val/loss_t0` .. `val/loss_t3` are the losses of the quarters of the timestep
-    range, t0 the least noisy. Routes are measured on the first micro-batch (route_probe.py).
+    If there are few pairs, each is used several times with different noise. `val/loss_t0` .. `val/loss_t3` are the losses in
+    the four quarters of the timestep range; t0 has the least noise. Changes of routes are measured on the first micro-batch
+    (route_probe.py).
     """
 
     def __init__(self, config: Config, ranks: Ranks, data: DataSource, engine: Engine, schedule: NoiseSchedule) -> None:
@@ -57,7 +58,10 @@ class Validator:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Return the scalars by tag. Collective. Raises UserError on all ranks when the data of one rank fails."""
+        """Return the validation losses and route measurements as scalars by tag. Collective.
+
+        Raises UserError on all ranks if the data of any rank fails.
+        """
         failure: UserError | None = None
         sums, device = torch.zeros(2, TIME_BINS, device=self._engine.device), self._engine.device
         self._engine.module.eval()
@@ -90,17 +94,19 @@ def active_ranks(count: int, world_size: int, group: int, span: int) -> int:
     """Return how many ranks share `count` samples: a multiple of `group`, such that every group has samples.
 
     Args:
-        group: ranks that run the model together.
-        span: samples that a group takes at a time.
+        count: number of samples.
+        world_size: number of ranks.
+        group: number of consecutive ranks that must run the model together.
+        span: number of samples that a group processes at a time.
     """
     units = min(-(-count // span), count // group, world_size // group)
     return max(1, units) * group
 
 
 def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> list[int]:
-    """Return the numbers of the prompts that a rank draws; [] where its group has none.
+    """Return the indices of the prompts that a rank draws; [] if its group of ranks draws none.
 
-    Ranks of a group draw equally many, since their forward passes are collective: they may repeat the last prompt.
+    All ranks of a group draw equally many, because their forward passes are collective. Some may repeat the last prompt.
     """
     per_rank = -(-num_prompts // world_size)
     if rank // group * group * per_rank >= num_prompts:
@@ -109,9 +115,10 @@ def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> li
 
 
 def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> list[Request]:
-    """Return the requests of the images drawn during training; load encoders and read images on the ranks that draw them.
+    """Return the requests for all images to draw during training, and load what this rank needs to draw its share.
 
-    This reports mistakes before the first step: raises UserError.
+    A rank that draws images loads the encoders and reads the input images of its requests. Raises UserError for mistakes in
+    the requests, before the first step.
     """
     group = forward_group_size(config, engine, ranks.world_size)
     share = prompt_share(len(config.sample.prompts), ranks.rank, ranks.world_size, group)
@@ -123,7 +130,7 @@ def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEnco
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images of the requests, uint8 [P, H, W, 3], and the recorded routes and regions of the first."""
+    """Images drawn during training, uint8 [P, H, W, 3], and the recorded routes and regions of the first image."""
 
     images: np.ndarray
     record: Record
@@ -138,7 +145,10 @@ def draw_samples(
     image: ImageEncoder,
     requests: Sequence[Request],
 ) -> Samples | None:
-    """Draw the requests, all of one size, with the averaged weights; return them on rank 0, None elsewhere. Collective."""
+    """Draw the images of the requests with the averaged weights. All requests have the same size. Collective.
+
+    Returns the images on rank 0, and None on other ranks.
+    """
     s, size = config.sample, requests[0].size_hw
     share = prompt_share(len(requests), ranks.rank, ranks.world_size, forward_group_size(config, engine, ranks.world_size))
     images = torch.zeros(len(requests), *size, 3, dtype=torch.uint8)
@@ -163,13 +173,13 @@ def draw_samples(
 
 
 def routes_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Any]:
-    """Return the routes and regions of the first sample as JSON values (analysis/route_report.py)."""
+    """Return the routes and regions of the first image as JSON values (analysis/route_report.py)."""
     words = split_words(text.tokenizer, prompt, text.max_tokens)
     return trace_values(prompt, make_trace(samples.images[0], words, samples.record))
 
 
 def figures_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Image.Image]:
-    """Return figures of the first sample by tag: routes and regions of its words, and its time experts."""
+    """Return figures about the first image by tag: the experts and regions of its words, and the time expert by timestep."""
     record, figures = samples.record, {}
     if record.time_LS is not None:
         figures["paths/time"] = draw_bands(record.time_LS.numpy(), record.timesteps, "time expert of each block by timestep")

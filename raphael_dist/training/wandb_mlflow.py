@@ -1,8 +1,9 @@
 """Experiment trackers: Weights & Biases and MLflow (`run.trackers`), through one small interface.
 
-Each receives what metrics.jsonl and TensorBoard receive. A tracker that fails is closed with one warning, and the run
-continues. The run directory stores the tracker's run id, so that a resumed run continues it. Keys come from the environment
-variables of each package. They are not written into a run.
+Each tracker receives the scalars and images that metrics.jsonl and TensorBoard receive. If a tracker fails, it is closed
+with one warning, and the run continues. The run directory stores the id that the tracker gave to the run, so that a resumed
+run continues the same record. API keys come from the environment variables of each package and are never written into the
+run directory.
 """
 
 import logging
@@ -23,20 +24,20 @@ _log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """What a run sends to a tracker."""
+    """The interface of an experiment tracker."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record the scalars of optimizer step `step`."""
 
     def image(self, tag: str, step: int, image: Image.Image) -> None:
-        """Record an image."""
+        """Record an image under `tag` at optimizer step `step`."""
 
     def close(self) -> None:
-        """Send what is buffered, and end."""
+        """Send buffered values, and end the tracker's record of the run."""
 
 
 class WandbTracker:
-    """A run of Weights & Biases; WANDB_MODE=offline keeps it on disk."""
+    """Records a run in Weights & Biases. With WANDB_MODE=offline it stays on the local disk."""
 
     def __init__(self, config: Config) -> None:
         import wandb
@@ -65,7 +66,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of MLflow, at MLFLOW_TRACKING_URI if that is set, else in a database in the run directory."""
+    """Records a run in MLflow: at MLFLOW_TRACKING_URI if that is set, else in a database in the run directory."""
 
     def __init__(self, config: Config) -> None:
         from mlflow.tracking import MlflowClient
@@ -103,7 +104,10 @@ _TRACKERS: dict[str, Callable[[Config], Tracker]] = {"wandb": WandbTracker, "mlf
 
 
 class Trackers:
-    """All trackers of a run, each until it fails. For rank 0. A step that is repeated after a rollback is logged once."""
+    """All trackers of a run, on rank 0. A tracker that fails is no longer used.
+
+    A step that is repeated after a rollback is not logged again.
+    """
 
     def __init__(self, config: Config) -> None:
         """Raises UserError for a tracker whose package is not installed."""
@@ -161,7 +165,7 @@ def _not_installed(name: str) -> str:
 
 
 def flat(config: Config) -> dict[str, bool | int | float | str]:
-    """Return the configuration by dotted keys, as numbers and texts. Values of secret names are hidden."""
+    """Return the configuration as one flat dict with keys like "train.dtype". Values of secret names are hidden."""
     tree = redact(config.model_dump(mode="json"))
     values = {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
