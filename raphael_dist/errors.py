@@ -22,10 +22,10 @@ EXIT_HUNG = 76  # a run without progress was ended, by the watchdog or HungError
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, its value, what is allowed and what to do. Each mistake is one argument.
+    The text names the field or file, its value, what is allowed and what to do. Several mistakes are several arguments.
 
     Attributes:
-        agreed: every rank raises the same error.
+        agreed: whether every rank raises this same error, so that rank 0 alone prints it.
     """
 
     agreed = False
@@ -35,7 +35,11 @@ class UserError(ValueError):
 
 
 def write_error(where: Path, error: OSError) -> Exception:
-    """Return the exception for a failed write into a run directory: NotSavedError on a full disk, else UserError."""
+    """Return the exception to raise when writing `where`, in a run directory, has failed with `error`.
+
+    Returns:
+        NotSavedError if the disk or the quota is full, otherwise UserError.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NotSavedError(
             f"run.dir: {where} cannot be written ({error.strerror}). Free some space; no checkpoint was lost."
@@ -44,27 +48,34 @@ def write_error(where: Path, error: OSError) -> Exception:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` for the most similar known name, "" if none is similar."""
+    """Return `" (did you mean 'x'?)"` with the known name that is most similar to `name`; "" if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class NonFiniteError(RuntimeError):
-    """Too many consecutive steps were skipped. All ranks raise it; the last checkpoint is unchanged."""
+    """Too many steps in a row were skipped, since their loss or gradients were not finite or far too large (exit code 3).
+
+    All ranks raise it. The last checkpoint is unchanged.
+    """
 
 
 class NotSavedError(RuntimeError):
-    """The disk has no space for a start or for the last checkpoint of a run. All ranks raise it."""
+    """The disk has no space for the files of a starting run or for a run's last checkpoint (exit code 4).
+
+    Attributes:
+        agreed: whether every rank raises this same error, so that rank 0 alone prints it.
+    """
 
     agreed = False
 
 
 class HungError(RuntimeError):
-    """Other ranks make no progress; the text names them. Collectives are not possible afterwards."""
+    """Other ranks make no progress (exit code 76). The text names these ranks. Collectives cannot be called afterwards."""
 
 
 def describe_error(error: BaseException) -> str:
-    """Describe an error in one line. A lack of memory is stated, even if the exception itself does not."""
+    """Return one line about an exception. It begins with "not enough memory" if that is the cause."""
     text = " ".join(str(error).split())
     lacks = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     if lacks or "can't allocate memory" in text or "out of memory" in text:
@@ -73,9 +84,10 @@ def describe_error(error: BaseException) -> str:
 
 
 def write_exit_code(code: int, why: str = "") -> None:
-    """Write the exit code into the file that RAPHAEL_EXIT_FILE names, and the reason into a second file (.why).
+    """Write this process's exit code into the file $RAPHAEL_EXIT_FILE, and the message `why` into $RAPHAEL_EXIT_FILE.why.
 
-    Some launchers turn every code into 1, and a launcher may kill a rank before its last message is printed.
+    The Slurm job reads these files, since some launchers turn every exit code into 1, and a launcher may kill a rank before
+    its last message is printed. Nothing is written if RAPHAEL_EXIT_FILE is not set.
     """
     path = os.environ.get("RAPHAEL_EXIT_FILE")
     if path:
@@ -92,7 +104,11 @@ def _write(path: str, text: str) -> None:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Run the work of a command; print a user's mistake or Ctrl-C as one line. Return the exit code, 0 if there was none."""
+    """Call `command` and return the exit code of the process.
+
+    Returns:
+        0; 2 after a UserError, which is printed as one line; or 130 after Ctrl-C.
+    """
     prepare_streams()
     try:
         command()

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for. Values are part of the data order: never renumber them."""
+    """What random numbers are used for. The values are part of the generators' keys: a changed value changes every run."""
 
     ORDER = 0
     CAPTION = 1
@@ -26,9 +26,13 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
-    """Return the generator of one sample position (or epoch, or step) for one purpose.
+    """Return a new random generator whose numbers depend on the arguments only.
 
-    `seed`, `position` and `extra` are non-negative integers below 2**64.
+    Args:
+        seed: the seed of the run. All integers are from 0 to 2**64 - 1.
+        purpose: what the numbers are used for.
+        position: global position of a sample, or number of an epoch or step.
+        extra: distinguishes several generators of the same position.
     """
     counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))

@@ -34,7 +34,7 @@ _QUOTED = re.compile(r"""(?<!\w)"([^"]+)"(?!\w)|“([^”]+)”|„([^“”]+)[
 
 
 def open_regular(path: Path) -> int:
-    """Open a file for reading and return its descriptor. Raises OSError for a file that is not regular (FIFO)."""
+    """Open a file for reading and return its descriptor. Raises OSError if it is not a regular file (a FIFO, say)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -47,11 +47,11 @@ def read_text(path: Path, regular: bool = True) -> str:
 
     Args:
         path: the file.
-        regular: refuse a FIFO, which a user may pass but a downloaded folder must not contain.
+        regular: accept regular files only. False also accepts a FIFO, such as a shell's `<(command)` that a user passes.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8, or larger than MAX_TEXT bytes.
+        ValueError: the file is not UTF-8, or larger than MAX_TEXT bytes.
     """
     with open(open_regular(path) if regular else path, "rb") as file:
         data = file.read(MAX_TEXT + 1)
@@ -61,10 +61,7 @@ def read_text(path: Path, regular: bool = True) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8 text without its byte order mark, with unchanged line ends.
-
-    Raises ValueError if it is in another encoding.
-    """
+    """Decode UTF-8 bytes. A byte order mark is removed, line ends are kept. Raises ValueError for another encoding."""
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     try:
         if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
@@ -76,7 +73,7 @@ def decode_text(data: bytes) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""Return the lines of a text, which end at \n or \r\n alone; `str.splitlines` also cuts at form feeds and U+2028."""
+    r"""Split a text at \n and \r\n only (`str.splitlines` also splits at form feeds and U+2028); return its lines."""
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
@@ -85,7 +82,7 @@ def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | 
 
     Args:
         text: the text.
-        make_object: makes the value of an object from its (key, value) pairs; None: a dict.
+        make_object: called for each JSON object with its (key, value) pairs; its result replaces the object. None: `dict`.
 
     Raises:
         ValueError: the text is not valid JSON, or nested too deeply.
@@ -97,14 +94,14 @@ def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | 
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises OSError, and ValueError as `read_text` and `parse_json`."""
+    """Read a JSON file and return its value. Raises the errors of `read_text` and `parse_json`."""
     return parse_json(read_text(path))
 
 
 def escape_control(text: str, keep: str = "") -> str:
-    r"""Escape control characters of foreign text (\n, \x1b, \u202e), so that it cannot forge lines of a log.
+    r"""Escape control characters (\n, \x1b, \u202e), so that text from outside the program cannot forge lines of a log.
 
-    Characters of `keep` are not escaped.
+    Characters in `keep` are not escaped.
     """
     if text.isprintable():
         return text
@@ -112,12 +109,12 @@ def escape_control(text: str, keep: str = "") -> str:
 
 
 def shorten(text: str) -> str:
-    """Return a text that fits into a line: at most 200 characters."""
+    """Return the text unchanged up to 200 characters, otherwise its first 150 characters and its length."""
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 
 def hide_secrets(address: str) -> str:
-    """Hide user, password and query of an address (scheme://...), which may be secrets; return a path unchanged."""
+    """Replace user, password and query of an address (scheme://...) by "(hidden)"; return a path unchanged."""
     scheme, is_address, rest = address.partition("://")
     if not is_address:
         return address
@@ -156,35 +153,39 @@ def hide_secrets_in_tree(tree: Any) -> Any:
 
 
 def redact(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists without the secrets of addresses and the values of keys such as `token`."""
+    """Return a copy of nested dicts and lists with "(hidden)" in place of secrets.
+
+    Secrets are the values of keys such as `token` or `password`, and parts of addresses (`hide_secrets`).
+    """
     if isinstance(tree, dict):
         return {k: HIDDEN if _SECRET.search(str(k)) and v is not None else redact(v) for k, v in tree.items()}
     return [redact(value) for value in tree] if isinstance(tree, list) else hide_secrets_in_tree(tree)
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:
-    """Print one line with the secrets of its addresses hidden and the control characters of foreign text escaped."""
+    """Print one line. Secrets in addresses (`hide_secrets`) are hidden, and control characters are escaped."""
     print(escape_control(hide_secrets_in_text(text)), file=file, flush=True)
 
 
 class LineFormat(logging.Formatter):
-    """Format log records like `print_line`. A traceback keeps its line breaks."""
+    """Format log records: hide secrets and escape control characters, as `print_line` does. A traceback keeps its lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and the traceback where there is one."""
+        """Return the line of a record, followed by its traceback if it has one."""
         return escape_control(hide_secrets_in_text(super().format(record)), keep="\n\t")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the line of a record without its traceback."""
         return escape_control(super().formatMessage(record))
 
 
 def prepare_streams() -> None:
     """Prepare stdin, stdout, stderr and the log. Every command calls it first.
 
-    - A closed stream is opened: otherwise the next file that is opened takes its number, and printed text goes into it.
-    - A character that the encoding of stdout or stderr lacks is escaped instead of raising UnicodeEncodeError.
-    - Tracebacks and warnings of the log hide secrets.
+    - A closed stream is connected to /dev/null. Otherwise the next opened file would get the stream's descriptor number
+      (0, 1 or 2), and printed text would go into that file.
+    - stdout and stderr escape a character that their encoding lacks, instead of raising UnicodeEncodeError.
+    - Uncaught exceptions and log warnings are printed with secrets hidden.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -206,5 +207,5 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def quoted_parts(text: str) -> list[str]:
-    """Return the texts in double quotes, straight or typographic, without the quotes. A sign for inches is not a quote."""
+    """Return the parts of a text in double quotes, straight or typographic, without the quotes. 24" (inches) is no quote."""
     return [next(filter(None, match.groups())) for match in _QUOTED.finditer(text)]

@@ -1,4 +1,8 @@
-"""Derived files that affect results, each with its SHA-256. A file that does not match must be written again."""
+"""Files with a checksum: derived data (such as an index) whose undetected damage would change results.
+
+A *sealed* file ends with the 32 bytes of the SHA-256 of the data before them. A sealed folder contains `sums.json`, a sealed
+file with the size and SHA-256 of each other file. Callers write damaged files again.
+"""
 
 import hashlib
 import io
@@ -18,14 +22,14 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def write_sealed(path: Path, data: bytes) -> None:
-    """Write `data` and its SHA-256, atomically. Raises OSError."""
+    """Write `data`, followed by its SHA-256, as one file, atomically. Raises OSError."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.write(hashlib.sha256(data).digest())
 
 
 def read_sealed(path: Path) -> bytes:
-    """Read the data of `write_sealed`. Raises OSError, and ValueError for a file that does not match its checksum."""
+    """Return the data that `write_sealed` wrote. Raises OSError, and ValueError if the checksum does not match."""
     with open(open_regular(path), "rb") as file:
         data = file.read()
     data, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
@@ -35,23 +39,26 @@ def read_sealed(path: Path) -> bytes:
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write an array as a sealed file. Raises OSError."""
+    """Write an array in NumPy's .npy format as a sealed file. Raises OSError."""
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     write_sealed(path, buffer.getvalue())
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Read the array of `write_array`. Raises the errors of `read_sealed`."""
+    """Return the array that `write_array` wrote. Raises the errors of `read_sealed`."""
     values: np.ndarray = np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
     return values
 
 
 @contextmanager
 def sealed_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; at the end of the block it gets checksums of its files and is renamed to `folder`.
+    """Yield a temporary folder to write into. At the end of the block, write its sums.json and rename it to `folder`.
 
-    Several processes may write the same folder: the first one wins. Raises OSError if no process has written it.
+    Several processes may write the same folder: the first one wins, and the files of the others are discarded.
+
+    Raises:
+        OSError: writing failed, and no other process has written the folder.
     """
     try:
         with atomic_folder(folder) as temporary:
@@ -67,7 +74,7 @@ def sealed_folder(folder: Path) -> Iterator[Path]:
 
 
 def folder_damage(folder: Path) -> str | None:
-    """Return what is wrong with a sealed folder, or None."""
+    """Return a text about the first missing or damaged file of a sealed folder; None if all match their checksums."""
     try:
         files = json.loads(read_sealed(folder / SUMS))
         return integrity_error((folder / name, entry) for name, entry in files.items())

@@ -1,4 +1,4 @@
-"""Files that survive a crash: synced before anything refers to them, replaced atomically, verified by SHA-256.
+"""Writes files so that they survive a crash: fsync before another file refers to them, atomic replacement, SHA-256.
 
 Writes are not buffered, so that tests can kill a process between any two calls to the operating system.
 """
@@ -18,22 +18,26 @@ from raphael_dist.text import open_regular
 
 
 class FileEntry(TypedDict):
-    """Size and SHA-256 of a file, as a manifest lists them."""
+    """Size in bytes and SHA-256 (hex) of a file, as a checkpoint's manifest lists them."""
 
     bytes: int
     sha256: str
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """Write all of `data`; `os.write` may write less at a time."""
+    """Write all of `data` to a file descriptor: one call of `os.write` may write only a part."""
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 def no_links(path: str | Path, flags: int) -> int:
-    """Open a file of a fixed name, as the `opener` of `open`. Raises OSError for a link and for anything but a regular file.
+    """Open a regular file and return its descriptor; refuse symbolic links. Pass this function as `opener` to `open`.
 
-    Another user who can write to the folder could create a symbolic link to a file of this user, which is then overwritten.
+    It is for files with a predictable name: another user who can write to the folder could put a symbolic link there, and
+    this process would overwrite the file that the link points to.
+
+    Raises:
+        OSError: the path is a symbolic link, a folder, a FIFO or a device.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -48,7 +52,7 @@ def no_links(path: str | Path, flags: int) -> int:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a new file and sync it. Raises OSError, and FileExistsError if it exists."""
+    """Write `data` as a new file and fsync it. Raises OSError, such as FileExistsError if `path` exists."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         write_all(descriptor, memoryview(data))
@@ -65,8 +69,8 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
 
     Args:
         path: the file; its folder is created.
-        shared: other processes may write the same file. If False, the temporary path is `.NAME.new`, and the file of a
-            killed process is overwritten.
+        shared: whether other processes may write the same file at the same time. If not, the temporary file has the fixed
+            name `.NAME.new`, so that a file which a killed process has left is reused instead of accumulating.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if shared else f".{path.name}.new")
@@ -82,7 +86,7 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder to write into. It becomes `path` when the block ends, and is removed when the block raises.
 
-    Raises OSError when `path` is a folder that is not empty by then, as when another process was faster.
+    Raises OSError if `path` is a folder with content when the block ends, because another process was faster.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -94,7 +98,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Replace the content of a file atomically. No other process may write it. durable: sync it."""
+    """Replace the content of a file atomically. No other process may write the file at the same time.
+
+    durable: fsync the file and its folder, so that the new content survives a power failure.
+    """
     with atomic_path(path, shared=False) as temporary:
         if durable:
             temporary.unlink(missing_ok=True)
@@ -107,7 +114,10 @@ def replace_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give the safetensors files in a folder the permissions that the umask allows; safetensors makes them private."""
+    """Set the permissions of all *.safetensors files below `folder` to what the umask allows (0666 minus the umask).
+
+    The safetensors library creates files that only their owner can read.
+    """
     probe = folder / f".{uuid.uuid4().hex}.tmp"
     descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -120,7 +130,7 @@ def apply_umask(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the device."""
+    """Wait until the content of a file, or the list of files of a folder, is stored on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,13 +139,13 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the bytes that this process can still write to the file system of `folder`."""
+    """Return the free space, in bytes, that this user can use on the file system of `folder`."""
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
 
 
 def sha256(path: Path, *, from_device: bool = False) -> str:
-    """Return the SHA-256 of a file, in hex. from_device: read from the device instead of the page cache."""
+    """Return the SHA-256 of a file, in hex. from_device: drop the file from the page cache first, to read it from disk."""
     with open(open_regular(path), "rb", buffering=0) as file:
         if from_device:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -143,9 +153,14 @@ def sha256(path: Path, *, from_device: bool = False) -> str:
 
 
 def integrity_error(files: Iterable[tuple[Path, FileEntry]], report: Callable[[str], None] = lambda _: None) -> str | None:
-    """Return what is wrong with the first file that does not match its manifest entry, or None.
+    """Compare the size and SHA-256 of files with their manifest entries.
 
-    `report` is called with a line about every file before it is read.
+    Args:
+        files: (path, manifest entry) of each file.
+        report: called with a line of progress before each file is read.
+
+    Returns:
+        A text about the first file that is missing or does not match; None if all match.
     """
     for path, entry in files:
         report(f"the checksum of {path.name}")

@@ -1,4 +1,4 @@
-"""Reads and writes safetensors, and hashes files while they are written.
+"""Reads and writes safetensors files, and computes the SHA-256 of files while they are written.
 
 Data is read with pread into buffers, not memory-mapped, so that a process uses only the memory it asks for. A header is
 checked before anything is allocated, since the file may come from others.
@@ -45,12 +45,13 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A contiguous tensor in a file, which is a span of a parameter.
+    """Where a contiguous tensor lies in a file, and which span (range of elements) of a flattened parameter it holds.
 
     Attributes:
-        offset: its first byte in the file.
-        start: its first element in the flattened parameter.
-        transposed: it is a matrix, and the span is its transpose.
+        offset: position of its first byte in the file.
+        dtype, shape: of the tensor in the file.
+        start: number, in the flattened parameter, of its first element.
+        transposed: whether the file has the transpose of a matrix: the span is the flattened transpose of the stored matrix.
     """
 
     path: Path
@@ -65,14 +66,21 @@ class StoredTensor:
         return prod(self.shape)
 
     def part(self, first: int, numel: int, start: int) -> "StoredTensor":
-        """Return elements [first, first + numel) of this tensor, as a span that starts at element `start` of a parameter."""
+        """Return where this tensor's elements [first, first + numel) lie in the file. Nothing is read.
+
+        They are the elements [start, start + numel) of a parameter.
+        """
         return replace(self, offset=self.offset + first * self.dtype.itemsize, shape=(numel,), start=start)
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
+    """Read the header of a safetensors file.
 
-    Raises UserError if it is missing, truncated or inconsistent.
+    Returns:
+        The place of each tensor by name, and the metadata strings.
+
+    Raises:
+        UserError: the file is missing or truncated, or its header contradicts its size.
     """
     try:
         size = path.stat().st_size
@@ -113,14 +121,14 @@ def _check_extent(tensors: dict[str, StoredTensor], base: int, size: int) -> Non
     at = base
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.numel)):
         if tensor.offset != at:
-            raise ValueError("its tensors overlap or leave a gap")
+            raise ValueError(f"its tensors overlap or leave a gap at byte {min(at, tensor.offset)}")
         at += tensor.numel * tensor.dtype.itemsize
     if at != size:
-        raise ValueError(f"it has {size} bytes, but its header says {at}")
+        raise ValueError(f"it has {size} bytes, but the tensors in its header end at byte {at}")
 
 
 class FileReader:
-    """Reads stored tensors. The last few files stay open."""
+    """Reads ranges of parameters from files. The most recently used files (64 at most) stay open."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
@@ -131,11 +139,12 @@ class FileReader:
         """Return elements [start, start + numel) of a flattened parameter, float32.
 
         Args:
-            spans: the parameter's spans, in order. They are checked before memory is allocated.
+            spans: where the parameter's elements are stored, in ascending order of `start`.
+            start, numel: the range to read. It is compared with `spans` before memory is allocated.
 
         Raises:
-            UserError: a file ends before its tensor.
-            LookupError: the spans lack an element.
+            UserError: a file cannot be read, or is too short.
+            LookupError: an element of the range is in none of the spans.
         """
         parts, at = [], start
         for span in spans:
@@ -144,7 +153,7 @@ class FileReader:
                 parts.append((span, low - span.start, high - low))
                 at = high
         if at < start + numel:
-            raise LookupError(f"no element {at} of {start + numel}")
+            raise LookupError(f"no element {at}, but elements {start} to {start + numel - 1} are required")
         if len(parts) == 1:
             return self._piece(*parts[0]).float()
         out = torch.empty(numel)
@@ -194,9 +203,10 @@ def _close_all(descriptors: "OrderedDict[Path, int]") -> None:
 
 
 class HashedFile:
-    """A new file, written sequentially. A second thread computes its SHA-256, and syncs the file at the end.
+    """A new file, written sequentially. A second thread computes its SHA-256, and calls fsync at the end.
 
-    Buffers passed to `write` must not change until `entry` returns. Raises FileExistsError if the file exists.
+    The caller must not change a buffer after passing it to `write`, until `entry` returns. Raises FileExistsError if the
+    file exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -217,24 +227,27 @@ class HashedFile:
             self._thread.join()
 
     def entry(self) -> FileEntry:
-        """Wait until the file is synced; return its manifest entry. Raises OSError when that failed."""
+        """Wait until fsync has returned; return size and SHA-256. Call it after the `with` block.
+
+        Raises OSError if fsync failed.
+        """
         self._thread.join()
         if self._failure is not None:
             raise self._failure
         return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
     def write(self, data: Any) -> int:
-        """Append bytes, or anything with a buffer of bytes."""
+        """Append a bytes-like object; return its number of bytes."""
         self._queue.put(data)
         write_all(self._descriptor, memoryview(data))
         self.bytes += len(data)
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing: the end of the `with` block flushes."""
+        """Do nothing: `write` is not buffered."""
 
     def tell(self) -> int:
-        """Return the number of bytes written."""
+        """Return the number of bytes written so far."""
         return self.bytes
 
     def _hash(self) -> None:
@@ -249,13 +262,13 @@ class HashedFile:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor in host memory, in the order of its elements, whatever its strides."""
+    """Return the elements of a CPU tensor, in row-major order, as bytes. A tensor that is not contiguous is copied."""
     raw: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(raw)
 
 
 def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors in host memory, of any strides, as safetensors into an open file."""
+    """Write CPU tensors, contiguous or not, by name into an open file in the safetensors format."""
     # Large items first, as in the safetensors library, so that each tensor is aligned to its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     heads = [(name, tensors[name].dtype, tensors[name].shape) for name in names]
@@ -268,13 +281,14 @@ def write_safetensors(
     metadata: Mapping[str, str],
     values: Iterator[Tensor],
 ) -> None:
-    """Write safetensors into an open file.
+    """Write tensors into an open file in the safetensors format, without holding all of them in memory.
 
     Args:
-        file: the file.
-        tensors: (key, dtype, shape) of each.
-        metadata: strings by name.
-        values: the elements of all tensors in order, in any pieces.
+        file: the file, open for writing.
+        tensors: (key, dtype, shape) of each tensor, for the header.
+        metadata: strings by name, for the header.
+        values: CPU tensors whose concatenation has the elements of all tensors, in the order of `tensors`. They may be
+            divided at any element.
     """
     head: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

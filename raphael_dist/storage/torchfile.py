@@ -1,7 +1,7 @@
-"""Files of `torch.save`: read without running code, written one tensor at a time.
+"""Reads files of `torch.save` without running code from them, and writes such files with one tensor in memory at a time.
 
-Files are unpickled with `weights_only=True` only, since a pickle can run any code. Tensors are returned as places in the
-file, without their data.
+Files are always unpickled with `weights_only=True`, since a pickle can run any code. Reading returns where each tensor lies
+in the file (`StoredTensor`), not its data.
 """
 
 import io
@@ -29,22 +29,25 @@ _STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16St
 
 
 def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """Return the object that `torch.save` wrote, with a `StoredTensor` for every tensor.
+    """Return the object that `torch.save` wrote, with a `StoredTensor` (place in the file) instead of each tensor.
 
     Args:
         path: the file.
         allowed: classes and functions that the pickle may use, in the form of `torch.serialization.safe_globals`.
 
     Raises:
-        UserError: the file is missing or damaged, or contains other objects than these, tensors and plain values. No other
-            code is run.
+        UserError: the file is missing or damaged, or contains something other than tensors, plain values and objects of the
+            `allowed` classes. No other code is run.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             pickles = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
             if size > path.stat().st_size or pickles > MAX_PICKLE:
-                raise ValueError("its parts are larger than the file")
+                raise ValueError(
+                    f"its zip entries state {size} bytes, {pickles} of them pickled, but the file has {path.stat().st_size} "
+                    f"bytes and at most {MAX_PICKLE} pickled bytes are allowed"
+                )
             order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
         if order not in (b"", sys.byteorder.encode()):
             raise ValueError("it was written on a machine with another byte order")
@@ -68,7 +71,10 @@ def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a weights file, safetensors or torch.save, by name. Raises UserError if it cannot be read."""
+    """Return where each tensor of a weights file (.safetensors, or written by torch.save) lies, by tensor name.
+
+    Only headers are read. Raises UserError if the file cannot be read.
+    """
     if path.suffix == ".safetensors":
         return read_header(path)[0]
     tree = load_tree(path)
@@ -143,13 +149,13 @@ class _Forward(io.RawIOBase):
 
 
 def write_tree(file: HashedFile, tree: Any, placeholder: type, values: Callable[[Any], Iterator[Tensor]]) -> None:
-    """Write a tree so that `torch.load` reads it, with one piece of a tensor in memory at a time.
+    """Write a tree of dicts and lists as a file that `torch.load` reads, without holding a whole tensor in memory.
 
     Args:
-        file: the file.
-        tree: dicts and lists.
-        placeholder: class of the objects that stand for tensors, with dtype and shape.
-        values: yields the elements of one such object in order, in any pieces.
+        file: the file, open for writing.
+        tree: dicts, lists and plain values, with a placeholder in place of each tensor.
+        placeholder: class of the placeholders. They have the attributes `dtype` and `shape`.
+        values: called with a placeholder; yields CPU tensors whose concatenation has the tensor's elements in order.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, placeholder)

@@ -1,4 +1,4 @@
-"""The versions that wrote a run or a checkpoint."""
+"""The versions of Python and packages, as a run and its checkpoints store them."""
 
 import platform
 from importlib.metadata import version
@@ -9,5 +9,5 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "nu
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and its main dependencies."""
+    """Return the installed versions of Python, this package and its main dependencies, by name."""
     return {"python": platform.python_version(), "raphael_dist": __version__, **{name: version(name) for name in PACKAGES}}

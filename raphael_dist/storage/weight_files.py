@@ -1,8 +1,10 @@
-"""Finds the weight files of a model folder, by the file names of diffusers and transformers.
+"""Finds the weight files of a model folder, by the file names that diffusers and transformers use.
 
-STEM.safetensors, or STEM.safetensors.index.json and the parts that it names
-STEM.bin, STEM.bin.index.json                         the same as files of torch.save
-STEM.fp16.safetensors, STEM.safetensors.index.fp16.json ...              the same as a variant, here "fp16"
+STEM is diffusion_pytorch_model, model or pytorch_model. The files are one of:
+
+- STEM.safetensors, or STEM.safetensors.index.json and the files that this index lists;
+- STEM.bin or STEM.bin.index.json, the same in the format of torch.save;
+- either of them with the name of a variant, here fp16: STEM.fp16.safetensors, STEM.safetensors.index.fp16.json.
 """
 
 import re
@@ -18,7 +20,10 @@ _FIRST = ("fp32", "bf16", "fp16")  # of several variants
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files of one model, all safetensors or all .bin. variant: None for plain names."""
+    """The weight files of one model, all .safetensors or all .bin.
+
+    variant: the variant in the file names, such as "fp16"; None without one.
+    """
 
     paths: tuple[Path, ...]
     variant: str | None = None
@@ -29,9 +34,9 @@ class WeightFiles:
 
 
 def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFiles:
-    """Return a model's weight files: plain names before variants, safetensors before .bin.
+    """Find the weight files of the model in `folder`. Raises UserError if there are none.
 
-    Raises UserError if there are none.
+    Names without a variant are preferred, then .safetensors. stems: the stem of .safetensors and that of .bin files.
     """
     for variant in (None, *_variants(folder, stems)):
         for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
