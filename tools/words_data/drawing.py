@@ -1,4 +1,4 @@
-"""Draws a text on an image of 32 x 128 pixels and describes it in captions."""
+"""Draws a text on an image of 32 pixels height and describes it in captions."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ HEIGHT, WIDTH = 32, 128
 MARGIN = 4
 # Of capitals, in pixels.
 CAP_HEIGHTS = (14, 17)
+SIMPLE_CAP_HEIGHT = 16
 CAPTIONS = 4
 
 
@@ -64,12 +65,14 @@ class Look:
     shift: tuple[int, int]
 
     @classmethod
-    def draw(cls, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> "Look":
-        """Draw a look at random, with enough contrast to be read."""
+    def draw(cls, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS, simple: bool = False) -> "Look":
+        """Draw a look at random, with enough contrast to be read; `simple`: the first font in one size in the centre."""
         while True:
             colour, background = (str(random.choice(list(COLOURS))) for _ in range(2))
             if abs(_luminance(colour) - _luminance(background)) >= CONTRAST:
                 break
+        if simple:
+            return cls(fonts[0], colour, background, PLACES[0], SIMPLE_CAP_HEIGHT, (0, 0))
         return cls(
             font=fonts[random.integers(len(fonts))],
             colour=colour,
@@ -80,16 +83,16 @@ class Look:
         )
 
 
-def render(text: str, look: Look) -> Image.Image:
-    """Return the image, RGB. A text that is too wide for the look's size is drawn smaller."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), COLOURS[look.background])
+def render(text: str, look: Look, width: int = WIDTH) -> Image.Image:
+    """Return the image, RGB of HEIGHT x `width` pixels. A text that is too wide for the look's size is drawn smaller."""
+    image = Image.new("RGB", (width, HEIGHT), COLOURS[look.background])
     pen = ImageDraw.Draw(image)
     for cap_height in range(look.cap_height, 4, -1):
         font = _sized(look.font, cap_height)
         left, _, right, _ = font.getbbox(text, anchor="ls")
-        if right - left <= WIDTH - 2 * MARGIN:
+        if right - left <= width - 2 * MARGIN:
             break
-    free = WIDTH - (right - left)
+    free = width - (right - left)
     x = {"centre": free // 2, "left": MARGIN, "right": free - MARGIN}[look.place] + look.shift[1]
     x = min(max(x, 1), max(1, free - 1))
     y = (HEIGHT + cap_height) // 2 + look.shift[0]
