@@ -22,7 +22,7 @@ from emoji_data.dataset import Sample, encode_edges, write_tar
 from raphael_dist.cli.common import Parser
 from raphael_dist.data.features.hed import edge_map
 from raphael_dist.errors import run_command
-from words_data.drawing import FONTS, HELD_OUT_FONT, WIDTH, Look, captions, full_caption, render
+from words_data.drawing import FONTS, HELD_OUT_FONT, WIDTH, Font, Look, captions, full_caption, render
 from words_data.vocabulary import HELD_OUT_STRINGS, MIN_HELD_OUT, Vocabulary, emoji_words
 
 SHARD_SAMPLES = 5000
@@ -41,11 +41,17 @@ class Scope:
         longest: characters of a text at most; None: all texts.
         width: of an image, in pixels.
         simple: one font in one size in the centre (`Look.draw`).
+        monochrome: black on white.
     """
 
     longest: int | None = None
     width: int = WIDTH
     simple: bool = False
+    monochrome: bool = False
+
+    def look(self, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> Look:
+        """Draw a look at random."""
+        return Look.draw(random, fonts, self.simple, self.monochrome)
 
 
 def make_sample(key: str, text: str, look: Look, random: np.random.Generator, width: int) -> Sample:
@@ -80,7 +86,7 @@ def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: S
     for number in numbers:
         random = np.random.default_rng((seed, _TRAIN, number))
         text = vocabulary.training_text(random, scope.longest)
-        yield make_sample(f"{number:07d}", text, Look.draw(random, simple=scope.simple), random, scope.width)
+        yield make_sample(f"{number:07d}", text, scope.look(random), random, scope.width)
 
 
 def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, list[str]]:
@@ -100,13 +106,13 @@ def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, lis
     return {name: list(islice(cycle(texts), PROMPTS)) for name, texts in short.items()}
 
 
-def looks(name: str, seed: int, stream: int, simple: bool) -> Iterator[tuple[Look, np.random.Generator]]:
+def looks(name: str, seed: int, stream: int, scope: Scope) -> Iterator[tuple[Look, np.random.Generator]]:
     """Yield the looks of a set; those of "held-out-font" are in the held-out font."""
     fonts = (HELD_OUT_FONT,) if name == "held-out-font" else FONTS
     number = 0
     while True:
         random = np.random.default_rng((seed, stream, number))
-        yield Look.draw(random, fonts, simple), random
+        yield scope.look(random, fonts), random
         number += 1
 
 
@@ -121,7 +127,7 @@ def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
     out.mkdir(parents=True, exist_ok=True)
     grid = []
     for name, texts in held_out_texts(vocabulary, scope.longest).items():
-        drawn = zip(texts, looks(name, 0, _PROMPTS, scope.simple), strict=False)
+        drawn = zip(texts, looks(name, 0, _PROMPTS, scope), strict=False)
         lines = [prompt(name, text, look) for text, (look, _) in drawn]
         (out / f"prompts-{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         grid += lines[: GRID[name]]
@@ -146,7 +152,7 @@ def write_shards(
         if name == "trained-words":
             continue
         path = out / f"val-{name}.tar"
-        drawn = enumerate(zip(texts, looks(name, seed, _VAL, scope.simple), strict=False))
+        drawn = enumerate(zip(texts, looks(name, seed, _VAL, scope), strict=False))
         write_tar(path, (make_sample(f"{name}-{i:04d}", text, look, r, scope.width) for i, (text, (look, r)) in drawn))
         shards[path.name] = len(texts)
     manifest = {
@@ -179,7 +185,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=int, metavar="N", help="only words and strings of up to N characters")
     parser.add_argument("--width", type=int, default=WIDTH, metavar="PIXELS", help=f"of an image (default: {WIDTH})")
-    parser.add_argument("--simple", action="store_true", help="one font in one size in the centre; all colours")
+    parser.add_argument("--simple", action="store_true", help="one font in one size in the centre, evenly spaced")
+    parser.add_argument("--monochrome", action="store_true", help="black on white")
     parser.add_argument("--prompts-only", action="store_true", help="write only the prompts-*.txt")
     return parser.parse_args(argv)
 
@@ -187,7 +194,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def build(args: argparse.Namespace) -> None:
     """Write the prompts and the shards."""
     vocabulary = Vocabulary(emoji_words(args.emoji))
-    scope = Scope(args.longest, args.width, args.simple)
+    scope = Scope(args.longest, args.width, args.simple, args.monochrome)
     write_prompts(vocabulary, args.out, scope)
     if not args.prompts_only:
         write_shards(vocabulary, args.out, args.seed, args.samples, scope, lambda line: print(line, flush=True))

@@ -83,5 +83,5 @@ def test_diffusers_has_no_class_for_a_dense_model_with_positions(tmp_path: Path)
         edge={"weight": 0.0},
     )  # fmt: skip
     handmade_canonical(tmp_path / "start", dense, random_state(dense, KINDS))
-    with pytest.raises(UserError, match="model.image_positions"):
+    with pytest.raises(UserError, match=r"model\.image_positions"):
         convert("canonical", tmp_path / "start", "dense", tmp_path / "dense", options("dense"))
