@@ -81,6 +81,17 @@ def test_text_lies_inside_the_image(text: str) -> None:
         assert not any(border.any() for border in (ink[0], ink[-1], ink[:, 0], ink[:, -1]))
 
 
+def test_simple_characters_stand_in_cells_of_equal_width() -> None:
+    pytest.importorskip("font_roboto")
+    look = Look.draw(np.random.default_rng(0), simple=True, monochrome=True)
+    ink = np.asarray(render("MIW8", look, 64)).min(axis=(0, 2)) < 128  # by column
+    for i, character in enumerate("MIW8"):
+        columns = np.flatnonzero(ink[16 * i : 16 * i + 16])
+        assert abs((columns[0] + columns[-1]) / 2 - 7.5) <= 1, character
+    alone = np.asarray(render("I", look, 64)).min(axis=(0, 2)) < 128
+    assert abs(np.flatnonzero(alone).mean() - 31.5) <= 1
+
+
 def test_dataset_is_deterministic_and_complete(tmp_path: Path) -> None:
     pytest.importorskip("font_roboto")
     vocabulary = Vocabulary(WORDS)
@@ -102,7 +113,7 @@ def test_dataset_is_deterministic_and_complete(tmp_path: Path) -> None:
 
 def test_simple_images_of_short_texts(tmp_path: Path) -> None:
     pytest.importorskip("font_roboto")
-    scope = Scope(longest=4, width=64, simple=True)
+    scope = Scope(longest=4, width=64, simple=True, monochrome=True)
     vocabulary = Vocabulary(WORDS)
     make_words_dataset.write_prompts(vocabulary, tmp_path, scope)
     make_words_dataset.write_shards(vocabulary, tmp_path, 3, 8, scope, lambda _: None)
@@ -111,7 +122,8 @@ def test_simple_images_of_short_texts(tmp_path: Path) -> None:
             files = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
         records = [json.loads(data) for name, data in files.items() if name.endswith(".json")]
         assert all(len(record["text"]) <= 4 for record in records)
-        assert {(record["width"], record["place"]) for record in records} == {(64, "centre")}
+        looks = {(record["width"], record["place"], record["colour"], record["background"]) for record in records}
+        assert looks == {(64, "centre", "black", "white")}
         assert {record["font"] for record in records} == {"manrope" if "font" in path.name else "roboto"}
     for path in tmp_path.glob("prompts-*.txt"):
         lines = path.read_text().splitlines()
