@@ -11,11 +11,12 @@ RUN := runs/demo
 JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
-.PHONY: help demo sample speedrun test test-slow test-slurm test-network test-gpu torture docs lint install clean
+.PHONY: help demo sample sample-words speedrun test test-slow test-slurm test-network test-gpu torture docs lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 5 minutes on 2 CPU cores"
 	@echo "make sample     draw with the model in models/emoji, trained on all emoji: build/emoji.png, within a minute"
+	@echo "make sample-words  draw words with the model in models/words: build/words.png, within a minute"
 	@echo "make speedrun   train models/emoji's architecture from scratch and measure it, about 14 hours on 2 CPU cores: docs/speedrun.md"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"
@@ -42,6 +43,9 @@ demo: $(INSTALLED)
 
 sample: $(INSTALLED)
 	$(BIN)/python -m raphael_dist.sample --checkpoint models/emoji --prompts data/emoji/prompts.txt --out build/emoji.png
+
+sample-words: $(INSTALLED)
+	$(BIN)/python -m raphael_dist.sample --checkpoint models/words --prompts data/words/prompts.txt --out build/words.png
 
 # From random weights to the emoji benchmark's goal (docs/speedrun.md): about 14 hours on two cores. A second call continues.
 speedrun: $(INSTALLED)

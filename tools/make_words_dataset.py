@@ -9,6 +9,8 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,8 @@ from emoji_data.dataset import Sample, encode_edges, write_tar
 from raphael_dist.cli.common import Parser
 from raphael_dist.data.features.hed import edge_map
 from raphael_dist.errors import run_command
-from words_data.drawing import FONTS, HELD_OUT_FONT, Look, captions, full_caption, render
-from words_data.vocabulary import HELD_OUT_STRINGS, Vocabulary, emoji_words
+from words_data.drawing import FONTS, HELD_OUT_FONT, WIDTH, Font, Look, captions, full_caption, render
+from words_data.vocabulary import HELD_OUT_STRINGS, MIN_HELD_OUT, Vocabulary, emoji_words
 
 SHARD_SAMPLES = 5000
 # Prompts per set.
@@ -31,9 +33,30 @@ GRID = {"trained-words": 6, "held-out-words": 12, "held-out-strings": 6, "held-o
 _TRAIN, _VAL, _PROMPTS = range(3)  # streams of random numbers
 
 
-def make_sample(key: str, text: str, look: Look, random: np.random.Generator) -> Sample:
+@dataclass(frozen=True)
+class Scope:
+    """What a data set shows.
+
+    Attributes:
+        longest: characters of a text at most; None: all texts.
+        width: of an image, in pixels.
+        simple: one font in one size in the centre (`Look.draw`).
+        monochrome: black on white.
+    """
+
+    longest: int | None = None
+    width: int = WIDTH
+    simple: bool = False
+    monochrome: bool = False
+
+    def look(self, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> Look:
+        """Draw a look at random."""
+        return Look.draw(random, fonts, self.simple, self.monochrome)
+
+
+def make_sample(key: str, text: str, look: Look, random: np.random.Generator, width: int) -> Sample:
     """Draw and encode one sample."""
-    image = render(text, look)
+    image = render(text, look, width)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).unsqueeze(0)
     record = {
         "captions": captions(text, look, random),
@@ -58,35 +81,38 @@ def encode_lossless(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, longest: int | None) -> Iterator[Sample]:
-    """Yield the training samples of these numbers; each depends on the seed, its number and `longest` alone."""
+def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: Scope) -> Iterator[Sample]:
+    """Yield the training samples of these numbers; each depends on the seed, its number and the scope alone."""
     for number in numbers:
         random = np.random.default_rng((seed, _TRAIN, number))
-        text = vocabulary.training_text(random, longest)
-        yield make_sample(f"{number:07d}", text, Look.draw(random), random)
+        text = vocabulary.training_text(random, scope.longest)
+        yield make_sample(f"{number:07d}", text, scope.look(random), random, scope.width)
 
 
-def held_out_texts(vocabulary: Vocabulary) -> dict[str, list[str]]:
-    """Return the texts of each set of prompts and of each validation shard, by the set's name."""
+def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, list[str]]:
+    """Return the texts of each set of prompts and of each validation shard, by the set's name.
+
+    A set with fewer than PROMPTS texts repeats them, which are drawn in different looks.
+    """
     order = np.random.default_rng(PROMPTS).permutation(len(vocabulary.words))
-    long_enough = [vocabulary.words[i] for i in order if len(vocabulary.words[i]) >= 4]
-    return {
-        "trained-words": long_enough[:PROMPTS],
-        "held-out-words": sorted(vocabulary.held_out_words, key=lambda w: hashlib.sha256(w[::-1].encode()).digest())[
-            :PROMPTS
-        ],
-        "held-out-strings": vocabulary.held_out_strings[:PROMPTS],
-        "held-out-font": long_enough[:PROMPTS],
+    trained = [vocabulary.words[i] for i in order if len(vocabulary.words[i]) >= MIN_HELD_OUT]
+    sets = {
+        "trained-words": trained,
+        "held-out-words": sorted(vocabulary.held_out_words, key=lambda w: hashlib.sha256(w[::-1].encode()).digest()),
+        "held-out-strings": vocabulary.held_out_strings,
+        "held-out-font": trained,
     }
+    short = {name: [text for text in texts if longest is None or len(text) <= longest] for name, texts in sets.items()}
+    return {name: list(islice(cycle(texts), PROMPTS)) for name, texts in short.items()}
 
 
-def looks(name: str, seed: int, stream: int) -> Iterator[tuple[Look, np.random.Generator]]:
+def looks(name: str, seed: int, stream: int, scope: Scope) -> Iterator[tuple[Look, np.random.Generator]]:
     """Yield the looks of a set; those of "held-out-font" are in the held-out font."""
     fonts = (HELD_OUT_FONT,) if name == "held-out-font" else FONTS
     number = 0
     while True:
         random = np.random.default_rng((seed, stream, number))
-        yield Look.draw(random, fonts), random
+        yield scope.look(random, fonts), random
         number += 1
 
 
@@ -96,26 +122,22 @@ def prompt(name: str, text: str, look: Look) -> str:
     return caption.replace(f"{look.font.style} font", f"{look.font.name} font") if name == "held-out-font" else caption
 
 
-def write_prompts(vocabulary: Vocabulary, out: Path) -> None:
+def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
     """Write prompts-NAME.txt for each set, and prompts.txt with some of each (GRID)."""
     out.mkdir(parents=True, exist_ok=True)
     grid = []
-    for name, texts in held_out_texts(vocabulary).items():
-        lines = [prompt(name, text, look) for text, (look, _) in zip(texts, looks(name, 0, _PROMPTS), strict=False)]
+    for name, texts in held_out_texts(vocabulary, scope.longest).items():
+        drawn = zip(texts, looks(name, 0, _PROMPTS, scope), strict=False)
+        lines = [prompt(name, text, look) for text, (look, _) in drawn]
         (out / f"prompts-{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         grid += lines[: GRID[name]]
     (out / "prompts.txt").write_text("\n".join(grid) + "\n", encoding="utf-8")
 
 
 def write_shards(
-    vocabulary: Vocabulary,
-    out: Path,
-    seed: int,
-    samples: int,
-    report: Callable[[str], None],
-    longest: int | None = None,
+    vocabulary: Vocabulary, out: Path, seed: int, samples: int, scope: Scope, report: Callable[[str], None]
 ) -> None:
-    """Write train-*.tar, one val-NAME.tar for each held-out set, and manifest.json; `longest` as in `training_text`."""
+    """Write train-*.tar, one val-NAME.tar for each held-out set, and manifest.json."""
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("train-*.tar"), *out.glob("val-*.tar")):
         stale.unlink()
@@ -123,20 +145,23 @@ def write_shards(
     for i, first in enumerate(range(0, samples, SHARD_SAMPLES)):
         path = out / f"train-{i:04d}.tar"
         numbers = range(first, min(first + SHARD_SAMPLES, samples))
-        write_tar(path, training_samples(vocabulary, seed, numbers, longest))
+        write_tar(path, training_samples(vocabulary, seed, numbers, scope))
         shards[path.name] = len(numbers)
         report(f"{numbers.stop} of {samples} training samples")
-    for name, texts in held_out_texts(vocabulary).items():
+    for name, texts in held_out_texts(vocabulary, scope.longest).items():
         if name == "trained-words":
             continue
         path = out / f"val-{name}.tar"
-        drawn = zip(texts, looks(name, seed, _VAL), strict=False)
-        write_tar(path, (make_sample(f"{name}-{i:04d}", text, look, r) for i, (text, (look, r)) in enumerate(drawn)))
+        drawn = enumerate(zip(texts, looks(name, seed, _VAL, scope), strict=False))
+        write_tar(path, (make_sample(f"{name}-{i:04d}", text, look, r, scope.width) for i, (text, (look, r)) in drawn))
         shards[path.name] = len(texts)
     manifest = {
         "seed": seed,
-        "longest": longest,
-        "fonts": {font.name: f"{font.module.replace('_', '-')} {font.file} {font.licence}" for font in FONTS},
+        **asdict(scope),
+        "fonts": {
+            font.name: f"{font.module.replace('_', '-')} {font.file} {font.licence}"
+            for font in FONTS[: 1 if scope.simple else None]
+        },
         "held_out_font": HELD_OUT_FONT.name,
         "words": len(vocabulary.words),
         "held_out_words": vocabulary.held_out_words,
@@ -162,12 +187,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=40_000, help="number of training samples (default 40,000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of words, fonts and layouts (default 0)")
-    parser.add_argument(
-        "--longest",
-        type=int,
-        metavar="N",
-        help="draw only random strings of up to N characters, to learn single letters first",
-    )
+    parser.add_argument("--longest", type=int, metavar="N", help="draw only words and strings of up to N characters")
+    parser.add_argument("--width", type=int, default=WIDTH, metavar="PIXELS", help=f"width of an image (default {WIDTH})")
+    parser.add_argument("--simple", action="store_true", help="one font in one size in the centre, evenly spaced")
+    parser.add_argument("--monochrome", action="store_true", help="black on white")
     parser.add_argument("--prompts-only", action="store_true", help="write only the prompts-*.txt")
     return parser.parse_args(argv)
 
@@ -175,9 +198,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def build(args: argparse.Namespace) -> None:
     """Write the prompts and the shards."""
     vocabulary = Vocabulary(emoji_words(args.emoji))
-    write_prompts(vocabulary, args.out)
+    scope = Scope(args.longest, args.width, args.simple, args.monochrome)
+    write_prompts(vocabulary, args.out, scope)
     if not args.prompts_only:
-        write_shards(vocabulary, args.out, args.seed, args.samples, lambda line: print(line, flush=True), args.longest)
+        write_shards(vocabulary, args.out, args.seed, args.samples, scope, lambda line: print(line, flush=True))
     print(
         f"{len(vocabulary.words)} training words, {len(vocabulary.held_out_words)} held-out words, "
         f"{HELD_OUT_STRINGS} held-out strings in {args.out}"

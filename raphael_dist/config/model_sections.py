@@ -49,6 +49,11 @@ class Model(Section):
         "Width of an additional expert in each Space-MoE layer that processes all image tokens, as a multiple of "
         "model.expert_width. 0: no such expert.",
     )
+    image_positions: bool = shape_setting(
+        False,
+        "Add sines of its row and column to each image token of a transformer block. Without them, as in Stable Diffusion, "
+        "attention can hardly tell where in the image a token lies, and a text such as a word is not spelled.",
+    )
     time_routing: Literal["learned", "boundaries"] = shape_setting(
         "learned",
         "How a timestep selects its expert in the Time-MoE. learned: by a trained gate in each block. boundaries: the "

@@ -161,9 +161,9 @@ def check_same_prediction(field: str, path: Path, source: Config, prediction: st
 
 
 def is_dense(config: Config) -> bool:
-    """Return whether the model has neither experts nor edge modules, so diffusers has a class for it."""
+    """Return whether the model has no experts, edge modules or image positions, so diffusers has a class for it."""
     m = config.model
-    return not (m.space_experts or m.time_experts or config.edge.weight > 0)
+    return not (m.space_experts or m.time_experts or config.edge.weight > 0 or m.image_positions)
 
 
 def chunks(start: int, numel: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:

@@ -30,6 +30,7 @@ EXPERT_FIELDS = {
     "gate_gradient": "gate_gradient",
     "mask_threshold": "mask_threshold",
     "mask_padding": "mask_padding",
+    "image_positions": "image_positions",
 }
 
 
@@ -96,6 +97,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
         gate_gradient: str = "straight_through",
         mask_threshold: float = 0.2,
         mask_padding: bool = False,
+        image_positions: bool = False,
         edge_channels: int = 16,
         num_train_timesteps: int = 1000,
         auto_map: dict[str, str] | None = None,
@@ -125,6 +127,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
             gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
             mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
             mask_padding: leave padding tokens out of the Space-MoE.
+            image_positions: add sines of its place to each image token.
             edge_channels: width of the edge modules, which are used in training only; 0: none.
             num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
             auto_map: entry of config.json by which diffusers' AutoModel finds this class.

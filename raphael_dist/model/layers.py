@@ -5,6 +5,7 @@ Everything except experts, gates and edge modules is a layer of diffusers and ke
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width, C channels, H heads.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from raphael_dist.model.experts import Activation
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.routing import BlockRouting, region_mask_BNY
 
+_POSITION_PERIODS = (4.0, 128.0)  # cells of the latents
+
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -36,6 +39,7 @@ class BlockSpec:
         expert_backend: how the experts run.
         mask_threshold: alpha of Sec. 3.1.
         edge_channels: width of the edge module; 0: none.
+        token_size: side of an image token in cells of the latents, for the sines of its place; 0: no sines.
         seed: fixes the initial weights of the experts.
     """
 
@@ -50,6 +54,7 @@ class BlockSpec:
     expert_backend: ExpertBackend
     mask_threshold: float
     edge_channels: int
+    token_size: int
     seed: int
 
 
@@ -157,11 +162,41 @@ class TransformerBlock(nn.Module):
         return out_BND
 
 
+def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
+    """Return sines of the place of each image token, [N, D], with the device, dtype and D of `like`.
+
+    A quarter of them are of its row, the others of its column. Places are in cells of the latents from the middle of the
+    image, so they mean the same on every level and in images of every size.
+
+    Args:
+        height, width: of the feature map, whose product is N.
+        token_size: side of a token in cells of the latents.
+        like: tensor [..., D].
+    """
+    dim = like.shape[-1]
+    rows_HD, columns_WD = (
+        _sines((torch.arange(count, device=like.device) + 0.5 - count / 2) * token_size, features)
+        for count, features in ((height, dim // 4), (width, dim - dim // 4))
+    )
+    rows_HWD, columns_HWD = rows_HD[:, None].expand(-1, width, -1), columns_WD.expand(height, -1, -1)
+    return torch.cat([rows_HWD, columns_HWD], dim=-1).flatten(0, 1).to(like.dtype)
+
+
+def _sines(place_P: Tensor, features: int) -> Tensor:
+    """Return sines and cosines of places with periods from the shortest to the longest, [P, features]."""
+    count = (features + 1) // 2
+    shortest, longest = _POSITION_PERIODS
+    steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
+    angles = 2 * math.pi * place_P[:, None] / (shortest * (longest / shortest) ** steps)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :features]
+
+
 class SpatialTransformer(nn.Module):
     """A transformer block that reads and returns feature maps. Parameter names are those of Transformer2DModel."""
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
+        self.token_size = spec.token_size
         self.norm = nn.GroupNorm(norm_groups, spec.dim, eps=1e-6)
         self.proj_in = nn.Linear(spec.dim, spec.dim)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(spec)])
@@ -170,6 +205,9 @@ class SpatialTransformer(nn.Module):
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
         """Return image tokens [B, N, D]."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
+        if self.token_size:
+            height, width = x_BCHW.shape[2:]
+            tokens_BND = tokens_BND + image_positions_ND(height, width, self.token_size, tokens_BND)
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:

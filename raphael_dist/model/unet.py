@@ -180,6 +180,7 @@ class RaphaelUNet(nn.Module):
             expert_backend=m.expert_backend,
             mask_threshold=m.mask_threshold,
             edge_channels=self.edge_channels,
+            token_size=2**level if m.image_positions else 0,
             seed=self.seed * 1000 + self.num_blocks,
         )
         self.block_levels.append(level)

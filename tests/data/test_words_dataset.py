@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import make_words_dataset
+from make_words_dataset import PROMPTS, Scope
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.lettering import requested_text
 from words_data.drawing import FONTS, HEIGHT, HELD_OUT_FONT, WIDTH, Look, captions, full_caption, render
@@ -51,9 +52,12 @@ def test_random_strings_have_no_ambiguous_digits() -> None:
     assert not set("01") & set(ALPHABET)
 
 
-def test_short_strings_only(vocabulary: Vocabulary) -> None:
+def test_short_texts_only(vocabulary: Vocabulary) -> None:
     random = np.random.default_rng(0)
-    assert {len(vocabulary.training_text(random, longest=3)) for _ in range(100)} == {1, 2, 3}
+    texts = [vocabulary.training_text(random, longest=4) for _ in range(500)]
+    assert {len(text) for text in texts} == {1, 2, 3, 4}
+    assert 0.4 < np.mean([text in vocabulary.words for text in texts]) < 0.65
+    assert not any(" " in text for text in texts)
 
 
 def test_captions_may_lack_all_but_the_text() -> None:
@@ -77,13 +81,24 @@ def test_text_lies_inside_the_image(text: str) -> None:
         assert not any(border.any() for border in (ink[0], ink[-1], ink[:, 0], ink[:, -1]))
 
 
+def test_simple_characters_stand_in_cells_of_equal_width() -> None:
+    pytest.importorskip("font_roboto")
+    look = Look.draw(np.random.default_rng(0), simple=True, monochrome=True)
+    ink = np.asarray(render("MIW8", look, 64)).min(axis=(0, 2)) < 128  # by column
+    for i, character in enumerate("MIW8"):
+        columns = np.flatnonzero(ink[16 * i : 16 * i + 16])
+        assert abs((columns[0] + columns[-1]) / 2 - 7.5) <= 1, character
+    alone = np.asarray(render("I", look, 64)).min(axis=(0, 2)) < 128
+    assert abs(np.flatnonzero(alone).mean() - 31.5) <= 1
+
+
 def test_dataset_is_deterministic_and_complete(tmp_path: Path) -> None:
     pytest.importorskip("font_roboto")
     vocabulary = Vocabulary(WORDS)
     shards = []
     for folder in (tmp_path / "a", tmp_path / "b"):
-        make_words_dataset.write_prompts(vocabulary, folder)
-        make_words_dataset.write_shards(vocabulary, folder, 3, 8, lambda _: None)
+        make_words_dataset.write_prompts(vocabulary, folder, Scope())
+        make_words_dataset.write_shards(vocabulary, folder, 3, 8, Scope(), lambda _: None)
         shards.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
     assert shards[0] == shards[1]
     with tarfile.open(tmp_path / "a/train-0000.tar") as tar:
@@ -94,6 +109,26 @@ def test_dataset_is_deterministic_and_complete(tmp_path: Path) -> None:
     assert HELD_OUT_FONT.name not in {record["font"] for record in records}
     prompts = (tmp_path / "a/prompts-held-out-font.txt").read_text().splitlines()
     assert all(HELD_OUT_FONT.name in line for line in prompts)
+
+
+def test_simple_images_of_short_texts(tmp_path: Path) -> None:
+    pytest.importorskip("font_roboto")
+    scope = Scope(longest=4, width=64, simple=True, monochrome=True)
+    vocabulary = Vocabulary(WORDS)
+    make_words_dataset.write_prompts(vocabulary, tmp_path, scope)
+    make_words_dataset.write_shards(vocabulary, tmp_path, 3, 8, scope, lambda _: None)
+    for path in tmp_path.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            files = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+        records = [json.loads(data) for name, data in files.items() if name.endswith(".json")]
+        assert all(len(record["text"]) <= 4 for record in records)
+        looks = {(record["width"], record["place"], record["colour"], record["background"]) for record in records}
+        assert looks == {(64, "centre", "black", "white")}
+        assert {record["font"] for record in records} == {"manrope" if "font" in path.name else "roboto"}
+    for path in tmp_path.glob("prompts-*.txt"):
+        lines = path.read_text().splitlines()
+        assert len(lines) == PROMPTS
+        assert {len(requested_text(line)) for line in lines} == {4}
 
 
 def test_missing_emoji_are_reported(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Draws a text on an image of 32 x 128 pixels and describes it in captions."""
+"""Draws a text on an image of 32 pixels height and describes it in captions."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ HEIGHT, WIDTH = 32, 128
 MARGIN = 4
 # Of capitals, in pixels.
 CAP_HEIGHTS = (14, 17)
+# Of simple looks, in pixels.
+SIMPLE_CAP_HEIGHT, SIMPLE_ADVANCE = 13, 16
 CAPTIONS = 4
 
 
@@ -54,7 +56,11 @@ _PLACE_WEIGHTS = (0.8, 0.1, 0.1)
 
 @dataclass(frozen=True)
 class Look:
-    """How a text is drawn. `cap_height` is in pixels, `shift` (down, right) in pixels from the nominal place."""
+    """How a text is drawn.
+
+    `cap_height` is in pixels, `shift` (down, right) in pixels from the nominal place, `advance` in pixels between the middles
+    of two characters; 0: the font's own.
+    """
 
     font: Font
     colour: str
@@ -62,14 +68,32 @@ class Look:
     place: str
     cap_height: int
     shift: tuple[int, int]
+    advance: int = 0
 
     @classmethod
-    def draw(cls, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> "Look":
-        """Draw a look at random, with enough contrast to be read."""
+    def draw(
+        cls,
+        random: np.random.Generator,
+        fonts: tuple[Font, ...] = FONTS,
+        simple: bool = False,
+        monochrome: bool = False,
+    ) -> "Look":
+        """Draw a look at random, with enough contrast to be read.
+
+        Args:
+            random: source of random numbers.
+            fonts: to draw from.
+            simple: the first font in one size, in the centre, with one advance for all characters.
+            monochrome: black on white.
+        """
         while True:
             colour, background = (str(random.choice(list(COLOURS))) for _ in range(2))
             if abs(_luminance(colour) - _luminance(background)) >= CONTRAST:
                 break
+        if monochrome:
+            colour, background = "black", "white"
+        if simple:
+            return cls(fonts[0], colour, background, PLACES[0], SIMPLE_CAP_HEIGHT, (0, 0), SIMPLE_ADVANCE)
         return cls(
             font=fonts[random.integers(len(fonts))],
             colour=colour,
@@ -80,21 +104,34 @@ class Look:
         )
 
 
-def render(text: str, look: Look) -> Image.Image:
-    """Return the image, RGB. A text that is too wide for the look's size is drawn smaller."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), COLOURS[look.background])
+def render(text: str, look: Look, width: int = WIDTH) -> Image.Image:
+    """Return the image, RGB of HEIGHT x `width` pixels. A text that is too wide for the look's size is drawn smaller."""
+    image = Image.new("RGB", (width, HEIGHT), COLOURS[look.background])
     pen = ImageDraw.Draw(image)
+    if look.advance:
+        _draw_evenly(pen, text, look, width)
+        return image
     for cap_height in range(look.cap_height, 4, -1):
         font = _sized(look.font, cap_height)
         left, _, right, _ = font.getbbox(text, anchor="ls")
-        if right - left <= WIDTH - 2 * MARGIN:
+        if right - left <= width - 2 * MARGIN:
             break
-    free = WIDTH - (right - left)
+    free = width - (right - left)
     x = {"centre": free // 2, "left": MARGIN, "right": free - MARGIN}[look.place] + look.shift[1]
     x = min(max(x, 1), max(1, free - 1))
     y = (HEIGHT + cap_height) // 2 + look.shift[0]
     pen.text((x - left, y), text, COLOURS[look.colour], font, anchor="ls")
     return image
+
+
+def _draw_evenly(pen: ImageDraw.ImageDraw, text: str, look: Look, width: int) -> None:
+    """Draw a text in the centre whose characters all have the same advance."""
+    font, y = _sized(look.font, look.cap_height), (HEIGHT + look.cap_height) // 2 + look.shift[0]
+    start = (width - look.advance * len(text)) / 2 + look.shift[1]
+    for i, character in enumerate(text):
+        left, _, right, _ = font.getbbox(character, anchor="ls")
+        x = start + look.advance * (i + 0.5) - (left + right) / 2
+        pen.text((round(x), y), character, COLOURS[look.colour], font, anchor="ls")
 
 
 def captions(text: str, look: Look, random: np.random.Generator) -> list[str]:

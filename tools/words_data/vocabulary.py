@@ -69,23 +69,23 @@ class Vocabulary:
     def training_text(self, random: np.random.Generator, longest: int | None = None) -> str:
         """Draw a text for a training image: a word (half of the time), a random string, or two or three words.
 
-        With `longest`, draw only random strings of up to that many characters.
+        With `longest`, draw words and strings of up to that many characters, and nothing of several words.
         """
+        words = self.words if longest is None else [word for word in self.words if len(word) <= longest]
         while True:
             kind = random.random()
-            if longest is not None:
-                text = random_string(random, longest=longest)
-            elif kind < 0.5:
-                text = self._word(random)
-            elif kind < 0.9:
-                text = random_string(random)
+            if words and kind < 0.5:
+                text = _choice(words, random)
+            elif kind < 0.9 or longest is not None:
+                text = random_string(random, longest=longest or MAX_LETTERS)
             else:
-                text = " ".join(self._word(random) for _ in range(random.integers(2, 4)))
+                text = " ".join(_choice(words, random) for _ in range(random.integers(2, 4)))
             if len(text) <= MAX_LETTERS + 4 and self.allowed(text):
                 return text
 
-    def _word(self, random: np.random.Generator) -> str:
-        return self.words[random.integers(len(self.words))]
+
+def _choice(words: list[str], random: np.random.Generator) -> str:
+    return words[random.integers(len(words))]
 
 
 def _is_held_out(word: str) -> bool:

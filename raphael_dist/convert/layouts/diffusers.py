@@ -48,6 +48,7 @@ from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_fi
 from raphael_dist.text import JsonObject
 
 UNET = RaphaelUNet2D.__name__
+_LATER_FIELDS: JsonObject = {"image_positions": False}  # which folders of earlier exports lack
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
@@ -102,7 +103,8 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
         UserError: a field is missing or not allowed.
     """
     try:
-        model = sizes_of_unet(unet, where) | {ours: unet[name] for name, ours in EXPERT_FIELDS.items()}
+        fields = {**_LATER_FIELDS, **unet}
+        model = sizes_of_unet(unet, where) | {ours: fields[name] for name, ours in EXPERT_FIELDS.items()}
         edges, steps = int(unet["edge_channels"]), int(unet["num_train_timesteps"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
