@@ -135,8 +135,8 @@ class Restorer:
             old, new = reader.shapes, self._fragments.shapes
             name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
             raise UserError(
-                f"run.dir={self._config.run.dir}: {reader.folder} must have the parameters of this run's model, but {name} has "
-                f"the shape {old.get(name)} there and {new.get(name)} in the model. Use another run.dir."
+                f"run.dir={self._config.run.dir}: {reader.folder} must have the parameters of this run's model, but {name} "
+                f"has the shape {old.get(name)} there and {new.get(name)} in the model. Use another run.dir."
             )
         changes = check_same_run(reader.config(), self._config, str(reader.folder))
         changes += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))

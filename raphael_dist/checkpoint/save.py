@@ -225,8 +225,8 @@ class CheckpointStore:
     def amend(self, progress: Progress) -> None:
         """Replace the progress in the manifest of the checkpoint of `progress.step`, after a rollback to this checkpoint.
 
-        After a rollback, training skips the samples of the bad steps. A restart skips them too, since it reads `samples_seen`
-        from the manifest. An error is only logged, because it affects a restart and not this process.
+        After a rollback, training skips the samples of the bad steps. A restart skips them too, since it reads
+        `samples_seen` from the manifest. An error is only logged, because it affects a restart and not this process.
         """
         if not self._ranks.is_main:
             return
