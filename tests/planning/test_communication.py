@@ -8,8 +8,16 @@ import pytest
 from benchmarks.network import Case, planned_bytes
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.planning.communication import Cluster, Communication, Scheme, communications, hidden_seconds, ring
-from tests.lib.launch import ROOT
+from raphael_dist.planning.communication import (
+    Cluster,
+    Communication,
+    Scheme,
+    communications,
+    gathered_again,
+    hidden_seconds,
+    ring,
+)
+from tests.lib.launch import ROOT, run_ranks
 
 # Two nodes of two GPUs: 100 GB/s in a node, 10 GB/s by each card.
 SMALL = Cluster(4, per_node=2, node_gb_s=100.0, net_gb_s=10.0, node_hop_us=1.0, net_hop_us=5.0)
@@ -80,6 +88,21 @@ def test_planned_bytes_are_those_measured_on_the_wire():
         if case.per_node == 1 and case.space_ep * case.time_ep == 1:  # rows to experts depend on the routes
             assert row["planned"] == pytest.approx(row["payload"], rel=0.01), case
     assert {case.accumulation for case, _ in cases if case.stage == 3} == {1, 4}
+
+
+@pytest.mark.slow
+def test_zero3_gathers_again_what_it_freed(tmp_path):
+    """Real engines, whose reuse distance is one and nine times their model."""
+    once, twice = ({"train": {"global_batch_size": 2 * n, "micro_batch_size": 1}} for n in (1, 2))
+    recomputed = {**once, "model": {"checkpoint_activations": "all"}}
+    cases = [(recomputed, 1), (twice, 1), (twice, 9)]
+    specs = [{"sections": sections, "distance": distance} for sections, distance in cases]
+    run_ranks(["tests/workers/zero3_gathers.py", str(tmp_path / "gathers.json"), json.dumps(specs)], 2)
+    measured = json.loads((tmp_path / "gathers.json").read_text())
+    for (sections, distance), gathers in zip(cases, measured, strict=True):
+        micro_steps = sections["train"]["global_batch_size"] // 2
+        expected = micro_steps * (1 + gathered_again(1000, "model" in sections, 1000 * distance))
+        assert gathers == pytest.approx(expected, rel=0.05), (sections, distance)
 
 
 def test_node_shards_avoid_the_latency_of_the_long_ring():
