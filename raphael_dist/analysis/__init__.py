@@ -1,1 +1,1 @@
-"""What a model has learned: routes of words and timesteps, regions, expert health, and figures of them."""
+"""Analyses what a trained model has learned: routes of words and timesteps, regions of words, expert health."""

@@ -1,8 +1,10 @@
-"""How much of the image the regions of Sec. 3.1 cover, by alpha, and how many (image token, expert) pairs they use.
+"""Measures how much of the image the regions of Sec. 3.1 cover for a threshold alpha, and how much computation this needs.
 
-The region of a text token is where its attention is at least alpha of its maximum. An expert processes the union of the
-regions of all tokens routed to it. Most of the 77 tokens are padding, so that many pairs can be used although regions are
-small. In training, gate noise distributes tokens over more experts than the trained gates choose.
+The region of a text token is where its attention is at least alpha times its maximum. A space expert processes the union of
+the regions of all tokens that are routed to it. The computation is the share of all (image token, expert) pairs that are
+used. Most of the 77 text tokens are padding, so many pairs can be used although regions are small. In training, gate noise
+distributes tokens over more experts than in sampling.
+
 Shape legend: L transformer blocks, N image tokens, Y text tokens, K experts.
 """
 
@@ -21,13 +23,13 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares at one alpha, a value for each block.
+    """The results for one alpha. Each list has one share (0..1) per transformer block.
 
     Attributes:
-        words, padding: share of the image in the region of a word, of a padding token.
-        pairs, pairs_of_words: share of (image token, expert) pairs used in sampling, with and without padding tokens
-            (model.mask_padding).
-        trained, trained_of_words: the same with the gate noise of training.
+        words, padding: mean share of the image in the region of a word token, and of a padding token.
+        pairs, pairs_of_words: share of (image token, expert) pairs that sampling uses: with padding tokens, and without them
+            (`model.mask_padding`).
+        trained, trained_of_words: the same for training, with its gate noise.
     """
 
     alpha: float
@@ -39,7 +41,7 @@ class Coverage:
     trained_of_words: list[float]
 
     def means(self) -> list[float]:
-        """Return the means over blocks, in the order of the attributes."""
+        """Return the mean over blocks of each list, in the order of the attributes."""
         columns = (self.words, self.padding, self.pairs, self.pairs_of_words, self.trained, self.trained_of_words)
         return [fmean(column) for column in columns]
 
@@ -47,12 +49,14 @@ class Coverage:
 def measure_coverage(
     record: Record, noisy_LY: Tensor, mask_Y: Tensor, num_experts: int, alphas: Sequence[float] = ALPHAS
 ) -> list[Coverage]:
-    """Return the coverage at each alpha.
+    """Return the results for each alpha.
 
     Args:
-        record: recorded forward passes of a Space-MoE, with attention maps.
-        noisy_LY: routes with the gate noise of training, int64.
+        record: a recorded forward pass of a model with Space-MoE, with attention maps.
+        noisy_LY: space expert of each text token with the gate noise of training, int64.
         mask_Y: False at padding tokens.
+        num_experts: space experts of a layer.
+        alphas: thresholds.
     """
     assert record.space_LY is not None
     coverages = []
@@ -78,6 +82,6 @@ def _pair_share(region_NY: Tensor, route_Y: Tensor, num_experts: int, mask_BY: T
 
 
 def route_agreement(record: Record, noisy_LY: Tensor, mask_Y: Tensor) -> float:
-    """Return the share of (word, block) pairs that select the same expert with and without the gate noise of training."""
+    """Return the share of (word token, block) pairs whose expert is the same with and without the gate noise of training."""
     assert record.space_LY is not None
     return float((noisy_LY == record.space_LY)[:, mask_Y].float().mean())

@@ -1,4 +1,4 @@
-"""Dead and duplicate experts.
+"""Finds experts that get almost no work (dead), and pairs of experts with nearly equal outputs (duplicates).
 
 Shape legend: L transformer blocks, K experts, R rows, D width.
 """
@@ -18,12 +18,13 @@ DUPLICATE_DISTANCE = 0.05  # relative distance of two experts' outputs
 
 @dataclass(frozen=True)
 class Finding:
-    """A dead expert, or two duplicate experts.
+    """A dead expert, or a pair of duplicate experts.
 
     Attributes:
         kind: "space" or "time".
+        block, expert: where it is.
         other: the second expert of a pair; None: the expert is dead.
-        value: load relative to an even share, or relative distance of the outputs of a pair.
+        value: load divided by the mean load of the block (dead), or relative distance of the outputs (duplicates).
     """
 
     kind: str
@@ -40,23 +41,27 @@ class Finding:
 
 
 def expert_loads(route: Tensor, num_experts: int) -> Tensor:
-    """Return the load of each expert for routes [L, ...], relative to an even share, float32 [L, K]."""
+    """Return the load of each expert divided by the mean load of its block, float32 [L, K].
+
+    `route`: the chosen expert of each token or timestep, [L, ...].
+    """
     counts = torch.stack([torch.bincount(row.flatten(), minlength=num_experts) for row in route]).float()
     return counts * num_experts / counts.sum(dim=1, keepdim=True)
 
 
 def find_dead(kind: str, load_LK: Tensor) -> list[Finding]:
-    """Return the experts with less than DEAD_SHARE of an even share."""
+    """Return the experts whose load is below DEAD_SHARE of the mean load of their block. `load_LK`: see `expert_loads`."""
     dead = (load_LK < DEAD_SHARE).nonzero().tolist()
     return [Finding(kind, block, k, None, float(load_LK[block, k])) for block, k in dead]
 
 
 @torch.no_grad()
 def find_duplicates(model: RaphaelUNet, rows: int = 256) -> list[Finding]:
-    """Return the pairs of experts of a layer with nearly equal outputs.
+    """Return the pairs of experts of a layer whose outputs are nearly equal.
 
-    Inputs are normally distributed, as after a LayerNorm. The distance is ||e_j - e_k|| / max(||e_j||, ||e_k||) of outputs
-    from which their mean over all inputs is subtracted. Two experts with zero output are duplicates.
+    Inputs are `rows` normally distributed rows, as after a LayerNorm. The mean over all inputs is subtracted from each
+    expert's outputs. The distance of two experts is then ||e_j - e_k|| / max(||e_j||, ||e_k||). Two experts with zero output
+    are duplicates.
     """
     findings = []
     for number, block in enumerate(ordered_blocks(model)):

@@ -1,7 +1,8 @@
-"""Record routes and regions of a model while it draws, without a change to the model or its outputs.
+"""Records routes and regions of a model while it draws images, without changing the model or its outputs.
 
-Hooks read the arguments of the layers: the expert of each text token and of each sample, and the attention maps. The
-recorder also works while training samples images, with expert parallelism and every ZeRO stage.
+Hooks read the expert of each text token and sample, and the attention maps, from the arguments of the layers. This also
+works while training draws images, with expert parallelism and every ZeRO stage.
+
 Shape legend: B samples, L transformer blocks, Y text tokens, N image tokens, S forward passes, h and w map height and width.
 """
 
@@ -20,14 +21,14 @@ from raphael_dist.model.routing import region_mask_BNY
 
 @dataclass
 class Record:
-    """Routes and regions of one sample of the batches.
+    """Recorded routes (chosen experts) and regions of one sample.
 
     Attributes:
         timesteps: timesteps of the forward passes.
         time_LS: time expert of each block and pass, int64 [L, S]; None without a Time-MoE.
         space_LY: space expert of each block and text token, int64 [L, Y]; None without a Space-MoE.
-        regions: region of each text token in each block, in pass `at`, bool [Y, N].
-        maps: attention maps of pass `at`, float32 [N, Y] for each block, if requested.
+        regions: for each block, the region of each text token in pass `at`, bool [Y, N].
+        maps: for each block, the attention map in pass `at`, float32 [N, Y], if requested.
         sizes: (h, w) of each block, with h * w = N.
         at: the pass whose regions are recorded, counted from 0.
     """
@@ -42,15 +43,16 @@ class Record:
 
 
 class Recorder:
-    """Context manager that records one sample of every batch of a `RaphaelUNet`."""
+    """A context manager that records the routes of one sample of every batch of a `RaphaelUNet`."""
 
     def __init__(self, model: nn.Module, *, sample: int = 0, at: int = 0, maps: bool = False) -> None:
         """Prepare to record.
 
         Args:
-            sample: number of the sample in each batch.
+            model: the U-Net.
+            sample: index of the sample in each batch.
             at: the forward pass, counted from 0, whose regions are recorded.
-            maps: record the attention maps of that pass, too.
+            maps: whether to record the attention maps of that pass, too.
         """
         self._model, self._sample, self._maps = model, sample, maps
         own_modules = (module for name, module in model.named_modules() if not name.startswith("control."))

@@ -17,7 +17,7 @@ _LINE, _GAP = 14, 4
 
 
 def expert_colour(expert: int) -> tuple[int, int, int]:
-    """Return the colour of an expert, 0..255."""
+    """Return the colour of an expert as (red, green, blue), each 0..255."""
     return COLOURS[expert % len(COLOURS)]
 
 
@@ -32,7 +32,7 @@ def draw_routes(words: Sequence[str], route_WL: np.ndarray, title: str) -> Image
 
 
 def draw_heat_map(values_LK: np.ndarray, title: str) -> Image.Image:
-    """Draw loads relative to an even share, [L, K]: a row for each block, a column for each expert, white 0 to blue 2."""
+    """Draw values [L, K] as a table: one row per block, one column per expert, from white (0) to blue (2)."""
 
     def cell(block: int, expert: int) -> tuple[tuple[int, int, int], str]:
         value = float(values_LK[block, expert])
@@ -70,7 +70,7 @@ def _table(
 
 
 def draw_bands(route_LT: np.ndarray, timesteps: Sequence[float], title: str) -> Image.Image:
-    """Draw the time expert (int, [L, T]) of each block at each timestep as coloured bands; most noise on the right."""
+    """Draw the time expert (int, [L, T]) of each block at each timestep as coloured bands. Noise grows to the right."""
     font, left, width, row = ImageFont.load_default(size=11), 30, 500, 16
     blocks, experts = route_LT.shape[0], int(route_LT.max()) + 1
     order = np.argsort(np.asarray(timesteps))

@@ -1,4 +1,4 @@
-"""Results of the routes command, as Markdown and as data."""
+"""Writes the results of the command `routes` as Markdown and as JSON values."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ _LEGEND = (
 
 @dataclass
 class Report:
-    """Collected results: `text()` is the page, `routes` the data."""
+    """Collects the results of the command `routes`. `text()` returns the page, `routes` has the data as JSON values."""
 
     origin: str
     routes: dict[str, Any] = field(default_factory=dict)
@@ -37,11 +37,18 @@ class Report:
     agreement: dict[str, float] = field(default_factory=dict)
 
     def add_time(self, route_LT: Tensor) -> None:
-        """Add the time expert of each block at each timestep."""
+        """Add the time expert of each block at each timestep, int [L, T]."""
         self.routes["time"] = [_stretches(row) for row in route_LT.tolist()]
 
     def add_prompt(self, prompt: str, trace: PromptTrace, regions: list[Coverage], agreement: float) -> None:
-        """Add a prompt: its words' experts, the share of the image that each region covers, and `route_agreement`."""
+        """Add a prompt.
+
+        Args:
+            prompt: its text.
+            trace: the experts and regions of its words.
+            regions: how much of the image regions cover (`measure_coverage`).
+            agreement: result of `route_agreement`.
+        """
         assert trace.route_WL is not None
         self.routes.setdefault("words", {})[prompt] = dict(zip(trace.words, trace.route_WL.tolist(), strict=True))
         self.regions[prompt], self.agreement[prompt] = regions, agreement
@@ -82,7 +89,9 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> dict[str, 
     """Return a trace as JSON values, for the HTML report of a run: routes of words and timesteps, regions, the image.
 
     Args:
-        side: pixels of the image at most.
+        prompt: the text of the prompt.
+        trace: its image, routes and regions.
+        side: largest width and height of the image, in pixels.
 
     Returns:
         `space` is [W][L]; `time` is [L][S] for the `timesteps` [S]; `regions` [W][L] has the size (h, w) and the cells of a

@@ -1,4 +1,4 @@
-"""Diffusion paths computed from the gates alone: words through space experts, timesteps through time experts.
+"""Computes routes from the gates alone, without running the U-Net: the experts of words and of timesteps in each block.
 
 Shape legend: L transformer blocks, T timesteps, W words, Y text tokens, K experts, D text width.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """Words of a caption: their texts, and the text tokens [first, last) of each."""
+    """The words of a caption: their texts, and for each word the range [first, last) of its text tokens (`spans`)."""
 
     texts: list[str]
     spans: list[tuple[int, int]]
@@ -29,7 +29,10 @@ class Words:
 
 @torch.no_grad()
 def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
-    """Return t_router(t) (Sec. 7.3) of each block and timestep 0 .. T-1, int64 [L, T]; None without a Time-MoE."""
+    """Return the time expert of each block for each timestep 0 .. T-1, int64 [L, T] (t_router(t) of Sec. 7.3).
+
+    None without a Time-MoE.
+    """
     if not model.config.time_experts:
         return None
     weight = next(model.parameters())
@@ -40,7 +43,10 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
 
 @torch.no_grad()
 def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
-    """Return the space expert of each text token in each block (route(y_i), Sec. 3.1), int64 [B, L, Y], or None."""
+    """Return the space expert of each text token in each block, int64 [B, L, Y] (route(y_i) of Sec. 3.1).
+
+    `tokens_BYD`: outputs of the text encoder. Returns None without a Space-MoE.
+    """
     if not model.config.space_experts:
         return None
     return choose(_text_logits(model, tokens_BYD), None, "none")[0].transpose(0, 1).cpu()
@@ -48,7 +54,10 @@ def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def noisy_word_routes(model: RaphaelUNet, tokens_BYD: Tensor, deviation: float, seed: int = 0) -> Tensor:
-    """Return what `word_routes` returns with Gaussian noise of this deviation on the gate logits, as in training."""
+    """Return the same as `word_routes`, but with the gate noise of training.
+
+    `deviation`: standard deviation of the Gaussian noise on the gate logits.
+    """
     logits = _text_logits(model, tokens_BYD).cpu()
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
     return choose(logits, deviation * noise, "none")[0].transpose(0, 1)
@@ -60,7 +69,10 @@ def _text_logits(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor:
 
 
 def split_words(tokenizer: "PreTrainedTokenizerBase", caption: str, max_tokens: int) -> Words:
-    """Return the words of a caption with their tokens, as far as the encoder reads it. Punctuation is no word."""
+    """Divide a caption into words with their tokens, up to the length that the text encoder reads.
+
+    Punctuation is left out.
+    """
     encoded = tokenizer(caption, truncation=True, max_length=max_tokens)
     texts: list[str] = []
     spans: list[tuple[int, int]] = []
@@ -104,8 +116,8 @@ def collect_word_paths(
 ) -> list[tuple[str, int, list[int]]]:
     """Return (word, number of its caption, path) for each word of each caption.
 
-    A path has a space expert for each block; a word has the path of its first token. Captions that differ only in spaces and
-    capitals have the same number.
+    A path is the list of the space experts in all blocks for the first token of the word. Captions that differ only in
+    spaces and capitals have the same number. `batch`: captions that are encoded at a time.
     """
     paths = []
     numbers: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Draw a prompt and trace its words through the experts."""
+"""Draws a prompt and records which experts process its words, and where in the image."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,15 @@ from raphael_dist.sampling.sampler import Request
 
 @dataclass(frozen=True, eq=False)
 class PromptTrace:
-    """An image, and the routes and regions of the words of its prompt.
+    """A drawn image, and the routes (experts) and regions of the words of its prompt.
 
     Attributes:
         pixels: uint8 [H, W, 3].
+        words: texts of the words.
         route_WL: space expert of each word in each block, int [W, L]; None without a Space-MoE.
         regions: region of each word in each block at `timestep`, bool [h, w].
+        timestep: the timestep whose regions were recorded.
+        record: all that was recorded.
     """
 
     pixels: np.ndarray
@@ -32,7 +35,7 @@ class PromptTrace:
 def trace_prompt(
     trained: TrainedModel, prompt: str, *, steps: int, guidance: float, seed: int, timestep: int
 ) -> PromptTrace:
-    """Draw `prompt` and record it. Regions are those of the step nearest to `timestep`."""
+    """Draw `prompt` and record routes and regions. Regions are recorded in the denoising step nearest to `timestep`."""
     config = trained.config
     scheduler = make_scheduler(config.diffusion, config.sample.scheduler)
     scheduler.set_timesteps(steps)
@@ -45,7 +48,7 @@ def trace_prompt(
 
 
 def make_trace(pixels: np.ndarray, words: Words, record: Record) -> PromptTrace:
-    """Return the trace of recorded words; a word has the route and the region of its first token."""
+    """Return the routes and regions of words, from those of tokens: a word has those of its first token."""
     route_WL, regions = None, []
     firsts = [first for first, _ in words.spans]
     if record.space_LY is not None:

@@ -1,4 +1,4 @@
-"""Timed and checked collectives: the result of each is compared with what a formula gives."""
+"""Times collectives, and checks their results against the values that a formula gives."""
 
 import time
 from collections.abc import Callable
@@ -14,9 +14,10 @@ _GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 class Collective:
-    """One kind of collective in a group of n ranks, on a buffer of n blocks of `each` float32 numbers.
+    """One kind of collective in a group of n ranks, on a buffer of n blocks with `each` float32 numbers.
 
-    Block b of rank r holds r n + b. The values stay below 2**24, so that their sums are exact up to 4,000 ranks.
+    All numbers of block b on rank r are r n + b, so the right result is known. The values stay below 2**24, so that their
+    sums are exact up to 4,000 ranks.
     """
 
     def __init__(self, name: str, group: dist.ProcessGroup, each: int, device: torch.device) -> None:
@@ -36,11 +37,11 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """The bytes that a rank must send in a ring, or directly to each other rank."""
+        """Bytes that a rank must send per run, with a ring or directly to each other rank."""
         return (2 if self.name == "all_reduce" else 1) * 4 * self._each * (self.size - 1)
 
     def run(self) -> None:
-        """Run it once; the result is in a buffer of its own."""
+        """Run the collective once. The result goes to a separate buffer."""
         if self.name == "all_reduce":
             self._received.copy_(self._sent)
             dist.all_reduce(self._received, group=self._group)
@@ -52,11 +53,14 @@ class Collective:
             dist.all_to_all_single(self._received, self._sent, group=self._group)
 
     def is_right(self) -> bool:
-        """Return whether the last result is right."""
+        """Return whether the result of the last run is correct."""
         return torch.allclose(self._received, self._expected, rtol=1e-5)
 
     def seconds(self, repeats: int = 1) -> float:
-        """Return the seconds of the fastest of some runs; one before them opens the connections."""
+        """Return the seconds of the fastest of `repeats` runs.
+
+        One more run comes first and does not count, because it opens connections.
+        """
         self.run()
         best = float("inf")
         for _ in range(repeats):
@@ -66,7 +70,7 @@ class Collective:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that work on a device takes."""
+    """Return the seconds that `work` takes, including what it queues on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

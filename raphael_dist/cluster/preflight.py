@@ -1,7 +1,8 @@
-"""Checks of every rank before a job trains: device, data and disk on its own, then network and numerics with the others.
+"""Checks every rank before a training starts: its own device, data and disk, then network and numerics with other ranks.
 
-Each rank writes its report, `rank-NNNNN.json`, twice: after its own checks, and at the end. A broken node can therefore be
-distinguished from nodes that waited for it: its report names a problem, or is missing (`preflight_report.judge`).
+Each rank writes its results to a report file, `rank-NNNNN.json`, twice: after the checks of its own, and at the end. If a
+node is broken, its report names a problem or is missing, while the reports of other nodes only show that they waited.
+`preflight_report.judge` uses this to find the broken node.
 """
 
 import json
@@ -42,10 +43,13 @@ Report = dict[str, Any]  # results of the checks by name
 
 
 class Probe:
-    """The checks of one rank. `report` has their results by name; its `problems` state what is wrong and what to do."""
+    """The preflight checks on one rank.
+
+    `report` has the results by name of the check. `report["problems"]` states what is wrong and what to do.
+    """
 
     def __init__(self, config: Config, ranks: Ranks, out: Path, *, with_data: bool = True) -> None:
-        """Prepare the checks. `with_data`: whether the shards of `config` are read too."""
+        """Prepare the checks. `out`: folder of the report files. `with_data`: whether to read shards of `config`, too."""
         self.config, self.ranks, self.path = config, ranks, report_path(out, ranks.rank)
         self._with_data = with_data
         self.device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -54,7 +58,7 @@ class Probe:
         self._began = time.monotonic()
 
     def run(self) -> bool:
-        """Run all checks; return whether there was no problem. The process ends at the time limit."""
+        """Run all preflight checks; return whether there was no problem. At the time limit the process exits."""
         timer = threading.Timer(self._limit(LIMIT_S), self._out_of_time)
         timer.daemon = True
         timer.start()
@@ -250,9 +254,12 @@ class Probe:
 
 
 def expert_parity(expert_group: ExpertGroup, num_experts: int, device: torch.device) -> float:
-    """Return the largest relative difference between a Space-MoE sharded over the group and the same on one rank.
+    """Compare a Space-MoE that is sharded over the group with the same layer on one rank. Collective.
 
-    Output and gradients are compared, for random inputs that are equal on all ranks. Collective.
+    Outputs and gradients are compared, for random inputs that are equal on all ranks.
+
+    Returns:
+        The largest relative difference.
     """
     tokens, text, dim = 32, 7, 16
     whole = SpaceMoE(num_experts, dim, 24, "auto", seed=4).to(device)
@@ -282,12 +289,15 @@ def expert_parity(expert_group: ExpertGroup, num_experts: int, device: torch.dev
 
 
 def report_path(folder: Path, rank: int) -> Path:
-    """Return the path of a rank's report."""
+    """Return the path of the report file of a rank."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def gpu_use(device: torch.device) -> dict[str, Any]:
-    """Return the id of a GPU, and the GiB that are in use on it before this process allocates any; {} on a CPU."""
+    """Return the id of a GPU and the GiB that other processes use on it; {} for a CPU.
+
+    Call it before this process allocates memory on the GPU.
+    """
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
@@ -295,7 +305,10 @@ def gpu_use(device: torch.device) -> dict[str, Any]:
 
 
 def rounds(members: list[int]) -> list[dict[int, int]]:
-    """Return rounds, each as {member: partner}, in which every two members are partners once (the circle method)."""
+    """Return rounds of a tournament in which every two members are partners exactly once (the circle method).
+
+    Each round is a dict {member: partner}.
+    """
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
     schedule = []
     for _ in range(len(circle) - 1):
@@ -309,7 +322,7 @@ def rounds(members: list[int]) -> list[dict[int, int]]:
 
 
 def network(host: str) -> str:
-    """Return the network interface and IPv4 address by which this host reaches another, as "eth0 10.0.0.5"."""
+    """Return the network interface and IPv4 address by which this host reaches `host`, e.g. "eth0 10.0.0.5"."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             s.connect((host, 9))  # sends nothing

@@ -1,4 +1,4 @@
-"""Judges the reports of all ranks (preflight.py): a table of results, and the faulty nodes with reasons and remedies."""
+"""Evaluates the report files of the preflight: a table of results, and the faulty nodes with reasons and remedies."""
 
 import json
 from collections import Counter
@@ -18,11 +18,11 @@ Report = dict[str, Any]  # of a rank, as `preflight.Probe` writes it
 
 @dataclass
 class Verdict:
-    """The outcome of a preflight.
+    """The result of a preflight on all nodes.
 
     Attributes:
         lines: the table of results.
-        faults: for each node, the reasons why it cannot train.
+        faults: for each faulty node, the reasons why it cannot train.
         warnings: problems that do not prevent training.
         everywhere: whether every node has the same fault, so that excluding nodes does not help.
     """
@@ -33,13 +33,13 @@ class Verdict:
     everywhere: bool = False
 
     def add_fault(self, node: str, text: str) -> None:
-        """Add a fault of a node, once."""
+        """Add a fault of a node, unless it is already listed."""
         if text not in self.faults.setdefault(node, []):
             self.faults[node].append(text)
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """Return the reports in the order of the ranks. Raise UserError if there is none."""
+    """Return the report files in a folder, in the order of ranks. Raise UserError if there are none."""
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
     if not reports:
         raise UserError(
@@ -50,12 +50,12 @@ def read_reports(folder: Path) -> list[Report]:
 
 
 def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
-    """Return the verdict.
+    """Evaluate the report files of all ranks.
 
     Args:
-        reports: reports of the ranks.
+        reports: contents of the report files.
         num_ranks: expected number of ranks.
-        nodes: all nodes, including those without a report; may be empty.
+        nodes: names of all nodes, including those without a report file; may be empty.
     """
     verdict = Verdict([_row(r) for r in reports])
     reported = {r["node"] for r in reports}

@@ -1,9 +1,10 @@
-"""Runs the checks of `prove` on the ranks of a launcher, each with a time limit, and survives crashes and hangs of a check.
+"""Runs the checks of `prove`: on all ranks of a launcher, it compares training with one process and tests links and saves.
 
-The process that the launcher started is the rank's agent. It computes nothing and touches no GPU: it starts a worker process
-for the checks, follows it through a pipe, and ends it at the time limit. Agents talk through a store, whose requests have a
-time limit too. So a worker that hangs, dies or is killed on purpose leaves agents that can name it, and a node that hangs is
-the one whose agent does not answer.
+Each check has a time limit. `prove` itself survives a check that crashes or hangs, and names the rank that did. To this end,
+the process that the launcher starts for a rank is its agent. The agent computes nothing and uses no GPU. It starts a worker
+process that runs the checks, receives progress through a pipe, and ends the worker at the time limit. Agents exchange values
+through a torch.distributed store, with a time limit for each request. If a worker hangs, dies or is killed on purpose, its
+agent reports this. If a node hangs, its agent does not answer.
 """
 
 import json
@@ -45,12 +46,13 @@ KILLED = "killed"  # the last mark of a worker that ends itself
 
 @dataclass
 class Outcome:
-    """The outcome of a check on one rank, as its agent knows it.
+    """What a check did on one rank, as known to the agent of that rank.
 
     Attributes:
-        result: result of the worker; None: it did not finish.
-        marks, last: number of marks of the worker, and the last.
-        why: why it did not finish.
+        result: result of the check; None: it did not finish.
+        marks, last: number of progress messages from the worker, and the text of the last one.
+        why: why the check did not finish.
+        seconds: how long it ran.
     """
 
     rank: int
@@ -63,10 +65,10 @@ class Outcome:
 
 
 class Agents:
-    """The agents of all ranks, as seen by this one."""
+    """Communication between the agents of all ranks, from the agent of this rank."""
 
     def __init__(self, ranks: Ranks) -> None:
-        """Connect to the other agents. Raises HungError that names missing ranks."""
+        """Connect to the agents of the other ranks. Raises HungError, which names missing ranks, after JOIN_S seconds."""
         complete_environment(ranks)
         limit = timedelta(seconds=JOIN_S)
         self.ranks = ranks
@@ -75,7 +77,10 @@ class Agents:
         self._exchanges = 0
 
     def exchange(self, value: Any, limit_s: float) -> list[Any]:
-        """Return the value of every rank, which must be JSON; None for ranks that do not answer within the limit."""
+        """Return the values of all ranks, in the order of ranks; None for a rank that does not answer within the limit.
+
+        `value`: this rank's value, which must be representable in JSON.
+        """
         self._exchanges += 1
         key, deadline = f"prove/{self._exchanges}", time.monotonic() + limit_s
         values: list[Any] = []
@@ -92,7 +97,10 @@ class Agents:
 
     @contextmanager
     def deadline(self, limit_s: float) -> Iterator[None]:
-        """Return a context that ends this process some time after the limit: the store of a dead node never answers."""
+        """Return a context that ends this process if its body takes much longer than the limit.
+
+        This is needed if the node of rank 0 is dead, since requests to its store may then never return.
+        """
         timer = threading.Timer(limit_s + 3 * GRACE_S, self._end)
         timer.daemon = True
         timer.start()
@@ -102,7 +110,7 @@ class Agents:
             timer.cancel()
 
     def leave(self) -> None:
-        """Let rank 0, which keeps the store, end last."""
+        """Wait on rank 0 until all other agents have left, because rank 0 keeps the store."""
         if not self.ranks.is_main:
             self._store.set(f"left/{self.ranks.rank}", "1")
             return
@@ -116,16 +124,19 @@ class Agents:
         os._exit(EXIT_USER_ERROR)
 
     def stop_others(self, piece: int) -> None:
-        """Let the other agents end their workers of a piece of work: one of them has failed."""
+        """Ask all other agents to end their workers of work number `piece`, because a worker has failed."""
         self._store.set(f"stop/{piece}", "1")
 
     def stopped(self, piece: int) -> bool:
-        """Return whether another agent ends this piece of work."""
+        """Return whether an agent has asked to end the workers of work number `piece`."""
         return bool(self._store.check([f"stop/{piece}"]))
 
 
 def prove(config: Config, out: Path) -> int:
-    """Run all checks, write `report.json` and `report.html` into `out`, and return the exit code."""
+    """Run all checks of `prove` on this rank, and return the exit code, equal on all ranks. Collective.
+
+    Rank 0 writes `report.json` and `report.html` into `out`. Checks that already have a result there are not repeated.
+    """
     ranks = discover()
     agents = Agents(ranks)
     own = {"host": host_name(), "local_rank": ranks.local_rank, "python": sys.executable, "system": platform.release()}
@@ -217,7 +228,7 @@ def _own_probe(out: Path, rank: int) -> dict[str, Any] | None:
 
 
 class Worker:
-    """The process that runs checks on this rank."""
+    """The worker process that runs checks on this rank."""
 
     def __init__(self, run: _Run, names: Sequence[str], world: int, port: int) -> None:
         ranks, self._run, self._piece = run.agents.ranks, run, run.pieces
@@ -245,7 +256,13 @@ class Worker:
         theirs.close()
 
     def follow(self, name: str, outcome: Outcome, first: bool) -> None:
-        """Wait until the worker has finished a check, or must be ended; fill in the outcome."""
+        """Wait until the worker has finished a check, and fill in `outcome`. End the worker at the time limit.
+
+        Args:
+            name: the check.
+            outcome: what this check did on this rank.
+            first: whether it is the worker's first check, so that the start of the process counts too.
+        """
         began = time.monotonic()
         limit_s = CHECKS[name].limit_s + (START_S if first else 0.0)
         with self._run.agents.deadline(limit_s):
@@ -283,7 +300,7 @@ class Worker:
             outcome.why = value
 
     def end(self) -> None:
-        """End the process, and wait for its end."""
+        """End the worker process, and wait for its end."""
         self._process.kill()
         self._process.join()
 
@@ -297,7 +314,17 @@ def work(
     log: Path,
     options: dict[str, Any],
 ) -> None:
-    """Run checks in this process, whose output goes to a log; send marks and results to the agent."""
+    """Run checks in this worker process; send progress and results to the agent.
+
+    Args:
+        pipe: the connection to the agent.
+        names: the checks, in order.
+        env: environment variables to set, e.g. RANK.
+        config: the user's configuration.
+        out: folder of the reports.
+        log: file that gets the process's output.
+        options: further arguments of the checks.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)

@@ -1,4 +1,4 @@
-"""The checks of `prove`, in order, with their time limits."""
+"""The list of the checks of `prove`, in order, with their time limits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from raphael_dist.cluster.prove_results import Proof, Result
 
 @dataclass(frozen=True)
 class Check:
-    """A check.
+    """One check of `prove`.
 
     Attributes:
         title: title in the report.
-        run: what a worker does on each rank.
-        limit_s: time limit, long enough for a slow CPU, after which the worker is ended.
-        environment: whether a failure means a bad environment (exit code 2), not wrong numbers (3).
-        alone: whether it has worker processes of its own.
-        ranks: returns on how many of the ranks it runs.
+        run: the function that a worker process runs on each rank.
+        limit_s: time limit in seconds, long enough for a slow CPU. Then the worker is ended.
+        environment: whether a failure means a bad environment (exit code 2) and not wrong numbers (exit code 3).
+        alone: whether it runs in worker processes of its own.
+        ranks: returns on how many ranks it runs, given the number of all ranks.
     """
 
     title: str
@@ -37,7 +37,7 @@ def _preflight(proof: Proof) -> Result:
 
 
 def fewer(world: int) -> int:
-    """Return on how many ranks a run of `world` ranks is resumed."""
+    """Return the number of ranks on which a run that was saved on `world` ranks is resumed."""
     return max(1, world // 2)
 
 

@@ -1,4 +1,4 @@
-"""Checks of `prove` that measure: links, CUDA graphs, waits of the host, and a measured step compared with the plan."""
+"""Checks of `prove` that measure: links, CUDA graphs, waits of the host, and a step compared with the prediction."""
 
 import re
 import subprocess
@@ -77,7 +77,10 @@ def _of(hosts: list[str], host: str) -> list[int]:
 
 @dataclass
 class Measured:
-    """Steps of an engine: losses of this rank, norms, and the seconds of the fastest step after the first ones."""
+    """What some training steps yielded: this rank's losses, gradient norms, and the seconds of the fastest step.
+
+    The first steps, which warm up, do not count for the seconds.
+    """
 
     engine: Engine
     losses: list[float]
@@ -86,7 +89,10 @@ class Measured:
 
 
 def take_steps(proof: Proof, config: Config, tree: dict[str, Any], count_waits: list[int] | None = None) -> Measured:
-    """Take steps as the trainer does, with the batch on the device; `count_waits`: gets the waits of each measured step."""
+    """Take training steps as the trainer does, always on the same batch, which is already on the device.
+
+    `count_waits`: if given, the number of waits for the GPU in each measured step is appended to it.
+    """
     world, device = proof.ranks.world_size, proof.device
     plan = BatchPlan.of(config, world)
     engine, schedule = Engine(config, tree, plan, device), NoiseSchedule.create(config.diffusion, device)
@@ -122,7 +128,7 @@ def take_steps(proof: Proof, config: Config, tree: dict[str, Any], count_waits: 
 
 
 def graphs(proof: Proof) -> Result:
-    """Take the same steps with and without CUDA graphs."""
+    """Compare the losses and norms of the same steps with and without CUDA graphs."""
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("train.cuda_graphs on and off")])
     runs = {}
@@ -141,7 +147,7 @@ def graphs(proof: Proof) -> Result:
 
 
 def waits(proof: Proof) -> Result:
-    """Count how often the host waits for the GPU in a step; without a GPU, on a simulated one."""
+    """Count how often the host waits for the GPU in a step. Without a GPU, count for a simulated GPU."""
     if proof.device.type != "cuda":
         return _simulated_waits(proof)
     counts: list[int] = []
@@ -166,7 +172,10 @@ def _simulated_waits(proof: Proof) -> Result:
 
 
 def plan(proof: Proof) -> Result:
-    """Compare a step of the user's configuration, its model states and its bytes to experts with the plan."""
+    """Compare a step of the user's configuration with the planner's prediction.
+
+    Compared are its time, its memory, and the bytes that this rank sends to experts of other ranks.
+    """
     world = proof.ranks.world_size
     config = _one_micro_step(proof.config, world, proof.config.train.micro_batch_size)
     tree = read_deepspeed_json(None, config.train.dtype)

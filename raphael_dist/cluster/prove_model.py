@@ -1,4 +1,4 @@
-"""The small model whose training `prove` compares with one process: its batches, and the same steps in plain PyTorch."""
+"""The small model that `prove` trains: its configuration, its batches, and the same training in plain PyTorch."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -41,12 +41,16 @@ TREE: dict[str, dict[str, Any]] = {
 
 
 def proof_config(**sections: dict[str, Any]) -> Config:
-    """Return the configuration of the small model with some keys of its sections replaced."""
+    """Return the configuration of the small model. `sections`: keys to replace, by section."""
     return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in {*TREE, *sections}})
 
 
 def position_batch(config: Config, slots: Slots, num_blocks: int) -> Batch:
-    """Return a batch in the shapes of training, of the largest image size; a sample is a function of seed and position."""
+    """Return a batch with the shapes of training, of the largest image size.
+
+    Each sample is a function of the seed and its position, so no data set is needed. `slots`: (position, weight) of each
+    sample.
+    """
     meta = meta_batch(config, 1, num_blocks)
     samples = [_sample(config, meta, position, weight) for position, weight in slots]
     joined: dict[str, Any] = {
@@ -77,7 +81,7 @@ def _join(values: list[Any]) -> Tensor | GateNoise | None:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Return a checksum of the values of tensors on the host."""
+    """Return a checksum of the values of all tensors, which is computed on the host."""
     checksum = hashlib.sha256()
     for tensor in tensors:
         checksum.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -85,7 +89,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 class Reference:
-    """Training of the whole global batch in one process, in float32, without DeepSpeed, ranks or accumulation.
+    """Training of the whole global batch in one process, in float32, without DeepSpeed, other ranks or micro-steps.
 
     Attributes:
         weights: weights of the model, by name.
@@ -93,7 +97,7 @@ class Reference:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        """Build the model that the seed gives; its weights are rounded to `train.dtype`."""
+        """Build the model from the configuration's seed. Its weights are rounded to `train.dtype`."""
         self.config, self.device, self.norm = config, device, 0.0
         torch.manual_seed(config.run.seed)
         self.model = RaphaelUNet(config)
@@ -113,18 +117,18 @@ class Reference:
         )
 
     def losses(self, slots: Slots) -> Tensor:
-        """Return the weighted loss of each sample, float32 [B]."""
+        """Return the weighted loss of each sample, float32 [B]. `slots`: (position, weight) of each sample."""
         batch = position_batch(self.config, slots, self.num_blocks).to(self.device)
         return compute_losses(self.model, batch, self._schedule, self.config, torch.float32).total
 
     def gradients(self, slots: Slots) -> dict[str, Tensor]:
-        """Return the gradient of the samples' share of the global batch's mean loss, by name of the parameter."""
+        """Return the gradients, by parameter name, of the summed loss of some samples divided by the global batch size."""
         loss = self.losses(slots).sum() / self.config.train.global_batch_size
         gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(self.weights, gradients, strict=True))
 
     def step(self, gradients: dict[str, Tensor]) -> None:
-        """Clip the gradients of a whole batch and apply them."""
+        """Clip the gradients of a whole global batch, and update the weights with them."""
         for name, p in self.weights.items():
             p.grad = gradients[name]
         clip = self.config.optim.max_grad_norm or float("inf")

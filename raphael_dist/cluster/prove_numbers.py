@@ -1,8 +1,8 @@
-"""Checks of `prove` that compare training on all ranks with one process: gradients, clip norm, steps, sums.
+"""Checks of `prove` that compare training on all ranks with one process: gradients, gradient norm, weights, sums.
 
-Every rank computes the reference by itself, and compares its own gradients before they are reduced, and then its
-part of the weights. The first check that fails names the rank, parameter and expert that are wrong; its consequences are
-left out.
+Every rank computes the reference training of one process by itself. It compares its own gradients before they are reduced
+over ranks, and then its part of the weights. The first difference is reported with the rank, parameter and expert. Later
+differences are not reported, because they follow from it.
 """
 
 import math
@@ -38,7 +38,7 @@ SUM_TOLERANCE = 0.003  # the reduction over ranks adds some rounding, which grow
 
 @dataclass(frozen=True)
 class Case:
-    """A precision, ZeRO stage and number of ranks over which experts are sharded."""
+    """One combination that is tested: precision, ZeRO stage, and number of ranks over which experts are sharded (`ep`)."""
 
     dtype: str
     stage: int
@@ -49,26 +49,29 @@ class Case:
 
 
 def cases(world: int) -> list[Case]:
-    """Return the cases that are possible on `world` ranks."""
+    """Return all combinations that are possible on `world` ranks."""
     sizes = expert_sizes(world)
     plain = [Case(dtype, stage, 1) for dtype in TOLERANCE for stage in range(4) if (dtype, stage) != ("bfloat16", 0)]
     return plain + [Case(dtype, stage, ep) for dtype in TOLERANCE for stage in (1, 2) for ep in sizes[1:]]
 
 
 def expert_sizes(world: int) -> list[int]:
-    """Return the numbers of ranks over which the experts can be sharded."""
+    """Return the numbers of ranks over which the experts of the small model can be sharded, ascending."""
     return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
 
 
 def case_config(case: Case, world: int, batch: int = 0, micro: int = 2, **sections: dict[str, Any]) -> Config:
-    """Return the configuration of a case: two micro-steps, one of which has an empty slot, unless `batch` is given."""
+    """Return the configuration of the small model for a combination.
+
+    Without `batch`, a step has two micro-steps and the last one has an empty slot (a sample with weight 0).
+    """
     train = {"global_batch_size": batch or 4 * world - 1, "micro_batch_size": micro, "dtype": case.dtype}
     parallel = {"space_ep": case.ep, "time_ep": case.ep, "placement": ["shard"]}
     return proof_config(train=train, parallel=parallel, **sections)
 
 
 class Steps:
-    """The reference's steps: losses by sample, gradients, norms and weights, computed when they are first needed."""
+    """The steps of the reference training: losses of samples, gradients, norms and weights, computed on demand."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._reference = Reference(config, device)
@@ -82,7 +85,7 @@ class Steps:
         return {name: p.detach().clone() for name, p in self._reference.weights.items()}
 
     def take(self, steps: int) -> "Steps":
-        """Compute the steps up to `steps`."""
+        """Compute the first `steps` steps, as far as this has not been done; return this object."""
         while len(self.norms) < steps:
             slots = self.slots(len(self.norms))
             with torch.no_grad():
@@ -95,11 +98,14 @@ class Steps:
         return self
 
     def slots(self, step: int) -> Slots:
-        """Return the slots of a step (counted from 0) if one process has all of it."""
+        """Return (position, weight) of all samples of step `step` (from 0)."""
         return [(position, 1.0) for position in range(step * self._batch, (step + 1) * self._batch)]
 
     def own_loss(self, step: int, slots: Slots, before: int = 0) -> float:
-        """Return the summed loss of some slots of a step, with the weights of `before` steps earlier."""
+        """Return the summed loss of some samples of step `step`.
+
+        `before`: use the weights that the reference training had this many steps earlier.
+        """
         if before == 0:
             return sum(weight * float(self.losses[step][position - step * self._batch]) for position, weight in slots)
         with torch.no_grad():
@@ -117,7 +123,7 @@ def _steps(dtype: str, world: int, device: torch.device) -> Steps:
 
 
 def seeds(proof: Proof) -> Result:
-    """Compare initial weights and a batch of all ranks: all are functions of the seed."""
+    """Check that initial weights and the random numbers of a batch, which follow from the seed, are equal on all ranks."""
     config = case_config(Case("float32", 0, 1), proof.ranks.world_size)
     reference = Reference(config, torch.device("cpu"))
     batch = position_batch(config, [(3, 1.0)], reference.num_blocks)
@@ -133,7 +139,7 @@ def seeds(proof: Proof) -> Result:
 
 
 def gradients(proof: Proof) -> Result:
-    """Take three steps in every case and compare them with one process."""
+    """Take three training steps with every combination (`cases`), and compare each with the reference of one process."""
     problems: list[Problem] = []
     worst: dict[str, float] = {}
     every = cases(proof.ranks.world_size)
@@ -174,7 +180,7 @@ def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
 
 
 class Trained:
-    """An engine on all ranks with the small model. The gradients of this rank are recorded before they are reduced."""
+    """The small model in an engine on all ranks. It records this rank's gradients before they are reduced over ranks."""
 
     def __init__(self, proof: Proof, config: Config, zero: dict[str, Any], plan: BatchPlan) -> None:
         self.config, self.plan, self._proof = config, plan, proof
@@ -193,7 +199,10 @@ class Trained:
         recorded[name] = recorded[name] + value if name in recorded else value
 
     def accumulate(self, slots: Sequence[Slots]) -> float:
-        """Run the micro-steps of a step; return the summed loss of this rank's samples."""
+        """Run all micro-steps of a step; return the summed loss of this rank's samples.
+
+        `slots`: (position, weight) of this rank's samples, for each micro-step.
+        """
         self.recorded = [{} for _ in slots]
         total = 0.0
         for self._micro, micro in enumerate(slots):
@@ -204,11 +213,14 @@ class Trained:
         return total
 
     def masters(self) -> list[Tensor]:
-        """Return copies of this rank's fp32 weights."""
+        """Return copies of the fp32 weights that this rank stores."""
         return [master.detach().clone() for master in self.engine.fragments.masters()]
 
     def local_problem(self, slots: Sequence[Slots]) -> Problem | None:
-        """Compare this rank's gradients before they are reduced with those of one process on the same samples."""
+        """Compare this rank's gradients, before they are reduced, with those of one process on the same samples.
+
+        Returns the first difference, or None.
+        """
         reference = Reference(self.config, self._proof.device)
         micro_steps = [self._expected(reference, micro, number) for number, micro in enumerate(slots)]
         norm = math.sqrt(sum(float(g.square().sum()) for micro in micro_steps for g in micro.values()))
@@ -244,7 +256,10 @@ class Trained:
 
 
 def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[str, slice]]:
-    """Yield a label and the elements of each expert in a range of a flattened parameter; one for other parameters."""
+    """Divide elements [start, start + numel) of a flattened parameter by expert; yield (label, slice into these elements).
+
+    A parameter without experts is yielded as a whole.
+    """
     each = prod(shape[1:]) if stacked(name) else prod(shape)
     at = 0
     while at < numel:
@@ -255,7 +270,7 @@ def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterato
 
 
 def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) -> str:
-    """Return "" if two gradients agree, else how many times the expected one the actual one is, in words."""
+    """Compare two gradients; return "" if they agree, else the ratio of the actual to the expected one in words."""
     size = float(expected.norm())
     if float((actual - expected).norm()) <= tolerance * size + tolerance * floor:
         return ""
@@ -265,6 +280,7 @@ def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) ->
 
 
 def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: float) -> Problem | None:
+    """Return a problem if this rank's summed loss of a step differs from the reference, else None."""
     tolerance = TOLERANCE[case.dtype][0]
     reference = expected.own_loss(step, slots)
     if math.isclose(loss, reference, rel_tol=tolerance, abs_tol=1e-6):
@@ -275,6 +291,7 @@ def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: flo
 
 
 def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem | None:
+    """Return a problem if the gradient norm of a step differs from the reference, else None."""
     tolerance = TOLERANCE[case.dtype][0]
     reference = expected.norms[step]
     if math.isclose(norm, reference, rel_tol=tolerance):
@@ -302,7 +319,7 @@ def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Ten
 
 
 def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
-    """Return the relative difference of this rank's part of the weights."""
+    """Return the relative difference between the weights that this rank stores and those of the reference."""
     error, size = 0.0, 0.0
     for f in run.engine.fragments:
         reference = expected[f.name].flatten()[f.start : f.start + f.numel].to(f.master)
@@ -312,7 +329,10 @@ def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
 
 
 def sums(proof: Proof) -> Result:
-    """Compare the sum of many micro-steps in bfloat16 with the float32 sum of the same gradients."""
+    """Check that gradients of many bfloat16 micro-steps are summed in float32.
+
+    The sum is compared with the float32 sum of the same gradients.
+    """
     world = proof.ranks.world_size
     problems, worst = [], 0.0
     tolerance = SUM_TOLERANCE * math.sqrt(1 + math.log2(world))

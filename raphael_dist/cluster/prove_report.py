@@ -1,4 +1,4 @@
-"""The report of `prove`: evaluates the results of all ranks, and writes report.json and a self-contained report.html."""
+"""Evaluates the results of the checks of `prove` on all ranks; writes report.json and a self-contained report.html."""
 
 import datetime
 import hashlib
@@ -23,12 +23,14 @@ NEVER_PROVEN = ("learning: a long run on real data", "the failure of a real node
 
 @dataclass
 class CheckReport:
-    """The result of a check on all ranks.
+    """The result of one check on all ranks.
 
     Attributes:
         status: GREEN, AMBER, RED, NOT_PROVEN or NOT_RUN.
         code: exit code of this check: 0, 2 (environment) or 3 (numbers).
-        lines: what was measured. problems: what is wrong, with the rank and its node.
+        lines: what was measured.
+        problems: what is wrong, on which rank and node.
+        not_proven: what could not be checked here, and why.
         joined: whether all ranks could exchange data.
     """
 
@@ -44,34 +46,34 @@ class CheckReport:
     joined: bool = True
 
     def text(self) -> list[str]:
-        """Return the lines for a terminal."""
+        """Return the result as lines for a terminal."""
         head = f"{self.status.upper():<11}{self.title} ({self.seconds:.0f} s)"
         return [head, *(f"  PROBLEM: {p}" for p in self.problems), *(f"  {line}" for line in self.lines)]
 
 
 @dataclass
 class Report:
-    """All checks of one environment."""
+    """The results of all checks in one environment (hosts, versions, configuration)."""
 
     environment: dict[str, Any]
     checks: list[CheckReport]
 
     @property
     def exit_code(self) -> int:
-        """3 if numbers are wrong, else 2 if the environment is bad or a check has no result, else 0."""
+        """The exit code: 3 if numbers are wrong, else 2 if the environment is bad or a check has no result, else 0."""
         codes = {check.code if check.status != NOT_RUN else EXIT_USER_ERROR for check in self.checks}
         return max(codes, default=0)
 
     def finished(self) -> list[str]:
-        """Return the names of the checks that need not run again."""
+        """Return the names of the checks that have a result and need not be repeated."""
         return [check.name for check in self.checks if check.status in (GREEN, NOT_PROVEN)]
 
     def add(self, check: CheckReport) -> None:
-        """Put the result of a check in its place."""
+        """Insert the result of a check, or replace its former result."""
         self.checks = [check if other.name == check.name else other for other in self.checks]
 
     def write(self, folder: Path) -> None:
-        """Write report.json and report.html."""
+        """Write report.json and report.html into a folder."""
         tree = {"format": FORMAT, "key": key_of(self.environment), "exit_code": self.exit_code, **asdict(self)}
         tree["written"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         tree["never_proven"] = NEVER_PROVEN
@@ -80,12 +82,15 @@ class Report:
 
 
 def key_of(environment: dict[str, Any]) -> str:
-    """Return a checksum of an environment: results are read again only in the same one."""
+    """Return a checksum of an environment. Stored results are used again only if it is unchanged."""
     return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_report(folder: Path, environment: dict[str, Any], titles: dict[str, str]) -> Report:
-    """Return the report in a folder if it is of this environment, else a new one. `titles`: of all checks."""
+    """Return the report stored in a folder if it was made in the same environment, else a new report without results.
+
+    `titles`: titles of all checks, by name.
+    """
     report = Report(environment, [CheckReport(name, title) for name, title in titles.items()])
     try:
         tree = json.loads((folder / "report.json").read_text())
@@ -98,7 +103,7 @@ def open_report(folder: Path, environment: dict[str, Any], titles: dict[str, str
 
 
 def judge_environment(probes: list[dict[str, Any]], hosts: list[str]) -> CheckReport:
-    """Judge the reports of the preflight."""
+    """Evaluate the results of the preflight (`preflight.Probe`) on all ranks."""
     if not probes:
         return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=["no rank left a report"], joined=False)
     verdict = judge(probes, len(hosts), list(dict.fromkeys(hosts)))
@@ -112,7 +117,15 @@ def judge_environment(probes: list[dict[str, Any]], hosts: list[str]) -> CheckRe
 def judge_check(
     name: str, outcomes: list[dict[str, Any] | None], hosts: list[str], environment: bool, expects_kill: bool
 ) -> CheckReport:
-    """Judge the outcomes of a check (`prove.Outcome`) on all its ranks; None: the rank's agent did not answer."""
+    """Evaluate a check on all its ranks.
+
+    Args:
+        name: the check.
+        outcomes: fields of `prove.Outcome` by rank; None for a rank whose agent did not answer.
+        hosts: host name of each rank.
+        environment: whether a failure means a bad environment, not wrong numbers.
+        expects_kill: whether the check must end by a kill.
+    """
     silent = [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in _where_none(outcomes)]
     answered = [outcome for outcome in outcomes if outcome is not None]
     if expects_kill and not silent and all(o["last"] == "killed" and "ended with" in o["why"] for o in answered):
@@ -187,7 +200,7 @@ _VERDICTS = {
 
 
 def html(tree: dict[str, Any]) -> str:
-    """Return the page of a report: the colours first, then details, then what was not proven."""
+    """Return the HTML page of a report: first the status of each check, then details, then what was not proven."""
     colour, verdict = _VERDICTS[tree["exit_code"]]
     if colour == GREEN and any(check["status"] == AMBER for check in tree["checks"]):
         colour = AMBER

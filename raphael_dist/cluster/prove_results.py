@@ -1,4 +1,4 @@
-"""Classes that the checks of `prove` share: a rank, a result, a problem."""
+"""Data classes that the checks of `prove` share: a rank, a result, a problem."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -12,11 +12,11 @@ from raphael_dist.runtime.ranks import Ranks
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of a rank.
+    """A problem that a check found on one rank.
 
     Attributes:
-        text: description, with "it" for the rank.
-        own: whether this rank causes it, so that other ranks may only see its effects.
+        text: description, in which "it" means the rank.
+        own: whether this rank is the cause. Other ranks may only see the effects of a problem elsewhere.
         amber: whether training is possible nevertheless.
     """
 
@@ -25,7 +25,7 @@ class Problem:
     amber: bool = False
 
     def in_case(self, case: str) -> "Problem":
-        """Return the problem with the case in which it was seen."""
+        """Return the same problem with the tested combination `case` in its text."""
         return replace(self, text=f"{case}: {self.text}")
 
 
@@ -34,10 +34,10 @@ class Result:
     """The result of a check on one rank.
 
     Attributes:
-        lines: what was measured, for the report; those of rank 0 are shown.
+        lines: what was measured. The report shows those of rank 0.
         problems: what is wrong.
-        values: numbers of this rank, for the check's summary over all ranks.
-        not_proven: why the check could not prove its claim here.
+        values: numbers of this rank, from which the report computes a summary over all ranks.
+        not_proven: what could not be checked on this machine, and why.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -46,21 +46,21 @@ class Result:
     not_proven: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as values of JSON."""
+        """Return the result as values for JSON."""
         return asdict(self)
 
 
 @dataclass
 class Proof:
-    """One rank of a check.
+    """The arguments of a check on one rank.
 
     Attributes:
-        ranks: this rank among those of the check.
+        ranks: this rank, among the ranks on which the check runs.
         device: this rank's device.
         config: the user's configuration, for the checks of speed and memory.
         folder: folder of the reports, which all ranks share.
         options: further arguments of the check.
-        mark: reports what this rank begins. The rank with the fewest marks is late.
+        mark: reports progress: what this rank begins now. If ranks hang, the one with the fewest such messages is late.
     """
 
     ranks: Ranks

@@ -1,4 +1,4 @@
-"""Checks of `prove` of checkpoints: a run is killed while it saves, and resumed on other ranks under another ZeRO stage."""
+"""Checks of `prove` for checkpoints: a run is killed while it saves, then resumed on fewer ranks with another ZeRO stage."""
 
 import os
 import signal
@@ -40,7 +40,10 @@ def _run_config(proof: Proof, world: int, ep: int) -> Config:
 
 
 def save_and_kill(proof: Proof) -> Result:
-    """Train with sharded experts, save, and end by SIGKILL while the next checkpoint is being written. Never returns."""
+    """Train with sharded experts, save a checkpoint, and kill all ranks (SIGKILL) while the next one is being written.
+
+    Never returns.
+    """
     world = proof.ranks.world_size
     config = _run_config(proof, world, expert_sizes(world)[-1])
     plan = BatchPlan.of(config, world)
@@ -62,7 +65,7 @@ def save_and_kill(proof: Proof) -> Result:
 
 
 def resume(proof: Proof) -> Result:
-    """Resume the killed run on other ranks, under another ZeRO stage, and compare weights and steps with one process."""
+    """Resume the killed run on other ranks with another ZeRO stage; compare weights and further steps with one process."""
     world = proof.ranks.world_size
     config = _run_config(proof, world, 1)
     plan = BatchPlan.of(config, world)

@@ -1,1 +1,1 @@
-"""Image quality: features, distances, scores, and the studies that use them."""
+"""Measures image quality: image features, distances between sets of images, scores, and the studies that use them."""

@@ -1,4 +1,4 @@
-"""Figure of fidelity against caption alignment over guidance weights."""
+"""Draws fidelity to real images against agreement with the captions, with a point for each guidance scale."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -18,9 +18,10 @@ def require_matplotlib() -> None:
 
 
 def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
-    """Draw Frechet distance against CLIP score, a point for each guidance weight.
+    """Draw one measure against another, with a point for each guidance scale, and write the figure to `path`.
 
-    With only one of them, or with the share of texts, the x axis is the guidance weight.
+    The axes are the first two that were measured among CLIP score, Frechet distance and share of texts read exactly. If only
+    one was measured, the x axis is the guidance scale.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
-"""Distances between two sets of images by their features, equal to torch-fidelity's.
+"""Distances between two sets of images, computed from their features. Values equal those of torch-fidelity.
 
-They are computed here because torch-fidelity requires torchvision and the emoji benchmark must not.
+They are implemented here because torch-fidelity requires torchvision, which the emoji benchmark must not need.
+
 Shape legend: N and M images, D features.
 """
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
-    """Return ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, Eq. 6), in float64.
+    """Return the Frechet distance of two sets of features, computed in float64 (Heusel et al. 2017, Eq. 6).
 
-    It is FID when the features are Inception's. Each set needs two images; fewer than D images bias it upwards.
+    It is ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means mu and covariances S, and is called FID if the
+    features are Inception's. Each set needs at least two images. With fewer than D images it is biased upwards.
     """
     a, b = a_ND.double(), b_MD.double()
     mean = a.mean(dim=0) - b.mean(dim=0)
@@ -32,13 +34,14 @@ def _trace_of_root(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 def kernel_distance(
     a_ND: Tensor, b_MD: Tensor, subsets: int = 100, size: int = 1000, seed: int = 2020
 ) -> tuple[float, float]:
-    """Return mean and deviation of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
+    """Return mean and standard deviation of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    It is KID when the features are Inception's.
+    It is called KID if the features are Inception's.
 
     Args:
-        subsets: how many subsets of both sets are compared.
-        size: images of a subset, at most as many as the smaller set has.
+        a_ND, b_MD: features of both sets.
+        subsets: number of pairs of random subsets that are compared.
+        size: images in a subset; at most as many as the smaller set has.
         seed: fixes the subsets.
     """
     size, draw = min(size, len(a_ND), len(b_MD)), np.random.RandomState(seed)
@@ -56,10 +59,12 @@ def _polynomial(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 
 
 def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, rows: int = 4096) -> tuple[float, float]:
-    """Return precision and recall of drawn images (Kynkaanniemi et al. 2019).
+    """Return precision and recall of drawn images against true images (Kynkaanniemi et al. 2019).
 
-    Precision is the share of drawn images within the manifold of the true ones, recall the reverse. A manifold is the union
-    of balls around its images whose radius is the distance to their `neighbours`-th nearest neighbour.
+    Precision is the share of drawn images in the manifold of the true images. Recall is the share of true images in the
+    manifold of the drawn images. A manifold is the union of balls around the features of its images, whose radius is the
+    distance to the `neighbours`-th nearest image of the same set. `rows`: images that are compared at a time, to limit
+    memory.
     """
     neighbours = min(neighbours, len(drawn_ND) - 1, len(true_MD) - 1)
     return _covered_share(drawn_ND, true_MD, neighbours, rows), _covered_share(true_MD, drawn_ND, neighbours, rows)
@@ -76,7 +81,7 @@ def _covered_share(points_ND: Tensor, manifold_MD: Tensor, neighbours: int, rows
 def bootstrap(
     values: np.ndarray, weights: np.ndarray | None = None, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the mean of values [N], weighted by weights [N] if they are given."""
+    """Return the 95% bootstrap interval (low, high) of the mean of values [N], with optional weights [N]."""
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     weights = np.ones(len(values)) if weights is None else weights
     means = (np.asarray(values, np.float64) * weights)[picks].sum(axis=1) / weights[picks].sum(axis=1)
@@ -85,7 +90,10 @@ def bootstrap(
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Return the 95% interval of a share (Wilson 1927). Unlike the bootstrap's it has a width at shares of 0 and 1."""
+    """Return the 95% interval (low, high) of the share `successes / count` (Wilson 1927).
+
+    Unlike the bootstrap interval, it has a positive width at shares of 0 and 1.
+    """
     share, z2 = successes / count, 1.96**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = 1.96 / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5

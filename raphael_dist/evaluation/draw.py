@@ -1,4 +1,4 @@
-"""Draw images into a folder on any number of ranks; images that exist are not drawn again."""
+"""Draws images into a folder, on any number of ranks. Images that are already in the folder are not drawn again."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ PROTOCOL = "protocol.json"
 
 
 def record_protocol(folder: Path, protocol: Mapping[str, object]) -> None:
-    """Write the settings that determine a folder's numbers to protocol.json.
+    """Write the settings that determine the results in a folder to protocol.json, or compare them with that file.
 
     Raises:
-        UserError: the folder holds the numbers of other settings, or cannot be used.
+        UserError: the folder has results of other settings, or cannot be used.
     """
     path = folder / PROTOCOL
     protocol = json.loads(json.dumps(hide_secrets_in_tree(dict(protocol))))
@@ -47,7 +47,7 @@ def record_protocol(folder: Path, protocol: Mapping[str, object]) -> None:
 
 
 def image_path(folder: Path, number: int) -> Path:
-    """Return the path of image `number`."""
+    """Return the path of the image with this number in a folder."""
     return folder / f"{number:06d}.png"
 
 
@@ -60,7 +60,7 @@ def draw_missing(
     ranks: Ranks,
     report: Reporter,
 ) -> int:
-    """Draw this rank's requests that have no image in `folder` yet; return how many were drawn."""
+    """Draw those of this rank's requests whose image is not in `folder` yet; return how many were drawn."""
     folder.mkdir(parents=True, exist_ok=True)
     existing = {path.name for path in folder.iterdir()}
     count = 0

@@ -1,4 +1,4 @@
-"""Image features for FID, precision and recall, and the CLIP score.
+"""Computes image features for FID, precision and recall, and the CLIP score.
 
 Shape legend: B images, H and W their height and width in pixels, D features.
 """
@@ -28,14 +28,14 @@ INSTALL = 'Run `pip install "raphael_dist[eval]"`.'
 
 
 def load_features(spec: str, device: torch.device) -> Features:
-    """Return the features that `--features` names.
+    """Return the function that computes the image features named by `--features`.
 
     Args:
         spec: "hed", or "inception=FILE" with the weights that torch-fidelity publishes.
         device: the device that the network runs on.
 
     Raises:
-        UserError: unknown name, missing or wrong file, or torch-fidelity cannot be imported.
+        UserError: unknown name, missing or invalid file, or torch-fidelity cannot be imported.
     """
     name, _, path = spec.partition("=")
     if name == "hed" and not path:
@@ -48,7 +48,7 @@ def load_features(spec: str, device: torch.device) -> Features:
 
 
 def make_inception_features(path: Path, device: torch.device) -> Features:
-    """Return the 2048 pooled Inception features that define FID, for images of any size."""
+    """Return a function that computes the 2048 pooled Inception features of FID, for images of any size."""
     if not path.is_file():
         raise UserError(
             f"--features=inception={path} must be an existing file, but there is none. Download "
@@ -78,16 +78,20 @@ def make_inception_features(path: Path, device: torch.device) -> Features:
 
 
 def make_hed_features(device: torch.device) -> Features:
-    """Return HED stages 3 and 4 averaged over the image, D = 768, in hundreds so that they are about 1.
+    """Return a function that computes HED features of images, D = 768, scaled by 1/100 to values of about 1.
 
-    HED is VGG-16 fine-tuned for edges and needs no download. Its distances do not compare with published FID.
+    These are the outputs of HED stages 3 and 4, averaged over the image. HED is VGG-16 fine-tuned for edges, and its weights
+    need no download. Distances of these features cannot be compared with published FID.
     """
     stages = make_hed_stages(device)
     return lambda images: torch.cat([stage.mean(dim=(2, 3)) for stage in stages(images)[2:]], dim=1).cpu() / 100
 
 
 def make_hed_stages(device: torch.device) -> Callable[[Tensor], list[Tensor]]:
-    """Return a function from images, uint8 [B, 3, H, W], resized to 64 x 64 pixels, to the outputs of HED stages 1 to 4."""
+    """Return a function from images, uint8 [B, 3, H, W], to the outputs of HED stages 1 to 4.
+
+    It first resizes the images to 64 x 64 pixels.
+    """
     network = load_hed().to(device)
 
     @torch.no_grad()
@@ -114,7 +118,10 @@ def compute_features(features: Features, images: Sequence[np.ndarray]) -> Tensor
 
 
 class ClipScore:
-    """100 max(cos(image, caption), 0) (Hessel et al. 2021, without their factor 2.5), by a CLIP of transformers."""
+    """Computes the CLIP score 100 max(cos(image, caption), 0) with a CLIP model of transformers.
+
+    This is the score of Hessel et al. 2021, with the factor 100 instead of 2.5.
+    """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         """Load the model. Raises UserError if the folder has no complete CLIP with its processor."""
@@ -123,7 +130,7 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[float]:
-        """Return the score of each image, uint8 [H, W, 3], with its caption."""
+        """Return the score of each image, uint8 [H, W, 3], with the caption at the same index."""
         scores: list[float] = []
         for start in range(0, len(images), BATCH):
             part, texts = list(images[start : start + BATCH]), list(captions[start : start + BATCH])

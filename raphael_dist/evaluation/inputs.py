@@ -1,4 +1,4 @@
-"""Read the captions and the true images of a study: COCO annotations, folders, shards, prompt files."""
+"""Reads the captions and the true images of a study, from COCO annotations, folders, shards or prompt files."""
 
 import random
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_captions(spec: str, count: int | None, seed: int, default: Request, cache_dir: Path) -> list[Request]:
-    """Return the requests to draw.
+    """Return the requests (captions) to draw.
 
     Args:
         spec: coco=FILE (captions_val2014.json: one caption of each image, as in zero-shot FID-30k), folder=DIR (NAME.txt
             next to images), shards=PATTERN, or prompts=FILE.
-        count: how many; the first of a prompt file, else a random choice. None: all.
-        seed: fixes the choice. The noise of a request depends on its number alone.
+        count: number of captions: the first ones of a prompt file, else a random choice. None: all.
+        seed: fixes the random choice. It does not change the noise of a request, which depends on the request's number.
         default: size, seed and negative prompt of the requests.
-        cache_dir: folder of the shards' index.
+        cache_dir: folder for the index of the shards.
 
     Raises:
         UserError: the source cannot be read or has fewer than `count` captions.
@@ -88,7 +88,10 @@ def _folder_captions(folder: Path) -> list[str]:
 
 
 def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequence[Path | np.ndarray]:
-    """Return the true images: files below folder=DIR, or uint8 [H, W, 3] of shards=PATTERN, cropped to a size."""
+    """Return the true images, cropped to a size.
+
+    They are the files below folder=DIR, or images of shards=PATTERN as uint8 [H, W, 3].
+    """
     kind, _, where = spec.partition("=")
     if kind == "folder" and where:
         return list_images(Path(where), "--reference")
@@ -99,7 +102,7 @@ def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequ
 
 
 def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list[tuple[np.ndarray, str]]:
-    """Return the true images of shards=PATTERN whose captions request a text, uint8 [H, W, 3], each with its text."""
+    """Return the true images whose captions request a text, uint8 [H, W, 3], each with that text. `spec`: shards=PATTERN."""
     kind, _, where = spec.partition("=")
     if kind != "shards" or not where:
         raise UserError(f"--reference={spec} must be shards=PATTERN for this command. Change it.")
@@ -114,7 +117,10 @@ def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list
 
 
 def list_images(folder: Path, option: str) -> list[Path]:
-    """Return the images below a folder, sorted. Raises UserError if there are fewer than two."""
+    """Return the image files below a folder, sorted. Raises UserError if there are fewer than two.
+
+    `option`: name of the command line option, for messages.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < 2:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Text in images: the text that a prompt requests, its alphabet, and how well an OCR engine reads it."""
+"""Scores text that a model renders in images, by comparing what an OCR engine reads with what the prompt requests."""
 
 import re
 import string
@@ -19,7 +19,10 @@ _EMOJI = (
 
 
 def requested_text(prompt: str) -> str | None:
-    """Return the text that a prompt requests: all in double quotes, or on an emoji of letters or digits."""
+    """Return the text that a prompt asks to render: all text in double quotes, or the text on an emoji of letters or digits.
+
+    None if it asks for none.
+    """
     if quoted := quoted_parts(prompt):
         return " ".join(quoted)
     emoji = next(filter(None, (pattern.search(prompt) for pattern in _EMOJI)), None)
@@ -27,14 +30,15 @@ def requested_text(prompt: str) -> str | None:
 
 
 def normalise_text(text: str) -> str:
-    """Return text as it is compared: letters and digits in capitals, words separated by one space."""
+    """Return a text in the form in which texts are compared: capitals and digits, words separated by one space."""
     return " ".join(re.sub(r"[\W_]", " ", text.upper()).split())
 
 
 def alphabet_of(texts: Iterable[str]) -> set[str]:
-    """Return the characters of texts; one capital allows all capitals, and so for small letters and digits.
+    """Return the characters that the OCR engine may read, given the texts in the images.
 
-    Whole groups, so that the score of a text does not depend on how few others are read with it.
+    If one capital letter occurs, all capitals are included, and likewise for small letters and digits. Then the score of a
+    text hardly depends on which other texts are in the images.
     """
     used = set().union(*texts)
     for group in (string.ascii_uppercase, string.ascii_lowercase, string.digits):
@@ -44,7 +48,7 @@ def alphabet_of(texts: Iterable[str]) -> set[str]:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Return the Levenshtein distance: the least insertions, deletions and replacements that turn a into b."""
+    """Return the Levenshtein distance: the smallest number of insertions, deletions and replacements that turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -55,9 +59,11 @@ def edit_distance(a: str, b: str) -> int:
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well texts were read, with the ends of 95% intervals over images.
+    """How well an OCR engine reads the texts in images, with 95% intervals (low, high) over images.
 
-    exact: share read exactly (interval: Wilson). cer: character error rate, edits per requested character (bootstrap).
+    Attributes:
+        exact: share of texts that are read exactly (interval: Wilson).
+        cer: character error rate: edits per requested character (interval: bootstrap).
     """
 
     exact: float
@@ -69,7 +75,10 @@ class TextScore:
 
 
 def score_texts(requested: Sequence[str], read: Sequence[str]) -> TextScore:
-    """Return the score of texts as read, compared without case and punctuation. No requested text may be empty then."""
+    """Compare the texts that were read with the requested ones, ignoring case and punctuation.
+
+    Every requested text must have at least one letter or digit.
+    """
     pairs = [(normalise_text(a), normalise_text(b)) for a, b in zip(requested, read, strict=True)]
     exact = np.array([a == b for a, b in pairs])
     lengths = np.array([len(a) for a, _ in pairs])

@@ -1,4 +1,4 @@
-"""OCR engines: PP-OCRv6 with the weights of the package rapidocr, tesseract, or a function of the user's."""
+"""OCR engines: PP-OCRv6 with the weights of the package rapidocr, tesseract, or a function of the user."""
 
 import importlib
 import importlib.util
@@ -26,11 +26,11 @@ TESSERACT_SIDE = 400  # pixels that a small image is enlarged to: tesseract expe
 
 
 def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
-    """Return the OCR engine that `--ocr` names.
+    """Return the OCR engine named by `--ocr`, as a function from pixels, uint8 [H, W, 3], to text.
 
     Args:
-        spec: "rapidocr", "tesseract", or "module:function" with a function of an image's pixels.
-        alphabet: characters that the images can contain; rapidocr reads no others.
+        spec: "rapidocr", "tesseract", or "module:function" for a function of the user.
+        alphabet: characters that can occur in the images; rapidocr is restricted to them.
 
     Raises:
         UserError: the engine is not installed, or there is no such function.
@@ -61,9 +61,9 @@ def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
 
 
 class LineReader:
-    """PP-OCRv6's recogniser. It reads an image as one line of text.
+    """The text recogniser of PP-OCRv6. It reads an image as one line of text.
 
-    Only the weights of the package rapidocr are used: its own code downloads weights that it does not find.
+    From the package rapidocr only the weights are used, because its code downloads weights that it does not find.
     """
 
     def __init__(self, alphabet: Collection[str]):
@@ -90,14 +90,20 @@ class LineReader:
         self._allowed = np.array([not character or character in alphabet for character in self._characters])
 
     def __call__(self, pixels_HW3: np.ndarray) -> str:
-        """Return the text: the best allowed class at each position, repetitions merged, blanks left out."""
+        """Return the text in an image, uint8 [H, W, 3].
+
+        At each position the allowed character with the highest score is taken; repetitions are merged and blanks removed.
+        """
         scores_TC = self._session.run(None, {self._input: line_input(pixels_HW3)[None]})[0][0]
         best_T = np.where(self._allowed, scores_TC, -np.inf).argmax(axis=1)
         return "".join(self._characters[best] for best, _ in itertools.groupby(best_T))
 
 
 def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
-    """Return an image, uint8 [H, W, 3], as PP-OCRv6's input: float32 [3, 48, >= 320] in -1..1, blue first, grey padding."""
+    """Return the input of PP-OCRv6 for an image, uint8 [H, W, 3]: float32 [3, 48, >= 320] in -1..1.
+
+    Channels are in the order blue, green, red. The right side is padded with grey.
+    """
     height, least_width = LINE_HW
     width = max(1, round(height * pixels_HW3.shape[1] / pixels_HW3.shape[0]))
     resized = Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling.BICUBIC)
@@ -107,9 +113,9 @@ def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
 
 
 def read_with_tesseract(pixels_HW3: np.ndarray) -> str:
-    """Return what tesseract reads as a line, or as one character if it reads no line.
+    """Return what tesseract reads in an image, as a line of text, or as one character if it reads no line.
 
-    Dark on light and light on dark are tried; the text with more letters and digits counts.
+    Dark text on light ground and light text on dark ground are tried. The result with more letters and digits is returned.
     """
     image = Image.fromarray(pixels_HW3).convert("L")
     scale = max(1, TESSERACT_SIDE // max(image.size))

@@ -1,7 +1,8 @@
-"""Study of a model's images: draw captions at each guidance weight and compare with true images, captions or quoted text.
+"""A study of a model's images: draws images for captions at several guidance scales and measures them.
 
-One folder holds the protocol (protocol.json), the images of each guidance weight, features and results. A stopped study
-continues from these files. Ranks divide the images.
+Images are compared with true images, with their captions, and with the text that captions ask to render. One folder stores
+the settings (protocol.json), the images of each guidance scale, features and results. A study that was stopped continues
+from these files. Ranks divide the images.
 """
 
 import csv
@@ -38,10 +39,17 @@ Scorer = Callable[[Sequence[int]], np.ndarray]
 
 @dataclass(frozen=True)
 class Study:
-    """What is sampled and measured.
+    """What a study draws and measures.
 
-    side: crop images to squares of this many pixels first; None: use them as they are.
-    true_texts: real images for `reader`, uint8 [H, W, 3], each with its text.
+    Attributes:
+        folder: where images and results are stored.
+        requests: captions to draw.
+        scheduler: name of the scheduler.
+        features: image features for FID, KID, precision and recall; None: not measured.
+        clip: computes the CLIP score; None: not measured.
+        reader: OCR engine that reads rendered text; None: not measured.
+        true_texts: real images, uint8 [H, W, 3], each with the text in it, on which `reader` is measured for comparison.
+        side: crop images to squares of this many pixels first; None: use them as they are.
     """
 
     folder: Path
@@ -56,7 +64,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Result:
-    """The numbers of one guidance weight; None if a measure was not requested. true_text: of the true images."""
+    """The measured values for one guidance scale. A value is None if it was not requested.
+
+    `true_text` is the score of the OCR engine on the real images.
+    """
 
     guidance: float
     images: int
@@ -78,13 +89,18 @@ def run_study(
     reference: Sequence[Path | np.ndarray],
     ranks: Ranks,
 ) -> list[Result]:
-    """Draw and measure at each guidance weight; write results.json and results.csv after each. Collective.
+    """Draw and measure at each guidance scale. Write results.json and results.csv after each. Collective.
 
     Args:
+        trained: the model.
+        study: what to draw and measure.
+        settings: how to sample; its guidance scale is replaced.
+        guidances: guidance scales.
         reference: true images, as files or uint8 [H, W, 3]; empty without features.
+        ranks: this rank and the number of ranks.
 
     Returns:
-        A result for each guidance weight, complete on rank 0.
+        A result for each guidance scale, complete on rank 0.
     """
     true_ND = None
     if study.features is not None:
@@ -206,7 +222,7 @@ def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndar
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:
-    """Write results.json and results.csv, a row for each guidance weight."""
+    """Write results.json and results.csv, with a row for each guidance scale."""
     rows = [_as_row(result) for result in results]
     replace_bytes(folder / "results.json", json.dumps(rows, indent=1).encode())
     _write_csv(folder / "results.csv", list(rows[0]), (row.values() for row in rows))

@@ -1,4 +1,4 @@
-"""The debug bundle: the files of a run that a maintainer needs, in one archive without secrets."""
+"""Writes a debug bundle: one archive with the files of a run that help a maintainer, without secrets."""
 
 import io
 import os
@@ -32,7 +32,11 @@ _NO_SECRET = re.compile(r"(?i)\b(max_|num_|n_)?tokens?\b\s*[=:]")
 
 
 def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Hide what may be a secret in a text: in addresses, after names such as `token=`, and values of such variables."""
+    """Return the text with possible secrets hidden.
+
+    Hidden are credentials in addresses, what follows names such as `token=`, and the values of environment variables with
+    such names.
+    """
     for name, value in environment.items():
         if _SECRET_NAME.fullmatch(name) and len(value) >= 8:
             text = text.replace(value, HIDDEN)
@@ -45,9 +49,11 @@ def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
     """Write the archive. The file appears only when it is complete.
 
     Args:
-        report: what the doctor printed.
+        examined: the run.
+        report: text that `python -m raphael_dist doctor` printed for this run.
+        path: the archive to write.
 
-    Returns: the names of its members.
+    Returns: the names of the files in the archive.
 
     Raises:
         UserError: `path` cannot be written.

@@ -1,4 +1,4 @@
-"""Checks some samples of a run's data for edge maps without edges and images that look alike."""
+"""Checks some samples of a run's data: edge maps without edges, and images that occur several times."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ EDGE_LEVEL = 16  # of 255; a map without a brighter pixel is empty
 
 @dataclass(frozen=True)
 class DataSample:
-    """Counts of the samples that were checked."""
+    """How many samples were checked, and how many of them have a problem."""
 
     samples: int
     edges: int
@@ -27,10 +27,10 @@ class DataSample:
 
 
 def sample_data(config: Config) -> DataSample:
-    """Decode samples that are evenly distributed over the first shards on this machine.
+    """Check samples that are evenly distributed over the first local shards of `data.shards`.
 
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: there are no local shards, or they cannot be read.
     """
     local = [pattern for pattern in config.data.shards if not is_remote(pattern)]
     if not local:

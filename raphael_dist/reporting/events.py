@@ -1,4 +1,4 @@
-"""The events of a run, from its logs: starts, saves, faults, ends, and its progress over time."""
+"""Reads the events of a run from its logs: starts, saves, faults and ends; and which step it had reached at which time."""
 
 import re
 from dataclasses import dataclass
@@ -31,7 +31,10 @@ _STEP = re.compile(r"step[ -]0*(\d+)")
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened: `step` is the step of its line, or the last one before it."""
+    """Something that happened in a run, from one line of its log.
+
+    `step`: the step that the line states, or the last step in the lines before it.
+    """
 
     time: datetime
     kind: str
@@ -45,7 +48,7 @@ class Event:
 
 @dataclass(frozen=True)
 class History:
-    """The events of a run, and (time, step) of its progress."""
+    """The events of a run. `progress`: (time, step) pairs that show how far it was."""
 
     events: list[Event]
     progress: list[tuple[datetime, int]]
@@ -60,7 +63,7 @@ class History:
 
 
 def read_history(run: RunFiles) -> History:
-    """Return the history of a run, from the lines of its logs."""
+    """Read the events and the progress of a run from its logs."""
     events: list[Event] = []
     progress: list[tuple[datetime, int]] = []
     step, is_open = 0, False
@@ -87,7 +90,7 @@ def read_history(run: RunFiles) -> History:
 
 
 def ending(run: RunFiles, history: History, now: datetime) -> str:
-    """Return how the run ended, or when it last wrote a line."""
+    """Return a text that states how the run ended, or when it last wrote a log line."""
     ends = [event for event in history.events if event.kind in ("complete", "stopped", "start", "restart")]
     if ends and ends[-1].kind == "complete":
         return f"complete at step {run.step:,}"

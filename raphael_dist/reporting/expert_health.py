@@ -1,4 +1,4 @@
-"""Blocks with dead or overloaded experts, from the loads in a run's metrics."""
+"""Finds transformer blocks with dead or overloaded experts from the expert loads in a run's metrics."""
 
 import re
 from collections.abc import Callable
@@ -12,15 +12,16 @@ _LAYER = re.compile(r"moe/(space|time)/L(\d+)/load_(min|max)")
 
 
 def dead_blocks(run: RunFiles) -> dict[str, list[int]]:
-    """Return by kind the blocks in which an expert had almost no load at each of the last log lines.
+    """Return the transformer blocks in which an expert gets almost no work, by kind ("space", "time").
 
-    A share of few lines is noisy: the last fifth of them counts, and at least three.
+    In all of the last log lines, its load is below a small share of the mean load. The last fifth of the lines is used, at
+    least three, because the loads of few lines are noisy.
     """
     return _blocks(run, "min", lambda load, experts: load < DEAD_SHARE)
 
 
 def overloaded_blocks(run: RunFiles) -> dict[str, list[int]]:
-    """Return by kind the blocks in which one expert had almost all of the load at each of the last log lines."""
+    """Return the blocks in which one expert gets almost all work in all of the last log lines, by kind ("space", "time")."""
     return _blocks(run, "max", lambda load, experts: load > OVERLOADED * experts)
 
 
@@ -38,7 +39,7 @@ def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, int], bool]) -> di
 
 
 def experts_are_judged(run: RunFiles, kind: str) -> bool:
-    """Return whether a log line has loads of enough samples. With few samples an expert can have no load by chance."""
+    """Return whether log lines have the loads of enough samples. With few samples an expert can have no load by chance."""
     experts = run.option(f"model.{kind}_experts") or 1
     samples = (run.option("train.log_every") or 1) * (run.option("train.global_batch_size") or 1)
     return f"moe/{kind}/load_min" in run.series and experts > 1 and samples >= experts * MIN_SAMPLES

@@ -9,7 +9,10 @@ from raphael_dist.reporting.run_files import RunFiles
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One quantity: what was measured (mean of the last half of the run; the peak of memory) and what was planned."""
+    """One quantity of a run, e.g. images per second: what was measured and what the planner predicts.
+
+    The measured value is the mean over the last half of the run; for memory it is the peak. None: unknown.
+    """
 
     name: str
     measured: float | None
@@ -21,7 +24,7 @@ class PlanRow:
 
 
 def measured_rows(run: RunFiles) -> list[PlanRow]:
-    """Return what the run has measured, without a plan."""
+    """Return the quantities of a run with measured values only."""
     rate, images = run.last("throughput/samples_per_s", share=0.5), run.option("train.global_batch_size")
     peak = max(run.values("memory/peak_gib"), default=None)
     return [
@@ -33,14 +36,18 @@ def measured_rows(run: RunFiles) -> list[PlanRow]:
 
 
 def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
-    """Return the rows with the prediction for the run's own ranks, ZeRO stage and micro-batch on a cluster.
+    """Return the quantities of a run with measured values and predictions for the same settings.
+
+    The prediction uses the run's own number of ranks, ZeRO stage and micro-batch.
 
     Args:
+        run: the files of the run.
         config: the run's configuration.
         cluster_name: a value of `tools/plan_run.py --cluster`; "auto": "cpu" if the run used CPUs.
 
     Raises:
-        UserError: the log names no start, the cluster is unknown, or the planner refuses the choice.
+        UserError: the log does not state how the run started, the cluster is unknown, or the planner cannot predict the
+            settings.
     """
     from raphael_dist.planning.cluster_spec import load_cluster  # imports DeepSpeed, which takes seconds
     from raphael_dist.planning.search import Choice, Search
@@ -69,10 +76,10 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
 
 
 def plan_lines(rows: list[PlanRow]) -> list[str]:
-    """Return the rows as text."""
+    """Return the quantities as lines of a table."""
     return [f"{row.name}: measured {number(row.measured)}, planned {number(row.planned)}" for row in rows]
 
 
 def number(value: float | None) -> str:
-    """Return a number with three digits; "unknown" without one."""
+    """Return a number as text with three digits; "unknown" for None."""
     return "unknown" if value is None else f"{value:,.3g}"

@@ -1,6 +1,7 @@
-"""Rules that detect problems of a run. Each rule is a small function; `RULES` names what it checks.
+"""Rules of `doctor` that detect problems of a run, such as a loss that does not fall. `RULES` lists them.
 
-A rule returns a problem and its remedy, or None. It returns None, too, if the run has no data about it.
+Each rule is a small function. It returns a `Finding` (a problem and its remedy), or None if there is no problem or the run
+has no data about it.
 """
 
 import math
@@ -38,12 +39,15 @@ _TRUNCATED = re.compile(r"text\.max_tokens=(\d+): longer captions are truncated 
 
 @dataclass(frozen=True)
 class Case:
-    """The inputs of the rules.
+    """What the rules read about a run.
 
     Attributes:
+        run: its files.
+        history: events from its logs.
+        now: the current time.
         free_bytes: free disk space for the run directory, in bytes; None: unknown.
         checkpoint_bytes: size of the newest checkpoint; 0: there is none.
-        data: samples of the run's data; None: they were not read.
+        data: result of checking some of its samples; None: they were not read.
     """
 
     run: RunFiles
@@ -56,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem with its numbers, and what to do."""
+    """A problem of a run, with its numbers, and what to do about it."""
 
     problem: str
     remedy: str
@@ -69,7 +73,7 @@ Rule = Callable[[Case], Finding | None]
 
 
 def loss_not_finite(case: Case) -> Finding | None:
-    """Find losses that are infinite or NaN."""
+    """Detect losses that are infinite or NaN."""
     bad = [step for step, loss in case.run.series.get("train/loss", []) if not math.isfinite(loss)]
     if not bad:
         return None
@@ -77,7 +81,7 @@ def loss_not_finite(case: Case) -> Finding | None:
 
 
 def loss_not_falling(case: Case) -> Finding | None:
-    """Find a loss that ends where it began."""
+    """Detect a loss that is not lower at the end than at the beginning."""
     losses = [loss for loss in case.run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return None
@@ -91,7 +95,7 @@ def loss_not_falling(case: Case) -> Finding | None:
 
 
 def dead_experts(case: Case) -> Finding | None:
-    """Find experts without load."""
+    """Detect experts that get almost no work."""
     dead = dead_blocks(case.run)
     scalar = case.run.last("moe/dead_experts", share=0.01)
     if not dead and not scalar:
@@ -103,7 +107,7 @@ def dead_experts(case: Case) -> Finding | None:
 
 
 def overloaded_experts(case: Case) -> Finding | None:
-    """Find experts that take nearly all of the load."""
+    """Detect experts that get nearly all work of their block."""
     over = overloaded_blocks(case.run)
     if not over:
         return None
@@ -115,7 +119,7 @@ def overloaded_experts(case: Case) -> Finding | None:
 
 
 def data_bound(case: Case) -> Finding | None:
-    """Find a run that waits for data."""
+    """Detect a run that spends much of its time waiting for data."""
     share = case.run.last("time/data_wait_frac", share=0.5)
     if share is None or share < DATA_BOUND:
         return None
@@ -124,7 +128,7 @@ def data_bound(case: Case) -> Finding | None:
 
 
 def always_clipped(case: Case) -> Finding | None:
-    """Find gradients that are clipped at nearly every step."""
+    """Detect gradients that are clipped at nearly every step."""
     limit, norms = case.run.option("optim.max_grad_norm"), case.run.values("optim/grad_norm", share=0.5)
     share = fmean(norm > limit for norm in norms) if limit and norms else 0.0
     if len(norms) < MIN_LINES // 2 or share < CLIPPED:
@@ -136,7 +140,7 @@ def always_clipped(case: Case) -> Finding | None:
 
 
 def checkpoints_fail(case: Case) -> Finding | None:
-    """Find saves that failed, and damaged checkpoints."""
+    """Detect saves that failed, and damaged checkpoints."""
     failed = max(case.run.values("checkpoint/failed"), default=0.0)
     events = case.history.of("save failed")
     count = max(int(failed), len(events))
@@ -151,7 +155,7 @@ def checkpoints_fail(case: Case) -> Finding | None:
 
 
 def slow_ranks(case: Case) -> Finding | None:
-    """Find ranks that all others wait for."""
+    """Detect ranks that are much slower than others, so that all others wait for them."""
     ratios = case.run.values("time/slowest_rank_ratio", share=0.5)
     if not ratios or median(ratios) <= SLOW_RATIO:
         return None
@@ -164,7 +168,7 @@ def slow_ranks(case: Case) -> Finding | None:
 
 
 def wrong_schedule(case: Case) -> Finding | None:
-    """Find schedules that do not fit the length of the run."""
+    """Detect learning-rate and other schedules that do not fit the number of steps of the run."""
     run, steps = case.run, case.run.option("train.max_steps") or 0
     warmup, noise = run.option("optim.warmup_steps") or 0, run.option("model.gate_noise_steps") or 0
     if steps and warmup >= steps / 2:
@@ -193,7 +197,7 @@ def wrong_schedule(case: Case) -> Finding | None:
 
 
 def disk_nearly_full(case: Case) -> Finding | None:
-    """Find a disk without room for the next checkpoints."""
+    """Detect a disk without room for the next checkpoints."""
     need = DISK_SAVES * case.checkpoint_bytes
     if case.free_bytes is None or case.free_bytes >= max(need, 1 << 28):
         return None
@@ -205,7 +209,7 @@ def disk_nearly_full(case: Case) -> Finding | None:
 
 
 def truncated_captions(case: Case) -> Finding | None:
-    """Find captions that the text encoder truncates."""
+    """Detect many captions that are longer than the text encoder reads."""
     counts = [match for line in case.run.log if (match := _TRUNCATED.match(line.text))]
     if not counts:
         return None
@@ -219,7 +223,7 @@ def truncated_captions(case: Case) -> Finding | None:
 
 
 def empty_edge_maps(case: Case) -> Finding | None:
-    """Find edge maps without edges."""
+    """Detect edge maps without edges."""
     if not case.run.option("edge.weight"):
         return None
     remedy = "make them again (python -m raphael_dist prepare with --edges), or set edge.weight=0 in a new run"
@@ -232,7 +236,7 @@ def empty_edge_maps(case: Case) -> Finding | None:
 
 
 def duplicates(case: Case) -> Finding | None:
-    """Find images that occur several times."""
+    """Detect images that occur several times in the data."""
     if case.data is None or case.data.duplicates <= DUPLICATES * case.data.samples:
         return None
     return Finding(
@@ -242,7 +246,7 @@ def duplicates(case: Case) -> Finding | None:
 
 
 def skipped_steps(case: Case) -> Finding | None:
-    """Find many steps that changed nothing."""
+    """Detect many steps that were skipped and did not change the weights."""
     skipped = max(case.run.values("train/skipped"), default=0.0)
     if skipped <= SKIPPED * max(1, case.run.step):
         return None
@@ -252,7 +256,7 @@ def skipped_steps(case: Case) -> Finding | None:
 
 
 def stalled(case: Case) -> Finding | None:
-    """Find a run that is not complete and writes nothing any more."""
+    """Detect a run that is not complete but no longer writes anything."""
     times = [time for time, _ in case.history.progress]
     if len(times) < 2 or ending(case.run, case.history, case.now).startswith(("complete", "stopped")):
         return None
@@ -287,12 +291,12 @@ RULES: dict[Rule, tuple[str, str]] = {
 
 
 def diagnose(case: Case) -> list[Finding]:
-    """Return the findings of all rules, in their order."""
+    """Apply all rules to a run; return the problems that they detect, in the order of RULES."""
     return [finding for rule in RULES if (finding := rule(case))]
 
 
 def coverage(case: Case) -> tuple[list[str], list[str]]:
-    """Return what the rules checked, and what they could not check because the run has no data about it."""
+    """Return the names of what the rules checked, and of what they could not check because the run has no data about it."""
     seen: list[str] = []
     unseen: list[str] = []
     for what, needs in RULES.values():
@@ -309,5 +313,5 @@ def _has(case: Case, need: str) -> bool:
 
 
 def longest_wait(run: RunFiles) -> str:
-    """Return the kind of work that a run waits for most."""
+    """Return the kind of work (data_timer.KINDS) for whose result the run waits longest."""
     return max(KINDS, key=lambda kind: run.last(f"time/data_wait_{kind}", share=0.5) or 0.0)

@@ -1,4 +1,4 @@
-"""All results about one run: its files, its history, the findings of the rules, and the planner's prediction."""
+"""Gathers everything that is known about a run: its files, events, problems, and the planner's prediction."""
 
 import contextlib
 from dataclasses import dataclass
@@ -19,12 +19,17 @@ NO_PLAN = "none"  # value of --cluster
 
 @dataclass(frozen=True)
 class Examined:
-    """A run and the results about it.
+    """A run and everything that is known about it.
 
     Attributes:
+        run: its files.
+        history: events from its logs.
+        findings: problems that the rules (rules.py) detect.
         looked_at, not_looked_at: what the rules checked, and what they could not check.
-        notes: what could not be read, and why, in sentences.
-        plan_note: why there is no prediction; "" where there is one.
+        notes: sentences that state what could not be read, and why.
+        plan: measured and predicted speed and memory.
+        plan_note: why there is no prediction; "" if there is one.
+        now: time of the examination.
     """
 
     run: RunFiles
@@ -39,14 +44,15 @@ class Examined:
 
 
 def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> Examined:
-    """Read a run directory, and apply all rules.
+    """Read a run directory, and check the run by all rules.
 
     Args:
-        cluster: the devices of the prediction; NO_PLAN: no prediction.
-        with_data: decode some samples of the run's data.
+        folder: the run directory.
+        cluster: name of the cluster for the prediction; NO_PLAN: make no prediction.
+        with_data: whether to decode some samples of the run's data and check them.
 
     Raises:
-        UserError: it is no run directory.
+        UserError: the folder is not a run directory.
     """
     run = read_run(folder)
     history, notes, now = read_history(run), list(run.missing), datetime.now()

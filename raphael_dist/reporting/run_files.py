@@ -24,7 +24,7 @@ MARKS = ("config.yaml", "metrics.jsonl", "train.log")  # a folder with one of th
 
 @dataclass(frozen=True)
 class LogLine:
-    """A line of a log: `rank` is 0 for train.log."""
+    """One line of a run's log. `rank`: the rank that wrote it; train.log is that of rank 0."""
 
     time: datetime
     level: str
@@ -34,7 +34,7 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a process of the run started: ranks, device, ZeRO stage."""
+    """How a process of the run was started: number of ranks, device, ZeRO stage."""
 
     world: int
     device: str
@@ -43,12 +43,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of a run. Every field may be empty: `missing` has a sentence about each file that could not be read.
+    """The contents of a run directory.
+
+    Every field may be empty. `missing` has a sentence about each file that could not be read.
 
     Attributes:
-        series: (step, value) pairs by tag, in order of steps.
+        series: (step, value) pairs by metric tag, in order of steps.
+        log: lines of the logs.
         config: the tree of config.yaml.
-        samples, routes: files by step.
+        samples, routes: files of sample grids and of routes, by step.
+        checkpoints: steps of the checkpoints.
+        damaged: folders of damaged checkpoints.
     """
 
     folder: Path
@@ -73,23 +78,23 @@ class RunFiles:
         return values.get(name, default) if isinstance(values, dict) else default
 
     def values(self, tag: str, share: float = 1.0) -> list[float]:
-        """Return the values of a tag over the last `share` of its lines, at least one line."""
+        """Return the last values of a metric: the last `share` (0..1) of them, but at least one."""
         series = self.series.get(tag, [])
         return [value for _, value in series[-max(1, round(share * len(series))) :]] if series else []
 
     def last(self, tag: str, share: float = 0.2) -> float | None:
-        """Return the mean of a tag over the last `share` of its lines; None if there is none."""
+        """Return the mean of the last values of a metric, the last `share` (0..1) of them; None if it has no values."""
         values = self.values(tag, share)
         return fmean(values) if values else None
 
     @property
     def step(self) -> int:
-        """The last step that was logged, or of which there is a checkpoint."""
+        """The last step that was logged or saved."""
         return max([series[-1][0] for series in self.series.values()] + self.checkpoints, default=0)
 
     @property
     def launch(self) -> Launch | None:
-        """The last start; None if the log has none."""
+        """How the run was started the last time; None if the log does not state it."""
         for line in reversed(self.log):
             if match := _START.match(line.text):
                 return Launch(int(match[3]), match[4], int(match[5]))
@@ -97,10 +102,10 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read a run directory.
+    """Read the files in a run directory.
 
     Raises:
-        UserError: the folder does not exist, or is no run directory.
+        UserError: the folder does not exist, or is not a run directory.
     """
     if not folder.is_dir():
         raise UserError(f"RUN={folder} must be a run directory, but there is no such folder. Give the run.dir of a run.")
@@ -173,7 +178,7 @@ def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def read_routes(path: Path) -> dict[str, Any]:
-    """Return the routes of one grid (analysis/route_report.py). Raises OSError or ValueError."""
+    """Return the routes that belong to one sample grid (format: analysis/route_report.py). Raises OSError or ValueError."""
     routes = json.loads(read_text(path))
     if not isinstance(routes, dict) or not {"words", "space", "regions", "time", "timesteps"} <= set(routes):
         raise ValueError(f"{path.name} contains no routes")

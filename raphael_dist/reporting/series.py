@@ -1,4 +1,4 @@
-"""The charts of the report: which tags each shows, and their points, few enough for a page."""
+"""The charts of the HTML report: which metrics each shows, and their values, thinned out for a page."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ BUCKETS = 250  # number of intervals of a curve; each has two points
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: its section, its title, and the tags it shows with their labels."""
+    """A chart: the section of the page, its title, and the metric tags that it shows with a label for each."""
 
     section: str
     title: str
@@ -44,7 +44,7 @@ CHARTS = (
 
 
 def chart_data(chart: Chart, runs: list[RunFiles]) -> list[dict[str, Any]]:
-    """Return the curves of a chart: label, x (steps) and y; [] without any value."""
+    """Return the curves of a chart as {"label", "x" (steps), "y"}; [] if there are no values."""
     curves = []
     for run in runs:
         for tag, label in chart.tags.items():
@@ -56,7 +56,10 @@ def chart_data(chart: Chart, runs: list[RunFiles]) -> list[dict[str, Any]]:
 
 
 def timeline_data(histories: list[tuple[str, History]]) -> list[dict[str, Any]]:
-    """Return the curves of the timeline: steps over minutes since the first line, and points for restarts and faults."""
+    """Return the curves of the timeline: steps against minutes since the first log line, and points at restarts and faults.
+
+    `histories`: (name, history) of each run.
+    """
     curves: list[dict[str, Any]] = []
     for name, history in histories:
         begin = min([time for time, _ in history.progress] + [event.time for event in history.events], default=None)
@@ -76,7 +79,7 @@ def timeline_data(histories: list[tuple[str, History]]) -> list[dict[str, Any]]:
 
 
 def thinned(series: Series) -> Series:
-    """Return the smallest and the largest value in each of BUCKETS intervals, so that spikes stay visible."""
+    """Reduce a series to the smallest and the largest value in each of BUCKETS intervals, so that spikes stay visible."""
     size = -(-len(series) // BUCKETS)
     if size <= 2:
         return series
@@ -88,5 +91,5 @@ def thinned(series: Series) -> Series:
 
 
 def round_(value: float) -> float | None:
-    """Return a value with five digits; None, a gap, if it is not finite."""
+    """Return a value rounded to five digits; None (a gap in the curve) if it is not finite."""
     return float(f"{value:.5g}") if abs(value) < float("inf") else None

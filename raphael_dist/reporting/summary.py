@@ -1,4 +1,4 @@
-"""Answers about a run, each in a sentence or two, from its metrics and logs."""
+"""Describes a run in sentences: convergence, experts, speed and failures, from its metrics and logs."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ PLACES = ("run.dir", "data.cache_dir")  # keys of places, which do not describe 
 
 
 def convergence(run: RunFiles) -> str:
-    """Return a sentence: whether the loss fell and has levelled off."""
+    """Return a sentence that states whether the loss has fallen and whether it has levelled off."""
     losses = [loss for loss in run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return f"Unknown: {len(losses)} log lines have a finite loss, at least {MIN_LINES} are needed."
@@ -45,7 +45,7 @@ def convergence(run: RunFiles) -> str:
 
 
 def expert_health(run: RunFiles) -> str:
-    """Return a sentence about blocks with dead experts."""
+    """Return a sentence about transformer blocks with dead experts."""
     if not any(tag.startswith("moe/") for tag in run.series):
         return "Unknown: no expert loads were logged. A dense model has none."
     dead, scalar = dead_blocks(run), run.last("moe/dead_experts", share=0.01)
@@ -100,7 +100,7 @@ def failures(examined: Examined) -> str:
 
 
 def flatten(config: dict[str, Any]) -> dict[str, str]:
-    """Return the configuration as `section.key`: value as text."""
+    """Return the configuration as a flat dict: "section.key" and the value as text."""
     flat = {}
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -109,6 +109,9 @@ def flatten(config: dict[str, Any]) -> dict[str, str]:
 
 
 def differences(configs: Sequence[dict[str, str]]) -> list[str]:
-    """Return the keys whose values differ between runs, without those of places."""
+    """Return the keys whose values differ between runs, except paths of the runs themselves (PLACES).
+
+    `configs`: results of `flatten`.
+    """
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if key not in PLACES and len({config.get(key) for config in configs}) > 1]

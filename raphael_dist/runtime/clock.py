@@ -1,13 +1,16 @@
-"""Time during which this process was able to run: a job that is suspended for an hour has not hung for an hour."""
+"""A clock that counts only the time in which this process could run.
+
+With it, a job that was suspended for an hour is not taken for a job that has hung for an hour.
+"""
 
 import threading
 import time
 
 
 class RunningClock:
-    """Seconds without suspensions (SIGSTOP, a frozen machine).
+    """Counts seconds without the time in which the process was suspended (SIGSTOP, a frozen machine).
 
-    Of the time between two readings at most `max_gap` seconds count, so the clock must be read at least that often.
+    Of the time between two readings at most `max_gap` seconds are counted, so it must be read at least that often.
     """
 
     def __init__(self, max_gap: float) -> None:

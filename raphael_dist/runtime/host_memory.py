@@ -1,4 +1,4 @@
-"""Keeps the cost of freed memory out of steps: that of the C library, for tensors on a CPU, and that of Python."""
+"""Avoids pauses in training steps that are caused by freeing memory, in the C library and in Python."""
 
 import ctypes
 import gc
@@ -12,12 +12,12 @@ _USER_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the next tensor; return whether it does.
+    """Make glibc keep freed memory for later tensors; return whether it does.
 
     Each step allocates the memory that the previous step freed. By default glibc returns tensors above 32 MB to the system
-    and requests them again, and the system clears every page. That takes a quarter of a step with weights of this size. From
-    now on the process keeps the memory of its highest use. Nothing changes if the environment sets an allocator or glibc's
-    own variables.
+    and requests them again, and the system clears every page. With weights of this size that takes a quarter of a step.
+    After this call the process keeps as much memory as it has used at most. Nothing is changed if the environment selects
+    another allocator or sets glibc's variables.
     """
     if any(name.startswith(_USER_SETTINGS) for name in os.environ):
         return False
@@ -29,8 +29,8 @@ def keep_freed_memory() -> bool:
 def without_long_collections() -> Iterator[None]:
     """Return a context in which Python's garbage collector ignores all objects that exist at its beginning.
 
-    Modules and the model are a million objects. A full collection visits them in 0.4 s: every eight steps with activation
-    checkpointing, on each rank at another time, while all others wait.
+    The modules and the model are about a million objects. A full collection takes 0.4 s for them. With activation
+    checkpointing it happens every eight steps, at a different time on each rank, while all other ranks wait.
     """
     gc.collect()
     gc.freeze()

@@ -1,8 +1,11 @@
-"""Ends a process that never releases Python's lock. That process starts `python interpreter_watchdog.py PID SECONDS TICK`.
+"""Ends a process whose thread never releases Python's global interpreter lock (GIL).
 
-A byte on standard input is a sign of life; the end of the input is the end of the process. Without either for SECONDS the
-process gets SIGUSR2, upon which faulthandler writes its stacks in C, and is killed. Time in which either process was stopped
-does not count: a suspended job has not hung, and a rank that is stopped alone is named by the others.
+The watched process starts `python interpreter_watchdog.py PID SECONDS TICK`. It sends a byte to the standard input of this
+program as a sign of life. When the input ends, this program ends. If neither happens for SECONDS, the watched process gets
+SIGUSR2, for which faulthandler writes the stacks of its threads, and is then killed.
+
+Time in which either process was suspended does not count. A suspended job has not hung; and if only one rank is suspended,
+the other ranks report it.
 """
 
 import contextlib
@@ -14,14 +17,17 @@ import time
 
 
 def stopped(pid: int) -> bool:
-    """Return whether a process is stopped by a signal or a debugger."""
+    """Return whether a process is suspended by a signal or a debugger."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] in ("T", "t")
     return False
 
 
 def main(pid: int, seconds: float, tick: float) -> None:
-    """Watch until the process ends, or has been silent for `seconds`."""
+    """Watch the process `pid` until it ends, or kill it after `seconds` without a sign of life.
+
+    `tick`: seconds between two checks.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they are for the watched process
         signal.signal(number, signal.SIG_IGN)
     silent, last = 0.0, time.monotonic()

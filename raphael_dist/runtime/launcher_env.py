@@ -1,6 +1,7 @@
-"""The environment variables by which launchers number the ranks. Imports no torch: the command line reads them first.
+"""The environment variables with which launchers number the ranks.
 
 DeepSpeed and torchrun set RANK, mpirun sets OMPI_COMM_WORLD_RANK, srun sets SLURM_PROCID. Without them there is one rank.
+This module does not import torch, because the command line uses it before anything else.
 """
 
 import os
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 
 class Launcher(NamedTuple):
-    """A launcher and the names of its variables."""
+    """A launcher and the names of the environment variables that it sets."""
 
     name: str
     rank: str
@@ -32,7 +33,7 @@ LAUNCHERS = (
 
 
 def launcher_of(env: Mapping[str, str] = os.environ) -> Launcher | None:
-    """Return the launcher that started this process; None if there is none."""
+    """Return the launcher that started this process; None if its environment has no launcher's variables."""
     for launcher in LAUNCHERS:
         # An interactive Slurm shell has SLURM_PROCID without being one of several ranks.
         if launcher.rank in env and (launcher.name != "srun" or "SLURM_STEP_ID" in env):
@@ -41,13 +42,16 @@ def launcher_of(env: Mapping[str, str] = os.environ) -> Launcher | None:
 
 
 def rank_of(env: Mapping[str, str] = os.environ) -> str:
-    """Return the launcher's text for the rank, "0" without a launcher. `ranks.discover` checks that it is a number."""
+    """Return the rank as the text in the launcher's variable; "0" without a launcher.
+
+    It may not be a number; `ranks.discover` checks this.
+    """
     launcher = launcher_of(env)
     return env[launcher.rank] if launcher else "0"
 
 
 def world_size_of(env: Mapping[str, str] = os.environ) -> int:
-    """Return the number of ranks; 1 without a launcher, or where its variable is no number."""
+    """Return the number of ranks; 1 without a launcher, or if its variable is not a number."""
     launcher = launcher_of(env)
     text = env.get(launcher.world_size, "") if launcher else ""
     return int(text) if text.isdigit() else 1

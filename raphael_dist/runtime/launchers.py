@@ -1,7 +1,7 @@
-"""The launcher processes that started this rank. A rank whose launcher has ended must end itself, because nothing else does.
+"""Finds the launcher processes that started this rank. A rank whose launcher has ended must end itself; nobody else ends it.
 
-SIGTERM or SIGKILL to `deepspeed` alone leaves the process that it started, and the ranks. Launchers are recognised by their
-command lines: other ancestors, such as the shell that started a run in the background, may end.
+SIGTERM or SIGKILL to `deepspeed` alone does not end the process that it started, nor the ranks. Launchers are recognised by
+their command lines, because other ancestors, such as the shell that started a run in the background, may end earlier.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _PYTHON = re.compile(r"python[\d.]*")
 
 @dataclass(frozen=True)
 class Process:
-    """A process: its id, when it began (in clock ticks since boot), and the name of the launcher that it is."""
+    """A launcher process: its id, its start time (in clock ticks since boot), and the name of the launcher."""
 
     pid: int
     began: int
@@ -31,7 +31,7 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs. A later process with the same id does not count."""
+        """Whether the process still runs. Another process that got the same id later does not count."""
         fields = _stat(self.pid)
         return alive(self.pid) and fields is not None and int(fields[19]) == self.began
 
@@ -68,7 +68,7 @@ def _launcher(pid: int) -> str:
 
 
 def launcher_in(words: list[str]) -> str:
-    """Return the name of the launcher that a command line runs, or ""."""
+    """Return the name of the launcher that a command line (as a list of words) runs; "" if it runs none."""
     # slurmstepd writes its title as one word: "slurmstepd: [123.0]".
     program = Path(words[0].split(":")[0]).name
     arguments = words[1:]

@@ -1,12 +1,12 @@
-"""Work that may take longer than a collective's time-out, on one rank or on all, while the others poll the ranks' store.
+"""Runs work of unknown length on one rank or on all, without a collective that could time out.
 
-A collective has a time-out: a rank that waits in one while another rank reads a million files fails. Here a rank that has
-finished polls the process group's store until all ranks have finished. A rank at work reports its progress. When no rank
-has reported for SILENCE_S seconds, all waiting ranks raise HungError, which names the unfinished ranks. When one rank
-fails, the others stop at their next report, and all raise its error.
+If a rank waited in a collective while another rank reads a million files, the collective would time out. Here, a rank that
+has finished polls the process group's store until all ranks have finished. Ranks that still work report their progress
+there. If no rank has reported for SILENCE_S seconds, all waiting ranks raise HungError, which names the unfinished ranks. If
+one rank fails, the other ranks stop at their next report, and all raise its error.
 
-Cost: the more ranks, the less often each polls. The store gets about 2,000 requests a second from waiting ranks, and a
-few more for each report.
+Cost: the more ranks there are, the less often each polls. The store gets about 2,000 requests a second from waiting ranks,
+and a few more for each report.
 """
 
 import contextlib
@@ -34,22 +34,23 @@ listeners: list[Callable[[], None]] = []  # called at every report of any rank
 
 
 class AbandonedError(RuntimeError):
-    """This rank's work is no longer needed: another rank failed."""
+    """Ends this rank's work, because another rank has failed and its result is no longer needed."""
 
 
 @contextmanager
 def long_work(doing: str) -> Iterator[Reporter]:
     """Return a context for work of any length that every rank does. If it fails on one rank, all ranks raise its error.
 
-    The work must call no collective, and must report at least every SILENCE_S seconds. Collective at its end.
+    The work must not call collectives, and must report at least every SILENCE_S seconds. The end of the context is
+    collective.
 
     Args:
-        doing: what is done, for bars and messages, such as "indexing".
+        doing: what is done, for progress bars and messages, e.g. "indexing".
 
     Yields: the function that reports this rank's progress.
 
     Raises:
-        HungError: unfinished ranks have not reported for SILENCE_S seconds.
+        HungError: no rank has reported for SILENCE_S seconds.
         Other exceptions: see `ranks.raise_on_all_ranks`.
     """
     watch, failure = Watch(doing, SILENCE_S), None
@@ -69,13 +70,16 @@ def long_work(doing: str) -> Iterator[Reporter]:
 
 
 def run_on_all_ranks(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Run `work` on every rank as `long_work` does; return this rank's result. Collective."""
+    """Run `work` on every rank in a context of `long_work`; return this rank's result. Collective."""
     with long_work(doing) as report:
         return work(report)
 
 
 def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Run `work` on rank 0; return its result, which is pickled, or raise its error on all ranks. Collective."""
+    """Run `work` on rank 0 in a context of `long_work`; return its result on all ranks. Collective.
+
+    The result is pickled. An error of `work` is raised on all ranks.
+    """
     result: list[T | None] = [None]
     with long_work(doing) as report:
         if dist.get_rank() == 0:
@@ -85,7 +89,10 @@ def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
 
 
 def report_failure(reason: str) -> None:
-    """End the ranks that wait for this rank in the next piece of long work: it will never begin it."""
+    """Tell the other ranks that this rank has failed and will not take part in the next `long_work`.
+
+    Ranks that wait for it there, now or later, then raise an error.
+    """
 
     def post() -> None:
         with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or there is none yet
@@ -103,9 +110,10 @@ def _store_of(piece: int) -> dist.Store:
 
 
 class Watch:
-    """Follows one piece of work on all ranks, for this rank.
+    """Follows one piece of `long_work` on all ranks, for this rank.
 
-    Only a separate thread uses the store, because its process may hang and requests to it have no time-out.
+    All requests to the store are made by a separate thread, because the process that keeps the store may hang and requests
+    have no timeout.
     """
 
     def __init__(self, doing: str, silence_s: float) -> None:
@@ -124,18 +132,18 @@ class Watch:
         threading.Thread(target=self._run, name=doing, daemon=True).start()
 
     def report(self, text: str) -> None:
-        """Post this rank's progress. Raises AbandonedError when another rank has failed."""
+        """Publish this rank's progress. Raises AbandonedError if another rank has failed."""
         self._status, self._reports = f"{self._doing}: {text}", self._reports + 1
         if self._abandoned:
             raise AbandonedError
 
     def finish(self, failed: bool) -> None:
-        """Post that this rank has finished."""
+        """Publish that this rank has finished. `failed`: whether its work failed."""
         self._failed, self._finished = failed, True
         self._changed.set()
 
     def wait(self) -> None:
-        """Wait until all ranks have finished. Raises HungError when they stop reporting, or the store stops answering."""
+        """Wait until all ranks have finished. Raises HungError if no rank reports any more, or the store does not answer."""
         self._answered = self._clock.now()  # the work may have kept the thread from running
         while not self._over.wait(min(1.0, self._silence / 8)):
             if self._clock.now() - self._answered > self._silence:

@@ -1,4 +1,7 @@
-"""Progress reports of long work, and the bar that shows them on a terminal. Imports rich only there, and no torch."""
+"""Progress reports of long work, and a bar that shows them on a terminal.
+
+The package rich is imported only if there is a terminal. This module does not import torch.
+"""
 
 import sys
 from types import TracebackType
@@ -10,25 +13,26 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """A function that receives the progress of work: as text, and as `done` of `total` parts if they are counted."""
+    """A function that receives the progress of work: a text, and `done` of `total` parts if parts are counted."""
 
     def __call__(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
 
 
 def no_report(text: str, done: int | None = None, total: int | None = None) -> None:
-    """Discard a report: for work outside a run."""
+    """Ignore a progress report. The default where nobody shows progress."""
 
 
 class ProgressBar:
-    """A bar on a terminal. It appears with the first report. If the stream is not a terminal, nothing appears."""
+    """A progress bar on a terminal. It appears with the first report; nothing appears if the stream is not a terminal."""
 
     def __init__(self, title: str, *, enabled: bool, file: TextIO | None = None, transient: bool = True) -> None:
-        """
+        """Create the bar.
+
         Args:
             title: text in front of the bar.
             enabled: False on ranks that show nothing.
-            file: stream that the bar is written to; None: standard output.
-            transient: remove the bar at the end.
+            file: stream to which the bar is written; None: standard output.
+            transient: whether to remove the bar at the end.
         """
         stream = file or sys.stdout
         self._console = _open_console(stream) if enabled and stream.isatty() else None
@@ -38,7 +42,7 @@ class ProgressBar:
 
     @property
     def active(self) -> bool:
-        """Whether there is a terminal to show the bar on."""
+        """Whether the bar is shown, because the stream is a terminal."""
         return self._console is not None
 
     def report(self, text: str, done: int | None = None, total: int | None = None) -> None:
@@ -56,14 +60,14 @@ class ProgressBar:
         self._progress.update(self._task, completed=done, total=total, description=text)
 
     def print(self, line: str) -> None:
-        """Print a line above the bar, or to standard output without one."""
+        """Print a line above the bar. Without a bar, print it to standard output."""
         if self._console is None:
             print(line, flush=True)
         else:
             self._console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Stop drawing."""
+        """Stop drawing the bar."""
         if self._progress is not None:
             self._progress.stop()
 

@@ -1,4 +1,4 @@
-"""This process among the ranks, and how ranks decide together."""
+"""The rank of this process, the process group, and functions with which ranks decide together."""
 
 import logging
 import os
@@ -29,7 +29,13 @@ TIMEOUT = timedelta(minutes=30)  # of every process group
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: global rank, number of ranks, rank on this host, ranks on this host."""
+    """The place of this process among all ranks.
+
+    Attributes:
+        rank, world_size: its global rank and the number of ranks.
+        local_rank, local_world_size: its rank on this host and the number of ranks on this host.
+        launcher: name of the launcher.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -42,12 +48,15 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return which of `count` items this rank works on: every `world_size`-th, beginning with its own number."""
+        """Return which of `count` items this rank works on: every `world_size`-th, starting with number `rank`."""
         return range(self.rank, count, self.world_size)
 
 
 def discover(env: Mapping[str, str] = os.environ) -> Ranks:
-    """Read the launcher's variables. Raises UserError when some of them are missing or no numbers."""
+    """Return this process's `Ranks` from the environment variables of the launcher.
+
+    Raises UserError if some variables are missing or not numbers.
+    """
     launcher = launcher_of(env)
     if launcher is None:
         return Ranks()
@@ -79,8 +88,9 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT, heartbeat: Callable[[
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
 
     Args:
-        timeout: limit of the process group's collectives, and of each part of connecting.
-        heartbeat: is called with a description before each part that may take long.
+        ranks: this rank.
+        timeout: time limit of collectives, and of each step of connecting.
+        heartbeat: called with a description before each step that may take long.
 
     Raises the exceptions of `rendezvous.connect` and `rendezvous.wait_for_all`.
     """
@@ -104,7 +114,7 @@ def _no_heartbeat(text: str) -> None:
 
 
 def complete_environment(ranks: Ranks) -> None:
-    """Set the variables that torch and DeepSpeed read, whichever launcher started this process."""
+    """Set the environment variables that torch and DeepSpeed read (RANK, ...), whichever launcher started this process."""
     if ranks.launcher == "mpirun" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _master_by_mpi()
     if ranks.local_world_size == ranks.world_size:
@@ -131,10 +141,10 @@ def _choose_device(ranks: Ranks) -> torch.device:
 
 
 def own_group(members: list[int], timeout: timedelta = TIMEOUT) -> dist.ProcessGroup:
-    """Create the process group of these ranks, one of which is this rank. Collective over its members alone.
+    """Create a process group of `members`, one of which must be this rank. Collective among the members only.
 
-    A rank makes one call instead of one per group of the world. Every rank must have created equally many groups before: the
-    members find each other by a name that contains that number.
+    Each rank makes one call for its own group, instead of one call for every group. Before that, all ranks must have created
+    equally many groups, because the members find each other by a name that contains this count.
     """
     return cast(dist.ProcessGroup, dist.new_group(members, timeout=timeout, use_local_synchronization=True))
 
@@ -153,7 +163,7 @@ def _master_by_mpi() -> tuple[str, str]:
 
 
 def num_threads(ranks: Ranks) -> int:
-    """Return how many threads a rank on a CPU may use: OMP_NUM_THREADS, or its share of the cores it may run on."""
+    """Return how many threads a rank on a CPU may use: OMP_NUM_THREADS, or its share of the available cores."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdigit() and int(setting) > 0:
         return int(setting)
@@ -161,12 +171,12 @@ def num_threads(ranks: Ranks) -> int:
 
 
 def host_name() -> str:
-    """Return the name of this host; under Slurm, the name of this node."""
+    """Return the name of this host; under Slurm the name of its node."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def rank_table(ranks: Ranks, device: torch.device) -> list[str]:
-    """Write a line about every rank to the log of rank 0; return their hosts. Collective."""
+    """Log a line about every rank (host, device, process id) on rank 0; return the host names of all ranks. Collective."""
     table = gather_objects((host_name(), str(device), ranks.local_rank, os.getpid()))
     for rank, (host, name, local_rank, pid) in enumerate(table if ranks.is_main else []):
         _log.info("rank %d: %s, %s, local rank %d, pid %d, started by %s", rank, host, name, local_rank, pid, ranks.launcher)
@@ -174,9 +184,10 @@ def rank_table(ranks: Ranks, device: torch.device) -> list[str]:
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on this host now.
+    """Return a TCP port of this host that is free now.
 
-    It lies below the ports that the kernel gives to outgoing connections, so that none takes it before its user does.
+    It is below the range from which the kernel takes ports for outgoing connections, so that no such connection takes it
+    before it is used.
     """
     first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     candidates = range(10_000, first_given) if first_given > 12_000 else [0]
@@ -197,26 +208,27 @@ def all_reduce_sum(values: Sequence[float] | torch.Tensor, device: torch.device)
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return the value of every rank, in order. For small values: they are pickled."""
+    """Return the values of all ranks, in the order of ranks. Collective. They are pickled, so they should be small."""
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return cast(list[T], values)
 
 
 def raise_on_all_ranks(work: Callable[[], T]) -> T:
-    """Run `work` on every rank; when it fails on any rank, raise on all. Collective.
+    """Run `work` on every rank and return this rank's result. If it fails on any rank, raise an error on all. Collective.
 
-    For short work: ranks that have finished wait in a collective. `long_work.run_on_all_ranks` has no such limit.
+    This is for short work, because ranks that have finished wait in a collective. `long_work.run_on_all_ranks` is for long
+    work.
 
     Raises:
-        UserError, NotSavedError: on all ranks, when one rank raises them.
-        RuntimeError: on the other ranks, when one rank raises another exception.
+        UserError, NotSavedError: on all ranks, if one rank raises it.
+        RuntimeError: on the other ranks, if one rank raises any other exception.
     """
     return raise_if_any_failed(*attempt(work))
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Run `work`; return its result and its exception, one of which is None."""
+    """Run `work`; return (result, None), or (None, exception) if it fails."""
     try:
         return work(), None
     except Exception as error:
@@ -226,10 +238,12 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 def raise_if_any_failed(
     result: T | None, failure: Exception | None, gather: Callable[[Any], list[Any]] = gather_objects
 ) -> T:
-    """Return `result` when no rank has a failure; otherwise raise as `raise_on_all_ranks` does. Collective.
+    """Return `result` if no rank has a failure; otherwise raise an error on all ranks, as `raise_on_all_ranks`. Collective.
 
     Args:
-        gather: returns the value of every rank in order; for ranks without a process group.
+        result: this rank's result.
+        failure: this rank's exception, or None.
+        gather: returns the values of all ranks in order; replaced if ranks have no process group.
     """
     kind = next((k for k in SHARED_ERRORS if isinstance(failure, k)), None)
     problems = gather(None if failure is None else (kind, str(failure) if kind else describe_error(failure)))

@@ -1,7 +1,7 @@
-"""How ranks find each other: the store by which they form a process group, and the status of each rank until then.
+"""How ranks connect: the store through which they form a process group, and each rank's status until they have done so.
 
-Before there is a run directory, only the store can show which rank is missing. A single rank needs no network: it keeps the
-store in its own memory and listens on no port.
+The store is torch.distributed's key-value store, which rank 0 keeps. Before the run directory is open, only the store can
+show which rank is missing. A single rank needs no network: it keeps the store in its own memory and opens no port.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ _stores: list[dist.Store] = []  # the store of this process, once it is connecte
 
 
 def connect(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Return the store of all ranks; wait only for the rank that keeps it.
+    """Return the store of all ranks. Only the rank that keeps it must be there; the others need not be.
 
     Raises:
-        UserError: MASTER_ADDR or MASTER_PORT cannot be right.
-        HungError: rank 0 does not answer.
+        UserError: MASTER_ADDR or MASTER_PORT is invalid.
+        HungError: rank 0 does not answer within `timeout`.
     """
     _stores.clear()
     if world_size == 1:
@@ -81,9 +81,10 @@ def _own_address() -> str:
 
 
 def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
-    """Wait until all ranks are connected. Raises HungError that names the missing ones.
+    """Wait until all ranks are connected. Raises HungError, which names the missing ranks, after `timeout`.
 
-    Forming the process group would also wait, but with Python's lock held: no thread could watch it.
+    Forming the process group would also wait for all ranks, but it holds Python's global interpreter lock meanwhile, so that
+    no thread could watch it.
     """
     if world_size == 1:
         return
@@ -104,13 +105,13 @@ def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
 
 
 def join_first(names: Sequence[str], separator: str) -> str:
-    """Join the first MAX_NAMED names, and count the others."""
+    """Join the first MAX_NAMED names by `separator`; of the others only the number is given."""
     rest = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return separator.join(names[:MAX_NAMED]) + rest
 
 
 def master_address() -> tuple[str, int]:
-    """Return where rank 0 listens. Raises UserError if the environment has no valid address."""
+    """Return host and port at which rank 0 listens. Raises UserError if the environment has no valid ones."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value]
     if missing:
@@ -134,14 +135,14 @@ def master_address() -> tuple[str, int]:
 
 
 def post_status(line: str) -> None:
-    """Append a line for the other ranks to read, once the store is connected."""
+    """Append a line to the status that all ranks can read, if the store is connected."""
     if _stores:
         with contextlib.suppress(RuntimeError):  # rank 0 is gone; whoever needs it reports that
             _stores[0].append(_STATUS_KEY, f"{line}\n")  # type: ignore[attr-defined]
 
 
 def read_status() -> list[str] | None:
-    """Return the lines of all ranks, the oldest first; None when the store does not answer."""
+    """Return the status lines of all ranks, the oldest first; None if the store does not answer."""
     answers: list[list[str]] = []
 
     def ask() -> None:
@@ -155,7 +156,10 @@ def read_status() -> list[str] | None:
 
 
 def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
-    """Return the ranks that do not answer through rank 0's store within `seconds`. All ranks call this together."""
+    """Return the ranks whose messages do not arrive within `seconds`. All ranks must call this.
+
+    Messages are exchanged through rank 0's store.
+    """
     present: set[int] = {rank}
 
     def ask() -> None:
@@ -175,7 +179,7 @@ def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
 
 
 def no_answer() -> str:
-    """Return the message that the store's owner does not answer."""
+    """Return the message for the case that the store, i.e. the process that keeps it, does not answer."""
     return f"{_master()} does not answer"
 
 

@@ -1,6 +1,6 @@
-"""Requests to stop early: a signal, the time limit (`--max-time`), or a launcher that has ended.
+"""Requests to stop the training early: a signal, the time limit (`--max-time`), or the end of the launcher.
 
-This is one rank's request; the ranks agree on it at the end of a step.
+A request concerns one rank. At the end of each step, all ranks agree whether to stop.
 """
 
 import re
@@ -19,7 +19,7 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<day_clock>\d+(?::\d+){0,2})|(?P<clock>
 
 
 class StopRequest:
-    """Whether this rank is to stop. Signal handlers only set a flag, so that no collective is interrupted."""
+    """Whether this rank has been asked to stop. Signal handlers only set a flag, so no collective is interrupted."""
 
     def __init__(self, max_time: float | None = None) -> None:
         """`max_time`: seconds from now to the time limit; None: no limit."""
@@ -29,12 +29,12 @@ class StopRequest:
         self._deadline = None if max_time is None else time.monotonic() + max_time
 
     def listen(self) -> None:
-        """Handle SIGTERM, SIGINT and SIGUSR1. A second SIGINT interrupts at once. For the main thread."""
+        """Treat SIGTERM, SIGINT and SIGUSR1 as requests; a second SIGINT ends the process. Call it in the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def ignore(self) -> None:
-        """Let no further signal end the process: its work is saved and its exit code is decided."""
+        """Ignore all further signals. Call it when the work is saved and the exit code is decided."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -45,7 +45,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank is to stop."""
+        """Whether this rank has been asked to stop."""
         if self._signal is not None or (self._deadline is not None and time.monotonic() >= self._deadline):
             return True
         if not self._orphaned and (ended := describe_ended(self.launchers)):
@@ -55,12 +55,15 @@ class StopRequest:
 
 
 def describe_ended(processes: Sequence[Process]) -> str:
-    """Return which launcher has ended, or "" when all run."""
+    """Return a text that names the launcher that has ended; "" if all run."""
     return next((f"the launcher {p.launcher} (process {p.pid}) has ended" for p in processes if not p.alive), "")
 
 
 def parse_time(text: str) -> float:
-    """Return the seconds of a time in Slurm's form: `90` (minutes), `1:30:00`, `2-12:00:00`. Raises UserError."""
+    """Convert a time in Slurm's form to seconds: `90` (minutes), `1:30:00`, `2-12:00:00`.
+
+    Raises UserError if the text has another form.
+    """
     match = _TIME.fullmatch(text)
     if match is None:
         raise UserError(

@@ -1,14 +1,16 @@
-"""Ends a run that hangs: a thread that follows the progress of the training thread.
+"""Ends a run that hangs. A thread on each rank follows the progress of the training thread.
 
-It watches the progress of the loop, not process groups, so it notices a hang in any of them. Every rank writes a heartbeat
-to a file in the run directory. The rank whose time-out ends first reads all of them, names the ranks that are behind, writes
-every thread's stack to `logs/stacks-rank-N.txt` and exits with EXIT_HUNG, upon which the launcher ends the others.
+It watches the progress of the training loop and not process groups, so it detects a hang in any of them. Every rank writes
+its heartbeat (which place of the loop it has reached) to a file in the run directory. The rank whose timeout is over first
+reads the heartbeats of all ranks, names those that are behind, writes the stacks of all its threads to
+`logs/stacks-rank-N.txt`, and exits with EXIT_HUNG. The launcher then ends the other ranks.
 
-It starts before the ranks are connected. Until there is a run directory, heartbeats are lines in their store
+The watchdog starts before the ranks are connected. Until the run directory is open, heartbeats are lines in the ranks' store
 (rendezvous.py).
 
-A thread that never releases Python's lock would stop this one too. So each rank starts a small process
-(interpreter_watchdog.py). It gets a byte from this thread at every tick, and ends the rank when none comes.
+A thread that never releases Python's global interpreter lock would also stop the watchdog thread. Therefore each rank starts
+a small process (interpreter_watchdog.py). It receives a byte from the watchdog thread at every tick, and kills the rank if
+none arrives.
 """
 
 import contextlib
@@ -43,7 +45,14 @@ SLOW = 5.0
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank is, and when it wrote this. `count`: number of its heartbeats, which are the same on all ranks."""
+    """The last sign of life of a rank.
+
+    Attributes:
+        rank, host, pid: the process.
+        count: number of its heartbeats so far. Healthy ranks have equal counts.
+        where: which place of the loop it has reached.
+        time: when it was written, in seconds since 1970.
+    """
 
     rank: int
     host: str
@@ -54,13 +63,21 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Ends the process when `heartbeat` is not called for `timeout_s` seconds. It watches from `start` to `stop`.
+    """Ends the process if `heartbeat` is not called for `timeout_s` seconds, between `start` and `stop`.
 
-    Reports of other ranks in long work count as heartbeats. Time in which the process was suspended does not count.
+    In `long_work`, reports of other ranks count as heartbeats. Time in which the process was suspended does not count.
     """
 
     def __init__(self, ranks: Ranks, run_dir: Path, timeout_s: float, launchers: Sequence[Process] = ()) -> None:
-        """`launchers`: end the process when one of these ends during start-up; in training it is a request to stop."""
+        """Create the watchdog.
+
+        Args:
+            ranks: this rank.
+            run_dir: the run directory.
+            timeout_s: longest time between two heartbeats, in seconds.
+            launchers: processes whose end also ends this process during start-up. (In training, their end is a request to
+                stop.)
+        """
         self._ranks, self._timeout, self._launchers = ranks, timeout_s, launchers
         self._folder, self._host = run_dir / "logs", host_name()
         self._count, self._where, self._pid = 0, "start", os.getpid()
@@ -76,7 +93,7 @@ class Watchdog:
         self._interpreter_watchdog: subprocess.Popen[bytes] | None = None
 
     def heartbeat(self, where: str, timeout_factor: float = 1.0) -> None:
-        """Record that the loop is at `where`; the next call is due within `timeout_factor` times the time-out."""
+        """Record that the loop has reached `where`. The next call must come within `timeout_factor` times the timeout."""
         self._count, self._where, self._timeout_factor = self._count + 1, where, timeout_factor
         self._extend()
         if self._stacks is None:
@@ -86,7 +103,7 @@ class Watchdog:
         self._deadline = self._clock.now() + self._timeout * self._timeout_factor
 
     def start(self) -> Self:
-        """Start to watch, with the timeout factor SLOW. Writes no file yet."""
+        """Start to watch, with the timeout factor SLOW for the first heartbeat. Writes no file yet."""
         self._extend()
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # without a standard error
             faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -100,7 +117,7 @@ class Watchdog:
         return self
 
     def use_folder(self) -> None:
-        """Write heartbeats and stacks to the run directory from now on. Raises the errors of `write_error`."""
+        """From now on, write heartbeats and stacks to files in the run directory. Raises the errors of `write_error`."""
         try:
             (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)
             self._stacks = open(self._folder / f"stacks-rank-{self._ranks.rank}.txt", "w", opener=no_links)
@@ -110,7 +127,7 @@ class Watchdog:
         self._publish()
 
     def stop(self) -> None:
-        """Stop watching, and remove this rank's files. May be called twice."""
+        """Stop watching, and remove this rank's heartbeat and stack files. It may be called twice."""
         if self._ended.is_set():
             return
         long_work.listeners.remove(self._extend)
@@ -244,15 +261,19 @@ def _newest(lines: list[str] | None, world_size: int) -> list[Heartbeat]:
 
 
 def silent(heartbeats: list[Heartbeat], tick: float) -> list[Heartbeat]:
-    """Return the ranks without a heartbeat for longer than three ticks: stopped, dead, or kept from running."""
+    """Return the heartbeats of ranks that have not written for longer than three ticks.
+
+    These ranks are suspended, dead, or get no processor time. `tick`: seconds between two writes of a healthy rank.
+    """
     newest = max(h.time for h in heartbeats)
     return [h for h in heartbeats if newest - h.time > 3 * tick]
 
 
 def describe_stragglers(heartbeats: list[Heartbeat], tick: float) -> str:
-    """Return which ranks are behind: those with fewer heartbeats than others, or none for long.
+    """Return a text that names the ranks that are behind.
 
-    `tick`: seconds between two publications of a healthy rank.
+    These have fewer heartbeats than other ranks, or have not written one for long. `tick`: seconds between two writes of a
+    healthy rank.
     """
     newest, highest = max(h.time for h in heartbeats), max(h.count for h in heartbeats)
     dead = silent(heartbeats, tick)

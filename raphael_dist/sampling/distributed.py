@@ -1,4 +1,4 @@
-"""Draws many images on any number of ranks. The number of a request decides which rank draws it."""
+"""Draws many images on any number of ranks. The index of a request in the list decides which rank draws it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,10 @@ class SamplingSettings:
     """How images are sampled.
 
     Attributes:
-        steps: denoising steps. guidance: guidance scale. strength: see `sample_latents`.
+        steps: denoising steps.
+        guidance: guidance scale.
         batch: images sampled at a time.
+        strength: for requests with a start image, share of the steps that change it (`sample_latents`).
     """
 
     steps: int
@@ -34,7 +36,16 @@ def draw_share(
     ranks: Ranks,
     is_selected: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Yield (number, image uint8 [H, W, 3]) of this rank's requests whose number `is_selected`, a batch at a time."""
+    """Draw this rank's share of the requests; yield (index of the request, image uint8 [H, W, 3]), a batch at a time.
+
+    Args:
+        sampler: the model with its encoders.
+        requests: all requests, equal on every rank.
+        make_scheduler: returns a new scheduler.
+        settings: how images are sampled.
+        ranks: this rank and the number of ranks.
+        is_selected: given the index of a request, returns whether to draw it.
+    """
     if ranks.is_main:
         sampler.text.warn_truncated([request.prompt for request in requests], "prompts")
     numbers = [number for number in ranks.share(len(requests)) if is_selected(number)]

@@ -1,4 +1,4 @@
-"""A grid of images with captions."""
+"""Arranges images with captions in a grid."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +38,6 @@ def _wrap(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | I
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image; its folder is created."""
+    """Write an image to a file. Missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

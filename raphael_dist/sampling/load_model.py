@@ -1,4 +1,4 @@
-"""Loads a model to sample from: of a run directory, an exported pipeline or any other layout."""
+"""Loads a model for sampling from a run directory, an exported pipeline or a checkpoint in any other layout."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -27,13 +27,15 @@ from raphael_dist.sampling.sampler import Sampler
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A model that was loaded from a checkpoint.
+    """A model that was loaded from a checkpoint, with its encoders.
 
     Attributes:
-        config: configuration of its run.
-        origin: text about the checkpoint that it comes from.
-        digest: a checksum of the checkpoint's manifest; of its path if it has none.
-        weights: "ema" or "master".
+        model: the U-Net.
+        sampler: the U-Net with its encoders, to draw images.
+        config: configuration of the run that trained it.
+        origin: text that names the checkpoint.
+        digest: checksum of the checkpoint's manifest, or of its path if it has no manifest.
+        weights: which weights were loaded: "ema" or "master" (the trained fp32 weights).
     """
 
     model: RaphaelUNet
@@ -54,8 +56,8 @@ class AdapterOptions:
     """LoRA adapters and a ControlNet to add to a model in memory, each with a scale: 0 turns it off, 1 is as trained.
 
     Attributes:
-        lora: path for `read_adapter`.
-        control: path for `read_control`.
+        lora: path of the adapters (for `read_adapter`), or None.
+        control: path of the ControlNet (for `read_control`), or None.
     """
 
     lora: Path | None = None
@@ -64,7 +66,7 @@ class AdapterOptions:
     control_scale: float = 1.0
 
     def describe(self) -> list[str]:
-        """Return the path and the scale of each."""
+        """Return a text for each adapter, with its path and scale."""
         pairs = ((self.lora, self.lora_scale), (self.control, self.control_scale))
         return [f"{path} {scale}" for path, scale in pairs if path is not None]
 
@@ -73,7 +75,11 @@ class AdapterOptions:
 def open_model(
     path: Path, weights: str | None, adapters: AdapterOptions = AdapterOptions()
 ) -> Iterator[tuple[TrainedModel, Ranks]]:
-    """Load a model on all ranks of a launcher, or in this process alone, and yield it with the ranks. See `load_trained`."""
+    """Load a model on all ranks of a launcher, or in this process alone. Yield it with the ranks.
+
+    Args:
+        path, weights, adapters: as for `load_trained`.
+    """
     with join_ranks() as (ranks, device):
         yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters=adapters)), ranks
 
@@ -92,7 +98,7 @@ def load_trained(
         weights: "ema" or "master". None: the EMA if there is one.
         device: device to load the model to.
         dtype: dtype of the weights. None: bfloat16 for a run in bfloat16 on a GPU, else float32.
-        adapters: LoRA adapters to add to the model.
+        adapters: LoRA adapters and ControlNet to add to the model.
 
     Raises:
         UserError: there is no checkpoint, it is damaged or lacks these weights, an encoder is missing, or an adapter does
@@ -121,9 +127,9 @@ def load_trained(
 
 
 def open_for_sampling(path: Path) -> Checkpoint:
-    """Open a checkpoint in any layout; of a run, the newest that verifies.
+    """Open a checkpoint in any layout. For a run directory, open the newest checkpoint that is not damaged.
 
-    Raises UserError if there is none, or it is damaged.
+    Raises UserError if there is no checkpoint, or if it is damaged.
     """
     path = resolve_latest(path)
     try:
@@ -143,7 +149,7 @@ def open_for_sampling(path: Path) -> Checkpoint:
 
 
 def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
-    """Return the run's configuration; of an exported pipeline, with its own encoders and scheduler."""
+    """Return the configuration in a checkpoint. In an exported pipeline, its own encoders and scheduler are set."""
     config = checkpoint.config
     if not (path / "model_index.json").is_file():
         return config
@@ -172,7 +178,7 @@ def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
 
 
 def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
-    """Return the model with one kind of weights, in float32 on the CPU, in eval mode."""
+    """Return the U-Net with the weights `kind` ("ema" or "master"), in float32 on the CPU, in eval mode."""
     with torch.device("meta"):
         model = RaphaelUNet(config)
     model.to_empty(device="cpu")
@@ -181,7 +187,10 @@ def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
 
 
 def fill(model: torch.nn.Module, read: Callable[[str, int], torch.Tensor]) -> None:
-    """Fill every parameter with the values that `read` returns for its name and number of elements."""
+    """Fill every parameter of a model.
+
+    `read`: returns the values of a parameter, given its name and number of elements.
+    """
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(read(name, p.numel()).view(p.shape))

@@ -1,4 +1,4 @@
-"""Whether code runs inside the package, or in the folder of an exported model, which contains its own code."""
+"""States whether this code runs in the installed package or as the copy of it in the folder of an exported model."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""RAPHAEL as a pipeline of diffusers.
+"""RAPHAEL as a diffusers pipeline.
 
 Shape legend: B images, C latent channels, h and w latent height and width, H and W image height and width, Hs and Ws height
 and width of a small image, Y text tokens, D text width.
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """Inputs of a call in addition to noise and text; None if a pipeline does not use them.
+    """Image inputs of a pipeline call, in addition to noise and text. A field is None if the pipeline does not use it.
 
     Attributes:
         start: latents of the images to change, float32 [B, C, h, w].
@@ -61,7 +61,10 @@ class ImageInputs:
 
 
 class Prompts(NamedTuple):
-    """Embeddings [B, Y, D] and masks bool [B, Y] of prompts and of negative prompts; None without guidance."""
+    """Text embeddings [B, Y, D] and masks, bool [B, Y], of prompts and negative prompts.
+
+    The fields of negative prompts are None without guidance.
+    """
 
     embeds: Tensor
     mask: Tensor
@@ -92,7 +95,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
-        """Combine the components.
+        """Build the pipeline from its components.
 
         Args:
             unet: a RaphaelUNet2D or UNet2DConditionModel.
@@ -135,12 +138,12 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the remaining steps are skipped; a callback sets `_interrupt`."""
+        """Whether to skip the remaining steps. A callback can set `_interrupt` to True."""
         return self._interrupt
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent on each side."""
+        """Number of image pixels per latent position, in height and in width."""
         if self.vae is not None:
             return downscale_factor(self.vae.config)
         largest = max(self.config.size)
@@ -174,18 +177,20 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw `num_images_per_prompt` images of each prompt. Defaults of size, steps and guidance are the run's.
+        """Draw `num_images_per_prompt` images for each prompt.
+
+        Defaults of size, steps and guidance are those of the training run.
 
         Args:
-            prompt: captions; or `prompt_embeds`.
+            prompt: captions. Alternative: `prompt_embeds`.
             height: height of the images in pixels.
             width: width of the images in pixels.
             num_inference_steps: denoising steps.
-            timesteps: own timesteps, for a scheduler that takes them, instead of `num_inference_steps`.
-            sigmas: own sigmas, for a scheduler that takes them.
-            guidance_scale: weight of the prompt; up to 1 turns guidance off.
-            negative_prompt: one for all, or one for each prompt.
-            num_images_per_prompt: images of each prompt.
+            timesteps: timesteps to use instead of `num_inference_steps`, if the scheduler supports this.
+            sigmas: sigmas to use instead of `num_inference_steps`, if the scheduler supports this.
+            guidance_scale: weight of the prompt; 1 or less turns guidance off.
+            negative_prompt: one for all prompts, or one for each prompt.
+            num_images_per_prompt: images for each prompt.
             eta: noise that DDIM adds in each step, from 0 (none) to 1.
             generator: generator of the initial noise, one for all or one for each image.
             latents: initial noise, [B, C, h, w].
@@ -193,11 +198,13 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             negative_prompt_embeds: the same for negative prompts.
             prompt_attention_mask: bool [prompts, Y], False at padding. None: no padding.
             negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
-            output_type: "pil"; in 0..1 "np" [B, H, W, 3] or "pt" [B, 3, H, W]; or "latent".
+            output_type: "pil"; "np" [B, H, W, 3] or "pt" [B, 3, H, W] with values in 0..1; or "latent".
             return_dict: whether to return an ImagePipelineOutput or a tuple.
             guidance_rescale: factor phi of arXiv 2305.08891, Sec. 3.4, against overexposure.
-            callback_on_step_end: called with (pipeline, step, timestep, tensors); returns tensors to replace.
-            callback_on_step_end_tensor_inputs: among latents, prompt_embeds and negative_prompt_embeds.
+            callback_on_step_end: called after each step with (pipeline, step, timestep, tensors); returns the tensors to
+                replace.
+            callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds,
+                negative_prompt_embeds.
             seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.
 
         Raises:
@@ -270,10 +277,12 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return embeddings [B, Y, D] and masks bool [B, Y] of prompts, and of negative prompts (None without guidance).
+        """Return embeddings [B, Y, D] and masks, bool [B, Y], of prompts and of negative prompts (None without guidance).
 
-        Embeddings that are given are repeated `num_images_per_prompt` times and returned. UserError: they do not fit, or the
-        pipeline has no text encoder for a text.
+        If embeddings are passed instead of texts, they are only repeated `num_images_per_prompt` times.
+
+        Raises:
+            UserError: embeddings do not fit the model, or a text is passed but the pipeline has no text encoder.
         """
         check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         device = self._execution_device if device is None else device

@@ -1,4 +1,4 @@
-"""The arguments of a call of a pipeline, checked before anything is computed.
+"""The arguments of a pipeline call, which are checked before anything is computed.
 
 Shape legend: B images, C latent channels, h and w latent height and width, Y text tokens, D text width.
 """
@@ -22,7 +22,7 @@ Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CallArguments:
-    """Arguments of one call, under the names of diffusers (`RaphaelPipeline.__call__` describes them)."""
+    """The arguments of one pipeline call, under diffusers' names (see `RaphaelPipeline.__call__`)."""
 
     prompt: Any = None
     height: int
@@ -61,12 +61,12 @@ class CallArguments:
 
     @property
     def images(self) -> list[Any]:
-        """One image for each prompt, or none."""
+        """One image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
     def masks(self) -> list[Any]:
-        """One mask for each prompt, or none."""
+        """One mask for each prompt; [] if there are none."""
         return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
 
     def check(self, factor: int, num_timesteps: int) -> None:
@@ -105,7 +105,7 @@ class CallArguments:
 
 
 def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are texts or embeddings, and negative prompts fit them."""
+    """Raise UserError unless prompts are given either as texts or as embeddings, and negative prompts in the same way."""
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative, negative_embeds),
@@ -122,7 +122,15 @@ def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negati
 def check_embeddings(
     name: str, embeds: Tensor, mask: Tensor | None, width: int | None, shape: Sequence[int] | None = None
 ) -> None:
-    """Raise UserError unless embeddings [B, Y, D] have the model's width and the `shape`, and the mask [B, Y] fits them."""
+    """Raise UserError unless embeddings [B, Y, D] have the model's width and the mask [B, Y] fits them.
+
+    Args:
+        name: name of the embeddings, for messages.
+        embeds: the embeddings.
+        mask: the mask, or None.
+        width: text width of the model; None: any.
+        shape: the exact shape that is required; None: any.
+    """
     if (
         embeds.ndim != 3
         or embeds.shape[2] != (width or embeds.shape[2])
@@ -141,14 +149,14 @@ def check_embeddings(
 
 
 def as_list(value: object) -> list[Any]:
-    """Return a list of one value or of several."""
+    """Return a list: `value` itself if it is a list or tuple, otherwise a list with this one value."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def for_each(name: str, value: object, count: int) -> list[Any]:
-    """Return one value for each of `count` prompts, from one for all or a list.
+    """Return a list with one value for each of `count` prompts, from one value for all or a list of `count` values.
 
-    Raises UserError: a list of another length.
+    Raises UserError if a list has another length.
     """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
@@ -164,7 +172,7 @@ def _is_whole(value: object) -> bool:
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise UserError unless the value is a whole number from `low` to `high`."""
+    """Raise UserError unless the value is a whole number from `low` to `high` (None: without an upper limit)."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")

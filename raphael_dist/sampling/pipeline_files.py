@@ -1,4 +1,4 @@
-"""Loads and saves pipelines like diffusers, with their own code in the folder."""
+"""Loads and saves pipelines as diffusers does. A saved folder also contains the code of the pipeline."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ OWN_COMPONENTS = {kind.__name__: kind for kind in (RaphaelUNet2D, RaphaelControl
 
 
 class PipelineFiles(_Pipeline):
-    """Loads and saves pipelines."""
+    """Base class of the pipelines, with the methods that load and save them."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Return a pipeline of this class that shares the components and settings of another; their dtype stays.
+        """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
 
         Args:
             pipeline: any pipeline with these components.
@@ -67,7 +67,7 @@ class PipelineFiles(_Pipeline):
         return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline, as in diffusers. The folder contains its own code, and loads without this package."""
+        """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
         # That encoder has no files, and its code is in the pipeline's. Its class differs if that code was imported twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))

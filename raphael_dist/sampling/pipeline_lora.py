@@ -1,8 +1,8 @@
-"""LoRA adapters of a pipeline, under the method names of diffusers.
+"""LoRA adapters of a pipeline, with diffusers' method names.
 
-Adapters are added to the weights in memory, so that experts, which peft does not wrap, are treated like attention, and
-drawing takes no longer. The own weights of adapted parameters are kept in host memory: subtracting an adapter from a rounded
-sum would not restore them exactly.
+Adapters are added to the weights in memory. This works for attention and for experts, which peft does not support, and
+drawing takes no longer than without adapters. The original weights of changed parameters are kept in host memory, because
+subtracting an adapter from a rounded sum would not restore them exactly.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,12 @@ from raphael_dist.sampling.pipeline_arguments import as_list, check_real
 
 @dataclass
 class LoraState:
-    """The adapters of a U-Net, which pipelines may share.
+    """The LoRA adapters of a U-Net, which several pipelines may share.
 
     Attributes:
-        adapters: all of them by name. active: the weights of those in use.
-        own: weights of the U-Net without adapters, of the parameters that active adapters change.
+        adapters: all loaded adapters, by name.
+        active: the active adapters, by name, with the factor of each.
+        own: original weights of the parameters that active adapters change.
         fused: weights before `fuse_lora`.
     """
 
@@ -36,7 +37,7 @@ class LoraState:
 
 
 class LoraLoader:
-    """Loads and combines adapters of `self.unet`."""
+    """Loads LoRA adapters and adds them to the weights of `self.unet`."""
 
     unet: Any
 
@@ -48,7 +49,7 @@ class LoraLoader:
         return state
 
     def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
-        """Load adapters and activate them alone, with weight 1.
+        """Load adapters and make them the only active ones, with factor 1.
 
         Args:
             pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
@@ -73,7 +74,10 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Activate adapters, each with a weight (1 if None). Raises UserError if there is no adapter of this name."""
+        """Make these adapters the active ones, each with a factor (1 if None).
+
+        Raises UserError if there is no adapter of this name.
+        """
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights
@@ -93,35 +97,38 @@ class LoraLoader:
         return list(self._lora.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return the names of all adapters by component."""
+        """Return the names of all loaded adapters, by component of the pipeline."""
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Draw with the own weights until `set_adapters`."""
+        """Restore the original weights. `set_adapters` activates adapters again."""
         self._merge({})
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove adapters."""
+        """Remove these adapters from memory and from the weights."""
         names = as_list(adapter_names)
         self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
         for name in names:
             self._lora.adapters.pop(name, None)
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Make the active adapters, times `lora_scale`, a part of the own weights, which `save_pretrained` writes."""
+        """Make the active adapters, multiplied by `lora_scale`, part of the original weights, until `unfuse_lora`.
+
+        `save_pretrained` then writes the sum.
+        """
         check_real("lora_scale", lora_scale, float("inf"))
         self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
         # What was fused before lies below: its own weights are the older ones.
         self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
 
     def unfuse_lora(self) -> None:
-        """Restore the weights before `fuse_lora`, bit for bit."""
+        """Restore the weights from before `fuse_lora`, bit for bit."""
         self._lora.own |= self._lora.fused
         self._lora.fused = {}
         self._merge(self._lora.active)
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters that are not fused, and restore the own weights, bit for bit."""
+        """Remove all adapters that are not fused, and restore the original weights bit for bit."""
         self._merge({})
         self._lora.adapters.clear()
 

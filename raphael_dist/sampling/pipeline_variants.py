@@ -1,6 +1,6 @@
-"""Pipelines that draw from images: image-to-image, inpainting, ControlNet, super-resolution.
+"""Pipelines with image inputs: image-to-image, inpainting, ControlNet, super-resolution.
 
-Each shares its components with a RaphaelPipeline: `RaphaelInpaintPipeline.from_pipe(pipeline)`.
+Each can share its components with a RaphaelPipeline: `RaphaelInpaintPipeline.from_pipe(pipeline)`.
 """
 
 import inspect
@@ -31,17 +31,19 @@ def shows_options(call: Any) -> Any:
 
 
 class RaphaelImg2ImgPipeline(RaphaelPipeline):
-    """Changes images by a caption."""
+    """Image-to-image: changes images according to a caption."""
 
     @shows_options
     @torch.no_grad()
-    def __call__(self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any) -> Any:
-        """Draw images that start from others.
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any
+    ) -> Any:
+        """Draw images that start from given images.
 
         Args:
             prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            strength: share of the steps, 0 to 1, that change it.
+            strength: share of the denoising steps, 0 to 1, that are applied to the image.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, strength=strength, **options)
@@ -51,10 +53,10 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
 
 class RaphaelInpaintPipeline(RaphaelPipeline):
-    """Replaces a part of an image.
+    """Inpainting: replaces a part of an image.
 
-    After each step the latents outside the mask are replaced by those of the image with noise. The U-Net has no input
-    channels for a mask: none are trained, so it does not see where the mask is.
+    After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net has no input
+    channels for the mask, because such channels are not trained; so it does not see where the mask is.
     """
 
     @shows_options
@@ -62,14 +64,15 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
     def __call__(
         self, prompt: Any = None, image: Any = None, mask_image: Any = None, strength: float = 1.0, **options: Any
     ) -> Any:
-        """Draw the white part of a mask.
+        """Draw the part of an image that is white in a mask, and keep the rest.
 
         Args:
             prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
                 is kept.
-            strength: share of the steps, 0 to 1, that change it. 1: the masked part starts from noise alone.
+            strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
+                pure noise.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, mask_image=mask_image, strength=strength, **options)
@@ -104,7 +107,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
-        """Combine the components: a RaphaelControlNet and those of RaphaelPipeline."""
+        """Build the pipeline from a RaphaelControlNet and the components of RaphaelPipeline."""
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, max_tokens, steps, guidance, size, text, upscale)
         self.register_modules(controlnet=controlnet)
 
@@ -113,12 +116,12 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
     def __call__(
         self, prompt: Any = None, image: Any = None, controlnet_conditioning_scale: float = 1.0, **options: Any
     ) -> Any:
-        """Draw images with given edges.
+        """Draw images that follow an edge map.
 
         Args:
             prompt: see RaphaelPipeline.
             image: edge map with white lines on black, a PIL image, or one for each prompt.
-            controlnet_conditioning_scale: strength; 0: none.
+            controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, controlnet_conditioning_scale=controlnet_conditioning_scale, **options)
@@ -134,7 +137,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
 
 class RaphaelUpscalePipeline(RaphaelPipeline):
-    """Makes large images from small ones and captions, with a super-resolution model."""
+    """Super-resolution: makes large images from small ones and captions, with a model that was trained for this."""
 
     @shows_options
     @torch.no_grad()
@@ -159,9 +162,15 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
 
 def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
-    """Return small images as float32 [B, 3, Hs, Ws] in -1..1.
+    """Convert small images to float32 [B, 3, Hs, Ws] in -1..1.
 
-    Raises UserError if there are none, or they are of another size.
+    Args:
+        images: PIL images.
+        size_hw: height and width of the large images.
+        factor: `upscale.factor` of the model.
+
+    Raises:
+        UserError: there are none, or they have the wrong size.
     """
     small = [np.array(to_rgb(image)) for image in images]
     if not small:

@@ -1,4 +1,4 @@
-"""The requests to draw: prompts and images from files, divided into batches."""
+"""Reads the requests (images to draw) from prompt files and image files, and divides them into batches."""
 
 from collections.abc import Container, Sequence
 from dataclasses import replace
@@ -25,14 +25,15 @@ def read_requests(path: Path, default: Request) -> list[Request]:
     """Return a request for each line of a prompt file; empty lines are skipped.
 
     A line of a .jsonl file is an object with `prompt` and optionally `negative_prompt`, `seed` and `size` ([H, W]). A line
-    of any other file is a prompt. The noise follows from the seed and the number of the prompt, or from the line's own seed.
+    of any other file is a prompt. The noise of an image is determined by the default seed and the number of the prompt, or
+    by the line's own seed if it has one.
 
     Args:
         path: the file.
-        default: the request whose fields are used where a line has none.
+        default: the request whose fields are used if a line has none.
 
     Raises:
-        UserError: names the file and the line.
+        UserError: the file or a line is invalid; the message names them.
     """
     try:
         lines = split_lines(read_text(path, regular=False))
@@ -88,7 +89,7 @@ def _request(fields: JsonObject, index: int, default: Request, where: str) -> Re
 
 
 def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size") -> None:
-    """Raise UserError for a size that is not a multiple of the image encoder's factor."""
+    """Raise UserError if the size of a request is not a multiple of `factor`, the image encoder's downsampling factor."""
     for size in {r.size_hw for r in requests}:
         if any(side < factor or side % factor for side in size):
             raise UserError(
@@ -100,9 +101,9 @@ def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size"
 def read_fitted_image(
     path: Path, size_hw: tuple[int, int], option: str = "--image", background: str = "white"
 ) -> np.ndarray:
-    """Return an image, uint8 [H, W, 3], resized and cropped to `size_hw`, transparent pixels on `background`.
+    """Read an image, resize and crop it to `size_hw`; return it as uint8 [H, W, 3].
 
-    Raises UserError if it cannot be read.
+    Transparent pixels get the colour `background`. Raises UserError if the image cannot be read.
     """
     return fit_image(read_image(path, option, background), size_hw)
 
@@ -129,11 +130,11 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "-
 
 
 def sample_requests(config: Config, drawn: Container[int] | None = None) -> list[Request]:
-    """Return the requests that are drawn during training: `sample.prompts` with `sample.images`.
+    """Return the requests of all images that are drawn during training: `sample.prompts` with `sample.images`.
 
     Args:
         config: the run's configuration.
-        drawn: numbers of the requests whose images are read. None: all.
+        drawn: indices of the requests whose image files are read, because this rank draws them. None: all.
 
     Raises:
         UserError: an image cannot be read or does not fit.
@@ -153,9 +154,16 @@ def sample_requests(config: Config, drawn: Container[int] | None = None) -> list
 def read_small(
     path: Path | None, upscale: Upscale, size_hw: tuple[int, int], option: str = "--upscale"
 ) -> np.ndarray | None:
-    """Return the small image for an image of `size_hw`, uint8 [Hs, Ws, 3], transparent pixels on white; None without a path.
+    """Read the small input image of a super-resolution model, uint8 [Hs, Ws, 3]. Transparent pixels become white.
 
-    UserError: it cannot be read, does not fit the size, or the model requires one and `path` is None.
+    Args:
+        path: the image file; None: return None.
+        upscale: the model's super-resolution settings.
+        size_hw: height and width of the large image.
+        option: name of the command line option, for messages.
+
+    Raises:
+        UserError: it cannot be read, has the wrong size, or the model requires one and `path` is None.
     """
     pixels_HsWs3 = None if path is None else np.array(read_image(path, option))
     check_small(upscale.factor, pixels_HsWs3, size_hw, option if path is None else f"{option} {path}")
@@ -168,7 +176,7 @@ def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def batches(requests: Sequence[Request], numbers: Sequence[int], size: int) -> list[list[int]]:
-    """Divide the requests with these numbers into batches of at most `size`, each of one image size."""
+    """Divide the requests with these indices into batches of at most `size`; all requests of a batch have one image size."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for number in numbers:
         by_size.setdefault(requests[number].size_hw, []).append(number)

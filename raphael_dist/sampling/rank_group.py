@@ -1,4 +1,4 @@
-"""The process group of a sampling command, with the ranks of a launcher or with this process alone."""
+"""Creates the process group of a sampling command, from the ranks of a launcher or from this process alone."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 @contextmanager
 def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
-    """Yield the ranks and this rank's device. A process group that exists already is used, and is not destroyed."""
+    """Join the process group; yield this rank's `Ranks` and its device.
+
+    If a process group exists already, it is used and not destroyed at the end.
+    """
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
         yield Ranks(rank, world, rank, world), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,6 +40,9 @@ def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
 
 
 def gather_to_rank0(local: dict[int, T]) -> dict[int, T]:
-    """Return the items of all ranks on rank 0, {} on others. Collective; the items are pickled, so they must be small."""
+    """Return the dict entries of all ranks on rank 0, and {} on other ranks. Collective.
+
+    The entries are pickled, so they should be small.
+    """
     gathered = gather_objects(local)
     return {n: value for part in gathered for n, value in part.items()} if dist.get_rank() == 0 else {}

@@ -1,4 +1,4 @@
-"""From prompts to images: classifier-free guidance with diffusers' schedulers, from noise or from an image.
+"""Draws images from prompts: classifier-free guidance with diffusers' schedulers, starting from noise or from an image.
 
 Shape legend: B images, C latent channels, h and w latent height and width, H and W image height and width.
 """
@@ -31,12 +31,14 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """One image to draw. `seed`, `index` and `copy` fix its noise, so it is the same in any batch and on any rank.
+    """One image to draw. Its noise depends only on `seed`, `index` and `copy`, not on the batch or the rank.
 
     Attributes:
         prompt, negative: caption and negative caption.
         size_hw: height and width in pixels.
-        index: number of the prompt within its set. copy: number among the images of one prompt.
+        seed: seed of the noise.
+        index: number of the prompt in its list.
+        copy: number of the image among several images of one prompt.
         start: image to start from, uint8 [H, W, 3] of size `size_hw`. None: start from noise.
         edges: edge map for a model with a ControlNet, float32 [H, W] in 0..1, or None.
         small: small image for a super-resolution model, uint8 [Hs, Ws, 3], or None.
@@ -54,13 +56,23 @@ class Request:
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
-    """Return the initial noise of one image, float32 of `shape`. `copy` numbers the images of prompt `index`."""
+    """Return the initial noise of one image, float32 of `shape`.
+
+    Args:
+        seed: seed of the noise.
+        index: number of the prompt.
+        shape: shape of the noise.
+        copy: number of the image among several images of one prompt.
+    """
     draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
     return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
 
 
 def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
-    """Return the prediction of a `RaphaelUNet` as a function of captions. edge_Bhw: edge maps for its control."""
+    """Return a function (latents, timestep, captions) -> prediction that runs a `RaphaelUNet`.
+
+    `edge_Bhw`: edge maps for the model's ControlNet, or None.
+    """
 
     def denoise(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
         # The batch holds captions, then negative captions; both use the same maps.
@@ -72,7 +84,10 @@ def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
 
 
 def super_resolution_denoiser(denoise: Denoise, small_B3HsWs: Tensor, patch: int) -> Denoise:
-    """Return the prediction of a super-resolution model with small images in -1..1, as a function of captions."""
+    """Return the function `denoise` with small images, float32 in -1..1, appended to the latents as channels.
+
+    `patch`: see `append_small_image`.
+    """
 
     def denoise_with_small(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
         # The batch holds captions, then negative captions; both use the same small images.
@@ -102,13 +117,14 @@ def sample_latents(
     Args:
         denoise: the model. Its gates get no noise.
         scheduler: a scheduler of diffusers (`model.diffusion.make_scheduler`).
-        noise_BChw: float32, on the device of the model.
-        text: B captions. null: B negative captions, or one for all.
+        noise_BChw: initial noise, float32, on the device of the model.
+        text: features of B captions.
+        null: features of B negative captions, or of one for all.
         steps: denoising steps.
         guidance: guidance scale; 1 turns guidance off.
-        dtype: of the model's weights.
+        dtype: dtype of the model's weights.
         start_BChw: latents of images to start from. None: start from noise.
-        strength: share of the steps, 0 to 1, that are taken from `start_BChw`.
+        strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
         on_step: called after each step.
 
     Returns:
@@ -169,13 +185,14 @@ def _both(text: TextFeatures, null: TextFeatures, batch: int, device: torch.devi
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """A model with its encoders.
+    """A model with its encoders, which draws images.
 
     Attributes:
-        denoise: the model without edge maps.
+        denoise: runs the model without edge maps (`denoiser`).
         text, image: the encoders.
-        device: device of the latents, which are float32. dtype: dtype of the model's weights.
-        with_edges: returns the model with edge maps [B, h, w]; None if it has no ControlNet.
+        device: device of the latents, which are float32.
+        dtype: dtype of the model's weights.
+        with_edges: returns a function like `denoise` for edge maps [B, h, w]; None if the model has no ControlNet.
         upscale: the model's super-resolution settings.
     """
 
@@ -189,7 +206,7 @@ class Sampler:
 
     @classmethod
     def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
-        """Return the sampler of a `RaphaelUNet`, on its device and in its dtype."""
+        """Return the sampler for a `RaphaelUNet`, on the device and in the dtype of the model."""
         weight = next(model.parameters())
         with_edges = partial(denoiser, model) if getattr(model, "control", None) is not None else None
         upscale = cast(Upscale, model.upscale)
@@ -205,7 +222,7 @@ class Sampler:
         strength: float = 0.8,
         on_step: OnStep | None = None,
     ) -> np.ndarray:
-        """Draw requests of one size, all with an image to start from or none.
+        """Draw images. All requests must have one size, and either all or none have a start image.
 
         Args:
             requests: B requests.
@@ -267,9 +284,13 @@ class Sampler:
 
 
 def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
-    """Raise UserError if a model with this `upscale.factor` cannot draw an image of `size_hw` from this small image.
+    """Raise UserError if a small image is not what the model requires to draw an image of `size_hw`.
 
-    `small_HsWs3` is None: the image is drawn from the caption only.
+    Args:
+        factor: `upscale.factor` of the model; 0: it is not a super-resolution model.
+        small_HsWs3: the small image; None: there is none.
+        size_hw: height and width of the large image.
+        option: name of the command line option, for messages.
     """
     if not factor:
         if small_HsWs3 is not None:
