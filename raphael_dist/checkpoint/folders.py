@@ -20,9 +20,10 @@ WRITING, REMOVING, REPLACED, DAMAGED = ".writing-", ".removing-", ".replaced-", 
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Return every folder step-00000100, the newest first, complete or not. Raises OSError when `root` cannot be read.
+    """Return the checkpoint folders in `root`, the newest first, including incomplete ones.
 
-    Other names, such as a user's copy step-00000100-good, are neither resumed from nor removed.
+    Their names have the form step-00000100. Other folders, such as a user's copy step-00000100-good, are left out, so that
+    the trainer neither resumes from them nor removes them. Raises OSError if `root` cannot be read.
     """
     try:
         folders = [path for path in root.iterdir() if step_of(path) is not None]
@@ -32,13 +33,16 @@ def step_folders(root: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int | None:
-    """Return the step in the name of a checkpoint folder, None if the name is not one that the trainer writes."""
+    """Return the step number in a folder's name, 100 for step-00000100; None for a name of another form."""
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def resolve_latest(path: Path) -> Path:
-    """Return the checkpoint that a file `latest` names; other paths unchanged. UserError: there is no such checkpoint."""
+    """Return the checkpoint folder that the file `latest` names, if `path` is such a file; otherwise `path` itself.
+
+    Raises UserError if `latest` does not name a folder next to it.
+    """
     if path.name != "latest" or not path.is_file():
         return path
     name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]
@@ -51,7 +55,10 @@ def resolve_latest(path: Path) -> Path:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a complete folder to its final name. An old folder of that name is restored if this fails, else removed."""
+    """Rename a complete folder to its final name.
+
+    A folder that has this name already is replaced: it is removed after the rename, or restored if the rename fails.
+    """
     sync(temporary)
     replaced = final.with_name(REPLACED + final.name)
     if replaced.exists():
@@ -70,7 +77,10 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a partly deleted one never looks complete. Failures are logged."""
+    """Delete a checkpoint folder. Errors are only logged.
+
+    The folder is renamed first, so that a partly deleted checkpoint never looks complete.
+    """
     hidden = folder if folder.name.startswith(".") else folder.with_name(REMOVING + folder.name)
     try:
         if hidden != folder:
@@ -91,7 +101,7 @@ def quarantine(folder: Path) -> Path:
 
 
 def remove_partial(root: Path) -> None:
-    """Clean up after a killed process: remove unfinished folders, restore a checkpoint that was about to be replaced."""
+    """Clean up `root` after a process was killed: remove unfinished folders, restore checkpoints that `publish` renamed."""
     for path in sorted(root.iterdir()):
         if path.name.startswith(REPLACED):
             final = root / path.name.removeprefix(REPLACED)
@@ -104,5 +114,11 @@ def remove_partial(root: Path) -> None:
 
 
 def expired(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Return the folders (given newest first) to remove: all but the last `keep` and every `keep_every`th step."""
+    """Return the checkpoint folders that must be removed.
+
+    Args:
+        folders: all checkpoint folders, the newest first.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep every step that is a multiple of this number. 0: none.
+    """
     return [f for f in folders[keep:] if not (keep_every and (step_of(f) or 0) % keep_every == 0)]

@@ -1,6 +1,7 @@
-"""The manifest of a checkpoint, in any layout: progress, configuration, and size and SHA-256 of every file.
+"""The manifest of a checkpoint: a JSON file with progress, configuration, and the size and SHA-256 of every other file.
 
-It is written last, so a folder with a manifest is complete.
+It is written last, so a folder with a manifest is complete. Its form is the same in all layouts (formats of checkpoints,
+convert/layouts/), except for a few keys.
 """
 
 import hashlib
@@ -22,11 +23,11 @@ def read_manifest(path: Path, layout: str | None = None) -> Manifest:
 
     Args:
         path: the file.
-        layout: the layout that it must have; None: that of a run.
+        layout: name of the layout that the manifest must state. None: no name, as in the checkpoints of a run.
 
     Raises:
-        UserError: it is missing, unreadable, of another layout or format, lacks a key, does not match its checksum, or names
-            files outside its folder.
+        UserError: the manifest is missing, unreadable, or of another layout or format; it lacks a key, does not match its
+            own checksum, or names files outside its folder.
     """
     try:
         manifest = read_json(path)
@@ -89,13 +90,13 @@ def _is_entry(entry: object) -> bool:
 
 
 def checksum(manifest: Manifest) -> str:
-    """Return the SHA-256 of all keys of a manifest except its own checksum."""
+    """Return the SHA-256 (hex) of a manifest, computed without the key `checksum`, which holds this value."""
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def seal(manifest: Manifest) -> bytes:
-    """Return the text of a manifest, one key per line, with the checksum of all other keys."""
+    """Return a manifest as JSON, one key per line, after adding the key `checksum` (see `checksum`)."""
     sealed = {key: value for key, value in manifest.items() if key != "checksum"} | {"checksum": checksum(manifest)}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sealed.items()]
     return ("{\n " + ",\n ".join(lines) + "\n}\n").encode()

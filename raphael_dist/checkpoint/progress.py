@@ -1,4 +1,4 @@
-"""How far a run is."""
+"""The progress of a run: the few numbers that training continues from."""
 
 from typing import Any, NamedTuple
 
@@ -6,13 +6,13 @@ from raphael_dist.checkpoint.manifest import Manifest
 
 
 class Progress(NamedTuple):
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        step: optimizer steps, skipped ones included.
-        samples_seen: the position of the next sample in the data order.
-        updates: steps that changed the weights; Adam counts these.
-        guard: the state of the rules against bad steps (training/step_guard.py).
+        step: number of optimizer steps, including skipped ones.
+        samples_seen: position, in the data order, of the sample that training reads next.
+        updates: number of steps that changed the weights. It is the step count in Adam's bias correction.
+        guard: state of the detection of loss spikes and of losses that are not finite (training/step_guard.py).
     """
 
     step: int
@@ -21,12 +21,12 @@ class Progress(NamedTuple):
     guard: dict[str, Any]
 
     def as_manifest(self) -> Manifest:
-        """Return it as keys of a manifest."""
+        """Return the progress as keys and values of a checkpoint's manifest."""
         return self._asdict()
 
 
 def progress_of(manifest: Manifest) -> Progress:
-    """Return the progress in a manifest."""
+    """Return the progress that a checkpoint's manifest states."""
     return Progress(*(manifest[name] for name in Progress._fields))
 
 

@@ -1,9 +1,11 @@
 """Reads a checkpoint: its manifest, and any range of any tensor.
 
-A checkpoint is a folder `step-00000100/` with one `rank-00000.safetensors` per rank that wrote it, and a `manifest.json`,
-which is written last. Keys are `<kind>/<parameter>`: a flat range of the parameter's fp32 weights (master), Adam moments
-(exp_avg, exp_avg_sq) or moving average (ema). The start of each range is in the file's header; the trainer also writes it
-into the manifest, so that a reader knows which file to open. Nothing is pickled.
+A checkpoint is a folder `step-00000100/`. It contains one `rank-00000.safetensors` for each rank that wrote it, and a
+`manifest.json`, which is written last. Nothing is pickled.
+
+A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional and holds a range of the flattened
+parameter's fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or moving average (`ema`). The file's header
+states where each range starts. The trainer also writes this into the manifest, so that a reader knows which file to open.
 """
 
 from collections import defaultdict
@@ -30,7 +32,10 @@ T = TypeVar("T")
 
 
 class CheckpointReader:
-    """One checkpoint folder. Raises UserError when its manifest is missing or unreadable."""
+    """An opened checkpoint folder, from which tensors are read on request.
+
+    Opening it reads the manifest only, and raises UserError if the manifest is missing or not valid.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,8 +44,8 @@ class CheckpointReader:
         self.manifest = read_manifest(folder / MANIFEST)
         if step_of(folder) not in (None, self.step):
             raise UserError(
-                f"{folder} must contain the checkpoint of the step in its name, but its manifest is of step {self.step}. "
-                "Rename the folder, or use another checkpoint."
+                f"{folder} must contain the checkpoint of the step in its name, but its {MANIFEST} states step {self.step}. "
+                "Rename the folder to this step, or use another checkpoint."
             )
 
     @property
@@ -49,7 +54,7 @@ class CheckpointReader:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter by name."""
+        """The shape of every parameter of the model, by name."""
         return {name: tuple(shape) for name, shape in self.manifest["tensors"].items()}
 
     def config(self) -> Config:
@@ -57,16 +62,25 @@ class CheckpointReader:
         return config_from_tree(self.manifest["config"])
 
     def integrity_error(self, files: list[str] | None = None, report: Callable[[str], None] = lambda _: None) -> str | None:
-        """Return what is wrong with these files (None: all), or None when sizes and checksums match.
+        """Compare the size and SHA-256 of files with the manifest.
 
-        `report` is called with a line about every file.
+        Args:
+            files: names of the files. None: all files of the checkpoint.
+            report: called with a line of progress before each file is read.
+
+        Returns:
+            A text about the first file that is missing or does not match; None if all match.
         """
         names = list(self.manifest["files"]) if files is None else files
         problem = integrity_error(((self.folder / name, self.manifest["files"][name]) for name in names), report)
         return None if problem is None else problem.removeprefix(f"{self.folder}/")
 
     def incomplete(self) -> str | None:
-        """Return which tensor lacks elements, has some twice or belongs to no parameter; None if all are there once."""
+        """Check that the files have every element of every parameter exactly once.
+
+        Returns:
+            A text about the first missing, duplicate or unexpected element; None if there is none.
+        """
         spans = {key: [(start, numel) for start, numel, _ in ranges] for key, ranges in self._ranges.items()}
         return coverage_error(spans, sorted(self.kinds() | {"master"}), self.shapes)
 
@@ -82,7 +96,7 @@ class CheckpointReader:
         return {key: sorted(spans) for key, spans in ranges.items()}
 
     def _stored(self, name: str) -> dict[str, StoredTensor]:
-        """Return the tensors of a file by key. UserError when they are not those of the manifest."""
+        """Return where each tensor of a file lies, by key. UserError if the file has other tensors than the manifest."""
         if name not in self._headers:
             tensors, metadata = read_header(self.folder / name)
             listed = self.manifest["files"][name].get("ranges")
@@ -91,8 +105,8 @@ class CheckpointReader:
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / name} must state where its tensors start, but it does not: {error}. Use another "
-                    "checkpoint."
+                    f"{self.folder / name} must state in its header, under 'starts', at which element of its parameter each "
+                    f"tensor starts, but this entry is missing or not valid ({error}). Use another checkpoint."
                 ) from None
             if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:
                 raise UserError(
@@ -103,20 +117,20 @@ class CheckpointReader:
         return self._headers[name]
 
     def kinds(self) -> set[str]:
-        """Return the kinds of values the checkpoint holds."""
+        """Return the kinds of values in the checkpoint: "master", and possibly "exp_avg", "exp_avg_sq" and "ema"."""
         return {kind for kind, _ in self._ranges}
 
     def spans(self) -> dict[Key, list[StoredTensor]]:
-        """Return where every tensor lies, from the headers of all files. UserError when one cannot be read."""
+        """Return, by (kind, parameter), where its ranges lie in the files. UserError if a file's header cannot be read."""
         return {
             (kind, name): [self._stored(file)[f"{kind}/{name}"] for _, _, file in ranges]
             for (kind, name), ranges in self._ranges.items()
         }
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened tensor, float32. UserError when any is missing.
+        """Return elements [start, start + numel) of a flattened parameter's values of one kind, float32 [numel].
 
-        Only the files that hold these elements are opened.
+        Only the files that hold these elements are opened. Raises UserError if an element is missing.
         """
         ranges = self._ranges.get((kind, name), [])
         files = [file for first, size, file in ranges if first < start + numel and start < first + size]
@@ -126,13 +140,19 @@ class CheckpointReader:
             raise UserError(f"checkpoint {self.folder}: {kind} of {name} has {error}. Use another checkpoint.") from None
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """Return a whole tensor in its shape, float32."""
+        """Return all values of one kind of a parameter, float32, in the parameter's shape."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, prod(shape)).view(shape)
 
 
 def check_architecture(stored: Config, config: Config, where: str) -> None:
-    """Raise UserError that names the first field in which the model of a checkpoint differs from that of `config`."""
+    """Raise UserError if the model of a checkpoint has other shapes of weights than the model of `config`.
+
+    Args:
+        stored: configuration in the checkpoint.
+        config: configuration of the run or command that reads the checkpoint.
+        where: path of the checkpoint, for the message, which names the first field that differs.
+    """
     for name in ARCHITECTURE_FIELDS:
         of_checkpoint, of_run = (attrgetter(name)(each) for each in (stored, config))
         if of_checkpoint != of_run:
@@ -150,7 +170,10 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
 
 
 def newest(root: Path) -> list[Path]:
-    """Return the checkpoint folders in `root`, the newest first, complete or not. UserError when `root` is unreadable."""
+    """Return the checkpoint folders in `root`, the newest first, including incomplete ones.
+
+    Raises UserError if `root` cannot be read.
+    """
     try:
         return step_folders(root)
     except OSError as error:
@@ -158,14 +181,14 @@ def newest(root: Path) -> list[Path]:
 
 
 def open_newest(path: Path, option: str = "--checkpoint") -> CheckpointReader:
-    """Open a checkpoint folder, or the newest checkpoint of a run directory that verifies.
+    """Open a checkpoint folder, or the newest undamaged checkpoint of a run directory.
 
     Args:
-        path: the folder, or the file `latest` next to it.
+        path: a step-* folder, a run directory, or the file `latest` in its checkpoints folder.
         option: name of the command line option that gave `path`, for messages.
 
     Raises:
-        UserError: no checkpoint is there, or none verifies.
+        UserError: `path` contains no checkpoint, or all of them are damaged.
     """
 
     def verified(folder: Path) -> CheckpointReader:
@@ -179,13 +202,18 @@ def open_newest(path: Path, option: str = "--checkpoint") -> CheckpointReader:
 
 
 def first_good(path: Path, open_step: Callable[[Path], T], prefix: str) -> tuple[T, list[str]]:
-    """Open a checkpoint folder, or the newest in a run directory for which `open_step` raises no UserError.
+    """Open a checkpoint folder, or the newest checkpoint of a run directory that `open_step` can open.
+
+    Args:
+        path: the checkpoint folder or run directory.
+        open_step: opens a checkpoint folder, or raises UserError.
+        prefix: beginning of the error message.
 
     Returns:
-        The result of `open_step`, and what was wrong with each newer checkpoint.
+        The result of `open_step`, and for each newer checkpoint the message of the UserError that it raised.
 
     Raises:
-        UserError: no checkpoint could be opened. The message begins with `prefix`.
+        UserError: no checkpoint could be opened.
     """
     folders = [path] if (path / MANIFEST).is_file() else newest(path / "checkpoints") or newest(path)
     problems: list[str] = []

@@ -1,6 +1,7 @@
-"""Finds the newest checkpoint that verifies, and restores this rank's part from it, whatever ranks and ZeRO stage wrote it.
+"""Finds the newest undamaged checkpoint of a run, and restores this rank's part of the training state from it.
 
-All ranks decide together before any of them changes its state. Each file is checked once, by one rank.
+The checkpoint may have been written by another number of ranks or with another ZeRO stage. All ranks agree on the checkpoint
+before any of them changes its state. The checksum of each file is computed once, by one rank.
 """
 
 import logging
@@ -28,21 +29,21 @@ _log = logging.getLogger(__name__)
 
 
 class Restorer:
-    """Restores the state of one run from its checkpoints. Methods are collective."""
+    """Restores weights, Adam moments and EMA of a run from its checkpoints. Methods are collective: all ranks call them."""
 
     def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
         self.root = config.run.dir / "checkpoints"
         self._config, self._ranks, self._fragments, self._ema, self._data = config, ranks, fragments, ema, data
 
     def resume(self) -> Progress | None:
-        """Restore the newest checkpoint that verifies, and remove unfinished folders of killed processes.
+        """Restore the newest undamaged checkpoint at the start of a run. Remove unfinished folders of killed processes.
 
         Returns:
-            Its progress, or None if there is no checkpoint.
+            The progress in the checkpoint, or None if there is no checkpoint.
 
         Raises:
-            UserError: no checkpoint verifies (and run.ignore_damaged is off), the folder cannot be used, or the checkpoint
-                has another architecture or data set. Nothing has been changed then.
+            UserError: all checkpoints are damaged (and run.ignore_damaged is false), the folder cannot be written, or the
+                checkpoint has another architecture, data set or setting that affects results. The state is unchanged then.
         """
         raise_on_all_ranks(self._check_folder)
         reader, damaged = self._newest_verified(run_on_rank0("looking for checkpoints", lambda _: newest(self.root)))
@@ -56,13 +57,14 @@ class Restorer:
         return progress_of(reader.manifest) if reader else None
 
     def rewind(self, before: int | None = None) -> Progress | None:
-        """Restore the newest checkpoint that verifies, in the middle of training.
+        """Restore the newest undamaged checkpoint during training (rollback).
 
         Args:
-            before: restore a checkpoint of an earlier step than this, and quarantine all others. None: any step.
+            before: restore a checkpoint of an earlier step than this one, and rename all later ones to damaged-*. None: any
+                step.
 
         Returns:
-            Its progress, or None, with nothing changed, if there is no such checkpoint.
+            The progress in the checkpoint. None if there is no such checkpoint; the state is unchanged then.
         """
         checkpoints = run_on_rank0("looking for checkpoints", lambda _: newest(self.root))
         later = [folder for folder in checkpoints if before is not None and (folders.step_of(folder) or 0) >= before]
@@ -93,7 +95,7 @@ class Restorer:
             raise write_error(self.root, error) from None
 
     def _newest_verified(self, candidates: list[Path]) -> tuple[CheckpointReader | None, dict[Path, str]]:
-        """Return the newest checkpoint that verifies, and what is wrong with each newer one."""
+        """Return the newest undamaged checkpoint, and for each newer one a text about its damage."""
         damaged: dict[Path, str] = {}
         for folder in candidates:
             problem = self._verify(folder)
@@ -130,9 +132,11 @@ class Restorer:
             return
         check_architecture(reader.config(), self._config, str(reader.folder))
         if reader.shapes != self._fragments.shapes:
+            old, new = reader.shapes, self._fragments.shapes
+            name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
             raise UserError(
-                f"run.dir={self._config.run.dir}: the tensors in {reader.folder} must be those of this model, but they are "
-                "not. Use another run.dir."
+                f"run.dir={self._config.run.dir}: {reader.folder} must have the parameters of this run's model, but {name} "
+                f"has the shape {old.get(name)} there and {new.get(name)} in the model. Use another run.dir."
             )
         changes = check_same_run(reader.config(), self._config, str(reader.folder))
         changes += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))

@@ -2,11 +2,12 @@
 
 A save has three parts:
 
-- `begin`: all ranks agree that there is room, and copy their fragments to host memory. A thread of each rank writes its
-  file, syncs it and reads it back. Training continues.
-- `commit`, once every rank has reported at the end of a step that its thread is done: the ranks exchange what they wrote. A
-  thread of rank 0 writes the manifest and renames the folder into place.
-- `finish`: wait for both, however long a disk takes.
+- `begin`: all ranks agree that the disk has room, and copy their fragments (the ranges of parameters and Adam moments that a
+  rank owns under ZeRO) to host memory. A thread of each rank writes one file, calls fsync and reads the file back, while
+  training continues.
+- `commit`: called when all ranks have reported, at the end of a step, that their threads are done. The ranks exchange the
+  sizes and checksums of their files. A thread of rank 0 writes the manifest and renames the folder to its final name.
+- `finish`: wait until both parts are done, however long the disk takes.
 
 Threads never call a collective. A kill at any moment leaves the previous checkpoint intact.
 """
@@ -47,7 +48,11 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WrittenFile(NamedTuple):
-    """The file of one rank. ranges: by key, the part of the flattened tensor, (first element, number of elements)."""
+    """The file that one rank has written.
+
+    ranges: by key `<kind>/<parameter>`, the range of the flattened parameter in the file as (first element, number of
+    elements).
+    """
 
     name: str
     seconds: float
@@ -57,17 +62,17 @@ class WrittenFile(NamedTuple):
 
 @dataclass
 class Save:
-    """One save on this rank.
+    """The state of saving one checkpoint, on this rank.
 
     Attributes:
-        temporary, final: the folder while it is written, and afterwards.
-        manifest: everything except the files.
-        bytes: size of the checkpoint, over all ranks.
-        stall_s: seconds that training waited. write_s: seconds of the slowest rank to write and read back.
-        written: this rank's file, until `commit`.
-        published: the thread that publishes it; on rank 0, after `commit`.
-        status: what this rank's thread is doing.
-        failure: why the save failed; the same text on all ranks after they have agreed.
+        temporary, final: path of the checkpoint's folder while it is written, and afterwards.
+        manifest: content of the manifest, without the list of files.
+        bytes: size of the checkpoint in bytes, over all ranks.
+        stall_s: seconds that training waited. write_s: seconds in which the slowest rank wrote its file and read it back.
+        written: result of the thread that writes this rank's file; None after `commit`.
+        published: result of the thread that writes the manifest and renames the folder; on rank 0 after `commit`, else None.
+        status: what this rank's thread is doing, for messages.
+        failure: why the save failed, or None; the same text on all ranks once they have agreed.
         concluded: whether the result of `published` has been recorded.
     """
 
@@ -85,12 +90,12 @@ class Save:
 
     @property
     def line(self) -> str:
-        """The log line about this save."""
+        """The log line about this save, with its size and duration."""
         cost = f"training waited {self.stall_s:.3f} s, written and read back in {self.write_s:.2f} s"
         return f"saved {self.final} ({self.bytes / 2**20:.1f} MiB, {cost})"
 
     def metrics(self) -> dict[str, float]:
-        """Return the cost of the save as metrics, by tag."""
+        """Return seconds and bytes of this save by TensorBoard tag, such as checkpoint/write_s."""
         values = {"stall_s": self.stall_s, "write_s": self.write_s, "bytes": float(self.bytes)}
         return {f"checkpoint/{name}": value for name, value in values.items()}
 
@@ -132,7 +137,10 @@ class CheckpointStore:
         return self.last.final
 
     def begin(self, progress: Progress) -> None:
-        """Copy the state and start to write it, after the previous save is finished. `finish` returns what failed."""
+        """Wait for the previous save, copy the training state to host memory, and start a thread that writes it.
+
+        Errors are not raised: `finish` returns them.
+        """
         began = time.monotonic()
         self._wait()
         final = self.root / f"step-{progress.step:08d}"
@@ -151,17 +159,23 @@ class CheckpointStore:
 
     @property
     def last(self) -> Save:
-        """The last save, finished or not."""
+        """The save that was begun last, whether it is finished or not."""
         assert self._save is not None
         return self._save
 
     @property
     def written(self) -> bool:
-        """Whether this rank's file is written, or failed, and `commit` is due; the ranks exchange this every step."""
+        """Whether this rank's thread has ended, with or without an error, and `commit` has not been called yet.
+
+        The ranks exchange this value at the end of every step, and call `commit` when it is true on all of them.
+        """
         return self._save is not None and self._save.written is not None and self._save.written.done()
 
     def commit(self) -> None:
-        """Exchange what was written; if all ranks succeeded, rank 0 starts to publish. Waits for this rank's thread."""
+        """Exchange the results of all ranks. If all have succeeded, rank 0 starts a thread that publishes the checkpoint.
+
+        Waits for this rank's writing thread.
+        """
         save = self._save
         if save is None or save.written is None:
             return
@@ -181,7 +195,7 @@ class CheckpointStore:
         save.stall_s += time.monotonic() - began
 
     def finish(self) -> str | None:
-        """Wait for the save in flight; return why the last save failed, or None. The same on all ranks."""
+        """Wait until the current save is finished. Return why it failed, or None; the same on all ranks."""
         began = time.monotonic()
         self._wait()
         if self._save is None:
@@ -190,7 +204,7 @@ class CheckpointStore:
         return self._save.failure
 
     def finished_saves(self) -> list[Save]:
-        """Return the saves that were published since the last call. For rank 0."""
+        """Return the saves that were published since the last call of this method. Call it on rank 0."""
         if self._save is not None and self._save.published is not None and self._save.published.done():
             self._conclude(self._save)
         finished = self._finished
@@ -209,11 +223,10 @@ class CheckpointStore:
             self._thread.shutdown(wait=True)
 
     def amend(self, progress: Progress) -> None:
-        """Replace the progress stored in the checkpoint of a step, after a rollback to it.
+        """Replace the progress in the manifest of the checkpoint of `progress.step`, after a rollback to this checkpoint.
 
-        Training continues with later samples than those that followed this checkpoint before.
-
-        A failure is only logged, because it affects a restart and not this process.
+        After a rollback, training skips the samples of the bad steps. A restart skips them too, since it reads
+        `samples_seen` from the manifest. An error is only logged, because it affects a restart and not this process.
         """
         if not self._ranks.is_main:
             return
@@ -237,7 +250,7 @@ class CheckpointStore:
         save.failure = run_on_rank0("publishing the checkpoint", lambda _: self._conclude(save))
 
     def _conclude(self, save: Save) -> str | None:
-        """Wait until rank 0 has published, and record the result; return why the save failed, or None."""
+        """Wait until rank 0 has published the checkpoint, and record the result; return why the save failed, or None."""
         if save.published is not None and not save.concluded:
             save.concluded = True
             problem = _outcome(save.published)[1]
@@ -251,7 +264,7 @@ class CheckpointStore:
         """Create the folder to write into, and compare the bytes of all ranks with the free space.
 
         Returns:
-            The bytes of all ranks, and why they cannot be written, or None.
+            The number of bytes that all ranks will write, and why they cannot be written, or None.
         """
         need, free, problem = 0, 0, None
         try:

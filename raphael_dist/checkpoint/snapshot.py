@@ -1,4 +1,4 @@
-"""A copy of this rank's state in host memory, from which a checkpoint is written while training continues."""
+"""A copy of this rank's training state in host memory, from which a checkpoint is written while training continues."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +15,14 @@ from raphael_dist.storage.files import FileEntry, sha256
 
 
 class Snapshot:
-    """One float32 buffer, allocated once and filled at every save. With a GPU it is pinned, so that the copy is a DMA.
+    """A float32 buffer in host memory for this rank's weights, Adam moments and EMA.
+
+    It is allocated once and filled at every save. With a GPU it is pinned, so that the copy is a DMA transfer.
 
     Attributes:
-        layout: (key, number of elements) of the parts in the buffer, in order; key is `<kind>/<parameter>`.
-        starts: first element of each part in its flattened parameter, by key.
+        layout: (key, number of elements) of the ranges in the buffer, in order. A key is `<kind>/<parameter>`, and a range
+            is consecutive elements of the flattened parameter that this rank owns.
+        starts: number of the first element of each range in its flattened parameter, by key.
     """
 
     def __init__(self, fragments: Fragments, ema: Ema | None, rank: int, world_size: int) -> None:
@@ -31,9 +34,9 @@ class Snapshot:
         self.starts: dict[str, int] = {}
 
     def prepare(self) -> int:
-        """List what this rank saves, and allocate host memory for it; return the number of bytes.
+        """Set `layout` and `starts`, allocate the buffer, and return the bytes that this rank will save.
 
-        Moments exist after the first optimizer step only. Raises RuntimeError or MemoryError when there is no memory.
+        Moments exist only after the first optimizer step. Raises RuntimeError or MemoryError without enough memory.
         """
         addresses = self._fragments.moment_addresses()
         if addresses != self._addresses:  # listing thousands of views takes as long as copying them
@@ -55,7 +58,11 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """Copy what `prepare` listed into the buffer; return it, float32 [n] in host memory, valid until the next call."""
+        """Copy the training state into the buffer, in the order of `layout`; call `prepare` first.
+
+        Returns:
+            The buffer, float32 [n] in host memory. The next call overwrites it.
+        """
         total = sum(numel for _, numel in self.layout)
         parts = list(torch.split(self._buffer[:total], [numel for _, numel in self.layout]))
         torch._foreach_copy_(parts, self._values, non_blocking=True)
@@ -82,17 +89,17 @@ def write_snapshot(
     metadata: Mapping[str, str],
     report: Reporter = no_report,
 ) -> FileEntry:
-    """Write consecutive parts of a buffer as one new safetensors file, and read it back.
+    """Write a buffer as one new safetensors file with one tensor per key, then read the file back and compare checksums.
 
     Args:
         path: the file; it must not exist.
-        layout: (key, number of elements) of each part.
+        layout: (key, number of elements) of each tensor, in the order in which their elements follow in the buffer.
         values: the buffer, float32 [n] in host memory.
         metadata: metadata of the safetensors file.
-        report: is called with a line about every piece.
+        report: called with a line of progress for every block that is written.
 
     Returns:
-        The entry of the file in the manifest.
+        Size and SHA-256 of the file, for the manifest.
 
     Raises:
         OSError: the file cannot be written, a value is not finite, or the device does not return the bytes that were
@@ -105,7 +112,7 @@ def write_snapshot(
     report("reading it back")
     # From the device, not from memory: older checkpoints are removed once this file is known to be readable.
     if sha256(path, from_device=True) != entry["sha256"]:
-        raise OSError(f"{path}: the file system does not return the bytes that were written")
+        raise OSError(f"{path}: the file system does not return the bytes that were written. Check the disk")
     return entry
 
 

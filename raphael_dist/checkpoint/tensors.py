@@ -1,7 +1,8 @@
-"""The content of a checkpoint: spans of the values of parameters, and the check that every element is there exactly once.
+"""What a checkpoint contains: spans of parameters. Checks that they hold every element exactly once.
 
-Each value belongs to a kind and a parameter. Kinds are the fp32 weights ("master"), Adam's moments ("exp_avg", "exp_avg_sq")
-and the moving average ("ema"). Stacked experts are one parameter [K, ...], so expert k is a contiguous span of it.
+A *span* is a range of consecutive elements of a flattened parameter. Each value belongs to a parameter and a kind: fp32
+weights ("master"), Adam's moments ("exp_avg", "exp_avg_sq") or moving average ("ema"). The K experts of a layer are one
+parameter [K, ...], so expert k is a span of it.
 """
 
 import re
@@ -25,23 +26,29 @@ class Span:
 
 
 def default_weights(kinds: Container[str]) -> str:
-    """Return the kind of weights to sample from, start from or export: the EMA if there is one, else the weights."""
+    """Return the kind of weights that a checkpoint is used with by default: "ema" if it is among `kinds`, else "master"."""
     return "ema" if "ema" in kinds else "master"
 
 
 def stacked(name: str) -> tuple[str, str] | None:
-    """Return (layer, "w1" | "b1" | "w2" | "b2") of a parameter that stacks experts, else None."""
+    """Split the name of a parameter with stacked experts [K, ...] into layer and "w1", "b1", "w2" or "b2".
+
+    Returns None for the name of another parameter.
+    """
     match = _STACKED.fullmatch(name)
     return (match[1], match[2]) if match else None
 
 
 def coverage_error(spans: Mapping[Key, Iterable[tuple[int, int]]], kinds: Iterable[str], shapes: Shapes) -> str | None:
-    """Return what is wrong unless the spans hold every element of every kind of every parameter exactly once; else None.
+    """Check that spans cover each element of each parameter exactly once, for every kind.
 
     Args:
         spans: (start, numel) of each span, by kind and parameter. Empty spans are ignored.
         kinds: the kinds that must be complete.
         shapes: the shape of every parameter.
+
+    Returns:
+        A text about the first missing, duplicate or unexpected element; None if there is none.
     """
     kinds = tuple(kinds)
     for kind, name in spans:

@@ -341,7 +341,7 @@ def manifest_of(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     {
-        "another step": ({"step": 7}, "its manifest is of step 7"),
+        "another step": ({"step": 7}, "its manifest.json states step 7"),
         "a negative step": ({"step": -1}, "step=-1,.*must be"),
         "negative samples": ({"samples_seen": -5}, "samples_seen=-5.*must be"),
         "more updates than steps": ({"updates": 2}, "updates=2.*must not exceed step"),
