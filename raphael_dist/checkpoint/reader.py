@@ -105,8 +105,8 @@ class CheckpointReader:
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / name} must state in its header, under 'starts', where the range of each tensor starts "
-                    f"in its parameter, but this entry is missing or not valid ({error}). Use another checkpoint."
+                    f"{self.folder / name} must state in its header, under 'starts', at which element of its parameter each "
+                    f"tensor starts, but this entry is missing or not valid ({error}). Use another checkpoint."
                 ) from None
             if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:
                 raise UserError(

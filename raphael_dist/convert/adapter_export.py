@@ -1,4 +1,4 @@
-"""Exports what a run trained on top of a frozen base model: LoRA adapters for peft, or a ControlNet for diffusers."""
+"""Exports the LoRA adapters of a run for peft, or its ControlNet for diffusers. The frozen base model is not exported."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ def export_adapter(source_layout: str, run: Path, target_format: str, folder: Pa
 
     Args:
         source_layout: "auto" or "raphael", the only layout with adapters and ControlNets.
-        run: a run directory (its newest checkpoint that verifies is read), or one of its step-* folders.
+        run: a run directory, of which the newest undamaged checkpoint is read, or one of its step-* folders.
         target_format: "peft" or "controlnet".
         folder: the new folder; it must not exist.
-        weights: "ema" or "master". None: the EMA if there is one.
+        weights: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
 
     Returns:
         One line for the user: the number of parameters, and the base model that they belong to.

@@ -1,4 +1,4 @@
-"""File operations shared by LoRA adapters and ControlNets."""
+"""File operations that lora_files.py and controlnet_files.py share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from raphael_dist.storage.files import atomic_folder
 
 @contextmanager
 def export_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `folder` at the end.
+    """Yield a temporary folder to write into; rename it to `folder` at the end of the block.
 
-    Raises UserError if it exists already, or cannot be written.
+    Raises UserError if `folder` exists already or cannot be written.
     """
     if folder.exists():
         raise UserError(f"--to {folder} exists already, and nothing is overwritten. Choose a new path.")
@@ -29,7 +29,16 @@ def export_folder(folder: Path) -> Iterator[Path]:
 
 
 def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
-    """Open a run's newest checkpoint that verifies. Raises UserError if there is none, nor a folder with `config_name`."""
+    """Open the newest undamaged checkpoint of a run directory.
+
+    Args:
+        path: the run directory, or one of its step-* folders.
+        config_name: file name in an exported folder, which the error message suggests as an alternative to a run.
+        option: name of the command line option that gave `path`, for messages.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
     try:
         return open_newest(path, option)
     except UserError as error:
@@ -37,8 +46,8 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, float32. Raises UserError if it cannot be read."""
+    """Return all tensors of a safetensors file by name, float32. Raises UserError if the file cannot be read."""
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Restore the file.") from None
+        raise UserError(f"{path} cannot be read as a safetensors file: {error}. Restore the file.") from None

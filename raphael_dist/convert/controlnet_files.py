@@ -36,9 +36,10 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
     """Read a ControlNet, in eval mode on the CPU.
 
     Args:
-        path: a run (its newest checkpoint that verifies), one of its step folders, or a folder of diffusers.
+        path: a run directory, of which the newest undamaged checkpoint is read; one of its step-* folders; or a folder of
+            diffusers.
         config: configuration of the base model.
-        weights: "ema" or "master", for a run. None, or a run without EMA: the default.
+        weights: "ema" (moving average) or "master" (fp32 weights) of a run. None: the EMA if the run has one.
         option: name of the command line option, for messages.
 
     Raises:
@@ -55,9 +56,10 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
     expected = {name: tuple(p.shape) for name, p in control.named_parameters()}
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if wrong := sorted(expected.items() ^ shapes.items()):
+        name = wrong[0][0]
         raise UserError(
-            f"{option} {path} must fit the model, but its tensor {wrong[0][0]} does not. Use the base model that the "
-            "ControlNet was trained with."
+            f"{option} {path} must fit the model, but its tensor {name} has the shape {shapes.get(name)} and the model "
+            f"requires {expected.get(name)}. Use the base model that the ControlNet was trained with."
         )
     control.to_empty(device="cpu")
     control.load_state_dict(values)
@@ -65,18 +67,27 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
 
 
 def control_weights(reader: CheckpointReader, weights: str | None, option: str) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint's ControlNet by name. Raises UserError if its run did not train one."""
+    """Return the weights of the ControlNet in a checkpoint, float32, by name. UserError: the run trained no ControlNet.
+
+    Args:
+        reader: the checkpoint.
+        weights: "ema" or "master". None: the EMA if the checkpoint has one.
+        option: name of the command line option, for messages.
+    """
     if not reader.config().control.enabled:
         raise UserError(
-            f"{option} {reader.folder} must be of a run with control.enabled=true, but in this run it is false. Use "
-            "another run."
+            f"{option} {reader.folder} must be of a run that trained a ControlNet (control.enabled=true), but this run has "
+            "control.enabled=false. Use another run."
         )
     kind = "master" if weights == "master" else default_weights(reader.kinds())
     return {name.removeprefix(_PREFIX): reader.whole(kind, name) for name in reader.shapes}
 
 
 def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> None:
-    """Write a ControlNet as a new folder of diffusers. The folder appears only when it is complete."""
+    """Write the weights `values` of a ControlNet, by name, as a new folder for diffusers.
+
+    The folder appears only when it is complete. config: the configuration of the base model.
+    """
     with export_folder(folder) as temporary:
         content = control_json(config)
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
@@ -88,7 +99,10 @@ def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> No
 
 
 def control_json(config: Config) -> JsonObject:
-    """Return the content of config.json: that of diffusers' class if the model has no experts."""
+    """Return the content of a ControlNet's config.json.
+
+    A model without experts has the fields of diffusers' ControlNetModel; a model with experts has additional fields.
+    """
     model = config.model
     if model.space_experts or model.time_experts:
         return expert_json(config, RaphaelControlNet)

@@ -1,6 +1,6 @@
-"""Converts a checkpoint from one layout to another: plan, write, verify, publish.
+"""Converts a checkpoint from one layout (format on disk, `layouts/`) to another: plan, write, verify, publish.
 
-The target gets its name by one rename at the end, so a conversion that is killed leaves no incomplete checkpoint.
+The target folder gets its final name by one rename at the end, so a killed conversion leaves no incomplete checkpoint.
 Files are divided over the ranks of `mpirun`. Their contents depend on the plan only, so any number of ranks writes the same
 bytes.
 """
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: how many tensors, parameters, bytes and files of a kind were written."""
+    """One line of the report: number of tensors, parameters, bytes and files of one kind of values (weights, EMA, ...)."""
 
     kind: str
     tensors: int
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a conversion. verified: how the source was checked, as text."""
+    """The result of a conversion. verified: a sentence about how the source's files were checked."""
 
     source: str
     target: str
@@ -67,21 +67,23 @@ def convert(
     lora: Path | None = None,
     lora_scale: float = 1.0,
 ) -> Report:
-    """Convert a checkpoint. Collective over `ranks`.
+    """Convert a checkpoint. Collective: all processes in `ranks` call it.
 
     Args:
-        from_layout: layout of the source, or "auto".
-        path: the source.
-        to_layout: layout of the target.
+        from_layout: name of the source's layout (format on disk), or "auto" to detect it.
+        path: the source checkpoint.
+        to_layout: name of the target's layout.
         target: the new folder, which must not exist.
         options: options of the target.
-        config: the model to upcycle to, or the model of a folder whose files do not describe it.
-        ranks: the processes of `mpirun`. None: this process.
-        lora: path of LoRA adapters to merge (`read_adapter`). lora_scale: strength of the adapters.
+        config: the model with experts that a dense source is upcycled to (experts become copies of its feed-forward layers);
+            or the configuration of a source whose files do not describe the model, such as DeepSpeed's. None: neither.
+        ranks: the processes of `mpirun`. None: this process only.
+        lora: path of LoRA adapters to merge into the weights (see `read_adapter`).
+        lora_scale: strength of these adapters.
 
     Raises:
-        UserError: the source is damaged or incomplete; the target exists or its layout does not support the model. No files
-            are left then.
+        UserError: the source is damaged or incomplete, the target exists, or its layout does not support the model. The
+            conversion leaves no files then.
     """
     ranks, began = ranks or MpiRanks(), time.monotonic()
     layout_of("--to", to_layout)
@@ -113,10 +115,18 @@ def write_target(
     ranks: MpiRanks,
     checksummed_files: dict[Path, FileEntry],
 ) -> None:
-    """Write the files of a plan and publish them as the new folder `target`. Collective over `ranks`.
+    """Write the files of a plan, and publish them as the new folder `target`. Collective over `ranks`.
 
-    The source's files are compared with their manifest's entries, `checksummed_files`, at the same time. Raises UserError as
-    `convert` does; nothing is left then.
+    Args:
+        layout: name of the target's layout.
+        source: the checkpoint that values are read from.
+        plan: the files to write.
+        target: the new folder.
+        ranks: the processes that share the work.
+        checksummed_files: size and SHA-256 of each file of the source. The files are verified while the target is written.
+
+    Raises:
+        UserError: as in `convert`; no files are left then.
     """
     temporary = target.parent / f".converting-{target.name}"
     new_parents = [parent for parent in temporary.parents if not parent.exists()]  # the innermost first
@@ -151,7 +161,7 @@ def _prepare(
     if config is not None and not layout_of("--from", opened.layout).takes_config:
         if not is_dense(opened.config):
             raise UserError(
-                f"--config is for upcycling a dense model to a model with experts, but {path} already has experts or "
+                f"--config requires a dense model, to which it adds experts (upcycling), but {path} already has experts or "
                 "edge modules. Leave out --config."
             )
         source = UpcycledSource(opened, config)

@@ -1,8 +1,8 @@
-"""Makes the Python modules in an exported folder, by which it loads without this package.
+"""Generates the Python files in an exported model folder, with which the folder loads without this package.
 
-A module is assembled from the package's own source: a class, and everything of the package that it uses. Definitions
-keep their text and comments. Code for training only is left out: definitions that are not used, methods whose name
-nothing reads, and the branches in `_NEVER`.
+A file is assembled from the source of this package: a class, and every definition of the package that the class uses, with
+their text and comments. Code that only training needs is left out: unused definitions, methods whose name occurs nowhere in
+the kept code, and the branches in `_NEVER`.
 """
 
 import ast
@@ -46,24 +46,27 @@ _LICENCE = """# Copyright the authors of raphael_dist. Licensed under the Apache
 
 @cache
 def pipeline_code() -> str:
-    """Return the module with the pipelines, pipeline.py. It imports torch, diffusers, transformers and what they require."""
+    """Return the text of pipeline.py, with the pipeline classes.
+
+    The text imports only torch, diffusers, transformers and packages that these require.
+    """
     return standalone_module(_PIPELINES, "The pipelines of a RAPHAEL text-to-image model, for diffusers.")
 
 
 @cache
 def model_code(kind: Any) -> tuple[str, str]:
-    """Return the name and the text of the module with a component's class, such as RaphaelUNet2D."""
+    """Return (module name, text) of the Python file for a model class. kind: the class, such as RaphaelUNet2D."""
     own = kind.__module__.rpartition(".")[2]
     name = MODEL if own == "diffusers_model" else f"modeling_{own}"
     return name, standalone_module(((kind.__module__, kind.__name__),), f"{kind.__name__}, for diffusers and transformers.")
 
 
 def standalone_module(roots: tuple[tuple[str, str], ...], title: str) -> str:
-    """Return the text of a module that holds the classes `roots`, given as (module, name), and nothing that imports ours.
+    """Return the text of one Python file that defines some classes of this package without importing the package.
 
     Args:
-        roots: classes of the package; all of their methods are kept.
-        title: first line of the docstring.
+        roots: (module, name) of each class. All of their methods are kept.
+        title: first line of the file's docstring.
     """
     selection = _Selection()
     for module, name in roots:

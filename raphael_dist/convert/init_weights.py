@@ -1,8 +1,10 @@
-"""The weights that a new run starts from (`run.init_from`), also if parts of the checkpoint do not fit the model.
+"""Loads the weights that a new run starts from (`run.init_from`), also if parts of the checkpoint do not fit the model.
 
-`run.reinit` names the parts that may differ. In these parts, parameters that the checkpoint lacks, or has in another shape,
-are initialised as in a new run, and parameters that the model lacks are not loaded. Feed-forward layers of a dense model
-become time experts. A super-resolution model may start from one that draws from captions only.
+- `run.reinit` names the parts of the model that may differ: edge, space, time or text. In these parts, parameters that the
+  checkpoint lacks or has in another shape get the random weights of a new run. Parameters that only the checkpoint has are
+  ignored.
+- A dense checkpoint may initialise a model with experts: its feed-forward layers become time experts.
+- A checkpoint without super-resolution may initialise a super-resolution model.
 """
 
 import hashlib
@@ -36,7 +38,7 @@ INPUT_CONV = "conv_in.weight"  # its input channels: the latents, then the small
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model, as named in run.reinit, of a parameter; "" if it belongs to none of them."""
+    """Return the part of the model to which the parameter `name` belongs, "edge", "space", "time" or "text"; else ""."""
     if ".edge." in name:
         return "edge"
     if ".attn2.to_k." in name or ".attn2.to_v." in name:
@@ -48,13 +50,13 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """How each parameter is initialised, by name.
+    """Which parameters are read from the checkpoint of run.init_from, and which are not, as lists of names.
 
     Attributes:
         loaded: parameters that are read from the checkpoint.
-        reinitialised: parameters that are initialised as in a new run.
-        unused: parameters that only the checkpoint has.
-        upcycled: experts that are made from the layers of a dense model.
+        reinitialised: parameters that get the random weights of a new run.
+        unused: parameters of the checkpoint that the model does not have.
+        upcycled: parameters of experts that are computed from the feed-forward layers of a dense checkpoint.
     """
 
     loaded: tuple[str, ...]
@@ -63,7 +65,7 @@ class InitialWeights:
     upcycled: tuple[str, ...] = ()
 
     def describe(self, path: Path) -> str:
-        """Return one line for the log."""
+        """Return one log line with the number of parameters in each list. path: the checkpoint."""
         texts = [f"{len(self.loaded)} parameters were loaded from {path}"]
         groups = ((self.upcycled, "upcycled to experts"), (self.reinitialised, "reinitialised"), (self.unused, "not loaded"))
         texts += [f"{what}: {len(names)} ({_parts(names)})" for names, what in groups if names]
@@ -71,11 +73,15 @@ class InitialWeights:
 
 
 def check_initial(config: Config, checkpoint: Checkpoint) -> InitialWeights:
-    """Return how each parameter is initialised when a run starts from an opened checkpoint.
+    """Compare the parameters of a checkpoint with those of the run's model, without reading values.
+
+    Args:
+        config: configuration of the run that starts from the checkpoint.
+        checkpoint: the opened checkpoint of run.init_from.
 
     Raises:
-        UserError: a parameter does not fit, and run.reinit does not allow it; the checkpoint's model predicts something else
-            than the run's; or a dense model cannot be upcycled to the experts.
+        UserError: a parameter is missing or has another shape, and run.reinit does not allow it; the prediction types
+            differ; or the experts cannot be made from the layers of a dense checkpoint.
     """
     ours, theirs, allowed = parameter_shapes(config), checkpoint.shapes, set[str](config.run.reinit)
     if _widens(config, checkpoint):
@@ -103,17 +109,17 @@ def load_initial(
 ) -> InitialWeights:
     """Copy the weights of a checkpoint (the EMA if there is one) into this rank's fp32 weights.
 
-    Each rank reads its own fragments, in float32. Call `fragments.sync_model` afterwards.
+    Each rank reads only the elements that it owns under ZeRO. Call `fragments.sync_model` afterwards, to update the model.
 
     Args:
-        fragments: this rank's part of the weights.
-        path: a checkpoint in any layout.
+        fragments: this rank's fragments (ranges of parameters that it owns), whose fp32 weights are overwritten.
+        path: a checkpoint in any layout (format on disk).
         config: the run's configuration.
-        verify: check the files' checksums first; one rank does this for all.
-        report: is called with a line about every parameter.
+        verify: whether to compare the files with their checksums first; True on one rank is enough.
+        report: called with a line of progress for each parameter.
 
     Raises:
-        UserError: see `check_initial`; nothing is copied then.
+        UserError: the checkpoint cannot be read or is damaged, or an error of `check_initial`. Nothing is copied then.
     """
     checkpoint = open_initial(path)
     report("its checksums")
@@ -134,12 +140,13 @@ def load_initial(
 
 
 def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_report) -> tuple[RaphaelUNet, str]:
-    """Return the frozen base model of run.init_from with new adapters or a new control, the same on every rank.
+    """Build a model from the frozen weights of run.init_from, with newly initialised LoRA adapters or ControlNet.
 
-    Expert parallelism and ZeRO shard it afterwards. Arguments and errors are those of `load_initial`.
+    The model is whole and the same on every rank; expert parallelism and ZeRO shard it afterwards. Arguments and errors are
+    those of `load_initial`.
 
     Returns:
-        The model, and the SHA-256 of the base's weights, which does not depend on the layout.
+        The model, and the SHA-256 (hex) of the base model's weights, which is the same for every layout of the checkpoint.
     """
     assert config.run.init_from is not None  # config.checks requires it
     with torch.device("meta"):
@@ -158,7 +165,7 @@ def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_r
 
 
 def open_initial(path: Path) -> Checkpoint:
-    """Open the checkpoint of run.init_from. Raises UserError if it cannot be read."""
+    """Open the checkpoint of run.init_from without reading its values. UserError: it cannot be read."""
     try:
         return open_checkpoint("auto", path)
     except UserError as error:

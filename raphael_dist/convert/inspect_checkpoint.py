@@ -1,4 +1,4 @@
-"""Inspects a checkpoint: its layout, its checksums, and whether experts are dead or equal."""
+"""Inspects a checkpoint: its layout, its checksums, and experts that are zero, not finite or equal to another one."""
 
 import sys
 from collections.abc import Iterator
@@ -26,12 +26,13 @@ _SAMPLE = 1 << 16  # elements of each tensor by which two experts with equal nor
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The experts of one layer.
+    """Statistics of the experts of one layer. Experts are numbered from 0.
 
     Attributes:
-        norms: L2 norm of all weights of each expert.
-        dead: experts whose weights are all zero. not_finite: experts with NaN or infinity.
-        same: pairs of experts with equal weights.
+        norms: L2 norm over all weights of each expert.
+        dead: numbers of the experts whose weights are all zero.
+        not_finite: numbers of the experts with NaN or infinity.
+        same: pairs of numbers of experts with equal weights.
     """
 
     name: str
@@ -42,16 +43,22 @@ class LayerReport:
 
     @property
     def warnings(self) -> list[str]:
-        """Return a line for each problem."""
+        """Return a line for each problem of the layer: dead, equal or not finite experts."""
         texts = [f"expert {k} is dead: all its weights are zero" for k in self.dead]
         texts += [f"experts {a} and {b} are identical" for a, b in self.same]
         return texts + [f"expert {k} is not finite" for k in self.not_finite]
 
 
 def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
-    """Open a checkpoint.
+    """Open a checkpoint in any layout.
 
-    Raises UserError for pickles whose checksum is in no manifest, unless `unpickle` (still weights only).
+    Args:
+        path: the checkpoint.
+        unpickle: also open pickle files whose checksum no manifest states. Only weights are unpickled in any case.
+        config: the model, for files that do not describe it.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or contains such a pickle file without `unpickle`.
     """
     if not unpickle and path.exists():
         layout = detect(path)
@@ -76,7 +83,7 @@ def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
 
 
 def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
-    """Yield a report of the experts of each layer, with one expert's tensor in memory at a time."""
+    """Yield the statistics of the experts of each layer. One tensor of one expert is in memory at a time."""
     kind = "master" if "master" in checkpoint.kinds() else checkpoint.kinds()[0]
     for layer in dict.fromkeys(owner[0] for name in checkpoint.shapes if (owner := stacked(name))):
         names = [f"{layer}.{leaf}" for leaf in ("w1", "b1", "w2", "b2")]
@@ -102,7 +109,11 @@ def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
 
 
 def show(checkpoint: Checkpoint) -> bool:
-    """Print a report; return whether the checkpoint verifies (or has no manifest) and there are no warnings."""
+    """Print a report about a checkpoint.
+
+    Returns:
+        Whether the files match the checksums in the manifest (or there is no manifest), and there are no warnings.
+    """
     # Without a terminal the width is unlimited, so that no name is cut off.
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)
     total = sum(prod(shape) for shape in checkpoint.shapes.values())

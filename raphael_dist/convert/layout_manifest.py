@@ -1,4 +1,4 @@
-"""The manifests of converted checkpoints."""
+"""The manifests (manifest.json) of converted checkpoints."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from raphael_dist.storage.versions import versions
 
 
 def base_manifest(layout: str, source: Source) -> Manifest:
-    """Return the keys of every layout's manifest, except its files."""
+    """Return a manifest for a target, without the list of files. layout: the name of the target's layout."""
     return {
         "layout": layout,
         "format": FORMAT,
@@ -26,12 +26,21 @@ def base_manifest(layout: str, source: Source) -> Manifest:
 
 
 def read_optional_manifest(folder: Path, layout: str) -> Manifest | None:
-    """Return the manifest of a layout that other programs write too; None if there is none."""
+    """Return a folder's manifest, or None if it has none: other programs write some layouts without a manifest."""
     return read_manifest(folder / MANIFEST, layout) if (folder / MANIFEST).is_file() else None
 
 
 def checkpoint_of(folder: Path, manifest: Manifest, spans: dict[Key, list[StoredTensor]]) -> Checkpoint:
-    """Return the checkpoint that a manifest describes. Raises UserError unless `spans` hold every parameter exactly once."""
+    """Make a Checkpoint from a manifest and the places of its tensors.
+
+    Args:
+        folder: the checkpoint's folder.
+        manifest: its manifest.
+        spans: where the values of each (kind, parameter) lie in the files.
+
+    Raises:
+        UserError: `spans` do not hold every element of every parameter exactly once.
+    """
     checkpoint = Checkpoint(
         folder,
         config_from_tree(manifest["config"]),
@@ -45,5 +54,5 @@ def checkpoint_of(folder: Path, manifest: Manifest, spans: dict[Key, list[Stored
 
 
 def checksummed_files(folder: Path, manifest: Manifest) -> dict[Path, FileEntry]:
-    """Return the manifest's entries by path of the file."""
+    """Return the size and SHA-256 of each file in a manifest, by the file's path."""
     return {folder / name: entry for name, entry in manifest["files"].items()}

@@ -44,10 +44,11 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA adapters: `scale B A` is added to each parameter.
+    """LoRA adapters. Each adapts a parameter W of the base model to W + scale B A.
 
     Attributes:
-        factors: A [rank, in] and B [out, rank], float32, by name of the parameter; of experts [K, rank, in], [K, out, rank].
+        factors: by name of the parameter, the matrices A [rank, in] and B [out, rank], float32. For a parameter with K
+            stacked experts they are [K, rank, in] and [K, out, rank].
     """
 
     path: Path
@@ -55,12 +56,17 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
     def delta(self, name: str) -> Tensor:
-        """Return the term to add to a parameter, in its shape, float32."""
+        """Return scale B A of the parameter `name`, the term to add to it, float32 in the parameter's shape."""
         a, b = self.factors[name]
         return self.scale * (b @ a)
 
     def check(self, shapes: Shapes, option: str) -> None:
-        """Raise UserError unless the model has every adapted parameter, in the right shape."""
+        """Raise UserError unless the model has every adapted parameter in the shape that A and B require.
+
+        Args:
+            shapes: shape of every parameter of the model, by name.
+            option: name of the command line option that gave the adapters, for the message.
+        """
         for name, (a, b) in self.factors.items():
             expected = (*b.shape[:-1], a.shape[-1])
             if shapes.get(name) != expected:
@@ -76,12 +82,18 @@ class Adapter:
 
 
 class MergedSource:
-    """A source with adapters merged into its weights when they are read. The source itself does not change. At step 0."""
+    """A checkpoint whose weights have LoRA adapters merged into them. They are merged when they are read.
+
+    Its progress is that of a new run (step 0), and it has no Adam moments.
+    """
 
     whole = False
 
     def __init__(self, source: Source, adapter: Adapter, strength: float = 1.0, option: str = "--lora") -> None:
-        """`strength`: a factor on top of the adapter's own scale."""
+        """Merge `adapter` into `source`, which does not change. UserError: the adapter belongs to another model.
+
+        strength: a factor on the term that is added, in addition to the adapter's own scale.
+        """
         adapter.check(source.shapes, option)
         self.path, self.config, self.shapes = source.path, source.config, source.shapes
         self.progress, self.dataset = START, ""
@@ -89,7 +101,7 @@ class MergedSource:
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of weights. Moments are left out: they belong to the weights before the merge."""
+        """Return the kinds of weights that the source has. Adam moments are left out, since the weights have changed."""
         return tuple(kind for kind in self._source.kinds() if kind in ("master", "ema"))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
@@ -103,11 +115,12 @@ class MergedSource:
 
 
 def read_adapter(path: Path, weights: str | None = None, option: str = "--lora") -> Adapter:
-    """Read adapters.
+    """Read LoRA adapters from a folder that peft wrote, or from a run that trained them.
 
     Args:
-        path: a folder of peft, a run (its newest checkpoint that verifies), or one of its step folders.
-        weights: "ema" or "master", for a run. None, or a run without EMA: the default.
+        path: a folder of peft; a run directory, of which the newest undamaged checkpoint is read; or one of its step-*
+            folders.
+        weights: "ema" (moving average) or "master" (fp32 weights) of a run. None: the EMA if the run has one.
         option: name of the command line option, for messages.
 
     Raises:
@@ -119,11 +132,12 @@ def read_adapter(path: Path, weights: str | None = None, option: str = "--lora")
 
 
 def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str = "--lora") -> Adapter:
-    """Return the adapters in a checkpoint of a run that trained them. Raises UserError if it trained all weights."""
+    """Return the LoRA adapters in a run's checkpoint. Arguments as in `read_adapter`. UserError: it has no adapters."""
     lora = reader.config().lora
     if not lora.rank:
         raise UserError(
-            f"{option} {reader.folder} must be of a run that trained adapters, but its lora.rank is 0. Use another run."
+            f"{option} {reader.folder} must be of a run that trained LoRA adapters (lora.rank above 0), but it has "
+            "lora.rank=0. Use another run."
         )
     kind = "master" if weights == "master" else default_weights(reader.kinds())
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -137,7 +151,14 @@ def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str
 
 
 def write_adapter(adapter: Adapter, lora: Lora, base: str, folder: Path) -> None:
-    """Write adapters as a new folder of peft, for the base model `base`. The folder appears only when it is complete."""
+    """Write LoRA adapters as a new folder that peft reads. The folder appears only when it is complete.
+
+    Args:
+        adapter: the adapters.
+        lora: the run's settings of LoRA.
+        base: name or path of the base model, which adapter_config.json states.
+        folder: the new folder.
+    """
     attention, experts = "attention" in lora.targets, "experts" in lora.targets
     config = import_peft().LoraConfig(
         r=lora.rank,
@@ -168,7 +189,7 @@ def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def read_peft_folder(folder: Path, option: str) -> Adapter:
-    """Read a folder of peft."""
+    """Read the LoRA adapters in a folder that peft wrote."""
     config = _read_config(folder, option)
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -1,4 +1,4 @@
-"""The model card of an exported pipeline: image, usage, model, training data, measured losses, licence and limits."""
+"""Writes the model card (README.md) of an exported pipeline: usage, model, training data, losses, licence and limits."""
 
 import json
 import re
@@ -21,14 +21,14 @@ _MEASURED = {
 
 
 def model_card(source: Source, kind: str, options: Options, pipeline: str, has_image: bool) -> str:
-    """Return the text of README.md.
+    """Return the text of a model card.
 
     Args:
-        source: the exported model.
-        kind: "ema" or "master", the exported weights.
+        source: the exported checkpoint.
+        kind: which weights are exported: "ema" (moving average) or "master" (fp32 weights).
         options: options of the conversion; `licence` is an identifier that model hubs use, e.g. "apache-2.0".
         pipeline: name of the pipeline's class.
-        has_image: whether the folder has `samples_image` as samples.png.
+        has_image: whether the folder contains samples.png (see `samples_image`), which the card shows.
     """
     config, steps, licence = source.config, source.progress, options.licence
     shards = [*config.data.shards, *(shard for source_ in config.data.sources for shard in source_.shards)]
@@ -112,7 +112,10 @@ def _super_resolution(config: Config) -> dict[str, str]:
 
 
 def samples_image(source: Source) -> bytes | None:
-    """Return the run's newest sample grid up to this step; None if no folder above the checkpoint has one."""
+    """Return the PNG file with the sampled images that the run wrote last before the checkpoint.
+
+    None if no folder above the checkpoint contains such a file.
+    """
     images: list[tuple[int, Path]] = []
     for folder in (source.path, *source.path.parents[:2]):
         for path in sorted((folder / "samples").glob("*.png")):

@@ -1,4 +1,4 @@
-"""The processes that share a conversion: one, or those of `mpirun`, through mpi4py."""
+"""The processes that share the work of a conversion: this process alone, or those that `mpirun` started (mpi4py)."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
 class MpiRanks:
-    """This process among the `size` processes of mpirun. Every method is collective."""
+    """This process as one of the `size` processes that mpirun started. Every method is collective: all processes call it."""
 
     def __init__(self) -> None:
         self._comm: Any = None
@@ -40,9 +40,9 @@ class MpiRanks:
         return self.rank == 0
 
     def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; return this rank's result, or raise the first failure on all ranks.
+        """Call `work` on every rank and return this rank's result. If it fails on any rank, raise its error on all ranks.
 
-        An OSError is raised as a UserError.
+        An OSError becomes a UserError.
         """
         result, failure = attempt(work)
         if isinstance(failure, OSError):
@@ -51,9 +51,9 @@ class MpiRanks:
         return raise_if_any_failed(result, failure, self.gather)
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in order."""
+        """Return the values of all ranks, in the order of the ranks, on every rank."""
         return [value] if self._comm is None else cast(list[T], self._comm.allgather(value))
 
     def main_only(self, work: Callable[[], object]) -> None:
-        """Run `work` on rank 0 only."""
+        """Call `work` on rank 0 only; the other ranks wait. If it fails, raise its error on all ranks."""
         self.raise_on_all_ranks(lambda: work() if self.is_main else None)

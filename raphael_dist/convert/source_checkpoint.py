@@ -1,4 +1,9 @@
-"""A checkpoint in any layout, as spans of parameters in files. Layouts differ only in how they locate the spans."""
+"""A checkpoint in any layout (format on disk): a table that states where the values of each parameter lie in which files.
+
+A *span* is a range of consecutive elements of a flattened parameter. For example, with two ZeRO ranks, elements 0 to 999 of
+a weight may lie in one file from byte 4,096 on, and the rest in another file. The layouts in `layouts/` differ only in how
+they make this table from their files. Values are read through it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,18 +27,20 @@ from raphael_dist.storage.tensorfile import CHUNK, FileReader, StoredTensor
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint.
+    """An opened checkpoint in any layout. Values are read from its files on request.
 
     Attributes:
-        config: configuration of its run or model.
-        spans: positions in files of the values of each kind of each parameter.
-        progress: progress of its run.
-        dataset: checksum of the data its run was trained on.
-        files: size and SHA-256 of each file, from the manifest; empty without one.
-        topology: text about the ranks that wrote it.
-        notes: lines for the user.
-        layout: name of its layout. whole: whether that holds the whole state of a run. `open_checkpoint` sets both.
-        says_prediction: whether the files state the prediction type; else `config` has the default.
+        config: configuration of the run or model that it was saved from.
+        spans: for each (kind, parameter), where its spans lie in the files. Kinds are "master" (fp32 weights), "exp_avg",
+            "exp_avg_sq" (Adam moments) and "ema" (moving average).
+        progress: progress of the run, such as its step.
+        dataset: fingerprint of the training data of the run.
+        files: size and SHA-256 of each file, from the manifest; empty without a manifest.
+        topology: a text about the ranks that wrote it.
+        notes: lines to show to the user.
+        layout: name of its layout. `open_checkpoint` sets it, and `whole`.
+        whole: whether this layout contains everything that a run needs to continue.
+        says_prediction: whether the files state the prediction type. If not, `config` has the default.
     """
 
     path: Path
@@ -53,11 +60,15 @@ class Checkpoint:
         self._reader = FileReader()
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of values that it holds, in the order of KINDS."""
+        """Return the kinds of values in the checkpoint, in the order of KINDS."""
         return tuple(kind for kind in KINDS if any(k == kind for k, _ in self.spans))
 
     def check(self) -> None:
-        """Raise UserError unless every parameter is there exactly once in every kind, in files that the manifest lists."""
+        """Check that the spans cover every element of every parameter exactly once, for each kind in the checkpoint.
+
+        Raises:
+            UserError: an element is missing or occurs twice, there are no weights, or a file is not in the manifest.
+        """
         if "master" not in self.kinds():
             raise UserError(
                 f"{self.path} must contain weights (master), but it contains {', '.join(self.kinds()) or 'nothing'}. Use "
@@ -78,16 +89,17 @@ class Checkpoint:
             spans.sort(key=lambda span: (span.start, span.numel))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened tensor, float32.
+        """Return elements [start, start + numel) of a flattened parameter's values of one kind, float32 [numel].
 
-        Raises LookupError when they are missing.
+        Raises LookupError if one of them is not in the checkpoint.
         """
         return self._reader.read(self.spans[kind, name], start, numel)
 
     def set_prediction(self, prediction: str | None) -> None:
-        """Set the prediction type from --prediction if the files do not state it.
+        """Set the prediction type that the option --prediction gives, if the files do not state it. None: no option.
 
-        UserError: they state another one, or neither states it.
+        Raises:
+            UserError: the files state another type, or neither the files nor the option state one.
         """
         stored = self.config.diffusion.prediction
         if self.says_prediction and prediction not in (None, stored):
@@ -104,7 +116,7 @@ class Checkpoint:
         self.config, self.says_prediction = self.config.model_copy(update={"diffusion": diffusion}), True
 
     def check_prediction(self, prediction: str) -> None:
-        """Raise UserError unless the prediction type is known, and is that of the run that starts from it."""
+        """Raise UserError unless the files state the prediction type, and it is `prediction`, that of the new run."""
         if not self.says_prediction:
             raise UserError(
                 f"run.init_from={self.path} must have a scheduler file that states its prediction type, but it has none. "
@@ -114,7 +126,7 @@ class Checkpoint:
         check_same_prediction("run.init_from", self.path, self.config, prediction)
 
     def integrity_error(self) -> str | None:
-        """Return which file does not match the manifest, or None (always None without a manifest)."""
+        """Compare the files with the manifest; return a text about the first damaged one. None: no damage or no manifest."""
         return integrity_error(self.files.items())
 
     def __enter__(self) -> Self:
@@ -141,17 +153,24 @@ def _structure_of(config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str,
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of the configuration's model, in the model's order."""
+    """Return the shape of every parameter of the model that `config` describes, in the model's order."""
     return dict(_structure_of(config)[0])
 
 
 def block_levels(config: Config) -> dict[str, int]:
-    """Return the name of every transformer block of the model with its U-Net level, in order of execution."""
+    """Return the U-Net level of each transformer block of the model, by the block's name, in order of execution."""
     return dict(_structure_of(config)[1])
 
 
 def check_same_prediction(field: str, path: Path, source: Config, prediction: str) -> None:
-    """Raise UserError unless the source model has the prediction type of the run."""
+    """Raise UserError unless a source model has the prediction type of the run.
+
+    Args:
+        field: setting that names the source model, such as run.init_from, for the message.
+        path: path of the source model, for the message.
+        source: configuration of the source model.
+        prediction: diffusion.prediction of the run.
+    """
     stored = source.diffusion.prediction
     if stored != prediction:
         raise UserError(
@@ -161,12 +180,12 @@ def check_same_prediction(field: str, path: Path, source: Config, prediction: st
 
 
 def is_dense(config: Config) -> bool:
-    """Return whether the model has no experts, edge modules or image positions, so diffusers has a class for it."""
+    """Return whether the model has neither experts nor edge modules, so that diffusers' own U-Net class fits it."""
     m = config.model
     return not (m.space_experts or m.time_experts or config.edge.weight > 0 or m.image_positions)
 
 
 def chunks(start: int, numel: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Yield (start, numel) of pieces of at most `size`."""
+    """Divide the range [start, start + numel) into ranges of at most `size` elements; yield (start, numel) of each."""
     for first in range(start, start + numel, size):
         yield first, min(size, start + numel - first)

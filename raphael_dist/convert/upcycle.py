@@ -1,9 +1,10 @@
-"""Sparse upcycling: a RAPHAEL model that computes the same as a dense one at step 0 (not in the paper).
+"""Sparse upcycling (not in the paper): makes a model with experts from a dense one. At step 0 both compute the same.
 
 - Every time expert is a copy of the feed-forward layer, so routing does not change the result.
-- The last layer of every space expert, and of a shared one, is zero, so the Space-MoE adds nothing at first. Its gradient is
-  not zero and differs between experts, whose first layers have the usual seeds, so they differ after the first step.
-- Gates, edge modules and the norm before the space experts are new. Everything else is the source's.
+- The last layer of every space expert (and of the shared expert) is zero, so the Space-MoE adds nothing at first. The first
+  layers of the experts have different random weights. So the gradients of the last layers are not zero and differ between
+  experts, and the experts differ after the first step.
+- Gates, edge modules and the norm before the space experts are newly initialised. All other weights are copied.
 """
 
 from math import prod
@@ -29,12 +30,18 @@ _OF_EXPERTS = {
 
 
 class UpcycledSource:
-    """The tensors of `config`'s model, computed from a dense source when they are read. Only weights, at step 0."""
+    """The weights of a model with experts, computed from a dense checkpoint when they are read.
+
+    It has the interface of a checkpoint at step 0, with the weights of `config`'s model and without Adam moments.
+    """
 
     whole = False
 
     def __init__(self, source: Source, config: Config, *, any_text_width: bool = False) -> None:
-        """`any_text_width`: layers that read captions may have another shape; they are not read then."""
+        """Upcycle the dense checkpoint `source` to the model of `config`. UserError: the models differ in more than experts.
+
+        any_text_width: allow another width of the text tokens. The layers that read them are not taken from the source.
+        """
         self._source, self.config, self.path = source, config, source.path
         self.progress, self.dataset = START, ""
         self._check({"text_width"} if any_text_width else set())
@@ -46,7 +53,7 @@ class UpcycledSource:
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds: weights only."""
+        """Return the kinds of weights that the source has, without Adam moments."""
         return ("master",)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:

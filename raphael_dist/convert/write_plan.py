@@ -1,7 +1,11 @@
-"""The plan of a conversion, made before data is read: files of entries, entries of pieces of the source.
+"""The plan of a conversion: which files are written, and which elements of the source each of them contains.
 
-A layout makes the plan for its target. The plan says where every element goes. So it can be checked without data that
-nothing is lost or written twice, and its files can be divided over ranks.
+- A *piece* is a range of consecutive elements of one flattened parameter of the source.
+- An *entry* is one tensor of a target file: the concatenation of its pieces.
+- A file contains entries, and a plan contains files.
+
+The target's layout makes the plan before any values are read. So it can be checked beforehand that every element is written
+exactly once, and the files can be divided over ranks.
 """
 
 import json
@@ -31,7 +35,7 @@ PART_BYTES = 5 << 30
 
 
 class Source(Protocol):
-    """What a plan reads from: a `Checkpoint`, or tensors that are computed when they are read, as in `UpcycledSource`."""
+    """What a conversion reads values from: a `Checkpoint`, or an object that computes them on request (`UpcycledSource`)."""
 
     path: Path
     config: Config
@@ -41,7 +45,7 @@ class Source(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether it holds the whole state of its run."""
+        """Whether the source contains everything that its run needs to continue."""
 
     def kinds(self) -> tuple[str, ...]: ...
 
@@ -49,9 +53,10 @@ class Source(Protocol):
 
 
 def progress_of_target(source: Source) -> tuple[Progress, list[str]]:
-    """Return the progress of a run that continues from the source, and a note if it starts at step 0.
+    """Return the progress to write into the target, and a list with a note for the user if the target starts at step 0.
 
-    It continues if the source has the moments, or its run has none (with SGD, or before the first update).
+    The target continues at the source's step if the source has the Adam moments, or if its run has no moments (with SGD, or
+    before the first update). Otherwise it starts at step 0.
     """
     stateless = source.config.optim.kind == "sgd" or not source.progress.updates
     if all(kind in source.kinds() for kind in MOMENTS) or (source.whole and stateless):
@@ -63,11 +68,13 @@ def progress_of_target(source: Source) -> tuple[Progress, list[str]]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A span of one kind of the source's values, as it is written into a file.
+    """A range of elements of a parameter, as it is written into a file.
 
     Attributes:
-        rows: if not 0, the span is a matrix of this many rows, and is written transposed.
-        duplicate: these elements are also written elsewhere; the check that each is written once ignores this piece.
+        kind: kind of the values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments), "ema", ZEROS or STEP.
+        span: the elements [start, start + numel) of the flattened parameter.
+        rows: if not 0, the elements are a matrix of this many rows, which is written transposed.
+        duplicate: whether these elements are also written elsewhere. `check_complete` ignores such a piece.
     """
 
     kind: str
@@ -77,13 +84,13 @@ class Piece:
 
 
 def piece(kind: str, name: str, start: int, numel: int, rows: int = 0) -> Piece:
-    """Return the piece of elements [start, start + numel) of a parameter."""
+    """Make a piece of elements [start, start + numel) of the parameter `name`; see `Piece` for kind and rows."""
     return Piece(kind, Span(name, start, numel), rows)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: the concatenation of its pieces."""
+    """One tensor of a target file: the concatenation of pieces of the source."""
 
     key: str
     shape: tuple[int, ...]
@@ -97,11 +104,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class OutFile:
-    """A file to write: safetensors, or, with a tree that holds the entries, a file of torch.save.
+    """A file to write, in the format of safetensors or of torch.save.
 
     Attributes:
-        name: path below the target.
-        tree: a JSON-like tree of dicts and lists; None for safetensors.
+        name: path of the file, relative to the target folder.
+        tree: for torch.save, the object to save: nested dicts and lists with an entry in place of each tensor. None for
+            safetensors.
     """
 
     name: str
@@ -119,12 +127,14 @@ class Options:
     """Options of a conversion. `Layout.options` lists those that a layout supports.
 
     Attributes:
-        space_ep, time_ep: ranks over which experts are sharded. world: number of ranks. stage: ZeRO stage.
-        weights: "master" or "ema", for layouts that hold one kind; None: the EMA if there is one. dtype: of its values.
-        part_bytes: size at which weights are divided into several files.
-        unet_only: leave the encoders out of a pipeline.
-        text_by_name: store the name of a text encoder instead of a copy. For "characters" only the name is stored in any
-            case.
+        space_ep, time_ep: number of ranks over which the space experts and the time experts are sharded.
+        world: number of ranks. stage: ZeRO stage.
+        weights: "master" (fp32 weights) or "ema", for layouts that contain only one of them. None: the EMA if there is one.
+        dtype: dtype of these weights in the target.
+        part_bytes: largest size of a weight file in bytes; larger weights are divided over several files.
+        unet_only: export only the U-Net of a pipeline, without VAE and text encoder.
+        text_by_name: store the name of a text encoder that comes with a package, instead of a copy. "characters" has no
+            files and is always stored by name.
         licence: licence in the model card of a pipeline.
         prediction: prediction type of the source's model, if its files do not state it.
     """
@@ -148,11 +158,12 @@ class ConversionPlan:
 
     Attributes:
         files: files with tensors, which are divided over the ranks.
-        kinds: the kinds of values that are written.
-        manifest_name: path of the manifest below the target. manifest: its content except the files.
-        small: content of other files, by path below the target.
-        notes: lines for the user.
-        finish: writes other parts into the folder, on one rank, before the manifest.
+        kinds: the kinds of values that are written: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
+        manifest_name: path of the manifest, relative to the target folder.
+        manifest: content of the manifest without the list of files.
+        small: content of files without tensors, by path relative to the target folder.
+        notes: lines to show to the user.
+        finish: called on one rank with the target folder before the manifest is written; copies encoders, for example.
     """
 
     files: list[OutFile]
@@ -174,11 +185,13 @@ def check_complete(plan: ConversionPlan, source: Source) -> None:
                 spans[p.kind, p.span.name].append((p.span.start, p.span.numel))
     problem = coverage_error(spans, plan.kinds, source.shapes)
     if problem:
-        raise UserError(f"--to: the target must contain each tensor exactly once, but {problem}. Use another target layout.")
+        raise UserError(
+            f"--to: the target must contain each element of each tensor exactly once, but {problem}. Use another layout."
+        )
 
 
 def values(entry: Entry, source: Source) -> Iterator[Tensor]:
-    """Yield the elements of an entry in order, in its dtype, in blocks of bounded size."""
+    """Read the elements of an entry from the source. Yield them in order, as 1-D tensors of bounded size in its dtype."""
     for p in entry.pieces:
         if p.kind == STEP:
             yield torch.tensor([float(p.span.start)], dtype=entry.dtype)
@@ -192,7 +205,7 @@ def values(entry: Entry, source: Source) -> Iterator[Tensor]:
 
 
 def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
-    """Write one file below `folder`. `entry` of the result waits until the file is synced."""
+    """Write one file of a plan into `folder`. Return it as a HashedFile, whose `entry` waits for fsync."""
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with HashedFile(path) as out:
@@ -205,7 +218,7 @@ def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
 
 
 def entries_of(tree: Any) -> Iterator[Entry]:
-    """Yield the entries in a tree of dicts and lists."""
+    """Yield the entries in nested dicts and lists."""
     if isinstance(tree, Entry):
         yield tree
     elif isinstance(tree, dict | list):
@@ -214,11 +227,12 @@ def entries_of(tree: Any) -> Iterator[Entry]:
 
 
 def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Divide entries over files STEM-00001-of-00003.safetensors of about `part_bytes`, or STEM.safetensors if one is enough.
+    """Divide tensors over safetensors files of about `part_bytes` bytes, named as Hugging Face's libraries name them.
+
+    The names are STEM-00001-of-00003.safetensors, and so on, or STEM.safetensors if one file is enough.
 
     Returns:
-        The files, and the content of the index STEM.safetensors.index.json by its name (empty for one file), as Hugging
-        Face's libraries read it.
+        The files, and {name: content} of the index STEM.safetensors.index.json; {} for one file.
     """
     groups: list[list[Entry]] = [[]]
     size = 0
@@ -240,7 +254,10 @@ def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[Ou
 
 
 def chosen_weights(source: Source, options: Options) -> str:
-    """Return the kind of weights for a layout that holds one kind: that of --weights, else the EMA if there is one."""
+    """Return which weights a layout with only one kind contains: "ema" or "master".
+
+    It is the option --weights; without it, the EMA if the source has one. UserError: the source lacks this kind.
+    """
     kind = options.weights or default_weights(source.kinds())
     if kind not in source.kinds():
         raise UserError(

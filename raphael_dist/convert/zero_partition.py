@@ -1,8 +1,11 @@
-"""Which rank holds which span of which parameter, for every ZeRO stage and expert parallelism, computed without ranks.
+"""Computes which elements of which parameters each rank owns, for every ZeRO stage and expert-parallel size.
 
-ZeRO-1 and 2 concatenate the parameters of a group, round the sum up, and divide it into equal parts. There is one group of
-replicated parameters, and one for each number of ranks over which experts are sharded. ZeRO-3 divides every parameter by
-itself.
+No process group is needed. A *span* is a range of consecutive elements of a flattened parameter.
+
+- ZeRO-1 and 2 concatenate the parameters of an optimizer parameter group, round the length up, and divide the result into
+  one equal part per rank. One group has the replicated parameters, and there is one group of sharded experts for each
+  expert-parallel size.
+- ZeRO-3 divides every parameter separately.
 """
 
 from collections.abc import Iterator
@@ -25,9 +28,9 @@ class Topology:
 
     Attributes:
         world: number of ranks. stage: ZeRO stage.
-        space_ep, time_ep: ranks that share one set of space and of time experts.
-        alignment: ZeRO-1 and 2 round each parameter in their flat buffers up to a multiple of this many elements.
-        replicated: layers whose experts are on every rank in spite of `space_ep` and `time_ep` (parallel.placement).
+        space_ep, time_ep: number of ranks over which the space experts and the time experts are sharded.
+        alignment: ZeRO-1 and 2 pad each parameter in their flat buffers to a multiple of this many elements.
+        replicated: layers whose experts are whole on every rank in spite of `space_ep` and `time_ep` (parallel.placement).
     """
 
     world: int = 1
@@ -38,7 +41,7 @@ class Topology:
     replicated: frozenset[str] = frozenset()
 
     def ep_size(self, name: str) -> int:
-        """Return over how many ranks the experts of a parameter are sharded; 1 if it is replicated."""
+        """Return the number of ranks over which the parameter `name` is sharded as experts; 1 if every rank has it whole."""
         owner = stacked(name)
         if owner is None or owner[0] in self.replicated:
             return 1
@@ -46,9 +49,9 @@ class Topology:
 
 
 def parallel_config(config: Config, options: Options) -> Config:
-    """Return the configuration with the target's expert parallelism.
+    """Return the configuration with the expert-parallel sizes of `options`.
 
-    Raises UserError when model, ranks or stage forbid it.
+    Raises UserError if the model, the number of ranks or the ZeRO stage of `options` does not allow them.
     """
     tree = config.model_dump(mode="json")
     tree["parallel"] |= {"space_ep": options.space_ep, "time_ep": options.time_ep}
@@ -58,12 +61,12 @@ def parallel_config(config: Config, options: Options) -> Config:
 
 
 def topology_of(config: Config, options: Options, *, aligned: bool = True) -> Topology:
-    """Return the topology of a target.
+    """Return how the target of a conversion is divided over ranks.
 
     Args:
         config: the configuration with the target's expert parallelism (`parallel_config`).
         options: options of the target.
-        aligned: whether ZeRO-1 and 2 round parameters up to 16 bytes in the dtype of training, as `ds_config.merge` sets it.
+        aligned: whether ZeRO-1 and 2 pad parameters to multiples of 16 bytes in train.dtype, as training here does.
     """
     replicated: frozenset[str] = frozenset()
     if max(options.space_ep, options.time_ep) > 1:
@@ -80,16 +83,16 @@ def topology_of(config: Config, options: Options, *, aligned: bool = True) -> To
 
 @dataclass(frozen=True)
 class Group:
-    """A parameter group on one rank of ZeRO-1 or 2.
+    """An optimizer parameter group of ZeRO-1 or 2, and the part of its flat buffer that one rank owns.
 
     Attributes:
-        ep_size: ranks over which its experts are sharded.
-        shapes: local shapes of its parameters, in order.
-        paddings: elements of padding after each parameter.
-        per_rank_padded: elements of this rank's part of the flat buffer; the same on every rank.
-        per_rank: those of them that are not padding at the end of the buffer.
-        ranks: number of ranks that share the group. index: this rank's number among them.
-        spans: the spans in this rank's part, with their offsets in it.
+        ep_size: number of ranks over which its experts are sharded; 1 for replicated parameters.
+        shapes: shapes of its parameters on this rank, in their order in the flat buffer.
+        paddings: number of padding elements after each parameter.
+        per_rank_padded: number of elements in this rank's part of the buffer; the same on every rank.
+        per_rank: the same number without the padding at the end of the buffer.
+        ranks: number of ranks over which the buffer is divided. index: number of this rank among them.
+        spans: the parameters' spans in this rank's part, each with its offset in the part, in elements.
     """
 
     ep_size: int
@@ -103,12 +106,15 @@ class Group:
 
     @property
     def name(self) -> str:
-        """DeepSpeed's name for the group of experts."""
+        """The name that DeepSpeed gives to this group of experts, such as ep_size_4."""
         return f"ep_size_{self.ep_size}"
 
 
 def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> tuple[tuple[int, ...], int]:
-    """Return the local shape of a parameter on a rank, and its first element in the whole parameter, flattened."""
+    """Return (shape, first element) of the part of a parameter that a rank has under expert parallelism, before ZeRO.
+
+    The part is a range of consecutive elements of the whole flattened parameter, and begins at `first element`.
+    """
     ep_size = topology.ep_size(name)
     if ep_size == 1:
         return shape, 0
@@ -117,7 +123,7 @@ def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> t
 
 
 def groups(shapes: Shapes, topology: Topology, rank: int) -> list[Group]:
-    """Return a rank's groups under ZeRO-1 or 2: replicated parameters, then sharded experts, by number of ranks."""
+    """Return a rank's parameter groups under ZeRO-1 or 2: replicated parameters, then experts by ascending `ep_size`."""
     by_ep_size: dict[int, list[str]] = {1: []}
     for name in shapes:
         by_ep_size.setdefault(topology.ep_size(name), []).append(name)
@@ -147,7 +153,10 @@ def _group(shapes: Shapes, topology: Topology, rank: int, ep_size: int, names: l
 
 
 def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
-    """Return a rank's spans under ZeRO-3 with their offsets in its flat buffer, and the buffer's elements."""
+    """Return what a rank owns under ZeRO-3: each span with its offset in the flat buffer, and the buffer's length.
+
+    Offsets and length are in elements.
+    """
     spans: dict[Span, int] = {}
     at = 0
     for name, shape in shapes.items():
@@ -161,7 +170,10 @@ def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
 
 
 def spans(shapes: Shapes, topology: Topology, rank: int) -> Iterator[Span]:
-    """Yield the spans of the fp32 weights that a rank saves, in any stage. Under ZeRO-0 ranks take turns by parameter."""
+    """Yield the spans of fp32 weights that a rank writes into a checkpoint, for any ZeRO stage.
+
+    Under ZeRO-0 every rank has all weights; the parameters are divided over the ranks in turn.
+    """
     if topology.stage == 0:
         for i, (name, shape) in enumerate(shapes.items()):
             if i % topology.world == rank:

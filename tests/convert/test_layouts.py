@@ -55,7 +55,7 @@ def test_layouts_are_listed_without_importing_torch() -> None:
 
 
 def test_unknown_folder_is_refused_with_all_layout_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"the files have none of the layouts {', '.join(layouts.names())}"):
+    with pytest.raises(UserError, match=f"in one of the layouts {', '.join(layouts.names())}, but"):
         layouts.detect(tmp_path)
 
 

@@ -1,8 +1,8 @@
-"""The layouts: formats of a checkpoint on disk.
+"""The layouts: formats in which a checkpoint can lie on disk, such as diffusers' or DeepSpeed's.
 
-Every module or folder here whose name does not begin with an underscore is a layout of that name, and has a `LAYOUT`. There
-is no other list: a new file is a new layout for the command lines, for inspection and for `run.init_from`. A module is
-imported when its layout is asked for; `names` imports none.
+Every module or folder here whose name does not begin with an underscore is a layout of that name, and defines `LAYOUT`.
+There is no other list: a new file is a new layout for the command lines, for inspection and for `run.init_from`. A module is
+imported when its layout is used; `names` imports none.
 """
 
 import pkgutil
@@ -36,16 +36,17 @@ class Layout:
     Attributes:
         name: the name of its module.
         holds: whether it contains everything that a run needs to continue, or only weights.
-        detect: returns whether a path is of this layout. It is called only if no manifest.json has `"layout": NAME`, so
-            most layouts return False. It may look at file names, not into files.
-        open: returns the checkpoint at a path, after reading headers only. The second argument is the configuration that
-            the user gave; None for most. Raises UserError for tensors that are missing, doubled or misshapen, and for files
-            of another kind. Any other exception is a bug of the layout.
-        plan: returns which files hold a source in this layout; the third argument is the target's path. Raises UserError
-            when the layout cannot hold the source's model, or not with these options.
-        options: the fields of `Options` that it supports as a target.
+        detect: called with a path; returns whether the files there have this layout. It is called only if no manifest.json
+            has `"layout": NAME`, so most layouts return False. It may look at file names, but not into files.
+        open: called with a path and the configuration that the user gave (usually None); returns the checkpoint after
+            reading headers only. Raises UserError for missing, duplicate or misshapen tensors and for files of another
+            kind. Any other exception is a bug in the layout.
+        plan: called with a source, options and the target's path; returns which files to write (write_plan.py). Raises
+            UserError if the layout cannot represent the source's model, or does not allow these options.
+        options: names of the fields of `Options` that it supports as a target.
         takes_config: whether `open` needs the configuration if the files have no manifest of this project.
-        pickles: returns the files that `open` would unpickle (weights only); inspection requires their checksums.
+        pickles: called with a path; returns the files that `open` would unpickle (weights only). Inspection requires their
+            checksums.
     """
 
     name: str
@@ -64,7 +65,7 @@ def names() -> list[str]:
 
 
 def layout_of(option: str, name: str) -> Layout:
-    """Return the layout that a command line option ("--from" or "--to") names. Raises UserError when there is none."""
+    """Return the layout called `name`. UserError, which begins with `option` ("--from" or "--to"): there is none."""
     if name not in names():
         known = [*names(), *(ADAPTER_FORMATS if option == "--to" else ())]
         raise UserError(
@@ -76,7 +77,7 @@ def layout_of(option: str, name: str) -> Layout:
 
 
 def detect(path: Path) -> Layout:
-    """Return the layout of the files at `path`. Raises UserError when no layout matches."""
+    """Find out the layout of the files at `path` and return it. Raises UserError if no layout matches."""
     if not path.exists():
         raise UserError(f"--from {path}: there is no such file or folder. Check the path.")
     if (path / MANIFEST).is_file():
@@ -90,7 +91,10 @@ def detect(path: Path) -> Layout:
         layout = layout_of("--from", name)
         if layout.detect(path):
             return layout
-    raise UserError(f"--from {path}: the files have none of the layouts {', '.join(names())}. Check the path.")
+    raise UserError(
+        f"--from {path} must be a checkpoint in one of the layouts {', '.join(names())}, but its files match none of them. "
+        "Check the path."
+    )
 
 
 def open_checkpoint(name: str, path: Path, config: "Config | None" = None) -> "Checkpoint":

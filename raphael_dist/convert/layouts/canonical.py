@@ -1,4 +1,4 @@
-"""The canonical layout: safetensors, one key per tensor, each expert by its number, in the orientation of nn.Linear.
+"""The layout `canonical`: safetensors with whole tensors; each expert has tensors of its own, stored as in nn.Linear.
 
     manifest.json
     model-00001-of-00003.safetensors ... model.safetensors.index.json      fp32 weights
@@ -29,7 +29,11 @@ _LEAVES = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias
 
 
 def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Yield (key, first element, shape) of the tensors that hold a parameter: one per expert, or the parameter itself."""
+    """Yield (key, first element, shape) of each tensor in the files that a parameter becomes.
+
+    A parameter with stacked experts becomes one tensor per expert, which begins at `first element` of the flattened
+    parameter. Any other parameter becomes one tensor.
+    """
     owner = stacked(name)
     if owner is None:
         yield name, 0, shape
@@ -39,19 +43,19 @@ def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[in
 
 
 def entries(source: Source, kind: str) -> Iterator[Entry]:
-    """Yield the canonical tensors of one kind."""
+    """Yield the tensors of one kind of values ("master", "ema", ...) as entries of a plan."""
     for name, shape in source.shapes.items():
         for key, start, key_shape in keys(name, shape):
             yield Entry(key, key_shape, (piece(kind, name, start, prod(key_shape)),))
 
 
 def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Return the files of one kind, and their index if there are several."""
+    """Plan the files for one kind of values. Returns the files, and {name: content} of their index ({} for one file)."""
     return parts(entries(source, kind), STEMS[kind], part_bytes)
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a canonical folder with all kinds of the source."""
+    """Return the plan of a canonical folder with all kinds of values that the source has."""
     files: list[OutFile] = []
     small: dict[str, bytes] = {}
     for kind in source.kinds():
@@ -62,14 +66,17 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_canonical(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a canonical folder; only headers are read. Raises UserError for a missing, extra, doubled or misshapen tensor."""
+    """Open a canonical folder; only headers are read. UserError: a tensor is missing, unexpected, duplicate or misshapen."""
     manifest = read_manifest(folder / MANIFEST, "canonical")
     shapes = parameter_shapes(config_from_tree(manifest["config"]))
     return checkpoint_of(folder, manifest, read_kinds(folder, manifest, shapes))
 
 
 def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[Key, list[StoredTensor]]:
-    """Return the spans of all kinds in the manifest's safetensors files."""
+    """Return where the values of each (kind, parameter) lie in the safetensors files that a manifest lists.
+
+    shapes: shape of every parameter of the model. Raises UserError for an unexpected or misshapen tensor.
+    """
     expected = {key: (name, start, part) for name, shape in shapes.items() for key, start, part in keys(name, shape)}
     files = [f for f in manifest["files"] if f.endswith(".safetensors")]
     spans: dict[Key, list[StoredTensor]] = {}
@@ -92,7 +99,7 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
 
 
 def gather(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return the tensors of several files by key. Raises UserError for a key in two files."""
+    """Return where each tensor of several safetensors files lies, by key. UserError: two files have the same key."""
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         for key, stored in file_tensors(path).items():

@@ -1,7 +1,8 @@
-"""The dense layout: a U-Net with the structure of Stable Diffusion 2, as a diffusers `unet/` folder or a single file.
+"""The layout `dense`: a U-Net with the structure of Stable Diffusion 2, as a `unet/` folder of diffusers or a single file.
 
-A single file may have the names of diffusers, or those of the original LDM code (below `model.diffusion_model.`). Sizes are
-read from `config.json`, or from the shapes in a single file.
+The tensors in a single file may have diffusers' names, or those of the original LDM code, which begin with
+`model.diffusion_model.`. The sizes of the model are read from the folder's config.json, or from the shapes of the tensors in
+a single file.
 """
 
 import inspect
@@ -58,9 +59,15 @@ _LINEAR = "use_linear_projection"  # on in Stable Diffusion 2, off by diffusers'
 
 
 def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str, Any] | None = None) -> Config:
-    """Return the configuration of a U-Net from diffusers' `config.json`.
+    """Return the configuration of this project for a dense U-Net of diffusers.
 
-    Raises UserError for a structure that is not supported.
+    Args:
+        unet: the content of the U-Net's config.json.
+        where: path of this file, for messages.
+        diffusion: settings of the section `diffusion` that the folder states.
+
+    Raises:
+        UserError: the structure differs from that of Stable Diffusion 2.
     """
     from diffusers import UNet2DConditionModel
 
@@ -81,7 +88,10 @@ def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str,
 
 
 def sizes_of_unet(unet: Mapping[str, Any], where: Path) -> JsonObject:
-    """Return fields of the section `model` from diffusers' `config.json`. Raises UserError for another structure."""
+    """Return the settings of the section `model` that follow from the config.json of a U-Net of diffusers.
+
+    Raises UserError if the structure differs from that of Stable Diffusion 2. where: path of the file, for the message.
+    """
     try:
         channels = list(unet["block_out_channels"])
         attention = [str(kind).startswith("CrossAttn") for kind in unet["down_block_types"]]
@@ -111,9 +121,9 @@ def _dense_config(sizes: JsonObject, diffusion: Mapping[str, Any] | None = None)
 
 
 def unet_json(config: Config, where: str) -> JsonObject:
-    """Return diffusers' `config.json` of a dense model.
+    """Return the content of config.json for a dense model as a UNet2DConditionModel of diffusers.
 
-    Raises UserError for a model that diffusers' U-Net cannot represent.
+    Raises UserError if that class cannot represent the model. where: beginning of the message.
     """
     m = config.model
     if not is_dense(config):
@@ -131,7 +141,7 @@ def unet_json(config: Config, where: str) -> JsonObject:
 
 
 def unet_fields(config: Config) -> JsonObject:
-    """Return the fields of a U-Net's `config.json` that diffusers' own U-Nets have, for any model."""
+    """Return those fields of config.json that diffusers' UNet2DConditionModel has too, for any model, also with experts."""
     m = config.model
     kinds = ["CrossAttn" * has + "DownBlock2D" for has in m.attention]
     return {
@@ -182,7 +192,13 @@ def _config_of_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Con
 
 
 def ldm_key(name: str, layers: int, attention: tuple[bool, ...]) -> str:
-    """Return the name in the original LDM code of a parameter of diffusers' U-Net."""
+    """Translate the name of a parameter from diffusers' U-Net to the original LDM code.
+
+    Args:
+        name: the name in diffusers.
+        layers: number of residual blocks per level.
+        attention: for each U-Net level, whether it has transformer blocks.
+    """
     owner, _, leaf = name.rpartition(".")
     if owner in _OUTER:
         return f"{_OUTER[owner]}.{leaf}"
@@ -241,7 +257,10 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
 
 
 def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
-    """Open a `unet/` folder (or a pipeline's folder), or a single file. Raises UserError for another architecture."""
+    """Open a `unet/` folder, the folder of a pipeline that contains it, or a single file.
+
+    Raises UserError if the U-Net does not have the structure of Stable Diffusion 2.
+    """
     if path.is_file():
         return _open_file(path)
     folder = path / "unet" if (path / "unet").is_dir() else path
@@ -275,9 +294,16 @@ def _open_file(path: Path) -> Checkpoint:
 def weights_by_name(
     folder: Path, config: Config, stored: dict[str, StoredTensor], manifest: JsonObject | None
 ) -> Checkpoint:
-    """Return a checkpoint whose tensors have the trainer's names.
+    """Make a Checkpoint from tensors that have the names of the trainer's parameters, one whole parameter each.
 
-    Raises UserError for a tensor that does not fit the model.
+    Args:
+        folder: the path that was opened, for messages.
+        config: configuration of the model.
+        stored: where each tensor lies in its file, by name.
+        manifest: manifest of the folder; None: it has none.
+
+    Raises:
+        UserError: a tensor is missing, or does not belong to the model or has another shape.
     """
     expected = parameter_shapes(config)
     unfit = sorted(n for n in expected.keys() | stored.keys() if n not in stored or expected.get(n) != stored[n].shape)
@@ -297,7 +323,7 @@ def weights_by_name(
 
 
 def read_object(path: Path) -> JsonObject:
-    """Return a JSON object. Raises UserError if it cannot be read."""
+    """Read a JSON file that contains an object, and return the object. UserError: it cannot be read or has another value."""
     try:
         tree = read_json(path)
     except (OSError, ValueError) as error:
@@ -308,13 +334,13 @@ def read_object(path: Path) -> JsonObject:
 
 
 def scheduler_settings(folder: Path) -> JsonObject:
-    """Return the section `diffusion` for the scheduler of a pipeline; {} without one.
+    """Return the settings of the section `diffusion` that correspond to the scheduler of a pipeline; {} without scheduler.
 
     Args:
         folder: the pipeline's folder, or its unet/.
 
     Raises:
-        UserError: its noise schedule is of another kind.
+        UserError: the scheduler's noise schedule is neither scaled_linear nor linear.
     """
     paths = [home / "scheduler" / "scheduler_config.json" for home in (folder, folder.parent)]
     scheduler = next((read_object(path) for path in paths if path.is_file()), {})
@@ -334,14 +360,18 @@ def scheduler_settings(folder: Path) -> JsonObject:
 
 
 def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutFile], dict[str, bytes], str]:
-    """Return the weight files of a `unet/` folder, under the names of the parameters, their index, and the kind in them."""
+    """Plan the weight files of a `unet/` folder, in which each tensor has the name of its parameter.
+
+    Returns:
+        The files; {name: content} of their index, {} for a single file; and the kind of weights, "ema" or "master".
+    """
     kind = chosen_weights(source, options)
     entries = [Entry(n, s, (piece(kind, n, 0, prod(s)),), options.dtype) for n, s in source.shapes.items()]
     return *parts(entries, f"{folder}{STEM}", options.part_bytes), kind
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a diffusers `unet/` folder. Raises UserError when the model is not dense."""
+    """Return the plan of a `unet/` folder of diffusers. Raises UserError if the model is not dense."""
     unet = unet_json(source.config, "--to dense")
     files, small, kind = unet_files(source, options, "")
     small["config.json"] = json.dumps(unet, indent=2).encode()
@@ -350,12 +380,12 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def detect(path: Path) -> bool:
-    """Return whether this is a single file, or a folder of one model (not a pipeline) of diffusers."""
+    """Return whether `path` is a single file, or a folder with one model of diffusers (not with a pipeline)."""
     return path.is_file() or ((path / "config.json").is_file() and not (path / "model_index.json").is_file())
 
 
 def pickles(path: Path) -> list[Path]:
-    """Return the file itself unless it is safetensors, or the .bin files of a folder whose weights they hold."""
+    """Return the files with pickled weights: `path` itself unless it is a safetensors file, or a folder's .bin files."""
     if path.is_file():
         return [path] if path.suffix != ".safetensors" else []
     files = weight_files(path / "unet" if (path / "unet").is_dir() else path)

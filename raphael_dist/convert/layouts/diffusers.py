@@ -1,9 +1,12 @@
-"""The diffusers layout: a folder that loads as a pipeline, with a model card.
+"""The layout `diffusers`: a folder that diffusers loads as a pipeline, with a model card.
 
-It has model_index.json, unet, vae, text_encoder, tokenizer and scheduler. With experts it carries the code of its U-Net and
-pipeline (`exported_code.py`), so that it loads without this package. A dense model gives a UNet2DConditionModel, and with
-the encoders of Stable Diffusion a StableDiffusionPipeline. Files of encoders are copied, or loaded and saved again if they
-would not load under plain names."""
+- It contains model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/.
+- The U-Net of a model with experts is a RaphaelUNet2D. The folder then contains the Python code of U-Net and pipeline
+  (`exported_code.py`), so that it loads without this package.
+- The U-Net of a dense model is diffusers' UNet2DConditionModel. With the encoders of Stable Diffusion, the pipeline is a
+  StableDiffusionPipeline.
+- Files of encoders are copied. They are loaded and saved again if they have the names of a variant, or are not safetensors.
+"""
 
 import json
 import shutil
@@ -52,7 +55,10 @@ _LATER_FIELDS: JsonObject = {"image_positions": False}  # which folders of earli
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a pipeline folder, or only its unet/. Raises UserError when an encoder of the configuration is missing."""
+    """Return the plan of a pipeline folder, or of its unet/ only (`options.unet_only`).
+
+    Raises UserError if an encoder that the configuration names is missing.
+    """
     config = source.config
     unet = unet_json(config, "--to diffusers") if is_dense(config) else expert_json(config, RaphaelUNet2D)
     files, small, kind = unet_files(source, options, "unet/")
@@ -78,7 +84,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def expert_json(config: Config, kind: type) -> JsonObject:
-    """Return `config.json` of a network with experts, RaphaelUNet2D or RaphaelControlNet, whose code lies next to it."""
+    """Return the content of config.json for a network with experts. kind: its class, RaphaelUNet2D or RaphaelControlNet."""
     m = config.model
     return {
         "_class_name": kind.__name__,
@@ -91,13 +97,13 @@ def expert_json(config: Config, kind: type) -> JsonObject:
 
 
 def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upscale: JsonObject | None) -> Config:
-    """Return the configuration of a RaphaelUNet2D from its `config.json`.
+    """Return the configuration of this project for a RaphaelUNet2D in a pipeline folder.
 
     Args:
-        unet: the content of the file.
-        where: its path, for messages.
-        diffusion: the section `diffusion`, as far as it is known.
-        upscale: the section `upscale`; None: no super-resolution.
+        unet: the content of the U-Net's config.json.
+        where: path of this file, for messages.
+        diffusion: settings of the section `diffusion` that the folder states.
+        upscale: settings of the section `upscale`; None: no super-resolution.
 
     Raises:
         UserError: a field is missing or not allowed.
@@ -108,7 +114,8 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
         edges, steps = int(unet["edge_channels"]), int(unet["num_train_timesteps"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{where} must be the configuration of a {UNET}, but a field is missing or wrong: {error!r}. Restore it."
+            f"{where} must be the configuration of a {UNET}, but a field is missing or not valid ({error!r}). Restore the "
+            "file."
         ) from None
     edge: JsonObject = {"channels": edges, "max_timestep": min(500, steps)} if edges else {"weight": 0.0}
     sections = {"model": model, "edge": edge, "upscale": upscale or {}, "sample": {"steps": min(25, steps - 1)}}
@@ -116,7 +123,7 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
 
 
 class Encoders:
-    """The other parts of a pipeline: their source folders and classes."""
+    """The parts of a pipeline other than the U-Net: source folders and classes of VAE, text encoder and tokenizer."""
 
     def __init__(self, config: Config, text_by_name: bool = False) -> None:
         if text_by_name and config.text.encoder not in NAMED:
@@ -174,7 +181,7 @@ class Encoders:
         return index | sample | {"max_tokens": config.text.max_tokens, "size": list(config.image.buckets[0])}
 
     def write(self, folder: Path) -> None:
-        """Copy the encoders' files into `folder`, and write scheduler and tokenizer."""
+        """Copy the files of VAE and text encoder into the pipeline's folder, and write its scheduler and tokenizer."""
         self._scheduler().save_pretrained(folder / "scheduler")
         if self.vae is not None and not _copied(self.vae, folder / "vae", DIFFUSERS):
             save_autoencoder(self.config.image.vae, folder / "vae")
@@ -202,9 +209,9 @@ def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
 
 
 def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open the U-Net of a pipeline folder.
+    """Open the U-Net of a pipeline folder as a checkpoint.
 
-    Raises UserError unless it is of this project or has Stable Diffusion 2's structure.
+    Raises UserError unless the U-Net is a RaphaelUNet2D or has the structure of Stable Diffusion 2.
     """
     unet = read_object(folder / "unet" / "config.json")
     manifest = read_optional_manifest(folder, "diffusers")
@@ -227,7 +234,7 @@ def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
 
 
 def detect(path: Path) -> bool:
-    """Return whether this is the folder of a pipeline."""
+    """Return whether `path` is the folder of a diffusers pipeline."""
     return (path / "model_index.json").is_file()
 
 

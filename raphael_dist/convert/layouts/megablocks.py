@@ -1,4 +1,4 @@
-"""The layout of MegaBlocks' grouped feed-forward layers: stacked matrices of [experts x width, dim], weights only.
+"""The layout `megablocks`: weights with the names and shapes of MegaBlocks' grouped feed-forward layers (dMoE).
 
 For a layer of K experts of width F and D channels, with `....space_moe` or `....time_moe` in front:
 
@@ -31,7 +31,15 @@ STEM = "model"
 
 
 def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...], list[Span], bool]]:
-    """Yield (key, shape, spans of the parameter in order, whether each is transposed) of every tensor of the layout."""
+    """Yield every tensor of the layout as (key, shape, spans, transposed).
+
+    The tensor is the concatenation of `spans`, ranges of elements of flattened parameters of the model. `transposed` states
+    whether each span is a matrix that the file has transposed.
+
+    Args:
+        shapes: shape of every parameter of the model, by name.
+        gated: whether the time experts use GEGLU.
+    """
     for name, shape in shapes.items():
         layer, leaf = stacked(name) or (name, "")
         if leaf not in ("w1", "w2"):
@@ -51,7 +59,7 @@ def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...],
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a folder of stacked weights. Raises UserError for a model without experts."""
+    """Return the plan of a folder in this layout. Raises UserError for a model without experts."""
     model = source.config.model
     if not (model.space_experts or model.time_experts):
         raise UserError(
@@ -68,7 +76,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a folder that `plan` describes. Raises UserError for a missing, extra or misshapen tensor."""
+    """Open a folder in this layout. Raises UserError for a missing, unexpected or misshapen tensor."""
     manifest = read_manifest(folder / MANIFEST, "megablocks")
     config = config_from_tree(manifest["config"])
     shapes, stored = parameter_shapes(config), gather(weight_files(folder, (STEM, STEM)).paths)

@@ -1,6 +1,6 @@
-"""The layout that the trainer writes: a run directory with `checkpoints/step-XXXXXXXX/`, flat spans per rank.
+"""The layout `raphael`, which the trainer writes: a run directory with checkpoints/step-XXXXXXXX/, one file per rank.
 
-`checkpoint.reader` describes the format; this module plans the files of any topology.
+checkpoint/reader.py describes the format. This module plans such files for any number of ranks and any ZeRO stage.
 """
 
 import json
@@ -20,7 +20,10 @@ from raphael_dist.errors import UserError
 
 
 def open_run(path: Path, config: Config | None = None) -> Checkpoint:
-    """Open a run directory (its newest checkpoint with complete headers) or a step folder."""
+    """Open a step-* folder, or the newest checkpoint of a run directory whose files have complete headers.
+
+    Raises UserError for a run that trained only LoRA adapters or a ControlNet, and if there is no such checkpoint.
+    """
     checkpoint, problems = first_good(path, _open_step, str(path))
     checkpoint.notes += [
         f"a newer checkpoint cannot be used, so {checkpoint.path.name} is read: {problem}" for problem in problems
@@ -44,15 +47,20 @@ def _open_step(folder: Path) -> Checkpoint:
     checkpoint.topology = f"{manifest.get('world_size', '?')} ranks, {topology}"
     if set(checkpoint.shapes) != set(reader.shapes):
         name = min(set(checkpoint.shapes) ^ set(reader.shapes))
+        where = f"its {MANIFEST} lists it" if name in reader.shapes else f"its {MANIFEST} does not list it"
         raise UserError(
-            f"{folder}: {name} must fit the model of its own configuration, but it does not. Use another checkpoint."
+            f"{folder} must have the parameters of the model in its own configuration, but they differ in {name}: {where}. "
+            "Use another checkpoint."
         )
     checkpoint.check()
     return checkpoint
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan a run directory with one checkpoint of `options.world` ranks. Without moments it starts at step 0."""
+    """Return the plan of a run directory with one checkpoint for `options.world` ranks. `target`: this directory.
+
+    A run that resumes from it starts at step 0 if the source has no Adam moments.
+    """
     config = parallel_config(source.config, options)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": target, "init_from": None})})
     progress, notes = progress_of_target(source)
@@ -83,7 +91,7 @@ def _rank_file(source: Source, topology: Topology, rank: int, folder: str, zero_
 
 
 def detect(path: Path) -> bool:
-    """Return whether this is a run directory, its checkpoints folder or a step folder."""
+    """Return whether `path` is a run directory, its checkpoints folder or a step-* folder."""
     return (path / "checkpoints").is_dir() or any(path.glob("step-*")) or (path / MANIFEST).is_file()
 
 

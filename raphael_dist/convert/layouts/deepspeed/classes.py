@@ -1,18 +1,18 @@
-"""Placeholders for the classes that DeepSpeed pickles: reading its files needs no DeepSpeed, and runs none of its code."""
+"""Replacements for the classes in DeepSpeed's pickles, so that reading these files neither imports nor runs DeepSpeed."""
 
 import pickle
 from typing import Any
 
 
 class FragmentAddress:
-    """Replaces DeepSpeed's `fragment_address`: `numel` elements from `start` on."""
+    """Replaces DeepSpeed's `fragment_address`: the place of a parameter in a flat buffer, `numel` elements from `start`."""
 
     numel: int
     start: int
 
 
 class LossScaler:
-    """Replaces DeepSpeed's loss scalers."""
+    """Replaces DeepSpeed's classes of loss scalers. Its content is not used."""
 
 
 def _zero_stage(value: int) -> int:

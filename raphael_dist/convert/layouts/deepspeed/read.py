@@ -33,9 +33,9 @@ _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 def tag_folder(path: Path) -> Path | None:
-    """Return the folder with the files: `path` itself, or the one that its file `latest` names; None without either.
+    """Return the folder with DeepSpeed's files: `path` itself, or the subfolder that the file `latest` in it names.
 
-    UserError: `latest` names no such folder.
+    None if `path` contains neither. Raises UserError if `latest` names a folder without these files.
     """
     if _has_model(path):
         return path
@@ -59,25 +59,25 @@ def _has_model(folder: Path) -> bool:
 
 
 def detect(path: Path) -> bool:
-    """Return whether DeepSpeed saved here. A run directory in which it saved as well is a run."""
+    """Return whether `path` contains a checkpoint that DeepSpeed saved. False for a run directory of this project."""
     is_run = (path / "checkpoints").is_dir() or any(path.glob("step-*"))  # it has a file `latest` too
     return not is_run and (_has_model(path) or (path / "latest").is_file())
 
 
 def pickles(path: Path) -> list[Path]:
-    """Return the files of torch.save in the folder."""
+    """Return the files in the checkpoint that torch.save wrote, which are pickles."""
     return sorted((tag_folder(path) or path).glob("*.pt"))
 
 
 def open_deepspeed(path: Path, config: Config | None) -> Checkpoint:
-    """Open a folder of DeepSpeed's `save_checkpoint`.
+    """Open a checkpoint that DeepSpeed's `save_checkpoint` wrote.
 
     Args:
-        path: the folder with the files, or one with a file `latest`.
-        config: the model; required if the files have no manifest of this project.
+        path: the folder with the files, or its parent folder with the file `latest`.
+        config: configuration of the model; required if the folder has no manifest of this project.
 
     Raises:
-        UserError: a file is missing, damaged or a pickle of more than weights; experts are missing or doubled.
+        UserError: a file is missing, is damaged, or contains objects other than weights; experts are missing or duplicate.
     """
     folder = tag_folder(path)
     if folder is None:
@@ -242,8 +242,8 @@ class _Files:
                 break
         else:
             raise UserError(
-                f"{file}: the paddings of parameter group {i} must fit its parameters, but they do not. Use the "
-                "configuration of the run as --config."
+                f"{file}: the paddings of parameter group {i} must be {group.paddings}, as its parameters require, but the "
+                f"file states {list(paddings[i])}. Use the configuration of the run as --config."
             )
         self._check_shapes(file, shapes, group.shapes)
         mappings = _item(file, _item(file, state, "param_slice_mappings", list), i, dict)
@@ -252,8 +252,8 @@ class _Files:
         if stated != computed:
             name = min(n for n in stated.keys() | computed.keys() if stated.get(n) != computed.get(n))
             raise UserError(
-                f"{file}: {name} must have the start and the number of elements {computed.get(name)}, but the file states "
-                f"{stated.get(name)}. Use the configuration of the run as --config."
+                f"{file}: {name} must lie at (start, number of elements) {computed.get(name)} in the flat buffer, but the "
+                f"file states {stated.get(name)}. Use the configuration of the run as --config."
             )
         return group
 

@@ -1,12 +1,13 @@
-"""Plans the files that DeepSpeed 0.19's `load_checkpoint` reads, for any number of ranks, expert parallelism and ZeRO stage.
+"""Plans the files that DeepSpeed 0.19's `load_checkpoint` reads, for any number of ranks, ZeRO stage and expert sharding.
 
     PATH/latest
     PATH/global_step100/mp_rank_00_model_states.pt                              weights in the type of training
     PATH/global_step100/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt        fp32 weights and moments of rank R
     PATH/global_step100/manifest.json, ema-*.safetensors                        of this project; DeepSpeed ignores them
 
-The model file holds the experts of rank 0, as DeepSpeed saves stacked layers. The other ranks' experts are in their ZeRO
-files, so `Fragments.sync_model` must update every rank's weights after `load_checkpoint` with sharded experts.
+The model file has only the experts of rank 0, since DeepSpeed saves this file on rank 0 alone. The experts of other ranks
+are in their ZeRO files as fp32 weights. So with sharded experts, call `Fragments.sync_model` after `load_checkpoint`: it
+copies the fp32 weights into the model on every rank.
 """
 
 from collections import OrderedDict
@@ -65,7 +66,10 @@ class _Target:
 
 
 def plan(source: Source, options: Options, path: Path) -> ConversionPlan:
-    """Plan a folder for DeepSpeed. Raises UserError for a topology that the model or DeepSpeed does not allow."""
+    """Return the plan of a folder in this layout.
+
+    Raises UserError if the model or DeepSpeed does not allow the ranks, ZeRO stage or expert parallelism in `options`.
+    """
     target = _Target(source, options)
     folder, stage = f"global_step{target.progress.step}", options.stage
     ranks = range(options.world)
