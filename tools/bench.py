@@ -18,6 +18,7 @@ COMMANDS = {
     "step": ("step", "an optimizer step of ours compared with diffusers' and DeepSpeed's"),
     "scaling": ("scaling", "a whole run over ranks of this host, strong and weak, compared with the plan"),
     "network": ("network", "bytes that nodes send in a step, compared with the plan, DDP and DeepSpeed"),
+    "kernels": ("kernels", "the Triton kernels of train.kernels, compiled for GPUs that need not be there"),
     "syncs": ("syncs", "where a step's host waits for the GPU, without one"),
     "data": ("data", "decoding and reading shards, compared with other libraries"),
     "index": ("index", "the index of 100 million samples"),

@@ -16,14 +16,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Fragments:
-    """All fragments of this rank, in the order of the model's parameters. Frozen parameters have none."""
+    """All fragments of this rank, in the order of the model's parameters. Frozen parameters have none.
+
+    Attributes:
+        shapes: of the whole parameters, by name.
+        all: the fragments.
+        owners: the tensors that the optimizer updates.
+    """
 
     def __init__(self, module: nn.Module, zero: Zero, optimizer: torch.optim.Optimizer) -> None:
         """Collect the fragments. `optimizer` is torch's; its parameters are the fragments' owners."""
         self._zero, self._optimizer = zero, optimizer
         self.shapes = {name: global_shape(p)[0] for name, p in module.named_parameters() if p.requires_grad}
         self.all = list(zero.fragments(module))
-        self._owners = list({id(f.owner): f.owner for f in self.all}.values())
+        self.owners = list({id(f.owner): f.owner for f in self.all}.values())
 
     def __iter__(self) -> Iterator[Fragment]:
         return iter(self.all)
@@ -32,16 +38,21 @@ class Fragments:
         """Return the views of the fp32 weights, one per fragment."""
         return [f.master for f in self.all]
 
+    def optimizer_state(self, owner: Tensor) -> dict[str, Tensor]:
+        """Return the optimizer's state of a tensor that it updates; empty before the first step."""
+        state: dict[str, Tensor] = self._optimizer.state.get(owner, {})
+        return state
+
     def moment(self, fragment: Fragment, kind: str) -> Tensor | None:
         """Return a view of one of Adam's moments, float32 [numel]; None before the first step, or without moments."""
-        state = self._optimizer.state.get(fragment.owner, {})
+        state = self.optimizer_state(fragment.owner)
         if kind not in state:
             return None
         return state[kind].view(-1).narrow(0, fragment.offset, fragment.numel)
 
     def moment_addresses(self) -> list[int]:
         """Return the addresses of the optimizer's moments. If they change, a caller's views are stale."""
-        states = [self._optimizer.state.get(owner, {}) for owner in self._owners]
+        states = [self.optimizer_state(owner) for owner in self.owners]
         return [state[kind].data_ptr() for state in states for kind in MOMENTS if kind in state]
 
     def create_moments(self, steps_taken: int) -> None:
@@ -50,7 +61,7 @@ class Fragments:
             return
         on_device = self._optimizer.defaults.get("fused") or self._optimizer.defaults.get("capturable")
         # By fragment, not by param_groups: ZeRO-3 empties those between steps.
-        for owner in self._owners:
+        for owner in self.owners:
             state = self._optimizer.state[owner]
             state["step"] = torch.tensor(float(steps_taken), device=owner.device if on_device else "cpu")
             for kind in MOMENTS:
