@@ -5,6 +5,7 @@ clipping, precision, optimizer and schedule: another value in the JSON is an err
 import torch, for `--plan`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,7 @@ from raphael_dist.engine.ds_keys import Tree, check_keys, without_unset
 from raphael_dist.errors import UserError
 from raphael_dist.text import parse_json, read_text
 
-FUSED_UPDATE = "train.kernels: adamw"
-# Settings that require contiguous gradients, and how a user does without them.
-REMOVALS = {
-    "train.cuda_graphs=true": "set train.cuda_graphs=false",
-    FUSED_UPDATE: "remove adamw from train.kernels",
-}
+RequirementError = Callable[[str, str, str], UserError]  # requirement, what there is, and remedy
 CONTIGUOUS_BUCKET = 2_000_000_000  # elements; our reduce_bucket_size where gradients may be contiguous
 
 
@@ -173,10 +169,10 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
             )
     check_expert_parallel(config, merged, world_size)
     if config.train.cuda_graphs:
-        _check_contiguous("train.cuda_graphs=true", merged, accumulation)
+        _check_contiguous(cuda_graphs_error, merged, accumulation)
         _check_capture(config)
     if "adamw" in config.train.kernels:
-        _check_contiguous(FUSED_UPDATE, merged, accumulation)
+        _check_contiguous(fused_update_error, merged, accumulation)
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
@@ -229,21 +225,21 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     raise UserError(f"{sizes} requires {problem}. Use ds_configs/zero2.json or set parallel.space_ep=1 parallel.time_ep=1.")
 
 
-def _check_contiguous(setting: str, tree: Tree, accumulation: int) -> None:
-    """Raise UserError if gradients are not contiguous, as `setting` requires."""
+def _check_contiguous(error: RequirementError, tree: Tree, accumulation: int) -> None:
+    """Raise `error` if gradients are not contiguous."""
     stage, offload = zero_stage(tree), offload_device(tree)
     remedy = "Use ds_configs/zero2.json"
     if stage not in (1, 2):
-        raise requirement_error(setting, "ZeRO stage 1 or 2", f"the DeepSpeed config has stage {stage}", remedy)
+        raise error("ZeRO stage 1 or 2", f"the DeepSpeed config has stage {stage}", remedy)
     if tree["zero_optimization"].get("overlap_comm"):
-        raise requirement_error(setting, "overlap_comm=false", "it is true in the DeepSpeed config", remedy)
+        raise error("overlap_comm=false", "it is true in the DeepSpeed config", remedy)
     if offload is not None:
         actual = f"the DeepSpeed config has offload_optimizer.device={offload}"
-        raise requirement_error(setting, "the optimizer on the GPU", actual, remedy)
+        raise error("the optimizer on the GPU", actual, remedy)
     if stage == 1 and accumulation > 1:
         # ZeRO-1 accumulates bfloat16 gradients in other tensors.
         actual = f"the DeepSpeed config has stage 1 and a step has {accumulation} micro-steps"
-        raise requirement_error(setting, "ZeRO stage 2 if a step has several micro-steps", actual, remedy)
+        raise error("ZeRO stage 2 if a step has several micro-steps", actual, remedy)
 
 
 def _check_capture(config: Config) -> None:
@@ -273,12 +269,16 @@ def _check_capture(config: Config) -> None:
 
 def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
     """Return the error for `train.cuda_graphs=true` if a requirement is not met."""
-    return requirement_error("train.cuda_graphs=true", requirement, actual, remedy)
+    return UserError(
+        f"train.cuda_graphs=true requires {requirement}, but {actual}. {remedy} or set train.cuda_graphs=false."
+    )
 
 
-def requirement_error(setting: str, requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for a setting of REMOVALS if a requirement is not met."""
-    return UserError(f"{setting} requires {requirement}, but {actual}. {remedy} or {REMOVALS[setting]}.")
+def fused_update_error(requirement: str, actual: str, remedy: str) -> UserError:
+    """Return the error for `adamw` in `train.kernels` if a requirement is not met."""
+    return UserError(
+        f"train.kernels with adamw requires {requirement}, but {actual}. {remedy} or remove adamw from train.kernels."
+    )
 
 
 def _section(merged: Tree, *names: str) -> Tree:

@@ -91,7 +91,7 @@ class Engine:
         self.module: RaphaelUNet = self._engine.module
         self._zero = adapter(self._engine.optimizer, self.module, plan.world_size)
         if config.train.cuda_graphs:
-            replay_cuda_graphs(self.module, self._contiguous("train.cuda_graphs=true").views)
+            replay_cuda_graphs(self.module, self._contiguous(ds_config.cuda_graphs_error).views)
         self._zero.disable_builtin_clipping()
         self._engine.gradient_clipping = lambda: 0.0  # `update` clips
         self.fragments = Fragments(self.module, self._zero, optimizer)
@@ -102,11 +102,10 @@ class Engine:
         self._micro_step = 0
         self._touched: set[str] | None = self._watch_gradients() if config.train.check_gradients else None
 
-    def _contiguous(self, setting: str) -> Zero12Contiguous:
+    def _contiguous(self, error: ds_config.RequirementError) -> Zero12Contiguous:
         if not isinstance(self._zero, Zero12Contiguous):
             bucket = self.ds_config["zero_optimization"]["reduce_bucket_size"]
-            raise ds_config.requirement_error(
-                setting,
+            raise error(
                 "a zero_optimization.reduce_bucket_size in the DeepSpeed JSON of at least half the number of parameters",
                 f"it is {bucket}",
                 "Remove it from the JSON",
@@ -117,7 +116,7 @@ class Engine:
         from raphael_dist.engine.adamw import FusedUpdate  # it needs Triton
 
         update = FusedUpdate(self.fragments, self.config.optim, self.device)
-        self._contiguous(ds_config.FUSED_UPDATE).replace_step(update.launch)
+        self._contiguous(ds_config.fused_update_error).replace_step(update.launch)
         return update
 
     def create_ema(self) -> Ema | None:

@@ -2,7 +2,7 @@
 
 Every operation is called with tensors without data, of the sizes that a preset gives it. Its launches are recorded, compiled
 by Triton for each target, and read with the cuobjdump that Triton ships: registers of a thread, bytes that it spills to
-memory, and shared memory of a program. Nothing runs.
+memory, and shared bytes of a program; the largest of a kernel's launches is printed. Nothing runs.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,11 @@ class Resources:
     registers: int
     spilled: int
     shared: int
+
+    def largest(self, other: "Resources") -> "Resources":
+        """Return the larger number of each."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Resources(*(max(pair) for pair in pairs))
 
 
 def record_launches(work: Callable[[], object]) -> list[Launch]:
@@ -97,24 +102,29 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     return Resources(registers, stack + local, compiled.metadata.shared)
 
 
+# Of a model's first and last level: samples, channels, side of the maps, and width and side of the tokens.
+LEVELS = ((2, 320, 64, 320, 64), (2, 2560, 8, 1280, 16))
+
+
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Yield (switch, operation, arguments) at the sizes of `raphael-3b`'s first level with two images."""
+    """Yield (switch, operation, arguments) at the sizes of `raphael-3b` with two images."""
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    samples, channels, side, groups, eps = 2, 320, 64, 32, 1e-5
-    x, w, moments = new(samples, channels, side, side), new(channels), new(samples, groups, dtype=torch.float32)
-    for silu in (True, False):
-        yield "group_norm", group_norm._forward, (x, w, w, groups, eps, silu)
-        yield "group_norm", group_norm._backward, (x, x, w, w, moments, moments, groups, silu)
-    rows, experts, hidden = samples * side * side, 6, 1280
-    x_RD, w_RK = new(rows, channels), new(rows, experts)
-    yield "layer_norm", layer_norm._backward, (x_RD, x_RD, w, eps)
-    w1, b1, w2 = new(experts, hidden, channels), new(experts, hidden), new(experts, channels, hidden)
-    pairs = tuple(new(*shape, dtype=torch.int32) for shape in ((rows * experts,), (rows, experts), (experts,)))
-    yield "space_moe", sparse_experts._forward, (x_RD, w_RK, w1, b1, w2, *pairs)
-    yield "space_moe", sparse_experts._backward, (x_RD, x_RD, w_RK, w1, w2, *pairs, new(rows * experts, hidden))
+    groups, experts, eps = 32, 6, 1e-5
+    for samples, channels, side, width, tokens in LEVELS:
+        x, w, moments = new(samples, channels, side, side), new(channels), new(samples, groups, dtype=torch.float32)
+        for silu in (True, False):
+            yield "group_norm", group_norm._forward, (x, w, w, groups, eps, silu)
+            yield "group_norm", group_norm._backward, (x, x, w, w, moments, moments, groups, silu)
+        rows, hidden = samples * tokens * tokens, 4 * width
+        x_RD, w_RK = new(rows, width), new(rows, experts)
+        yield "layer_norm", layer_norm._backward, (x_RD, x_RD, new(width), eps)
+        w1, b1, w2 = new(experts, hidden, width), new(experts, hidden), new(experts, width, hidden)
+        pairs = tuple(new(*shape, dtype=torch.int32) for shape in ((rows * experts,), (rows, experts), (experts,)))
+        yield "space_moe", sparse_experts._forward, (x_RD, w_RK, w1, b1, w2, *pairs)
+        yield "space_moe", sparse_experts._backward, (x_RD, x_RD, w_RK, w1, w2, *pairs, new(rows * experts, hidden))
     flat, few = new(2**20, dtype=torch.float32), new(3, dtype=torch.float32)
     yield "adamw", adamw.adamw, (flat, flat, flat, new(2**20), flat, new(2**20), few, few, 0.9, 0.999, 1e-8)
 
@@ -126,23 +136,31 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compile every kernel for each target, and print registers, spilled bytes and shared memory."""
+    """Compile every kernel for each target, and print registers, spilled bytes and shared bytes."""
     if triton.knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET=1 requires no compiler, but this command compiles. Unset TRITON_INTERPRET.")
-    heads = [f"sm_{target}: registers, spilled bytes, shared bytes" for target in args.targets]
-    print(f"| switch | kernel | dtype | {' | '.join(heads)} |")
-    print("|" + "---|" * (3 + len(args.targets)))
+    columns = [(dtype, target) for dtype in (torch.float32, torch.bfloat16) for target in args.targets]
+    heads = [f"{str(dtype).removeprefix('torch.')}, sm_{target}" for dtype, target in columns]
+    print(f"| switch | kernel | {' | '.join(heads)} |")
+    print("|" + "---|" * (2 + len(columns)))
+    rows: dict[tuple[str, str], dict[tuple[torch.dtype, int], Resources]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        seen: set[Launch] = set()
-        for switch, operation, arguments in calls(dtype):
+        for switch, launch in _launches(dtype):
             if args.switches and switch not in args.switches:
                 continue
-            # What the operation runs for tensors with data.
-            for launch in record_launches(partial(operation._init_fn, *arguments)):
-                if launch in seen:
-                    continue
-                seen.add(launch)
-                cells = [compile_launch(launch, target) for target in args.targets]
-                texts = [f"{c.registers}, {c.spilled}, {c.shared:,}" for c in cells]
-                name = launch.kernel.__name__
-                print(f"| {switch} | `{name}` | {str(dtype).removeprefix('torch.')} | {' | '.join(texts)} |", flush=True)
+            row = rows.setdefault((switch, launch.kernel.__name__), {})
+            for target in args.targets:
+                needed = compile_launch(launch, target)
+                row[dtype, target] = needed.largest(row.get((dtype, target), needed))
+    for (switch, kernel), row in rows.items():
+        cells = [f"{r.registers}, {r.spilled}, {r.shared:,}" for r in (row[column] for column in columns)]
+        print(f"| {switch} | `{kernel}` | {' | '.join(cells)} |", flush=True)
+
+
+def _launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """Yield the switch and each different launch of what the operations run for tensors with data."""
+    seen: set[Launch] = set()
+    for switch, operation, arguments in calls(dtype):
+        new = [launch for launch in record_launches(partial(operation._init_fn, *arguments)) if launch not in seen]
+        seen |= set(new)
+        yield from ((switch, launch) for launch in new)

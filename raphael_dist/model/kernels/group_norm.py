@@ -249,8 +249,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bo
 @torch.library.custom_op("raphael::group_norm_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias."""
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x, and those of bias and weight for each sample, float32 [2, B, C]."""
     sizes, dx = _Sizes(x, groups), torch.empty_like(x)
     (tile_dz, tile_dzx), (mean_dx, mean_dxx) = sizes.of_tiles(x), sizes.of_groups(x)
     sums = x.new_empty(2, sizes.samples, sizes.channels, dtype=torch.float32)
@@ -261,15 +261,14 @@ def _backward(
         tile_dz, tile_dzx, weight, *sums.unbind(), mean_dx, mean_dxx, *sizes.map, **sizes.group, num_warps=1
     )
     _input_gradient[sizes.tile_grid](*known, mean_dx, mean_dxx, dx, *sizes.map, **options)
-    d_bias, d_weight = sums.sum(dim=1).to(weight.dtype).unbind()
-    return dx, d_weight.clone(), d_bias.clone()  # an operation's results must not share memory
+    return dx, sums
 
 
 @_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(2, *x.shape[:2], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -279,8 +278,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradients = _backward(_channels_last(dy), *ctx.saved_tensors, ctx.groups, ctx.silu)
-    return *gradients, None, None, None
+    dx, sums = _backward(_channels_last(dy), *ctx.saved_tensors, ctx.groups, ctx.silu)
+    d_bias, d_weight = sums.sum(dim=1).to(ctx.saved_tensors[1].dtype).unbind()
+    return dx, d_weight, d_bias, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

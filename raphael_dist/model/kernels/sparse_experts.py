@@ -277,10 +277,11 @@ def _backward(
     """Return the gradients of x, w, w1, b1 and w2."""
     (experts, hidden, width), places, tile = w1.shape, row.numel(), _tile_of(x)
     da, wh = torch.empty_like(a), torch.empty_like(a)
-    grid = _product_grid(places, experts, hidden, tile)
+    narrow = {**tile, "COLS": 64}  # its results need registers too: of 128 columns some would spill
+    grid = _product_grid(places, experts, hidden, narrow)
     dw_parts = x.new_empty(grid[0], places, dtype=torch.float32)
     _hidden_gradient[grid](
-        dout, row, ends, w2, w, a, da, wh, dw_parts, places, width, hidden, EXPERTS=experts, **tile
+        dout, row, ends, w2, w, a, da, wh, dw_parts, places, width, hidden, EXPERTS=experts, **narrow
     )  # fmt: skip
     dw1, db1, dw2 = torch.empty_like(w1), w1.new_empty(experts, hidden), torch.empty_like(w2)
     cells = (triton.cdiv(hidden, tile["COLS"]), triton.cdiv(width, tile["ROWS"]), experts)

@@ -32,6 +32,11 @@ def use_kernels(model: nn.Module, kernels: Sequence[Kernel], device: torch.devic
             f"train.kernels={list(kernels)} requires a GPU, but the device is {device.type}. Use a GPU or set "
             "train.kernels=[]."
         )
+    set_kernels(model, kernels)
+
+
+def set_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
+    """Let parts of `model` run in Triton without a check of the device, for traces without data."""
     types = tuple(_MODULES[name] for name in kernels if name in _MODULES)
     for module in model.modules():
         if isinstance(module, types):
