@@ -169,10 +169,10 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
             )
     check_expert_parallel(config, merged, world_size)
     if config.train.cuda_graphs:
-        _check_contiguous(cuda_graphs_error, merged, accumulation)
+        _check_contiguous(cuda_graphs_error, config, merged, accumulation)
         _check_capture(config)
     if "adamw" in config.train.kernels:
-        _check_contiguous(fused_update_error, merged, accumulation)
+        _check_contiguous(fused_update_error, config, merged, accumulation)
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
@@ -225,7 +225,7 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     raise UserError(f"{sizes} requires {problem}. Use ds_configs/zero2.json or set parallel.space_ep=1 parallel.time_ep=1.")
 
 
-def _check_contiguous(error: RequirementError, tree: Tree, accumulation: int) -> None:
+def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:
     """Raise `error` if gradients are not contiguous."""
     stage, offload = zero_stage(tree), offload_device(tree)
     remedy = "Use ds_configs/zero2.json"
@@ -236,8 +236,8 @@ def _check_contiguous(error: RequirementError, tree: Tree, accumulation: int) ->
     if offload is not None:
         actual = f"the DeepSpeed config has offload_optimizer.device={offload}"
         raise error("the optimizer on the GPU", actual, remedy)
-    if stage == 1 and accumulation > 1:
-        # ZeRO-1 accumulates bfloat16 gradients in other tensors.
+    if stage == 1 and sums_in_float32(config.train.dtype, accumulation):
+        # ZeRO-1 accumulates these gradients in other tensors.
         actual = f"the DeepSpeed config has stage 1 and a step has {accumulation} micro-steps"
         raise error("ZeRO stage 2 if a step has several micro-steps", actual, remedy)
 

@@ -116,7 +116,7 @@ def test_engine_takes_the_same_steps(tmp_path: Path, world_size: int) -> None:
             sections = {"train": {**train, "kernels": kernels}, "optim": optim, "ema": {"decay": 0.9}}
             zero = {"zero_optimization": {"stage": stage}}
             specs.append({"sections": sections, "deepspeed": zero, "steps": steps, "spoiled": True, "ema": True})
-    results = train_many(tmp_path, world_size, specs, gpus=HAS_GPU)
+    results = train_many(tmp_path, world_size, specs, timeout=280, gpus=HAS_GPU)
     for name, separate, fused in zip(CASES, results[::2], results[1::2], strict=True):
         assert fused["losses"] == pytest.approx(separate["losses"], rel=1e-5), name
         kinds = {"weights": separate["weights"], **separate["moments"]}

@@ -158,30 +158,29 @@ def test_a_model_takes_the_same_gradients_with_a_kernel(kernel):
     batch = synthetic_batch(config, [(0, 1.0), (1, 1.0)], model.num_blocks).to(DEVICE)
     schedule = NoiseSchedule.create(config.diffusion, DEVICE)
 
-    def gradients() -> tuple[Tensor, list[Tensor]]:
+    def gradients() -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the losses, and the gradients in the order of their computation."""
+        order: dict[str, Tensor] = {}
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: order.update({name: p.grad.clone()}))
+            for name, p in model.named_parameters()
+        ]
+        model.zero_grad()
         losses = compute_losses(model, batch, schedule, config, torch.float32).total
-        return losses, list(torch.autograd.grad(losses.sum(), list(model.parameters())))
+        losses.sum().backward()
+        for hook in hooks:
+            hook.remove()
+        return losses.detach(), order
 
     losses, expected = gradients()
-    order = order_of_gradients(model, batch, schedule, config)
     use_kernels(model, [kernel], DEVICE)
     other_losses, actual = gradients()
     torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=1e-6)
-    for (name, _), item, other in zip(model.named_parameters(), actual, expected, strict=True):
-        assert (item - other).norm() <= 1e-4 * other.norm() + 1e-7, name
-    # ZeRO reduces gradients in this order, and ranks without rows take another path.
-    assert order_of_gradients(model, batch, schedule, config) == order
-
-
-def order_of_gradients(model, batch, schedule, config) -> list[str]:
-    order: list[str] = []
-    hooks = [
-        p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name)) for name, p in model.named_parameters()
-    ]
-    compute_losses(model, batch, schedule, config, torch.float32).total.sum().backward()
-    for hook in hooks:
-        hook.remove()
-    return order
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    assert actual.keys() == expected.keys()
+    # ZeRO can reduce gradients in this order, and a rank without rows for its experts does not run their kernels.
+    assert kernel != "space_moe" or list(actual) == list(expected)
 
 
 def test_layers_of_experts_with_kernels_equal_those_without():
@@ -268,10 +267,11 @@ def test_a_model_uses_no_kernel_by_default():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kernels_compile_for_two_gpus_and_spill_no_registers():
     command = [sys.executable, "tools/bench.py", "kernels", "--targets", "80", "90"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:] if line]
     assert {row[0] for row in rows} == {"group_norm", "layer_norm", "space_moe", "adamw"}

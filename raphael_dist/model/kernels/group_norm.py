@@ -206,30 +206,22 @@ class _Sizes:
 
     def __init__(self, x_BCHW: Tensor, groups: int) -> None:
         self.samples, self.channels, height, width = x_BCHW.shape
-        self.pixels, self.groups = height * width, groups
-        self.cols = min(_COLS, next_power_of_2(self.channels))
-        self.tiles = triton.cdiv(self.pixels, _ROWS)
-        self.map = (self.tiles, self.pixels, self.channels)
-        self.tile_grid = (self.samples * self.tiles, triton.cdiv(self.channels, self.cols))
+        pixels, cols = height * width, min(_COLS, next_power_of_2(self.channels))
+        tiles, group_width = triton.cdiv(pixels, _ROWS), self.channels // groups
+        self.map = (tiles, pixels, self.channels)
+        self.per_tile = (self.samples, tiles, self.channels)
+        self.tile_grid = (self.samples * tiles, triton.cdiv(self.channels, cols))
         self.group_grid = (self.samples, groups)
-        width_of_group = self.channels // groups
-        self.tile = {"ROWS": _ROWS, "COLS": self.cols}
-        self.group = {"WIDTH": width_of_group, "PADDED": next_power_of_2(width_of_group), "CHUNK": _CHUNK}
-
-    def of_tiles(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two float32 tensors with a number for each tile and channel."""
-        return x.new_empty((2, self.samples, self.tiles, self.channels), dtype=torch.float32).unbind()  # type: ignore[return-value]
-
-    def of_groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two float32 tensors [B, G]."""
-        return tuple(x.new_empty(self.samples, self.groups, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]
+        self.tile = {"ROWS": _ROWS, "COLS": cols}
+        self.group = {"WIDTH": group_width, "PADDED": next_power_of_2(group_width), "CHUNK": _CHUNK}
 
 
 @torch.library.custom_op("raphael::group_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [B, C, H, W], and mean and 1 / deviation, float32 [B, G]."""
     sizes, y = _Sizes(x, groups), torch.empty_like(x)
-    (tile_mean, tile_squares), (mean, rstd) = sizes.of_tiles(x), sizes.of_groups(x)
+    tile_mean, tile_squares = x.new_empty(2, *sizes.per_tile, dtype=torch.float32).unbind()
+    mean, rstd = (x.new_empty(sizes.group_grid, dtype=torch.float32) for _ in range(2))
     _channel_moments[sizes.tile_grid](x, tile_mean, tile_squares, *sizes.map, **sizes.tile)
     _group_moments[sizes.group_grid](
         tile_mean, tile_squares, mean, rstd, eps, *sizes.map, ROWS=_ROWS, **sizes.group, num_warps=1
@@ -252,7 +244,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of x, and those of bias and weight for each sample, float32 [2, B, C]."""
     sizes, dx = _Sizes(x, groups), torch.empty_like(x)
-    (tile_dz, tile_dzx), (mean_dx, mean_dxx) = sizes.of_tiles(x), sizes.of_groups(x)
+    tile_dz, tile_dzx = x.new_empty(2, *sizes.per_tile, dtype=torch.float32).unbind()
+    mean_dx, mean_dxx = (x.new_empty(sizes.group_grid, dtype=torch.float32) for _ in range(2))
     sums = x.new_empty(2, sizes.samples, sizes.channels, dtype=torch.float32)
     options = {"WIDTH": sizes.group["WIDTH"], "SILU": silu, **sizes.tile}
     known = (dy, x, weight, bias, mean, rstd)

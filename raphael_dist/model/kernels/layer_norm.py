@@ -51,7 +51,7 @@ def _backward_rows(
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """Return LayerNorm over the last dimension of x [..., D], float32 or bfloat16."""
-    y: Tensor = _LayerNorm.apply(x, weight_D, bias_D, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = _LayerNorm.apply(x, weight_D, bias_D, eps)
     return y
 
 
