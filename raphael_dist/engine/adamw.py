@@ -94,6 +94,7 @@ class FusedUpdate:
             ema: the moving average, made with `flat`; None: none.
             step: the optimizer step, counted from 1.
         """
+        assert ema is None or ema.flat, "the average must be laid out as the weights"
         share = 0.0 if ema is None else ema.share(step)
         self._averages = {} if ema is None else ema.flat
         self._numbers.copy_(from_host([lr, factor, share], self._numbers.device), non_blocking=True)
