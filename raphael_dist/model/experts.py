@@ -166,13 +166,16 @@ class Experts(nn.Module):
         """Return `act(y + b1_k)` for rows y of `w1_k x`, with k the expert of each row."""
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
-    def sparse(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return the same as `dense`, [R, D], by Triton kernels for the (row, expert) pairs with w > 0."""
+    def sparse(self, x_RD: Tensor, w_RK: Tensor, per_row: int) -> Tensor:
+        """Return the same as `dense`, [R, D], by Triton kernels for the (row, expert) pairs with w > 0.
+
+        `per_row`: how many experts a row needs at most.
+        """
         from raphael_dist.model.kernels.sparse_experts import sparse_experts
 
         if not x_RD.shape[0]:
             return self.dense(x_RD, w_RK)
-        return sparse_experts(x_RD, w_RK, self.w1, self.b1, self.w2)
+        return sparse_experts(x_RD, w_RK, self.w1, self.b1, self.w2, per_row)
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with static shapes.

@@ -40,7 +40,7 @@ class TimeMoE(Experts):
     def _without_sorting(self, h_BND: Tensor, expert_B: Tensor, factor_B: Tensor) -> Tensor:
         """Compute the same with the kernels of the Space-MoE: each row needs one expert."""
         w_RK = one_hot(expert_B, self.num_experts).to(h_BND.dtype).repeat_interleave(h_BND.shape[1], dim=0)
-        out_BND = (self.sparse(h_BND.flatten(0, 1), w_RK) + w_RK @ self.b2).view_as(h_BND)
+        out_BND = (self.sparse(h_BND.flatten(0, 1), w_RK, per_row=1) + w_RK @ self.b2).view_as(h_BND)
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
 
@@ -93,7 +93,7 @@ class SpaceMoE(Experts):
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]. `zero_KD` is `e_k(0) - b2_k` of this rank's experts."""
         if self.use_kernel:
-            return self.sparse(x_RD, w_RK) - w_RK @ zero_KD
+            return self.sparse(x_RD, w_RK, self.num_experts) - w_RK @ zero_KD
         run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 

@@ -1,9 +1,9 @@
 """The experts of a layer on the (row, expert) pairs that need them, in Triton, without a wait for the number of pairs.
 
 `out[r] = sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)` over the pairs with w > 0. The pairs are numbered on the device, sorted
-by expert. Buffers have room for all R K pairs, and grids cover them, so shapes are fixed, as CUDA graphs require. Programs
-beyond the last pair end at once, so that the work follows the number of pairs. Sums over the experts of a row, and over the
-rows of an expert, are float32 and in a fixed order. For the backward pass only `a` is kept.
+by expert. Buffers have room for as many pairs as there can be, and grids cover them, so shapes are fixed, as CUDA graphs
+require. Programs beyond the last pair end at once, so that the work follows the number of pairs. Sums over the experts of a
+row, and over the rows of an expert, are float32 and in a fixed order. For the backward pass only `a` is kept.
 
 | kernel | for pair p = (r, k) |
 |---|---|
@@ -13,7 +13,7 @@ rows of an expert, are float32 and in a fixed order. For the backward pass only 
 | `_hidden_gradient` | dh = w2_k^T dout[r]; da[p] = w[r,k] dh gelu'(a[p]); wh[p] = w[r,k] h[p]; dw[r,k] = dh . h[p] |
 | `_weight_gradient` | dw2_k = sum_p dout[r] wh[p]^T; dw1_k = sum_p da[p] x[r]^T; db1_k = sum_p da[p] |
 
-Legend: R rows, K experts, D width, F hidden width, P = R K places for pairs.
+Legend: R rows, K experts, D width, F hidden width, P places for pairs (R K, or R if each row needs one expert).
 """
 
 from typing import Any, NamedTuple
@@ -44,17 +44,19 @@ class Pairs(NamedTuple):
     ends_K: Tensor
 
 
-def find_pairs(needed_RK: Tensor) -> Pairs:
-    """Return the pairs of a bool matrix. Nothing is read on the host."""
-    rows, experts = needed_RK.shape
-    needed_P = needed_RK.t().flatten()
-    number_P = needed_P.cumsum(0, dtype=torch.int32)
-    place_KR = torch.where(needed_P, number_P - 1, -1).view(experts, rows)
-    row_P = torch.arange(rows, device=needed_RK.device, dtype=torch.int32).repeat(experts)
+def find_pairs(needed_RK: Tensor, per_row: int) -> Pairs:
+    """Return the pairs of a bool matrix with at most `per_row` in a row. Nothing is read on the host."""
+    (rows, experts), device = needed_RK.shape, needed_RK.device
+    needed_KR = needed_RK.t().flatten()
+    number_KR = needed_KR.cumsum(0, dtype=torch.int32)
+    place_KR = torch.where(needed_KR, number_KR - 1, -1)
+    row_KR = torch.arange(rows, device=device, dtype=torch.int32).repeat(experts)
     # All that is no pair goes to one more place at the end.
-    target_P = torch.where(needed_P, number_P - 1, rows * experts).long()
-    row_P = torch.zeros(rows * experts + 1, device=row_P.device, dtype=torch.int32).scatter_(0, target_P, row_P)
-    return Pairs(row_P[:-1], place_KR.t().contiguous(), number_P.view(experts, rows)[:, -1].contiguous())
+    places = rows * per_row
+    target_KR = torch.where(needed_KR, number_KR - 1, places).long()
+    row_P = torch.zeros(places + 1, device=device, dtype=torch.int32).scatter_(0, target_KR, row_KR)
+    ends_K = number_KR.view(experts, rows)[:, -1].contiguous()
+    return Pairs(row_P[:-1], place_KR.view(experts, rows).t().contiguous(), ends_K)
 
 
 @triton.jit
@@ -206,15 +208,16 @@ def _weight_gradient(
         tl.store(sums + expert * left_width + lefts, left_sum.to(sums.dtype.element_ty), first)
 
 
-def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, per_row: int) -> Tensor:
     """Return `sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)`, [R, D].
 
     Args:
         x_RD: rows, float32 or bfloat16, at least one.
         w_RK: weights, at least 0.
         w1, b1, w2: of `Experts`, [K, F, D], [K, F] and [K, D, F], in the dtype of x.
+        per_row: how many experts a row needs at most.
     """
-    pairs = find_pairs(w_RK.detach() > 0)
+    pairs = find_pairs(w_RK.detach() > 0, per_row)
     out_RD: Tensor = _forward(x_RD.contiguous(), w_RK.contiguous(), w1, b1, w2, *pairs)[0]
     return out_RD
 
@@ -319,11 +322,15 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.raphael.sparse_experts)
-def _flops(x: torch.Size, w: torch.Size, w1: torch.Size, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of all pairs, as those of the dense backend; how many there are is known on the device alone."""
-    return 4 * x[0] * w1[0] * w1[1] * w1[2]
+def _flops(
+    x: torch.Size, w: torch.Size, w1: torch.Size, b1: torch.Size, w2: torch.Size, row: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Return the FLOPs of all places, as the dense backend has; how many pairs there are is known on the device alone."""
+    return 4 * row[0] * w1[1] * w1[2]
 
 
 @register_flop_formula(torch.ops.raphael.sparse_experts_backward)
-def _backward_flops(dout: torch.Size, x: torch.Size, w: torch.Size, w1: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * _flops(x, w, w1)
+def _backward_flops(
+    dout: torch.Size, x: torch.Size, w: torch.Size, w1: torch.Size, w2: torch.Size, row: torch.Size, *_: Any, **__: Any
+) -> int:
+    return 8 * row[0] * w1[1] * w1[2]
