@@ -106,7 +106,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.skipif(HAS_GPU, reason="one GPU"))])
+ONE = pytest.param(1, marks=[] if HAS_GPU else [pytest.mark.slow])
+TWO = pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none"))
+
+
+@pytest.mark.parametrize("world_size", [ONE, TWO])
 def test_engine_takes_the_same_steps(tmp_path: Path, world_size: int) -> None:
     """After a step of NaN that is dropped, with clipping in float32: in bfloat16 the separate pass rounds what it clips."""
     specs = []

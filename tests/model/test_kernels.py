@@ -64,9 +64,9 @@ def compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inp
 
 # Sizes that fill no tile; groups of 3, 10 and 40 channels; more than one tile of pixels, and of channels.
 @DTYPES
-@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(
-    ("samples", "channels", "height", "width", "groups"), [(2, 24, 9, 10, 8), (1, 20, 5, 3, 2), (1, 80, 3, 3, 2)]
+    ("samples", "channels", "height", "width", "groups", "silu"),
+    [(2, 24, 9, 10, 8, True), (2, 24, 9, 10, 8, False), (1, 20, 5, 3, 2, True), (1, 80, 3, 3, 2, True)],
 )
 def test_group_norm(samples, channels, height, width, groups, silu, dtype, tolerance):
     x = draw(samples, channels, height, width, dtype=dtype, scale=3, shift=7)
@@ -154,7 +154,7 @@ def test_pairs_by_hand():
 @pytest.mark.parametrize("kernel", ["group_norm", "layer_norm", "space_moe", "time_moe"])
 def test_a_model_takes_the_same_gradients_with_a_kernel(kernel):
     config = tiny_config(
-        model={"channels": [16, 24], "expert_width": [24, 32], "norm_groups": 4, "space_experts": 3, "time_experts": 2},
+        model={"channels": [16, 24], "expert_width": [24, 32], "norm_groups": 2, "space_experts": 3, "time_experts": 2},
         train={"micro_batch_size": 2, "global_batch_size": 2},
     )
     torch.manual_seed(0)
