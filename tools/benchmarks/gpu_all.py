@@ -190,7 +190,10 @@ def run_all(args: argparse.Namespace) -> None:
     """Measure what is not yet in `--out`, for `--minutes`; print the table and how many measurements are left."""
     if not torch.cuda.is_available():
         raise SystemExit("tools/bench.py gpu --all requires a GPU, but torch finds none. Run it on a machine with one.")
-    chosen, results = cases(), Results(args.out, machine())
+    try:
+        chosen, results = cases(), Results(args.out, machine())
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     left = measure_all(chosen, results, run_case, 60 * args.minutes)
     print(table(chosen, results))
     print(f"\n{left} measurements are left. Run the same command again." if left else f"\nAll is measured: {args.out}")

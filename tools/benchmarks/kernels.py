@@ -24,7 +24,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from raphael_dist.engine import adamw
-from raphael_dist.errors import UserError
 from raphael_dist.model.kernels import group_norm, layer_norm, sparse_experts
 
 TARGETS = (80, 90)  # compute capabilities: A100, and H100 and H200
@@ -138,7 +137,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compile every kernel for each target, and print registers, spilled bytes and shared bytes."""
     if triton.knobs.runtime.interpret:
-        raise UserError("TRITON_INTERPRET=1 requires no compiler, but this command compiles. Unset TRITON_INTERPRET.")
+        raise SystemExit("TRITON_INTERPRET=1 must not be set, because this command compiles. Unset it.")
     columns = [(dtype, target) for dtype in (torch.float32, torch.bfloat16) for target in args.targets]
     heads = [f"{str(dtype).removeprefix('torch.')}, sm_{target}" for dtype, target in columns]
     print(f"| switch | kernel | {' | '.join(heads)} |")
