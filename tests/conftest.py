@@ -14,6 +14,8 @@ import torch
 from tests.lib.forks import Forks, server
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on CPU tensors
 
 
 # Minutes each: started last, one of them would run alone on a single core at the end.

@@ -88,6 +88,34 @@ def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
             )
 
 
+def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel: Parallel) -> Iterator[str]:
+    """Yield what the kernels of `train.kernels` are incompatible with."""
+    adapted = lora.rank > 0 and "experts" in lora.targets
+    experts = (
+        (model.expert_backend == "auto", "model.expert_backend=auto", f"it is {model.expert_backend}"),
+        (not adapted, "lora.rank=0, or lora.targets without experts", f"lora.targets={list(lora.targets)}"),
+    )
+    requirements = {
+        "group_norm": ((not train.compile, "train.compile=false, which fuses the same operations", "it is true"),),
+        "layer_norm": ((max(model.channels) <= 4096, "model.channels up to 4096", f"they are {list(model.channels)}"),),
+        "space_moe": ((model.space_experts > 0, "model.space_experts above 0", "it is 0"), *experts),
+        "time_moe": (
+            (model.time_experts > 0, "model.time_experts above 0", "it is 0"),
+            (model.time_activation == "gelu", "model.time_activation=gelu", f"it is {model.time_activation}"),
+            (parallel.time_ep == 1, "parallel.time_ep=1", f"it is {parallel.time_ep}"),
+            *experts,
+        ),
+        "adamw": ((optim.kind == "adamw", "optim.kind=adamw", f"it is {optim.kind}"),),
+    }
+    for name in train.kernels:
+        for fulfilled, requirement, actual in requirements[name]:
+            if not fulfilled:
+                yield (
+                    f"train.kernels={list(train.kernels)} requires {requirement} because of {name}, but {actual}. Change "
+                    f"this setting, or remove {name} from train.kernels."
+                )
+
+
 def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
     """Yield settings that LoRA is incompatible with."""
     if not lora.rank:

@@ -20,7 +20,7 @@ TOPICS = {
     "cpu": ("data.workers model.expert_backend train.dtype", "install.md"),
     "early stopping": ("train.max_steps train.max_skipped train.val_every", "training.md"),
     "fine tuning": ("run.init_from run.reinit lora.rank control.enabled", "adapters.md"),
-    "gpu": ("train.dtype train.compile train.cuda_graphs model.expert_backend", "install.md"),
+    "gpu": ("train.dtype train.compile train.cuda_graphs train.kernels model.expert_backend", "install.md"),
     "learning rate": ("optim.lr optim.warmup_steps optim.lr_schedule optim.lr_schedule_args", "training.md"),
     "memory": ("train.micro_batch_size model.checkpoint_activations train.dtype data.workers", "memory.md"),
     "precision": ("train.dtype image.dtype", "training.md"),

@@ -13,6 +13,7 @@ from raphael_dist.config.types import (
     Dtype,
     ExpertKind,
     Fraction,
+    Kernel,
     NonNegative,
     NonNegativeFloat,
     Placement,
@@ -134,6 +135,13 @@ class Train(Section):
     cuda_graphs: bool = free_setting(
         False,
         "Run the U-Net's forward and backward passes as CUDA graphs. Requires ZeRO stage 1 or 2, and train.dtype=bfloat16.",
+    )
+    kernels: tuple[Kernel, ...] = free_setting(
+        (),
+        "Parts of a step that run in this project's Triton kernels on a GPU; the results agree with torch's up to rounding. "
+        "group_norm: GroupNorm with SiLU. layer_norm: the backward pass of LayerNorm. space_moe, time_moe: each expert only "
+        "on the tokens that need it. adamw: AdamW, the EMA and the model's copy of the weights in one pass, which requires "
+        "ZeRO stage 1 or 2. None has run on a GPU yet.",
     )
     caption_dropout: Fraction = setting(
         0.1,

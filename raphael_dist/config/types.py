@@ -22,6 +22,7 @@ ExpertKind = Literal["space", "time"]
 EXPERT_KINDS: tuple[ExpertKind, ...] = ("space", "time")
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
+Kernel = Literal["group_norm", "layer_norm", "space_moe", "time_moe", "adamw"]
 FocalForm = Literal["focal", "quality"]
 Placement = Literal["auto", "shard", "replicate"]
 Scheduler = Literal["ddim", "dpm++", "euler"]

@@ -5,6 +5,7 @@ batch sizes, clipping, precision, optimizer and schedule. If the JSON has anothe
 shows both values. This module does not import torch, so that `--plan` starts fast.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from raphael_dist.engine.ds_keys import Tree, check_keys, without_unset
 from raphael_dist.errors import UserError
 from raphael_dist.text import parse_json, read_text
 
+RequirementError = Callable[[str, str, str], UserError]  # requirement, what there is, and remedy
 CONTIGUOUS_BUCKET = 2_000_000_000  # elements; our reduce_bucket_size where gradients may be contiguous
 
 
@@ -174,8 +176,10 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
             )
     check_expert_parallel(config, merged, world_size)
     if config.train.cuda_graphs:
-        _check_cuda_graphs(merged, accumulation)
+        _check_contiguous(cuda_graphs_error, config, merged, accumulation)
         _check_capture(config)
+    if "adamw" in config.train.kernels:
+        _check_contiguous(fused_update_error, config, merged, accumulation)
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
@@ -231,21 +235,21 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     raise UserError(f"{sizes} requires {problem}. Use ds_configs/zero2.json or set parallel.space_ep=1 parallel.time_ep=1.")
 
 
-def _check_cuda_graphs(tree: Tree, accumulation: int) -> None:
-    """Raise UserError if the DeepSpeed configuration does not support CUDA graphs."""
+def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:
+    """Raise `error` if gradients are not contiguous."""
     stage, offload = zero_stage(tree), offload_device(tree)
     remedy = "Use ds_configs/zero2.json"
     if stage not in (1, 2):
-        raise cuda_graphs_error("ZeRO stage 1 or 2", f"the DeepSpeed config has stage {stage}", remedy)
+        raise error("ZeRO stage 1 or 2", f"the DeepSpeed config has stage {stage}", remedy)
     if tree["zero_optimization"].get("overlap_comm"):
-        raise cuda_graphs_error("overlap_comm=false", "it is true in the DeepSpeed config", remedy)
+        raise error("overlap_comm=false", "it is true in the DeepSpeed config", remedy)
     if offload is not None:
         actual = f"the DeepSpeed config has offload_optimizer.device={offload}"
-        raise cuda_graphs_error("the optimizer on the GPU", actual, remedy)
-    if stage == 1 and accumulation > 1:
-        # ZeRO-1 accumulates bfloat16 gradients in other tensors.
+        raise error("the optimizer on the GPU", actual, remedy)
+    if stage == 1 and sums_in_float32(config.train.dtype, accumulation):
+        # ZeRO-1 accumulates these gradients in other tensors.
         actual = f"the DeepSpeed config has stage 1 and a step has {accumulation} micro-steps"
-        raise cuda_graphs_error("ZeRO stage 2 if a step has several micro-steps", actual, remedy)
+        raise error("ZeRO stage 2 if a step has several micro-steps", actual, remedy)
 
 
 def _check_capture(config: Config) -> None:
@@ -283,6 +287,13 @@ def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
     """
     return UserError(
         f"train.cuda_graphs=true requires {requirement}, but {actual}. {remedy} or set train.cuda_graphs=false."
+    )
+
+
+def fused_update_error(requirement: str, actual: str, remedy: str) -> UserError:
+    """Return the error for `adamw` in `train.kernels` if a requirement is not met."""
+    return UserError(
+        f"train.kernels with adamw requires {requirement}, but {actual}. {remedy} or remove adamw from train.kernels."
     )
 
 

@@ -16,10 +16,21 @@ PIECE = 2**24  # elements that are swapped at a time: 64 MiB
 
 
 class Ema:
-    """The moving average: `ema = decay * ema + (1 - decay) * weights` after every optimizer step, in float32."""
+    """The moving average: `ema = decay * ema + (1 - decay) * weights` after every optimizer step, in float32.
 
-    def __init__(self, fragments: Fragments, config: EmaConfig) -> None:
-        self.values: list[Tensor] = [m.clone() for m in fragments.masters()]
+    Attributes:
+        values: the average of each fragment.
+        flat: the tensors that hold the values if they are laid out as the optimizer's, by the id of the optimizer's tensor.
+    """
+
+    def __init__(self, fragments: Fragments, config: EmaConfig, flat: bool = False) -> None:
+        """Start with the current weights. `flat`: for an update that changes weights and average in one pass."""
+        self.flat: dict[int, Tensor] = {}
+        if flat:
+            self.flat = {id(owner): owner.detach().clone() for owner in fragments.owners}
+            self.values = [self.flat[id(f.owner)].narrow(0, f.offset, f.numel) for f in fragments]
+        else:
+            self.values = [m.clone() for m in fragments.masters()]
         self._fragments, self._config = fragments, config
 
     @torch.no_grad()
@@ -31,6 +42,10 @@ class Ema:
         """Return the decay to use after optimizer step `step` (from 1). It rises during a warm-up after `ema.start_step`."""
         target, step = self._config.decay, step - self._config.start_step
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
+
+    def share(self, step: int) -> float:
+        """Return the share of the weights after optimizer step `step` in the average."""
+        return 1.0 if step <= self._config.start_step else 1 - self.decay(step)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -15,17 +15,22 @@ from raphael_dist.config.schema import Config
 from raphael_dist.engine import ds_config, expert_groups
 from raphael_dist.engine.deepspeed_comm import broadcast_weights, count_collectives, import_deepspeed
 from raphael_dist.engine.ds_keys import Tree
+from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.engine.zero import Zero12Contiguous, adapter
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
 from raphael_dist.model.cuda_graphs import replay_cuda_graphs
 from raphael_dist.model.device import is_gpu
+from raphael_dist.model.kernels.switch import use_kernels
 from raphael_dist.model.routing import gate_kind
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel import expert_dispatch
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import all_reduce_sum, raise_on_all_ranks
+
+if TYPE_CHECKING:
+    from raphael_dist.engine.adamw import FusedUpdate
 
 _ROW = 2**16  # elements that `square_sum` adds up in float32
 
@@ -73,6 +78,7 @@ class Engine:
                 part.gathers_weights = self.stage == 3
         self.traffic = expert_dispatch.shard_experts(model, config, plan, expert_groups.create_groups)
         expert_groups.add_moe_marker(model, config.model.space_experts + config.model.time_experts)
+        use_kernels(model, config.train.kernels, device)
         if config.train.compile:
             _compile(model, config, self.stage, device)
         if config.train.cuda_graphs and not is_gpu(device):
@@ -85,25 +91,38 @@ class Engine:
         self.module: RaphaelUNet = self._engine.module
         self._zero = adapter(self._engine.optimizer, self.module, plan.world_size)
         if config.train.cuda_graphs:
-            self._replay_cuda_graphs()
+            replay_cuda_graphs(self.module, self._contiguous(ds_config.cuda_graphs_error).views)
         self._zero.disable_builtin_clipping()
         self._engine.gradient_clipping = lambda: 0.0  # `update` clips
         self.fragments = Fragments(self.module, self._zero, optimizer)
+        self._fused = self._fuse_update() if "adamw" in config.train.kernels else None
         decayed = config.optim.kind == "adamw" and config.optim.weight_decay > 0
         self._decayed = [f.master for f in self.fragments if decayed and decays(f.name)]
         self.grad_norm = math.nan
         self._micro_step = 0
         self._touched: set[str] | None = self._watch_gradients() if config.train.check_gradients else None
 
-    def _replay_cuda_graphs(self) -> None:
+    def _contiguous(self, error: ds_config.RequirementError) -> Zero12Contiguous:
         if not isinstance(self._zero, Zero12Contiguous):
             bucket = self.ds_config["zero_optimization"]["reduce_bucket_size"]
-            raise ds_config.cuda_graphs_error(
+            raise error(
                 "a zero_optimization.reduce_bucket_size in the DeepSpeed JSON of at least half the number of parameters",
                 f"it is {bucket}",
                 "Remove it from the JSON",
             )
-        replay_cuda_graphs(self.module, self._zero.views)
+        return self._zero
+
+    def _fuse_update(self) -> "FusedUpdate":
+        from raphael_dist.engine.adamw import FusedUpdate  # it needs Triton
+
+        update = FusedUpdate(self.fragments, self.config.optim, self.device)
+        self._contiguous(ds_config.fused_update_error).replace_step(update.launch)
+        return update
+
+    def create_ema(self) -> Ema | None:
+        """Return a moving average of the weights, if the configuration has one."""
+        flat = self._fused is not None
+        return Ema(self.fragments, self.config.ema, flat) if self.config.ema.enabled else None
 
     def __call__(self, *args: Any) -> Any:
         """Run the model's forward pass through DeepSpeed."""
@@ -154,8 +173,8 @@ class Engine:
         """
         return square_sum(self._zero.gradients()).to(self.device) / self._zero.copies
 
-    def step(self, lr: float) -> bool:
-        """Compute the gradient norm, clip, and update the weights with learning rate `lr`. Collective.
+    def step(self, lr: float, ema: Ema | None = None, step: int = 1) -> bool:
+        """Compute the gradient norm, clip, and update the weights, as `update` does. Collective.
 
         Call it after the last `backward` of a step.
 
@@ -164,26 +183,35 @@ class Engine:
         """
         norm = math.sqrt(float(all_reduce_sum(self.grad_square(), self.device)))
         if math.isfinite(norm):
-            self.update(lr, norm)
+            self.update(lr, norm, ema, step)
         else:
             self.discard_gradients()
         return math.isfinite(norm)
 
     @torch.no_grad()
-    def update(self, lr: float, norm: float) -> None:
-        """Clip the accumulated gradients and update the weights with learning rate `lr`.
+    def update(self, lr: float, norm: float, ema: Ema | None = None, step: int = 1) -> None:
+        """Clip the accumulated gradients, update the weights, and add the new weights to the moving average.
 
-        `norm`: the global gradient norm, which must be finite and equal on all ranks.
+        Args:
+            lr: learning rate.
+            norm: global norm of the gradients, finite and equal on all ranks.
+            ema: of `create_ema`; None: no average.
+            step: the optimizer step, counted from 1.
         """
         assert self._engine.is_gradient_accumulation_boundary()
         clip, self.grad_norm, self._micro_step = self.config.optim.max_grad_norm, norm, 0
-        if clip and norm > clip:
-            torch._foreach_mul_(list(self._zero.gradients()), clip / (norm + 1e-6))
+        factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
+        if self._fused is not None:
+            self._fused.prepare(lr, factor, ema, step)
+        elif factor != 1:
+            torch._foreach_mul_(list(self._zero.gradients()), factor)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self._decayed:
             torch._foreach_mul_(self._decayed, 1 - lr * self.config.optim.weight_decay)
         self._engine.step()
+        if ema is not None and self._fused is None:
+            ema.update(step)
 
     def discard_gradients(self) -> None:
         """Drop the accumulated gradients; weights and moments are unchanged. Call it on all ranks or on none."""

@@ -5,7 +5,7 @@ DeepSpeed 0.19 has one optimizer class for each kind of ZeRO and no common inter
 fails there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -44,6 +44,15 @@ class Fragment:
     @property
     def numel(self) -> int:
         return self.master.numel()
+
+
+@dataclass(frozen=True)
+class FlatPart:
+    """This rank's part of one of DeepSpeed's flat tensors [n]: fp32 weights, reduced gradient, and the model's weights."""
+
+    master: Tensor
+    gradient: Tensor
+    copy: Tensor
 
 
 class Zero(Protocol):
@@ -209,6 +218,29 @@ class Zero12Contiguous(Zero12):
             elements=sum(flat.numel() for flat in zero.bit16_groups_flat),
             bucket=zero.reduce_bucket_size,
         )
+
+    def replace_step(self, update: Callable[[Sequence[FlatPart]], None]) -> None:
+        """Let `update` change fp32 weights, moments and the model's weights in place of DeepSpeed's optimizer."""
+        self._update, self._builtin_step = update, self._zero.step
+        self._zero.step = self._step
+
+    def _step(self) -> None:
+        zero = self._zero
+        if zero.check_grad_overflow:  # within `skip_step`
+            self._builtin_step()
+            return
+        ranks = [dist.get_rank(group) for group in zero.real_dp_process_group]
+        copies = [parts[rank] for parts, rank in zip(zero.parallel_partitioned_bit16_groups, ranks, strict=True)]
+        gradients = [zero.averaged_gradients[i].flat_partition for i in range(len(copies))]
+        self._update([FlatPart(*part) for part in zip(zero.single_partition_of_fp32_groups, gradients, copies, strict=True)])
+        for flat, copy, group in zip(zero.bit16_groups_flat, copies, zero.real_dp_process_group, strict=True):
+            if dist.get_world_size(group) > 1:
+                deepspeed_comm().all_gather_into_tensor(flat, copy, group=group)
+        # What DeepSpeed's own step resets.
+        zero.overflow = False
+        zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        for p in self.views:
+            p.grad = None
 
     def prepare_backward(self, first: bool) -> None:
         if first or self._zero.partition_gradients:

@@ -38,6 +38,8 @@ class Experts(nn.Module):
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
     assumes_even_loads = False
+    # Whether the layer runs in the Triton kernels of `train.kernels`.
+    use_kernel = False
 
     def __init__(
         self,
@@ -166,6 +168,17 @@ class Experts(nn.Module):
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
         """Return `act(y + b1_k)`, where y is a row of `w1_k x` and k the expert of that row."""
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
+
+    def sparse(self, x_RD: Tensor, w_RK: Tensor, per_row: int) -> Tensor:
+        """Return the same as `dense`, [R, D], by Triton kernels for the (row, expert) pairs with w > 0.
+
+        `per_row`: how many experts a row needs at most.
+        """
+        from raphael_dist.model.kernels.sparse_experts import sparse_experts
+
+        if not x_RD.shape[0]:
+            return self.dense(x_RD, w_RK)
+        return sparse_experts(x_RD, w_RK, self.w1, self.b1, self.w2, per_row)
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]. Every expert processes every row, so shapes are static.

@@ -21,6 +21,7 @@ from raphael_dist.config.types import ExpertBackend
 from raphael_dist.model.edge_supervision import EdgeModule
 from raphael_dist.model.experts import Activation
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
+from raphael_dist.model.norms import GroupNorm, LayerNorm
 from raphael_dist.model.routing import BlockRouting, region_mask_BNY
 
 _POSITION_PERIODS = (4.0, 128.0)  # cells of the latents
@@ -104,11 +105,11 @@ class TransformerBlock(nn.Module):
         super().__init__()
         dim, heads = spec.dim, spec.dim // spec.head_dim
         self.mask_threshold = spec.mask_threshold
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, heads=heads, dim_head=spec.head_dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, cross_attention_dim=spec.text_width, heads=heads, dim_head=spec.head_dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         if spec.time_experts:
             self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
             self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
@@ -197,7 +198,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
         self.token_size = spec.token_size
-        self.norm = nn.GroupNorm(norm_groups, spec.dim, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, spec.dim, eps=1e-6, silu=False)
         self.proj_in = nn.Linear(spec.dim, spec.dim)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(spec)])
         self.proj_out = nn.Linear(spec.dim, spec.dim)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from raphael_dist.config.types import ExpertBackend
 from raphael_dist.model.experts import Experts
+from raphael_dist.model.norms import LayerNorm
+from raphael_dist.model.routing import one_hot
 
 # Above this share of (token, expert) pairs in use, two dense products are faster than gathering on the CPU. Measured with
 # tools/bench.py space: 0.68 at width 320, 0.85 at 32 and 64; at 128 gathering is always faster.
@@ -28,9 +30,17 @@ class TimeMoE(Experts):
             samples_K: number of samples of each expert, int64. It is not read, so nothing waits for the device.
             factor_B: factor of each sample's output, of value 1 (`routing.choose`).
         """
+        if self.use_kernel:
+            return self._without_sorting(h_BND, expert_B, factor_B)
         order_B = torch.argsort(expert_B, stable=True)
         out_RD = self.apply_sorted(h_BND[order_B].flatten(0, 1), samples_K * h_BND.shape[1])
         out_BND = torch.empty_like(h_BND).index_copy(0, order_B, out_RD.view_as(h_BND))
+        return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
+
+    def _without_sorting(self, h_BND: Tensor, expert_B: Tensor, factor_B: Tensor) -> Tensor:
+        """Compute the same with the kernels of the Space-MoE: each row needs one expert."""
+        w_RK = one_hot(expert_B, self.num_experts).to(h_BND.dtype).repeat_interleave(h_BND.shape[1], dim=0)
+        out_BND = (self.sparse(h_BND.flatten(0, 1), w_RK, per_row=1) + w_RK @ self.b2).view_as(h_BND)
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
 
@@ -48,7 +58,7 @@ class SpaceMoE(Experts):
 
     def __init__(self, num_experts: int, dim: int, hidden: int, backend: ExpertBackend, seed: int, shared: int = 0) -> None:
         super().__init__(num_experts, dim, hidden, "gelu", seed)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.shared = None
         if shared:
             self.shared = nn.Sequential(nn.Linear(dim, shared), nn.GELU(), nn.Linear(shared, dim))
@@ -88,6 +98,8 @@ class SpaceMoE(Experts):
             w_RK: weight of each expert for each token.
             zero_KD: `e_k(0) - b2_k` of the experts on this rank.
         """
+        if self.use_kernel:
+            return self.sparse(x_RD, w_RK, self.num_experts) - w_RK @ zero_KD
         run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 

@@ -8,6 +8,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.nn import functional as F
 
+from raphael_dist.model.norms import GroupNorm
+
 
 class ResidualBlock(ResnetBlock2D):
     """`x + conv(silu(norm(conv(silu(norm(x))) + time)))`, as diffusers computes it.
@@ -18,20 +20,16 @@ class ResidualBlock(ResnetBlock2D):
 
     def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
         super().__init__(in_channels=inner, out_channels=outer, temb_channels=embed, groups=groups, eps=1e-5)
+        self.norm1 = GroupNorm(groups, inner, eps=1e-5, silu=True)
+        self.norm2 = GroupNorm(groups, outer, eps=1e-5, silu=True)
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
         """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
         time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
-        h_BCHW = self.conv1(match_format(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
-        h_BCHW = self.conv2(match_format(F.silu(self.norm2(h_BCHW)), x_BCHW))
+        h_BCHW = self.conv1(self.norm1(x_BCHW)) + time_BC11
+        h_BCHW = self.conv2(self.norm2(h_BCHW))
         out_BCHW: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
         return out_BCHW
-
-
-def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
-    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
-    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 
 
 def feature_map_format(device: torch.device) -> torch.memory_format:

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from raphael_dist.model.experts import require_grouped_gemm
 from raphael_dist.model.layers import BlockSpec, SpatialTransformer, UNetLevel
-from raphael_dist.model.residual_block import ResidualBlock, feature_map_format, match_format
+from raphael_dist.model.norms import GroupNorm
+from raphael_dist.model.residual_block import ResidualBlock, feature_map_format
 from raphael_dist.model.routing import (
     BlockRouting,
     Gate,
@@ -154,7 +155,7 @@ class RaphaelUNet(nn.Module):
         for level in reversed(range(len(channels))):
             self.up_blocks.append(self._up(level, width, skips))
             width = channels[level]
-        self.conv_norm_out = nn.GroupNorm(m.norm_groups, channels[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(m.norm_groups, channels[0], eps=1e-5, silu=True)
         self.conv_out = nn.Conv2d(channels[0], m.latent_channels, 3, padding=1)
         if m.time_experts and m.time_routing == "learned":
             self.time_gates = nn.ModuleList(Gate(embed, m.gate_width, m.time_experts) for _ in range(self.num_blocks))
@@ -240,7 +241,7 @@ class RaphaelUNet(nn.Module):
             x = x + self.control_scale * residuals.middle
         x = self.decode(state, x, skips)
         return UNetOutput(
-            prediction=self.conv_out(match_format(nn.functional.silu(self.conv_norm_out(x)), x)),
+            prediction=self.conv_out(self.conv_norm_out(x)),
             edge_logits=_present(state.edge_logits),
             space_used=_present(state.space_used),
             time_expert=_present([routing.time_expert_B for routing in routings]),

@@ -22,7 +22,7 @@ FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 # Classes of operations, each with its own rates in `cluster_spec.Rates`. All other operations are "pointwise".
 CLASSES = ("product", "convolution", "attention", "pointwise", "transcendental", "norm", "copy")
 _OPERATIONS = {
-    "product": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"),
+    "product": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "sparse_experts", "sparse_experts_backward"),
     "convolution": ("convolution", "convolution_backward"),
     "attention": (
         "_scaled_dot_product_flash_attention_for_cpu",
@@ -34,7 +34,7 @@ _OPERATIONS = {
     ),
     "norm": (
         "native_layer_norm", "native_layer_norm_backward", "native_group_norm", "native_group_norm_backward", "sum", "mean",
-        "amax", "argmax",
+        "amax", "argmax", "group_norm", "group_norm_backward", "layer_norm_backward",
     ),
     "copy": (
         "copy_", "clone", "_to_copy", "cat", "stack", "index", "index_copy", "index_select", "gather", "scatter", "argsort",

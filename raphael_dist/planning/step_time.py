@@ -108,6 +108,9 @@ def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec
     states = footprint.states
     part = states.master or states.weights
     gradients = part * bytes_per_element(config.train.dtype) // 4
+    if "adamw" in config.train.kernels:  # one pass after the norm
+        num_bytes = 2 * gradients + 2 * part + 2 * states.moments + part // 2 + 2 * states.ema
+        return num_bytes / (cluster.rate(config.train.dtype, "product").gb_s.value * 1e9)
     num_bytes = gradients + (gradients + part if footprint.update_bytes else 0) + part
     num_bytes += 2 * part + 2 * states.moments + part // 2 + 3 * states.ema
     # Long contiguous reads, as those of products.

@@ -26,6 +26,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.edge_supervision import EdgeModule
 from raphael_dist.model.experts import Experts
+from raphael_dist.model.kernels.switch import require_triton, set_kernels
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
@@ -197,6 +198,8 @@ def trace(
     with META:
         model = _TracedUNet(config, recorder).to(dtype)
     traffic = Traffic() if shard is None else shard(model, samples)
+    require_triton(config.train.kernels)  # it is not run, but the operations' shapes are next to their kernels
+    set_kernels(model, config.train.kernels)
     _observe(model, recorder)
     schedule = NoiseSchedule.create(config.diffusion, META)
     batch = meta_batch(config, samples, model.num_blocks)

@@ -21,6 +21,7 @@ from raphael_dist.data.shards.open_index import find_shards, patterns_of, requir
 from raphael_dist.data.shards.tar_scan import EDGE_EXT
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import add_control
+from raphael_dist.model.kernels.switch import require_triton
 from raphael_dist.model.lora import add_lora
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.prompts import sample_requests
@@ -39,8 +40,8 @@ def problems(config: Config) -> list[str]:
     (the edge detector) if `sample.images` requires it.
     """
     shards = [partial(_check_shards, name=name) for name in ("shards", "val_shards")]
-    checks: list[Callable[[Config], object]] = [_check_run_dir, _check_cache_dir, check_installed, _check_encoders]
-    checks += [_check_edge_encoder, *shards, _check_initial_weights, sample_requests]
+    checks: list[Callable[[Config], object]] = [_check_run_dir, _check_cache_dir, check_installed, _check_kernels]
+    checks += [_check_encoders, _check_edge_encoder, *shards, _check_initial_weights, sample_requests]
     lines: list[str] = []
     for check in checks:
         attempt(lines, partial(check, config))
@@ -54,6 +55,10 @@ def attempt(lines: list[str], work: Callable[[], T]) -> T | None:
     except UserError as error:
         lines += error.args
         return None
+
+
+def _check_kernels(config: Config) -> None:
+    require_triton(config.train.kernels)
 
 
 def _check_run_dir(config: Config) -> None:

@@ -59,7 +59,7 @@ def build_engine(
     """
     base, digest = _read_base(config, ranks)
     engine = Engine(config, json_tree, plan, device, base)
-    ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
+    ema = engine.create_ema()
     return engine, ema, CheckpointStore(config, ranks, engine.fragments, ema, data.fingerprints() | digest)
 
 

@@ -112,12 +112,10 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
     if skip_reason is not None:
         run.engine.discard_gradients()
         return recovery.skip(run, skip_reason.why, losses)
-    run.engine.update(learning_rate(run.config, run.progress.step), norm)
+    run.engine.update(learning_rate(run.config, run.progress.step), norm, run.ema, run.progress.step)
     run.telemetry.record_traffic(run.engine.traffic.take())
     run.guard.record_good_step(loss)
     run.progress.updated = True
-    if run.ema is not None:
-        run.ema.update(run.progress.step)
     return True
 
 

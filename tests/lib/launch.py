@@ -133,7 +133,7 @@ def put_together(ranks: list[list[tuple]]) -> dict[str, Any]:
     for name, shape, start, kinds in (fragment for fragments in ranks for fragment in fragments):
         covered[name] = covered.get(name, 0) + kinds["master"].numel()
         for kind, values in kinds.items():
-            flat = whole[kind].setdefault(name, torch.full((torch.Size(shape).numel(),), float("nan")))
+            flat = whole.setdefault(kind, {}).setdefault(name, torch.full((torch.Size(shape).numel(),), float("nan")))
             flat[start : start + values.numel()] = values.flatten()
     assert not any(w.isnan().any() for kind in whole.values() for w in kind.values()), "the fragments leave a gap"
     return {"weights": whole.pop("master"), "moments": whole, "covered": covered}

@@ -1,9 +1,9 @@
 """Rank process: trains some steps of the tiny model on synthetic batches and writes what it ended with.
 
 Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps", "last_experts_until", "checkpoint",
-"spoiled"}, or a list of such to be run one after the other, into OUT.pt.0 and so on. With a checkpoint it resumes from
-run.dir, takes the steps that are missing and saves. "spoiled": before the first step the rehearsal runs, as in every run,
-and then a step of other samples whose gradients are NaN, and dropped.
+"spoiled", "ema"}, or a list of such to be run one after the other, into OUT.pt.0 and so on. With a checkpoint it resumes
+from run.dir, takes the steps that are missing and saves. "spoiled": before the first step the rehearsal runs, as in every
+run, and then a step of other samples whose gradients are NaN, and dropped. "ema": the moving average is kept, too.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.save import CheckpointStore
+from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.fragments import MOMENTS, Fragments
 from raphael_dist.model.batch import Batch
@@ -26,11 +27,13 @@ from tests.lib.launch import leave
 from tests.lib.synthetic import adapted_model, synthetic_batch, tiny_config
 
 
-def state(fragments: Fragments) -> list[tuple]:
+def state(fragments: Fragments, ema: Ema | None = None) -> list[tuple]:
     """Return (name, shape, start, values by kind) of everything this rank owns."""
     actual = []
-    for f in fragments:
+    for i, f in enumerate(fragments):
         moments = {kind: fragments.moment(f, kind) for kind in MOMENTS}
+        if ema is not None:
+            moments["ema"] = ema.values[i]
         values = {"master": f.master, **{kind: v for kind, v in moments.items() if v is not None}}
         actual.append((f.name, f.shape, f.start, {kind: v.detach().cpu().clone() for kind, v in values.items()}))
     return actual
@@ -53,6 +56,7 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
     config = tiny_config(**spec["sections"])
     plan = BatchPlan.of(config, ranks.world_size)
     engine = Engine(config, spec["deepspeed"], plan, device, adapted_model(config) if config.trains_adapter_only else None)
+    ema = engine.create_ema() if spec.get("ema") else None
     schedule = NoiseSchedule.create(config.diffusion, device)
     store = (
         CheckpointStore(config, ranks, engine.fragments, None, {"data.shards": "synthetic"})
@@ -81,12 +85,12 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
         engine.discard_gradients()
     for step in range(first, spec["steps"]):
         total = accumulate(step)
-        engine.step(config.optim.lr)
+        engine.step(config.optim.lr, ema, step + 1)
         losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch_size)
         norms.append(engine.grad_norm)
     if store and spec["steps"] > first:
         store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch_size, spec["steps"], {}))
-    result = {"losses": losses, "norms": norms, "resumed": resumed, "fragments": state(engine.fragments)}
+    result = {"losses": losses, "norms": norms, "resumed": resumed, "fragments": state(engine.fragments, ema)}
     sharded = [n for n, p in engine.module.named_parameters() if hasattr(p, "expert_slice") and n.endswith("space_moe.w1")]
     torch.save({**result, "sent": engine.traffic.take().experts, "spread": sharded}, f"{out}.{ranks.rank}")
 

@@ -10,6 +10,7 @@ import torch.fx.experimental._config
 from torch import Tensor
 
 from raphael_dist.model import device as package_device
+from raphael_dist.model.experts import Experts
 
 GPU = torch.device("meta")
 
@@ -34,6 +35,7 @@ def patches(wait: Callable[[str], None]) -> Iterator[Any]:
     yield mock.patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)
     for name, value in _stand_ins(wait).items():
         yield mock.patch.object(torch.cuda, name, value)
+    yield mock.patch.object(Experts, "_loop", _with_even_loads(Experts._loop))
     # Parts of torch that are no operations: attributes, and tensors made from Python's numbers.
     yield mock.patch.object(Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
     yield mock.patch.object(Tensor, "record_stream")
@@ -53,6 +55,18 @@ def _by_way_of_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return make(data, *args, **kwargs).to(device)
 
     return made
+
+
+def _with_even_loads(loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the loop over experts for counts that the host has read of tensors without data: they add up to nothing."""
+
+    def divided(experts: Experts, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:
+        rows, number = x_RD.shape[0], experts.num_experts
+        if sum(counts) != rows:
+            counts = [rows * (k + 1) // number - rows * k // number for k in range(number)]
+        return loop(experts, x_RD, counts, bias)
+
+    return divided
 
 
 def _new_tensor(self: Tensor, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:

@@ -9,21 +9,23 @@ with experts the difference is what experts, gates and edge modules cost. Sample
 
 import argparse
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import gpu_all
 from benchmarks.states import random_batch
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.engine.ds_config import read_deepspeed_json
-from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
 from raphael_dist.model.batch import Batch
@@ -31,23 +33,31 @@ from raphael_dist.model.device import is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
 from raphael_dist.model.losses import compute_losses
+from raphael_dist.model.moe import SpaceMoE
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.versions import versions
 from raphael_dist.training.throughput import FLOPS, throughput, warmup_step
 
+STEPS = ("ours", "diffusers", "diffusers-compiled")
 WARM_UP = 3  # steps: libraries choose their kernels, optimizers make their state
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """seconds: of a step, the median of several rounds. flops: of the model per sample. peak_gib: most memory of the device;
-    0 on a CPU.
+    """What was measured of a step.
+
+    Attributes:
+        seconds: the median of several rounds.
+        flops: of the model per sample, with every space expert on every image token.
+        useful_flops: the same, with the space experts that an image token needs.
+        peak_gib: most memory of the device; 0 on a CPU.
     """
 
     seconds: float
     flops: float
+    useful_flops: float
     peak_gib: float
 
 
@@ -58,22 +68,37 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
     with device:  # drawn on the device: 2.9 B numbers take a minute on a CPU
         model = RaphaelUNet(config)
     engine = Engine(config, tree, plan, device, model)
-    ema = Ema(engine.fragments, config.ema) if config.ema.enabled else None
+    ema = engine.create_ema()
     schedule, batch = NoiseSchedule.create(config.diffusion, device), _batch(config, device)
     flops = warmup_step(engine, batch, schedule)
+    idle = _idle_flops(engine, batch.to(device), schedule)
 
     def step() -> None:
         losses = compute_losses(engine, batch.to(device), schedule, config, engine.dtype)
         engine.backward(losses.total.sum() * plan.loss_scale)
-        engine.step(config.optim.lr)
-        if ema is not None:
-            ema.update(1)
+        engine.step(config.optim.lr, ema)
 
     seconds, peak = _timed(step, device, steps)
-    return StepTime(seconds, flops, peak)
+    return StepTime(seconds, flops, flops - idle, peak)
 
 
-def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime:
+def _idle_flops(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
+    """Return the FLOPs per sample of the space experts on image tokens outside of their regions."""
+    flops: list[float] = []
+
+    def count(layer: SpaceMoE, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        tokens, unused = inputs[0].shape[1], 1 - float(outputs[1].mean())
+        flops.append(unused * 4 * tokens * layer.num_experts * layer.dim * layer.hidden)
+
+    hooks = [m.register_forward_hook(count) for m in engine.module.modules() if isinstance(m, SpaceMoE)]
+    with torch.no_grad():
+        compute_losses(engine.module, batch, schedule, engine.config, engine.dtype)
+    for hook in hooks:
+        hook.remove()
+    return 3 * sum(flops)
+
+
+def time_diffusers(config: Config, device: torch.device, steps: int, compiled: bool = False) -> StepTime:
     """Time a step of diffusers' U-Net on this rank alone, with gradients checkpointed where ours are recomputed."""
     with device:
         model: Any = diffusers_unet(config)
@@ -96,8 +121,11 @@ def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime
 
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         loss()
+    flops = 3 * counter.get_total_flops() / config.train.micro_batch_size
+    if compiled:
+        model.compile()
     seconds, peak = _timed(step, device, steps)
-    return StepTime(seconds, 3 * counter.get_total_flops() / config.train.micro_batch_size, peak)
+    return StepTime(seconds, flops, flops, peak)
 
 
 def diffusers_unet(config: Config) -> UNet2DConditionModel:
@@ -154,18 +182,25 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
     command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
     command.add_argument("--steps", type=int, default=10, help="steps in each of three rounds (default 10)")
-    command.add_argument("--alone", action="store_true", help="do not measure diffusers' U-Net")
+    command.add_argument("--step-of", nargs="+", choices=STEPS, default=["ours", "diffusers"], help="whose step is measured")
+    command.add_argument("--json", action="store_true", help="print a line of JSON per measurement instead of a table")
+    command.add_argument("--all", action="store_true", help="measure all presets and kernels; a second call continues")
+    command.add_argument("--out", type=Path, default=Path("build/gpu.json"), help="file with the results of --all")
+    command.add_argument("--minutes", type=float, default=9, help="time after which --all ends (default 9)")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.compile=true")
 
 
 def run(args: argparse.Namespace) -> None:
     """Time a whole optimizer step, compared with that of diffusers' U-Net of the same widths."""
+    if args.all:
+        gpu_all.run_all(args)
+        return
     ranks = discover()
     device = initialise(ranks)
-    if ranks.is_main:
+    if ranks.is_main and not args.json:
         print(_machine(ranks, device), flush=True)
-        print("| model | micro-batch | ms a step | images/s a rank | TFLOP/s a rank | MFU | peak GiB |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("| model | micro-batch | ms a step | images/s a rank | TFLOP/s a rank | MFU | useful MFU | peak GiB |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
     for micro in args.micro_batch:
         sizes = [
             f"train.micro_batch_size={micro}",
@@ -175,27 +210,38 @@ def run(args: argparse.Namespace) -> None:
         config = load_config(args.config, [*args.overrides, *sizes])
         tree = read_deepspeed_json(args.deepspeed_config, config.train.dtype)
         works: dict[str, Callable[[], StepTime]] = {
-            args.config: partial(time_ours, config, tree, ranks, device, args.steps),
+            "ours": partial(time_ours, config, tree, ranks, device, args.steps),
+            "diffusers": partial(time_diffusers, config, device, args.steps),
+            "diffusers-compiled": partial(time_diffusers, config, device, args.steps, compiled=True),
         }
-        if not args.alone:
-            works[f"diffusers, widths of {args.config}"] = partial(time_diffusers, config, device, args.steps)
-        for what, work in works.items():
-            line = _line(config, work, ranks, device)
-            gc.collect()  # DeepSpeed's engine is a reference cycle
-            if ranks.is_main:
-                print(f"| {what} | {micro} | {line} |", flush=True)
+        for name in args.step_of:
+            record = _record(config, works[name], ranks, device)
+            gc.collect()  # DeepSpeed's engine is a circle
+            if ranks.is_main and args.json:
+                print(json.dumps(record), flush=True)
+            elif ranks.is_main:
+                what = args.config if name == "ours" else f"{name}, widths of {args.config}"
+                print(f"| {what} | {micro} | {_line(record, micro)} |", flush=True)
 
 
-def _line(config: Config, work: Callable[[], StepTime], ranks: Ranks, device: torch.device) -> str:
+def _record(config: Config, work: Callable[[], StepTime], ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Return what `work` measures, with rates by rank, or its error."""
     try:
         measured = work()
     except (torch.OutOfMemoryError, UserError) as error:
-        return f"{' '.join(str(error).split())[:80]} | | | |"
-    micro, dtype = config.train.micro_batch_size, getattr(torch, config.train.dtype)
-    rates = throughput(micro * ranks.world_size, measured.seconds, measured.flops, device, dtype, ranks.world_size)
-    tflops, mfu = rates["throughput/tflops"], rates["throughput/mfu"]
-    step = f"{measured.seconds * 1e3:.1f} | {micro / measured.seconds:.2f}"
-    return f"{step} | {tflops:.4g} | {mfu:.1%} | {measured.peak_gib:.1f}"
+        return {"error": " ".join(str(error).split())}
+    samples, dtype = config.train.micro_batch_size * ranks.world_size, getattr(torch, config.train.dtype)
+    rates = throughput(samples, measured.seconds, measured.flops, device, dtype, ranks.world_size)
+    mfu = rates["throughput/mfu"]
+    useful = mfu * measured.useful_flops / measured.flops
+    return {**asdict(measured), "tflops": rates["throughput/tflops"], "mfu": mfu, "useful_mfu": useful}
+
+
+def _line(record: dict[str, Any], micro: int) -> str:
+    if "error" in record:
+        return f"{record['error'][:80]} | | | | |"
+    step = f"{record['seconds'] * 1e3:.1f} | {micro / record['seconds']:.2f} | {record['tflops']:.4g}"
+    return f"{step} | {record['mfu']:.1%} | {record['useful_mfu']:.1%} | {record['peak_gib']:.1f}"
 
 
 def _machine(ranks: Ranks, device: torch.device) -> str:

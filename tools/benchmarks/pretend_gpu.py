@@ -130,8 +130,8 @@ class _Operations(TorchDispatchMode):
             self._gpu.wait(kind)
         result = _run(func, name, args, kwargs)
         if launches_work(func):
-            used = [t for t in [*tensors, *tree_leaves(result)] if isinstance(t, Tensor) and t.is_meta]
-            self._gpu.launch(sum(t.nbytes for t in used))
+            written = tree_leaves(result) or _written(func, args, kwargs)
+            self._gpu.launch(sum(t.nbytes for t in [*tensors, *written] if isinstance(t, Tensor) and t.is_meta))
         return result
 
     def _wait_of(self, name: str, args: Any, kwargs: Any) -> str | None:
@@ -180,6 +180,14 @@ def _run(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or args[0].dtype
         return (args[0] if name == "copy_" else torch.empty(args[0].shape, dtype=dtype)).fill_(_made_up(dtype))
     return _collective(func, args, kwargs) if func.namespace == "c10d" else func(*args, **kwargs)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments that an operation without results changes in place."""
+    arguments = func._schema.arguments
+    values = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+    names = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tree_leaves([values.get(name) for name in names])
 
 
 def _wait_of_index(args: Any) -> str | None:

@@ -29,7 +29,6 @@ from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.features.batch_encoder import BatchEncoder
 from raphael_dist.data.stream import StreamSample
 from raphael_dist.engine.ds_config import read_deepspeed_json
-from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine, import_deepspeed
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
@@ -109,7 +108,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
         validator=None,
         requests=[],
         engine=engine,
-        ema=Ema(engine.fragments, config.ema) if config.ema.enabled else None,
+        ema=engine.create_ema(),
         schedule=NoiseSchedule.create(config.diffusion, GPU),
         store=store,
         guard=Guard(config.train),

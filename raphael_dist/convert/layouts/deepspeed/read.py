@@ -241,6 +241,7 @@ class _Files:
             if paddings is None or list(paddings[i]) == group.paddings:
                 break
         else:
+            assert paddings is not None  # or the first alignment is taken
             raise UserError(
                 f"{file}: the paddings of parameter group {i} must be {group.paddings}, as its parameters require, but the "
                 f"file states {list(paddings[i])}. Use the configuration of the run as --config."

@@ -1,0 +1,116 @@
+"""AdamW, the moving average and the model's copy of the weights in one pass over this rank's flat weights, in Triton.
+
+DeepSpeed's update takes several passes: it converts the gradients to float32, runs AdamW, and copies the weights to the
+model; clipping comes before, the moving average after. Here each number is read and written once, and there is no float32
+copy of the gradients. `optim.weight_decay` above 0 keeps its own pass, since it depends on the parameter.
+
+A launch reads learning rate, step count and whatever else changes between steps on the device: CUDA graphs can contain it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from raphael_dist.config.run_sections import Optim
+from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.fragments import Fragments
+from raphael_dist.engine.zero import FlatPart
+from raphael_dist.model.device import from_host
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _adamw(
+    master, exp_avg, exp_avg_sq, gradient, average, copy, numbers, corrections, count, beta1, rest1, beta2, rest2, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    lr, factor, share = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    correction1, correction2 = tl.load(corrections), tl.load(corrections + 1)
+    g = tl.load(gradient + i, mask, 0.0).to(tl.float32) * factor
+    m = beta1 * tl.load(exp_avg + i, mask, 0.0) + rest1 * g
+    v = beta2 * tl.load(exp_avg_sq + i, mask, 0.0) + rest2 * g * g
+    w = tl.load(master + i, mask, 0.0) - lr / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + eps)
+    tl.store(exp_avg + i, m, mask)
+    tl.store(exp_avg_sq + i, v, mask)
+    tl.store(master + i, w, mask)
+    tl.store(copy + i, w.to(copy.dtype.element_ty), mask)
+    if average is not None:
+        old = tl.load(average + i, mask, 0.0)
+        # As torch.lerp: a share of 1 gives the weights themselves.
+        tl.store(average + i, tl.where(share < 0.5, old + share * (w - old), w - (w - old) * (1 - share)), mask)
+
+
+@torch.library.custom_op(
+    "raphael::adamw", mutates_args=("master", "exp_avg", "exp_avg_sq", "average", "copy")
+)  # fmt: skip
+def adamw(
+    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, average: Tensor | None, copy: Tensor,
+    numbers: Tensor, corrections: Tensor, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
+    """Update flat tensors [n] in place.
+
+    Args:
+        master, exp_avg, exp_avg_sq: fp32 weights and Adam's moments.
+        gradient: float32 or bfloat16.
+        average: moving average of the weights, float32; None: there is none.
+        copy: the model's weights, float32 or bfloat16.
+        numbers: learning rate, factor of the gradient, and share of the new weights in the average, float32 [3].
+        corrections: 1 - beta1 ** step and 1 - beta2 ** step, float32 [2].
+        beta1, beta2, eps: of Adam.
+    """
+    count = master.numel()
+    _adamw[(triton.cdiv(count, _BLOCK),)](
+        master, exp_avg, exp_avg_sq, gradient, average, copy, numbers, corrections, count,
+        beta1, 1 - beta1, beta2, 1 - beta2, eps, BLOCK=_BLOCK,
+    )  # fmt: skip
+
+
+@adamw.register_fake
+def _(*_: object) -> None:
+    """Change nothing: tensors without data."""
+
+
+class FusedUpdate:
+    """The update of an engine's weights. It replaces the step of DeepSpeed's optimizer (`Zero12Contiguous.replace_step`)."""
+
+    def __init__(self, fragments: Fragments, optim: Optim, device: torch.device) -> None:
+        self._fragments, self._optim = fragments, optim
+        self._numbers = torch.zeros(3, device=device)
+        self._betas = torch.tensor(optim.betas, dtype=torch.float64).to(device)
+        self._averages: dict[int, Tensor] = {}
+
+    def prepare(self, lr: float, factor: float, ema: Ema | None, step: int) -> None:
+        """Copy the numbers of a step to the device.
+
+        Args:
+            lr: learning rate.
+            factor: of the gradients.
+            ema: the moving average, made with `flat`; None: none.
+            step: the optimizer step, counted from 1.
+        """
+        assert ema is None or ema.flat, "the average must be laid out as the weights"
+        share = 0.0 if ema is None else ema.share(step)
+        self._averages = {} if ema is None else ema.flat
+        self._numbers.copy_(from_host([lr, factor, share], self._numbers.device), non_blocking=True)
+
+    def launch(self, parts: Sequence[FlatPart]) -> None:
+        """Update the weights. The host gives the device nothing but the launches."""
+        if self._fragments.moment_addresses() == []:
+            self._fragments.create_moments(0)
+        beta1, beta2 = self._optim.betas
+        for part in parts:
+            state = self._fragments.optimizer_state(part.master)
+            if not state:  # nothing but padding
+                continue
+            state["step"].add_(1)
+            corrections = (1 - self._betas ** state["step"]).float()
+            adamw(
+                part.master, state["exp_avg"], state["exp_avg_sq"], part.gradient, self._averages.get(id(part.master)),
+                part.copy, self._numbers, corrections, beta1, beta2, self._optim.eps,
+            )  # fmt: skip

@@ -1,0 +1,336 @@
+"""The experts of a layer on the (row, expert) pairs that need them, in Triton, without a wait for the number of pairs.
+
+`out[r] = sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)` over the pairs with w > 0. The pairs are numbered on the device, sorted
+by expert. Buffers have room for as many pairs as there can be, and grids cover them, so shapes are fixed, as CUDA graphs
+require. Programs beyond the last pair end at once, so that the work follows the number of pairs. Sums over the experts of a
+row, and over the rows of an expert, are float32 and in a fixed order. For the backward pass only `a` is kept.
+
+| kernel | for pair p = (r, k) |
+|---|---|
+| `_hidden` | a[p] = w1_k x[r] + b1_k, and h[p] = gelu(a[p]) |
+| `_product` | y[p] = w2_k h[p]; in the backward pass dx[p] = w1_k^T da[p] |
+| `_sum_pairs` | out[r] = sum_k w[r,k] y[p]; dx[r] = sum_k dx[p] |
+| `_hidden_gradient` | dh = w2_k^T dout[r]; da[p] = w[r,k] dh gelu'(a[p]); wh[p] = w[r,k] h[p]; dw[r,k] = dh . h[p] |
+| `_weight_gradient` | dw2_k = sum_p dout[r] wh[p]^T; dw1_k = sum_p da[p] x[r]^T; db1_k = sum_p da[p] |
+
+Legend: R rows, K experts, D width, F hidden width, P places for pairs (R K, or R if each row needs one expert).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from raphael_dist.model.kernels.launch import next_power_of_2
+
+Tile = dict[str, Any]
+
+
+class Pairs(NamedTuple):
+    """The (row, expert) pairs, numbered by expert and then row.
+
+    Attributes:
+        row_P: row of each pair, int32; after the last pair it has no meaning.
+        place_RK: number of each pair, int32; -1: there is none.
+        ends_K: number of the pair after the last one of each expert, int32.
+    """
+
+    row_P: Tensor
+    place_RK: Tensor
+    ends_K: Tensor
+
+
+def find_pairs(needed_RK: Tensor, per_row: int) -> Pairs:
+    """Return the pairs of a bool matrix with at most `per_row` in a row. Nothing is read on the host."""
+    (rows, experts), device = needed_RK.shape, needed_RK.device
+    needed_KR = needed_RK.t().flatten()
+    number_KR = needed_KR.cumsum(0, dtype=torch.int32)
+    place_KR = torch.where(needed_KR, number_KR - 1, -1)
+    row_KR = torch.arange(rows, device=device, dtype=torch.int32).repeat(experts)
+    # All that is no pair goes to one more place at the end.
+    places = rows * per_row
+    target_KR = torch.where(needed_KR, number_KR - 1, places).long()
+    row_P = torch.zeros(places + 1, device=device, dtype=torch.int32).scatter_(0, target_KR, row_KR)
+    ends_K = number_KR.view(experts, rows)[:, -1].contiguous()
+    return Pairs(row_P[:-1], place_KR.view(experts, rows).t().contiguous(), ends_K)
+
+
+@triton.jit
+def _pairs_of_tile(ends, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """Return the expert of this program's tile of pairs, its pairs [ROWS] and the end of the expert's pairs.
+
+    Each expert has whole tiles, the last of which it need not fill. Without a tile the end is 0.
+    """
+    tile, tiles, begin = tl.program_id(1), 0, 0
+    expert, first, last = 0, 0, 0
+    for k in tl.static_range(EXPERTS):
+        end = tl.load(ends + k)
+        own = tl.cdiv(end - begin, ROWS)
+        here = (tile >= tiles) & (tile < tiles + own)
+        expert = tl.where(here, k, expert)
+        first = tl.where(here, begin + (tile - tiles) * ROWS, first)
+        last = tl.where(here, end, last)
+        tiles += own
+        begin = end
+    return expert, first + tl.arange(0, ROWS), last
+
+
+@triton.jit
+def _multiply(
+    a, rows, row_mask, weight, cols, col_mask, depth, row_stride, depth_stride, col_stride, DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Return a[rows, :depth] @ weight[:depth, cols], float32 [ROWS, COLS]. Strides: of a's rows, and of the weight."""
+    inner = tl.arange(0, DEPTH)
+    a += rows.to(tl.int64)[:, None] * row_stride + inner[None, :]
+    weight += inner[:, None] * depth_stride + cols[None, :] * col_stride
+    out = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, depth, DEPTH):
+        inside = inner < depth - start
+        left = tl.load(a + start, row_mask[:, None] & inside[None, :], 0.0)
+        right = tl.load(weight + start * depth_stride, inside[:, None] & col_mask[None, :], 0.0)
+        out = tl.dot(left.to(DOT), right.to(DOT), out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _normal_cdf(x):
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _hidden(
+    x, row, ends, w1, b1, a, h, width, hidden, EXPERTS: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    expert, pairs, end = _pairs_of_tile(ends, EXPERTS, ROWS)
+    if end > 0:
+        cols, mask = tl.program_id(0) * COLS + tl.arange(0, COLS), pairs < end
+        inside = cols < hidden
+        rows = tl.load(row + pairs, mask, 0)
+        weight = w1 + expert.to(tl.int64) * hidden * width
+        value = _multiply(x, rows, mask, weight, cols, inside, width, width, 1, width, DOT, ROWS, COLS, DEPTH)
+        value += tl.load(b1 + expert * hidden + cols, inside, 0.0).to(tl.float32)[None, :]
+        offsets, both = pairs.to(tl.int64)[:, None] * hidden + cols[None, :], mask[:, None] & inside[None, :]
+        tl.store(a + offsets, value.to(a.dtype.element_ty), both)
+        tl.store(h + offsets, (value * _normal_cdf(value)).to(h.dtype.element_ty), both)
+
+
+@triton.jit
+def _product(
+    a, ends, weight, out, inner, outer, depth_stride, col_stride, EXPERTS: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    expert, pairs, end = _pairs_of_tile(ends, EXPERTS, ROWS)
+    if end > 0:
+        cols, mask = tl.program_id(0) * COLS + tl.arange(0, COLS), pairs < end
+        inside = cols < outer
+        weight += expert.to(tl.int64) * inner * outer
+        value = _multiply(
+            a, pairs, mask, weight, cols, inside, inner, inner, depth_stride, col_stride, DOT, ROWS, COLS, DEPTH
+        )
+        offsets = pairs.to(tl.int64)[:, None] * outer + cols[None, :]
+        tl.store(out + offsets, value.to(out.dtype.element_ty), mask[:, None] & inside[None, :])
+
+
+@triton.jit
+def _hidden_gradient(
+    dout, row, ends, w2, w, a, da, wh, dw_parts, places, width, hidden, EXPERTS: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    expert, pairs, end = _pairs_of_tile(ends, EXPERTS, ROWS)
+    if end > 0:
+        cols, mask = tl.program_id(0) * COLS + tl.arange(0, COLS), pairs < end
+        inside = cols < hidden
+        rows = tl.load(row + pairs, mask, 0)
+        weight = w2 + expert.to(tl.int64) * hidden * width
+        dh = _multiply(dout, rows, mask, weight, cols, inside, width, width, hidden, 1, DOT, ROWS, COLS, DEPTH)
+        offsets, both = pairs.to(tl.int64)[:, None] * hidden + cols[None, :], mask[:, None] & inside[None, :]
+        value = tl.load(a + offsets, both, 0.0).to(tl.float32)
+        factor = tl.load(w + rows * EXPERTS + expert, mask, 0.0).to(tl.float32)[:, None]
+        cdf = _normal_cdf(value)
+        slope = cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327
+        tl.store(da + offsets, (factor * dh * slope).to(da.dtype.element_ty), both)
+        tl.store(wh + offsets, (factor * value * cdf).to(wh.dtype.element_ty), both)
+        tl.store(dw_parts + tl.program_id(0).to(tl.int64) * places + pairs, tl.sum(dh * value * cdf, 1), mask)
+
+
+@triton.jit
+def _sum_pairs(
+    y, place, w, out, rows, width, EXPERTS: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for k in tl.static_range(EXPERTS):
+        pair = tl.load(place + row * EXPERTS + k, row < rows, -1)
+        mask = (pair >= 0)[:, None] & (col < width)[None, :]
+        value = tl.load(y + pair.to(tl.int64)[:, None] * width + col[None, :], mask, 0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(w + row * EXPERTS + k, row < rows, 0.0).to(tl.float32)[:, None]
+        total += value
+    offsets = row.to(tl.int64)[:, None] * width + col[None, :]
+    tl.store(out + offsets, total.to(out.dtype.element_ty), (row < rows)[:, None] & (col < width)[None, :])
+
+
+@triton.jit
+def _weight_gradient(
+    left, right, row, ends, out, sums, left_width, right_width, GATHER_LEFT: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Store `out[k] = sum_p left[p]^T right[p]` over the pairs of expert k, and with `sums` also `sum_p left[p]`."""
+    expert = tl.program_id(2)
+    end, begin = tl.load(ends + expert), tl.load(ends + expert - 1, expert > 0, 0)
+    lefts, rights = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total, left_sum = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for start in range(begin, end, DEPTH):
+        pairs = start + tl.arange(0, DEPTH)
+        mask = pairs < end
+        rows = tl.load(row + pairs, mask, 0)
+        if GATHER_LEFT:
+            left_rows, right_rows = rows, pairs
+        else:
+            left_rows, right_rows = pairs, rows
+        left_at = left + left_rows.to(tl.int64)[None, :] * left_width + lefts[:, None]
+        right_at = right + right_rows.to(tl.int64)[:, None] * right_width + rights[None, :]
+        a = tl.load(left_at, mask[None, :] & (lefts < left_width)[:, None], 0.0)
+        b = tl.load(right_at, mask[:, None] & (rights < right_width)[None, :], 0.0)
+        total = tl.dot(a.to(DOT), b.to(DOT), total, input_precision="ieee")
+        if sums is not None:
+            left_sum += tl.sum(a.to(tl.float32), 1)
+    offsets = (expert.to(tl.int64) * left_width + lefts)[:, None] * right_width + rights[None, :]
+    tl.store(out + offsets, total.to(out.dtype.element_ty), (lefts < left_width)[:, None] & (rights < right_width)[None, :])
+    if sums is not None:
+        first = (lefts < left_width) & (tl.program_id(0) == 0)
+        tl.store(sums + expert * left_width + lefts, left_sum.to(sums.dtype.element_ty), first)
+
+
+def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, per_row: int) -> Tensor:
+    """Return `sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)`, [R, D].
+
+    Args:
+        x_RD: rows, float32 or bfloat16, at least one.
+        w_RK: weights, at least 0.
+        w1, b1, w2: of `Experts`, [K, F, D], [K, F] and [K, D, F], in the dtype of x.
+        per_row: how many experts a row needs at most.
+    """
+    pairs = find_pairs(w_RK.detach() > 0, per_row)
+    out_RD: Tensor = _forward(x_RD.contiguous(), w_RK.contiguous(), w1, b1, w2, *pairs)[0]
+    return out_RD
+
+
+def reference_sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    """Compute the same with torch, every expert on every row."""
+    h_RKF = F.gelu(torch.einsum("rd,kfd->rkf", x_RD, w1) + b1)
+    return torch.einsum("rkf,kdf,rk->rd", h_RKF, w2, w_RK)
+
+
+def _tile_of(x: Tensor) -> Tile:
+    """Return the sizes of the tiles of a product, and the type that is multiplied."""
+    if x.dtype == torch.float32:
+        return {"ROWS": 64, "COLS": 64, "DEPTH": 32, "DOT": tl.float32, "num_warps": 4, "num_stages": 2}
+    # Triton's interpreter multiplies bfloat16 numbers as the integers that it stores them as.
+    dot = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+    return {"ROWS": 128, "COLS": 128, "DEPTH": 64, "DOT": dot, "num_warps": 8, "num_stages": 3}
+
+
+def _product_grid(places: int, experts: int, outer: int, tile: Tile) -> tuple[int, int]:
+    # Programs of one tile of pairs are neighbours. Every expert has at most one tile that it does not fill.
+    return triton.cdiv(outer, tile["COLS"]), triton.cdiv(places, tile["ROWS"]) + experts
+
+
+@torch.library.custom_op("raphael::sparse_experts", mutates_args=())
+def _forward(
+    x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return out [R, D] and a [P, F]."""
+    (experts, hidden, width), places, tile = w1.shape, row.numel(), _tile_of(x)
+    a, h, y = x.new_empty(places, hidden), x.new_empty(places, hidden), x.new_empty(places, width)
+    grid = _product_grid(places, experts, hidden, tile)
+    _hidden[grid](x, row, ends, w1, b1, a, h, width, hidden, EXPERTS=experts, **tile)
+    grid = _product_grid(places, experts, width, tile)
+    _product[grid](h, ends, w2, y, hidden, width, 1, hidden, EXPERTS=experts, **tile)
+    return _sum(y, place, w), a
+
+
+def _sum(y_PD: Tensor, place_RK: Tensor, w_RK: Tensor | None) -> Tensor:
+    """Return the sum of the pairs of each row, weighted with `w_RK` if it is given."""
+    (rows, experts), width = place_RK.shape, y_PD.shape[1]
+    out, cols = y_PD.new_empty(rows, width), min(128, next_power_of_2(width))
+    _sum_pairs[(triton.cdiv(rows, 16), triton.cdiv(width, cols))](
+        y_PD, place_RK, w_RK, out, rows, width, EXPERTS=experts, WEIGHTED=w_RK is not None, ROWS=16, COLS=cols
+    )
+    return out
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(row.numel(), w1.shape[1])
+
+
+@torch.library.custom_op("raphael::sparse_experts_backward", mutates_args=())
+def _backward(
+    dout: Tensor, x: Tensor, w: Tensor, w1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, w, w1, b1 and w2."""
+    (experts, hidden, width), places, tile = w1.shape, row.numel(), _tile_of(x)
+    da, wh = torch.empty_like(a), torch.empty_like(a)
+    narrow = {**tile, "COLS": 64}  # its results need registers too: of 128 columns some would spill
+    grid = _product_grid(places, experts, hidden, narrow)
+    dw_parts = x.new_empty(grid[0], places, dtype=torch.float32)
+    _hidden_gradient[grid](
+        dout, row, ends, w2, w, a, da, wh, dw_parts, places, width, hidden, EXPERTS=experts, **narrow
+    )  # fmt: skip
+    dw1, db1, dw2 = torch.empty_like(w1), w1.new_empty(experts, hidden), torch.empty_like(w2)
+    cells = (triton.cdiv(hidden, tile["COLS"]), triton.cdiv(width, tile["ROWS"]), experts)
+    _weight_gradient[cells](dout, wh, row, ends, dw2, None, width, hidden, GATHER_LEFT=True, **tile)
+    cells = (triton.cdiv(width, tile["COLS"]), triton.cdiv(hidden, tile["ROWS"]), experts)
+    _weight_gradient[cells](da, x, row, ends, dw1, db1, hidden, width, GATHER_LEFT=False, **tile)
+    dx_pairs = x.new_empty(places, width)
+    grid = _product_grid(places, experts, width, tile)
+    _product[grid](da, ends, w1, dx_pairs, hidden, width, width, 1, EXPERTS=experts, **tile)
+    dw_P = dw_parts.sum(dim=0)  # without a meaning after the last pair
+    dw_RK = torch.where(place >= 0, dw_P[place.clamp(min=0).long()], 0.0).to(w.dtype)
+    return _sum(dx_pairs, place, None), dw_RK, dw1, db1, dw2
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, x: Tensor, w: Tensor, w1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b1 = w1.new_empty(w1.shape[:2])
+    return torch.empty_like(x), torch.empty_like(w), torch.empty_like(w1), b1, torch.empty_like(w2)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w, w1, _, w2, *pairs = inputs
+    ctx.set_materialize_grads(False)  # of a, which has no gradient
+    ctx.save_for_backward(x, w, w1, w2, *pairs, output[1])
+
+
+def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
+    dx, dw, dw1, db1, dw2 = _backward(dout.contiguous(), *ctx.saved_tensors)
+    return dx, dw, dw1, db1, dw2, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.raphael.sparse_experts)
+def _flops(
+    x: torch.Size, w: torch.Size, w1: torch.Size, b1: torch.Size, w2: torch.Size, row: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Return the FLOPs of all places, as the dense backend has; how many pairs there are is known on the device alone."""
+    return 4 * row[0] * w1[1] * w1[2]
+
+
+@register_flop_formula(torch.ops.raphael.sparse_experts_backward)
+def _backward_flops(
+    dout: torch.Size, x: torch.Size, w: torch.Size, w1: torch.Size, w2: torch.Size, row: torch.Size, *_: Any, **__: Any
+) -> int:
+    return 8 * row[0] * w1[1] * w1[2]

@@ -1,0 +1,52 @@
+"""`train.kernels`: which parts of the model run in Triton kernels. Triton is imported only when one of them does."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from raphael_dist.config.types import Kernel
+from raphael_dist.errors import UserError
+from raphael_dist.model.device import is_gpu
+from raphael_dist.model.moe import SpaceMoE, TimeMoE
+from raphael_dist.model.norms import GroupNorm, LayerNorm
+
+_MODULES: dict[str, type[nn.Module]] = {
+    "group_norm": GroupNorm,
+    "layer_norm": LayerNorm,
+    "space_moe": SpaceMoE,
+    "time_moe": TimeMoE,
+}
+
+
+def use_kernels(model: nn.Module, kernels: Sequence[Kernel], device: torch.device) -> None:
+    """Let the parts of `model` that `kernels` names run in Triton on `device`. Raises UserError where that is impossible."""
+    if not kernels:
+        return
+    require_triton(kernels)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, for tests on CPUs
+    if not is_gpu(device) and not interpreted:
+        raise UserError(
+            f"train.kernels={list(kernels)} requires a GPU, but the device is {device.type}. Use a GPU or set "
+            "train.kernels=[]."
+        )
+    set_kernels(model, kernels)
+
+
+def set_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
+    """Let parts of `model` run in Triton without a check of the device, for traces without data."""
+    types = tuple(_MODULES[name] for name in kernels if name in _MODULES)
+    for module in model.modules():
+        if isinstance(module, types):
+            module.use_kernel = True  # type: ignore[assignment]
+
+
+def require_triton(kernels: Sequence[Kernel]) -> None:
+    """Raise UserError if there are kernels, but Triton is not installed."""
+    if kernels and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            f"train.kernels={list(kernels)} requires the package triton, which is not installed. Run pip install "
+            "'raphael_dist[kernels]', or set train.kernels=[]."
+        )

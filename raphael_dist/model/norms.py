@@ -1,0 +1,48 @@
+"""Normalisations of the U-Net, by torch's operations or by the Triton kernels of `train.kernels`.
+
+Shape legend: B samples, C channels, H and W of the feature map, D width of a token.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of a feature map, with SiLU after it where `silu` is set. It keeps the memory format of its input.
+
+    With `use_kernel` (GPUs) the result is channels last.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
+        super().__init__(groups, channels, eps=eps)
+        self.silu, self.use_kernel = silu, False
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the normalised feature map [B, C, H, W]."""
+        if self.use_kernel:
+            from raphael_dist.model.kernels.group_norm import group_norm
+
+            return group_norm(x_BCHW, self.weight, self.bias, self.num_groups, self.eps, self.silu)
+        h_BCHW = super().forward(x_BCHW)
+        return match_format(F.silu(h_BCHW), x_BCHW) if self.silu else h_BCHW
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of tokens, whose backward pass is a Triton kernel with `use_kernel`."""
+
+    use_kernel = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised tokens [..., D]."""
+        if self.use_kernel:
+            from raphael_dist.model.kernels.layer_norm import layer_norm
+
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
+    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW

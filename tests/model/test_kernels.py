@@ -1,0 +1,282 @@
+"""The Triton kernels of `train.kernels` equal references in float64, and torch's parts of a whole model.
+
+Without a GPU they run in Triton's interpreter (tests/conftest.py), with one the same tests run them compiled, and are marked
+`gpu`. The interpreter cuts bfloat16 numbers off instead of rounding them, which doubles their error.
+
+Shape legend: B samples, C channels, G groups, R rows, K experts, D width, F hidden width.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raphael_dist.config.schema import Config
+from raphael_dist.engine.ds_config import merge
+from raphael_dist.errors import UserError
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.kernels.switch import use_kernels
+from raphael_dist.model.losses import compute_losses
+from raphael_dist.model.moe import SpaceMoE, TimeMoE
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.training.dry_run import problems
+from tests.lib.synthetic import synthetic_batch, tiny_config
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+from raphael_dist.model.kernels import group_norm, layer_norm, sparse_experts
+from raphael_dist.model.kernels.group_norm import reference_group_norm
+from raphael_dist.model.kernels.sparse_experts import find_pairs, reference_sparse_experts
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+pytestmark = [pytest.mark.gpu] if HAS_GPU else []
+ROOT = Path(__file__).parents[2]
+
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * scale + shift).to(DEVICE, dtype)
+
+
+def outcome(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return the output for inputs of a dtype, and the gradient of each input, in float64 on the CPU."""
+    inputs = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
+    out = run(*inputs)
+    out.backward(draw(*out.shape, dtype=torch.bfloat16).to(device, dtype))
+    return [t.detach().double().cpu() for t in (out, *(x.grad for x in inputs))]
+
+
+def compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor], tolerance: float) -> None:
+    """Hold output and gradients to those of a reference in float64, by the norm of the difference."""
+    actual = outcome(kernel, inputs, inputs[0].dtype, DEVICE)
+    expected = outcome(reference, inputs, torch.float64, torch.device("cpu"))
+    for i, (item, other) in enumerate(zip(actual, expected, strict=True)):
+        assert (item - other).norm() <= tolerance * other.norm() + 1e-12, f"tensor {i}"
+
+
+# Sizes that fill no tile; groups of 3, 10 and 40 channels; more than one tile of pixels, and of channels.
+@DTYPES
+@pytest.mark.parametrize(
+    ("samples", "channels", "height", "width", "groups", "silu"),
+    [(2, 24, 9, 10, 8, True), (2, 24, 9, 10, 8, False), (1, 20, 5, 3, 2, True), (1, 80, 3, 3, 2, True)],
+)
+def test_group_norm(samples, channels, height, width, groups, silu, dtype, tolerance):
+    x = draw(samples, channels, height, width, dtype=dtype, scale=3, shift=7)
+    inputs = [x, draw(channels, dtype=dtype), draw(channels + 1, dtype=dtype)[1:]]
+    kernel, reference = (
+        lambda *args, run=run: run(*args, groups, 1e-5, silu) for run in (group_norm.group_norm, reference_group_norm)
+    )
+    compare(kernel, reference, inputs, tolerance)
+    assert kernel(*inputs).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_group_norm_of_a_large_mean_loses_no_digits():
+    """A mean of 1,000 deviations: squares of the values themselves would cancel to 2 digits."""
+    inputs = [draw(1, 4, 9, 10, dtype=torch.float32, shift=1000), *(draw(4, dtype=torch.float32) for _ in range(2))]
+    actual, *_ = outcome(lambda *args: group_norm.group_norm(*args, 2, 1e-5, False), inputs, torch.float32, DEVICE)
+    expected = F.group_norm(inputs[0].double().cpu(), 2, *(x.double().cpu() for x in inputs[1:]))
+    assert (actual - expected).abs().max() < 3e-4
+
+
+@DTYPES
+@pytest.mark.parametrize(("shape", "programs"), [((3, 50, 24), 512), ((1, 40), 512), ((7, 100, 24), 2)])
+def test_layer_norm_backward(shape, programs, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(layer_norm, "_PROGRAMS", programs)  # 2: each takes several tiles
+    width = shape[-1]
+    inputs = [draw(*shape, dtype=dtype, scale=2, shift=5), draw(width, dtype=dtype), draw(width + 1, dtype=dtype)[1:]]
+    kernel, reference = (
+        lambda *args: layer_norm.layer_norm(*args, 1e-5),
+        lambda x, *args: F.layer_norm(x, (width,), *args, 1e-5),
+    )
+    compare(kernel, reference, inputs, tolerance)
+
+
+# name: (rows, the experts that a row may need, share of pairs)
+PAIRS = {
+    "some": (150, (0, 1, 2), 0.4),
+    "none of one expert": (40, (0, 2), 0.5),
+    "all": (9, (0, 1, 2), 1.0),
+    "no pair": (5, (), 0.0),
+    "one row": (1, (1,), 1.0),
+}
+
+
+def expert_inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
+    rows, allowed, share = PAIRS[name]
+    experts, width, hidden = 3, 24, 40
+    w_RK = torch.zeros(rows, experts, device=DEVICE, dtype=dtype)
+    for k in allowed:
+        drawn = torch.rand(2, rows, generator=torch.Generator().manual_seed(k)).to(DEVICE, dtype)
+        w_RK[:, k] = (drawn[0] + 0.1) * (drawn[1] <= share)
+    w1, w2 = draw(experts, hidden, width, dtype=dtype, scale=0.2), draw(experts, width, hidden, dtype=dtype, scale=0.2)
+    return [draw(rows, width, dtype=dtype), w_RK, w1, draw(experts, hidden, dtype=dtype), w2]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", PAIRS)
+def test_sparse_experts(name, dtype, tolerance, monkeypatch):
+    new_empty = Tensor.new_empty
+
+    def nan(*args, **kwargs) -> Tensor:  # what lies behind the last pair must not matter
+        made = new_empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", nan)
+    inputs = expert_inputs(name, dtype)
+
+    def reference(x: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
+        # Pairs of weight 0 are not computed, so their weight has no gradient.
+        return reference_sparse_experts(x, torch.where(w > 0, w, w.detach()), *weights)
+
+    def kernel(*args: Tensor) -> Tensor:
+        return sparse_experts.sparse_experts(*args, per_row=max(1, len(PAIRS[name][1])))
+
+    compare(kernel, reference, inputs, 1.5 * tolerance)
+
+
+def test_pairs_by_hand():
+    needed = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 0, 0]], dtype=torch.bool, device=DEVICE)
+    pairs = find_pairs(needed, per_row=2)
+    assert len(pairs.row_P) == 6
+    assert pairs.row_P[:4].tolist() == [0, 2, 0, 1]
+    assert pairs.place_RK.tolist() == [[0, -1, 2], [-1, -1, 3], [1, -1, -1]]
+    assert pairs.ends_K.tolist() == [2, 2, 4]
+
+
+@pytest.mark.parametrize("kernel", ["group_norm", "layer_norm", "space_moe", "time_moe"])
+def test_a_model_takes_the_same_gradients_with_a_kernel(kernel):
+    config = tiny_config(
+        model={"channels": [16, 24], "expert_width": [24, 32], "norm_groups": 2, "space_experts": 3, "time_experts": 2},
+        train={"micro_batch_size": 2, "global_batch_size": 2},
+    )
+    torch.manual_seed(0)
+    model = RaphaelUNet(config).to(DEVICE)
+    batch = synthetic_batch(config, [(0, 1.0), (1, 1.0)], model.num_blocks).to(DEVICE)
+    schedule = NoiseSchedule.create(config.diffusion, DEVICE)
+
+    def gradients() -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the losses, and the gradients in the order of their computation."""
+        order: dict[str, Tensor] = {}
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: order.update({name: p.grad.clone()}))
+            for name, p in model.named_parameters()
+        ]
+        model.zero_grad()
+        losses = compute_losses(model, batch, schedule, config, torch.float32).total
+        losses.sum().backward()
+        for hook in hooks:
+            hook.remove()
+        return losses.detach(), order
+
+    losses, expected = gradients()
+    use_kernels(model, [kernel], DEVICE)
+    other_losses, actual = gradients()
+    torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=1e-6)
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    assert actual.keys() == expected.keys()
+    # ZeRO can reduce gradients in this order, and a rank without rows for its experts does not run their kernels.
+    assert kernel != "space_moe" or list(actual) == list(expected)
+
+
+def test_layers_of_experts_with_kernels_equal_those_without():
+    torch.manual_seed(0)
+    space, time = SpaceMoE(3, 16, 24, "dense", seed=1).to(DEVICE), TimeMoE(3, 16, 24, seed=2).to(DEVICE)
+    h = draw(2, 5, 16, dtype=torch.float32)
+    mask = (torch.rand(2, 5, 4) < 0.5).float().to(DEVICE)
+    weight = F.one_hot(torch.randint(0, 3, (2, 4)), 3).float().to(DEVICE) / 4
+    factor = torch.tensor([1.0, 0.5], device=DEVICE)
+    expert, samples = torch.tensor([2, 0], device=DEVICE), torch.tensor([1, 0, 1], device=DEVICE)
+    for layer, arguments in ((space, (h, mask, weight)), (time, (h, expert, samples, factor))):
+        outs = []
+        for layer.use_kernel in (False, True):
+            out = layer(*arguments)
+            outs.append(out[0] if layer is space else out)
+        torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+
+
+# ---- the switch -------------------------------------------------------------------------------------------------------
+
+FITS = {"expert_width": [24, 32]}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"kernels": ["group_norm"], "compile": True}}, "train.compile=false.* of group_norm, but it is true"),
+        ({"train": {"kernels": ["space_moe"]}, "model": {"space_experts": 0}}, "model.space_experts above 0"),
+        ({"train": {"kernels": ["space_moe"]}, "model": {"expert_backend": "grouped"}}, "expert_backend=auto .* is grouped"),
+        ({"train": {"kernels": ["time_moe"]}, "model": {"time_activation": "geglu"}}, "time_activation=gelu"),
+        ({"train": {"kernels": ["time_moe"]}, "parallel": {"time_ep": 2}}, "parallel.time_ep=1 .* but it is 2"),
+        ({"train": {"kernels": ["adamw"]}, "optim": {"kind": "sgd"}}, "optim.kind=adamw .* but it is sgd"),
+        (
+            {"train": {"kernels": ["space_moe"]}, "lora": {"rank": 2, "targets": ["experts"]}, "run": {"init_from": "x"}},
+            "lora.targets without experts",
+        ),
+    ],
+)
+def test_settings_that_a_kernel_cannot_work_with_are_refused(sections, message):
+    pattern = rf"train.kernels=\[.*\] requires .*{message}.*remove \w+ from train.kernels"
+    with pytest.raises(UserError, match=pattern) as error:
+        tiny_config(**sections)
+    assert len(error.value.args) == 1
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"stage": 3}, "ZeRO stage 1 or 2, but the DeepSpeed config has stage 3"),
+        ({"stage": 2, "overlap_comm": True}, "overlap_comm=false"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer.device=cpu"),
+    ],
+)
+def test_fused_update_is_refused_without_contiguous_gradients(zero, message):
+    config = tiny_config(train={"kernels": ["adamw"]})
+    with pytest.raises(
+        UserError, match=f"train.kernels with adamw requires .*{message}.* or remove adamw from train.kernels"
+    ):
+        merge(config, {"zero_optimization": zero}, 1, 2)
+
+
+def test_kernels_without_triton_are_refused_before_the_run(monkeypatch, tmp_path):
+    config = tiny_config(train={"kernels": ["adamw"]}, run={"dir": str(tmp_path)})
+    assert not [line for line in problems(config) if "train.kernels" in line]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    message = r"train.kernels=['adamw'] requires the package triton, which is not installed. Run pip install"
+    assert [line for line in problems(config) if line.startswith(message)]
+
+
+def test_kernels_are_refused_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="requires a GPU, but the device is cpu"):
+        use_kernels(RaphaelUNet(tiny_config()), ["group_norm"], torch.device("cpu"))
+
+
+def test_a_model_uses_no_kernel_by_default():
+    assert Config().train.kernels == ()
+    model = RaphaelUNet(tiny_config())
+    use_kernels(model, (), torch.device("cpu"))
+    assert not [name for name, m in model.named_modules() if getattr(m, "use_kernel", False)]
+
+
+# ---- compilation for GPUs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_compile_for_two_gpus_and_spill_no_registers():
+    command = [sys.executable, "tools/bench.py", "kernels", "--targets", "80", "90"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:] if line]
+    assert {row[0] for row in rows} == {"group_norm", "layer_norm", "space_moe", "adamw"}
+    assert not [row for row in rows for cell in row[2:] if int(cell.split(", ")[1]) > 0]

@@ -1,0 +1,199 @@
+"""`tools/bench.py gpu --all`: everything that is claimed of one GPU, in one command that can be repeated until it is done.
+
+Each measurement is a process of its own (`tools/bench.py gpu --json`), so that one that fails leaves the others intact. All
+are taken once before any is taken again, so that what changes with time on the machine meets all of them. Results go to a
+JSON file after each; a command that is called again continues there. It ends after `--minutes`, with the table so far.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from raphael_dist.config.schema import load_config
+from raphael_dist.config.types import Kernel
+from raphael_dist.errors import UserError
+from raphael_dist.storage.versions import versions
+
+KERNELS: tuple[str, ...] = get_args(Kernel)
+ROUNDS = 2  # of all measurements
+_GRAPHS = "train.cuda_graphs=true"
+_NO_RECOMPUTE = "model.checkpoint_activations=none"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a preset, images of a micro-batch, whose step is measured, and overrides of the configuration."""
+
+    config: str
+    images: int
+    step_of: str = "ours"
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.config, str(self.images), self.step_of, *self.overrides])
+
+    def command(self) -> list[str]:
+        """Return the arguments of `tools/bench.py gpu`."""
+        words = ["--config", self.config, "--micro-batch", str(self.images), "--step-of", self.step_of, "--json"]
+        return [*words, *self.overrides]
+
+
+def cases() -> list[Case]:
+    """Return all measurements, in the order of their worth."""
+    chosen = [c for images in (64, 8, 32) for c in _against_diffusers("sd2-dense", images)]
+    for config in ("raphael-3b", "raphael-sd2"):
+        for images in (8, 2, 16, 32):
+            for overrides in ((), (_NO_RECOMPUTE,)):
+                chosen += [Case(config, images, overrides=(_GRAPHS, *overrides, *kernels)) for kernels in _switches(config)]
+    chosen += [Case("emoji", n, overrides=(_GRAPHS, *kernels)) for n in (1024, 256) for kernels in _switches("emoji")]
+    return chosen
+
+
+def _against_diffusers(config: str, images: int) -> list[Case]:
+    ours = [Case(config, images, overrides=(_GRAPHS, *kernels)) for kernels in _switches(config, each_off=True)]
+    compiled = Case(config, images, overrides=(_GRAPHS, "train.compile=true"))
+    return [*ours, compiled, Case(config, images, "diffusers"), Case(config, images, "diffusers-compiled")]
+
+
+def _switches(config: str, each_off: bool = False) -> list[tuple[str, ...]]:
+    """Return overrides with no kernel and with all that suit a preset; with `each_off` also with each in turn off."""
+    model = load_config(config).model
+    unfit = set() if model.space_experts else {"space_moe"}
+    unfit |= set() if model.time_experts and model.time_activation == "gelu" else {"time_moe"}
+    names = [name for name in KERNELS if name not in unfit]
+    sets = [[], names] + ([[other for other in names if other != name] for name in names] if each_off else [])
+    return [(f"train.kernels=[{','.join(kernels)}]",) if kernels else () for kernels in sets]
+
+
+class Results:
+    """The records in a JSON file: of one device, one commit and one set of versions."""
+
+    def __init__(self, path: Path, machine: Record) -> None:
+        self.path, self.machine, self.records = path, machine, list[Record]()
+        if not path.exists():
+            return
+        stored = json.loads(path.read_text())
+        if stored["machine"] != machine:
+            raise UserError(
+                f"--out={path} holds results of {stored['machine']}, but this is {machine}. Give another --out, or remove "
+                "the file."
+            )
+        self.records = stored["records"]
+
+    def add(self, record: Record) -> None:
+        """Append a record, and write the file."""
+        self.records.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"machine": self.machine, "records": self.records}, indent=1) + "\n")
+        temporary.replace(self.path)
+
+    def of(self, case: Case) -> list[Record]:
+        """Return the records of a measurement."""
+        return [record for record in self.records if record["case"] == case.name]
+
+    def pending(self, chosen: list[Case]) -> list[Case]:
+        """Return what is to be measured, in order. What failed is not tried again."""
+        counts = {case: len(self.of(case)) for case in chosen}
+        failed = {case for case in chosen if any("error" in record for record in self.of(case))}
+        return [case for i in range(ROUNDS) for case in chosen if counts[case] <= i and case not in failed]
+
+
+def measure_all(
+    chosen: list[Case],
+    results: Results,
+    measure: Callable[[Case, float], Record],
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Measure until all is done or time is up; return how many measurements are left.
+
+    Args:
+        chosen: what to measure.
+        results: where records go.
+        measure: returns the record of a case, given the seconds that are left.
+        seconds: for everything. A measurement starts only if the longest so far would still fit.
+        clock: in seconds.
+    """
+    began, longest = clock(), 0.0
+    pending = results.pending(chosen)
+    while pending:
+        start = clock()
+        left = seconds - (start - began)
+        if left <= longest:
+            break
+        record = measure(pending[0], left)
+        longest = max(longest, clock() - start)
+        if record.get("error") == TIME_IS_UP and left < seconds:
+            break  # it had less time than a new call gives it
+        results.add({"case": pending[0].name, **record})
+        pending = results.pending(chosen)
+    return len(pending)
+
+
+TIME_IS_UP = "time is up"
+
+
+def run_case(case: Case, seconds: float) -> Record:
+    """Measure a case in its own process; return its record, or one with "error"."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "bench.py"), "gpu", *case.command()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": TIME_IS_UP}
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            record: Record = json.loads(line)
+            return record
+    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    return {"error": (lines or [f"exit code {done.returncode}"])[-1][:200]}
+
+
+def table(chosen: list[Case], results: Results) -> str:
+    """Return the results as a table, with the medians over rounds."""
+    lines = ["| preset | images | step of | overrides | ms | images/s | MFU | useful MFU | peak GiB | rounds |"]
+    lines.append("|" + "---|" * 10)
+    for case in chosen:
+        records = results.of(case)
+        if not records:
+            continue
+        head = f"| {case.config} | {case.images} | {case.step_of} | {' '.join(case.overrides)} |"
+        if "error" in records[-1]:
+            lines.append(f"{head} {records[-1]['error'].replace('|', '/')} | | | | | {len(records)} |")
+            continue
+        mid = {key: statistics.median(r[key] for r in records) for key in ("seconds", "mfu", "useful_mfu", "peak_gib")}
+        rate = case.images / mid["seconds"]
+        shares = f"{mid['mfu']:.1%} | {mid['useful_mfu']:.1%} | {mid['peak_gib']:.1f}"
+        lines.append(f"{head} {mid['seconds'] * 1e3:.1f} | {rate:.1f} | {shares} | {len(records)} |")
+    return "\n".join(lines)
+
+
+def machine() -> Record:
+    """Return the device, versions and commit that results stand for."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True)
+    return {"device": torch.cuda.get_device_name(), **versions(), "cuda": torch.version.cuda, "commit": git.stdout.strip()}
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Measure what is not yet in `--out`, for `--minutes`; print the table and how many measurements are left."""
+    if not torch.cuda.is_available():
+        raise SystemExit("tools/bench.py gpu --all requires a GPU, but torch finds none. Run it on a machine with one.")
+    try:
+        chosen, results = cases(), Results(args.out, machine())
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    left = measure_all(chosen, results, run_case, 60 * args.minutes)
+    print(table(chosen, results))
+    print(f"\n{left} measurements are left. Run the same command again." if left else f"\nAll is measured: {args.out}")

@@ -1,0 +1,165 @@
+"""`tools/bench.py kernels`: the Triton kernels of `train.kernels`, compiled for GPUs that need not be there.
+
+Every operation is called with tensors without data, of the sizes that a preset gives it. Its launches are recorded, compiled
+by Triton for each target, and read with the cuobjdump that Triton ships: registers of a thread, bytes that it spills to
+memory, and shared bytes of a program; the largest of a kernel's launches is printed. Nothing runs.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from raphael_dist.engine import adamw
+from raphael_dist.model.kernels import group_norm, layer_norm, sparse_experts
+
+TARGETS = (80, 90)  # compute capabilities: A100, and H100 and H200
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel: types of its arguments by name, constants, arguments that are multiples of 16, options."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs: registers of a thread, bytes of a thread in memory, shared bytes of a program."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+    def largest(self, other: "Resources") -> "Resources":
+        """Return the larger number of each."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Resources(*(max(pair) for pair in pairs))
+
+
+def record_launches(work: Callable[[], object]) -> list[Launch]:
+    """Return the different launches of `work`, in order. Nothing is launched."""
+    found: dict[Launch, None] = {}
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found[_launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs)] = None
+
+    with mock.patch.object(JITFunction, "run", run):
+        work()
+    return list(found)
+
+
+def _launch(kernel: JITFunction, arguments: dict[str, Any]) -> Launch:
+    options = tuple((name, arguments.pop(name)) for name in _OPTIONS if name in arguments)
+    signature, constants, aligned = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        # As Triton specialises: None and the number 1 are constants.
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = _TYPES[value.dtype]
+            aligned.append(name)
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                aligned.append(name)
+    return Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile a launch for GPUs of a compute capability (90: 9.0). Raises Triton's errors."""
+    kernel = launch.kernel
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        words = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return Resources(registers, stack + local, compiled.metadata.shared)
+
+
+# Of a model's first and last level: samples, channels, side of the maps, and width and side of the tokens.
+LEVELS = ((2, 320, 64, 320, 64), (2, 2560, 8, 1280, 16))
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield (switch, operation, arguments) at the sizes of `raphael-3b` with two images."""
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    groups, experts, eps = 32, 6, 1e-5
+    for samples, channels, side, width, tokens in LEVELS:
+        x, w, moments = new(samples, channels, side, side), new(channels), new(samples, groups, dtype=torch.float32)
+        for silu in (True, False):
+            yield "group_norm", group_norm._forward, (x, w, w, groups, eps, silu)
+            yield "group_norm", group_norm._backward, (x, x, w, w, moments, moments, groups, silu)
+        rows, hidden = samples * tokens * tokens, 4 * width
+        x_RD, w_RK = new(rows, width), new(rows, experts)
+        yield "layer_norm", layer_norm._backward, (x_RD, x_RD, new(width), eps)
+        w1, b1, w2 = new(experts, hidden, width), new(experts, hidden), new(experts, width, hidden)
+        pairs = tuple(new(*shape, dtype=torch.int32) for shape in ((rows * experts,), (rows, experts), (experts,)))
+        yield "space_moe", sparse_experts._forward, (x_RD, w_RK, w1, b1, w2, *pairs)
+        yield "space_moe", sparse_experts._backward, (x_RD, x_RD, w_RK, w1, w2, *pairs, new(rows * experts, hidden))
+    flat, few = new(2**20, dtype=torch.float32), new(3, dtype=torch.float32)
+    yield "adamw", adamw.adamw, (flat, flat, flat, new(2**20), flat, new(2**20), few, few, 0.9, 0.999, 1e-8)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    command.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), help="compute capabilities")
+    command.add_argument("--switches", nargs="+", help="of train.kernels; default: all")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compile every kernel for each target, and print registers, spilled bytes and shared bytes."""
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET=1 must not be set, because this command compiles. Unset it.")
+    columns = [(dtype, target) for dtype in (torch.float32, torch.bfloat16) for target in args.targets]
+    heads = [f"{str(dtype).removeprefix('torch.')}, sm_{target}" for dtype, target in columns]
+    print(f"| switch | kernel | {' | '.join(heads)} |")
+    print("|" + "---|" * (2 + len(columns)))
+    rows: dict[tuple[str, str], dict[tuple[torch.dtype, int], Resources]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for switch, launch in _launches(dtype):
+            if args.switches and switch not in args.switches:
+                continue
+            row = rows.setdefault((switch, launch.kernel.__name__), {})
+            for target in args.targets:
+                needed = compile_launch(launch, target)
+                row[dtype, target] = needed.largest(row.get((dtype, target), needed))
+    for (switch, kernel), row in rows.items():
+        cells = [f"{r.registers}, {r.spilled}, {r.shared:,}" for r in (row[column] for column in columns)]
+        print(f"| {switch} | `{kernel}` | {' | '.join(cells)} |", flush=True)
+
+
+def _launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """Yield the switch and each different launch of what the operations run for tensors with data."""
+    seen: set[Launch] = set()
+    for switch, operation, arguments in calls(dtype):
+        new = [launch for launch in record_launches(partial(operation._init_fn, *arguments)) if launch not in seen]
+        seen |= set(new)
+        yield from ((switch, launch) for launch in new)
