@@ -32,7 +32,7 @@ GateGradient = Literal["straight_through", "none", "scaled"]
 
 
 class Gate(nn.Module):
-    """G of Sec. 3.1 and G' of Sec. 7.3: a feed-forward network with GELU from an embedding to one logit per expert."""
+    """A gate: a feed-forward network with GELU from an embedding to one logit per expert (G of Sec. 3.1, G' of Sec. 7.3)."""
 
     def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class Gate(nn.Module):
 
 
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
-    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two products.
+    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two matrix products.
 
-    One by one, the gates would need 3 L launches, and 6 L in the backward pass.
+    Running the gates one by one would need 3 L kernel launches, and 6 L in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -102,10 +102,11 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
 
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
-    """Return the time expert of each timestep, int64 [B]: K bands of equally many timesteps.
+    """Return the time expert of each timestep, int64 [B], if timesteps are divided into K equal bands (subranges).
 
-    This is not in the paper; Wan 2.2 has two such experts. Bands are equal in timesteps, not in signal-to-noise ratio,
-    because timesteps are drawn evenly: every expert gets an equal share of the samples, in each group of ranks.
+    This is not in the paper; Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the
+    signal-to-noise ratio. Timesteps are drawn evenly, so every expert gets an equal share of the samples, in each group of
+    ranks.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
@@ -153,11 +154,11 @@ def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
     """Return whether the grouped matrix product of a GPU supports them: bfloat16, and rows of a multiple of 16 bytes."""
     return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
 
-# ---- model.edge ------------------------------------------------------------------------------------------------------
+# ---- model.edge_supervision ------------------------------------------------------------------------------------------
 
 
 class EdgeModule(nn.Module):
-    """P of Sec. 7.2: five convolutions from one attention map to edge logits."""
+    """Five convolutions that predict edge logits from one attention map (P of Sec. 7.2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -168,7 +169,13 @@ class EdgeModule(nn.Module):
         self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, map_BNY: Tensor, end_B: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Return edge logits, float32 [B, h, w], from the map of token `end_B` (int64) scaled to a maximum of 1."""
+        """Return edge logits, float32 [B, h, w].
+
+        Args:
+            map_BNY: attention maps. Only that of the end-of-text token is used, scaled to a maximum of 1.
+            end_B: index of the end-of-text token, int64.
+            size_hw: height and width of the map.
+        """
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
         image = map_BN.view(-1, 1, *size_hw).to(next(self.parameters()).dtype)
@@ -184,20 +191,23 @@ Activation = Literal["gelu", "geglu"]
 class Experts(nn.Module):
     """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
 
-    This is a base class because ZeRO-3 gathers a module's own parameters around its `forward`: the layer that decides how
-    the experts run must own them.
+    This is a base class of the MoE layers, because ZeRO-3 gathers a module's own parameters around its `forward`. Therefore
+    the layer that runs the experts must itself own their parameters.
 
     Args:
-        num_experts: experts of this rank.
+        num_experts: number of experts on this rank.
         dim: width of a row.
         hidden: width between the two layers.
         activation: GELU or gated GELU.
-        seed: with the global id of an expert it fixes its initial weights, so every placement starts from the same model.
-        first_expert: global id of the first expert.
+        seed: fixes the initial weights together with the global index of an expert, so the initial model does not depend on
+            which rank has which expert.
+        first_expert: global index of the first expert on this rank.
     """
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
     assumes_even_loads = False
+    # Whether the layer runs in the Triton kernels of `train.kernels`.
+    use_kernel = False
 
     def __init__(
         self,
@@ -230,10 +240,11 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return A [K, rank, in] and alpha / rank B [K, out, rank] of w1 or w2; None without adapters.
+        """Return the adapters of `name` ("w1" or "w2"), or None if there are none.
 
-        They are applied one after the other and never added to the weight: bfloat16 would round small changes of a weight
-        away, and the product needs as much memory as the weights.
+        They are A [K, rank, in] and alpha / rank B [K, out, rank]. They are applied one after the other and never added to
+        the weight: bfloat16 would round small changes of a weight away, and the product B A needs as much memory as the
+        weights.
         """
         if self.lora_scale is None:
             return None
@@ -247,7 +258,7 @@ class Experts(nn.Module):
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return `e_k(0) - b2_k` of every expert, [K, D]."""
+        """Return `e_k(0) - b2_k` of every expert (its output for a zero row, without the last bias), [K, D]."""
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -255,11 +266,12 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply each expert to its rows.
+        """Apply each expert to its rows; return [R, D].
 
-        Every expert takes part, with zero rows if it has none, so that every parameter has a gradient on every rank (ZeRO
-        would otherwise add up gradients of different experts). The grouped product leaves the counts on the device. The loop
-        reads them, so the host waits for a GPU; it runs there for float32 and for widths that are not multiples of 8.
+        Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
+        (Otherwise ZeRO would add gradients of different experts to each other.) The grouped matrix product reads the counts
+        on the device. For float32, and for widths that are not multiples of 8, a loop over experts runs instead; it reads
+        the counts on the host, so the host waits for a GPU.
 
         Args:
             x_RD: rows sorted by expert.
@@ -302,13 +314,13 @@ class Experts(nn.Module):
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)` for rows y of `w1_k x`, with k the expert of each row."""
+        """Return `act(y + b1_k)`, where y is a row of `w1_k x` and k the expert of that row."""
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with static shapes.
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]. Every expert processes every row, so shapes are static.
 
-        The weights scale the experts' outputs, which are narrower than their hidden units.
+        The weights multiply the experts' outputs, because these are narrower than their hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -349,17 +361,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return the expert of each row as one-hot bool [R, K], for rows sorted by expert, on the device of the counts."""
+    """Return which expert each row belongs to, one-hot, bool [R, K], on the device of the counts.
+
+    `counts_K`: number of rows of each expert. The rows are sorted by expert.
+    """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
     return (row_R1 < ends_K) & (row_R1 >= ends_K - counts_K)
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Add the bias of its expert to each row.
+    """Add to each row the bias of its expert.
 
-    This is a product with the one-hot matrix, so that its gradient is a product too, which accumulates in float32 on every
-    device. The gradient of `bias[expert]` accumulates in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
+    The bias is looked up by a product with the one-hot matrix, so that its gradient is also a matrix product, which sums in
+    float32 on every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24%
+    wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -382,6 +398,40 @@ def _aligned(weight: Tensor) -> Tensor:
     # ZeRO makes parameters views of a flat buffer with any offset. The CUDA kernel requires multiples of 16 bytes, at which
     # torch's own storages start.
     return weight if weight.storage_offset() * weight.element_size() % 16 == 0 else weight.clone()
+
+# ---- model.norms -----------------------------------------------------------------------------------------------------
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of a feature map, with SiLU after it where `silu` is set. It keeps the memory format of its input.
+
+    With `use_kernel` (GPUs) the result is channels last.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
+        super().__init__(groups, channels, eps=eps)
+        self.silu, self.use_kernel = silu, False
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the normalised feature map [B, C, H, W]."""
+        h_BCHW = super().forward(x_BCHW)
+        return match_format(F.silu(h_BCHW), x_BCHW) if self.silu else h_BCHW
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of tokens, whose backward pass is a Triton kernel with `use_kernel`."""
+
+    use_kernel = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised tokens [..., D]."""
+        return super().forward(x)
+
+
+def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
+    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 
 # ---- model.moe -------------------------------------------------------------------------------------------------------
 
@@ -423,7 +473,7 @@ class SpaceMoE(Experts):
 
     def __init__(self, num_experts: int, dim: int, hidden: int, backend: ExpertBackend, seed: int, shared: int = 0) -> None:
         super().__init__(num_experts, dim, hidden, "gelu", seed)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.shared = None
         if shared:
             self.shared = nn.Sequential(nn.Linear(dim, shared), nn.GELU(), nn.Linear(shared, dim))
@@ -456,12 +506,18 @@ class SpaceMoE(Experts):
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]. `zero_KD` is `e_k(0) - b2_k` of this rank's experts."""
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D].
+
+        Args:
+            x_RD: image tokens.
+            w_RK: weight of each expert for each token.
+            zero_KD: `e_k(0) - b2_k` of the experts on this rank.
+        """
         run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return the rows of all experts, given those of this rank's experts."""
+        """Return one row for each expert of the layer, from the rows of this rank's experts. Here these are the same."""
         return own_KD
 
     def _choose_backend(self, used: Tensor) -> str:
@@ -505,6 +561,9 @@ def reference_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weigh
 # ---- model.layers ----------------------------------------------------------------------------------------------------
 
 
+_POSITION_PERIODS = (4.0, 128.0)  # cells of the latents
+
+
 @dataclass(frozen=True)
 class BlockSpec:
     """Sizes of one transformer block.
@@ -514,11 +573,12 @@ class BlockSpec:
         hidden: hidden width of an expert.
         space_experts, time_experts: number of experts; 0 removes the Space-MoE, or replaces the Time-MoE by one layer.
         shared_hidden: hidden width of the Space-MoE's shared expert; 0: none.
-        time_activation: of the time experts.
+        time_activation: activation of the time experts, "gelu" or "geglu".
         expert_backend: how the experts run.
         mask_threshold: alpha of Sec. 3.1.
         edge_channels: width of the edge module; 0: none.
-        seed: of the experts' initial weights.
+        token_size: side of an image token in cells of the latents, for the sines of its place; 0: no sines.
+        seed: fixes the initial weights of the experts.
     """
 
     dim: int
@@ -532,11 +592,18 @@ class BlockSpec:
     expert_backend: ExpertBackend
     mask_threshold: float
     edge_channels: int
+    token_size: int
     seed: int
 
 
 class BlockOutput(NamedTuple):
-    """Image tokens, edge logits float32 [B, h, w] or None, share of image tokens per space expert [B, K] or None."""
+    """The output of a transformer block.
+
+    Attributes:
+        h_BND: image tokens.
+        edge_logits: float32 [B, h, w]; None without an edge module.
+        space_used_BK: share of image tokens that each space expert processes; None without a Space-MoE.
+    """
 
     h_BND: Tensor
     edge_logits: Tensor | None
@@ -544,7 +611,10 @@ class BlockOutput(NamedTuple):
 
 
 class MapProcessor:
-    """Attention that also returns its map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1), averaged over heads."""
+    """An attention processor of diffusers that also returns the attention map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1).
+
+    The map is averaged over heads.
+    """
 
     def __call__(
         self,
@@ -572,11 +642,11 @@ class TransformerBlock(nn.Module):
         super().__init__()
         dim, heads = spec.dim, spec.dim // spec.head_dim
         self.mask_threshold = spec.mask_threshold
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, heads=heads, dim_head=spec.head_dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, cross_attention_dim=spec.text_width, heads=heads, dim_head=spec.head_dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         if spec.time_experts:
             self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
             self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
@@ -630,12 +700,42 @@ class TransformerBlock(nn.Module):
         return out_BND
 
 
+def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
+    """Return sines of the place of each image token, [N, D], with the device, dtype and D of `like`.
+
+    A quarter of them are of its row, the others of its column. Places are in cells of the latents from the middle of the
+    image, so they mean the same on every level and in images of every size.
+
+    Args:
+        height, width: of the feature map, whose product is N.
+        token_size: side of a token in cells of the latents.
+        like: tensor [..., D].
+    """
+    dim = like.shape[-1]
+    rows_HD, columns_WD = (
+        _sines((torch.arange(count, device=like.device) + 0.5 - count / 2) * token_size, features)
+        for count, features in ((height, dim // 4), (width, dim - dim // 4))
+    )
+    rows_HWD, columns_HWD = rows_HD[:, None].expand(-1, width, -1), columns_WD.expand(height, -1, -1)
+    return torch.cat([rows_HWD, columns_HWD], dim=-1).flatten(0, 1).to(like.dtype)
+
+
+def _sines(place_P: Tensor, features: int) -> Tensor:
+    """Return sines and cosines of places with periods from the shortest to the longest, [P, features]."""
+    count = (features + 1) // 2
+    shortest, longest = _POSITION_PERIODS
+    steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
+    angles = 2 * math.pi * place_P[:, None] / (shortest * (longest / shortest) ** steps)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :features]
+
+
 class SpatialTransformer(nn.Module):
-    """A transformer block between feature maps, with the names of diffusers' Transformer2DModel."""
+    """A transformer block that reads and returns feature maps. Parameter names are those of Transformer2DModel."""
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, spec.dim, eps=1e-6)
+        self.token_size = spec.token_size
+        self.norm = GroupNorm(norm_groups, spec.dim, eps=1e-6, silu=False)
         self.proj_in = nn.Linear(spec.dim, spec.dim)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(spec)])
         self.proj_out = nn.Linear(spec.dim, spec.dim)
@@ -643,6 +743,9 @@ class SpatialTransformer(nn.Module):
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
         """Return image tokens [B, N, D]."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
+        if self.token_size:
+            height, width = x_BCHW.shape[2:]
+            tokens_BND = tokens_BND + image_positions_ND(height, width, self.token_size, tokens_BND)
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
@@ -653,7 +756,10 @@ class SpatialTransformer(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """One level of the encoder, the middle or the decoder: residual blocks, each with attention after it if there is any."""
+    """One level of the encoder or the decoder, or the middle.
+
+    It consists of residual blocks. On levels with attention, a transformer block follows each of them.
+    """
 
     resnets: nn.ModuleList
     attentions: nn.ModuleList | None
@@ -669,7 +775,7 @@ class UNetLevel(nn.Module):
         self.downsamplers = nn.ModuleList([resize]) if isinstance(resize, Downsample2D) else None
         self.upsamplers = nn.ModuleList([resize]) if isinstance(resize, Upsample2D) else None
 
-# ---- model.residual --------------------------------------------------------------------------------------------------
+# ---- model.residual_block --------------------------------------------------------------------------------------------
 
 
 class ResidualBlock(ResnetBlock2D):
@@ -681,20 +787,16 @@ class ResidualBlock(ResnetBlock2D):
 
     def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
         super().__init__(in_channels=inner, out_channels=outer, temb_channels=embed, groups=groups, eps=1e-5)
+        self.norm1 = GroupNorm(groups, inner, eps=1e-5, silu=True)
+        self.norm2 = GroupNorm(groups, outer, eps=1e-5, silu=True)
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
         """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
         time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
-        h_BCHW = self.conv1(match_format(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
-        h_BCHW = self.conv2(match_format(F.silu(self.norm2(h_BCHW)), x_BCHW))
+        h_BCHW = self.conv1(self.norm1(x_BCHW)) + time_BC11
+        h_BCHW = self.conv2(self.norm2(h_BCHW))
         out_BCHW: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
         return out_BCHW
-
-
-def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
-    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
-    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 
 
 def feature_map_format(device: torch.device) -> torch.memory_format:
@@ -708,7 +810,10 @@ def feature_map_format(device: torch.device) -> torch.memory_format:
 
 
 class GateNoise(NamedTuple):
-    """Noise on the gates' logits, a function of the sample position: float32 [B, L, K] and [B, L, Y, K]."""
+    """Noise for the logits of the time gates, float32 [B, L, K], and of the text gates, float32 [B, L, Y, K].
+
+    It is a function of the sample's position in the order of training.
+    """
 
     time_BLK: Tensor
     space_BLYK: Tensor
@@ -723,7 +828,7 @@ class UNetInput(NamedTuple):
         text_BYD: text tokens.
         text_mask_BY: bool, False at padding.
         end_B: index of the end-of-text token, int64.
-        noise: of the gates, in training; None: no noise.
+        noise: noise on the gates' logits in training; None: no noise.
     """
 
     x_BCHW: Tensor
@@ -741,11 +846,11 @@ class UNetOutput(NamedTuple):
     prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
-        prediction: [B, C, h, w].
-        edge_logits: per block with an edge module, float32 [B, h, w].
-        space_used: per block, share of image tokens that need each space expert, [B, K].
-        time_expert: per block, int64 [B].
-        balance: per block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
+        prediction: predicted noise or velocity [B, C, h, w].
+        edge_logits: for each block with an edge module, float32 [B, h, w].
+        space_used: for each block, share of image tokens that each space expert processes, [B, K].
+        time_expert: for each block, the time expert of each sample, int64 [B].
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
     """
 
     prediction: Tensor
@@ -756,14 +861,14 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """What a control adds to the skips (outermost first) and to the middle, at full strength."""
+    """Tensors that a ControlNet adds to the U-Net's skips (outermost first) and to its middle, at full strength."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
 
 
 class ForwardState(NamedTuple):
-    """State of one forward pass: shared inputs, remaining routing plans, collected outputs."""
+    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs."""
 
     embedding_BE: Tensor
     text_BYD: Tensor
@@ -778,12 +883,15 @@ def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return the number of samples of each expert, int64 [K] for each layer, on the device of the one-hot."""
+    """Return the number of samples of each time expert, int64 [K], for each layer, on the device of `onehot_LBK`.
+
+    `onehot_LBK`: the time expert of each sample in each layer, one-hot.
+    """
     return onehot_LBK.sum(dim=1).unbind(0)
 
 
 class RaphaelUNet(nn.Module):
-    """D(x_t, t, y) of RAPHAEL; with `space_experts = time_experts = 0`, Stable Diffusion 2's U-Net."""
+    """The denoising network D(x_t, t, y) of RAPHAEL. Without experts it is the U-Net of Stable Diffusion 2."""
 
     def __init__(self, config: Any, with_edges: bool = True) -> None:
         """Build the U-Net.
@@ -818,7 +926,7 @@ class RaphaelUNet(nn.Module):
         for level in reversed(range(len(channels))):
             self.up_blocks.append(self._up(level, width, skips))
             width = channels[level]
-        self.conv_norm_out = nn.GroupNorm(m.norm_groups, channels[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(m.norm_groups, channels[0], eps=1e-5, silu=True)
         self.conv_out = nn.Conv2d(channels[0], m.latent_channels, 3, padding=1)
         if m.time_experts and m.time_routing == "learned":
             self.time_gates = nn.ModuleList(Gate(embed, m.gate_width, m.time_experts) for _ in range(self.num_blocks))
@@ -844,6 +952,7 @@ class RaphaelUNet(nn.Module):
             expert_backend=m.expert_backend,
             mask_threshold=m.mask_threshold,
             edge_channels=self.edge_channels,
+            token_size=2**level if m.image_positions else 0,
             seed=self.seed * 1000 + self.num_blocks,
         )
         self.block_levels.append(level)
@@ -890,8 +999,8 @@ class RaphaelUNet(nn.Module):
         """Predict the noise or the velocity of noised latents. The arguments up to `noise` are those of `UNetInput`.
 
         Args:
-            edge_Bhw: edge map in 0..1 that the control follows; None: the control is not used.
-            residuals: those of a control that is not part of the model.
+            edge_Bhw: edge map in 0..1 for the ControlNet; None: the ControlNet is not used.
+            residuals: residuals of a ControlNet that is not part of the model.
         """
         inputs = UNetInput(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
         state, routings = self.begin(inputs)
@@ -903,7 +1012,7 @@ class RaphaelUNet(nn.Module):
             x = x + self.control_scale * residuals.middle
         x = self.decode(state, x, skips)
         return UNetOutput(
-            prediction=self.conv_out(match_format(nn.functional.silu(self.conv_norm_out(x)), x)),
+            prediction=self.conv_out(self.conv_norm_out(x)),
             edge_logits=_present(state.edge_logits),
             space_used=_present(state.space_used),
             time_expert=_present([routing.time_expert_B for routing in routings]),
@@ -911,7 +1020,7 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Start a forward pass: embed the timesteps and route all blocks."""
+        """Start a forward pass: embed the timesteps and route all blocks; return the state and the routing of each block."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
@@ -1029,11 +1138,15 @@ EXPERT_FIELDS = {
     "gate_gradient": "gate_gradient",
     "mask_threshold": "mask_threshold",
     "mask_padding": "mask_padding",
+    "image_positions": "image_positions",
 }
 
 
 def sections_of(fields: Any) -> Any:
-    """Return the sections that `RaphaelUNet` is built from, for the fields of the model's config.json."""
+    """Return the configuration sections from which `RaphaelUNet` is built.
+
+    `fields`: the fields of the model's config.json, as diffusers names them.
+    """
     widths, heads = fields.block_out_channels, fields.attention_head_dim
     model = {
         "channels": widths,
@@ -1092,6 +1205,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
         gate_gradient: str = "straight_through",
         mask_threshold: float = 0.2,
         mask_padding: bool = False,
+        image_positions: bool = False,
         edge_channels: int = 16,
         num_train_timesteps: int = 1000,
         auto_map: dict[str, str] | None = None,
@@ -1109,21 +1223,22 @@ class _Wrapper(ModelMixin, ConfigMixin):
             cross_attention_dim: width of the text tokens.
             attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
             norm_num_groups: groups of each GroupNorm.
-            act_fn: of the residual blocks; always "silu".
+            act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
             num_space_experts: experts of each Space-MoE; 0: none.
             num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
             shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: none.
             time_routing: "learned" or "boundaries".
-            time_activation: of the time experts, "gelu" or "geglu".
+            time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates.
             gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
             mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
             mask_padding: leave padding tokens out of the Space-MoE.
+            image_positions: add sines of its place to each image token.
             edge_channels: width of the edge modules, which are used in training only; 0: none.
             num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
-            auto_map: of the file, where diffusers' AutoModel finds this class.
+            auto_map: entry of config.json by which diffusers' AutoModel finds this class.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         network = self._network(sections_of(self.config))
@@ -1185,8 +1300,8 @@ class RaphaelUNet2D(_Wrapper):
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             end_of_text: int64 [B], index of the end-of-text token. None: the last token that the mask keeps. Only the
                 edge modules read it, not the prediction.
-            down_block_additional_residuals: of a ControlNet, outermost first.
-            mid_block_additional_residual: of a ControlNet.
+            down_block_additional_residuals: residuals of a ControlNet for the skips, outermost first.
+            mid_block_additional_residual: residual of a ControlNet for the middle.
             return_dict: whether to return a UNet2DConditionOutput or a tuple.
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, end_of_text)
