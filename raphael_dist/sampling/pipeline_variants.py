@@ -35,9 +35,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
     @shows_options
     @torch.no_grad()
-    def __call__(
-        self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any
-    ) -> Any:
+    def __call__(self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any) -> Any:
         """Draw images that start from given images.
 
         Args:

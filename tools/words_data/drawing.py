@@ -58,8 +58,8 @@ _PLACE_WEIGHTS = (0.8, 0.1, 0.1)
 class Look:
     """How a text is drawn.
 
-    `cap_height` is in pixels, `shift` (down, right) in pixels from the nominal place, `advance` in pixels between the middles
-    of two characters; 0: the font's own.
+    `cap_height` is in pixels, `shift` (down, right) in pixels from the nominal place, `advance` in pixels between the
+    middles of two characters; 0: the font's own.
     """
 
     font: Font

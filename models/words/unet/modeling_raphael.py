@@ -1,0 +1,1220 @@
+# Copyright the authors of raphael_dist. Licensed under the Apache License, Version 2.0:
+# http://www.apache.org/licenses/LICENSE-2.0
+
+"""RaphaelUNet2D, for diffusers and transformers.
+
+Made from the source of raphael_dist 0.1.0, for drawing only; not meant to be edited.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ---- model.routing ---------------------------------------------------------------------------------------------------
+
+
+GateGradient = Literal["straight_through", "none", "scaled"]
+
+
+class Gate(nn.Module):
+    """G of Sec. 3.1 and G' of Sec. 7.3: a feed-forward network with GELU from an embedding to one logit per expert."""
+
+    def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return float32 logits, [..., K]."""
+        logits: Tensor = self.net(x)
+        return logits.float()
+
+
+def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
+    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two products.
+
+    One by one, the gates would need 3 L launches, and 6 L in the backward pass.
+    """
+    first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
+    fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
+    hidden_LRH = torch.unflatten(nn.functional.gelu(fused).flatten(0, -2), -1, (len(first), -1)).transpose(0, 1)
+    w_LHK, b_L1K = torch.stack([g.weight for g in last]).transpose(1, 2), torch.stack([g.bias for g in last]).unsqueeze(1)
+    return torch.unflatten(torch.baddbmm(b_L1K, hidden_LRH, w_LHK), 1, x.shape[:-1]).float()
+
+
+@dataclass(frozen=True)
+class BlockRouting:
+    """The routing of one transformer block for one micro-batch.
+
+    Attributes:
+        time_expert_B: int64, the time expert of each sample; None without a Time-MoE.
+        time_samples: number of samples of each time expert, int64 [K] on the model's device. With expert parallelism it also
+            has the counts of other ranks on the host (`expert_parallel.GroupSamples`).
+        time_factor_B: float32 of value 1; its gradient goes to the time gate.
+        space_weight_BYK: float32, `1/n_y` at the expert of each text token, else 0; its gradient goes to the text gate.
+        balance_B: float32, load-balance loss of the text gate per sample; None if it has no weight.
+    """
+
+    time_expert_B: Tensor | None
+    time_samples: Any
+    time_factor_B: Tensor | None
+    space_weight_BYK: Tensor | None
+    balance_B: Tensor | None = None
+
+
+def one_hot(index: Tensor, num_classes: int) -> Tensor:
+    """Return bool [..., num_classes], True at `index`. torch's `one_hot` reads the largest index on most devices."""
+    return index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)
+
+
+def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tuple[Tensor, Tensor]:
+    """Choose experts by route = argmax softmax(logits + noise) (Sec. 3.1).
+
+    Args:
+        logits: float32 [..., K].
+        noise: added to the logits, or None.
+        gradient: how the gate gets its gradient.
+
+    Returns:
+        The chosen expert, int64 [...], and a factor for its output, float32 [...], that carries the gate's gradient:
+        p / p.detach() (straight_through, value 1), the constant 1 (none), or p (scaled).
+    """
+    probability = torch.softmax(logits if noise is None else logits + noise, dim=-1)
+    chosen = probability.detach().argmax(dim=-1)
+    p = probability.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    if gradient == "straight_through":
+        return chosen, p / p.detach()
+    return chosen, p if gradient == "scaled" else torch.ones_like(p)
+
+
+def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
+    """Return the time expert of each timestep, int64 [B]: K bands of equally many timesteps.
+
+    This is not in the paper; Wan 2.2 has two such experts. Bands are equal in timesteps, not in signal-to-noise ratio,
+    because timesteps are drawn evenly: every expert gets an equal share of the samples, in each group of ranks.
+    """
+    return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
+
+
+def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
+    """Return weights, float32, with which a sum over text tokens is the mean over those that take part."""
+    share_BY = taking_part_BY.float()
+    return share_BY / share_BY.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, taking_part_BY: Tensor | None) -> Tensor:
+    """Return the weight of each text token for each expert: 1/n_y of Sec. 3.1 at the token's expert, else 0.
+
+    Args:
+        chosen_BY: expert of each text token, int64; further axes can come first, such as blocks.
+        factor_BY: float32, of the same shape (`choose`).
+        num_experts: K.
+        taking_part_BY: bool, False for tokens that neither the sum nor n_y counts; None: all tokens count.
+
+    Returns:
+        float32 [B, Y, K].
+    """
+    onehot_BYK = one_hot(chosen_BY, num_experts).to(factor_BY.dtype)
+    if taking_part_BY is None:
+        return onehot_BYK * (factor_BY / chosen_BY.shape[-1]).unsqueeze(-1)
+    return onehot_BYK * (factor_BY * _mean_weight_BY(taking_part_BY)).unsqueeze(-1)
+
+
+@torch.no_grad()
+def region_mask_BNY(map_BNY: Tensor, threshold: float) -> Tensor:
+    """Compute Mhat of Sec. 3.1: 1 where a text token's attention is at least `threshold` times its maximum, else 0.
+
+    Returns float32 without a gradient.
+    """
+    map_BNY = map_BNY.float()
+    return (map_BNY >= threshold * map_BNY.amax(dim=1, keepdim=True)).float()
+
+# ---- config.types ----------------------------------------------------------------------------------------------------
+
+
+ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
+
+
+def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
+    """Return whether the grouped matrix product of a GPU supports them: bfloat16, and rows of a multiple of 16 bytes."""
+    return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
+
+# ---- model.edge ------------------------------------------------------------------------------------------------------
+
+
+class EdgeModule(nn.Module):
+    """P of Sec. 7.2: five convolutions from one attention map to edge logits."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = [1, channels, channels, channels, channels, 1]
+        layers: list[nn.Module] = []
+        for i in range(5):
+            layers += [nn.Conv2d(widths[i], widths[i + 1], kernel_size=3, padding=1), nn.SiLU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, map_BNY: Tensor, end_B: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """Return edge logits, float32 [B, h, w], from the map of token `end_B` (int64) scaled to a maximum of 1."""
+        map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
+        map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
+        image = map_BN.view(-1, 1, *size_hw).to(next(self.parameters()).dtype)
+        logits: Tensor = self.net(image)
+        return logits.squeeze(1).float()
+
+# ---- model.experts ---------------------------------------------------------------------------------------------------
+
+
+Activation = Literal["gelu", "geglu"]
+
+
+class Experts(nn.Module):
+    """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
+
+    This is a base class because ZeRO-3 gathers a module's own parameters around its `forward`: the layer that decides how
+    the experts run must own them.
+
+    Args:
+        num_experts: experts of this rank.
+        dim: width of a row.
+        hidden: width between the two layers.
+        activation: GELU or gated GELU.
+        seed: with the global id of an expert it fixes its initial weights, so every placement starts from the same model.
+        first_expert: global id of the first expert.
+    """
+
+    # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
+    assumes_even_loads = False
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int,
+        activation: Activation = "gelu",
+        seed: int = 0,
+        first_expert: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
+        self.use_megablocks = False
+        self.lora_scale: float | None = None  # with adapters
+        fused = 2 * hidden if activation == "geglu" else hidden
+        self.w1 = nn.Parameter(torch.empty(num_experts, fused, dim))
+        self.b1 = nn.Parameter(torch.empty(num_experts, fused))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.b2 = nn.Parameter(torch.empty(num_experts, dim))
+        if not self.w1.is_meta:
+            self._initialise(seed, first_expert)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int, first_expert: int) -> None:
+        for k in range(self.num_experts):
+            draw = torch.Generator(device=self.w1.device).manual_seed((seed * 1_000_003 + first_expert + k) % 2**63)
+            for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+                bound = 1 / math.sqrt(weight.shape[-1])  # nn.Linear's default
+                weight[k].uniform_(-bound, bound, generator=draw)
+                bias[k].uniform_(-bound, bound, generator=draw)
+
+    def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return A [K, rank, in] and alpha / rank B [K, out, rank] of w1 or w2; None without adapters.
+
+        They are applied one after the other and never added to the weight: bfloat16 would round small changes of a weight
+        away, and the product needs as much memory as the weights.
+        """
+        if self.lora_scale is None:
+            return None
+        return getattr(self, f"{name}_lora_A"), self.lora_scale * getattr(self, f"{name}_lora_B")
+
+    def act(self, x: Tensor) -> Tensor:
+        """Apply GELU, or the gated GELU of diffusers' feed-forward layer, over the last dimension."""
+        if self.activation == "gelu":
+            return F.gelu(x)
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    def at_zero_KD(self) -> Tensor:
+        """Return `e_k(0) - b2_k` of every expert, [K, D]."""
+        hidden_KF = self.act(self.b1)
+        at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
+        if (lora := self.lora("w2")) is not None:
+            at_zero_KD = at_zero_KD + (lora[1] @ (lora[0] @ hidden_KF.unsqueeze(2))).squeeze(2)
+        return at_zero_KD
+
+    def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
+        """Apply each expert to its rows.
+
+        Every expert takes part, with zero rows if it has none, so that every parameter has a gradient on every rank (ZeRO
+        would otherwise add up gradients of different experts). The grouped product leaves the counts on the device. The loop
+        reads them, so the host waits for a GPU; it runs there for float32 and for widths that are not multiples of 8.
+
+        Args:
+            x_RD: rows sorted by expert.
+            counts_K: number of rows of each expert, int64.
+            bias: whether to add b2.
+        """
+        rows = x_RD.shape[0]
+        if not rows:
+            # The backward pass of grouped_mm fails without rows.
+            return self._loop(x_RD, [0] * self.num_experts, bias)
+        if self.use_megablocks or _use_grouped_mm(x_RD, self.hidden, self.lora("w1")):
+            return self._grouped(x_RD, counts_K, bias)
+        return self._loop(x_RD, counts_K.tolist(), bias)
+
+    def _loop(self, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:
+        # unbind: one gradient for all experts, where indexing would add up K gradients of the whole stack.
+        w1s, b1s, w2s, b2s = (p.unbind(0) for p in (self.w1, self.b1, self.w2, self.b2))
+        hidden = map(_linear, torch.split(x_RD, counts), w1s, b1s, self._lora_by_expert("w1"))
+        # One activation for all rows: torch.compile would recompile one per expert whenever its number of rows changes.
+        activated = torch.split(self.act(torch.cat(list(hidden))), counts)
+        biases = b2s if bias else [None] * len(b2s)
+        return torch.cat(list(map(_linear, activated, w2s, biases, self._lora_by_expert("w2"))))
+
+    def _lora_by_expert(self, name: str) -> list[tuple[Tensor, Tensor] | None]:
+        lora = self.lora(name)
+        return [None] * self.num_experts if lora is None else list(zip(lora[0].unbind(0), lora[1].unbind(0), strict=True))
+
+    def _grouped(self, x_RD: Tensor, counts_K: Tensor, bias: bool) -> Tensor:
+        grouped = self._grouped_product(counts_K)
+
+        def product(rows: Tensor, name: str) -> Tensor:
+            out, lora = grouped(rows, getattr(self, name)), self.lora(name)
+            return out if lora is None else out + grouped(grouped(rows, lora[0]), lora[1])
+
+        onehot_RK = expert_of_rows(counts_K, x_RD.shape[0]).to(x_RD.dtype)
+        out_RD = product(self.activate(product(x_RD, "w1"), onehot_RK), "w2")
+        return add_bias(out_RD, onehot_RK, self.b2) if bias else out_RD
+
+    def _grouped_product(self, counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return _torch_product(counts_K)
+
+    def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
+        """Return `act(y + b1_k)` for rows y of `w1_k x`, with k the expert of each row."""
+        return self.act(add_bias(y_RF, onehot_RK, self.b1))
+
+    def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with static shapes.
+
+        The weights scale the experts' outputs, which are narrower than their hidden units.
+        """
+        fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
+        fused_KRF = fused_RKF.transpose(0, 1)
+        if (lora := self.lora("w1")) is not None:
+            fused_KRF = fused_KRF + (x_RD @ lora[0].transpose(1, 2)) @ lora[1].transpose(1, 2)
+        out_KRD = _gelu_product(fused_KRF, self.w2)
+        if (lora := self.lora("w2")) is not None:
+            out_KRD = out_KRD + _gelu_product(fused_KRF, lora[0]) @ lora[1].transpose(1, 2)
+        return (out_KRD * w_RK.t().unsqueeze(-1)).sum(dim=0)
+
+
+class _GeluProduct(torch.autograd.Function):
+    """`gelu(a_k) w_k^T` of every expert. It saves only `a`, and applies GELU again in the backward pass.
+
+    Autograd would also save gelu(a), and a copy of weights that are flattened to one matrix.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
+        ctx.save_for_backward(a_KRF, w_KDF)
+        return F.gelu(a_KRF) @ w_KDF.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
+        a_KRF, w_KDF = ctx.saved_tensors
+        grad_w = grad_KRD.transpose(1, 2) @ F.gelu(a_KRF) if ctx.needs_input_grad[1] else None
+        return torch.ops.aten.gelu_backward(grad_KRD @ w_KDF, a_KRF), grad_w
+
+
+def _gelu_product(a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
+    out_KRD: Tensor = _GeluProduct.apply(a_KRF, w_KDF)  # type: ignore[no-untyped-call]
+    return out_KRD
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return out if lora is None else out + F.linear(F.linear(x, lora[0]), lora[1])
+
+
+def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
+    """Return the expert of each row as one-hot bool [R, K], for rows sorted by expert, on the device of the counts."""
+    ends_K = counts_K.cumsum(0)
+    row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
+    return (row_R1 < ends_K) & (row_R1 >= ends_K - counts_K)
+
+
+def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
+    """Add the bias of its expert to each row.
+
+    This is a product with the one-hot matrix, so that its gradient is a product too, which accumulates in float32 on every
+    device. The gradient of `bias[expert]` accumulates in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
+    """
+    return torch.addmm(y_RF, onehot_RK, bias_KF)
+
+
+def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `(x, w) -> x w_k^T` for rows sorted by expert, w [K, out, in], by torch's grouped product."""
+    ends_K = counts_K.cumsum(0).to(torch.int32)
+    return lambda x, w: F.grouped_mm(x, _aligned(w).transpose(1, 2), offs=ends_K)
+
+
+def _use_grouped_mm(x_RD: Tensor, hidden: int, lora: tuple[Tensor, Tensor] | None = None) -> bool:
+    # On a CPU the loop over a few experts is as fast.
+    widths = [x_RD.shape[1], hidden]
+    if lora is not None:
+        widths.append(lora[0].shape[1])
+    return x_RD.device.type != "cpu" and fits_grouped_product(str(x_RD.dtype).removeprefix("torch."), widths)
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    # ZeRO makes parameters views of a flat buffer with any offset. The CUDA kernel requires multiples of 16 bytes, at which
+    # torch's own storages start.
+    return weight if weight.storage_offset() * weight.element_size() % 16 == 0 else weight.clone()
+
+# ---- model.moe -------------------------------------------------------------------------------------------------------
+
+
+# Above this share of (token, expert) pairs in use, two dense products are faster than gathering on the CPU. Measured with
+# tools/bench.py space: 0.68 at width 320, 0.85 at 32 and 64; at 128 gathering is always faster.
+DENSE_DENSITY = 0.8
+
+
+class TimeMoE(Experts):
+    """`h' = te_{t_router(t)}(h_c)` (Sec. 7.3): one expert per sample, chosen by its timestep."""
+
+    def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
+        """Run each sample through its expert.
+
+        Args:
+            h_BND: image tokens.
+            expert_B: expert of each sample, int64.
+            samples_K: number of samples of each expert, int64. It is not read, so nothing waits for the device.
+            factor_B: factor of each sample's output, of value 1 (`routing.choose`).
+        """
+        order_B = torch.argsort(expert_B, stable=True)
+        out_RD = self.apply_sorted(h_BND[order_B].flatten(0, 1), samples_K * h_BND.shape[1])
+        out_BND = torch.empty_like(h_BND).index_copy(0, order_B, out_RD.view_as(h_BND))
+        return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
+
+
+class SpaceMoE(Experts):
+    """`out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1), by the identity in docs/architecture.md.
+
+    With w_k[j] the weight of expert k at image token j and c_k its total weight,
+    `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`.
+
+    A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
+    all of it. `shared` is its hidden width; 0: none.
+    """
+
+    shared: nn.Sequential | None
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, backend: ExpertBackend, seed: int, shared: int = 0) -> None:
+        super().__init__(num_experts, dim, hidden, "gelu", seed)
+        self.norm = nn.LayerNorm(dim)
+        self.shared = None
+        if shared:
+            self.shared = nn.Sequential(nn.Linear(dim, shared), nn.GELU(), nn.Linear(shared, dim))
+        self.backend: str = backend
+        self.use_megablocks = backend == "megablocks"
+
+    def forward(self, h_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> tuple[Tensor, Tensor]:
+        """Run each image token through the experts of the text tokens whose regions contain it.
+
+        Args:
+            h_BND: image tokens.
+            mask_BNY: regions, float32 zeros and ones.
+            weight_BYK: float32, see `routing.BlockRouting`.
+
+        Returns:
+            The output [B, N, D], and the share of image tokens that need each expert [B, K], without gradient.
+        """
+        x_BND = self.norm(h_BND)
+        w_BNK = mask_BNY @ weight_BYK
+        used_BK = (w_BNK.detach() > 0).float().mean(dim=1)
+        # Everything else is computed before `routed_sum`. Recomputation stops at the last saved tensor, so the exchange at
+        # the end of `routed_sum`, which returns outputs of other ranks, is not repeated.
+        shared_BND = 0 if self.shared is None else self.shared(x_BND)
+        if self.backend == "reference":
+            return reference_space_moe(self, x_BND, mask_BNY, weight_BYK) + shared_BND, used_BK
+        x_RD, w_RK = x_BND.flatten(0, 1), w_BNK.flatten(0, 1).to(x_BND.dtype)
+        zero_KD = self.at_zero_KD()
+        constant_BD = weight_BYK.sum(dim=1).to(x_BND.dtype) @ self.gathered(zero_KD + self.b2)
+        out_RD = self.routed_sum(x_RD, w_RK, zero_KD)
+        return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
+
+    def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]. `zero_KD` is `e_k(0) - b2_k` of this rank's experts."""
+        run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
+        return run(self, x_RD, w_RK) - w_RK @ zero_KD
+
+    def gathered(self, own_KD: Tensor) -> Tensor:
+        """Return the rows of all experts, given those of this rank's experts."""
+        return own_KD
+
+    def _choose_backend(self, used: Tensor) -> str:
+        if self.backend in SPACE_BACKENDS:
+            return self.backend
+        # On a GPU the host would wait for the density in every layer; the dense backend has static shapes. MegaBlocks'
+        # product serves the Time-MoE only: here the pairs would have to be counted.
+        sparse = self.backend == "auto" and used.device.type == "cpu" and bool(used.mean() <= DENSE_DENSITY)
+        return "grouped" if sparse else "dense"
+
+
+def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
+    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], computed for the (row, expert) pairs with w > 0.
+
+    Shapes depend on the number of pairs, so the host waits for a GPU once per layer.
+    """
+    needed_KR = (w_RK.detach() > 0).t()
+    expert_P, row_P = needed_KR.nonzero(as_tuple=True)
+    y_PD = experts.apply_sorted(x_RD[row_P], needed_KR.sum(dim=1), bias=False)
+    return torch.zeros_like(x_RD).index_add(0, row_P, y_PD * w_RK[row_P, expert_P].unsqueeze(-1))
+
+
+# Functions of the experts, rows x [R, D] and weights w [R, K] that return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D].
+SPACE_BACKENDS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {
+    "grouped": grouped_space_moe,
+    "dense": lambda experts, x_RD, w_RK: experts.dense(x_RD, w_RK),  # looked up late: train.compile replaces the method
+}
+
+
+def reference_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> Tensor:
+    """Compute the formula of Sec. 3.1 as printed: every text token runs its expert on the whole masked image."""
+    chosen_S = weight_BYK.detach().argmax(dim=-1).flatten()
+    factor_S = weight_BYK.sum(dim=-1).flatten()
+    order_S = torch.argsort(chosen_S, stable=True)
+    masked_SND = torch.einsum("bnd,bny->bynd", x_BND, mask_BNY.to(x_BND.dtype)).flatten(0, 1)
+    counts = torch.bincount(chosen_S, minlength=experts.num_experts) * x_BND.shape[1]
+    y_SND = experts.apply_sorted(masked_SND[order_S].flatten(0, 1), counts).view_as(masked_SND)
+    y_SND = torch.empty_like(y_SND).index_copy(0, order_S, y_SND) * factor_S.to(y_SND.dtype)[:, None, None]
+    return torch.unflatten(y_SND, 0, weight_BYK.shape[:2]).sum(dim=1)
+
+# ---- model.layers ----------------------------------------------------------------------------------------------------
+
+
+_POSITION_PERIODS = (4.0, 128.0)  # cells of the latents
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Sizes of one transformer block.
+
+    Attributes:
+        dim, head_dim, text_width: widths of the image tokens, of an attention head and of the text tokens.
+        hidden: hidden width of an expert.
+        space_experts, time_experts: number of experts; 0 removes the Space-MoE, or replaces the Time-MoE by one layer.
+        shared_hidden: hidden width of the Space-MoE's shared expert; 0: none.
+        time_activation: of the time experts.
+        expert_backend: how the experts run.
+        mask_threshold: alpha of Sec. 3.1.
+        edge_channels: width of the edge module; 0: none.
+        token_size: side of an image token in cells of the latents, for the sines of its place; 0: no sines.
+        seed: of the experts' initial weights.
+    """
+
+    dim: int
+    head_dim: int
+    text_width: int
+    hidden: int
+    space_experts: int
+    shared_hidden: int
+    time_experts: int
+    time_activation: Activation
+    expert_backend: ExpertBackend
+    mask_threshold: float
+    edge_channels: int
+    token_size: int
+    seed: int
+
+
+class BlockOutput(NamedTuple):
+    """Image tokens, edge logits float32 [B, h, w] or None, share of image tokens per space expert [B, K] or None."""
+
+    h_BND: Tensor
+    edge_logits: Tensor | None
+    space_used_BK: Tensor | None
+
+
+class MapProcessor:
+    """Attention that also returns its map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1), averaged over heads."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output [B, N, D] and the map, float32 [B, N, Y]."""
+        batch, heads = hidden_states.shape[0], attn.heads
+        q, k, v = (
+            x.view(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2)
+            for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+        )
+        map_BHNY = torch.softmax((q @ k.transpose(2, 3)).float() * attn.scale, dim=-1)
+        out = (map_BHNY.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        projected: Tensor = attn.to_out[1](attn.to_out[0](out))
+        return projected, map_BHNY.mean(dim=1)
+
+
+class TransformerBlock(nn.Module):
+    """The block of Fig. 3. Without experts it is Stable Diffusion's block."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        dim, heads = spec.dim, spec.dim // spec.head_dim
+        self.mask_threshold = spec.mask_threshold
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads=heads, dim_head=spec.head_dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, cross_attention_dim=spec.text_width, heads=heads, dim_head=spec.head_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        if spec.time_experts:
+            self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
+            self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
+        else:
+            self.ff = FeedForward(dim, inner_dim=spec.hidden, activation_fn=spec.time_activation)
+        self.space_moe = None
+        if spec.space_experts:
+            sizes = (spec.space_experts, dim, spec.hidden)
+            self.space_moe = SpaceMoE(*sizes, spec.expert_backend, seed=2 * spec.seed + 1, shared=spec.shared_hidden)
+        self.edge = EdgeModule(spec.edge_channels) if spec.edge_channels else None
+        self.needs_attention_map = self.space_moe is not None or self.edge is not None
+        if self.needs_attention_map:
+            self.attn2.set_processor(MapProcessor())  # type: ignore[arg-type]
+
+    def forward(
+        self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
+    ) -> BlockOutput:
+        """Run the block.
+
+        Args:
+            h_BND: image tokens.
+            text_BYD: text tokens.
+            end_B: index of the end-of-text token, int64.
+            routing: experts of the samples and text tokens.
+            size_hw: height and width of the feature map, whose product is N.
+        """
+        h_BND = h_BND + self.attn1(self.norm1(h_BND))
+        attended, map_BNY = self._cross_attention(self.norm2(h_BND), text_BYD)
+        h_BND = h_BND + attended
+        h_BND = h_BND + self._time_layer(self.norm3(h_BND), routing)
+        edge_logits, used_BK = None, None
+        if self.edge is not None:
+            edge_logits = self.edge(map_BNY, end_B, size_hw)
+        if self.space_moe is not None:
+            assert map_BNY is not None
+            mask_BNY = region_mask_BNY(map_BNY, self.mask_threshold)
+            out_BND, used_BK = self.space_moe(h_BND, mask_BNY, routing.space_weight_BYK)
+            h_BND = h_BND + out_BND
+        return BlockOutput(h_BND, edge_logits, used_BK)
+
+    def _cross_attention(self, h_BND: Tensor, text_BYD: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = self.attn2(h_BND, encoder_hidden_states=text_BYD)
+        return out if self.needs_attention_map else (out, None)
+
+    def _time_layer(self, h_BND: Tensor, routing: BlockRouting) -> Tensor:
+        out_BND: Tensor
+        if routing.time_expert_B is None:
+            out_BND = self.ff(h_BND)
+        else:
+            out_BND = self.time_moe(h_BND, routing.time_expert_B, routing.time_samples, routing.time_factor_B)
+        return out_BND
+
+
+def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
+    """Return sines of the place of each image token, [N, D], with the device, dtype and D of `like`.
+
+    A quarter of them are of its row, the others of its column. Places are in cells of the latents from the middle of the
+    image, so they mean the same on every level and in images of every size.
+
+    Args:
+        height, width: of the feature map, whose product is N.
+        token_size: side of a token in cells of the latents.
+        like: tensor [..., D].
+    """
+    dim = like.shape[-1]
+    rows_HD, columns_WD = (
+        _sines((torch.arange(count, device=like.device) + 0.5 - count / 2) * token_size, features)
+        for count, features in ((height, dim // 4), (width, dim - dim // 4))
+    )
+    rows_HWD, columns_HWD = rows_HD[:, None].expand(-1, width, -1), columns_WD.expand(height, -1, -1)
+    return torch.cat([rows_HWD, columns_HWD], dim=-1).flatten(0, 1).to(like.dtype)
+
+
+def _sines(place_P: Tensor, features: int) -> Tensor:
+    """Return sines and cosines of places with periods from the shortest to the longest, [P, features]."""
+    count = (features + 1) // 2
+    shortest, longest = _POSITION_PERIODS
+    steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
+    angles = 2 * math.pi * place_P[:, None] / (shortest * (longest / shortest) ** steps)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :features]
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block between feature maps, with the names of diffusers' Transformer2DModel."""
+
+    def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
+        super().__init__()
+        self.token_size = spec.token_size
+        self.norm = nn.GroupNorm(norm_groups, spec.dim, eps=1e-6)
+        self.proj_in = nn.Linear(spec.dim, spec.dim)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(spec)])
+        self.proj_out = nn.Linear(spec.dim, spec.dim)
+
+    def to_tokens(self, x_BCHW: Tensor) -> Tensor:
+        """Return image tokens [B, N, D]."""
+        tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
+        if self.token_size:
+            height, width = x_BCHW.shape[2:]
+            tokens_BND = tokens_BND + image_positions_ND(height, width, self.token_size, tokens_BND)
+        return tokens_BND
+
+    def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map [B, C, h, w] with the residual added, in the residual's memory format."""
+        # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
+        out_BND: Tensor = self.proj_out(h_BND)
+        return x_BCHW + out_BND.transpose(1, 2).view_as(x_BCHW)
+
+
+class UNetLevel(nn.Module):
+    """One level of the encoder, the middle or the decoder: residual blocks, each with attention after it if there is any."""
+
+    resnets: nn.ModuleList
+    attentions: nn.ModuleList | None
+    downsamplers: nn.ModuleList | None
+    upsamplers: nn.ModuleList | None
+
+    def __init__(
+        self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], resize: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions) if attentions else None
+        self.downsamplers = nn.ModuleList([resize]) if isinstance(resize, Downsample2D) else None
+        self.upsamplers = nn.ModuleList([resize]) if isinstance(resize, Upsample2D) else None
+
+# ---- model.residual --------------------------------------------------------------------------------------------------
+
+
+class ResidualBlock(ResnetBlock2D):
+    """`x + conv(silu(norm(conv(silu(norm(x))) + time)))`, as diffusers computes it.
+
+    diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
+    feature map (`feature_map_format`).
+    """
+
+    def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
+        super().__init__(in_channels=inner, out_channels=outer, temb_channels=embed, groups=groups, eps=1e-5)
+
+    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
+        """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
+        time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
+        h_BCHW = self.conv1(match_format(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
+        h_BCHW = self.conv2(match_format(F.silu(self.norm2(h_BCHW)), x_BCHW))
+        out_BCHW: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
+        return out_BCHW
+
+
+def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
+    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
+
+
+def feature_map_format(device: torch.device) -> torch.memory_format:
+    """Return the memory format of feature maps: channels last on GPUs, where convolutions are faster; contiguous on CPUs.
+
+    Weights are contiguous everywhere, because ZeRO flattens them and checkpoints store them in that order.
+    """
+    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+
+# ---- model.unet ------------------------------------------------------------------------------------------------------
+
+
+class GateNoise(NamedTuple):
+    """Noise on the gates' logits, a function of the sample position: float32 [B, L, K] and [B, L, Y, K]."""
+
+    time_BLK: Tensor
+    space_BLYK: Tensor
+
+
+class UNetInput(NamedTuple):
+    """Inputs of the U-Net.
+
+    Attributes:
+        x_BCHW: noised latents, and channels of small images (super_resolution.py).
+        timestep_B: int64.
+        text_BYD: text tokens.
+        text_mask_BY: bool, False at padding.
+        end_B: index of the end-of-text token, int64.
+        noise: of the gates, in training; None: no noise.
+    """
+
+    x_BCHW: Tensor
+    timestep_B: Tensor
+    text_BYD: Tensor
+    text_mask_BY: Tensor
+    end_B: Tensor
+    noise: GateNoise | None
+
+
+class UNetOutput(NamedTuple):
+    """Results of one forward pass.
+
+    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If it finds none, it does not
+    prepare the backward pass, and gradients of earlier micro-steps are added twice.
+
+    Attributes:
+        prediction: [B, C, h, w].
+        edge_logits: per block with an edge module, float32 [B, h, w].
+        space_used: per block, share of image tokens that need each space expert, [B, K].
+        time_expert: per block, int64 [B].
+        balance: per block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
+    """
+
+    prediction: Tensor
+    edge_logits: tuple[Tensor, ...] = ()
+    space_used: tuple[Tensor, ...] = ()
+    time_expert: tuple[Tensor, ...] = ()
+    balance: tuple[Tensor, ...] = ()
+
+
+class ControlResiduals(NamedTuple):
+    """What a control adds to the skips (outermost first) and to the middle, at full strength."""
+
+    skips: tuple[Tensor, ...]
+    middle: Tensor
+
+
+class ForwardState(NamedTuple):
+    """State of one forward pass: shared inputs, remaining routing plans, collected outputs."""
+
+    embedding_BE: Tensor
+    text_BYD: Tensor
+    end_B: Tensor
+    routings: Iterator[BlockRouting]
+    edge_logits: list[Tensor | None]
+    space_used: list[Tensor | None]
+
+
+def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(value for value in values if value is not None)
+
+
+def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
+    """Return the number of samples of each expert, int64 [K] for each layer, on the device of the one-hot."""
+    return onehot_LBK.sum(dim=1).unbind(0)
+
+
+class RaphaelUNet(nn.Module):
+    """D(x_t, t, y) of RAPHAEL; with `space_experts = time_experts = 0`, Stable Diffusion 2's U-Net."""
+
+    def __init__(self, config: Any, with_edges: bool = True) -> None:
+        """Build the U-Net.
+
+        Args:
+            config: the sections `model`, `edge`, `diffusion`, `upscale` and `run`, or an object with their fields.
+            with_edges: whether it has edge modules, if the configuration has them.
+        """
+        super().__init__()
+        self.config = m = config.model
+        self.num_timesteps, self.upscale = config.diffusion.num_timesteps, config.upscale
+        self.seed = config.run.seed
+        self.edge_channels = config.edge.channels if with_edges and config.edge.weight > 0 else 0
+        # With ZeRO-3, and with diffusers' sequential offload, a module has its weights only during its own forward pass.
+        self.gathers_weights = False
+        # Expert parallelism replaces this function, because it also needs the counts of other ranks.
+        self.count_samples: Callable[[Tensor], Sequence[Any]] = count_samples
+        self.block_levels: list[int] = []  # of the transformer blocks, in order of execution
+        self.control: nn.Module | None = None  # set by controlnet.add_control
+        self.control_scale = 1.0
+        channels, embed = m.channels, 4 * m.channels[0]
+        self.conv_in = nn.Conv2d(m.latent_channels + self.upscale.channels, channels[0], 3, padding=1)
+        self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(channels[0], embed)
+        self.down_blocks = nn.ModuleList()
+        skips = [channels[0]]
+        for level, width in enumerate(channels):
+            self.down_blocks.append(self._down(level, skips[-1], width, skips))
+        self.mid_block = self._middle(channels[-1])
+        self.up_blocks = nn.ModuleList()
+        width = channels[-1]
+        for level in reversed(range(len(channels))):
+            self.up_blocks.append(self._up(level, width, skips))
+            width = channels[level]
+        self.conv_norm_out = nn.GroupNorm(m.norm_groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], m.latent_channels, 3, padding=1)
+        if m.time_experts and m.time_routing == "learned":
+            self.time_gates = nn.ModuleList(Gate(embed, m.gate_width, m.time_experts) for _ in range(self.num_blocks))
+        if m.space_experts:
+            self.text_gates = nn.ModuleList(
+                Gate(m.text_width, m.gate_width, m.space_experts) for _ in range(self.num_blocks)
+            )
+
+    def _resnet(self, inner: int, outer: int) -> ResidualBlock:
+        return ResidualBlock(inner, outer, 4 * self.config.channels[0], self.config.norm_groups)
+
+    def _transformer(self, level: int, width: int) -> SpatialTransformer:
+        m = self.config
+        spec = BlockSpec(
+            dim=width,
+            head_dim=m.head_dim,
+            text_width=m.text_width,
+            hidden=m.expert_width[level],
+            space_experts=m.space_experts,
+            shared_hidden=math.ceil(m.shared_expert * m.expert_width[level]),
+            time_experts=m.time_experts,
+            time_activation=m.time_activation,
+            expert_backend=m.expert_backend,
+            mask_threshold=m.mask_threshold,
+            edge_channels=self.edge_channels,
+            token_size=2**level if m.image_positions else 0,
+            seed=self.seed * 1000 + self.num_blocks,
+        )
+        self.block_levels.append(level)
+        return SpatialTransformer(spec, m.norm_groups)
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of transformer blocks."""
+        return len(self.block_levels)
+
+    def _level(self, level: int, pairs: list[tuple[int, int]], resize: nn.Module | None) -> UNetLevel:
+        resnets = [self._resnet(inner, outer) for inner, outer in pairs]
+        with_attention = self.config.attention[level]
+        return UNetLevel(resnets, [self._transformer(level, outer) for _, outer in pairs] if with_attention else [], resize)
+
+    def _down(self, level: int, inner: int, width: int, skips: list[int]) -> UNetLevel:
+        count, last = self.config.layers_per_block, level == len(self.config.channels) - 1
+        skips += [width] * (count if last else count + 1)
+        pairs = [(inner if i == 0 else width, width) for i in range(count)]
+        return self._level(level, pairs, None if last else Downsample2D(width, use_conv=True, name="op"))
+
+    def _middle(self, width: int) -> UNetLevel:
+        resnets = [self._resnet(width, width), self._resnet(width, width)]
+        return UNetLevel(resnets, [self._transformer(len(self.config.channels) - 1, width)])
+
+    def _up(self, level: int, inner: int, skips: list[int]) -> UNetLevel:
+        width, pairs = self.config.channels[level], []
+        for _ in range(self.config.layers_per_block + 1):
+            pairs.append((inner + skips.pop(), width))
+            inner = width
+        return self._level(level, pairs, Upsample2D(width, use_conv=True) if level > 0 else None)
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        timestep_B: Tensor,
+        text_BYD: Tensor,
+        text_mask_BY: Tensor,
+        end_B: Tensor,
+        noise: GateNoise | None = None,
+        edge_Bhw: Tensor | None = None,
+        residuals: ControlResiduals | None = None,
+    ) -> UNetOutput:
+        """Predict the noise or the velocity of noised latents. The arguments up to `noise` are those of `UNetInput`.
+
+        Args:
+            edge_Bhw: edge map in 0..1 that the control follows; None: the control is not used.
+            residuals: those of a control that is not part of the model.
+        """
+        inputs = UNetInput(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
+        state, routings = self.begin(inputs)
+        x, skips = self.encode(state, self.stem(x_BCHW))
+        if self.control is not None and edge_Bhw is not None:
+            residuals = self.control(inputs, edge_Bhw)
+        if residuals is not None:
+            skips = [skip + self.control_scale * added for skip, added in zip(skips, residuals.skips, strict=True)]
+            x = x + self.control_scale * residuals.middle
+        x = self.decode(state, x, skips)
+        return UNetOutput(
+            prediction=self.conv_out(match_format(nn.functional.silu(self.conv_norm_out(x)), x)),
+            edge_logits=_present(state.edge_logits),
+            space_used=_present(state.space_used),
+            time_expert=_present([routing.time_expert_B for routing in routings]),
+            balance=_present([routing.balance_B for routing in routings]),
+        )
+
+    def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
+        """Start a forward pass: embed the timesteps and route all blocks."""
+        embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
+        routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
+        return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
+
+    def stem(self, x_BCHW: Tensor) -> Tensor:
+        """Return the first feature map of noised latents."""
+        x: Tensor = self.conv_in(x_BCHW.contiguous(memory_format=feature_map_format(x_BCHW.device)))
+        return x
+
+    def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the encoder and the middle; return the middle's feature map, and the skips, outermost first."""
+        skips = [x]
+        for level in cast(list[UNetLevel], self.down_blocks):
+            for i in range(len(level.resnets)):
+                x = self._layer(state, level, i, x)
+                skips.append(x)
+            if level.downsamplers is not None:
+                x = level.downsamplers[0](x)
+                skips.append(x)
+        x = self._layer(state, self.mid_block, 0, x)
+        return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
+
+    def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """Run the decoder; return the last feature map."""
+        skips = list(skips)
+        for level in cast(list[UNetLevel], self.up_blocks):
+            for i in range(len(level.resnets)):
+                x = self._layer(state, level, i, torch.cat([x, skips.pop()], dim=1))
+            if level.upsamplers is not None:
+                # The size of the next skip, which can be odd.
+                x = level.upsamplers[0](x, output_size=skips[-1].shape[-2:])
+        return x
+
+    def _layer(self, state: ForwardState, level: UNetLevel, index: int, x: Tensor) -> Tensor:
+        x = self._residual(level, index, x, state.embedding_BE)
+        if level.attentions is not None:
+            transformer = cast(SpatialTransformer, level.attentions[index])
+            x, logits, used = self._attend(transformer, x, state.text_BYD, state.end_B, next(state.routings))
+            state.edge_logits.append(logits)
+            state.space_used.append(used)
+        return x
+
+    def _residual(self, level: UNetLevel, index: int, x: Tensor, embedding_BE: Tensor) -> Tensor:
+        out: Tensor = self._run(self.config.checkpoint_activations == "all", level.resnets[index], x, embedding_BE)
+        return out
+
+    def route_blocks(
+        self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
+    ) -> list[BlockRouting]:
+        """Route all blocks at once (Sec. 3.1 and 7.3), from the timestep and the caption."""
+        m = self.config
+        none: Sequence[Any] = [None] * self.num_blocks
+        time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
+        if m.time_experts:
+            expert_LB, factor_LB = self.route_time(timestep_B, embedding_BE, noise)
+            time_samples = self.count_samples(one_hot(expert_LB, m.time_experts))
+            time_expert, time_factor = expert_LB.unbind(), factor_LB.unbind()
+        if m.space_experts:
+            logits_LBYK = self._gate_logits(self.text_gates, text_BYD)
+            noise_LBYK = noise.space_BLYK.transpose(0, 1) if noise else None
+            expert_LBY, factor_LBY = choose(logits_LBYK, noise_LBYK, m.gate_gradient)
+            taking_part = text_mask_BY if m.mask_padding else None
+            space_weight = space_weights_BYK(expert_LBY, factor_LBY, m.space_experts, taking_part).unbind()
+        return [
+            BlockRouting(*fields)
+            for fields in zip(time_expert, time_samples, time_factor, space_weight, balance, strict=True)
+        ]
+
+    def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
+        """Return the time expert of each block and sample, int64 [L, B], and its factor, float32 [L, B] (`choose`)."""
+        m = self.config
+        if m.time_routing == "boundaries":
+            expert_LB = band_of_timestep_B(timestep_B, m.time_experts, self.num_timesteps).expand(self.num_blocks, -1)
+            return expert_LB, torch.ones_like(expert_LB, dtype=torch.float32)
+        logits_LBK = self._gate_logits(self.time_gates, embedding_BE)
+        return choose(logits_LBK, noise.time_BLK.transpose(0, 1) if noise else None, m.gate_gradient)
+
+    def _gate_logits(self, gates: nn.ModuleList, x: Tensor) -> Tensor:
+        """Return the logits of every block's gate, float32 [L, ..., K], for x [..., D]."""
+        if self.gathers_weights:
+            return torch.stack([gate(x) for gate in gates])
+        return gate_logits(cast(Sequence[Gate], gates), x)
+
+    def _attend(
+        self, transformer: SpatialTransformer, x_BCHW: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the feature map, and edge logits and used share as in `BlockOutput`."""
+        size_hw = (x_BCHW.shape[2], x_BCHW.shape[3])
+        h_BND = transformer.to_tokens(x_BCHW)
+        block = transformer.transformer_blocks[0]
+
+        def body(h: Tensor, text: Tensor, factor: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, ...]:
+            return tuple(block(h, text, end_B, replace(routing, time_factor_B=factor, space_weight_BYK=weight), size_hw))
+
+        tensors = (h_BND, text_BYD, routing.time_factor_B, routing.space_weight_BYK)
+        h_BND, edge_logits, used_BK = self._run(self.config.checkpoint_activations != "none", body, *tensors)
+        return transformer.to_feature_map(h_BND, x_BCHW), edge_logits, used_BK
+
+    def _run(self, recompute: bool, part: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        """Run a part of the model. With `recompute` it saves no activations and runs again in the backward pass."""
+        return part(*tensors)
+
+# ---- model.diffusers_model -------------------------------------------------------------------------------------------
+
+
+# Fields of the model's config.json that diffusers' U-Nets do not have, and their names in the section `model`.
+EXPERT_FIELDS = {
+    "num_space_experts": "space_experts",
+    "num_time_experts": "time_experts",
+    "expert_width": "expert_width",
+    "shared_expert": "shared_expert",
+    "time_routing": "time_routing",
+    "time_activation": "time_activation",
+    "gate_width": "gate_width",
+    "gate_gradient": "gate_gradient",
+    "mask_threshold": "mask_threshold",
+    "mask_padding": "mask_padding",
+    "image_positions": "image_positions",
+}
+
+
+def sections_of(fields: Any) -> Any:
+    """Return the sections that `RaphaelUNet` is built from, for the fields of the model's config.json."""
+    widths, heads = fields.block_out_channels, fields.attention_head_dim
+    model = {
+        "channels": widths,
+        "attention": [kind.startswith("CrossAttn") for kind in fields.down_block_types],
+        "layers_per_block": fields.layers_per_block,
+        "head_dim": widths[0] // heads[0],
+        "norm_groups": fields.norm_num_groups,
+        "latent_channels": fields.out_channels,
+        "text_width": fields.cross_attention_dim,
+        **{ours: getattr(fields, name) for name, ours in EXPERT_FIELDS.items()},
+    }
+    training = {"expert_backend": "auto", "checkpoint_activations": "none", "balance_weight": 0.0}
+    edges = fields.edge_channels
+    return SimpleNamespace(
+        model=SimpleNamespace(**model, **training),
+        edge=SimpleNamespace(channels=edges, weight=float(edges > 0)),
+        diffusion=SimpleNamespace(num_timesteps=fields.num_train_timesteps),
+        upscale=SimpleNamespace(channels=fields.in_channels - fields.out_channels),
+        run=SimpleNamespace(seed=0),
+    )
+
+
+class _Wrapper(ModelMixin, ConfigMixin):
+    """A network of this package as a model of diffusers."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        down_block_types: Sequence[str] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        up_block_types: Sequence[str] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        layers_per_block: int = 2,
+        cross_attention_dim: int = 1024,
+        attention_head_dim: Sequence[int] = (5, 10, 20, 20),
+        norm_num_groups: int = 32,
+        act_fn: str = "silu",
+        use_linear_projection: bool = True,
+        num_space_experts: int = 6,
+        num_time_experts: int = 4,
+        expert_width: Sequence[int] = (1280, 2560, 5120, 5120),
+        shared_expert: float = 0.0,
+        time_routing: str = "learned",
+        time_activation: str = "gelu",
+        gate_width: int = 128,
+        gate_gradient: str = "straight_through",
+        mask_threshold: float = 0.2,
+        mask_padding: bool = False,
+        image_positions: bool = False,
+        edge_channels: int = 16,
+        num_train_timesteps: int = 1000,
+        auto_map: dict[str, str] | None = None,
+    ) -> None:
+        """Build the network. Fields of UNet2DConditionModel have its meaning.
+
+        Args:
+            sample_size: height and width of the latents that it was trained on.
+            in_channels: channels of latents, and of a small image for super-resolution.
+            out_channels: channels of latents.
+            block_out_channels: width of each level.
+            down_block_types: names with "CrossAttn" have transformer blocks.
+            up_block_types: the same levels, innermost first.
+            layers_per_block: residual blocks of each level of the encoder.
+            cross_attention_dim: width of the text tokens.
+            attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
+            norm_num_groups: groups of each GroupNorm.
+            act_fn: of the residual blocks; always "silu".
+            use_linear_projection: always True, as in Stable Diffusion 2.
+            num_space_experts: experts of each Space-MoE; 0: none.
+            num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
+            expert_width: hidden width of an expert on each level.
+            shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: none.
+            time_routing: "learned" or "boundaries".
+            time_activation: of the time experts, "gelu" or "geglu".
+            gate_width: hidden width of the gates.
+            gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
+            mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
+            mask_padding: leave padding tokens out of the Space-MoE.
+            image_positions: add sines of its place to each image token.
+            edge_channels: width of the edge modules, which are used in training only; 0: none.
+            num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
+            auto_map: of the file, where diffusers' AutoModel finds this class.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        network = self._network(sections_of(self.config))
+        for name, child in network.named_children():
+            self.add_module(name, child)
+        # The method and not the network: as a child, it would add a prefix to the names of all parameters.
+        self._predict: Any = network.forward
+
+    @staticmethod
+    def _network(sections: Any) -> RaphaelUNet:
+        raise NotImplementedError
+
+    def _inputs(self, sample: Tensor, timestep: Any, text: Tensor, mask: Tensor | None, end: Tensor | None) -> UNetInput:
+        batch, tokens = text.shape[:2]
+        mask = torch.ones(batch, tokens, device=sample.device) if mask is None else mask
+        end = (mask.long().sum(dim=1) - 1).clamp(min=0) if end is None else end
+        timestep_B = torch.as_tensor(timestep, device=sample.device).expand(batch)
+        # Sequential offload loads a module's weights by a hook around its forward pass.
+        gates = [module for module in self.modules() if isinstance(module, Gate)]
+        self._predict.__self__.gathers_weights = any(hasattr(gate.net[0], "_hf_hook") for gate in gates)
+        return UNetInput(sample, timestep_B, text, mask.bool(), end, None)
+
+
+class RaphaelUNet2D(_Wrapper):
+    """The U-Net of RAPHAEL, called like UNet2DConditionModel."""
+
+    @staticmethod
+    def _network(sections: Any) -> RaphaelUNet:
+        return RaphaelUNet(sections)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        end_of_text: Tensor | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict the noise (or v), as UNet2DConditionModel does.
+
+        Args:
+            sample: noised latents [B, C, h, w].
+            timestep: one for all, or [B].
+            encoder_hidden_states: text tokens [B, Y, D].
+            encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
+            end_of_text: int64 [B], index of the end-of-text token. None: the last token that the mask keeps. Only the
+                edge modules read it, not the prediction.
+            down_block_additional_residuals: of a ControlNet, outermost first.
+            mid_block_additional_residual: of a ControlNet.
+            return_dict: whether to return a UNet2DConditionOutput or a tuple.
+        """
+        inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, end_of_text)
+        residuals = None
+        if down_block_additional_residuals is not None and mid_block_additional_residual is not None:
+            residuals = ControlResiduals(tuple(down_block_additional_residuals), mid_block_additional_residual)
+        prediction = self._predict(*inputs, residuals=residuals).prediction
+        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
