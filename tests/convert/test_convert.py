@@ -108,7 +108,7 @@ def test_run_from_weights_only_starts_at_step_0_with_zero_moments(tmp_path, sour
     state, canonical = sources["moe"]
     convert("canonical", canonical, "megablocks", tmp_path / "mb", options("megablocks", weights="ema"))
     report = convert("megablocks", tmp_path / "mb", "raphael", tmp_path / "run", options("raphael"))
-    assert "zero, at step 0" in report.notes[0]
+    assert "starts at step 0 with zeros" in report.notes[0]
     reader = CheckpointReader(tmp_path / "run/checkpoints/step-00000000")
     name = next(iter(reader.shapes))
     assert torch.equal(reader.whole("master", name), state["ema", name])
@@ -185,5 +185,7 @@ def test_model_is_upcycled_from_any_layout_once(tmp_path, sources):
     report = convert("auto", sources["dense"][1], "canonical", tmp_path / "out", Options(), config)
     assert open_checkpoint("auto", tmp_path / "out").config.model.space_experts == config.model.space_experts
     assert report.rows[0].kind == "master"
-    with pytest.raises(UserError, match=r"--config requires .* already has experts or edge modules. Leave out --config"):
+    with pytest.raises(
+        UserError, match=r"--config is for upcycling .* already has experts or edge modules. Leave out --config"
+    ):
         convert("auto", tmp_path / "out", "canonical", tmp_path / "again", Options(), config)
