@@ -13,7 +13,7 @@ from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.training.stragglers import SLOW_RATIO
 
 LEVEL = 0.05  # relative change of the loss between the last two eighths of a run below which it has levelled off
-SAVING = 0.05  # share of the time
+SAVING = 0.1  # share of the time, as DATA_BOUND
 SLOWER = 0.5  # of the planned images per second, below which that is worth a sentence
 PLACES = ("run.dir", "data.cache_dir")  # where a run lies does not tell runs apart
 
