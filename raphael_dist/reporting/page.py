@@ -113,7 +113,7 @@ def _summary(runs: Sequence[Examined], data: JsonObject) -> str:
     questions: dict[str, Callable[[Examined], str]] = {
         "Did it converge?": lambda examined: summary.convergence(examined.run),
         "Is any expert dead?": lambda examined: summary.expert_health(examined.run),
-        "What limits its speed?": lambda examined: summary.speed(examined.run),
+        "What limits its speed?": summary.speed,
         "How often did it fail?": summary.failures,
     }
     lines = []
@@ -145,7 +145,7 @@ def _loss(runs: Sequence[Examined], data: JsonObject) -> str:
 
 
 def _speed(runs: Sequence[Examined], data: JsonObject) -> str:
-    answers = (f"{_heading(runs, examined.run)}{_sentence(summary.speed(examined.run))}" for examined in runs)
+    answers = (f"{_heading(runs, examined.run)}{_sentence(summary.speed(examined))}" for examined in runs)
     return "".join(answers) + _charts("speed", runs, data)
 
 
@@ -261,7 +261,10 @@ def _memory(runs: Sequence[Examined], data: JsonObject) -> str:
         parts += [_heading(runs, examined.run), _table(["quantity", "measured", "planned", "measured / planned"], rows)]
         if examined.plan_note:
             parts.append(_sentence(f"There is no plan: {examined.plan_note}."))
-    note = "On a CPU, the measured memory is that of the whole process. The plan assumes that its cores have no other work."
+    note = (
+        "On a CPU, the measured memory is that of the whole process. The plan assumes that its cores have no other work, but "
+        "the run measures their peak FLOP/s at its start, with the other work."
+    )
     return "".join(parts) + _sentence(note)
 
 

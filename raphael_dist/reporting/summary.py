@@ -13,7 +13,8 @@ from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.training.stragglers import SLOW_RATIO
 
 LEVEL = 0.05  # relative change of the loss between the last two eighths of a run below which it has levelled off
-SAVING = 0.05  # share of the time
+SAVING = 0.1  # share of the time, as DATA_BOUND
+SLOWER = 0.5  # share of the planned images per second below which the report says so
 PLACES = ("run.dir", "data.cache_dir")  # keys of places, which do not describe a difference between runs
 
 
@@ -27,8 +28,10 @@ def convergence(run: RunFiles) -> str:
     change, noise = fmean(end) - fmean(before), math.sqrt((variance(before) + variance(end)) / eighth)
     if fmean(end) > 0.95 * losses[0]:
         verdict = "No, it did not fall"
-    elif abs(change) <= max(LEVEL * fmean(before), 2 * noise):
+    elif abs(change) <= LEVEL * fmean(before):
         verdict = "It has levelled off"
+    elif abs(change) <= 2 * noise:
+        verdict = "Unclear, the loss varies more between log lines than it changes"
     else:
         verdict = "Not yet, it is still falling" if change < 0 else "No, it rises again"
     text = (
@@ -36,7 +39,9 @@ def convergence(run: RunFiles) -> str:
         f"lines, {change / fmean(before):+.1%} compared with the eighth before it)."
     )
     if rates := run.values("optim/lr"):
-        text += f" The learning rate is at {rates[-1] / max(rates):.0%} of its peak."
+        limit = run.option("train.max_steps")
+        place = f"step {run.step:,} of {limit:,}" if limit else f"step {run.step:,}"
+        text += f" At {place} the learning rate is at {rates[-1] / max(rates):.0%} of its peak."
     held_out = [(loss, step) for step, loss in run.series.get("val/loss", []) if math.isfinite(loss)]
     if held_out:
         loss, step = min(held_out)
@@ -63,8 +68,9 @@ def expert_health(run: RunFiles) -> str:
     return f"Yes, at least one in each of these: {where}.{count}"
 
 
-def speed(run: RunFiles) -> str:
+def speed(examined: Examined) -> str:
     """Return a sentence about the run's speed and what limits it."""
+    run = examined.run
     rate = run.last("throughput/samples_per_s", share=0.5)
     if rate is None:
         return "Unknown: no throughput was logged."
@@ -77,13 +83,20 @@ def speed(run: RunFiles) -> str:
     elif stall > SAVING:
         bound = "Saving checkpoints"
     else:
-        bound = "Computation and communication"
+        bound = "Computation" if run.launch is not None and run.launch.world == 1 else "Computation and communication"
     mfu = run.last("throughput/mfu", share=0.5)
     utilised = f", {mfu:.1%} of the device's peak FLOP/s" if mfu else ""
-    return (
+    text = (
         f"{bound}. {rate:,.3g} images per second{utilised}. Waiting for data takes {wait:.1%} of the time, saving "
         f"{stall:.1%}; the slowest rank needs {ratio:.2f} times the median."
     )
+    planned = next((row for row in examined.plan if row.measured == rate and row.ratio), None)
+    if planned is not None and planned.planned and rate < SLOWER * planned.planned:
+        text += (
+            f" The plan expects {planned.planned:,.3g} images per second: other programs use these devices, or they are "
+            "slower than those of the plan."
+        )
+    return text
 
 
 def failures(examined: Examined) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import pytest
 from PIL import Image
 
 from raphael_dist.cli import report
+from raphael_dist.reporting import summary
 from raphael_dist.reporting.page import MAX_BYTES, SECTIONS
+from raphael_dist.reporting.plan_comparison import PlanRow
+from raphael_dist.reporting.run_facts import examine
 from raphael_dist.reporting.series import BUCKETS, thinned
 from tests.lib.planted_run import plant, routes
 
@@ -59,6 +63,7 @@ def test_reader_can_answer_from_the_text_alone(two_runs: list[Path], tmp_path: P
     text = text_of(page_of(tmp_path / "r.html", *two_runs))
     for answer in (
         "Did it converge? one: It has levelled off: the training loss went from 1 to 0.3",
+        "At step 400 of 400 the learning rate is at 5% of its peak.",
         "Is any expert dead? one: No expert is dead",
         "two: Yes, at least one in each of these: space experts in blocks 2.",
         "What limits its speed? one: Computation and communication. 40 images per second.",
@@ -71,6 +76,16 @@ def test_reader_can_answer_from_the_text_alone(two_runs: list[Path], tmp_path: P
     assert [title for title in SECTIONS.values() if title not in text] == []
     assert "There is no sample grid" in text
     assert "The run has no routes" in text
+
+
+def test_noise_is_not_taken_for_an_answer(tmp_path: Path) -> None:
+    """A loss that jumps between lines has not levelled off, and a run far slower than its plan says so."""
+    noisy = plant(tmp_path / "noisy", {"train/loss": lambda i: 1.5 if i == 0 else 0.5 + 0.15 * (i * 7 % 5 - 2) + 0.01 * i})
+    examined = examine(noisy, with_data=False, cluster="none")
+    assert summary.convergence(examined.run).startswith("Unclear, the loss varies more between log lines than it changes")
+    slow = replace(examined, plan=[PlanRow("images per second", 40.0, 100.0)])
+    assert "The plan expects 100 images per second" in summary.speed(slow)
+    assert "The plan expects" not in summary.speed(replace(examined, plan=[PlanRow("images per second", 40.0, 70.0)]))
 
 
 def test_page_is_small_and_asks_no_server(tmp_path: Path) -> None:
