@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from raphael_dist.config.data_sections import Data, Image
 from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model
 from raphael_dist.config.run_sections import EmaConfig, Optim, Parallel, RunConfig, Sample, Train
-from raphael_dist.config.types import EXPERT_KINDS
+from raphael_dist.config.types import EXPERT_KINDS, Kernel
 from raphael_dist.config.upscale import Upscale
 from raphael_dist.text import shorten
 
@@ -95,7 +95,7 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
         (model.expert_backend == "auto", "model.expert_backend=auto", f"it is {model.expert_backend}"),
         (not adapted, "lora.rank=0, or lora.targets without experts", f"lora.targets={list(lora.targets)}"),
     )
-    requirements = {
+    requirements: dict[Kernel, tuple[tuple[bool, str, str], ...]] = {
         "group_norm": ((not train.compile, "train.compile=false, which fuses the same operations", "it is true"),),
         "layer_norm": ((max(model.channels) <= 4096, "model.channels up to 4096", f"they are {list(model.channels)}"),),
         "space_moe": ((model.space_experts > 0, "model.space_experts above 0", "it is 0"), *experts),
