@@ -32,7 +32,7 @@ _TRAIN, _VAL, _PROMPTS = range(3)  # streams of random numbers
 
 
 def make_sample(key: str, text: str, look: Look, random: np.random.Generator) -> Sample:
-    """Draw and encode one sample."""
+    """Draw a text as an image, and return it as a sample with captions and edge map."""
     image = render(text, look)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).unsqueeze(0)
     record = {
@@ -59,7 +59,10 @@ def encode_lossless(image: Image.Image) -> bytes:
 
 
 def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, longest: int | None) -> Iterator[Sample]:
-    """Yield the training samples of these numbers; each depends on the seed, its number and `longest` alone."""
+    """Yield the training samples with these numbers. A sample depends only on the seed, its number and `longest`.
+
+    `longest`: see `Vocabulary.training_text`.
+    """
     for number in numbers:
         random = np.random.default_rng((seed, _TRAIN, number))
         text = vocabulary.training_text(random, longest)
@@ -67,7 +70,7 @@ def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, longest:
 
 
 def held_out_texts(vocabulary: Vocabulary) -> dict[str, list[str]]:
-    """Return the texts of each set of prompts and of each validation shard, by the set's name."""
+    """Return the held-out texts of each set (e.g. "held-out-words"), which has a prompt file and a validation shard."""
     order = np.random.default_rng(PROMPTS).permutation(len(vocabulary.words))
     long_enough = [vocabulary.words[i] for i in order if len(vocabulary.words[i]) >= 4]
     return {
@@ -81,7 +84,7 @@ def held_out_texts(vocabulary: Vocabulary) -> dict[str, list[str]]:
 
 
 def looks(name: str, seed: int, stream: int) -> Iterator[tuple[Look, np.random.Generator]]:
-    """Yield the looks of a set; those of "held-out-font" are in the held-out font."""
+    """Yield random looks (font, colours, place) for a set. Those of "held-out-font" use the held-out font."""
     fonts = (HELD_OUT_FONT,) if name == "held-out-font" else FONTS
     number = 0
     while True:
@@ -91,13 +94,13 @@ def looks(name: str, seed: int, stream: int) -> Iterator[tuple[Look, np.random.G
 
 
 def prompt(name: str, text: str, look: Look) -> str:
-    """Return a prompt with text, colours, place and font; a held-out font is named."""
+    """Return a prompt that states text, colours and place, and also the font if it is the held-out font."""
     caption = full_caption(text, look)
     return caption.replace(f"{look.font.style} font", f"{look.font.name} font") if name == "held-out-font" else caption
 
 
 def write_prompts(vocabulary: Vocabulary, out: Path) -> None:
-    """Write prompts-NAME.txt for each set, and prompts.txt with some of each (GRID)."""
+    """Write the prompt file prompts-NAME.txt of each set, and prompts.txt with some prompts of each set (GRID)."""
     out.mkdir(parents=True, exist_ok=True)
     grid = []
     for name, texts in held_out_texts(vocabulary).items():
@@ -115,7 +118,10 @@ def write_shards(
     report: Callable[[str], None],
     longest: int | None = None,
 ) -> None:
-    """Write train-*.tar, one val-NAME.tar for each held-out set, and manifest.json; `longest` as in `training_text`."""
+    """Write train-*.tar, val-NAME.tar for each held-out set, and manifest.json.
+
+    `longest`: see `Vocabulary.training_text`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("train-*.tar"), *out.glob("val-*.tar")):
         stale.unlink()

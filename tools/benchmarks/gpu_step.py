@@ -42,8 +42,12 @@ WARM_UP = 3  # steps: libraries choose their kernels, optimizers make their stat
 
 @dataclass(frozen=True)
 class StepTime:
-    """seconds: of a step, the median of several rounds. flops: of the model per sample. peak_gib: most memory of the device;
-    0 on a CPU.
+    """A measured optimizer step.
+
+    Attributes:
+        seconds: duration, the median of several rounds.
+        flops: model FLOPs per sample.
+        peak_gib: largest memory use of the device in GiB; 0 on a CPU.
     """
 
     seconds: float
@@ -74,7 +78,7 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
 
 
 def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime:
-    """Time a step of diffusers' U-Net on this rank alone, with gradients checkpointed where ours are recomputed."""
+    """Time a step of diffusers' U-Net on this rank alone. It recomputes activations in the same blocks as our model."""
     with device:
         model: Any = diffusers_unet(config)
     if config.model.checkpoint_activations != "none":
