@@ -153,6 +153,6 @@ def _name_bad_samples(run: Run, bad: list[int]) -> str:
     if not bad:
         samples_seen = run.progress.samples_seen
         first = samples_seen - run.config.train.global_batch_size
-        return f"The loss of each sample is finite, at positions {first} to {samples_seen - 1}"
+        return f"The loss of every sample (positions {first} to {samples_seen - 1}) is finite"
     keys = ", ".join(run.data.key(position) for position in bad[:5])
     return f"Samples whose loss is not finite: {len(bad)}, at positions {bad[:5]} ({keys})"

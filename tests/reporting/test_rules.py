@@ -28,7 +28,13 @@ PLANTED: dict[rules.Rule, tuple[dict, str]] = {
     rules.slow_ranks: (
         {
             "tags": {"time/slowest_rank_ratio": lambda i: 2.4},
-            "log": [(9.5, "WARNING", "step 90: slow for 20 steps or more: rank 1 on n7 (2.4 times the median)")],
+            "log": [
+                (
+                    9.5,
+                    "WARNING",
+                    "step 90: slow ranks for 20 steps or more: rank 1 on n7 (its own work takes 2.4 times the median)",
+                )
+            ],
         },
         "rank 1 on n7",
     ),

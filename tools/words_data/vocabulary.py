@@ -63,7 +63,7 @@ class Vocabulary:
         self.words = [word for word in words if self.allowed(word)]
 
     def allowed(self, text: str) -> bool:
-        """Return whether a training image may show `text`: it contains no held-out word or string, also with spaces removed."""
+        """Return whether a training image may show `text`: it has no held-out word or string, also without its spaces."""
         return not (self._held_out.search(text) or self._held_out.search(text.replace(" ", "")))
 
     def training_text(self, random: np.random.Generator, longest: int | None = None) -> str:
