@@ -231,7 +231,7 @@ def packaged_folder(name: str) -> Path:
 
 
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
-    """Return the model and the tokenizer of a text encoder with a name (NAMED). UserError as `packaged_folder`."""
+    """Return the model and the tokenizer of a named text encoder (NAMED). Raises the UserErrors of `packaged_folder`."""
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
     from transformers import AutoModelForTextEncoding, AutoTokenizer
@@ -296,7 +296,7 @@ def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tenso
     Args:
         vae: an autoencoder of diffusers.
         images: [B, 3, H, W] in -1..1.
-        device: where it runs; with offload, its weights move there when it is called.
+        device: the device it runs on; with offload, its weights are moved there when it is called.
     """
     encoded = vae.encode(images.to(device, vae.dtype))[0]
     # A distribution if it is an AutoencoderKL.
@@ -391,9 +391,11 @@ def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> s
 
 
 def late_start_warning(scheduler: Any) -> str | None:
-    """Return a warning if a scheduler whose timesteps are set starts far from pure noise, else None.
+    """Return a warning if the first sampling step starts far from pure noise, else None.
 
-    DDIM spaces its steps by whole timesteps from the low end: 600 of 1,000 start at timestep 600, and images are flat.
+    `scheduler`: a scheduler of diffusers whose timesteps are set. DDIM spaces timesteps by a whole number, counted from the
+    low end. For example, with 1,000 training timesteps 600 sampling steps start at timestep 600, and the images get little
+    contrast.
     """
     first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
     if total - first <= max(2 * total / steps, total / 20):
@@ -411,7 +413,10 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 
 
 def downscale_factor(config: Mapping[str, Any]) -> int:
-    """Return the downsampling factor of an autoencoder, which halves the size between levels, from its configuration."""
+    """Return image size divided by latent size of an autoencoder: 2 for each transition between two of its levels.
+
+    `config`: the autoencoder's config.json.
+    """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
     return int(2 ** (count - 1))
@@ -422,8 +427,8 @@ def downscale_factor(config: Mapping[str, Any]) -> int:
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
 
-    If a small image has `patch` x `patch` pixels per latent, each of them gets its own channels. If it has fewer pixels than
-    there are latents, pixels are repeated.
+    If a small image has `patch` x `patch` pixels per latent, each of these pixels gets its own channels. If it has fewer
+    pixels than there are latents, pixels are repeated.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
@@ -433,9 +438,10 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 
 
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
-    """Correct sampled images in -1..1 so that their averages approach the small images (Irani and Peleg, 1991).
+    """Correct sampled images in -1..1 so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    Autoencoder and sampling change colours, which the small image has. The difference is enlarged and added, `times` times.
+    The autoencoder and sampling change colours, while the small image has the right ones. The difference is enlarged and
+    added, `times` times.
     """
     factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
     for _ in range(times):
@@ -459,7 +465,7 @@ Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CallArguments:
-    """Arguments of one call, under the names of diffusers (`RaphaelPipeline.__call__` describes them)."""
+    """The arguments of one pipeline call, under diffusers' names (see `RaphaelPipeline.__call__`)."""
 
     prompt: Any = None
     height: int
@@ -498,12 +504,12 @@ class CallArguments:
 
     @property
     def images(self) -> list[Any]:
-        """One image for each prompt, or none."""
+        """One image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
     def masks(self) -> list[Any]:
-        """One mask for each prompt, or none."""
+        """One mask for each prompt; [] if there are none."""
         return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
 
     def check(self, factor: int, num_timesteps: int) -> None:
@@ -511,7 +517,7 @@ class CallArguments:
 
         Args:
             factor: pixels per latent, by which the sides of an image must be divisible.
-            num_timesteps: of the noise schedule.
+            num_timesteps: length of the noise schedule.
         """
         check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
@@ -542,7 +548,7 @@ class CallArguments:
 
 
 def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are texts or embeddings, and negative prompts fit them."""
+    """Raise UserError unless prompts are given either as texts or as embeddings, and negative prompts in the same way."""
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative, negative_embeds),
@@ -559,7 +565,15 @@ def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negati
 def check_embeddings(
     name: str, embeds: Tensor, mask: Tensor | None, width: int | None, shape: Sequence[int] | None = None
 ) -> None:
-    """Raise UserError unless embeddings [B, Y, D] have the model's width and the `shape`, and the mask [B, Y] fits them."""
+    """Raise UserError unless embeddings [B, Y, D] have the model's width and the mask [B, Y] fits them.
+
+    Args:
+        name: name of the embeddings, for messages.
+        embeds: the embeddings.
+        mask: the mask, or None.
+        width: text width of the model; None: any.
+        shape: the exact shape that is required; None: any.
+    """
     if (
         embeds.ndim != 3
         or embeds.shape[2] != (width or embeds.shape[2])
@@ -578,12 +592,15 @@ def check_embeddings(
 
 
 def as_list(value: object) -> list[Any]:
-    """Return a list of one value or of several."""
+    """Return a list: `value` itself if it is a list or tuple, otherwise a list with this one value."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def for_each(name: str, value: object, count: int) -> list[Any]:
-    """Return one value for each of `count` prompts, from one for all or a list. UserError: a list of another length."""
+    """Return a list with one value for each of `count` prompts, from one value for all or a list of `count` values.
+
+    Raises UserError if a list has another length.
+    """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(
@@ -598,7 +615,7 @@ def _is_whole(value: object) -> bool:
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise UserError unless the value is a whole number from `low` to `high`."""
+    """Raise UserError unless the value is a whole number from `low` to `high` (None: without an upper limit)."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
@@ -621,7 +638,7 @@ def _check_image(name: str, image: object) -> None:
         hint = "Image.fromarray(array)" if hasattr(image, "shape") else "Image.open(path)"
         raise UserError(f"{name} must be a PIL image, or one for each prompt, but it is {type(image).__name__}. Use {hint}.")
 
-# ---- convert.standalone ----------------------------------------------------------------------------------------------
+# ---- convert.exported_code -------------------------------------------------------------------------------------------
 
 
 CODE = "pipeline"  # the module in a pipeline's folder from which diffusers imports the pipeline's class
@@ -632,7 +649,7 @@ CODE = "pipeline"  # the module in a pipeline's folder from which diffusers impo
 JsonObject = dict[str, Any]  # what a JSON object becomes
 MAX_TEXT = 1 << 30  # bytes; a manifest has some 200 bytes for each tensor of each rank
 _MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because this mark begins with that of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -705,11 +722,11 @@ _Pipeline: Any = DiffusionPipeline  # its type hints lack the methods of its mix
 
 
 class PipelineFiles(_Pipeline):
-    """Loads and saves pipelines."""
+    """Base class of the pipelines, with the methods that load and save them."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers. UserError: a local folder is no pipeline."""
+        """Load a pipeline, as in diffusers. Raises UserError if a local folder is not a pipeline."""
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)
@@ -717,7 +734,10 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers. In the package the folder's own code is not run, and `trust_remote_code` is not required."""
+        """Load the configuration, as in diffusers.
+
+        Inside the package the folder's code is not run, so `trust_remote_code` is not required.
+        """
         loaded = super().load_config(*args, **kwargs)
         for config in loaded if isinstance(loaded, tuple) else (loaded,):
             if isinstance(config.get("_class_name"), list):
@@ -726,7 +746,7 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Return a pipeline of this class that shares the components and settings of another; their dtype stays.
+        """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
 
         Args:
             pipeline: any pipeline with these components.
@@ -744,7 +764,7 @@ class PipelineFiles(_Pipeline):
         return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers. The folder carries its own code, and loads as a DiffusionPipeline without this package."""
+        """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
         # That encoder has no files, and its code is in the pipeline's. Its class differs if that code was imported twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
@@ -807,7 +827,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
-    """Return the factor of B A, alpha / rank; with `root` alpha / sqrt(rank), as peft's `use_rslora`."""
+    """Return the factor of the product B A: alpha / rank, or with `root` alpha / sqrt(rank) (peft's `use_rslora`)."""
     return alpha / (math.sqrt(rank) if root else rank)
 
 # ---- convert.lora_files ----------------------------------------------------------------------------------------------
@@ -828,7 +848,7 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication
 
 @dataclass(frozen=True)
 class Adapter:
-    """Adapters: `scale B A` is added to each parameter.
+    """LoRA adapters: `scale B A` is added to each parameter.
 
     Attributes:
         factors: A [rank, in] and B [out, rank], float32, by name of the parameter; of experts [K, rank, in], [K, out, rank].
@@ -929,11 +949,12 @@ def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class LoraState:
-    """The adapters of a U-Net, which pipelines may share.
+    """The LoRA adapters of a U-Net, which several pipelines may share.
 
     Attributes:
-        adapters: all of them by name. active: the weights of those in use.
-        own: weights of the U-Net without adapters, of the parameters that active adapters change.
+        adapters: all loaded adapters, by name.
+        active: the active adapters, by name, with the factor of each.
+        own: original weights of the parameters that active adapters change.
         fused: weights before `fuse_lora`.
     """
 
@@ -944,7 +965,7 @@ class LoraState:
 
 
 class LoraLoader:
-    """Loads and combines adapters of `self.unet`."""
+    """Loads LoRA adapters and adds them to the weights of `self.unet`."""
 
     unet: Any
 
@@ -956,7 +977,7 @@ class LoraLoader:
         return state
 
     def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
-        """Load adapters and activate them alone, with weight 1.
+        """Load adapters and make them the only active ones, with factor 1.
 
         Args:
             pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
@@ -979,12 +1000,15 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Activate adapters, each with a weight (1 if None). UserError: there is no adapter of this name."""
+        """Make these adapters the active ones, each with a factor (1 if None).
+
+        Raises UserError if there is no adapter of this name.
+        """
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
-            raise UserError(f"adapter_weights={weights} must be one, or one for each of the {len(names)} adapters")
+            raise UserError(f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters")
         for name, weight in zip(names, weights, strict=True):
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)
@@ -997,35 +1021,38 @@ class LoraLoader:
         return list(self._lora.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return the names of all adapters by component."""
+        """Return the names of all loaded adapters, by component of the pipeline."""
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Draw with the own weights until `set_adapters`."""
+        """Restore the original weights. `set_adapters` activates adapters again."""
         self._merge({})
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove adapters."""
+        """Remove these adapters from memory and from the weights."""
         names = as_list(adapter_names)
         self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
         for name in names:
             self._lora.adapters.pop(name, None)
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Make the active adapters, times `lora_scale`, a part of the own weights, which `save_pretrained` writes."""
+        """Make the active adapters, multiplied by `lora_scale`, part of the original weights, until `unfuse_lora`.
+
+        `save_pretrained` then writes the sum.
+        """
         check_real("lora_scale", lora_scale, float("inf"))
         self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
         # What was fused before lies below: its own weights are the older ones.
         self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
 
     def unfuse_lora(self) -> None:
-        """Restore the weights before `fuse_lora`, bit for bit."""
+        """Restore the weights from before `fuse_lora`, bit for bit."""
         self._lora.own |= self._lora.fused
         self._lora.fused = {}
         self._merge(self._lora.active)
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters that are not fused, and restore the own weights, bit for bit."""
+        """Remove all adapters that are not fused, and restore the original weights bit for bit."""
         self._merge({})
         self._lora.adapters.clear()
 
@@ -1156,15 +1183,26 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
-    """Return the initial noise of one image, float32 of `shape`. `copy` numbers the images of prompt `index`."""
+    """Return the initial noise of one image, float32 of `shape`.
+
+    Args:
+        seed: seed of the noise.
+        index: number of the prompt.
+        shape: shape of the noise.
+        copy: number of the image among several images of one prompt.
+    """
     draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
     return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
 
 
 def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
-    """Raise UserError if a model with this `upscale.factor` cannot draw an image of `size_hw` from this small image.
+    """Raise UserError if a small image is not what the model requires to draw an image of `size_hw`.
 
-    None as the small image: from the caption only.
+    Args:
+        factor: `upscale.factor` of the model; 0: it is not a super-resolution model.
+        small_HsWs3: the small image; None: there is none.
+        size_hw: height and width of the large image.
+        option: name of the command line option, for messages.
     """
     if not factor:
         if small_HsWs3 is not None:
@@ -1202,7 +1240,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """What images are drawn from in addition to noise and text; None where a pipeline does not use it.
+    """Image inputs of a pipeline call, in addition to noise and text. A field is None if the pipeline does not use it.
 
     Attributes:
         start: latents of the images to change, float32 [B, C, h, w].
@@ -1218,7 +1256,10 @@ class ImageInputs:
 
 
 class Prompts(NamedTuple):
-    """Embeddings [B, Y, D] and masks bool [B, Y] of prompts and of negative prompts; None without guidance."""
+    """Text embeddings [B, Y, D] and masks, bool [B, Y], of prompts and negative prompts.
+
+    The fields of negative prompts are None without guidance.
+    """
 
     embeds: Tensor
     mask: Tensor
@@ -1249,15 +1290,15 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
-        """Combine the components.
+        """Build the pipeline from its components.
 
         Args:
             unet: a RaphaelUNet2D or UNet2DConditionModel.
             scheduler: any of diffusers' Karras schedulers (`KarrasDiffusionSchedulers`).
-            vae: None: the model draws pixels, or only latents are wanted.
-            text_encoder: of transformers. None: calls pass embeddings.
-            tokenizer: of the text encoder.
-            max_tokens: longest caption; what is longer is cut.
+            vae: an autoencoder of diffusers. None: the model works on pixels, or only latents are returned.
+            text_encoder: a text encoder of transformers. None: calls pass embeddings.
+            tokenizer: tokenizer of the text encoder.
+            max_tokens: largest number of tokens of a caption; longer ones are truncated.
             steps: default number of inference steps.
             guidance: default guidance scale.
             size: default (height, width) in pixels.
@@ -1292,12 +1333,12 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the remaining steps are skipped; a callback sets `_interrupt`."""
+        """Whether to skip the remaining steps. A callback can set `_interrupt` to True."""
         return self._interrupt
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent on each side."""
+        """Number of image pixels per latent position, in height and in width."""
         if self.vae is not None:
             return downscale_factor(self.vae.config)
         largest = max(self.config.size)
@@ -1331,30 +1372,34 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw `num_images_per_prompt` images of each prompt. Defaults of size, steps and guidance are the run's.
+        """Draw `num_images_per_prompt` images for each prompt.
+
+        Defaults of size, steps and guidance are those of the training run.
 
         Args:
-            prompt: captions; or `prompt_embeds`.
-            height: of the images in pixels.
-            width: of the images in pixels.
+            prompt: captions. Alternative: `prompt_embeds`.
+            height: height of the images in pixels.
+            width: width of the images in pixels.
             num_inference_steps: denoising steps.
-            timesteps: own timesteps, for a scheduler that takes them, instead of `num_inference_steps`.
-            sigmas: own sigmas, for a scheduler that takes them.
-            guidance_scale: weight of the prompt; up to 1 turns guidance off.
-            negative_prompt: one for all, or one for each prompt.
-            num_images_per_prompt: images of each prompt.
-            eta: of DDIM; 0 adds no noise.
-            generator: of the noise, one or one for each image.
+            timesteps: timesteps to use instead of `num_inference_steps`, if the scheduler supports this.
+            sigmas: sigmas to use instead of `num_inference_steps`, if the scheduler supports this.
+            guidance_scale: weight of the prompt; 1 or less turns guidance off.
+            negative_prompt: one for all prompts, or one for each prompt.
+            num_images_per_prompt: images for each prompt.
+            eta: noise that DDIM adds in each step, from 0 (none) to 1.
+            generator: generator of the initial noise, one for all or one for each image.
             latents: initial noise, [B, C, h, w].
-            prompt_embeds: of `encode_prompt`, [prompts, Y, D].
-            negative_prompt_embeds: of the same shape.
+            prompt_embeds: result of `encode_prompt`, [prompts, Y, D].
+            negative_prompt_embeds: the same for negative prompts.
             prompt_attention_mask: bool [prompts, Y], False at padding. None: no padding.
             negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
-            output_type: "pil"; in 0..1 "np" [B, H, W, 3] or "pt" [B, 3, H, W]; or "latent".
+            output_type: "pil"; "np" [B, H, W, 3] or "pt" [B, 3, H, W] with values in 0..1; or "latent".
             return_dict: whether to return an ImagePipelineOutput or a tuple.
-            guidance_rescale: share of arXiv 2305.08891, Sec. 3.4, against overexposure.
-            callback_on_step_end: called with (pipeline, step, timestep, tensors); returns tensors to replace.
-            callback_on_step_end_tensor_inputs: among latents, prompt_embeds and negative_prompt_embeds.
+            guidance_rescale: factor phi of arXiv 2305.08891, Sec. 3.4, against overexposure.
+            callback_on_step_end: called after each step with (pipeline, step, timestep, tensors); returns the tensors to
+                replace.
+            callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds,
+                negative_prompt_embeds.
             seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.
 
         Raises:
@@ -1427,10 +1472,12 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return embeddings [B, Y, D] and masks bool [B, Y] of prompts, and of negative prompts (None without guidance).
+        """Return embeddings [B, Y, D] and masks, bool [B, Y], of prompts and of negative prompts (None without guidance).
 
-        Embeddings that are given are repeated `num_images_per_prompt` times and returned. UserError: they do not fit, or the
-        pipeline has no text encoder for a text.
+        If embeddings are passed instead of texts, they are only repeated `num_images_per_prompt` times.
+
+        Raises:
+            UserError: embeddings do not fit the model, or a text is passed but the pipeline has no text encoder.
         """
         check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         device = self._execution_device if device is None else device
@@ -1621,18 +1668,18 @@ def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.devi
 
 
 class RaphaelImg2ImgPipeline(RaphaelPipeline):
-    """Changes images by a caption."""
+    """Image-to-image: changes images according to a caption."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any
     ) -> Any:
-        """Draw images that start from others.
+        """Draw images that start from given images.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            strength: share of the steps, 0 to 1, that change it.
+            strength: share of the denoising steps, 0 to 1, that are applied to the image.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, strength=strength, **options)
@@ -1642,24 +1689,25 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
 
 class RaphaelInpaintPipeline(RaphaelPipeline):
-    """Replaces a part of an image.
+    """Inpainting: replaces a part of an image.
 
-    After each step the latents outside the mask are replaced by those of the image with noise. The U-Net has no input
-    channels for a mask: none are trained, so it does not see where the mask is.
+    After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net has no input
+    channels for the mask, because such channels are not trained; so it does not see where the mask is.
     """
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self, prompt: Any = None, image: Any = None, mask_image: Any = None, strength: float = 1.0, **options: Any
     ) -> Any:
-        """Draw the white part of a mask.
+        """Draw the part of an image that is white in a mask, and keep the rest.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
                 is kept.
-            strength: share of the steps, 0 to 1, that change it. 1: the masked part starts from noise alone.
+            strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
+                pure noise.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, mask_image=mask_image, strength=strength, **options)
@@ -1694,7 +1742,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
-        """Combine the components: a RaphaelControlNet and those of RaphaelPipeline."""
+        """Build the pipeline from a RaphaelControlNet and the components of RaphaelPipeline."""
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, max_tokens, steps, guidance, size, text, upscale)
         self.register_modules(controlnet=controlnet)
 
@@ -1702,12 +1750,12 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
     def __call__(  # type: ignore[override]
         self, prompt: Any = None, image: Any = None, controlnet_conditioning_scale: float = 1.0, **options: Any
     ) -> Any:
-        """Draw images with given edges.
+        """Draw images that follow an edge map.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: edge map with white lines on black, a PIL image, or one for each prompt.
-            controlnet_conditioning_scale: strength; 0: none.
+            controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, controlnet_conditioning_scale=controlnet_conditioning_scale, **options)
@@ -1723,7 +1771,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
 
 class RaphaelUpscalePipeline(RaphaelPipeline):
-    """Makes large images from small ones and captions, with a super-resolution model."""
+    """Super-resolution: makes large images from small ones and captions, with a model that was trained for this."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -1732,7 +1780,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
         """Enlarge small images.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
             options: other arguments of RaphaelPipeline.
         """
@@ -1749,7 +1797,16 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
 
 def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
-    """Return small images as float32 [B, 3, Hs, Ws] in -1..1. UserError: there are none, or they are of another size."""
+    """Convert small images to float32 [B, 3, Hs, Ws] in -1..1.
+
+    Args:
+        images: PIL images.
+        size_hw: height and width of the large images.
+        factor: `upscale.factor` of the model.
+
+    Raises:
+        UserError: there are none, or they have the wrong size.
+    """
     small = [np.array(to_rgb(image)) for image in images]
     if not small:
         check_small(factor, None, size_hw, "image")

@@ -32,7 +32,7 @@ GateGradient = Literal["straight_through", "none", "scaled"]
 
 
 class Gate(nn.Module):
-    """G of Sec. 3.1 and G' of Sec. 7.3: a feed-forward network with GELU from an embedding to one logit per expert."""
+    """A gate: a feed-forward network with GELU from an embedding to one logit per expert (G of Sec. 3.1, G' of Sec. 7.3)."""
 
     def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class Gate(nn.Module):
 
 
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
-    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two products.
+    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two matrix products.
 
-    One by one, the gates would need 3 L launches, and 6 L in the backward pass.
+    Running the gates one by one would need 3 L kernel launches, and 6 L in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -102,10 +102,11 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
 
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
-    """Return the time expert of each timestep, int64 [B]: K bands of equally many timesteps.
+    """Return the time expert of each timestep, int64 [B], if timesteps are divided into K equal bands (subranges).
 
-    This is not in the paper; Wan 2.2 has two such experts. Bands are equal in timesteps, not in signal-to-noise ratio,
-    because timesteps are drawn evenly: every expert gets an equal share of the samples, in each group of ranks.
+    This is not in the paper; Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the
+    signal-to-noise ratio. Timesteps are drawn evenly, so every expert gets an equal share of the samples, in each group of
+    ranks.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
@@ -153,11 +154,11 @@ def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
     """Return whether the grouped matrix product of a GPU supports them: bfloat16, and rows of a multiple of 16 bytes."""
     return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
 
-# ---- model.edge ------------------------------------------------------------------------------------------------------
+# ---- model.edge_supervision ------------------------------------------------------------------------------------------
 
 
 class EdgeModule(nn.Module):
-    """P of Sec. 7.2: five convolutions from one attention map to edge logits."""
+    """Five convolutions that predict edge logits from one attention map (P of Sec. 7.2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -168,7 +169,13 @@ class EdgeModule(nn.Module):
         self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, map_BNY: Tensor, end_B: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Return edge logits, float32 [B, h, w], from the map of token `end_B` (int64) scaled to a maximum of 1."""
+        """Return edge logits, float32 [B, h, w].
+
+        Args:
+            map_BNY: attention maps. Only that of the end-of-text token is used, scaled to a maximum of 1.
+            end_B: index of the end-of-text token, int64.
+            size_hw: height and width of the map.
+        """
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
         image = map_BN.view(-1, 1, *size_hw).to(next(self.parameters()).dtype)
@@ -184,16 +191,17 @@ Activation = Literal["gelu", "geglu"]
 class Experts(nn.Module):
     """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
 
-    This is a base class because ZeRO-3 gathers a module's own parameters around its `forward`: the layer that decides how
-    the experts run must own them.
+    This is a base class of the MoE layers, because ZeRO-3 gathers a module's own parameters around its `forward`. Therefore
+    the layer that runs the experts must itself own their parameters.
 
     Args:
-        num_experts: experts of this rank.
+        num_experts: number of experts on this rank.
         dim: width of a row.
         hidden: width between the two layers.
         activation: GELU or gated GELU.
-        seed: with the global id of an expert it fixes its initial weights, so every placement starts from the same model.
-        first_expert: global id of the first expert.
+        seed: fixes the initial weights together with the global index of an expert, so the initial model does not depend on
+            which rank has which expert.
+        first_expert: global index of the first expert on this rank.
     """
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
@@ -230,10 +238,11 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return A [K, rank, in] and alpha / rank B [K, out, rank] of w1 or w2; None without adapters.
+        """Return the adapters of `name` ("w1" or "w2"), or None if there are none.
 
-        They are applied one after the other and never added to the weight: bfloat16 would round small changes of a weight
-        away, and the product needs as much memory as the weights.
+        They are A [K, rank, in] and alpha / rank B [K, out, rank]. They are applied one after the other and never added to
+        the weight: bfloat16 would round small changes of a weight away, and the product B A needs as much memory as the
+        weights.
         """
         if self.lora_scale is None:
             return None
@@ -247,7 +256,7 @@ class Experts(nn.Module):
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return `e_k(0) - b2_k` of every expert, [K, D]."""
+        """Return `e_k(0) - b2_k` of every expert (its output for a zero row, without the last bias), [K, D]."""
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -255,11 +264,12 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply each expert to its rows.
+        """Apply each expert to its rows; return [R, D].
 
-        Every expert takes part, with zero rows if it has none, so that every parameter has a gradient on every rank (ZeRO
-        would otherwise add up gradients of different experts). The grouped product leaves the counts on the device. The loop
-        reads them, so the host waits for a GPU; it runs there for float32 and for widths that are not multiples of 8.
+        Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
+        (Otherwise ZeRO would add gradients of different experts to each other.) The grouped matrix product reads the counts
+        on the device. For float32, and for widths that are not multiples of 8, a loop over experts runs instead; it reads
+        the counts on the host, so the host waits for a GPU.
 
         Args:
             x_RD: rows sorted by expert.
@@ -302,13 +312,13 @@ class Experts(nn.Module):
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)` for rows y of `w1_k x`, with k the expert of each row."""
+        """Return `act(y + b1_k)`, where y is a row of `w1_k x` and k the expert of that row."""
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with static shapes.
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]. Every expert processes every row, so shapes are static.
 
-        The weights scale the experts' outputs, which are narrower than their hidden units.
+        The weights multiply the experts' outputs, because these are narrower than their hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -349,17 +359,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return the expert of each row as one-hot bool [R, K], for rows sorted by expert, on the device of the counts."""
+    """Return which expert each row belongs to, one-hot, bool [R, K], on the device of the counts.
+
+    `counts_K`: number of rows of each expert. The rows are sorted by expert.
+    """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
     return (row_R1 < ends_K) & (row_R1 >= ends_K - counts_K)
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Add the bias of its expert to each row.
+    """Add to each row the bias of its expert.
 
-    This is a product with the one-hot matrix, so that its gradient is a product too, which accumulates in float32 on every
-    device. The gradient of `bias[expert]` accumulates in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
+    The bias is looked up by a product with the one-hot matrix, so that its gradient is also a matrix product, which sums in
+    float32 on every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24%
+    wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -456,12 +470,18 @@ class SpaceMoE(Experts):
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]. `zero_KD` is `e_k(0) - b2_k` of this rank's experts."""
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D].
+
+        Args:
+            x_RD: image tokens.
+            w_RK: weight of each expert for each token.
+            zero_KD: `e_k(0) - b2_k` of the experts on this rank.
+        """
         run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return the rows of all experts, given those of this rank's experts."""
+        """Return one row for each expert of the layer, from the rows of this rank's experts. Here these are the same."""
         return own_KD
 
     def _choose_backend(self, used: Tensor) -> str:
@@ -514,11 +534,11 @@ class BlockSpec:
         hidden: hidden width of an expert.
         space_experts, time_experts: number of experts; 0 removes the Space-MoE, or replaces the Time-MoE by one layer.
         shared_hidden: hidden width of the Space-MoE's shared expert; 0: none.
-        time_activation: of the time experts.
+        time_activation: activation of the time experts, "gelu" or "geglu".
         expert_backend: how the experts run.
         mask_threshold: alpha of Sec. 3.1.
         edge_channels: width of the edge module; 0: none.
-        seed: of the experts' initial weights.
+        seed: fixes the initial weights of the experts.
     """
 
     dim: int
@@ -536,7 +556,13 @@ class BlockSpec:
 
 
 class BlockOutput(NamedTuple):
-    """Image tokens, edge logits float32 [B, h, w] or None, share of image tokens per space expert [B, K] or None."""
+    """The output of a transformer block.
+
+    Attributes:
+        h_BND: image tokens.
+        edge_logits: float32 [B, h, w]; None without an edge module.
+        space_used_BK: share of image tokens that each space expert processes; None without a Space-MoE.
+    """
 
     h_BND: Tensor
     edge_logits: Tensor | None
@@ -544,7 +570,10 @@ class BlockOutput(NamedTuple):
 
 
 class MapProcessor:
-    """Attention that also returns its map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1), averaged over heads."""
+    """An attention processor of diffusers that also returns the attention map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1).
+
+    The map is averaged over heads.
+    """
 
     def __call__(
         self,
@@ -631,7 +660,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block between feature maps, with the names of diffusers' Transformer2DModel."""
+    """A transformer block that reads and returns feature maps. Parameter names are those of Transformer2DModel."""
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
@@ -653,7 +682,10 @@ class SpatialTransformer(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """One level of the encoder, the middle or the decoder: residual blocks, each with attention after it if there is any."""
+    """One level of the encoder or the decoder, or the middle.
+
+    It consists of residual blocks. On levels with attention, a transformer block follows each of them.
+    """
 
     resnets: nn.ModuleList
     attentions: nn.ModuleList | None
@@ -669,7 +701,7 @@ class UNetLevel(nn.Module):
         self.downsamplers = nn.ModuleList([resize]) if isinstance(resize, Downsample2D) else None
         self.upsamplers = nn.ModuleList([resize]) if isinstance(resize, Upsample2D) else None
 
-# ---- model.residual --------------------------------------------------------------------------------------------------
+# ---- model.residual_block --------------------------------------------------------------------------------------------
 
 
 class ResidualBlock(ResnetBlock2D):
@@ -708,7 +740,10 @@ def feature_map_format(device: torch.device) -> torch.memory_format:
 
 
 class GateNoise(NamedTuple):
-    """Noise on the gates' logits, a function of the sample position: float32 [B, L, K] and [B, L, Y, K]."""
+    """Noise for the logits of the time gates, float32 [B, L, K], and of the text gates, float32 [B, L, Y, K].
+
+    It is a function of the sample's position in the order of training.
+    """
 
     time_BLK: Tensor
     space_BLYK: Tensor
@@ -723,7 +758,7 @@ class UNetInput(NamedTuple):
         text_BYD: text tokens.
         text_mask_BY: bool, False at padding.
         end_B: index of the end-of-text token, int64.
-        noise: of the gates, in training; None: no noise.
+        noise: noise on the gates' logits in training; None: no noise.
     """
 
     x_BCHW: Tensor
@@ -741,11 +776,11 @@ class UNetOutput(NamedTuple):
     prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
-        prediction: [B, C, h, w].
-        edge_logits: per block with an edge module, float32 [B, h, w].
-        space_used: per block, share of image tokens that need each space expert, [B, K].
-        time_expert: per block, int64 [B].
-        balance: per block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
+        prediction: predicted noise or velocity [B, C, h, w].
+        edge_logits: for each block with an edge module, float32 [B, h, w].
+        space_used: for each block, share of image tokens that each space expert processes, [B, K].
+        time_expert: for each block, the time expert of each sample, int64 [B].
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
     """
 
     prediction: Tensor
@@ -756,14 +791,14 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """What a control adds to the skips (outermost first) and to the middle, at full strength."""
+    """Tensors that a ControlNet adds to the U-Net's skips (outermost first) and to its middle, at full strength."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
 
 
 class ForwardState(NamedTuple):
-    """State of one forward pass: shared inputs, remaining routing plans, collected outputs."""
+    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs."""
 
     embedding_BE: Tensor
     text_BYD: Tensor
@@ -778,12 +813,15 @@ def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return the number of samples of each expert, int64 [K] for each layer, on the device of the one-hot."""
+    """Return the number of samples of each time expert, int64 [K], for each layer, on the device of `onehot_LBK`.
+
+    `onehot_LBK`: the time expert of each sample in each layer, one-hot.
+    """
     return onehot_LBK.sum(dim=1).unbind(0)
 
 
 class RaphaelUNet(nn.Module):
-    """D(x_t, t, y) of RAPHAEL; with `space_experts = time_experts = 0`, Stable Diffusion 2's U-Net."""
+    """The denoising network D(x_t, t, y) of RAPHAEL. Without experts it is the U-Net of Stable Diffusion 2."""
 
     def __init__(self, config: Any, with_edges: bool = True) -> None:
         """Build the U-Net.
@@ -890,8 +928,8 @@ class RaphaelUNet(nn.Module):
         """Predict the noise or the velocity of noised latents. The arguments up to `noise` are those of `UNetInput`.
 
         Args:
-            edge_Bhw: edge map in 0..1 that the control follows; None: the control is not used.
-            residuals: those of a control that is not part of the model.
+            edge_Bhw: edge map in 0..1 for the ControlNet; None: the ControlNet is not used.
+            residuals: residuals of a ControlNet that is not part of the model.
         """
         inputs = UNetInput(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
         state, routings = self.begin(inputs)
@@ -911,7 +949,7 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Start a forward pass: embed the timesteps and route all blocks."""
+        """Start a forward pass: embed the timesteps and route all blocks; return the state and the routing of each block."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
@@ -1033,7 +1071,10 @@ EXPERT_FIELDS = {
 
 
 def sections_of(fields: Any) -> Any:
-    """Return the sections that `RaphaelUNet` is built from, for the fields of the model's config.json."""
+    """Return the configuration sections from which `RaphaelUNet` is built.
+
+    `fields`: the fields of the model's config.json, as diffusers names them.
+    """
     widths, heads = fields.block_out_channels, fields.attention_head_dim
     model = {
         "channels": widths,
@@ -1101,21 +1142,21 @@ class _Wrapper(ModelMixin, ConfigMixin):
             cross_attention_dim: width of the text tokens.
             attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
             norm_num_groups: groups of each GroupNorm.
-            act_fn: of the residual blocks; always "silu".
+            act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
             num_space_experts: experts of each Space-MoE; 0: none.
             num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
             shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: none.
             time_routing: "learned" or "boundaries".
-            time_activation: of the time experts, "gelu" or "geglu".
+            time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates.
             gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
             mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
             mask_padding: leave padding tokens out of the Space-MoE.
             edge_channels: width of the edge modules, which are used in training only; 0: none.
             num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
-            auto_map: of the file, where diffusers' AutoModel finds this class.
+            auto_map: entry of config.json by which diffusers' AutoModel finds this class.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         network = self._network(sections_of(self.config))
@@ -1166,8 +1207,8 @@ class RaphaelUNet2D(_Wrapper):
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             end_of_text: int64 [B], index of the end-of-text token. None: the last token that the mask keeps. Only the
                 edge modules read it, not the prediction.
-            down_block_additional_residuals: of a ControlNet, outermost first.
-            mid_block_additional_residual: of a ControlNet.
+            down_block_additional_residuals: residuals of a ControlNet for the skips, outermost first.
+            mid_block_additional_residual: residual of a ControlNet for the middle.
             return_dict: whether to return a UNet2DConditionOutput or a tuple.
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, end_of_text)
