@@ -235,7 +235,7 @@ class Trained:
                 for label, part in pieces(name, shape, start, value.numel()):
                     text = differs(value.flatten()[part], gradient.flatten()[part], SMALL_SHARE * norm, tolerance)
                     if text:
-                        return Problem(f"its gradient of {label}, before it is reduced, is {text} that of one process")
+                        return Problem(f"before the reduction, its gradient of {label} is {text} that of one process")
         return None
 
     def _expected(self, reference: Reference, micro: Slots, number: int) -> dict[str, Tensor]:
