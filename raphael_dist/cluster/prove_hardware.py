@@ -128,7 +128,7 @@ def take_steps(proof: Proof, config: Config, tree: dict[str, Any], count_waits: 
 
 
 def graphs(proof: Proof) -> Result:
-    """Compare the losses and norms of the same steps with and without CUDA graphs."""
+    """Take the same steps with and without CUDA graphs; compare their gradient norms and their speed."""
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("train.cuda_graphs on and off")])
     runs = {}

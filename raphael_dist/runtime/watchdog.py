@@ -165,7 +165,7 @@ class Watchdog:
             self._killed = self._find_killed_rank()  # acts at the next tick, unless the other rank's end ends this one first
             if ended := describe_ended(self._launchers):
                 print(
-                    f"error on rank {self._ranks.rank}: {ended} during the start. The same command continues.",
+                    f"error on rank {self._ranks.rank}: {ended} while the run was starting. Start the same command again.",
                     file=sys.stderr,
                 )
                 write_exit_code(EXIT_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""Metrics with their reduction over ranks, written to metrics.jsonl and TensorBoard under the same tags."""
+"""Collects metrics, reduces them over ranks, and writes them to metrics.jsonl and TensorBoard under the same tags."""
 
 import json
 import logging

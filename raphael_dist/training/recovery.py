@@ -53,8 +53,8 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
             train.max_skipped steps in a row were skipped and no step since the current checkpoint was good.
 
     Raises:
-        NonFiniteError: train.max_skipped steps in a row were skipped, and returning to an earlier checkpoint is not
-            possible.
+        NonFiniteError: train.max_skipped steps in a row were skipped, and either a step since the current checkpoint was
+            good, or there is no earlier checkpoint.
     """
     bad = _bad_positions(losses)
     run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size
