@@ -54,7 +54,7 @@ class History:
     progress: list[tuple[datetime, int]]
 
     def of(self, *kinds: str) -> list[Event]:
-        """Return the events of these kinds."""
+        """Return the events of these kinds (names in KINDS), in order of time."""
         return [event for event in self.events if event.kind in kinds]
 
     @property
