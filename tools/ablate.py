@@ -1,6 +1,8 @@
-"""Train a model without each of its parts, and other models of equal size: `python tools/ablate.py --out runs/ablation`.
+"""Train a model, variants without one of its parts, and variants of equal size: `python tools/ablate.py --out
+runs/ablation`.
 
-The same command continues a stopped campaign. docs/evaluation.md describes the variants and the comparison.
+The same command continues a campaign (the set of these runs) that was stopped. docs/evaluation.md describes the variants and
+the comparison.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the campaign, or list or show it. Raises UserError for mistakes that the user can correct."""
+    """Run the campaign, or print its variants or results. Raises UserError for mistakes that the user can correct."""
     for name in ("seeds", "images", "ranks", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -1,4 +1,4 @@
-"""Print how a global batch divides over many cluster sizes: `python tools/batch_plan.py --config raphael-3b`."""
+"""Print micro-steps and padding for many cluster sizes: `python tools/batch_plan.py --config raphael-3b`."""
 
 import sys
 
@@ -13,7 +13,10 @@ EPS = ((1, 1), (2, 2), (2, 4), (3, 2), (6, 4))
 
 
 def table(config_name: str, overrides: list[str]) -> list[str]:
-    """Return the lines of a Markdown table: micro-steps and empty slots by number of ranks and (space_ep, time_ep)."""
+    """Return a Markdown table: one row for each number of ranks, one column for each (space_ep, time_ep).
+
+    A cell has the micro-steps per optimizer step and the share of empty slots (samples with weight 0 that fill up batches).
+    """
     header = "| ranks | " + " | ".join(f"ep {space},{time}" for space, time in EPS) + " |"
     lines = [header, "|---" * (len(EPS) + 1) + "|"]
     for world in WORLDS:

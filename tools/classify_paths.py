@@ -1,9 +1,10 @@
-"""Classify words by their paths through the space experts, the paper's XGBoost experiment.
+"""Classify words by the space experts that process them, which repeats the paper's XGBoost experiment.
 
     python tools/classify_paths.py --checkpoint models/emoji --words captions adjectives verbs
 
-Each word of each caption is a sample: its path, an expert for each block. Words are the classes. Folds are made of caption
-texts, so that copies of a caption are never in both training and test.
+A sample is one word of one caption. Its features are its path: the chosen space expert in each block. Its class is the word.
+Cross-validation folds consist of caption texts, so that copies of a caption are never in both training and test.
+
 Shape legend: S samples, L transformer blocks, K experts.
 """
 
@@ -30,7 +31,14 @@ MAX_PER_WORD = 60  # samples of a word, so that frequent words do not dominate
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Paths, int [S, L]; labels, int [S]: numbers in `words`; groups, int [S]: numbers of captions."""
+    """The samples for the classifier.
+
+    Attributes:
+        paths: space expert in each block, int [S, L].
+        labels: the word, as an index into `words`, int [S].
+        groups: number of the caption, int [S].
+        words: the classes.
+    """
 
     paths: np.ndarray
     labels: np.ndarray
@@ -40,12 +48,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy of a classifier over the folds, in 0..1.
+    """Accuracy of a classifier over the cross-validation folds, in 0..1.
 
     Attributes:
-        accuracy, deviation: mean and deviation over folds.
+        accuracy, deviation: mean and standard deviation over folds.
         chance: accuracy of always predicting the most frequent word.
         shuffled: accuracy with shuffled labels.
+        words, samples: number of classes and of samples.
     """
 
     accuracy: float
@@ -57,11 +66,12 @@ class Outcome:
 
 
 def gather(paths: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = (), max_words: int = 100) -> Samples:
-    """Return the samples of the most frequent words that occur in enough captions.
+    """Return the samples of the most frequent words among those that occur in enough captions (MIN_CAPTIONS).
 
     Args:
         paths: (word, number of its caption, path).
         only: use only these words; empty: all.
+        max_words: largest number of words.
 
     Raises:
         UserError: fewer than two words are left.
@@ -83,9 +93,9 @@ def gather(paths: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = ()
 
 
 def classify(samples: Samples, seed: int = 0, rounds: int = 20, threads: int = 1) -> Outcome:
-    """Train XGBoost on one-hot paths in five folds of captions, and again on shuffled labels.
+    """Train XGBoost on one-hot paths with five folds of captions, and again with shuffled labels; return the accuracies.
 
-    Raises UserError: no xgboost.
+    Raises UserError if xgboost is not installed.
     """
     labels = samples.labels
     scores = _folds(samples.paths, labels, samples.groups, rounds, threads)

@@ -91,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert and print the result. Raises UserError for what the user can fix; under mpirun only rank 0 prints it."""
+    """Convert, and print what was written. Raises UserError for mistakes that the user can correct.
+
+    Under mpirun only rank 0 prints.
+    """
     from raphael_dist.convert.mpi_ranks import MpiRanks
 
     ranks = MpiRanks()
@@ -107,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Export adapters or a control."""
+    """Export LoRA adapters or a ControlNet in the format of another library."""
     from raphael_dist.convert.adapter_export import export_adapter
 
     (source, path), (target, out) = args.source, args.target
@@ -119,7 +122,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def convert_layout(args: argparse.Namespace, ranks: "MpiRanks") -> None:
-    """Convert between two layouts of whole models."""
+    """Convert a whole model from one checkpoint layout to another."""
     from raphael_dist.config.schema import load_config
     from raphael_dist.convert.conversion import convert
 
@@ -132,7 +135,10 @@ def convert_layout(args: argparse.Namespace, ranks: "MpiRanks") -> None:
 
 
 def check_options(args: argparse.Namespace, supported: frozenset[str]) -> tuple[int, int]:
-    """Return both numbers of --ep. Raises UserError for an option that the target does not support."""
+    """Return the two numbers of --ep (ranks per set of space experts, and of time experts).
+
+    Raises UserError for an option that the target layout does not support.
+    """
     target = args.target[0]
     try:
         space, time = (int(part) for part in args.ep.split(","))
@@ -179,7 +185,7 @@ def options_of(args: argparse.Namespace, supported: frozenset[str]) -> "Options"
 
 
 def print_report(report: "Report", path: str, out: str) -> None:
-    """Print a table of what was written."""
+    """Print a table of the tensors and files that were written."""
     from rich.console import Console
     from rich.table import Table
 
@@ -195,7 +201,8 @@ def print_report(report: "Report", path: str, out: str) -> None:
         console.print(escape_control(f"  {note}"))
     rate = sum(row.bytes for row in report.rows) / 1e9 / max(report.seconds, 1e-9)
     console.print(
-        f"source checked: {report.verified}; every tensor written once, read back; {report.seconds:.1f} s, {rate:.2f} GB/s"
+        f"source checked: {report.verified}; each tensor was written once and read back; "
+        f"{report.seconds:.1f} s, {rate:.2f} GB/s"
     )
 
 

@@ -1,4 +1,4 @@
-"""mkdocs hook: include pages from elsewhere in the repository, and resolve links to files outside the site."""
+"""A mkdocs hook: includes files from elsewhere in the repository, and rewrites links to files outside the site."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ OUTWARDS = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([^)#]+)(?:#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Insert the file that a page includes; replace links to files outside the site by their names."""
+    """Insert the file that a page includes; replace links to files outside the site by the names of these files."""
     text = INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), markdown)
 
     def outside(match: re.Match[str]) -> str:

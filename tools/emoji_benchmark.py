@@ -1,7 +1,7 @@
 """The emoji benchmark: `python tools/emoji_benchmark.py --checkpoint RUN_DIR --out FOLDER`. It downloads nothing.
 
-Samples the held-out pairs of a thing and a style, compares them with the real images, and prints a table. Ranks of a
-launcher divide the work; a stopped command continues where it was.
+It draws the held-out combinations of a thing and a style, compares the images with the real ones, and prints a table. Ranks
+of a launcher divide the work. The same command continues a benchmark that was stopped.
 """
 
 import argparse

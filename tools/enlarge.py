@@ -33,7 +33,7 @@ _LABEL = 76  # pixels to the left of the rows
 
 @dataclass(frozen=True, eq=False)
 class Enlargement:
-    """A small image, uint8 [Hs, Ws, 3], and the large image of each method, uint8 [H, W, 3]."""
+    """One small image, uint8 [Hs, Ws, 3], and its enlargement by each method (METHODS), uint8 [H, W, 3]."""
 
     small: np.ndarray
     large: Mapping[str, np.ndarray]
@@ -48,7 +48,10 @@ def enlarge(
     guidance: float,
     batch: int = 16,
 ) -> Iterator[Enlargement]:
-    """Reduce samples by the model's factor and enlarge them by each method, with their first captions as prompts."""
+    """Reduce held-out samples by the model's factor, and enlarge them again by each method.
+
+    The model gets the first caption of each sample as its prompt.
+    """
     passes = sampler.upscale.back_projections
     uncorrected = replace(sampler, upscale=sampler.upscale.model_copy(update={"back_projections": 0}))
     for first in range(0, len(samples), batch):
@@ -92,7 +95,7 @@ def measure_errors(enlargements: Sequence[Enlargement]) -> dict[str, tuple[float
 
 
 def draw_rows(enlargements: Sequence[Enlargement], scale: int = 2) -> Image.Image:
-    """Return rows of images (small, bicubic, the model's, true), a column for each enlargement."""
+    """Return an image with one column for each enlargement and the rows: small, bicubic, the model's, true image."""
     height, width = enlargements[0].large[TRUE].shape[:2]
     cell_h, cell_w = height * scale + 4, width * scale + 4
     sheet = Image.new("RGB", (_LABEL + cell_w * len(enlargements), 4 * cell_h), "white")
@@ -124,7 +127,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Enlarge, print errors and write the rows of images. Raises UserError for mistakes that the user can correct."""
+    """Enlarge, print errors and write the image of `draw_rows`. Raises UserError for mistakes that the user can correct."""
     for option in ("count", "shown"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option}={getattr(args, option)} must be at least 1. Give a larger number.")

@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def index(args: argparse.Namespace) -> None:
-    """Write the records of one part, and the table after the last part. Raises UserError."""
+    """Write the index records of one part of the shards. The last part to finish also joins all records to the table.
+
+    Raises UserError if shards cannot be read.
+    """
     part, parts = part_of(os.environ) if args.part is None else (args.part, args.parts or 1)
     if not 0 <= part < parts or args.processes < 1:
         raise UserError(
@@ -65,7 +68,7 @@ def index(args: argparse.Namespace) -> None:
             "the command again when they can be read."
         )
     if missing := [name for name, _ in build_index.unindexed(names, store)]:
-        print(f"{len(missing)} shards (of other parts, or unreachable) have no record yet", flush=True)
+        print(f"{len(missing)} shards have no index record yet: they are in other parts, or cannot be read", flush=True)
         if parts > 1:
             return
     table = build_index.join_records(names, store, args.columns)
@@ -86,7 +89,7 @@ def _scan(task: tuple[ShardStore, str]) -> tuple[str, bool]:
 
 
 def part_of(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Return (part, parts) by the environment of mpirun, a Slurm array or a Slurm step; otherwise (0, 1)."""
+    """Return (part, number of parts) from the environment of mpirun, a Slurm array or a Slurm step; otherwise (0, 1)."""
     first, step = int(environ.get("SLURM_ARRAY_TASK_MIN", 0)), int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
     if "SLURM_ARRAY_TASK_ID" in environ:
         return (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))

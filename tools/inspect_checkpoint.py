@@ -1,6 +1,7 @@
 """Inspect a checkpoint: `python tools/inspect_checkpoint.py runs/demo`.
 
-Exit code 0: it verifies; 1: damaged, or experts are dead, identical or not finite; 2: not a checkpoint, or damaged headers.
+Exit codes: 0: the checkpoint is intact; 1: it is damaged, or experts are dead, identical or not finite; 2: it is not a
+checkpoint, or its file headers are damaged.
 """
 
 import argparse

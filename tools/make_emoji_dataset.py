@@ -25,7 +25,10 @@ MARGIN = 4
 
 
 def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
-    """Return the edge maps of images of one size, float (H, W) in [0, 1]; images are enlarged for HED."""
+    """Return the edge maps of images that have one size, float (H, W) in [0, 1]. HED gets enlarged images.
+
+    `method`: "hed" or "canny".
+    """
     zoom = HED_ZOOM if method == "hed" else 1
     sheets = [ImageOps.expand(image, MARGIN, "white") for image in images]
     sheets = [sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.BICUBIC) for sheet in sheets]
@@ -51,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Download the packages, and build and write the data set."""
+    """Download the packages of images, and write the data set."""
     if args.packages is None:
         emoji.fetch_packages(args.cache)
     folder = args.packages or args.cache

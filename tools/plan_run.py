@@ -49,7 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the plan, or calibrate."""
+    """Print the plan, or measure this machine (--calibrate)."""
     if args.calibrate is not None:
         from raphael_dist.planning.calibrate import calibrate
 

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def torture(args: argparse.Namespace) -> bool:
-    """Run trials until the time is over; return whether nothing was lost. Raises UserError."""
+    """Run trials until the time is over; return whether no trial lost anything. Raises UserError."""
     campaign = importlib.import_module("tests.torture.campaign")  # tests/ is not part of the installed package
     kinds = campaign.KINDS
     if args.list:

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, save, and measure the saved weights."""
+    """Train the VAE, save it, and measure the saved weights on the validation images."""
     shards = {split: sorted(args.data.glob(f"{split}-*.tar*")) for split in ("train", "val")}
     if not (shards["train"] and shards["val"]):
         raise UserError(

@@ -854,7 +854,7 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA adapters. Each adapts a parameter W of the base model to W + scale B A.
+    """LoRA adapters: `scale B A` is added to each parameter.
 
     Attributes:
         factors: by name of the parameter, the matrices A [rank, in] and B [out, rank], float32. For a parameter with K
@@ -1020,9 +1020,7 @@ class LoraLoader:
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
-            raise UserError(
-                f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters. Change it."
-            )
+            raise UserError(f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters")
         for name, weight in zip(names, weights, strict=True):
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)
@@ -1690,13 +1688,8 @@ def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.devi
 # ---- sampling.pipeline_variants --------------------------------------------------------------------------------------
 
 
-def shows_options(call: Any) -> Any:
-    """Show RaphaelPipeline's arguments instead of `**options` in help(), in editors, and to diffusers, which reads them."""
-    *own, _ = inspect.signature(call).parameters.values()
-    names = {parameter.name for parameter in own}
-    options = [p for p in inspect.signature(RaphaelPipeline.__call__).parameters.values() if p.name not in names]
-    call.__signature__ = inspect.Signature([*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options)])
-    return call
+class RaphaelImg2ImgPipeline(RaphaelPipeline):
+    """Image-to-image: changes images according to a caption."""
 
 
 class RaphaelImg2ImgPipeline(RaphaelPipeline):

@@ -271,7 +271,7 @@ class Worker:
                 if message is not None:
                     self._take(message, outcome)
                 elif self._ended:
-                    outcome.why = f"its process ended with {self._process.exitcode}"
+                    outcome.why = f"its process ended with exit code {self._process.exitcode}"
                 elif time.monotonic() - began > limit_s:
                     outcome.why = f"not finished after {limit_s:.0f} s"
                 elif self._run.agents.stopped(self._piece):

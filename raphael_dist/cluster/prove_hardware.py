@@ -128,7 +128,7 @@ def take_steps(proof: Proof, config: Config, tree: dict[str, Any], count_waits: 
 
 
 def graphs(proof: Proof) -> Result:
-    """Compare the losses and norms of the same steps with and without CUDA graphs."""
+    """Take the same steps with and without CUDA graphs; compare their gradient norms and their speed."""
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("train.cuda_graphs on and off")])
     runs = {}
@@ -166,7 +166,7 @@ def _simulated_waits(proof: Proof) -> Result:
     match = re.search(r"host synchronisations per step: (\d+)", done.stdout)
     if match is None:
         return Result([], [Problem(f"tools/bench.py syncs failed: {done.stderr.strip()[-200:]}", amber=True)])
-    text = f"the host waits {match[1]} times in a step of emoji, counted on tensors without data"
+    text = f"the host waits for the GPU {match[1]} times in a step of the preset emoji, counted on a simulated GPU"
     problems = [Problem(f"{text}, instead of once")] if int(match[1]) > 1 else []
     return Result([text], problems, {}, ["waits of the host for a real GPU"])
 
@@ -188,7 +188,8 @@ def plan(proof: Proof) -> Result:
         Choice(1, 1, stage, False, config.train.micro_batch_size, config.model.checkpoint_activations, "auto")
     )
     if outcome is None:
-        return Result(not_proven=[f"plan of {config.train.micro_batch_size} images per rank: not allowed"])
+        micro = config.train.micro_batch_size
+        return Result(not_proven=[f"speed compared with the plan: the planner refuses train.micro_batch_size={micro}"])
     ratio = outcome.step.seconds / measured.seconds
     lines = [
         f"a step of {config.train.global_batch_size} images: {measured.seconds * 1e3:.1f} ms, planned "
@@ -203,14 +204,14 @@ def plan(proof: Proof) -> Result:
         peak = torch.cuda.max_memory_allocated(proof.device)
         lines.append(f"memory: {peak / 1e9:.2f} GB, planned {outcome.memory.total / 1e9:.2f} GB")
     else:
-        missing.append("memory of a step: on a CPU it is not counted (python tools/bench.py plan --parts memory)")
+        missing.append("memory of a step: not measured on a CPU. Run python tools/bench.py plan --parts memory")
     lines.append(f"fp32 weights of this rank: {outcome.memory.states.master:,} bytes, as planned")
     if world % 2 == 0:
         sent, planned = _expert_bytes(proof)
         lines.append(f"bytes to other ranks' experts in a micro-step: {sent:,}, planned {planned:,}")
         if sent != planned:
             problems.append(Problem(f"it sent {sent:,} bytes to other ranks' experts, planned {planned:,}"))
-    missing.append("bytes on the network interfaces: compare with their own counters")
+    missing.append("bytes on the network interfaces: not measured. Read the counters of the interfaces")
     return Result(lines, problems, {}, missing)
 
 

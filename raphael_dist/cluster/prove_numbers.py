@@ -148,7 +148,7 @@ def gradients(proof: Proof) -> Result:
         difference, problem = _compare_case(proof, case)
         worst[case.dtype] = max(worst.get(case.dtype, 0.0), difference)
         problems += [problem] if problem else []
-    lines = [f"{len(every)} cases of {STEPS} steps: {', '.join(map(str, every))}"]
+    lines = [f"{len(every)} combinations, {STEPS} steps each (ep: ranks that share experts): {', '.join(map(str, every))}"]
     lines += [f"weights after {STEPS} steps, {dtype}: within {value:.0e} of one process" for dtype, value in worst.items()]
     return Result(lines, problems)
 
@@ -235,7 +235,7 @@ class Trained:
                 for label, part in pieces(name, shape, start, value.numel()):
                     text = differs(value.flatten()[part], gradient.flatten()[part], SMALL_SHARE * norm, tolerance)
                     if text:
-                        return Problem(f"its own gradient of {label} is {text} that of one process")
+                        return Problem(f"before the reduction, its gradient of {label} is {text} that of one process")
         return None
 
     def _expected(self, reference: Reference, micro: Slots, number: int) -> dict[str, Tensor]:
@@ -299,7 +299,7 @@ def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem
     rest = [float(g.square().sum()) for name, g in expected.gradients[step].items() if not stacked(name)]
     without = math.isclose(norm, math.sqrt(sum(rest)), rel_tol=tolerance)
     why = ": it leaves out the experts" if without else ""
-    return Problem(f"the clip norm of step {step + 1} is {norm:.6g}, in one process {reference:.6g}{why}", False)
+    return Problem(f"the gradient norm of step {step + 1} is {norm:.6g}, in one process {reference:.6g}{why}", False)
 
 
 def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:

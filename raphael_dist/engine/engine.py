@@ -160,8 +160,8 @@ class Engine:
         self._touched.clear()
         if missing:
             raise RuntimeError(
-                f"train.check_gradients=true: {len(missing)} parameters have no gradient on this rank, the first one is "
-                f"{missing[0]}"
+                f"train.check_gradients=true requires a gradient of every parameter, but {len(missing)} have none on this "
+                f"rank. The first one is {missing[0]}"
             )
 
     @torch.no_grad()

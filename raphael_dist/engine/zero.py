@@ -301,7 +301,7 @@ class Zero1Bf16(DeepSpeedZero):
 
 
 class Zero3(DeepSpeedZero):
-    """ZeRO-3, with or without CPU offload: each parameter is divided into one part per rank."""
+    """ZeRO-3, with or without CPU offload. Each rank stores one part of every parameter."""
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         zero = self._zero

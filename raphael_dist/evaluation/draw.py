@@ -82,7 +82,7 @@ def draw_missing(
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Return an image, uint8 [H, W, 3]. Raises UserError if it cannot be read."""
+    """Read an image file, uint8 [H, W, 3]. Raises UserError if it cannot be read."""
     try:
         return np.array(decode_image(path.read_bytes()))
     except Exception as error:  # image decoders raise nearly any exception

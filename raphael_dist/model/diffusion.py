@@ -1,4 +1,4 @@
-"""The diffusion process and its loss (Sec. 3). Timesteps are a function of the sample position.
+"""The diffusion process and its loss (Sec. 3). The timestep of a sample is a function of its position in the training order.
 
 Shape legend: B samples, C latent channels, h and w latent height and width.
 """
@@ -168,7 +168,7 @@ class NoiseSchedule:
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return x_t, float32 [B, C, h, w]."""
+        """Return the noised latents x_t, float32 [B, C, h, w]."""
         signal, sigma = self._roots(timestep_B)
         return signal * x0_BChw + sigma * noise_BChw
 
@@ -205,5 +205,5 @@ def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
 
 
 def denoise_loss_B(prediction_BChw: Tensor, target_BChw: Tensor) -> Tensor:
-    """L_denoise = mean ||eps - D(x_t, t, y)||^2 (Sec. 3) per sample, float32 [B]."""
+    """Return the denoising loss of each sample, mean ||eps - D(x_t, t, y)||^2 over its elements (Sec. 3), float32 [B]."""
     return (prediction_BChw.float() - target_BChw).square().mean(dim=(1, 2, 3))

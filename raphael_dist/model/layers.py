@@ -99,7 +99,7 @@ class MapProcessor:
 
 
 class TransformerBlock(nn.Module):
-    """The block of Fig. 3. Without experts it is Stable Diffusion's block."""
+    """The transformer block of RAPHAEL (Fig. 3). Without experts it is the block of Stable Diffusion."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
     ) -> BlockOutput:
-        """Run the block.
+        """Run the block; return the new image tokens, edge logits, and how many tokens each space expert processed.
 
         Args:
             h_BND: image tokens.
@@ -204,7 +204,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(spec.dim, spec.dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
-        """Return image tokens [B, N, D]."""
+        """Convert a feature map [B, C, h, w] to image tokens [B, N, D]."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
         if self.token_size:
             height, width = x_BCHW.shape[2:]
@@ -212,7 +212,10 @@ class SpatialTransformer(nn.Module):
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map [B, C, h, w] with the residual added, in the residual's memory format."""
+        """Convert image tokens to a feature map [B, C, h, w], and add the residual `x_BCHW`.
+
+        The result has the memory format of the residual.
+        """
         # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
         out_BND: Tensor = self.proj_out(h_BND)
         return x_BCHW + out_BND.transpose(1, 2).view_as(x_BCHW)

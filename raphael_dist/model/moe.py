@@ -19,15 +19,18 @@ DENSE_DENSITY = 0.8
 
 
 class TimeMoE(Experts):
-    """`h' = te_{t_router(t)}(h_c)` (Sec. 7.3): one expert per sample, chosen by its timestep."""
+    """The Time-MoE layer: each sample goes through one expert, which its timestep selects.
+
+    `h' = te_{t_router(t)}(h_c)` (Sec. 7.3).
+    """
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert.
+        """Run each sample through its expert; return [B, N, D].
 
         Args:
             h_BND: image tokens.
             expert_B: expert of each sample, int64.
-            samples_K: number of samples of each expert, int64. It is not read, so nothing waits for the device.
+            samples_K: number of samples of each expert, int64. The host does not read it, so nothing waits for the device.
             factor_B: factor of each sample's output, of value 1 (`routing.choose`).
         """
         if self.use_kernel:
@@ -45,10 +48,10 @@ class TimeMoE(Experts):
 
 
 class SpaceMoE(Experts):
-    """`out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1), by the identity in docs/architecture.md.
+    """The Space-MoE layer: each image token goes through the experts of the text tokens whose regions contain it.
 
-    With w_k[j] the weight of expert k at image token j and c_k its total weight,
-    `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`.
+    `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k
+    its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
     all of it. `shared` is its hidden width; 0: none.

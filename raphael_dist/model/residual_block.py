@@ -12,7 +12,7 @@ from raphael_dist.model.norms import GroupNorm
 
 
 class ResidualBlock(ResnetBlock2D):
-    """`x + conv(silu(norm(conv(silu(norm(x))) + time)))`, as diffusers computes it.
+    """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
 
     diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
     feature map (`feature_map_format`).

@@ -255,7 +255,7 @@ class RaphaelUNet(nn.Module):
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
 
     def stem(self, x_BCHW: Tensor) -> Tensor:
-        """Return the first feature map of noised latents."""
+        """Return the first feature map, computed from noised latents by the first convolution."""
         x: Tensor = self.conv_in(x_BCHW.contiguous(memory_format=feature_map_format(x_BCHW.device)))
         if torch.is_grad_enabled() and not x.requires_grad:
             # If weights are frozen: re-entrant recomputation and exchanges between ranks have a backward pass only if an
@@ -303,7 +303,7 @@ class RaphaelUNet(nn.Module):
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
     ) -> list[BlockRouting]:
-        """Route all blocks at once (Sec. 3.1 and 7.3), from the timestep and the caption."""
+        """Choose the experts of all blocks at once (Sec. 3.1 and 7.3), from timesteps and captions."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none

@@ -132,7 +132,7 @@ class Exchange:
         return pending
 
     def finish(self, pending: Tensor) -> Tensor:
-        """Return the received rows."""
+        """Wait for the exchange that `start` launched, and return the received rows."""
         received: Tensor = _Finish.apply(pending, self)  # type: ignore[no-untyped-call]
         return received
 

@@ -111,12 +111,12 @@ class BatchPlan:
         if micro != self.micro_batch_size:
             changes.append(f"train.micro_batch_size={micro} ({replace(self, micro_batch_size=micro).waste:.1%})")
         if world != self.world_size:
-            changes.append(f"{world} ranks ({replace(self, world_size=world).waste:.1%}), with as many micro-steps")
+            changes.append(f"{world} ranks ({replace(self, world_size=world).waste:.1%}), as many micro-steps as now")
         if self.run % self._span:
             run = -(-self.run // self._span) * self._span
             changes.append(f"data.bucket_run={run} in a new run ({replace(self, run=run).waste:.1%})")
         better = f"; better: {' or '.join(changes)}" if changes else ""
-        return [f"{self.waste:.1%} of the computation goes to empty slots{better}"]
+        return [f"{self.waste:.1%} of the computation is spent on empty slots (samples with weight 0){better}"]
 
     def better_micro_batch(self) -> int:
         """Return the largest micro-batch size, not above the current one, that leaves the fewest slots empty."""

@@ -229,8 +229,8 @@ def calibrate(path: Path) -> str:
         flops = "" if rate.tflops is None else f"{rate.tflops * 1e3:9.1f} GFLOP/s"
         lines.append(f"{name:<15}{flops:>18}{rate.gb_s:9.1f} GB/s")
     lines.append(
-        f"within a step: {us:.1f} us per operation, {factor:.2f} times as long as alone, {recomputed:.2f} times as long "
-        f"when recomputed; written to {path}"
+        f"within a step, an operation takes {us:.1f} us plus {factor:.2f} times its time alone; when recomputed, "
+        f"{recomputed:.2f} times as long. Written to {path}"
     )
     return "\n".join(lines)
 

@@ -103,11 +103,11 @@ def topology(config: Config, stage: int, world: int) -> Topology:
 def model_states(
     config: Config, shapes: Shapes, where: Topology, accumulation: int, rank: int = 0, *, contiguous: bool = True
 ) -> States:
-    """Compute the model states of a rank.
+    """Compute the bytes of the model states of a rank: weights, fp32 weights, moments, moving average and gradients.
 
     Args:
         config: the run's configuration.
-        shapes: shapes of the whole model's parameters.
+        shapes: shapes of the whole model's parameters, by name.
         where: how they are divided over the ranks.
         accumulation: micro-steps per optimizer step.
         rank: the rank.

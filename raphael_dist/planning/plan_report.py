@@ -21,11 +21,11 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
         f"{config_name} on {world} devices of {cluster.name}, {plan.config.train.dtype}, "
         f"{plan.config.train.global_batch_size} images per step",
         f"parameters: {plan.parameters / 1e6:,.1f} M, of which {plan.active / 1e6:,.1f} M process an image token "
-        "that one space expert works on (a token in the regions of several words can have several)",
+        "if one space expert per layer works on it (a token in the regions of several words can use several)",
         "",
         *_choices(plan.ranked[:shown], peak),
         "",
-        "where each choice has been run so far (docs/proven.md):",
+        "where such settings have been run so far (docs/proven.md):",
         *(f"  {o.choice}: {run_so_far(o.choice, cluster.device, world)}" for o in plan.ranked[:shown]),
         "",
         "the first choice compared with others:",
@@ -103,16 +103,16 @@ def _step(plan: RunPlan, peak: float) -> list[str]:
     lines = [
         f"a step of {step.images} images in {plan.best.plan.accumulation} micro-steps takes {step.seconds * 1e3:,.1f} ms: "
         f"{step.images_per_s:,.0f} images/s, {step.images_per_s / step.ranks:.1f} per device, MFU {step.mfu(peak):.1%}",
-        f"  products {step.products * 1e3:.1f} ms  memory traffic {step.traffic * 1e3:.1f} ms  "
-        f"update {step.update * 1e3:.1f} ms  launches not hidden {step.launches * 1e3:.1f} ms",
-        f"  communication {step.communication * 1e3:.1f} ms, of which {step.exposed * 1e3:.1f} ms not hidden:",
+        f"  matrix products {step.products * 1e3:.1f} ms  memory traffic {step.traffic * 1e3:.1f} ms  "
+        f"update {step.update * 1e3:.1f} ms  launches slower than the device {step.launches * 1e3:.1f} ms",
+        f"  communication {step.communication * 1e3:.1f} ms, of which {step.exposed * 1e3:.1f} ms are not overlapped:",
     ]
     totals: dict[tuple[str, str], tuple[float, float]] = {}
     for part in step.parts:
         seconds, size = totals.get((part.name, part.hidden_by), (0.0, 0.0))
         totals[part.name, part.hidden_by] = seconds + part.seconds, size + part.network_gb
     for (name, hidden_by), (seconds, size) in totals.items():
-        overlap = "not hidden" if hidden_by == "nothing" else f"can overlap with the {hidden_by} pass"
+        overlap = "cannot overlap with computation" if hidden_by == "nothing" else f"can overlap with the {hidden_by} pass"
         lines.append(f"    {name}: {seconds * 1e3:.1f} ms, {size:.2f} GB through a rank's network card, {overlap}")
     return lines
 

@@ -78,8 +78,8 @@ def make_plan(
     best = ranked[0]
     if not best.fits:
         raise UserError(
-            f"{search.world} devices of the cluster {cluster.name} have too little memory: the smallest choice "
-            f"({best.choice}) requires {best.memory.total / 1e9:.1f} GB per rank, but a device has "
+            f"{search.world} devices of the cluster {cluster.name} have too little memory: the settings that need "
+            f"least ({best.choice}) require {best.memory.total / 1e9:.1f} GB per rank, but a device has "
             f"{cluster.memory_gb.value:.0f} GB. Use more nodes, or devices with more memory."
         )
     num_bytes = STATE_BYTES * search.parameters

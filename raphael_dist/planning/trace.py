@@ -101,7 +101,7 @@ class Trace:
         return int(self.peaks.max())
 
     def total(self, values: NDArray[np.int64], phase: str | None = None, kind: str | None = None) -> int:
-        """Return the sum of `flops` or `bytes` over one phase and kind, or over all."""
+        """Return the sum of `values` (`flops` or `bytes`) over the operations of one phase and one kind; None: over all."""
         chosen = np.ones(len(values), dtype=bool)
         if phase is not None:
             chosen &= self.phase == PHASES.index(phase)

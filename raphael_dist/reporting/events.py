@@ -20,7 +20,7 @@ KINDS = {
     "skipped step": r"step \d+ was skipped",
     "spike": r"step \d+: the loss .* is a spike",
     "bad data": r"sample .* cannot be used|a data worker process was lost",
-    "slow rank": r"step \d+: slow for",
+    "slow rank": r"step \d+: slow (ranks )?for",
 }
 FAULTS = tuple(KINDS)[5:]
 UNCLEAN = "killed or crashed"  # a process whose log does not state how it ended
@@ -54,7 +54,7 @@ class History:
     progress: list[tuple[datetime, int]]
 
     def of(self, *kinds: str) -> list[Event]:
-        """Return the events of these kinds."""
+        """Return the events of these kinds (names in KINDS), in order of time."""
         return [event for event in self.events if event.kind in kinds]
 
     @property

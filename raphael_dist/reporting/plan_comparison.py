@@ -54,7 +54,7 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
 
     launch = run.launch
     if launch is None:
-        raise UserError("the log has no start line, which states the number of ranks and the ZeRO stage")
+        raise UserError("train.log has no line about the start, which states the number of ranks and the ZeRO stage")
     if cluster_name == "auto" and launch.device != "cpu":
         raise UserError("the log does not name the GPU; add --cluster h100x8, for example")
     cluster = load_cluster("cpu" if cluster_name == "auto" else cluster_name)

@@ -102,7 +102,7 @@ def dead_experts(case: Case) -> Finding | None:
         return None
     shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
     count = f"{scalar:.0f} experts are dead" if scalar else "experts are dead"
-    where = f": an expert has under {DEAD_SHARE:.0%} of an even share in {shown}" if shown else ""
+    where = f": an expert gets under {DEAD_SHARE:.0%} of the mean load of its block in {shown}" if shown else ""
     return Finding(count + where, _BALANCE)
 
 
@@ -113,7 +113,7 @@ def overloaded_experts(case: Case) -> Finding | None:
         return None
     shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in over.items())
     return Finding(
-        f"one expert takes over {OVERLOADED:.0%} of the load in {shown}",
+        f"one expert gets more than {OVERLOADED:.0%} of the load in {shown}",
         _BALANCE,
     )
 
@@ -202,7 +202,7 @@ def disk_nearly_full(case: Case) -> Finding | None:
     if case.free_bytes is None or case.free_bytes >= max(need, 1 << 28):
         return None
     return Finding(
-        f"the disk of the run directory has {case.free_bytes / 2**30:.2f} GiB left; a checkpoint has "
+        f"the disk of the run directory has {case.free_bytes / 2**30:.2f} GiB left; a checkpoint takes "
         f"{case.checkpoint_bytes / 2**30:.2f} GiB",
         "free some space, or lower checkpoint.keep",
     )

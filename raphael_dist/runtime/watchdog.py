@@ -165,7 +165,7 @@ class Watchdog:
             self._killed = self._find_killed_rank()  # acts at the next tick, unless the other rank's end ends this one first
             if ended := describe_ended(self._launchers):
                 print(
-                    f"error on rank {self._ranks.rank}: {ended} during the start. The same command continues.",
+                    f"error on rank {self._ranks.rank}: {ended} while the run was starting. Start the same command again.",
                     file=sys.stderr,
                 )
                 write_exit_code(EXIT_INTERRUPTED)
@@ -280,7 +280,7 @@ def describe_stragglers(heartbeats: list[Heartbeat], tick: float) -> str:
     behind = [h for h in heartbeats if h.count < highest and h not in dead]
     lines = [_describe_silent(h, newest) for h in dead]
     lines += [f"rank {h.rank} on {h.host} is behind, at {h.where}" for h in behind]
-    return rendezvous.join_first(lines, "; ") if lines else f"all {len(heartbeats)} ranks are at the same place"
+    return rendezvous.join_first(lines, "; ") if lines else f"all {len(heartbeats)} ranks have reached the same point"
 
 
 def _describe_silent(heartbeat: Heartbeat, newest: float) -> str:

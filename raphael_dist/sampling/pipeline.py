@@ -73,7 +73,7 @@ class Prompts(NamedTuple):
 
 
 class RaphaelPipeline(LoraLoader, PipelineFiles):
-    """Draws images from captions. The same `seed` gives the same image as `raphael_dist.sample`."""
+    """A diffusers pipeline that draws images from captions. Equal `seed`s give the images of `raphael_dist.sample`."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)

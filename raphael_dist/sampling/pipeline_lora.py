@@ -82,9 +82,7 @@ class LoraLoader:
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
-            raise UserError(
-                f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters. Change it."
-            )
+            raise UserError(f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters")
         for name, weight in zip(names, weights, strict=True):
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)

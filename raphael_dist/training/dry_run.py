@@ -75,8 +75,8 @@ def _check_space(config: Config) -> None:
     need, free = count * _checkpoint_bytes(config), free_bytes(folder)
     if need > free:
         raise UserError(
-            f"run.dir={config.run.dir} requires {need / 1e9:.2f} GB for {count} checkpoints (checkpoint.keep and the one "
-            f"that is written), but {free / 1e9:.2f} GB are free in {folder}. Free some space, or choose another run.dir."
+            f"run.dir={config.run.dir} requires {need / 1e9:.2f} GB for {count} checkpoints (checkpoint.keep, plus the one "
+            f"being written), but {free / 1e9:.2f} GB are free in {folder}. Free some space, or choose another run.dir."
         )
 
 

@@ -1,4 +1,4 @@
-"""Metrics with their reduction over ranks, written to metrics.jsonl and TensorBoard under the same tags."""
+"""Collects metrics, reduces them over ranks, and writes them to metrics.jsonl and TensorBoard under the same tags."""
 
 import json
 import logging
@@ -349,6 +349,6 @@ class DeadExperts:
         self._warned[kind] = count
         blocks = ", ".join(str(block) for block in dead_LK.any(dim=1).nonzero().flatten().tolist())
         return (
-            f"{count} of {dead_LK.numel()} {kind} experts are dead: each has under {DEAD_SHARE:.0%} of an even share of its "
-            f"block's work (blocks {blocks}). {REMEDY}"
+            f"{count} of {dead_LK.numel()} {kind} experts are dead: each gets under {DEAD_SHARE:.0%} of the mean load of "
+            f"its block (blocks {blocks}). {REMEDY}"
         )

@@ -53,8 +53,8 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
             train.max_skipped steps in a row were skipped and no step since the current checkpoint was good.
 
     Raises:
-        NonFiniteError: train.max_skipped steps in a row were skipped, and returning to an earlier checkpoint is not
-            possible.
+        NonFiniteError: train.max_skipped steps in a row were skipped, and either a step since the current checkpoint was
+            good, or there is no earlier checkpoint.
     """
     bad = _bad_positions(losses)
     run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size
@@ -153,6 +153,6 @@ def _name_bad_samples(run: Run, bad: list[int]) -> str:
     if not bad:
         samples_seen = run.progress.samples_seen
         first = samples_seen - run.config.train.global_batch_size
-        return f"The loss of each sample is finite, at positions {first} to {samples_seen - 1}"
+        return f"The loss of every sample (positions {first} to {samples_seen - 1}) is finite"
     keys = ", ".join(run.data.key(position) for position in bad[:5])
     return f"Samples whose loss is not finite: {len(bad)}, at positions {bad[:5]} ({keys})"

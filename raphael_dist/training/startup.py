@@ -32,9 +32,9 @@ def open_run_dir(
     Returns:
         The lock file (None except on rank 0), the division of batches over ranks, and the run's telemetry.
     """
-    watchdog.heartbeat("taking the run directory", SLOW)
+    watchdog.heartbeat("locking the run directory", SLOW)
     lock = None
-    with long_work("taking the run directory") as report:
+    with long_work("locking the run directory") as report:
         if ranks.is_main:
             lock = run_dir.acquire(config, report)
     resume_points = run_on_rank0("looking for checkpoints", partial(run_dir.resume_points, config))

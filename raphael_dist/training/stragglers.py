@@ -90,8 +90,11 @@ class Stragglers:
         if len(self.hosts) < 2 or sum(n for n, _ in self._recent) < WINDOW:
             return None
         late = [(ratio, rank) for rank, ratio in enumerate(self._ratios()) if ratio > SLOW_RATIO]
-        names = [f"rank {rank} on {self.hosts[rank]} ({ratio:.1f} times the median)" for ratio, rank in sorted(late)[::-1]]
-        return f"slow for {WINDOW} steps or more: {join_first(names, ', ')}" if names else None
+        names = [
+            f"rank {rank} on {self.hosts[rank]} (its own work takes {ratio:.1f} times the median)"
+            for ratio, rank in sorted(late)[::-1]
+        ]
+        return f"slow ranks for {WINDOW} steps or more: {join_first(names, ', ')}" if names else None
 
     def _ratios(self) -> list[float]:
         sums = [sum(column) for column in zip(*(seconds for _, seconds in self._recent), strict=True)]

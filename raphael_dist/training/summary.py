@@ -18,8 +18,8 @@ def start_line(run: Run) -> str:
     expert_parallelism = f"space_ep={c.parallel.space_ep} time_ep={c.parallel.time_ep}, " if shards_experts else ""
     return (
         f"{state}: {c.run.dir}, {run.data.describe()}, {world_size} ranks on {engine.device.type}, ZeRO-{engine.stage}, "
-        f"{expert_parallelism}global batch {c.train.global_batch_size} = {run.plan.accumulation} x {world_size} x "
-        f"{c.train.micro_batch_size} slots"
+        f"{expert_parallelism}global batch {c.train.global_batch_size}, micro-batch {c.train.micro_batch_size}, "
+        f"micro-steps per step: {run.plan.accumulation}"
     )
 
 

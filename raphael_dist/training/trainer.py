@@ -202,7 +202,7 @@ def train_stages(
         if not progress.stage_over or progress.complete:
             if train(run) or run.stop.agreed:
                 return progress.complete
-            reason = "the stage is over" if progress.step >= stage_end else "back in an earlier stage"
+            reason = "the stage is over" if progress.step >= stage_end else "the rollback returned to an earlier stage"
             run.telemetry.warn(f"step {progress.step}: {reason} (train.stages)")
         run.watchdog.stop()
         step, watchdog = progress.step, None

@@ -76,7 +76,7 @@ def plant(
         for i in range(LINES)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [(0.0, "INFO", "from scratch: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16 = 1 x 2 x 8 slots")]
+    lines = [(0.0, "INFO", "from scratch: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16, micro-batch 8")]
     lines += [(i + 1.0, "INFO", f"step {EVERY * (i + 1)}/{LINES * EVERY}  loss 0.5  eta 0:10") for i in range(LINES)]
     lines += [(LINES + 1.0, "INFO", f"complete: {LINES * EVERY} steps, 6,400 images")] if complete else []
     (folder / "train.log").write_text("".join(log_line(*line) for line in sorted([*lines, *(log or [])])))

@@ -172,7 +172,7 @@ def test_plan_of_a_configuration_has_the_unit_of_its_experts():
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
-        (BatchPlan(2000, 600, 2), "better: 500 ranks (0.0%), with as many micro-steps"),
+        (BatchPlan(2000, 600, 2), "better: 500 ranks (0.0%), as many micro-steps as now"),
         (BatchPlan(2000, 1000, 8), "better: train.micro_batch_size=2 (0.0%) or 250 ranks (0.0%)"),
         (BatchPlan(2000, 1200, 1, 12, 24), "better: 1008 ranks (0.8%)"),
         (BatchPlan(2000, 48, 8, 1, 25), "data.bucket_run=32 in a new run"),

@@ -22,7 +22,9 @@ from raphael_dist.reporting.series import BUCKETS, thinned
 from tests.lib.planted_run import plant, routes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-START = "resumed at step 100: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16 = 1 x 2 x 8 slots"
+START = (
+    "resumed at step 100: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16, micro-batch 8, micro-steps per step: 1"
+)
 
 
 def page_of(out: Path, *runs: Path) -> str:

@@ -17,7 +17,9 @@ from raphael_dist.reporting.run_files import read_run
 from tests.lib.planted_run import BEGIN, LINES, log_line, plant
 
 ROOT = Path(__file__).parents[2]
-START = "resumed at step 100: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16 = 1 x 2 x 8 slots"
+START = (
+    "resumed at step 100: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16, micro-batch 8, micro-steps per step: 1"
+)
 # For each rule: what is planted, and a part of what it must report.
 PLANTED: dict[rules.Rule, tuple[dict, str]] = {
     rules.loss_not_finite: ({"tags": {"train/loss": lambda i: float("nan") if i == 20 else 0.3 + 0.7 * 0.8**i}}, "step 210"),
@@ -28,7 +30,13 @@ PLANTED: dict[rules.Rule, tuple[dict, str]] = {
     rules.slow_ranks: (
         {
             "tags": {"time/slowest_rank_ratio": lambda i: 2.4},
-            "log": [(9.5, "WARNING", "step 90: slow for 20 steps or more: rank 1 on n7 (2.4 times the median)")],
+            "log": [
+                (
+                    9.5,
+                    "WARNING",
+                    "step 90: slow ranks for 20 steps or more: rank 1 on n7 (its own work takes 2.4 times the median)",
+                )
+            ],
         },
         "rank 1 on n7",
     ),

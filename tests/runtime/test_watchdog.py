@@ -90,7 +90,7 @@ def test_rank_that_is_behind_or_silent_is_named() -> None:
     def rank(number: int, beats: int, age: float) -> Heartbeat:
         return Heartbeat(number, f"n{number}", beats, f"step {beats}", 1e9 - age)
 
-    assert describe_stragglers([rank(0, 9, 0), rank(1, 9, 1)], 2.0) == "all 2 ranks are at the same place"
+    assert describe_stragglers([rank(0, 9, 0), rank(1, 9, 1)], 2.0) == "all 2 ranks have reached the same point"
     assert describe_stragglers([rank(0, 9, 0), rank(1, 8, 1)], 2.0) == "rank 1 on n1 is behind, at step 8"
     silent = "rank 1 on n1 has given no sign of life for 30 s (last: step 9)"
     assert describe_stragglers([rank(0, 9, 0), rank(1, 9, 30), rank(2, 9, 1)], 2.0) == silent
@@ -101,7 +101,9 @@ def test_slow_rank_is_named_by_its_own_time_over_20_steps() -> None:
     stragglers = Stragglers(["a", "b", "c"])
     for seconds in ([1.0, 1.1, 1.0], [1.0, 1.2, 9.0]):
         stragglers._recent.append((10, seconds))
-    assert stragglers.describe_slow() == "slow for 20 steps or more: rank 2 on c (4.3 times the median)"
+    assert stragglers.describe_slow() == (
+        "slow ranks for 20 steps or more: rank 2 on c (its own work takes 4.3 times the median)"
+    )
     assert stragglers.slowest_ratio() == pytest.approx(10 / 2.3)
 
 

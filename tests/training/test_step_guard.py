@@ -191,7 +191,7 @@ def test_return_to_an_earlier_stage_trains_with_its_settings(forks: Forks, tmp_p
     poison(run, 3)
     forks.must(run, 2, **spec(train={"max_steps": 7, "log_every": 1, **stages}))
     assert "No step since the return to step 3 was good" in log(run)
-    assert "step 2: back in an earlier stage" in log(run)
+    assert "step 2: the rollback returned to an earlier stage" in log(run)
     rates = dict(read_metrics(run / "metrics.jsonl")["optim/lr"])
     assert [rates[step] for step in (3, 4, 7)] == pytest.approx([0.01, 0.02, 0.02])
     assert at(run, 7).manifest["samples_seen"] == (3 + 3 + 5) * G  # those of the skipped steps are not seen again

@@ -1,1 +1,3 @@
-"""Ablation campaigns: the same training run without a part of the model, or with more of it. See tools/ablate.py."""
+"""Ablation campaigns: a training run is repeated without a part of the model, or with other sizes of it. See
+tools/ablate.py.
+"""

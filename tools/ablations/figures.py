@@ -1,4 +1,4 @@
-"""Figures of a campaign: all variants, and the loss over each number that was varied."""
+"""Draws the figures of a campaign: a comparison of all variants, and the loss against each number that was varied."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ COLOUR, LOSS = "#0072b2", "held-out loss"
 
 
 def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
-    """Write variants.png, and a curve for each number with at least two values; return the files."""
+    """Write variants.png, and one curve for each setting with at least two values; return the files."""
     known = [summary for summary in summaries if summary.loss is not None]
     drawn = [_variants(known, out / "variants.png")] if known else []
     for name, (field, label) in CURVES.items():
@@ -35,7 +35,10 @@ def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
 
 
 def draw_curves(runs: Sequence[RunResult], out: Path) -> None:
-    """Write curves.png: losses, their differences to `full` and what the gates do, over images seen; means over seeds."""
+    """Write curves.png: losses, their differences to the variant `full`, and gate statistics, against images seen.
+
+    Curves are means over seeds.
+    """
     panels = [("val/loss", LOSS), ("", "difference to `full`, 95%"), *((tag, tag) for tag in ROUTING)]
     figure = Figure(figsize=(14.0, 9.0), dpi=100)
     all_axes = list(figure.subplots(3, 4).flat)

@@ -1,7 +1,7 @@
-"""Results of a campaign: a row for each run, and for each variant a mean with its interval and the difference to `full`.
+"""Results of a campaign: one row for each run; for each variant the mean, its interval, and the difference to `full`.
 
-Intervals are 95%, by Student's t over seeds. Differences are taken seed by seed, because runs with the same seed have the
-same images, noise and timesteps in the same order.
+`full` is the variant with all parts of the model. Intervals are 95%, by Student's t over seeds. Differences are computed
+between runs with the same seed, because these have the same images, noise and timesteps in the same order.
 """
 
 import csv
@@ -32,15 +32,17 @@ ROUTING = (
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run.
+    """The results of one finished run.
 
     Attributes:
-        losses: L_denoise on held-out data at fixed noise, over all timesteps and over each quarter.
-        train_loss: mean L_denoise of the last tenth of the steps.
+        variant, seed, outcome, overrides: which run it is, and how it ended.
+        parameters, flops_per_image: size of the model.
+        losses: denoising loss on held-out data with fixed noise, over all timesteps and over each quarter of them.
+        train_loss: mean denoising loss of the last tenth of the steps.
         images_per_s: median over the log lines.
-        benchmark: value of each row of the emoji benchmark, and of the text that was read.
-        routing: last value of each of ROUTING.
-        curves: (images seen, value) of each of VALIDATION and ROUTING.
+        benchmark: the value of each row of the emoji benchmark, and the scores of rendered text.
+        routing: last value of each metric in ROUTING.
+        curves: (images seen, value) for each metric in VALIDATION and ROUTING.
     """
 
     variant: str
@@ -58,25 +60,25 @@ class RunResult:
 
     @property
     def measures(self) -> dict[str, float]:
-        """The values that are compared with `full`."""
+        """The values by name that are compared with those of `full`."""
         return {**self.losses, **self.benchmark}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean over `count` seeds. half: half the width of its interval, None with a single seed."""
+    """A mean over `count` seeds. `half` is half the width of its 95% interval, or None with a single seed."""
 
     mean: float
     half: float | None
     count: int
 
     def text(self, digits: int = 4, sign: str = "") -> str:
-        """Return `0.1234 +- 0.0012`."""
+        """Return the interval as text, e.g. `0.1234 +- 0.0012`."""
         return f"{self.mean:{sign}.{digits}f}" + ("" if self.half is None else f" +- {self.half:.{digits}f}")
 
     @property
     def side(self) -> int:
-        """1 if the interval lies above 0, -1 below, else 0."""
+        """1 if the whole interval is above 0, -1 if it is below 0, else 0."""
         if self.half is None or abs(self.mean) <= self.half:
             return 0
         return 1 if self.mean > 0 else -1
@@ -84,7 +86,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """All finished runs of a variant. differences: of each measure to `full`, over their common seeds."""
+    """The results of a variant over all its finished runs.
+
+    `differences`: for each measure, the difference to `full` over the seeds that both have.
+    """
 
     variant: str
     what: str
@@ -104,7 +109,7 @@ class Summary:
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Return the mean and interval of values; None for no values."""
+    """Return the mean and the 95% interval of values; None if there are none."""
     if not values:
         return None
     count, half = len(values), None
@@ -194,7 +199,7 @@ def _summarise(result: dict[str, Any], runs: Sequence[RunResult], full: dict[int
 
 
 def paired_differences(runs: Sequence[RunResult], full: dict[int, RunResult]) -> list[dict[str, float]]:
-    """Return the differences of all measures to the run of `full` with the same seed, for each run that has one."""
+    """For each run with a run of `full` of the same seed, return the differences of all measures to that run."""
     pairs = [(run.measures, full[run.seed].measures) for run in runs if run.seed in full]
     return [{what: own[what] - other[what] for what in own.keys() & other.keys()} for own, other in pairs]
 
@@ -207,7 +212,10 @@ def _intervals(rows: Sequence[dict[str, float]]) -> dict[str, Interval]:
 
 
 def write(campaign: Campaign, runs: Sequence[RunResult], summaries: Sequence[Summary], table: str) -> None:
-    """Write results.* and curves.csv atomically, since a campaign and `--table` may do so at once."""
+    """Write results.* and curves.csv.
+
+    Files are replaced atomically, since a campaign and `--table` may write at the same time.
+    """
     everything = {"runs": [_without_curves(run) for run in runs], "variants": [asdict(summary) for summary in summaries]}
     rows = [_flat(run) for run in runs]
     text = io.StringIO()

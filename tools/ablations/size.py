@@ -1,4 +1,4 @@
-"""Size of a variant, estimated without running it, and the expert width that makes two variants equally large."""
+"""Computes the size of a variant without running it, and the expert width that makes two variants equally large."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,12 +32,13 @@ def size_of(config: Config) -> Size:
 
 
 def matched_widths(target: Config, config: Config, what: Literal["parameters", "flops"]) -> tuple[int, ...]:
-    """Return the expert widths, scaled equally, that give `config` as many parameters or FLOPs as `target`.
+    """Return the expert widths with which `config` has as many parameters or FLOPs (`what`) as `target`.
 
-    Both counts are linear in the scale, so that two points determine it; the result is exact up to rounding.
+    All widths are scaled by the same factor. Both counts are linear in this factor, so two points determine it, and the
+    result is exact up to rounding.
 
     Raises:
-        UserError: the smallest width is too large.
+        UserError: even the smallest width gives a larger model.
     """
     measure = {"parameters": _parameters, "flops": _flops}[what]
     base = config.model.expert_width

@@ -1,4 +1,4 @@
-"""Results of a campaign as Markdown: a table, the order of the variants and a verdict on each part."""
+"""Shows the results of a campaign as Markdown: a table, the order of the variants, a verdict on each part of the model."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ PARTS = ("no-space", "no-time", "no-edge")  # the variants without a part of the
 
 
 def listing(campaign: Campaign) -> str:
-    """Return a line for each variant with its size and overrides."""
+    """Return the variants as lines, each with its size and its overrides of the configuration."""
     lines = []
     for variant in campaign.variants:
         size = size_of(campaign.base.config(variant.overrides))
@@ -21,7 +21,7 @@ def listing(campaign: Campaign) -> str:
 
 
 def describe(campaign: Campaign, summaries: Sequence[Summary]) -> str:
-    """Return the table and the order of the variants."""
+    """Return the results as Markdown: the table, the order of the variants, and the verdicts."""
     full = next((summary for summary in summaries if summary.variant == "full"), None)
     rows = list(dict.fromkeys(what for summary in summaries for what in summary.benchmark))
     head = ["variant", "", "seeds", "held-out loss", "difference to `full`", "training loss", "parameters"]

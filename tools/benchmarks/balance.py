@@ -13,7 +13,10 @@ from raphael_dist.model.diffusion import draw_timestep
 
 @dataclass(frozen=True)
 class BalanceRow:
-    """The largest load of a group's time experts, relative to an even share: its mean and its worst over all micro-steps."""
+    """How unevenly the time experts are loaded: the load of the busiest expert divided by the mean load of all experts.
+
+    `mean` and `worst` are the mean and the maximum of this ratio over all micro-steps.
+    """
 
     name: str
     mean: float
@@ -21,10 +24,13 @@ class BalanceRow:
 
 
 def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, group: int, experts: int) -> list[BalanceRow]:
-    """Compare ways to draw timesteps: `draws[name](step)` returns those of a global batch, in order of position.
+    """Compare ways to draw timesteps by how evenly they load the time experts; return a row for each.
 
-    Experts serve equal ranges of timesteps; a group takes `group` consecutive positions in a micro-step, and waits for its
-    busiest expert.
+    Args:
+        draws: by name, a function from a step to the timesteps of its global batch, in order of position.
+        steps: number of steps.
+        group: samples that a group of ranks processes in a micro-step; it waits for its busiest expert.
+        experts: time experts, each for an equal range of timesteps.
     """
     rows = []
     for name, draw in draws.items():

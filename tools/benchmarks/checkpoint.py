@@ -1,5 +1,8 @@
-"""`tools/bench.py checkpoint`: time of the trainer's save compared with torch.save of the same bytes and DeepSpeed's
-`save_checkpoint`, and conversions compared with a copy."""
+"""`tools/bench.py checkpoint`: time to save and to convert a checkpoint, compared with other ways to do it.
+
+A save of the trainer is compared with torch.save of the same bytes and with DeepSpeed's `save_checkpoint`. A conversion is
+compared with copying the files.
+"""
 
 import argparse
 import shutil
@@ -28,7 +31,7 @@ from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initiali
 def bench_checkpoint(
     config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Return medians over `repeats` of the seconds of each way to save, and the MiB of all ranks. Collective."""
+    """Return the median seconds of each way to save, and the size of the checkpoint in MiB. Collective."""
     engine = Engine(config, tree, BatchPlan.of(config, ranks.world_size), device)
     engine.fragments.create_moments(1)
     ema = Ema(engine.fragments, config.ema)

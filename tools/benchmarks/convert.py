@@ -24,7 +24,10 @@ from raphael_dist.storage.tensorfile import CHUNK
 
 
 class Noise:
-    """A checkpoint of a model of any size that is stored nowhere: every piece is a stretch of the same random numbers."""
+    """A checkpoint of a model of any size that exists only in memory.
+
+    All values come from one block of random numbers.
+    """
 
     def __init__(self, config: Config, kinds: Sequence[str]) -> None:
         self.path, self.config, self.shapes = Path("noise"), config, parameter_shapes(config)
@@ -43,7 +46,7 @@ class Noise:
 
 
 def make_run(config: Config, kinds: Sequence[str], options: Options, folder: Path) -> None:
-    """Write a run directory with one checkpoint of such numbers."""
+    """Write a run directory with one checkpoint of random numbers."""
     source = Noise(config, kinds)
     plan = layout_of("--to", "raphael").plan(source, options, folder)
     write_target("raphael", source, plan, folder, MpiRanks(), {})
@@ -52,7 +55,7 @@ def make_run(config: Config, kinds: Sequence[str], options: Options, folder: Pat
 def bench_convert(source: Path, options: Options, layouts: Sequence[str], repeats: int) -> dict[str, float]:
     """Return the median seconds of copying the run `source`, and of converting it to each layout, one after the other.
 
-    All is synced to the disk. The first round is not counted, unless it is the only one.
+    Written files are synced to the disk. The first round is not counted, unless it is the only one.
     """
     target = source.with_name(source.name + "-target")
     rows: dict[str, list[float]] = {}
@@ -106,7 +109,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(seconds: dict[str, float], size: float, unit: str, of: str) -> str:
-    """Return the seconds of each way as text, with the rate of `size` MiB, relative to the way `unit`, called `of`."""
+    """Return a text with the seconds and the rate of each way, and its time divided by that of the way `unit`.
+
+    Args:
+        seconds: seconds of each way.
+        size: size of the data in MiB.
+        unit: the way with which the others are compared.
+        of: short name for `unit` in the text.
+    """
     return "\n".join(
         f"  {name:30} {s:8.3f} s {size / s:8.0f} MiB/s {s / seconds[unit]:7.2f} x {of}" for name, s in seconds.items()
     )

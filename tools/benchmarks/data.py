@@ -1,6 +1,7 @@
-"""Reading JPEGs from shards compared with webdataset, mosaicml-streaming and litdata: the same images, decoding and workers.
+"""Speed of reading JPEGs from shards, compared with webdataset, mosaicml-streaming and litdata.
 
-Each reader is a process of its own. The other libraries are optional: one that is not installed is skipped.
+All readers get the same images, decode in the same way and have the same number of workers. Each runs in a process of its
+own. The other libraries are optional; one that is not installed is skipped.
 """
 
 import argparse
@@ -75,12 +76,12 @@ def write(folder: Path, args: argparse.Namespace) -> None:
 
 
 def decode(data: bytes, bucket: tuple[int, int]) -> np.ndarray:
-    """Return uint8 [3, h, w]; what all readers do."""
+    """Decode a JPEG and resize it to `bucket`, uint8 [3, h, w]. All readers use this function."""
     return resize_and_crop(Image.open(io.BytesIO(data)).convert("RGB"), bucket, False)
 
 
 def ours(folder: Path, args: argparse.Namespace) -> Batches:
-    """Yield batches of this project's index, order and workers."""
+    """Yield batches read by this project's index, sample order and workers."""
     import torch
 
     names = sorted(map(str, (folder / "tar").glob("*.tar")))
@@ -186,7 +187,7 @@ READERS: dict[str, tuple[Reader, Writer | None]] = {
 
 
 def available(name: str) -> bool:
-    """Return whether a library is installed and imports."""
+    """Return whether a library is installed and can be imported."""
     try:
         __import__(name)
     except Exception:
@@ -258,7 +259,7 @@ def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
 
 
 def compare_raw(folder: Path, args: argparse.Namespace) -> None:
-    """Print how fast samples are read that need no decoding, in order and shuffled, compared with the tars as they are."""
+    """Print how fast samples that need no decoding are read, in order and shuffled, compared with plain tar files."""
     import webdataset
 
     names = sorted(map(str, (folder / "latents").glob("*.tar")))
@@ -284,7 +285,7 @@ def _seconds(start: Callable[[], Iterator[Any]]) -> float:
 
 
 def compare_resume(folder: Path, args: argparse.Namespace) -> None:
-    """Print how long it takes to the first sample at nine tenths of the data: by position, and by skipping."""
+    """Print how long it takes to reach a sample at nine tenths of the data: directly by its position, and by skipping."""
     import webdataset
 
     names, place = sorted(map(str, (folder / "tar").glob("*.tar"))), args.images * 9 // 10

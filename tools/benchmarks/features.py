@@ -29,7 +29,15 @@ KINDS = ("reading", "decoding", "encoding")
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One way: bytes per sample and of the image file, seconds per sample to fill it and to read it, and their parts."""
+    """The cost of one way to provide features (latents and text tokens): computed in the step, cached, or stored in shards.
+
+    Attributes:
+        way: one of WAYS.
+        num_bytes: bytes per sample on disk.
+        fill_s: seconds per sample to create the features.
+        read_s: seconds per sample to read them.
+        parts: seconds per sample by kind of work.
+    """
 
     way: str
     num_bytes: float
@@ -39,7 +47,7 @@ class FeatureRow:
 
 
 def bench_features(config: Config, shards: list[Path], encoders: Encoders, folder: Path, batches: int) -> list[FeatureRow]:
-    """Measure each way on the samples of `shards`, in batches of train.micro_batch_size made by one thread."""
+    """Measure each way to provide features on the samples of `shards`, in batches built by one thread."""
     return [_measure(way, config, shards, encoders, folder, batches) for way in WAYS]
 
 
@@ -78,9 +86,9 @@ def _measure(way: str, config: Config, shards: list[Path], encoders: Encoders, f
 
 
 def rounding(config: Config, shards: list[Path], encoders: Encoders) -> dict[str, float]:
-    """Return the error of each form of a feature, root mean square relative to the feature's, on up to 64 samples.
+    """Return the rounding error of each storage format of a feature: its root mean square divided by that of the feature.
 
-    `config` has data.features=online.
+    It is measured on up to 64 samples. `config` must have data.features=online.
     """
     index = build_index(shards)
     source = source_of(config, index, encoders, training=True)

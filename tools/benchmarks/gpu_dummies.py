@@ -25,7 +25,10 @@ def _has_list(index: Any) -> bool:
 
 
 def patches(wait: Callable[[str], None]) -> Iterator[Any]:
-    """Yield the patches by which torch, DeepSpeed and the package use their code paths for a GPU."""
+    """Yield the patches that make torch, DeepSpeed and the package use their code for GPUs on the simulated GPU.
+
+    `wait`: called with a reason whenever the host would wait for the GPU.
+    """
     from deepspeed.accelerator import real_accelerator
     from torch.optim import optimizer as torch_optimizer
 

@@ -1,4 +1,4 @@
-"""Cost of an index of a given size: bytes per sample, time and memory to open it, time to read positions."""
+"""Cost of an index of shards with a given number of samples: bytes per sample, time and memory to open it and to read it."""
 
 import argparse
 import multiprocessing
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(num_samples: int, per_shard: int = 10_000) -> Iterator[ShardRecord]:
-    """Yield records as of LAION: nine-digit keys, sizes of photographs, a score. Every sixteenth shard is alike."""
+    """Yield made-up index records that resemble LAION: nine-digit keys, sizes of photographs, a score."""
     alike = [_record(number, per_shard) for number in range(min(16, num_samples // per_shard))]
     for number in range(num_samples // per_shard):
         digest = f"{number:064d}"
@@ -73,7 +73,7 @@ def _open(folder: Path, queue: "multiprocessing.SimpleQueue[tuple[float, float, 
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write an index of made-up samples, if it is not there, and open it in processes of its own."""
+    """Write an index of made-up samples if it does not exist, and open it in several processes."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)) / "tables" / f"made-up-{args.samples}"
         began = time.perf_counter()

@@ -1,9 +1,9 @@
 """`tools/bench.py moe`: our expert layers compared with DeepSpeed's own `MoE` and a plain loop, on 1 or more ranks.
 
-All do forward and backward on equally many tokens of equal width through equally many experts of equal width, in the same
-processes. A *routed row* is one (token, expert) pair that is computed: layers that route differently are compared by it.
-With `uneven` half of the load goes to one expert, as timesteps and words do; DeepSpeed, configured not to drop tokens, pads
-all experts to the busiest.
+All layers run forward and backward on equally many tokens of equal width with equally many experts of equal width, in the
+same processes. Layers that route differently are compared by *routed rows*: the number of computed (token, expert) pairs.
+With `uneven`, half of the load goes to one expert, as real timesteps and words do. DeepSpeed is configured not to drop
+tokens and therefore pads all experts to the load of the busiest one.
 """
 
 import argparse
@@ -29,7 +29,13 @@ from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initiali
 
 @dataclass(frozen=True)
 class MoeRow:
-    """One layer: rows routed by all ranks, median milliseconds of forward and backward, bytes that this rank sent."""
+    """Results of one layer.
+
+    Attributes:
+        rows: (token, expert) pairs that all ranks computed.
+        milliseconds: median time of forward and backward.
+        sent: bytes that this rank sent.
+    """
 
     name: str
     rows: int
@@ -42,7 +48,7 @@ class MoeRow:
 
 
 class Blocking(ExpertGroup):
-    """A group that waits for each exchange immediately. The difference is the gain of overlap."""
+    """An expert group that waits for each exchange at once. The time that it loses is what overlapping gains."""
 
     def all_to_all(self, *arguments: Any) -> tuple[Tensor, Any]:
         return _waited(super().all_to_all(*arguments))
@@ -55,7 +61,10 @@ class Blocking(ExpertGroup):
 
 
 def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: Ranks, uneven: bool = False) -> list[MoeRow]:
-    """Return a row per layer; regions of text tokens cover `mask` of the image. Collective: all ranks call it."""
+    """Measure each layer; return a row for each. Collective.
+
+    `mask`: share of the image in the region of each text token.
+    """
     measured = []
     for name, (rows, step, traffic) in _layers(case, mask, ranks, uneven).items():
         milliseconds, sent = _median_ms(step, repeats, traffic)

@@ -1,8 +1,8 @@
 """`tools/bench.py network`: bytes that a node sends in a step, compared with the plan and with what ranks count.
 
-Nodes are network namespaces of this host (tests/lib/netns.py), whose interfaces count bytes and frames. All trainers train
-the U-Net of `--config` in float32 on equal random batches: ours in the ZeRO stages and with sharded experts, PyTorch's
-DistributedDataParallel, DeepSpeed's own ZeRO-2, and our blocks with DeepSpeed's `MoE` layers instead. Needs root.
+Nodes are simulated by network namespaces of this host (tests/lib/netns.py), whose interfaces count bytes and frames. All
+trainers train the U-Net of `--config` in float32 on equal random batches. They are ours in each ZeRO stage and with sharded
+experts, PyTorch's DistributedDataParallel, DeepSpeed's own ZeRO-2, and our blocks with DeepSpeed's `MoE` layers. Needs root.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SCHEMES: dict[int, Scheme] = {0: "replicated", 1: "reduce_scatter", 2: "reduce_s
 
 @dataclass(frozen=True)
 class Case:
-    """A trainer and its ranks. who: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE"."""
+    """What is measured: a trainer (`who`: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE"), its settings and its ranks."""
 
     nodes: int
     per_node: int
@@ -69,11 +69,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes of a step, of the node that sends most. Attributes:
-    wire: sent by the interface.
-    payload: the same without headers of frames.
-    counted: bytes that the node's ranks count as `comm/*`; 0 for other trainers, which count nothing.
-    planned: bytes of the plan; 0: there is no plan.
+    """Bytes of a step, for the node that sends most.
+
+    Attributes:
+        wire: bytes that the network interface sent.
+        payload: the same without headers of frames.
+        counted: bytes that the node's ranks counted (`comm/*`); 0 for other trainers, which do not count.
+        planned: bytes that the planner predicts; 0: it cannot.
     """
 
     case: Case
@@ -84,7 +86,7 @@ class Row:
 
 
 def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]:
-    """Yield what is measured: most choices on the first topology and a few on the others, or `everything`."""
+    """Yield what to measure: most settings on the first topology and a few on the others, or `everything`."""
     for number, (nodes, per_node) in enumerate(topologies):
         base = Case(nodes, per_node)
         if everything or number == 0:
@@ -106,7 +108,7 @@ def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]
 
 
 def measure(config_name: str, todo: list[Case], out: str) -> None:
-    """Measure all cases on this rank; rank 0 of each node writes the counters. Collective."""
+    """Measure all cases on this rank. Rank 0 of each node writes the counters to `out`. Collective."""
     ranks = discover()
     device = initialise(ranks)
     torch.set_num_threads(1)
@@ -145,7 +147,11 @@ def _settled() -> tuple[int, int]:
 
 
 def contender(case: Case, config: Config, ranks: Ranks, device: torch.device) -> tuple[Callable[[], object], Traffic]:
-    """Return a function that takes an optimizer step, and the counter of what it sends. Collective."""
+    """Build the trainer of a case. Collective.
+
+    Returns:
+        A function that takes an optimizer step, and the counter of the bytes that it sends.
+    """
     schedule, batch = NoiseSchedule.create(config.diffusion, device), random_batch(config, SAMPLES, (SIDE, SIDE))
 
     def loss(model: Any, config: Config = config) -> Tensor:
@@ -205,7 +211,7 @@ def _deepspeed_step(case: Case, config: Config, ranks: Ranks, loss: Callable[...
 
 
 def planned_bytes(case: Case, config_name: str) -> float:
-    """Return the bytes that a node sends in a step by the plan."""
+    """Return the bytes that a node sends in a step as predicted by the planner."""
     if case.who != "ours":
         return 0.0
     config, world = case.config(config_name), case.nodes * case.per_node
@@ -238,7 +244,7 @@ def bench_network(config_name: str, topologies: list[tuple[int, int]], everythin
 
 
 def read_rows(measured: list[Case], config_name: str, out: str) -> Iterator[Row]:
-    """Yield the rows of cases on the same ranks, of what `measure` wrote."""
+    """Yield the results of cases on the same ranks from the counters that `measure` wrote."""
     nodes, per_node = measured[0].nodes, measured[0].per_node
     ranks = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(nodes * per_node)]
     for i, case in enumerate(measured):
@@ -261,7 +267,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def describe(case: Case) -> str:
-    """Return the case in words."""
+    """Return a case as text."""
     if case.who != "ours":
         return {"DDP": "PyTorch's DDP", "DeepSpeed": "DeepSpeed's ZeRO-2"}.get(case.who, "DeepSpeed's ZeRO-2 and `MoE`")
     experts = f", ep {case.space_ep} and {case.time_ep}, {case.placement}" if case.space_ep * case.time_ep > 1 else ""

@@ -50,7 +50,7 @@ PARTS = ("memory", "time", "gpu", "published")
 
 @dataclass(frozen=True)
 class Published:
-    """A run of Stable Diffusion 2 on `ranks` GPUs with `micro` images each, at 512 px from stored latents."""
+    """A published run of Stable Diffusion 2 on `ranks` GPUs with `micro` images each, at 512 px from stored latents."""
 
     cluster: str
     ranks: int
@@ -61,9 +61,13 @@ class Published:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step on one H200 (`tools/bench.py gpu`'s, bfloat16, ZeRO-2): milliseconds, and the most GiB that torch gave out.
+    """A measured step on one H200 (`tools/bench.py gpu`, bfloat16, ZeRO-2).
 
-    graphs: train.cuda_graphs. gib: None if another model's memory was left.
+    Attributes:
+        preset, micro: the model and its micro-batch.
+        ms: milliseconds of a step.
+        graphs: train.cuda_graphs.
+        gib: largest memory in GiB that torch had allocated; None: unknown, because another model's memory was included.
     """
 
     preset: str
@@ -101,21 +105,24 @@ PUBLISHED = (
 
 
 def configuration(name: str) -> Config:
-    """Return one of CONFIGURATIONS; a step is one micro-step."""
+    """Return one of CONFIGURATIONS, in which a step has one micro-step."""
     config = load_config("emoji-tiny", CONFIGURATIONS[name])
     train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size})
     return config.model_copy(update={"train": train})
 
 
 def activations(name: str) -> tuple[int, int]:
-    """Return measured and planned bytes of activations at the peak."""
+    """Return the measured and the predicted largest memory of activations, in bytes."""
     config = configuration(name)
     planned = profile(config).at(config.train.micro_batch_size, config.model.checkpoint_activations).peak
     return measured_peak(config), planned
 
 
 def resident(name: str) -> tuple[int, int]:
-    """Return by how many bytes this process's resident memory grew in two steps, and the plan. Call in a new process."""
+    """Return the growth of this process's resident memory over two steps, and the prediction, in bytes.
+
+    Call it in a new process.
+    """
     import torch
 
     from benchmarks.states import random_batch
@@ -151,7 +158,7 @@ def resident(name: str) -> tuple[int, int]:
 
 
 def on_a_gpu(case: Measured) -> tuple[float, float]:
-    """Return the milliseconds and GB that the plan gives a measured step."""
+    """Return the milliseconds and GB that the planner predicts for a measured step."""
     sizes = [
         f"train.global_batch_size={case.micro}",
         f"train.micro_batch_size={case.micro}",
@@ -167,7 +174,10 @@ def on_a_gpu(case: Measured) -> tuple[float, float]:
 
 
 def published(run: Published) -> float:
-    """Return the images a second of one GPU that the plan gives a published run: ZeRO-2, overlapped, nothing recomputed."""
+    """Return the images per second and GPU that the planner predicts for a published run.
+
+    It assumes ZeRO-2 with overlapped communication and no recomputation.
+    """
     batch = run.ranks * run.micro
     config = load_config("sd2-dense", [f"train.global_batch_size={batch}", f"train.micro_batch_size={run.micro}"])
     cluster = load_cluster(run.cluster)

@@ -41,7 +41,7 @@ _NOT_A_PLACE = ("/torch/", "/contextlib.py", "/gpu_dummies.py", __file__)
 
 @dataclass
 class Notes:
-    """Recorded waits by (place, kind), launches and bytes by place; a place is `file:line`."""
+    """What was recorded: number of waits by (place, kind), and launches and bytes by place. A place is `file:line`."""
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
@@ -49,7 +49,10 @@ class Notes:
 
 
 class PretendGpu:
-    """Context in which `meta` tensors are a GPU's. `notes` fill up while it is open; `take` returns and clears them."""
+    """A context in which tensors on the `meta` device count as tensors on a GPU.
+
+    Waits, launches and bytes are recorded in `notes` while it is open; `take` returns and clears them.
+    """
 
     def __init__(self) -> None:
         self.notes = Notes()
@@ -63,12 +66,12 @@ class PretendGpu:
         return taken
 
     def wait(self, kind: str) -> None:
-        """Record that the host waits."""
+        """Record that the host waits for the GPU. `kind`: why."""
         if self.noting:
             self.notes.waits[self.place(), kind] += 1
 
     def launch(self, num_bytes: int) -> None:
-        """Record an operation on the GPU."""
+        """Record an operation on the GPU, which reads and writes `num_bytes`."""
         if not self.noting:
             return
         place = self.place()
@@ -76,7 +79,10 @@ class PretendGpu:
         self.notes.bytes[place] += num_bytes
 
     def place(self) -> str:
-        """Return the innermost line of ours or of DeepSpeed's, in the backward pass that whose gradient is computed."""
+        """Return `file:line` of the innermost line of this package or of DeepSpeed that runs now.
+
+        In the backward pass, it is the line whose gradient is being computed.
+        """
         frame: FrameType | None = sys._getframe(1)
         outer = None
         while frame is not None:

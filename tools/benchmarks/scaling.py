@@ -40,13 +40,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def overrides(kind: str, ranks: int) -> list[str]:
-    """Return the batch of a kind of scaling."""
+    """Return the overrides that set the batch for a kind of scaling ("strong" or "weak")."""
     batch = IMAGES if kind == "strong" else EACH * ranks
     return [f"train.global_batch_size={batch}", f"train.micro_batch_size={min(MOST, -(-batch // ranks))}"]
 
 
 def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> float:
-    """Return the images a second of the fastest step."""
+    """Run a training and return the images per second of its fastest step."""
     run = folder / f"{kind}-{ranks}"
     settings = [
         *overrides(kind, ranks),
@@ -70,7 +70,7 @@ def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> f
 
 
 def planned(args: argparse.Namespace, cluster: ClusterSpec, kind: str, ranks: int) -> float:
-    """Return the plan's images a second."""
+    """Return the images per second that the planner predicts."""
     config = load_config(args.config, overrides(kind, ranks))
     choice = Choice(1, 1, 1, False, config.train.micro_batch_size, "none", "auto")
     outcome = Search(config, cluster.with_value("per_node", ranks), ranks).evaluate(choice)

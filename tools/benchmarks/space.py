@@ -1,4 +1,6 @@
-"""`tools/bench.py space`: time of the forms of the Space-MoE. Every case checks that their results agree before it measures.
+"""`tools/bench.py space`: time of the implementations of the Space-MoE.
+
+Before it measures a case, it checks that all implementations give the same results.
 
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width.
 """
@@ -33,9 +35,12 @@ class SpaceCase:
     def inputs(
         self, mask: float, device: str, dtype: torch.dtype, seed: int = 0, uneven: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return h [B, N, D], a mask [B, N, Y] with each region `mask` of the image, and random routing [B, Y, K].
+        """Return image tokens [B, N, D], regions [B, N, Y] and random routing [B, Y, K].
 
-        `uneven`: half of the text tokens are routed to expert 0.
+        Args:
+            mask: share of the image in each region.
+            device, dtype, seed: of the tensors.
+            uneven: whether half of the text tokens are routed to expert 0.
         """
         draw = torch.Generator().manual_seed(seed)
         h_BND = torch.randn(self.batch, self.tokens, self.dim, generator=draw)
@@ -50,7 +55,13 @@ class SpaceCase:
 
 @dataclass(frozen=True)
 class SpaceRow:
-    """One line of the table: share of the image in a region, share of (token, expert) pairs in use, time per backend."""
+    """Results for one size of the regions.
+
+    Attributes:
+        mask: share of the image in a region.
+        density: share of all (token, expert) pairs that are computed.
+        milliseconds: time of each implementation.
+    """
 
     mask: float
     density: float
@@ -60,7 +71,7 @@ class SpaceRow:
 def bench_space(
     case: SpaceCase, masks: Sequence[float], repeats: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Iterator[SpaceRow]:
-    """Time forward and backward of the Space-MoE's three forms. Raises AssertionError where their outputs differ."""
+    """Time forward and backward of each implementation of the Space-MoE. Raises AssertionError if their outputs differ."""
     layer = SpaceMoE(case.experts, case.dim, case.hidden, "reference", seed=0).to(device, dtype)
     for mask in masks:
         inputs = case.inputs(mask, device, dtype)
@@ -110,7 +121,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) -> None:
-    """Declare the options of a Space-MoE layer and of the measurement."""
+    """Declare the options that set the sizes of a Space-MoE layer and how it is measured."""
     for name, default in (("batch", batch), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6)):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--repeats", type=int, default=7)
@@ -124,7 +135,7 @@ def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) 
 
 
 def cases(args: argparse.Namespace) -> list[SpaceCase]:
-    """Return the one case of the arguments, or one per attention level of a preset's U-Net."""
+    """Return the layer that the options describe, or one layer for each attention level of a preset's U-Net."""
     if args.config is None:
         return [SpaceCase(args.batch, args.tokens, args.text_tokens, args.dim, args.hidden or 4 * args.dim, args.experts)]
     config = load_config(args.config)

@@ -1,8 +1,8 @@
 """`tools/bench.py start`: time to start with many ranks that do not compute.
 
-One process imports everything and forks the ranks from itself, so that hundreds fit into a machine's memory. All of them
-share its cores and communicate by gloo over loopback: a network has more latency, and a node has cores for its ranks, so
-the numbers show how the time grows with the ranks, not the time on a cluster.
+One process imports everything and forks the ranks, so that hundreds of them fit into the memory of one machine. All ranks
+share its cores and communicate by gloo over loopback. On a cluster, the network has more latency and each node has cores for
+its own ranks. Therefore the numbers show how the time grows with the number of ranks, and not the time on a cluster.
 """
 
 import argparse
@@ -39,7 +39,10 @@ RANGES = 40  # entries of one rank's file in a manifest: a thousandth of raphael
 
 
 def bench_start(world_size: int, ep: int, repeats: int) -> dict[str, float]:
-    """Fork `world_size` ranks; return seconds by name, each the slowest rank's, the median of `repeats` where repeated."""
+    """Fork `world_size` ranks; return the seconds of each part of a start, by name.
+
+    They are those of the slowest rank. Parts that are repeated have the median of `repeats`.
+    """
     port, pids = free_port(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -78,7 +81,7 @@ def _fork(rank: int, world_size: int, ep: int, repeats: int, port: int, folder: 
 
 
 def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, float]:
-    """Return the slowest rank's seconds of each part of a start, of a step's agreement and of a save's. Collective."""
+    """Return the seconds of the slowest rank for each part of a start, a step's agreement and a save. Collective."""
     began = time.perf_counter()
     device = initialise(ranks, TIMEOUT)
     dist.barrier()

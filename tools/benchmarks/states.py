@@ -65,7 +65,7 @@ def tensor_bytes() -> int:
 
 
 def bench_states(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[float, float]:
-    """Return bytes per parameter on this rank before and after the update of the second step. Collective."""
+    """Return the bytes per parameter on this rank, before and after the optimizer update of the second step. Collective."""
     before = tensor_bytes()
     plan = BatchPlan.of(config, ranks.world_size)
     engine = Engine(config, tree, plan, device)

@@ -1,9 +1,9 @@
 """`tools/bench.py step`: an optimizer step compared with alternatives on the same work, in one process.
 
-dense: our U-Net without experts; diffusers' `UNet2DConditionModel` of the same widths, in a plain loop of PyTorch; ours with
-experts (auto), and by the paper's formula as printed (reference); our blocks with DeepSpeed's `MoE` layers instead. All
-see equal batches in float32, and step AdamW. Rounds are interleaved, and the fastest of each part counts, which is the least
-disturbed one. RAPHAEL is compared by its FLOPs at the dense step's own rate: 1.00 is as efficient as dense.
+Compared are our U-Net without experts; diffusers' `UNet2DConditionModel` of the same widths in a plain PyTorch loop; ours
+with experts (auto), and by the paper's formula as printed (reference); our blocks with DeepSpeed's `MoE` layers. All get
+equal batches in float32 and use AdamW. Rounds are interleaved, and the fastest time of each part counts, because it was
+disturbed least. RAPHAEL's efficiency is its FLOP/s divided by those of the dense step: 1.00 is as efficient as dense.
 """
 
 import argparse
@@ -62,7 +62,7 @@ DENSE = [
 
 @dataclass(frozen=True)
 class StepRow:
-    """The fastest forward pass, backward pass and update, in milliseconds, and the step's FLOPs."""
+    """Times of one model: the fastest forward pass, backward pass and update in milliseconds, and the FLOPs of a step."""
 
     name: str
     forward: float
@@ -76,14 +76,14 @@ class StepRow:
 
 
 class Contender:
-    """A model, its optimizer and its loss."""
+    """A model that is compared, with its optimizer and its loss."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
         self.model, self._loss = model, loss
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(self) -> tuple[float, float, float]:
-        """Take a step; return the seconds of its parts."""
+        """Take one optimizer step; return the seconds of forward pass, backward pass and update."""
         self._optimizer.zero_grad()
         began = clock()
         loss = self._loss(self.model)
@@ -188,9 +188,9 @@ def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
 
 
 def with_deepspeed_moe(config: Config, ranks: int = 1) -> tuple[RaphaelUNet, Config]:
-    """Return our dense U-Net with two of DeepSpeed's layers for each feed-forward layer, and its configuration.
+    """Return our dense U-Net with two DeepSpeed `MoE` layers in place of each feed-forward layer, and its configuration.
 
-    Experts are sharded over as many of the `ranks` as divide them.
+    Experts are sharded over as many of the `ranks` as divide their number.
     """
     m, dense = config.model, dense_of(config)
     model = RaphaelUNet(dense)
@@ -205,7 +205,7 @@ def with_deepspeed_moe(config: Config, ranks: int = 1) -> tuple[RaphaelUNet, Con
 
 
 def bench_step(config: Config, rounds: int, reference: bool = True) -> list[StepRow]:
-    """Return a row for each contender."""
+    """Time a step of each model; return a row for each."""
     compared = contenders(config, reference)
     flops = {name: contender.flops() for name, contender in compared.items()}
     times: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
@@ -221,9 +221,9 @@ def bench_step(config: Config, rounds: int, reference: bool = True) -> list[Step
 
 
 def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device) -> dict[str, float]:
-    """Return milliseconds of RAPHAEL's step in a plain loop, in the engine, and of what the trainer adds to it.
+    """Return the milliseconds of RAPHAEL's step in a plain loop, in the engine, and of what the trainer adds to it.
 
-    Data: a batch of cached features, which training builds in a thread during the step.
+    The time for data is that of building a batch of cached features. In training a thread does this during the step.
     """
     plan = BatchPlan.of(config, ranks.world_size)
     plain = contenders(config, reference=False)["RAPHAEL, auto"]

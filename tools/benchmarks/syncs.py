@@ -1,12 +1,17 @@
 """`tools/bench.py syncs`: where the host waits for the GPU in an optimizer step, recorded on a machine without a GPU.
 
-The real trainer, engine and DeepSpeed run one whole step (data, forward, backward, reduce, clip, update, metrics) on
-tensors without data, which stand for a GPU's (`pretend_gpu` says what counts as a wait, a launch and a byte), among ranks
-that do not exist (torch's `fake` process group). So the model keeps its true widths: 3 B parameters need no memory and no
-arithmetic. What that cannot show: time; the kernels inside an operation; what the CUDA library does by itself (making room
-waits, in the first steps); fused attention, which torch takes apart on such tensors: too many launches and bytes. Counted
-is the fourth step: DeepSpeed's timer sleeps for two, and optimizers make their state in the first. Samples are of the first
-size of `image.buckets`.
+The real trainer, engine and DeepSpeed run one whole step (data, forward, backward, reduce, clip, update, metrics). Tensors
+without data replace those of a GPU (`pretend_gpu` defines a wait, a launch and a byte), and torch's `fake` process group
+replaces the other ranks. So the model keeps its true widths: 3 B parameters need no memory and no arithmetic.
+
+This cannot show:
+- time;
+- the kernels inside an operation;
+- waits of the CUDA library itself (its allocator waits in the first steps);
+- fused attention, which torch decomposes for such tensors, so that there are too many launches and bytes.
+
+The fourth step is counted: DeepSpeed's timer waits in the first two, and optimizers create their state in the first. Samples
+have the first size of `image.buckets`.
 """
 
 import argparse
@@ -48,7 +53,7 @@ STEADY = 3  # steps before the one that is counted
 
 @dataclass(frozen=True)
 class StepNotes:
-    """Records of one optimizer step, and of the log line after it."""
+    """What was recorded in one optimizer step (`step`) and in the log line after it (`log`)."""
 
     step: Notes
     log: Notes
@@ -60,7 +65,7 @@ class StepNotes:
 
 
 def note_step(config: Config, json_tree: dict[str, Any], world_size: int) -> StepNotes:
-    """Return what one optimizer step does on rank 0 of `world_size`. Joins a process group, for the whole process."""
+    """Record one optimizer step on rank 0 of `world_size`. Joins a process group, which the whole process then keeps."""
     _join(world_size)
     with PretendGpu() as gpu:
         gpu.noting = False
@@ -185,7 +190,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report(notes: StepNotes, places: int) -> str:
-    """Return the tables; the last line is the number of host synchronisations."""
+    """Return the recorded waits, launches and bytes as tables. The last line is the number of waits.
+
+    `places`: rows of each table.
+    """
     lines = ["", "the host waits for the GPU:", *_waits(notes.step), "", "a log line adds:", *_waits(notes.log), ""]
     launches, num_bytes = notes.step.launches, notes.step.bytes
     lines += [f"{'launches':>8} {'MB':>10}  place, of {len(launches)}"]

@@ -1,4 +1,7 @@
-"""Run the emoji benchmark: sample the held-out pairs, measure them and two references, write one table."""
+"""Runs the emoji benchmark: draws the held-out pairs of a thing and a style, measures the images, and writes one table.
+
+The table also has two references: what a perfect model and what copying a training image would reach.
+"""
 
 import json
 from collections.abc import Sequence
@@ -27,12 +30,15 @@ SHOWN = 48  # pairs in pairs.png
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is sampled, and how.
+    """What the benchmark draws, and how.
 
     Attributes:
-        options: names of the options or fields that gave the two kinds of shards, for errors.
-        default: a request without a prompt.
+        shards, val_shards: patterns of the training shards and of the held-out shards.
+        default: a request without a prompt, with the size and seed to use.
+        settings, scheduler: how images are sampled.
         per_pair: images of each pair.
+        folder: where results are written.
+        options: names of the options or fields with the two kinds of shards, for messages.
     """
 
     shards: Sequence[str]

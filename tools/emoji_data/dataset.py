@@ -35,7 +35,7 @@ TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package; `images` is the folder of its images, `suffix` the end of their names."""
+    """An npm package. `images` is the folder of its image files, and `suffix` is the end of their names."""
 
     name: str
     version: str
@@ -67,7 +67,7 @@ DEMO_CONCEPTS = [
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing to draw: its name, category, and the image file of each style that has it."""
+    """One thing that emoji show: its name, its category, and its image file in each style."""
 
     name: str
     category: str
@@ -76,19 +76,19 @@ class Concept:
 
 @dataclass(frozen=True)
 class Sample:
-    """One concept in one style, encoded: `members` maps a member's suffix to its bytes."""
+    """One concept in one style. `members` has the encoded files of the sample by suffix."""
 
     key: str
     held_out: bool
     members: dict[str, bytes]
 
     def tar_bytes(self) -> int:
-        """Bytes in a plain shard: each member has a header and fills whole blocks."""
+        """Size of the sample in an uncompressed shard, with the headers and padding of its members."""
         return sum(TAR_BLOCK * (1 - (-len(data) // TAR_BLOCK)) for data in self.members.values())
 
 
 def fetch_packages(folder: Path) -> None:
-    """Download the packages that `folder` lacks with `npm pack`. Raises UserError if npm is missing or fails."""
+    """Download with `npm pack` the packages that are not in `folder`. Raises UserError if npm is missing or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in (*STYLES.values(), NAMES):
         if (folder / package.tarball).is_file():
@@ -124,7 +124,10 @@ def read_package(folder: Path, package: Package) -> dict[str, bytes]:
 
 
 def code_points(text: str) -> str:
-    """Return "2764-FE0F" or "❤️" as "2764": lower case, four digits or more, no variation selectors."""
+    """Return the code points of an emoji in a canonical form, e.g. "2764" for "2764-FE0F" or "❤️".
+
+    They are in lower case with at least four digits; variation selectors are left out.
+    """
     points = text.split("-") if text.isascii() and len(text) > 3 else [f"{ord(c):x}" for c in text]
     return "-".join(p.lower().zfill(4) for p in points if p.lower() != "fe0f")
 
@@ -165,10 +168,11 @@ def select(concepts: Iterable[Concept], subset: str) -> list[Concept]:
 
 
 def held_out_style(name: str, styles: Iterable[str], share: float) -> str | None:
-    """Return the style in which a concept is kept from training, or None for most; decided by sha256 of the name.
+    """Return the style in which a concept is held out from training, or None for most concepts.
 
-    With h its digest: held out if the first four bytes, as a fraction of 2**32, lie below `share`; in style number
-    (next four bytes) modulo the number of styles, in alphabetical order. A concept of one style is never held out.
+    This is decided by the sha256 of the name. Its first four bytes, as a fraction of 2**32, must be below `share`; its next
+    four bytes, modulo the number of styles, select the style in alphabetical order. A concept with only one style is never
+    held out.
     """
     digest = hashlib.sha256(name.encode()).digest()
     ordered = sorted(styles)
@@ -193,10 +197,10 @@ def on_white(data: bytes, size: int = SIZE) -> Image.Image:
 
 
 def encode_webp(image: Image.Image) -> bytes:
-    """Encode an image as WebP: the most accurate of several encodings of at most `WORTH` times the size of `WEBP_QUALITY`.
+    """Encode an image as WebP, in the most accurate of several ways that takes at most `WORTH` times the lossy size.
 
-    They are lossless, lossless with a palette, and lossy. A palette suits flat drawings; lossy WebP halves the resolution of
-    colour, which blurs thin lines and small flags.
+    The ways are lossless, lossless with a palette, and lossy with `WEBP_QUALITY`. A palette suits flat drawings. Lossy WebP
+    halves the resolution of colour, which blurs thin lines and small flags.
     """
 
     def encode(variant: Image.Image, **options: Any) -> tuple[bytes, int]:
@@ -228,7 +232,14 @@ def make_samples(
     share: float,
     edges: Callable[[list[Image.Image]], list[np.ndarray]],
 ) -> Iterator[Sample]:
-    """Yield every sample of the concepts; `edges` maps images of one concept to their maps, float (H, W) in [0, 1]."""
+    """Yield every sample of the concepts.
+
+    Args:
+        concepts: the concepts.
+        packages: files of the packages, by package name.
+        share: share of the concepts that are held out in one style.
+        edges: returns the edge maps, float (H, W) in [0, 1], of the images of one concept.
+    """
     for concept in concepts:
         held_out = held_out_style(concept.name, concept.files, share)
         images = [on_white(packages[STYLES[style].name][file]) for style, file in concept.files.items()]
@@ -249,7 +260,7 @@ def make_samples(
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one shard, gzipped if its name says so; the same samples give the same bytes, whoever writes them and when."""
+    """Write one shard, gzipped if its name says so. Equal samples give equal bytes, independent of user and time."""
     buffer = io.BytesIO()
     with TarWriter(buffer, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
         for sample in samples:
@@ -260,7 +271,7 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def split_shards(samples: list[Sample], shard_bytes: int = SHARD_BYTES) -> list[list[Sample]]:
-    """Return the samples in the order of their keys' sha256 (which mixes styles), in shards of about equal counts."""
+    """Divide the samples into shards of about equal counts, in the order of the sha256 of their keys, which mixes styles."""
     ordered = sorted(samples, key=lambda s: hashlib.sha256(s.key.encode()).digest())
     count = max(1, -(-sum(s.tar_bytes() for s in ordered) // shard_bytes))
     return [ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)]

@@ -1,8 +1,9 @@
-"""The fixed feature space in which the emoji benchmark judges drawn images.
+"""The fixed feature space in which the emoji benchmark compares drawn images with true ones.
 
-A held-out pair of a thing and a style was never trained on, but its thing was in other styles and its style with other
-things. A model can draw it only by composing the two. The features are fixed and need no download; how well they separate
-things and styles is measured on the true images.
+For a held-out pair of a thing and a style, training had the thing in other styles and the style with other things. A model
+can draw the pair only by combining the two. The features are fixed and need no download. How well they separate things and
+styles is measured on the true images.
+
 Shape legend: P pairs, N true images, B images, D features, S styles.
 """
 
@@ -31,7 +32,10 @@ PARTS = {"style": 2080, "stage 3": 256 * 16, "stage 4": 512 * 4}  # widths of th
 
 @dataclass(frozen=True, eq=False)
 class TrueImages:
-    """True images, uint8 [H, W, 3] each, with their things, styles and first captions; held_out: bool [N]."""
+    """The true images of the data set, each with its thing, its style and its first caption.
+
+    `pixels`: uint8 [H, W, 3] each. `held_out`: bool [N].
+    """
 
     pixels: list[np.ndarray]
     things: list[str]
@@ -48,9 +52,10 @@ class TrueImages:
         size_hw: tuple[int, int],
         options: tuple[str, str] = ("data.shards", "data.val_shards"),
     ) -> "TrueImages":
-        """Read both kinds of shards; errors name `options`.
+        """Read training shards and held-out shards.
 
-        Raises UserError if a key is not THING__STYLE, or one kind is missing.
+        `options`: names of the two options, for messages. Raises UserError if a sample's key is not THING__STYLE, or one
+        kind has no images.
         """
         images = cls([], [], [], [], np.zeros(0, bool))
         flags: list[bool] = []
@@ -72,7 +77,7 @@ class TrueImages:
         return cls(images.pixels, images.things, images.styles, images.captions, np.array(flags))
 
     def digest(self) -> str:
-        """Return a checksum of the pixels, the key of the feature cache."""
+        """Return a checksum of the pixels, which names the file of cached features."""
         sha = hashlib.sha256()
         for pixels in self.pixels:
             sha.update(pixels.tobytes())
@@ -80,10 +85,10 @@ class TrueImages:
 
 
 def make_part_features(device: torch.device) -> Features:
-    """Return features whose columns are those of PARTS.
+    """Return a function that computes image features, whose columns have the parts and widths of PARTS.
 
-    The style is the logarithm of the Gram matrix of HED's stage 1 (Gatys et al. 2016). The thing is stages 3 and 4, averaged
-    over 4 x 4 and 2 x 2 cells.
+    The style is the logarithm of the Gram matrix of HED's stage 1 (Gatys et al. 2016). The thing is described by stages 3
+    and 4, averaged over 4 x 4 and 2 x 2 cells of the image.
     """
     stages = make_hed_stages(device)
     row, column = torch.triu_indices(64, 64)
@@ -99,7 +104,10 @@ def make_part_features(device: torch.device) -> Features:
 
 
 class FeatureSpace:
-    """Features of the true images, scaled to the mean and deviation of the training images and to length 1."""
+    """The feature space, fitted to the true images.
+
+    Features are scaled to the mean and standard deviation of the training images, and then to length 1.
+    """
 
     def __init__(self, images: TrueImages, cache_dir: Path, device: torch.device) -> None:
         self.images, self._compute = images, make_part_features(device)
@@ -132,12 +140,15 @@ class FeatureSpace:
         return torch.linalg.solve(x.T @ x + PENALTY * torch.eye(x.shape[1], dtype=torch.float64), x.T @ onehot)
 
     def style_correct(self, features: "ScaledFeatures", styles: Sequence[str]) -> np.ndarray:
-        """Return 1 where the classifier predicts the requested style, else 0, float64 [P]."""
+        """Return for each image whether a classifier predicts the requested style (1) or not (0), float64 [P]."""
         predicted = (_append_one(features.style) @ self._classifier).argmax(dim=1).tolist()
         return np.array([self.style_names[p] == style for p, style in zip(predicted, styles, strict=True)], np.float64)
 
     def rank(self, features: "ScaledFeatures", things: Sequence[str], styles: Sequence[str]) -> np.ndarray:
-        """Return the rank, from 0, of the true image of each thing in its style, by similarity among all of that style."""
+        """Return for each drawn image the rank of the true image of its thing and style among all true images of that style.
+
+        They are ordered by similarity to the drawn image; rank 0 is the most similar one.
+        """
         return np.array([self._rank(*query) for query in zip(features.cells, things, styles, strict=True)])
 
     def _rank(self, x_D: Tensor, thing: str, style: str) -> int:
@@ -147,13 +158,16 @@ class FeatureSpace:
         return int((similarity > similarity[target]).sum())
 
     def distance(self, a: Tensor, b: Tensor) -> float:
-        """Return the Frechet distance of whole-image features in the principal directions of the training images."""
+        """Return the Frechet distance of two sets of whole-image features.
+
+        It is computed in the directions of the largest variance of the training images.
+        """
         return frechet_distance(a.double() @ self._basis_DK, b.double() @ self._basis_DK)
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledFeatures:
-    """Features of length 1, each [B, D]: of the style, of the thing by cells, and of the whole image."""
+    """Features of images, each [B, D] with rows of length 1: of the style, of the thing by cells, and of the whole image."""
 
     style: Tensor
     cells: Tensor
@@ -186,7 +200,7 @@ def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a value with its 95% bootstrap interval over pairs."""
+    """One row of the result table: a value with its 95% bootstrap interval over pairs."""
 
     what: str
     value: float
@@ -195,7 +209,10 @@ class Row:
 
 
 def judge(space: FeatureSpace, features: ScaledFeatures, things: Sequence[str], styles: Sequence[str]) -> list[Row]:
-    """Return style accuracy, retrieval of the thing in the requested style and in others, and the Frechet distance."""
+    """Measure drawn images; return the rows of the table.
+
+    They are style accuracy, retrieval of the thing in the requested style and in other styles, and the Frechet distance.
+    """
     rows = [_mean_row("style accuracy", space.style_correct(features, styles))]
     rank = space.rank(features, things, styles)
     rows += [_mean_row(f"own true image, top {k}", (rank < k).astype(np.float64)) for k in (1, 5)]
@@ -230,9 +247,9 @@ def _frechet_row(space: FeatureSpace, features: ScaledFeatures, draws: int = 100
 
 
 def judge_references(space: FeatureSpace, image: ImageEncoder) -> dict[str, list[Row]]:
-    """Return the rows of two references: what a perfect model reaches, and what copying a training image reaches.
+    """Measure two references: what a perfect model reaches, and what copying a training image reaches.
 
-    The first are the true held-out images after the autoencoder, the second the same thing in a trained style.
+    The first uses the true held-out images after the autoencoder, the second images of the same things in a trained style.
     """
     true = space.images
     held_out = np.flatnonzero(true.held_out)

@@ -1,4 +1,4 @@
-"""Emoji names into English phrases: "red heart" -> "a red heart", "flag France" -> "the flag of france"."""
+"""Turns emoji names into English phrases: "red heart" into "a red heart", "flag France" into "the flag of france"."""
 
 import re
 import unicodedata

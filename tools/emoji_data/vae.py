@@ -1,7 +1,7 @@
-"""A small VAE for small images: trained here, saved as an ordinary diffusers `AutoencoderKL` folder.
+"""A small VAE for small images. It is saved as an ordinary diffusers `AutoencoderKL` folder.
 
-Latent diffusion needs an autoencoder (RAPHAEL works on VAE latents of 4 channels); at 64 x 64 pixels a factor of 4 leaves
-latents of 16 x 16. Images are float32 (B, 3, H, W) in [-1, 1], as in diffusers.
+RAPHAEL works on the latents of an autoencoder with 4 channels. For images of 64 x 64 pixels, a factor of 4 gives latents of
+16 x 16. Images are float32 (B, 3, H, W) in [-1, 1], as in diffusers.
 """
 
 import json
@@ -57,7 +57,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 def small_vae(seed: int) -> Vae:
     """Return an untrained VAE of factor 4 with 4 latent channels (0.9 M parameters), small enough for a CPU.
 
-    It starts with residual branches of zero and almost no posterior noise: both save many of the first steps.
+    It starts with residual branches of zero and almost no posterior noise. Both make the first steps of training faster.
     """
     torch.manual_seed(seed)
     model: Vae = AutoencoderKL(
@@ -79,10 +79,11 @@ def small_vae(seed: int) -> Vae:
 
 
 def loss(model: Vae, x: Tensor, noise: Tensor) -> Tensor:
-    """Return absolute + squared error + absolute error of the slopes (keeps outlines sharp) + KL to a unit Gaussian.
+    """Return the training loss: absolute and squared error, absolute error of slopes, and KL to a unit Gaussian.
 
-    `x` is (B, 3, H, W), `noise` (B, 4, H/4, W/4) the posterior's draw. Errors are means over pixels; the KL is summed
-    over a latent, so its small weight keeps latents bounded and smooth without blurring them.
+    `x` is (B, 3, H, W); `noise` (B, 4, H/4, W/4) is the posterior's random number. Errors are means over pixels. The error
+    of slopes keeps outlines sharp. The KL is summed over a latent; its small weight keeps latents bounded and smooth without
+    blurring them.
     """
     posterior = model.encode(x).latent_dist
     error = model.decode(posterior.mean + posterior.std * noise).sample - x

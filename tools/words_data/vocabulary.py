@@ -1,4 +1,4 @@
-"""Which words and strings are for training, and which are held out; disjoint by construction."""
+"""Chooses the words and strings for training and the held-out ones. No training text contains a held-out one."""
 
 import hashlib
 import json
@@ -23,9 +23,9 @@ _STRINGS_SEED = 28
 
 
 def emoji_words(folder: Path) -> list[str]:
-    """Return the words of 2 to 8 letters in the names of all emoji, in capitals and sorted; `folder` has their shards.
+    """Return the words of 2 to 8 letters in the names of all emoji, in capitals and sorted.
 
-    Raises UserError when there are no shards.
+    `folder`: the emoji shards. Raises UserError if there are none.
     """
     shards = [str(path) for path in sorted(folder.glob("*-*.tar*"))]
     if not shards:
@@ -45,7 +45,7 @@ def random_string(random: np.random.Generator, shortest: int = 1, longest: int =
 class Vocabulary:
     """Training words, held-out words and held-out strings.
 
-    A held-out word is chosen by the sha256 of the word. A training word contains none of them: BIRDS is dropped if BIRD is
+    Whether a word is held out depends on its sha256. No training word contains a held-out word: BIRDS is dropped if BIRD is
     held out.
     """
 
@@ -63,7 +63,7 @@ class Vocabulary:
         self.words = [word for word in words if self.allowed(word)]
 
     def allowed(self, text: str) -> bool:
-        """Return whether a training image may show `text`: it contains nothing held out, also across its spaces."""
+        """Return whether a training image may show `text`: it has no held-out word or string, also without its spaces."""
         return not (self._held_out.search(text) or self._held_out.search(text.replace(" ", "")))
 
     def training_text(self, random: np.random.Generator, longest: int | None = None) -> str:

@@ -577,7 +577,6 @@ class BlockSpec:
         expert_backend: how the experts run.
         mask_threshold: alpha of Sec. 3.1.
         edge_channels: width of the edge module; 0: none.
-        token_size: side of an image token in cells of the latents, for the sines of its place; 0: no sines.
         seed: fixes the initial weights of the experts.
     """
 
