@@ -97,9 +97,9 @@ class SampleOrder:
         self.dropped_per_epoch = num_samples - self.samples_per_epoch
         if self.samples_per_epoch == 0:
             raise UserError(
-                f"image.buckets must contain a size with at least {run_length} samples, as many as a micro-step or "
-                f"data.bucket_run takes, but the largest bucket has {totals_B.max()} of {num_samples} samples. Use fewer "
-                "buckets, more data, or a smaller train.micro_batch_size and data.bucket_run."
+                f"image.buckets must contain an image size with at least {run_length} samples, since so many consecutive "
+                f"samples have the same size, but the most frequent size has {totals_B.max()} of {num_samples} samples. Use "
+                "fewer sizes, more data, or a smaller train.micro_batch_size and data.bucket_run."
             )
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._members = lru_cache(maxsize=32)(self._make_members)

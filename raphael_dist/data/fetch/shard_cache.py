@@ -187,7 +187,7 @@ class ShardStore:
         status = os.fstat(descriptor)
         if path == Path(name) and Stamp(status.st_size, str(status.st_mtime_ns)) != stamp:
             os.close(descriptor)
-            raise ShardError(base_name(name), f"{path} has changed since it was indexed. Start again")
+            raise ShardError(base_name(name), f"{path} has changed since it was indexed. Start the run again")
         if path != Path(name) and time.time() - status.st_mtime > _TOUCH_S:
             with contextlib.suppress(OSError):
                 os.utime(descriptor)

@@ -96,7 +96,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
         except ShardError as error:
             if not error.absent:
                 raise UserError(
-                    f"{error}. Start again when it can be read, or remove it from the list of shards."
+                    f"{error}. Start again when this shard can be read, or remove it from the list of shards."
                 ) from error
             _log.warning("%s", error)
             records.append(unreached_record(name, error.reason))

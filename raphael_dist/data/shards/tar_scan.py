@@ -144,7 +144,7 @@ def members_of(data: bytes, key: str) -> dict[str, bytes]:
         if named is not None and named[0] == key:
             members.setdefault(named[1], data[first : first + size])
     if not members:
-        raise ValueError("it is not where it was indexed")
+        raise ValueError("it is not where it was when the shard was indexed")
     return members
 
 
@@ -237,7 +237,7 @@ def check_sample(
         if size > MAX_MEMBER_BYTES:
             raise ValueError(f"{ext} has {size} bytes, but at most {MAX_MEMBER_BYTES} are allowed")
     if sample.end - sample.start > MAX_SAMPLE_BYTES:
-        raise ValueError(f"its members span {sample.end - sample.start} bytes, but at most {MAX_SAMPLE_BYTES} are allowed")
+        raise ValueError(f"its files have {sample.end - sample.start} bytes, but at most {MAX_SAMPLE_BYTES} are allowed")
     image_ext = next((ext for ext in IMAGE_EXTS if ext in members), None)
     if image_ext is None:
         raise ValueError("no image")
