@@ -1,6 +1,6 @@
-"""`python -m raphael_dist COMMAND ...` runs every command; raphael-COMMAND is a console script of the same name.
+"""Runs the commands: `python -m raphael_dist COMMAND ...`, or the console script raphael-COMMAND.
 
-Tools are run from tools/, in the repository or in a wheel's assets.
+Some commands are scripts in the folder tools/, which lies in the repository or in the assets of an installed wheel.
 """
 
 import argparse
@@ -25,7 +25,7 @@ Command = Callable[[Sequence[str]], int]
 
 
 def config(argv: Sequence[str]) -> int:
-    """Print keys of the configuration with type, default, range and description; 1: none was found."""
+    """Print keys of the configuration with type, default, range and description. Return exit code 1 if none is found."""
     parser = common.Parser(
         prog="raphael-config", description=COMMANDS["config"][1], example="python -m raphael_dist config memory"
     )
@@ -50,7 +50,7 @@ def config(argv: Sequence[str]) -> int:
 
 
 def slurm(argv: Sequence[str]) -> int:
-    """Print the folder of the Slurm scripts."""
+    """Print the path of the folder with the Slurm scripts; return exit code 0."""
     parser = common.Parser(
         prog="raphael-slurm", description=COMMANDS["slurm"][1], example='sbatch "$(raphael-slurm)/train_raphael.sh"'
     )
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> int:
-    """Run the console script raphael-COMMAND by the name that it was called by."""
+    """Run the command of a console script raphael-COMMAND, which the name of the called file states."""
     return _run(sys.argv[0].rpartition("raphael-")[2], sys.argv[1:])
 
 

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample and write the grid, on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
+    """Sample images on all ranks of a launcher, and write them as a grid. UserError: a mistake that the user can correct."""
     _check(args)
 
     from raphael_dist.runtime.ranks import raise_on_all_ranks
@@ -112,7 +112,8 @@ def _check(args: argparse.Namespace) -> None:
             f"--lora-scale={args.lora_scale} requires --lora, but it is not given. Add --lora, or leave out --lora-scale."
         )
     if (args.control is None) != (args.control_from is None):
-        raise UserError("--control and --control-from require each other, but only one of them is given. Add the other one.")
+        given, missing = ("--control", "--control-from") if args.control else ("--control-from", "--control")
+        raise UserError(f"{given} requires {missing}, but it is not given. Add {missing}, or leave out {given}.")
     if args.strength is not None and args.image is None:
         raise UserError(
             f"--strength={args.strength} requires --image, but it is not given. Add --image, or leave out --strength."

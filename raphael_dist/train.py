@@ -1,6 +1,6 @@
 """Command line: `deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50`; `python` for one rank.
 
-Arguments are checked before torch is imported, so that --help, --plan and mistakes take a second.
+Arguments are checked before torch is imported, so that --help, --plan and error messages appear within a second.
 """
 
 import argparse
@@ -187,7 +187,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 def _world_size(args: argparse.Namespace) -> int:
     world_size = world_size_of() if args.world_size is None else args.world_size
     if world_size < 1:
-        raise UserError(f"--world-size={world_size} must be at least 1. Give a larger number.")
+        raise UserError(f"--world-size={world_size} must be at least 1. Give the number of ranks.")
     return int(world_size)
 
 
@@ -204,13 +204,19 @@ def _check_default(config: Config) -> None:
         for line in lines if rank_of() == "0" else ():
             print_line(f"missing: {line}", file=sys.stderr)
         raise UserError(
-            f"--config={DEFAULT_CONFIG} (the default) requires what is listed above. Provide it, choose another "
-            f"--config, or try the whole path on a laptop: {SMALL_RUN}"
+            f"--config={DEFAULT_CONFIG} (the default) requires what is listed above as missing. Provide it, choose another "
+            f"--config, or try a small model on this machine: {SMALL_RUN}"
         )
 
 
 def describe(config: Config, plan: BatchPlan, merged: dict[str, object]) -> str:
-    """Return the settings, the learning-rate schedule, the batch plan and the DeepSpeed configuration as text."""
+    """Return the text that --plan prints: settings, learning-rate schedule, batch plan and DeepSpeed configuration.
+
+    Args:
+        config: the settings of the run, or of a stage.
+        plan: how a step's images are divided over ranks and micro-steps.
+        merged: the configuration that DeepSpeed receives.
+    """
     lines = [
         to_yaml(config).rstrip(),
         "",
@@ -238,7 +244,16 @@ def _describe_experts(config: Config, world_size: int) -> list[str]:
 
 
 def run(config: Config, tree: dict[str, object], stop: StopRequest) -> int:
-    """Train. Return 0 if the run is complete, EXIT_INTERRUPTED if a signal or the time limit stopped it after saving."""
+    """Train on this rank, together with the other ranks of the launcher.
+
+    Args:
+        config: the settings of the run.
+        tree: the content of the file --deepspeed_config.
+        stop: tells when a signal or --max-time asks to stop.
+
+    Returns:
+        0 if the run is complete, EXIT_INTERRUPTED if it was stopped by a signal or the time limit, after saving.
+    """
     import torch.distributed as dist
 
     from raphael_dist.data.shards.open_index import require_shards

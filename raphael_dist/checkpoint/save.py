@@ -236,7 +236,9 @@ class CheckpointStore:
             files.replace_bytes(folder / MANIFEST, seal(manifest))
         except (OSError, UserError) as error:
             _log.warning(
-                "the rollback cannot be recorded in %s (%s), so a restart would use the same samples again", folder, error
+                "the rollback cannot be recorded in %s (%s), so a restart would train on the same samples again",
+                folder,
+                error,
             )
 
     def _wait(self) -> None:
@@ -318,7 +320,11 @@ class CheckpointStore:
                 if old != save.final:
                     folders.remove(old)
         except (OSError, UserError) as error:  # resuming does not need `latest`
-            _log.warning("%s is saved, but `latest` or older checkpoints could not be updated: %s", save.final, error)
+            _log.warning(
+                "%s is saved, but the file `latest` could not be updated, or old checkpoints could not be removed: %s",
+                save.final,
+                error,
+            )
 
     def _give_up(self, save: Save, problem: str) -> None:
         save.failure = (

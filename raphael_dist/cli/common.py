@@ -22,7 +22,7 @@ _WIDTH = 120  # of help texts, in characters
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help begins with an example, and that suggests an option or key for an unknown option."""
+    """An argument parser whose help begins with an example. For an unknown option, it suggests an option or setting."""
 
     _argv: Sequence[str] = ()
 
@@ -44,12 +44,12 @@ class Parser(argparse.ArgumentParser):
         return (f"example: {self._example}\n\n" if self._example else "") + super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Remember the arguments, and parse them like argparse."""
+        """Parse arguments as argparse does, and keep the words for suggestions in error messages."""
         self._argv = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print the mistake, with a suggestion if there is one, and exit with 2."""
+        """Print argparse's message, with a suggestion if there is one, and exit with code 2."""
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         switch = re.match(r"argument (--\w+): ignored explicit argument", message)
         if unknown:
@@ -95,7 +95,7 @@ def _name(word: str) -> str:
 
 
 class Once(argparse.Action):
-    """Stores an option's value, and refuses a second one: argparse would silently keep the last."""
+    """Action of an option that may be given only once. argparse would silently keep the last of several values."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -118,9 +118,10 @@ class _Version(argparse.Action):
 
 
 def version_line() -> str:
-    """Return one line with the versions of the package (with its git commit), Python and the main dependencies.
+    """Return one line with the versions of this package (and its git commit), Python and the main dependencies.
 
-    None of them is imported."""
+    The dependencies are not imported.
+    """
     commit = assets.git_commit()
     words = [f"raphael_dist {__version__}" + (f" (git {commit})" if commit else ""), f"Python {platform.python_version()}"]
     for name in _DEPENDENCIES:
@@ -132,18 +133,18 @@ def version_line() -> str:
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
-    """Add `--version`."""
+    """Add the option `--version`, which prints versions and exits."""
     parser.add_argument("--version", action=_Version, nargs=0, help="print versions and the git commit")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add `--config` and the overrides that may follow it anywhere."""
+    """Add the option `--config`, and overrides `section.key=value` as positional arguments anywhere."""
     parser.add_argument("--config", action=Once, metavar="NAME", help=f"YAML file or preset: {', '.join(preset_names())}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50 optim.lr=1e-4")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a trained model, and the number of denoising steps."""
+    """Add the options that select a trained model and the number of denoising steps."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, step-* folder or exported pipeline")
     parser.add_argument("--weights", choices=WEIGHTS, help="averaged (ema) or last weights (default: ema if present)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: sample.steps of the run)")
@@ -158,15 +159,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def check_range(option: str, value: float | None, low: float, high: float = math.inf) -> None:
-    """Raise UserError if an option's value is not finite or not from `low` to `high`; None is accepted."""
+    """Raise UserError unless an option's value is a finite number from `low` to `high`, or None (not given)."""
     if value is None or (low <= value <= high and math.isfinite(value)):
         return
     limits = "finite" if low == -math.inf else f"at least {low:g}"
     limits += f" and at most {high:g}" if high < math.inf else ""
-    raise UserError(f"{option} {value} must be {limits}. Change it.")
+    raise UserError(f"{option} {value} must be {limits}. Give another value.")
 
 
 def check_seed(seed: int | None) -> None:
-    """Raise UserError if a seed does not fit into 63 bits; None is accepted."""
+    """Raise UserError unless --seed is an integer from 0 to 2**63 - 1, or None (not given)."""
     if seed is not None and not 0 <= seed < INT_LIMIT:
-        raise UserError(f"--seed {seed} must be from 0 to 2**63 - 1. Change it.")
+        raise UserError(f"--seed {seed} must be from 0 to 2**63 - 1. Give another number.")

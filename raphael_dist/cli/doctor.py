@@ -1,4 +1,4 @@
-"""Command line: `python -m raphael_dist doctor RUN`: the problems of a run, and what to do about them."""
+"""Command line: `python -m raphael_dist doctor RUN` lists the problems of a run and what to do about them."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Add the option with the devices of the planner's prediction."""
+    """Add the option `--cluster`: the devices for which the planner predicts speed and memory."""
     parser.add_argument(
         "--cluster", default="auto", metavar="NAME",
         help="also predict speed and memory on these devices: h100x8, cpu, ..., or a YAML file; none: no prediction "
@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings and write the bundle. Raises UserError for mistakes that the user can correct."""
+    """Print the problems of the run, and write the bundle for a bug report if --bundle is given.
+
+    Returns the exit code. Raises UserError for mistakes that the user can correct.
+    """
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Change the name.")
     from raphael_dist.reporting.bundle import write_bundle

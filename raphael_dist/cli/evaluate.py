@@ -1,7 +1,8 @@
 """Command line: `python -m raphael_dist evaluate images|text --checkpoint RUN_DIR --out FOLDER ...`.
 
-`images` compares with real images and captions (FID, KID, precision, recall, CLIP score) over guidance scales; `text` reads
-quoted text in the images by OCR. The ranks of a launcher divide the work; a stopped command continues where it was.
+`images` samples images at several guidance scales and compares them with real images and their captions (FID, KID,
+precision, recall, CLIP score). `text` samples images of captions with quoted text, and reads the text by OCR. The ranks of a
+launcher share the work. A command that was stopped continues when it is started again.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every study: model, folder, and how images are sampled."""
+    """Add the options that `images` and `text` have in common: the model, the output folder, and how images are sampled."""
     add_sampling(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="output folder for images, features and results"
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run a study on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
+    """Sample and measure on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
     check_arguments(args)
 
     from raphael_dist.sampling.load_model import open_model
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError for numbers out of range and options that require each other."""
+    """Raise UserError if a number is out of range, or an option lacks another one that it requires."""
     for option, least in (("count", 2), ("steps", 1), ("batch", 1), ("side", 1), ("per_pair", 1)):
         check_range(f"--{option.replace('_', '-')}", getattr(args, option, None), least)
     check_seed(args.seed)
@@ -105,15 +106,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_range("--guidance", scale, 0)
     if args.study == "images":
         if bool(args.reference) != bool(args.features):
-            raise UserError(
-                "--reference and --features require each other, but only one of them is given. Add the other one."
-            )
+            given, missing = ("--reference", "--features") if args.reference else ("--features", "--reference")
+            raise UserError(f"{given} requires {missing}, but it is not given. Add {missing}, or leave out {given}.")
         if not (args.features or args.clip):
             raise UserError("--features or --clip is required, but neither is given. Add --features hed, or --clip DIR.")
 
 
 def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
-    """Return the sampling settings, the scheduler's name, and a request without a prompt."""
+    """Return how images are sampled: settings, name of the scheduler, and a request to which prompts are added."""
     from raphael_dist.sampling.distributed import SamplingSettings
     from raphael_dist.sampling.prompts import check_sizes
     from raphael_dist.sampling.sampler import Request
@@ -127,7 +127,11 @@ def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tupl
 
 
 def protocol_of(args: argparse.Namespace, trained: "TrainedModel", **study: object) -> dict[str, object]:
-    """Return all settings that affect the results. They are stored with them; results of other settings are not mixed in."""
+    """Return all settings that affect the results, for protocol.json.
+
+    A command that continues in a folder with another protocol is refused, so that results of different settings are never
+    mixed. study: settings of `images` or `text`.
+    """
     from raphael_dist.storage.versions import versions
 
     settings, scheduler, default = drawing_settings(args, trained)

@@ -19,7 +19,7 @@ PACKAGES = {
 
 
 def report_missing_packages() -> None:
-    """From now on, an import of a missing package ends this process with one line and exit code 2."""
+    """From now on, end this process with one line and exit code 2 if a required package is not installed (no traceback)."""
     sys.excepthook = _report
 
 

@@ -1,6 +1,6 @@
 """Command line: `torchrun --nproc_per_node 2 -m raphael_dist prove --out DIR` checks an installation in about ten minutes.
 
-Exit codes: 0 all checks passed, 2 bad environment, 3 wrong numbers.
+Exit codes: 0 all checks passed; 2 the environment does not allow training; 3 a check computed wrong numbers.
 """
 
 import argparse

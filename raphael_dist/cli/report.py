@@ -1,4 +1,4 @@
-"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html`: one file about one or more runs."""
+"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html` writes one HTML file about some runs."""
 
 import argparse
 import sys

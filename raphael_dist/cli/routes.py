@@ -1,6 +1,7 @@
 """Command line: `python -m raphael_dist routes --checkpoint RUN_DIR --prompt "a red heart, noto style" --out paths`.
 
-Writes the diffusion paths of a trained model: figures of routes, regions and time experts, and a report.
+Writes figures and a report about the experts of a trained model: which expert each word and each timestep is routed to (in
+the paper: diffusion paths), and the image region that belongs to each word.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write everything below `args.out`. Raises UserError for mistakes that the user can correct."""
+    """Write the figures and the report into the folder `args.out`. UserError: a mistake that the user can correct."""
     import torch
 
     from raphael_dist.analysis.route_report import Report

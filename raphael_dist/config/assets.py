@@ -1,6 +1,6 @@
-"""Files that come with the package: the demo's data, DeepSpeed configurations, Slurm scripts, tools.
+"""Finds files that come with the package: demo data, DeepSpeed configurations, Slurm scripts, tools.
 
-They lie next to the package in the repository, and in `raphael_dist/assets/` in a wheel (setup.py).
+In the repository they lie next to the package; in an installed wheel in `raphael_dist/assets/` (setup.py).
 """
 
 import subprocess
@@ -16,7 +16,7 @@ def root() -> Path:
 
 
 def locate(path: str) -> str:
-    """Return a relative path unchanged if its folder exists, else the path of the file that comes with the package."""
+    """Return `path` unchanged if its folder exists, else the path of the file of this name that comes with the package."""
     folder = Path(path).parent
     if Path(path).is_absolute() or folder == Path() or folder.is_dir() or not (root() / folder).is_dir():
         return path
@@ -24,7 +24,7 @@ def locate(path: str) -> str:
 
 
 def git_commit() -> str:
-    """Return the commit of the code, followed by "+" if files were changed since; "" if it is unknown."""
+    """Return the git commit of the code, with "+" at the end if files have been changed since; "" if it is unknown."""
     built = _PACKAGE / "assets" / "commit"
     if built.is_file():
         return built.read_text().strip()

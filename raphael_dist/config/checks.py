@@ -1,4 +1,7 @@
-"""Checks of settings that depend on other sections of the configuration. Each function yields one line per mistake."""
+"""Checks of settings that involve several sections of the configuration.
+
+Each function yields one error message per mistake, except `check_steps`, which yields warnings.
+"""
 
 from collections.abc import Iterator
 
@@ -11,7 +14,7 @@ from raphael_dist.text import shorten
 
 
 def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
-    """Yield mistakes in the data set's settings."""
+    """Yield an error message for each pair of settings of the data set that are incompatible."""
     if data.shards and data.sources:
         yield (
             f"data.shards={list(data.shards)} requires data.sources=[], but both are set. Use data.sources for several "
@@ -31,7 +34,7 @@ def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
 
 
 def check_diffusion(diffusion: Diffusion, edge: Edge, sample: Sample) -> Iterator[str]:
-    """Yield mistakes in timesteps and noise."""
+    """Yield an error message for each mistake in the timesteps and the noise schedule."""
     steps = diffusion.num_timesteps
     if edge.max_timestep > steps:
         yield (
@@ -70,7 +73,7 @@ def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
 
 
 def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
-    """Yield mistakes in expert parallelism."""
+    """Yield an error message for each mistake in the settings of expert parallelism."""
     levels = len(model.channels)
     if len(parallel.placement) not in (1, levels):
         yield (
@@ -117,7 +120,7 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
 
 
 def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
-    """Yield settings that LoRA is incompatible with."""
+    """Yield an error message for each setting with which LoRA training is incompatible."""
     if not lora.rank:
         return
     if run.init_from is None:
@@ -138,7 +141,7 @@ def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
 
 
 def check_control(control: Control, run: RunConfig, edge: Edge, lora: Lora, parallel: Parallel) -> Iterator[str]:
-    """Yield settings that ControlNet training is incompatible with."""
+    """Yield an error message for each setting with which ControlNet training is incompatible."""
     if not control.enabled:
         return
     requirements = (
@@ -161,7 +164,7 @@ def check_control(control: Control, run: RunConfig, edge: Edge, lora: Lora, para
 
 
 def check_upscale(upscale: Upscale, control: Control) -> Iterator[str]:
-    """Yield mistakes in super-resolution."""
+    """Yield an error message for each mistake in the settings of super-resolution."""
     factor = upscale.factor
     if factor == 1 or factor & (factor - 1):
         yield f"upscale.factor={factor} must be a power of two. Set 0 (off), 2, 4, 8 or 16."
@@ -173,7 +176,7 @@ def check_upscale(upscale: Upscale, control: Control) -> Iterator[str]:
 
 
 def check_sample_images(sample: Sample, upscale: Upscale, control: Control) -> Iterator[str]:
-    """Yield mistakes in the images that belong to `sample.prompts`."""
+    """Yield an error message unless `sample.images` fits the model and has one image for each of `sample.prompts`."""
     prompts, images = len(sample.prompts), len(sample.images)
     if not upscale.factor and not control.enabled:
         if images:
@@ -190,7 +193,7 @@ def check_sample_images(sample: Sample, upscale: Upscale, control: Control) -> I
 
 
 def check_steps(train: Train, optim: Optim, model: Model, ema: EmaConfig) -> Iterator[str]:
-    """Yield a warning for each setting that takes effect only after the last step."""
+    """Yield a warning for each setting whose step number is larger than train.max_steps, so that it has no effect."""
     last = train.max_steps
     ends = [stage.until for stage in train.stages if stage.until is not None]
     effects = (

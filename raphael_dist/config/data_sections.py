@@ -1,4 +1,4 @@
-"""Sections about samples: captions, images, shards."""
+"""Sections of the configuration about the training data: text, image, data."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -87,7 +87,11 @@ class Image(Section):
 
 
 class Filter(Section):
-    """A rule on one column: the json or parquet of the samples, quoted_text, width, height, short_side, pixels, ratio."""
+    """A rule that a sample must fulfil to be used: its value in a column is from `min` to `max`, or one of `words`.
+
+    A column is a field of the json files or parquet tables of the samples, or one of quoted_text (number of characters in
+    double quotes in the caption), width, height, short_side, pixels, ratio (of the image).
+    """
 
     column: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. -]*$")
     min: float | None = None
@@ -107,7 +111,7 @@ class Filter(Section):
         return self
 
     def describe(self) -> str:
-        """Return the rule as text."""
+        """Return the rule as text, such as `score >= 0.5`."""
         bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.min), ("<=", self.max)) if bound is not None]
         return f"{self.column} {' and '.join([*bounds, *([f'in {list(self.words)}'] if self.words else [])])}"
 
@@ -226,9 +230,10 @@ class Data(Section):
 
 
 def generate_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[tuple[int, int], ...]:
-    """Generate image sizes with an area of at most `resolution` x `resolution` pixels.
+    """Generate image sizes of different aspect ratios, with an area of at most `resolution` x `resolution` pixels.
 
-    Each height whose aspect ratio stays within `max_ratio` has one size, as wide as the area allows.
+    There is one size for each height, a multiple of `step`. Its width is the largest multiple of `step` that the area
+    allows. Sizes with an aspect ratio beyond `max_ratio` are left out.
 
     Args:
         resolution: side of the largest square, in pixels.

@@ -1,4 +1,4 @@
-"""Which key of the configuration is meant by an unknown name: names of other trainers, former names, similar names."""
+"""Suggests a key of the configuration for an unknown name, which another trainer may use or which may be misspelt."""
 
 import difflib
 
@@ -71,20 +71,20 @@ RENAMED = {
 
 
 def known_key(name: str, config_type: type[BaseModel]) -> str | None:
-    """Return the key `section.name` that other trainers call by this name, or that has this name; None: neither."""
+    """Return the key `section.name` of the setting that is called `name` here or in another trainer; None: there is none."""
     plain = _plain(name).rpartition(".")[2]
     return NAMES_ELSEWHERE.get(plain) or next(iter(_keys_named(plain, config_type)), None)
 
 
 def meant_keys(name: str, config_type: type[BaseModel]) -> list[str]:
-    """Return the keys of all sections that have this name, then the one that other trainers call by it."""
+    """Return all keys `section.name` with this name, then the key of the setting that other trainers call by this name."""
     plain = _plain(name).rpartition(".")[2]
     elsewhere = NAMES_ELSEWHERE.get(plain)
     return list(dict.fromkeys([*_keys_named(plain, config_type), *([elsewhere] if elsewhere else [])]))
 
 
 def near_key(name: str, config_type: type[BaseModel]) -> str | None:
-    """Return the key with the most similar name, with or without its section; None: none is similar."""
+    """Return the key `section.name` that is most similar to `name`, which may lack the section; None: none is similar."""
     keys = keys_of(config_type)
     by_name = NAMES_ELSEWHERE | {key.partition(".")[2]: key for key in reversed(keys)} | {key: key for key in keys}
     near = difflib.get_close_matches(_plain(name), by_name, n=1, cutoff=0.75)

@@ -1,4 +1,4 @@
-"""Every key of the configuration as text: lines for the terminal, docs/configuration.md, a JSON schema for editors."""
+"""Describes every key of the configuration, as lines for the terminal, docs/configuration.md, or a JSON schema."""
 
 import json
 import re
@@ -61,7 +61,10 @@ Commands:
 
 @dataclass(frozen=True)
 class Key:
-    """One key: dotted name, type, default, range, what it does, whether it may change on resume."""
+    """One key of the configuration: its name section.key, type, default, range and description.
+
+    It also states whether the value may change when a run is resumed.
+    """
 
     name: str
     type: str
@@ -71,13 +74,13 @@ class Key:
     on_resume: str
 
     def line(self) -> str:
-        """Return it on one line."""
+        """Return all this as one line of text."""
         limits = f" ({self.range})" if self.range else ""
         return f"{self.name}={self.default}  {self.type}{limits}: {self.description}"
 
 
 def all_keys() -> list[Key]:
-    """Return all keys in the order of the code."""
+    """Return all keys of the configuration, in the order in which they are defined."""
     free, shapes = keys_marked(Config, FREE), keys_marked(Config, SHAPES)
     keys = []
     for section, kind in sections_of(Config).items():
@@ -91,9 +94,12 @@ def all_keys() -> list[Key]:
 
 
 def find_keys(word: str) -> tuple[list[Key], list[str]]:
-    """Return the keys that a word leads to, best first, and the pages of the documentation that explain them.
+    """Search the keys of the configuration for a word.
 
-    The word is part of a topic, of a name in another trainer, or of the key's line.
+    The word may be a part of a topic (memory, resume), of a setting's name in another trainer, or of the text about a key.
+
+    Returns:
+        The keys, the best match first, and the file names of the pages in docs/ about them.
     """
     word = _spaced(word)
     topics = [topic for name, topic in TOPICS.items() if word and word in name]
@@ -110,7 +116,7 @@ def _spaced(text: str) -> str:
 
 
 def markdown() -> str:
-    """Return docs/configuration.md."""
+    """Return the text of docs/configuration.md, with all keys."""
     lines, keys = [_HEAD], all_keys()
     for section, kind in sections_of(Config).items():
         lines += [
@@ -129,7 +135,7 @@ def markdown() -> str:
 
 
 def json_schema() -> str:
-    """Return the JSON schema of a YAML file, including `base`."""
+    """Return a JSON schema of configuration files as text, with which editors check YAML. It includes the key `base`."""
     schema = Config.model_json_schema()
     schema["title"] = "Configuration of raphael_dist"
     schema["properties"]["base"] = {"type": "string", "description": "Preset or YAML file that this one builds on."}

@@ -1,4 +1,4 @@
-"""Presets, YAML files and `section.key=value` overrides: the tree of values that becomes a Config."""
+"""Reads presets, YAML files and `section.key=value` overrides into a tree of values, from which a Config is made."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +23,16 @@ MAX_BASES = 10
 
 @dataclass
 class ConfigTree:
-    """Nested values, with the file and line of each `section` and `section.key` that comes from a file."""
+    """Settings that are not validated yet: nested dicts, with file and line of each `section` and `section.key`."""
 
     tree: JsonObject
     places: dict[str, str] = field(default_factory=dict)
 
     def place(self, location: Sequence[str | int]) -> str:
-        """Return " (my.yaml, line 3)" for the place of a value, "" if it does not come from a file."""
+        """Return where a value was set, as " (my.yaml, line 3)"; "" if it does not come from a file.
+
+        location: names and numbers that lead to the value, such as ("data", "filters", 0).
+        """
         names = [".".join(map(str, location[:depth])) for depth in (2, 1)]
         # A value from the command line has no place, even if its section is in the file.
         known = names[:1] if len(location) > 1 else names[1:]
@@ -43,7 +46,10 @@ def preset_names() -> list[str]:
 
 
 def check_size(tree: object) -> None:
-    """Raise UserError for a NUL character, or for more than MAX_VALUES values, as a few lines of YAML aliases can make."""
+    """Raise UserError if a tree contains a NUL character or more than MAX_VALUES values.
+
+    A few lines of YAML aliases can expand to billions of values.
+    """
     count, queue = 0, [("", tree)]
     while queue:
         name, value = queue.pop()
@@ -61,12 +67,12 @@ def check_size(tree: object) -> None:
 
 
 def read_yaml(name_or_path: str) -> ConfigTree:
-    """Read a preset or a YAML file, on top of the preset or file that its `base` names.
+    """Read a preset or a YAML file, and the preset or file that its key `base` names, whose values it overrides.
 
-    A `base` that is a path is relative to the folder of the file that names it.
+    If `base` is a path, it is relative to the folder of the file that contains it.
 
     Raises:
-        UserError: a file is missing or not valid, or the bases form a circle.
+        UserError: a file is missing or not valid, or files name each other as `base`.
     """
     name, names, config = name_or_path, [name_or_path], ConfigTree({})
     while True:
@@ -191,7 +197,7 @@ def _mappings(root: yaml.Node | None) -> Iterator[tuple[int, str, yaml.MappingNo
 
 
 def check_repeated_keys(overrides: Sequence[str], config_type: type[BaseModel]) -> None:
-    """Raise UserError if a key is given twice, for example because a shell expanded braces without quotes."""
+    """Raise UserError if a key is given by two overrides, for example because a shell expanded braces without quotes."""
     texts: dict[str, list[str]] = {}
     for override in overrides:
         key, _, text = override.partition("=")
@@ -211,7 +217,10 @@ def check_repeated_keys(overrides: Sequence[str], config_type: type[BaseModel]) 
 
 
 def apply_override(config: ConfigTree, override: str, config_type: type[BaseModel]) -> None:
-    """Put `section.key=value` into the values that are to become a `config_type`. Raises UserError."""
+    """Set the value of an override `section.key=value` in `config`. Raises UserError if it does not have this form.
+
+    config_type: the class that is made from `config` later, for the types of fields and for suggestions.
+    """
     key, separator, text = override.partition("=")
     section, dot, name = key.partition(".")
     if not (separator and dot and section and name) or "." in name:

@@ -1,4 +1,4 @@
-"""Sections that define the model and what it is trained to do: U-Net, experts, edge supervision, diffusion, adapters."""
+"""Sections of the configuration about the model and its loss: model, edge, diffusion, lora, control."""
 
 from typing import Literal, Self
 
@@ -111,7 +111,7 @@ class Model(Section):
     )
 
     def num_experts(self, kind: ExpertKind) -> int:
-        """Return the number of experts of a kind in each layer."""
+        """Return the number of experts in each layer of Space-MoE (kind "space") or Time-MoE (kind "time")."""
         return self.space_experts if kind == "space" else self.time_experts
 
     @model_validator(mode="after")
@@ -155,7 +155,7 @@ class Edge(Section):
 
 
 class Diffusion(Section):
-    """The noise schedule, and the loss that denoising is trained by."""
+    """The noise schedule, what the U-Net predicts, and the weights of timesteps in the loss."""
 
     num_timesteps: Positive = setting(1000, "Number of timesteps T of the noise schedule.")
     schedule: Literal["scaled_linear", "linear"] = setting(

@@ -1,4 +1,4 @@
-"""Settings that affect the results of a run: when it is resumed, a change of them must be allowed explicitly."""
+"""Checks on resume that settings and data which affect a run's results are unchanged, or the change is allowed."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ FINGERPRINTS = {
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[object, object]]:
-    """Return the fields that affect the results of a run and have changed, each with its old and new value."""
+    """Return the changed settings that affect the results of a run: {section.key: (old value, new value)}."""
     free = FREE_FIELDS | staged_keys(old) | staged_keys(new)  # train.stages itself is compared
     if new.optim.lr_schedule not in ENDLESS:
         free -= {"train.max_steps"}  # another last step changes the learning rate of every step
@@ -66,10 +66,12 @@ def check_same_run(old: Config, new: Config, folder: str) -> list[str]:
 
 
 def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Config, folder: str) -> list[str]:
-    """Compare the fingerprints of shards, captions and encoders with those in a checkpoint's manifest.
+    """Check that a resumed run has the data and encoders with which its checkpoint was trained.
+
+    The fingerprints (hashes) of shards, captions and encoders are compared.
 
     Args:
-        manifest: the checkpoint's manifest. After a conversion it has no fingerprints of captions and encoders.
+        manifest: the checkpoint's manifest. After a conversion it has only the fingerprint of the shards.
         current: the fingerprints of this run by name.
         config: this run's configuration.
         folder: name of the checkpoint in messages.

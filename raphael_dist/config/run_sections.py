@@ -1,4 +1,4 @@
-"""Sections that define a run: folder, optimizer, steps, averages, checkpoints, ranks, samples."""
+"""Sections of the configuration about a run: run, optim, train, ema, checkpoint, parallel, sample."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -106,7 +106,7 @@ class Optim(Section):
 
 
 class Stage(Section):
-    """A training phase with its own settings."""
+    """A range of training steps with its own settings (an entry of train.stages)."""
 
     until: Positive | None = Field(
         None, description="Last step of the stage. null, which only the last stage may have: train.max_steps."
@@ -287,7 +287,7 @@ class Parallel(Section, json_schema_extra=FREE):
         return (value,) if isinstance(value, str) else value
 
     def ep(self, kind: ExpertKind) -> int:
-        """Return the number of ranks over which the experts of a kind are sharded."""
+        """Return the expert-parallel size of the Space-MoE (kind "space") or the Time-MoE (kind "time")."""
         return self.space_ep if kind == "space" else self.time_ep
 
     @property

@@ -1,8 +1,8 @@
 """The whole configuration, and how it is loaded. Importing this module does not import torch, so `--help` is instant.
 
-Precedence, lowest first: the defaults of the sections, the preset or YAML file of `--config` on top of its `base`, then
-overrides (`train.max_steps=50`), each key once. Numbers that DeepSpeed also has (micro-batch, accumulation, clipping, dtype)
-are owned here; see `engine/ds_config.py`.
+A later value replaces an earlier one in this order: defaults of the sections; the `base` of the preset or YAML file that
+`--config` names; this file; overrides (`train.max_steps=50`). Settings that DeepSpeed has as well (micro-batch size,
+accumulation, clipping, dtype) are set here and not in DeepSpeed's file; see `engine/ds_config.py`.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ class Config(Section):
         return self.lora.rank > 0 or self.control.enabled
 
     def find_warnings(self) -> list[str]:
-        """Return a line for each setting that is allowed but has no effect within the run."""
+        """Return a warning for each setting that is allowed but has no effect, because the run ends before."""
         return list(checks.check_steps(self.train, self.optim, self.model, self.ema))
 
 
@@ -106,10 +106,10 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_leniently(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
-    """Load a configuration without the values that `load_config` refuses.
+    """Load a configuration, with default values in place of the values that `load_config` would refuse.
 
     Returns:
-        The configuration, None if a whole section is refused, and a line for each mistake.
+        The configuration (None if a mistake cannot be replaced by a default), and an error message for each mistake.
     """
     try:
         return load_config(name_or_path, overrides), []
@@ -155,7 +155,7 @@ def default_run_dir(name_or_path: str) -> str:
 
 
 def config_from_tree(tree: JsonObject) -> Config:
-    """Validate a nested dict. Raises UserError with one line per mistake."""
+    """Make a Config from nested dicts {section: {key: value}}. Raises UserError with one line per mistake."""
     return _validated(ConfigTree(tree))
 
 
@@ -168,11 +168,11 @@ def _validated(config: ConfigTree) -> Config:
 
 
 def stored_tree(config: Config) -> JsonObject:
-    """Return the settings as a run, a checkpoint or an export stores them: without the secrets of addresses."""
+    """Return all settings as nested dicts for storage in a run, checkpoint or export, with secrets in addresses hidden."""
     tree: JsonObject = hide_secrets_in_tree(config.model_dump(mode="json"))
     return tree
 
 
 def to_yaml(config: Config) -> str:
-    """Return all settings as YAML that `load_config` can read again, without the secrets of addresses."""
+    """Return all settings as YAML that `load_config` can read, with secrets in addresses hidden."""
     return yaml.safe_dump(stored_tree(config), sort_keys=False, default_flow_style=None, width=120)

@@ -1,4 +1,4 @@
-"""Runs in stages (`train.stages`): steps with other image sizes, batches or learning rates, one stage after another."""
+"""Stages of a run (`train.stages`): consecutive ranges of steps with their own image sizes, batches or learning rates."""
 
 from typing import NamedTuple
 
@@ -17,12 +17,15 @@ KEYS_OF_STAGES = (
 
 
 def staged_keys(config: Config) -> set[str]:
-    """Return the keys that stages set, whose values follow from the step and not from the rest of the configuration."""
+    """Return the keys `section.key` that the stages of a run set."""
     return {key for stage in config.train.stages for key in stage.set}
 
 
 class StageSpan(NamedTuple):
-    """The configuration of a stage, or of a run without stages, and the steps after which it begins and ends."""
+    """The configuration of a stage (or of a run without stages), and the range of its steps.
+
+    The stage consists of the steps since + 1 to until, counted from 1.
+    """
 
     config: Config
     since: int
@@ -30,7 +33,7 @@ class StageSpan(NamedTuple):
 
 
 def stage_at(config: Config, step: int) -> StageSpan:
-    """Return the stage that follows after `step` steps. Raises UserError if its settings are not allowed or not valid."""
+    """Return the stage of the next step after `step` steps are done. UserError: the settings of the stage are not valid."""
     since, last = 0, config.train.max_steps
     for number, stage in enumerate(config.train.stages, start=1):
         until = last if stage.until is None else min(last, stage.until)
@@ -41,7 +44,7 @@ def stage_at(config: Config, step: int) -> StageSpan:
 
 
 def every_stage(config: Config) -> list[Config]:
-    """Return the configuration of each stage; that of the run if it has no stages. Raises the UserErrors of `stage_at`."""
+    """Return the configuration of each stage, or [config] for a run without stages. Raises the UserErrors of `stage_at`."""
     stages = config.train.stages
     return [_with_values(config, stage.set, number) for number, stage in enumerate(stages, start=1)] or [config]
 

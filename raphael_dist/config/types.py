@@ -1,4 +1,7 @@
-"""Types of configuration fields: the base class of sections, number ranges, choices, and what may change on resume."""
+"""Types of configuration fields: the base class of sections, number ranges, choices, and marks of what may change on resume.
+
+A mark (FREE or SHAPES) states what happens if the value of a field differs when a run is resumed.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,17 +39,17 @@ SHAPES: JsonDict = {"on_resume": "never"}  # the shapes of the weights depend on
 
 
 def setting(default: object, description: str, mark: JsonDict | None = None, min_length: int | None = None) -> Any:
-    """Return a field of a section that must not change on resume unless run.allow_change names it."""
+    """Define a field of a section. Its value affects results: on resume it may change only if run.allow_change names it."""
     return Field(default, description=description, json_schema_extra=mark, min_length=min_length)
 
 
 def free_setting(default: object, description: str) -> Any:
-    """Return a field of a section that may change whenever a run is resumed."""
+    """Define a field of a section whose value may change whenever a run is resumed."""
     return setting(default, description, FREE)
 
 
 def shape_setting(default: object, description: str, min_length: int | None = None) -> Any:
-    """Return a field of a section that decides the shapes of the weights, and so can never change on resume."""
+    """Define a field of a section whose value decides shapes of weights. It can never change on resume."""
     return setting(default, description, SHAPES, min_length)
 
 
@@ -68,18 +71,18 @@ class Section(BaseModel):
 
 
 def sections_of(config_type: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """Return the sections of a configuration by name."""
+    """Return the class of each section of a configuration, by the section's name."""
     types = {name: field.annotation for name, field in config_type.model_fields.items()}
     return {name: kind for name, kind in types.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
 def keys_of(config_type: type[BaseModel]) -> list[str]:
-    """Return all keys of a configuration as `section.name`."""
+    """Return all keys of a configuration as `section.key`."""
     return [f"{section}.{name}" for section, kind in sections_of(config_type).items() for name in kind.model_fields]
 
 
 def keys_marked(config_type: type[BaseModel], mark: JsonDict) -> list[str]:
-    """Return the keys, as `section.name`, whose field or section has this mark: FREE or SHAPES."""
+    """Return the keys `section.key` whose field or section has this mark, FREE or SHAPES."""
     return [
         f"{section}.{name}"
         for section, kind in sections_of(config_type).items()
@@ -104,10 +107,13 @@ def _contains_bool(value: object) -> bool:
 
 
 def bytes_per_element(dtype: Dtype) -> int:
-    """Return the size of one number of a dtype in bytes."""
+    """Return the size of one element of a dtype, in bytes."""
     return 2 if dtype == "bfloat16" else 4
 
 
 def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
-    """Return whether the grouped matrix product of a GPU supports them: bfloat16, and rows of a multiple of 16 bytes."""
+    """Return whether torch's grouped matrix product on GPUs supports matrices of this dtype with rows of these widths.
+
+    It requires bfloat16, and rows whose size is a multiple of 16 bytes. widths: in elements.
+    """
     return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)

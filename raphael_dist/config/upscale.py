@@ -38,12 +38,12 @@ class Upscale(Section):
 
 
 def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tuple[int, int], ...]) -> None:
-    """Check that small images fit the latents.
+    """Check that the small images of super-resolution can be divided into one square of pixels per latent position.
 
     Args:
         upscale: the section.
-        latent_factor: pixels per side of a latent.
-        buckets: image sizes (height, width).
+        latent_factor: number of image pixels per side of a latent position.
+        buckets: image sizes (height, width) in pixels.
 
     Raises:
         UserError: `upscale.patch` or a bucket does not fit.

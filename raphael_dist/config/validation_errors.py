@@ -1,4 +1,4 @@
-"""Mistakes in a configuration as lines for the user, from the errors of pydantic."""
+"""Turns pydantic's validation errors of a configuration into messages for the user."""
 
 import difflib
 import re
@@ -39,7 +39,7 @@ _MESSAGES = {
 
 
 def value_text(value: object) -> str:
-    """Return a value on one short line, as YAML would have it."""
+    """Return a value as one short line, written as in YAML (null, true)."""
     if isinstance(value, str):
         return escape_control(shorten(value)) or "''"
     if value is None or isinstance(value, bool):
@@ -48,7 +48,10 @@ def value_text(value: object) -> str:
 
 
 def explain(error: Mapping[str, Any], config_type: type[BaseModel]) -> list[str]:
-    """Return a line for each mistake in one error of a ValidationError of this type."""
+    """Return the messages for one error of a ValidationError, usually one.
+
+    error: an element of `ValidationError.errors()`. config_type: the class that was validated, for suggestions.
+    """
     context = error.get("ctx", {})
     cause = context.get("error")
     if isinstance(cause, UserError):

@@ -28,8 +28,8 @@ def export_adapter(source_layout: str, run: Path, target_format: str, folder: Pa
     assert target_format in ADAPTER_FORMATS
     if source_layout not in ("auto", "raphael"):
         raise UserError(
-            f"--to {target_format} requires the run directory of the training, but {run} was given with "
-            f"--from {source_layout}. Use --from auto RUN_DIR."
+            f"--to {target_format} requires the run directory in which the adapters or the ControlNet were trained, but "
+            f"{run} was given with --from {source_layout}. Use --from auto RUN_DIR."
         )
     reader = open_newest(run, "--from auto")
     config = reader.config()

@@ -226,11 +226,11 @@ def _refusal(refused: list[str], ours: Shapes, checkpoint: Checkpoint, config: C
     parts = {part_of(name) for name in refused}
     if "" in parts:
         return text + (
-            "Only edge modules, experts and the width of the captions' tokens may differ. Use the model settings of the "
-            "checkpoint."
+            "Only edge modules, experts and the width of the captions' tokens may differ from the checkpoint. Use the model "
+            "settings of the checkpoint."
         )
     allowed = ", ".join(sorted({*config.run.reinit, *parts}))
-    return text + f"To initialise these parts as in a new run, set run.reinit=[{allowed}]."
+    return text + f"To start with random weights in these parts of the model, set run.reinit=[{allowed}]."
 
 
 def _parts(names: tuple[str, ...]) -> str:

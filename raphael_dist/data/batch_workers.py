@@ -1,7 +1,7 @@
-"""Builds micro-batches of encoded samples in worker processes.
+"""Builds micro-batches ahead of the step in worker processes, for samples whose features are cached or stored.
 
-One thread of a rank builds about 800 samples per second, which is too slow for a small model on a GPU.
-torch's DataLoader runs the processes. They are forks of the rank, use no device and ignore signals.
+A single thread builds about 800 samples per second, which is too slow for a small model on a GPU. torch's DataLoader runs
+the processes. They are forks of the rank, use no device and ignore signals.
 """
 
 import copy
@@ -33,21 +33,22 @@ _PROBED = 4  # number of samples, so that at least one very likely has a caption
 
 
 class BatchPrefetcher(Prefetcher[Any, Batch]):
-    """Yields the batches of `builder.build` in order, built ahead by worker processes or by a thread of the rank.
+    """Iterates over micro-batches in order. Worker processes or a thread of the rank build them ahead.
 
-    The thread builds all batches where there are no workers, samples are not encoded or /dev/shm is too small. It also
-    builds single batches with a sample that is not encoded. If a worker dies, new workers build the undelivered batches
-    again; after ATTEMPTS losses over one batch the thread builds it.
+    - The thread builds all batches if there are no workers, if samples must be encoded, or if /dev/shm is too small.
+    - The thread builds a single batch if one of its samples is not encoded yet, or if ATTEMPTS workers died building it.
+    - If a worker dies, new workers build the batches that were not delivered yet again.
     """
 
     def __init__(self, builder: BatchBuilder, slots: Iterable[Slots], depth: int, workers: int, processes: int = 1) -> None:
         """Start prefetching.
 
         Args:
-            slots: The slots of each micro-batch.
-            depth: Batches built ahead.
-            workers: Worker processes; 0: none.
-            processes: Ranks on this host, which share its /dev/shm.
+            builder: Builds a micro-batch.
+            slots: For each micro-batch its slots: (position, weight) of each sample. Weight 0 fills an empty place.
+            depth: Number of batches built ahead.
+            workers: Number of worker processes; 0: a thread builds the batches.
+            processes: Number of ranks on this host, which share its /dev/shm.
         """
         self._builder = builder
         self._workers = workers

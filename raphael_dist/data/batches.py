@@ -1,4 +1,4 @@
-"""Assembles micro-batches. Everything drawn for a sample depends only on (seed, position)."""
+"""Assembles micro-batches. All random numbers of a sample depend only on the seed and the sample's global position."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,11 @@ from raphael_dist.rng import Purpose, generator
 
 
 class BatchBuilder:
-    """Builds a `Batch` of the (position, weight) pairs of a micro-step; a pair of weight 0 is padding."""
+    """Builds the `Batch` of a micro-step (one forward and backward pass) from its slots.
+
+    A slot is a place in the micro-batch: (position, weight). The position is the sample's number in the order of training.
+    Weight 0 fills an empty place.
+    """
 
     def __init__(
         self,
@@ -33,9 +37,13 @@ class BatchBuilder:
         """Create the builder.
 
         Args:
-            num_blocks: Transformer blocks of the model.
-            global_batch_size: Positions over which timesteps are stratified (default: `train.global_batch_size`).
-            gate_noise: Draw noise for the gates, if the configuration has any.
+            config: Configuration of the run.
+            stream: Returns the sample at a position.
+            encoder: Encodes images and captions that are not encoded yet.
+            num_blocks: Number of transformer blocks of the model.
+            global_batch_size: Number of consecutive positions over which timesteps are stratified (default:
+                `train.global_batch_size`).
+            gate_noise: Draw noise for the gates, if `model.gate_noise` is above 0.
             pin: Put the batch into pinned memory, which a GPU copies asynchronously.
         """
         self.config, self.stream, self.encoder, self.num_blocks = config, stream, encoder, num_blocks
@@ -51,16 +59,16 @@ class BatchBuilder:
         return self.finalize(self._assemble(slots, self.encoder.encode(samples)))
 
     def finalize(self, batch: Batch) -> Batch:
-        """Move the batch to pinned memory with `pin`, and record the time."""
+        """Return the batch, in pinned memory if the builder was created with `pin`. Record the seconds of the copy in it."""
         began = time.monotonic()
         batch = batch.pack() if self.pin else batch
         batch.seconds["copying"] = time.monotonic() - began
         return batch
 
     def dummy_batch(self, slots: Sequence[tuple[int, float]]) -> Batch:
-        """Return a micro-batch with the shapes of `build(slots)`, with zeros for samples and weights of 0.
+        """Return a micro-batch with the shapes of `build(slots)`, but with zeros as samples and all weights 0.
 
-        A rank without data uses it to take part in collectives until all ranks know.
+        A rank that has failed to read its data computes with it until all ranks know, since they wait for its collectives.
         """
         source, place = self.stream.source, self.stream.order.lookup(slots[0][0])
         height, width = (side // source.latent_factor for side in source.buckets[place.bucket])

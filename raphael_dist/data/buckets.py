@@ -9,17 +9,17 @@ _TIE = 1e-9
 
 
 def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return the bucket with the nearest aspect ratio (in logarithms) for each image.
+    """Return, for each image, the bucket whose aspect ratio is nearest to the image's, compared by logarithms.
 
-    Among buckets of equal ratio the one with the nearest area.
+    Among buckets of equal ratio it is the one with the nearest area.
 
     Args:
-        widths: Pixels [N].
-        heights: Pixels [N].
-        buckets: (height, width) in pixels.
+        widths: Widths of the images in pixels, [N].
+        heights: Heights of the images in pixels, [N].
+        buckets: (height, width) of each bucket in pixels.
 
     Returns:
-        Bucket numbers, int64 [N].
+        Number of each image's bucket, an index into `buckets`, int64 [N].
     """
     h_B, w_B = np.array(buckets, np.float64).reshape(-1, 2).T
     w_N1, h_N1 = widths.astype(np.float64)[:, None], heights.astype(np.float64)[:, None]
@@ -30,7 +30,10 @@ def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[t
 
 
 def factor_errors(buckets: Sequence[tuple[int, int]], factor: int) -> list[str]:
-    """Return a message for each bucket that the image encoder's `factor` (pixels per latent) does not divide."""
+    """Return an error message for each bucket whose sides are not multiples of `factor`.
+
+    factor: number of image pixels per side of a latent position, a property of the image encoder.
+    """
     return [
         f"image.buckets=[{height}, {width}] must be multiples of {factor}, the number of image pixels per side of a latent "
         f"position. Use [{height // factor * factor or factor}, {width // factor * factor or factor}]."

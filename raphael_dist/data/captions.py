@@ -1,7 +1,7 @@
 """Reads and cleans captions: the paper's filters (URLs, HTML, e-mail addresses) and repair of wrongly decoded text.
 
-Untrusted bytes are read strictly. `CLEANING_VERSION` is the version of the rules in `clean_caption`: other rules give other
-data, so checkpoints and cached features store it.
+The bytes come from others, so malformed text is rejected. `CLEANING_VERSION` is the version of the rules in `clean_caption`.
+Checkpoints and cached features store it, since other rules give other captions.
 """
 
 import html
@@ -37,11 +37,12 @@ _JOINED = re.compile(f"({_EMOJI}(?:\u200d{_EMOJI}){{1,9}}|\U0001f3f4[\U000e0020-
 
 @dataclass(frozen=True)
 class CaptionChoice:
-    """Which texts of a sample are its captions.
+    """Which texts of a sample are its captions (data.caption_from and data.caption_weights).
 
     Attributes:
-        source: "json" or "txt" only, or "auto": those of the json if it has any, otherwise the txt.
-        weights: (name, weight) pairs in place of `source`; a name is a field of the json, or "txt".
+        source: The sample's file with the captions: "json", "txt", or "auto" (the json if it has captions, else the txt).
+        weights: If not empty, used instead of `source`: (name, probability weight) of each text. A name is a field of the
+            json, or "txt" for the txt file.
     """
 
     source: Literal["auto", "json", "txt"] = "auto"
@@ -51,7 +52,8 @@ class CaptionChoice:
 def clean_caption(text: str) -> str:
     """Repair `text`, remove HTML, URLs, e-mail addresses and control characters, and shorten it to 2,000 characters.
 
-    The result is one line and may be "". The text is shortened before the patterns too, so that no text makes them slow.
+    The result is one line and may be "". The text is also shortened before the search for URLs and HTML, which would be slow
+    on a very long text.
     """
     text = text[: 4 * MAX_CAPTION_CHARS]
     if not text.isascii():
@@ -70,7 +72,7 @@ def _visible(text: str) -> str:
 
 
 def pick(weights: Sequence[float], draw: np.random.Generator) -> int:
-    """Draw an index of `weights` in proportion to them."""
+    """Draw a random index into `weights`, with probabilities in proportion to the weights."""
     if min(weights) == max(weights):
         return int(draw.integers(len(weights)))
     edges = np.cumsum(weights)
@@ -78,9 +80,16 @@ def pick(weights: Sequence[float], draw: np.random.Generator) -> int:
 
 
 def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[list[str], list[float]]:
-    """Return a sample's cleaned captions, at least one, and their relative probabilities.
+    """Return a sample's cleaned captions, at least one, and the relative probability of each.
 
-    A field that holds a list divides its weight among its captions. Otherwise like `read_texts`.
+    The captions of a field that contains a list share the weight of the field equally.
+
+    Args:
+        members: Bytes of the files "json" and "txt" of the sample, if it has them.
+        choice: Which texts are captions.
+
+    Raises:
+        ValueError: As in `read_texts`.
     """
     if not choice.weights:
         captions = read_texts({ext: data for ext, data in members.items() if choice.source in ("auto", ext)})[1]
@@ -102,13 +111,14 @@ def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[
 def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[str]]:
     """Return the fields of a sample's json ({} without one) and its cleaned captions, at least one.
 
-    Captions are the json's list `captions`, otherwise its string `caption`, otherwise the txt.
+    The captions are the json's list `captions`. Without it, the json's string `caption`. Without both, the txt.
 
     Args:
-        members: Bytes of "json" and "txt", if the sample has them.
+        members: Bytes of the files "json" and "txt" of the sample, if it has them.
 
     Raises:
-        ValueError: No caption, not UTF-8, over 1 MiB, json that is no object, or captions that are not strings.
+        ValueError: The sample has no caption; a file is not UTF-8 or larger than 1 MiB; the json is not an object; or its
+            captions are not strings.
     """
     meta = _json_object(members["json"]) if "json" in members else {}
     texts, problem = first_texts(meta, ("captions", "caption"))
@@ -119,7 +129,10 @@ def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[st
 
 
 def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[list[str], str]:
-    """Return (texts, "") of the first of these fields that has any, or ([], problem) where none has."""
+    """Return the texts of the first of these fields that contains text, and "".
+
+    If none does, return [] and the reason, for a message.
+    """
     problems = []
     for name in names:
         texts, problem = texts_in(fields.get(name))
@@ -130,9 +143,10 @@ def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[lis
 
 
 def texts_in(value: object) -> tuple[list[str], str]:
-    """Return (texts, problem) of a caption field; the problem is "" unless it holds something else than text.
+    """Return the texts in the value of a caption field, and "" or a problem, for a message.
 
-    A field may be a text or a list of texts, with null for a missing one. A dict has no text: its keys are names.
+    The value may be a string or a list of strings, with null for a missing one. Any other value, such as a dict, is a
+    problem.
     """
     values = value if isinstance(value, list) else [value]
     texts = [item for item in values if isinstance(item, str) and item.strip()]

@@ -1,4 +1,4 @@
-"""Finds a font of this machine for a text in any script; characters without a font are escaped."""
+"""Finds an installed font that can draw a text in any script. Characters that the font lacks are escaped."""
 
 import itertools
 import os
@@ -16,9 +16,10 @@ _NOT_PLAIN = re.compile("bold|italic|oblique|mono|light|thin|condensed|display|s
 
 
 def drawable(text: str, size: int) -> tuple[str, Font]:
-    """Return the text on one line, and a font for it; characters that the font lacks are escaped, such as \\u65e5.
+    """Return the text as one line that can be drawn, and the font to draw it with.
 
-    The font is Pillow's own if it has all letters, otherwise the one of this machine that lacks the fewest.
+    The font is Pillow's own if it has all characters, otherwise the installed font that lacks the fewest. A character that
+    it lacks is escaped, for example as \\u65e5. size: of the font, in pixels.
     """
     text = " ".join(text.split())
     letters = frozenset(text) - {" "}

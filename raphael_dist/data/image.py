@@ -1,4 +1,7 @@
-"""Reads every external image: upright, transparency on white, 8 bits per channel, with a limit on pixels."""
+"""Reads images from outside the program. They become upright RGB with 8 bits per channel, transparent pixels white.
+
+Images with too many pixels are rejected before they are decoded.
+"""
 
 import io
 import re
@@ -46,11 +49,11 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = IMAGE_FORMATS, background: str = "white"
 ) -> Image.Image:
-    """Decode an image to upright RGB, with transparency on `background`.
+    """Decode an image file to upright RGB. Transparent pixels get the colour `background`.
 
     Raises:
-        ValueError: The header states more than `max_pixels`; nothing was decoded.
-        Exception: Decoders raise nearly anything on damaged images.
+        ValueError: The header states more than `max_pixels` pixels; nothing was decoded.
+        Exception: Decoders raise exceptions of many types for damaged images.
     """
     image = _open(data, formats)
     if image.width * image.height > max_pixels:
@@ -59,7 +62,10 @@ def decode_image(
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert an image of Pillow to upright RGB, with transparency on `background`. Raises ValueError for other modes."""
+    """Convert a Pillow image to upright RGB. Transparent pixels get the colour `background`.
+
+    Raises ValueError for an image mode that is not supported.
+    """
     if image.mode not in _MODES:
         raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
     image.load()  # a PNG may have its orientation after its pixels
@@ -77,7 +83,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def read_image(path: Path, option: str, background: str = "white") -> Image.Image:
-    """Read an image file that the user names, as `decode_image`. Raises UserError with the option's name."""
+    """Read the image file that a command line option names, as `decode_image` does. UserError: it cannot be read."""
     Image.init()
     try:
         formats = tuple(name for name in _USER_FORMATS if name in Image.OPEN)
@@ -87,11 +93,13 @@ def read_image(path: Path, option: str, background: str = "white") -> Image.Imag
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) of the image that `decode_image` returns; decodes pixels only if the header does not suffice.
+    """Return (width, height) in pixels of the image that `decode_image` would return.
+
+    Usually only the header is read. Pixels are decoded only if the header does not state the size and the orientation.
 
     Raises:
-        ValueError: The bytes are no supported image; the text names the format.
-        Exception: Decoders raise nearly anything on damaged images.
+        ValueError: The bytes are not an image in a supported format; the text names the format.
+        Exception: Decoders raise exceptions of many types for damaged images.
     """
     image = _open(data, IMAGE_FORMATS)
     if data.startswith(_PNG) and image.width * image.height <= MAX_PIXELS and _has_late_metadata(data):
@@ -103,12 +111,12 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
 
 def image_ext(data: bytes) -> str:
-    """Return the extension for an image's bytes: webp, png or jpg. Raises the errors of `upright_size`."""
+    """Return the file extension for the bytes of an image: webp, png or jpg. Raises the errors of `upright_size`."""
     return _EXT_OF[str(_open(data, IMAGE_FORMATS).format)]
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the text of an error without object addresses, so that equal faults have equal texts."""
+    """Return the text of an exception without object addresses (0x7f...), so that equal errors are counted as one reason."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

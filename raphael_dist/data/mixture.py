@@ -1,9 +1,9 @@
-"""A mixture of sources with weights: the source of each position, exact and without state.
+"""Mixes several sources of samples (data.sources) by weight: computes which source each training position belongs to.
 
-Runs of positions (`run_length` of one image size) are assigned to sources in blocks. Each block of BLOCK runs has a number
-of runs of each source in proportion to its weight, rounded so that they add up, in an order given by the block's number. So
-the n-th run of a source is known at any position without computing those before it, and shares are exact after each block.
-Each source has its own epochs.
+A *run* is `run_length` consecutive positions, whose images have the same size and come from one source. BLOCK consecutive
+runs form a block. In each block, the number of runs of a source is proportional to its weight, rounded so that the numbers
+add up to BLOCK; their order is random, with the block's number as the seed. So the source of any position, and its position
+within the source, are computed without looking at earlier positions. Each source has its own epochs.
 """
 
 import hashlib
@@ -29,10 +29,16 @@ class _Block:
 
 
 class MixedOrder:
-    """Maps any global sample position to a sample of one of the sources, with the interface of `SampleOrder`."""
+    """Maps any global position to a sample of one of several sources. It has the interface of `SampleOrder`."""
 
     def __init__(self, parts: Sequence[SampleOrder], weights: Sequence[float], seed: int) -> None:
-        """`parts`: the sources' orders over one index and view. Raises UserError for a weight too small for one run."""
+        """Create the mixture. Raises UserError for a weight so small that the source gets no run in a block.
+
+        Args:
+            parts: The order of the samples of each source. All of them use the same index and view.
+            weights: The weight of each source.
+            seed: Seed of the order of sources.
+        """
         first = parts[0]
         self.index, self.view, self.buckets, self.bucket_of = first.index, first.view, first.buckets, first.bucket_of
         # A source with only one image size has a run length of 1, but uses the runs of the others.
@@ -49,7 +55,7 @@ class MixedOrder:
 
     @property
     def samples_per_epoch(self) -> int:
-        """The number of samples of all sources; a source with a greater weight is in its next epoch by then."""
+        """The number of samples of all sources together. After that many, a source with a large weight has been repeated."""
         return sum(part.samples_per_epoch for part in self._parts)
 
     @property
@@ -63,12 +69,16 @@ class MixedOrder:
         return hashlib.sha256(" ".join([self._parts[0].fingerprint, *weights, *first_shards]).encode()).hexdigest()
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return the sample at a global position. Raises ValueError for a negative one."""
+        """Return the sample at a global position. Raises ValueError for a negative position."""
         source, source_position = self._find(position)
         return self._parts[source].lookup(source_position)
 
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards in the current windows of all sources at a position."""
+        """Return the numbers of the shards that are read next at a global position, over all sources.
+
+        windows: for each source, the number of windows, beginning with the current one. A window is a group of shards whose
+        samples are shuffled together.
+        """
         block = position // self.run_length // BLOCK
         firsts = [block * share * self.run_length for share in self.shares]
         return [n for part, first in zip(self._parts, firsts, strict=True) for n in part.shards_from(first, windows)]
@@ -95,7 +105,7 @@ class MixedOrder:
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
-    """Return integers in proportion to `weights` that add up to `total` (largest remainder method)."""
+    """Divide `total` into one integer per weight, in proportion to the weights (largest remainder method)."""
     exact = np.array(weights, np.float64) / sum(weights) * total
     shares = np.floor(exact).astype(int)
     for number in np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]:

@@ -31,9 +31,10 @@ _MAX_STORED_TEXT = 64 << 10  # bytes of a caption's tokens up to which data.cach
 
 
 def open_encoders(config: Config, device: torch.device) -> Encoders:
-    """Return the encoders without weights, which each rank loads when it first encodes. Collective.
+    """Return the encoders of a run without their weights. Collective: all ranks call it.
 
-    Rank 0 reads the facts for all. Raises the UserErrors of `check_encoders` on all ranks.
+    Rank 0 reads the encoders' widths and fingerprints for all ranks. A rank loads weights when it first encodes a sample.
+    Raises the UserErrors of `check_encoders` on all ranks.
     """
     dtype, image_dtype = getattr(torch, config.train.dtype), getattr(torch, config.image.dtype)
 
@@ -49,7 +50,7 @@ def open_encoders(config: Config, device: torch.device) -> Encoders:
 
 
 def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
-    """Return HED if the configuration computes edge maps with it. Raises UserError without its weights."""
+    """Return the edge detector HED if the configuration uses it, else None. UserError: its weights are missing."""
     if config.edge.weight == 0 or config.data.features == "stored" or config.data.edge_maps not in ("auto", "hed"):
         return None
     return EdgeEncoder(config.data.hed_weights, device)
@@ -67,7 +68,13 @@ def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> t
 
 
 def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEncoder | ImageFacts) -> None:
-    """Raise UserError, with a line for each mismatch, where the encoders do not fit the model or the image sizes."""
+    """Raise UserError, with a line for each mismatch, unless the encoders fit the model and the image sizes.
+
+    Args:
+        config: The configuration of the run.
+        text: The text encoder, or what is known about it without its weights.
+        image: The image encoder, or what is known about it without its weights.
+    """
     lines = []
     if text.width != config.model.text_width:
         lines.append(
@@ -89,10 +96,16 @@ def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEn
 
 
 def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: bool) -> TrainStream:
-    """Index the shards, fill the feature cache (each rank its part) and return the stream of samples. Collective.
+    """Index the shards, fill the feature cache, and return the stream of samples. Collective: the ranks divide the work.
+
+    Args:
+        config: The configuration of the run.
+        ranks: The ranks of the run.
+        encoders: The encoders of the run.
+        training: Open data.shards or data.sources; False: data.val_shards.
 
     Raises:
-        UserError: On all ranks, for missing or empty shards, too many bad samples, or missing edge maps.
+        UserError: On all ranks, if shards are missing or empty, too many samples are bad, or edge maps are missing.
     """
     d = config.data
     order = open_order(config, ranks, training=training)
@@ -147,10 +160,10 @@ def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks)
 
 
 def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *, training: bool) -> tuple[int, int]:
-    """Compute the missing files of the shards part, part + num_parts, ... in a process without ranks.
+    """Fill the feature cache for the shards number `part`, `part + num_parts`, ..., in a process without ranks.
 
     Returns:
-        The number of computed shards, and of all shards.
+        The number of shards whose features were computed, and the number of all shards.
 
     Raises:
         UserError: See `open_stream`.
@@ -167,7 +180,17 @@ def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *,
 
 
 def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: EdgeSource | None = None) -> ImageDataset:
-    """Return the configured data set; `edges` replaces data.edge_maps. Raises UserError if edge maps are missing."""
+    """Return an object that loads samples by id, as the configuration says.
+
+    Args:
+        config: The configuration of the run.
+        index: The index of the shards.
+        training: Whether these are the training shards, for the message.
+        edges: Used instead of data.edge_maps. None: data.edge_maps.
+
+    Raises:
+        UserError: edge.weight requires edge maps, but data.edge_maps=none.
+    """
     d, needs_edges = config.data, config.edge.weight > 0
     if needs_edges and d.edge_maps == "none":
         raise UserError(
@@ -180,7 +203,10 @@ def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: Ed
 
 
 def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training: bool) -> FeatureSource:
-    """Return the configured source of features; a cache may be empty. Raises the UserErrors of `dataset_of`."""
+    """Return the source of encoded samples that data.features names. A cache is not filled here.
+
+    Raises the UserErrors of `dataset_of`.
+    """
     if config.data.features == "stored":
         # Whatever made their edge maps, they were members of the samples when the features were computed.
         dataset = dataset_of(config, index, training=training, edges="stored")
@@ -198,6 +224,6 @@ def _cache_of(config: Config, dataset: ImageDataset, encoders: Encoders, trainin
 
 
 def stores_text(config: Config, text: TextEncoder) -> bool:
-    """Return whether captions are cached as tokens; otherwise as text, which is encoded before each step."""
+    """Return whether the feature cache stores captions as encoded tokens. If not, it stores text, encoded in each step."""
     setting = config.data.cached_text
     return setting == "stored" or (setting == "auto" and 2 * text.max_tokens * text.width <= _MAX_STORED_TEXT)

@@ -1,7 +1,9 @@
 """The order of training samples: a pure function of (index, seed, position), so that progress is one integer.
 
-1. In each epoch the shards are permuted and divided into windows of `window_shards`, so that few files are read at a time.
-2. The samples of a window are permuted, and those of one bucket (image size) are divided into runs of `run_length`.
+1. In each epoch the shards are permuted and divided into windows of `window_shards` shards. Training reads one window at a
+   time, so that few files are open.
+2. The samples of a window are permuted. The samples of each bucket (image size) are divided into runs of `run_length`
+   samples.
 3. The runs of a window are permuted. Samples that do not fill a run are carried over to the next window.
 
 So an epoch drops fewer than `run_length` samples of each bucket, and all epochs have the same length. Memory does not grow
@@ -22,7 +24,7 @@ from raphael_dist.rng import Purpose, generator
 
 @dataclass(frozen=True)
 class SamplePosition:
-    """The sample at one global position, its bucket and the epoch."""
+    """What lies at one global position: the id of the sample, the number of its bucket (image size), and the epoch."""
 
     epoch: int
     sample_id: int
@@ -45,14 +47,16 @@ class _Epoch:
 
 
 class SampleOrder:
-    """Maps any global sample position to a sample. It has no state except caches. Thread-safe.
+    """Maps any global position (number of a sample in the endless order of training) to a sample.
+
+    It has no state except caches. Thread-safe.
 
     Attributes:
-        buckets: (height, width) in pixels.
-        bucket_of: [num_samples], the bucket of each sample id; -1 where a filter drops it.
-        run_length: Consecutive positions that share a bucket; 1 where all samples do.
-        samples_per_epoch: Positions of an epoch.
-        dropped_per_epoch: Samples that do not fill a run.
+        buckets: (height, width) of each bucket (image size) in pixels.
+        bucket_of: [num_samples], the number of each sample's bucket; -1 if a filter drops the sample.
+        run_length: Number of consecutive positions with the same bucket; 1 if there is only one bucket.
+        samples_per_epoch: Number of positions in an epoch.
+        dropped_per_epoch: Number of samples that each epoch leaves out, since they do not fill a run.
     """
 
     def __init__(
@@ -68,11 +72,16 @@ class SampleOrder:
         """Create the order.
 
         Args:
-            view: View of the index with these buckets (default: all samples).
-            shards: Use only these shards (default: all).
+            index: The index of the shards.
+            buckets: (height, width) of each bucket (image size) in pixels.
+            seed: Seed of the permutations.
+            window_shards: Number of shards in a window.
+            run_length: Number of consecutive samples of the same bucket.
+            view: Which samples pass the filters, and their buckets (default: all samples pass).
+            shards: Numbers of the shards to use (default: all).
 
         Raises:
-            UserError: No bucket, or fewer than `run_length` samples in each bucket.
+            UserError: There is no bucket, or each bucket has fewer than `run_length` samples.
         """
         assert window_shards >= 1
         assert run_length >= 1
@@ -88,9 +97,9 @@ class SampleOrder:
         self.dropped_per_epoch = num_samples - self.samples_per_epoch
         if self.samples_per_epoch == 0:
             raise UserError(
-                f"image.buckets must contain a size with at least {run_length} samples, as many as a micro-step or "
-                f"data.bucket_run takes, but the largest bucket has {totals_B.max()} of {num_samples} samples. Use fewer "
-                "buckets, more data, or a smaller train.micro_batch_size and data.bucket_run."
+                f"image.buckets must contain an image size with at least {run_length} samples, since so many consecutive "
+                f"samples have the same size, but the most frequent size has {totals_B.max()} of {num_samples} samples. Use "
+                "fewer sizes, more data, or a smaller train.micro_batch_size and data.bucket_run."
             )
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._members = lru_cache(maxsize=32)(self._make_members)
@@ -98,17 +107,17 @@ class SampleOrder:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the samples and their order: the shards' fingerprint, with the view's digest if there are filters."""
+        """A hash of the samples and the filters, which decide the order. A resumed run must have the same one."""
         return f"{self.index.fingerprint} {self.view.digest}" if self.view.dropped else self.index.fingerprint
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return the sample at a global position, which has no upper limit. Raises ValueError for a negative one."""
+        """Return the sample at a global position, from 0 without upper limit. Raises ValueError for a negative position."""
         epoch, window, offset = self._find(position)
         sample_id = int(self._window(epoch, window)[offset])
         return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
 
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards in the window of a position and in the windows after it."""
+        """Return the numbers of the shards in `windows` windows: that of a position, and those after it."""
         epoch, window, _ = self._find(position)
         numbers: list[int] = []
         for _ in range(windows):

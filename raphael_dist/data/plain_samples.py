@@ -13,15 +13,17 @@ from raphael_dist.data.shards.shard_names import expand_shards, name_option
 def read_samples(
     patterns: Sequence[str], cache_dir: Path, size_hw: tuple[int, int], option: str = "data.shards", limit: int | None = None
 ) -> Iterator[DecodedSample]:
-    """Yield the good samples of shards in order.
+    """Yield the samples of shards in the order in which they are stored. Samples that cannot be decoded are skipped.
 
     Args:
-        size_hw: (height, width) to which images are resized and cropped.
-        option: The option that names the shards, for errors.
-        limit: Largest number of samples.
+        patterns: Paths, globs or URLs of the shards.
+        cache_dir: Folder for the index of the shards.
+        size_hw: (height, width) in pixels to which images are resized and cropped.
+        option: Name of the option or setting that names the shards, for messages.
+        limit: Largest number of samples; None: all.
 
     Raises:
-        UserError: The files do not exist or are no shards.
+        UserError: The files do not exist, or contain no samples.
     """
     with name_option(option):
         index = build_index(expand_shards(patterns), cache_dir / "index")

@@ -1,4 +1,4 @@
-"""Prefetches with threads, which suffice because decoders and file reads release Python's global lock."""
+"""Calls a function ahead of time in threads. Threads suffice, since decoders and file reads release Python's global lock."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +11,10 @@ V = TypeVar("V")
 
 
 class Prefetcher(Generic[K, V]):
-    """Iterates over `fn(key)` for each key in order; `workers` threads make up to `depth` calls ahead.
+    """Iterates over `fn(key)` for each key, in order. `workers` threads call `fn` for up to `depth` keys ahead.
 
-    If `fn` or `keys` raises, iteration yields the values before and then raises that exception. The threads stop at the end
-    of the iteration, by `close()`, or at the end of a `with` block.
+    If `fn` or `keys` raises an exception, the iteration yields the values of the keys before and then raises it. The threads
+    stop at the end of the iteration, when `close` is called, or at the end of a `with` block.
     """
 
     def __init__(self, fn: Callable[[K], V], keys: Iterable[K], depth: int = 4, workers: int = 1) -> None:
@@ -48,7 +48,7 @@ class Prefetcher(Generic[K, V]):
             self._futures.append(self._pool.submit(self._fn, key))
 
     def close(self) -> None:
-        """Drop prefetched values and wait for running calls. May be called twice."""
+        """Stop: discard the values that were computed ahead, and wait for running calls. May be called twice."""
         self._end = StopIteration()
         self._futures.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -19,7 +19,10 @@ from raphael_dist.runtime.ranks import Ranks
 
 @dataclass
 class DataSource:
-    """The opened data of a run. The trainer receives the function that opens it, so that tests can replace it."""
+    """The opened data of a run: encoders, training samples and validation samples.
+
+    The trainer receives the function that opens it as an argument, so that tests can give it other data.
+    """
 
     encoders: Encoders
     training: TrainStream
@@ -34,7 +37,10 @@ class DataSource:
         return self.encoders.image
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprints that a checkpoint stores, by field. A run cannot resume with other data."""
+        """Return hashes of the data and the encoders by setting, such as data.shards, for the checkpoints of the run.
+
+        A run that resumes from a checkpoint must have the same hashes.
+        """
         index = self.training.order.index
         return {
             "data.shards": self.training.order.fingerprint,
@@ -46,11 +52,11 @@ class DataSource:
 
     @property
     def replaced(self) -> int:
-        """The number of replaced bad samples since the start, on this rank."""
+        """The number of bad samples that this rank has replaced by other samples since the process started."""
         return self.training.replaced
 
     def describe(self) -> str:
-        """Return a line with the images of an epoch and what is left out."""
+        """Return one line with the number of images in an epoch, and how many samples are left out for which reason."""
         order = self.training.order
         trained, short = order.samples_per_epoch, order.dropped_per_epoch
         left_out = [
@@ -62,7 +68,7 @@ class DataSource:
         return f"{trained} images" + (f" (left out: {details})" if details else "")
 
     def key(self, position: int) -> str:
-        """Return the name of the sample at a position."""
+        """Return the key, in its shard, of the training sample at a global position."""
         return self.training.sample(position).key
 
     def builder(self, config: Config, num_blocks: int, device: torch.device) -> BatchBuilder:
@@ -72,12 +78,12 @@ class DataSource:
     def batches_of(
         self, stream: TrainStream, config: Config, num_blocks: int, device: torch.device, **options: Any
     ) -> BatchBuilder:
-        """Return a builder of batches of a stream, with the options of `BatchBuilder`."""
+        """Return a builder of batches from the samples of `stream`. options: keyword arguments of `BatchBuilder`."""
         encoder = BatchEncoder(self.encoders, with_edges=config.edge.weight > 0)
         return BatchBuilder(config, stream, encoder, num_blocks, pin=is_gpu(device), **options)
 
     def close(self) -> None:
-        """Stop the background work of the streams."""
+        """Stop the threads and processes that read or encode samples."""
         for stream in (self.training, self.held_out):
             if stream is not None:
                 stream.close()

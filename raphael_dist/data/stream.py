@@ -1,4 +1,4 @@
-"""The stream of samples: the sample at each global position, with all its randomness derived from that position."""
+"""Reads the sample at each global position. All its random choices (caption, flip, dropout) derive from the position."""
 
 import itertools
 import logging
@@ -35,19 +35,19 @@ _MIN_SAMPLES = 1000  # below which the share of bad samples is not significant
 
 @dataclass(frozen=True, eq=False)
 class StreamSample:
-    """One sample for training, with encoded parts as far as they are stored (`BatchEncoder` encodes the others).
+    """One training sample. Parts that the cache or the shard stores are encoded; `BatchEncoder` encodes the others later.
 
     Attributes:
-        latents: float32 [C, h, w], or None with `image`.
-        image: uint8 [3, H, W], or None with `latents`.
-        noise: float32 [C, h, w], the draw from the latents' distribution.
-        caption: Text, where the tokens are not stored.
-        text: The caption's tokens, or None.
-        edge: float32 [h, w] in 0..1, or None.
-        flipped: The image is mirrored left to right.
-        dropped: The caption was replaced by the empty one.
-        seconds: Time by kind of work.
-        small: The downscaled image, uint8 [3, Hs, Ws], where it is stored.
+        latents: Encoded image, float32 [C, h, w]. None: it is not encoded yet, and `image` is set.
+        image: RGB image, uint8 [3, H, W]. None: `latents` is set.
+        noise: Standard normal noise, float32 [C, h, w], with which latents are drawn from the VAE's distribution.
+        caption: The caption as text, if its tokens are not stored.
+        text: The encoded caption, if its tokens are stored, else None.
+        edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
+        flipped: Whether the image was mirrored left to right.
+        dropped: Whether the caption was replaced by the empty one (caption dropout).
+        seconds: Seconds spent, by kind of work.
+        small: Downscaled image for super-resolution, uint8 [3, Hs, Ws], if it is stored, else None.
     """
 
     position: int
@@ -67,13 +67,14 @@ class StreamSample:
 
 
 class TrainStream:
-    """Samples by position: a pure function of (order, source, seed), so any rank may read any position at any time.
+    """Returns the sample at any global position. It is a pure function: any rank may read any position at any time.
 
-    A bad sample is replaced by the next good sample id of its bucket, cyclically.
+    A sample that cannot be used is replaced by the next usable sample of the same image size (bucket), in the order of ids,
+    and after the last one by the first.
 
     Attributes:
-        replaced: Number of samples that were replaced.
-        bad_samples: The bad samples that are known so far, by sample id.
+        replaced: Number of samples that were replaced so far.
+        bad_samples: By sample id, the samples that are known to be unusable, with the reason.
     """
 
     def __init__(
@@ -91,15 +92,18 @@ class TrainStream:
         """Create the stream.
 
         Args:
-            caption_dropout: Share of captions replaced by the empty one.
-            flip: Mirror half of the images.
-            max_bad_fraction: Largest share of bad samples.
-            on_error: "stop" at a bad sample, or "skip" it.
-            reader: Decodes in worker processes and prefetches shards.
+            order: Maps a position to a sample id.
+            source: Returns a sample's images and captions, encoded or not.
+            seed: Seed of the random choices.
+            caption_dropout: Fraction of the captions that are replaced by the empty one.
+            flip: Mirror half of the images left to right.
+            max_bad_fraction: Largest allowed fraction of unusable samples.
+            on_error: What happens at an unusable sample: "stop" raises UserError, "skip" replaces it.
+            reader: Decodes in worker processes and prefetches shards; None: decode in this process.
 
         Raises:
-            UserError: More than `max_bad_fraction` of the samples are known to be bad, all of a bucket, or any of them with
-                on_error="stop".
+            UserError: More than `max_bad_fraction` of the samples are known to be unusable; all samples of an image size
+                are; or at least one is and `on_error` is "stop".
         """
         assert source.index.fingerprint == order.index.fingerprint, "order and features are of different shards"
         assert source.buckets == order.buckets, "order and features are of different buckets"
@@ -123,7 +127,7 @@ class TrainStream:
         self._lock = threading.Lock()
 
     def samples(self, positions: Sequence[int]) -> list[StreamSample]:
-        """Return the samples at these positions; worker processes decode them in parallel."""
+        """Return the samples at these global positions. Worker processes, if there are any, decode them in parallel."""
         if self._reader is not None and len(positions):
             decodes = self.source.decodes_images
             self._reader.prefetch(positions[0], [self._request(position) for position in positions] if decodes else [])
@@ -170,7 +174,7 @@ class TrainStream:
         )
 
     def close(self) -> None:
-        """Stop the background work of the source and the reader."""
+        """Stop the threads and processes that read or encode samples."""
         self.source.close()
         if self._reader is not None:
             self._reader.close()

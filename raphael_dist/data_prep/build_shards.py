@@ -1,6 +1,7 @@
-"""Writes the shards of parts: decodes each image once, adds edge maps, and features on request.
+"""Writes prepared shards: decodes each image once, adds edge maps and, on request, encoded images and captions (features).
 
-A finished part is not written again: first its complete shard appears, then NAME.json with the report.
+A *part* is the input of one shard (inputs.py). First its complete shard NAME.tar appears, then NAME.json with a report. So a
+restarted command skips the parts that have a report.
 """
 
 import fcntl
@@ -45,12 +46,12 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a part.
+    """The result of writing one shard.
 
     Attributes:
         written: Number of samples in the shard.
         bad: (file or key, reason) of each sample that was left out.
-        skipped: `SkipCounts.counts` of files that are no samples.
+        skipped: For each reason, how many files are not samples (`SkipCounts.counts`).
     """
 
     written: int
@@ -59,7 +60,7 @@ class Report:
 
 
 class Preparer:
-    """Writes the shards of parts to a folder."""
+    """Writes the shards of parts (inputs of one shard each) into a folder."""
 
     def __init__(
         self, out: Path, edges: str, hed: EdgeEncoder | None, config: Config | None, encoders: Encoders | None
@@ -68,10 +69,10 @@ class Preparer:
 
         Args:
             out: The output folder.
-            edges: hed, canny, stored (existing edge maps) or none.
-            hed: The encoder for edges="hed".
-            config: Settings of the features.
-            encoders: Add features with these encoders; None: no features.
+            edges: Where edge maps come from: "hed" or "canny" (computed), "stored" (the input has them), or "none".
+            hed: The edge detector for edges="hed".
+            config: Settings for encoding the samples, such as image sizes.
+            encoders: Encoders with which features are computed. None: the shards get no features.
         """
         self.out, self.edges, self._hed, self._config, self._encoders = out, edges, hed, config, encoders
         about: list[object] = [edges, None if hed is None else hed.fingerprint]
@@ -81,7 +82,7 @@ class Preparer:
         self._settings = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished_report(self, part: Part) -> Report | None:
-        """Return the report of a finished part, or None. Raises UserError if it was written with other settings."""
+        """Return the report of a part that is finished, or None. UserError: it was written with other settings."""
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())
             skipped = SkipCounts(about.get("skipped")).counts
@@ -96,9 +97,9 @@ class Preparer:
         return report if report.written == 0 or (self.out / f"{part.name}.tar").is_file() else None
 
     def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
-        """Write a part's shard and its report; `report_progress` is called for each sample.
+        """Write the shard of a part and its report, and return the report.
 
-        Raises UserError if they cannot be written.
+        report_progress: called once for each sample. Raises UserError if a file cannot be written.
         """
         bad: list[BadSample] = []
         path = self.out / f"{part.name}.tar"
@@ -221,7 +222,7 @@ def _write_tar(path: Path, samples: Iterator[RawSample]) -> int:
 
 
 def summary(reports: Sequence[Report]) -> str:
-    """Return a line with the number of samples, and the most frequent reasons for leaving others out."""
+    """Return a line with the number of samples written, and the most frequent reasons for which others were left out."""
     bad = [sample for report in reports for sample in report.bad]
     text = f"{sum(report.written for report in reports)} samples in {sum(report.written > 0 for report in reports)} shards"
     if bad:

@@ -1,6 +1,7 @@
-"""Finds the images of a folder and their captions: txt or json files, metadata.jsonl, CSV, or a Hugging Face data set.
+"""Finds the images in a folder and their captions.
 
-The file names of a table must be relative and stay within the folder.
+Captions come from a txt or json file next to each image, or from a table: metadata.jsonl, a CSV file, or the Arrow or
+parquet files of a Hugging Face data set. File names in a table must be relative paths inside the folder.
 """
 
 import csv
@@ -30,15 +31,15 @@ _PLAIN = (str, int, float, bool)
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image of the source.
+    """An image in the folder or table from which shards are made, with its captions.
 
     Attributes:
-        name: Its name in the source.
-        read: Returns its bytes; raises ValueError or OSError.
-        captions: Its captions, not cleaned.
-        problem: Why it has no caption, or "".
-        meta: Further fields of its json or table row.
-        edge: Its edge map NAME.edge.png, if there is one.
+        name: Its file name, or its name in the table.
+        read: Returns the bytes of the image file; raises ValueError or OSError.
+        captions: Its captions as they are stored, not cleaned.
+        problem: Why it has no caption; "" if it has one.
+        meta: The other fields of its json file or table row.
+        edge: Path of its edge map NAME.edge.png, or None.
     """
 
     name: str
@@ -50,10 +51,11 @@ class SourceImage:
 
 
 def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceImage], SkipCounts]:
-    """Return the images of a folder with their captions, in a fixed order, and the skipped files.
+    """Return the images in a folder with their captions, in a fixed order, and counts of the files that are not used.
 
     Args:
-        caption: Column or field of the captions; None: one of CAPTION_COLUMNS.
+        folder: The folder.
+        caption: Name of the table's column, or of the json's field, with the captions. None: the first of CAPTION_COLUMNS.
 
     Raises:
         UserError: There are no images or no captions, or a table cannot be read.
@@ -88,9 +90,9 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
 
 
 def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
-    """Return the image files below a folder, sorted, and the skipped files.
+    """Return the image files in a folder and its subfolders, sorted, and counts of the files that are not used.
 
-    Links to files are read; links to folders are not followed.
+    A symbolic link to a file is used; a symbolic link to a folder is not followed.
     """
     paths, skipped = [], SkipCounts()
     for path in sorted(folder.rglob("*")):

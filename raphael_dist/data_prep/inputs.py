@@ -1,4 +1,4 @@
-"""Divides the input of data preparation into parts. Each part becomes one shard, whichever process writes it."""
+"""Divides the input of data preparation into parts. A part becomes one shard, the same one in whichever process."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ _TARS = (".tar", ".tar.gz", ".tgz")
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample of a shard: its key, and its members' bytes by extension."""
+    """An undecoded sample: its key (name in the shard), and the bytes of each of its files by extension."""
 
     key: str
     members: dict[str, bytes]
@@ -36,10 +36,10 @@ class Part:
 
     Attributes:
         name: The shard's name without .tar.
-        read: Yields the samples, and the bad ones.
-        held_out: The shard is for validation.
-        file_of: The source file of each key, where they differ.
-        skipped: Skipped files; complete after `read`.
+        read: Yields the samples, with a `BadSample` in place of a sample that cannot be used.
+        held_out: Whether the shard is for validation.
+        file_of: Name of the source file of each key, if it differs from the key.
+        skipped: Counts of the files that are not samples; complete when `read` has ended.
     """
 
     name: str
@@ -52,18 +52,20 @@ class Part:
 def parts_of(
     sources: Sequence[str], per_shard: int, held_out: float, caption: str | None, out: Path | None = None
 ) -> list[Part]:
-    """Return the parts of shards (paths, globs, ranges, a folder of tars) or of one folder of images.
+    """Divide existing shards, or a folder of images, into parts.
 
     Args:
-        sources: Shards, which keep their names, or one folder.
-        per_shard: Images of a folder per shard.
-        held_out: Share of samples for validation. Each 1 / `held_out`-th sample, at least one, goes to val-*, the others to
-            train-*.
-        caption: As `find_images`.
+        sources: Patterns of shards (paths, globs, ranges), a folder with tar files, or one folder with images. Each existing
+            shard becomes one part, or two with `held_out`.
+        per_shard: For a folder of images: number of images in a part.
+        held_out: Fraction of the samples for validation. These samples are taken at equal distances (at least one), and go
+            to shards val-*, the others to train-*.
+        caption: As in `find_images`.
         out: The output folder, which must not be a source.
 
     Raises:
-        UserError: No input, no captions, two shards with one name, or too few samples for validation.
+        UserError: There are no samples or no captions, two shards have the same name, or there are too few samples for
+            validation.
     """
     folders = [Path(source).expanduser() for source in sources if Path(source).expanduser().is_dir()]
     if len(sources) > 1 and folders:
@@ -84,7 +86,7 @@ def parts_of(
 
 
 def shards_in(folder: Path) -> list[str]:
-    """Return the tars of a folder."""
+    """Return the paths of the tar files in a folder, sorted."""
     return [str(path) for path in sorted(folder.iterdir()) if path.name.endswith(_TARS) and not is_hidden(path.name)]
 
 

@@ -1,4 +1,4 @@
-"""Inspects a data set before training: contents of its samples, problems, and images for a contact sheet."""
+"""Inspects a data set before training: decodes some samples, and reports statistics and problems."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ _NEAR = 6.0  # mean difference (of 255) of two thumbnails below which their imag
 
 @dataclass
 class Findings:
-    """Statistics of the inspected samples; counts by name."""
+    """Statistics of the samples that `inspect` has decoded, and images for a contact sheet."""
 
     num_inspected: int = 0
     members: Counter[str] = field(default_factory=Counter)
@@ -38,12 +38,13 @@ class Findings:
 
 
 def inspect(dataset: ImageDataset, buckets: Sequence[int], count: int, num_images: int) -> Findings:
-    """Read and decode samples that are evenly distributed over the data set.
+    """Decode `count` samples, taken at equal distances from the whole data set, and collect statistics.
 
     Args:
-        buckets: The bucket of each sample id.
-        count: Number of samples.
-        num_images: Number of samples for the contact sheet.
+        dataset: Loads the samples.
+        buckets: The number of the bucket (image size) of each sample id.
+        count: Number of samples to decode.
+        num_images: Number of samples to keep for the contact sheet.
     """
     findings, total = Findings(), dataset.index.num_samples
     ids = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
@@ -90,13 +91,20 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def difference_hash(thumbnail: np.ndarray) -> int:
-    """Return the difference hash of a thumbnail [8, 9, 3]: 64 bits, set where the next pixel is darker."""
+    """Return the difference hash of a thumbnail, float32 [8, 9, 3].
+
+    It has 64 bits, one for each pixel and its right neighbour: 1 if the neighbour is darker. Similar images have hashes that
+    differ in few bits.
+    """
     grey = thumbnail.mean(axis=2)
     return int.from_bytes(np.packbits(grey[:, 1:] < grey[:, :-1] - _STEP).tobytes(), "big")
 
 
 def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[list[str]]:
-    """Return groups of keys whose images look the same: hashes that differ in few bits, and similar colours."""
+    """Return groups of keys of images that look the same: their hashes differ in few bits, and their colours are similar.
+
+    thumbnails: (key, difference hash, thumbnail float32 [8, 9, 3]) of each image.
+    """
     codes = np.array([code for _, code, _ in thumbnails], np.uint64)
     groups, is_grouped = [], np.zeros(len(codes), bool)
     for number, (key, code, small) in enumerate(thumbnails):
@@ -111,7 +119,7 @@ def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[l
 
 
 def report_lines(findings: Findings, dataset: ImageDataset, view: View) -> Iterator[str]:
-    """Yield the lines of the report; `view` has the filters and buckets."""
+    """Yield the lines of the report. view: which samples pass the filters, and their buckets (image sizes)."""
     index, n = dataset.index, findings.num_inspected
     yield f"{index.num_samples} samples in {len(index.shards)} shards; {n} of them were decoded"
     yield "members: " + ", ".join(f"{ext} {count / n:.0%}" for ext, count in findings.members.most_common())
@@ -138,7 +146,10 @@ def report_lines(findings: Findings, dataset: ImageDataset, view: View) -> Itera
 
 
 def truncated_captions(captions: Sequence[str], spec: str, max_tokens: int) -> str:
-    """Return a line with the number of captions that the text encoder truncates, or why it cannot be counted."""
+    """Return a line with the number of captions that are longer than `max_tokens` tokens, or why this cannot be counted.
+
+    spec: value of text.encoder, whose tokenizer is used.
+    """
     from raphael_dist.data.features.encoder_models import tokenizer_of
     from raphael_dist.data.features.encoders import count_longer
 
@@ -167,6 +178,6 @@ def _caption_lines(findings: Findings) -> Iterator[str]:
 
 
 def buckets_of(dataset: ImageDataset) -> np.ndarray:
-    """Return the bucket of each sample by its size in the index, int64 [N]."""
+    """Return the number of the bucket (image size) of each sample, from its size in the index, int64 [num_samples]."""
     sizes = np.concatenate([shard.sizes for shard in dataset.index.shards])
     return nearest_buckets(sizes[:, 0], sizes[:, 1], dataset.buckets)

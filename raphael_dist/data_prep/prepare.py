@@ -1,4 +1,4 @@
-"""Prepares shards by the options of a command line: divides the parts over processes and prints a summary."""
+"""Implements tools/prepare_data.py: divides the shards to write over processes, writes them, and prints a summary."""
 
 import sys
 from collections.abc import Sequence
@@ -22,9 +22,10 @@ EDGES = ("auto", "hed", "canny", "stored", "none")
 
 
 def select_part(part: int | None, parts: int | None) -> tuple[int, int]:
-    """Return the number of this process's part and the number of parts: as given, or by its rank under a launcher.
+    """Return which share of the work this process does: (number of the share, number of shares).
 
-    Raises UserError for an invalid part.
+    They are the options --part and --parts if given, otherwise rank and world size under a launcher, otherwise (0, 1).
+    Raises UserError if `part` is not from 0 to `parts - 1`.
     """
     if part is None and parts is None:
         ranks = discover()
@@ -36,9 +37,10 @@ def select_part(part: int | None, parts: int | None) -> tuple[int, int]:
 
 
 def choose_edges(edges: str, config: Config, device: torch.device) -> tuple[str, EdgeEncoder | None]:
-    """Return the method for edge maps, and HED if it is that; "auto" is HED if its weights are installed, otherwise Canny.
+    """Return the method for edge maps, and the edge detector if the method is "hed", else None.
 
-    Raises UserError for HED without its weights.
+    edges: value of --edges. "auto" means "hed" if HED's weights are installed, otherwise "canny". Raises UserError for "hed"
+    without installed weights.
     """
     if edges == "auto":
         try:
@@ -57,7 +59,10 @@ def prepare(
     sources: Sequence[str], out: Path, config: Config, *, edges: str, features: bool, caption: str | None, per_shard: int,
     held_out: float, part: int, parts: int,
 ) -> list[Report]:  # fmt: skip
-    """Write the shards of this process's part of `sources`, and print a summary. Raises UserError."""
+    """Write this process's share of the shards, print a summary, and return a report for each shard.
+
+    The arguments are the options of tools/prepare_data.py. Raises UserError.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, hed = choose_edges(edges, config, device)
     encoders = None
@@ -91,19 +96,19 @@ def prepare(
 
 
 class _Progress(ProgressBar):
-    """A bar of shards, with the number of samples, on a terminal."""
+    """A progress bar on the terminal, which counts shards and shows the number of samples."""
 
     def __init__(self, total: int, enabled: bool) -> None:
         super().__init__("shards", enabled=enabled, file=sys.stderr, transient=False)
         self._shards, self._total, self._samples = 0, total, 0
 
     def count_sample(self) -> None:
-        """Count a sample."""
+        """Add one to the number of samples."""
         self._samples += 1
         self.report(f"{self._samples} samples", self._shards, self._total)
 
     def count_shard(self) -> None:
-        """Count a shard."""
+        """Add one to the number of shards."""
         self._shards += 1
         self.report(f"{self._samples} samples", self._shards, self._total)
 
@@ -122,7 +127,10 @@ def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[Report], 
 
 
 def fill_caches(config: Config, part: int, parts: int) -> None:
-    """Fill the feature cache of a run's training and validation shards. Raises the UserErrors of `fill_cache`."""
+    """Fill the feature cache (data.features=cached) for share `part` of `parts` of a run's shards, before the run.
+
+    Training and validation shards are encoded. Raises the UserErrors of `fill_cache`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
     encoders = Encoders(text, image, edge_encoder(config, device), device, config.upscale.factor)

@@ -277,7 +277,7 @@ DEEPSPEED_DAMAGES = [
         lambda f: (f / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(
             (f / "zero_pp_rank_0_mp_rank_00_optim_states.pt").read_bytes()
         ),
-        r"must have the start and the number of elements .* but the file states",
+        r"must lie at .* in the flat buffer, but the file states",
     ),
     (lambda f: torch.save({}, f / "mp_rank_00_model_states.pt"), r"must contain .*(dp_world_size|optimizer_state)"),
     (lambda f: torch.save([1], f / "mp_rank_00_model_states.pt"), r"must contain .*dp_world_size"),

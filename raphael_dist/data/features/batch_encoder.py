@@ -1,4 +1,4 @@
-"""The encoders of a run, and the encoding of a batch."""
+"""The encoders of a run (text encoder, VAE, edge detector), and the encoding of a batch of samples with them."""
 
 import threading
 import time
@@ -30,9 +30,9 @@ class Encoders:
     """The encoders of a run.
 
     Attributes:
-        edges: The edge detector (HED); None if the run makes no edge maps.
-        upscale: Factor of super-resolution; 0: none.
-        null: Features of the empty caption (B = 1), on the device; computed when `null_text` is first called.
+        edges: The edge detector HED; None if the run does not compute edge maps.
+        upscale: Factor of super-resolution; 0: no super-resolution.
+        null: The encoded empty caption (B = 1), on the device; None until `null_text` is called.
     """
 
     text: TextEncoder
@@ -43,7 +43,7 @@ class Encoders:
     null: TextFeatures | None = None
 
     def load_weights(self) -> None:
-        """Load the weights of all encoders in the calling thread. Raises UserError if they cannot be read."""
+        """Load the weights of all encoders now, in the calling thread. Raises UserError if they cannot be read."""
         for encoder in (self.text, self.image, self.edges):
             if encoder is not None:
                 encoder.load_weights()
@@ -61,18 +61,18 @@ class Encoders:
         _thread.stream.synchronize()  # in the encoding thread, so that the training stream never waits for it
 
     def latents(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std of the latents, float32 [B, C, h, w] on the device, for images uint8 [B, 3, H, W]."""
+        """Return mean and std of the latents of images uint8 [B, 3, H, W]; both float32 [B, C, h, w] on the device."""
         parts = [self.image.encode(_signed(part.to(self.device))) for part in images.split(IMAGE_BATCH)]
         return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
 
     def edge_maps(self, images: Tensor) -> Tensor:
-        """Return edge maps at the latents' size, float32 [B, h, w] on the device, for images uint8 [B, 3, H, W]."""
+        """Return the edge maps of images uint8 [B, 3, H, W] at the latents' size, float32 [B, h, w] on the device."""
         assert self.edges is not None
         parts = [self.edges.encode(_signed(part.to(self.device))) for part in images.split(IMAGE_BATCH)]
         return pool_edges(torch.cat(parts), self.image.factor)
 
     def provenance(self, dataset: ImageDataset) -> dict[str, object]:
-        """Return all settings that features depend on, by the configuration field."""
+        """Return all settings and fingerprints on which the encoded samples of `dataset` depend, by configuration key."""
         edges = dataset.edge if self.edges is None else f"{dataset.edge} {self.edges.fingerprint}"
         return {
             "upscale.factor": self.upscale,
@@ -86,7 +86,7 @@ class Encoders:
         }
 
     def null_text(self) -> TextFeatures:
-        """Return the features of the empty caption, B = 1, on the device."""
+        """Return the encoded empty caption (B = 1), on the device."""
         if self.null is None:
             self.null = self.text.encode([""])
         return self.null
@@ -98,15 +98,15 @@ def _signed(images: Tensor) -> Tensor:
 
 @dataclass
 class Encoded:
-    """The features of a batch.
+    """The encoded images and captions of a batch.
 
     Attributes:
         x0: Latents, float32 [B, C, h, w].
-        text: Tokens, float32 [B, Y, D].
-        mask: Attended tokens, bool [B, Y].
-        end: Index of the end-of-text token, int64 [B].
+        text: Tokens of the captions, float32 [B, Y, D].
+        mask: True at tokens that the text encoder attends to, False at padding, bool [B, Y].
+        end: Index of the end-of-text token of each caption, int64 [B].
         edge: Edge maps, float32 [B, h, w], or None.
-        seconds: Time by kind of work.
+        seconds: Seconds spent, by kind of work.
         small: Small images for super-resolution, uint8 [B, 3, Hs, Ws], or None.
     """
 
@@ -120,13 +120,16 @@ class Encoded:
 
 
 class BatchEncoder:
-    """Encodes the raw parts of a batch's samples on the device; parts that are already encoded stay on the host."""
+    """Encodes those images and captions of a batch that are not encoded yet, on the device.
+
+    Parts that are already encoded stay in host memory.
+    """
 
     def __init__(self, encoders: Encoders, with_edges: bool) -> None:
         self._encoders, self._with_edges = encoders, with_edges
 
     def encode(self, samples: Sequence[StreamSample]) -> Encoded:
-        """Return the features of samples of one bucket. On a GPU this runs on a side stream and is complete on return."""
+        """Return the encoded samples; all must have one image size. On a GPU this runs, and completes, on a side stream."""
         began = time.monotonic()
         if any(s.image is not None or s.text is None for s in samples):
             with self._encoders.side_stream():
@@ -140,7 +143,7 @@ class BatchEncoder:
         return encoded
 
     def zeros(self, count: int, shape: tuple[int, int, int]) -> Encoded:
-        """Return zeros with the shapes of `encode` for `count` samples; `shape` is [C, h, w] of their latents."""
+        """Return zeros in the shapes that `encode` returns for `count` samples with latents of the shape [C, h, w]."""
         text = self._encoders.text
         tokens, ends = torch.zeros(count, text.max_tokens, text.width), torch.zeros(count, dtype=torch.int64)
         edge = torch.zeros(count, *shape[1:]) if self._with_edges else None
@@ -207,19 +210,22 @@ class BatchEncoder:
 
 
 class NotEncodedError(Exception):
-    """A sample of a batch is not encoded yet."""
+    """A sample of a batch is not encoded yet, so that a process without encoders cannot build the batch."""
 
 
 def needs_encoding(sample: StreamSample) -> bool:
-    """Return whether a sample needs an encoder for more than the empty caption."""
+    """Return whether the image, edge map or caption of a sample must still be encoded. The empty caption does not count."""
     return sample.image is not None or (sample.text is None and bool(sample.caption))
 
 
 class HostEncoder(BatchEncoder):
-    """Assembles encoded samples in processes without a device. Raises NotEncodedError for other samples."""
+    """Takes the place of `BatchEncoder` in processes without a device: it stacks samples that are already encoded.
+
+    Raises NotEncodedError for other samples.
+    """
 
     def __init__(self, encoder: BatchEncoder, null: TextFeatures | None) -> None:
-        """`null`: the features of the empty caption; None: `encoder` computes them now."""
+        """Take shapes and settings from `encoder`. null: the encoded empty caption; None: `encoder` computes it now."""
         null = encoder._encoders.null_text() if null is None else null
         null = TextFeatures(null.tokens.cpu().float(), null.mask.cpu(), null.end.cpu())
         super().__init__(replace(encoder._encoders, device=torch.device("cpu"), null=null), encoder._with_edges)

@@ -1,4 +1,7 @@
-"""The cache of features: computed once per shard, memory-mapped, and verified as each sample is read."""
+"""The feature cache: files with the encoded samples of each shard.
+
+Each file is computed once and memory-mapped. The checksum of a sample is verified whenever the sample is read.
+"""
 
 import hashlib
 import io
@@ -36,12 +39,13 @@ _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, IndexError)
 
 
 class FeatureCache:
-    """Features in one safetensors file per shard under `root`/`fingerprint`.
+    """Encoded samples (features), in one safetensors file for each shard, in the folder `root`/`fingerprint`.
 
-    - The fingerprint depends on the encoders, buckets, flip, captions and edge maps. A file's name depends on the shard's
-      content. So shards may be added or moved without computing the others again.
+    - The fingerprint is a hash of everything that features depend on: encoders, image sizes, flip, captions, edge maps.
+    - A file's name depends on the content of the shard. So shards can be added or moved, and only new ones are computed.
     - Several processes may write and read at once: a file appears complete or not at all.
-    - A sample whose file is missing or damaged is returned raw, as online; the next `build` computes the file again.
+    - If the file of a sample is missing or damaged, the sample is returned raw (image and caption), to be encoded in the
+      step as with data.features=online. The next `build` computes the file again.
     """
 
     decodes_images = False
@@ -50,14 +54,14 @@ class FeatureCache:
         """Open the cache; files are opened when they are read.
 
         Args:
-            root: Folder of all caches.
-            dataset: The samples.
+            root: Folder with all feature caches, one subfolder each.
+            dataset: Loads the samples to encode.
             encoders: The encoders; their weights are loaded when something is computed.
             flip: Also store the latents of mirrored images.
-            with_text: Store the captions' tokens, not their text.
+            with_text: Store the captions as encoded tokens; False: as text.
 
         Raises:
-            UserError: The image encoder's factor does not divide a bucket.
+            UserError: An image size is not a multiple of the image encoder's factor (pixels per latent).
         """
         self._online = OnlineFeatures(dataset, encoders.image)
         self.dataset, self.index, self.buckets, self.flip = dataset, dataset.index, dataset.buckets, flip
@@ -71,19 +75,19 @@ class FeatureCache:
         self._fill_thread: _FillThread | None = None
 
     def path(self, shard: int) -> Path:
-        """Return the file of a shard number."""
+        """Return the path of the file for a shard, which may not exist. shard: its number in the index."""
         source = self.index.shards[shard]
         return self.folder / f"{Path(source.name).stem[:100]}-{source.content[:16]}.safetensors"
 
     def missing(self) -> list[int]:
-        """Return the numbers of the shards that have samples and no file yet."""
+        """Return the numbers of the shards that have usable samples but no file in the cache yet."""
         return [n for n, shard in enumerate(self.index.shards) if shard.num_samples and not self.path(n).is_file()]
 
     def build(self, shards: Sequence[int], report: Reporter = no_report) -> None:
-        """Compute and write the files of these shards. Corrupt samples are recorded as bad.
+        """Compute and write the files of the shards with these numbers. A corrupt sample is recorded as bad in the file.
 
         Raises:
-            UserError: A file cannot be written, or features exceed the range of float16.
+            UserError: A file cannot be written, or encoded captions exceed the range of float16.
         """
         for number, shard in enumerate(shards, start=1):
             self._build_shard(shard, number, len(shards), report)
@@ -105,7 +109,10 @@ class FeatureCache:
             raise _cannot_write(path, error) from error
 
     def fill_in_background(self, shards: Sequence[int]) -> None:
-        """Compute the files of these shards in a thread until `close`; until then their samples are read as online."""
+        """Start a thread that computes the files of these shards. Until a file exists, its samples are returned raw.
+
+        `close` stops the thread.
+        """
         self._fill_thread = _FillThread(self, shards)
         self._fill_thread.start()
 
@@ -115,16 +122,22 @@ class FeatureCache:
         return self._fill_thread is not None
 
     def close(self) -> None:
-        """Stop `fill_in_background`; unfinished files stay missing. Raises UserError if the thread has failed."""
+        """Stop the thread of `fill_in_background`. Files that it has not finished stay missing. UserError: it has failed."""
         if self._fill_thread is not None:
             self._fill_thread.stop()
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
-        """Return a sample's features with one of its captions, mirrored if `flip`; raw where the cache lacks them.
+        """Return a sample with one of its captions, encoded, or raw if the cache does not have it.
+
+        Args:
+            sample_id: Number of the sample in the index.
+            bucket: Number of its image size.
+            pick: Draws the index of a caption, given the weights of the captions.
+            flip: Return the mirrored image.
 
         Raises:
             BadSampleError: The sample cannot be used.
-            ValueError: `flip` with a cache that has no mirrored latents.
+            ValueError: `flip` is true, but the cache was created without mirrored images.
         """
         if flip and not self.flip:
             raise ValueError("this cache has no mirrored latents; create it with flip")
@@ -155,11 +168,11 @@ class FeatureCache:
         self._open_shard.cache_clear()
         _log.warning(
             "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, and "
-            "the next start computes it again", path, " ".join(str(error).split())[:200],
+            "the next start of the run writes the file again", path, " ".join(str(error).split())[:200],
         )  # fmt: skip
 
     def verify(self, shards: Sequence[int], report: Reporter = no_report) -> None:
-        """Open the files of these shards and quarantine damaged ones, which then count as missing."""
+        """Check the files of these shards. A damaged file is renamed to damaged-NAME, and then counts as missing."""
         for number in shards:
             report(f"the cached shard {number}")
             try:
@@ -171,16 +184,17 @@ class FeatureCache:
 
     @cached_property
     def known_bad(self) -> dict[int, BadSample]:
-        """Sample id -> the samples that could not be encoded. `index.bad` has those that the index rejects."""
+        """The samples that could not be encoded, by sample id. Samples that the index rejects are not among them."""
         missing = set(self.missing())
         present = [n for n, shard in enumerate(self.index.shards) if shard.num_samples and n not in missing]
         return {sample_id: bad for number in present for sample_id, bad in self._read_bad(number).items()}
 
     @cached_property
     def null_text(self) -> TextFeatures | None:
-        """Features of the empty caption (B = 1, float32, CPU); None if text features are not cached.
+        """The encoded empty caption (B = 1, float32, CPU). None if the cache stores captions as text.
 
-        Read from the cache. If its file is missing or damaged, they are computed and written.
+        It is read from a file of its own in the cache. If this file is missing or damaged, the caption is encoded now, and
+        the file is written.
 
         Raises:
             UserError: the file cannot be written.

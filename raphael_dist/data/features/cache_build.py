@@ -1,17 +1,18 @@
-"""Computes the features of one shard's samples as the tensors of one file, in the format of `packing.py`.
+"""Encodes the samples of one shard into the tensors of one file of the feature cache.
 
-For n samples with U distinct captions, of which n_b good samples are in bucket b:
+A shard has n samples with U distinct captions. n_b of its usable samples are in bucket (image size) number b. Tensors of
+images exist once for each bucket, with the number b in the name:
 
-| tensor | type and shape | holds |
+| tensor | type and shape | content |
 |---|---|---|
 | bucket | int16 [n] | the bucket of each sample; -1 for a bad one |
 | row | int32 [n] | its row in the tensors of that bucket |
 | mean.b, std.b, mean_flip.b, std_flip.b, edge.b, small.b | [n_b, ...] | as in `packing.py` |
-| sum.b | int64 [n_b] | CRC-32 of a row of those that exist |
-| caption_offsets | int64 [n + 1] | begin and end of its captions in the next two |
-| caption_rows, weights | int64, float32 [captions] | row of each caption in the following tensors, relative probability |
+| sum.b | int64 [n_b] | CRC-32 of each sample's row in the tensors of the line above |
+| caption_offsets | int64 [n + 1] | sample i has the captions number caption_offsets[i] to caption_offsets[i + 1] - 1 |
+| caption_rows, weights | int64, float32 [captions] | of each caption: its row in the tensors below, relative probability |
 | captions, caption_ends or tokens, mask, end | for U captions | as in `packing.py` |
-| text_sum | int64 [U] | CRC-32 of each |
+| text_sum | int64 [U] | CRC-32 of each row of the line above |
 """
 
 import zlib
@@ -51,24 +52,24 @@ class _Rows:
 
 
 class ShardBuilder:
-    """Computes the tensors of a shard (table above)."""
+    """Computes the tensors of one shard after another (table above)."""
 
     def __init__(self, dataset: ImageDataset, encoders: Encoders, flip: bool, with_text: bool) -> None:
-        """`flip`: add the latents of mirrored images. `with_text`: store captions as tokens, not as text."""
+        """flip: also compute the latents of mirrored images. with_text: store captions as encoded tokens; False: as text."""
         self.dataset, self.encoders, self.flip, self.with_text = dataset, encoders, flip, with_text
 
     def build(
         self, first_id: int, buckets: Sequence[int], report: Callable[[str], None] = no_report
     ) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
-        """Compute a shard's features.
+        """Encode all samples of a shard.
 
         Args:
-            first_id: The shard's first sample id.
-            buckets: The bucket of each of its samples.
-            report: Called for each batch.
+            first_id: The id of the shard's first sample.
+            buckets: The number of the bucket (image size) of each sample of the shard.
+            report: Called with a line of progress for each batch.
 
         Returns:
-            The tensors, and (number in the shard, reason) of its bad samples.
+            The tensors by name, and (number in the shard, reason) of each sample that cannot be used.
 
         Raises:
             UserError: Encoded captions exceed the range of float16.
@@ -164,7 +165,12 @@ class ShardBuilder:
 
 
 def sample_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor] | None:
-    """Return one sample's tensors in the format of `packing.py`, from a shard's tensors; None for a bad sample."""
+    """Return the tensors of one sample, in the format of `packing.py`; None for a sample that cannot be used.
+
+    Args:
+        tensors: The tensors of a shard (table above).
+        number: Number of the sample in the shard.
+    """
     bucket, row = int(tensors["bucket"][number]), int(tensors["row"][number])
     if bucket < 0:
         return None
@@ -185,7 +191,7 @@ def _checksums(stacks: Mapping[str, Tensor]) -> Tensor:
 
 
 def checksum(rows: Iterable[Tensor]) -> int:
-    """Return the CRC-32 over the bytes of the tensors."""
+    """Return the CRC-32 of the bytes of all tensors, in order."""
     value = 0
     for row in rows:
         value = zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), value)
@@ -193,7 +199,7 @@ def checksum(rows: Iterable[Tensor]) -> int:
 
 
 def encode_half(text: TextEncoder, captions: Sequence[str], report: Callable[[str], None] = no_report) -> TextFeatures:
-    """Encode captions; tokens are bfloat16 where the encoder computes in it, otherwise float16. The result is on the CPU.
+    """Encode captions in 16 bits, on the CPU: bfloat16 if the encoder computes in bfloat16, otherwise float16.
 
     Raises:
         UserError: The tokens exceed the range of float16.

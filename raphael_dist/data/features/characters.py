@@ -1,7 +1,8 @@
-"""text.encoder=characters: a frozen encoder without weights, which spells the text that a caption quotes.
+"""The text encoder text.encoder=characters. It has no weights, and encodes text in double quotes letter by letter.
 
-Subword encoders cannot spell. Here each character in double quotes is a token with its identity and its place in the string,
-so that each letter has a region and a space expert of its own. Other words are hashed.
+Tokens of subword encoders do not show the spelling. Here, each character in double quotes is a token, whose embedding
+depends on the character and on its place in the quoted text. So each letter has a region of the image and a space expert of
+its own. Every other word is one token, whose embedding is a hash of the word.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ _PERIODS = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class _Encoding:
-    """Tokens of one caption, with the members of an encoding of the package tokenizers that are used here."""
+    """The tokens of one caption, with those attributes of `tokenizers.Encoding` that this package uses."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -47,13 +48,13 @@ class _Encoding:
 
 
 class CharacterTokenizer:
-    """Tokenizes captions; has the part of a tokenizer of transformers that the text encoder uses."""
+    """Tokenizes captions. It has those methods of a transformers tokenizer that the text encoder uses."""
 
     pad_token, pad_token_id, eos_token_id, bos_token_id, unk_token_id = "<pad>", _PAD, _END, None, None
     all_special_tokens, all_special_ids = ("<pad>", "<end>"), (_PAD, _END)
 
     def num_special_tokens_to_add(self) -> int:
-        """Return the number of tokens of an empty caption."""
+        """Return the number of special tokens that each caption gets, which is the number of tokens of an empty caption."""
         return 1
 
     def __call__(
@@ -67,7 +68,7 @@ class CharacterTokenizer:
         add_special_tokens: bool = True,
         **_: Any,
     ) -> Any:
-        """Tokenize one caption or several, as tokenizers of transformers do: return a BatchEncoding of them."""
+        """Tokenize one caption or several; return a BatchEncoding. Arguments as for tokenizers of transformers."""
         from transformers import BatchEncoding
 
         limit = max_length if truncation else None
@@ -86,7 +87,7 @@ class CharacterTokenizer:
 
 
 class CharacterModel(nn.Module):
-    """The frozen embedding of tokens, with the part of a text encoder of transformers that is used here."""
+    """Computes the fixed embeddings of tokens. It has those methods of a transformers text encoder that are used here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,12 +96,12 @@ class CharacterModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of its results."""
+        """The device on which results are returned."""
         return torch.device(self.get_buffer("_device").device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that a pipeline asks for; results are float32."""
+        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 in any case."""
         return self.get_buffer("_device").dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
@@ -110,7 +111,7 @@ class CharacterModel(nn.Module):
 
 
 def fingerprint(max_tokens: int) -> str:
-    """Return a sha256 that changes with the encoder's features."""
+    """Return a SHA-256 (hex) of the encoder's version and `max_tokens`. It identifies what the encoder computes."""
     return hashlib.sha256(f"{CHARACTERS} {VERSION} {max_tokens}".encode()).hexdigest()
 
 
@@ -143,7 +144,7 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding of a token, WIDTH numbers; that of padding is zero."""
+    """Return the embedding, WIDTH numbers, of the token with this number. The embedding of padding is all zeros."""
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:
         mask = (1 << _PLACE_BITS) - 1

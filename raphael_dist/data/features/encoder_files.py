@@ -1,4 +1,7 @@
-"""The files of the frozen encoders: their folders, fingerprints and errors."""
+"""Finds the files of the frozen encoders (text encoder and VAE), hashes them, and converts errors about them.
+
+In this module, `spec` is the value of text.encoder or image.vae.
+"""
 
 import hashlib
 import importlib.util
@@ -24,7 +27,7 @@ _PROBES, _PROBE_BYTES = 16, 1 << 18
 
 @contextmanager
 def reported(field: str, spec: str) -> Iterator[None]:
-    """Convert errors of transformers and diffusers about files into a UserError with the configuration field."""
+    """Convert errors of transformers and diffusers in the block into a UserError that begins with `field=spec`."""
     try:
         yield
     except UserError:
@@ -43,12 +46,12 @@ def reported(field: str, spec: str) -> Iterator[None]:
 
 
 def offline() -> dict[str, Any]:
-    """Return the arguments for loading models of transformers: no downloads, no code of the model's folder."""
+    """Return keyword arguments of transformers' `from_pretrained` that forbid downloads and code in the model's folder."""
     return {"local_files_only": True, "trust_remote_code": False}
 
 
 def text_folders(spec: str) -> tuple[Path, Path]:
-    """Return the folders of the text encoder and of its tokenizer."""
+    """Return the folder of the text encoder and the folder of its tokenizer. UserError: there is no such folder."""
     if spec in PACKAGED:
         folder = packaged_folder(spec)
         return folder, folder
@@ -60,9 +63,9 @@ def text_folders(spec: str) -> tuple[Path, Path]:
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the folder of a text encoder that ships in a package.
+    """Return the folder of a text encoder that comes with a Python package, such as minilm.
 
-    Raises UserError if the name is unknown or it is not installed.
+    Raises UserError if the name is unknown or the package is not installed.
     """
     if name not in PACKAGED:
         raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Change it.")
@@ -89,7 +92,7 @@ def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
 
 
 def vae_folder(spec: str) -> Path:
-    """Return the folder of the autoencoder."""
+    """Return the folder of the autoencoder (VAE). UserError: there is no such folder."""
     return _subfolder(_existing_folder("image.vae", spec), "vae")
 
 
@@ -110,9 +113,10 @@ def _subfolder(folder: Path, name: str) -> Path:
 
 
 def fingerprint(folders: Sequence[Path], settings: tuple[str | int, ...] = ()) -> str:
-    """Return a sha256 over the settings and the folders' configurations, tokenizer files and weights, but not their paths.
+    """Return the SHA-256 (hex) of the settings and of the folders' configurations, tokenizer files and weights.
 
-    Weights may be many GB, so only the size and 16 pieces of 256 KiB of each file are read. Training changes all of a file.
+    The folders' paths have no effect. Weights may be many GB. Of each weight file, only the size and 16 blocks of 256 KiB
+    are hashed, which suffices: training changes all parts of such a file.
     """
     digest = hashlib.sha256(repr(settings).encode())
     for folder in dict.fromkeys(folders):

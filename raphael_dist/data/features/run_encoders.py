@@ -1,4 +1,4 @@
-"""How loaded encoders are applied: tokens to text features, images to latents and back.
+"""Applies loaded encoders: captions' token numbers to text features, images to latents and back.
 
 Shape legend: B samples, Y text tokens, D text width, C latent channels, h and w latent height and width, H and W of images.
 """
@@ -16,8 +16,8 @@ class TextFeatures:
 
     Attributes:
         tokens: float32 [B, Y, D].
-        mask: bool [B, Y], true at attended tokens.
-        end: int64 [B], index of the end-of-text token.
+        mask: bool [B, Y], True at tokens that the text encoder attends to, False at padding.
+        end: int64 [B], index of the end-of-text token of each caption.
     """
 
     tokens: Tensor
@@ -25,7 +25,7 @@ class TextFeatures:
     end: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
+        """Return the three tensors by name."""
         return {"tokens": self.tokens, "mask": self.mask, "end": self.end}
 
 
@@ -34,9 +34,9 @@ def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_
 
     Args:
         model: a text encoder of transformers.
-        ids_BY: token numbers, int64, on its device.
-        attention_mask_BY: 0 at padding.
-        end_id: number of the end-of-text token; None: there is none.
+        ids_BY: token numbers, int64, on the model's device.
+        attention_mask_BY: 1 at tokens of the caption, 0 at padding.
+        end_id: token number that stands for the end of the text; None: the tokenizer has none.
     """
     mask_BY = attention_mask_BY.bool()
     # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
@@ -46,9 +46,10 @@ def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_
 
 
 def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
-    """Return the index of the first end-of-text token, or of the last attended token where there is none, int64 [B].
+    """Return the index of each caption's first end-of-text token, int64 [B].
 
-    It is the first one, because CLIP may pad with the end-of-text token.
+    Later ones may be padding, since CLIP pads with this token. A caption without one gets the index of its last token that
+    is not padding.
     """
     last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
     if end_id is None:
@@ -58,14 +59,14 @@ def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor
 
 
 def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the latents, float32 [B, C, h, w].
+    """Return mean and standard deviation of the latents of images, each float32 [B, C, h, w].
 
-    Shift and scale are applied: training latents are mean + std * noise.
+    The VAE's shift and scale are already applied, so that training latents are mean + std * noise.
 
     Args:
         vae: an autoencoder of diffusers.
         images: [B, 3, H, W] in -1..1.
-        device: the device it runs on; with offload, its weights are moved there when it is called.
+        device: the device on which the VAE runs. With CPU offload, its weights are moved there when it is called.
     """
     encoded = vae.encode(images.to(device, vae.dtype))[0]
     # A distribution if it is an AutoencoderKL.
@@ -83,7 +84,10 @@ def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
 
 
 def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the shift and the scale of latents by diffusers' configuration, for all channels [] or each [C, 1, 1]."""
+    """Return shift and scale of a VAE's latents, from its configuration.
+
+    Each is a scalar tensor [] for all channels, or [C, 1, 1] for one number per channel.
+    """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:

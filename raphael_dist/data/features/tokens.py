@@ -13,10 +13,13 @@ _TRIES = 8  # breaking up one special token may create another in hostile text
 
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, padding: str) -> tuple[TokenBatch, int]:
-    """Tokenize captions with a tokenizer of transformers.
+    """Tokenize captions with a tokenizer of transformers. Special tokens written in a caption are treated as plain text.
 
     Args:
-        padding: "max_length" or "longest".
+        tokenizer: The tokenizer.
+        captions: B captions.
+        max_tokens: Largest number of tokens of a caption.
+        padding: "max_length": all captions get `max_tokens` tokens. "longest": as many as the longest caption.
 
     Returns:
         The tokenizer's output as tensors, and the number of captions that were truncated to `max_tokens`.
@@ -66,7 +69,7 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBat
 
 
 class TruncationCounter:
-    """Counts texts that are truncated to text.max_tokens, and logs them once."""
+    """Counts texts that are truncated to text.max_tokens tokens, and logs their number once."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens, self.truncated, self.total = max_tokens, 0, 0
@@ -78,7 +81,10 @@ class TruncationCounter:
         self.total += total
 
     def warn(self, what: str = "captions", truncated: int | None = None, total: int | None = None) -> None:
-        """Log the counts so far, or those given, once per kind of text and only if texts were truncated."""
+        """Log how many texts were truncated, once for each value of `what` (kind of text), and only if there are any.
+
+        truncated, total: numbers to log. None: the numbers counted by `add`.
+        """
         truncated = self.truncated if truncated is None else truncated
         total = self.total if total is None else total
         if truncated and what not in self._warned:
@@ -87,5 +93,5 @@ class TruncationCounter:
 
 
 def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
-    """Return a line with the number of truncated texts."""
+    """Return a log line: `truncated` of `total` texts are longer than `max_tokens` tokens. what: their kind, "captions"."""
     return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"

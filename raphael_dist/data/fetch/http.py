@@ -1,7 +1,7 @@
-"""Reads files of web servers. Reports the server's answer, and never reads more bytes than requested.
+"""Reads files from web servers. It reports what the server answered, and never reads more bytes than requested.
 
-This uses only the session and the event loop of fsspec's HTTP file system. The calls of that file system turn every failure
-into FileNotFoundError, and read and decompress bodies of any length.
+It uses only the session and the event loop of fsspec's HTTP file system, not its methods: these turn every error into
+FileNotFoundError, and read and decompress response bodies of any length.
 """
 
 import asyncio
@@ -21,9 +21,10 @@ _PACKED_NAMES = (".gz", ".tgz")
 
 
 class HttpError(OSError):
-    """An answer that is not the file.
+    """The server answered, but not with the requested bytes.
 
-    status: The HTTP status, or 0. retry_after_s: The seconds of the server's Retry-After header.
+    status: the HTTP status, or 0 if the status is not the reason. retry_after_s: seconds that the server asks to wait
+    before a retry (Retry-After header).
     """
 
     def __init__(self, reason: str, status: int = 0, retry_after_s: float = 0.0) -> None:
@@ -32,25 +33,34 @@ class HttpError(OSError):
 
 
 class HttpFile:
-    """One file of a web server, read in ranges. Without range support the body is requested once and read in order."""
+    """One file on a web server, read in ranges of bytes.
+
+    If the server does not support ranges, the whole file is requested once, and must be read from start to end.
+    """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        """`timeout_s`: limit for one answer, or for the bytes of one `read`."""
+        """timeout_s: seconds to wait for the server's answer to a request, and for the bytes of one `read`."""
         self._url, self._timeout_s = url, timeout_s
         self._fs: Any = None
         self._body: Any = None  # the response being read, at byte `_at`
         self._at = 0
 
     def stat(self) -> tuple[int | None, Mapping[str, str]]:
-        """Return the size by the server's headers, and the headers. Raises the errors of `read`."""
+        """Return the size in bytes that the server's headers state (None: none), and the headers. Errors as in `read`."""
         return self._wait(self._stat)
 
     def read(self, start: int, end: int, size: int) -> bytes:
-        """Return bytes start .. end - 1 of a file of `size` bytes.
+        """Return the bytes [start, end) of the file.
+
+        Args:
+            start, end: The range.
+            size: Size of the file in bytes, as `stat` has returned it.
 
         Raises:
-            HttpError, FileNotFoundError, PermissionError: The server's answer.
-            TimeoutError: The server was too slow. Errors of aiohttp are passed on.
+            HttpError: The server sent something else than these bytes.
+            FileNotFoundError, PermissionError: The server's status says so.
+            TimeoutError: The server was too slow.
+            aiohttp.ClientError: The connection failed.
         """
         try:
             return self._wait(self._read, start, end, size)
@@ -59,7 +69,7 @@ class HttpFile:
             raise
 
     def close(self) -> None:
-        """Close the connection of a body that was not read to the end."""
+        """Close the connection if a response was not read to its end."""
         if self._body is not None:
             self._fs.loop.call_soon_threadsafe(self._body.close)
             self._body = None
@@ -106,10 +116,12 @@ class HttpFile:
         _check(response)
         packed = response.headers.get("Content-Encoding", "identity")
         if packed != "identity" and not self._url.partition("?")[0].lower().endswith(_PACKED_NAMES):
-            raise HttpError(f"the server sent Content-Encoding {packed[:20]}, although the request allowed no compression")
+            raise HttpError(
+                f"the server sent compressed data (Content-Encoding: {packed[:20]}), although the request asked for none"
+            )
         stated = _stated_size(response)
         if stated not in (None, size):
-            raise HttpError(f"the size has changed from {size} to {stated} bytes")
+            raise HttpError(f"the size of the file has changed from {size} to {stated} bytes")
         first = response.headers.get("Content-Range", f"bytes {start}-").removeprefix("bytes ").partition("-")[0]
         if response.status == 206 and first != str(start):
             raise HttpError(f"the server sent bytes from {first[:20]}, but bytes from {start} were requested")

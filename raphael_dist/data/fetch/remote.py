@@ -1,4 +1,4 @@
-"""Reads files of https://, s3://, gs://, hf:// and other services of fsspec, in pieces and with retries.
+"""Reads remote files (https://, s3://, gs://, hf:// and others that fsspec supports) in blocks, with retries.
 
 Each service's library finds its own credentials and endpoints (AWS_*, HF_TOKEN, ...). Messages do not show the credentials
 that a URL may hold (user:password@, ?signature); see `text.hide_secrets`.
@@ -32,9 +32,9 @@ _MAX_WAIT_S = 120.0  # limit for Retry-After
 
 
 class RemoteError(Exception):
-    """A remote file that could not be read; the text is the reason, without secrets.
+    """A remote file could not be read. The text is the reason, without secrets.
 
-    final: A repeated request cannot succeed. absent: The server reports that the file does not exist.
+    final: whether a repeated request cannot succeed. absent: whether the server reports that the file does not exist.
     """
 
     def __init__(self, text: str, final: bool = False, absent: bool = False) -> None:
@@ -44,7 +44,10 @@ class RemoteError(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """The number of retries, the limit for one request, and the first pause, which doubles after each retry."""
+    """How failed requests are repeated: number of retries, time limit of a request in seconds, first pause in seconds.
+
+    The pause doubles after each retry.
+    """
 
     retries: int = 5
     timeout_s: float = 60.0
@@ -55,7 +58,7 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 def is_remote(name: str) -> bool:
-    """Return whether a name is a supported URL. Raises UserError for an unsupported one."""
+    """Return whether a name of a shard is a URL. False: it is a local path. UserError: the URL's scheme is not supported."""
     match = _SCHEME.match(name)
     if match is None:
         return False
@@ -73,7 +76,10 @@ def is_remote(name: str) -> bool:
 
 
 def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
-    """Return a file's size in bytes and a stamp that changes with it (ETag, generation or time; "" without any)."""
+    """Return the size of a remote file in bytes, and a text that changes whenever the file changes.
+
+    The text is the file's ETag, generation or modification time; "" if the server states none of them.
+    """
     file = _open(url, retry)
     size, info = _with_retries(url, retry, file.stat)
     if size is None:
@@ -85,7 +91,7 @@ def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
 
 
 def pieces(url: str, size: int, retry: RetryPolicy) -> Iterator[bytes]:
-    """Yield the `size` bytes of a file in pieces, each with retries. Raises RemoteError where the retries fail."""
+    """Yield the `size` bytes of a remote file in blocks, in order. RemoteError: a block failed, also after the retries."""
     file = _open(url, retry)
     try:
         for start in range(0, size, PIECE_BYTES):
@@ -96,7 +102,7 @@ def pieces(url: str, size: int, retry: RetryPolicy) -> Iterator[bytes]:
 
 
 def matches(pattern: str, retry: RetryPolicy) -> list[str]:
-    """Return the files that match a URL with wildcards."""
+    """Return the URLs of the remote files that match a URL with wildcards (*, ?, [...])."""
     return sorted(_with_retries(pattern, retry, _LibraryFile(pattern, retry.timeout_s).matches))
 
 

@@ -1,7 +1,8 @@
-"""Access to shards: local files, or a bounded cache folder of fetched and expanded ones.
+"""Provides shards as local tar files: downloads remote shards into a cache folder of limited size, and unpacks .tar.gz.
 
-The processes of a node share the folder. One of them fetches a shard under a lock while the others wait. A file appears
-complete or not at all. The least recently used files are evicted; a process that has one open can still read it.
+The processes of a node share the folder. One of them downloads a shard under a lock while the others wait. A file appears
+complete or not at all. If the folder is full, the least recently used files are deleted; a process that has such a file open
+can still read it.
 """
 
 import contextlib
@@ -35,9 +36,9 @@ _TOUCH_S = 10.0
 
 
 class ShardError(UserError):
-    """A shard that cannot be read: its base name and the reason.
+    """A shard cannot be read. The text has the shard's base name and the reason.
 
-    absent: The shard does not exist. Otherwise it cannot be reached or stored, and its state is unknown.
+    absent: whether the shard does not exist. False: it cannot be reached or stored now, and may exist.
     """
 
     def __init__(self, shard: str, reason: str, absent: bool = False) -> None:
@@ -50,7 +51,11 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Stamp:
-    """The state of a shard's source: its size in bytes, and a mark that changes with it (mtime in ns, ETag or digest)."""
+    """Identifies the version of a shard's file: its size in bytes, and a text that changes with the file.
+
+    The text is the modification time in ns of a local file, or the ETag or SHA-256 of a remote one. A file whose stamp has
+    changed must be indexed again.
+    """
 
     num_bytes: int
     mark: str
@@ -58,13 +63,13 @@ class Stamp:
 
 @dataclass(frozen=True)
 class ShardStore:
-    """Provides local files for shards. It holds no open file, so it can be sent to other processes.
+    """Provides each shard as a local tar file. It keeps no file open, so it can be sent to other processes.
 
     Attributes:
-        folder: Where gzipped local shards are expanded permanently; None: they are rejected.
-        fetched: Where remote shards are cached.
-        max_bytes: Limit for `fetched`.
-        retry: How requests to servers are repeated.
+        folder: Folder into which local .tar.gz shards are unpacked, for good. None: such shards are rejected.
+        fetched: Folder for downloaded shards.
+        max_bytes: Size limit of `fetched` in bytes.
+        retry: How failed requests to servers are repeated.
     """
 
     folder: Path | None = None
@@ -73,7 +78,7 @@ class ShardStore:
     retry: RetryPolicy = DEFAULT_RETRY
 
     def stamp(self, name: str) -> Stamp:
-        """Return the present state of the shard `name` (path or URL). Raises ShardError: it is missing or not readable."""
+        """Return the present stamp (size and version) of the shard `name`, a path or URL. ShardError: it cannot be read."""
         if remote.is_remote(name):
             try:
                 return Stamp(*remote.stat(name, self.retry))
@@ -87,10 +92,10 @@ class ShardStore:
         return Stamp(status.st_size, str(status.st_mtime_ns))
 
     def fetch_new(self, name: str, stamp: Stamp) -> tuple[Stamp, Path]:
-        """Return the stamp for a shard's index record and the local path of its plain tar. Raises the errors of `fetch`.
+        """Fetch a shard that is not indexed yet; return its stamp and the local path of its plain tar.
 
-        Where a server states nothing that changes with the file, the shard is fetched in any case, and the SHA-256 of the
-        plain tar becomes its stamp.
+        If the server states nothing that changes with the file, the shard is always downloaded, and the SHA-256 of the plain
+        tar becomes its stamp. Raises the errors of `fetch`.
         """
         if stamp.mark:
             return stamp, self.fetch(name, stamp)
@@ -104,7 +109,7 @@ class ShardStore:
         return stamp, final_path
 
     def path(self, name: str, stamp: Stamp) -> Path:
-        """Return the local path of a shard's plain tar, which may not exist yet."""
+        """Return the local path of a shard's plain (not compressed) tar. The file may not exist yet."""
         plain = _GZIPPED.sub(".tar", base_name(name))
         if remote.is_remote(name):
             if self.fetched is None:
@@ -125,11 +130,11 @@ class ShardStore:
         return self.folder / "expanded" / digest[:32] / plain
 
     def fetch(self, name: str, stamp: Stamp) -> Path:
-        """Return the local path of a shard's plain tar; fetch or expand it first if necessary.
+        """Return the local path of a shard's plain tar, after downloading or unpacking the shard if necessary.
 
         Raises:
-            ShardError: It cannot be read, has changed since `stamp`, or does not fit into the folder.
-            DamagedShardError: A .tar.gz is not gzip.
+            ShardError: The shard cannot be read, is not the version of `stamp` any more, or does not fit into the folder.
+            DamagedShardError: A .tar.gz cannot be unpacked.
         """
         path = self.path(name, stamp)
         if path == Path(name) or path.is_file():
@@ -152,7 +157,7 @@ class ShardStore:
         return path
 
     def head(self, name: str, num_bytes: int) -> bytes:
-        """Return the first bytes of a shard's source. Raises ShardError where it cannot be read."""
+        """Return the first `num_bytes` bytes of a shard as it is stored, maybe compressed. ShardError: it cannot be read."""
         try:
             if not remote.is_remote(name):
                 with open(name, "rb") as file:
@@ -163,7 +168,7 @@ class ShardStore:
             raise ShardError(base_name(name), getattr(error, "strerror", None) or str(error)) from error
 
     def open(self, name: str, stamp: Stamp) -> int:
-        """Return a descriptor of a shard's plain tar, which the caller must close. Raises the errors of `fetch`."""
+        """Open a shard's plain tar and return the file descriptor, which the caller closes. Raises the errors of `fetch`."""
         path = self.fetch(name, stamp)
         for is_last in (False, True):
             try:
@@ -182,7 +187,7 @@ class ShardStore:
         status = os.fstat(descriptor)
         if path == Path(name) and Stamp(status.st_size, str(status.st_mtime_ns)) != stamp:
             os.close(descriptor)
-            raise ShardError(base_name(name), f"{path} has changed since it was indexed. Start again")
+            raise ShardError(base_name(name), f"{path} has changed since it was indexed. Start the run again")
         if path != Path(name) and time.time() - status.st_mtime > _TOUCH_S:
             with contextlib.suppress(OSError):
                 os.utime(descriptor)
@@ -245,7 +250,7 @@ class ShardStore:
 
 
 def store_of(d: "Data") -> ShardStore:
-    """Return the object that reads the shards of a configuration."""
+    """Return the ShardStore for the settings of a configuration's section `data`."""
     fetched = d.cache_dir / "shards" if d.shard_cache is None else d.shard_cache
     retry = RetryPolicy(d.retries, d.timeout_s)
     return ShardStore(d.cache_dir / "index", fetched, int(d.shard_cache_gb * 2**30), retry)

@@ -1,4 +1,7 @@
-"""Prefetches the shards of the current and the next window before their samples are read."""
+"""Fetches shards before their samples are read: those of the current and the next window of the sample order.
+
+A window is a group of shards whose samples are shuffled together.
+"""
 
 import logging
 import os
@@ -20,14 +23,17 @@ _SHARE_OF_MEMORY = 0.5
 
 
 class ShardPrefetcher:
-    """Fetches remote shards into the store's folder, and lets the system read local ones ahead into the page cache.
+    """Downloads remote shards into data.shard_cache ahead of time, and has local ones read ahead into the page cache.
 
-    The ranks of a node share both, and each begins with different shards. Errors are left to the reader of the shard.
-    Thread-safe.
+    The ranks of a node share the folder and the page cache, so each rank begins with other shards. Errors are ignored here:
+    they appear when a sample of the shard is read. Thread-safe.
     """
 
     def __init__(self, order: SampleOrder | MixedOrder, first: int = 0) -> None:
-        """`first`: the shard of a window to begin with: the rank's number on its node."""
+        """order: the order in which samples will be read. first: number of the shard in each window to begin with.
+
+        Give the local rank as `first`, so that the ranks of a node begin with different shards.
+        """
         self._order, self._index, self._first = order, order.index, first
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
         self._current: list[int] = []
@@ -36,7 +42,7 @@ class ShardPrefetcher:
         self._closed = False
 
     def prefetch_from(self, position: int) -> None:
-        """Start prefetching the shards that are read from a position on."""
+        """Start to fetch, in the background, the shards of the samples from a global position on."""
         shards = self._order.shards_from(position)
         with self._lock:
             if shards == self._current or self._closed:
@@ -50,7 +56,7 @@ class ShardPrefetcher:
                 self._futures.pop(number).cancel()
 
     def close(self) -> None:
-        """Cancel what has not started, and wait for the rest."""
+        """Cancel the fetches that have not started, and wait for those that are running."""
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)

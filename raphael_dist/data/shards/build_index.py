@@ -1,4 +1,8 @@
-"""Builds the index of shards: makes the records that are missing and joins them to one table."""
+"""Builds the index of shards: reads each shard that has no record yet, and joins all records to one table.
+
+A record has what is known about the samples of one shard (shard_record.py), the table about those of all shards
+(dataset_index.py).
+"""
 
 import hashlib
 import json
@@ -33,11 +37,11 @@ _STAT_THREADS = 32
 
 
 def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] = ()) -> DatasetIndex | None:
-    """Return the existing index of these shards.
+    """Open the existing index of these shards.
 
     Returns:
-        None if there is no table with these columns, a local file has changed, a shard was missing when the table was
-        written, or the table does not match its checksums.
+        The index. None if it must be built: there is no table of these shards with these columns; a local shard has changed;
+        a shard was missing when the table was written; or the table is damaged.
     """
     if store.folder is None:
         return None
@@ -61,7 +65,7 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 
 
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
-    """Return (name, bytes) of the shards that have no record, or the record of another file."""
+    """Return (name, size in bytes) of each shard that has no record, or has changed since its record was made."""
 
     def check(name: str) -> tuple[str, int] | None:
         record = None if store.folder is None else load_record(store.folder, name)
@@ -77,12 +81,12 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
 
 
 def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[ShardRecord]:
-    """Read each tar, write its record and return the records.
+    """Read each shard from start to end, write its record, and return the records.
 
-    A missing shard gets a record of its damage in memory only, so that the next start looks for it again.
+    A missing shard gets a record without samples. It is not written, so that the next start looks for the shard again.
 
     Raises:
-        UserError: A shard cannot be reached, so that its state is unknown, or nothing can be written.
+        UserError: A shard cannot be reached (and may exist), or a record cannot be written.
     """
     records = []
     for number, name in enumerate(names, start=1):
@@ -92,7 +96,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
         except ShardError as error:
             if not error.absent:
                 raise UserError(
-                    f"{error}. Start again when it can be read, or remove it from the list of shards."
+                    f"{error}. Start again when this shard can be read, or remove it from the list of shards."
                 ) from error
             _log.warning("%s", error)
             records.append(unreached_record(name, error.reason))
@@ -109,15 +113,18 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
 def join_records(
     names: Sequence[str], store: ShardStore, columns: Sequence[str] = (), report: Reporter = no_report
 ) -> DatasetIndex:
-    """Join the records of these shards to a table, write it and return it.
+    """Join the records of these shards to a table, write the table, and return it as an index.
 
     A shard without a record counts as damaged.
 
     Args:
-        columns: The sample columns that the table gets.
+        names: Paths and URLs of the shards.
+        store: Provides the shards; its folder contains the records.
+        columns: Names of the columns that the table gets (those that filters use).
+        report: Called with lines of progress.
 
     Raises:
-        UserError: There is no usable sample, or nothing can be written.
+        UserError: No sample can be used, or the table cannot be written.
     """
     assert store.folder is not None
     index_folder = store.folder
@@ -161,12 +168,14 @@ def build_index(
     """Return the index of the shards in a process without ranks, building what is missing.
 
     Args:
-        folder: Where the index is stored, and where .tar.gz shards are expanded; None: everything stays in memory.
-        store: Access to the shards, in place of `folder`.
-        columns: The sample columns that the table gets.
+        paths: Paths and URLs of the shards.
+        folder: Folder in which the index is stored and .tar.gz shards are unpacked. None: the index exists in memory only.
+        report: Called with lines of progress.
+        store: Provides the shards, if it is given instead of `folder`.
+        columns: Names of the columns that the table gets (those that filters use).
 
     Raises:
-        UserError: There is no usable sample, nothing can be written, or a gzipped or remote shard has no folder.
+        UserError: No sample can be used; a file cannot be written; or a shard is gzipped or remote and there is no folder.
     """
     names = [str(name) for name in paths]
     if store is None:
@@ -186,7 +195,12 @@ def build_index(
 
 
 def check_index_in_run(missing: Sequence[tuple[str, int]], command: str) -> None:
-    """Raise UserError with the indexing command where a run would have to index too many bytes itself."""
+    """Raise UserError if the shards without an index are too large for a run to index them itself.
+
+    Args:
+        missing: (name, size in bytes) of each shard without an index.
+        command: The command that indexes them, for the message.
+    """
     total = sum(size for _, size in missing)
     if total > MAX_BYTES_IN_RUN:
         raise UserError(

@@ -1,4 +1,7 @@
-"""Columns for filters: numbers and short words of the samples' json and of a parquet file next to the shard."""
+"""Columns, which data.filters use: for each sample a number or a short word, such as a score or a language.
+
+They come from the json file of the samples, and from a parquet file next to the shard.
+"""
 
 import io
 import re
@@ -25,7 +28,7 @@ _KEY = "key"  # the column of img2dataset's parquet file with the sample's key
 
 
 class ColumnCollector:
-    """Collects the columns of a shard's samples from the fields of their json, one row per sample."""
+    """Collects the columns of a shard from the fields of its samples' json files, one row per sample."""
 
     def __init__(self) -> None:
         self._rows = 0
@@ -33,7 +36,7 @@ class ColumnCollector:
         self._words: dict[str, set[str]] = defaultdict(set)
 
     def add(self, meta: Mapping[str, object]) -> None:
-        """Add the row of one sample."""
+        """Add a row for one sample. meta: the fields of its json file."""
         for name, value in meta.items():
             number = self._number(name, value)
             if number is not None and (name in self._values or len(self._values) < MAX_COLUMNS):
@@ -50,7 +53,7 @@ class ColumnCollector:
         return word_code(value)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Return float32 [rows] of each column, NaN where a sample has no value."""
+        """Return the values of each column by name, float32 [rows]; NaN for a sample without a value."""
         columns = {}
         for name, values in self._values.items():
             if len(self._words.get(name, ())) <= MAX_WORDS:
@@ -61,18 +64,22 @@ class ColumnCollector:
 
 
 def word_code(word: str) -> float:
-    """Return the number that represents a word in a column: a hash of 23 bits, below -1, exact in float32."""
+    """Return the number that represents a word in a column: an integer hash of 23 bits, -2 or less, exact in float32."""
     return -2.0 - (zlib.crc32(word.encode("utf-8", "surrogateescape")) & 0x7FFFFF)
 
 
 def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read the columns of a parquet file next to a shard; the column `key` matches its rows with `keys`.
+    """Read the columns of a parquet file next to a shard.
+
+    Args:
+        data: The content of the file. Its column `key` states the sample to which a row belongs.
+        keys: The keys of the shard's samples.
 
     Returns:
-        float32 [len(keys)] by column name; {} where the file has no column `key`.
+        The values of each column by name, float32 [len(keys)]; {} if the file has no column `key`.
 
     Raises:
-        ValueError: The file is not parquet, or expands beyond the limits.
+        ValueError: The file is not a parquet file, or is too large when unpacked.
     """
     try:
         import pyarrow
@@ -106,7 +113,7 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def check_expansion(file: Arrow, num_bytes: int) -> None:
-    """Raise ValueError if a parquet file of `num_bytes` expands beyond the limit by its own metadata."""
+    """Raise ValueError if a parquet file of `num_bytes` bytes is too large when unpacked, as its metadata state."""
     expanded = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
     if expanded > expanded_limit(num_bytes):
         raise ValueError(f"its {num_bytes} bytes expand to {expanded}, but at most {expanded_limit(num_bytes)} are allowed")

@@ -1,17 +1,21 @@
-"""The index of a data set: one memory-mapped table of all samples, which a node holds in memory once.
+"""The index of a data set: a table with the place and the image size of each sample in the shards.
 
-A table is a folder. For N samples in S shards:
+It is memory-mapped, so that all processes of a node share one copy in memory. The table is a folder with these files, for N
+usable samples in S shards:
 
-| file | type and shape | holds |
+| file | type and shape | content |
 |---|---|---|
 | place.npy | uint32 [N, 2] | first block (512 bytes) of the sample in its shard, and number of blocks |
-| size.npy | uint16 [N, 2] | width and height in pixels; beyond 65,535 both are scaled down alike |
-| column.NAME.npy | float32 [N] | a column that filters use, NaN where a sample has no value |
-| keys.bin | bytes | the keys of each shard, compressed; 2 to 3 bytes a sample for LAION's |
-| bad.bin | bytes | for each shard the (key, reason) of its bad samples, compressed json |
-| shards.npy | int64 [S + 1, 5] | before each shard: samples, bytes of keys.bin, of bad.bin, bad samples; its own bytes |
-| shards.json | | names, stamps, digests and damage of the shards, skipped members, digests of the data set |
-| sums.json | | size and SHA-256 of each of these, which are checked when the table is opened (storage/checksummed.py) |
+| size.npy | uint16 [N, 2] | width and height in pixels; if one exceeds 65,535, both are scaled down by the same factor |
+| column.NAME.npy | float32 [N] | values of a column that data.filters use, NaN for a sample without a value |
+| keys.bin | bytes | the keys (names) of the samples of each shard, compressed; 2 to 3 bytes per sample for LAION |
+| bad.bin | bytes | for each shard (key, reason) of each sample that cannot be used, as compressed JSON |
+| shards.npy | int64 [S + 1, 5] | see below |
+| shards.json | | name, stamp, digests and damage of each shard; number of skipped files; digests of the data set |
+| sums.json | | size and SHA-256 of the files above, which are checked when the table is opened (storage/checksummed.py) |
+
+A row of shards.npy has the sums over all shards before this one of the numbers of samples, the bytes in keys.bin, the bytes
+in bad.bin and the numbers of bad samples; its last number is the size of this shard's plain tar in bytes.
 
 A sample takes 15 bytes and 4 bytes for each column.
 """
@@ -40,7 +44,7 @@ _SHARDS_IN_MEMORY = 20
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used for training: the base name of its shard, its key and the reason."""
+    """A sample that cannot be used for training: base name of its shard, its key (name in the shard), and the reason."""
 
     shard: str
     key: str
@@ -52,15 +56,15 @@ class BadSample:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The usable samples of one tar: a view of the table.
+    """The usable samples of one shard: the shard's rows of the table, without a copy.
 
     Attributes:
-        source: Path or URL as configured.
-        stamp: State of the source file when it was indexed.
-        num_bytes: Size of the plain tar.
-        sizes: uint16 [num_samples, 2], width and height in pixels.
-        places: uint32 [num_samples, 2], first block and number of blocks in the tar.
-        packed_keys: The keys, compressed.
+        source: Path or URL of the shard, as configured.
+        stamp: Version of the file when it was indexed (see `Stamp`).
+        num_bytes: Size of the plain tar in bytes.
+        sizes: uint16 [num_samples, 2], width and height of each image in pixels.
+        places: uint32 [num_samples, 2], each sample's first block (512 bytes) and number of blocks in the tar.
+        packed_keys: The keys (names) of the samples, compressed.
         fingerprint, content, text_digest, damage: See `ShardRecord`.
     """
 
@@ -77,7 +81,7 @@ class ShardIndex:
 
     @property
     def name(self) -> str:
-        """The base name as a plain tar."""
+        """The base name of the shard, without .gz."""
         return plain_name(self.source)
 
     @property
@@ -89,7 +93,7 @@ class ShardIndex:
         return unpack_keys(zlib.decompress(self.packed_keys))
 
     def span(self, number: int) -> tuple[int, int]:
-        """Return (offset, size) in bytes of the part of the tar with a sample's headers and members."""
+        """Return (offset, size), in bytes, of the part of the tar with the files of sample `number` of the shard."""
         first, blocks = self.places[number].tolist()
         return first * BLOCK, blocks * BLOCK
 
@@ -118,14 +122,15 @@ class _Shards(Sequence[ShardIndex]):
 
 @dataclass(frozen=True, eq=False)
 class DatasetIndex:
-    """All shards in order. A sample id is the number of a usable sample, counted from 0 over all shards.
+    """The opened index of a data set. A sample id is the number of a usable sample, from 0 on over all shards in order.
 
-    An index can be sent to other processes, which open it again.
+    An index can be sent to other processes, which open the files again.
 
     Attributes:
-        store: Access to the shards' bytes.
-        arrays, packed_keys, packed_bad, about: The files of the table (see above).
-        folder: Where it is memory-mapped from; None for an index in memory.
+        store: Provides the shards as local files.
+        arrays: The contents of the .npy files of the table (see above), by name.
+        packed_keys, packed_bad, about: The contents of keys.bin, bad.bin and shards.json.
+        folder: The folder of the table; None for an index that exists in memory only.
     """
 
     store: ShardStore
@@ -151,7 +156,7 @@ class DatasetIndex:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """int64 [num_shards + 1]: the first sample id of each shard, and the end."""
+        """The first sample id of each shard, then the number of samples; int64 [num_shards + 1]."""
         return np.ascontiguousarray(self.arrays["shards"][:, SAMPLES])
 
     @property
@@ -160,21 +165,21 @@ class DatasetIndex:
 
     @property
     def num_bad(self) -> int:
-        """The number of samples that are not usable."""
+        """The number of samples that cannot be used."""
         return int(self.arrays["shards"][-1, NUM_BAD])
 
     @property
     def num_bytes(self) -> np.ndarray:
-        """int64 [num_shards]: the size of each plain tar in bytes."""
+        """The size of each plain tar in bytes, int64 [num_shards]."""
         return self.arrays["shards"][:-1, BYTES]
 
     @property
     def bad(self) -> list[BadSample]:
-        """All samples that are not usable; possibly millions."""
+        """All samples that cannot be used, maybe millions."""
         return list(self.iter_bad())
 
     def iter_bad(self) -> Iterator[BadSample]:
-        """Yield the samples that are not usable."""
+        """Yield the samples that cannot be used, one by one."""
         for shard in np.flatnonzero(np.diff(self.arrays["shards"][:, NUM_BAD])).tolist():
             first, end = self.arrays["shards"][shard : shard + 2, BAD].tolist()
             for key, reason in json.loads(zlib.decompress(bytes(self.packed_bad[first:end]))):
@@ -182,36 +187,36 @@ class DatasetIndex:
 
     @cached_property
     def damaged(self) -> dict[int, str]:
-        """Shard number -> why the shard could not be read to the end."""
+        """The shards that could not be read to the end: by shard number, the reason."""
         return {int(shard): reason for shard, reason in self.about["damage"].items()}
 
     @property
     def skipped(self) -> SkipCounts:
-        """The members of the shards that belong to no sample."""
+        """The number of files in the shards that belong to no sample, by reason."""
         return SkipCounts(self.about["skipped"])
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards' base names, sizes and sample keys, in order."""
+        """SHA-256 (hex) of the base names, sizes and sample keys of all shards, in order."""
         return str(self.about["whole"]["fingerprint"])
 
     @property
     def text_digest(self) -> str:
-        """sha256 over the captions of all samples, in order."""
+        """SHA-256 (hex) of the txt and json files of all samples, in order."""
         return str(self.about["whole"]["text_digest"])
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns in the table."""
+        """The names of the columns in the table: those that data.filters use."""
         return [name.removeprefix("column.") for name in self.arrays if name.startswith("column.")]
 
     @property
     def known_columns(self) -> list[str]:
-        """The names of all columns of the shards; the table has only those that filters use."""
+        """The names of all columns that the samples of the shards have, also of those that are not in the table."""
         return list(self.about["known"])
 
     def locate(self, sample_id: int) -> tuple[int, int]:
-        """Return (shard number, sample number in the shard); IndexError outside 0 .. num_samples - 1."""
+        """Return (shard number, sample number in the shard) of a sample id. IndexError: there is no such id."""
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample id {sample_id} outside 0..{self.num_samples - 1}")
         shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
@@ -237,13 +242,16 @@ class DatasetIndex:
 
 
 def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = None) -> DatasetIndex:
-    """Open the index in a table's folder, memory-mapped.
+    """Open the index whose table is in `folder`. The arrays are memory-mapped.
 
     Args:
-        names: Names of its shards with the secrets of their addresses, which the table does not store.
+        folder: The folder of the table.
+        store: Provides the shards as local files.
+        names: The shards' addresses including their secrets (passwords, signatures), which the table does not store. None:
+            the names in the table are complete.
 
     Raises:
-        UserError: The table is damaged or has another version.
+        UserError: The table is damaged, or was written by another version of this package.
     """
     try:
         about = json.loads((folder / "shards.json").read_text())

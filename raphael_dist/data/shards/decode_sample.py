@@ -32,7 +32,7 @@ RETRY_AFTER_S = 600.0  # until a shard that could not be read is tried again
 
 
 class BadSampleError(Exception):
-    """A sample that cannot be used: the base name of its shard, its key and the reason."""
+    """A sample cannot be used. The error has the base name of its shard, its key (name in the shard), and the reason."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(shard, key, reason)  # all three, so that it can be sent to another process
@@ -44,15 +44,15 @@ class BadSampleError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class DecodedSample:
-    """A decoded sample.
+    """A decoded sample, resized and cropped to an image size.
 
     Attributes:
-        image: uint8 [3, h, w], RGB.
+        image: RGB image, uint8 [3, h, w].
         captions: Cleaned captions, at least one.
         edge: Edge map, uint8 [h, w], or None.
-        key: Its key in the shard.
+        key: Name of the sample in its shard.
         weights: Relative probability of each caption.
-        seconds: Time for reading and for decoding.
+        seconds: Seconds for reading and for decoding.
     """
 
     image: np.ndarray
@@ -67,7 +67,7 @@ Request = tuple[int, int, bool]  # sample id, bucket, flip
 
 
 class ImageDataset:
-    """Loads samples of an index by id, resized and cropped to a bucket. Threads and forks may share it."""
+    """Loads samples of an index by id, resized and cropped to an image size (bucket). Threads and forks may share it."""
 
     def __init__(
         self,
@@ -81,9 +81,10 @@ class ImageDataset:
 
         Args:
             index: The index of the shards.
-            buckets: (height, width) in pixels.
-            edge: Whether edge maps are members of every sample (stored), of some (auto), or are not read (hed, none).
-            max_pixels: Limit for the size in an image's header.
+            buckets: (height, width) of each bucket (image size) in pixels.
+            edge: Which samples have an edge map as a file in the shard: all ("stored"), some ("auto"); "hed" or "none": edge
+                maps are not read.
+            max_pixels: Largest number of pixels that the header of an image may state.
             captions: Which texts of a sample are its captions.
         """
         self.index, self.edge, self.max_pixels, self.captions = index, edge, max_pixels, captions
@@ -96,14 +97,14 @@ class ImageDataset:
         return {**vars(self), "_decode_elsewhere": None, "_failed_shards": {}}
 
     def set_decoder(self, decode: Callable[[Request], DecodedSample] | None) -> None:
-        """Let `load` call this function (`DecodePool.load`) in place of `self.decode`; None: `self.decode`."""
+        """Let `load` decode samples with this function, such as `DecodePool.load`. None: in the calling process."""
         self._decode_elsewhere = decode
 
     def read(self, sample_id: int, exts: Iterable[str] = RAW_EXTS) -> dict[str, bytes]:
-        """Return the undecoded members of a sample that have one of these extensions.
+        """Return the bytes of those files of a sample that have one of these extensions, by extension.
 
         Raises:
-            BadSampleError: The members are not where they were indexed.
+            BadSampleError: The files are not where they were when the shard was indexed.
             ShardError: The shard is missing or has changed.
         """
         number, row = self.index.locate(sample_id)
@@ -127,10 +128,11 @@ class ImageDataset:
             raise
 
     def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
-        """Return the sample at the size `buckets[bucket]`, mirrored if `flip`.
+        """Return a decoded sample at the image size `buckets[bucket]`, mirrored if `flip`.
 
         Raises:
-            BadSampleError: It cannot be decoded, exceeds the pixel limit, or has no edge map with edge="stored".
+            BadSampleError: The image cannot be decoded or has too many pixels, or the sample lacks the edge map that
+                edge="stored" requires.
             ShardError: See `read`.
         """
         if self._decode_elsewhere is None:
@@ -138,7 +140,7 @@ class ImageDataset:
         return self._decode_elsewhere((sample_id, bucket, flip))
 
     def decode(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
-        """Return what `load` returns, decoded in this process. Raises MemoryError where the machine has too little."""
+        """Do what `load` does, in this process. Raises also MemoryError, if the machine has too little memory."""
         began = time.monotonic()
         members = self.read(sample_id)
         read = time.monotonic()

@@ -1,11 +1,12 @@
 """Worker processes that read and decode samples for a rank.
 
-- A worker holds the data set and does not import torch.
-- Requests and results travel through a pipe, pixels through shared memory.
-- A worker that dies or stalls is replaced, and its sample is read again, after ATTEMPTS workers by the rank itself.
-  A fault of the machine never makes a sample bad.
-- A sample is bad if decoding takes more than LIMIT_S of CPU time (a hostile image may) or crashes every worker.
-- Workers ignore signals, which the rank handles, and exit when the rank's end of the pipe closes for any reason.
+- A worker has its own copy of the data set object and does not import torch.
+- Requests and results go through a pipe, pixels through shared memory.
+- A worker that dies or stalls is replaced, and its sample is read again. After ATTEMPTS lost workers the rank reads it
+  itself. So a fault of the machine never makes a sample count as unusable.
+- A sample is unusable if decoding takes more than LIMIT_S seconds of CPU time (as a malicious image may) or crashes every
+  worker.
+- Workers ignore signals, which the rank handles. They exit when the rank's end of the pipe is closed, for any reason.
 """
 
 import logging
@@ -40,7 +41,10 @@ _EXTRA_BYTES = 1 << 16  # of shared memory, in addition to the pixels
 
 
 def shorten_socket_paths() -> None:
-    """Let multiprocessing create its sockets in a short folder where TMPDIR is long: a path may have 107 bytes."""
+    """Let multiprocessing create its sockets in a folder with a short path if TMPDIR is long.
+
+    The path of a socket may have at most 107 bytes.
+    """
     if len(os.fsencode(tempfile.gettempdir())) <= _MAX_TMPDIR:
         return
     short = next((folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if os.access(folder, os.W_OK | os.X_OK)), None)
@@ -52,16 +56,19 @@ def shorten_socket_paths() -> None:
 
 
 def ignore_signals(_: int = 0) -> None:
-    """Ignore requests to stop in a worker: the rank handles them. The argument is that of a DataLoader's init function."""
+    """Ignore SIGINT, SIGTERM and similar signals in a worker process, since the rank handles them.
+
+    The argument is not used; DataLoader passes the worker's number to its init function.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 class DecodePool:
-    """Decodes samples in worker processes, which start when they are first needed."""
+    """Decodes samples in worker processes. The processes start when the first sample is requested."""
 
     def __init__(self, dataset: ImageDataset, workers: int) -> None:
-        """Create the pool. An error at the start of a worker is raised by the first sample."""
+        """Create a pool of `workers` processes. If a worker cannot start, `load` of the first sample raises the error."""
         shorten_socket_paths()
         self._dataset = dataset
         self._prefetched: dict[Request, deque[Future[DecodedSample]]] = defaultdict(deque)
@@ -72,13 +79,16 @@ class DecodePool:
             thread.start()
 
     def prefetch(self, requests: Iterable[Request]) -> None:
-        """Start decoding; `load` must be called once for each request."""
+        """Start to decode these samples. `load` must be called exactly once for each request afterwards."""
         for request in requests:
             with self._lock:
                 self._prefetched[request].append(self._submit(request))
 
     def load(self, request: Request) -> DecodedSample:
-        """Return what `ImageDataset.decode(*request)` returns, or raise what it raises. Thread-safe."""
+        """Decode a sample in a worker and return it; errors as `ImageDataset.decode`, whose arguments `request` has.
+
+        Thread-safe.
+        """
         with self._lock:
             futures = self._prefetched.get(request)
             future = futures.popleft() if futures else self._submit(request)
@@ -92,7 +102,7 @@ class DecodePool:
         return future
 
     def close(self) -> None:
-        """Finish the submitted requests and stop the workers."""
+        """Wait for the requests that were submitted, and stop the workers."""
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:

@@ -1,4 +1,4 @@
-"""Opens the index of a run; missing records are divided over the ranks. Everything here is collective."""
+"""Opens the index of a run's shards. The ranks share the work of reading shards that have no record yet."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ Order = SampleOrder | MixedOrder
 
 
 def patterns_of(config: Config, training: bool) -> list[tuple[tuple[str, ...], float]]:
-    """Return (patterns, weight) of each source of samples."""
+    """Return (patterns of shards, weight) of each source: data.sources, or one source for data.shards or data.val_shards."""
     d = config.data
     if not training:
         return [(d.val_shards, 1.0)]
@@ -38,7 +38,7 @@ def _field(training: bool) -> str:
 
 
 def names_of(config: Config, training: bool) -> list[list[str]]:
-    """Return the shards of each source. Raises the UserErrors of `expand_shards`, with the name of the field."""
+    """Return, for each source, the paths and URLs of its shards. Raises the UserErrors of `expand_shards`."""
     retry = store_of(config.data).retry
     with name_option(_field(training)):
         names = [expand_shards(patterns, retry) for patterns, _ in patterns_of(config, training)]
@@ -63,18 +63,18 @@ def _check_held_out(config: Config, names: Sequence[str]) -> None:
 
 
 def require_shards(config: Config) -> None:
-    """Raise UserError for a configuration without training data."""
+    """Raise UserError if the configuration names no training data."""
     if not config.data.shards and not config.data.sources:
         raise UserError("data.shards=[] must name the training data. Set, for example, data.shards='data/emoji/train-*'.")
 
 
 def find_shards(config: Config, *, training: bool) -> list[str]:
-    """Return all shards of data.shards or data.sources, or of data.val_shards. Raises the UserErrors of `names_of`."""
+    """Return the paths and URLs of all training shards, or of all validation shards. Raises the UserErrors of `names_of`."""
     return [name for source in names_of(config, training) for name in source]
 
 
 def command_of(config: Config, training: bool) -> str:
-    """Return the command that indexes these shards."""
+    """Return a command line that indexes the training or validation shards before a run, for messages."""
     patterns = [hide_secrets(pattern) for patterns, _ in patterns_of(config, training) for pattern in patterns]
     columns = columns_of(config.data.filters)
     words = ["python", "tools/index_shards.py", *patterns, "--cache-dir", str(config.data.cache_dir)]
@@ -82,11 +82,13 @@ def command_of(config: Config, training: bool) -> str:
 
 
 def open_order(config: Config, ranks: Ranks, *, training: bool) -> Order:
-    """Index the shards that have no index, each rank its part, and return the order of their samples. Collective.
+    """Index the shards that are not indexed yet, and return the order of their samples.
+
+    Collective: all ranks call it, and each indexes a part of the shards.
 
     Raises:
-        UserError: On all ranks, for missing shards, no usable sample, too much to index within a run, too many damaged
-            shards, or filters that drop everything.
+        UserError: On all ranks, if shards are missing or too many of them damaged; no sample can be used; there is too much
+            to index within a run; or the filters drop every sample.
     """
     with name_option(_field(training)):
         by_source = run_on_rank0("finding shards", lambda _: names_of(config, training))
@@ -143,7 +145,19 @@ def order_of(
     *,
     training: bool,
 ) -> Order:
-    """Return the order of an index's samples by the configuration. Raises the UserErrors of `SampleOrder`."""
+    """Return the order in which the samples of an index are used, as the configuration says.
+
+    Args:
+        config: The configuration of the run.
+        index: The index of the shards.
+        view: Which samples pass the filters, and their image sizes (buckets).
+        by_source: For each source, its shards.
+        weights: The weight of each source.
+        training: Whether these are the training samples.
+
+    Raises:
+        UserError: As `SampleOrder`.
+    """
     # A micro-batch has one image size, so samples of one size come in runs.
     seed, window, run = config.run.seed, config.data.window_shards, bucket_run_length(config, training) or 1
     if len(by_source) == 1:
@@ -157,7 +171,7 @@ def order_of(
 
 
 def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
-    """Return lines with the number of usable samples and what is left out."""
+    """Return lines for the log: the number of usable samples, and how many are left out for which reason."""
     lines = [
         f"{index.num_samples:,} samples in {len(index.shards):,} shards; {index.num_bad:,} unusable samples are left out"
     ]
@@ -175,9 +189,12 @@ def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
 
 
 def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) -> None:
-    """Raise UserError for bad samples or damaged shards beyond what the configuration allows.
+    """Raise UserError if more samples or shards cannot be read than the configuration allows.
 
-    One damaged shard of several is always allowed, unless data.on_error=stop.
+    Args:
+        index: The index of the shards.
+        on_error: data.on_error. "stop" allows none. "skip" allows a fraction of the shards, and always one of several.
+        max_bad_fraction: This fraction (data.max_bad_fraction).
     """
     if on_error == "stop" and index.num_bad:
         raise UserError(

@@ -12,21 +12,30 @@ from raphael_dist.data.shards.decode_workers import DecodePool
 
 
 class SampleReader:
-    """Decodes a data set's samples in `data.workers` processes and prefetches its shards, until it is closed."""
+    """Lets a data set decode its samples in `data.workers` processes, and fetches its shards ahead, until it is closed."""
 
     def __init__(
         self, config: Config, dataset: ImageDataset, order: SampleOrder | MixedOrder | None = None, local_rank: int = 0
     ) -> None:
-        """`order`: the order in which samples will be read; None: shard by shard, without prefetching shards."""
+        """Start the reader.
+
+        Args:
+            config: The configuration of the run.
+            dataset: The data set.
+            order: The order in which samples will be read. None: unknown; shards are not fetched ahead.
+            local_rank: Number of the rank on its node.
+        """
         self._dataset = dataset
         self._pool = DecodePool(dataset, config.data.workers) if config.data.workers else None
         self._shards = None if order is None else ShardPrefetcher(order, local_rank)
         dataset.set_decoder(None if self._pool is None else self._pool.load)
 
     def prefetch(self, position: int, requests: Sequence[Request]) -> None:
-        """Start reading a batch whose first position is `position`.
+        """Start to read and decode a batch in the background.
 
-        `ImageDataset.load` must then be called once for each of its requests.
+        Args:
+            position: Global position of its first sample, from which on shards are fetched ahead.
+            requests: Arguments of `ImageDataset.load`, which must be called exactly once for each of them afterwards.
         """
         if self._shards is not None:
             self._shards.prefetch_from(position)
@@ -34,7 +43,7 @@ class SampleReader:
             self._pool.prefetch(requests)
 
     def close(self) -> None:
-        """Stop workers and threads; the data set decodes in its own process from then on."""
+        """Stop workers and threads. Afterwards the data set decodes samples in the calling process."""
         self._dataset.set_decoder(None)
         if self._pool is not None:
             self._pool.close()

@@ -1,4 +1,4 @@
-"""Shard patterns (braces, globs, URLs) to the names of shards."""
+"""Expands the patterns of data.shards (braces, globs, URLs) to the paths and URLs of shards."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _BRACES = re.compile(rf"(\{{{_END}\.\.{_END}(?:\.\.(-?\d+))?\}}|[{{}},])")
 
 @contextmanager
 def name_option(option: str) -> Iterator[None]:
-    """Let errors about shards start with the option or field that names them, in place of data.shards."""
+    """Replace "data.shards" at the beginning of UserErrors raised in the block by the name of another option or setting."""
     try:
         yield
     except UserError as error:
@@ -35,18 +35,19 @@ def name_option(option: str) -> Iterator[None]:
 def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -> list[str]:
     """Expand patterns to the paths and URLs of shards, without duplicates.
 
-    A path that exists stands for itself, whatever characters it has, and so does the folder that a pattern begins with.
+    Braces and wildcards in the name of an existing file or folder are taken literally.
 
     Args:
-        patterns: Paths or URLs with braces ("a-{0000..0011}.tar", "{a,b}.tar") and globs. Relative paths start at the
+        patterns: Paths or URLs with braces ("a-{0000..0011}.tar", "{a,b}.tar") and wildcards. Relative paths start at the
             working directory.
-        retry: How requests to servers are repeated.
+        retry: How failed requests to servers are repeated.
 
     Returns:
-        The paths, sorted, then the URLs, sorted.
+        First the paths, sorted, then the URLs, sorted.
 
     Raises:
-        UserError: A pipe, an unsupported scheme, a missing file, a glob without a match, or no pattern at all.
+        UserError: There is no pattern; a file is missing; wildcards match nothing; or a pattern is a pipe or a URL with an
+            unsupported scheme.
     """
     files: dict[Path, Path] = {}
     urls: set[str] = set()

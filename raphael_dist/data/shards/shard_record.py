@@ -1,4 +1,7 @@
-"""The record of one shard: positions, image sizes, keys and columns of its samples, in one file that is written once."""
+"""The record of one shard: what is known about each of its samples (place, image size, key, columns), in one file.
+
+The shard is read once to make it. The index of a data set joins the records of its shards (write_index.py).
+"""
 
 import hashlib
 import json
@@ -29,21 +32,21 @@ _ABOUT = ("num_bytes", "bad", "damage", "fingerprint", "content", "text_digest",
 
 @dataclass(frozen=True, eq=False)
 class ShardRecord:
-    """The usable samples of one tar, one row of each array per sample, and its bad samples.
+    """The usable samples of one shard, with one row per sample in each array, and the samples that cannot be used.
 
     Attributes:
-        name: Path or URL.
-        stamp: State of the source file.
-        num_bytes: Size of the plain tar.
-        places: uint32 [num_samples, 2], first block and number of blocks (512 bytes) of each sample.
-        sizes: int32 [num_samples, 2], width and height in pixels.
-        bad: (key, reason) of each sample that is not usable.
-        damage: Why the shard has no more samples, or "".
-        fingerprint: sha256 over base name, size in bytes and keys: the same in any folder.
-        content: sha256 over all that features depend on: fingerprint, texts, image sizes, offsets of the members.
-        text_digest: sha256 over all txt and json members.
-        columns: float32 [num_samples] by name.
-        skipped: `SkipCounts.counts` of its members.
+        name: Path or URL of the shard.
+        stamp: Version of the file when it was read (see `Stamp`).
+        num_bytes: Size of the plain tar in bytes.
+        places: uint32 [num_samples, 2], first block (512 bytes) of each sample in the tar, and number of blocks.
+        sizes: int32 [num_samples, 2], width and height of each image in pixels.
+        bad: (key, reason) of each sample that cannot be used.
+        damage: Why the shard could not be read to its end; "" if it could.
+        fingerprint: SHA-256 of base name, size in bytes and keys. It does not depend on the folder.
+        content: SHA-256 of everything that encoded samples depend on: fingerprint, texts, image sizes, offsets of the files.
+        text_digest: SHA-256 of all txt and json files in the shard.
+        columns: By name, the values of a column, float32 [num_samples] (see columns.py).
+        skipped: For each reason, how many files in the tar belong to no sample (`SkipCounts.counts`).
     """
 
     name: str
@@ -66,14 +69,14 @@ class ShardRecord:
 
 
 def record_path(folder: Path, name: str) -> Path:
-    """Return the path of the record of the shard `name` in an index folder."""
+    """Return the path, in an index folder, of the file with the record of the shard `name` (path or URL)."""
     full_name = name if remote.is_remote(name) else str(Path(name).resolve())
     digest = hashlib.sha256(f"{_VERSION} {full_name}".encode()).hexdigest()
     return folder / "shards" / digest[:2] / f"{digest[:32]}.safetensors"
 
 
 def load_record(folder: Path, name: str) -> ShardRecord | None:
-    """Return the record of a shard; None if it is missing or does not match its checksum."""
+    """Read the record of a shard from an index folder; None if it is missing or does not match its checksum."""
     try:
         arrays = load(read_sealed(record_path(folder, name)))
         about = parse_json(arrays.pop("about").tobytes().decode())
@@ -89,7 +92,7 @@ def load_record(folder: Path, name: str) -> ShardRecord | None:
 
 
 def save_record(folder: Path, record: ShardRecord) -> None:
-    """Write a record; several processes may write the same one. Raises OSError."""
+    """Write a record into an index folder. Several processes may write the same one at once. Raises OSError."""
     about = {"stamp": asdict(record.stamp), **{key: getattr(record, key) for key in _ABOUT}}
     arrays = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
@@ -102,11 +105,11 @@ def save_record(folder: Path, record: ShardRecord) -> None:
 
 
 def scan_shard(store: ShardStore, name: str) -> ShardRecord:
-    """Read a shard and return its record, with the reason in `damage` if it could not be read to the end.
+    """Read a shard and return its record. If the shard cannot be read to its end, `damage` of the record has the reason.
 
     Raises:
         ShardError: The shard cannot be reached.
-        UserError: There is no folder or no library for its kind.
+        UserError: The shard is remote or gzipped, and there is no folder to store it or no library to download it.
     """
     stamp, num_bytes, rows = store.stamp(name), 0, _Rows()
     try:
@@ -125,7 +128,7 @@ def scan_shard(store: ShardStore, name: str) -> ShardRecord:
 
 
 def unreached_record(name: str, reason: str) -> ShardRecord:
-    """Return the record of a shard that is missing."""
+    """Return a record without samples, for a shard that is missing. reason: becomes `damage`."""
     rows = _Rows()
     rows.damage = reason
     return rows.record(name, UNREACHED, 0)
@@ -222,10 +225,10 @@ def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str
 
 
 def pack_keys(keys: Sequence[str]) -> bytes:
-    """Pack keys into one byte string."""
+    """Compress the keys of a shard into one byte string."""
     return "".join(f"{key}\0" for key in keys).encode("utf-8", "surrogateescape")
 
 
 def unpack_keys(data: bytes) -> list[str]:
-    """Return the keys that `pack_keys` has packed."""
+    """Return the keys that `pack_keys` has compressed."""
     return data.decode("utf-8", "surrogateescape").split("\0")[:-1]

@@ -1,4 +1,4 @@
-"""Counts of files and tar members that are not used as samples, by reason."""
+"""Counts the files (in a folder or tar) that are not used as samples, by reason."""
 
 import re
 from collections import Counter
@@ -13,41 +13,41 @@ _SYSTEM_FOLDERS = {
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a path has a hidden part or a folder that an operating system creates, such as thumbnails."""
+    """Return whether a part of a path begins with a dot, or is a folder that operating systems create (thumbnails)."""
     parts = [part.lower() for part in name.split("/")]
     return any((part.startswith(".") and part not in (".", "..")) or part in _SYSTEM_FOLDERS for part in parts)
 
 
 class SkipCounts:
-    """For each reason: the number of skipped members or files, and the name of the first."""
+    """For each reason, the number of skipped files and the name of the first one."""
 
     def __init__(self, counts: Mapping[str, tuple[int, str]] | None = None) -> None:
-        """Start with the `counts` of another object, which may come from JSON."""
+        """counts: by reason, (number, first name) to start with, as the attribute `counts` of another object has them."""
         self.counts: dict[str, tuple[int, str]] = {
             str(reason): (int(count), str(first)) for reason, (count, first) in (counts or {}).items()
         }
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        """Count `count` names, the first of which is `name`."""
+        """Count `count` files that are skipped for `reason`. name: the first of them."""
         before, first = self.counts.get(reason, (0, name[:_MAX_NAME]))
         self.counts[reason] = (before + count, first)
 
     def merge(self, other: "SkipCounts", prefix: str = "") -> None:
-        """Add the counts of another object; `prefix` goes before its names."""
+        """Add the counts of another object. prefix: text to put in front of its file names."""
         for reason, (count, first) in other.counts.items():
             self.add(reason, f"{prefix}{first}", count)
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each reason."""
+        """Yield a line for each reason, with the number of files and the name of the first one."""
         for reason, (count, first) in self.counts.items():
             yield f"{count:,} x {reason}, the first {first!r}"
 
 
 def most_common_reasons(bad: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:
-    """Count (name, reason) pairs by reason; reasons that differ only in numbers count as one.
+    """Count pairs (name, reason) by reason. Reasons that differ only in numbers are counted together.
 
     Returns:
-        (reason, count, first name), the most frequent first.
+        (reason, count, name of the first pair) of each reason, the most frequent one first.
     """
     counts, first = Counter[str](), dict[str, tuple[str, str]]()
     for name, reason in bad:

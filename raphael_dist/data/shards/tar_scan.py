@@ -1,7 +1,8 @@
 """Finds the samples of one shard and checks each without decoding its pixels.
 
-Shards are untrusted. They are read as plain tars by offset; a .tar.gz is expanded first, within limits. No member is
-extracted, unpickled or executed. Links and devices are skipped and counted. A member's name is never used as a path.
+Shards may come from others and are not trusted. Files in a tar (members) are read by their offset. No member is extracted,
+unpickled or executed, and its name is never used as a path. Links and devices are skipped and counted. A .tar.gz is unpacked
+first, up to a size limit.
 """
 
 import contextlib
@@ -40,19 +41,19 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 class DamagedShardError(Exception):
-    """A shard that ends too early or is not a tar; the text has the place and the reason."""
+    """A shard is cut short, damaged or not a tar file. The text states the reason, and the byte if it is known."""
 
 
 def expanded_limit(num_bytes: int) -> int:
-    """Return the bytes that a compressed file of `num_bytes` may expand to."""
+    """Return the size limit, in bytes, for the unpacked content of a compressed file of `num_bytes` bytes."""
     return min(MAX_BYTES, max(SMALL_BYTES, MAX_RATIO * num_bytes))
 
 
 def gunzip(source: Path, target: Path) -> None:
-    """Expand the gzip file `source` to `target` in pieces.
+    """Unpack the gzip file `source` to the file `target`, in blocks.
 
     Raises:
-        DamagedShardError: `source` is not a complete gzip file or expands beyond the limit; no more than that is written.
+        DamagedShardError: `source` is not a complete gzip file, or its content is larger than `expanded_limit`.
     """
     limit = expanded_limit(source.stat().st_size)
     written = 0
@@ -61,7 +62,7 @@ def gunzip(source: Path, target: Path) -> None:
             while piece := packed.read(_PIECE_BYTES):
                 written += len(piece)
                 if written > limit:
-                    raise DamagedShardError(f"expands to more than {limit} bytes; split it, or gunzip it")
+                    raise DamagedShardError(f"expands to more than {limit} bytes; split or gunzip it")
                 plain.write(piece)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DamagedShardError(f"is damaged or cut short ({error}); write or copy it again") from error
@@ -69,9 +70,10 @@ def gunzip(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class TarSample:
-    """A sample of a tar.
+    """Where the files of one sample lie in a tar.
 
-    members: (offset, size) in bytes of each member's data, by extension. start, end: bytes from the first header on.
+    members: (offset, size), in bytes, of the data of each of its files, by extension. start, end: the bytes [start, end) of
+    the tar contain all these files and their headers.
     """
 
     key: str
@@ -81,15 +83,16 @@ class TarSample:
 
 
 def iter_samples(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[TarSample]:
-    """Yield the samples of a plain tar: adjacent members with the same key, by the naming of webdataset.
+    """Yield the samples of a plain tar. A sample is a group of adjacent files with the same key, as in webdataset.
 
-    A member KEY.EXT belongs to the sample KEY; EXT begins at the first dot of the base name.
+    A file KEY.EXT belongs to the sample KEY. EXT begins after the first dot of the base name.
 
     Args:
-        skipped: Receives the members that belong to no sample.
+        file: The tar, open for reading.
+        skipped: Counts the files that belong to no sample.
 
     Raises:
-        DamagedShardError: The tar is damaged; the samples before the damage were yielded.
+        DamagedShardError: The tar is damaged. The samples before the damage have been yielded.
     """
     key, members, start, end = "", dict[str, tuple[int, int]](), 0, 0
     for member in _tar_members(file, skipped):
@@ -110,7 +113,7 @@ def iter_samples(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[TarSa
 
 
 def key_and_ext(name: str) -> tuple[str, str] | None:
-    """Return the key and the extension of a member's name; None for a member that is not used."""
+    """Return the key and the extension of the name of a file in a tar; None for a file that is not used."""
     folder, slash, base = name.rpartition("/")
     stem, dot, ext = base.partition(".")
     ext = ext.lower()
@@ -126,10 +129,14 @@ def _skip_reason(name: str) -> str:
 
 
 def members_of(data: bytes, key: str) -> dict[str, bytes]:
-    """Return {ext: data} of the sample `key`, given the bytes of its headers and members.
+    """Return the data of each file of a sample, by extension.
+
+    Args:
+        data: The part of the tar with the sample's files and their headers.
+        key: The key of the sample.
 
     Raises:
-        ValueError: The bytes hold no such sample.
+        ValueError: The bytes do not contain this sample.
     """
     members: dict[str, bytes] = {}
     for name, first, size in _headers(data):
@@ -137,7 +144,7 @@ def members_of(data: bytes, key: str) -> dict[str, bytes]:
         if named is not None and named[0] == key:
             members.setdefault(named[1], data[first : first + size])
     if not members:
-        raise ValueError("it is not where it was indexed")
+        raise ValueError("it is not where it was when the shard was indexed")
     return members
 
 
@@ -210,25 +217,27 @@ def _next_tar(fd: int, at: int) -> int | None:
 def check_sample(
     fd: int, sample: TarSample, hash_text: Callable[[bytes], None]
 ) -> tuple[tuple[int, int], dict[str, object]]:
-    """Check that a sample is usable.
+    """Check that a sample can be used, without decoding the pixels of its image.
 
     Args:
-        fd: Descriptor of the plain tar.
-        hash_text: Called with the bytes of the sample's json and txt.
+        fd: File descriptor of the plain tar.
+        sample: Where the files of the sample lie.
+        hash_text: Called with the bytes of the sample's json file and of its txt file.
 
     Returns:
-        (width, height) in pixels by the image header, after the EXIF rotation, and the fields of the json with the
-        characters in quotes (of the caption that has the fewest).
+        - (width, height) of the image in pixels, from its header, after the EXIF rotation;
+        - the fields of the json. The field quoted_text is added: the number of characters in double quotes in the caption
+          that has the fewest of them.
 
     Raises:
-        ValueError: The sample is not usable; the text is the reason.
+        ValueError: The sample cannot be used; the text is the reason.
     """
     members = sample.members
     for ext, (_, size) in members.items():
         if size > MAX_MEMBER_BYTES:
             raise ValueError(f"{ext} has {size} bytes, but at most {MAX_MEMBER_BYTES} are allowed")
     if sample.end - sample.start > MAX_SAMPLE_BYTES:
-        raise ValueError(f"its members span {sample.end - sample.start} bytes, but at most {MAX_SAMPLE_BYTES} are allowed")
+        raise ValueError(f"its files have {sample.end - sample.start} bytes, but at most {MAX_SAMPLE_BYTES} are allowed")
     image_ext = next((ext for ext in IMAGE_EXTS if ext in members), None)
     if image_ext is None:
         raise ValueError("no image")

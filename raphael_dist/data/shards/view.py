@@ -1,6 +1,7 @@
-"""A view of an index: which samples pass the filters, and the bucket (image size) of each.
+"""The view of an index: which samples pass data.filters, and the bucket (image size) of each of them.
 
-It is computed once and stored next to the table, one byte per sample, memory-mapped like the table.
+It is computed once for an index, filters and image sizes. It is stored next to the index and memory-mapped, with one byte
+per sample.
 """
 
 import hashlib
@@ -39,14 +40,14 @@ SIZE_COLUMNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The bucket of each sample of a data set.
+    """Which samples of an index pass the filters, and the bucket (image size) of each of them.
 
     Attributes:
-        buckets: (height, width) in pixels.
-        bucket_of: int8 or int16 [num_samples], the bucket of each sample id; DROPPED where a filter drops the sample.
-        counts: int64 [num_shards, num_buckets], samples of each bucket in each shard.
-        dropped: Filter in words -> number of samples that it drops, number of samples without a value.
-        digest: sha256 of all that, for the fingerprint of a run.
+        buckets: (height, width) of each bucket in pixels.
+        bucket_of: int8 or int16 [num_samples], the bucket number of each sample id; DROPPED if a filter drops the sample.
+        counts: int64 [num_shards, num_buckets], number of samples of each bucket in each shard.
+        dropped: For each filter, as text: the number of samples that it drops, and the number of samples without a value.
+        digest: SHA-256 (hex) of all these values, which becomes a part of the run's fingerprint.
     """
 
     buckets: Buckets
@@ -56,7 +57,7 @@ class View:
     digest: str
 
     def describe(self) -> list[str]:
-        """Return lines with the samples that each filter drops and the samples of each bucket."""
+        """Return lines for the log: how many samples each filter drops, then how many samples each image size has."""
         lines = [
             f"filter {words}: {dropped:,} samples dropped" + (f" ({missing:,} samples have no value)" if missing else "")
             for words, (dropped, missing) in self.dropped.items()
@@ -67,12 +68,12 @@ class View:
 
 
 def columns_of(filters: Sequence[Filter]) -> list[str]:
-    """Return the columns that the table must have for these filters."""
+    """Return the names of the columns that these filters read from the index. Image sizes are not among them."""
     return sorted({rule.column for rule in filters} - set(SIZE_COLUMNS))
 
 
 def filter_columns(index: DatasetIndex) -> list[str]:
-    """Return the columns that filters may use; of the samples' own columns only the first 20."""
+    """Return names of columns that filters may use, for a message: image sizes, and the first 20 columns of the samples."""
     known = [name for name in index.known_columns if name not in SIZE_COLUMNS]
     return [*known[:_COLUMNS_SHOWN], *(["..."] if len(known) > _COLUMNS_SHOWN else []), *SIZE_COLUMNS]
 
@@ -80,17 +81,21 @@ def filter_columns(index: DatasetIndex) -> list[str]:
 def open_view(
     index: DatasetIndex, buckets: Sequence[tuple[int, int]], filters: Sequence[Filter] = (), check: bool = True
 ) -> View:
-    """Open the view of an index: the samples that pass the filters, by bucket.
+    """Open the view of an index, which states the samples that pass the filters and their buckets (image sizes).
 
-    The view of an index in a folder is memory-mapped from a file there, which is written first if it is missing.
+    For an index in a folder, the view is a file in this folder, which is computed and written first if it is missing. For an
+    index in memory it is computed.
 
     Args:
-        check: Verify its checksums, and write it again where they do not match. False where another process has just
-            done so.
+        index: The index.
+        buckets: (height, width) of each bucket in pixels.
+        filters: The rules that a sample must fulfil.
+        check: Verify the checksums of the file, and compute it again if they do not match. False: another process has just
+            done this.
 
     Raises:
-        UserError: There is no bucket; a filter's column is unknown; a sample has no value and the filter has
-            on_missing=error; or no sample is left.
+        UserError: There is no bucket; no sample has the column of a filter; a sample has no value in it and the filter has
+            on_missing=error; or no sample passes.
     """
     if not buckets:
         raise UserError("image.buckets=[] must have at least one size. Add one, for example [512, 512].")

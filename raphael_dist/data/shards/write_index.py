@@ -1,4 +1,4 @@
-"""Writes the table of an index (see index.py) from the records of the shards, one after the other."""
+"""Writes the table of an index (dataset_index.py) from the records of its shards (shard_record.py)."""
 
 import hashlib
 import io
@@ -95,7 +95,7 @@ def _npy_header(kind: type[np.generic], shape: tuple[int, ...]) -> bytes:
 
 
 def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> DatasetIndex:
-    """Return the index of records in memory, with all their columns."""
+    """Join records of shards to an index in memory, with all columns that the samples have. No file is written."""
     records = list(records)
     columns = sorted({name for record in records for name in record.columns})
     writer = _Writer(columns, None)
@@ -112,7 +112,10 @@ def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> Datase
 
 
 def write_table(folder: Path, records: Iterable[ShardRecord], columns: Sequence[str]) -> None:
-    """Write the table of the records as the folder `folder`; several processes may write the same one. Raises OSError."""
+    """Join records of shards to a table, and write it as `folder`. Raises OSError.
+
+    Several processes may write the same folder at once. columns: names of the columns that the table gets.
+    """
     with sealed_folder(folder) as temporary:
         writer = _Writer(columns, temporary)
         for record in records:
