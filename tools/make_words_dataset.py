@@ -33,9 +33,30 @@ GRID = {"trained-words": 6, "held-out-words": 12, "held-out-strings": 6, "held-o
 _TRAIN, _VAL, _PROMPTS = range(3)  # streams of random numbers
 
 
-def make_sample(key: str, text: str, look: Look, random: np.random.Generator) -> Sample:
-    """Draw a text as an image, and return it as a sample with captions and edge map."""
-    image = render(text, look)
+@dataclass(frozen=True)
+class Scope:
+    """What a data set shows.
+
+    Attributes:
+        longest: characters of a text at most; None: all texts.
+        width: of an image, in pixels.
+        simple: one font in one size in the centre (`Look.draw`).
+        monochrome: black on white.
+    """
+
+    longest: int | None = None
+    width: int = WIDTH
+    simple: bool = False
+    monochrome: bool = False
+
+    def look(self, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> Look:
+        """Draw a look at random."""
+        return Look.draw(random, fonts, self.simple, self.monochrome)
+
+
+def make_sample(key: str, text: str, look: Look, random: np.random.Generator, width: int) -> Sample:
+    """Draw and encode one sample."""
+    image = render(text, look, width)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).unsqueeze(0)
     record = {
         "captions": captions(text, look, random),
@@ -60,19 +81,19 @@ def encode_lossless(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, longest: int | None) -> Iterator[Sample]:
-    """Yield the training samples with these numbers. A sample depends only on the seed, its number and `longest`.
-
-    `longest`: see `Vocabulary.training_text`.
-    """
+def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: Scope) -> Iterator[Sample]:
+    """Yield the training samples of these numbers; each depends on the seed, its number and the scope alone."""
     for number in numbers:
         random = np.random.default_rng((seed, _TRAIN, number))
         text = vocabulary.training_text(random, scope.longest)
         yield make_sample(f"{number:07d}", text, scope.look(random), random, scope.width)
 
 
-def held_out_texts(vocabulary: Vocabulary) -> dict[str, list[str]]:
-    """Return the held-out texts of each set (e.g. "held-out-words"), which has a prompt file and a validation shard."""
+def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, list[str]]:
+    """Return the texts of each set of prompts and of each validation shard, by the set's name.
+
+    A set with fewer than PROMPTS texts repeats them, which are drawn in different looks.
+    """
     order = np.random.default_rng(PROMPTS).permutation(len(vocabulary.words))
     trained = [vocabulary.words[i] for i in order if len(vocabulary.words[i]) >= MIN_HELD_OUT]
     sets = {
@@ -85,8 +106,8 @@ def held_out_texts(vocabulary: Vocabulary) -> dict[str, list[str]]:
     return {name: list(islice(cycle(texts), PROMPTS)) for name, texts in short.items()}
 
 
-def looks(name: str, seed: int, stream: int) -> Iterator[tuple[Look, np.random.Generator]]:
-    """Yield random looks (font, colours, place) for a set. Those of "held-out-font" use the held-out font."""
+def looks(name: str, seed: int, stream: int, scope: Scope) -> Iterator[tuple[Look, np.random.Generator]]:
+    """Yield the looks of a set; those of "held-out-font" are in the held-out font."""
     fonts = (HELD_OUT_FONT,) if name == "held-out-font" else FONTS
     number = 0
     while True:
@@ -96,13 +117,13 @@ def looks(name: str, seed: int, stream: int) -> Iterator[tuple[Look, np.random.G
 
 
 def prompt(name: str, text: str, look: Look) -> str:
-    """Return a prompt that states text, colours and place, and also the font if it is the held-out font."""
+    """Return a prompt with text, colours, place and font; a held-out font is named."""
     caption = full_caption(text, look)
     return caption.replace(f"{look.font.style} font", f"{look.font.name} font") if name == "held-out-font" else caption
 
 
-def write_prompts(vocabulary: Vocabulary, out: Path) -> None:
-    """Write the prompt file prompts-NAME.txt of each set, and prompts.txt with some prompts of each set (GRID)."""
+def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
+    """Write prompts-NAME.txt for each set, and prompts.txt with some of each (GRID)."""
     out.mkdir(parents=True, exist_ok=True)
     grid = []
     for name, texts in held_out_texts(vocabulary, scope.longest).items():
@@ -116,10 +137,7 @@ def write_prompts(vocabulary: Vocabulary, out: Path) -> None:
 def write_shards(
     vocabulary: Vocabulary, out: Path, seed: int, samples: int, scope: Scope, report: Callable[[str], None]
 ) -> None:
-    """Write train-*.tar, val-NAME.tar for each held-out set, and manifest.json.
-
-    `longest`: see `Vocabulary.training_text`.
-    """
+    """Write train-*.tar, one val-NAME.tar for each held-out set, and manifest.json."""
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("train-*.tar"), *out.glob("val-*.tar")):
         stale.unlink()

@@ -181,7 +181,7 @@ def _named(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     for outcome, problem in own or pairs:
         ranks.setdefault(problem["text"], []).append(f"rank {outcome['rank']} on {outcome['node']}")
     lines = [f"{', '.join(names[:4])}{' and others' * (len(names) > 4)}: {text}" for text, names in ranks.items()]
-    effects = {o["rank"] for o, _ in found} - {o["rank"] for o, _ in own}
+    effects = {o["rank"] for o, _ in pairs} - {o["rank"] for o, _ in own}
     if own and effects:
         lines.append(f"problems of {len(effects)} other ranks, which can follow from this one, are not listed")
     return lines

@@ -262,8 +262,8 @@ def _memory(runs: Sequence[Examined], data: JsonObject) -> str:
         if examined.plan_note:
             parts.append(_sentence(f"There is no plan: {examined.plan_note}."))
     note = (
-        "On a CPU, the measured memory is that of the whole process. The plan assumes that its cores have no other work, but "
-        "the run measures their peak FLOP/s at its start, with the other work."
+        "On a CPU, the measured memory is that of the whole process. The plan assumes that its cores have no other work, "
+        "but the run measures their peak FLOP/s at its start, with the other work."
     )
     return "".join(parts) + _sentence(note)
 

@@ -1,8 +1,8 @@
-"""Runs a campaign: every variant of a model is trained with every seed, in one folder.
+"""A campaign: every variant with every seed is a run of the trainer, in one folder.
 
-OUT/protocol.json stores the settings that all runs share. OUT/runs/VARIANT/seed-S is the run directory of one run, and has a
-`finished.json` when the run is complete. The same command continues a stopped campaign: finished runs are skipped, and a
-started run resumes from its checkpoint.
+OUT/protocol.json holds the settings that all runs share. OUT/runs/VARIANT/seed-S is a run directory of the trainer, which
+has a `finished.json` when the run is complete. The same command continues a stopped campaign: a run from its checkpoint, the
+campaign with the first unfinished run.
 """
 
 import fcntl
@@ -42,15 +42,10 @@ class Campaign:
     """The settings of a campaign.
 
     Attributes:
-        out: folder of the campaign.
-        base: configuration that all variants change.
-        variants: the models to train.
-        images: number of training images of each run, rounded up to whole steps; None: as configured.
-        ranks: ranks of each run.
-        benchmark: whether to run the emoji benchmark after each run.
-        read: captions with quoted text. The model renders it and an OCR engine reads it (command `evaluate text`); None: not
-            measured.
-        jobs: number of runs at the same time.
+        images: number of images of each run, rounded up to whole steps; None: as configured.
+        benchmark: run the emoji benchmark after each run.
+        read: captions whose quoted text is read in the images of each run (evaluate text); None: none.
+        jobs: runs at the same time.
     """
 
     out: Path
@@ -78,7 +73,7 @@ class Campaign:
                     yield variant, seed
 
     def protocol(self) -> dict[str, Any]:
-        """Return the settings that affect results. Defaults are omitted, so that later versions can add settings."""
+        """Return the settings that affect results. Defaults are omitted, so that fields can be added later."""
         tree = self.base.config().model_dump(mode="json", exclude_defaults=True)
         flat = {f"{section}.{key}": value for section, fields in tree.items() for key, value in fields.items()}
         fields = {key: value for key, value in flat.items() if not key.startswith(FREE) or key in AFFECTS_RESULTS}
@@ -87,7 +82,7 @@ class Campaign:
 
 @contextmanager
 def lock(campaign: Campaign) -> Iterator[None]:
-    """Lock the campaign's folder. Raises UserError if another campaign uses it, or its runs have other settings."""
+    """Lock the folder. Raises UserError if another campaign uses it, or its runs have other settings."""
     record_protocol(campaign.out, campaign.protocol())
     with open(campaign.out / ".lock", "a", opener=no_links) as lock_file:
         try:
@@ -101,7 +96,7 @@ def lock(campaign: Campaign) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Interrupt the body after so many seconds, as Ctrl-C would. None: no limit."""
+    """Interrupt the block, as Ctrl-C does, after so many seconds."""
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
@@ -112,12 +107,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def run_all(campaign: Campaign, report: Reporter, after_each: Callable[[], object]) -> None:
-    """Train all runs that are not finished. On any error, the active runs save a checkpoint and end first.
-
-    Args:
-        campaign: the campaign.
-        report: receives progress lines.
-        after_each: called after each run.
+    """Run all unfinished runs. On any error, active runs save and end first.
 
     Raises:
         UserError: a run cannot continue.
@@ -168,7 +158,7 @@ def _run(campaign: Campaign, processes: "Processes", variant: Variant, seed: int
 
 
 def measurements(campaign: Campaign, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Yield what to measure for each finished run: name of the measurement, output folder, program to run."""
+    """Yield what is measured of each finished run: its name, its folder and the program."""
     if campaign.benchmark:
         yield "the emoji benchmark", folder / BENCHMARK, [str(ROOT / "tools" / "emoji_benchmark.py")]
     if campaign.read:
@@ -178,7 +168,7 @@ def measurements(campaign: Campaign, folder: Path) -> Iterator[tuple[str, Path, 
 
 
 def read_finished(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a run's `finished.json`; None if it does not exist. Raises UserError if it cannot be read."""
+    """Return the content of a run's `finished.json`, None if there is none. Raises UserError if it cannot be read."""
     path = folder / FINISHED
     if not path.is_file():
         return None
@@ -223,7 +213,7 @@ def _train(campaign: Campaign, processes: "Processes", variant: Variant, seed: i
 
 
 class Processes:
-    """Starts training processes from several threads, and ends them together."""
+    """Training processes, started from several threads and ended together."""
 
     def __init__(self, campaign: Campaign) -> None:
         self._ranks = campaign.ranks
@@ -231,7 +221,7 @@ class Processes:
         self._lock, self._active, self._stopped = threading.Lock(), set[subprocess.Popen[bytes]](), False
 
     def run(self, arguments: list[str], folder: Path) -> int:
-        """Run a Python program and return its exit code. Its output goes to output.txt in `folder`."""
+        """Run a Python program; return its exit code. Its output goes to output.txt."""
         launcher = [sys.executable]
         if self._ranks > 1:
             port = ["--master_port", str(free_port())]
@@ -265,7 +255,7 @@ class Processes:
             raise KeyboardInterrupt
 
     def stop(self) -> None:
-        """Start no further processes and terminate the active ones. Each training saves first; then its `run` returns."""
+        """Start no more processes and terminate active ones; the trainer saves first, then `run` returns."""
         with self._lock:
             self._stopped = True
             for process in self._active:

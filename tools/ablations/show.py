@@ -7,7 +7,7 @@ from ablations.table import describe
 
 
 def show(campaign: Campaign, figures: bool = True) -> str:
-    """Write results.*, curves.csv and figures; return the table as Markdown. Raises UserError if no run is finished."""
+    """Write results.*, curves.csv and figures; return the table. Raises UserError if no run is finished."""
     runs, summaries = collect(campaign)
     text = describe(campaign, summaries)
     write(campaign, runs, summaries, text)

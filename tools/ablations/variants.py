@@ -1,4 +1,4 @@
-"""Variants of a model: each is a name with overrides of one base configuration."""
+"""Variants of a model: named overrides of one base configuration."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +15,12 @@ WIDTH = "model.expert_width"
 
 @dataclass(frozen=True)
 class Variant:
-    """One model of a campaign.
+    """One model.
 
     Attributes:
-        name, what: its name and a description.
-        overrides: configuration values as text, by field.
-        match: scale the expert width so that the model has as many parameters or FLOPs as `full`; None: do not scale.
-        seeds: number of runs with different seeds.
+        overrides: text by field.
+        match: scale the expert width to the parameters or FLOPs of `full`.
+        seeds: number of its runs.
     """
 
     name: str
@@ -33,21 +32,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Base:
-    """The configuration that all variants change: the name of a preset or file, and overrides by field."""
+    """Base configuration of all variants: a preset or file, and overrides by field."""
 
     name: str
     overrides: dict[str, str]
 
-    def config(self, more: dict[str, str] | None = None) -> Config:
-        """Return the configuration with the overrides `more`, which take precedence. Raises UserError if it is invalid."""
-        return load_config(self.name, [f"{key}={text}" for key, text in {**self.overrides, **(more or {})}.items()])
+    def config(self, overrides: dict[str, str] | None = None) -> Config:
+        """Return the configuration with further overrides, which take precedence. Raises UserError if it is invalid."""
+        return load_config(self.name, [f"{key}={text}" for key, text in {**self.overrides, **(overrides or {})}.items()])
 
 
 def read_base(name: str, overrides: Sequence[str]) -> Base:
-    """Return the base configuration.
-
-    Raises UserError if an override is one that a campaign sets itself, or if the model lacks a part.
-    """
+    """Return the base. Raises UserError if an override that a campaign sets, or a model that lacks a part."""
     load_config(name, overrides)  # reports malformed and repeated overrides
     base = Base(name, dict(override.split("=", 1) for override in overrides))
     for key, option in OWN.items():
@@ -70,10 +66,7 @@ def read_base(name: str, overrides: Sequence[str]) -> Base:
 
 
 def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
-    """Return the variants of each group by group name, the most important group first.
-
-    `steps`: optimizer steps of each run.
-    """
+    """Return the variants of each group, the most important group first. `steps`: of each run."""
     config = base.config()
     space, time, last = config.model.space_experts, config.model.time_experts, config.diffusion.num_timesteps
     dense = {"model.space_experts": "0", "model.time_experts": "0"}
@@ -114,13 +107,12 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
 
 
 def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None = None) -> list[Variant]:
-    """Return `full` and the named variants, each different model once, with expert widths and numbers of seeds.
+    """Return `full` and the named variants, each model once, with matched widths and numbers of seeds.
 
     Args:
-        base: the base configuration.
-        words: names of groups or variants, or `all`; WORD:N gives these variants N seeds.
-        seeds: number of seeds of all other variants. `full` has at least as many as any variant, because results are
-            compared seed by seed.
+        words: groups, names or `all`; WORD:N gives these variants N seeds of their own.
+        seeds: number of seeds of each other variant. `full` has at least as many as any variant, because differences are
+            paired.
         images: see `steps_of`.
 
     Raises:
@@ -149,7 +141,7 @@ def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None 
 
 
 def steps_of(base: Base, images: int | None) -> int:
-    """Return the optimizer steps of a run with this number of training images, rounded up; None: as configured."""
+    """Return the optimizer steps of a run of so many images, rounded up; None: as configured."""
     train = base.config().train
     return train.max_steps if images is None else -(-images // train.global_batch_size)
 

@@ -46,12 +46,13 @@ WARM_UP = 3  # steps: libraries choose their kernels, optimizers make their stat
 
 @dataclass(frozen=True)
 class StepTime:
-    """A measured optimizer step.
+    """What was measured of a step.
 
     Attributes:
-        seconds: duration, the median of several rounds.
-        flops: model FLOPs per sample.
-        peak_gib: largest memory use of the device in GiB; 0 on a CPU.
+        seconds: the median of several rounds.
+        flops: of the model per sample, with every space expert on every image token.
+        useful_flops: the same, with the space experts that an image token needs.
+        peak_gib: most memory of the device; 0 on a CPU.
     """
 
     seconds: float
@@ -81,8 +82,24 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
     return StepTime(seconds, flops, flops - idle, peak)
 
 
-def time_diffusers(config: Config, device: torch.device, steps: int) -> StepTime:
-    """Time a step of diffusers' U-Net on this rank alone. It recomputes activations in the same blocks as our model."""
+def _idle_flops(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
+    """Return the FLOPs per sample of the space experts on image tokens outside of their regions."""
+    flops: list[float] = []
+
+    def count(layer: SpaceMoE, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        tokens, unused = inputs[0].shape[1], 1 - float(outputs[1].mean())
+        flops.append(unused * 4 * tokens * layer.num_experts * layer.dim * layer.hidden)
+
+    hooks = [m.register_forward_hook(count) for m in engine.module.modules() if isinstance(m, SpaceMoE)]
+    with torch.no_grad():
+        compute_losses(engine.module, batch, schedule, engine.config, engine.dtype)
+    for hook in hooks:
+        hook.remove()
+    return 3 * sum(flops)
+
+
+def time_diffusers(config: Config, device: torch.device, steps: int, compiled: bool = False) -> StepTime:
+    """Time a step of diffusers' U-Net on this rank alone, with gradients checkpointed where ours are recomputed."""
     with device:
         model: Any = diffusers_unet(config)
     if config.model.checkpoint_activations != "none":
