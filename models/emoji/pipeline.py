@@ -56,7 +56,7 @@ _PERIODS = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class _Encoding:
-    """Tokens of one caption, with the members of an encoding of the package tokenizers that are used here."""
+    """The tokens of one caption, with those attributes of `tokenizers.Encoding` that this package uses."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -65,7 +65,7 @@ class _Encoding:
 
 
 class CharacterTokenizer:
-    """Tokenizes captions; has the part of a tokenizer of transformers that the text encoder uses."""
+    """Tokenizes captions. It has those methods of a transformers tokenizer that the text encoder uses."""
 
     pad_token, pad_token_id, eos_token_id, bos_token_id, unk_token_id = "<pad>", _PAD, _END, None, None
     all_special_tokens, all_special_ids = ("<pad>", "<end>"), (_PAD, _END)
@@ -81,7 +81,7 @@ class CharacterTokenizer:
         add_special_tokens: bool = True,
         **_: Any,
     ) -> Any:
-        """Tokenize one caption or several, as tokenizers of transformers do: return a BatchEncoding of them."""
+        """Tokenize one caption or several; return a BatchEncoding. Arguments as for tokenizers of transformers."""
         from transformers import BatchEncoding
 
         limit = max_length if truncation else None
@@ -100,7 +100,7 @@ class CharacterTokenizer:
 
 
 class CharacterModel(nn.Module):
-    """The frozen embedding of tokens, with the part of a text encoder of transformers that is used here."""
+    """Computes the fixed embeddings of tokens. It has those methods of a transformers text encoder that are used here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,12 +109,12 @@ class CharacterModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of its results."""
+        """The device on which results are returned."""
         return torch.device(self.get_buffer("_device").device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that a pipeline asks for; results are float32."""
+        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 in any case."""
         return self.get_buffer("_device").dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
@@ -152,7 +152,7 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding of a token, WIDTH numbers; that of padding is zero."""
+    """Return the embedding, WIDTH numbers, of the token with this number. The embedding of padding is all zeros."""
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:
         mask = (1 << _PLACE_BITS) - 1
@@ -213,14 +213,14 @@ NAMED = (*PACKAGED, CHARACTERS)  # text encoders that need no folder
 
 
 def offline() -> dict[str, Any]:
-    """Return the arguments for loading models of transformers: no downloads, no code of the model's folder."""
+    """Return keyword arguments of transformers' `from_pretrained` that forbid downloads and code in the model's folder."""
     return {"local_files_only": True, "trust_remote_code": False}
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the folder of a text encoder that ships in a package.
+    """Return the folder of a text encoder that comes with a Python package, such as minilm.
 
-    Raises UserError if the name is unknown or it is not installed.
+    Raises UserError if the name is unknown or the package is not installed.
     """
     if name not in PACKAGED:
         raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Change it.")
@@ -254,8 +254,8 @@ class TextFeatures:
 
     Attributes:
         tokens: float32 [B, Y, D].
-        mask: bool [B, Y], true at attended tokens.
-        end: int64 [B], index of the end-of-text token.
+        mask: bool [B, Y], True at tokens that the text encoder attends to, False at padding.
+        end: int64 [B], index of the end-of-text token of each caption.
     """
 
     tokens: Tensor
@@ -268,9 +268,9 @@ def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_
 
     Args:
         model: a text encoder of transformers.
-        ids_BY: token numbers, int64, on its device.
-        attention_mask_BY: 0 at padding.
-        end_id: number of the end-of-text token; None: there is none.
+        ids_BY: token numbers, int64, on the model's device.
+        attention_mask_BY: 1 at tokens of the caption, 0 at padding.
+        end_id: token number that stands for the end of the text; None: the tokenizer has none.
     """
     mask_BY = attention_mask_BY.bool()
     # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
@@ -280,9 +280,10 @@ def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_
 
 
 def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
-    """Return the index of the first end-of-text token, or of the last attended token where there is none, int64 [B].
+    """Return the index of each caption's first end-of-text token, int64 [B].
 
-    It is the first one, because CLIP may pad with the end-of-text token.
+    Later ones may be padding, since CLIP pads with this token. A caption without one gets the index of its last token that
+    is not padding.
     """
     last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
     if end_id is None:
@@ -292,14 +293,14 @@ def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor
 
 
 def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the latents, float32 [B, C, h, w].
+    """Return mean and standard deviation of the latents of images, each float32 [B, C, h, w].
 
-    Shift and scale are applied: training latents are mean + std * noise.
+    The VAE's shift and scale are already applied, so that training latents are mean + std * noise.
 
     Args:
         vae: an autoencoder of diffusers.
         images: [B, 3, H, W] in -1..1.
-        device: the device it runs on; with offload, its weights are moved there when it is called.
+        device: the device on which the VAE runs. With CPU offload, its weights are moved there when it is called.
     """
     encoded = vae.encode(images.to(device, vae.dtype))[0]
     # A distribution if it is an AutoencoderKL.
@@ -317,7 +318,10 @@ def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
 
 
 def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the shift and the scale of latents by diffusers' configuration, for all channels [] or each [C, 1, 1]."""
+    """Return shift and scale of a VAE's latents, from its configuration.
+
+    Each is a scalar tensor [] for all channels, or [C, 1, 1] for one number per channel.
+    """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
@@ -334,10 +338,13 @@ _TRIES = 8  # breaking up one special token may create another in hostile text
 
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, padding: str) -> tuple[TokenBatch, int]:
-    """Tokenize captions with a tokenizer of transformers.
+    """Tokenize captions with a tokenizer of transformers. Special tokens written in a caption are treated as plain text.
 
     Args:
-        padding: "max_length" or "longest".
+        tokenizer: The tokenizer.
+        captions: B captions.
+        max_tokens: Largest number of tokens of a caption.
+        padding: "max_length": all captions get `max_tokens` tokens. "longest": as many as the longest caption.
 
     Returns:
         The tokenizer's output as tensors, and the number of captions that were truncated to `max_tokens`.
@@ -387,7 +394,7 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBat
 
 
 def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
-    """Return a line with the number of truncated texts."""
+    """Return a log line: `truncated` of `total` texts are longer than `max_tokens` tokens. what: their kind, "captions"."""
     return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"
 
 # ---- model.diffusion -------------------------------------------------------------------------------------------------
@@ -854,7 +861,7 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA adapters: `scale B A` is added to each parameter.
+    """LoRA adapters. Each adapts a parameter W of the base model to W + scale B A.
 
     Attributes:
         factors: by name of the parameter, the matrices A [rank, in] and B [out, rank], float32. For a parameter with K
@@ -1122,7 +1129,10 @@ _TURNS = {
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert an image of Pillow to upright RGB, with transparency on `background`. Raises ValueError for other modes."""
+    """Convert a Pillow image to upright RGB. Transparent pixels get the colour `background`.
+
+    Raises ValueError for an image mode that is not supported.
+    """
     if image.mode not in _MODES:
         raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
     image.load()  # a PNG may have its orientation after its pixels
@@ -1286,7 +1296,7 @@ class Prompts(NamedTuple):
 
 
 class RaphaelPipeline(LoraLoader, PipelineFiles):
-    """Draws images from captions. The same `seed` gives the same image as `raphael_dist.sample`."""
+    """A diffusers pipeline that draws images from captions. Equal `seed`s give the images of `raphael_dist.sample`."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
@@ -1688,8 +1698,13 @@ def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.devi
 # ---- sampling.pipeline_variants --------------------------------------------------------------------------------------
 
 
-class RaphaelImg2ImgPipeline(RaphaelPipeline):
-    """Image-to-image: changes images according to a caption."""
+def shows_options(call: Any) -> Any:
+    """Show RaphaelPipeline's arguments instead of `**options` in help(), in editors, and to diffusers, which reads them."""
+    *own, _ = inspect.signature(call).parameters.values()
+    names = {parameter.name for parameter in own}
+    options = [p for p in inspect.signature(RaphaelPipeline.__call__).parameters.values() if p.name not in names]
+    call.__signature__ = inspect.Signature([*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options)])
+    return call
 
 
 class RaphaelImg2ImgPipeline(RaphaelPipeline):
@@ -1697,9 +1712,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
     @shows_options
     @torch.no_grad()
-    def __call__(
-        self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any
-    ) -> Any:
+    def __call__(self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any) -> Any:
         """Draw images that start from given images.
 
         Args:

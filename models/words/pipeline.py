@@ -56,7 +56,7 @@ _PERIODS = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class _Encoding:
-    """Tokens of one caption, with the members of an encoding of the package tokenizers that are used here."""
+    """The tokens of one caption, with those attributes of `tokenizers.Encoding` that this package uses."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -65,7 +65,7 @@ class _Encoding:
 
 
 class CharacterTokenizer:
-    """Tokenizes captions; has the part of a tokenizer of transformers that the text encoder uses."""
+    """Tokenizes captions. It has those methods of a transformers tokenizer that the text encoder uses."""
 
     pad_token, pad_token_id, eos_token_id, bos_token_id, unk_token_id = "<pad>", _PAD, _END, None, None
     all_special_tokens, all_special_ids = ("<pad>", "<end>"), (_PAD, _END)
@@ -81,7 +81,7 @@ class CharacterTokenizer:
         add_special_tokens: bool = True,
         **_: Any,
     ) -> Any:
-        """Tokenize one caption or several, as tokenizers of transformers do: return a BatchEncoding of them."""
+        """Tokenize one caption or several; return a BatchEncoding. Arguments as for tokenizers of transformers."""
         from transformers import BatchEncoding
 
         limit = max_length if truncation else None
@@ -100,7 +100,7 @@ class CharacterTokenizer:
 
 
 class CharacterModel(nn.Module):
-    """The frozen embedding of tokens, with the part of a text encoder of transformers that is used here."""
+    """Computes the fixed embeddings of tokens. It has those methods of a transformers text encoder that are used here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,12 +109,12 @@ class CharacterModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of its results."""
+        """The device on which results are returned."""
         return torch.device(self.get_buffer("_device").device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that a pipeline asks for; results are float32."""
+        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 in any case."""
         return self.get_buffer("_device").dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
@@ -127,7 +127,7 @@ def _encode(text: str, limit: int | None, add_end: bool) -> _Encoding:
     tokens = list(_tokens(text))
     keep = len(tokens) if limit is None else max(0, limit - add_end)
     end = [(_END, (len(text), len(text)))] if add_end else []
-    ids, offsets = zip(*kept, strict=True) if (kept := tokens[:keep] + end) else ((), ())
+    ids, offsets = zip(*selected, strict=True) if (selected := tokens[:keep] + end) else ((), ())
     return _Encoding(list(ids), list(offsets), len(tokens) > keep)
 
 
@@ -152,7 +152,7 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding of a token, WIDTH numbers; that of padding is zero."""
+    """Return the embedding, WIDTH numbers, of the token with this number. The embedding of padding is all zeros."""
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:
         mask = (1 << _PLACE_BITS) - 1
@@ -185,10 +185,10 @@ def _place(place: int, length: int) -> list[float]:
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, its value, what is allowed and what to do. Each mistake is one argument.
+    The text names the field or file, its value, what is allowed and what to do. Several mistakes are several arguments.
 
     Attributes:
-        agreed: every rank raises the same error.
+        agreed: whether every rank raises this same error, so that rank 0 alone prints it.
     """
 
     agreed = False
@@ -198,7 +198,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` for the most similar known name, "" if none is similar."""
+    """Return `" (did you mean 'x'?)"` with the known name that is most similar to `name`; "" if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -213,14 +213,17 @@ NAMED = (*PACKAGED, CHARACTERS)  # text encoders that need no folder
 
 
 def offline() -> dict[str, Any]:
-    """Return the arguments for loading models of transformers: no downloads, no code of the model's folder."""
+    """Return keyword arguments of transformers' `from_pretrained` that forbid downloads and code in the model's folder."""
     return {"local_files_only": True, "trust_remote_code": False}
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the folder of a text encoder that ships in a package. UserError: the name is unknown or it is not installed."""
+    """Return the folder of a text encoder that comes with a Python package, such as minilm.
+
+    Raises UserError if the name is unknown or the package is not installed.
+    """
     if name not in PACKAGED:
-        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}.")
+        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Change it.")
     package = importlib.util.find_spec(PACKAGED[name])
     if package is None or not package.submodule_search_locations:
         raise UserError(
@@ -231,7 +234,7 @@ def packaged_folder(name: str) -> Path:
 
 
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
-    """Return the model and the tokenizer of a text encoder with a name (NAMED). UserError as `packaged_folder`."""
+    """Return the model and the tokenizer of a named text encoder (NAMED). Raises the UserErrors of `packaged_folder`."""
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
     from transformers import AutoModelForTextEncoding, AutoTokenizer
@@ -251,8 +254,8 @@ class TextFeatures:
 
     Attributes:
         tokens: float32 [B, Y, D].
-        mask: bool [B, Y], true at attended tokens.
-        end: int64 [B], index of the end-of-text token.
+        mask: bool [B, Y], True at tokens that the text encoder attends to, False at padding.
+        end: int64 [B], index of the end-of-text token of each caption.
     """
 
     tokens: Tensor
@@ -265,9 +268,9 @@ def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_
 
     Args:
         model: a text encoder of transformers.
-        ids_BY: token numbers, int64, on its device.
-        attention_mask_BY: 0 at padding.
-        end_id: number of the end-of-text token; None: there is none.
+        ids_BY: token numbers, int64, on the model's device.
+        attention_mask_BY: 1 at tokens of the caption, 0 at padding.
+        end_id: token number that stands for the end of the text; None: the tokenizer has none.
     """
     mask_BY = attention_mask_BY.bool()
     # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
@@ -277,9 +280,10 @@ def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_
 
 
 def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
-    """Return the index of the first end-of-text token, or of the last attended token where there is none, int64 [B].
+    """Return the index of each caption's first end-of-text token, int64 [B].
 
-    It is the first one, because CLIP may pad with the end-of-text token.
+    Later ones may be padding, since CLIP pads with this token. A caption without one gets the index of its last token that
+    is not padding.
     """
     last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
     if end_id is None:
@@ -289,14 +293,14 @@ def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor
 
 
 def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the latents, float32 [B, C, h, w].
+    """Return mean and standard deviation of the latents of images, each float32 [B, C, h, w].
 
-    Shift and scale are applied: training latents are mean + std * noise.
+    The VAE's shift and scale are already applied, so that training latents are mean + std * noise.
 
     Args:
         vae: an autoencoder of diffusers.
         images: [B, 3, H, W] in -1..1.
-        device: where it runs; with offload, its weights move there when it is called.
+        device: the device on which the VAE runs. With CPU offload, its weights are moved there when it is called.
     """
     encoded = vae.encode(images.to(device, vae.dtype))[0]
     # A distribution if it is an AutoencoderKL.
@@ -314,7 +318,10 @@ def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
 
 
 def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the shift and the scale of latents by diffusers' configuration, for all channels [] or each [C, 1, 1]."""
+    """Return shift and scale of a VAE's latents, from its configuration.
+
+    Each is a scalar tensor [] for all channels, or [C, 1, 1] for one number per channel.
+    """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
@@ -331,10 +338,13 @@ _TRIES = 8  # breaking up one special token may create another in hostile text
 
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, padding: str) -> tuple[TokenBatch, int]:
-    """Tokenize captions with a tokenizer of transformers.
+    """Tokenize captions with a tokenizer of transformers. Special tokens written in a caption are treated as plain text.
 
     Args:
-        padding: "max_length" or "longest".
+        tokenizer: The tokenizer.
+        captions: B captions.
+        max_tokens: Largest number of tokens of a caption.
+        padding: "max_length": all captions get `max_tokens` tokens. "longest": as many as the longest caption.
 
     Returns:
         The tokenizer's output as tensors, and the number of captions that were truncated to `max_tokens`.
@@ -384,16 +394,18 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBat
 
 
 def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
-    """Return a line with the number of truncated texts."""
+    """Return a log line: `truncated` of `total` texts are longer than `max_tokens` tokens. what: their kind, "captions"."""
     return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"
 
 # ---- model.diffusion -------------------------------------------------------------------------------------------------
 
 
 def late_start_warning(scheduler: Any) -> str | None:
-    """Return a warning if a scheduler whose timesteps are set starts far from pure noise, else None.
+    """Return a warning if the first sampling step starts far from pure noise, else None.
 
-    DDIM spaces its steps by whole timesteps from the low end: 600 of 1,000 start at timestep 600, and images are flat.
+    `scheduler`: a scheduler of diffusers whose timesteps are set. DDIM spaces timesteps by a whole number, counted from the
+    low end. For example, with 1,000 training timesteps 600 sampling steps start at timestep 600, and the images get little
+    contrast.
     """
     first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
     if total - first <= max(2 * total / steps, total / 20):
@@ -411,7 +423,10 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 
 
 def downscale_factor(config: Mapping[str, Any]) -> int:
-    """Return the downsampling factor of an autoencoder, which halves the size between levels, from its configuration."""
+    """Return image size divided by latent size of an autoencoder: 2 for each transition between two of its levels.
+
+    `config`: the autoencoder's config.json.
+    """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
     return int(2 ** (count - 1))
@@ -422,8 +437,8 @@ def downscale_factor(config: Mapping[str, Any]) -> int:
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
 
-    If a small image has `patch` x `patch` pixels per latent, each of them gets its own channels. If it has fewer pixels than
-    there are latents, pixels are repeated.
+    If a small image has `patch` x `patch` pixels per latent, each of these pixels gets its own channels. If it has fewer
+    pixels than there are latents, pixels are repeated.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
@@ -433,9 +448,10 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 
 
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
-    """Correct sampled images in -1..1 so that their averages approach the small images (Irani and Peleg, 1991).
+    """Correct sampled images in -1..1 so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    Autoencoder and sampling change colours, which the small image has. The difference is enlarged and added, `times` times.
+    The autoencoder and sampling change colours, while the small image has the right ones. The difference is enlarged and
+    added, `times` times.
     """
     factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
     for _ in range(times):
@@ -459,7 +475,7 @@ Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CallArguments:
-    """Arguments of one call, under the names of diffusers (`RaphaelPipeline.__call__` describes them)."""
+    """The arguments of one pipeline call, under diffusers' names (see `RaphaelPipeline.__call__`)."""
 
     prompt: Any = None
     height: int
@@ -498,12 +514,12 @@ class CallArguments:
 
     @property
     def images(self) -> list[Any]:
-        """One image for each prompt, or none."""
+        """One image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
     def masks(self) -> list[Any]:
-        """One mask for each prompt, or none."""
+        """One mask for each prompt; [] if there are none."""
         return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
 
     def check(self, factor: int, num_timesteps: int) -> None:
@@ -511,7 +527,7 @@ class CallArguments:
 
         Args:
             factor: pixels per latent, by which the sides of an image must be divisible.
-            num_timesteps: of the noise schedule.
+            num_timesteps: length of the noise schedule.
         """
         check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
@@ -542,13 +558,13 @@ class CallArguments:
 
 
 def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are texts or embeddings, and negative prompts fit them."""
+    """Raise UserError unless prompts are given either as texts or as embeddings, and negative prompts in the same way."""
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative, negative_embeds),
     ):
         if texts is not None and embeds is not None:
-            raise UserError(f"{name}={texts!r} must be left out, since {name}_embeds is given.")
+            raise UserError(f"{name}={texts!r} cannot be combined with {name}_embeds. Pass only one of them.")
     if prompt_embeds is None:
         _check_text_list("prompt", as_list(prompt))
     if negative_embeds is None:
@@ -559,7 +575,15 @@ def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negati
 def check_embeddings(
     name: str, embeds: Tensor, mask: Tensor | None, width: int | None, shape: Sequence[int] | None = None
 ) -> None:
-    """Raise UserError unless embeddings [B, Y, D] have the model's width and the `shape`, and the mask [B, Y] fits them."""
+    """Raise UserError unless embeddings [B, Y, D] have the model's width and the mask [B, Y] fits them.
+
+    Args:
+        name: name of the embeddings, for messages.
+        embeds: the embeddings.
+        mask: the mask, or None.
+        width: text width of the model; None: any.
+        shape: the exact shape that is required; None: any.
+    """
     if (
         embeds.ndim != 3
         or embeds.shape[2] != (width or embeds.shape[2])
@@ -578,12 +602,15 @@ def check_embeddings(
 
 
 def as_list(value: object) -> list[Any]:
-    """Return a list of one value or of several."""
+    """Return a list: `value` itself if it is a list or tuple, otherwise a list with this one value."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def for_each(name: str, value: object, count: int) -> list[Any]:
-    """Return one value for each of `count` prompts, from one for all or a list. UserError: a list of another length."""
+    """Return a list with one value for each of `count` prompts, from one value for all or a list of `count` values.
+
+    Raises UserError if a list has another length.
+    """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(
@@ -598,7 +625,7 @@ def _is_whole(value: object) -> bool:
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise UserError unless the value is a whole number from `low` to `high`."""
+    """Raise UserError unless the value is a whole number from `low` to `high` (None: without an upper limit)."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
@@ -621,7 +648,7 @@ def _check_image(name: str, image: object) -> None:
         hint = "Image.fromarray(array)" if hasattr(image, "shape") else "Image.open(path)"
         raise UserError(f"{name} must be a PIL image, or one for each prompt, but it is {type(image).__name__}. Use {hint}.")
 
-# ---- convert.standalone ----------------------------------------------------------------------------------------------
+# ---- convert.exported_code -------------------------------------------------------------------------------------------
 
 
 CODE = "pipeline"  # the module in a pipeline's folder from which diffusers imports the pipeline's class
@@ -632,7 +659,7 @@ CODE = "pipeline"  # the module in a pipeline's folder from which diffusers impo
 JsonObject = dict[str, Any]  # what a JSON object becomes
 MAX_TEXT = 1 << 30  # bytes; a manifest has some 200 bytes for each tensor of each rank
 _MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because this mark begins with that of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -640,11 +667,11 @@ _MARKS = {
 
 
 def open_regular(path: Path) -> int:
-    """Open a file for reading and return its descriptor. Raises OSError for a file that is not regular (FIFO)."""
+    """Open a file for reading and return its descriptor. Raises OSError if it is not a regular file (a FIFO, say)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return descriptor
 
 
@@ -653,11 +680,11 @@ def read_text(path: Path, regular: bool = True) -> str:
 
     Args:
         path: the file.
-        regular: refuse a FIFO, which a user may pass but a downloaded folder must not contain.
+        regular: accept regular files only. False also accepts a FIFO, such as a shell's `<(command)` that a user passes.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8, or larger than MAX_TEXT bytes.
+        ValueError: the file is not UTF-8, or larger than MAX_TEXT bytes.
     """
     with open(open_regular(path) if regular else path, "rb") as file:
         data = file.read(MAX_TEXT + 1)
@@ -667,7 +694,7 @@ def read_text(path: Path, regular: bool = True) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8 text without its byte order mark, with unchanged line ends. ValueError: it is in another encoding."""
+    """Decode UTF-8 bytes. A byte order mark is removed, line ends are kept. Raises ValueError for another encoding."""
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     try:
         if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
@@ -683,7 +710,7 @@ def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | 
 
     Args:
         text: the text.
-        make_object: makes the value of an object from its (key, value) pairs; None: a dict.
+        make_object: called for each JSON object with its (key, value) pairs; its result replaces the object. None: `dict`.
 
     Raises:
         ValueError: the text is not valid JSON, or nested too deeply.
@@ -695,7 +722,7 @@ def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | 
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises OSError, and ValueError as `read_text` and `parse_json`."""
+    """Read a JSON file and return its value. Raises the errors of `read_text` and `parse_json`."""
     return parse_json(read_text(path))
 
 # ---- sampling.pipeline_files -----------------------------------------------------------------------------------------
@@ -705,11 +732,11 @@ _Pipeline: Any = DiffusionPipeline  # its type hints lack the methods of its mix
 
 
 class PipelineFiles(_Pipeline):
-    """Loads and saves pipelines."""
+    """Base class of the pipelines, with the methods that load and save them."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers. UserError: a local folder is no pipeline."""
+        """Load a pipeline, as in diffusers. Raises UserError if a local folder is not a pipeline."""
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)
@@ -717,7 +744,10 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers. In the package the folder's own code is not run, and `trust_remote_code` is not required."""
+        """Load the configuration, as in diffusers.
+
+        Inside the package the folder's code is not run, so `trust_remote_code` is not required.
+        """
         loaded = super().load_config(*args, **kwargs)
         for config in loaded if isinstance(loaded, tuple) else (loaded,):
             if isinstance(config.get("_class_name"), list):
@@ -726,7 +756,7 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Return a pipeline of this class that shares the components and settings of another; their dtype stays.
+        """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
 
         Args:
             pipeline: any pipeline with these components.
@@ -744,7 +774,7 @@ class PipelineFiles(_Pipeline):
         return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers. The folder carries its own code, and loads as a DiffusionPipeline without this package."""
+        """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
         # That encoder has no files, and its code is in the pipeline's. Its class differs if that code was imported twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
@@ -789,7 +819,10 @@ _STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
 
 
 def stacked(name: str) -> tuple[str, str] | None:
-    """Return (layer, "w1" | "b1" | "w2" | "b2") of a parameter that stacks experts, else None."""
+    """Split the name of a parameter with stacked experts [K, ...] into layer and "w1", "b1", "w2" or "b2".
+
+    Returns None for the name of another parameter.
+    """
     match = _STACKED.fullmatch(name)
     return (match[1], match[2]) if match else None
 
@@ -797,17 +830,17 @@ def stacked(name: str) -> tuple[str, str] | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, float32. UserError: it cannot be read."""
+    """Return all tensors of a safetensors file by name, float32. Raises UserError if the file cannot be read."""
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read as a safetensors file: {error}. Restore the file.") from None
 
 # ---- model.lora ------------------------------------------------------------------------------------------------------
 
 
 def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
-    """Return the factor of B A, alpha / rank; with `root` alpha / sqrt(rank), as peft's `use_rslora`."""
+    """Return the factor of the product B A: alpha / rank, or with `root` alpha / sqrt(rank) (peft's `use_rslora`)."""
     return alpha / (math.sqrt(rank) if root else rank)
 
 # ---- convert.lora_files ----------------------------------------------------------------------------------------------
@@ -828,10 +861,11 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication
 
 @dataclass(frozen=True)
 class Adapter:
-    """Adapters: `scale B A` is added to each parameter.
+    """LoRA adapters. Each adapts a parameter W of the base model to W + scale B A.
 
     Attributes:
-        factors: A [rank, in] and B [out, rank], float32, by name of the parameter; of experts [K, rank, in], [K, out, rank].
+        factors: by name of the parameter, the matrices A [rank, in] and B [out, rank], float32. For a parameter with K
+            stacked experts they are [K, rank, in] and [K, out, rank].
     """
 
     path: Path
@@ -839,12 +873,17 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
     def delta(self, name: str) -> Tensor:
-        """Return the term to add to a parameter, in its shape, float32."""
+        """Return scale B A of the parameter `name`, the term to add to it, float32 in the parameter's shape."""
         a, b = self.factors[name]
         return self.scale * (b @ a)
 
     def check(self, shapes: Shapes, option: str) -> None:
-        """Raise UserError unless the model has every adapted parameter, in the right shape."""
+        """Raise UserError unless the model has every adapted parameter in the shape that A and B require.
+
+        Args:
+            shapes: shape of every parameter of the model, by name.
+            option: name of the command line option that gave the adapters, for the message.
+        """
         for name, (a, b) in self.factors.items():
             expected = (*b.shape[:-1], a.shape[-1])
             if shapes.get(name) != expected:
@@ -860,7 +899,7 @@ class Adapter:
 
 
 def read_peft_folder(folder: Path, option: str) -> Adapter:
-    """Read a folder of peft."""
+    """Read the LoRA adapters in a folder that peft wrote."""
     config = _read_config(folder, option)
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -890,7 +929,7 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
 
 
 def _read_config(folder: Path, option: str) -> JsonObject:
-    """Return peft's configuration. UserError: it cannot be read, or is not that of plain LoRA."""
+    """Return peft's configuration. Raises UserError if it cannot be read, or is not that of plain LoRA."""
     try:
         config: JsonObject = read_json(folder / CONFIG)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
@@ -929,11 +968,12 @@ def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class LoraState:
-    """The adapters of a U-Net, which pipelines may share.
+    """The LoRA adapters of a U-Net, which several pipelines may share.
 
     Attributes:
-        adapters: all of them by name. active: the weights of those in use.
-        own: weights of the U-Net without adapters, of the parameters that active adapters change.
+        adapters: all loaded adapters, by name.
+        active: the active adapters, by name, with the factor of each.
+        own: original weights of the parameters that active adapters change.
         fused: weights before `fuse_lora`.
     """
 
@@ -944,7 +984,7 @@ class LoraState:
 
 
 class LoraLoader:
-    """Loads and combines adapters of `self.unet`."""
+    """Loads LoRA adapters and adds them to the weights of `self.unet`."""
 
     unet: Any
 
@@ -956,7 +996,7 @@ class LoraLoader:
         return state
 
     def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
-        """Load adapters and activate them alone, with weight 1.
+        """Load adapters and make them the only active ones, with factor 1.
 
         Args:
             pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
@@ -979,16 +1019,19 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Activate adapters, each with a weight (1 if None). UserError: there is no adapter of this name."""
+        """Make these adapters the active ones, each with a factor (1 if None).
+
+        Raises UserError if there is no adapter of this name.
+        """
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
-            raise UserError(f"adapter_weights={weights} must be one, or one for each of the {len(names)} adapters")
+            raise UserError(f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters")
         for name, weight in zip(names, weights, strict=True):
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)
-                raise UserError(f"adapter_names={name!r} must be one of {known}{did_you_mean(str(name), known)}")
+                raise UserError(f"adapter_names={name!r} must be one of {known}{did_you_mean(str(name), known)}. Change it.")
             check_real("adapter_weights", weight, float("inf"))
         self._merge(dict(zip(names, weights, strict=True)))
 
@@ -997,35 +1040,38 @@ class LoraLoader:
         return list(self._lora.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return the names of all adapters by component."""
+        """Return the names of all loaded adapters, by component of the pipeline."""
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Draw with the own weights until `set_adapters`."""
+        """Restore the original weights. `set_adapters` activates adapters again."""
         self._merge({})
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove adapters."""
+        """Remove these adapters from memory and from the weights."""
         names = as_list(adapter_names)
         self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
         for name in names:
             self._lora.adapters.pop(name, None)
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Make the active adapters, times `lora_scale`, a part of the own weights, which `save_pretrained` writes."""
+        """Make the active adapters, multiplied by `lora_scale`, part of the original weights, until `unfuse_lora`.
+
+        `save_pretrained` then writes the sum.
+        """
         check_real("lora_scale", lora_scale, float("inf"))
         self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
         # What was fused before lies below: its own weights are the older ones.
         self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
 
     def unfuse_lora(self) -> None:
-        """Restore the weights before `fuse_lora`, bit for bit."""
+        """Restore the weights from before `fuse_lora`, bit for bit."""
         self._lora.own |= self._lora.fused
         self._lora.fused = {}
         self._merge(self._lora.active)
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters that are not fused, and restore the own weights, bit for bit."""
+        """Remove all adapters that are not fused, and restore the original weights bit for bit."""
         self._merge({})
         self._lora.adapters.clear()
 
@@ -1035,7 +1081,9 @@ class LoraLoader:
         parameters, state = dict(self.unet.named_parameters()), self._lora
         names = {name for adapter in active for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):
-            raise UserError("load adapters before enable_sequential_cpu_offload(), which keeps the weights elsewhere")
+            raise UserError(
+                "adapters must be loaded before enable_sequential_cpu_offload(), which moves the weights. Load them first."
+            )
         for name, value in state.own.items():
             parameters[name].copy_(value)
         state.active, state.own = active, {name: parameters[name].to("cpu", copy=True) for name in names}
@@ -1081,7 +1129,10 @@ _TURNS = {
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert an image of Pillow to upright RGB, with transparency on `background`. Raises ValueError for other modes."""
+    """Convert a Pillow image to upright RGB. Transparent pixels get the colour `background`.
+
+    Raises ValueError for an image mode that is not supported.
+    """
     if image.mode not in _MODES:
         raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
     image.load()  # a PNG may have its orientation after its pixels
@@ -1128,7 +1179,7 @@ def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for. Values are part of the data order: never renumber them."""
+    """What random numbers are used for. The values are part of the generators' keys: a changed value changes every run."""
 
     ORDER = 0
     CAPTION = 1
@@ -1145,9 +1196,13 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
-    """Return the generator of one sample position (or epoch, or step) for one purpose.
+    """Return a new random generator whose numbers depend on the arguments only.
 
-    `seed`, `position` and `extra` are non-negative integers below 2**64.
+    Args:
+        seed: the seed of the run. All integers are from 0 to 2**64 - 1.
+        purpose: what the numbers are used for.
+        position: global position of a sample, or number of an epoch or step.
+        extra: distinguishes several generators of the same position.
     """
     counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))
@@ -1156,15 +1211,26 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
-    """Return the initial noise of one image, float32 of `shape`. `copy` numbers the images of prompt `index`."""
+    """Return the initial noise of one image, float32 of `shape`.
+
+    Args:
+        seed: seed of the noise.
+        index: number of the prompt.
+        shape: shape of the noise.
+        copy: number of the image among several images of one prompt.
+    """
     draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
     return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
 
 
 def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
-    """Raise UserError if a model with this `upscale.factor` cannot draw an image of `size_hw` from this small image.
+    """Raise UserError if a small image is not what the model requires to draw an image of `size_hw`.
 
-    None as the small image: from the caption only.
+    Args:
+        factor: `upscale.factor` of the model; 0: it is not a super-resolution model.
+        small_HsWs3: the small image; None: there is none.
+        size_hw: height and width of the large image.
+        option: name of the command line option, for messages.
     """
     if not factor:
         if small_HsWs3 is not None:
@@ -1202,7 +1268,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """What images are drawn from in addition to noise and text; None where a pipeline does not use it.
+    """Image inputs of a pipeline call, in addition to noise and text. A field is None if the pipeline does not use it.
 
     Attributes:
         start: latents of the images to change, float32 [B, C, h, w].
@@ -1218,7 +1284,10 @@ class ImageInputs:
 
 
 class Prompts(NamedTuple):
-    """Embeddings [B, Y, D] and masks bool [B, Y] of prompts and of negative prompts; None without guidance."""
+    """Text embeddings [B, Y, D] and masks, bool [B, Y], of prompts and negative prompts.
+
+    The fields of negative prompts are None without guidance.
+    """
 
     embeds: Tensor
     mask: Tensor
@@ -1227,7 +1296,7 @@ class Prompts(NamedTuple):
 
 
 class RaphaelPipeline(LoraLoader, PipelineFiles):
-    """Draws images from captions. The same `seed` gives the same image as `raphael_dist.sample`."""
+    """A diffusers pipeline that draws images from captions. Equal `seed`s give the images of `raphael_dist.sample`."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
@@ -1249,15 +1318,15 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
-        """Combine the components.
+        """Build the pipeline from its components.
 
         Args:
             unet: a RaphaelUNet2D or UNet2DConditionModel.
             scheduler: any of diffusers' Karras schedulers (`KarrasDiffusionSchedulers`).
-            vae: None: the model draws pixels, or only latents are wanted.
-            text_encoder: of transformers. None: calls pass embeddings.
-            tokenizer: of the text encoder.
-            max_tokens: longest caption; what is longer is cut.
+            vae: an autoencoder of diffusers. None: the model works on pixels, or only latents are returned.
+            text_encoder: a text encoder of transformers. None: calls pass embeddings.
+            tokenizer: tokenizer of the text encoder.
+            max_tokens: largest number of tokens of a caption; longer ones are truncated.
             steps: default number of inference steps.
             guidance: default guidance scale.
             size: default (height, width) in pixels.
@@ -1292,12 +1361,12 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the remaining steps are skipped; a callback sets `_interrupt`."""
+        """Whether to skip the remaining steps. A callback can set `_interrupt` to True."""
         return self._interrupt
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent on each side."""
+        """Number of image pixels per latent position, in height and in width."""
         if self.vae is not None:
             return downscale_factor(self.vae.config)
         largest = max(self.config.size)
@@ -1331,30 +1400,34 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw `num_images_per_prompt` images of each prompt. Defaults of size, steps and guidance are the run's.
+        """Draw `num_images_per_prompt` images for each prompt.
+
+        Defaults of size, steps and guidance are those of the training run.
 
         Args:
-            prompt: captions; or `prompt_embeds`.
-            height: of the images in pixels.
-            width: of the images in pixels.
+            prompt: captions. Alternative: `prompt_embeds`.
+            height: height of the images in pixels.
+            width: width of the images in pixels.
             num_inference_steps: denoising steps.
-            timesteps: own timesteps, for a scheduler that takes them, instead of `num_inference_steps`.
-            sigmas: own sigmas, for a scheduler that takes them.
-            guidance_scale: weight of the prompt; up to 1 turns guidance off.
-            negative_prompt: one for all, or one for each prompt.
-            num_images_per_prompt: images of each prompt.
-            eta: of DDIM; 0 adds no noise.
-            generator: of the noise, one or one for each image.
+            timesteps: timesteps to use instead of `num_inference_steps`, if the scheduler supports this.
+            sigmas: sigmas to use instead of `num_inference_steps`, if the scheduler supports this.
+            guidance_scale: weight of the prompt; 1 or less turns guidance off.
+            negative_prompt: one for all prompts, or one for each prompt.
+            num_images_per_prompt: images for each prompt.
+            eta: noise that DDIM adds in each step, from 0 (none) to 1.
+            generator: generator of the initial noise, one for all or one for each image.
             latents: initial noise, [B, C, h, w].
-            prompt_embeds: of `encode_prompt`, [prompts, Y, D].
-            negative_prompt_embeds: of the same shape.
+            prompt_embeds: result of `encode_prompt`, [prompts, Y, D].
+            negative_prompt_embeds: the same for negative prompts.
             prompt_attention_mask: bool [prompts, Y], False at padding. None: no padding.
             negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
-            output_type: "pil"; in 0..1 "np" [B, H, W, 3] or "pt" [B, 3, H, W]; or "latent".
+            output_type: "pil"; "np" [B, H, W, 3] or "pt" [B, 3, H, W] with values in 0..1; or "latent".
             return_dict: whether to return an ImagePipelineOutput or a tuple.
-            guidance_rescale: share of arXiv 2305.08891, Sec. 3.4, against overexposure.
-            callback_on_step_end: called with (pipeline, step, timestep, tensors); returns tensors to replace.
-            callback_on_step_end_tensor_inputs: among latents, prompt_embeds and negative_prompt_embeds.
+            guidance_rescale: factor phi of arXiv 2305.08891, Sec. 3.4, against overexposure.
+            callback_on_step_end: called after each step with (pipeline, step, timestep, tensors); returns the tensors to
+                replace.
+            callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds,
+                negative_prompt_embeds.
             seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.
 
         Raises:
@@ -1385,11 +1458,11 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             seed=seed,
         )
 
-    def _draw(self, **given: Any) -> Any:
+    def _draw(self, **arguments: Any) -> Any:
         """Check the arguments, encode, denoise and decode. The arguments are those of `CallArguments`."""
         size, steps, guidance = self.config.size, self.config.steps, self.config.guidance
         defaults = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
-        call = CallArguments(**defaults | {name: value for name, value in given.items() if value is not None})
+        call = CallArguments(**defaults | {name: value for name, value in arguments.items() if value is not None})
         call.check(self.vae_scale_factor, self.scheduler.config.num_train_timesteps)
         if self.vae is None and call.output_type != "latent" and self.unet.config.out_channels != 3:
             raise UserError(f"output_type={call.output_type!r} requires a vae, but the pipeline has none. Use 'latent'.")
@@ -1427,10 +1500,12 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return embeddings [B, Y, D] and masks bool [B, Y] of prompts, and of negative prompts (None without guidance).
+        """Return embeddings [B, Y, D] and masks, bool [B, Y], of prompts and of negative prompts (None without guidance).
 
-        Embeddings that are given are repeated `num_images_per_prompt` times and returned. UserError: they do not fit, or the
-        pipeline has no text encoder for a text.
+        If embeddings are passed instead of texts, they are only repeated `num_images_per_prompt` times.
+
+        Raises:
+            UserError: embeddings do not fit the model, or a text is passed but the pipeline has no text encoder.
         """
         check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         device = self._execution_device if device is None else device
@@ -1496,7 +1571,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
     def _encode_images(self, call: CallArguments) -> Tensor:
         """Return the latents of the call's images, float32 [B, C, h, w]."""
         if not call.images:
-            raise UserError("image=None must be a PIL image, or one for each prompt")
+            raise UserError("image=None must be a PIL image, or one for each prompt. Pass an image.")
         device = self._execution_device
         images = to_tensor(np.stack([fit_image(image, call.size_hw) for image in call.images]))
         if self.vae is not None:
@@ -1511,8 +1586,11 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
                 scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
             )
         except ValueError as error:
-            given = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
-            raise UserError(f"{given} do not fit {type(scheduler).__name__}: {str(error).splitlines()[0]}") from None
+            settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. Change them."
+            ) from None
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):
                 _log.warning("%s", late)
@@ -1536,10 +1614,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
                 prediction = self._predict(call, latents, t, inputs, prompts)
                 latents = self.scheduler.step(prediction, t, latents, **options).prev_sample
                 if inputs.mask is not None and inputs.start is not None:
-                    kept = inputs.start
+                    original = inputs.start
                     if i + 1 < len(timesteps):
-                        kept = self.scheduler.add_noise(kept, noise, timesteps[i + 1 : i + 2].expand(len(kept)))
-                    latents = (1 - inputs.mask) * kept + inputs.mask * latents
+                        original = self.scheduler.add_noise(original, noise, timesteps[i + 1 : i + 2].expand(len(original)))
+                    latents = (1 - inputs.mask) * original + inputs.mask * latents
                 latents, prompts = self._call_back(call, i, t, latents, prompts)
                 bar.update()
         return latents
@@ -1620,19 +1698,27 @@ def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.devi
 # ---- sampling.pipeline_variants --------------------------------------------------------------------------------------
 
 
-class RaphaelImg2ImgPipeline(RaphaelPipeline):
-    """Changes images by a caption."""
+def shows_options(call: Any) -> Any:
+    """Show RaphaelPipeline's arguments instead of `**options` in help(), in editors, and to diffusers, which reads them."""
+    *own, _ = inspect.signature(call).parameters.values()
+    names = {parameter.name for parameter in own}
+    options = [p for p in inspect.signature(RaphaelPipeline.__call__).parameters.values() if p.name not in names]
+    call.__signature__ = inspect.Signature([*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options)])
+    return call
 
+
+class RaphaelImg2ImgPipeline(RaphaelPipeline):
+    """Image-to-image: changes images according to a caption."""
+
+    @shows_options
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
-        self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any
-    ) -> Any:
-        """Draw images that start from others.
+    def __call__(self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any) -> Any:
+        """Draw images that start from given images.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            strength: share of the steps, 0 to 1, that change it.
+            strength: share of the denoising steps, 0 to 1, that are applied to the image.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, strength=strength, **options)
@@ -1642,31 +1728,33 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
 
 class RaphaelInpaintPipeline(RaphaelPipeline):
-    """Replaces a part of an image.
+    """Inpainting: replaces a part of an image.
 
-    After each step the latents outside the mask are replaced by those of the image with noise. The U-Net has no input
-    channels for a mask: none are trained, so it does not see where the mask is.
+    After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net has no input
+    channels for the mask, because such channels are not trained; so it does not see where the mask is.
     """
 
+    @shows_options
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, prompt: Any = None, image: Any = None, mask_image: Any = None, strength: float = 1.0, **options: Any
     ) -> Any:
-        """Draw the white part of a mask.
+        """Draw the part of an image that is white in a mask, and keep the rest.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
                 is kept.
-            strength: share of the steps, 0 to 1, that change it. 1: the masked part starts from noise alone.
+            strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
+                pure noise.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, mask_image=mask_image, strength=strength, **options)
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
         if not call.masks:
-            raise UserError("mask_image=None must be a PIL image, white where the image is drawn")
+            raise UserError("mask_image=None must be a PIL image, white where the image is repainted. Pass a mask.")
         start, copies = self._encode_images(call), call.num_images_per_prompt
         fitted = [fit(mask.convert("L"), call.size_hw, False, Image.Resampling.NEAREST) for mask in call.masks]
         drawn_B1HW = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in fitted])).unsqueeze(1).float()
@@ -1694,27 +1782,28 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
-        """Combine the components: a RaphaelControlNet and those of RaphaelPipeline."""
+        """Build the pipeline from a RaphaelControlNet and the components of RaphaelPipeline."""
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, max_tokens, steps, guidance, size, text, upscale)
         self.register_modules(controlnet=controlnet)
 
+    @shows_options
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, prompt: Any = None, image: Any = None, controlnet_conditioning_scale: float = 1.0, **options: Any
     ) -> Any:
-        """Draw images with given edges.
+        """Draw images that follow an edge map.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: edge map with white lines on black, a PIL image, or one for each prompt.
-            controlnet_conditioning_scale: strength; 0: none.
+            controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, controlnet_conditioning_scale=controlnet_conditioning_scale, **options)
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
         if not call.images:
-            raise UserError("image=None must be an edge map, white lines on black, as a PIL image")
+            raise UserError("image=None must be an edge map, white lines on black, as a PIL image. Pass an edge map.")
         fitted = [fit(to_rgb(image, "black"), call.size_hw, False, Image.Resampling.LANCZOS) for image in call.images]
         maps = np.stack([np.asarray(image).mean(axis=2, dtype=np.float32) / 255 for image in fitted])
         edge_B1hw = F.avg_pool2d(torch.from_numpy(maps).unsqueeze(1), self.vae_scale_factor)
@@ -1723,16 +1812,15 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
 
 class RaphaelUpscalePipeline(RaphaelPipeline):
-    """Makes large images from small ones and captions, with a super-resolution model."""
+    """Super-resolution: makes large images from small ones and captions, with a model that was trained for this."""
 
+    @shows_options
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
-        self, prompt: Any = None, image: Any = None, **options: Any
-    ) -> Any:
+    def __call__(self, prompt: Any = None, image: Any = None, **options: Any) -> Any:
         """Enlarge small images.
 
         Args:
-            prompt: as of RaphaelPipeline.
+            prompt: see RaphaelPipeline.
             image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
             options: other arguments of RaphaelPipeline.
         """
@@ -1749,7 +1837,16 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
 
 def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
-    """Return small images as float32 [B, 3, Hs, Ws] in -1..1. UserError: there are none, or they are of another size."""
+    """Convert small images to float32 [B, 3, Hs, Ws] in -1..1.
+
+    Args:
+        images: PIL images.
+        size_hw: height and width of the large images.
+        factor: `upscale.factor` of the model.
+
+    Raises:
+        UserError: there are none, or they have the wrong size.
+    """
     small = [np.array(to_rgb(image)) for image in images]
     if not small:
         check_small(factor, None, size_hw, "image")

@@ -151,7 +151,10 @@ ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
 
 
 def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
-    """Return whether the grouped matrix product of a GPU supports them: bfloat16, and rows of a multiple of 16 bytes."""
+    """Return whether torch's grouped matrix product on GPUs supports matrices of this dtype with rows of these widths.
+
+    It requires bfloat16, and rows whose size is a multiple of 16 bytes. widths: in elements.
+    """
     return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
 
 # ---- model.edge_supervision ------------------------------------------------------------------------------------------
@@ -442,15 +445,18 @@ DENSE_DENSITY = 0.8
 
 
 class TimeMoE(Experts):
-    """`h' = te_{t_router(t)}(h_c)` (Sec. 7.3): one expert per sample, chosen by its timestep."""
+    """The Time-MoE layer: each sample goes through one expert, which its timestep selects.
+
+    `h' = te_{t_router(t)}(h_c)` (Sec. 7.3).
+    """
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert.
+        """Run each sample through its expert; return [B, N, D].
 
         Args:
             h_BND: image tokens.
             expert_B: expert of each sample, int64.
-            samples_K: number of samples of each expert, int64. It is not read, so nothing waits for the device.
+            samples_K: number of samples of each expert, int64. The host does not read it, so nothing waits for the device.
             factor_B: factor of each sample's output, of value 1 (`routing.choose`).
         """
         order_B = torch.argsort(expert_B, stable=True)
@@ -460,10 +466,10 @@ class TimeMoE(Experts):
 
 
 class SpaceMoE(Experts):
-    """`out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1), by the identity in docs/architecture.md.
+    """The Space-MoE layer: each image token goes through the experts of the text tokens whose regions contain it.
 
-    With w_k[j] the weight of expert k at image token j and c_k its total weight,
-    `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`.
+    `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k
+    its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
     all of it. `shared` is its hidden width; 0: none.
@@ -577,6 +583,7 @@ class BlockSpec:
         expert_backend: how the experts run.
         mask_threshold: alpha of Sec. 3.1.
         edge_channels: width of the edge module; 0: none.
+        token_size: side of an image token in cells of the latents, for the sines of its place; 0: no sines.
         seed: fixes the initial weights of the experts.
     """
 
@@ -635,7 +642,7 @@ class MapProcessor:
 
 
 class TransformerBlock(nn.Module):
-    """The block of Fig. 3. Without experts it is Stable Diffusion's block."""
+    """The transformer block of RAPHAEL (Fig. 3). Without experts it is the block of Stable Diffusion."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
@@ -663,7 +670,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
     ) -> BlockOutput:
-        """Run the block.
+        """Run the block; return the new image tokens, edge logits, and how many tokens each space expert processed.
 
         Args:
             h_BND: image tokens.
@@ -740,7 +747,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(spec.dim, spec.dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
-        """Return image tokens [B, N, D]."""
+        """Convert a feature map [B, C, h, w] to image tokens [B, N, D]."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
         if self.token_size:
             height, width = x_BCHW.shape[2:]
@@ -748,7 +755,10 @@ class SpatialTransformer(nn.Module):
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map [B, C, h, w] with the residual added, in the residual's memory format."""
+        """Convert image tokens to a feature map [B, C, h, w], and add the residual `x_BCHW`.
+
+        The result has the memory format of the residual.
+        """
         # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
         out_BND: Tensor = self.proj_out(h_BND)
         return x_BCHW + out_BND.transpose(1, 2).view_as(x_BCHW)
@@ -778,7 +788,7 @@ class UNetLevel(nn.Module):
 
 
 class ResidualBlock(ResnetBlock2D):
-    """`x + conv(silu(norm(conv(silu(norm(x))) + time)))`, as diffusers computes it.
+    """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
 
     diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
     feature map (`feature_map_format`).
@@ -1025,7 +1035,7 @@ class RaphaelUNet(nn.Module):
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
 
     def stem(self, x_BCHW: Tensor) -> Tensor:
-        """Return the first feature map of noised latents."""
+        """Return the first feature map, computed from noised latents by the first convolution."""
         x: Tensor = self.conv_in(x_BCHW.contiguous(memory_format=feature_map_format(x_BCHW.device)))
         return x
 
@@ -1069,7 +1079,7 @@ class RaphaelUNet(nn.Module):
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
     ) -> list[BlockRouting]:
-        """Route all blocks at once (Sec. 3.1 and 7.3), from the timestep and the caption."""
+        """Choose the experts of all blocks at once (Sec. 3.1 and 7.3), from timesteps and captions."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none

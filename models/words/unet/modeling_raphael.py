@@ -32,7 +32,7 @@ GateGradient = Literal["straight_through", "none", "scaled"]
 
 
 class Gate(nn.Module):
-    """G of Sec. 3.1 and G' of Sec. 7.3: a feed-forward network with GELU from an embedding to one logit per expert."""
+    """A gate: a feed-forward network with GELU from an embedding to one logit per expert (G of Sec. 3.1, G' of Sec. 7.3)."""
 
     def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class Gate(nn.Module):
 
 
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
-    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two products.
+    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two matrix products.
 
-    One by one, the gates would need 3 L launches, and 6 L in the backward pass.
+    Running the gates one by one would need 3 L kernel launches, and 6 L in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -102,10 +102,11 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
 
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
-    """Return the time expert of each timestep, int64 [B]: K bands of equally many timesteps.
+    """Return the time expert of each timestep, int64 [B], if timesteps are divided into K equal bands (subranges).
 
-    This is not in the paper; Wan 2.2 has two such experts. Bands are equal in timesteps, not in signal-to-noise ratio,
-    because timesteps are drawn evenly: every expert gets an equal share of the samples, in each group of ranks.
+    This is not in the paper; Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the
+    signal-to-noise ratio. Timesteps are drawn evenly, so every expert gets an equal share of the samples, in each group of
+    ranks.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
@@ -150,14 +151,17 @@ ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
 
 
 def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
-    """Return whether the grouped matrix product of a GPU supports them: bfloat16, and rows of a multiple of 16 bytes."""
+    """Return whether torch's grouped matrix product on GPUs supports matrices of this dtype with rows of these widths.
+
+    It requires bfloat16, and rows whose size is a multiple of 16 bytes. widths: in elements.
+    """
     return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
 
-# ---- model.edge ------------------------------------------------------------------------------------------------------
+# ---- model.edge_supervision ------------------------------------------------------------------------------------------
 
 
 class EdgeModule(nn.Module):
-    """P of Sec. 7.2: five convolutions from one attention map to edge logits."""
+    """Five convolutions that predict edge logits from one attention map (P of Sec. 7.2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -168,7 +172,13 @@ class EdgeModule(nn.Module):
         self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, map_BNY: Tensor, end_B: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Return edge logits, float32 [B, h, w], from the map of token `end_B` (int64) scaled to a maximum of 1."""
+        """Return edge logits, float32 [B, h, w].
+
+        Args:
+            map_BNY: attention maps. Only that of the end-of-text token is used, scaled to a maximum of 1.
+            end_B: index of the end-of-text token, int64.
+            size_hw: height and width of the map.
+        """
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
         image = map_BN.view(-1, 1, *size_hw).to(next(self.parameters()).dtype)
@@ -184,20 +194,23 @@ Activation = Literal["gelu", "geglu"]
 class Experts(nn.Module):
     """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
 
-    This is a base class because ZeRO-3 gathers a module's own parameters around its `forward`: the layer that decides how
-    the experts run must own them.
+    This is a base class of the MoE layers, because ZeRO-3 gathers a module's own parameters around its `forward`. Therefore
+    the layer that runs the experts must itself own their parameters.
 
     Args:
-        num_experts: experts of this rank.
+        num_experts: number of experts on this rank.
         dim: width of a row.
         hidden: width between the two layers.
         activation: GELU or gated GELU.
-        seed: with the global id of an expert it fixes its initial weights, so every placement starts from the same model.
-        first_expert: global id of the first expert.
+        seed: fixes the initial weights together with the global index of an expert, so the initial model does not depend on
+            which rank has which expert.
+        first_expert: global index of the first expert on this rank.
     """
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
     assumes_even_loads = False
+    # Whether the layer runs in the Triton kernels of `train.kernels`.
+    use_kernel = False
 
     def __init__(
         self,
@@ -230,10 +243,11 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return A [K, rank, in] and alpha / rank B [K, out, rank] of w1 or w2; None without adapters.
+        """Return the adapters of `name` ("w1" or "w2"), or None if there are none.
 
-        They are applied one after the other and never added to the weight: bfloat16 would round small changes of a weight
-        away, and the product needs as much memory as the weights.
+        They are A [K, rank, in] and alpha / rank B [K, out, rank]. They are applied one after the other and never added to
+        the weight: bfloat16 would round small changes of a weight away, and the product B A needs as much memory as the
+        weights.
         """
         if self.lora_scale is None:
             return None
@@ -247,7 +261,7 @@ class Experts(nn.Module):
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return `e_k(0) - b2_k` of every expert, [K, D]."""
+        """Return `e_k(0) - b2_k` of every expert (its output for a zero row, without the last bias), [K, D]."""
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -255,11 +269,12 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply each expert to its rows.
+        """Apply each expert to its rows; return [R, D].
 
-        Every expert takes part, with zero rows if it has none, so that every parameter has a gradient on every rank (ZeRO
-        would otherwise add up gradients of different experts). The grouped product leaves the counts on the device. The loop
-        reads them, so the host waits for a GPU; it runs there for float32 and for widths that are not multiples of 8.
+        Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
+        (Otherwise ZeRO would add gradients of different experts to each other.) The grouped matrix product reads the counts
+        on the device. For float32, and for widths that are not multiples of 8, a loop over experts runs instead; it reads
+        the counts on the host, so the host waits for a GPU.
 
         Args:
             x_RD: rows sorted by expert.
@@ -302,13 +317,13 @@ class Experts(nn.Module):
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)` for rows y of `w1_k x`, with k the expert of each row."""
+        """Return `act(y + b1_k)`, where y is a row of `w1_k x` and k the expert of that row."""
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]: every expert on every row, with static shapes.
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]. Every expert processes every row, so shapes are static.
 
-        The weights scale the experts' outputs, which are narrower than their hidden units.
+        The weights multiply the experts' outputs, because these are narrower than their hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -349,17 +364,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return the expert of each row as one-hot bool [R, K], for rows sorted by expert, on the device of the counts."""
+    """Return which expert each row belongs to, one-hot, bool [R, K], on the device of the counts.
+
+    `counts_K`: number of rows of each expert. The rows are sorted by expert.
+    """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
     return (row_R1 < ends_K) & (row_R1 >= ends_K - counts_K)
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Add the bias of its expert to each row.
+    """Add to each row the bias of its expert.
 
-    This is a product with the one-hot matrix, so that its gradient is a product too, which accumulates in float32 on every
-    device. The gradient of `bias[expert]` accumulates in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
+    The bias is looked up by a product with the one-hot matrix, so that its gradient is also a matrix product, which sums in
+    float32 on every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24%
+    wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -383,6 +402,40 @@ def _aligned(weight: Tensor) -> Tensor:
     # torch's own storages start.
     return weight if weight.storage_offset() * weight.element_size() % 16 == 0 else weight.clone()
 
+# ---- model.norms -----------------------------------------------------------------------------------------------------
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of a feature map, with SiLU after it where `silu` is set. It keeps the memory format of its input.
+
+    With `use_kernel` (GPUs) the result is channels last.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
+        super().__init__(groups, channels, eps=eps)
+        self.silu, self.use_kernel = silu, False
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the normalised feature map [B, C, H, W]."""
+        h_BCHW = super().forward(x_BCHW)
+        return match_format(F.silu(h_BCHW), x_BCHW) if self.silu else h_BCHW
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of tokens, whose backward pass is a Triton kernel with `use_kernel`."""
+
+    use_kernel = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised tokens [..., D]."""
+        return super().forward(x)
+
+
+def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
+    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
+
 # ---- model.moe -------------------------------------------------------------------------------------------------------
 
 
@@ -392,15 +445,18 @@ DENSE_DENSITY = 0.8
 
 
 class TimeMoE(Experts):
-    """`h' = te_{t_router(t)}(h_c)` (Sec. 7.3): one expert per sample, chosen by its timestep."""
+    """The Time-MoE layer: each sample goes through one expert, which its timestep selects.
+
+    `h' = te_{t_router(t)}(h_c)` (Sec. 7.3).
+    """
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert.
+        """Run each sample through its expert; return [B, N, D].
 
         Args:
             h_BND: image tokens.
             expert_B: expert of each sample, int64.
-            samples_K: number of samples of each expert, int64. It is not read, so nothing waits for the device.
+            samples_K: number of samples of each expert, int64. The host does not read it, so nothing waits for the device.
             factor_B: factor of each sample's output, of value 1 (`routing.choose`).
         """
         order_B = torch.argsort(expert_B, stable=True)
@@ -410,10 +466,10 @@ class TimeMoE(Experts):
 
 
 class SpaceMoE(Experts):
-    """`out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1), by the identity in docs/architecture.md.
+    """The Space-MoE layer: each image token goes through the experts of the text tokens whose regions contain it.
 
-    With w_k[j] the weight of expert k at image token j and c_k its total weight,
-    `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`.
+    `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k
+    its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
     all of it. `shared` is its hidden width; 0: none.
@@ -423,7 +479,7 @@ class SpaceMoE(Experts):
 
     def __init__(self, num_experts: int, dim: int, hidden: int, backend: ExpertBackend, seed: int, shared: int = 0) -> None:
         super().__init__(num_experts, dim, hidden, "gelu", seed)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.shared = None
         if shared:
             self.shared = nn.Sequential(nn.Linear(dim, shared), nn.GELU(), nn.Linear(shared, dim))
@@ -456,12 +512,18 @@ class SpaceMoE(Experts):
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D]. `zero_KD` is `e_k(0) - b2_k` of this rank's experts."""
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D].
+
+        Args:
+            x_RD: image tokens.
+            w_RK: weight of each expert for each token.
+            zero_KD: `e_k(0) - b2_k` of the experts on this rank.
+        """
         run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return the rows of all experts, given those of this rank's experts."""
+        """Return one row for each expert of the layer, from the rows of this rank's experts. Here these are the same."""
         return own_KD
 
     def _choose_backend(self, used: Tensor) -> str:
@@ -517,12 +579,12 @@ class BlockSpec:
         hidden: hidden width of an expert.
         space_experts, time_experts: number of experts; 0 removes the Space-MoE, or replaces the Time-MoE by one layer.
         shared_hidden: hidden width of the Space-MoE's shared expert; 0: none.
-        time_activation: of the time experts.
+        time_activation: activation of the time experts, "gelu" or "geglu".
         expert_backend: how the experts run.
         mask_threshold: alpha of Sec. 3.1.
         edge_channels: width of the edge module; 0: none.
         token_size: side of an image token in cells of the latents, for the sines of its place; 0: no sines.
-        seed: of the experts' initial weights.
+        seed: fixes the initial weights of the experts.
     """
 
     dim: int
@@ -541,7 +603,13 @@ class BlockSpec:
 
 
 class BlockOutput(NamedTuple):
-    """Image tokens, edge logits float32 [B, h, w] or None, share of image tokens per space expert [B, K] or None."""
+    """The output of a transformer block.
+
+    Attributes:
+        h_BND: image tokens.
+        edge_logits: float32 [B, h, w]; None without an edge module.
+        space_used_BK: share of image tokens that each space expert processes; None without a Space-MoE.
+    """
 
     h_BND: Tensor
     edge_logits: Tensor | None
@@ -549,7 +617,10 @@ class BlockOutput(NamedTuple):
 
 
 class MapProcessor:
-    """Attention that also returns its map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1), averaged over heads."""
+    """An attention processor of diffusers that also returns the attention map M = softmax(Q K^T / sqrt(d)) (Sec. 3.1).
+
+    The map is averaged over heads.
+    """
 
     def __call__(
         self,
@@ -571,17 +642,17 @@ class MapProcessor:
 
 
 class TransformerBlock(nn.Module):
-    """The block of Fig. 3. Without experts it is Stable Diffusion's block."""
+    """The transformer block of RAPHAEL (Fig. 3). Without experts it is the block of Stable Diffusion."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         dim, heads = spec.dim, spec.dim // spec.head_dim
         self.mask_threshold = spec.mask_threshold
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, heads=heads, dim_head=spec.head_dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, cross_attention_dim=spec.text_width, heads=heads, dim_head=spec.head_dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         if spec.time_experts:
             self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
             self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
@@ -599,7 +670,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
     ) -> BlockOutput:
-        """Run the block.
+        """Run the block; return the new image tokens, edge logits, and how many tokens each space expert processed.
 
         Args:
             h_BND: image tokens.
@@ -665,18 +736,18 @@ def _sines(place_P: Tensor, features: int) -> Tensor:
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block between feature maps, with the names of diffusers' Transformer2DModel."""
+    """A transformer block that reads and returns feature maps. Parameter names are those of Transformer2DModel."""
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
         self.token_size = spec.token_size
-        self.norm = nn.GroupNorm(norm_groups, spec.dim, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, spec.dim, eps=1e-6, silu=False)
         self.proj_in = nn.Linear(spec.dim, spec.dim)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(spec)])
         self.proj_out = nn.Linear(spec.dim, spec.dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
-        """Return image tokens [B, N, D]."""
+        """Convert a feature map [B, C, h, w] to image tokens [B, N, D]."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
         if self.token_size:
             height, width = x_BCHW.shape[2:]
@@ -684,14 +755,20 @@ class SpatialTransformer(nn.Module):
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map [B, C, h, w] with the residual added, in the residual's memory format."""
+        """Convert image tokens to a feature map [B, C, h, w], and add the residual `x_BCHW`.
+
+        The result has the memory format of the residual.
+        """
         # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
         out_BND: Tensor = self.proj_out(h_BND)
         return x_BCHW + out_BND.transpose(1, 2).view_as(x_BCHW)
 
 
 class UNetLevel(nn.Module):
-    """One level of the encoder, the middle or the decoder: residual blocks, each with attention after it if there is any."""
+    """One level of the encoder or the decoder, or the middle.
+
+    It consists of residual blocks. On levels with attention, a transformer block follows each of them.
+    """
 
     resnets: nn.ModuleList
     attentions: nn.ModuleList | None
@@ -707,11 +784,11 @@ class UNetLevel(nn.Module):
         self.downsamplers = nn.ModuleList([resize]) if isinstance(resize, Downsample2D) else None
         self.upsamplers = nn.ModuleList([resize]) if isinstance(resize, Upsample2D) else None
 
-# ---- model.residual --------------------------------------------------------------------------------------------------
+# ---- model.residual_block --------------------------------------------------------------------------------------------
 
 
 class ResidualBlock(ResnetBlock2D):
-    """`x + conv(silu(norm(conv(silu(norm(x))) + time)))`, as diffusers computes it.
+    """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
 
     diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
     feature map (`feature_map_format`).
@@ -719,20 +796,16 @@ class ResidualBlock(ResnetBlock2D):
 
     def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
         super().__init__(in_channels=inner, out_channels=outer, temb_channels=embed, groups=groups, eps=1e-5)
+        self.norm1 = GroupNorm(groups, inner, eps=1e-5, silu=True)
+        self.norm2 = GroupNorm(groups, outer, eps=1e-5, silu=True)
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
         """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
         time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
-        h_BCHW = self.conv1(match_format(F.silu(self.norm1(x_BCHW)), x_BCHW)) + time_BC11
-        h_BCHW = self.conv2(match_format(F.silu(self.norm2(h_BCHW)), x_BCHW))
+        h_BCHW = self.conv1(self.norm1(x_BCHW)) + time_BC11
+        h_BCHW = self.conv2(self.norm2(h_BCHW))
         out_BCHW: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
         return out_BCHW
-
-
-def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
-    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
-    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 
 
 def feature_map_format(device: torch.device) -> torch.memory_format:
@@ -746,7 +819,10 @@ def feature_map_format(device: torch.device) -> torch.memory_format:
 
 
 class GateNoise(NamedTuple):
-    """Noise on the gates' logits, a function of the sample position: float32 [B, L, K] and [B, L, Y, K]."""
+    """Noise for the logits of the time gates, float32 [B, L, K], and of the text gates, float32 [B, L, Y, K].
+
+    It is a function of the sample's position in the order of training.
+    """
 
     time_BLK: Tensor
     space_BLYK: Tensor
@@ -761,7 +837,7 @@ class UNetInput(NamedTuple):
         text_BYD: text tokens.
         text_mask_BY: bool, False at padding.
         end_B: index of the end-of-text token, int64.
-        noise: of the gates, in training; None: no noise.
+        noise: noise on the gates' logits in training; None: no noise.
     """
 
     x_BCHW: Tensor
@@ -779,11 +855,11 @@ class UNetOutput(NamedTuple):
     prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
-        prediction: [B, C, h, w].
-        edge_logits: per block with an edge module, float32 [B, h, w].
-        space_used: per block, share of image tokens that need each space expert, [B, K].
-        time_expert: per block, int64 [B].
-        balance: per block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
+        prediction: predicted noise or velocity [B, C, h, w].
+        edge_logits: for each block with an edge module, float32 [B, h, w].
+        space_used: for each block, share of image tokens that each space expert processes, [B, K].
+        time_expert: for each block, the time expert of each sample, int64 [B].
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
     """
 
     prediction: Tensor
@@ -794,14 +870,14 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """What a control adds to the skips (outermost first) and to the middle, at full strength."""
+    """Tensors that a ControlNet adds to the U-Net's skips (outermost first) and to its middle, at full strength."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
 
 
 class ForwardState(NamedTuple):
-    """State of one forward pass: shared inputs, remaining routing plans, collected outputs."""
+    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs."""
 
     embedding_BE: Tensor
     text_BYD: Tensor
@@ -816,12 +892,15 @@ def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return the number of samples of each expert, int64 [K] for each layer, on the device of the one-hot."""
+    """Return the number of samples of each time expert, int64 [K], for each layer, on the device of `onehot_LBK`.
+
+    `onehot_LBK`: the time expert of each sample in each layer, one-hot.
+    """
     return onehot_LBK.sum(dim=1).unbind(0)
 
 
 class RaphaelUNet(nn.Module):
-    """D(x_t, t, y) of RAPHAEL; with `space_experts = time_experts = 0`, Stable Diffusion 2's U-Net."""
+    """The denoising network D(x_t, t, y) of RAPHAEL. Without experts it is the U-Net of Stable Diffusion 2."""
 
     def __init__(self, config: Any, with_edges: bool = True) -> None:
         """Build the U-Net.
@@ -856,7 +935,7 @@ class RaphaelUNet(nn.Module):
         for level in reversed(range(len(channels))):
             self.up_blocks.append(self._up(level, width, skips))
             width = channels[level]
-        self.conv_norm_out = nn.GroupNorm(m.norm_groups, channels[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(m.norm_groups, channels[0], eps=1e-5, silu=True)
         self.conv_out = nn.Conv2d(channels[0], m.latent_channels, 3, padding=1)
         if m.time_experts and m.time_routing == "learned":
             self.time_gates = nn.ModuleList(Gate(embed, m.gate_width, m.time_experts) for _ in range(self.num_blocks))
@@ -929,8 +1008,8 @@ class RaphaelUNet(nn.Module):
         """Predict the noise or the velocity of noised latents. The arguments up to `noise` are those of `UNetInput`.
 
         Args:
-            edge_Bhw: edge map in 0..1 that the control follows; None: the control is not used.
-            residuals: those of a control that is not part of the model.
+            edge_Bhw: edge map in 0..1 for the ControlNet; None: the ControlNet is not used.
+            residuals: residuals of a ControlNet that is not part of the model.
         """
         inputs = UNetInput(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
         state, routings = self.begin(inputs)
@@ -942,7 +1021,7 @@ class RaphaelUNet(nn.Module):
             x = x + self.control_scale * residuals.middle
         x = self.decode(state, x, skips)
         return UNetOutput(
-            prediction=self.conv_out(match_format(nn.functional.silu(self.conv_norm_out(x)), x)),
+            prediction=self.conv_out(self.conv_norm_out(x)),
             edge_logits=_present(state.edge_logits),
             space_used=_present(state.space_used),
             time_expert=_present([routing.time_expert_B for routing in routings]),
@@ -950,13 +1029,13 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Start a forward pass: embed the timesteps and route all blocks."""
+        """Start a forward pass: embed the timesteps and route all blocks; return the state and the routing of each block."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
 
     def stem(self, x_BCHW: Tensor) -> Tensor:
-        """Return the first feature map of noised latents."""
+        """Return the first feature map, computed from noised latents by the first convolution."""
         x: Tensor = self.conv_in(x_BCHW.contiguous(memory_format=feature_map_format(x_BCHW.device)))
         return x
 
@@ -1000,7 +1079,7 @@ class RaphaelUNet(nn.Module):
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
     ) -> list[BlockRouting]:
-        """Route all blocks at once (Sec. 3.1 and 7.3), from the timestep and the caption."""
+        """Choose the experts of all blocks at once (Sec. 3.1 and 7.3), from timesteps and captions."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
@@ -1073,7 +1152,10 @@ EXPERT_FIELDS = {
 
 
 def sections_of(fields: Any) -> Any:
-    """Return the sections that `RaphaelUNet` is built from, for the fields of the model's config.json."""
+    """Return the configuration sections from which `RaphaelUNet` is built.
+
+    `fields`: the fields of the model's config.json, as diffusers names them.
+    """
     widths, heads = fields.block_out_channels, fields.attention_head_dim
     model = {
         "channels": widths,
@@ -1096,8 +1178,16 @@ def sections_of(fields: Any) -> Any:
     )
 
 
+# Attributes of a module whose weights are loaded or cast by a hook around its own forward pass: sequential offload of
+# accelerate; group offload and layerwise casting of diffusers.
+_HOOKS = ("_hf_hook", "_diffusers_hook")
+
+
 class _Wrapper(ModelMixin, ConfigMixin):
     """A network of this package as a model of diffusers."""
+
+    # Layers whose dtype is read outside of their own forward pass.
+    _skip_layerwise_casting_patterns = ["norm", "gates", "conv_in", "edge"]  # noqa: RUF012 (diffusers' name and type)
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -1142,14 +1232,14 @@ class _Wrapper(ModelMixin, ConfigMixin):
             cross_attention_dim: width of the text tokens.
             attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
             norm_num_groups: groups of each GroupNorm.
-            act_fn: of the residual blocks; always "silu".
+            act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
             num_space_experts: experts of each Space-MoE; 0: none.
             num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
             shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: none.
             time_routing: "learned" or "boundaries".
-            time_activation: of the time experts, "gelu" or "geglu".
+            time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates.
             gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
             mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
@@ -1157,7 +1247,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
             image_positions: add sines of its place to each image token.
             edge_channels: width of the edge modules, which are used in training only; 0: none.
             num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
-            auto_map: of the file, where diffusers' AutoModel finds this class.
+            auto_map: entry of config.json by which diffusers' AutoModel finds this class.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         network = self._network(sections_of(self.config))
@@ -1170,14 +1260,25 @@ class _Wrapper(ModelMixin, ConfigMixin):
     def _network(sections: Any) -> RaphaelUNet:
         raise NotImplementedError
 
+    def enable_group_offload(
+        self, onload_device: torch.device, offload_device: Any = "cpu", offload_type: str = "leaf_level", **options: Any
+    ) -> None:
+        """As in diffusers. ValueError: `offload_type` is not "leaf_level"."""
+        if offload_type != "leaf_level":
+            raise ValueError(
+                f"offload_type={offload_type!r} must be 'leaf_level': this network calls the layers of a block one by one, "
+                "so that the hooks of whole blocks never run."
+            )
+        device = torch.device(offload_device)
+        super().enable_group_offload(onload_device, device, offload_type, **options)  # type: ignore[misc]
+
     def _inputs(self, sample: Tensor, timestep: Any, text: Tensor, mask: Tensor | None, end: Tensor | None) -> UNetInput:
         batch, tokens = text.shape[:2]
         mask = torch.ones(batch, tokens, device=sample.device) if mask is None else mask
         end = (mask.long().sum(dim=1) - 1).clamp(min=0) if end is None else end
         timestep_B = torch.as_tensor(timestep, device=sample.device).expand(batch)
-        # Sequential offload loads a module's weights by a hook around its forward pass.
-        gates = [module for module in self.modules() if isinstance(module, Gate)]
-        self._predict.__self__.gathers_weights = any(hasattr(gate.net[0], "_hf_hook") for gate in gates)
+        parts = [part for module in self.modules() if isinstance(module, Gate) for part in module.modules()]
+        self._predict.__self__.gathers_weights = any(hasattr(part, hook) for part in parts for hook in _HOOKS)
         return UNetInput(sample, timestep_B, text, mask.bool(), end, None)
 
 
@@ -1208,8 +1309,8 @@ class RaphaelUNet2D(_Wrapper):
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             end_of_text: int64 [B], index of the end-of-text token. None: the last token that the mask keeps. Only the
                 edge modules read it, not the prediction.
-            down_block_additional_residuals: of a ControlNet, outermost first.
-            mid_block_additional_residual: of a ControlNet.
+            down_block_additional_residuals: residuals of a ControlNet for the skips, outermost first.
+            mid_block_additional_residual: residual of a ControlNet for the middle.
             return_dict: whether to return a UNet2DConditionOutput or a tuple.
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, end_of_text)
