@@ -65,7 +65,10 @@ def save_and_kill(proof: Proof) -> Result:
 
 
 def resume(proof: Proof) -> Result:
-    """Resume the killed run on other ranks with another ZeRO stage; compare weights and further steps with one process."""
+    """Resume the run that the check `kill` ended, with fewer ranks and another ZeRO stage.
+
+    The loaded weights and the following steps must equal those of a run in one process.
+    """
     world = proof.ranks.world_size
     config = _run_config(proof, world, 1)
     plan = BatchPlan.of(config, world)

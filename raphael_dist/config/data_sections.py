@@ -55,8 +55,8 @@ class Image(Section):
     buckets: tuple[tuple[Positive, Positive], ...] = setting(
         ((64, 64),),
         "Image sizes in training, as a list of [height, width] in pixels. paper: the nine sizes of the paper. A number R: "
-        "all sizes with sides in multiples of 64 pixels, an aspect ratio up to 2:1, and the largest area up to R x R "
-        "pixels.",
+        "for each width in multiples of 64 pixels, the largest height in multiples of 64 with width x height <= R x R, if "
+        "the aspect ratio is at most 2:1.",
     )
 
     @field_validator("buckets", mode="before")
@@ -96,7 +96,9 @@ class Filter(Section):
     column: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. -]*$")
     min: float | None = None
     max: float | None = None
-    words: tuple[str, ...] = Field((), description="Allowed values, if the column contains words.")
+    words: tuple[str, ...] = Field(
+        (), description="Values that a column of text may have. A column of numbers has min and max instead."
+    )
     on_missing: Literal["keep", "drop", "error"] = Field(
         "error", description="What happens to samples without a value: keep them, drop them, or end the run with an error."
     )

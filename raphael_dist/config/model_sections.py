@@ -51,8 +51,8 @@ class Model(Section):
     )
     image_positions: bool = shape_setting(
         False,
-        "Add sines of its row and column to each image token of a transformer block. Without them, as in Stable Diffusion, "
-        "attention can hardly tell where in the image a token lies, and a text such as a word is not spelled.",
+        "Add a sinusoidal position encoding (row and column) to the image tokens of each transformer block. Without it, as "
+        "in Stable Diffusion, attention can hardly tell where in the image a token lies, and drawn words are misspelled.",
     )
     time_routing: Literal["learned", "boundaries"] = shape_setting(
         "learned",

@@ -16,9 +16,9 @@ class Upscale(Section):
     )
     patch: Positive = shape_setting(
         1,
-        "Side, in pixels of the small image, of the square that the U-Net receives with each latent position. It must be "
-        "F / upscale.factor, but at least 1; F is the number of image pixels per side of a latent position (8 for the VAE "
-        "of Stable Diffusion, 1 without a VAE).",
+        "With each latent position the U-Net receives a square of patch x patch pixels of the low-resolution image. It must "
+        "be max(1, F / upscale.factor); F is the number of pixels of the enlarged image per side of a latent position (8 "
+        "for the VAE of Stable Diffusion, 1 without a VAE).",
     )
     noise: NonNegativeFloat = setting(
         0.0,

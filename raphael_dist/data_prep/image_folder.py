@@ -185,8 +185,8 @@ def _table_of(folder: Path) -> tuple[Path, Iterable[Row]] | None:
     tables = sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
     if len(tables) > 1:
         raise UserError(
-            f"SOURCE={folder} must contain one table, but it has {len(tables)}. Rename one of them to metadata.csv or "
-            "metadata.jsonl."
+            f"SOURCE={folder} must contain one table of captions, but it has {len(tables)}, none of them with the name "
+            "metadata.csv or metadata.jsonl. Rename the one to use to metadata.csv or metadata.jsonl."
         )
     if tables:
         return tables[0], (_csv_rows if tables[0].suffix == ".csv" else _json_rows)(tables[0])

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a feature map, with SiLU after it where `silu` is set. It keeps the memory format of its input.
+    """GroupNorm of a feature map, followed by SiLU if `silu` is set.
 
-    With `use_kernel` (GPUs) the result is channels last.
+    The output has the memory format of the input, except with `use_kernel` (the Triton kernel), which returns channels last.
     """
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:

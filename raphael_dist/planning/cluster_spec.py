@@ -156,6 +156,6 @@ def _parse(name: str, text: str) -> ClusterSpec:
         for required in ("product", "other"):
             if required not in rates or (required == "product" and rates[required].tflops is None):
                 raise UserError(
-                    f"--cluster {name}: rates.{dtype}.{required} is missing or incomplete. Give us, tflops and gb_s for it."
+                    f"--cluster {name}: rates.{dtype}.{required} must have the keys us, tflops and gb_s. Add them."
                 )
     return spec

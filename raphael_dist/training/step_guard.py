@@ -67,7 +67,7 @@ class Guard:
         return {"window": self.window, **counts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Set the guard's state to a result of `state`; {} resets it to that of a new run."""
+        """Restore the state that the method `state` returned; an empty dict resets the guard to that of a new run."""
         self.window = [float(loss) for loss in state.get("window", [])]
         self.skipped = int(state.get("skipped", 0))
         self.in_a_row = int(state.get("in_a_row", 0))

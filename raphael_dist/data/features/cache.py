@@ -318,7 +318,7 @@ class _CachedShard:
         first, last = int(ends[row - 1]) if row else 0, int(ends[row])
         text = self._file.get_slice("captions")[first:last].clone()
         if checksum([text]) != int(self._read("text_sum", row)):
-            raise ValueError(f"caption {row} does not match its checksum")
+            raise ValueError(f"caption {row} of the cache does not match its checksum")
         return {"captions": text, "caption_ends": ends[row : row + 1] - first}
 
     def _read_row(self, names: Sequence[str], suffix: str, row: int, sum_name: str) -> dict[str, Tensor]:

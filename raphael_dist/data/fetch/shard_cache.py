@@ -114,7 +114,7 @@ class ShardStore:
         if remote.is_remote(name):
             if self.fetched is None:
                 raise UserError(
-                    f"data.shards={hide_secrets(name)} is remote and requires a folder for its download. Set data.cache_dir."
+                    f"data.shards={hide_secrets(name)} is remote and requires a folder for downloads. Set data.shard_cache."
                 )
             digest = _digest([name, stamp.num_bytes, stamp.mark])
             return self.fetched / digest[:2] / digest[:32] / plain

@@ -181,7 +181,9 @@ def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfi
     head = file.read(8)
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
-            raise DamagedShardError(f"is compressed ({kind}); use a plain .tar, or a file with the suffix .tar.gz")
+            raise DamagedShardError(
+                f"is compressed ({kind}), but its name does not end in .tar.gz; decompress it, or use gzip and .tar.gz"
+            )
     start: int | None = 0
     while start is not None:
         file.seek(start)
