@@ -112,8 +112,8 @@ def _check(args: argparse.Namespace) -> None:
             f"--lora-scale={args.lora_scale} requires --lora, but it is not given. Add --lora, or leave out --lora-scale."
         )
     if (args.control is None) != (args.control_from is None):
-        given, missing = ("--control", "--control-from") if args.control else ("--control-from", "--control")
-        raise UserError(f"{given} requires {missing}, but it is not given. Add {missing}, or leave out {given}.")
+        present, missing = ("--control", "--control-from") if args.control else ("--control-from", "--control")
+        raise UserError(f"{present} requires {missing}, but it is not given. Add {missing}, or leave out {present}.")
     if args.strength is not None and args.image is None:
         raise UserError(
             f"--strength={args.strength} requires --image, but it is not given. Add --image, or leave out --strength."

@@ -106,8 +106,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_range("--guidance", scale, 0)
     if args.study == "images":
         if bool(args.reference) != bool(args.features):
-            given, missing = ("--reference", "--features") if args.reference else ("--features", "--reference")
-            raise UserError(f"{given} requires {missing}, but it is not given. Add {missing}, or leave out {given}.")
+            present, missing = ("--reference", "--features") if args.reference else ("--features", "--reference")
+            raise UserError(f"{present} requires {missing}, but it is not given. Add {missing}, or leave out {present}.")
         if not (args.features or args.clip):
             raise UserError("--features or --clip is required, but neither is given. Add --features hed, or --clip DIR.")
 
