@@ -406,9 +406,9 @@ def _aligned(weight: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a feature map, with SiLU after it where `silu` is set. It keeps the memory format of its input.
+    """GroupNorm of a feature map, followed by SiLU if `silu` is set.
 
-    With `use_kernel` (GPUs) the result is channels last.
+    The output has the memory format of the input, except with `use_kernel` (the Triton kernel), which returns channels last.
     """
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
