@@ -221,7 +221,7 @@ def test_missing_packages_are_named_by_every_entry_point(tmp_path: Path) -> None
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith(f"error: {sys.executable} requires packages that are not installed: torch, ")
-        for words in ("pydantic, PyYAML", ".venv/bin/python", "PYTHON="):
+        for words in ("pydantic, PyYAML", ".venv/bin/python", "set PYTHON"):
             assert words in done.stderr
         assert (tmp_path / "exit").read_text() == "2\n"
         assert "not installed: torch" in (tmp_path / "exit.why").read_text()

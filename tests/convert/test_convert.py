@@ -186,6 +186,6 @@ def test_model_is_upcycled_from_any_layout_once(tmp_path, sources):
     assert open_checkpoint("auto", tmp_path / "out").config.model.space_experts == config.model.space_experts
     assert report.rows[0].kind == "master"
     with pytest.raises(
-        UserError, match=r"--config is for upcycling .* already has experts or edge modules. Leave out --config"
+        UserError, match=r"--config requires a dense model, .* already has experts or edge modules. Leave out --config"
     ):
         convert("auto", tmp_path / "out", "canonical", tmp_path / "again", Options(), config)

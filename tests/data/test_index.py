@@ -279,7 +279,7 @@ def test_last_of_parallel_parts_joins_the_index(tmp_path: Path) -> None:
     (tmp_path / "00002.tar").write_bytes(paths[2].read_bytes()[:-6000])
     first = tool(tmp_path, "--columns", "score", OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="2")
     assert "part 1 of 2: 1 of 1 shards to read" in first
-    assert "2 shards (of other parts" in first
+    assert "2 shards have no index record yet" in first
     second = tool(tmp_path, "--columns", "score", "--part", "0", "--parts", "2", "--processes", "2")
     assert "damaged:" in second
     index = open_index([str(path) for path in paths], ShardStore(tmp_path / "cache" / "index"), ["score"])

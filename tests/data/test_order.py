@@ -92,7 +92,7 @@ def test_window_reads_only_its_shards():
 
 def test_invalid_options_and_too_small_data_are_rejected():
     index = make_index([3, 3])
-    with pytest.raises(UserError, match="a size with at least 100 samples"):
+    with pytest.raises(UserError, match="size with at least 100 samples"):
         SampleOrder(index, BUCKETS, seed=0, run_length=100)
     with pytest.raises(UserError, match="at least one size"):
         SampleOrder(index, [], seed=0)

@@ -68,7 +68,7 @@ class PlainEngine:
     def grad_square(self) -> torch.Tensor:
         return square_sum([p.grad for p in self.module.parameters() if p.grad is not None])
 
-    def update(self, lr: float, norm: float) -> None:
+    def update(self, lr: float, norm: float, ema: object = None, step: int = 1) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3 / max(1.0, norm)
         self.optimizer.step()
