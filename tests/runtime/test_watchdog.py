@@ -167,7 +167,7 @@ def test_hung_run_names_the_late_rank_and_exits(tmp_path: Path, how: str) -> Non
     assert f"rank 1 on host1 {message}" in (tmp_path / "run" / "train.log").read_text()
     logs = tmp_path / "run" / "logs"
     if how != "data":  # there rank 1 also gives up, and when it is first, rank 0 has left the exchange by the time it writes
-        assert "expert_parallel.py" in (logs / "stacks-rank-0.txt").read_text()
+        assert "expert_dispatch.py" in (logs / "stacks-rank-0.txt").read_text()
     if how != "stop":
         assert "hang_run.py" in (logs / "stacks-rank-1.txt").read_text()
 

@@ -123,7 +123,7 @@ def test_bad_step_of_one_rank_is_skipped_on_all_and_changes_nothing(
     assert [at(run, step).manifest["updates"] for step in (1, 3, 4)] == [1, 2, 3]
     assert at(run, 4).manifest["samples_seen"] == 4 * G, "the samples of a skipped step are used up"
     assert [v for _, v in read_metrics(run / "metrics.jsonl")["train/skipped"]] == [0, 1, 1, 1]
-    assert (f"positions [{bad}]" if kind == "nan" else f"at positions {G} to {2 * G - 1}") in log(run)
+    assert (f"positions [{bad}]" if kind == "nan" else f"positions {G} to {2 * G - 1}") in log(run)
     if kind == "inf_grad":
         return
     # Adam counts updates, not steps: a resumed run must not count the skipped one.

@@ -92,9 +92,9 @@ def wrong_expert() -> None:
 def stale_weights() -> None:
     original = Engine.update
 
-    def update(self: Engine, lr: float, norm: float) -> None:
+    def update(self: Engine, *arguments: Any) -> None:
         before = [p.detach().clone() for p in self.module.parameters()]
-        original(self, lr, norm)
+        original(self, *arguments)
         with torch.no_grad():
             for p, old in zip(self.module.parameters(), before, strict=True):
                 p.copy_(old)
