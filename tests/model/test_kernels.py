@@ -31,8 +31,7 @@ from tests.lib.synthetic import synthetic_batch, tiny_config
 pytest.importorskip("triton", reason="needs the package triton")
 
 from raphael_dist.model.kernels import group_norm, layer_norm, sparse_experts
-from raphael_dist.model.kernels.group_norm import reference_group_norm
-from raphael_dist.model.kernels.sparse_experts import find_pairs, reference_sparse_experts
+from raphael_dist.model.kernels.sparse_experts import find_pairs
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -60,6 +59,11 @@ def compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inp
     expected = outcome(reference, inputs, torch.float64, torch.device("cpu"))
     for i, (item, other) in enumerate(zip(actual, expected, strict=True)):
         assert (item - other).norm() <= tolerance * other.norm() + 1e-12, f"tensor {i}"
+
+
+def reference_group_norm(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    z_BCHW = F.group_norm(x_BCHW, groups, weight_C, bias_C, eps)
+    return F.silu(z_BCHW) if silu else z_BCHW
 
 
 # Sizes that fill no tile; groups of 3, 10 and 40 channels; more than one tile of pixels, and of channels.
@@ -97,6 +101,12 @@ def test_layer_norm_backward(shape, programs, dtype, tolerance, monkeypatch):
         lambda x, *args: F.layer_norm(x, (width,), *args, 1e-5),
     )
     compare(kernel, reference, inputs, tolerance)
+
+
+def reference_sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    """Run every expert on every row."""
+    h_RKF = F.gelu(torch.einsum("rd,kfd->rkf", x_RD, w1) + b1)
+    return torch.einsum("rkf,kdf,rk->rd", h_RKF, w2, w_RK)
 
 
 # name: (rows, the experts that a row may need, share of pairs)

@@ -59,14 +59,14 @@ class Resources:
 
 def record_launches(work: Callable[[], object]) -> list[Launch]:
     """Return the different launches of `work`, in order. Nothing is launched."""
-    found: dict[Launch, None] = {}
+    launches: dict[Launch, None] = {}
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        found[_launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs)] = None
+        launches[_launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs)] = None
 
     with mock.patch.object(JITFunction, "run", run):
         work()
-    return list(found)
+    return list(launches)
 
 
 def _launch(kernel: JITFunction, arguments: dict[str, Any]) -> Launch:

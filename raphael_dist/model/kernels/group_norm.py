@@ -24,8 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raphael_dist.model.kernels.launch import next_power_of_2
-
 _ROWS, _COLS = 64, 64  # pixels and channels of a tile: 128 bytes of a pixel in bfloat16
 _CHUNK = 16  # tiles whose sums are added at a time
 
@@ -191,12 +189,6 @@ def group_norm(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, ep
     return y_BCHW
 
 
-def reference_group_norm(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """Compute the same with torch."""
-    z_BCHW = torch.nn.functional.group_norm(x_BCHW, groups, weight_C, bias_C, eps)
-    return torch.nn.functional.silu(z_BCHW) if silu else z_BCHW
-
-
 def _channels_last(x_BCHW: Tensor) -> Tensor:
     return x_BCHW.contiguous(memory_format=torch.channels_last)
 
@@ -206,14 +198,14 @@ class _Sizes:
 
     def __init__(self, x_BCHW: Tensor, groups: int) -> None:
         self.samples, self.channels, height, width = x_BCHW.shape
-        pixels, cols = height * width, min(_COLS, next_power_of_2(self.channels))
+        pixels, cols = height * width, min(_COLS, triton.next_power_of_2(self.channels))
         tiles, group_width = triton.cdiv(pixels, _ROWS), self.channels // groups
         self.map = (tiles, pixels, self.channels)
         self.per_tile = (self.samples, tiles, self.channels)
         self.tile_grid = (self.samples * tiles, triton.cdiv(self.channels, cols))
         self.group_grid = (self.samples, groups)
         self.tile = {"ROWS": _ROWS, "COLS": cols}
-        self.group = {"WIDTH": group_width, "PADDED": next_power_of_2(group_width), "CHUNK": _CHUNK}
+        self.group = {"WIDTH": group_width, "PADDED": triton.next_power_of_2(group_width), "CHUNK": _CHUNK}
 
 
 @torch.library.custom_op("raphael::group_norm", mutates_args=())

@@ -17,8 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from raphael_dist.model.kernels.launch import next_power_of_2
-
 _TILE = 4096  # numbers of a tile
 _PROGRAMS = 512  # about four for each multiprocessor
 
@@ -77,7 +75,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     parts, (tiles, tile_rows) = _parts(x, columns), _tiles(x.numel() // columns, columns)
     _backward_rows[(parts.shape[1],)](
         dy, x, weight, dx, *parts.unbind(), x.numel() // columns, columns, eps, tiles,
-        ROWS=tile_rows, COLS=next_power_of_2(columns),
+        ROWS=tile_rows, COLS=triton.next_power_of_2(columns),
     )  # fmt: skip
     return dx, parts
 
@@ -89,7 +87,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 def _tiles(rows: int, columns: int) -> tuple[int, int]:
     """Return the tiles of a program, and the rows of a tile."""
-    tile_rows = max(1, _TILE // next_power_of_2(columns))
+    tile_rows = max(1, _TILE // triton.next_power_of_2(columns))
     return -(-rows // (tile_rows * _PROGRAMS)), tile_rows
 
 

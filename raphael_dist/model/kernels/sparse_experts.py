@@ -22,10 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
-
-from raphael_dist.model.kernels.launch import next_power_of_2
 
 Tile = dict[str, Any]
 
@@ -222,12 +219,6 @@ def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tenso
     return out_RD
 
 
-def reference_sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
-    """Compute the same with torch, every expert on every row."""
-    h_RKF = F.gelu(torch.einsum("rd,kfd->rkf", x_RD, w1) + b1)
-    return torch.einsum("rkf,kdf,rk->rd", h_RKF, w2, w_RK)
-
-
 def _tile_of(x: Tensor) -> Tile:
     """Return the sizes of the tiles of a product, and the type that is multiplied."""
     if x.dtype == torch.float32:
@@ -259,7 +250,7 @@ def _forward(
 def _sum(y_PD: Tensor, place_RK: Tensor, w_RK: Tensor | None) -> Tensor:
     """Return the sum of the pairs of each row, weighted with `w_RK` if it is given."""
     (rows, experts), width = place_RK.shape, y_PD.shape[1]
-    out, cols = y_PD.new_empty(rows, width), min(128, next_power_of_2(width))
+    out, cols = y_PD.new_empty(rows, width), min(128, triton.next_power_of_2(width))
     _sum_pairs[(triton.cdiv(rows, 16), triton.cdiv(width, cols))](
         y_PD, place_RK, w_RK, out, rows, width, EXPERTS=experts, WEIGHTED=w_RK is not None, ROWS=16, COLS=cols
     )
