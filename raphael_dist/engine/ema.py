@@ -50,10 +50,11 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the average with the weights after optimizer step `step` (from 1)."""
-        if self.values and step <= self._config.start_step:
+        share = self.share(step)
+        if self.values and share == 1:
             self.restart()
         elif self.values:
-            torch._foreach_lerp_(self.values, self._fragments.masters(), 1 - self.decay(step))
+            torch._foreach_lerp_(self.values, self._fragments.masters(), share)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
