@@ -123,7 +123,7 @@ def _summary(runs: Sequence[Examined], data: JsonObject) -> str:
             name = f"<b>{_text(examined.run.name)}:</b> " if len(runs) > 1 else ""
             lines.append(f"<dd>{name}{_text(answer(examined))}</dd>")
     if len(runs) > 1:
-        flat = [summary.flatten(redact(examined.run.config)) for examined in runs]
+        flat = _flat_configs(runs)
         keys = summary.differences(flat)
         shown = "; ".join(f"{key}: {' / '.join(config.get(key, 'absent') for config in flat)}" for key in keys[:8])
         rest = f" and {len(keys) - 8} more below" if len(keys) > 8 else ""
@@ -284,8 +284,13 @@ def _faults(runs: Sequence[Examined], data: JsonObject) -> str:
     return "".join(parts)
 
 
+def _flat_configs(runs: Sequence[Examined]) -> list[dict[str, str]]:
+    """Return the configuration of each run by key, without secrets."""
+    return [summary.flatten(redact(examined.run.config)) for examined in runs]
+
+
 def _config(runs: Sequence[Examined], data: JsonObject) -> str:
-    flat = [summary.flatten(redact(examined.run.config)) for examined in runs]
+    flat = _flat_configs(runs)
     if not any(flat):
         return _sentence("There is no config.yaml.")
     header = ["option", *(examined.run.name for examined in runs)]

@@ -18,9 +18,11 @@ from typing import Any, get_args
 
 import torch
 
+from raphael_dist.config.assets import git_commit
 from raphael_dist.config.schema import load_config
 from raphael_dist.config.types import Kernel
 from raphael_dist.errors import UserError
+from raphael_dist.storage.files import replace_bytes
 from raphael_dist.storage.versions import versions
 
 KERNELS: tuple[str, ...] = get_args(Kernel)
@@ -95,9 +97,8 @@ class Results:
         """Append a record, and write the file."""
         self.records.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"machine": self.machine, "records": self.records}, indent=1) + "\n")
-        temporary.replace(self.path)
+        content = json.dumps({"machine": self.machine, "records": self.records}, indent=1) + "\n"
+        replace_bytes(self.path, content.encode())
 
     def of(self, case: Case) -> list[Record]:
         """Return the records of a measurement."""
@@ -181,9 +182,7 @@ def table(chosen: list[Case], results: Results) -> str:
 
 def machine() -> Record:
     """Return the device, versions and commit that results stand for."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True)
-    return {"device": torch.cuda.get_device_name(), **versions(), "cuda": torch.version.cuda, "commit": git.stdout.strip()}
+    return {"device": torch.cuda.get_device_name(), **versions(), "cuda": torch.version.cuda, "commit": git_commit()}
 
 
 def run_all(args: argparse.Namespace) -> None:
