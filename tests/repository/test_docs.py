@@ -98,8 +98,12 @@ CODE = find_code()
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the repository, with a tiny run that ended: runs/demo, runs/photos, runs/words."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in ("raphael_dist", "tools", "data", "models", "slurm", "ds_configs", "tests", "Makefile"):
+    for name in ("raphael_dist", "tools", "slurm", "ds_configs", "tests", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
+    for name in ("data", "models"):  # folders of their own: a command that writes there must not change the repository
+        (folder / name).mkdir()
+        for path in (ROOT / name).iterdir():
+            (folder / name / path.name).symlink_to(path)
     (folder / "prompts.jsonl").write_text('{"prompt": "a red heart", "seed": 3, "size": [64, 64]}\n')
     demo = load_config("emoji-tiny").model_dump(mode="json")
     tiny = {"model": {**TREE["model"], "text_width": 384}, "edge": {"channels": 4}, "sample": {"steps": 2}}

@@ -1,4 +1,4 @@
-"""models/emoji, the model that ships: it is small and complete, and draws the images of the README."""
+"""models/emoji and models/words, the models that ship: small, complete, and drawing the images of the documents."""
 
 import json
 import subprocess
@@ -14,11 +14,16 @@ from raphael_dist.convert.exported_code import CODE, model_code, pipeline_code
 from raphael_dist.model.diffusers_model import RaphaelUNet2D
 from tests.lib.launch import ROOT
 
-UPDATE_CODE = (
-    ".venv/bin/raphael-convert --from diffusers models/emoji --to diffusers build/emoji --text-by-name && "
-    "cp build/emoji/pipeline.py models/emoji/ && cp build/emoji/unet/*.py models/emoji/unet/"
-)
-MODEL, PROMPTS = ROOT / "models" / "emoji", ROOT / "data" / "emoji" / "prompts.txt"
+# The models that ship: largest size in bytes, and the height in pixels of the first row of their grid in the documents.
+MODELS = {"emoji": (25_000_000, 130), "words": (20_000_000, 36)}
+EACH = pytest.mark.parametrize("name", MODELS)
+
+
+def update_code(model: str) -> str:
+    return (
+        f".venv/bin/raphael-convert --from diffusers {model} --to diffusers build/export --text-by-name && "
+        f"cp build/export/pipeline.py {model}/ && cp build/export/unet/*.py {model}/unet/"
+    )
 
 
 def run(*words: str) -> str:
@@ -27,29 +32,36 @@ def run(*words: str) -> str:
     return done.stdout
 
 
-def test_shipped_model_is_a_pipeline_of_at_most_25_mb() -> None:
-    files = [path for path in MODEL.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 25_000_000
-    manifest = json.loads((MODEL / "manifest.json").read_text())
-    assert {path.relative_to(MODEL).as_posix() for path in files} >= {*manifest["files"], "model_index.json", "README.md"}
-    assert (MODEL / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+@EACH
+def test_shipped_model_is_a_small_complete_pipeline(name: str) -> None:
+    model = ROOT / "models" / name
+    files = [path for path in model.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MODELS[name][0]
+    manifest = json.loads((model / "manifest.json").read_text())
+    assert {path.relative_to(model).as_posix() for path in files} >= {*manifest["files"], "model_index.json", "README.md"}
+    assert (model / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
 
 
-def test_shipped_code_is_what_an_export_writes_now() -> None:
-    name, code = model_code(RaphaelUNet2D)
-    for path, text in ((f"{CODE}.py", pipeline_code()), (f"unet/{name}.py", code)):
-        assert (MODEL / path).read_text() == text, f"models/emoji/{path} is out of date. Run: {UPDATE_CODE}"
+@EACH
+def test_shipped_code_is_what_an_export_writes_now(name: str) -> None:
+    module, code = model_code(RaphaelUNet2D)
+    for path, text in ((f"{CODE}.py", pipeline_code()), (f"unet/{module}.py", code)):
+        file = f"models/{name}/{path}"
+        assert (ROOT / file).read_text() == text, f"{file} is out of date. Run: {update_code(f'models/{name}')}"
 
 
-def test_shipped_model_draws_the_images_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@EACH
+def test_shipped_model_draws_the_images_of_the_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    some = PROMPTS.read_text().splitlines()[:2]
+    some = (ROOT / "data" / name / "prompts.txt").read_text().splitlines()[:2]
     (tmp_path / "prompts.txt").write_text("\n".join(some) + "\n")
-    words = ["--checkpoint", "models/emoji", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "grid.png")]
+    out = tmp_path / "grid.png"
+    words = ["--checkpoint", f"models/{name}", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(out)]
     assert sample.main(words) == 0
-    drawn, shown = (np.asarray(Image.open(path)).astype(float) for path in (tmp_path / "grid.png", ROOT / "docs/emoji.png"))
+    drawn, shown = (np.asarray(Image.open(path)).astype(float) for path in (out, ROOT / "docs" / f"{name}.png"))
     # The same first cells; another processor rounds otherwise in the last bits, which 25 steps may carry to a level or two.
-    assert np.abs(drawn[:130] - shown[:130, : drawn.shape[1]]).mean() < 3
+    height = MODELS[name][1]
+    assert np.abs(drawn[:height] - shown[:height, : drawn.shape[1]]).mean() < 3
 
 
 @pytest.mark.slow

@@ -1,37 +1,16 @@
-"""models/words, the model that ships for words in images: it is small, complete, and its words can be read."""
+"""models/words, the model that ships for words in images: its words can be read as documented."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from raphael_dist import sample
 from raphael_dist.evaluation.distances import wilson
 from tests.lib.launch import ROOT
 
-MODEL, NUMBERS = ROOT / "models" / "words", ROOT / "docs" / "words.json"
-
-
-def test_shipped_model_is_a_pipeline_of_at_most_20_mb() -> None:
-    files = [path for path in MODEL.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 20_000_000
-    manifest = json.loads((MODEL / "manifest.json").read_text())
-    assert {path.relative_to(MODEL).as_posix() for path in files} >= {*manifest["files"], "model_index.json", "README.md"}
-
-
-def test_shipped_model_draws_the_images_of_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    some = (ROOT / "data" / "words" / "prompts.txt").read_text().splitlines()[:2]
-    (tmp_path / "prompts.txt").write_text("\n".join(some) + "\n")
-    words = ["--checkpoint", "models/words", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "grid.png")]
-    assert sample.main(words) == 0
-    drawn, shown = (np.asarray(Image.open(path)).astype(float) for path in (tmp_path / "grid.png", ROOT / "docs/words.png"))
-    # The first cells without their captions; another processor rounds otherwise in the last bits.
-    assert np.abs(drawn[:36] - shown[:36, : drawn.shape[1]]).mean() < 3
+NUMBERS = ROOT / "docs" / "words.json"
 
 
 def test_documented_shares_have_the_intervals_of_their_counts() -> None:
