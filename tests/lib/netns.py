@@ -1,7 +1,7 @@
 """Machines on this host: network namespaces with an address each, joined by a bridge in a namespace of its own.
 
-No traffic leaves what a `Network` made. Links have a rate (tc tbf); relay.py gives them latency and loss. the
-process id of their owner; the next network removes what a killed owner left.
+No traffic leaves what a `Network` made. Links have a rate (tc tbf); relay.py gives them latency and loss. Names of
+namespaces hold the process id of their owner; the next network removes what a killed owner left.
 """
 
 import itertools

@@ -67,8 +67,8 @@ def test_counters_count_what_is_sent_with_headers(pair: Network) -> None:
     before, size = (pair.counters(0), pair.counters(1)), 2_000_000
     transfer(pair, size)
     sender = pair.counters(1) - before[1]
-    assert 0.999 * size < sender.payload < 1.02 * size  # ARP has less headers; a busy TCP repeats
-    assert sender.sent / size == pytest.approx(1 + netns.HEADERS / 1448, abs=0.02)
+    assert 0.999 * size < sender.payload < 1.15 * size  # ARP has less headers; a busy TCP repeats
+    assert 0.99 * (1 + netns.HEADERS / 1448) < sender.sent / size < 1.2
     assert (pair.counters(0) - before[0]).received == pytest.approx(sender.sent, rel=0.02)
 
 

@@ -8,6 +8,8 @@ experts, PyTorch's DistributedDataParallel, DeepSpeed's own ZeRO-2, and our bloc
 import argparse
 import importlib
 import json
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +38,6 @@ from raphael_dist.planning.memory import persistent_elements
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.files import replace_bytes
 
-HEADERS = 66  # bytes of a frame: Ethernet 14, IP 20, TCP 32
 SAMPLES, SIDE, STEPS = 1, 8, 1  # of a micro-batch; of its latents; measured, after one more
 SCHEMES: dict[int, Scheme] = {0: "replicated", 1: "reduce_scatter", 2: "reduce_scatter", 3: "zero3"}
 
@@ -72,8 +73,8 @@ class Row:
     """Bytes of a step, for the node that sends most.
 
     Attributes:
-        wire: bytes that the network interface sent.
-        payload: the same without headers of frames.
+        wire: bytes that the network interface sent, with headers, acknowledgements and what TCP sent again.
+        payload: bytes of data that the other nodes have acknowledged.
         counted: bytes that the node's ranks counted (`comm/*`); 0 for other trainers, which do not count.
         planned: bytes that the planner predicts; 0: it cannot.
     """
@@ -125,25 +126,30 @@ def measure(config_name: str, todo: list[Case], out: str) -> None:
 
 
 def _count(step: Callable[[], object], traffic: Traffic) -> tuple[float, float, float]:
-    """Return bytes and frames that this node sent, and the bytes that this rank counts, per step."""
+    """Return what this node sent on the wire and as data, and what this rank counts, in bytes per step."""
     step()
     traffic.take()
-    before = _settled()
+    before = _sent()
     for _ in range(STEPS):
         step()
-    after = _settled()
+    after = _sent()
     counted = sum(asdict(traffic.take()).values())
     return (after[0] - before[0]) / STEPS, (after[1] - before[1]) / STEPS, counted / STEPS
 
 
-def _settled() -> tuple[int, int]:
-    """Return bytes and frames that eth0 has sent, after all ranks have arrived here."""
+def _sent() -> tuple[int, int]:
+    """Return the bytes that this node's interface has sent, and those that other nodes have acknowledged. Collective."""
     dist.barrier()
     time.sleep(0.2)  # the last acknowledgements
     line = next(line for line in Path("/proc/self/net/dev").read_text().splitlines() if "eth0" in line)
-    fields = line.split(":")[1].split()
+    connections = subprocess.run(["ss", "-tniOH"], capture_output=True, text=True, check=True).stdout
+    acknowledged = 0
+    for connection in connections.splitlines():
+        local, peer = (address.rpartition(":")[0] for address in connection.split()[3:5])
+        if found := local != peer and re.search(r" bytes_acked:(\d+)", connection):
+            acknowledged += int(found[1])
     dist.barrier()
-    return int(fields[8]), int(fields[9])
+    return int(line.split(":")[1].split()[8]), acknowledged
 
 
 def contender(case: Case, config: Config, ranks: Ranks, device: torch.device) -> tuple[Callable[[], object], Traffic]:
@@ -251,8 +257,8 @@ def read_rows(measured: list[Case], config_name: str, out: str) -> Iterator[Row]
         rows = []
         for node in range(nodes):
             own = [rank[i] for rank in ranks[node * per_node : (node + 1) * per_node]]
-            (wire, frames, _), counted = own[0], sum(rank[2] for rank in own)
-            rows.append(Row(case, wire, wire - HEADERS * frames, counted, planned_bytes(case, config_name)))
+            (wire, payload, _), counted = own[0], sum(rank[2] for rank in own)
+            rows.append(Row(case, wire, payload, counted, planned_bytes(case, config_name)))
         yield max(rows, key=lambda row: row.wire)
 
 
@@ -280,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
         spec, out = args.cases
         return measure(args.config, [Case(**case) for case in json.loads(Path(spec).read_text())], out)
     rows = []
-    print("| nodes x ranks | | wire, MB | without headers | counted | planned |\n|---|---|---|---|---|---|")
+    print("| nodes x ranks | | wire, MB | data | counted | planned |\n|---|---|---|---|---|---|")
     for row in bench_network(args.config, list(product(args.nodes, args.ranks)), args.all):
         rows.append(row)
         shown = " | ".join(f"{b / 1e6:.2f}" if b else "" for b in (row.wire, row.payload, row.counted, row.planned))
