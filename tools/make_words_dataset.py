@@ -22,7 +22,7 @@ from emoji_data.dataset import Sample, encode_edges, write_tar
 from raphael_dist.cli.common import Parser
 from raphael_dist.data.features.hed import edge_map
 from raphael_dist.errors import run_command
-from words_data.drawing import FONTS, HELD_OUT_FONT, WIDTH, Font, Look, captions, full_caption, render
+from words_data.drawing import FONTS, HEIGHT, HELD_OUT_FONT, WIDTH, Font, Look, captions, full_caption, render
 from words_data.vocabulary import HELD_OUT_STRINGS, MIN_HELD_OUT, Vocabulary, emoji_words
 
 SHARD_SAMPLES = 5000
@@ -39,13 +39,14 @@ class Scope:
 
     Attributes:
         longest: characters of a text at most; None: all texts.
-        width: of an image, in pixels.
+        width, height: of an image, in pixels.
         simple: one font in one size in the centre (`Look.draw`).
         monochrome: black on white.
     """
 
     longest: int | None = None
     width: int = WIDTH
+    height: int = HEIGHT
     simple: bool = False
     monochrome: bool = False
 
@@ -54,9 +55,9 @@ class Scope:
         return Look.draw(random, fonts, self.simple, self.monochrome)
 
 
-def make_sample(key: str, text: str, look: Look, random: np.random.Generator, width: int) -> Sample:
+def make_sample(key: str, text: str, look: Look, random: np.random.Generator, scope: Scope) -> Sample:
     """Draw and encode one sample."""
-    image = render(text, look, width)
+    image = render(text, look, scope.width, scope.height)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).unsqueeze(0)
     record = {
         "captions": captions(text, look, random),
@@ -86,7 +87,7 @@ def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: S
     for number in numbers:
         random = np.random.default_rng((seed, _TRAIN, number))
         text = vocabulary.training_text(random, scope.longest)
-        yield make_sample(f"{number:07d}", text, scope.look(random), random, scope.width)
+        yield make_sample(f"{number:07d}", text, scope.look(random), random, scope)
 
 
 def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, list[str]]:
@@ -153,7 +154,7 @@ def write_shards(
             continue
         path = out / f"val-{name}.tar"
         drawn = enumerate(zip(texts, looks(name, seed, _VAL, scope), strict=False))
-        write_tar(path, (make_sample(f"{name}-{i:04d}", text, look, r, scope.width) for i, (text, (look, r)) in drawn))
+        write_tar(path, (make_sample(f"{name}-{i:04d}", text, look, r, scope) for i, (text, (look, r)) in drawn))
         shards[path.name] = len(texts)
     manifest = {
         "seed": seed,
@@ -189,6 +190,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of words, fonts and layouts (default 0)")
     parser.add_argument("--longest", type=int, metavar="N", help="draw only words and strings of up to N characters")
     parser.add_argument("--width", type=int, default=WIDTH, metavar="PIXELS", help=f"width of an image (default {WIDTH})")
+    parser.add_argument(
+        "--height",
+        type=int,
+        default=HEIGHT,
+        metavar="PIXELS",
+        help=f"height of an image (default {HEIGHT}; 16 suffices for --simple)",
+    )
     parser.add_argument("--simple", action="store_true", help="one font in one size in the centre, evenly spaced")
     parser.add_argument("--monochrome", action="store_true", help="black on white")
     parser.add_argument("--prompts-only", action="store_true", help="write only the prompts-*.txt")
@@ -198,7 +206,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def build(args: argparse.Namespace) -> None:
     """Write the prompts and the shards."""
     vocabulary = Vocabulary(emoji_words(args.emoji))
-    scope = Scope(args.longest, args.width, args.simple, args.monochrome)
+    scope = Scope(args.longest, args.width, args.height, args.simple, args.monochrome)
     write_prompts(vocabulary, args.out, scope)
     if not args.prompts_only:
         write_shards(vocabulary, args.out, args.seed, args.samples, scope, lambda line: print(line, flush=True))

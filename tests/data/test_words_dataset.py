@@ -88,6 +88,8 @@ def test_simple_characters_stand_in_cells_of_equal_width() -> None:
     for i, character in enumerate("MIW8"):
         columns = np.flatnonzero(ink[16 * i : 16 * i + 16])
         assert abs((columns[0] + columns[-1]) / 2 - 7.5) <= 1, character
+    tall, flat = np.asarray(render("MIW8", look, 64)), np.asarray(render("MIW8", look, 64, 16))
+    assert (tall[8:24] == flat).all()
     alone = np.asarray(render("I", look, 64)).min(axis=(0, 2)) < 128
     assert abs(np.flatnonzero(alone).mean() - 31.5) <= 1
 
@@ -113,7 +115,7 @@ def test_dataset_is_deterministic_and_complete(tmp_path: Path) -> None:
 
 def test_simple_images_of_short_texts(tmp_path: Path) -> None:
     pytest.importorskip("font_roboto")
-    scope = Scope(longest=4, width=64, simple=True, monochrome=True)
+    scope = Scope(longest=4, width=64, height=16, simple=True, monochrome=True)
     vocabulary = Vocabulary(WORDS)
     make_words_dataset.write_prompts(vocabulary, tmp_path, scope)
     make_words_dataset.write_shards(vocabulary, tmp_path, 3, 8, scope, lambda _: None)
@@ -122,8 +124,11 @@ def test_simple_images_of_short_texts(tmp_path: Path) -> None:
             files = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
         records = [json.loads(data) for name, data in files.items() if name.endswith(".json")]
         assert all(len(record["text"]) <= 4 for record in records)
-        looks = {(record["width"], record["place"], record["colour"], record["background"]) for record in records}
-        assert looks == {(64, "centre", "black", "white")}
+        looks = {
+            (record["width"], record["height"], record["place"], record["colour"], record["background"])
+            for record in records
+        }
+        assert looks == {(64, 16, "centre", "black", "white")}
         assert {record["font"] for record in records} == {"manrope" if "font" in path.name else "roboto"}
     for path in tmp_path.glob("prompts-*.txt"):
         lines = path.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Draws a text on an image of 32 pixels height and describes it in captions."""
+"""Draws a text on an image and describes it in captions."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -104,12 +104,12 @@ class Look:
         )
 
 
-def render(text: str, look: Look, width: int = WIDTH) -> Image.Image:
-    """Return the image, RGB of HEIGHT x `width` pixels. A text that is too wide for the look's size is drawn smaller."""
-    image = Image.new("RGB", (width, HEIGHT), COLOURS[look.background])
+def render(text: str, look: Look, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    """Return the image, RGB of `height` x `width` pixels. A text that is too wide for the look's size is drawn smaller."""
+    image = Image.new("RGB", (width, height), COLOURS[look.background])
     pen = ImageDraw.Draw(image)
     if look.advance:
-        _draw_evenly(pen, text, look, width)
+        _draw_evenly(pen, text, look, image.size)
         return image
     for cap_height in range(look.cap_height, 4, -1):
         font = _sized(look.font, cap_height)
@@ -119,14 +119,15 @@ def render(text: str, look: Look, width: int = WIDTH) -> Image.Image:
     free = width - (right - left)
     x = {"centre": free // 2, "left": MARGIN, "right": free - MARGIN}[look.place] + look.shift[1]
     x = min(max(x, 1), max(1, free - 1))
-    y = (HEIGHT + cap_height) // 2 + look.shift[0]
+    y = (height + cap_height) // 2 + look.shift[0]
     pen.text((x - left, y), text, COLOURS[look.colour], font, anchor="ls")
     return image
 
 
-def _draw_evenly(pen: ImageDraw.ImageDraw, text: str, look: Look, width: int) -> None:
-    """Draw a text in the centre whose characters all have the same advance."""
-    font, y = _sized(look.font, look.cap_height), (HEIGHT + look.cap_height) // 2 + look.shift[0]
+def _draw_evenly(pen: ImageDraw.ImageDraw, text: str, look: Look, size: tuple[int, int]) -> None:
+    """Draw a text in the centre whose characters all have the same advance. `size`: width and height of the image."""
+    width, height = size
+    font, y = _sized(look.font, look.cap_height), (height + look.cap_height) // 2 + look.shift[0]
     start = (width - look.advance * len(text)) / 2 + look.shift[1]
     for i, character in enumerate(text):
         left, _, right, _ = font.getbbox(character, anchor="ls")
