@@ -48,15 +48,15 @@ class Image(Section):
 
     vae: str = free_setting(
         "none",
-        "'none' (the U-Net works on pixels), or the path of a folder with a diffusers AutoencoderKL, AutoencoderTiny or "
-        "AutoencoderDC.",
+        "Image encoder: 'none' (the U-Net works on pixels), or the path of a folder with a diffusers AutoencoderKL, "
+        "AutoencoderTiny or AutoencoderDC.",
     )
-    dtype: Dtype = setting("float32", "Precision in which the VAE computes.")
+    dtype: Dtype = setting("float32", "Precision of the VAE (image encoder). bfloat16 is faster on a GPU and less exact.")
     buckets: tuple[tuple[Positive, Positive], ...] = setting(
         ((64, 64),),
-        "Image sizes in training, as a list of [height, width] in pixels. paper: the nine sizes of the paper. A number R: "
-        "for each width in multiples of 64 pixels, the largest height in multiples of 64 with width x height <= R x R, if "
-        "the aspect ratio is at most 2:1.",
+        "Image sizes in training, as a list of [height, width] in pixels. Each image is scaled and cropped to one of them. "
+        "paper: the nine sizes of the paper. A number R: all sizes with sides in multiples of 64 pixels, an area close to "
+        "but not above R x R pixels, and an aspect ratio of at most 2:1.",
     )
 
     @field_validator("buckets", mode="before")
@@ -159,14 +159,14 @@ class Data(Section):
     )
     cache_fill: Literal["before", "during"] = free_setting(
         "before",
-        "With data.features=cached: when samples that data.cache_dir lacks are encoded. before: before step 1. during: in "
-        "a thread while training runs; a sample that a step requires earlier is encoded in this step.",
+        "With data.features=cached: when to encode the samples that are not yet in data.cache_dir. before: before step 1. "
+        "during: in a thread while training runs; a step that needs a sample earlier encodes it itself.",
     )
     cached_text: Literal["auto", "stored", "encoded"] = free_setting(
         "auto",
-        "With data.features=cached: what is saved of a caption. stored: the encoded caption. encoded: the caption itself, "
-        "which each step encodes again. auto: like stored if an encoded caption takes at most 64 kB, otherwise like "
-        "encoded.",
+        "With data.features=cached: whether encoded captions are saved in data.cache_dir. stored: they are saved. encoded: "
+        "only the text is saved, and each step encodes it again, which takes less disk space and more time. auto: stored "
+        "if an encoded caption takes at most 64 kB, otherwise encoded.",
     )
     edge_maps: Literal["stored", "auto", "hed", "none"] = setting(
         "stored",
@@ -183,20 +183,20 @@ class Data(Section):
     )
     caption_weights: dict[str, PositiveFloat] = setting(
         {},
-        "Sampling weights of the fields of the json file that hold captions, as {field: weight}. 'txt' as a field means "
-        "the txt file. Empty: data.caption_from decides.",
+        "For samples with several captions: how often each is used, as {field of the json file: weight}, in proportion to "
+        "its weight. The field 'txt' means the txt file. Empty: data.caption_from decides where captions are read.",
     )
     filters: tuple[Filter, ...] = setting(
         (),
         "Rules that a sample must fulfil to be used: [{column, min, max, words, on_missing}, ...]. Its value in `column` "
-        "must be from `min` to `max`, or one of `words`; `on_missing` (keep, drop or error) decides about samples without "
-        "a value.",
+        "must be from `min` to `max`, or one of `words`; `on_missing` (keep, drop or error) states what happens to samples "
+        "without a value.",
     )
-    flip: bool = setting(False, "Mirror half of the images, left to right.")
+    flip: bool = setting(False, "true: a random half of the training images is mirrored, left to right. false: none.")
     window_shards: Positive = setting(
         16,
-        "Size of the shuffle buffer in shards: the shards are put into random order, and samples are shuffled within this "
-        "many consecutive shards.",
+        "Size of the shuffle buffer, in shards: the shards are put into random order, and samples are shuffled within this "
+        "many consecutive shards. A larger value shuffles better and reads from more shards at a time.",
     )
     bucket_run: Positive = setting(
         1,
@@ -204,13 +204,14 @@ class Data(Section):
         "must be at least train.micro_batch_size.",
     )
     prefetch: NonNegative = free_setting(
-        2, "Number of micro-batches that each rank prepares ahead of the one in use. 0 has the effect of 1."
+        2, "Number of micro-batches that each rank prepares ahead of the one in use. 0 means 1."
     )
     workers: NonNegative = free_setting(
         0, "Number of worker processes per rank that decode images and build batches. 0: threads of the rank do this."
     )
     on_error: Literal["skip", "stop"] = free_setting(
-        "skip", "What happens if a sample or a shard cannot be read. skip: it is left out. stop: the run ends with an error."
+        "skip",
+        "What happens if a sample or a shard cannot be read. skip: it is left out. stop: the run ends with an error.",
     )
     max_bad_fraction: Fraction = free_setting(
         0.05, "The run ends with an error if more than this fraction of the samples cannot be read."

@@ -32,22 +32,30 @@ class Model(Section):
     layers_per_block: Positive = shape_setting(
         2, "Number of residual blocks in each level of the U-Net's encoder. Each level of the decoder has one more."
     )
-    head_dim: Positive = shape_setting(64, "Width of one attention head.")
-    norm_groups: Positive = shape_setting(32, "Number of groups of each GroupNorm.")
+    head_dim: Positive = shape_setting(
+        64, "Width of one attention head. The number of heads of a U-Net level is its channels / head_dim."
+    )
+    norm_groups: Positive = shape_setting(
+        32, "Number of channel groups of each GroupNorm. It must divide every entry of model.channels."
+    )
     latent_channels: Positive = shape_setting(
         4, "Number of channels of the VAE's latents. Without a VAE (image.vae=none) it must be 3, for RGB."
     )
     text_width: Positive = shape_setting(1024, "Width of the token embeddings that the text encoder returns.")
     space_experts: NonNegative = shape_setting(
-        6, "Number of experts in each Space-MoE layer. 0: the model has no Space-MoE."
+        6,
+        "Number of experts in each Space-MoE layer. Space-MoE: a gate selects an expert for each caption token, and "
+        "this expert processes the image region of the token. 0: no Space-MoE layers.",
     )
     time_experts: NonNegative = shape_setting(
-        4, "Number of experts in each Time-MoE layer. 0: a dense feed-forward layer takes its place."
+        4,
+        "Number of experts in each Time-MoE layer. Time-MoE: the timestep selects one expert for the whole image. 0: "
+        "one feed-forward layer without experts is used instead.",
     )
     shared_expert: NonNegativeFloat = shape_setting(
         0.0,
-        "Width of an additional expert in each Space-MoE layer that processes all image tokens, as a multiple of "
-        "model.expert_width. 0: no such expert.",
+        "Width of a shared expert, which each Space-MoE layer (experts for image regions) applies to all image tokens, as "
+        "a multiple of model.expert_width: 0.5 is half as wide as the other experts. 0: no shared expert.",
     )
     image_positions: bool = shape_setting(
         False,
@@ -56,25 +64,28 @@ class Model(Section):
     )
     time_routing: Literal["learned", "boundaries"] = shape_setting(
         "learned",
-        "How a timestep selects its expert in the Time-MoE. learned: by a trained gate in each block. boundaries: the "
-        "timesteps are divided into equal ranges, and each range has a fixed expert.",
+        "How a timestep selects its expert in the Time-MoE layers. learned: a trained gate in each block selects it. "
+        "boundaries: the timesteps are divided into equal ranges, one for each expert.",
     )
     expert_width: tuple[Positive, ...] = shape_setting(
-        (1280, 2560, 5120, 5120), "Hidden width of each expert, per U-Net level, outermost level first."
+        (1280, 2560, 5120, 5120),
+        "Hidden width of each expert's feed-forward network: one number for each U-Net level, outermost level first.",
     )
     time_activation: Literal["gelu", "geglu"] = shape_setting(
         "gelu",
-        "Activation function of the experts in the Time-MoE. If run.init_from is a dense model, use the activation of its "
-        "feed-forward layers (geglu in Stable Diffusion).",
+        "Activation function of the experts in the Time-MoE layers (experts selected by the timestep). If run.init_from is "
+        "a dense model, use the activation of its feed-forward layers (geglu in Stable Diffusion).",
     )
-    gate_width: Positive = shape_setting(128, "Hidden width of the gates, the small networks that select the experts.")
+    gate_width: Positive = shape_setting(128, "Hidden width of the gates. A gate is a small network that selects experts.")
     gate_noise: NonNegativeFloat = setting(
-        1.0, "Standard deviation of the noise that is added to the gates' logits in training. 0: no noise."
+        1.0,
+        "Standard deviation of the noise that training adds to the logits of the gates (the networks that select "
+        "experts), so that they try different experts. 0: no noise.",
     )
     gate_noise_steps: NonNegative = setting(
         0,
-        "Number of first steps in which the noise on the gates' logits falls from model.gate_noise to 0. Afterwards, "
-        "training selects experts as sampling does. 0: the noise does not fall.",
+        "Number of steps, from the start of training, in which the noise on the gates' logits falls from model.gate_noise "
+        "to 0. After them training adds no noise, as in sampling. 0: the noise stays at model.gate_noise.",
     )
     gate_noise_schedule: Literal["linear", "cosine", "exponential"] = setting(
         "linear",
@@ -83,31 +94,38 @@ class Model(Section):
     )
     gate_gradient: Literal["straight_through", "none", "scaled"] = setting(
         "straight_through",
-        "Factor on the output of the selected expert, by which the gate receives a gradient; p is the gate's probability "
-        "for this expert. straight_through: p / p.detach(), whose value is 1. scaled: p. none: 1, so that the output "
-        "gives the gate no gradient.",
+        "How a gate, which selects experts, receives a gradient: the output of the selected expert is multiplied by a "
+        "factor. With p, the gate's probability of this expert, the factor is: straight_through: p / p.detach(), which "
+        "does not change the output. scaled: p. none: 1, which gives the gate no gradient.",
     )
     mask_threshold: Fraction = setting(
         0.2,
-        "alpha in Sec. 3.1 of the paper: the expert of a text token processes the image tokens whose attention weight for "
-        "this text token exceeds alpha times the largest of these weights.",
+        "Decides which image tokens the Space-MoE expert of a text token processes: those whose attention weight for this "
+        "text token exceeds mask_threshold times the largest such weight. A higher value selects fewer image tokens (alpha "
+        "in Sec. 3.1 of the paper).",
     )
     balance_weight: NonNegativeFloat = setting(
-        0.0, "Weight of the load-balancing loss of the gates. 0, as in the paper: no such loss."
+        0.0,
+        "Weight of the load-balancing loss, which makes the gates use all experts equally often. 0, as in the paper: "
+        "no such loss.",
     )
-    mask_padding: bool = setting(False, "Exclude the padding tokens of captions from the Space-MoE.")
+    mask_padding: bool = setting(
+        False,
+        "true: the padding tokens of a caption select no experts in the Space-MoE layers. false: they select experts like "
+        "other tokens.",
+    )
     expert_backend: ExpertBackend = free_setting(
         "auto",
-        "How the experts of the Space-MoE are computed; the results agree up to rounding. dense: each expert on all "
-        "tokens. grouped: each expert only on the tokens that are routed to it. reference: the paper's formula as "
-        "printed, which is slow. auto: dense on a GPU; on a CPU grouped if a token uses at most 80% of the experts on "
-        "average, otherwise dense. megablocks: like dense, and the Time-MoE uses the grouped matrix product of MegaBlocks "
-        "(package grouped_gemm) on a GPU.",
+        "How the Space-MoE layers (experts for image regions) are computed. It affects speed; the results agree up to "
+        "rounding. dense: each expert on all tokens. grouped: each expert only on the tokens that are routed to it. "
+        "reference: the paper's formula as printed, which is slow. auto: dense on a GPU; on a CPU, grouped if an image "
+        "token uses at most 80% of the experts on average, otherwise dense. megablocks: like dense, but on a GPU the "
+        "Time-MoE layers (experts selected by the timestep) use the grouped matrix product of the package grouped_gemm.",
     )
     checkpoint_activations: Literal["none", "blocks", "all"] = free_setting(
         "blocks",
-        "Activations that are recomputed in the backward pass instead of stored, to save memory. none: no recomputation. "
-        "blocks: those of transformer blocks. all: those of transformer blocks and residual blocks.",
+        "Which activations are recomputed in the backward pass instead of stored. This saves memory and costs time. none: "
+        "no activations. blocks: those of transformer blocks. all: those of transformer blocks and residual blocks.",
     )
 
     def num_experts(self, kind: ExpertKind) -> int:
@@ -135,33 +153,49 @@ class Model(Section):
 class Edge(Section):
     """Edge supervision (Sec. 3.2)."""
 
-    weight: NonNegativeFloat = setting(1.0, "Weight of the edge loss. 0: the model has no edge modules and no edge loss.")
+    weight: NonNegativeFloat = setting(
+        1.0,
+        "Weight of the edge loss in the training loss. Edge modules, small networks in the U-Net, predict the edge map of "
+        "the image from its attention maps. 0: no edge modules and no edge loss.",
+    )
     max_timestep: NonNegative = setting(
-        500, "The edge loss is computed for timesteps below this one (T_c in Sec. 3.2 of the paper)."
+        500,
+        "Only images with a timestep below this one, which have less noise, have an edge loss (T_c in Sec. 3.2 of the "
+        "paper).",
     )
     focal_alpha: Fraction = setting(
-        0.5, "Weight of edge pixels in the focal loss. Pixels without an edge have the weight 1 - focal_alpha."
+        0.5,
+        "Weight of edge pixels in the edge loss with edge.focal_form=focal. Pixels without an edge have the weight 1 - "
+        "focal_alpha.",
     )
     focal_gamma: NonNegativeFloat = setting(
-        2.0, "Focusing parameter gamma of the focal loss: down-weights pixels that are already classified correctly."
+        2.0,
+        "Focusing parameter gamma of the edge loss, which is a focal loss: a higher value lowers the weight of pixels "
+        "that are already predicted well. 0: no such weighting.",
     )
     focal_form: FocalForm = setting(
         "focal",
-        "Form of the edge loss for targets between 0 and 1. focal: the focal loss, whose minimum is not at the target "
-        "(with gamma 2, a target of 0.1 is best predicted as 0.31). quality: the quality focal loss, whose minimum is at "
-        "the target.",
+        "Formula of the edge loss. Its targets are edge strengths between 0 and 1. focal: the focal loss, whose minimum is "
+        "not at the target (with edge.focal_gamma=2, a prediction of 0.31 has the lowest loss for a target of 0.1). "
+        "quality: the quality focal loss, whose minimum is at the target.",
     )
-    channels: Positive = setting(16, "Number of hidden channels of the edge modules.")
+    channels: Positive = setting(
+        16,
+        "Number of hidden channels of the edge modules, the small convolutional networks that predict edge maps for the "
+        "edge loss.",
+    )
 
 
 class Diffusion(Section):
     """The noise schedule, what the U-Net predicts, and the weights of timesteps in the loss."""
 
-    num_timesteps: Positive = setting(1000, "Number of timesteps T of the noise schedule.")
+    num_timesteps: Positive = setting(
+        1000, "Number of timesteps of the noise schedule, from almost no noise to almost pure noise."
+    )
     schedule: Literal["scaled_linear", "linear"] = setting(
         "scaled_linear",
-        "How beta rises from diffusion.beta_start to diffusion.beta_end over the timesteps. scaled_linear: sqrt(beta) "
-        "rises linearly. linear: beta rises linearly.",
+        "How beta, the variance of the noise that a timestep adds, rises from diffusion.beta_start to diffusion.beta_end. "
+        "scaled_linear: sqrt(beta) rises linearly. linear: beta rises linearly.",
     )
     beta_start: PositiveFloat = setting(
         0.00085, "Value of beta, the variance of the noise that a timestep adds, at the first timestep."
@@ -176,21 +210,24 @@ class Diffusion(Section):
     )
     prediction: Literal["epsilon", "v_prediction", "flow"] = setting(
         "epsilon",
-        "What the U-Net predicts. epsilon: the noise. v_prediction: the velocity v. flow: noise minus image, for a "
-        "rectified flow of straight paths, which uses no betas.",
+        "What the U-Net predicts. epsilon: the noise. v_prediction: the velocity v. flow: noise minus image (rectified "
+        "flow), which does not use diffusion.schedule, beta_start and beta_end.",
     )
     stratified: bool = setting(
-        True, "true: the timesteps of a global batch are spread evenly over the range. false: each is drawn independently."
+        True,
+        "How training draws the timesteps of the images in a global batch. true: spread evenly over all timesteps, "
+        "which makes the loss vary less between steps. false: independently.",
     )
     min_snr_gamma: NonNegativeFloat = setting(
         0.0,
-        "gamma of the min-SNR weighting, by which timesteps with an SNR above gamma get a smaller weight in the loss "
-        "(arXiv 2303.09556, which uses 5). 0: no weighting.",
+        "Lowers the weight, in the loss, of timesteps with little noise: those whose signal-to-noise ratio (SNR) exceeds "
+        "this value. It is gamma of min-SNR weighting (arXiv 2303.09556, which uses 5). 0: all timesteps have equal "
+        "weights.",
     )
     offset_noise: NonNegativeFloat = setting(
         0.0,
-        "Standard deviation of additional noise that is the same number at all positions of a channel, for images that "
-        "are very dark or bright. 0: none.",
+        "Standard deviation of additional training noise that has one value per image and channel, the same at all "
+        "positions. It lets the model learn very dark and very bright images. 0: no such noise.",
     )
 
 
@@ -199,14 +236,14 @@ class Lora(Section):
 
     rank: NonNegative = setting(
         0,
-        "Rank of the LoRA adapters. Only they are trained; the weights of run.init_from are frozen. 0: no adapters, and "
-        "all weights are trained.",
+        "Rank of the LoRA adapters. Above 0, only the adapters are trained, and the weights of run.init_from are frozen. "
+        "0: no adapters, and all weights are trained.",
     )
     alpha: Positive = setting(8, "Scale of the LoRA adapters: their output is multiplied by lora.alpha / lora.rank.")
     targets: tuple[Literal["attention", "experts"], ...] = setting(
         ("attention", "experts"),
-        "Layers whose weight matrices have a LoRA adapter: attention (self-attention and cross-attention), experts "
-        "(Space-MoE and Time-MoE).",
+        "Layers that get LoRA adapters. attention: self-attention and cross-attention. experts: the experts of the "
+        "Space-MoE and Time-MoE layers.",
         min_length=1,
     )
 

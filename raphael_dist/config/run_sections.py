@@ -47,15 +47,18 @@ class RunConfig(Section):
     )
     reinit: tuple[Literal["edge", "space", "time", "text"], ...] = free_setting(
         (),
-        "Parts of the model that start with random weights if the checkpoint of run.init_from lacks them or has them in "
-        "another shape: edge (edge modules), space (Space-MoE and its gates), time (Time-MoE and its gates), text (key "
-        "and value projections of cross-attention). Empty: every weight must be in the checkpoint.",
+        "Parts of the model that may be missing in the checkpoint of run.init_from, or have other shapes there; these "
+        "start with random weights. edge: the modules of the edge loss. space: Space-MoE layers (experts for image "
+        "regions) and their gates. time: Time-MoE layers (experts selected by the timestep) and their gates. text: key and "
+        "value projections of cross-attention. Empty: every weight must be in the checkpoint.",
     )
     hang_timeout_s: PositiveFloat = free_setting(
-        600.0, "Seconds without progress after which the watchdog ends the run, with exit code 76."
+        600.0, "If a rank makes no progress for this many seconds, the run counts as hung and ends with exit code 76."
     )
     lock_wait_s: NonNegativeFloat = free_setting(
-        0.0, "Seconds to wait if another process uses run.dir. 0: end with an error at once."
+        0.0,
+        "Seconds to wait if another process uses run.dir. If the folder is not free by then, the run ends with an "
+        "error. 0: end with an error at once.",
     )
     trackers: tuple[Literal["wandb", "mlflow"], ...] = free_setting(
         (),
@@ -64,10 +67,12 @@ class RunConfig(Section):
     )
     project: str = free_setting("raphael", "Name of the project in wandb, and of the experiment in mlflow.")
     log_level: Literal["debug", "info", "warning", "error"] = free_setting(
-        "warning", "The terminal shows log messages of this level and of higher levels."
+        "warning", "Lowest level of log messages that the terminal shows. The order is debug, info, warning, error."
     )
     allow_change: tuple[str, ...] = free_setting(
-        (), "Settings, written as section.key, that may differ from those of the run that is resumed."
+        (),
+        "Settings that affect results and may nevertheless differ from those of the run that is resumed, e.g. "
+        "[optim.lr]. Any other such difference ends with an error.",
     )
 
 
@@ -79,7 +84,8 @@ class Optim(Section):
     )
     lr: PositiveFloat = setting(1e-4, "Learning rate after the warm-up.")
     betas: tuple[BelowOne, BelowOne] = setting(
-        (0.9, 0.999), "Decay rates of Adam's running averages of the gradient and of the squared gradient."
+        (0.9, 0.999),
+        "beta1 and beta2 of Adam: decay rates of its running averages of the gradient and of the squared gradient.",
     )
     eps: PositiveFloat = setting(
         1e-8, "Small number that is added to the square root of Adam's second moment, so that no step divides by 0."
@@ -88,7 +94,9 @@ class Optim(Section):
         0.0, "Weight decay of AdamW. It is not applied to norms, biases and gates. 0: none."
     )
     warmup_steps: NonNegative = setting(
-        0, "Number of first steps in which the learning rate rises linearly from 0 to optim.lr. 0: no warm-up."
+        0,
+        "Number of steps, from the start of training, in which the learning rate rises linearly from 0 to optim.lr. 0: "
+        "no warm-up.",
     )
     lr_schedule: LrSchedule = setting(
         "constant",
@@ -138,10 +146,11 @@ class Train(Section):
     )
     kernels: tuple[Kernel, ...] = free_setting(
         (),
-        "Parts of a step that run in this project's Triton kernels on a GPU; the results agree with torch's up to rounding. "
-        "group_norm: GroupNorm with SiLU. layer_norm: the backward pass of LayerNorm. space_moe, time_moe: each expert only "
-        "on the tokens that need it. adamw: AdamW, the EMA and the model's copy of the weights in one pass, which requires "
-        "ZeRO stage 1 or 2. None has run on a GPU yet.",
+        "Parts of a step that run in Triton kernels of this project instead of torch's operations, on a GPU only. The "
+        "results agree up to rounding. group_norm: GroupNorm with SiLU. layer_norm: the backward pass of LayerNorm. "
+        "space_moe, time_moe: experts of the Space-MoE or Time-MoE layers, each only on the tokens that are routed to it. "
+        "adamw: AdamW, the moving average (EMA) and the model's copy of the weights in one pass; requires ZeRO stage 1 or "
+        "2. No kernel has been tested on a GPU yet.",
     )
     caption_dropout: Fraction = setting(
         0.1,
@@ -151,29 +160,33 @@ class Train(Section):
     check_gradients: bool = free_setting(False, "For debugging: stop the run if a parameter has no gradient on a rank.")
     max_skipped: Positive = free_setting(
         3,
-        "Number of consecutive skipped steps, or of rollbacks to the same checkpoint, after which the run ends with an "
-        "error. A step is skipped if its loss or gradient norm is not finite, or if train.spike_action=skip applies.",
+        "The run ends with an error after this many skipped steps in a row, or this many rollbacks to the same checkpoint. "
+        "A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike and "
+        "train.spike_action=skip.",
     )
     spike_sigma: NonNegativeFloat = free_setting(
         6.0,
-        "A loss is a spike if it exceeds the mean of the last train.spike_window losses by more than this many of their "
-        "standard deviations. 0: no loss is a spike.",
+        "A loss counts as a spike if it exceeds the mean of the last train.spike_window losses by more than spike_sigma "
+        "times their standard deviation. train.spike_action decides what happens then. 0: no loss counts as a spike.",
     )
     spike_window: Positive = free_setting(
-        100, "Number of latest losses from which train.spike_sigma takes the mean and the standard deviation."
+        100,
+        "Number of most recent losses whose mean and standard deviation decide whether a loss is a spike "
+        "(train.spike_sigma).",
     )
     spike_action: Literal["warn", "skip", "rollback"] = free_setting(
         "warn",
-        "What happens at a spike of the loss. warn: a warning is logged. skip: the step does not change the weights. "
-        "rollback: the run returns to its newest checkpoint and continues with the samples after the spike.",
+        "What happens if the loss of a step is a spike (train.spike_sigma). warn: a warning is logged. skip: the step does "
+        "not change the weights. rollback: the run returns to its newest checkpoint and continues with the samples after "
+        "the spike.",
     )
     log_every: Positive = free_setting(
-        10, "Number of steps between two lines of metrics. A line holds means over these steps."
+        10, "Number of steps between two lines of logged metrics. A line has the means over these steps."
     )
     load_scalars: bool = free_setting(
         False,
-        "Write the load of each expert (its share of the tokens) to TensorBoard as a scalar per block, in addition to "
-        "heat maps.",
+        "true: TensorBoard gets a curve of the load (share of the tokens) of each expert in each block, in addition to "
+        "heat maps. false: only heat maps.",
     )
     val_every: NonNegative = free_setting(
         0, "Number of steps between two validations. 0: validate only at the end of the run."
@@ -183,9 +196,9 @@ class Train(Section):
     )
     stages: tuple[Stage, ...] = setting(
         (),
-        "Stages of the run, one after another, with different image sizes, batch sizes or learning rates: [{until: "
-        "LAST_STEP, set: {section.key: value}}, ...]. The last stage has no `until` and ends at train.max_steps. Empty: "
-        "the whole run has the same settings.",
+        "Consecutive stages of the run, with different image sizes, batch sizes or learning rates: [{until: LAST_STEP, "
+        "set: {section.key: value}}, ...]. `until` is the last step of a stage; the last stage has no `until` and ends at "
+        "train.max_steps. Empty: the whole run has the same settings.",
     )
 
     @model_validator(mode="after")
@@ -221,14 +234,20 @@ class EmaConfig(Section):
     enabled: bool = setting(
         True, "Compute an exponential moving average (EMA) of the weights, which samples and exports use."
     )
-    decay: Fraction = setting(0.9999, "Decay of the EMA: after each step, EMA = decay * EMA + (1 - decay) * weights.")
+    decay: Fraction = setting(
+        0.9999,
+        "Decay of the exponential moving average (EMA) of the weights: after each step, EMA = decay * EMA + (1 - decay) * "
+        "weights. A higher value averages over more steps.",
+    )
     start_step: NonNegative = setting(
-        0, "Number of first steps in which the EMA is a copy of the weights. Averaging begins afterwards."
+        0,
+        "Step after which the exponential moving average (EMA) of the weights begins. Until then the EMA is a copy of "
+        "the weights.",
     )
     warmup: bool = setting(
         True,
-        "Use the smaller decay min(ema.decay, (1 + n) / (10 + n)) in step n after ema.start_step, so that the EMA follows "
-        "the weights quickly at first.",
+        "true: in step n after ema.start_step, the moving average of the weights (EMA) uses the decay min(ema.decay, (1 + "
+        "n) / (10 + n)), so that it follows the weights quickly at first. false: it always uses ema.decay.",
     )
 
 
@@ -255,30 +274,33 @@ class Parallel(Section, json_schema_extra=FREE):
 
     space_ep: Positive = setting(
         1,
-        "Expert-parallel size of the Space-MoE: number of ranks over which its experts are sharded. 1: every rank holds "
-        "all of these experts.",
+        "Number of ranks over which the experts of the Space-MoE layers (experts for image regions) are sharded (expert "
+        "parallelism). It must divide model.space_experts and the number of ranks. 1: every rank holds all of these "
+        "experts.",
     )
     time_ep: Positive = setting(
         1,
-        "Expert-parallel size of the Time-MoE: number of ranks over which its experts are sharded. 1: every rank holds "
-        "all of these experts.",
+        "Number of ranks over which the experts of the Time-MoE layers (experts selected by the timestep) are sharded "
+        "(expert parallelism). It must divide model.time_experts and the number of ranks. 1: every rank holds all of these "
+        "experts.",
     )
     elastic: bool = setting(
         False,
-        "If the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep: true uses the next smaller size "
-        "that fits, false ends with an error.",
+        "What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: the next "
+        "smaller value that fits is used. false: the run ends with an error.",
     )
     dispatch: Dispatch = setting(
         "auto",
-        "How image tokens reach the sharded experts of the Space-MoE. all_to_all: a token is sent only to the ranks that "
-        "hold its experts. all_gather: every token is sent to every rank that shares the experts. auto: all_gather on "
-        "GPUs and wherever at least 90% of the tokens would be sent anyway, otherwise all_to_all.",
+        "How image tokens are sent to experts on other ranks if parallel.space_ep is above 1. It affects speed, not "
+        "results. all_to_all: a token is sent only to the ranks that hold its experts. all_gather: every token is sent to "
+        "all ranks over which the experts are sharded. auto: all_gather on GPUs and wherever at least 90% of the tokens "
+        "would be sent anyway, otherwise all_to_all.",
     )
     placement: tuple[Placement, ...] = setting(
         ("auto",),
         "How experts are distributed if parallel.space_ep or parallel.time_ep is above 1. shard: they are divided over "
-        "ranks, and tokens are sent to them. replicate: every rank holds all experts. auto: whichever sends fewer bytes "
-        "between ranks. Give one value, or one per U-Net level.",
+        "ranks, and tokens are sent to them. replicate: every rank holds all experts. auto: shard or replicate, whichever "
+        "sends fewer bytes between ranks. Give one value, or one per U-Net level.",
     )
 
     @field_validator("placement", mode="before")
@@ -308,7 +330,10 @@ class Sample(Section, json_schema_extra=FREE):
         "control.enabled: the image whose edges the sample follows.",
     )
     steps: Positive = setting(25, "Number of denoising steps for an image.")
-    guidance: NonNegativeFloat = setting(4.5, "Scale of classifier-free guidance. 1: no guidance.")
+    guidance: NonNegativeFloat = setting(
+        4.5,
+        "Scale of classifier-free guidance. A higher value makes images follow the caption more closely. 1: no guidance.",
+    )
     scheduler: Scheduler = setting(
         "ddim", "Sampler: ddim (DDIM), dpm++ (DPM-Solver++, which requires fewer steps) or euler (Euler)."
     )

@@ -11,24 +11,25 @@ class Upscale(Section):
 
     factor: NonNegative = shape_setting(
         0,
-        "Super-resolution: the U-Net enlarges a small image, given as a second input, by this factor: 2, 4, 8 or another "
-        "power of two. 0: no super-resolution.",
+        "Super-resolution: the model enlarges a small image, which the U-Net gets as a second input, by this factor per "
+        "side: 2, 4, 8 or another power of two. 0: no super-resolution.",
     )
     patch: Positive = shape_setting(
         1,
-        "With each latent position the U-Net receives a square of patch x patch pixels of the low-resolution image. It must "
-        "be max(1, F / upscale.factor); F is the number of pixels of the enlarged image per side of a latent position (8 "
-        "for the VAE of Stable Diffusion, 1 without a VAE).",
+        "Super-resolution: side, in pixels of the small image, of the square that the U-Net gets as input at each latent "
+        "position. It must be max(1, F / upscale.factor), where F is the downsampling factor of the VAE (8 for Stable "
+        "Diffusion, 1 without a VAE).",
     )
     noise: NonNegativeFloat = setting(
         0.0,
-        "In training, noise is added to the small image, whose values are from -1 to 1. The standard deviation of the "
-        "noise is drawn for each image between 0 and this value. 0: no noise.",
+        "Super-resolution: training adds noise to the small image, whose values are from -1 to 1. This is the largest "
+        "standard deviation of that noise; that of each image is drawn between 0 and this value. 0: no noise.",
     )
     back_projections: NonNegative = free_setting(
         3,
-        "Number of corrections after sampling that bring the sampled image closer to the small image. Each averages the "
-        "sampled image down to the small size, enlarges the difference from the small image, and adds it. 0: none.",
+        "Super-resolution: number of corrections after sampling that bring the enlarged image closer to the small input "
+        "image. Each correction reduces the enlarged image to the small size, and adds the difference from the small "
+        "image, enlarged. 0: no corrections.",
     )
 
     @property
