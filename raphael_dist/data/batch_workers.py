@@ -37,7 +37,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
 
     - The thread builds all batches if there are no workers, if samples must be encoded, or if /dev/shm is too small.
     - The thread builds a single batch if one of its samples is not encoded yet, or if ATTEMPTS workers died building it.
-    - If a worker dies, new workers build the batches that were not delivered yet again.
+    - If a worker dies, all workers are replaced. The new ones build the batches again that were not delivered yet.
     """
 
     def __init__(self, builder: BatchBuilder, slots: Iterable[Slots], depth: int, workers: int, processes: int = 1) -> None:
@@ -45,7 +45,8 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
 
         Args:
             builder: Builds a micro-batch.
-            slots: For each micro-batch its slots: (position, weight) of each sample. Weight 0 fills an empty place.
+            slots: For each micro-batch: (position, weight) of each of its samples. The position is the sample's number in
+                the order of training. The weight is 1 for a sample, and 0 for a place that only pads the batch.
             depth: Number of batches built ahead.
             workers: Number of worker processes; 0: a thread builds the batches.
             processes: Number of ranks on this host, which share its /dev/shm.
@@ -128,7 +129,11 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
 class _WorkerBatch:
     """A worker's result for one micro-batch.
 
-    batch: None if a sample is not encoded or building failed. replaced: number of replaced bad samples.
+    Attributes:
+        slots: (position, weight) of each sample.
+        batch: The built batch; None if a sample is not encoded or building failed.
+        replaced: Number of bad samples that were replaced.
+        error: Text of the UserError that building raised, or None.
     """
 
     slots: Slots
@@ -138,7 +143,7 @@ class _WorkerBatch:
 
 
 class _WorkerBuilder(Dataset[_WorkerBatch]):
-    """A copy of the builder without its device parts, indexed by the slots of a micro-batch."""
+    """A `BatchBuilder` for worker processes, which have no device. `builder[slots]` is the batch of these slots."""
 
     def __init__(self, builder: BatchBuilder) -> None:
         self._builder = copy.copy(builder)
@@ -146,7 +151,7 @@ class _WorkerBuilder(Dataset[_WorkerBatch]):
         self._builder.encoder = HostEncoder(builder.encoder, builder.stream.source.null_text)
 
     def num_bytes(self, slots: Slots) -> int:
-        """Return the shared memory of a batch in bytes."""
+        """Return the size in bytes of a batch in shared memory."""
         batch = self._builder.dummy_batch(slots)
         noise = () if batch.gate_noise is None else tuple(batch.gate_noise)
         return sum(value.nbytes for value in (*vars(batch).values(), *noise) if isinstance(value, Tensor))
@@ -165,9 +170,9 @@ class _WorkerBuilder(Dataset[_WorkerBatch]):
 
 
 def _fits_shared_memory(num_bytes: int, workers: int) -> bool:
-    """Return whether shared memory has room for the batches of all ranks of this host; log where it has not.
+    """Return whether /dev/shm has `num_bytes` free bytes; log a warning if not. `workers` is only used in the warning.
 
-    SIGBUS ends a process that writes beyond it, without a message.
+    A process that writes beyond the free space is ended by SIGBUS, without a message.
     """
     try:
         free = free_bytes(SHARED_MEMORY)
@@ -184,7 +189,10 @@ def _fits_shared_memory(num_bytes: int, workers: int) -> bool:
 
 
 def _is_encoded(builder: BatchBuilder) -> bool:
-    """Return whether samples are already encoded and no other thread encodes, which a fork would not have."""
+    """Return whether worker processes can build the batches: samples are already encoded, and no other thread encodes any.
+
+    A forked process would not have that thread.
+    """
     stream, source = builder.stream, builder.stream.source
     if source.decodes_images or (isinstance(source, FeatureCache) and source.filling):
         return False

@@ -17,10 +17,14 @@ from raphael_dist.rng import Purpose, generator
 
 
 class BatchBuilder:
-    """Builds the `Batch` of a micro-step (one forward and backward pass) from its slots.
+    """Builds the `Batch` of a micro-step (one forward and backward pass).
 
-    A slot is a place in the micro-batch: (position, weight). The position is the sample's number in the order of training.
-    Weight 0 fills an empty place.
+    Methods get the slots of the micro-batch: a (position, weight) pair for each place in it. The position is the sample's
+    number in the endless order of training, from 0. The weight is 1 for a sample, and 0 for a place that only pads the
+    batch.
+
+    Attributes:
+        phase: Position at which a training step begins, modulo `global_batch_size`. The caller may set it.
     """
 
     def __init__(
@@ -41,10 +45,10 @@ class BatchBuilder:
             stream: Returns the sample at a position.
             encoder: Encodes images and captions that are not encoded yet.
             num_blocks: Number of transformer blocks of the model.
-            global_batch_size: Number of consecutive positions over which timesteps are stratified (default:
-                `train.global_batch_size`).
-            gate_noise: Draw noise for the gates, if `model.gate_noise` is above 0.
-            pin: Put the batch into pinned memory, which a GPU copies asynchronously.
+            global_batch_size: Number of consecutive positions over which timesteps are stratified: each draws from another
+                part of the range (default: `train.global_batch_size`).
+            gate_noise: Whether to draw the noise that training adds to the gates' logits, if `model.gate_noise` is above 0.
+            pin: Put the batch into pinned memory, from which it is copied to a GPU asynchronously.
         """
         self.config, self.stream, self.encoder, self.num_blocks = config, stream, encoder, num_blocks
         self.seed = config.run.seed
@@ -54,12 +58,15 @@ class BatchBuilder:
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
-        """Read, encode and assemble one micro-batch. Raises the UserErrors of `TrainStream`."""
+        """Read, encode and assemble one micro-batch from its slots. Raises UserError as `TrainStream.sample`."""
         samples = self.stream.samples([position for position, _ in slots])
         return self.finalize(self._assemble(slots, self.encoder.encode(samples)))
 
     def finalize(self, batch: Batch) -> Batch:
-        """Return the batch, in pinned memory if the builder was created with `pin`. Record the seconds of the copy in it."""
+        """Return the batch, copied to pinned memory if the builder was created with `pin`.
+
+        The duration of the copy, in seconds, is stored in `batch.seconds["copying"]`.
+        """
         began = time.monotonic()
         batch = batch.pack() if self.pin else batch
         batch.seconds["copying"] = time.monotonic() - began
@@ -68,7 +75,8 @@ class BatchBuilder:
     def dummy_batch(self, slots: Sequence[tuple[int, float]]) -> Batch:
         """Return a micro-batch with the shapes of `build(slots)`, but with zeros as samples and all weights 0.
 
-        A rank that has failed to read its data computes with it until all ranks know, since they wait for its collectives.
+        A rank that has failed to read its data runs the step with this batch. Otherwise the other ranks would wait for it
+        forever in collective operations, before all ranks know about the failure.
         """
         source, place = self.stream.source, self.stream.order.lookup(slots[0][0])
         height, width = (side // source.latent_factor for side in source.buckets[place.bucket])
@@ -101,7 +109,10 @@ class BatchBuilder:
         return noise + strength * draw_offset(self.seed, position, len(noise)) if strength else noise
 
     def _small(self, positions: Sequence[int], small_B3HsWs: Tensor) -> Tensor:
-        """Return small images in -1..1 with noise, which makes the model robust to errors of generated small images."""
+        """Return small images (inputs of super-resolution) in -1..1 with noise: [B, 3, Hs, Ws] for uint8 of this shape.
+
+        The noise makes the model robust to errors of generated small images.
+        """
         signed, max_noise = small_B3HsWs.float() / 127.5 - 1, self.config.upscale.noise
         if not max_noise:
             return signed
@@ -110,7 +121,7 @@ class BatchBuilder:
         return signed + torch.from_numpy(np.stack(noise).astype(np.float32)).to(signed.device)
 
     def _gate_noise(self, positions: Sequence[int], tokens: int) -> GateNoise:
-        """Return noise with a standard deviation of 1; the step scales it, because its deviation depends on the step."""
+        """Return noise for the gates' logits with a standard deviation of 1. The step multiplies it by its own deviation."""
         m = self.config.model
         time = self._normal(Purpose.TIME_GATE, positions, (self.num_blocks, m.time_experts))
         space = self._normal(Purpose.SPACE_GATE, positions, (self.num_blocks, tokens, m.space_experts))

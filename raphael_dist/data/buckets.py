@@ -9,9 +9,9 @@ _TIE = 1e-9
 
 
 def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return, for each image, the bucket whose aspect ratio is nearest to the image's, compared by logarithms.
+    """Return, for each image, the bucket (image size) whose aspect ratio is nearest to the image's.
 
-    Among buckets of equal ratio it is the one with the nearest area.
+    Ratios are compared by their logarithms. Of several buckets with that ratio, the one with the nearest area is returned.
 
     Args:
         widths: Widths of the images in pixels, [N].
@@ -30,20 +30,29 @@ def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[t
 
 
 def factor_errors(buckets: Sequence[tuple[int, int]], factor: int) -> list[str]:
-    """Return an error message for each bucket whose sides are not multiples of `factor`.
+    """Return an error message for each bucket (image size) whose height or width is not a multiple of `factor`.
 
-    factor: number of image pixels per side of a latent position, a property of the image encoder.
+    Args:
+        buckets: (height, width) of each bucket in pixels.
+        factor: Image pixels per side of a latent position: 8 if the VAE turns 512 pixels into 64 latents.
     """
     return [
-        f"image.buckets=[{height}, {width}] must be multiples of {factor}, the number of image pixels per side of a latent "
-        f"position. Use [{height // factor * factor or factor}, {width // factor * factor or factor}]."
+        f"image.buckets=[{height}, {width}] must be multiples of {factor}, the downsampling factor of the VAE. Use "
+        f"[{height // factor * factor or factor}, {width // factor * factor or factor}]."
         for height, width in buckets
         if height % factor or width % factor
     ]
 
 
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Resize `image` to cover `size_hw` (height, width), crop the centre, and mirror it left to right if `flip`."""
+    """Resize `image` to cover `size_hw`, and crop the centre to this size.
+
+    Args:
+        image: An image of any mode and size.
+        size_hw: (height, width) of the result in pixels.
+        flip: Mirror the result left to right.
+        resample: Pillow's resampling filter.
+    """
     height, width = size_hw
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height)
@@ -56,6 +65,12 @@ def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Imag
 
 
 def resize_and_crop(image: Image.Image, size_hw: tuple[int, int], flip: bool) -> np.ndarray:
-    """Return the RGB `image` at `size_hw` as uint8 [3, h, w]; Lanczos, unchanged if it already has that size."""
+    """Resize the RGB `image` with Lanczos to cover `size_hw`, crop the centre, and return uint8 [3, h, w].
+
+    Args:
+        image: An RGB image. Its pixels are unchanged if it already has the size.
+        size_hw: (height, width) of the result in pixels.
+        flip: Mirror the result left to right.
+    """
     fitted = fit(image, size_hw, flip, Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(fitted, np.uint8).transpose(2, 0, 1))

@@ -50,12 +50,12 @@ class CaptionChoice:
 
 
 def clean_caption(text: str) -> str:
-    """Repair `text`, remove HTML, URLs, e-mail addresses and control characters, and shorten it to 2,000 characters.
+    """Clean a caption: repair wrongly decoded text, remove HTML, URLs, e-mail addresses and control characters.
 
-    The result is one line and may be "". The text is also shortened before the search for URLs and HTML, which would be slow
-    on a very long text.
+    Returns:
+        One line of at most 2,000 characters; "" if nothing is left.
     """
-    text = text[: 4 * MAX_CAPTION_CHARS]
+    text = text[: 4 * MAX_CAPTION_CHARS]  # the searches below would be slow on a very long text
     if not text.isascii():
         text = fix_text(text, _REPAIR)
     # Entities may hide tags ("&lt;b&gt;"), so they are decoded first.
@@ -72,7 +72,7 @@ def _visible(text: str) -> str:
 
 
 def pick(weights: Sequence[float], draw: np.random.Generator) -> int:
-    """Draw a random index into `weights`, with probabilities in proportion to the weights."""
+    """Draw a random index into `weights`, with probabilities in proportion to the weights. `draw`: the random generator."""
     if min(weights) == max(weights):
         return int(draw.integers(len(weights)))
     edges = np.cumsum(weights)
@@ -82,11 +82,9 @@ def pick(weights: Sequence[float], draw: np.random.Generator) -> int:
 def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[list[str], list[float]]:
     """Return a sample's cleaned captions, at least one, and the relative probability of each.
 
-    The captions of a field that contains a list share the weight of the field equally.
-
     Args:
-        members: Bytes of the files "json" and "txt" of the sample, if it has them.
-        choice: Which texts are captions.
+        members: Content of the sample's files "json" and "txt", by these names, if it has them.
+        choice: Which of their texts are captions. The texts of a json field that contains a list share its weight equally.
 
     Raises:
         ValueError: As in `read_texts`.
@@ -114,7 +112,7 @@ def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[st
     The captions are the json's list `captions`. Without it, the json's string `caption`. Without both, the txt.
 
     Args:
-        members: Bytes of the files "json" and "txt" of the sample, if it has them.
+        members: Content of the sample's files "json" and "txt", by these names, if it has them.
 
     Raises:
         ValueError: The sample has no caption; a file is not UTF-8 or larger than 1 MiB; the json is not an object; or its
@@ -129,9 +127,14 @@ def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[st
 
 
 def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[list[str], str]:
-    """Return the texts of the first of these fields that contains text, and "".
+    """Return the texts of the first field in `names` that contains text, and "".
 
-    If none does, return [] and the reason, for a message.
+    Args:
+        fields: A sample's json, or a row of a table.
+        names: Names of fields that may contain captions, in order of priority.
+
+    Returns:
+        (texts, ""), or ([], reason) if no field contains text. The reason is a text for a message, or "" if it is unknown.
     """
     problems = []
     for name in names:
@@ -143,10 +146,10 @@ def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[lis
 
 
 def texts_in(value: object) -> tuple[list[str], str]:
-    """Return the texts in the value of a caption field, and "" or a problem, for a message.
+    """Return the texts in the value of a caption field: (texts, ""), or ([], problem) if the value has a wrong type.
 
-    The value may be a string or a list of strings, with null for a missing one. Any other value, such as a dict, is a
-    problem.
+    The value may be a string, or a list of strings; null and empty strings are left out. A dict, for example, has a wrong
+    type. The problem is a text for a message.
     """
     values = value if isinstance(value, list) else [value]
     texts = [item for item in values if isinstance(item, str) and item.strip()]

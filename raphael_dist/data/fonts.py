@@ -19,7 +19,7 @@ def drawable(text: str, size: int) -> tuple[str, Font]:
     """Return the text as one line that can be drawn, and the font to draw it with.
 
     The font is Pillow's own if it has all characters, otherwise the installed font that lacks the fewest. A character that
-    it lacks is escaped, for example as \\u65e5. size: of the font, in pixels.
+    the font lacks is escaped, for example as \\u65e5. `size`: height of the font in pixels.
     """
     text = " ".join(text.split())
     letters = frozenset(text) - {" "}

@@ -49,10 +49,16 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = IMAGE_FORMATS, background: str = "white"
 ) -> Image.Image:
-    """Decode an image file to upright RGB. Transparent pixels get the colour `background`.
+    """Decode the bytes of an image file to an upright RGB image.
+
+    Args:
+        data: Content of the file.
+        max_pixels: Largest allowed number of pixels.
+        formats: Allowed formats, by Pillow's names.
+        background: Colour for transparent pixels.
 
     Raises:
-        ValueError: The header states more than `max_pixels` pixels; nothing was decoded.
+        ValueError: The format is not allowed, or the header states more than `max_pixels` pixels; nothing was decoded.
         Exception: Decoders raise exceptions of many types for damaged images.
     """
     image = _open(data, formats)
@@ -62,7 +68,7 @@ def decode_image(
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert a Pillow image to upright RGB. Transparent pixels get the colour `background`.
+    """Convert a Pillow image to RGB, rotated as its EXIF orientation states. Transparent pixels get the colour `background`.
 
     Raises ValueError for an image mode that is not supported.
     """
@@ -83,7 +89,10 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def read_image(path: Path, option: str, background: str = "white") -> Image.Image:
-    """Read the image file that a command line option names, as `decode_image` does. UserError: it cannot be read."""
+    """Read an image file that a command line option names, as upright RGB. UserError: it cannot be read.
+
+    `option`: name of the option, for the message. `background`: colour for transparent pixels.
+    """
     Image.init()
     try:
         formats = tuple(name for name in _USER_FORMATS if name in Image.OPEN)
@@ -93,7 +102,7 @@ def read_image(path: Path, option: str, background: str = "white") -> Image.Imag
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) in pixels of the image that `decode_image` would return.
+    """Return (width, height) in pixels of an image file's content, after the rotation that its EXIF data states.
 
     Usually only the header is read. Pixels are decoded only if the header does not state the size and the orientation.
 
@@ -111,12 +120,12 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
 
 def image_ext(data: bytes) -> str:
-    """Return the file extension for the bytes of an image: webp, png or jpg. Raises the errors of `upright_size`."""
+    """Return the file extension for an image file's content: "webp", "png" or "jpg". Errors as in `upright_size`."""
     return _EXT_OF[str(_open(data, IMAGE_FORMATS).format)]
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the text of an exception without object addresses (0x7f...), so that equal errors are counted as one reason."""
+    """Return the text of an exception without object addresses (0x7f...), so that equal errors count as one reason."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -124,7 +133,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    """Open an image and read only its header. Raises ValueError for another format and for damage."""
+    """Open an image and read only its header. ValueError: the format is not in `formats`, or it is damaged."""
     try:
         if data.startswith(_JPEG):  # not by Image.open, which treats further images of an MPO as part of it
             return JpegImageFile(io.BytesIO(data))

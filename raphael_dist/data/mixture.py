@@ -22,22 +22,33 @@ BLOCK = 1024
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """source [BLOCK]: of each run of a block. before [BLOCK]: number of earlier runs of the same source in the block."""
+    """The order of the sources in one block, which is BLOCK runs (groups of consecutive samples of one source).
+
+    Attributes:
+        source: int64 [BLOCK], number of the source of each run.
+        before: int64 [BLOCK], number of earlier runs of the same source in the block.
+    """
 
     source: np.ndarray
     before: np.ndarray
 
 
 class MixedOrder:
-    """Maps any global position to a sample of one of several sources. It has the interface of `SampleOrder`."""
+    """Maps any global position (number of a sample in the endless order of training) to a sample of one of several sources.
+
+    Consecutive positions belong to one source in groups of `run_length`. It has the interface of `SampleOrder`.
+    """
 
     def __init__(self, parts: Sequence[SampleOrder], weights: Sequence[float], seed: int) -> None:
-        """Create the mixture. Raises UserError for a weight so small that the source gets no run in a block.
+        """Create the mixture.
 
         Args:
-            parts: The order of the samples of each source. All of them use the same index and view.
-            weights: The weight of each source.
+            parts: For each source, the order of its samples. All of them must use the same index and view.
+            weights: For each source, its weight: the fraction of samples that come from it is in proportion to the weight.
             seed: Seed of the order of sources.
+
+        Raises:
+            UserError: A weight is so small that, after rounding, no sample of its source would be used.
         """
         first = parts[0]
         self.index, self.view, self.buckets, self.bucket_of = first.index, first.view, first.buckets, first.bucket_of
@@ -55,7 +66,11 @@ class MixedOrder:
 
     @property
     def samples_per_epoch(self) -> int:
-        """The number of samples of all sources together. After that many, a source with a large weight has been repeated."""
+        """The number of samples of all sources together.
+
+        A source with a large weight is repeated before so many samples were used, one with a small weight is not complete
+        then.
+        """
         return sum(part.samples_per_epoch for part in self._parts)
 
     @property
@@ -69,22 +84,24 @@ class MixedOrder:
         return hashlib.sha256(" ".join([self._parts[0].fingerprint, *weights, *first_shards]).encode()).hexdigest()
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return the sample at a global position. Raises ValueError for a negative position."""
+        """Return the sample at a global position, its number in the order of training. ValueError: it is negative."""
         source, source_position = self._find(position)
         return self._parts[source].lookup(source_position)
 
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards that are read next at a global position, over all sources.
+        """Return the numbers of the shards that are read next, over all sources, if training is at a global position.
 
-        windows: for each source, the number of windows, beginning with the current one. A window is a group of shards whose
-        samples are shuffled together.
+        Args:
+            position: Number of a sample in the endless order of training.
+            windows: Number of windows of each source, beginning with the current one. A window is a group of shards whose
+                samples are shuffled together.
         """
         block = position // self.run_length // BLOCK
         firsts = [block * share * self.run_length for share in self.shares]
         return [n for part, first in zip(self._parts, firsts, strict=True) for n in part.shards_from(first, windows)]
 
     def _find(self, position: int) -> tuple[int, int]:
-        """Return (source, position in that source's own order)."""
+        """Return (number of the source at a global position, position in that source's own order)."""
         if position < 0:
             raise ValueError(f"sample position {position} is negative")
         run, offset = divmod(position, self.run_length)
@@ -105,7 +122,7 @@ class MixedOrder:
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
-    """Divide `total` into one integer per weight, in proportion to the weights (largest remainder method)."""
+    """Divide the integer `total` into one integer per weight, in proportion to the weights (largest remainder method)."""
     exact = np.array(weights, np.float64) / sum(weights) * total
     shares = np.floor(exact).astype(int)
     for number in np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]:

@@ -34,7 +34,7 @@ def open_encoders(config: Config, device: torch.device) -> Encoders:
     """Return the encoders of a run without their weights. Collective: all ranks call it.
 
     Rank 0 reads the encoders' widths and fingerprints for all ranks. A rank loads weights when it first encodes a sample.
-    Raises the UserErrors of `check_encoders` on all ranks.
+    Raises UserError on all ranks if files are damaged, or as `check_encoders`.
     """
     dtype, image_dtype = getattr(torch, config.train.dtype), getattr(torch, config.image.dtype)
 
@@ -50,16 +50,16 @@ def open_encoders(config: Config, device: torch.device) -> Encoders:
 
 
 def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
-    """Return the edge detector HED if the configuration uses it, else None. UserError: its weights are missing."""
+    """Return the edge detector HED if the configuration requires it, else None. UserError: its weights are missing."""
     if config.edge.weight == 0 or config.data.features == "stored" or config.data.edge_maps not in ("auto", "hed"):
         return None
     return EdgeEncoder(config.data.hed_weights, device)
 
 
 def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[TextEncoder, ImageEncoder]:
-    """Load the text encoder (in `dtype`) and the image encoder in a process without ranks.
+    """Load the text encoder (in `dtype`) and the image encoder. For a single process, such as a tool.
 
-    Raises the UserErrors of `check_encoders`, and for files that cannot be read.
+    Raises UserError if files of an encoder cannot be read, or as `check_encoders`.
     """
     text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype, config.text.layer)
     image = ImageEncoder.load(config.image.vae, device, getattr(torch, config.image.dtype))
@@ -68,12 +68,15 @@ def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> t
 
 
 def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEncoder | ImageFacts) -> None:
-    """Raise UserError, with a line for each mismatch, unless the encoders fit the model and the image sizes.
+    """Check that the encoders fit the configuration of the model: text width, latent channels and image sizes.
 
     Args:
         config: The configuration of the run.
-        text: The text encoder, or what is known about it without its weights.
-        image: The image encoder, or what is known about it without its weights.
+        text: The text encoder, or the facts about it (width, ...) that are known without loading its weights.
+        image: The image encoder, or the facts about it.
+
+    Raises:
+        UserError: They do not fit; with a line for each mismatch.
     """
     lines = []
     if text.width != config.model.text_width:
@@ -102,7 +105,7 @@ def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: b
         config: The configuration of the run.
         ranks: The ranks of the run.
         encoders: The encoders of the run.
-        training: Open data.shards or data.sources; False: data.val_shards.
+        training: Open the training data (data.shards or data.sources). False: the validation data (data.val_shards).
 
     Raises:
         UserError: On all ranks, if shards are missing or empty, too many samples are bad, or edge maps are missing.
@@ -129,7 +132,7 @@ def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: b
 
 
 def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks) -> None:
-    """Compute the missing files of the cache, each rank its part, now or in the background. Collective."""
+    """Compute the missing files of the cache, each rank a part of them: now, or in a background thread. Collective."""
     present = ranks.share(len(cache.index.shards))
     run_on_all_ranks("checking cached features", lambda report: cache.verify(present, report))
     missing = run_on_rank0("finding cached features", lambda _: cache.missing())
@@ -160,7 +163,14 @@ def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks)
 
 
 def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *, training: bool) -> tuple[int, int]:
-    """Fill the feature cache for the shards number `part`, `part + num_parts`, ..., in a process without ranks.
+    """Fill a part of the feature cache. For a single process; `num_parts` processes can divide the work.
+
+    Args:
+        config: The configuration of a run.
+        encoders: The encoders of the run.
+        part: Number of this part, from 0. It has the shards number `part`, `part + num_parts`, ...
+        num_parts: Number of parts.
+        training: Use the training shards. False: the validation shards.
 
     Returns:
         The number of shards whose features were computed, and the number of all shards.
@@ -180,13 +190,13 @@ def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *,
 
 
 def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: EdgeSource | None = None) -> ImageDataset:
-    """Return an object that loads samples by id, as the configuration says.
+    """Return the object that loads samples by id, with the configured image sizes, captions and edge maps.
 
     Args:
         config: The configuration of the run.
         index: The index of the shards.
         training: Whether these are the training shards, for the message.
-        edges: Used instead of data.edge_maps. None: data.edge_maps.
+        edges: Where edge maps come from, such as "stored", instead of data.edge_maps. None: data.edge_maps.
 
     Raises:
         UserError: edge.weight requires edge maps, but data.edge_maps=none.
@@ -203,9 +213,9 @@ def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: Ed
 
 
 def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training: bool) -> FeatureSource:
-    """Return the source of encoded samples that data.features names. A cache is not filled here.
+    """Return the object that training gets encoded samples from: online, cached or stored, as data.features states.
 
-    Raises the UserErrors of `dataset_of`.
+    A feature cache is opened, but not filled. Raises UserError if edge.weight requires edge maps, but data.edge_maps=none.
     """
     if config.data.features == "stored":
         # Whatever made their edge maps, they were members of the samples when the features were computed.
@@ -224,6 +234,10 @@ def _cache_of(config: Config, dataset: ImageDataset, encoders: Encoders, trainin
 
 
 def stores_text(config: Config, text: TextEncoder) -> bool:
-    """Return whether the feature cache stores captions as encoded tokens. If not, it stores text, encoded in each step."""
+    """Return whether the feature cache stores encoded captions (data.cached_text). False: it stores texts.
+
+    Texts are encoded again in each step, which saves disk space. With data.cached_text=auto, an encoded caption of more than
+    64 KiB is not stored. `text`: the text encoder.
+    """
     setting = config.data.cached_text
     return setting == "stored" or (setting == "auto" and 2 * text.max_tokens * text.width <= _MAX_STORED_TEXT)

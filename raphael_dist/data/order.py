@@ -24,7 +24,13 @@ from raphael_dist.rng import Purpose, generator
 
 @dataclass(frozen=True)
 class SamplePosition:
-    """What lies at one global position: the id of the sample, the number of its bucket (image size), and the epoch."""
+    """The sample at one global position (number of a sample in the endless order of training).
+
+    Attributes:
+        epoch: Number of the epoch.
+        sample_id: Number of the sample in the index of the shards.
+        bucket: Number of its image size.
+    """
 
     epoch: int
     sample_id: int
@@ -33,12 +39,12 @@ class SamplePosition:
 
 @dataclass(frozen=True, eq=False)
 class _Epoch:
-    """The windows of one epoch.
+    """The order of one epoch: S shards, divided into W windows (groups of shards whose samples are shuffled together).
 
     Attributes:
         shards: int64 [S], shard numbers in this epoch's order.
-        counts: [W+1, B], samples of each bucket in the windows before.
-        starts: [W+1], positions of the epoch before each window, and its length.
+        counts: [W+1, B], for each of B buckets, its number of samples in all windows before each window.
+        starts: [W+1], position in the epoch at which each window begins; the last number is the length of the epoch.
     """
 
     shards: np.ndarray
@@ -49,12 +55,13 @@ class _Epoch:
 class SampleOrder:
     """Maps any global position (number of a sample in the endless order of training) to a sample.
 
-    It has no state except caches. Thread-safe.
+    It is a pure function: it has no state except caches. Thread-safe. Samples of one bucket (image size) come in runs:
+    groups of `run_length` consecutive positions. So a micro-batch has images of one size.
 
     Attributes:
-        buckets: (height, width) of each bucket (image size) in pixels.
+        buckets: (height, width) of each bucket in pixels.
         bucket_of: [num_samples], the number of each sample's bucket; -1 if a filter drops the sample.
-        run_length: Number of consecutive positions with the same bucket; 1 if there is only one bucket.
+        run_length: Length of a run; 1 if there is only one bucket.
         samples_per_epoch: Number of positions in an epoch.
         dropped_per_epoch: Number of samples that each epoch leaves out, since they do not fill a run.
     """
@@ -75,7 +82,7 @@ class SampleOrder:
             index: The index of the shards.
             buckets: (height, width) of each bucket (image size) in pixels.
             seed: Seed of the permutations.
-            window_shards: Number of shards in a window.
+            window_shards: Number of shards whose samples are shuffled together (a window).
             run_length: Number of consecutive samples of the same bucket.
             view: Which samples pass the filters, and their buckets (default: all samples pass).
             shards: Numbers of the shards to use (default: all).
@@ -97,9 +104,10 @@ class SampleOrder:
         self.dropped_per_epoch = num_samples - self.samples_per_epoch
         if self.samples_per_epoch == 0:
             raise UserError(
-                f"image.buckets must contain an image size with at least {run_length} samples, since so many consecutive "
-                f"samples have the same size, but the most frequent size has {totals_B.max()} of {num_samples} samples. Use "
-                "fewer sizes, more data, or a smaller train.micro_batch_size and data.bucket_run."
+                f"image.buckets must contain an image size with at least {run_length} samples, since this many consecutive "
+                "samples have one size (data.bucket_run, or train.micro_batch_size in validation), but the most frequent "
+                f"size has {totals_B.max()} of {num_samples} samples. Use fewer sizes or more data, or lower these two "
+                "settings."
             )
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._members = lru_cache(maxsize=32)(self._make_members)
@@ -107,17 +115,23 @@ class SampleOrder:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the samples and the filters, which decide the order. A resumed run must have the same one."""
+        """A hash of the samples and the filters, on which the order depends. A resumed run must have the same hash."""
         return f"{self.index.fingerprint} {self.view.digest}" if self.view.dropped else self.index.fingerprint
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return the sample at a global position, from 0 without upper limit. Raises ValueError for a negative position."""
+        """Return the sample at a global position: its number in the order of training. ValueError: it is negative."""
         epoch, window, offset = self._find(position)
         sample_id = int(self._window(epoch, window)[offset])
         return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
 
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards in `windows` windows: that of a position, and those after it."""
+        """Return the numbers of the shards that are read next if training is at a global position.
+
+        Args:
+            position: Number of a sample in the endless order of training.
+            windows: Number of windows, beginning with the current one. A window is a group of shards whose samples are
+                shuffled together.
+        """
         epoch, window, _ = self._find(position)
         numbers: list[int] = []
         for _ in range(windows):
@@ -145,7 +159,7 @@ class SampleOrder:
         return _Epoch(shards, counts, (counts // self.run_length).sum(axis=1) * self.run_length)
 
     def _make_members(self, epoch: int, window: int) -> list[np.ndarray]:
-        """Return the window's sample ids by bucket, in random order."""
+        """Return the ids of a window's samples, in random order, in a separate array for each bucket (image size)."""
         first = window * self.window_shards
         shards = self.first_shard + self._epoch(epoch).shards[first : first + self.window_shards]
         starts = self.index.starts
@@ -159,14 +173,14 @@ class SampleOrder:
         return first + np.flatnonzero(self.bucket_of[first:end] >= 0)
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
-        """Return the sample ids at the window's positions: the runs that are completed in it, permuted."""
+        """Return the sample ids at the window's positions: the runs that are completed in this window, in random order."""
         ends_WB = self._epoch(epoch).counts[window : window + 2] // self.run_length * self.run_length
         taken = [self._take(epoch, bucket, first, last) for bucket, (first, last) in enumerate(ends_WB.T.tolist())]
         runs = np.concatenate(taken).reshape(-1, self.run_length)
         return generator(self.seed, Purpose.ORDER, epoch, extra=2 + 2 * window).permutation(runs).reshape(-1)
 
     def _take(self, epoch: int, bucket: int, first: int, last: int) -> np.ndarray:
-        """Return entries first .. last - 1 of the epoch's list of a bucket's sample ids over all windows."""
+        """Return a part of an epoch's list of a bucket's sample ids over all windows: entries `first` to `last` - 1."""
         if first == last:
             return np.zeros(0, np.int64)
         counts = self._epoch(epoch).counts[:, bucket]

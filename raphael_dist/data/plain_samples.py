@@ -13,13 +13,13 @@ from raphael_dist.data.shards.shard_names import expand_shards, name_option
 def read_samples(
     patterns: Sequence[str], cache_dir: Path, size_hw: tuple[int, int], option: str = "data.shards", limit: int | None = None
 ) -> Iterator[DecodedSample]:
-    """Yield the samples of shards in the order in which they are stored. Samples that cannot be decoded are skipped.
+    """Decode and yield the samples of shards in the order in which they are stored. Unusable samples are skipped.
 
     Args:
         patterns: Paths, globs or URLs of the shards.
-        cache_dir: Folder for the index of the shards.
+        cache_dir: Folder for the index of the shards, which is built if it is missing.
         size_hw: (height, width) in pixels to which images are resized and cropped.
-        option: Name of the option or setting that names the shards, for messages.
+        option: Name of the option or setting in which the user named the shards, for messages.
         limit: Largest number of samples; None: all.
 
     Raises:

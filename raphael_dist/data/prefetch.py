@@ -11,10 +11,16 @@ V = TypeVar("V")
 
 
 class Prefetcher(Generic[K, V]):
-    """Iterates over `fn(key)` for each key, in order. `workers` threads call `fn` for up to `depth` keys ahead.
+    """Iterates over the results of `fn(key)` for each key, in order. Threads compute them ahead.
 
-    If `fn` or `keys` raises an exception, the iteration yields the values of the keys before and then raises it. The threads
-    stop at the end of the iteration, when `close` is called, or at the end of a `with` block.
+    Args:
+        fn: The function.
+        keys: The arguments for its calls.
+        depth: Largest number of calls that are ahead of the iteration.
+        workers: Number of threads.
+
+    If `fn` or `keys` raises an exception, the iteration first yields the results of the keys before, and then raises it. The
+    threads stop at the end of the iteration, when `close` is called, or at the end of a `with` block.
     """
 
     def __init__(self, fn: Callable[[K], V], keys: Iterable[K], depth: int = 4, workers: int = 1) -> None:

@@ -21,7 +21,12 @@ from raphael_dist.runtime.ranks import Ranks
 class DataSource:
     """The opened data of a run: encoders, training samples and validation samples.
 
-    The trainer receives the function that opens it as an argument, so that tests can give it other data.
+    The trainer calls a function that returns this object, such as `open_source`. Tests pass another function.
+
+    Attributes:
+        encoders: Text encoder, image encoder and edge detector.
+        training: Returns the training sample at any position.
+        held_out: Returns validation samples; None if the run has none.
     """
 
     encoders: Encoders
@@ -37,7 +42,7 @@ class DataSource:
         return self.encoders.image
 
     def fingerprints(self) -> dict[str, str]:
-        """Return hashes of the data and the encoders by setting, such as data.shards, for the checkpoints of the run.
+        """Return hashes of the data and the encoders for the checkpoints of the run, by setting, such as "data.shards".
 
         A run that resumes from a checkpoint must have the same hashes.
         """
@@ -56,7 +61,7 @@ class DataSource:
         return self.training.replaced
 
     def describe(self) -> str:
-        """Return one line with the number of images in an epoch, and how many samples are left out for which reason."""
+        """Return a line with the number of images in an epoch, and how many samples are left out for which reason."""
         order = self.training.order
         trained, short = order.samples_per_epoch, order.dropped_per_epoch
         left_out = [
@@ -68,7 +73,7 @@ class DataSource:
         return f"{trained} images" + (f" (left out: {details})" if details else "")
 
     def key(self, position: int) -> str:
-        """Return the key, in its shard, of the training sample at a global position."""
+        """Return the name of a training sample in its shard. `position`: its number in the endless order of training."""
         return self.training.sample(position).key
 
     def builder(self, config: Config, num_blocks: int, device: torch.device) -> BatchBuilder:
@@ -78,7 +83,15 @@ class DataSource:
     def batches_of(
         self, stream: TrainStream, config: Config, num_blocks: int, device: torch.device, **options: Any
     ) -> BatchBuilder:
-        """Return a builder of batches from the samples of `stream`. options: keyword arguments of `BatchBuilder`."""
+        """Return a builder of batches from the samples of `stream`.
+
+        Args:
+            stream: Training or validation samples.
+            config: The configuration of the run.
+            num_blocks: Number of transformer blocks of the model.
+            device: Device of the model. Batches for a GPU are put into pinned memory.
+            options: Further keyword arguments of `BatchBuilder`.
+        """
         encoder = BatchEncoder(self.encoders, with_edges=config.edge.weight > 0)
         return BatchBuilder(config, stream, encoder, num_blocks, pin=is_gpu(device), **options)
 
@@ -90,9 +103,15 @@ class DataSource:
 
 
 def open_source(config: Config, ranks: Ranks, device: torch.device) -> DataSource:
-    """Open the encoders and the data of a configuration, with the work divided over the ranks. Collective.
+    """Open the encoders and the data that a configuration names. Collective: all ranks call it, and divide the work.
 
-    Raises the UserErrors of `open_encoders` and `open_stream` on all ranks.
+    Args:
+        config: The configuration of the run.
+        ranks: The ranks of the run.
+        device: Device on which this rank's encoders run.
+
+    Raises:
+        UserError: On all ranks, as `open_encoders` and `open_stream`.
     """
     encoders = open_encoders(config, device)
     training = open_stream(config, ranks, encoders, training=True)

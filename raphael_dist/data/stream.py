@@ -35,9 +35,15 @@ _MIN_SAMPLES = 1000  # below which the share of bad samples is not significant
 
 @dataclass(frozen=True, eq=False)
 class StreamSample:
-    """One training sample. Parts that the cache or the shard stores are encoded; `BatchEncoder` encodes the others later.
+    """One training sample. Its image and caption are encoded if the feature cache or the shard stores them encoded.
+
+    Otherwise they are raw, and `BatchEncoder` encodes them later.
 
     Attributes:
+        position: Number of the sample in the endless order of training.
+        sample_id: Number of the sample in the index of the shards.
+        key: Name of the sample in its shard.
+        bucket: Number of its image size.
         latents: Encoded image, float32 [C, h, w]. None: it is not encoded yet, and `image` is set.
         image: RGB image, uint8 [3, H, W]. None: `latents` is set.
         noise: Standard normal noise, float32 [C, h, w], with which latents are drawn from the VAE's distribution.
@@ -46,7 +52,7 @@ class StreamSample:
         edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
         flipped: Whether the image was mirrored left to right.
         dropped: Whether the caption was replaced by the empty one (caption dropout).
-        seconds: Seconds spent, by kind of work.
+        seconds: Seconds spent, by kind of work, such as "reading" and "decoding".
         small: Downscaled image for super-resolution, uint8 [3, Hs, Ws], if it is stored, else None.
     """
 
@@ -67,10 +73,11 @@ class StreamSample:
 
 
 class TrainStream:
-    """Returns the sample at any global position. It is a pure function: any rank may read any position at any time.
+    """Returns the sample at any global position (number of a sample in the endless order of training).
 
-    A sample that cannot be used is replaced by the next usable sample of the same image size (bucket), in the order of ids,
-    and after the last one by the first.
+    Samples depend only on the data, the seed and the position. So any rank may read any position at any time. A sample that
+    cannot be used is replaced by the next usable sample of the same image size, in the order of ids, and after the last id
+    by the first.
 
     Attributes:
         replaced: Number of samples that were replaced so far.
@@ -93,8 +100,8 @@ class TrainStream:
 
         Args:
             order: Maps a position to a sample id.
-            source: Returns a sample's images and captions, encoded or not.
-            seed: Seed of the random choices.
+            source: Returns a sample's image and caption, encoded or not.
+            seed: Seed of the random choices (caption, mirroring, caption dropout).
             caption_dropout: Fraction of the captions that are replaced by the empty one.
             flip: Mirror half of the images left to right.
             max_bad_fraction: Largest allowed fraction of unusable samples.
@@ -134,7 +141,7 @@ class TrainStream:
         return [self.sample(position) for position in positions]
 
     def _request(self, position: int) -> Request:
-        """Return the request that `sample` decodes first."""
+        """Return the arguments with which `sample` first loads the sample at a position."""
         place = self.order.lookup(position)
         is_bad = self._is_bad(place.sample_id)
         sample_id = self._replacement(place.sample_id, place.bucket) if is_bad else place.sample_id
@@ -144,7 +151,12 @@ class TrainStream:
         return self.flip and bool(self._generator(Purpose.FLIP, position).random() < 0.5)
 
     def sample(self, position: int) -> StreamSample:
-        """Return the sample at a global position. Thread-safe."""
+        """Return the sample at a global position (its number in the endless order of training). Thread-safe.
+
+        Raises:
+            UserError: Too many samples cannot be used, or none of an image size; or one cannot be used and
+                data.on_error=stop.
+        """
         place = self.order.lookup(position)
         flipped = self._flips(position)
         dropped = self._generator(Purpose.DROP, position).random() < self.caption_dropout
@@ -183,7 +195,7 @@ class TrainStream:
         return generator(self.seed, purpose, position)
 
     def _read(self, place: SamplePosition, position: int, flip: bool) -> tuple[int, SampleFeatures]:
-        """Return the features of the sample at a place, or of its replacement if it is bad."""
+        """Return (sample id, features) of the sample at `place`, or of its replacement if it cannot be used."""
         sample_id = place.sample_id
         while True:
             if not self._is_bad(sample_id):
@@ -198,7 +210,7 @@ class TrainStream:
         return sample_id, features
 
     def _is_bad(self, sample_id: int) -> bool:
-        """Return whether a sample is known to be bad. One whose shard could not be reached is bad for RETRY_AFTER_S."""
+        """Return whether a sample is known to be unusable. If its shard was unreachable, this ends after RETRY_AFTER_S."""
         if time.monotonic() >= self._bad_until.get(sample_id, math.inf):
             with self._lock:
                 self._bad_until.pop(sample_id, None)
@@ -206,7 +218,7 @@ class TrainStream:
         return sample_id in self.bad_samples
 
     def _record_bad(self, sample_id: int, error: BadSampleError | ShardError) -> None:
-        """Treat a sample as bad from now on. Raises UserError with data.on_error=stop."""
+        """Treat a sample as unusable from now on. Raises UserError if data.on_error=stop."""
         shard, row = self.order.index.locate(sample_id)
         source = self.order.index.shards[shard]
         bad = BadSample(source.name, source.keys[row], error.reason)
@@ -234,7 +246,7 @@ class TrainStream:
                 _check_bad_fraction(self.replaced, bad, self._num_read, self._max_bad_fraction)
 
     def _replacement(self, sample_id: int, bucket: int) -> int:
-        """Return the next sample id of a bucket, cyclically, that is not known to be bad."""
+        """Return the id of the sample that replaces an unusable one: the next usable id of the bucket, cyclically."""
         replacement = self._replacements.get(sample_id)
         if replacement is None or replacement in self.bad_samples:
             replacement = next((n for n in self._next_ids(sample_id, bucket) if n not in self.bad_samples), None)
@@ -263,7 +275,17 @@ def _stop_error(bad: BadSample) -> UserError:
 
 
 def _check_bad_fraction(num_bad: int, bad: Iterable[BadSample], total: int, max_fraction: float) -> None:
-    """Raise UserError if `num_bad` are too many; `bad` are some of them, for the message."""
+    """Check that at most the fraction `max_fraction` of `total` samples is unusable.
+
+    Args:
+        num_bad: Number of unusable samples.
+        bad: Some of them, for the message.
+        total: Number of samples.
+        max_fraction: The limit.
+
+    Raises:
+        UserError: There are more.
+    """
     if num_bad <= max_fraction * total:
         return
     examples = list(itertools.islice(bad, _MAX_REASONS))

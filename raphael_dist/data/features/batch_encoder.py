@@ -30,9 +30,12 @@ class Encoders:
     """The encoders of a run.
 
     Attributes:
+        text: The text encoder.
+        image: The image encoder (VAE).
         edges: The edge detector HED; None if the run does not compute edge maps.
+        device: Device on which they run.
         upscale: Factor of super-resolution; 0: no super-resolution.
-        null: The encoded empty caption (B = 1), on the device; None until `null_text` is called.
+        null: The encoded empty caption (batch of one), on the device; None until `null_text` is called.
     """
 
     text: TextEncoder
@@ -50,7 +53,10 @@ class Encoders:
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """Run the block on a CUDA stream of this thread, and wait for the stream at the end. Does nothing without a GPU."""
+        """Run the block on a CUDA stream of this thread, so that training does not wait for it. Without a GPU: do nothing.
+
+        At its end the block waits until the stream has finished.
+        """
         if not is_gpu(self.device):
             yield
             return
@@ -72,7 +78,10 @@ class Encoders:
         return pool_edges(torch.cat(parts), self.image.factor)
 
     def provenance(self, dataset: ImageDataset) -> dict[str, object]:
-        """Return all settings and fingerprints on which the encoded samples of `dataset` depend, by configuration key."""
+        """Return everything on which the encoded samples of `dataset` depend, by configuration key, as JSON values.
+
+        These are hashes of the encoders' files and settings such as image sizes. Features with other values are not reused.
+        """
         edges = dataset.edge if self.edges is None else f"{dataset.edge} {self.edges.fingerprint}"
         return {
             "upscale.factor": self.upscale,
@@ -86,7 +95,7 @@ class Encoders:
         }
 
     def null_text(self) -> TextFeatures:
-        """Return the encoded empty caption (B = 1), on the device."""
+        """Return the encoded empty caption (batch of one), on the device. It is encoded in the first call and then kept."""
         if self.null is None:
             self.null = self.text.encode([""])
         return self.null
@@ -100,13 +109,15 @@ def _signed(images: Tensor) -> Tensor:
 class Encoded:
     """The encoded images and captions of a batch.
 
+    B samples with latents [C, h, w] and captions of Y tokens of D numbers each.
+
     Attributes:
         x0: Latents, float32 [B, C, h, w].
         text: Tokens of the captions, float32 [B, Y, D].
         mask: True at tokens that the text encoder attends to, False at padding, bool [B, Y].
         end: Index of the end-of-text token of each caption, int64 [B].
         edge: Edge maps, float32 [B, h, w], or None.
-        seconds: Seconds spent, by kind of work.
+        seconds: Seconds spent, by kind of work ("reading", "decoding", "encoding").
         small: Small images for super-resolution, uint8 [B, 3, Hs, Ws], or None.
     """
 
@@ -120,16 +131,19 @@ class Encoded:
 
 
 class BatchEncoder:
-    """Encodes those images and captions of a batch that are not encoded yet, on the device.
+    """Encodes those images and captions of a batch that are not encoded yet, on the device of the encoders.
 
-    Parts that are already encoded stay in host memory.
+    If all samples of a batch are already encoded, the result is in host memory.
     """
 
     def __init__(self, encoders: Encoders, with_edges: bool) -> None:
         self._encoders, self._with_edges = encoders, with_edges
 
     def encode(self, samples: Sequence[StreamSample]) -> Encoded:
-        """Return the encoded samples; all must have one image size. On a GPU this runs, and completes, on a side stream."""
+        """Return the encoded samples as one batch; all must have one image size.
+
+        On a GPU this runs on a side stream, and waits until the stream has finished.
+        """
         began = time.monotonic()
         if any(s.image is not None or s.text is None for s in samples):
             with self._encoders.side_stream():
@@ -210,22 +224,28 @@ class BatchEncoder:
 
 
 class NotEncodedError(Exception):
-    """A sample of a batch is not encoded yet, so that a process without encoders cannot build the batch."""
+    """Raised in a process without encoders if a sample of a batch is not encoded yet, so that the batch cannot be built."""
 
 
 def needs_encoding(sample: StreamSample) -> bool:
-    """Return whether the image, edge map or caption of a sample must still be encoded. The empty caption does not count."""
+    """Return whether the image or the caption of a sample must still be encoded. An empty caption does not count."""
     return sample.image is not None or (sample.text is None and bool(sample.caption))
 
 
 class HostEncoder(BatchEncoder):
-    """Takes the place of `BatchEncoder` in processes without a device: it stacks samples that are already encoded.
+    """A `BatchEncoder` for processes without a device: it only stacks samples that are already encoded.
 
-    Raises NotEncodedError for other samples.
+    Raises:
+        NotEncodedError: From `encode`, if a sample is not encoded yet.
     """
 
     def __init__(self, encoder: BatchEncoder, null: TextFeatures | None) -> None:
-        """Take shapes and settings from `encoder`. null: the encoded empty caption; None: `encoder` computes it now."""
+        """Create it with the shapes and settings of `encoder`.
+
+        Args:
+            encoder: The encoder of the rank.
+            null: The encoded empty caption. None: `encoder` computes it now.
+        """
         null = encoder._encoders.null_text() if null is None else null
         null = TextFeatures(null.tokens.cpu().float(), null.mask.cpu(), null.end.cpu())
         super().__init__(replace(encoder._encoders, device=torch.device("cpu"), null=null), encoder._with_edges)
@@ -237,6 +257,6 @@ class HostEncoder(BatchEncoder):
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
-    """Stack rows of the host and of the device; on the device if one of them is there."""
+    """Stack tensors that lie on the host or on the device. If one of them is on the device, the result is there, too."""
     device = next((row.device for row in rows if row.device.type != "cpu"), rows[0].device)
     return torch.stack([row.to(device) for row in rows])

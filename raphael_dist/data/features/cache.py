@@ -1,4 +1,4 @@
-"""The feature cache: files with the encoded samples of each shard.
+"""The feature cache: files with the encoded samples (features) of each shard.
 
 Each file is computed once and memory-mapped. The checksum of a sample is verified whenever the sample is read.
 """
@@ -51,17 +51,17 @@ class FeatureCache:
     decodes_images = False
 
     def __init__(self, root: Path, dataset: ImageDataset, encoders: Encoders, flip: bool, with_text: bool = True) -> None:
-        """Open the cache; files are opened when they are read.
+        """Open the cache. Its files are opened later, when samples are read.
 
         Args:
-            root: Folder with all feature caches, one subfolder each.
+            root: Folder that contains the feature caches, each in a subfolder.
             dataset: Loads the samples to encode.
             encoders: The encoders; their weights are loaded when something is computed.
             flip: Also store the latents of mirrored images.
             with_text: Store the captions as encoded tokens; False: as text.
 
         Raises:
-            UserError: An image size is not a multiple of the image encoder's factor (pixels per latent).
+            UserError: An image size is not a multiple of the image encoder's factor (image pixels per side of a latent).
         """
         self._online = OnlineFeatures(dataset, encoders.image)
         self.dataset, self.index, self.buckets, self.flip = dataset, dataset.index, dataset.buckets, flip
@@ -75,7 +75,7 @@ class FeatureCache:
         self._fill_thread: _FillThread | None = None
 
     def path(self, shard: int) -> Path:
-        """Return the path of the file for a shard, which may not exist. shard: its number in the index."""
+        """Return the path of a shard's file, which may not exist. `shard`: number of the shard in the index."""
         source = self.index.shards[shard]
         return self.folder / f"{Path(source.name).stem[:100]}-{source.content[:16]}.safetensors"
 
@@ -84,7 +84,7 @@ class FeatureCache:
         return [n for n, shard in enumerate(self.index.shards) if shard.num_samples and not self.path(n).is_file()]
 
     def build(self, shards: Sequence[int], report: Reporter = no_report) -> None:
-        """Compute and write the files of the shards with these numbers. A corrupt sample is recorded as bad in the file.
+        """Compute and write the files of the shards with these numbers. They also list samples that cannot be encoded.
 
         Raises:
             UserError: A file cannot be written, or encoded captions exceed the range of float16.
@@ -109,9 +109,9 @@ class FeatureCache:
             raise _cannot_write(path, error) from error
 
     def fill_in_background(self, shards: Sequence[int]) -> None:
-        """Start a thread that computes the files of these shards. Until a file exists, its samples are returned raw.
+        """Start a thread that computes the files of these shards. `close` stops it.
 
-        `close` stops the thread.
+        Until a file exists, `get` returns its samples raw (image and caption).
         """
         self._fill_thread = _FillThread(self, shards)
         self._fill_thread.start()
@@ -122,22 +122,23 @@ class FeatureCache:
         return self._fill_thread is not None
 
     def close(self) -> None:
-        """Stop the thread of `fill_in_background`. Files that it has not finished stay missing. UserError: it has failed."""
+        """Stop the thread of `fill_in_background`: shards that are left get no file. Raises UserError if it has failed."""
         if self._fill_thread is not None:
             self._fill_thread.stop()
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
-        """Return a sample with one of its captions, encoded, or raw if the cache does not have it.
+        """Return a sample with one of its captions. It is encoded, or raw (image and caption) if the cache does not have it.
 
         Args:
             sample_id: Number of the sample in the index.
             bucket: Number of its image size.
-            pick: Draws the index of a caption, given the weights of the captions.
-            flip: Return the mirrored image.
+            pick: Function that draws the index of a caption, given the weights of the sample's captions.
+            flip: Return the features of the mirrored image.
 
         Raises:
             BadSampleError: The sample cannot be used.
             ValueError: `flip` is true, but the cache was created without mirrored images.
+            UserError: The thread of `fill_in_background` has failed.
         """
         if flip and not self.flip:
             raise ValueError("this cache has no mirrored latents; create it with flip")
@@ -154,12 +155,12 @@ class FeatureCache:
             return self._online.get(sample_id, bucket, pick, flip)
         if features is None:
             source = self.index.shards[number]
-            raise BadSampleError(source.name, source.keys[row], "it was bad when it was cached")
+            raise BadSampleError(source.name, source.keys[row], "it could not be used when it was cached")
         features.seconds = {"reading": time.monotonic() - began}
         return features
 
     def _quarantine(self, shard: int, error: Exception) -> None:
-        """Rename a damaged file to damaged-NAME and log it, unless another process has done so."""
+        """Rename the damaged file of a shard to damaged-NAME and log a warning, unless another process has done so."""
         path = self.path(shard)
         try:
             path.replace(path.with_name(f"damaged-{path.name}"))
@@ -172,7 +173,7 @@ class FeatureCache:
         )  # fmt: skip
 
     def verify(self, shards: Sequence[int], report: Reporter = no_report) -> None:
-        """Check the files of these shards. A damaged file is renamed to damaged-NAME, and then counts as missing."""
+        """Check headers and tables of these shards' files. Rename a damaged file to damaged-NAME, so that it is missing."""
         for number in shards:
             report(f"the cached shard {number}")
             try:
@@ -184,20 +185,20 @@ class FeatureCache:
 
     @cached_property
     def known_bad(self) -> dict[int, BadSample]:
-        """The samples that could not be encoded, by sample id. Samples that the index rejects are not among them."""
+        """The samples that could not be encoded, by sample id. Samples that the index excludes are not among them."""
         missing = set(self.missing())
         present = [n for n, shard in enumerate(self.index.shards) if shard.num_samples and n not in missing]
         return {sample_id: bad for number in present for sample_id, bad in self._read_bad(number).items()}
 
     @cached_property
     def null_text(self) -> TextFeatures | None:
-        """The encoded empty caption (B = 1, float32, CPU). None if the cache stores captions as text.
+        """The encoded empty caption (batch of one, float32, CPU). None if the cache stores captions as text.
 
-        It is read from a file of its own in the cache. If this file is missing or damaged, the caption is encoded now, and
-        the file is written.
+        It is read from its own file in the cache. If this file is missing or damaged, the caption is encoded, and the file
+        is written.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: The file cannot be written.
         """
         if not self._with_text:
             return None
@@ -228,9 +229,10 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 
 
 class _FillThread(threading.Thread):
-    """Builds shards during training; a request to stop takes effect at the next batch of images.
+    """A thread that computes the cache files of `shards` during training. It can be stopped after any batch of images.
 
-    A file that cannot be written only costs speed. Any other failure ends training: the cache would stay empty.
+    If a file cannot be written, training only becomes slower. After any other failure `check` raises the error, which ends
+    training: otherwise the cache would stay empty without notice.
     """
 
     def __init__(self, cache: FeatureCache, shards: Sequence[int]) -> None:
@@ -250,7 +252,9 @@ class _FillThread(threading.Thread):
         except InterruptedError:
             pass
         except UserError as error:
-            _log.warning("%s Latents and text tokens are computed in each step instead.", error)
+            _log.warning(
+                "data.cache_fill=during: caching stopped, and each step encodes its samples instead. Reason: %s", error
+            )
         except Exception as error:  # `check` raises it in the training thread
             _log.exception("data.cache_fill=during: the cache cannot be filled")
             self._failure = UserError(
@@ -270,20 +274,26 @@ class _FillThread(threading.Thread):
         self.check()
         if missing := [number for number in self._shards if not self._cache.path(number).is_file()]:
             _log.warning(
-                "data.cache_fill=during: %d of %d shards of this rank are not cached yet", len(missing), len(self._shards)
+                "data.cache_fill=during: %d of %d shards of this rank were not cached when the run ended; the next start "
+                "continues",
+                len(missing),
+                len(self._shards),
             )
 
 
 def _layout_sum(layout: dict[str, tuple[str, list[int]]], bad: list[tuple[int, str]]) -> int:
-    """Return the CRC-32 over a file's header: dtype and shape of each tensor, and the bad samples."""
+    """Return the CRC-32 of a file's header: of the dtype and shape of each tensor, and of the list of bad samples."""
     return zlib.crc32(json.dumps([layout, bad], sort_keys=True).encode())
 
 
 class _CachedShard:
-    """One shard's file (cache_build.py lists its tensors): tables in memory, single rows of the large tensors."""
+    """The opened file of one shard. The small tables are in memory; of the large tensors, single rows are read.
+
+    `cache_build.py` lists the tensors.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError, and OSError, SafetensorError, KeyError or ValueError for a damaged file."""
+        """Open the file. FileNotFoundError: it is missing. OSError, SafetensorError, KeyError, ValueError: it is damaged."""
         self._file = safe_open(path, framework="pt")
         # One entry: safetensors writes several in no fixed order.
         about = json.loads(self._file.metadata()["shard"])
@@ -300,7 +310,7 @@ class _CachedShard:
             raise ValueError("its header does not match its checksum")
 
     def get(self, number: int, pick: Pick, flip: bool) -> SampleFeatures | None:
-        """Return a sample's features; None for a bad sample. Raises ValueError if they do not match their checksum."""
+        """Return the features of sample `number` of the shard; None if it is unusable. ValueError: a checksum is wrong."""
         bucket, row = int(self._bucket[number]), int(self._row[number])
         if bucket < 0:
             return None

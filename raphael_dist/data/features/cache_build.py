@@ -5,12 +5,13 @@ images exist once for each bucket, with the number b in the name:
 
 | tensor | type and shape | content |
 |---|---|---|
-| bucket | int16 [n] | the bucket of each sample; -1 for a bad one |
-| row | int32 [n] | its row in the tensors of that bucket |
+| bucket | int16 [n] | the bucket of each sample; -1 if the sample cannot be used |
+| row | int32 [n] | index of the sample in the tensors of its bucket |
 | mean.b, std.b, mean_flip.b, std_flip.b, edge.b, small.b | [n_b, ...] | as in `packing.py` |
-| sum.b | int64 [n_b] | CRC-32 of each sample's row in the tensors of the line above |
+| sum.b | int64 [n_b] | CRC-32 of each sample's rows in the tensors of the line above |
 | caption_offsets | int64 [n + 1] | sample i has the captions number caption_offsets[i] to caption_offsets[i + 1] - 1 |
-| caption_rows, weights | int64, float32 [captions] | of each caption: its row in the tensors below, relative probability |
+| caption_rows | int64 [captions] | index of each caption in the tensors of distinct captions below |
+| weights | float32 [captions] | relative probability of each caption |
 | captions, caption_ends or tokens, mask, end | for U captions | as in `packing.py` |
 | text_sum | int64 [U] | CRC-32 of each row of the line above |
 """
@@ -41,7 +42,14 @@ TEXT_TENSORS = ("tokens", "mask", "end")
 
 @dataclass
 class _Rows:
-    """The rows of a shard so far; `stacks` holds batches of the tensors above that have a row per image."""
+    """What is known about a shard's samples while they are encoded.
+
+    Attributes:
+        bucket, row: of each sample; see the tables `bucket` and `row` in the description of the module.
+        captions, weights: of each sample, its captions and their relative probabilities.
+        stacks: by name, batches of the tensors that have a row for each image.
+        bad: (number in the shard, reason) of each sample that cannot be used.
+    """
 
     bucket: list[int]
     row: list[int]
@@ -52,10 +60,10 @@ class _Rows:
 
 
 class ShardBuilder:
-    """Computes the tensors of one shard after another (table above)."""
+    """Computes the tensors of a shard's file in the feature cache, one shard after another."""
 
     def __init__(self, dataset: ImageDataset, encoders: Encoders, flip: bool, with_text: bool) -> None:
-        """flip: also compute the latents of mirrored images. with_text: store captions as encoded tokens; False: as text."""
+        """Create the builder. `flip`: also compute latents of mirrored images. `with_text`: store captions as tokens."""
         self.dataset, self.encoders, self.flip, self.with_text = dataset, encoders, flip, with_text
 
     def build(
@@ -104,7 +112,7 @@ class ShardBuilder:
         return {**tensors, **self._tables(rows, report)}, sorted(rows.bad)
 
     def _add_images(self, rows: _Rows, bucket: int, batch: list[tuple[int, DecodedSample]]) -> None:
-        """Encode one batch of a bucket and add its samples; those with latents beyond the range of float16 are bad."""
+        """Encode one batch of a bucket and add it to `rows`. A sample with latents beyond the range of float16 is bad."""
         if not batch:
             return
         images = torch.from_numpy(np.stack([sample.image for _, sample in batch]))
@@ -165,10 +173,10 @@ class ShardBuilder:
 
 
 def sample_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor] | None:
-    """Return the tensors of one sample, in the format of `packing.py`; None for a sample that cannot be used.
+    """Return the tensors of one sample, in the format of `packing.py`; None if the sample cannot be used.
 
     Args:
-        tensors: The tensors of a shard (table above).
+        tensors: The tensors of a shard, as `ShardBuilder.build` returns them.
         number: Number of the sample in the shard.
     """
     bucket, row = int(tensors["bucket"][number]), int(tensors["row"][number])
@@ -185,13 +193,13 @@ def sample_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor] |
 
 
 def _checksums(stacks: Mapping[str, Tensor]) -> Tensor:
-    """Return the CRC-32 of each row over these tensors in this order, int64 [rows]."""
+    """Return, for each row number, the CRC-32 of this row of all tensors in their order, int64 [rows]."""
     count = len(next(iter(stacks.values())))
     return torch.tensor([checksum(stack[row] for stack in stacks.values()) for row in range(count)], dtype=torch.int64)
 
 
 def checksum(rows: Iterable[Tensor]) -> int:
-    """Return the CRC-32 of the bytes of all tensors, in order."""
+    """Return the CRC-32 of the bytes of these tensors, one after the other."""
     value = 0
     for row in rows:
         value = zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), value)
@@ -199,7 +207,14 @@ def checksum(rows: Iterable[Tensor]) -> int:
 
 
 def encode_half(text: TextEncoder, captions: Sequence[str], report: Callable[[str], None] = no_report) -> TextFeatures:
-    """Encode captions in 16 bits, on the CPU: bfloat16 if the encoder computes in bfloat16, otherwise float16.
+    """Encode B captions and return their features with 16-bit tokens, on the CPU.
+
+    Tokens are bfloat16 if the encoder computes in bfloat16, otherwise float16.
+
+    Args:
+        text: The text encoder.
+        captions: The captions.
+        report: Called with a line of progress for each batch.
 
     Raises:
         UserError: The tokens exceed the range of float16.

@@ -32,7 +32,7 @@ _PERIODS = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The tokens of one caption, with those attributes of `tokenizers.Encoding` that this package uses."""
+    """The tokens of one caption. It has the attributes of `tokenizers.Encoding` that this package uses."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -48,13 +48,16 @@ class _Encoding:
 
 
 class CharacterTokenizer:
-    """Tokenizes captions. It has those methods of a transformers tokenizer that the text encoder uses."""
+    """Tokenizes captions: each character in double quotes is a token, and each other word is one.
+
+    It has the methods of a transformers tokenizer that the text encoder uses.
+    """
 
     pad_token, pad_token_id, eos_token_id, bos_token_id, unk_token_id = "<pad>", _PAD, _END, None, None
     all_special_tokens, all_special_ids = ("<pad>", "<end>"), (_PAD, _END)
 
     def num_special_tokens_to_add(self) -> int:
-        """Return the number of special tokens that each caption gets, which is the number of tokens of an empty caption."""
+        """Return the number of tokens that are added to each caption: 1, the end-of-text token."""
         return 1
 
     def __call__(
@@ -68,7 +71,7 @@ class CharacterTokenizer:
         add_special_tokens: bool = True,
         **_: Any,
     ) -> Any:
-        """Tokenize one caption or several; return a BatchEncoding. Arguments as for tokenizers of transformers."""
+        """Tokenize one caption or several, and return a BatchEncoding. Arguments are those of tokenizers of transformers."""
         from transformers import BatchEncoding
 
         limit = max_length if truncation else None
@@ -87,7 +90,10 @@ class CharacterTokenizer:
 
 
 class CharacterModel(nn.Module):
-    """Computes the fixed embeddings of tokens. It has those methods of a transformers text encoder that are used here."""
+    """Computes the embeddings of tokens by fixed formulas (`embed`); it has no weights.
+
+    It has the methods of a transformers text encoder that this package uses.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,11 +107,14 @@ class CharacterModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 in any case."""
+        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 even if it is another one."""
         return self.get_buffer("_device").dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
-        """Return `last_hidden_state`, float32 [B, Y, WIDTH], for tokens int64 [B, Y]."""
+        """Return an object with `last_hidden_state`: the embeddings, float32 [B, Y, WIDTH], of tokens int64 [B, Y].
+
+        `attention_mask` is not used.
+        """
         rows = torch.tensor([embed(number) for number in input_ids.flatten().tolist()])
         return SimpleNamespace(last_hidden_state=rows.view(*input_ids.shape, WIDTH).to(self.device))
 
@@ -124,7 +133,7 @@ def _encode(text: str, limit: int | None, add_end: bool) -> _Encoding:
 
 
 def _tokens(text: str) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield the number and the place in `text` of each token but the end."""
+    """Yield (token number, (first, end) of its characters in `text`) for each token except the end-of-text token."""
     before = 0
     for part in _PARTS.finditer(text):
         if quoted := part[1]:
@@ -144,7 +153,10 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding, WIDTH numbers, of the token with this number. The embedding of padding is all zeros."""
+    """Return the embedding, a list of WIDTH numbers, of a token. `number`: its number in the tokenizer's output.
+
+    The number contains everything that the embedding depends on. The embedding of padding is all zeros.
+    """
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:
         mask = (1 << _PLACE_BITS) - 1
@@ -158,13 +170,16 @@ def embed(number: int) -> list[float]:
 
 
 def _signs(key: str) -> list[float]:
-    """Return BLOCK signs by the sha256 of `key`: those of different keys are nearly orthogonal."""
+    """Return BLOCK numbers, each 1 or -1, from the SHA-256 of `key`. Those of different keys are nearly orthogonal."""
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
     return [1.0 if bits >> i & 1 else -1.0 for i in range(BLOCK)]
 
 
 def _place(place: int, length: int) -> list[float]:
-    """Return BLOCK numbers for a character's place: from the start, from the end, from the middle, and in relation."""
+    """Return BLOCK numbers that encode the position `place` of a character in a text of `length` characters.
+
+    They depend on its distances from the start, the end and the middle, and on its relative position.
+    """
     after = length - 1 - place
     one_hots = [2.0 * (i == value) for value in (place, after) for i in range(ONE_HOT)]
     angles = [2 * math.pi * value / period for value in (place, after, place - (length - 1) / 2) for period in _PERIODS]

@@ -27,7 +27,12 @@ _PROBES, _PROBE_BYTES = 16, 1 << 18
 
 @contextmanager
 def reported(field: str, spec: str) -> Iterator[None]:
-    """Convert errors of transformers and diffusers in the block into a UserError that begins with `field=spec`."""
+    """Convert errors of transformers and diffusers in the block into a UserError that begins with `field=spec`.
+
+    Args:
+        field: Name of the setting, such as "text.encoder".
+        spec: Its value.
+    """
     try:
         yield
     except UserError:
@@ -51,7 +56,10 @@ def offline() -> dict[str, Any]:
 
 
 def text_folders(spec: str) -> tuple[Path, Path]:
-    """Return the folder of the text encoder and the folder of its tokenizer. UserError: there is no such folder."""
+    """Return the folder of the text encoder and the folder of its tokenizer. UserError: there is no such folder.
+
+    `spec`: value of text.encoder, such as "minilm", the folder of a text encoder, or that of a diffusers pipeline.
+    """
     if spec in PACKAGED:
         folder = packaged_folder(spec)
         return folder, folder
@@ -63,7 +71,7 @@ def text_folders(spec: str) -> tuple[Path, Path]:
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the folder of a text encoder that comes with a Python package, such as minilm.
+    """Return the folder of a text encoder whose weights come with a Python package. `name`: such as "minilm".
 
     Raises UserError if the name is unknown or the package is not installed.
     """
@@ -79,7 +87,10 @@ def packaged_folder(name: str) -> Path:
 
 
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
-    """Return the model and the tokenizer of a named text encoder (NAMED). Raises the UserErrors of `packaged_folder`."""
+    """Return the model and the tokenizer of a text encoder by its name (one of NAMED), such as "minilm".
+
+    Raises UserError if the name is unknown or the package is not installed.
+    """
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
     from transformers import AutoModelForTextEncoding, AutoTokenizer
@@ -92,7 +103,10 @@ def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
 
 
 def vae_folder(spec: str) -> Path:
-    """Return the folder of the autoencoder (VAE). UserError: there is no such folder."""
+    """Return the folder of the autoencoder (VAE). UserError: there is no such folder.
+
+    `spec`: value of image.vae: the folder of an autoencoder, or of a diffusers pipeline that contains one.
+    """
     return _subfolder(_existing_folder("image.vae", spec), "vae")
 
 
@@ -108,14 +122,14 @@ def _existing_folder(field: str, spec: str) -> Path:
 
 
 def _subfolder(folder: Path, name: str) -> Path:
-    """Return the folder of a part of a diffusers pipeline, or `folder` itself where it is not a pipeline."""
+    """Return the subfolder `name` of a diffusers pipeline, or `folder` itself if it has no such subfolder."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def fingerprint(folders: Sequence[Path], settings: tuple[str | int, ...] = ()) -> str:
-    """Return the SHA-256 (hex) of the settings and of the folders' configurations, tokenizer files and weights.
+    """Return the SHA-256 (hex) of the settings and of the model files (config, tokenizer, weights) in these folders.
 
-    The folders' paths have no effect. Weights may be many GB. Of each weight file, only the size and 16 blocks of 256 KiB
+    The folders' paths have no effect. Weights may be many GB. So of each weight file, only the size and 16 blocks of 256 KiB
     are hashed, which suffices: training changes all parts of such a file.
     """
     digest = hashlib.sha256(repr(settings).encode())
@@ -134,7 +148,7 @@ def fingerprint(folders: Sequence[Path], settings: tuple[str | int, ...] = ()) -
 
 
 def _without_origin(path: Path) -> bytes:
-    """Return the file's bytes, without the fields of a JSON config that name its origin and writer."""
+    """Return the file's bytes. Of a JSON config, leave out the fields that name its path and the version of transformers."""
     data = path.read_bytes()
     try:
         config = parse_json(data.decode())

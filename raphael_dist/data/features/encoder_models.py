@@ -30,7 +30,7 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
     """Return the transformers class of the text encoder in `folder`, and its configuration.
 
-    Raises UserError if the folder contains another kind of model.
+    Raises UserError if it is another kind of model. `spec`: value of text.encoder, for messages.
     """
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
 
@@ -48,9 +48,9 @@ def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
 
 
 def empty_text_model(spec: str, layer: TextLayer) -> Model:
-    """Build a text encoder without weights, and compare its shapes with the headers of its weight files.
+    """Build a text encoder without reading its weights, on the meta device, to learn its shapes.
 
-    Raises the UserErrors of `text_model`.
+    The headers of its safetensors files are read, so that damage is detected. Arguments and errors as in `text_model`.
     """
     if spec == CHARACTERS:
         return text_model(spec, torch.float32, layer)
@@ -65,7 +65,13 @@ def empty_text_model(spec: str, layer: TextLayer) -> Model:
 
 
 def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -> Model:
-    """Load a text encoder. layer: "last", or "penultimate" to leave out its last layer. UserError: it cannot be loaded."""
+    """Load a text encoder with its weights. Raises UserError if it cannot be loaded.
+
+    Args:
+        spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
+        dtype: Of the weights; "auto": as in the files.
+        layer: "last", or "penultimate" to leave out its last layer.
+    """
     if spec == CHARACTERS:
         if layer != "last":
             raise UserError(
@@ -82,7 +88,7 @@ def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -
 
 
 def _without_last_layer(model: Model, spec: str) -> Any:
-    """Remove a text model's last layer: the output is the penultimate layer's, after the final norm if there is one."""
+    """Remove a text model's last layer. Its output is then the penultimate layer's, after the final norm if there is one."""
     count = model.config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count}
     # Only the outermost list: a layer of T5 has a list too, and a model of two layers has lists of two in each.
@@ -98,7 +104,10 @@ def _without_last_layer(model: Model, spec: str) -> Any:
 
 
 def tokenizer_of(spec: str) -> Tokenizer:
-    """Load the tokenizer of a text encoder. It pads and truncates on the right. UserError: it has no padding token."""
+    """Load the tokenizer of a text encoder. It pads and truncates on the right.
+
+    Raises UserError if it cannot be loaded or has no padding token. `spec`: value of text.encoder.
+    """
     if spec == CHARACTERS:
         return CharacterTokenizer()
     from transformers import AutoTokenizer
@@ -116,7 +125,10 @@ def tokenizer_of(spec: str) -> Tokenizer:
 
 
 def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
-    """Load a text encoder as `text_model` does, and write it into `folder`. UserError: it cannot be loaded."""
+    """Load a text encoder as `text_model` does, and write it into `folder` with `save_pretrained`.
+
+    Raises UserError if it cannot be loaded.
+    """
     text_model(spec, "auto", layer).save_pretrained(folder)
     apply_umask(folder)
 
@@ -127,7 +139,7 @@ def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
 def autoencoder_class(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
     """Return the diffusers class of the autoencoder (VAE) in `folder`, and its configuration.
 
-    Raises UserError for a class that is not supported, or an autoencoder that is not for RGB images.
+    Raises UserError if the class is not supported or is not for RGB images. `spec`: value of image.vae, for messages.
     """
     import diffusers
 
@@ -146,9 +158,9 @@ def autoencoder_class(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
 
 
 def empty_autoencoder(spec: str) -> Model:
-    """Build an autoencoder without weights, and compare its shapes with the headers of its weight files.
+    """Build an autoencoder (VAE) without reading its weights, on the meta device. `spec`: the folder that image.vae names.
 
-    Raises the UserErrors of `autoencoder`.
+    Raises UserError if its shapes differ from those in the headers of its weight files, or as `autoencoder`.
     """
     folder = vae_folder(spec)
     kind, config = autoencoder_class(folder, spec)
@@ -173,7 +185,10 @@ def _current_name(name: str) -> str:
 
 
 def autoencoder(spec: str, dtype: torch.dtype | None) -> Model:
-    """Load an autoencoder (VAE). dtype: of its weights; None: float32. UserError: it cannot be loaded."""
+    """Load an autoencoder (VAE) with its weights. Raises UserError if it cannot be loaded.
+
+    `spec`: the folder that image.vae names. `dtype`: of the weights; None: float32.
+    """
     folder = vae_folder(spec)
     kind, _ = autoencoder_class(folder, spec)
     with reported("image.vae", spec), _quiet("diffusers"):
@@ -210,6 +225,9 @@ def _quiet(library: str) -> Iterator[None]:
 
 
 def _check_loaded(info: Mapping[str, Iterable[str]], folder: Path) -> None:
-    """Raise ValueError if weights are missing in the files, so that the model has random ones."""
+    """Raise ValueError if the weight files lack weights of the model, which would be random then.
+
+    `info`: what `from_pretrained` returns with `output_loading_info=True`.
+    """
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"the weight {name} is missing in the files of {folder}")

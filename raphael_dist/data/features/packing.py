@@ -34,16 +34,16 @@ _STEPS, _LOWEST = 8, -26
 
 @dataclass
 class SampleFeatures:
-    """A sample with one of its captions. Each of image and caption is either encoded or, if that is not stored, raw.
+    """A sample with one of its captions. Image and caption are each either encoded or, if that is not stored, raw.
 
     Attributes:
         image: RGB image, uint8 [3, H, W]; None if `mean` and `std` are set.
         mean, std: Mean and standard deviation of its latents, float32 [C, h, w]; None if `image` is set.
         caption: The caption as text; not used if `text` is set.
-        text: The encoded caption; None if only its text is known.
+        text: The encoded caption: tokens float32 [Y, D], mask bool [Y], and index of the end-of-text token; or None.
         edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
-        small: The downscaled image, uint8 [3, Hs, Ws], or None.
-        seconds: Seconds spent, by kind of work.
+        small: The downscaled image for super-resolution, uint8 [3, Hs, Ws], or None.
+        seconds: Seconds spent, by kind of work, such as "reading" and "decoding".
     """
 
     image: Tensor | None = None
@@ -63,12 +63,12 @@ def pack_std(std: Tensor) -> Tensor:
 
 
 def unpack_std(code: Tensor) -> Tensor:
-    """Return the standard deviations, float32, that `pack_std` has stored as uint8."""
+    """Return the standard deviations, float32, for the codes, uint8, that `pack_std` returned."""
     return torch.where(code > 0, torch.exp2((code.float() - 1) / _STEPS + _LOWEST), 0.0)
 
 
 def pool_edges(edge_BHW: Tensor, factor: int) -> Tensor:
-    """Average edge maps over squares of `factor` x `factor` pixels, to the size of the latents.
+    """Average edge maps over squares of `factor` x `factor` pixels, so that they have the size of the latents.
 
     Args:
         edge_BHW: Edge maps, uint8 in 0..255 or floating point in 0..1.
@@ -82,12 +82,12 @@ def pool_edges(edge_BHW: Tensor, factor: int) -> Tensor:
 
 
 def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures:
-    """Decode the stored tensors of one sample (table above), with one of its captions.
+    """Convert the stored tensors of one sample to features, with one of its captions.
 
     Args:
-        tensors: The tensors by name.
-        pick: Draws the index of a caption, given the weights of the captions.
-        flip: Return the mirrored image.
+        tensors: The tensors by name, in the format that this module describes.
+        pick: Function that draws the index of a caption, given the weights of the sample's captions.
+        flip: Return the features of the mirrored image.
 
     Raises:
         KeyError: A tensor is missing.
@@ -111,7 +111,11 @@ def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures
 
 
 def pack_captions(captions: Sequence[str]) -> dict[str, Tensor]:
-    """Store captions as text: return the tensors `captions` and `caption_ends` of the table above."""
+    """Store captions as text in tensors.
+
+    Returns:
+        `captions`, uint8 [bytes], all captions as UTF-8 in a row; `caption_ends`, int64 [K], the byte at which each ends.
+    """
     encoded = [caption.encode() for caption in captions]
     data = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
     return {"captions": data, "caption_ends": torch.tensor([len(text) for text in encoded]).cumsum(0)}

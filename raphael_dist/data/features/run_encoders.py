@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TextFeatures:
-    """Encoded captions.
+    """B encoded captions of Y tokens, with D numbers for each token.
 
     Attributes:
-        tokens: float32 [B, Y, D].
+        tokens: float32 [B, Y, D], outputs of the text encoder.
         mask: bool [B, Y], True at tokens that the text encoder attends to, False at padding.
         end: int64 [B], index of the end-of-text token of each caption.
     """
@@ -25,18 +25,18 @@ class TextFeatures:
     end: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the three tensors by name."""
+        """Return the three tensors by name: "tokens", "mask", "end"."""
         return {"tokens": self.tokens, "mask": self.mask, "end": self.end}
 
 
 def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
-    """Return the features of tokenized captions.
+    """Return the features of B tokenized captions of Y tokens.
 
     Args:
         model: a text encoder of transformers.
         ids_BY: token numbers, int64, on the model's device.
         attention_mask_BY: 1 at tokens of the caption, 0 at padding.
-        end_id: token number that stands for the end of the text; None: the tokenizer has none.
+        end_id: number of the end-of-text token; None: the tokenizer has none.
     """
     mask_BY = attention_mask_BY.bool()
     # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
@@ -48,8 +48,13 @@ def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_
 def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
     """Return the index of each caption's first end-of-text token, int64 [B].
 
-    Later ones may be padding, since CLIP pads with this token. A caption without one gets the index of its last token that
-    is not padding.
+    Only the first one counts: CLIP also pads with this token. A caption without it gets the index of its last token that is
+    not padding.
+
+    Args:
+        ids_BY: token numbers, int64.
+        mask_BY: bool, False at padding.
+        end_id: number of the end-of-text token; None: the tokenizer has none.
     """
     last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
     if end_id is None:
@@ -76,7 +81,13 @@ def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tenso
 
 
 def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
-    """Decode latents [B, C, h, w] (scaled as by `encode_images`) to images, float32 [B, 3, H, W] in -1..1."""
+    """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with an autoencoder of diffusers.
+
+    Args:
+        vae: the autoencoder.
+        latents: shifted and scaled, as `encode_images` returns them.
+        device: the device on which the VAE runs.
+    """
     shift, scale = latent_shift_and_scale(vae, device)
     latents = (latents.to(device).float() / scale + shift).to(vae.dtype)
     images: Tensor = vae.decode(latents).sample
@@ -86,7 +97,8 @@ def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
 def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return shift and scale of a VAE's latents, from its configuration.
 
-    Each is a scalar tensor [] for all channels, or [C, 1, 1] for one number per channel.
+    The model is trained on (latents - shift) * scale. Each is a scalar tensor [] for all channels, or [C, 1, 1] with a
+    number for each channel.
     """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")

@@ -19,10 +19,10 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
         tokenizer: The tokenizer.
         captions: B captions.
         max_tokens: Largest number of tokens of a caption.
-        padding: "max_length": all captions get `max_tokens` tokens. "longest": as many as the longest caption.
+        padding: "max_length": pad all captions to `max_tokens` tokens. "longest": to the length of the longest caption.
 
     Returns:
-        The tokenizer's output as tensors, and the number of captions that were truncated to `max_tokens`.
+        The tokenizer's output (input_ids, attention_mask) as tensors, and the number of captions that were truncated.
     """
     texts = list(captions)
     for _ in range(_TRIES):
@@ -42,7 +42,10 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
 
 
 def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
-    """Return the special tokens that come from the text, bool [B, Y]; the token for unknown text is allowed."""
+    """Return where a caption's own text became a special token, bool [B, Y]. The token for unknown text does not count.
+
+    `mask_BY`: 1 at special tokens that the tokenizer added itself.
+    """
     # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
     known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
@@ -51,7 +54,10 @@ def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> T
 
 
 def _break_up(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """Insert a space after the first character of each span, or in place of a span of one character."""
+    """Insert a space after the first character of each span, which breaks up a special token in the text.
+
+    A span of one character is replaced by a space. `spans`: (first, end) of each.
+    """
     for first, end in sorted(spans, reverse=True):
         text = text[: first + (end - first > 1)] + " " + text[first + 1 :]
     return text
@@ -69,7 +75,7 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBat
 
 
 class TruncationCounter:
-    """Counts texts that are truncated to text.max_tokens tokens, and logs their number once."""
+    """Counts texts that are truncated to `max_tokens` tokens, and logs their number once."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens, self.truncated, self.total = max_tokens, 0, 0
@@ -81,9 +87,9 @@ class TruncationCounter:
         self.total += total
 
     def warn(self, what: str = "captions", truncated: int | None = None, total: int | None = None) -> None:
-        """Log how many texts were truncated, once for each value of `what` (kind of text), and only if there are any.
+        """Log how many texts were truncated, at most once for each kind of text `what`, and only if there are any.
 
-        truncated, total: numbers to log. None: the numbers counted by `add`.
+        `truncated`, `total`: numbers of truncated texts and of all texts. None: the numbers counted by `add`.
         """
         truncated = self.truncated if truncated is None else truncated
         total = self.total if total is None else total
@@ -93,5 +99,5 @@ class TruncationCounter:
 
 
 def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
-    """Return a log line: `truncated` of `total` texts are longer than `max_tokens` tokens. what: their kind, "captions"."""
+    """Return a log line: `truncated` of `total` texts of the kind `what` ("captions") have over `max_tokens` tokens."""
     return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"

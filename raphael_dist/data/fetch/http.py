@@ -21,10 +21,11 @@ _PACKED_NAMES = (".gz", ".tgz")
 
 
 class HttpError(OSError):
-    """The server answered, but not with the requested bytes.
+    """The web server answered, but not with the requested bytes.
 
-    status: the HTTP status, or 0 if the status is not the reason. retry_after_s: seconds that the server asks to wait
-    before a retry (Retry-After header).
+    Attributes:
+        status: The HTTP status, or 0 if the status is not the reason.
+        retry_after_s: Seconds that the server asks to wait before a retry (Retry-After header).
     """
 
     def __init__(self, reason: str, status: int = 0, retry_after_s: float = 0.0) -> None:
@@ -46,14 +47,14 @@ class HttpFile:
         self._at = 0
 
     def stat(self) -> tuple[int | None, Mapping[str, str]]:
-        """Return the size in bytes that the server's headers state (None: none), and the headers. Errors as in `read`."""
+        """Return (size in bytes, headers of the response). Size None: the headers do not state it. Errors as in `read`."""
         return self._wait(self._stat)
 
     def read(self, start: int, end: int, size: int) -> bytes:
-        """Return the bytes [start, end) of the file.
+        """Return the bytes from `start` up to, but not including, `end` of the file.
 
         Args:
-            start, end: The range.
+            start, end: The range of bytes.
             size: Size of the file in bytes, as `stat` has returned it.
 
         Raises:
@@ -69,7 +70,7 @@ class HttpFile:
             raise
 
     def close(self) -> None:
-        """Close the connection if a response was not read to its end."""
+        """Close the connection, if it is still open because a response was not read to its end."""
         if self._body is not None:
             self._fs.loop.call_soon_threadsafe(self._body.close)
             self._body = None
@@ -111,7 +112,7 @@ class HttpFile:
         return data
 
     async def _check_start(self, start: int, size: int) -> None:
-        """Check an answer's headers, and skip the bytes before `start`."""
+        """Check the headers of the response, and skip the bytes before `start`. `size`: expected size of the file."""
         response = self._body
         _check(response)
         packed = response.headers.get("Content-Encoding", "identity")
@@ -130,7 +131,7 @@ class HttpFile:
             skipped -= len(await self._take(min(skipped, _SKIP_BYTES)))
 
     async def _ask(self, method: str, headers: dict[str, str]) -> "ClientResponse":
-        """Return the answer; its body is not read yet, and is not decompressed."""
+        """Send a request and return the response. Its body is not read yet, and is not decompressed."""
         import aiohttp
 
         session = await self._fs.set_session()
@@ -158,7 +159,7 @@ class HttpFile:
 
 
 def _check(response: "ClientResponse") -> None:
-    """Raise the exception for an answer that is not the file."""
+    """Raise an exception that fits the status, unless the response contains the file (200) or a part of it (206)."""
     status = response.status
     if status in (200, 206):
         return
@@ -170,7 +171,7 @@ def _check(response: "ClientResponse") -> None:
 
 
 def _stated_size(response: "ClientResponse") -> int | None:
-    """Return the size of the whole file by the headers of an answer; None if they do not state it."""
+    """Return the size of the whole file that the headers of a response state; None if they do not state it."""
     if response.status == 206:
         text = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:
@@ -179,7 +180,7 @@ def _stated_size(response: "ClientResponse") -> int | None:
 
 
 def _retry_after_seconds(retry_after: str) -> float:
-    """Return the seconds of a Retry-After header, which holds a number or a date."""
+    """Return the seconds to wait that a Retry-After header states as a number or a date; 0 if it cannot be read."""
     if retry_after.isdigit():
         return float(retry_after)
     try:

@@ -34,7 +34,9 @@ _MAX_WAIT_S = 120.0  # limit for Retry-After
 class RemoteError(Exception):
     """A remote file could not be read. The text is the reason, without secrets.
 
-    final: whether a repeated request cannot succeed. absent: whether the server reports that the file does not exist.
+    Attributes:
+        final: Whether a repeated request cannot succeed.
+        absent: Whether the server reports that the file does not exist.
     """
 
     def __init__(self, text: str, final: bool = False, absent: bool = False) -> None:
@@ -44,9 +46,12 @@ class RemoteError(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How failed requests are repeated: number of retries, time limit of a request in seconds, first pause in seconds.
+    """How failed requests are repeated.
 
-    The pause doubles after each retry.
+    Attributes:
+        retries: Number of repetitions.
+        timeout_s: Time limit of a request in seconds.
+        pause_s: Pause before the first repetition in seconds. It doubles after each repetition.
     """
 
     retries: int = 5
@@ -58,7 +63,7 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 def is_remote(name: str) -> bool:
-    """Return whether a name of a shard is a URL. False: it is a local path. UserError: the URL's scheme is not supported."""
+    """Return whether the name of a shard is a URL. False: it is a path. UserError: the URL has an unsupported scheme."""
     match = _SCHEME.match(name)
     if match is None:
         return False
@@ -78,7 +83,8 @@ def is_remote(name: str) -> bool:
 def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
     """Return the size of a remote file in bytes, and a text that changes whenever the file changes.
 
-    The text is the file's ETag, generation or modification time; "" if the server states none of them.
+    The text is the file's ETag, generation or modification time; "" if the server states none of them. Raises RemoteError if
+    the server cannot be reached or does not state the size.
     """
     file = _open(url, retry)
     size, info = _with_retries(url, retry, file.stat)
@@ -91,7 +97,10 @@ def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
 
 
 def pieces(url: str, size: int, retry: RetryPolicy) -> Iterator[bytes]:
-    """Yield the `size` bytes of a remote file in blocks, in order. RemoteError: a block failed, also after the retries."""
+    """Yield the content of a remote file in blocks of PIECE_BYTES, in order. `size`: of the file in bytes.
+
+    Raises RemoteError if a block cannot be read, also after the retries.
+    """
     file = _open(url, retry)
     try:
         for start in range(0, size, PIECE_BYTES):
@@ -102,12 +111,12 @@ def pieces(url: str, size: int, retry: RetryPolicy) -> Iterator[bytes]:
 
 
 def matches(pattern: str, retry: RetryPolicy) -> list[str]:
-    """Return the URLs of the remote files that match a URL with wildcards (*, ?, [...])."""
+    """Return the URLs of the remote files that match a URL with wildcards (*, ?, [...]), sorted. Raises RemoteError."""
     return sorted(_with_retries(pattern, retry, _LibraryFile(pattern, retry.timeout_s).matches))
 
 
 class _LibraryFile:
-    """A file of a service, read by its file system of fsspec."""
+    """A file of a storage service such as S3. It is read by the file system of fsspec for this service."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url, self._timeout_s = url, timeout_s
@@ -146,7 +155,7 @@ def _open(url: str, retry: RetryPolicy) -> HttpFile | _LibraryFile:
 
 
 def _with_retries(url: str, retry: RetryPolicy, request: Callable[[], T]) -> T:
-    """Return the result of `request`, with retries."""
+    """Call `request` until it succeeds, and return its result. RemoteError: all attempts failed, or no other can succeed."""
     pause = retry.pause_s
     for attempt in range(retry.retries + 1):
         try:

@@ -38,7 +38,10 @@ _TOUCH_S = 10.0
 class ShardError(UserError):
     """A shard cannot be read. The text has the shard's base name and the reason.
 
-    absent: whether the shard does not exist. False: it cannot be reached or stored now, and may exist.
+    Attributes:
+        shard: Base name of the shard.
+        reason: Why it cannot be read.
+        absent: Whether the shard does not exist. False: it cannot be reached or stored now, and may exist.
     """
 
     def __init__(self, shard: str, reason: str, absent: bool = False) -> None:
@@ -51,10 +54,12 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Stamp:
-    """Identifies the version of a shard's file: its size in bytes, and a text that changes with the file.
+    """Identifies the version of a shard's file. A file whose stamp has changed must be indexed again.
 
-    The text is the modification time in ns of a local file, or the ETag or SHA-256 of a remote one. A file whose stamp has
-    changed must be indexed again.
+    Attributes:
+        num_bytes: Size of the file.
+        mark: A text that changes with the file: the modification time in ns of a local file, the ETag or SHA-256 of a remote
+            one; "" if the server states nothing.
     """
 
     num_bytes: int
@@ -63,11 +68,12 @@ class Stamp:
 
 @dataclass(frozen=True)
 class ShardStore:
-    """Provides each shard as a local tar file. It keeps no file open, so it can be sent to other processes.
+    """Provides each shard as a local, uncompressed tar file. It keeps no file open, so it can be sent to other processes.
 
     Attributes:
-        folder: Folder into which local .tar.gz shards are unpacked, for good. None: such shards are rejected.
-        fetched: Folder for downloaded shards.
+        folder: Folder into which local .tar.gz shards are unpacked, and in which the index is stored. Unpacked files are
+            never deleted. None: there is no folder, and such shards are rejected.
+        fetched: Folder for downloaded shards. None: remote shards are rejected.
         max_bytes: Size limit of `fetched` in bytes.
         retry: How failed requests to servers are repeated.
     """
@@ -78,7 +84,7 @@ class ShardStore:
     retry: RetryPolicy = DEFAULT_RETRY
 
     def stamp(self, name: str) -> Stamp:
-        """Return the present stamp (size and version) of the shard `name`, a path or URL. ShardError: it cannot be read."""
+        """Return the present stamp (size and version) of a shard's file. `name`: path or URL. ShardError: unreadable."""
         if remote.is_remote(name):
             try:
                 return Stamp(*remote.stat(name, self.retry))
@@ -92,10 +98,10 @@ class ShardStore:
         return Stamp(status.st_size, str(status.st_mtime_ns))
 
     def fetch_new(self, name: str, stamp: Stamp) -> tuple[Stamp, Path]:
-        """Fetch a shard that is not indexed yet; return its stamp and the local path of its plain tar.
+        """Fetch a shard that is not indexed yet; return its stamp and the local path of its uncompressed tar.
 
-        If the server states nothing that changes with the file, the shard is always downloaded, and the SHA-256 of the plain
-        tar becomes its stamp. Raises the errors of `fetch`.
+        If the server states nothing that changes with the file (`stamp.mark` is ""), the shard is always downloaded, and the
+        SHA-256 of the uncompressed tar becomes its mark. Raises the errors of `fetch`.
         """
         if stamp.mark:
             return stamp, self.fetch(name, stamp)
@@ -109,7 +115,11 @@ class ShardStore:
         return stamp, final_path
 
     def path(self, name: str, stamp: Stamp) -> Path:
-        """Return the local path of a shard's plain (not compressed) tar. The file may not exist yet."""
+        """Return the local path of a shard's uncompressed tar. The file may not exist yet.
+
+        `name`: path or URL of the shard. `stamp`: the version of its file. Raises UserError if there is no folder to store
+        it.
+        """
         plain = _GZIPPED.sub(".tar", base_name(name))
         if remote.is_remote(name):
             if self.fetched is None:
@@ -130,10 +140,14 @@ class ShardStore:
         return self.folder / "expanded" / digest[:32] / plain
 
     def fetch(self, name: str, stamp: Stamp) -> Path:
-        """Return the local path of a shard's plain tar, after downloading or unpacking the shard if necessary.
+        """Return the local path of a shard's uncompressed tar, after downloading or unpacking the shard if necessary.
+
+        Args:
+            name: Path or URL of the shard.
+            stamp: The version of its file that is expected.
 
         Raises:
-            ShardError: The shard cannot be read, is not the version of `stamp` any more, or does not fit into the folder.
+            ShardError: The shard cannot be read, does not match `stamp` any more, or does not fit into the folder.
             DamagedShardError: A .tar.gz cannot be unpacked.
         """
         path = self.path(name, stamp)
@@ -157,7 +171,7 @@ class ShardStore:
         return path
 
     def head(self, name: str, num_bytes: int) -> bytes:
-        """Return the first `num_bytes` bytes of a shard as it is stored, maybe compressed. ShardError: it cannot be read."""
+        """Return the first `num_bytes` bytes of a shard's file, which may be compressed. ShardError: it cannot be read."""
         try:
             if not remote.is_remote(name):
                 with open(name, "rb") as file:
@@ -168,7 +182,10 @@ class ShardStore:
             raise ShardError(base_name(name), getattr(error, "strerror", None) or str(error)) from error
 
     def open(self, name: str, stamp: Stamp) -> int:
-        """Open a shard's plain tar and return the file descriptor, which the caller closes. Raises the errors of `fetch`."""
+        """Open a shard's uncompressed tar, fetching it if necessary, and return the file descriptor.
+
+        The caller closes it. Raises the errors of `fetch`, and ShardError if a local shard does not match `stamp` any more.
+        """
         path = self.fetch(name, stamp)
         for is_last in (False, True):
             try:
@@ -194,11 +211,11 @@ class ShardStore:
         return descriptor
 
     def _download(self, url: str, stamp: Stamp, path: Path) -> None:
-        """Download a remote shard to `path`, after evicting others if necessary."""
+        """Download a remote shard to `path`. If there is no room for it, delete the least recently used shards first."""
         if stamp.num_bytes > self.max_bytes:
             raise UserError(
                 f"data.shard_cache_gb={self.max_bytes / 2**30:g} must be large enough for each shard, but "
-                f"{hide_secrets(url)} has {stamp.num_bytes / 2**30:.1f} GiB. Raise it."
+                f"{hide_secrets(url)} has {stamp.num_bytes / 2**30:.1f} GiB. Raise data.shard_cache_gb."
             )
         self._evict(stamp.num_bytes)
         try:
@@ -232,7 +249,7 @@ class ShardStore:
                 raise changed
 
     def _evict(self, num_bytes: int) -> None:
-        """Remove the least recently used files until `num_bytes` more fit below the limit."""
+        """Delete the least recently used downloaded files until `num_bytes` more bytes fit below the limit."""
         assert self.fetched is not None
         with _locked(self.fetched / "room"):
             files, now = [], time.time()
@@ -250,14 +267,14 @@ class ShardStore:
 
 
 def store_of(d: "Data") -> ShardStore:
-    """Return the ShardStore for the settings of a configuration's section `data`."""
+    """Return the ShardStore for the settings of a configuration's section `data` (cache_dir, shard_cache, ...)."""
     fetched = d.cache_dir / "shards" if d.shard_cache is None else d.shard_cache
     retry = RetryPolicy(d.retries, d.timeout_s)
     return ShardStore(d.cache_dir / "index", fetched, int(d.shard_cache_gb * 2**30), retry)
 
 
 def base_name(name: str) -> str:
-    """Return the last part of a path or URL."""
+    """Return the last part of a path or URL, without the URL's query."""
     return PurePosixPath(re.split(r"[?#]\(hidden\)", hide_secrets(name))[0] if "://" in name else name).name
 
 
@@ -268,7 +285,7 @@ def plain_name(name: str) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file next to `path`, for the processes of this node."""
+    """Hold an exclusive lock on a file next to `path`, so that only one process of this node runs the block at a time."""
     lock = path.with_name(f".{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "a", opener=no_links) as file:

@@ -23,16 +23,19 @@ _SHARE_OF_MEMORY = 0.5
 
 
 class ShardPrefetcher:
-    """Downloads remote shards into data.shard_cache ahead of time, and has local ones read ahead into the page cache.
+    """Fetches shards before their samples are read, in background threads.
 
-    The ranks of a node share the folder and the page cache, so each rank begins with other shards. Errors are ignored here:
-    they appear when a sample of the shard is read. Thread-safe.
+    Remote shards are downloaded into data.shard_cache. Local shards are read into the page cache. Errors are only logged:
+    they are raised later, when a sample of the shard is read. Thread-safe.
     """
 
     def __init__(self, order: SampleOrder | MixedOrder, first: int = 0) -> None:
-        """order: the order in which samples will be read. first: number of the shard in each window to begin with.
+        """Create the prefetcher.
 
-        Give the local rank as `first`, so that the ranks of a node begin with different shards.
+        Args:
+            order: The order in which samples will be read.
+            first: Number of the shard with which to begin in each window (group of shards that are read together). Pass the
+                local rank: the ranks of a node share the fetched shards, so each should begin with another shard.
         """
         self._order, self._index, self._first = order, order.index, first
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
@@ -42,7 +45,7 @@ class ShardPrefetcher:
         self._closed = False
 
     def prefetch_from(self, position: int) -> None:
-        """Start to fetch, in the background, the shards of the samples from a global position on."""
+        """Start to fetch the shards that are read next. `position`: number of the next sample in the order of training."""
         shards = self._order.shards_from(position)
         with self._lock:
             if shards == self._current or self._closed:
@@ -56,7 +59,7 @@ class ShardPrefetcher:
                 self._futures.pop(number).cancel()
 
     def close(self) -> None:
-        """Cancel the fetches that have not started, and wait for those that are running."""
+        """Cancel the downloads that have not started, and wait for those that are running."""
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -81,5 +84,5 @@ def _rotated(shards: Sequence[int], first: int) -> list[int]:
 
 
 def _fits(index: DatasetIndex, shards: Sequence[int]) -> bool:
-    """Return whether the windows fit into free memory: otherwise reading ahead would evict pages in use."""
+    """Return whether the given shards fit into half of the free memory. Otherwise reading ahead would evict pages in use."""
     return int(index.num_bytes[list(shards)].sum()) < _SHARE_OF_MEMORY * psutil.virtual_memory().available

@@ -1,7 +1,6 @@
 """Builds the index of shards: reads each shard that has no record yet, and joins all records to one table.
 
-A record has what is known about the samples of one shard (shard_record.py), the table about those of all shards
-(dataset_index.py).
+A record describes the samples of one shard (shard_record.py), the table those of all shards (dataset_index.py).
 """
 
 import hashlib
@@ -39,9 +38,14 @@ _STAT_THREADS = 32
 def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] = ()) -> DatasetIndex | None:
     """Open the existing index of these shards.
 
+    Args:
+        names: Paths and URLs of the shards.
+        store: Provides the shards; its folder contains the index.
+        columns: Names of the columns that filters use.
+
     Returns:
-        The index. None if it must be built: there is no table of these shards with these columns; a local shard has changed;
-        a shard was missing when the table was written; or the table is damaged.
+        The index. None if it must be built: there is no index of these shards with these columns; a local shard has changed;
+            a shard was missing when the index was written; or the index is damaged.
     """
     if store.folder is None:
         return None
@@ -51,7 +55,7 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
     except (OSError, ValueError):
         return None
     if damage := folder_damage(folder):
-        _log.warning("data.cache_dir: %s; the index table is written again", damage)
+        _log.warning("data.cache_dir: the index of the shards is damaged (%s), so it is written again", damage)
         return None
     index = open_table(folder, store, names)
     if not set(columns) <= set(index.columns):
@@ -65,7 +69,13 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 
 
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
-    """Return (name, size in bytes) of each shard that has no record, or has changed since its record was made."""
+    """Return (name, size in bytes) of each shard that was never indexed, or has changed since then.
+
+    Args:
+        names: Paths and URLs of the shards.
+        store: Provides the shards; its folder contains the records.
+        report: Called with lines of progress.
+    """
 
     def check(name: str) -> tuple[str, int] | None:
         record = None if store.folder is None else load_record(store.folder, name)
@@ -81,9 +91,10 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
 
 
 def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[ShardRecord]:
-    """Read each shard from start to end, write its record, and return the records.
+    """Read each shard from start to end, and return its record (place, size and key of each sample).
 
-    A missing shard gets a record without samples. It is not written, so that the next start looks for the shard again.
+    Records are also written into the folder of `store`, if it has one. A missing shard gets a record without samples, which
+    is not written, so that the next start looks for the shard again.
 
     Raises:
         UserError: A shard cannot be reached (and may exist), or a record cannot be written.
@@ -96,7 +107,8 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
         except ShardError as error:
             if not error.absent:
                 raise UserError(
-                    f"{error}. Start again when this shard can be read, or remove it from the list of shards."
+                    f"data.shards: {error.shard} cannot be used: {error.reason}. Start again when this shard can be read, "
+                    "or remove it from the list of shards."
                 ) from error
             _log.warning("%s", error)
             records.append(unreached_record(name, error.reason))
@@ -113,7 +125,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
 def join_records(
     names: Sequence[str], store: ShardStore, columns: Sequence[str] = (), report: Reporter = no_report
 ) -> DatasetIndex:
-    """Join the records of these shards to a table, write the table, and return it as an index.
+    """Join the records of these shards (from `scan_shards`) to the table of an index, write it, and return the index.
 
     A shard without a record counts as damaged.
 
@@ -165,14 +177,14 @@ def build_index(
     store: ShardStore | None = None,
     columns: Sequence[str] = (),
 ) -> DatasetIndex:
-    """Return the index of the shards in a process without ranks, building what is missing.
+    """Return the index of shards. Shards that are not indexed yet are read first. For a single process, not for ranks.
 
     Args:
         paths: Paths and URLs of the shards.
         folder: Folder in which the index is stored and .tar.gz shards are unpacked. None: the index exists in memory only.
         report: Called with lines of progress.
-        store: Provides the shards, if it is given instead of `folder`.
-        columns: Names of the columns that the table gets (those that filters use).
+        store: Provides the shards. It is an alternative to `folder`.
+        columns: Names of the columns that the index gets (those that filters use). An index in memory gets all.
 
     Raises:
         UserError: No sample can be used; a file cannot be written; or a shard is gzipped or remote and there is no folder.
@@ -233,7 +245,7 @@ def _pointer_path(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _local_stamp(store: ShardStore, name: str) -> Stamp | None:
-    """Return the present stamp of a local file; None for a remote one, which is compared when it is fetched."""
+    """Return the present stamp (version) of a local shard, or UNREACHED. None: it is remote, and is checked when fetched."""
     if remote.is_remote(name):
         return None
     try:

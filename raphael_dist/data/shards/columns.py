@@ -28,7 +28,7 @@ _KEY = "key"  # the column of img2dataset's parquet file with the sample's key
 
 
 class ColumnCollector:
-    """Collects the columns of a shard from the fields of its samples' json files, one row per sample."""
+    """Collects columns, the values that data.filters test, from the json files of a shard's samples: one row per sample."""
 
     def __init__(self) -> None:
         self._rows = 0
@@ -36,7 +36,7 @@ class ColumnCollector:
         self._words: dict[str, set[str]] = defaultdict(set)
 
     def add(self, meta: Mapping[str, object]) -> None:
-        """Add a row for one sample. meta: the fields of its json file."""
+        """Add a row for one sample. `meta`: the fields of its json file; numbers and short strings are collected."""
         for name, value in meta.items():
             number = self._number(name, value)
             if number is not None and (name in self._values or len(self._values) < MAX_COLUMNS):
@@ -53,7 +53,10 @@ class ColumnCollector:
         return word_code(value)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Return the values of each column by name, float32 [rows]; NaN for a sample without a value."""
+        """Return the values of each column by name, float32 [rows]; NaN for a sample without a value.
+
+        A string is represented by its `word_code`. Columns with too many distinct strings are left out.
+        """
         columns = {}
         for name, values in self._values.items():
             if len(self._words.get(name, ())) <= MAX_WORDS:
@@ -64,22 +67,27 @@ class ColumnCollector:
 
 
 def word_code(word: str) -> float:
-    """Return the number that represents a word in a column: an integer hash of 23 bits, -2 or less, exact in float32."""
+    """Return the number that represents a string in a column: a hash of 23 bits as an integer of -2 or less.
+
+    So it is exact in float32.
+    """
     return -2.0 - (zlib.crc32(word.encode("utf-8", "surrogateescape")) & 0x7FFFFF)
 
 
 def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read the columns of a parquet file next to a shard.
+    """Read the columns (values that data.filters test) from a parquet file next to a shard, as img2dataset writes it.
 
     Args:
         data: The content of the file. Its column `key` states the sample to which a row belongs.
-        keys: The keys of the shard's samples.
+        keys: The keys (names) of the shard's samples.
 
     Returns:
-        The values of each column by name, float32 [len(keys)]; {} if the file has no column `key`.
+        The values of each column by name, float32 [len(keys)]; NaN for a sample without a value. {} if the file has no
+        column `key`.
 
     Raises:
         ValueError: The file is not a parquet file, or is too large when unpacked.
+        UserError: The package pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -113,14 +121,20 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def check_expansion(file: Arrow, num_bytes: int) -> None:
-    """Raise ValueError if a parquet file of `num_bytes` bytes is too large when unpacked, as its metadata state."""
+    """Raise ValueError if a parquet file is too large when unpacked, as its metadata state. It may come from others.
+
+    `file`: the pyarrow.parquet.ParquetFile. `num_bytes`: size of the file.
+    """
     expanded = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
     if expanded > expanded_limit(num_bytes):
         raise ValueError(f"its {num_bytes} bytes expand to {expanded}, but at most {expanded_limit(num_bytes)} are allowed")
 
 
 def _rows_of(batches: Iterable[Arrow], keys: Sequence[str]) -> dict[str, dict[str, object]]:
-    """Return the rows of a parquet file whose key is in `keys`, or is the base name of one of them, by that key."""
+    """Return the rows of a parquet file that belong to samples of the shard, by the key in the row.
+
+    They are those whose key is in `keys`, or is the base name of one of `keys`.
+    """
     known = {*keys, *map(_base, keys)}
     rows: dict[str, dict[str, object]] = {}
     for batch in batches:
@@ -133,12 +147,12 @@ def _rows_of(batches: Iterable[Arrow], keys: Sequence[str]) -> dict[str, dict[st
 
 
 def _base(key: str) -> str:
-    """Return the part of a key that a parquet file lists: the sample may be in a folder of the tar."""
+    """Return a key without its folders: a sample may be in a folder of the tar, which a parquet file does not list."""
     return key.rpartition("/")[2]
 
 
 def _values(column: Arrow, max_chars: int) -> list[object]:
-    """Return a column's values, with None in place of longer strings."""
+    """Return a column's values as a list, with None in place of strings of more than `max_chars` characters."""
     if not hasattr(column, "dictionary"):
         return list(column.to_pylist())
     words = [word if word is None or len(word) <= max_chars else None for word in column.dictionary.to_pylist()]

@@ -14,8 +14,8 @@ usable samples in S shards:
 | shards.json | | name, stamp, digests and damage of each shard; number of skipped files; digests of the data set |
 | sums.json | | size and SHA-256 of the files above, which are checked when the table is opened (storage/checksummed.py) |
 
-A row of shards.npy has the sums over all shards before this one of the numbers of samples, the bytes in keys.bin, the bytes
-in bad.bin and the numbers of bad samples; its last number is the size of this shard's plain tar in bytes.
+Row s of shards.npy has five numbers. The first four are sums over the shards before shard s: number of samples, bytes in
+keys.bin, bytes in bad.bin, number of bad samples. The last one is the size of the uncompressed tar of shard s in bytes.
 
 A sample takes 15 bytes and 4 bytes for each column.
 """
@@ -56,16 +56,17 @@ class BadSample:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The usable samples of one shard: the shard's rows of the table, without a copy.
+    """The usable samples of one shard: the shard's rows of the index, without a copy.
 
     Attributes:
         source: Path or URL of the shard, as configured.
         stamp: Version of the file when it was indexed (see `Stamp`).
-        num_bytes: Size of the plain tar in bytes.
+        num_bytes: Size of the uncompressed tar in bytes.
         sizes: uint16 [num_samples, 2], width and height of each image in pixels.
         places: uint32 [num_samples, 2], each sample's first block (512 bytes) and number of blocks in the tar.
         packed_keys: The keys (names) of the samples, compressed.
-        fingerprint, content, text_digest, damage: See `ShardRecord`.
+        fingerprint, content, text_digest: Hashes of what the shard contains; see `ShardRecord`.
+        damage: Why the shard could not be read to its end; "" if it could.
     """
 
     source: str
@@ -81,7 +82,7 @@ class ShardIndex:
 
     @property
     def name(self) -> str:
-        """The base name of the shard, without .gz."""
+        """The base name of the shard's uncompressed tar: a.tar for a.tar.gz."""
         return plain_name(self.source)
 
     @property
@@ -93,13 +94,13 @@ class ShardIndex:
         return unpack_keys(zlib.decompress(self.packed_keys))
 
     def span(self, number: int) -> tuple[int, int]:
-        """Return (offset, size), in bytes, of the part of the tar with the files of sample `number` of the shard."""
+        """Return (offset, size) in bytes of the part of the tar that contains all files of sample `number` of the shard."""
         first, blocks = self.places[number].tolist()
         return first * BLOCK, blocks * BLOCK
 
 
 class _Shards(Sequence[ShardIndex]):
-    """The shards of an index, created on access."""
+    """The shards of an index as a sequence. A `ShardIndex` is created when it is accessed."""
 
     def __init__(self, index: "DatasetIndex") -> None:
         self._index = index
@@ -122,15 +123,16 @@ class _Shards(Sequence[ShardIndex]):
 
 @dataclass(frozen=True, eq=False)
 class DatasetIndex:
-    """The opened index of a data set. A sample id is the number of a usable sample, from 0 on over all shards in order.
+    """The index of a data set: where each usable sample lies in the shards, its image size, and the values for filters.
 
-    An index can be sent to other processes, which open the files again.
+    A sample id is the number of a usable sample, counted from 0 over all shards in order. An index can be sent to other
+    processes, which open the files again.
 
     Attributes:
         store: Provides the shards as local files.
-        arrays: The contents of the .npy files of the table (see above), by name.
+        arrays: The contents of the .npy files that this module describes, by name.
         packed_keys, packed_bad, about: The contents of keys.bin, bad.bin and shards.json.
-        folder: The folder of the table; None for an index that exists in memory only.
+        folder: The folder of these files; None for an index that exists in memory only.
     """
 
     store: ShardStore
@@ -156,7 +158,7 @@ class DatasetIndex:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """The first sample id of each shard, then the number of samples; int64 [num_shards + 1]."""
+        """The first sample id of each shard, and at the end the number of samples; int64 [num_shards + 1]."""
         return np.ascontiguousarray(self.arrays["shards"][:, SAMPLES])
 
     @property
@@ -170,12 +172,12 @@ class DatasetIndex:
 
     @property
     def num_bytes(self) -> np.ndarray:
-        """The size of each plain tar in bytes, int64 [num_shards]."""
+        """The size of each shard's uncompressed tar in bytes, int64 [num_shards]."""
         return self.arrays["shards"][:-1, BYTES]
 
     @property
     def bad(self) -> list[BadSample]:
-        """All samples that cannot be used, maybe millions."""
+        """All samples that cannot be used. There may be millions; `iter_bad` yields them one by one."""
         return list(self.iter_bad())
 
     def iter_bad(self) -> Iterator[BadSample]:
@@ -187,7 +189,7 @@ class DatasetIndex:
 
     @cached_property
     def damaged(self) -> dict[int, str]:
-        """The shards that could not be read to the end: by shard number, the reason."""
+        """The shards that could not be read to their end: the reason by shard number."""
         return {int(shard): reason for shard, reason in self.about["damage"].items()}
 
     @property
@@ -197,22 +199,22 @@ class DatasetIndex:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the base names, sizes and sample keys of all shards, in order."""
+        """SHA-256 (hex) that depends on the base names, sizes and sample keys of all shards, in order."""
         return str(self.about["whole"]["fingerprint"])
 
     @property
     def text_digest(self) -> str:
-        """SHA-256 (hex) of the txt and json files of all samples, in order."""
+        """SHA-256 (hex) that depends on the txt and json files of all samples, in order."""
         return str(self.about["whole"]["text_digest"])
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns in the table: those that data.filters use."""
+        """The names of the columns in the index: those that data.filters use."""
         return [name.removeprefix("column.") for name in self.arrays if name.startswith("column.")]
 
     @property
     def known_columns(self) -> list[str]:
-        """The names of all columns that the samples of the shards have, also of those that are not in the table."""
+        """The names of all columns that the samples have, including those that the index does not store."""
         return list(self.about["known"])
 
     def locate(self, sample_id: int) -> tuple[int, int]:
@@ -242,16 +244,16 @@ class DatasetIndex:
 
 
 def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = None) -> DatasetIndex:
-    """Open the index whose table is in `folder`. The arrays are memory-mapped.
+    """Open the index that is stored in `folder`. Its arrays are memory-mapped.
 
     Args:
-        folder: The folder of the table.
+        folder: The folder with the files of the index.
         store: Provides the shards as local files.
-        names: The shards' addresses including their secrets (passwords, signatures), which the table does not store. None:
-            the names in the table are complete.
+        names: Complete names of the shards. They are required if URLs contain secrets (passwords, signatures), since the
+            index stores them without these. None: use the names in the index.
 
     Raises:
-        UserError: The table is damaged, or was written by another version of this package.
+        UserError: The index is damaged, or was written by another version of this package.
     """
     try:
         about = json.loads((folder / "shards.json").read_text())

@@ -32,7 +32,13 @@ RETRY_AFTER_S = 600.0  # until a shard that could not be read is tried again
 
 
 class BadSampleError(Exception):
-    """A sample cannot be used. The error has the base name of its shard, its key (name in the shard), and the reason."""
+    """A sample cannot be used.
+
+    Attributes:
+        shard: Base name of its shard.
+        key: Its name in the shard.
+        reason: Why it cannot be used.
+    """
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(shard, key, reason)  # all three, so that it can be sent to another process
@@ -52,7 +58,7 @@ class DecodedSample:
         edge: Edge map, uint8 [h, w], or None.
         key: Name of the sample in its shard.
         weights: Relative probability of each caption.
-        seconds: Seconds for reading and for decoding.
+        seconds: Seconds spent on "reading" and on "decoding".
     """
 
     image: np.ndarray
@@ -82,8 +88,8 @@ class ImageDataset:
         Args:
             index: The index of the shards.
             buckets: (height, width) of each bucket (image size) in pixels.
-            edge: Which samples have an edge map as a file in the shard: all ("stored"), some ("auto"); "hed" or "none": edge
-                maps are not read.
+            edge: Whether to read edge maps from the shard: from all samples ("stored"), from those that have one ("auto"),
+                or from none ("hed": they are computed later; "none": they are not used).
             max_pixels: Largest number of pixels that the header of an image may state.
             captions: Which texts of a sample are its captions.
         """
@@ -97,11 +103,11 @@ class ImageDataset:
         return {**vars(self), "_decode_elsewhere": None, "_failed_shards": {}}
 
     def set_decoder(self, decode: Callable[[Request], DecodedSample] | None) -> None:
-        """Let `load` decode samples with this function, such as `DecodePool.load`. None: in the calling process."""
+        """Let `load` call this function, such as `DecodePool.load`, to decode a sample. None: decode in this process."""
         self._decode_elsewhere = decode
 
     def read(self, sample_id: int, exts: Iterable[str] = RAW_EXTS) -> dict[str, bytes]:
-        """Return the bytes of those files of a sample that have one of these extensions, by extension.
+        """Return the content of a sample's files by extension. `exts`: extensions of the files to return, if they exist.
 
         Raises:
             BadSampleError: The files are not where they were when the shard was indexed.
@@ -117,7 +123,7 @@ class ImageDataset:
         return {ext: members[ext] for ext in exts if ext in members}
 
     def _read_span(self, number: int, row: int) -> bytes:
-        """Return the bytes of a sample in its shard; a shard that failed is tried again after RETRY_AFTER_S."""
+        """Return the bytes of sample `row` of shard `number`. After a failure, a shard is not read for RETRY_AFTER_S."""
         failed_at, error = self._failed_shards.get(number, (0.0, None))
         if error is not None and time.monotonic() - failed_at < RETRY_AFTER_S:
             raise error
@@ -128,7 +134,7 @@ class ImageDataset:
             raise
 
     def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
-        """Return a decoded sample at the image size `buckets[bucket]`, mirrored if `flip`.
+        """Return a decoded sample at the image size `buckets[bucket]`, mirrored left to right if `flip`.
 
         Raises:
             BadSampleError: The image cannot be decoded or has too many pixels, or the sample lacks the edge map that
@@ -140,7 +146,7 @@ class ImageDataset:
         return self._decode_elsewhere((sample_id, bucket, flip))
 
     def decode(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
-        """Do what `load` does, in this process. Raises also MemoryError, if the machine has too little memory."""
+        """Return what `load` returns, but decode always in this process. MemoryError: the machine has too little memory."""
         began = time.monotonic()
         members = self.read(sample_id)
         read = time.monotonic()
@@ -173,9 +179,10 @@ class ImageDataset:
 
 
 class _OpenFiles:
-    """The open shards of an index.
+    """The most recently used shards of an index, kept open for reading.
 
-    Reads use offsets, so that threads and forks do not share a file position. A copy in another process starts empty.
+    Reads state their offset, so threads and forked processes do not share a file position. A copy in another process opens
+    the files again.
     """
 
     def __init__(self, index: DatasetIndex) -> None:
@@ -190,14 +197,14 @@ class _OpenFiles:
         return _OpenFile(self._index.store.open(source.source, source.stamp))
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Return the bytes at an offset of a shard, fewer at its end."""
+        """Return `size` bytes at an offset of a shard, or fewer at its end. `shard`: number of the shard in the index."""
         # A fetched file is opened for each read: a descriptor would keep its disk space after the cache has removed it.
         is_local = not is_remote(self._index.shards[shard].source)
         return (self._file(shard) if is_local else self._open(shard)).read(offset, size)
 
 
 class _OpenFile:
-    """An open file that is closed with its last reference, so never while a thread reads from it."""
+    """A file descriptor that is closed when the last reference ends. So no thread's read is interrupted."""
 
     def __init__(self, descriptor: int) -> None:
         self._fd = descriptor

@@ -41,7 +41,7 @@ _EXTRA_BYTES = 1 << 16  # of shared memory, in addition to the pixels
 
 
 def shorten_socket_paths() -> None:
-    """Let multiprocessing create its sockets in a folder with a short path if TMPDIR is long.
+    """Let multiprocessing create its sockets in a folder with a short path, if that of temporary files (TMPDIR) is long.
 
     The path of a socket may have at most 107 bytes.
     """
@@ -65,10 +65,15 @@ def ignore_signals(_: int = 0) -> None:
 
 
 class DecodePool:
-    """Decodes samples in worker processes. The processes start when the first sample is requested."""
+    """Decodes samples in worker processes. A process starts when the first sample is requested."""
 
     def __init__(self, dataset: ImageDataset, workers: int) -> None:
-        """Create a pool of `workers` processes. If a worker cannot start, `load` of the first sample raises the error."""
+        """Create a pool. If a worker process cannot start, samples are decoded in the calling process.
+
+        Args:
+            dataset: The data set; each worker gets a copy.
+            workers: Number of worker processes.
+        """
         shorten_socket_paths()
         self._dataset = dataset
         self._prefetched: dict[Request, deque[Future[DecodedSample]]] = defaultdict(deque)
@@ -79,15 +84,15 @@ class DecodePool:
             thread.start()
 
     def prefetch(self, requests: Iterable[Request]) -> None:
-        """Start to decode these samples. `load` must be called exactly once for each request afterwards."""
+        """Start to decode samples: (sample id, bucket, flip) each. `load` must then be called exactly once for each."""
         for request in requests:
             with self._lock:
                 self._prefetched[request].append(self._submit(request))
 
     def load(self, request: Request) -> DecodedSample:
-        """Decode a sample in a worker and return it; errors as `ImageDataset.decode`, whose arguments `request` has.
+        """Decode a sample in a worker process and return it. Thread-safe.
 
-        Thread-safe.
+        `request`: (sample id, bucket, flip), the arguments of `ImageDataset.decode`. Raises the errors of that method.
         """
         with self._lock:
             futures = self._prefetched.get(request)
@@ -102,14 +107,17 @@ class DecodePool:
         return future
 
     def close(self) -> None:
-        """Wait for the requests that were submitted, and stop the workers."""
+        """Wait until all submitted requests are complete, and stop the workers."""
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
             thread.join()
 
     def _drive_worker(self) -> None:
-        """Run in one thread per worker: send it requests, and replace it when it is lost."""
+        """Send requests to one worker process until the pool is closed, and replace the process when it is lost.
+
+        It runs in a thread for each worker.
+        """
         worker: _Worker | None = None
         while (task := self._tasks.get()) is not None:
             request, future = task
@@ -131,19 +139,29 @@ class DecodePool:
             worker.close()
 
     def _handle_loss(self, request: Request, losses: "list[_WorkerLostError]", future: Future[DecodedSample]) -> None:
-        """Log that a worker was lost, or mark the sample as bad if decoding it is the cause."""
+        """Log that a worker process was lost while it decoded a sample. If decoding is the cause, mark the sample as bad.
+
+        `losses`: all losses for this request. `future`: receives the error of a bad sample.
+        """
         shard, row = self._dataset.index.locate(request[0])
         source, last = self._dataset.index.shards[shard], losses[-1]
         if last.is_endless or (len(losses) == ATTEMPTS and all(loss.is_crash for loss in losses)):
             future.set_exception(BadSampleError(source.name, source.keys[row], str(last)))
             return
-        _log.warning("%s:%r: %s; the sample is read again", source.name, source.keys[row], last)
+        _log.warning(
+            "shard %s, sample %r: a worker process of data.workers failed (%s), so the sample is read again",
+            source.name,
+            source.keys[row],
+            last,
+        )
 
 
 class _WorkerLostError(Exception):
-    """A worker that died or did not answer.
+    """A worker process that died or did not answer.
 
-    is_crash, is_endless: decoding is the cause, not the machine.
+    Attributes:
+        is_crash: Whether the decoder crashed the process, as opposed to a fault of the machine.
+        is_endless: Whether decoding exceeded its time limit.
     """
 
     def __init__(self, text: str, *, is_crash: bool = False, is_endless: bool = False) -> None:
@@ -152,7 +170,7 @@ class _WorkerLostError(Exception):
 
 
 class _Worker:
-    """The rank's side of one worker process."""
+    """One worker process, as seen by the rank: starts it, sends requests and receives samples."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         # The server process has no threads and has imported what the workers need.
@@ -173,7 +191,7 @@ class _Worker:
         remote_pipe.close()
 
     def load(self, request: Request) -> DecodedSample:
-        """Return the sample; raises what `ImageDataset.load` has raised in the worker, or _WorkerLostError."""
+        """Return the decoded sample; raise what decoding has raised in the worker, or _WorkerLostError."""
         try:
             self._pipe.send(request)
             self._wait()
@@ -194,7 +212,7 @@ class _Worker:
         return sample
 
     def _wait(self) -> None:
-        """Wait for an answer. Raises _WorkerLostError where decoding computes for too long, or the process stalls."""
+        """Wait for an answer. Raises _WorkerLostError if decoding takes too long, or if the process stalls."""
         began = last_cpu_s = self._cpu_seconds()
         clock = RunningClock(2 * _POLL_S)
         last_progress = clock.now()
@@ -229,7 +247,7 @@ class _Worker:
 
 
 class _SharedMemory:
-    """Memory that two processes share. No file backs it, so the size of /dev/shm does not limit it."""
+    """Memory that two processes share, without a file in /dev/shm, whose size would limit it."""
 
     def __init__(self, size: int, descriptor: int | None = None) -> None:
         self._size, self._descriptor = size, os.memfd_create("decode") if descriptor is None else descriptor
@@ -247,7 +265,7 @@ def _attach(size: int, descriptor: Any) -> _SharedMemory:
 
 
 def _serve(pipe: Connection, dataset: ImageDataset, shared: _SharedMemory) -> None:
-    """Run in the worker: answer requests until the other end closes."""
+    """Answer requests in the worker process until the rank closes its end of the pipe."""
     ignore_signals()
     while True:
         try:
@@ -266,7 +284,7 @@ def _serve(pipe: Connection, dataset: ImageDataset, shared: _SharedMemory) -> No
 
 
 def _pack(sample: DecodedSample, memory: memoryview) -> tuple[bytes, list[int]]:
-    """Pickle a sample without its arrays, which go to the shared memory; return the pickle and the arrays' bytes."""
+    """Pickle a sample without its arrays, which are copied to the shared memory; return (pickle, bytes of each array)."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(sample, protocol=5, buffer_callback=buffers.append)
     views = [buffer.raw() for buffer in buffers]
@@ -280,7 +298,7 @@ def _pack(sample: DecodedSample, memory: memoryview) -> tuple[bytes, list[int]]:
 
 
 def _picklable(error: Exception) -> Exception:
-    """Return an exception that the other process can unpickle."""
+    """Return the exception if another process can unpickle it, otherwise a RuntimeError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
         return error

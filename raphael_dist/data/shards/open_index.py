@@ -26,7 +26,10 @@ Order = SampleOrder | MixedOrder
 
 
 def patterns_of(config: Config, training: bool) -> list[tuple[tuple[str, ...], float]]:
-    """Return (patterns of shards, weight) of each source: data.sources, or one source for data.shards or data.val_shards."""
+    """Return (patterns of shards, weight) of each source: those of data.sources, or one for data.shards or data.val_shards.
+
+    `training`: whether to return the sources for training, not those for validation.
+    """
     d = config.data
     if not training:
         return [(d.val_shards, 1.0)]
@@ -38,7 +41,10 @@ def _field(training: bool) -> str:
 
 
 def names_of(config: Config, training: bool) -> list[list[str]]:
-    """Return, for each source, the paths and URLs of its shards. Raises the UserErrors of `expand_shards`."""
+    """Return, for each source, the paths and URLs of its shards. Raises the UserErrors of `expand_shards`.
+
+    `training`: whether to return those for training. For validation, UserError is raised if a shard is used for both.
+    """
     retry = store_of(config.data).retry
     with name_option(_field(training)):
         names = [expand_shards(patterns, retry) for patterns, _ in patterns_of(config, training)]
@@ -69,12 +75,12 @@ def require_shards(config: Config) -> None:
 
 
 def find_shards(config: Config, *, training: bool) -> list[str]:
-    """Return the paths and URLs of all training shards, or of all validation shards. Raises the UserErrors of `names_of`."""
+    """Return the paths and URLs of all training shards, or of all validation shards. Errors as in `names_of`."""
     return [name for source in names_of(config, training) for name in source]
 
 
 def command_of(config: Config, training: bool) -> str:
-    """Return a command line that indexes the training or validation shards before a run, for messages."""
+    """Return the command line with which the user can index the training or validation shards before a run, for messages."""
     patterns = [hide_secrets(pattern) for patterns, _ in patterns_of(config, training) for pattern in patterns]
     columns = columns_of(config.data.filters)
     words = ["python", "tools/index_shards.py", *patterns, "--cache-dir", str(config.data.cache_dir)]
@@ -82,9 +88,10 @@ def command_of(config: Config, training: bool) -> str:
 
 
 def open_order(config: Config, ranks: Ranks, *, training: bool) -> Order:
-    """Index the shards that are not indexed yet, and return the order of their samples.
+    """Index the shards that are not indexed yet, and return the order in which their samples are read.
 
-    Collective: all ranks call it, and each indexes a part of the shards.
+    Collective: all ranks call it, and each indexes a part of the shards. `training`: use the training shards; False: the
+    validation shards.
 
     Raises:
         UserError: On all ranks, if shards are missing or too many of them damaged; no sample can be used; there is too much
@@ -130,7 +137,7 @@ def _open_index(config: Config, ranks: Ranks, names: Sequence[str], training: bo
 
 
 def _open_view(config: Config, index: DatasetIndex, training: bool) -> View:
-    """Open the view on all ranks; rank 0 writes it if it is missing."""
+    """Return which samples pass the filters, and their image sizes. Rank 0 computes this if it is not stored yet."""
     filters, buckets = config.data.filters if training else (), config.image.buckets
     run_on_rank0("filtering the samples", lambda _: open_view(index, buckets, filters) and None)
     return run_on_all_ranks("reading the view", lambda _: open_view(index, buckets, filters, check=False))
@@ -145,15 +152,15 @@ def order_of(
     *,
     training: bool,
 ) -> Order:
-    """Return the order in which the samples of an index are used, as the configuration says.
+    """Return the order in which the samples of an index are used: that of one source, or a mixture of several.
 
     Args:
         config: The configuration of the run.
         index: The index of the shards.
         view: Which samples pass the filters, and their image sizes (buckets).
-        by_source: For each source, its shards.
-        weights: The weight of each source.
-        training: Whether these are the training samples.
+        by_source: For each source, the names of its shards.
+        weights: For each source, its weight in the mixture.
+        training: Whether these are the training samples, not those for validation.
 
     Raises:
         UserError: As `SampleOrder`.
@@ -189,12 +196,15 @@ def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
 
 
 def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) -> None:
-    """Raise UserError if more samples or shards cannot be read than the configuration allows.
+    """Check that not more shards or samples are unreadable than the configuration allows.
 
     Args:
         index: The index of the shards.
-        on_error: data.on_error. "stop" allows none. "skip" allows a fraction of the shards, and always one of several.
-        max_bad_fraction: This fraction (data.max_bad_fraction).
+        on_error: data.on_error. "stop" allows none. "skip" allows some shards; samples are checked by `TrainStream`.
+        max_bad_fraction: data.max_bad_fraction: the allowed fraction of unreadable shards. One shard is always allowed.
+
+    Raises:
+        UserError: There are more.
     """
     if on_error == "stop" and index.num_bad:
         raise UserError(

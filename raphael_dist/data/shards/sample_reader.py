@@ -12,7 +12,10 @@ from raphael_dist.data.shards.decode_workers import DecodePool
 
 
 class SampleReader:
-    """Lets a data set decode its samples in `data.workers` processes, and fetches its shards ahead, until it is closed."""
+    """Lets a data set decode its samples in `data.workers` worker processes, and fetches its shards ahead of time.
+
+    It does so from its creation until it is closed.
+    """
 
     def __init__(
         self, config: Config, dataset: ImageDataset, order: SampleOrder | MixedOrder | None = None, local_rank: int = 0
@@ -21,7 +24,7 @@ class SampleReader:
 
         Args:
             config: The configuration of the run.
-            dataset: The data set.
+            dataset: The data set, whose `load` decodes in the worker processes from now on.
             order: The order in which samples will be read. None: unknown; shards are not fetched ahead.
             local_rank: Number of the rank on its node.
         """
@@ -34,7 +37,7 @@ class SampleReader:
         """Start to read and decode a batch in the background.
 
         Args:
-            position: Global position of its first sample, from which on shards are fetched ahead.
+            position: Number of its first sample in the order of training; the shards from there on are fetched, too.
             requests: Arguments of `ImageDataset.load`, which must be called exactly once for each of them afterwards.
         """
         if self._shards is not None:

@@ -23,7 +23,7 @@ _BRACES = re.compile(rf"(\{{{_END}\.\.{_END}(?:\.\.(-?\d+))?\}}|[{{}},])")
 
 @contextmanager
 def name_option(option: str) -> Iterator[None]:
-    """Replace "data.shards" at the beginning of UserErrors raised in the block by the name of another option or setting."""
+    """Replace "data.shards" at the beginning of UserErrors that the block raises by the name of another option, `option`."""
     try:
         yield
     except UserError as error:
@@ -38,8 +38,8 @@ def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -
     Braces and wildcards in the name of an existing file or folder are taken literally.
 
     Args:
-        patterns: Paths or URLs with braces ("a-{0000..0011}.tar", "{a,b}.tar") and wildcards. Relative paths start at the
-            working directory.
+        patterns: Paths or URLs with braces ("a-{0000..0011}.tar", "{a,b}.tar") and wildcards (*, ?, [...]). Relative paths
+            start at the working directory.
         retry: How failed requests to servers are repeated.
 
     Returns:
@@ -80,7 +80,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _check_ranges(pattern: str) -> None:
-    """Raise UserError for a descending range or too many names, and ValueError for braces that cannot be read."""
+    """Raise UserError if a range is descending or a pattern has too many names; ValueError if its braces cannot be read."""
     for first, last in _BACKWARDS.findall(pattern):
         if int(first) > int(last):
             raise UserError(
@@ -95,10 +95,9 @@ def _check_ranges(pattern: str) -> None:
 
 
 def _count_names(pattern: str) -> int:
-    """Count the names that nested and consecutive braces expand to, before any of them is built.
+    """Return the number of names that the braces of a pattern expand to, without building the names.
 
-    Raises:
-        ValueError: The braces are nested too deeply.
+    Raises ValueError if the braces are nested too deeply.
     """
     # For each open brace: the names of its completed alternatives, and those of the current alternative.
     completed, current = [0], [1]
@@ -122,7 +121,7 @@ def _count_names(pattern: str) -> int:
 
 
 def _range_length(first: str, last: str, step: str) -> int:
-    """Return the number of names of a range; a letter together with a number is no range."""
+    """Return the number of names of a range {first..last..step}; 1 for a letter and a number, which are no range."""
     if first.isalpha() != last.isalpha():
         return 1
     width = ord(last) - ord(first) if first.isalpha() else int(last) - int(first)
@@ -171,7 +170,7 @@ def _expand_home(name: str, pattern: str) -> Path:
 
 
 def _split_existing(path: Path) -> tuple[Path, str]:
-    """Split a path into its longest leading part that exists literally, and the rest ("" for none)."""
+    """Split a path into its longest leading part that exists, and the rest ("" if all of it exists)."""
     folder, parts = Path(path.anchor), list(path.relative_to(path.anchor).parts)
     while parts and _exists(folder / parts[0]):
         folder /= parts.pop(0)

@@ -1,4 +1,4 @@
-"""The record of one shard: what is known about each of its samples (place, image size, key, columns), in one file.
+"""The record of one shard: a file with the place, image size, key and columns of each of its samples.
 
 The shard is read once to make it. The index of a data set joins the records of its shards (write_index.py).
 """
@@ -32,21 +32,22 @@ _ABOUT = ("num_bytes", "bad", "damage", "fingerprint", "content", "text_digest",
 
 @dataclass(frozen=True, eq=False)
 class ShardRecord:
-    """The usable samples of one shard, with one row per sample in each array, and the samples that cannot be used.
+    """What is known about one shard: its usable samples, with one row per sample in each array, and its other samples.
 
     Attributes:
         name: Path or URL of the shard.
         stamp: Version of the file when it was read (see `Stamp`).
-        num_bytes: Size of the plain tar in bytes.
+        num_bytes: Size of the uncompressed tar in bytes.
         places: uint32 [num_samples, 2], first block (512 bytes) of each sample in the tar, and number of blocks.
         sizes: int32 [num_samples, 2], width and height of each image in pixels.
+        keys: Name of each sample in the shard.
         bad: (key, reason) of each sample that cannot be used.
         damage: Why the shard could not be read to its end; "" if it could.
         fingerprint: SHA-256 of base name, size in bytes and keys. It does not depend on the folder.
         content: SHA-256 of everything that encoded samples depend on: fingerprint, texts, image sizes, offsets of the files.
         text_digest: SHA-256 of all txt and json files in the shard.
-        columns: By name, the values of a column, float32 [num_samples] (see columns.py).
-        skipped: For each reason, how many files in the tar belong to no sample (`SkipCounts.counts`).
+        columns: Values for data.filters by name, float32 [num_samples] each (see columns.py).
+        skipped: By reason, (number, first name) of the files in the tar that belong to no sample.
     """
 
     name: str
@@ -76,7 +77,7 @@ def record_path(folder: Path, name: str) -> Path:
 
 
 def load_record(folder: Path, name: str) -> ShardRecord | None:
-    """Read the record of a shard from an index folder; None if it is missing or does not match its checksum."""
+    """Read the record of the shard `name` from an index folder; None if it is missing or does not match its checksum."""
     try:
         arrays = load(read_sealed(record_path(folder, name)))
         about = parse_json(arrays.pop("about").tobytes().decode())
@@ -105,7 +106,7 @@ def save_record(folder: Path, record: ShardRecord) -> None:
 
 
 def scan_shard(store: ShardStore, name: str) -> ShardRecord:
-    """Read a shard and return its record. If the shard cannot be read to its end, `damage` of the record has the reason.
+    """Read a shard and return its record. If it cannot be read to its end, the record's `damage` states the reason.
 
     Raises:
         ShardError: The shard cannot be reached.
@@ -128,14 +129,14 @@ def scan_shard(store: ShardStore, name: str) -> ShardRecord:
 
 
 def unreached_record(name: str, reason: str) -> ShardRecord:
-    """Return a record without samples, for a shard that is missing. reason: becomes `damage`."""
+    """Return a record without samples for a shard that is missing. `reason`: stored as the record's `damage`."""
     rows = _Rows()
     rows.damage = reason
     return rows.record(name, UNREACHED, 0)
 
 
 class _Rows:
-    """Collects the rows of a record while a shard is read."""
+    """Collects the samples of a shard while it is read, and makes the record."""
 
     def __init__(self) -> None:
         self.damage = ""
@@ -150,7 +151,7 @@ class _Rows:
         self._columns = ColumnCollector()
 
     def add(self, descriptor: int, sample: TarSample) -> None:
-        """Add a sample to the usable or to the bad ones."""
+        """Check a sample, and add it to the usable or to the bad samples. `descriptor`: of the open tar."""
         try:
             if sample.key in self._seen:
                 raise ValueError("duplicate key")
@@ -174,7 +175,7 @@ class _Rows:
         self._columns.add(meta)
 
     def record(self, name: str, stamp: Stamp, num_bytes: int) -> ShardRecord:
-        """Return the record of what was added."""
+        """Return the record of the samples that were added."""
         keys, texts = list(self._keys), self._texts.hexdigest()
         sizes = np.array(self._sizes, np.int32).reshape(len(keys), 2)
         fingerprint = hashlib.sha256(json.dumps([plain_name(name), num_bytes, keys]).encode()).hexdigest()
@@ -203,7 +204,7 @@ def _content(fingerprint: str, texts: str, sizes: np.ndarray, members: list[dict
 
 
 def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the columns of the parquet file that img2dataset writes next to a shard; {} where there is none."""
+    """Return the columns in the parquet file that img2dataset writes next to a shard, by name; {} without such a file."""
     parquet = name[: len(name) - len(base_name(name))] + plain_name(name).removesuffix(".tar") + ".parquet"
     is_remote = remote.is_remote(name)
     if not keys or "?" in name or not (is_remote or Path(parquet).is_file()):
@@ -225,10 +226,10 @@ def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str
 
 
 def pack_keys(keys: Sequence[str]) -> bytes:
-    """Compress the keys of a shard into one byte string."""
+    """Join the keys of a shard to one byte string."""
     return "".join(f"{key}\0" for key in keys).encode("utf-8", "surrogateescape")
 
 
 def unpack_keys(data: bytes) -> list[str]:
-    """Return the keys that `pack_keys` has compressed."""
+    """Return the keys from the byte string that `pack_keys` returned."""
     return data.decode("utf-8", "surrogateescape").split("\0")[:-1]

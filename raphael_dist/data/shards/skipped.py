@@ -13,16 +13,23 @@ _SYSTEM_FOLDERS = {
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a part of a path begins with a dot, or is a folder that operating systems create (thumbnails)."""
+    """Return whether a part of the path `name` begins with a dot, or is a folder that operating systems create.
+
+    Such folders contain thumbnails or deleted files, for example __MACOSX.
+    """
     parts = [part.lower() for part in name.split("/")]
     return any((part.startswith(".") and part not in (".", "..")) or part in _SYSTEM_FOLDERS for part in parts)
 
 
 class SkipCounts:
-    """For each reason, the number of skipped files and the name of the first one."""
+    """Counts skipped files by reason.
+
+    Attributes:
+        counts: By reason, (number of files, name of the first one).
+    """
 
     def __init__(self, counts: Mapping[str, tuple[int, str]] | None = None) -> None:
-        """counts: by reason, (number, first name) to start with, as the attribute `counts` of another object has them."""
+        """Start with `counts`, by reason (number of files, name of the first one), or with none."""
         self.counts: dict[str, tuple[int, str]] = {
             str(reason): (int(count), str(first)) for reason, (count, first) in (counts or {}).items()
         }
@@ -33,7 +40,7 @@ class SkipCounts:
         self.counts[reason] = (before + count, first)
 
     def merge(self, other: "SkipCounts", prefix: str = "") -> None:
-        """Add the counts of another object. prefix: text to put in front of its file names."""
+        """Add the counts of another object. `prefix`: text to put in front of its file names."""
         for reason, (count, first) in other.counts.items():
             self.add(reason, f"{prefix}{first}", count)
 
@@ -47,7 +54,7 @@ def most_common_reasons(bad: Iterable[tuple[str, str]]) -> list[tuple[str, int, 
     """Count pairs (name, reason) by reason. Reasons that differ only in numbers are counted together.
 
     Returns:
-        (reason, count, name of the first pair) of each reason, the most frequent one first.
+        (reason, count, name in the first pair with it) of each reason, the most frequent one first.
     """
     counts, first = Counter[str](), dict[str, tuple[str, str]]()
     for name, reason in bad:

@@ -41,7 +41,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 class DamagedShardError(Exception):
-    """A shard is cut short, damaged or not a tar file. The text states the reason, and the byte if it is known."""
+    """A shard is cut short, damaged or not a tar file. The text states the reason, and the position in bytes if known."""
 
 
 def expanded_limit(num_bytes: int) -> int:
@@ -72,8 +72,10 @@ def gunzip(source: Path, target: Path) -> None:
 class TarSample:
     """Where the files of one sample lie in a tar.
 
-    members: (offset, size), in bytes, of the data of each of its files, by extension. start, end: the bytes [start, end) of
-    the tar contain all these files and their headers.
+    Attributes:
+        key: Name of the sample.
+        members: (offset, size) in bytes of the content of each of its files, by extension.
+        start, end: The bytes from `start` up to `end` of the tar contain all these files and their headers.
     """
 
     key: str
@@ -83,7 +85,7 @@ class TarSample:
 
 
 def iter_samples(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[TarSample]:
-    """Yield the samples of a plain tar. A sample is a group of adjacent files with the same key, as in webdataset.
+    """Yield the samples of an uncompressed tar. A sample is a group of adjacent files with the same key, as in webdataset.
 
     A file KEY.EXT belongs to the sample KEY. EXT begins after the first dot of the base name.
 
@@ -113,7 +115,7 @@ def iter_samples(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[TarSa
 
 
 def key_and_ext(name: str) -> tuple[str, str] | None:
-    """Return the key and the extension of the name of a file in a tar; None for a file that is not used."""
+    """Split the name of a file in a tar into (key of its sample, extension); None for a file that is not used."""
     folder, slash, base = name.rpartition("/")
     stem, dot, ext = base.partition(".")
     ext = ext.lower()
@@ -129,11 +131,11 @@ def _skip_reason(name: str) -> str:
 
 
 def members_of(data: bytes, key: str) -> dict[str, bytes]:
-    """Return the data of each file of a sample, by extension.
+    """Return the content of each file of a sample, by extension.
 
     Args:
         data: The part of the tar with the sample's files and their headers.
-        key: The key of the sample.
+        key: The key (name) of the sample.
 
     Raises:
         ValueError: The bytes do not contain this sample.
@@ -149,7 +151,7 @@ def members_of(data: bytes, key: str) -> dict[str, bytes]:
 
 
 def _headers(data: bytes) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, first byte, size) of the regular members in a part of a tar."""
+    """Yield (name, offset of the content, size) of each regular file in a part of a tar."""
     at, end = 0, len(data)
     while at + tarfile.BLOCKSIZE <= end:
         head = data[at : at + tarfile.BLOCKSIZE]
@@ -173,7 +175,7 @@ def _other_headers(data: bytes) -> list[tarfile.TarInfo]:
 
 
 def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfile.TarInfo | None]:
-    """Yield the regular members of a plain tar and of tars appended to it, and None at the end of each tar.
+    """Yield the regular files of an uncompressed tar and of tars appended to it, and None at the end of each tar.
 
     Raises:
         DamagedShardError: The file is compressed, cut short or not a tar.
@@ -207,7 +209,10 @@ def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfi
 
 
 def _next_tar(fd: int, at: int) -> int | None:
-    """Return the offset of the first block from `at` on that is not zeros: the next of several concatenated tars."""
+    """Return where the next of several concatenated tars begins: the first block from `at` on that is not all zeros.
+
+    None: there is no other tar.
+    """
     while piece := os.pread(fd, _PIECE_BYTES, at):
         zeros = len(piece) - len(piece.lstrip(b"\0"))
         if zeros < len(piece):
@@ -222,14 +227,14 @@ def check_sample(
     """Check that a sample can be used, without decoding the pixels of its image.
 
     Args:
-        fd: File descriptor of the plain tar.
+        fd: File descriptor of the uncompressed tar.
         sample: Where the files of the sample lie.
         hash_text: Called with the bytes of the sample's json file and of its txt file.
 
     Returns:
         - (width, height) of the image in pixels, from its header, after the EXIF rotation;
-        - the fields of the json. The field quoted_text is added: the number of characters in double quotes in the caption
-          that has the fewest of them.
+        - the fields of the json, and a field quoted_text: the number of characters in double quotes in the caption that has
+          the fewest of them.
 
     Raises:
         ValueError: The sample cannot be used; the text is the reason.
@@ -256,7 +261,10 @@ def _read(fd: int, span: tuple[int, int], limit: int = MAX_MEMBER_BYTES) -> byte
 
 
 def _image_size(fd: int, span: tuple[int, int]) -> tuple[int, int]:
-    """Return (width, height) of the upright image, of a JPEG from its first 64 KiB where they hold the header."""
+    """Return (width, height) of the image after its EXIF rotation. `span`: (offset, size) of the image file in the tar.
+
+    Of a JPEG, only the first 64 KiB are read if they contain the header.
+    """
     head = _read(fd, span, _HEAD_BYTES)
     if head.startswith(_JPEG) and span[1] > _HEAD_BYTES:
         with contextlib.suppress(Exception):

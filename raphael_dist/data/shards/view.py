@@ -1,7 +1,7 @@
 """The view of an index: which samples pass data.filters, and the bucket (image size) of each of them.
 
-It is computed once for an index, filters and image sizes. It is stored next to the index and memory-mapped, with one byte
-per sample.
+It is computed once for an index, filters and image sizes, stored next to the index, and memory-mapped. It takes one byte per
+sample.
 """
 
 import hashlib
@@ -44,10 +44,10 @@ class View:
 
     Attributes:
         buckets: (height, width) of each bucket in pixels.
-        bucket_of: int8 or int16 [num_samples], the bucket number of each sample id; DROPPED if a filter drops the sample.
+        bucket_of: int8 or int16 [num_samples], the bucket number of each sample id; DROPPED (-1) if a filter drops it.
         counts: int64 [num_shards, num_buckets], number of samples of each bucket in each shard.
-        dropped: For each filter, as text: the number of samples that it drops, and the number of samples without a value.
-        digest: SHA-256 (hex) of all these values, which becomes a part of the run's fingerprint.
+        dropped: By filter (as text): the number of samples that it drops, and the number of samples without a value.
+        digest: SHA-256 (hex) of `buckets` and `bucket_of`, which becomes a part of the run's fingerprint.
     """
 
     buckets: Buckets
@@ -68,12 +68,12 @@ class View:
 
 
 def columns_of(filters: Sequence[Filter]) -> list[str]:
-    """Return the names of the columns that these filters read from the index. Image sizes are not among them."""
+    """Return the names of the columns that these filters read from the index. Columns of the image size are left out."""
     return sorted({rule.column for rule in filters} - set(SIZE_COLUMNS))
 
 
 def filter_columns(index: DatasetIndex) -> list[str]:
-    """Return names of columns that filters may use, for a message: image sizes, and the first 20 columns of the samples."""
+    """Return names of columns that filters may use, for a message: at most 20 columns of the samples, and image sizes."""
     known = [name for name in index.known_columns if name not in SIZE_COLUMNS]
     return [*known[:_COLUMNS_SHOWN], *(["..."] if len(known) > _COLUMNS_SHOWN else []), *SIZE_COLUMNS]
 
@@ -81,17 +81,17 @@ def filter_columns(index: DatasetIndex) -> list[str]:
 def open_view(
     index: DatasetIndex, buckets: Sequence[tuple[int, int]], filters: Sequence[Filter] = (), check: bool = True
 ) -> View:
-    """Open the view of an index, which states the samples that pass the filters and their buckets (image sizes).
+    """Return which samples of an index pass the filters, and the bucket (image size) of each of them.
 
-    For an index in a folder, the view is a file in this folder, which is computed and written first if it is missing. For an
-    index in memory it is computed.
+    If the index is stored in a folder, the result is stored there, too; it is computed if it is missing. For an index in
+    memory it is computed.
 
     Args:
         index: The index.
         buckets: (height, width) of each bucket in pixels.
         filters: The rules that a sample must fulfil.
-        check: Verify the checksums of the file, and compute it again if they do not match. False: another process has just
-            done this.
+        check: Verify the checksums of the stored files, and compute them again if they do not match. False: another process
+            has just done this.
 
     Raises:
         UserError: There is no bucket; no sample has the column of a filter; a sample has no value in it and the filter has
@@ -106,7 +106,9 @@ def open_view(
     folder = index.folder.parent.parent / "views" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     if check and (damage := folder_damage(folder)):
         if folder.is_dir():
-            _log.warning("data.cache_dir: %s; the view of the index is written again", damage)
+            _log.warning(
+                "data.cache_dir: the list of the samples by image size is damaged (%s), so it is written again", damage
+            )
             shutil.rmtree(folder, ignore_errors=True)
         _write(folder, index, sizes, filters)
     try:
@@ -153,7 +155,7 @@ def _write(folder: Path, index: DatasetIndex, buckets: Buckets, filters: Sequenc
 
 
 def _compute(index: DatasetIndex, buckets: Buckets, filters: Sequence[Filter], bucket_of: np.ndarray) -> View:
-    """Fill `bucket_of` and return the view."""
+    """Compute the view. `bucket_of`: array that the bucket numbers are written to, [num_samples]."""
     rules = [_FilterRule(rule, index) for rule in filters]
     size, digest = index.arrays["size"], hashlib.sha256(json.dumps(buckets).encode())
     for first in range(0, index.num_samples, _ROWS):
@@ -172,7 +174,10 @@ def _compute(index: DatasetIndex, buckets: Buckets, filters: Sequence[Filter], b
 
 
 def _nearest_buckets(sizes: np.ndarray, buckets: Buckets) -> np.ndarray:
-    """Return the nearest bucket of each row (width, height), computed once per distinct size."""
+    """Return the bucket nearest to each image size, int64 [N]. `sizes`: uint16 [N, 2], width and height.
+
+    Equal sizes are computed once.
+    """
     packed = sizes[:, 0].astype(np.uint32) << 16 | sizes[:, 1]
     distinct, place = np.unique(packed, return_inverse=True)
     return nearest_buckets(distinct >> 16, distinct & 0xFFFF, buckets)[place]
@@ -203,7 +208,13 @@ class _FilterRule:
             )
 
     def passes(self, rows: slice, sizes: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
-        """Return bool [rows], True for samples that pass, and count those that this filter is the first to drop."""
+        """Return which samples pass this filter, bool [rows]. Count those that it drops and no earlier filter has dropped.
+
+        Args:
+            rows: Numbers of the samples.
+            sizes: [rows, 2], their widths and heights.
+            is_kept: bool [rows], whether the filters before this one keep them.
+        """
         values = self._values(rows, sizes)
         missing = np.isnan(values)
         if self._rule.on_missing == "error" and missing.any():

@@ -22,7 +22,7 @@ _HEADER_BYTES = 128  # of a .npy file; leaves room for a longer shape
 
 
 class _Writer:
-    """Collects records into the arrays of a table, which go to files or stay in memory."""
+    """Collects the records of shards into the arrays of an index, which are written to files or stay in memory."""
 
     def __init__(self, columns: Sequence[str], folder: Path | None) -> None:
         self.columns, self.folder = columns, folder
@@ -81,7 +81,7 @@ class _Writer:
 
 
 def _array_types(columns: Sequence[str]) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """Return dtype and shape (-1: number of samples) of each array of a table."""
+    """Return (dtype, shape) of each array of an index. -1 in a shape stands for the number of samples."""
     named = {f"column.{column}": (np.float32, (-1,)) for column in columns}
     return {"place": (np.uint32, (-1, 2)), "size": (np.uint16, (-1, 2)), **named}
 
@@ -95,7 +95,10 @@ def _npy_header(kind: type[np.generic], shape: tuple[int, ...]) -> bytes:
 
 
 def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> DatasetIndex:
-    """Join records of shards to an index in memory, with all columns that the samples have. No file is written."""
+    """Join the records of shards to an index in memory, with all columns that the samples have. No file is written.
+
+    `store`: provides the shards.
+    """
     records = list(records)
     columns = sorted({name for record in records for name in record.columns})
     writer = _Writer(columns, None)
@@ -112,9 +115,9 @@ def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> Datase
 
 
 def write_table(folder: Path, records: Iterable[ShardRecord], columns: Sequence[str]) -> None:
-    """Join records of shards to a table, and write it as `folder`. Raises OSError.
+    """Join the records of shards to the table of an index, and write it as `folder`. Raises OSError.
 
-    Several processes may write the same folder at once. columns: names of the columns that the table gets.
+    Several processes may write the same folder at once. `columns`: names of the columns that the table gets.
     """
     with sealed_folder(folder) as temporary:
         writer = _Writer(columns, temporary)
@@ -126,7 +129,7 @@ def write_table(folder: Path, records: Iterable[ShardRecord], columns: Sequence[
 
 
 def _as_uint16(sizes: np.ndarray) -> np.ndarray:
-    """Convert sizes to uint16; where a side exceeds the range, both sides are scaled down alike."""
+    """Convert image sizes to uint16. If a side exceeds 65,535, both sides are scaled down by the same factor."""
     longest = sizes.max(axis=1, initial=1, keepdims=True)
     scaled = np.maximum(1, sizes * (_MAX_SIDE / np.maximum(longest, _MAX_SIDE)))
     return np.where(longest > _MAX_SIDE, scaled, sizes).astype(np.uint16)
