@@ -1,10 +1,11 @@
-"""AdamW, the moving average and the model's copy of the weights in one pass over this rank's flat weights, in Triton.
+"""AdamW, the moving average and the model's copy of the weights in one Triton kernel over this rank's flat fp32 weights.
 
 DeepSpeed's update takes several passes: it converts the gradients to float32, runs AdamW, and copies the weights to the
 model; clipping comes before, the moving average after. Here each number is read and written once, and there is no float32
 copy of the gradients. `optim.weight_decay` above 0 keeps its own pass, since it depends on the parameter.
 
-A launch reads learning rate, step count and whatever else changes between steps on the device: CUDA graphs can contain it.
+The kernel reads everything that changes between steps, such as the learning rate, from device memory. So a CUDA graph can
+contain the launch.
 """
 
 from collections.abc import Sequence
@@ -53,14 +54,15 @@ def adamw(
     master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, average: Tensor | None, copy: Tensor,
     numbers: Tensor, corrections: Tensor, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """Update flat tensors [n] in place.
+    """Update weights and moments in place by one step of AdamW without weight decay. Tensors are flat [n].
 
     Args:
         master, exp_avg, exp_avg_sq: fp32 weights and Adam's moments.
         gradient: float32 or bfloat16.
         average: moving average of the weights, float32; None: there is none.
-        copy: the model's weights, float32 or bfloat16.
-        numbers: learning rate, factor of the gradient, and share of the new weights in the average, float32 [3].
+        copy: the weights that the model computes with, float32 or bfloat16; overwritten.
+        numbers: learning rate, factor by which the gradient is multiplied, and share of the new weights in the average,
+            float32 [3].
         corrections: 1 - beta1 ** step and 1 - beta2 ** step, float32 [2].
         beta1, beta2, eps: of Adam.
     """
@@ -73,11 +75,14 @@ def adamw(
 
 @adamw.register_fake
 def _(*_: object) -> None:
-    """Change nothing: tensors without data."""
+    """Describe the operation for tracing: it has no result."""
 
 
 class FusedUpdate:
-    """The update of an engine's weights. It replaces the step of DeepSpeed's optimizer (`Zero12Contiguous.replace_step`)."""
+    """Updates an engine's weights by the kernel `adamw`, in place of DeepSpeed's optimizer step.
+
+    For each step call `prepare`, and then `launch` (see `Zero12Contiguous.replace_step`).
+    """
 
     def __init__(self, fragments: Fragments, optim: Optim, device: torch.device) -> None:
         self._fragments, self._optim = fragments, optim
@@ -86,12 +91,12 @@ class FusedUpdate:
         self._averages: dict[int, Tensor] = {}
 
     def prepare(self, lr: float, factor: float, ema: Ema | None, step: int) -> None:
-        """Copy the numbers of a step to the device.
+        """Copy the values that the next `launch` uses to the device.
 
         Args:
             lr: learning rate.
-            factor: of the gradients.
-            ema: the moving average, made with `flat`; None: none.
+            factor: number by which the gradients are multiplied (clipping).
+            ema: the moving average, created with `flat=True`; None: there is none.
             step: the optimizer step, counted from 1.
         """
         assert ema is None or ema.flat, "the average must be laid out as the weights"
@@ -100,7 +105,7 @@ class FusedUpdate:
         self._numbers.copy_(from_host([lr, factor, share], self._numbers.device), non_blocking=True)
 
     def launch(self, parts: Sequence[FlatPart]) -> None:
-        """Update the weights. The host gives the device nothing but the launches."""
+        """Update the weights in `parts`, with the values given to `prepare`. The host copies nothing to the device."""
         if self._fragments.moment_addresses() == []:
             self._fragments.create_moments(0)
         beta1, beta2 = self._optim.betas

@@ -38,7 +38,7 @@ def deepspeed_comm() -> Any:
 
 
 def count_collectives(traffic: Traffic) -> "CountedBackend":
-    """From now on, add the bytes that DeepSpeed's collectives send to `traffic`; return the wrapped backend.
+    """From now on, add the bytes that DeepSpeed's collectives send to `traffic`; return DeepSpeed's wrapped backend.
 
     Reductions count as `traffic.gradients`, gathers as `traffic.weights`.
     """
@@ -50,10 +50,10 @@ def count_collectives(traffic: Traffic) -> "CountedBackend":
 
 
 def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup]) -> None:
-    """Make every parameter equal on all ranks that have it, by a few broadcasts from the first of them. Collective.
+    """Copy every parameter from the first rank that has it to the others that have it, in a few broadcasts. Collective.
 
-    `groups`: for sharded experts, the group of ranks that have the same experts, by the parameters' attribute `group_name`.
-    All ranks have the other parameters.
+    `groups`: for sharded experts, the ranks that have the same experts, by the value of the parameters' attribute
+    `group_name`. All ranks have the other parameters.
     """
     members = defaultdict(list)
     for p in model.parameters():
@@ -65,7 +65,10 @@ def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup])
 
 
 class CountedBackend:
-    """DeepSpeed's communication backend for torch.distributed, which also counts the bytes that each collective sends."""
+    """DeepSpeed's communication backend for torch.distributed, which also counts the bytes that each collective sends.
+
+    The methods have the arguments and results of DeepSpeed's backend.
+    """
 
     def __init__(self, backend: Any, traffic: Traffic) -> None:
         self.backend, self._traffic, self._skips_broadcasts = backend, traffic, False
@@ -75,7 +78,7 @@ class CountedBackend:
 
     @contextmanager
     def without_broadcasts(self) -> Iterator[None]:
-        """Skip all broadcasts in the body. `broadcast_weights` replaces them.
+        """Return a context manager inside which all broadcasts are skipped. `broadcast_weights` replaces them.
 
         DeepSpeed broadcasts every parameter in a call of its own, which takes minutes on a slow network.
         """
@@ -126,6 +129,6 @@ class CountedBackend:
 
 
 def _others(num_bytes: int, group: Group) -> int:
-    """Return the bytes of a tensor without this rank's part."""
+    """Return the size in bytes of a tensor's parts on the other ranks of a group, given the size of the whole tensor."""
     ranks = dist.get_world_size(group)
     return num_bytes * (ranks - 1) // ranks

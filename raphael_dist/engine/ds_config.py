@@ -21,13 +21,13 @@ CONTIGUOUS_BUCKET = 2_000_000_000  # elements; our reduce_bucket_size where grad
 
 
 def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
-    """Read a DeepSpeed JSON.
+    """Read the user's DeepSpeed JSON; return it as a dict.
 
     Args:
         path: the file. None: return a default configuration, which is ZeRO-2 for bfloat16 and ZeRO-1 for float32. (ZeRO-1 is
             worse in bfloat16. Every rank keeps the sum of all gradients in float32, gradients are reduced only after the
             backward pass, and most parameters start at addresses from which the grouped matrix product must copy them.)
-        dtype: `train.dtype`.
+        dtype: `train.dtype`, for the default configuration.
 
     Raises:
         UserError: the file is missing or not a JSON object.
@@ -65,7 +65,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Tree:
 
 
 def zero_stage(tree: Tree) -> int:
-    """Return the ZeRO stage of a DeepSpeed configuration; 0 if it has none."""
+    """Return the ZeRO stage (0 to 3) of a DeepSpeed configuration; 0 if it has none. Raises UserError for another value."""
     zero = tree.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (0, 1, 2, 3):
@@ -74,9 +74,10 @@ def zero_stage(tree: Tree) -> int:
 
 
 def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
-    """Return whether gradients are accumulated in float32.
+    """Return whether the gradients of a step's micro-steps are added up in float32 instead of in `dtype`.
 
-    In a bfloat16 sum the gradients of later micro-steps would mostly be rounded away.
+    This is so for bfloat16 if a step has several micro-steps (`accumulation`). In a bfloat16 sum the gradients of later
+    micro-steps would mostly be rounded away.
     """
     return dtype == "bfloat16" and accumulation > 1
 
@@ -86,12 +87,13 @@ def uses_contiguous_gradients(
 ) -> bool:
     """Return whether all gradients of a step lie in one buffer that is reduced at once (`zero.Zero12Contiguous`).
 
-    All gradients then stay on the device until the backward pass ends. ZeRO-2 is meant to save memory: its own reduction
-    needs one bucket and a copy of it, so the gradients must not be larger than two buckets.
+    It requires ZeRO-1 or 2. All gradients then stay on the device until the backward pass ends. ZeRO-2 is meant to save
+    memory, and its own reduction needs one bucket and a copy of it. So with ZeRO-2 the gradients must not be larger than two
+    buckets.
 
     Args:
         stage: ZeRO stage.
-        overlap: whether gradients are reduced during the backward pass.
+        overlap: whether gradients are reduced during the backward pass (`overlap_comm`).
         offload: whether gradients are moved off the device.
         elements: number of parameters of the model on this rank; 0: assume that the gradients fit.
         bucket: reduce_bucket_size, in elements.
@@ -100,9 +102,9 @@ def uses_contiguous_gradients(
 
 
 def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
-    """Return the device to which the DeepSpeed JSON offloads the optimizer, e.g. "cpu"; None: it offloads nothing.
+    """Return the device to which the DeepSpeed JSON offloads the optimizer state, e.g. "cpu"; None: no offload.
 
-    `name`: "offload_optimizer", or "offload_param" for the weights.
+    `name`: the section to look at: "offload_optimizer", or "offload_param" for the weights.
     """
     section = tree.get("zero_optimization", {}).get(name)
     device = section.get("device") if isinstance(section, dict) else None
@@ -183,9 +185,10 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
-    """Return the configuration with space_ep and time_ep (ranks per set of experts) that suit the number of ranks.
+    """Return the configuration with expert-parallel sizes that suit the number of ranks, if `parallel.elastic` is true.
 
-    With `parallel.elastic` they become the largest possible sizes up to the configured ones. Otherwise nothing changes.
+    parallel.space_ep and parallel.time_ep become the largest possible sizes up to the configured ones. Without
+    `parallel.elastic` the configuration is returned unchanged.
     """
     if not config.parallel.elastic or world_size < 1:
         return config
@@ -203,7 +206,10 @@ def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[in
 
 
 def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
-    """Raise UserError if the sizes in `parallel` do not fit the number of ranks or the DeepSpeed JSON."""
+    """Raise UserError if `parallel` is incompatible with the number of ranks, the DeepSpeed JSON or the expert backend.
+
+    `tree`: the merged DeepSpeed configuration.
+    """
     for kind in EXPERT_KINDS:
         size = config.parallel.ep(kind)
         if world_size % size:
@@ -236,7 +242,7 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
 
 
 def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:
-    """Raise `error` if gradients are not contiguous."""
+    """Raise the UserError that `error` creates if the gradients of a step cannot lie in one buffer."""
     stage, offload = zero_stage(tree), offload_device(tree)
     remedy = "Use ds_configs/zero2.json"
     if stage not in (1, 2):
@@ -278,12 +284,12 @@ def _check_capture(config: Config) -> None:
 
 
 def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for a setting that is incompatible with `train.cuda_graphs=true`.
+    """Return the error for a setting that is incompatible with `train.cuda_graphs=true`, made of these parts of its text.
 
     Args:
-        requirement: what CUDA graphs require.
-        actual: what is set instead.
-        remedy: what to change.
+        requirement: what CUDA graphs require, e.g. "a GPU".
+        actual: what is set instead, e.g. "the device is cpu".
+        remedy: what to change, e.g. "Use a GPU".
     """
     return UserError(
         f"train.cuda_graphs=true requires {requirement}, but {actual}. {remedy} or set train.cuda_graphs=false."
@@ -291,7 +297,7 @@ def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
 
 
 def fused_update_error(requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for `adamw` in `train.kernels` if a requirement is not met."""
+    """Return the error for `adamw` in `train.kernels` if a requirement is not met. Arguments as in `cuda_graphs_error`."""
     return UserError(
         f"train.kernels with adamw requires {requirement}, but {actual}. {remedy} or remove adamw from train.kernels."
     )
@@ -305,7 +311,7 @@ def _section(merged: Tree, *names: str) -> Tree:
 
 
 def _set_owned(merged: Tree, dotted: str, value: bool | float, owner: str) -> None:
-    """Set a key that the field `owner` determines. Raise UserError if the JSON has another value."""
+    """Set the key `dotted` of `merged` to the value that the field `owner` gives. UserError if the JSON has another."""
     *sections, key = dotted.split(".")
     node = _section(merged, *sections)
     if node.get(key, value) != value:

@@ -95,7 +95,7 @@ _BECAUSE = {
 
 
 def without_unset(tree: Tree) -> Tree:
-    """Return a copy without keys that set nothing: comments (names that start with _), and the values "auto" and null."""
+    """Return a copy of a DeepSpeed JSON without keys that set nothing: comments (_...), and the values "auto" and null."""
     plain = {key: without_unset(value) if isinstance(value, dict) else value for key, value in tree.items()}
     return {key: value for key, value in plain.items() if not key.startswith("_") and value not in ("auto", None)}
 
@@ -103,7 +103,9 @@ def without_unset(tree: Tree) -> Tree:
 def check_keys(tree: Tree, section: str = "") -> None:
     """Raise UserError for the first key or value of a DeepSpeed JSON that is not supported.
 
-    `section`: dotted name of the section that `tree` is, with a final dot; "": the whole file.
+    Args:
+        tree: the JSON, or one of its sections.
+        section: dotted name of that section with a final dot, e.g. "zero_optimization."; "": the whole file.
     """
     for key, value in tree.items():
         name = section + key

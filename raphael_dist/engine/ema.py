@@ -1,6 +1,6 @@
 """An exponential moving average of the weights.
 
-Each rank averages the part of the fp32 weights that it stores under ZeRO (`fragments`).
+Each rank averages the part of the fp32 weights that it stores under ZeRO (its fragments, see fragments.py).
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,19 @@ class Ema:
     """The moving average: `ema = decay * ema + (1 - decay) * weights` after every optimizer step, in float32.
 
     Attributes:
-        values: the average of each fragment.
-        flat: the tensors that hold the values if they are laid out as the optimizer's, by the id of the optimizer's tensor.
+        values: the average of each fragment (this rank's part of a parameter), float32 [numel].
+        flat: with `flat=True`, for each tensor that the optimizer updates (by its id), the tensor of the same shape that
+            holds the average; `values` are views of these tensors. Else empty.
     """
 
     def __init__(self, fragments: Fragments, config: EmaConfig, flat: bool = False) -> None:
-        """Start with the current weights. `flat`: for an update that changes weights and average in one pass."""
+        """Start with the current weights.
+
+        Args:
+            fragments: this rank's part of the weights.
+            config: the section `ema`.
+            flat: lay the average out as the optimizer's tensors, for an update of weights and average in one pass.
+        """
         self.flat: dict[int, Tensor] = {}
         if flat:
             self.flat = {id(owner): owner.detach().clone() for owner in fragments.owners}
@@ -44,7 +51,7 @@ class Ema:
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
 
     def share(self, step: int) -> float:
-        """Return the share of the weights after optimizer step `step` in the average."""
+        """Return the weight of the new weights in the update after step `step`: 1 - decay, or 1 up to `ema.start_step`."""
         return 1.0 if step <= self._config.start_step else 1 - self.decay(step)
 
     @torch.no_grad()
@@ -58,7 +65,10 @@ class Ema:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Run the body with the averaged weights in the model, then restore the training weights exactly. Collective."""
+        """Return a context manager inside which the model has the averaged weights. Collective.
+
+        At its end the training weights are restored exactly.
+        """
         self._swap()
         try:
             yield
@@ -67,7 +77,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Swap averaged and exact weights in pieces, because a large model leaves no memory for a second copy."""
+        """Swap averaged weights and training weights in pieces, because a large model leaves no memory for a second copy."""
         for master, value in zip(self._fragments.masters(), self.values, strict=True):
             for exact, average in zip(master.split(PIECE), value.split(PIECE), strict=True):
                 copy = exact.clone()

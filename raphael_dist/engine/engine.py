@@ -44,9 +44,9 @@ class Engine:
         ds_config: the full DeepSpeed configuration.
         stage: ZeRO stage.
         module: the U-Net.
-        fragments: the part of the fp32 weights that this rank stores.
+        fragments: the parts of the fp32 weights and Adam moments that this rank stores.
         traffic: bytes that this rank sent to other ranks.
-        grad_norm: global gradient norm of the last step, before clipping.
+        grad_norm: global gradient norm of the last step, before clipping; infinite if that step was discarded.
     """
 
     def __init__(
@@ -57,14 +57,17 @@ class Engine:
         device: torch.device,
         model: RaphaelUNet | None = None,
     ) -> None:
-        """Build the engine. Collective.
+        """Build the model, shard its experts, and initialise DeepSpeed. Collective.
 
         Args:
             config: the run's configuration.
             json_tree: the user's DeepSpeed JSON.
-            plan: how the batch is divided over ranks.
+            plan: how the global batch is divided over ranks and micro-steps.
             device: this rank's device.
             model: the model to train, with equal weights on every rank; None: create it from `config`.
+
+        Raises:
+            UserError: settings contradict each other, or a required compiler or package is missing.
         """
         self.config, self.plan, self.device = config, plan, device
         self.dtype = getattr(torch, config.train.dtype)
@@ -120,20 +123,20 @@ class Engine:
         return update
 
     def create_ema(self) -> Ema | None:
-        """Return a moving average of the weights, if the configuration has one."""
+        """Return a new moving average of the weights; None if `ema.enabled` is false."""
         flat = self._fused is not None
         return Ema(self.fragments, self.config.ema, flat) if self.config.ema.enabled else None
 
     def __call__(self, *args: Any) -> Any:
-        """Run the model's forward pass through DeepSpeed."""
+        """Run the model's forward pass through DeepSpeed. Arguments and result are those of `RaphaelUNet.forward`."""
         return self._engine(*args)
 
     def backward(self, loss: Tensor, last: bool | None = None) -> None:
-        """Add the gradients of one micro-step to those of the step. The last micro-step also reduces them over ranks.
+        """Run the backward pass of one micro-step. The last one of a step also reduces the accumulated gradients over ranks.
 
         Args:
-            loss: loss of the micro-step, multiplied by `plan.loss_scale`.
-            last: whether this is the step's last micro-step; None: every `accumulation`-th call is the last one.
+            loss: loss of the micro-step, multiplied by `plan.loss_scale`, float32 [].
+            last: whether this is the step's last micro-step; None: the `plan.accumulation`-th call is the last one.
         """
         self._micro_step += 1
         last = self._micro_step == self.plan.accumulation if last is None else last
@@ -174,9 +177,9 @@ class Engine:
         return square_sum(self._zero.gradients()).to(self.device) / self._zero.copies
 
     def step(self, lr: float, ema: Ema | None = None, step: int = 1) -> bool:
-        """Compute the gradient norm, clip, and update the weights, as `update` does. Collective.
+        """Finish an optimizer step by itself: compute the gradient norm over all ranks, then `update`. Collective.
 
-        Call it after the last `backward` of a step.
+        Call it after the last `backward` of a step. The arguments are those of `update`.
 
         Returns:
             False on all ranks if a gradient on any rank is not finite. Weights and moments are then unchanged.
@@ -190,12 +193,12 @@ class Engine:
 
     @torch.no_grad()
     def update(self, lr: float, norm: float, ema: Ema | None = None, step: int = 1) -> None:
-        """Clip the accumulated gradients, update the weights, and add the new weights to the moving average.
+        """Clip the accumulated gradients, update the weights, and add the new weights to the moving average. Collective.
 
         Args:
             lr: learning rate.
-            norm: global norm of the gradients, finite and equal on all ranks.
-            ema: of `create_ema`; None: no average.
+            norm: global norm of the gradients before clipping, finite and equal on all ranks.
+            ema: the moving average from `create_ema`; None: there is none.
             step: the optimizer step, counted from 1.
         """
         assert self._engine.is_gradient_accumulation_boundary()
@@ -220,7 +223,7 @@ class Engine:
             self._engine.step()
 
     def save_deepspeed(self, folder: Path) -> None:
-        """Write a checkpoint in DeepSpeed's own format, for comparisons. This project never reads it. Collective."""
+        """Write a checkpoint in DeepSpeed's own format, for benchmarks. This project never reads it. Collective."""
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
 
@@ -236,7 +239,7 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of all elements of all tensors, float64 [].
 
-    Up to `_ROW` consecutive squares are added in float32, and these sums in float64.
+    Blocks of up to `_ROW` consecutive squares are added up in float32, and the sums of the blocks in float64.
     """
     rows, rest = [], []
     for flat in (t.reshape(-1) for t in tensors):
@@ -250,10 +253,10 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def decays(name: str) -> bool:
-    """Return whether `optim.weight_decay` applies to a parameter: to matrices and kernels, not to norms, biases and gates.
+    """Return whether `optim.weight_decay` applies to the parameter `name`: to matrices and convolution kernels only.
 
-    This is decided by the name. Shapes would not do: biases of stacked experts [K, F] have two axes, and the flattened parts
-    of parameters under ZeRO have one.
+    It does not apply to norms, biases and gates. The name decides, because shapes cannot: biases of stacked experts [K, F]
+    have two axes, and ZeRO's flattened parameters have one.
     """
     owner, _, leaf = name.rpartition(".")
     norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")

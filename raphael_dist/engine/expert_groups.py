@@ -1,4 +1,4 @@
-"""Registers sharded experts with DeepSpeed: process groups, a marker module in the model, groups of parameters."""
+"""Registers sharded experts with DeepSpeed: process groups, a marker module in the model, optimizer parameter groups."""
 
 import hashlib
 from typing import Any
@@ -13,9 +13,11 @@ from raphael_dist.runtime.ranks import gather_objects, own_group
 def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
     """Create this rank's two process groups for sets of experts that are sharded over `size` ranks. Collective.
 
-    The first group has `size` consecutive ranks, which together have one set of experts ("ep" in DeepSpeed). The second has
-    the ranks at distances of `size`, which have the same experts and reduce their gradients ("edp"). Groups that exist are
-    used again. Both are put into DeepSpeed's registry, because groups that DeepSpeed creates itself have no timeout.
+    - The first group has `size` consecutive ranks, which together have one set of experts ("ep" in DeepSpeed).
+    - The second has every `size`-th rank. These have the same experts and reduce their gradients ("edp" in DeepSpeed).
+
+    Existing groups are used again. Both are put into DeepSpeed's registry, because groups that DeepSpeed creates itself have
+    no timeout.
 
     Returns:
         The first group. It adds the bytes that it sends to `traffic`.
@@ -40,7 +42,10 @@ def copies() -> dict[str, dist.ProcessGroup]:
 
 
 def add_moe_marker(model: nn.Module, num_experts: int) -> None:
-    """Add a module without parameters to the model, which tells DeepSpeed's engine that the model has sharded experts."""
+    """Add a module without parameters by which DeepSpeed's engine recognises that the model has sharded experts.
+
+    Nothing is added if no trained experts are sharded. DeepSpeed reads `num_experts` from the module.
+    """
     from deepspeed.moe.layer import MoE
 
     # Only trained experts: DeepSpeed requires a group of the optimizer for such a module.
@@ -62,10 +67,10 @@ def add_moe_marker(model: nn.Module, num_experts: int) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: all replicated parameters, then one group for each expert-parallel size.
+    """Return the optimizer's parameter groups: the replicated parameters, then sharded experts by their number of ranks.
 
-    The sizes ascend, so that the order is the same on all ranks. DeepSpeed's own function iterates over a set of strings,
-    whose order can differ between ranks; they would then wait for each other forever.
+    The order is the same on all ranks. DeepSpeed's own function iterates over a set of strings, whose order can differ
+    between ranks; they would then wait for each other forever.
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"": []}
     for name, p in model.named_parameters():

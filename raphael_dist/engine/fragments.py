@@ -1,8 +1,8 @@
 """The part of the fp32 weights and of Adam's moments that this rank stores, by parameter name, for every ZeRO stage.
 
-ZeRO flattens parameters and divides the result among ranks. A fragment is a view of the elements [start, start + n) of the
-flattened parameter `name` that this rank stores. The moving average, checkpoints and resharding use only fragments, because
-their meaning does not depend on the number of ranks or the ZeRO stage.
+ZeRO flattens parameters and divides the result among ranks. A fragment is the range of elements [start, start + n) of a
+flattened parameter that this rank stores. The moving average, checkpoints and resharding use only fragments, because their
+meaning does not depend on the number of ranks or the ZeRO stage.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Fragments:
-    """All fragments that this rank stores, in the order of the model's parameters. Frozen parameters have none.
+    """The parts of trained parameters that this rank stores in fp32, in the order of the model's parameters.
+
+    A fragment is a range of elements of a flattened parameter. Iterating yields the fragments.
 
     Attributes:
-        shapes: shapes of the whole parameters, by name.
-        all: the fragments.
-        owners: the tensors that the optimizer updates.
+        shapes: shape of every whole trained parameter, by name.
+        all: the fragments, a list.
+        owners: the distinct tensors that the optimizer updates; each contains one or more fragments.
     """
 
     def __init__(self, module: nn.Module, zero: Zero, optimizer: torch.optim.Optimizer) -> None:
@@ -29,7 +31,7 @@ class Fragments:
 
         Args:
             module: the model.
-            zero: the adapter for DeepSpeed's optimizer.
+            zero: the adapter for DeepSpeed's ZeRO optimizer.
             optimizer: the torch optimizer inside it, whose state has Adam's moments.
         """
         self._zero, self._optimizer = zero, optimizer
@@ -41,18 +43,18 @@ class Fragments:
         return iter(self.all)
 
     def masters(self) -> list[Tensor]:
-        """Return the fp32 weights of each fragment, as a view, float32 [numel]."""
+        """Return the fp32 weights of each fragment as views [numel]: changing them changes the weights."""
         return [f.master for f in self.all]
 
     def optimizer_state(self, owner: Tensor) -> dict[str, Tensor]:
-        """Return the optimizer's state of a tensor that it updates; empty before the first step."""
+        """Return the optimizer's state ("step", "exp_avg", ...) of one of `owners`; empty before the first step."""
         state: dict[str, Tensor] = self._optimizer.state.get(owner, {})
         return state
 
     def moment(self, fragment: Fragment, kind: str) -> Tensor | None:
         """Return one of Adam's moments for a fragment, as a view, float32 [numel].
 
-        `kind`: one of MOMENTS. Returns None before the first step, or if the optimizer has no moments.
+        `kind`: "exp_avg" or "exp_avg_sq". Returns None before the first step, or if the optimizer has no moments.
         """
         state = self.optimizer_state(fragment.owner)
         if kind not in state:
@@ -65,7 +67,10 @@ class Fragments:
         return [state[kind].data_ptr() for state in states for kind in MOMENTS if kind in state]
 
     def create_moments(self, steps_taken: int) -> None:
-        """Create the optimizer's state as after `steps_taken` steps, with moments of zero, which the caller then fills."""
+        """Create Adam's state as it is after `steps_taken` steps, with moments of zero. Does nothing for SGD.
+
+        The caller fills the moments, or leaves them at zero before the first step.
+        """
         if not isinstance(self._optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD has no state
             return
         on_device = self._optimizer.defaults.get("fused") or self._optimizer.defaults.get("capturable")

@@ -27,7 +27,7 @@ class Fragment:
 
     Attributes:
         name, shape: name and shape of the whole parameter.
-        start: the first element.
+        start: index of the first element in the flattened parameter.
         master: the fp32 weights, a view, float32 [numel].
         owner, offset: the tensor that the optimizer updates, and the index of the first element within it.
         shared: whether every rank has this fragment (ZeRO-0).
@@ -48,7 +48,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class FlatPart:
-    """This rank's part of one of DeepSpeed's flat tensors [n]: fp32 weights, reduced gradient, and the model's weights."""
+    """This rank's part of one of DeepSpeed's flat tensors: fp32 weights, reduced gradient, and the model's weights, [n]."""
 
     master: Tensor
     gradient: Tensor
@@ -56,7 +56,7 @@ class FlatPart:
 
 
 class Zero(Protocol):
-    """The interface of the adapters. `copies`: how many ranks have each gradient after the reduction."""
+    """The common interface of the adapters. `copies`: the number of ranks that have each gradient after the reduction."""
 
     copies: int = 1
 
@@ -73,18 +73,18 @@ class Zero(Protocol):
     def gradients(self) -> Sequence[Tensor]:
         """Return this rank's part of the reduced gradients of a step. The caller may change them before the update.
 
-        The parts of all ranks together contain each element `copies` times.
+        The parts of all ranks together contain each gradient element `copies` times.
         """
 
     def disable_builtin_clipping(self) -> None:
         """Turn off DeepSpeed's gradient norm, overflow check and clipping. `Engine` does this work instead."""
 
     def skip_step(self) -> AbstractContextManager[None]:
-        """Return a context in which DeepSpeed's `step` only drops the gradients, as after an overflow."""
+        """Return a context manager inside which DeepSpeed's `step` drops the gradients and changes no weights."""
 
 
 def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Zero:
-    """Return the adapter for `optimizer`, which is one of DeepSpeed's optimizers or a torch optimizer (ZeRO-0)."""
+    """Return the adapter for `optimizer`: one of DeepSpeed's ZeRO optimizers, or a torch optimizer (ZeRO-0)."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return Zero3(optimizer)
     if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
@@ -95,10 +95,10 @@ def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Z
 
 
 def global_shape(p: Any) -> tuple[tuple[int, ...], int]:
-    """Return the shape of the whole parameter of which `p` is this rank's part, and the flat index where the part starts.
+    """Return the shape of a whole parameter, and the flat index within it at which this rank's experts start.
 
-    A parameter with some of K stacked experts has the attribute `expert_slice = (first expert, K)`. For other parameters the
-    index is 0.
+    `p` is the parameter on this rank. If it has only some of K stacked experts, it has the attribute `expert_slice = (first
+    expert, K)`. For other parameters the index is 0.
     """
     shape = tuple(getattr(p, "ds_shape", p.shape))
     first, num_experts = getattr(p, "expert_slice", (0, None))
@@ -186,9 +186,9 @@ class Zero12(DeepSpeedZero):
 class Zero12Contiguous(Zero12):
     """ZeRO-1 and 2 with all gradients of a step in one buffer, which is reduced at once.
 
-    DeepSpeed's own reduction runs a hook for every parameter (0.1 ms of host time each). It copies gradients into a bucket
-    and from there into a flat part, and by default sends every bucket to all ranks. Here the backward pass writes gradients
-    directly into the input of a reduce-scatter: no hooks, no copies, and half of the bytes.
+    DeepSpeed's own reduction runs a hook for every parameter (0.1 ms of host time each). It copies gradients into a bucket,
+    from there into a flat part, and by default sends every bucket to all ranks. With this adapter the backward pass writes
+    gradients directly into the input of a reduce-scatter: no hooks, no copies, and half of the bytes.
     """
 
     def __init__(self, optimizer: DeepSpeedObject) -> None:
@@ -220,7 +220,10 @@ class Zero12Contiguous(Zero12):
         )
 
     def replace_step(self, update: Callable[[Sequence[FlatPart]], None]) -> None:
-        """Let `update` change fp32 weights, moments and the model's weights in place of DeepSpeed's optimizer."""
+        """Call `update` in each step instead of DeepSpeed's optimizer. The model's weights are then gathered from all ranks.
+
+        `update` gets this rank's part of each flat tensor, and changes weights, moments and the model's weights in place.
+        """
         self._update, self._builtin_step = update, self._zero.step
         self._zero.step = self._step
 
@@ -250,7 +253,7 @@ class Zero12Contiguous(Zero12):
 
     @torch.no_grad()
     def _reduce(self) -> None:
-        """Compute this rank's part of the mean over ranks, and add that of the previous micro-steps."""
+        """Compute this rank's part of the mean gradient over ranks, and add that of the previous micro-steps."""
         zero = self._zero
         ranks, last = dist.get_world_size(zero.dp_process_group), zero.is_gradient_accumulation_boundary()
         for i, (buffer, group) in enumerate(zip(self.buffers, zero.real_dp_process_group, strict=True)):
@@ -266,7 +269,7 @@ class Zero12Contiguous(Zero12):
 
 
 def _reduce_scatter(whole: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> Tensor:
-    """Return this rank's part of the sum of `whole` over a group; `whole` itself if the group has one rank."""
+    """Return this rank's part of the sum of `whole` over a group, in `dtype`; `whole` itself if the group has one rank."""
     ranks = dist.get_world_size(group)
     if ranks == 1:
         return whole
@@ -277,7 +280,7 @@ def _reduce_scatter(whole: Tensor, group: dist.ProcessGroup, dtype: torch.dtype)
 
 
 class Zero1Bf16(DeepSpeedZero):
-    """ZeRO-1 for bfloat16 weights with float32 gradient sums. Every rank keeps the sums of all gradients."""
+    """ZeRO-1 for bfloat16 weights with gradient sums in float32. Every rank keeps the sums of all gradients."""
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         return _linked_fragments(module, self._zero.fp32_groups_flat_partition)
@@ -363,7 +366,7 @@ def _linked_fragments(module: nn.Module, owners: Sequence[Tensor]) -> Iterator[F
 
 @contextmanager
 def _replaced(instance: DeepSpeedObject, name: str, value: object) -> Iterator[None]:
-    """Run the body with an attribute of an instance replaced, then restore the instance's own attribute."""
+    """Return a context manager inside which an attribute of `instance` is replaced by `value`."""
     missing = object()
     before = vars(instance).get(name, missing)
     setattr(instance, name, value)

@@ -19,21 +19,21 @@ _ALIGNMENT = 64  # bytes; kernels read vectors of up to 16 bytes
 
 @dataclass
 class Batch:
-    """A micro-batch. Floating-point tensors are float32.
+    """A micro-batch with all of its random numbers. Floating-point tensors are float32.
 
     Attributes:
-        position: int64 [B], numbers of the samples in the endless order of training.
+        position: int64 [B], number of each sample in the order of training. It counts on from one epoch to the next.
         weight: [B], weight of each sample in the loss: 1, or 0 if it only pads the micro-batch.
-        x0, noise: latents and the noise to add to them, [B, C, h, w].
-        timestep: int64 [B].
+        x0, noise: clean latents, and the Gaussian noise to add to them, [B, C, h, w].
+        timestep: int64 [B], diffusion timestep of each sample.
         text: text tokens [B, Y, D].
         text_mask: bool [B, Y], False at padding.
         end: int64 [B], index of the end-of-text token.
-        edge: edge maps [B, h, w] in 0..1, or None.
+        edge: edge maps [B, h, w] in 0..1, or None if the run uses no edge maps.
         gate_noise: noise to add to the logits of the gates, or None.
-        small: small images with their noise [B, 3, Hs, Ws] in -1..1 (super_resolution.py), or None.
-        memory: uint8, one block of pinned host memory in which all tensors lie after `pack`, or None.
-        seconds: time that building the batch took, by kind of work.
+        small: for super-resolution, the noised low-resolution images [B, 3, Hs, Ws] in -1..1; else None.
+        memory: uint8 [bytes], the block of pinned host memory that holds all tensors after `pack`; else None.
+        seconds: seconds spent on building the batch, by kind of work ("reading", "decoding", "encoding").
     """
 
     position: Tensor
@@ -51,9 +51,9 @@ class Batch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> "Batch":
-        """Copy the tensors on the host into one block of pinned memory, so that `to` copies them to a GPU without a wait.
+        """Return a copy of the batch whose host tensors lie in one block of pinned memory.
 
-        Tensors that are on a device stay there.
+        `to` can then copy all of them to a GPU at once, without making the host wait. Tensors on a device stay there.
         """
         offsets: dict[int, int] = {}
         size = 0
@@ -71,7 +71,7 @@ class Batch:
         return packed
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`. The host does not wait for a GPU if the batch is packed."""
+        """Return the batch on `device`. If it is packed (see `pack`), the host does not wait for the copy to a GPU."""
         if self.memory is None or not is_gpu(device):
             return self.map_tensors(lambda tensor: tensor.to(device))
         memory = _copy_on_side_stream(self.memory, device)
@@ -88,18 +88,18 @@ class Batch:
         return batch
 
     def scale_gate_noise(self, deviation: float) -> None:
-        """Multiply the gate noise, which has standard deviation 1 when it is drawn, by `deviation`."""
+        """Multiply the gate noise by `deviation`, in place. It is drawn with a standard deviation of 1."""
         if self.gate_noise is not None:
             self.gate_noise = GateNoise(*torch._foreach_mul(self.gate_noise, deviation))
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors of all fields except `memory`."""
+        """Return the tensors of all fields except `memory`. Fields that are None are left out."""
         required = [self.position, self.weight, self.x0, self.noise, self.timestep, self.text, self.text_mask, self.end]
         optional = [self.edge, *(self.gate_noise or ()), self.small]
         return required + [tensor for tensor in optional if tensor is not None]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a batch with `function` applied to every tensor; its `memory` is None."""
+        """Return a new batch with `function` applied to every tensor. `memory` of the new batch is None."""
 
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)

@@ -1,9 +1,9 @@
-"""`train.compile`: applies torch.compile to those parts of the U-Net that are a single graph for any data.
+"""`train.compile`: applies torch.compile to the parts of the U-Net that are one graph, whatever the data.
 
 These are the residual blocks (GroupNorm and SiLU become one kernel) and the activations of the experts. The rest of a
-transformer block either depends on counts, or exchanges rows with other ranks, or is a single kernel already (attention).
-Parts are compiled in place, so parameters keep their names. Activation recomputation is applied around compiled parts, never
-inside them.
+transformer block depends on the number of tokens per expert, exchanges tokens with other ranks, or is a single kernel
+already (attention). Parts are compiled in place, so parameters keep their names. Activation recomputation is applied around
+compiled parts, never inside them.
 """
 
 import os
@@ -23,13 +23,14 @@ _MAX_GRAPHS = 512
 
 
 def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None:
-    """Compile the parts of `model` in place. Each is compiled when it first runs.
+    """Compile the residual blocks and the expert activations of `model` in place. Each is compiled when it first runs.
 
     Args:
         model: the U-Net.
         device: the device that the model runs on.
-        dynamic: one graph for all sizes. Required where sizes change within a run (several image sizes, rows that move
-            between ranks): a graph that is replaced between a forward pass and its recomputation saves other tensors.
+        dynamic: compile one graph for all tensor sizes. Required if sizes change within a run (several image sizes, expert
+            parallelism). Otherwise torch could replace a graph between a forward pass and its recomputation, and the two
+            would save different tensors.
 
     Raises:
         UserError: there is no compiler for `device`.
@@ -40,15 +41,15 @@ def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None
         if isinstance(module, ResidualBlock):
             module.compile(dynamic=dynamic)
         elif isinstance(module, Experts):
-            # Not the whole module, whose forward pass routes.
+            # Not the whole module: its forward pass depends on the number of tokens per expert.
             module.dense = torch.compile(module.dense, dynamic=dynamic)  # type: ignore[method-assign]
             module.activate = torch.compile(module.activate, dynamic=dynamic)  # type: ignore[method-assign]
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Return a context in which the compiled parts run uncompiled.
+    """Return a context manager inside which the compiled parts run uncompiled.
 
-    Tools that count operations (FLOPs, synchronisations) require it. Without it torch detects the tool, runs the part
+    Tools that intercept operations, such as FLOP counters, require it. Without it, torch notices such a tool, runs the part
     uncompiled, and never compiles it again.
     """
     context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")

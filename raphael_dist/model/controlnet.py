@@ -23,10 +23,13 @@ CONDITION_CHANNELS, CONDITION_WIDTH = 3, 16
 
 
 class ControlNet(RaphaelUNet):
-    """A copy of a U-Net's encoder and middle that reads an edge map. Its outputs are added to that U-Net."""
+    """A copy of a U-Net's encoder and middle block that also reads an edge map.
+
+    Its outputs (residuals) are added to the skip connections and the middle of that U-Net.
+    """
 
     def __init__(self, config: "Config") -> None:
-        """Build the ControlNet for a U-Net with this configuration. It has no edge modules."""
+        """Build the ControlNet for a U-Net with this configuration, without modules that predict edges."""
         super().__init__(config, with_edges=False)
         del self.up_blocks, self.conv_norm_out, self.conv_out
         levels = cast(list[UNetLevel], [*self.down_blocks, self.mid_block])
@@ -49,7 +52,7 @@ class ControlNet(RaphaelUNet):
                     nn.init.zeros_(p)
 
     def forward(self, inputs: UNetInput, edge_Bhw: Tensor) -> ControlResiduals:  # type: ignore[override]
-        """Return the residuals to add to the U-Net's skips and middle.
+        """Return the residuals to add to the U-Net's skip connections and to its middle.
 
         Args:
             inputs: the inputs of the U-Net.
@@ -65,10 +68,10 @@ class ControlNet(RaphaelUNet):
 
 
 def add_control(model: RaphaelUNet, config: "Config", seed: int) -> None:
-    """Freeze the model and add a ControlNet that starts as a copy of its encoder.
+    """Freeze a U-Net and set its attribute `control` to a ControlNet that starts as a copy of its encoder.
 
     Args:
-        model: the U-Net.
+        model: the U-Net, changed in place.
         config: configuration of the U-Net.
         seed: fixes the initial values of the ControlNet's new weights.
     """

@@ -28,12 +28,15 @@ ShapeKey = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 def replay_cuda_graphs(unet: RaphaelUNet, gradients: Gradients) -> None:
-    """Make `unet` capture each training pass in a CUDA graph at its first run, and replay the graph in later runs.
+    """Replace the forward pass of `unet` by CUDA graphs: captured at the first training pass, replayed in later ones.
+
+    Passes without gradients (validation, sampling) run without graphs.
 
     Args:
         unet: the model, changed in place. Its weights must not move in memory.
-        gradients: for each trained parameter, the tensor that accumulates its gradient. It must not move in memory. The run
-            that captures a pass also adds to these tensors during its forward pass: clear them before its backward pass.
+        gradients: for each trained parameter, the tensor that accumulates its gradient. It must not move in memory.
+            Capturing runs backward passes that add wrong values to these tensors; set them to 0 between this forward pass
+            and its backward pass.
     """
     unet.forward = _ReplayedForward(unet, gradients)  # type: ignore[method-assign, assignment]
 
@@ -123,7 +126,7 @@ def _zero_gradients(outputs: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _run_backward(outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None]) -> None:
-    """Add the gradients of the leaves."""
+    """Add the gradients to the `grad` of the leaf tensors. Outputs whose gradient is None need no gradient."""
     pairs = [(output, grad) for output, grad in zip(outputs, output_gradients, strict=True) if grad is not None]
     torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 

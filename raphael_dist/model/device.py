@@ -10,11 +10,11 @@ GPU_KINDS: tuple[str, ...] = ("cuda",)
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Return whether operations on `device` are queued, so that reading a result makes the host wait."""
+    """Return whether `device` queues operations, as GPUs do, so that reading a result makes the host wait."""
     return device.type in GPU_KINDS
 
 
 def from_host(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Copy numbers to `device` and return them as a vector. The host does not wait, because a GPU copies pinned memory."""
+    """Return numbers as a vector [n] on `device`. The host does not wait, because a GPU copies from pinned memory."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if is_gpu(device) else tensor.to(device)

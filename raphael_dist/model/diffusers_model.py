@@ -35,9 +35,9 @@ EXPERT_FIELDS = {
 
 
 def sections_of(fields: Any) -> Any:
-    """Return the configuration sections from which `RaphaelUNet` is built.
+    """Return an object with the configuration sections (`model`, `edge`, ...) from which `RaphaelUNet` is built.
 
-    `fields`: the fields of the model's config.json, as diffusers names them.
+    `fields`: an object with the fields of the model's config.json, as diffusers names them.
     """
     widths, heads = fields.block_out_channels, fields.attention_head_dim
     model = {
@@ -102,33 +102,35 @@ class _Wrapper(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         auto_map: dict[str, str] | None = None,
     ) -> None:
-        """Build the network. Fields of UNet2DConditionModel have its meaning.
+        """Build the network. Arguments that diffusers' UNet2DConditionModel also has mean the same.
 
         Args:
-            sample_size: height and width of the latents that it was trained on.
-            in_channels: channels of latents, and of a small image for super-resolution.
-            out_channels: channels of latents.
-            block_out_channels: width of each level.
-            down_block_types: names with "CrossAttn" have transformer blocks.
-            up_block_types: the same levels, innermost first.
+            sample_size: height and width of the latents that the network was trained on.
+            in_channels: channels of the latents, plus those of the small image for super-resolution.
+            out_channels: channels of the latents.
+            block_out_channels: width of each level, outermost first.
+            down_block_types: for each level of the encoder; names with "CrossAttn" have transformer blocks.
+            up_block_types: for each level of the decoder, innermost first.
             layers_per_block: residual blocks of each level of the encoder.
             cross_attention_dim: width of the text tokens.
             attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
             norm_num_groups: groups of each GroupNorm.
             act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
-            num_space_experts: experts of each Space-MoE; 0: none.
+            num_space_experts: experts of each Space-MoE; 0: no Space-MoE.
             num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
-            shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: none.
-            time_routing: "learned" or "boundaries".
+            shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: no such expert.
+            time_routing: how a timestep selects its expert: "learned" (by gates) or "boundaries" (by equal ranges of
+                timesteps).
             time_activation: activation of the time experts, "gelu" or "geglu".
-            gate_width: hidden width of the gates.
-            gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
-            mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
+            gate_width: hidden width of the gates, the networks that select experts.
+            gate_gradient: factor on the output of the selected expert: "straight_through" and "none" are 1, "scaled" is its
+                probability.
+            mask_threshold: a text token's region is where its attention is at least this share of its maximum.
             mask_padding: leave padding tokens out of the Space-MoE.
-            image_positions: add sines of its place to each image token.
-            edge_channels: width of the edge modules, which are used in training only; 0: none.
+            image_positions: add a sinusoidal position encoding to the image tokens.
+            edge_channels: width of the modules that predict edges, which are used in training only; 0: no such modules.
             num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
             auto_map: entry of config.json by which diffusers' AutoModel finds this class.
         """
@@ -146,7 +148,10 @@ class _Wrapper(ModelMixin, ConfigMixin):
     def enable_group_offload(
         self, onload_device: torch.device, offload_device: Any = "cpu", offload_type: str = "leaf_level", **options: Any
     ) -> None:
-        """As in diffusers. ValueError: `offload_type` is not "leaf_level"."""
+        """Offload weights between uses, as the method of diffusers does. Only `offload_type="leaf_level"` is supported.
+
+        Raises ValueError for another `offload_type`.
+        """
         if offload_type != "leaf_level":
             raise ValueError(
                 f"offload_type={offload_type!r} must be 'leaf_level': this network calls the layers of a block one by one, "
@@ -183,18 +188,18 @@ class RaphaelUNet2D(_Wrapper):
         mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Predict the noise (or v), as UNet2DConditionModel does.
+        """Predict the noise (or v, or the flow), as UNet2DConditionModel does; [B, C, h, w].
 
         Args:
             sample: noised latents [B, C, h, w].
-            timestep: one for all, or [B].
+            timestep: one number for all samples, or a tensor [B].
             encoder_hidden_states: text tokens [B, Y, D].
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
-            end_of_text: int64 [B], index of the end-of-text token. None: the last token that the mask keeps. Only the
-                edge modules read it, not the prediction.
-            down_block_additional_residuals: residuals of a ControlNet for the skips, outermost first.
-            mid_block_additional_residual: residual of a ControlNet for the middle.
-            return_dict: whether to return a UNet2DConditionOutput or a tuple.
+            end_of_text: int64 [B], index of the end-of-text token. None: the last token that is not padding. It affects only
+                predicted edges, not the result.
+            down_block_additional_residuals: residuals of a ControlNet for the skip connections, outermost first.
+            mid_block_additional_residual: residual of a ControlNet for the middle block.
+            return_dict: True returns a UNet2DConditionOutput, False a tuple with one tensor.
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, end_of_text)
         residuals = None
@@ -221,13 +226,13 @@ class RaphaelControlNet(_Wrapper):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
-        """Return the residuals for the U-Net, as ControlNetModel does.
+        """Return the residuals for the U-Net's skip connections (outermost first) and middle, as ControlNetModel does.
 
         Args:
             sample, timestep, encoder_hidden_states, encoder_attention_mask: the inputs of the U-Net.
             controlnet_cond: edge map in 0..1 at the size of the latents, [B, 3, h, w] with three equal channels.
-            conditioning_scale: factor of the residuals.
-            return_dict: whether to return a ControlNetOutput or a tuple.
+            conditioning_scale: factor by which the residuals are multiplied.
+            return_dict: True returns a ControlNetOutput, False a tuple.
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, None)
         residuals = self._predict(inputs, controlnet_cond[:, 0])

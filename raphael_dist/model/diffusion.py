@@ -1,6 +1,7 @@
-"""The diffusion process and its loss (Sec. 3). The timestep of a sample is a function of its position in the training order.
+"""The diffusion process and its loss (Sec. 3). A sample's timestep is computed from its position in the order of training.
 
-Shape legend: B samples, C latent channels, h and w latent height and width.
+Legend: B samples, C latent channels, h and w latent height and width, T timesteps; abar_t is the share of the signal's
+variance in the noised latents x_t.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from raphael_dist.rng import Purpose, generator
 
 
 def alphas_cumprod(config: Diffusion) -> Tensor:
-    """Return abar_t for t = 0 .. T-1, float32 [T], computed in float64."""
+    """Return abar_t, the cumulative product of (1 - beta), for t = 0 .. T-1; float32 [T], computed in float64."""
     if config.schedule == "scaled_linear":
         roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps, dtype=torch.float64)
         betas = roots**2
@@ -29,25 +30,26 @@ def alphas_cumprod(config: Diffusion) -> Tensor:
 
 
 def zero_terminal_snr(abar_T: Tensor) -> Tensor:
-    """Shift and scale sqrt(abar) so that its last value is 0 and its first is unchanged; return the new abar.
+    """Rescale a noise schedule so that its last timestep is pure noise (Alg. 1 of arXiv 2305.08891).
 
-    This is Alg. 1 of arXiv 2305.08891.
+    sqrt(abar) is shifted and scaled: the last value becomes 0, the first is unchanged. Returns the new abar [T].
     """
     roots = abar_T.sqrt()
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
 
 
 def make_scheduler(config: Diffusion, name: str) -> Any:
-    """Return a scheduler of diffusers for the training noise schedule.
+    """Return a scheduler of diffusers that samples with the noise schedule of training.
 
-    DDIM and Euler are set up as for Stable Diffusion: whole timesteps that end at 1, as StableDiffusionPipeline requires.
+    For noise and v prediction, DDIM and Euler are set up as for Stable Diffusion: whole timesteps that end at 1, as
+    StableDiffusionPipeline requires. With zero_terminal_snr they start at the last timestep instead.
 
     Args:
         config: the noise schedule.
-        name: "ddim", "dpm++" (DPM-Solver++) or "euler". On the straight paths of a flow DDIM is Euler.
+        name: "ddim", "dpm++" (DPM-Solver++) or "euler". With diffusion.prediction=flow, "ddim" is the same as "euler".
 
     Raises:
-        UserError: a flow is to be sampled with DPM-Solver++.
+        UserError: `name` is "dpm++" and diffusion.prediction is flow.
     """
     from diffusers.schedulers import (
         DDIMScheduler,
@@ -81,9 +83,10 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
 def late_start_warning(scheduler: Any) -> str | None:
     """Return a warning if the first sampling step starts far from pure noise, else None.
 
-    `scheduler`: a scheduler of diffusers whose timesteps are set. DDIM spaces timesteps by a whole number, counted from the
-    low end. For example, with 1,000 training timesteps 600 sampling steps start at timestep 600, and the images get little
-    contrast.
+    DDIM spaces timesteps by a whole number, counted from the low end. For example, with 1,000 training timesteps 600
+    sampling steps start at timestep 600, and the images get little contrast.
+
+    `scheduler`: a scheduler of diffusers after its `set_timesteps`.
     """
     first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
     if total - first <= max(2 * total / steps, total / 20):
@@ -96,19 +99,20 @@ def late_start_warning(scheduler: Any) -> str | None:
 
 
 def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size: int, phase: int = 0) -> int:
-    """Return the timestep of a training sample, uniform over 0 .. T-1.
+    """Return the timestep of a training sample, an integer drawn uniformly from 0 .. T-1.
 
-    If `config` asks for stratified timesteps, the range is divided into `global_batch_size` equal strata (subranges), and
-    each sample of a global batch gets its own, in an order that depends on (seed, step). The timesteps do not depend on the
-    number of ranks. A batch covers the range evenly. So do consecutive positions within it, which are processed by ranks
-    that share experts (`batch_plan`).
+    With diffusion.stratified, the range is divided into `global_batch_size` equal strata (subranges). Each sample of a
+    global batch gets its own stratum, in an order that depends on (seed, step). So a batch covers the range evenly, and so
+    do consecutive positions within it, which ranks with shared experts process together. The result does not depend on the
+    number of ranks.
 
     Args:
         config: the noise schedule.
         seed: `run.seed`.
-        position: number of the sample in the endless order of training.
+        position: number of the sample in the order of training, counted through all epochs.
         global_batch_size: samples per step.
-        phase: position within [0, global_batch_size) at which steps start; 0 unless a run changed its global batch.
+        phase: remainder of a step's first position modulo `global_batch_size`; not 0 only if the run changed its global
+            batch size.
     """
     uniform = generator(seed, Purpose.TIMESTEP, position).random()
     if config.stratified:
@@ -153,13 +157,19 @@ def _scramble(indices: np.ndarray, draws: Iterator[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The noise schedule x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (the paper prints the two roots swapped)."""
+    """The noise schedule x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (the paper prints the two roots swapped).
+
+    Attributes:
+        abar_T: abar of each timestep, float32 [T].
+        prediction: what the model predicts, a value of `diffusion.prediction`.
+    """
 
     abar_T: Tensor
     prediction: str
 
     @classmethod
     def create(cls, config: Diffusion, device: torch.device | str = "cpu") -> "NoiseSchedule":
+        """Return the schedule for `config` with its table on `device`; a FlowSchedule if diffusion.prediction is flow."""
         kind = FlowSchedule if config.prediction == "flow" else cls
         return kind(alphas_cumprod(config).to(device), config.prediction)
 
@@ -168,7 +178,7 @@ class NoiseSchedule:
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return the noised latents x_t, float32 [B, C, h, w]."""
+        """Return the noised latents x_t, float32 [B, C, h, w], from clean latents x_0 and noise of this shape."""
         signal, sigma = self._roots(timestep_B)
         return signal * x0_BChw + sigma * noise_BChw
 
@@ -205,5 +215,5 @@ def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
 
 
 def denoise_loss_B(prediction_BChw: Tensor, target_BChw: Tensor) -> Tensor:
-    """Return the denoising loss of each sample, mean ||eps - D(x_t, t, y)||^2 over its elements (Sec. 3), float32 [B]."""
+    """Return the denoising loss of each sample: the mean squared error over its elements (Sec. 3), float32 [B]."""
     return (prediction_BChw.float() - target_BChw).square().mean(dim=(1, 2, 3))

@@ -13,7 +13,7 @@ from raphael_dist.config.types import FocalForm
 
 
 class EdgeModule(nn.Module):
-    """Five convolutions that predict edge logits from one attention map (P of Sec. 7.2)."""
+    """Five convolutions that predict edge logits from an attention map (P in Sec. 7.2 of the paper)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -27,9 +27,10 @@ class EdgeModule(nn.Module):
         """Return edge logits, float32 [B, h, w].
 
         Args:
-            map_BNY: attention maps. Only that of the end-of-text token is used, scaled to a maximum of 1.
+            map_BNY: attention of each image token to each text token. Only the map of the end-of-text token is used, scaled
+                to a maximum of 1.
             end_B: index of the end-of-text token, int64.
-            size_hw: height and width of the map.
+            size_hw: height and width of the map, whose product is N.
         """
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
@@ -39,11 +40,11 @@ class EdgeModule(nn.Module):
 
 
 def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Compute the focal loss for soft targets in [0, 1], elementwise (Lin et al. 2017, Eq. 5, weighted by the target).
+    """Compute the focal loss for targets from 0 to 1, elementwise (Lin et al. 2017, Eq. 5, weighted by the target).
 
-    `-alpha y (1-p)^gamma log p - (1-alpha) (1-y) p^gamma log(1-p)` with p = sigmoid(logits). RAPHAEL's paper uses the focal
-    loss but gives no form for soft targets such as HED's maps. The minimum is at p = y only for y = 0 and 1: with gamma = 2
-    the best prediction for a target of 0.1 is 0.31.
+    `-alpha y (1-p)^gamma log p - (1-alpha) (1-y) p^gamma log(1-p)` with target y and p = sigmoid(logits). RAPHAEL's paper
+    uses the focal loss but gives no form for soft targets such as HED's edge maps. The minimum is at p = y only for y = 0
+    and 1: with gamma = 2 the best prediction for a target of 0.1 is 0.31.
     """
     log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
     # Powers through logarithms: the gradient of (1-p)^gamma is infinite at p = 1 if gamma is below 1.
@@ -53,7 +54,10 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Te
 
 
 def quality_focal_loss(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
-    """Compute the quality focal loss `|y - p|^gamma BCE(p, y)`, elementwise (Li et al. 2020, Eq. 3); minimum 0 at p = y."""
+    """Compute the quality focal loss `|y - p|^gamma BCE(p, y)`, elementwise (Li et al. 2020, Eq. 3).
+
+    y is the target (0..1) and p = sigmoid(logits). Its minimum is 0, at p = y.
+    """
     distance = (torch.sigmoid(logits) - target).square() + 1e-12  # finite gradients at 0 for every gamma
     return distance ** (gamma / 2) * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
@@ -68,16 +72,16 @@ def edge_loss_B(
     gamma: float,
     form: FocalForm = "focal",
 ) -> Tensor:
-    """Compute L_edge = Focal(P(M), I_edge) per sample (Sec. 3.2).
+    """Compute the edge loss of each sample, L_edge in Sec. 3.2, between predicted edges and HED's edge maps.
 
     Args:
-        logits: edge logits of each block, float32 [B, h, w].
-        edge_BHW: HED edge maps in [0, 1]; averaged to the h x w of each block.
+        logits: edge logits of each transformer block, float32 [B, h, w].
+        edge_BHW: edge maps in 0..1; averaged to the h x w of each block.
         timestep_B: int64.
-        max_timestep: T_c; samples with t >= T_c have loss 0.
-        alpha: weight of edge pixels.
-        gamma: focusing parameter.
-        form: "focal" or "quality".
+        max_timestep: T_c in the paper; samples with a timestep of at least T_c have loss 0.
+        alpha: weight of edge pixels, for the form "focal".
+        gamma: focusing parameter: down-weights pixels that are already classified correctly.
+        form: "focal" (`focal_loss`) or "quality" (`quality_focal_loss`).
 
     Returns:
         Mean over blocks and map positions, float32 [B].

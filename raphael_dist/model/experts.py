@@ -1,6 +1,6 @@
 """K feed-forward experts, whose weights are stacked so that consecutive experts are a contiguous slice of each parameter.
 
-Shape legend: R rows, K experts, D width, F hidden width (2F for the fused GEGLU projection).
+Shape legend: R rows (token vectors), K experts, D width of a row, F hidden width (2F for the fused GEGLU projection).
 """
 
 import math
@@ -21,18 +21,18 @@ Activation = Literal["gelu", "geglu"]
 
 
 class Experts(nn.Module):
-    """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
+    """The experts of one MoE layer: expert k computes `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
 
     This is a base class of the MoE layers, because ZeRO-3 gathers a module's own parameters around its `forward`. Therefore
     the layer that runs the experts must itself own their parameters.
 
     Args:
         num_experts: number of experts on this rank.
-        dim: width of a row.
-        hidden: width between the two layers.
-        activation: GELU or gated GELU.
-        seed: fixes the initial weights together with the global index of an expert, so the initial model does not depend on
-            which rank has which expert.
+        dim: width of a row (a token vector).
+        hidden: width between the two linear layers.
+        activation: "gelu", or "geglu" (gated GELU).
+        seed: seed of the initial weights. Together with an expert's global index it fixes that expert's weights, so the
+            initial model does not depend on which rank has which expert.
         first_expert: global index of the first expert on this rank.
     """
 
@@ -72,7 +72,7 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def add_lora(self, rank: int, alpha: float) -> None:
-        """Add LoRA adapters to w1 and w2 of every expert: `w_k + alpha / rank B_k A_k`, with B zero at first.
+        """Add LoRA adapters to w1 and w2 of every expert: w_k becomes `w_k + alpha / rank B_k A_k`. B is zero at first.
 
         The adapters are the parameters w1_lora_A [K, rank, D], w1_lora_B [K, F, rank], and the same for w2. They belong to
         this module, so that ZeRO-3 gathers them with the weights and expert parallelism shards them in the same way.
@@ -87,7 +87,7 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_lora_B", nn.Parameter(b))
 
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return the adapters of `name` ("w1" or "w2"), or None if there are none.
+        """Return the LoRA matrices of a weight ("w1" or "w2"), or None if there are no adapters.
 
         They are A [K, rank, in] and alpha / rank B [K, out, rank]. They are applied one after the other and never added to
         the weight: bfloat16 would round small changes of a weight away, and the product B A needs as much memory as the
@@ -98,7 +98,7 @@ class Experts(nn.Module):
         return getattr(self, f"{name}_lora_A"), self.lora_scale * getattr(self, f"{name}_lora_B")
 
     def act(self, x: Tensor) -> Tensor:
-        """Apply GELU, or the gated GELU of diffusers' feed-forward layer, over the last dimension."""
+        """Apply the layer's activation over the last dimension: GELU, or diffusers' gated GELU, which halves it."""
         if self.activation == "gelu":
             return F.gelu(x)
         value, gate = x.chunk(2, dim=-1)
@@ -113,12 +113,12 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply each expert to its rows; return [R, D].
+        """Apply each expert to its rows; return their outputs [R, D], in the same order.
 
         Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
-        (Otherwise ZeRO would add gradients of different experts to each other.) The grouped matrix product reads the counts
-        on the device. For float32, and for widths that are not multiples of 8, a loop over experts runs instead; it reads
-        the counts on the host, so the host waits for a GPU.
+        (Otherwise ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the
+        counts on the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs
+        instead. It reads the counts on the host, so the host waits for a GPU.
 
         Args:
             x_RD: rows sorted by expert.
@@ -166,13 +166,18 @@ class Experts(nn.Module):
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)`, where y is a row of `w1_k x` and k the expert of that row."""
+        """Return `act(y + b1_k)` for each row, with the bias of the row's expert k.
+
+        Args:
+            y_RF: the product `w1_k x` of each row.
+            onehot_RK: the expert of each row, one-hot.
+        """
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def sparse(self, x_RD: Tensor, w_RK: Tensor, per_row: int) -> Tensor:
-        """Return the same as `dense`, [R, D], by Triton kernels for the (row, expert) pairs with w > 0.
+        """Return the same as `dense`, [R, D], computed by Triton kernels only for the (row, expert) pairs with w > 0.
 
-        `per_row`: how many experts a row needs at most.
+        `per_row`: upper bound of the number of experts with w > 0 in a row.
         """
         from raphael_dist.model.kernels.sparse_experts import sparse_experts
 
@@ -181,9 +186,10 @@ class Experts(nn.Module):
         return sparse_experts(x_RD, w_RK, self.w1, self.b1, self.w2, per_row)
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]. Every expert processes every row, so shapes are static.
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]. Every expert processes every row.
 
-        The weights multiply the experts' outputs, because these are narrower than their hidden units.
+        Shapes are therefore static. The weights w multiply the experts' outputs, because these are narrower than their
+        hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -234,11 +240,11 @@ def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Add to each row the bias of its expert.
+    """Return y [R, F] with the bias of its expert added to each row.
 
-    The bias is looked up by a product with the one-hot matrix, so that its gradient is also a matrix product, which sums in
-    float32 on every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24%
-    wrong for 4 to 8 thousand rows).
+    `onehot_RK` is the expert of each row in the dtype of y. The bias is looked up by a product with this matrix, so that its
+    gradient is also a matrix product, which sums in float32 on every device. The gradient of the indexing `bias[expert]`
+    would be summed in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -250,9 +256,10 @@ def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function `(x, w) -> x w_k^T` for rows sorted by expert, computed by the package grouped_gemm.
+    """Return a function (x, w) that multiplies each row of x with the matrix of its expert, `x w_k^T`.
 
-    This is MegaBlocks' kernel, for bfloat16 on a GPU. The counts stay on the device.
+    The rows are sorted by expert, `counts_K` is the number of rows of each, and w is [K, out, in]. The function runs
+    MegaBlocks' kernel (package grouped_gemm), for bfloat16 on a GPU. The counts stay on the device.
 
     Raises:
         UserError: the package is not installed.

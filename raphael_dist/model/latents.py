@@ -14,7 +14,10 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 
 
 def latent_factor(encoder: str) -> int:
-    """Return image size divided by latent size for a value of `image.vae`; USUAL_FACTOR if its file cannot be read."""
+    """Return image size divided by latent size of the image encoder that `image.vae` names; 1 for "none".
+
+    `encoder`: the value of `image.vae`. The result is USUAL_FACTOR if no configuration file can be read.
+    """
     if encoder == "none":
         return 1
     folder = Path(encoder).expanduser()
@@ -27,9 +30,9 @@ def latent_factor(encoder: str) -> int:
 
 
 def downscale_factor(config: Mapping[str, Any]) -> int:
-    """Return image size divided by latent size of an autoencoder: 2 for each transition between two of its levels.
+    """Return image size divided by latent size of an autoencoder: a factor of 2 between each two of its levels.
 
-    `config`: the autoencoder's config.json.
+    `config`: the content of the autoencoder's config.json.
     """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)

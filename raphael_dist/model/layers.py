@@ -24,23 +24,24 @@ from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.norms import GroupNorm, LayerNorm
 from raphael_dist.model.routing import BlockRouting, region_mask_BNY
 
-_POSITION_PERIODS = (4.0, 128.0)  # cells of the latents
+_POSITION_PERIODS = (4.0, 128.0)  # in latent positions
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Sizes of one transformer block.
+    """Sizes and options of one transformer block.
 
     Attributes:
         dim, head_dim, text_width: widths of the image tokens, of an attention head and of the text tokens.
         hidden: hidden width of an expert.
-        space_experts, time_experts: number of experts; 0 removes the Space-MoE, or replaces the Time-MoE by one layer.
-        shared_hidden: hidden width of the Space-MoE's shared expert; 0: none.
+        space_experts, time_experts: number of experts. 0 removes the Space-MoE, or replaces the Time-MoE by a dense layer.
+        shared_hidden: hidden width of the Space-MoE's shared expert, which processes all tokens; 0: none.
         time_activation: activation of the time experts, "gelu" or "geglu".
-        expert_backend: how the experts run.
-        mask_threshold: alpha of Sec. 3.1.
-        edge_channels: width of the edge module; 0: none.
-        token_size: side of an image token in cells of the latents, for the sines of its place; 0: no sines.
+        expert_backend: how the experts are computed (`model.expert_backend`).
+        mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
+            times the maximum.
+        edge_channels: width of the module that predicts edges; 0: none.
+        token_size: side of an image token in latent positions, for the position encoding; 0: no position encoding.
         seed: fixes the initial weights of the experts.
     """
 
@@ -64,8 +65,8 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         h_BND: image tokens.
-        edge_logits: float32 [B, h, w]; None without an edge module.
-        space_used_BK: share of image tokens that each space expert processes; None without a Space-MoE.
+        edge_logits: predicted edges, float32 [B, h, w]; None without an edge module.
+        space_used_BK: share of image tokens that each space expert processes, 0..1; None without a Space-MoE.
     """
 
     h_BND: Tensor
@@ -86,7 +87,10 @@ class MapProcessor:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the output [B, N, D] and the map, float32 [B, N, Y]."""
+        """Return the output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].
+
+        The arguments are those that diffusers passes: image tokens, then text tokens. `attention_mask` is not used.
+        """
         batch, heads = hidden_states.shape[0], attn.heads
         q, k, v = (
             x.view(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2)
@@ -127,13 +131,13 @@ class TransformerBlock(nn.Module):
     def forward(
         self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
     ) -> BlockOutput:
-        """Run the block; return the new image tokens, edge logits, and how many tokens each space expert processed.
+        """Run the block: attention, cross-attention, Time-MoE, edge prediction, Space-MoE.
 
         Args:
             h_BND: image tokens.
             text_BYD: text tokens.
             end_B: index of the end-of-text token, int64.
-            routing: experts of the samples and text tokens.
+            routing: the selected experts of the samples and text tokens.
             size_hw: height and width of the feature map, whose product is N.
         """
         h_BND = h_BND + self.attn1(self.norm1(h_BND))
@@ -164,14 +168,14 @@ class TransformerBlock(nn.Module):
 
 
 def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
-    """Return sines of the place of each image token, [N, D], with the device, dtype and D of `like`.
+    """Return a sinusoidal position encoding of the image tokens, [N, D], with the device, dtype and D of `like`.
 
-    A quarter of them are of its row, the others of its column. Places are in cells of the latents from the middle of the
-    image, so they mean the same on every level and in images of every size.
+    A quarter of the D values encodes the row, the others the column. Positions are measured in latent positions from the
+    middle of the image, so they mean the same on every level and in images of every size.
 
     Args:
         height, width: of the feature map, whose product is N.
-        token_size: side of a token in cells of the latents.
+        token_size: side of an image token in latent positions.
         like: tensor [..., D].
     """
     dim = like.shape[-1]
@@ -184,7 +188,7 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
 
 
 def _sines(place_P: Tensor, features: int) -> Tensor:
-    """Return sines and cosines of places with periods from the shortest to the longest, [P, features]."""
+    """Return sines and cosines of positions with periods from the shortest to the longest, [P, features]."""
     count = (features + 1) // 2
     shortest, longest = _POSITION_PERIODS
     steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
@@ -193,7 +197,10 @@ def _sines(place_P: Tensor, features: int) -> Tensor:
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block that reads and returns feature maps. Parameter names are those of Transformer2DModel."""
+    """A transformer block, with the layers that convert a feature map to its tokens and back.
+
+    Parameter names are those of diffusers' Transformer2DModel. `RaphaelUNet` calls the parts one by one.
+    """
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
@@ -212,7 +219,7 @@ class SpatialTransformer(nn.Module):
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Convert image tokens to a feature map [B, C, h, w], and add the residual `x_BCHW`.
+        """Convert image tokens to a feature map, and add the residual `x_BCHW`; return [B, C, h, w].
 
         The result has the memory format of the residual.
         """
@@ -222,9 +229,10 @@ class SpatialTransformer(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """One level of the encoder or the decoder, or the middle.
+    """One level of the encoder or the decoder, or the middle block.
 
-    It consists of residual blocks. On levels with attention, a transformer block follows each of them.
+    It consists of residual blocks. On levels with attention, a transformer block follows each of them, but not the second
+    one of the middle. `downsamplers` or `upsamplers` holds the layer that changes the size, if there is one.
     """
 
     resnets: nn.ModuleList

@@ -47,7 +47,10 @@ def add_lora(model: RaphaelUNet, lora: Lora, seed: int) -> None:
 
 
 def parse_adapter_name(name: str) -> tuple[str, str] | None:
-    """Return which parameter of the frozen model an adapter changes, and whether it is "A" or "B"; None for other names."""
+    """Split the name of an adapter parameter into the frozen parameter that it changes, and "A" or "B".
+
+    Returns None if `name` is not the name of an adapter parameter.
+    """
     match = _ADAPTER.fullmatch(name)
     if match is None:
         return None

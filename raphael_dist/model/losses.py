@@ -22,14 +22,15 @@ from raphael_dist.model.unet import UNetOutput
 
 @dataclass
 class Losses:
-    """Losses of a batch, multiplied by each sample's weight (0 for padding samples). Only `total` has a gradient.
+    """Losses of a micro-batch, multiplied by each sample's weight (0 for padding samples). Only `total` has a gradient.
 
     Attributes:
         total: the loss that is minimised, float32 [B].
         denoise: the denoising loss without min-SNR weights, float32 [B].
-        edge: the edge loss, float32 [B].
-        space_used: weighted sum over samples of the share of image tokens per space expert, [L, K], or None.
-        time_load: weighted number of samples per time expert, [L, K], or None.
+        edge: the edge loss multiplied by edge.weight, float32 [B]; 0 without edge modules.
+        space_used: for each block and space expert, the share of image tokens that it processes, summed over samples,
+            float32 [L, K]; None without a Space-MoE.
+        time_load: for each block and time expert, its number of samples, float32 [L, K]; None without a Time-MoE.
     """
 
     total: Tensor
@@ -42,10 +43,10 @@ class Losses:
 def compute_losses(
     model: Callable[..., UNetOutput], batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype
 ) -> Losses:
-    """Compute L = L_denoise + L_edge (Sec. 3.2), and the balance loss if it has a weight.
+    """Run the model and compute L = L_denoise + L_edge (Sec. 3.2), plus the balance loss if its weight is above 0.
 
     Args:
-        model: the U-Net, or the engine.
+        model: the U-Net, or the engine, which calls it.
         batch: the micro-batch, on the device of the model.
         schedule: the noise schedule.
         config: the run's configuration, with the weights of the losses.

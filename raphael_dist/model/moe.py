@@ -19,10 +19,7 @@ DENSE_DENSITY = 0.8
 
 
 class TimeMoE(Experts):
-    """The Time-MoE layer: each sample goes through one expert, which its timestep selects.
-
-    `h' = te_{t_router(t)}(h_c)` (Sec. 7.3).
-    """
+    """The Time-MoE layer: each sample goes through one expert, which its timestep selects (Sec. 7.3)."""
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
         """Run each sample through its expert; return [B, N, D].
@@ -31,7 +28,7 @@ class TimeMoE(Experts):
             h_BND: image tokens.
             expert_B: expert of each sample, int64.
             samples_K: number of samples of each expert, int64. The host does not read it, so nothing waits for the device.
-            factor_B: factor of each sample's output, of value 1 (`routing.choose`).
+            factor_B: factor on each sample's output, through which the gate gets its gradient (`routing.choose`).
         """
         if self.use_kernel:
             return self._without_sorting(h_BND, expert_B, factor_B)
@@ -50,8 +47,10 @@ class TimeMoE(Experts):
 class SpaceMoE(Experts):
     """The Space-MoE layer: each image token goes through the experts of the text tokens whose regions contain it.
 
-    `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k
-    its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
+    A text token's region is the set of image tokens that attend to it most (`routing.region_mask_BNY`). The paper's formula
+    is `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` over the n_y text tokens (Sec. 3.1). With w_k[j] the weight of expert k
+    at image token j and c_k its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`
+    (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
     all of it. `shared` is its hidden width; 0: none.
@@ -73,8 +72,8 @@ class SpaceMoE(Experts):
 
         Args:
             h_BND: image tokens.
-            mask_BNY: regions, float32 zeros and ones.
-            weight_BYK: float32, see `routing.BlockRouting`.
+            mask_BNY: float32, 1 where image token n is in the region of text token y, else 0.
+            weight_BYK: float32, 1/n_y at the expert of each text token, else 0 (`routing.space_weights_BYK`).
 
         Returns:
             The output [B, N, D], and the share of image tokens that need each expert [B, K], without gradient.
@@ -107,7 +106,10 @@ class SpaceMoE(Experts):
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return one row for each expert of the layer, from the rows of this rank's experts. Here these are the same."""
+        """Return one row for each expert of the layer [K, D], given the rows of this rank's experts.
+
+        With all experts on one rank these are the same. Expert parallelism overrides this method.
+        """
         return own_KD
 
     def _choose_backend(self, used: Tensor) -> str:
@@ -138,7 +140,10 @@ SPACE_BACKENDS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {
 
 
 def reference_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> Tensor:
-    """Compute the formula of Sec. 3.1 as printed: every text token runs its expert on the whole masked image."""
+    """Compute the formula of Sec. 3.1 as printed: every text token runs its expert on the whole masked image.
+
+    It is slow and serves as a reference. The arguments are those of `SpaceMoE.forward`. Returns [B, N, D].
+    """
     chosen_S = weight_BYK.detach().argmax(dim=-1).flatten()
     factor_S = weight_BYK.sum(dim=-1).flatten()
     order_S = torch.argsort(chosen_S, stable=True)

@@ -29,7 +29,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm of tokens, whose backward pass is a Triton kernel with `use_kernel`."""
+    """LayerNorm of tokens. With `use_kernel` its backward pass is a Triton kernel."""
 
     use_kernel = False
 
@@ -43,6 +43,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
+    """Return h in the memory format of x.
+
+    Needed because, up to torch 2.13, the output of GroupNorm on CUDA is always contiguous.
+    """
     channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
     return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW

@@ -15,7 +15,7 @@ class ResidualBlock(ResnetBlock2D):
     """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
 
     diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
-    feature map (`feature_map_format`).
+    feature map (see `feature_map_format`).
     """
 
     def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:

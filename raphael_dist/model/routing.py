@@ -18,7 +18,7 @@ GateGradient = Literal["straight_through", "none", "scaled"]
 
 
 class Gate(nn.Module):
-    """A gate: a feed-forward network with GELU from an embedding to one logit per expert (G of Sec. 3.1, G' of Sec. 7.3)."""
+    """A small feed-forward network that maps an embedding to one logit per expert (G in Sec. 3.1, G' in Sec. 7.3)."""
 
     def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class Gate(nn.Module):
 
 
 def gate_kind(name: str) -> Literal["space", "time"] | None:
-    """Return "space" or "time" if `name` is a parameter of a gate of such experts; None for other parameters.
+    """Return which experts a gate selects ("space" or "time"), given the name of one of its parameters.
 
-    Any prefix of the name is allowed.
+    Any prefix of the name is allowed. Returns None for the name of another parameter.
     """
     parts = name.split(".")
     return "space" if "text_gates" in parts else "time" if "time_gates" in parts else None
@@ -53,15 +53,17 @@ def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockRouting:
-    """The routing of one transformer block for one micro-batch.
+    """The experts selected for one transformer block and one micro-batch.
 
     Attributes:
         time_expert_B: int64, the time expert of each sample; None without a Time-MoE.
         time_samples: number of samples of each time expert, int64 [K] on the model's device. With expert parallelism it also
-            has the counts of other ranks on the host (`expert_parallel.GroupSamples`).
-        time_factor_B: float32 of value 1; its gradient goes to the time gate.
-        space_weight_BYK: float32, `1/n_y` at the expert of each text token, else 0; its gradient goes to the text gate.
-        balance_B: float32, load-balance loss of the text gate per sample; None if it has no weight.
+            has the counts of other ranks on the host (`expert_dispatch.GroupSamples`).
+        time_factor_B: float32, factor on the output of the time expert, through which the time gate gets its gradient
+            (`choose`).
+        space_weight_BYK: float32, the factor of `choose` divided by the number of text tokens, at the expert of each text
+            token; 0 at other experts. The text gate gets its gradient through it.
+        balance_B: float32, load-balance loss of the gates for each sample; None if its weight is 0 or without gradients.
     """
 
     time_expert_B: Tensor | None
@@ -72,7 +74,10 @@ class BlockRouting:
 
 
 def one_hot(index: Tensor, num_classes: int) -> Tensor:
-    """Return bool [..., num_classes], True at `index`. torch's `one_hot` reads the largest index on most devices."""
+    """Return the one-hot encoding of `index`, bool [..., num_classes].
+
+    torch's `one_hot` reads the largest index on most devices, so the host would wait.
+    """
     return index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)
 
 
@@ -81,12 +86,13 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
     Args:
         logits: float32 [..., K].
-        noise: added to the logits, or None.
-        gradient: how the gate gets its gradient.
+        noise: of the same shape, added to the logits; None: no noise.
+        gradient: how the gate gets its gradient (`model.gate_gradient`).
 
     Returns:
-        The chosen expert, int64 [...], and a factor for its output, float32 [...], that carries the gate's gradient:
-        p / p.detach() (straight_through, value 1), the constant 1 (none), or p (scaled).
+        The chosen expert, int64 [...], and a factor for its output, float32 [...], through which the gate gets its gradient.
+        p is the probability of the chosen expert. The factor is p / p.detach(), whose value is 1 (straight_through), the
+        constant 1 (none), or p (scaled).
     """
     probability = torch.softmax(logits if noise is None else logits + noise, dim=-1)
     chosen = probability.detach().argmax(dim=-1)
@@ -107,11 +113,11 @@ def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int)
 
 
 def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor | None = None) -> Tensor:
-    """Compute the load-balance loss of the text gate per sample: K sum_k f_k P_k (Fedus et al. 2021, Eq. 4).
+    """Compute the load-balance loss of the text gate for each sample: K sum_k f_k P_k (Fedus et al. 2021, Eq. 4).
 
-    f_k is the share of the sample's text tokens that are routed to expert k, P_k their mean probability. The loss is 1 when
-    balanced. It is computed per sample, so every division of a batch gives the same sum; the time gate makes one choice per
-    sample and therefore has no such loss.
+    f_k is the share of the sample's text tokens that are routed to expert k, P_k their mean probability of expert k. The
+    loss is 1 if all experts are used equally. It is computed per sample, so every division of a batch gives the same sum.
+    The time gate makes one choice per sample, so its loss is computed elsewhere (`RaphaelUNet.time_balance_L`).
 
     Args:
         logits_BYK: logits of the text gate; further axes can come first, such as blocks.
@@ -119,7 +125,7 @@ def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor
         taking_part_BY: bool, False for tokens that are left out; None: all tokens count.
 
     Returns:
-        float32 [B].
+        float32 [B], with the same further axes first.
     """
     num_experts = logits_BYK.shape[-1]
     routed_BYK, probability_BYK = one_hot(chosen_BY, num_experts).float(), torch.softmax(logits_BYK, dim=-1)
@@ -138,16 +144,18 @@ def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
 
 
 def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, taking_part_BY: Tensor | None) -> Tensor:
-    """Return the weight of each text token for each expert: 1/n_y of Sec. 3.1 at the token's expert, else 0.
+    """Return the weight of each text token for each expert: 1/n_y at the token's expert, else 0 (Sec. 3.1).
+
+    n_y is the number of text tokens of the sample that take part.
 
     Args:
         chosen_BY: expert of each text token, int64; further axes can come first, such as blocks.
-        factor_BY: float32, of the same shape (`choose`).
+        factor_BY: float32, by which the weights are multiplied, so that the gate gets a gradient (`choose`).
         num_experts: K.
-        taking_part_BY: bool, False for tokens that neither the sum nor n_y counts; None: all tokens count.
+        taking_part_BY: bool, False for tokens that are left out; their weights are 0. None: all tokens count.
 
     Returns:
-        float32 [B, Y, K].
+        float32 [B, Y, K], with the same further axes first.
     """
     onehot_BYK = one_hot(chosen_BY, num_experts).to(factor_BY.dtype)
     if taking_part_BY is None:
@@ -157,9 +165,14 @@ def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, ta
 
 @torch.no_grad()
 def region_mask_BNY(map_BNY: Tensor, threshold: float) -> Tensor:
-    """Compute Mhat of Sec. 3.1: 1 where a text token's attention is at least `threshold` times its maximum, else 0.
+    """Return each text token's region, Mhat of Sec. 3.1: float32 [B, N, Y] of ones and zeros, without a gradient.
 
-    Returns float32 without a gradient.
+    An image token is in the region of a text token if its attention to this token is at least `threshold` times the largest
+    one.
+
+    Args:
+        map_BNY: attention of each image token to each text token.
+        threshold: alpha of Sec. 3.1, 0..1.
     """
     map_BNY = map_BNY.float()
     return (map_BNY >= threshold * map_BNY.amax(dim=1, keepdim=True)).float()

@@ -21,8 +21,8 @@ def downscale(images_B3HW: Tensor, factor: int) -> Tensor:
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
 
-    If a small image has `patch` x `patch` pixels per latent, each of these pixels gets its own channels. If it has fewer
-    pixels than there are latents, pixels are repeated.
+    With each latent position go `patch` x `patch` pixels of the small image, each in its own three channels. If the small
+    image has fewer pixels than that, they are repeated.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
@@ -32,10 +32,18 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 
 
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
-    """Correct sampled images in -1..1 so that their downscaled versions approach the small images (Irani and Peleg, 1991).
+    """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    The autoencoder and sampling change colours, while the small image has the right ones. The difference is enlarged and
-    added, `times` times.
+    The autoencoder and sampling change colours, while the small image has the right ones. The difference from the small
+    image is enlarged and added, `times` times.
+
+    Args:
+        images_B3HW: sampled images in -1..1.
+        small_B3HsWs: the small images in -1..1.
+        times: number of corrections.
+
+    Returns:
+        The corrected images [B, 3, H, W] in -1..1.
     """
     factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
     for _ in range(times):

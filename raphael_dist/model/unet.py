@@ -37,9 +37,9 @@ TIME_GRID = 64  # timesteps at which the balance of the time gates is measured
 
 
 class GateNoise(NamedTuple):
-    """Noise for the logits of the time gates, float32 [B, L, K], and of the text gates, float32 [B, L, Y, K].
+    """Noise for the logits of the gates, float32. The text gates select the space experts.
 
-    It is a function of the sample's position in the order of training.
+    It depends on the seed and the sample's position in the order of training only.
     """
 
     time_BLK: Tensor
@@ -50,7 +50,7 @@ class UNetInput(NamedTuple):
     """Inputs of the U-Net.
 
     Attributes:
-        x_BCHW: noised latents, and channels of small images (super_resolution.py).
+        x_BCHW: noised latents; for super-resolution with the channels of the small images.
         timestep_B: int64.
         text_BYD: text tokens.
         text_mask_BY: bool, False at padding.
@@ -73,11 +73,11 @@ class UNetOutput(NamedTuple):
     prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
-        prediction: predicted noise or velocity [B, C, h, w].
+        prediction: predicted noise, velocity or flow [B, C, h, w].
         edge_logits: for each block with an edge module, float32 [B, h, w].
         space_used: for each block, share of image tokens that each space expert processes, [B, K].
         time_expert: for each block, the time expert of each sample, int64 [B].
-        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if its weight is 0 or without gradients.
     """
 
     prediction: Tensor
@@ -88,14 +88,17 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """Tensors that a ControlNet adds to the U-Net's skips (outermost first) and to its middle, at full strength."""
+    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
 
 
 class ForwardState(NamedTuple):
-    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs."""
+    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs.
+
+    `embedding_BE` is the timestep embedding. The lists get one entry for each transformer block that has run.
+    """
 
     embedding_BE: Tensor
     text_BYD: Tensor
@@ -110,7 +113,7 @@ def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return the number of samples of each time expert, int64 [K], for each layer, on the device of `onehot_LBK`.
+    """Return the number of samples of each time expert: for each layer int64 [K], on the device of `onehot_LBK`.
 
     `onehot_LBK`: the time expert of each sample in each layer, one-hot.
     """
@@ -125,7 +128,7 @@ class RaphaelUNet(nn.Module):
 
         Args:
             config: the sections `model`, `edge`, `diffusion`, `upscale` and `run`, or an object with their fields.
-            with_edges: whether it has edge modules, if the configuration has them.
+            with_edges: whether to build the modules that predict edges, if edge.weight is above 0.
         """
         super().__init__()
         self.config = m = config.model
@@ -225,11 +228,11 @@ class RaphaelUNet(nn.Module):
         edge_Bhw: Tensor | None = None,
         residuals: ControlResiduals | None = None,
     ) -> UNetOutput:
-        """Predict the noise or the velocity of noised latents. The arguments up to `noise` are those of `UNetInput`.
+        """Predict noise, velocity or flow of noised latents. The arguments up to `noise` are those of `UNetInput`.
 
         Args:
-            edge_Bhw: edge map in 0..1 for the ControlNet; None: the ControlNet is not used.
-            residuals: residuals of a ControlNet that is not part of the model.
+            edge_Bhw: edge map in 0..1 for the model's own ControlNet; None: that ControlNet is not used.
+            residuals: residuals of a ControlNet that is not part of the model; None: there are none.
         """
         inputs = UNetInput(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
         state, routings = self.begin(inputs)
@@ -249,7 +252,7 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Start a forward pass: embed the timesteps and route all blocks; return the state and the routing of each block."""
+        """Start a forward pass: embed the timesteps and route all blocks; return the state and each block's routing."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
@@ -264,7 +267,7 @@ class RaphaelUNet(nn.Module):
         return x
 
     def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the encoder and the middle; return the middle's feature map, and the skips, outermost first."""
+        """Run encoder and middle on the result of `stem`; return the middle's feature map and the skips, outermost first."""
         skips = [x]
         for level in cast(list[UNetLevel], self.down_blocks):
             for i in range(len(level.resnets)):
@@ -277,13 +280,13 @@ class RaphaelUNet(nn.Module):
         return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
     def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder; return the last feature map."""
+        """Run the decoder on the results of `encode`; return the last feature map, before normalisation and convolution."""
         skips = list(skips)
         for level in cast(list[UNetLevel], self.up_blocks):
             for i in range(len(level.resnets)):
                 x = self._layer(state, level, i, torch.cat([x, skips.pop()], dim=1))
             if level.upsamplers is not None:
-                # The size of the next skip, which can be odd.
+                # output_size: the size of the next skip, which can be odd.
                 x = level.upsamplers[0](x, output_size=skips[-1].shape[-2:])
         return x
 
@@ -303,7 +306,7 @@ class RaphaelUNet(nn.Module):
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
     ) -> list[BlockRouting]:
-        """Choose the experts of all blocks at once (Sec. 3.1 and 7.3), from timesteps and captions."""
+        """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
@@ -329,7 +332,7 @@ class RaphaelUNet(nn.Module):
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return the time expert of each block and sample, int64 [L, B], and its factor, float32 [L, B] (`choose`)."""
+        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B] (`choose`)."""
         m = self.config
         if m.time_routing == "boundaries":
             expert_LB = band_of_timestep_B(timestep_B, m.time_experts, self.num_timesteps).expand(self.num_blocks, -1)
@@ -340,21 +343,21 @@ class RaphaelUNet(nn.Module):
     def time_balance_L(self, device: torch.device) -> Tensor:
         """Return the load-balance loss of the time gates, float32 [L]. Only the gates get a gradient from it.
 
-        A sample has one timestep, so no loss of a single sample can be balanced. Training draws timesteps evenly; therefore
-        the loss is computed on an even grid of timesteps, without gate noise. It does not depend on how a batch is divided.
+        A sample has one timestep, so its choice alone cannot be balanced. Training draws timesteps evenly. Therefore the
+        loss is computed on an even grid of timesteps, without gate noise, and does not depend on how a batch is divided.
         """
         logits_LGK = self.time_logits(device)
         return balance_loss_B(logits_LGK, logits_LGK.detach().argmax(dim=-1))
 
     def time_logits(self, device: torch.device) -> Tensor:
-        """Return the logits of the time gates on a grid of G timesteps, float32 [L, G, K]. Only the gates get a gradient."""
+        """Return the time gates' logits at G = TIME_GRID even timesteps, float32 [L, G, K]; only gates get a gradient."""
         grid_G = torch.arange(TIME_GRID, device=device) * self.num_timesteps // TIME_GRID
         with torch.no_grad():
             embedding_GE = self.time_embedding(self.time_proj(grid_G).to(self.conv_in.weight.dtype))
         return self._gate_logits(self.time_gates, embedding_GE)
 
     def text_logits(self, text_RD: Tensor) -> Tensor:
-        """Return the logits of the text gates for text tokens, float32 [L, R, K]."""
+        """Return the logits of the text gates for R text tokens, float32 [L, R, K]."""
         return self._gate_logits(self.text_gates, text_RD.to(self.conv_in.weight.dtype))
 
     def _gate_logits(self, gates: nn.ModuleList, x: Tensor) -> Tensor:
@@ -366,7 +369,7 @@ class RaphaelUNet(nn.Module):
     def _attend(
         self, transformer: SpatialTransformer, x_BCHW: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the feature map, and edge logits and used share as in `BlockOutput`."""
+        """Run a transformer block; return the feature map, and `edge_logits` and `space_used_BK` as in `BlockOutput`."""
         size_hw = (x_BCHW.shape[2], x_BCHW.shape[3])
         h_BND = transformer.to_tokens(x_BCHW)
         block = transformer.transformer_blocks[0]

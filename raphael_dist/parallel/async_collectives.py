@@ -1,4 +1,4 @@
-"""Differentiable, asynchronous exchanges of rows between the ranks that share one set of experts.
+"""Differentiable, asynchronous exchanges of tensor rows between the ranks that share one set of experts.
 
 An exchange has two halves, so that computation between them overlaps with communication. In the forward pass `start`
 launches the collective and `finish` waits for it. Autograd runs the halves in reverse order: the backward pass of `finish`
@@ -18,22 +18,22 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 class Work(Protocol):
-    """The handle of a collective in progress."""
+    """The handle of a collective in progress, such as torch.distributed returns with async_op=True."""
 
     def wait(self) -> object:
-        """Wait until its result can be read."""
+        """Wait until the collective's result can be read."""
 
 
 @dataclass
 class Traffic:
     """Bytes that this rank sent to other ranks.
 
-    They are computed on the host from the sizes of the tensors, not measured. Gathers and reductions count as rings: a rank
-    sends all parts of the tensor but one, and in an all-reduce twice as much.
+    They are computed on the host from the sizes of the tensors, not measured. For gathers and reductions a ring algorithm is
+    assumed: for n ranks a rank sends (n - 1)/n of the whole tensor, and in an all-reduce twice as much.
 
     Attributes:
-        experts: expert parallelism: rows for experts, their outputs and gradients, in forward, recomputed and backward
-            passes.
+        experts: expert parallelism: tokens or samples sent to experts, their outputs and gradients, in forward, recomputed
+            and backward passes.
         gradients: reduction of gradients.
         weights: gathering of weights.
     """
@@ -43,17 +43,18 @@ class Traffic:
     weights: int = 0
 
     def take(self) -> "Traffic":
-        """Return the bytes since the last call, and set the counters to 0."""
+        """Return the bytes since the last call as a new object, and set the counters to 0."""
         taken = replace(self)
         self.experts = self.gradients = self.weights = 0
         return taken
 
 
 def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Work:
-    """Start to sum `rows` over a group. When the returned work is done, `out` is this member's part of the sum.
+    """Start to sum `rows` over the ranks of a group; each rank gets an equal part of the sum.
 
-    Gloo's own reduce-scatter is an all-reduce, which sends every byte twice. On gloo this function sends each part directly
-    to the member that needs it, and that member adds the parts up.
+    When the returned work is done, `out` contains this rank's part. Gloo's own reduce-scatter is an all-reduce, which sends
+    every byte twice. On gloo this function sends each part directly to the rank that needs it, and that rank adds the parts
+    up.
     """
     if dist.get_backend(group) != "gloo":
         return cast(Work, REDUCE_SCATTER(out, rows, group=group, async_op=True))
@@ -77,9 +78,15 @@ class _LocalSum:
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """The `size` ranks that together have one set of experts. This rank is number `index` of them.
+    """The group of ranks that together have one set of experts, as seen from one of its members (ranks of the group).
 
     The methods start collectives. Each returns its result and a `Work`; the result must not be read before `Work.wait`.
+
+    Attributes:
+        process_group: the group in torch.distributed.
+        size: number of members.
+        index: number of this rank within the group.
+        traffic: counter to which the methods add the bytes that this rank sends.
     """
 
     process_group: dist.ProcessGroup
@@ -93,9 +100,9 @@ class ExpertGroup:
         return f"ep_size_{self.size}"
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Work]:
-        """Send `sent[p]` consecutive rows to each member p; return the received rows and the work.
+        """Send `sent[p]` consecutive rows to each member p; return the received rows in the order of members, and the work.
 
-        `received[p]` rows come from member p. The result has them in the order of members.
+        `received[p]` is the number of rows that member p sends to this rank.
         """
         out = rows.new_empty(sum(received), *rows.shape[1:])
         work = dist.all_to_all_single(
@@ -105,7 +112,7 @@ class ExpertGroup:
         return out, work
 
     def all_gather(self, rows: Tensor) -> tuple[Tensor, Work]:
-        """Return the rows of all members, in the order of members, and the work. All members have equally many rows."""
+        """Return the rows of all members, in the order of members, and the work. All members must have equally many rows."""
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         work = dist.all_gather_into_tensor(out, rows.contiguous(), group=self.process_group, async_op=True)
         self.traffic.experts += (self.size - 1) * rows.nbytes
@@ -120,14 +127,17 @@ class ExpertGroup:
 
 
 class Exchange:
-    """The base of the exchanges: `start` launches the collective and `finish` waits for it (see module)."""
+    """The base class of differentiable exchanges between ranks: `start` launches the collective, `finish` waits for it.
+
+    In between, the caller can compute something else. Gradients are exchanged in the opposite direction.
+    """
 
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
         self._pending: tuple[Tensor, Work] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
-        """Start to send `rows`. Return a placeholder that must only be passed to `finish`."""
+        """Start to send `rows` [R, ...]. Return a placeholder that must only be passed to `finish`."""
         pending: Tensor = _Start.apply(rows, self)  # type: ignore[no-untyped-call]
         return pending
 
@@ -141,7 +151,10 @@ class Exchange:
         return self.finish(self.start(rows))
 
     def launch(self, rows: Tensor, forward: bool) -> Tensor:
-        """Start the collective (`forward`) or its transpose, without autograd. Its result must not be read before `wait`."""
+        """Start the collective (`forward`), or else the one for gradients, without autograd.
+
+        Returns its result, which must not be read before `wait`.
+        """
         self._pending = self._forward(rows) if forward else self._backward(rows)
         return self._pending[0]
 
@@ -160,7 +173,7 @@ class Exchange:
 
 
 class AllToAll(Exchange):
-    """Sends `sent[p]` rows to each member p and receives `received[p]` rows from it.
+    """Sends `sent[p]` consecutive rows to each member p of a group, and receives `received[p]` rows from it.
 
     Gradients go in the opposite direction.
     """
@@ -177,7 +190,10 @@ class AllToAll(Exchange):
 
 
 class AllGather(Exchange):
-    """Gives every member the rows of all members. The gradient of a row is the sum of all members' gradients for it."""
+    """Gives every member of a group the rows of all members.
+
+    The gradient of a row is the sum of all members' gradients for it.
+    """
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:
         return self.group.all_gather(rows)
@@ -187,7 +203,7 @@ class AllGather(Exchange):
 
 
 class ReduceScatter(Exchange):
-    """Sums the rows over all members and gives each member its part of the sum.
+    """Sums the rows over all members of a group and gives each member its part of the sum.
 
     The gradient of each summand is the gradient of the sum.
     """

@@ -1,15 +1,15 @@
 """Assigns samples to ranks and micro-steps, so that an optimizer step processes exactly the global batch.
 
-Samples are numbered: a position is the number of a sample in the endless order of training. Progress is one integer,
-`samples_seen`: step s processes the positions [s * G, (s + 1) * G) of a global batch G.
+Samples are numbered in the order of training; the number is called position and counts on from one epoch to the next.
+Progress is one integer, `samples_seen`: step s processes the positions [s * G, (s + 1) * G) of a global batch G.
 
 A slot is one place for a sample in a micro-batch of a rank. A unit is one rank, or the consecutive ranks that exchange
-samples because they share experts. The positions of a step are divided into chunks of consecutive positions. In order, each
-chunk is assigned to one unit in one micro-step: first over all units, then over micro-steps.
+samples because they share experts. The positions of a step are divided into chunks of consecutive positions. Each chunk is
+assigned to one unit in one micro-step, in order: first to all units, then to the next micro-step.
 
-A unit processes one image size at a time. With several image sizes, a chunk ends where the run of positions with one size
-ends. If a chunk is shorter than the slots of a unit, slots stay empty. An empty slot repeats a sample with weight 0, so that
-all ranks have equal shapes and take part in all collectives.
+A unit processes one image size at a time. With several image sizes, positions come in runs of one size, and a chunk ends
+where a run ends. If a chunk is shorter than the slots of a unit, slots stay empty. An empty slot repeats a sample with
+weight 0, so that all ranks have equal shapes and take part in all collectives.
 """
 
 import math
@@ -25,13 +25,16 @@ from raphael_dist.errors import UserError
 class BatchPlan:
     """The division of `global_batch_size` samples over `world_size` ranks and `accumulation` micro-steps.
 
+    A position is the number of a sample in the order of training. A slot is one place in a micro-batch of a rank.
+
     Attributes:
         global_batch_size: samples per step.
         world_size: number of ranks.
         micro_batch_size: samples per rank and micro-step.
-        unit: consecutive ranks that process the same image size at a time; divides `world_size`.
-        run: positions [n * run, (n + 1) * run) share an image size; 0: all positions do.
-        aligned: whether all steps start at multiples of `global_batch_size`; False if a run changed it.
+        unit: number of consecutive ranks that process the same image size at a time; divides `world_size`.
+        run: number of consecutive positions with one image size, counted from position 0; 0: there is only one size.
+        aligned: whether all steps start at multiples of `global_batch_size`; False if it was changed in the course of the
+            run.
     """
 
     global_batch_size: int
@@ -48,7 +51,7 @@ class BatchPlan:
         Args:
             config: the run's configuration.
             world_size: number of ranks.
-            samples_seen: positions at which the run may resume, i.e. those of its checkpoints.
+            samples_seen: positions at which the run may resume, i.e. those of its checkpoints. They decide `aligned`.
 
         Raises:
             UserError: there are more ranks than samples in a global batch.
@@ -67,7 +70,7 @@ class BatchPlan:
 
     @cached_property
     def accumulation(self) -> int:
-        """Micro-steps per optimizer step, equal in all steps: as many as the step with the most chunks needs."""
+        """Micro-steps per optimizer step, equal in all steps: enough for the step with the most chunks (see module)."""
         return -(-self._most_chunks // max(1, self.world_size // self.unit))
 
     @cached_property
@@ -77,19 +80,22 @@ class BatchPlan:
 
     @property
     def waste(self) -> float:
-        """Share of the slots of a step that are empty (0..1)."""
+        """Share (0..1) of the slots of a step that are empty, i.e. filled with a sample of weight 0."""
         return 1 - self.global_batch_size / (self.accumulation * self.world_size * self.micro_batch_size)
 
     @property
     def loss_scale(self) -> float:
-        """Factor on a rank's sum of sample losses that makes DeepSpeed's mean the mean over the global batch.
+        """Factor on a rank's sum of sample losses with which the gradients are those of the mean over the global batch.
 
-        DeepSpeed divides by `accumulation` in backward and by `world_size` in the all-reduce.
+        It cancels DeepSpeed's divisions: by `accumulation` in the backward pass, and by `world_size` in the all-reduce.
         """
         return self.world_size * self.accumulation / self.global_batch_size
 
     def slots(self, samples_seen: int, rank: int, micro_step: int) -> list[tuple[int, float]]:
-        """Return (position, weight) for each sample of one micro-batch. The weight is 1, or 0 for an empty slot."""
+        """Return (position, weight) of each sample in one micro-batch of a rank. The weight is 1, or 0 for an empty slot.
+
+        `samples_seen` is the first position of the step. An empty slot repeats the position of another sample.
+        """
         chunks = _chunks(self.global_batch_size, self._span, self.run, samples_seen % self.run if self.run else 0)
         number = micro_step * (self.world_size // self.unit) + rank // self.unit
         first, last = chunks[min(number, len(chunks) - 1)]
@@ -103,7 +109,7 @@ class BatchPlan:
         return self.unit * self.micro_batch_size
 
     def advice(self) -> list[str]:
-        """Return a line that suggests better settings if more than 10% of the slots are empty, else []."""
+        """Return a list with a line that suggests better settings if more than 10% of the slots are empty, else []."""
         if self.waste <= 0.1:
             return []
         changes = []
@@ -119,7 +125,7 @@ class BatchPlan:
         return [f"{self.waste:.1%} of the computation is spent on empty slots (samples with weight 0){better}"]
 
     def better_micro_batch(self) -> int:
-        """Return the largest micro-batch size, not above the current one, that leaves the fewest slots empty."""
+        """Return the largest micro-batch size, not above the current one, with which the fewest slots are empty."""
         largest = min(self.micro_batch_size, -(-self.global_batch_size // self.world_size))
         plans = [replace(self, micro_batch_size=m) for m in range(1, largest + 1)]
         return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch_size)).micro_batch_size
@@ -130,15 +136,15 @@ class BatchPlan:
 
 
 def ranks_per_unit(config: Config) -> int:
-    """Return the number of consecutive ranks that exchange samples with each other, directly or via other ranks."""
+    """Return the number of consecutive ranks that exchange samples or tokens with each other, directly or via others."""
     return math.lcm(config.parallel.space_ep, config.parallel.time_ep)
 
 
 def bucket_run_length(config: Config, training: bool = True) -> int:
     """Return the number of consecutive positions that have the same image size; 0 if there is only one image size.
 
-    At the end of an epoch, the samples of a size that do not fill such a run are left out. In validation a run is as short
-    as one micro-batch, so that few samples are left out.
+    At the end of an epoch, the samples of a size that do not fill such a run are left out. In validation (`training` is
+    False) a run is as short as one micro-batch, so that few samples are left out.
     """
     if len(config.image.buckets) == 1:
         return 0
@@ -147,7 +153,10 @@ def bucket_run_length(config: Config, training: bool = True) -> int:
 
 @lru_cache(maxsize=256)
 def _chunks(global_batch_size: int, span: int, run: int, offset: int) -> list[tuple[int, int]]:
-    """Return [first, last) of each chunk of 0 .. global_batch_size - 1, if index 0 is `offset` positions into a run."""
+    """Return (first, end) of each chunk of the indices 0 .. global_batch_size - 1; `end` is not part of the chunk.
+
+    `span` is the largest size of a chunk; index 0 is `offset` positions after the start of a run.
+    """
     ends = [*range(run - offset, global_batch_size, run), global_batch_size] if run else [global_batch_size]
     pieces = zip([0, *ends[:-1]], ends, strict=True)
     return [(first, min(first + span, end)) for start, end in pieces for first in range(start, end, span)]

@@ -1,10 +1,11 @@
-"""Expert parallelism: P ranks share one set of experts, each has K/P of them, and rows move to the experts.
+"""Expert parallelism: P ranks share one set of K experts, each has K/P of them, and tokens move to the experts.
 
 Space-MoE moves image tokens, in three phases:
 1. Dispatch: an image token goes once to each *other rank* that has an expert it needs. It is sent as a row with its D values
   and its weights for the K/P experts of that rank.
 2. That rank computes the weighted sum over its experts, with the same code as on a single rank.
 3. Combine: one row of D values returns and is added to the token's output.
+
 With 6 experts on 2 ranks this sends a third of the rows that sending each (token, expert) pair would. If nearly every token
 needs every rank, fixed sizes are used instead: all tokens are gathered on all ranks, and outputs are added by a
 reduce-scatter.
@@ -13,11 +14,11 @@ Time-MoE moves whole samples to the rank of their expert and back. One small all
 number of samples per expert for all layers. It is the only wait for the device in a forward pass; without sharded time
 experts there is none.
 
-Rows for experts of this rank are not sent. They are computed while other rows are in transit, and so are their gradients.
-With P = 1, only phase 2 runs. The ranks of a group must run the same layers on equally many samples of equal size.
+Tokens for experts of this rank are not sent. They are computed while others are in transit, and so are their gradients. With
+P = 1, only phase 2 runs. The ranks of a group must run the same layers on equally many samples of equal size.
 
-Shape legend: B samples, N image tokens, K experts, D width, R rows of this rank, O rows that stay on this rank, S rows sent
-or received, P ranks that share the experts, L transformer blocks.
+Shape legend: B samples, N image tokens, K experts, D width, R rows (tokens) of this rank, O rows that stay on this rank, S
+rows sent or received, P ranks that share the experts, L transformer blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,10 +44,10 @@ STATIC_DENSITY = 0.9
 
 
 class GroupSamples(NamedTuple):
-    """Number of samples that move between ranks in one Time-MoE layer, once on the host and once on the device.
+    """Number of samples that each of P ranks sends to each expert in one Time-MoE layer, on the host and on the device.
 
-    Both are int64 [P, P, K/P]: element [p, q, k] counts the samples of rank p for expert k of rank q. The all-to-all needs
-    its sizes on the host; the product over the experts reads them on the device.
+    Both tensors are int64 [P, P, K/P]: element [p, q, k] counts the samples of rank p for expert k of rank q. The all-to-all
+    needs its sizes on the host; the product over the experts reads them on the device.
     """
 
     host_PPK: Tensor
@@ -57,7 +58,7 @@ SampleCounts = GroupSamples | Tensor  # of a layer with and without sharded time
 
 
 class ParallelTimeMoE(TimeMoE):
-    """A TimeMoE with K/P of the experts on this rank. Samples move to the rank of their expert and back."""
+    """A TimeMoE that has K/P of the K experts; P ranks share them. Samples move to the rank of their expert and back."""
 
     group: ExpertGroup
 
@@ -66,9 +67,9 @@ class ParallelTimeMoE(TimeMoE):
         _take_slice(self, whole, group)
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Any, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert, as `TimeMoE.forward`.
+        """Run each sample through its expert; return [B, N, D]. Collective among the ranks that share the experts.
 
-        `samples`: the counts of all ranks that share the experts (`GroupSamples`).
+        The arguments are those of `TimeMoE.forward`, except `samples`: the counts of all these ranks (`GroupSamples`).
         """
         me, (host_PPK, device_PPK) = self.group.index, samples
         sent, received = host_PPK[me].sum(dim=1).tolist(), host_PPK[:, me].sum(dim=1).tolist()
@@ -88,11 +89,11 @@ class ParallelTimeMoE(TimeMoE):
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
     def _by_expert(self, h_SND: Tensor, samples_K: Tensor) -> Tensor:
-        """Run samples sorted by expert."""
+        """Run samples sorted by expert; samples_K counts those of each expert."""
         return self.apply_sorted(h_SND.flatten(0, 1), samples_K * h_SND.shape[1]).view_as(h_SND)
 
     def _apply_blocks(self, h_SND: Tensor, host_PK: Tensor, samples_K: Tensor) -> Tensor:
-        """Run samples sorted by sender and then expert, host_PK of each, and return them in this order."""
+        """Run samples sorted by sender and then expert, and return them in this order. host_PK counts those of each pair."""
         sizes_PK, sizes_KP = host_PK.flatten().tolist(), host_PK.t().flatten().tolist()
         senders, experts = host_PK.shape
         blocks = torch.split(h_SND, sizes_PK)
@@ -102,7 +103,7 @@ class ParallelTimeMoE(TimeMoE):
 
 
 class ParallelSpaceMoE(SpaceMoE):
-    """A SpaceMoE with K/P of the experts on this rank. Image tokens move to the ranks of the experts that they need."""
+    """A SpaceMoE that has K/P of the K experts; P ranks share them. Tokens move to the ranks of the experts they need."""
 
     group: ExpertGroup
 
@@ -112,7 +113,11 @@ class ParallelSpaceMoE(SpaceMoE):
         self.norm, self.shared, self.backend, self.dispatch = whole.norm, whole.shared, whole.backend, dispatch
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all P ranks, [R, D]."""
+        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all P ranks, [R, D]. Collective among these ranks.
+
+        `x_RD` are this rank's tokens, `w_RK` their weights for all K experts, and `zero_KD` is `e_k(0) - b2_k` of the
+        experts on this rank.
+        """
         w_RPK = torch.unflatten(w_RK, 1, (self.group.size, self.num_experts))
         needed_PR = (w_RPK.detach() > 0).any(dim=2).t()
         counts_PP = self._rows_between_ranks(needed_PR)
@@ -121,11 +126,11 @@ class ParallelSpaceMoE(SpaceMoE):
         return self._all_to_all(x_RD, w_RPK, zero_KD, needed_PR, counts_PP)
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """All-gather one row per expert: [K/P, D] on each rank to [K, D]."""
+        """Return one row for each expert of the layer [K, D], gathered from the rows [K/P, D] of each rank's experts."""
         return AllGather(self.group)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:
-        """Return how many rows each member sends to each other, or None for fixed sizes; all members agree."""
+        """Return how many rows each member sends to each other one; None: use fixed sizes. All members return the same."""
         # With counts the host would wait for a GPU in every layer.
         if self.dispatch == "all_gather" or (self.dispatch == "auto" and needed_PR.device.type != "cpu"):
             return None
@@ -169,7 +174,7 @@ class ParallelSpaceMoE(SpaceMoE):
 def count_samples(onehot_LBK: Tensor, group: ExpertGroup, sharded: Sequence[bool]) -> list[SampleCounts]:
     """Return the number of samples of each time expert, for each layer. Collective, once for all layers.
 
-    The host waits for a GPU here.
+    The host waits for a GPU in this function.
 
     Args:
         onehot_LBK: the time expert of each sample in each layer, one-hot.
@@ -213,7 +218,7 @@ def shard_experts(
         model: the U-Net, changed in place.
         config: the run's configuration.
         plan: how the batch is divided over ranks.
-        create_groups: creates this rank's process group of a given size.
+        create_groups: called with a number of ranks and a counter of bytes; creates this rank's process group of that size.
 
     Returns:
         A counter to which all expert exchanges add the bytes that this rank sends.

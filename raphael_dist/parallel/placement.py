@@ -5,8 +5,8 @@ ranks exchange the experts' gradients and weights once per step. Outer levels ha
 levels have few tokens and large experts. The decision is computed from the configuration alone: `--dry-run` prints it, and
 every rank's engine computes the same one.
 
-Bytes are the average that one rank sends in an optimizer step. Gathers and reductions count as rings: for n numbers over r
-ranks each rank sends n (r - 1) / r, once to reduce gradients and once to gather weights (ZeRO-1 and 2).
+Bytes are the average that one rank sends in an optimizer step. For gathers and reductions a ring algorithm is assumed: for n
+numbers over r ranks each rank sends n (r - 1) / r, once to reduce gradients and once to gather weights (ZeRO-1 and 2).
 """
 
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 
 @dataclass(frozen=True)
 class LevelCost:
-    """Communication cost of the experts of one kind on one U-Net level, and the decision.
+    """Communication cost of the experts of one kind on one U-Net level, and whether they are sharded.
 
     Attributes:
         kind: kind of experts, "space" or "time".
         level: U-Net level, 0 is the outermost.
         blocks: number of transformer blocks of the level.
-        ep: ranks that share one set of experts if they are sharded.
-        rows: image tokens that one rank sends through the experts per step.
+        ep: number of ranks that share one set of experts if they are sharded.
+        rows: image tokens of one rank that go through these experts per step, summed over the level's blocks.
         parameters: number of parameters of all experts of this kind on the level.
         sharded_bytes: bytes that a rank sends per step if the experts are sharded.
         replicated_bytes: bytes that a rank sends per step if every rank has all experts.
-        shard: whether they are sharded.
+        shard: the decision: True if they are sharded.
     """
 
     kind: ExpertKind
@@ -51,7 +51,10 @@ class LevelCost:
 
 
 def choose_placement(config: Config, plan: BatchPlan) -> list[LevelCost]:
-    """Return the decision for each kind of experts with ep > 1, on each level with transformer blocks."""
+    """Return costs and decision for the experts on each U-Net level with transformer blocks.
+
+    Kinds of experts whose expert-parallel size (`parallel.space_ep`, `parallel.time_ep`) is 1 are left out.
+    """
     costs = []
     for kind in EXPERT_KINDS:
         if config.parallel.ep(kind) > 1:
@@ -89,9 +92,11 @@ def _cost(config: Config, plan: BatchPlan, kind: ExpertKind, level: int, blocks:
 
 
 def sync_traffic(parameters: int, ranks: int) -> int:
-    """Return how many numbers a rank sends to reduce the gradients of `parameters` and to gather the new weights.
+    """Return how many numbers a rank sends per step to reduce gradients and to gather new weights.
 
-    `ranks`: number of ranks that have these parameters.
+    Args:
+        parameters: number of parameters.
+        ranks: number of ranks that have these parameters.
     """
     return 2 * parameters * (ranks - 1) // max(1, ranks)
 

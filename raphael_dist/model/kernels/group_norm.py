@@ -30,7 +30,7 @@ _CHUNK = 16  # tiles whose sums are added at a time
 
 @triton.jit
 def _tile(tiles, pixels, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return sample, tile within it, its channels, and offsets in x and mask of the elements, [ROWS, COLS]."""
+    """Return sample, tile within it, channels of the tile, and offsets in x and mask of the elements, [ROWS, COLS]."""
     sample, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     row = tile * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -51,7 +51,7 @@ def _channel_moments(x, mean, squares, tiles, pixels, channels, ROWS: tl.constex
 
 @triton.jit
 def _chunk(i, sample, group, tiles, channels, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
-    """Return tiles, offsets and mask of the sums of a group's channels in CHUNK tiles, [CHUNK, PADDED]."""
+    """Return tiles, offsets and mask of the sums of a group's channels in CHUNK consecutive tiles, [CHUNK, PADDED]."""
     tile, channel = i * CHUNK + tl.arange(0, CHUNK), tl.arange(0, PADDED)
     offsets = (sample * tiles + tile)[:, None] * channels + group * WIDTH + channel[None, :]
     return tile, offsets, (tile < tiles)[:, None] & (channel < WIDTH)[None, :]
@@ -176,14 +176,14 @@ def _input_gradient(
 
 
 def group_norm(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """Return `group_norm(x)`, or `silu(group_norm(x))`, in channels-last memory and the dtype of x.
+    """Return `group_norm(x)`, or `silu(group_norm(x))`, [B, C, H, W] in channels-last memory and the dtype of x.
 
     Args:
         x_BCHW: float32 or bfloat16; copied if it is not channels last.
-        weight_C, bias_C: of each channel.
+        weight_C, bias_C: weight and bias of each channel.
         groups: number of groups, which divides C.
         eps: added to the variance.
-        silu: whether SiLU follows.
+        silu: whether SiLU is applied to the result.
     """
     y_BCHW: Tensor = _forward(_channels_last(x_BCHW), weight_C, bias_C, groups, eps, silu)[0]
     return y_BCHW

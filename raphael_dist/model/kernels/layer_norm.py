@@ -1,10 +1,11 @@
 """The backward pass of LayerNorm in Triton, for many rows of few columns.
 
-torch's kernel for the gradients of scale and bias reads such a matrix column by column and is the slowest of `emoji`. Here a
-fixed number of programs, which depends on the shape alone, each take an equal range of rows: they compute the gradient of
-their input and add up their part of the other two. torch adds the parts. All sums are float32 and in a fixed order.
+torch's kernel for the gradients of weight and bias reads such a matrix column by column. It is the slowest kernel of a step
+of the preset `emoji`. Here a fixed number of programs, which depends on the shape alone, each process an equal range of
+rows. A program computes the gradient of its input rows and adds up its part of the gradients of weight and bias. torch adds
+the parts. All sums are float32 and in a fixed order.
 
-Whole rows are read, so mean and deviation are computed again, for nothing. The forward pass is torch's.
+Whole rows are read anyway, so mean and deviation are computed again at no cost. The forward pass is torch's.
 
 Legend: R rows, D columns.
 """
@@ -48,7 +49,7 @@ def _backward_rows(
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Return LayerNorm over the last dimension of x [..., D], float32 or bfloat16."""
+    """Apply LayerNorm over the last dimension of x [..., D], float32 or bfloat16; the backward pass is a Triton kernel."""
     y: Tensor = _LayerNorm.apply(x, weight_D, bias_D, eps)
     return y
 
@@ -70,7 +71,7 @@ class _LayerNorm(torch.autograd.Function):
 
 @torch.library.custom_op("raphael::layer_norm_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and parts of those of weight and bias, float32 [2, programs, D]."""
+    """Return the gradient of x, and each program's part of the gradients of weight and bias, float32 [2, programs, D]."""
     columns, dx = weight.numel(), torch.empty_like(x)
     parts, (tiles, tile_rows) = _parts(x, columns), _tiles(x.numel() // columns, columns)
     _backward_rows[(parts.shape[1],)](
@@ -86,7 +87,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def _tiles(rows: int, columns: int) -> tuple[int, int]:
-    """Return the tiles of a program, and the rows of a tile."""
+    """Return the number of tiles that a program processes, and the number of rows of a tile."""
     tile_rows = max(1, _TILE // triton.next_power_of_2(columns))
     return -(-rows // (tile_rows * _PROGRAMS)), tile_rows
 

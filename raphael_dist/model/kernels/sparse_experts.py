@@ -1,9 +1,10 @@
-"""The experts of a layer on the (row, expert) pairs that need them, in Triton, without a wait for the number of pairs.
+"""The experts of a layer, computed in Triton for the (row, expert) pairs with a weight w > 0 only.
 
-`out[r] = sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)` over the pairs with w > 0. The pairs are numbered on the device, sorted
-by expert. Buffers have room for as many pairs as there can be, and grids cover them, so shapes are fixed, as CUDA graphs
-require. Programs beyond the last pair end at once, so that the work follows the number of pairs. Sums over the experts of a
-row, and over the rows of an expert, are float32 and in a fixed order. For the backward pass only `a` is kept.
+`out[r] = sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)` over these pairs. The pairs are numbered on the device, sorted by expert,
+so the host does not wait for their number. Buffers have room for as many pairs as there can be, and grids cover them. Shapes
+are therefore fixed, as CUDA graphs require. Programs beyond the last pair end at once, so that the work follows the number
+of pairs. Sums over the experts of a row, and over the rows of an expert, are float32 and in a fixed order. For the backward
+pass only `a` is kept.
 
 | kernel | for pair p = (r, k) |
 |---|---|
@@ -28,12 +29,12 @@ Tile = dict[str, Any]
 
 
 class Pairs(NamedTuple):
-    """The (row, expert) pairs, numbered by expert and then row.
+    """The (row, expert) pairs to compute, numbered by expert and then row. Buffers have P places for them.
 
     Attributes:
-        row_P: row of each pair, int32; after the last pair it has no meaning.
-        place_RK: number of each pair, int32; -1: there is none.
-        ends_K: number of the pair after the last one of each expert, int32.
+        row_P: row of each pair, int32. Places after the last pair have no meaning.
+        place_RK: number of the pair (r, k), int32; -1 if it is not to be computed.
+        ends_K: for each expert, 1 plus the number of its last pair, int32.
     """
 
     row_P: Tensor
@@ -42,13 +43,16 @@ class Pairs(NamedTuple):
 
 
 def find_pairs(needed_RK: Tensor, per_row: int) -> Pairs:
-    """Return the pairs of a bool matrix with at most `per_row` in a row. Nothing is read on the host."""
+    """Number the pairs that are True in `needed_RK` (bool), without reading anything on the host.
+
+    `per_row`: upper bound of the number of True values in a row; the result has P = R per_row places.
+    """
     (rows, experts), device = needed_RK.shape, needed_RK.device
     needed_KR = needed_RK.t().flatten()
     number_KR = needed_KR.cumsum(0, dtype=torch.int32)
     place_KR = torch.where(needed_KR, number_KR - 1, -1)
     row_KR = torch.arange(rows, device=device, dtype=torch.int32).repeat(experts)
-    # All that is no pair goes to one more place at the end.
+    # Entries that are False are written to one extra place at the end.
     places = rows * per_row
     target_KR = torch.where(needed_KR, number_KR - 1, places).long()
     row_P = torch.zeros(places + 1, device=device, dtype=torch.int32).scatter_(0, target_KR, row_KR)
@@ -58,9 +62,9 @@ def find_pairs(needed_RK: Tensor, per_row: int) -> Pairs:
 
 @triton.jit
 def _pairs_of_tile(ends, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Return the expert of this program's tile of pairs, its pairs [ROWS] and the end of the expert's pairs.
+    """Return the expert of this program's tile of pairs, the pairs' numbers [ROWS], and the end of the expert's pairs.
 
-    Each expert has whole tiles, the last of which it need not fill. Without a tile the end is 0.
+    Each expert has whole tiles; its last tile may be partly filled. If this program has no tile, the end is 0.
     """
     tile, tiles, begin = tl.program_id(1), 0, 0
     expert, first, last = 0, 0, 0
@@ -81,7 +85,10 @@ def _multiply(
     a, rows, row_mask, weight, cols, col_mask, depth, row_stride, depth_stride, col_stride, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Return a[rows, :depth] @ weight[:depth, cols], float32 [ROWS, COLS]. Strides: of a's rows, and of the weight."""
+    """Return a[rows, :depth] @ weight[:depth, cols], float32 [ROWS, COLS].
+
+    row_stride is the stride of a's rows; depth_stride and col_stride are those of the weight.
+    """
     inner = tl.arange(0, DEPTH)
     a += rows.to(tl.int64)[:, None] * row_stride + inner[None, :]
     weight += inner[:, None] * depth_stride + cols[None, :] * col_stride
@@ -206,13 +213,13 @@ def _weight_gradient(
 
 
 def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, per_row: int) -> Tensor:
-    """Return `sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)`, [R, D].
+    """Return `sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)` for each row r, [R, D], in the dtype of x.
 
     Args:
-        x_RD: rows, float32 or bfloat16, at least one.
-        w_RK: weights, at least 0.
-        w1, b1, w2: of `Experts`, [K, F, D], [K, F] and [K, D, F], in the dtype of x.
-        per_row: how many experts a row needs at most.
+        x_RD: rows (tokens), float32 or bfloat16, at least one.
+        w_RK: weight of each expert for each row, at least 0. Pairs with weight 0 are not computed.
+        w1, b1, w2: parameters of `Experts`, [K, F, D], [K, F] and [K, D, F], in the dtype of x.
+        per_row: upper bound of the number of experts with w > 0 in a row.
     """
     pairs = find_pairs(w_RK.detach() > 0, per_row)
     out_RD: Tensor = _forward(x_RD.contiguous(), w_RK.contiguous(), w1, b1, w2, *pairs)[0]
@@ -220,7 +227,7 @@ def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tenso
 
 
 def _tile_of(x: Tensor) -> Tile:
-    """Return the sizes of the tiles of a product, and the type that is multiplied."""
+    """Return the tile sizes of a matrix product, and the dtype of its factors (DOT)."""
     if x.dtype == torch.float32:
         return {"ROWS": 64, "COLS": 64, "DEPTH": 32, "DOT": tl.float32, "num_warps": 4, "num_stages": 2}
     # Triton's interpreter multiplies bfloat16 numbers as the integers that it stores them as.
@@ -237,7 +244,7 @@ def _product_grid(places: int, experts: int, outer: int, tile: Tile) -> tuple[in
 def _forward(
     x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return out [R, D] and a [P, F]."""
+    """Return the output [R, D], and a (see the module docstring) [P, F]."""
     (experts, hidden, width), places, tile = w1.shape, row.numel(), _tile_of(x)
     a, h, y = x.new_empty(places, hidden), x.new_empty(places, hidden), x.new_empty(places, width)
     grid = _product_grid(places, experts, hidden, tile)
@@ -248,7 +255,7 @@ def _forward(
 
 
 def _sum(y_PD: Tensor, place_RK: Tensor, w_RK: Tensor | None) -> Tensor:
-    """Return the sum of the pairs of each row, weighted with `w_RK` if it is given."""
+    """Return the sum over the pairs of each row, [R, D], weighted with `w_RK` unless it is None."""
     (rows, experts), width = place_RK.shape, y_PD.shape[1]
     out, cols = y_PD.new_empty(rows, width), min(128, triton.next_power_of_2(width))
     _sum_pairs[(triton.cdiv(rows, 16), triton.cdiv(width, cols))](
@@ -271,7 +278,7 @@ def _backward(
     """Return the gradients of x, w, w1, b1 and w2."""
     (experts, hidden, width), places, tile = w1.shape, row.numel(), _tile_of(x)
     da, wh = torch.empty_like(a), torch.empty_like(a)
-    narrow = {**tile, "COLS": 64}  # its results need registers too: of 128 columns some would spill
+    narrow = {**tile, "COLS": 64}  # its results need registers too; with 128 columns some would spill
     grid = _product_grid(places, experts, hidden, narrow)
     dw_parts = x.new_empty(grid[0], places, dtype=torch.float32)
     _hidden_gradient[grid](
@@ -316,7 +323,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def _flops(
     x: torch.Size, w: torch.Size, w1: torch.Size, b1: torch.Size, w2: torch.Size, row: torch.Size, *_: Any, **__: Any
 ) -> int:
-    """Return the FLOPs of all places, as the dense backend has; how many pairs there are is known on the device alone."""
+    """Return the FLOPs for all P places, as the dense backend has. The number of pairs is known on the device only."""
     return 4 * row[0] * w1[1] * w1[2]
 
 

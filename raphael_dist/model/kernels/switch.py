@@ -1,4 +1,4 @@
-"""`train.kernels`: which parts of the model run in Triton kernels. Triton is imported only when one of them does."""
+"""`train.kernels`: selects the parts of the model that run in Triton kernels. Triton is imported only if they do."""
 
 import importlib.util
 import os
@@ -22,7 +22,11 @@ _MODULES: dict[str, type[nn.Module]] = {
 
 
 def use_kernels(model: nn.Module, kernels: Sequence[Kernel], device: torch.device) -> None:
-    """Let the parts of `model` that `kernels` names run in Triton on `device`. Raises UserError where that is impossible."""
+    """Make the parts of `model` that `kernels` (`train.kernels`) names run in Triton on `device`.
+
+    Raises:
+        UserError: Triton is not installed, or `device` is not a GPU.
+    """
     if not kernels:
         return
     require_triton(kernels)
@@ -36,7 +40,7 @@ def use_kernels(model: nn.Module, kernels: Sequence[Kernel], device: torch.devic
 
 
 def set_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
-    """Let parts of `model` run in Triton without a check of the device, for traces without data."""
+    """Make the named parts of `model` run in Triton, without checking the device (for traces on tensors without data)."""
     types = tuple(_MODULES[name] for name in kernels if name in _MODULES)
     for module in model.modules():
         if isinstance(module, types):
@@ -44,7 +48,7 @@ def set_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
 
 
 def require_triton(kernels: Sequence[Kernel]) -> None:
-    """Raise UserError if there are kernels, but Triton is not installed."""
+    """Raise UserError if `kernels` (`train.kernels`) is not empty and Triton is not installed."""
     if kernels and importlib.util.find_spec("triton") is None:
         raise UserError(
             f"train.kernels={list(kernels)} requires the package triton, which is not installed. Run pip install "
