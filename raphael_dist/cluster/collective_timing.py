@@ -1,4 +1,4 @@
-"""Times collectives, and checks their results against the values that a formula gives."""
+"""Times collective operations of torch.distributed, and checks their results against values computed from a formula."""
 
 import time
 from collections.abc import Callable
@@ -9,15 +9,21 @@ import torch.distributed as dist
 from raphael_dist.parallel.async_collectives import REDUCE_SCATTER
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
-# Its name since torch 2.13, and before.
+# The first name exists since torch 2.13, the second in older versions.
 _GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Collective:
-    """One kind of collective in a group of n ranks, on a buffer of n blocks with `each` float32 numbers.
+    """One kind of collective operation in a process group, with test data of which the correct result is known.
 
-    All numbers of block b on rank r are r n + b, so the right result is known. The values stay below 2**24, so that their
-    sums are exact up to 4,000 ranks.
+    Args:
+        name: "all_reduce", "reduce_scatter", "all_gather" or "all_to_all".
+        group: the process group of n ranks.
+        each: float32 numbers per block. The whole buffer has n blocks: one for each rank.
+        device: device of the buffers.
+
+    All numbers of block b on rank r are r n + b. The values stay below 2**24, so that their sums are exact up to 4,000
+    ranks.
     """
 
     def __init__(self, name: str, group: dist.ProcessGroup, each: int, device: torch.device) -> None:
@@ -37,7 +43,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a rank must send per run, with a ring or directly to each other rank."""
+        """Bytes that each rank must send in one run of this collective, in a ring or directly to other ranks."""
         return (2 if self.name == "all_reduce" else 1) * 4 * self._each * (self.size - 1)
 
     def run(self) -> None:
@@ -53,13 +59,13 @@ class Collective:
             dist.all_to_all_single(self._received, self._sent, group=self._group)
 
     def is_right(self) -> bool:
-        """Return whether the result of the last run is correct."""
+        """Return whether the last `run` gave the expected values on this rank, within a relative error of 1e-5."""
         return torch.allclose(self._received, self._expected, rtol=1e-5)
 
     def seconds(self, repeats: int = 1) -> float:
-        """Return the seconds of the fastest of `repeats` runs.
+        """Return the seconds of the fastest of `repeats` runs on this rank. Collective: all ranks of the group call it.
 
-        One more run comes first and does not count, because it opens connections.
+        One more run comes first and is not timed, because it opens connections.
         """
         self.run()
         best = float("inf")
@@ -70,7 +76,7 @@ class Collective:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that `work` takes, including what it queues on the device."""
+    """Return the seconds that one call of `work` takes, including the GPU work that it starts (if `device` is a GPU)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

@@ -34,7 +34,7 @@ from raphael_dist.runtime.ranks import Ranks, gather_objects, host_name, num_thr
 from raphael_dist.storage.files import free_bytes, replace_bytes, write_bytes
 from raphael_dist.storage.versions import versions
 
-# Time limits as (seconds, additional seconds per rank): of all checks together; of joining, and of each exchange.
+# Time limits as (seconds, additional seconds per rank): LIMIT_S of all checks together, JOIN_S of each collective.
 LIMIT_S = (55.0, 0.1)
 JOIN_S = (30.0, 0.05)
 PROBE_BYTES = 8 << 20  # read from a shard, and written where checkpoints go
@@ -43,13 +43,17 @@ Report = dict[str, Any]  # results of the checks by name
 
 
 class Probe:
-    """The preflight checks on one rank.
+    """The preflight checks on one rank: tests of its device, data, disk and network before a training starts.
 
-    `report` has the results by name of the check. `report["problems"]` states what is wrong and what to do.
+    `report` has the result of each check by its name, and in "problems" a dict for each problem: the check (`phase`), what
+    is wrong (`what`), and the remedy (`fix`).
     """
 
     def __init__(self, config: Config, ranks: Ranks, out: Path, *, with_data: bool = True) -> None:
-        """Prepare the checks. `out`: folder of the report files. `with_data`: whether to read shards of `config`, too."""
+        """Prepare the checks of this rank for the run of `config`.
+
+        `out`: folder of the report files. `with_data`: whether to read a shard of the run's training data too.
+        """
         self.config, self.ranks, self.path = config, ranks, report_path(out, ranks.rank)
         self._with_data = with_data
         self.device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -58,7 +62,10 @@ class Probe:
         self._began = time.monotonic()
 
     def run(self) -> bool:
-        """Run all preflight checks; return whether there was no problem. At the time limit the process exits."""
+        """Run all checks, write the report file, and return whether this rank had no problem. Collective.
+
+        At the time limit (LIMIT_S) the process exits with code 1.
+        """
         timer = threading.Timer(self._limit(LIMIT_S), self._out_of_time)
         timer.daemon = True
         timer.start()
@@ -111,7 +118,7 @@ class Probe:
             os._exit(1)
 
     def _limit(self, of: tuple[float, float]) -> float:
-        """Return the time limit in seconds for this number of ranks, from (seconds, seconds per rank)."""
+        """Return the time limit in seconds for this number of ranks. `of`: (seconds, additional seconds per rank)."""
         return of[0] + of[1] * self.ranks.world_size
 
     def _identity(self) -> Report:
@@ -131,7 +138,7 @@ class Probe:
         }
 
     def _data(self) -> dict[str, float]:
-        """Read the first PROBE_BYTES of a shard, a different one on each rank; return MB/s."""
+        """Read the first PROBE_BYTES (8 MiB) of a shard, a different one on each rank; return {"mb_per_s": MB/s}."""
         names = find_shards(self.config, training=True)
         name, store = names[self.ranks.rank % len(names)], store_of(self.config.data)
         began = time.perf_counter()
@@ -143,7 +150,7 @@ class Probe:
         return {"mb_per_s": size / 1e6 / max(time.perf_counter() - began, 1e-9)}
 
     def _disk(self) -> dict[str, float]:
-        """Write, sync and read a file where checkpoints go, on one rank per node; return MB/s and free GiB."""
+        """Write, sync and read a file in the checkpoint folder, on one rank per node only; return MB/s and free GiB."""
         if self.ranks.local_rank != 0:
             return {}
         folder = self.config.run.dir / "checkpoints"
@@ -186,7 +193,7 @@ class Probe:
         return backend
 
     def _clock(self) -> float:
-        """Return the difference of this clock to the first rank's, in seconds: the smallest of three."""
+        """Return by how many seconds this clock is ahead of rank 0's: the smallest of three measurements. Collective."""
         differences = []
         for _ in range(3):
             dist.barrier()
@@ -195,11 +202,11 @@ class Probe:
         return min(differences, key=abs)
 
     def _all_reduce(self) -> float:
-        """Return GB/s of a checked all-reduce over all ranks, counted as a ring's traffic."""
+        """Run an all-reduce over all ranks and check its result; return the GB/s that this rank sends in a ring."""
         return self._collective("all_reduce", "the sum over all ranks is wrong")
 
     def _all_to_all(self) -> float:
-        """Return GB/s that this rank sends in a checked all-to-all over all ranks."""
+        """Run an all-to-all over all ranks and check its result; return the GB/s that this rank sends."""
         return self._collective("all_to_all", "rows of other ranks are wrong")
 
     def _collective(self, name: str, wrong: str) -> float:
@@ -212,9 +219,9 @@ class Probe:
         return collective.sent_bytes / 1e9 / seconds
 
     def _pairs(self) -> dict[str, float]:
-        """Exchange data with the other nodes, one at a time; return GB/s by name of the other node.
+        """Exchange data with each other node in turn; return GB/s by name of the other node. Collective.
 
-        Only the first rank of each node takes part. The others wait in the barriers.
+        Only the first rank of each node exchanges data. The other ranks wait in the barriers, and return {}.
         """
         leaders = [rank for rank, node in enumerate(self._nodes) if self._nodes.index(node) == rank]
         speeds: dict[str, float] = {}
@@ -234,7 +241,7 @@ class Probe:
         return speeds
 
     def _experts(self) -> dict[str, float]:
-        """Return the number of ranks that shard experts, and the largest difference to the output of one rank."""
+        """Test expert parallelism; return ranks per group and largest relative difference to one rank ({}: not possible)."""
         c, n = self.config, self.ranks.world_size
         size = c.parallel.space_ep if c.parallel.space_ep > 1 else 2
         if n % size or c.model.space_experts % size or c.model.space_experts == 0:
@@ -254,12 +261,12 @@ class Probe:
 
 
 def expert_parity(expert_group: ExpertGroup, num_experts: int, device: torch.device) -> float:
-    """Compare a Space-MoE that is sharded over the group with the same layer on one rank. Collective.
+    """Compare a Space-MoE layer whose experts are sharded over `expert_group` with the same layer on one rank. Collective.
 
     Outputs and gradients are compared, for random inputs that are equal on all ranks.
 
     Returns:
-        The largest relative difference.
+        The largest difference, relative to the largest absolute value of the compared tensor.
     """
     tokens, text, dim = 32, 7, 16
     whole = SpaceMoE(num_experts, dim, 24, "auto", seed=4).to(device)
@@ -289,14 +296,14 @@ def expert_parity(expert_group: ExpertGroup, num_experts: int, device: torch.dev
 
 
 def report_path(folder: Path, rank: int) -> Path:
-    """Return the path of the report file of a rank."""
+    """Return the path of the report file that the preflight writes for a rank into `folder`: rank-NNNNN.json."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def gpu_use(device: torch.device) -> dict[str, Any]:
-    """Return the id of a GPU and the GiB that other processes use on it; {} for a CPU.
+    """Return {"id": UUID of the GPU, "used_gib": GiB in use on it}; {} for a CPU.
 
-    Call it before this process allocates memory on the GPU.
+    Call it before this process allocates memory on the GPU; then other processes use these GiB.
     """
     if device.type != "cuda":
         return {}
@@ -305,9 +312,9 @@ def gpu_use(device: torch.device) -> dict[str, Any]:
 
 
 def rounds(members: list[int]) -> list[dict[int, int]]:
-    """Return rounds of a tournament in which every two members are partners exactly once (the circle method).
+    """Arrange pairs in rounds, so that every two members are partners in exactly one round (the circle method).
 
-    Each round is a dict {member: partner}.
+    Returns one dict {member: partner} per round. All pairs of a round can work at the same time.
     """
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
     schedule = []
@@ -322,7 +329,7 @@ def rounds(members: list[int]) -> list[dict[int, int]]:
 
 
 def network(host: str) -> str:
-    """Return the network interface and IPv4 address by which this host reaches `host`, e.g. "eth0 10.0.0.5"."""
+    """Return interface and IPv4 address with which this machine reaches `host` ("eth0 10.0.0.5"), or an error as text."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             s.connect((host, 9))  # sends nothing

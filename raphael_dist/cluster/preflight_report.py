@@ -18,10 +18,10 @@ Report = dict[str, Any]  # of a rank, as `preflight.Probe` writes it
 
 @dataclass
 class Verdict:
-    """The result of a preflight on all nodes.
+    """The result of a preflight (tests of all nodes before a training starts).
 
     Attributes:
-        lines: the table of results.
+        lines: the table of results, as lines of text.
         faults: for each faulty node, the reasons why it cannot train.
         warnings: problems that do not prevent training.
         everywhere: whether every node has the same fault, so that excluding nodes does not help.
@@ -33,13 +33,17 @@ class Verdict:
     everywhere: bool = False
 
     def add_fault(self, node: str, text: str) -> None:
-        """Add a fault of a node, unless it is already listed."""
+        """Add the description `text` of a fault to the faults of `node`, unless it is already listed."""
         if text not in self.faults.setdefault(node, []):
             self.faults[node].append(text)
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """Return the report files in a folder, in the order of ranks. Raise UserError if there are none."""
+    """Return the contents of the preflight's report files (rank-NNNNN.json) in a folder, by ascending rank.
+
+    Raises:
+        UserError: the folder has no report file.
+    """
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
     if not reports:
         raise UserError(
@@ -50,10 +54,10 @@ def read_reports(folder: Path) -> list[Report]:
 
 
 def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
-    """Evaluate the report files of all ranks.
+    """Find the faulty nodes from the preflight's report files of all ranks.
 
     Args:
-        reports: contents of the report files.
+        reports: contents of the report files (`read_reports`).
         num_ranks: expected number of ranks.
         nodes: names of all nodes, including those without a report file; may be empty.
     """
@@ -123,7 +127,7 @@ def _judge_versions(verdict: Verdict, reports: list[Report]) -> None:
 
 
 def _judge_gpus(verdict: Verdict, reports: list[Report]) -> None:
-    """Find GPUs that two ranks share, or that another process uses."""
+    """Add a fault to `verdict` for each GPU that several ranks share, or on which other processes use much memory."""
     users: dict[tuple[str, str], list[Report]] = {}
     for r in reports:
         gpu = (r.get("device") or {}).get("gpu")

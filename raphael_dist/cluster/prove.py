@@ -1,4 +1,4 @@
-"""Runs the checks of `prove`: on all ranks of a launcher, it compares training with one process and tests links and saves.
+"""Runs the checks of `prove` on all ranks of a launcher: compares training with one process, tests network and checkpoints.
 
 Each check has a time limit. `prove` itself survives a check that crashes or hangs, and names the rank that did. To this end,
 the process that the launcher starts for a rank is its agent. The agent computes nothing and uses no GPU. It starts a worker
@@ -38,7 +38,8 @@ from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, complete_environment, discover, free_port, host_name, initialise
 from raphael_dist.storage.versions import versions
 
-JOIN_S, START_S, GRACE_S = 120.0, 120.0, 20.0  # of all agents; of a worker's imports; of an answer beyond a check's limit
+# Seconds to connect all agents; for a worker's imports; for an answer after a check's time limit.
+JOIN_S, START_S, GRACE_S = 120.0, 120.0, 20.0
 POLL_S = 0.2
 START_METHOD = "spawn"  # a forked process could not use a GPU
 KILLED = "killed"  # the last mark of a worker that ends itself
@@ -46,11 +47,11 @@ KILLED = "killed"  # the last mark of a worker that ends itself
 
 @dataclass
 class Outcome:
-    """What a check did on one rank, as known to the agent of that rank.
+    """How one check of `prove` ended on one rank, as recorded by its agent (the process that supervises the rank's checks).
 
     Attributes:
-        result: result of the check; None: it did not finish.
-        marks, last: number of progress messages from the worker, and the text of the last one.
+        result: the check's `Result` as a dict; None: it did not finish.
+        marks, last: number of progress messages from the worker process, and the text of the last one.
         why: why the check did not finish.
         seconds: how long it ran.
     """
@@ -65,7 +66,7 @@ class Outcome:
 
 
 class Agents:
-    """Communication between the agents of all ranks, from the agent of this rank."""
+    """Exchanges values between the agents of all ranks. An agent is the process that supervises a rank's checks."""
 
     def __init__(self, ranks: Ranks) -> None:
         """Connect to the agents of the other ranks. Raises HungError, which names missing ranks, after JOIN_S seconds."""
@@ -77,9 +78,9 @@ class Agents:
         self._exchanges = 0
 
     def exchange(self, value: Any, limit_s: float) -> list[Any]:
-        """Return the values of all ranks, in the order of ranks; None for a rank that does not answer within the limit.
+        """Send this rank's `value`, which JSON must be able to represent, to all ranks; return the values of all, by rank.
 
-        `value`: this rank's value, which must be representable in JSON.
+        Collective. The value is None for a rank that does not answer within `limit_s` seconds.
         """
         self._exchanges += 1
         key, deadline = f"prove/{self._exchanges}", time.monotonic() + limit_s
@@ -97,9 +98,9 @@ class Agents:
 
     @contextmanager
     def deadline(self, limit_s: float) -> Iterator[None]:
-        """Return a context that ends this process if its body takes much longer than the limit.
+        """Return a context that ends this process if its block takes a minute (3 GRACE_S) longer than `limit_s` seconds.
 
-        This is needed if the node of rank 0 is dead, since requests to its store may then never return.
+        This is needed if the node of rank 0 is dead: requests to the store on this node may then never return.
         """
         timer = threading.Timer(limit_s + 3 * GRACE_S, self._end)
         timer.daemon = True
@@ -110,11 +111,11 @@ class Agents:
             timer.cancel()
 
     def leave(self) -> None:
-        """Wait on rank 0 until all other agents have left, because rank 0 keeps the store."""
+        """Announce that this rank has ended. Rank 0, which hosts the store, waits up to GRACE_S seconds for all others."""
         if not self.ranks.is_main:
             self._store.set(f"left/{self.ranks.rank}", "1")
             return
-        with suppress(RuntimeError):  # one hangs
+        with suppress(RuntimeError):  # one of the other ranks hangs
             others = [f"left/{rank}" for rank in range(1, self.ranks.world_size)]
             self._store.wait(others, timedelta(seconds=GRACE_S))
 
@@ -124,18 +125,19 @@ class Agents:
         os._exit(EXIT_USER_ERROR)
 
     def stop_others(self, piece: int) -> None:
-        """Ask all other agents to end their workers of work number `piece`, because a worker has failed."""
+        """Ask all agents to end the worker processes with the serial number `piece`, because one of them has failed."""
         self._store.set(f"stop/{piece}", "1")
 
     def stopped(self, piece: int) -> bool:
-        """Return whether an agent has asked to end the workers of work number `piece`."""
+        """Return whether an agent has asked to end the worker processes with the serial number `piece`."""
         return bool(self._store.check([f"stop/{piece}"]))
 
 
 def prove(config: Config, out: Path) -> int:
-    """Run all checks of `prove` on this rank, and return the exit code, equal on all ranks. Collective.
+    """Run all checks of `prove` on this rank; return the exit code, which is equal on all ranks. Collective.
 
-    Rank 0 writes `report.json` and `report.html` into `out`. Checks that already have a result there are not repeated.
+    Rank 0 writes `report.json` and `report.html` into the folder `out`. Checks that passed before in the same environment,
+    according to this `report.json`, are not repeated, except the preflight.
     """
     ranks = discover()
     agents = Agents(ranks)
@@ -163,7 +165,7 @@ class _Run:
     pieces: int = 0
 
     def all_checks(self) -> None:
-        """Run the checks that have no result yet; those that can share their workers do."""
+        """Run the checks that have no result yet, consecutive ones in the same worker processes where this is allowed."""
         done = self.agents.exchange(self.report.finished(), JOIN_S)[0] or []
         waiting = [name for name in CHECKS if name not in done or name == PREFLIGHT]
         if KILL in done and "resume" in waiting:
@@ -179,7 +181,7 @@ class _Run:
             waiting = waiting[finished:]
 
     def _run_together(self, names: Sequence[str]) -> int | None:
-        """Run checks in one worker on each rank; return how many have a result, None if no further check is possible."""
+        """Run the checks `names` in one worker process per rank; return how many were run, None if none can follow."""
         self.pieces += 1
         world = CHECKS[names[0]].ranks(self.agents.ranks.world_size)
         port = free_port() if self.agents.ranks.is_main else 0
@@ -228,7 +230,7 @@ def _own_probe(out: Path, rank: int) -> dict[str, Any] | None:
 
 
 class Worker:
-    """The worker process that runs checks on this rank."""
+    """The worker process that runs checks on this rank, as seen by its agent, the process that supervises it."""
 
     def __init__(self, run: _Run, names: Sequence[str], world: int, port: int) -> None:
         ranks, self._run, self._piece = run.agents.ranks, run, run.pieces
@@ -256,12 +258,12 @@ class Worker:
         theirs.close()
 
     def follow(self, name: str, outcome: Outcome, first: bool) -> None:
-        """Wait until the worker has finished a check, and fill in `outcome`. End the worker at the time limit.
+        """Wait until the worker process has finished a check, or kill it at the check's time limit.
 
         Args:
             name: the check.
-            outcome: what this check did on this rank.
-            first: whether it is the worker's first check, so that the start of the process counts too.
+            outcome: the record to fill in, with result, progress and duration of the check on this rank.
+            first: whether it is the worker's first check. Its time limit is longer, because the process starts first.
         """
         began = time.monotonic()
         limit_s = CHECKS[name].limit_s + (START_S if first else 0.0)
@@ -279,7 +281,7 @@ class Worker:
         outcome.seconds = time.monotonic() - began
         if outcome.why:
             self._process.kill()
-            if outcome.last != KILLED and name != PREFLIGHT:  # whose ranks report also without each other
+            if outcome.last != KILLED and name != PREFLIGHT:  # the preflight's ranks report without waiting for each other
                 self._run.agents.stop_others(self._piece)
 
     def _receive(self) -> tuple[str, Any] | None:
@@ -300,7 +302,7 @@ class Worker:
             outcome.why = value
 
     def end(self) -> None:
-        """End the worker process, and wait for its end."""
+        """Kill the worker process, and wait until it has ended."""
         self._process.kill()
         self._process.join()
 
@@ -314,7 +316,7 @@ def work(
     log: Path,
     options: dict[str, Any],
 ) -> None:
-    """Run checks in this worker process; send progress and results to the agent.
+    """Run checks in this worker process; send progress and results to the agent, the process that supervises it.
 
     Args:
         pipe: the connection to the agent.
@@ -322,20 +324,20 @@ def work(
         env: environment variables to set, e.g. RANK.
         config: the user's configuration.
         out: folder of the reports.
-        log: file that gets the process's output.
-        options: further arguments of the checks.
+        log: file for the output of this process.
+        options: further arguments of the checks (`Proof.options`).
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(env)
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # that store is the agents'
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the store that it names belongs to the agents
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent ends this process
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = discover()
-    torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float32
+    torch.backends.cudnn.allow_tf32 = False  # results are compared in float32; TF32 would round them
     try:
         device = torch.device("cpu") if names[0] == PREFLIGHT else initialise(ranks)
         proof = Proof(ranks, device, config, out, options, lambda text: pipe.send(("mark", text)))
@@ -352,7 +354,7 @@ def work(
 
 
 def _end_with(agent: int) -> None:
-    """End this process when its agent has ended, which a launcher may kill."""
+    """End this process soon after its parent process `agent` has ended: a launcher may kill the agent alone."""
     while os.getppid() == agent:
         time.sleep(1)
     os._exit(1)

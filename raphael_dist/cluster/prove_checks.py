@@ -1,4 +1,4 @@
-"""The list of the checks of `prove`, in order, with their time limits."""
+"""The list of all checks of the command `prove`, in the order in which they run, with their time limits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,16 @@ from raphael_dist.cluster.prove_results import Proof, Result
 
 @dataclass(frozen=True)
 class Check:
-    """One check of `prove`.
+    """One check of the command `prove`, which tests whether a cluster trains correctly.
 
     Attributes:
         title: title in the report.
         run: the function that a worker process runs on each rank.
-        limit_s: time limit in seconds, long enough for a slow CPU. Then the worker is ended.
-        environment: whether a failure means a bad environment (exit code 2) and not wrong numbers (exit code 3).
-        alone: whether it runs in worker processes of its own.
-        ranks: returns on how many ranks it runs, given the number of all ranks.
+        limit_s: time limit in seconds, long enough for a slow CPU. Afterwards the worker process is ended.
+        environment: whether a failure means a bad environment (exit code 2), such as a slow network. Otherwise it means
+            wrong numbers (exit code 3).
+        alone: whether the check needs worker processes that run no other check.
+        ranks: a function from the number of all ranks to the number of ranks on which the check runs.
     """
 
     title: str
@@ -29,7 +30,7 @@ class Check:
 
 
 def _preflight(proof: Proof) -> Result:
-    """Check this rank on its own, then links and clocks with the others; the agents judge the reports."""
+    """Run the preflight (`preflight.Probe`), which writes a report file. The result is empty: the agents read the file."""
     out = proof.folder / "preflight"
     out.mkdir(exist_ok=True)
     preflight.Probe(proof.config, proof.ranks, out, with_data=bool(proof.config.data.shards)).run()
@@ -37,7 +38,7 @@ def _preflight(proof: Proof) -> Result:
 
 
 def fewer(world: int) -> int:
-    """Return the number of ranks on which a run that was saved on `world` ranks is resumed."""
+    """Return on how many ranks a checkpoint of `world` ranks is resumed by `prove`: half of them, at least 1."""
     return max(1, world // 2)
 
 

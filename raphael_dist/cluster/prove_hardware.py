@@ -1,4 +1,4 @@
-"""Checks of `prove` that measure: links, CUDA graphs, waits of the host, and a step compared with the prediction."""
+"""Checks of `prove` that measure: links, CUDA graphs, waits of the host for the GPU, and a step against its prediction."""
 
 import re
 import subprocess
@@ -38,7 +38,10 @@ NEEDS_GPU = "{} requires a GPU"
 
 
 def links(proof: Proof) -> Result:
-    """Measure latency and bandwidth of each collective over all ranks, inside nodes, and between nodes."""
+    """Measure latency and bandwidth of each collective: over all ranks, inside nodes, and between nodes. Collective.
+
+    A collective with wrong values is a problem. One that is much slower than on other ranks is a warning.
+    """
     hosts = gather_objects(host_name())
     me = proof.ranks.rank
     inside = [rank for rank, host in enumerate(hosts) if host == hosts[me]]
@@ -49,7 +52,7 @@ def links(proof: Proof) -> Result:
     problems = []
     for scope, members in (("all ranks", list(range(len(hosts)))), ("inside a node", inside), ("between nodes", between)):
         proof.mark(f"a group of {scope}")
-        group = own_group(members)  # on every rank, so that all have created equally many
+        group = own_group(members)  # every rank must create the same number of groups
         for name in COLLECTIVES if len(members) > 1 else ():
             small = Collective(name, group, max(1, SMALL_BYTES // 4 // len(members)), proof.device)
             whole = Collective(name, group, large // 4 // len(members), proof.device)
@@ -77,9 +80,13 @@ def _of(hosts: list[str], host: str) -> list[int]:
 
 @dataclass
 class Measured:
-    """What some training steps yielded: this rank's losses, gradient norms, and the seconds of the fastest step.
+    """What some training steps yielded on this rank.
 
-    The first steps, which warm up, do not count for the seconds.
+    Attributes:
+        engine: the engine after the steps.
+        losses: for each step, the loss summed over the samples of all ranks.
+        norms: gradient norm of each step.
+        seconds: duration of the fastest step, without the first steps (WARMUP).
     """
 
     engine: Engine
@@ -89,9 +96,13 @@ class Measured:
 
 
 def take_steps(proof: Proof, config: Config, tree: dict[str, Any], count_waits: list[int] | None = None) -> Measured:
-    """Take training steps as the trainer does, always on the same batch, which is already on the device.
+    """Take WARMUP + MEASURED training steps as the trainer does, always on the same made-up batch. Collective.
 
-    `count_waits`: if given, the number of waits for the GPU in each measured step is appended to it.
+    Args:
+        proof: this rank and its device.
+        config: model and batch to train with.
+        tree: the DeepSpeed configuration.
+        count_waits: if given, the number of times that the host waits for the GPU in each step is appended to it.
     """
     world, device = proof.ranks.world_size, proof.device
     plan = BatchPlan.of(config, world)
@@ -147,7 +158,10 @@ def graphs(proof: Proof) -> Result:
 
 
 def waits(proof: Proof) -> Result:
-    """Count how often the host waits for the GPU in a step. Without a GPU, count for a simulated GPU."""
+    """Count how often the host waits for the GPU in a training step; more than once is a problem.
+
+    Without a GPU, rank 0 counts on a simulated GPU (`tools/bench.py syncs`).
+    """
     if proof.device.type != "cuda":
         return _simulated_waits(proof)
     counts: list[int] = []
@@ -161,7 +175,7 @@ def _simulated_waits(proof: Proof) -> Result:
     if not proof.ranks.is_main:
         return Result()
     command = [sys.executable, str(assets.root() / "tools" / "bench.py"), "syncs", "--config", "emoji", "--places", "1"]
-    command.append("train.dtype=bfloat16")  # the grouped product, without which the host reads counts
+    command.append("train.dtype=bfloat16")  # allows the grouped product; without it the host reads the loads of experts
     done = subprocess.run(command, capture_output=True, text=True)
     match = re.search(r"host synchronisations per step: (\d+)", done.stdout)
     if match is None:
@@ -172,9 +186,9 @@ def _simulated_waits(proof: Proof) -> Result:
 
 
 def plan(proof: Proof) -> Result:
-    """Compare a step of the user's configuration with the planner's prediction.
+    """Compare a training step of the user's configuration with the prediction of `raphael_dist.planning`. Collective.
 
-    Compared are its time, its memory, and the bytes that this rank sends to experts of other ranks.
+    Compared are time, memory, fp32 weights, and the bytes that this rank sends to experts of other ranks.
     """
     world = proof.ranks.world_size
     config = _one_micro_step(proof.config, world, proof.config.train.micro_batch_size)
@@ -216,7 +230,10 @@ def plan(proof: Proof) -> Result:
 
 
 def _one_micro_step(config: Config, world: int, micro: int) -> Config:
-    """Return the configuration with one micro-step of `micro` images on each rank, without the moving average."""
+    """Return a copy of `config` with one micro-step of `micro` images on each of `world` ranks.
+
+    The copy has no moving average and no expert parallelism.
+    """
     train = config.train.model_copy(update={"micro_batch_size": micro, "global_batch_size": micro * world})
     ema = config.ema.model_copy(update={"enabled": False})
     parallel = config.parallel.model_copy(update={"space_ep": 1, "time_ep": 1})
@@ -224,7 +241,7 @@ def _one_micro_step(config: Config, world: int, micro: int) -> Config:
 
 
 def _cluster(proof: Proof) -> ClusterSpec:
-    """Return the description of this kind of device."""
+    """Return the cluster description for this rank's device: that of the same GPU, else of "h100x8"; "cpu" without a GPU."""
     if proof.device.type != "cuda":
         return load_cluster("cpu")
     name = torch.cuda.get_device_name(proof.device).lower()
@@ -238,7 +255,10 @@ def _states_problems(engine: Engine, planned: int) -> list[Problem]:
 
 
 def _expert_bytes(proof: Proof) -> tuple[int, int]:
-    """Return the bytes that this rank sends to other ranks' experts in a micro-step, and the planned ones."""
+    """Return the bytes that this rank sends to experts of other ranks in a micro-step: (measured, predicted). Collective.
+
+    The small model of `prove` is used, with its space experts sharded over 2 ranks.
+    """
     world = proof.ranks.world_size
     parallel = {"space_ep": 2, "placement": ["shard"], "dispatch": "all_gather"}
     config = case_config(Case("float32", 1, 1), world, batch=3 * world, micro=3)
@@ -254,7 +274,7 @@ def _expert_bytes(proof: Proof) -> tuple[int, int]:
 
 
 def micro_batch(proof: Proof) -> Result:
-    """Find the largest micro-batch of the user's configuration that fits into the GPU."""
+    """Find the largest micro-batch of the user's model that fits into GPU memory; report it with the planner's value."""
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("the largest micro-batch that fits")])
     world, largest, planned = proof.ranks.world_size, 0, 0
@@ -274,7 +294,7 @@ def micro_batch(proof: Proof) -> Result:
 
 
 def _fits(proof: Proof, config: Config, tree: dict[str, Any]) -> bool:
-    """Return whether a step fits into the memory of every rank."""
+    """Return whether a training step of `config` fits into the memory of every rank. `tree`: DeepSpeed's configuration."""
     batch_plan = BatchPlan.of(config, proof.ranks.world_size)
     try:
         engine = Engine(config, tree, batch_plan, proof.device)

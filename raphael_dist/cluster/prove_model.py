@@ -1,4 +1,4 @@
-"""The small model that `prove` trains: its configuration, its batches, and the same training in plain PyTorch."""
+"""The small model that the command `prove` trains: its configuration, its batches, and its training in plain PyTorch."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -17,8 +17,8 @@ from raphael_dist.planning.meta_batch import meta_batch
 
 Slots = Sequence[tuple[int, float]]
 EXPERTS = 8  # of each kind, so that ep can be 1, 2, 4 or 8
-ADAM_EPS = 1e-3  # large, or Adam makes whole steps of the rounding errors in gradients that cancel
-# Widths are multiples of 8, as the grouped product on GPUs requires. Of SGD the change of the weights is the gradient.
+ADAM_EPS = 1e-3  # large: otherwise Adam turns rounding errors in tiny gradients into full steps
+# Widths are multiples of 8, as the grouped product on GPUs requires. With SGD the change of the weights is the gradient.
 TREE: dict[str, dict[str, Any]] = {
     "model": {
         "channels": [16, 24],
@@ -41,15 +41,17 @@ TREE: dict[str, dict[str, Any]] = {
 
 
 def proof_config(**sections: dict[str, Any]) -> Config:
-    """Return the configuration of the small model. `sections`: keys to replace, by section."""
+    """Return the configuration of the small model that `prove` trains. `sections`: settings to replace, by section."""
     return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in {*TREE, *sections}})
 
 
 def position_batch(config: Config, slots: Slots, num_blocks: int) -> Batch:
-    """Return a batch with the shapes of training, of the largest image size.
+    """Make up a training batch of images of the largest configured size, without a data set.
 
-    Each sample is a function of the seed and its position, so no data set is needed. `slots`: (position, weight) of each
-    sample.
+    Args:
+        config: the run's configuration. Each sample is a function of `run.seed` and its position only.
+        slots: (position in the sample order of the run, weight in the loss) of each sample.
+        num_blocks: number of transformer blocks of the model; each has its own gate noise.
     """
     meta = meta_batch(config, 1, num_blocks)
     samples = [_sample(config, meta, position, weight) for position, weight in slots]
@@ -81,7 +83,7 @@ def _join(values: list[Any]) -> Tensor | GateNoise | None:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Return a checksum of the values of all tensors, which is computed on the host."""
+    """Return a checksum (16 hex digits of SHA-256) of the values of all tensors, which must be in CPU memory."""
     checksum = hashlib.sha256()
     for tensor in tensors:
         checksum.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -89,15 +91,17 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 class Reference:
-    """Training of the whole global batch in one process, in float32, without DeepSpeed, other ranks or micro-steps.
+    """Trains the whole global batch in one process, in float32, without DeepSpeed, other ranks or micro-steps.
+
+    The distributed training is compared with it.
 
     Attributes:
-        weights: weights of the model, by name.
+        weights: current weights of the model, by name.
         norm: gradient norm of the last step, before clipping.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        """Build the model from the configuration's seed. Its weights are rounded to `train.dtype`."""
+        """Build the model from the configuration's seed. Its weights have values that are exact in `train.dtype`."""
         self.config, self.device, self.norm = config, device, 0.0
         torch.manual_seed(config.run.seed)
         self.model = RaphaelUNet(config)
@@ -117,18 +121,21 @@ class Reference:
         )
 
     def losses(self, slots: Slots) -> Tensor:
-        """Return the weighted loss of each sample, float32 [B]. `slots`: (position, weight) of each sample."""
+        """Return the weighted loss of each sample, float32 [B]. `slots`: (position in the run's order, weight) of each."""
         batch = position_batch(self.config, slots, self.num_blocks).to(self.device)
         return compute_losses(self.model, batch, self._schedule, self.config, torch.float32).total
 
     def gradients(self, slots: Slots) -> dict[str, Tensor]:
-        """Return the gradients, by parameter name, of the summed loss of some samples divided by the global batch size."""
+        """Return the gradients of (summed loss of some samples / global batch size), by parameter name.
+
+        `slots`: (position in the run's sample order, weight) of each sample.
+        """
         loss = self.losses(slots).sum() / self.config.train.global_batch_size
         gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(self.weights, gradients, strict=True))
 
     def step(self, gradients: dict[str, Tensor]) -> None:
-        """Clip the gradients of a whole global batch, and update the weights with them."""
+        """Clip the gradients (by parameter name) of a whole global batch, and take an optimizer step with them."""
         for name, p in self.weights.items():
             p.grad = gradients[name]
         clip = self.config.optim.max_grad_norm or float("inf")

@@ -30,15 +30,15 @@ from raphael_dist.runtime.ranks import gather_objects
 STEPS = 3
 # Relative differences that are allowed in losses and norms, in the gradient of a parameter or expert, and in all weights.
 TOLERANCE = {"float32": (1e-4, 2e-3, 2e-3), "bfloat16": (2e-2, 0.2, 4e-2)}
-SMALL_SHARE = 1e-3  # parts of the gradient below this share of its norm say little in bfloat16
+SMALL_SHARE = 1e-3  # gradients below this share of the whole norm are mostly rounding errors in bfloat16
 SMALL = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, "stage3_param_persistence_threshold": 100}
-SUMMED_STAGES, SUMMED_STEPS = (1, 2, 3), 64  # micro-steps; rounded sums of 24 of them are 0.5% wrong, of 64 more
+SUMMED_STAGES, SUMMED_STEPS = (1, 2, 3), 64  # micro-steps; sums rounded to bfloat16 are 0.5% wrong after 24 of them
 SUM_TOLERANCE = 0.003  # the reduction over ranks adds some rounding, which grows with their number
 
 
 @dataclass(frozen=True)
 class Case:
-    """One combination that is tested: precision, ZeRO stage, and number of ranks over which experts are sharded (`ep`)."""
+    """One tested combination of settings: dtype, ZeRO stage, and number of ranks over which experts are sharded (`ep`)."""
 
     dtype: str
     stage: int
@@ -49,21 +49,22 @@ class Case:
 
 
 def cases(world: int) -> list[Case]:
-    """Return all combinations that are possible on `world` ranks."""
+    """Return all combinations of dtype, ZeRO stage and expert parallelism that are possible on `world` ranks."""
     sizes = expert_sizes(world)
     plain = [Case(dtype, stage, 1) for dtype in TOLERANCE for stage in range(4) if (dtype, stage) != ("bfloat16", 0)]
     return plain + [Case(dtype, stage, ep) for dtype in TOLERANCE for stage in (1, 2) for ep in sizes[1:]]
 
 
 def expert_sizes(world: int) -> list[int]:
-    """Return the numbers of ranks over which the experts of the small model can be sharded, ascending."""
+    """Return the divisors of `world` (ranks) over which the small model's experts can be sharded, in ascending order."""
     return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
 
 
 def case_config(case: Case, world: int, batch: int = 0, micro: int = 2, **sections: dict[str, Any]) -> Config:
-    """Return the configuration of the small model for a combination.
+    """Return the configuration of the small model with the settings of `case` on `world` ranks.
 
-    Without `batch`, a step has two micro-steps and the last one has an empty slot (a sample with weight 0).
+    `batch` is the global batch size, `micro` the micro-batch size, `sections` replaces settings. By default (`batch` = 0) a
+    step has two micro-steps, and the last one has an empty slot (a sample with weight 0).
     """
     train = {"global_batch_size": batch or 4 * world - 1, "micro_batch_size": micro, "dtype": case.dtype}
     parallel = {"space_ep": case.ep, "time_ep": case.ep, "placement": ["shard"]}
@@ -71,7 +72,10 @@ def case_config(case: Case, world: int, batch: int = 0, micro: int = 2, **sectio
 
 
 class Steps:
-    """The steps of the reference training: losses of samples, gradients, norms and weights, computed on demand."""
+    """The training in one process with which ranks are compared. `take` computes losses, gradients and norms of each step.
+
+    `weights[0]` are the initial weights, `weights[s]` those after s steps.
+    """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._reference = Reference(config, device)
@@ -85,7 +89,7 @@ class Steps:
         return {name: p.detach().clone() for name, p in self._reference.weights.items()}
 
     def take(self, steps: int) -> "Steps":
-        """Compute the first `steps` steps, as far as this has not been done; return this object."""
+        """Train until `steps` steps have been taken in all (none, if they were before); return this object."""
         while len(self.norms) < steps:
             slots = self.slots(len(self.norms))
             with torch.no_grad():
@@ -98,13 +102,13 @@ class Steps:
         return self
 
     def slots(self, step: int) -> Slots:
-        """Return (position, weight) of all samples of step `step` (from 0)."""
+        """Return (position in the sample order, weight 1) of all samples of the global batch of step `step` (from 0)."""
         return [(position, 1.0) for position in range(step * self._batch, (step + 1) * self._batch)]
 
     def own_loss(self, step: int, slots: Slots, before: int = 0) -> float:
-        """Return the summed loss of some samples of step `step`.
+        """Return the summed loss of the samples `slots`, (position in the sample order, weight), in step `step` (from 0).
 
-        `before`: use the weights that the reference training had this many steps earlier.
+        `before`: use the weights of this many steps earlier, to recognise a rank that missed an update.
         """
         if before == 0:
             return sum(weight * float(self.losses[step][position - step * self._batch]) for position, weight in slots)
@@ -123,7 +127,7 @@ def _steps(dtype: str, world: int, device: torch.device) -> Steps:
 
 
 def seeds(proof: Proof) -> Result:
-    """Check that initial weights and the random numbers of a batch, which follow from the seed, are equal on all ranks."""
+    """Check that all ranks compute the same initial weights and random batch from the configured seed. Collective."""
     config = case_config(Case("float32", 0, 1), proof.ranks.world_size)
     reference = Reference(config, torch.device("cpu"))
     batch = position_batch(config, [(3, 1.0)], reference.num_blocks)
@@ -139,7 +143,10 @@ def seeds(proof: Proof) -> Result:
 
 
 def gradients(proof: Proof) -> Result:
-    """Take three training steps with every combination (`cases`), and compare each with the reference of one process."""
+    """Train STEPS steps with every combination of `cases`; compare with training in one process. Collective.
+
+    Compared are losses, gradients before and after the reduction over ranks, gradient norms and weights.
+    """
     problems: list[Problem] = []
     worst: dict[str, float] = {}
     every = cases(proof.ranks.world_size)
@@ -154,7 +161,10 @@ def gradients(proof: Proof) -> Result:
 
 
 def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
-    """Return the largest relative difference of this rank's weights, and the first problem."""
+    """Train with the settings of `case`, and compare with training in one process. Collective.
+
+    Returns the relative difference (L2 norm) of the weights that this rank stores, and the first problem or None.
+    """
     world, rank = proof.ranks.world_size, proof.ranks.rank
     config = case_config(case, world)
     expected = _steps(case.dtype, world, proof.device)
@@ -180,7 +190,7 @@ def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
 
 
 class Trained:
-    """The small model in an engine on all ranks. It records this rank's gradients before they are reduced over ranks."""
+    """The small model of `prove` in a training engine. It records this rank's gradients before the reduction over ranks."""
 
     def __init__(self, proof: Proof, config: Config, zero: dict[str, Any], plan: BatchPlan) -> None:
         self.config, self.plan, self._proof = config, plan, proof
@@ -199,9 +209,9 @@ class Trained:
         recorded[name] = recorded[name] + value if name in recorded else value
 
     def accumulate(self, slots: Sequence[Slots]) -> float:
-        """Run all micro-steps of a step; return the summed loss of this rank's samples.
+        """Run forward and backward of all micro-steps; return the summed loss of this rank's samples. Collective.
 
-        `slots`: (position, weight) of this rank's samples, for each micro-step.
+        `slots`: for each micro-step, (position in the sample order, weight) of this rank's samples.
         """
         self.recorded = [{} for _ in slots]
         total = 0.0
@@ -213,13 +223,13 @@ class Trained:
         return total
 
     def masters(self) -> list[Tensor]:
-        """Return copies of the fp32 weights that this rank stores."""
+        """Return copies of the fp32 weights that this rank owns under ZeRO, one tensor per fragment of a parameter."""
         return [master.detach().clone() for master in self.engine.fragments.masters()]
 
     def local_problem(self, slots: Sequence[Slots]) -> Problem | None:
-        """Compare this rank's gradients, before they are reduced, with those of one process on the same samples.
+        """Compare this rank's gradients before their reduction with one process; return the first difference or None.
 
-        Returns the first difference, or None.
+        `slots`: as in `accumulate`.
         """
         reference = Reference(self.config, self._proof.device)
         micro_steps = [self._expected(reference, micro, number) for number, micro in enumerate(slots)]
@@ -239,7 +249,11 @@ class Trained:
         return None
 
     def _expected(self, reference: Reference, micro: Slots, number: int) -> dict[str, Tensor]:
-        """Return this rank's gradients of a micro-step: of its samples; of sharded experts from all samples of the group."""
+        """Return this rank's gradients in micro-step `number` as one process computes them, by parameter name.
+
+        They are those of its samples `micro`, for sharded experts of the samples of all ranks that share them, times the
+        number of ranks, because the reduction takes the mean.
+        """
         world, ep = self._proof.ranks.world_size, self.config.parallel.space_ep
         own = reference.gradients(micro)
         group = own
@@ -251,14 +265,14 @@ class Trained:
         for name, p in self.engine.module.named_parameters():
             start, experts = getattr(p, "expert_slice", (0, None))
             gradient = own[name] if experts is None else group[name][start : start + p.shape[0]]
-            expected[name] = gradient * world  # the mean over ranks follows
+            expected[name] = gradient * world  # because the reduction then takes the mean over ranks
         return expected
 
 
 def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[str, slice]]:
-    """Divide elements [start, start + numel) of a flattened parameter by expert; yield (label, slice into these elements).
+    """Divide elements [start, start + numel) of the flattened parameter `name` by expert, so that messages can name it.
 
-    A parameter without experts is yielded as a whole.
+    Yields (label, slice relative to `start`). A parameter without experts is one piece. `shape`: of the whole parameter.
     """
     each = prod(shape[1:]) if stacked(name) else prod(shape)
     at = 0
@@ -270,7 +284,10 @@ def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterato
 
 
 def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) -> str:
-    """Compare two gradients; return "" if they agree, else the ratio of the actual to the expected one in words."""
+    """Compare two gradients; return "" if they agree, else a text such as "0.50 times" or "12% away from".
+
+    They agree if the norm of their difference is at most `tolerance` times (the norm of `expected` + `floor`).
+    """
     size = float(expected.norm())
     if float((actual - expected).norm()) <= tolerance * size + tolerance * floor:
         return ""
@@ -280,7 +297,10 @@ def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) ->
 
 
 def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: float) -> Problem | None:
-    """Return a problem if this rank's summed loss of a step differs from the reference, else None."""
+    """Compare `loss`, summed over this rank's samples, with training in one process; return a problem or None.
+
+    `slots`: (position in the sample order, weight) of these samples in step `step` (from 0).
+    """
     tolerance = TOLERANCE[case.dtype][0]
     reference = expected.own_loss(step, slots)
     if math.isclose(loss, reference, rel_tol=tolerance, abs_tol=1e-6):
@@ -291,7 +311,7 @@ def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: flo
 
 
 def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem | None:
-    """Return a problem if the gradient norm of a step differs from the reference, else None."""
+    """Compare the gradient norm of step `step` (from 0) with training in one process; return a problem or None."""
     tolerance = TOLERANCE[case.dtype][0]
     reference = expected.norms[step]
     if math.isclose(norm, reference, rel_tol=tolerance):
@@ -303,7 +323,10 @@ def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem
 
 
 def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:
-    """Compare the change of this rank's weights in the first step, which is the reduced gradient, with one process."""
+    """Compare this rank's part of the reduced gradient with training in one process; return a problem or None.
+
+    It is computed from the change of the weights in the first step (SGD). `before`: the weights before this step.
+    """
     clip, norm, lr = run.config.optim.max_grad_norm, run.engine.grad_norm, run.config.optim.lr
     scale = lr * min(1.0, clip / (norm + 1e-6))
     tolerance = TOLERANCE[case.dtype][1]
@@ -319,7 +342,7 @@ def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Ten
 
 
 def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
-    """Return the relative difference between the weights that this rank stores and those of the reference."""
+    """Return the relative difference (L2 norm) between the weights that this rank stores and `expected`, by name."""
     error, size = 0.0, 0.0
     for f in run.engine.fragments:
         reference = expected[f.name].flatten()[f.start : f.start + f.numel].to(f.master)
@@ -329,9 +352,9 @@ def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
 
 
 def sums(proof: Proof) -> Result:
-    """Check that gradients of many bfloat16 micro-steps are summed in float32.
+    """Check that gradients of many bfloat16 micro-steps are summed in float32, without rounding after each. Collective.
 
-    The sum is compared with the float32 sum of the same gradients.
+    The sum, computed from the change of the weights, is compared with the float32 sum of the same gradients.
     """
     world = proof.ranks.world_size
     problems, worst = [], 0.0

@@ -1,4 +1,4 @@
-"""Evaluates the results of the checks of `prove` on all ranks; writes report.json and a self-contained report.html."""
+"""Evaluates the results of the checks of `prove` on all ranks; writes report.json, and report.html as a single file."""
 
 import datetime
 import hashlib
@@ -23,15 +23,18 @@ NEVER_PROVEN = ("learning: a long run on real data", "the failure of a real node
 
 @dataclass
 class CheckReport:
-    """The result of one check on all ranks.
+    """The result of one check of `prove` on all ranks.
 
     Attributes:
-        status: GREEN, AMBER, RED, NOT_PROVEN or NOT_RUN.
-        code: exit code of this check: 0, 2 (environment) or 3 (numbers).
-        lines: what was measured.
+        status: GREEN (passed), AMBER (passed with warnings), RED (failed), NOT_PROVEN (cannot run on this machine) or
+            NOT_RUN.
+        code: exit code of this check: 0, 2 (bad environment) or 3 (wrong numbers).
+        lines: what was measured, as text.
         problems: what is wrong, on which rank and node.
-        not_proven: what could not be checked here, and why.
-        joined: whether all ranks could exchange data.
+        not_proven: what could not be checked on this machine, and why.
+        values: measured numbers of rank 0, by name.
+        seconds: longest duration on a rank.
+        joined: whether all ranks could exchange data; if not, no further check can run.
     """
 
     name: str = ""
@@ -65,15 +68,15 @@ class Report:
         return max(codes, default=0)
 
     def finished(self) -> list[str]:
-        """Return the names of the checks that have a result and need not be repeated."""
+        """Return the names of the checks that need not be repeated: GREEN (passed) or NOT_PROVEN (impossible here)."""
         return [check.name for check in self.checks if check.status in (GREEN, NOT_PROVEN)]
 
     def add(self, check: CheckReport) -> None:
-        """Insert the result of a check, or replace its former result."""
+        """Replace the stored result of the check with the same name by `check`."""
         self.checks = [check if other.name == check.name else other for other in self.checks]
 
     def write(self, folder: Path) -> None:
-        """Write report.json and report.html into a folder."""
+        """Write the results to report.json and report.html in a folder, replacing earlier files atomically."""
         tree = {"format": FORMAT, "key": key_of(self.environment), "exit_code": self.exit_code, **asdict(self)}
         tree["written"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         tree["never_proven"] = NEVER_PROVEN
@@ -82,14 +85,17 @@ class Report:
 
 
 def key_of(environment: dict[str, Any]) -> str:
-    """Return a checksum of an environment. Stored results are used again only if it is unchanged."""
+    """Return a checksum of an environment (hosts, versions, configuration). If it changes, all checks are repeated."""
     return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_report(folder: Path, environment: dict[str, Any], titles: dict[str, str]) -> Report:
     """Return the report stored in a folder if it was made in the same environment, else a new report without results.
 
-    `titles`: titles of all checks, by name.
+    Args:
+        folder: folder with report.json.
+        environment: hosts, versions and configuration of this run.
+        titles: titles of all checks, by name.
     """
     report = Report(environment, [CheckReport(name, title) for name, title in titles.items()])
     try:
@@ -103,7 +109,12 @@ def open_report(folder: Path, environment: dict[str, Any], titles: dict[str, str
 
 
 def judge_environment(probes: list[dict[str, Any]], hosts: list[str]) -> CheckReport:
-    """Evaluate the results of the preflight (`preflight.Probe`) on all ranks."""
+    """Evaluate the preflight (tests of all nodes before a training starts) as a check of `prove`.
+
+    Args:
+        probes: `preflight.Probe.report` of the ranks that wrote one.
+        hosts: host name of each rank.
+    """
     if not probes:
         return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=["no rank left a report"], joined=False)
     verdict = judge(probes, len(hosts), list(dict.fromkeys(hosts)))
@@ -117,14 +128,14 @@ def judge_environment(probes: list[dict[str, Any]], hosts: list[str]) -> CheckRe
 def judge_check(
     name: str, outcomes: list[dict[str, Any] | None], hosts: list[str], environment: bool, expects_kill: bool
 ) -> CheckReport:
-    """Evaluate a check on all its ranks.
+    """Combine the outcomes of a check on all its ranks into one result.
 
     Args:
         name: the check.
-        outcomes: fields of `prove.Outcome` by rank; None for a rank whose agent did not answer.
+        outcomes: fields of `prove.Outcome` by rank; None for a rank whose supervising process (agent) did not answer.
         hosts: host name of each rank.
         environment: whether a failure means a bad environment, not wrong numbers.
-        expects_kill: whether the check must end by a kill.
+        expects_kill: whether the check kills all its ranks, so that only this outcome passes.
     """
     silent = [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in _where_none(outcomes)]
     answered = [outcome for outcome in outcomes if outcome is not None]
@@ -155,12 +166,15 @@ def _where_none(outcomes: list[dict[str, Any] | None]) -> list[int]:
 
 
 def _unfinished(outcomes: list[dict[str, Any]]) -> list[str]:
-    """Return who failed, or else which ranks are late; the others waited for them."""
+    """Return lines that name the ranks that caused a check not to finish: those that died or failed, else the latest ones.
+
+    `outcomes`: fields of `prove.Outcome` of the ranks that did not finish. Ranks that only waited for others are not named.
+    """
     if not outcomes:
         return []
     late = [o for o in outcomes if o["why"].startswith("not finished")]
     failed = [o for o in outcomes if not o["why"].startswith(("not finished", "stopped"))]
-    if late:  # whose processes were killed, so that others lost their connection
+    if late:  # their processes were killed, so that others lost their connection
         failed = [o for o in failed if not re.search("(closed|reset) by peer", o["why"])]
     # The death of a rank makes others fail in a collective: a process that ended by itself comes first.
     died = [o for o in failed if o["why"].startswith("its process ended")]
@@ -175,7 +189,11 @@ def _unfinished(outcomes: list[dict[str, Any]]) -> list[str]:
 
 
 def _named(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
-    """Return problems with their ranks: those that ranks cause, else those that they see."""
+    """Return one line per different problem, with the ranks that have it.
+
+    `pairs`: (fields of `prove.Outcome`, fields of `Problem`). If some ranks cause problems themselves (`own`), only these
+    problems are listed; the others can follow from them.
+    """
     own = [(o, p) for o, p in pairs if p["own"]]
     ranks: dict[str, list[str]] = {}
     for outcome, problem in own or pairs:
@@ -202,7 +220,10 @@ _VERDICTS = {
 
 
 def html(tree: dict[str, Any]) -> str:
-    """Return the HTML page of a report: first the status of each check, then details, then what was not proven."""
+    """Return the HTML page of a report: first the status of each check, then details, then what was not proven.
+
+    `tree`: the content of report.json.
+    """
     colour, verdict = _VERDICTS[tree["exit_code"]]
     if colour == GREEN and any(check["status"] == AMBER for check in tree["checks"]):
         colour = AMBER
@@ -229,7 +250,7 @@ def _css(status: str) -> str:
 
 
 def _not_proven(checks: list[dict[str, Any]]) -> list[str]:
-    """Return what the checks could not prove, and those that did not run or failed."""
+    """Return as text what the checks could not test on this machine, and which checks did not run or failed."""
     reasons = [text for check in checks for text in check["not_proven"]]
     return reasons + [f"{check['title']}: {check['status']}" for check in checks if check["status"] in (NOT_RUN, RED)]
 

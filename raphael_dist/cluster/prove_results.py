@@ -1,4 +1,4 @@
-"""Data classes that the checks of `prove` share: a rank, a result, a problem."""
+"""Data classes that the checks of `prove` share: `Proof` (arguments of a check), `Result` and `Problem`."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -25,18 +25,18 @@ class Problem:
     amber: bool = False
 
     def in_case(self, case: str) -> "Problem":
-        """Return the same problem with the tested combination `case` in its text."""
+        """Return the same problem with `case`, a description of the tested settings, in front of its text."""
         return replace(self, text=f"{case}: {self.text}")
 
 
 @dataclass
 class Result:
-    """The result of a check on one rank.
+    """The result of a check of `prove` on one rank.
 
     Attributes:
-        lines: what was measured. The report shows those of rank 0.
+        lines: what was measured, as text. The report shows the lines of rank 0.
         problems: what is wrong.
-        values: numbers of this rank, from which the report computes a summary over all ranks.
+        values: measured numbers of this rank by name. The report stores those of rank 0.
         not_proven: what could not be checked on this machine, and why.
     """
 
@@ -46,21 +46,21 @@ class Result:
     not_proven: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as values for JSON."""
+        """Return the fields as nested dicts and lists that can be written as JSON."""
         return asdict(self)
 
 
 @dataclass
 class Proof:
-    """The arguments of a check on one rank.
+    """The arguments of a check of `prove` on one rank.
 
     Attributes:
         ranks: this rank, among the ranks on which the check runs.
         device: this rank's device.
         config: the user's configuration, for the checks of speed and memory.
         folder: folder of the reports, which all ranks share.
-        options: further arguments of the check.
-        mark: reports progress: what this rank begins now. If ranks hang, the one with the fewest such messages is late.
+        options: further arguments: "world", the number of ranks of the launcher.
+        mark: call it with a text that states what this rank begins now. If ranks hang, those with the fewest calls are late.
     """
 
     ranks: Ranks

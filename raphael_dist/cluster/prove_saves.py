@@ -32,7 +32,10 @@ DATA = {"data.shards": "synthetic"}
 
 
 def _run_config(proof: Proof, world: int, ep: int) -> Config:
-    """Return the configuration of the run that is killed and resumed; the global batch does not depend on the ranks."""
+    """Return the configuration of the run that is killed and resumed, on `world` ranks with experts sharded over `ep`.
+
+    The global batch size is the same before and after resuming: it follows from the launcher's number of ranks.
+    """
     optim = {"kind": "adamw", "lr": 3e-3, "eps": ADAM_EPS, "max_grad_norm": 0.5}
     run = {"dir": str(proof.folder / "resume")}
     case = Case("float32", 2, ep)
@@ -40,9 +43,9 @@ def _run_config(proof: Proof, world: int, ep: int) -> Config:
 
 
 def save_and_kill(proof: Proof) -> Result:
-    """Train with sharded experts, save a checkpoint, and kill all ranks (SIGKILL) while the next one is being written.
+    """Train two steps with sharded experts, save a checkpoint, train on, and kill all ranks during the next save (SIGKILL).
 
-    Never returns.
+    Never returns. The check `resume` uses the checkpoint.
     """
     world = proof.ranks.world_size
     config = _run_config(proof, world, expert_sizes(world)[-1])
@@ -65,9 +68,10 @@ def save_and_kill(proof: Proof) -> Result:
 
 
 def resume(proof: Proof) -> Result:
-    """Resume the run that the check `kill` ended, with fewer ranks and another ZeRO stage.
+    """Resume the run of `save_and_kill` on fewer ranks, with another ZeRO stage and without expert parallelism. Collective.
 
-    The loaded weights and the following steps must equal those of a run in one process.
+    The loaded weights, and the losses, gradient norms and weights of the following steps must equal those of a training in
+    one process that was never stopped.
     """
     world = proof.ranks.world_size
     config = _run_config(proof, world, 1)

@@ -13,9 +13,9 @@ def export_adapter(source_layout: str, run: Path, target_format: str, folder: Pa
     """Write the LoRA adapters or the ControlNet of a run in the format of another library.
 
     Args:
-        source_layout: "auto" or "raphael", the only layout with adapters and ControlNets.
+        source_layout: "auto" or "raphael". Only runs of this trainer have adapters and ControlNets.
         run: a run directory, of which the newest undamaged checkpoint is read, or one of its step-* folders.
-        target_format: "peft" or "controlnet".
+        target_format: "peft" (LoRA adapters) or "controlnet" (a ControlNet of diffusers).
         folder: the new folder; it must not exist.
         weights: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
 

@@ -1,4 +1,4 @@
-"""File operations that lora_files.py and controlnet_files.py share."""
+"""Reads and writes the files of adapters: functions that lora_files.py and controlnet_files.py share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from raphael_dist.storage.files import atomic_folder
 
 @contextmanager
 def export_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into; rename it to `folder` at the end of the block.
+    """Return a context that yields a temporary folder to write into, and renames it to `folder` when its block succeeds.
 
     Raises UserError if `folder` exists already or cannot be written.
     """

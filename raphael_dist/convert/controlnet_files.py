@@ -4,8 +4,8 @@
     modeling_raphael.py                     the code of a ControlNet with experts, for diffusers' AutoModel
     diffusion_pytorch_model.safetensors     weights under diffusers' names, float32
 
-`diffusers.ControlNetModel.from_pretrained` loads the folder if the model has no experts. Its condition is an edge map at the
-size of the latents, in three equal channels.
+`diffusers.ControlNetModel.from_pretrained` loads the folder if the model has no experts. Its input image is an edge map at
+the size of the latents, in three equal channels.
 """
 
 import inspect
@@ -33,7 +33,7 @@ _PREFIX = "control."
 
 
 def read_control(path: Path, config: Config, weights: str | None = None, option: str = "--control-from") -> ControlNet:
-    """Read a ControlNet, in eval mode on the CPU.
+    """Read a ControlNet. It is returned in float32 and eval mode on the CPU.
 
     Args:
         path: a run directory, of which the newest undamaged checkpoint is read; one of its step-* folders; or a folder of
@@ -67,12 +67,15 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
 
 
 def control_weights(reader: CheckpointReader, weights: str | None, option: str) -> dict[str, Tensor]:
-    """Return the weights of the ControlNet in a checkpoint, float32, by name. UserError: the run trained no ControlNet.
+    """Return the weights of the ControlNet in a checkpoint, float32, by name.
 
     Args:
         reader: the checkpoint.
-        weights: "ema" or "master". None: the EMA if the checkpoint has one.
+        weights: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
         option: name of the command line option, for messages.
+
+    Raises:
+        UserError: the run trained no ControlNet.
     """
     if not reader.config().control.enabled:
         raise UserError(
@@ -84,9 +87,12 @@ def control_weights(reader: CheckpointReader, weights: str | None, option: str) 
 
 
 def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> None:
-    """Write the weights `values` of a ControlNet, by name, as a new folder for diffusers.
+    """Write a ControlNet as a new folder for diffusers. The folder appears only when it is complete.
 
-    The folder appears only when it is complete. config: the configuration of the base model.
+    Args:
+        values: its weights by name.
+        config: the configuration of the base model.
+        folder: the new folder.
     """
     with export_folder(folder) as temporary:
         content = control_json(config)
@@ -99,7 +105,7 @@ def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> No
 
 
 def control_json(config: Config) -> JsonObject:
-    """Return the content of a ControlNet's config.json.
+    """Return the content of config.json for the ControlNet of a base model with the configuration `config`.
 
     A model without experts has the fields of diffusers' ControlNetModel; a model with experts has additional fields.
     """
@@ -108,7 +114,7 @@ def control_json(config: Config) -> JsonObject:
         return expert_json(config, RaphaelControlNet)
     from diffusers import ControlNetModel
 
-    # A control has no edge modules.
+    # A ControlNet has no edge modules.
     unet = unet_json(config.model_copy(update={"edge": config.edge.model_copy(update={"weight": 0.0})}), "--to controlnet")
     known = inspect.signature(ControlNetModel.__init__).parameters
     shared = {key: value for key, value in unet.items() if key in known}

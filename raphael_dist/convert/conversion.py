@@ -1,8 +1,8 @@
 """Converts a checkpoint from one layout (format on disk, `layouts/`) to another: plan, write, verify, publish.
 
-The target folder gets its final name by one rename at the end, so a killed conversion leaves no incomplete checkpoint.
-Files are divided over the ranks of `mpirun`. Their contents depend on the plan only, so any number of ranks writes the same
-bytes.
+The target folder gets its final name by one rename at the end, so a killed conversion leaves no incomplete checkpoint. Files
+are divided over the ranks of `mpirun`. Their contents depend on the plan only, so the target is the same for any number of
+ranks.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from raphael_dist.runtime.progress_bar import ProgressBar
 from raphael_dist.storage.files import FileEntry, integrity_error, sync, write_bytes
 from raphael_dist.storage.tensorfile import HashedFile
 
-_SYNCING = 16  # files that are synced while others are written
+_SYNCING = 16  # written files that may wait for fsync while others are written
 T = TypeVar("T")
 
 
@@ -46,7 +46,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a conversion. verified: a sentence about how the source's files were checked."""
+    """The result of a conversion, for the user.
+
+    Attributes:
+        source, target: names of the two layouts (formats on disk).
+        rows: what was written, by kind of values.
+        notes: further lines for the user.
+        verified: how the source's files were checked.
+        seconds: duration of the conversion.
+    """
 
     source: str
     target: str
@@ -67,10 +75,10 @@ def convert(
     lora: Path | None = None,
     lora_scale: float = 1.0,
 ) -> Report:
-    """Convert a checkpoint. Collective: all processes in `ranks` call it.
+    """Convert a checkpoint from one layout (format on disk) to another. Collective: all processes in `ranks` call it.
 
     Args:
-        from_layout: name of the source's layout (format on disk), or "auto" to detect it.
+        from_layout: name of the source's layout, or "auto" to detect it.
         path: the source checkpoint.
         to_layout: name of the target's layout.
         target: the new folder, which must not exist.
@@ -79,7 +87,7 @@ def convert(
             or the configuration of a source whose files do not describe the model, such as DeepSpeed's. None: neither.
         ranks: the processes of `mpirun`. None: this process only.
         lora: path of LoRA adapters to merge into the weights (see `read_adapter`).
-        lora_scale: strength of these adapters.
+        lora_scale: factor on what these adapters add to the weights.
 
     Raises:
         UserError: the source is damaged or incomplete, the target exists, or its layout does not support the model. The
@@ -115,10 +123,10 @@ def write_target(
     ranks: MpiRanks,
     checksummed_files: dict[Path, FileEntry],
 ) -> None:
-    """Write the files of a plan, and publish them as the new folder `target`. Collective over `ranks`.
+    """Write the files of a conversion's plan, and publish them as the new folder `target`. Collective over `ranks`.
 
     Args:
-        layout: name of the target's layout.
+        layout: name of the target's layout (format on disk).
         source: the checkpoint that values are read from.
         plan: the files to write.
         target: the new folder.
@@ -173,7 +181,7 @@ def _prepare(
 
 
 def _create(target: Path, temporary: Path, plan: ConversionPlan) -> None:
-    """Create the temporary folder. Raises UserError if it cannot be written, or the disk is too small."""
+    """Create the temporary folder. Raises UserError if it cannot be written, or the planned files do not fit on the disk."""
     shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
     try:
         temporary.mkdir(parents=True)
@@ -187,7 +195,10 @@ def _create(target: Path, temporary: Path, plan: ConversionPlan) -> None:
 def _write(
     plan: ConversionPlan, source: Source, checksummed_files: dict[Path, FileEntry], temporary: Path, ranks: MpiRanks
 ) -> dict[str, FileEntry]:
-    """Write this rank's files while a second thread verifies its share of the source; return all ranks' manifest entries."""
+    """Write this rank's share of the planned files, while a second thread verifies its share of the source's files.
+
+    Returns the size and SHA-256 of the files of all ranks, by name. Collective.
+    """
     files = _share([(f.bytes, f) for f in plan.files], ranks)
     to_check = _share([(entry["bytes"], (file, entry)) for file, entry in checksummed_files.items()], ranks)
 
@@ -219,7 +230,10 @@ def _write(
 
 
 def _share(weighted: list[tuple[int, T]], ranks: MpiRanks) -> list[T]:
-    """Divide (weight, item) over the ranks, the heaviest first, each to the rank with the least; return this rank's."""
+    """Divide items over the ranks so that each gets about the same total weight, and return those of this rank.
+
+    `weighted`: (weight, item) of each item. The heaviest items are assigned first, each to the rank with the least.
+    """
     loads, items = [0] * ranks.size, []
     order = sorted(range(len(weighted)), key=lambda i: (-weighted[i][0], i))
     for i in order:
@@ -231,7 +245,10 @@ def _share(weighted: list[tuple[int, T]], ranks: MpiRanks) -> list[T]:
 
 
 def _publish(layout: str, plan: ConversionPlan, entries: dict[str, FileEntry], temporary: Path, target: Path) -> None:
-    """Write the manifest and other small files, open the result by its own layout, and rename it to its final name."""
+    """Write the manifest and other small files, check that the result can be opened, and rename it to its final name.
+
+    `entries`: size and SHA-256 of each file that was written.
+    """
     missing = {f.name for f in plan.files} ^ entries.keys()
     assert not missing, f"not written: {missing}"
     for name, data in plan.small.items():

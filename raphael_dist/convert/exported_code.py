@@ -1,8 +1,8 @@
-"""Generates the Python files in an exported model folder, with which the folder loads without this package.
+"""Generates the Python files in an exported model folder, which allow loading the model without this package.
 
 A file is assembled from the source of this package: a class, and every definition of the package that the class uses, with
 their text and comments. Code that only training needs is left out: unused definitions, methods whose name occurs nowhere in
-the kept code, and the branches in `_NEVER`.
+the kept code, and the branches whose condition is in `_NEVER`.
 """
 
 import ast
@@ -47,7 +47,7 @@ _LICENCE = """# Copyright the authors of raphael_dist. Licensed under the Apache
 
 @cache
 def pipeline_code() -> str:
-    """Return the text of pipeline.py, with the pipeline classes.
+    """Return the text of pipeline.py for an exported model folder, which defines the pipeline classes.
 
     The text imports only torch, diffusers, transformers and packages that these require.
     """
@@ -56,7 +56,7 @@ def pipeline_code() -> str:
 
 @cache
 def model_code(kind: Any) -> tuple[str, str]:
-    """Return (module name, text) of the Python file for a model class. kind: the class, such as RaphaelUNet2D."""
+    """Return (module name, text) of the Python file that defines a model class. kind: the class, such as RaphaelUNet2D."""
     own = kind.__module__.rpartition(".")[2]
     name = MODEL if own == "diffusers_model" else f"modeling_{own}"
     return name, standalone_module(((kind.__module__, kind.__name__),), f"{kind.__name__}, for diffusers and transformers.")
@@ -85,13 +85,13 @@ def standalone_module(roots: tuple[tuple[str, str], ...], title: str) -> str:
 
 @dataclass
 class _Module:
-    """The source of a module.
+    """The source of a module of this package.
 
     Attributes:
-        lines: its text, without the branches in `_NEVER`.
-        own: its definitions by name.
+        lines: its text, without the branches whose condition is in `_NEVER`.
+        own: the statements that define names in it, by name.
         ours: names that it imports from this package, with the module that they come from.
-        external: names that it imports from other packages, with the import.
+        external: names that it imports from other packages, with (module, imported name); for `import x`: ("", statement).
     """
 
     lines: list[str]
@@ -103,13 +103,13 @@ class _Module:
 @cache
 def _read(name: str) -> _Module:
     text = (_ROOT / Path(*name.split(".")[1:]).with_suffix(".py")).read_text()
-    text = text.replace('config: "Config"', "config: Any")  # the trainer's configuration, of which the sections are used
+    text = text.replace('config: "Config"', "config: Any")  # an exported folder does not contain the class Config
     lines = _without(text.splitlines(), [node for node in ast.walk(ast.parse(text)) if _is_never(node)])
     module, tree = _Module(lines), ast.parse("\n".join(lines))
     for node in tree.body:
         for bound in _bound(node):
             module.own[bound] = node
-    # Imports inside functions stay where they are; they are of other packages.
+    # Imports inside functions stay there; they import other packages only.
     for node in tree.body:
         if isinstance(node, ast.Import):
             module.external |= {(alias.asname or alias.name).split(".")[0]: ("", ast.unparse(node)) for alias in node.names}
@@ -130,7 +130,7 @@ def _is_never(node: ast.AST) -> bool:
 
 
 def _bound(node: ast.stmt) -> list[str]:
-    """Return the names that a statement of a module defines."""
+    """Return the names of functions, classes and variables that a top-level statement of a module defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -138,7 +138,7 @@ def _bound(node: ast.stmt) -> list[str]:
 
 
 def _first_line(node: ast.AST, lines: list[str]) -> int:
-    """Return the number, from 0, of a statement's first line: that of its decorators and of the comments above it."""
+    """Return the index (from 0) of a statement's first line, including its decorators and the comments above it."""
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1  # type: ignore[attr-defined]
     while first and lines[first - 1].lstrip().startswith("#") and not lines[first - 1].lstrip().startswith("# ----"):
         first -= 1
@@ -146,7 +146,7 @@ def _first_line(node: ast.AST, lines: list[str]) -> int:
 
 
 def _without(lines: list[str], nodes: list[ast.AST]) -> list[str]:
-    """Return the lines without those of some statements."""
+    """Return the lines of a module without those of some statements, `nodes`."""
     left_out = {n for node in nodes for n in range(_first_line(node, lines), node.end_lineno)}  # type: ignore[attr-defined]
     return [line for n, line in enumerate(lines) if n not in left_out]
 
@@ -155,19 +155,22 @@ def _without(lines: list[str], nodes: list[ast.AST]) -> list[str]:
 
 
 class _Selection:
-    """The definitions that some classes use."""
+    """Collects the definitions of this package that some classes use, directly or indirectly."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[int, ast.stmt]] = defaultdict(dict)  # by module and position in it
         self._left_out: dict[str, list[ast.AST]] = {}
         self._imports: set[tuple[str, str]] = set()
-        self._methods: list[tuple[str, ast.FunctionDef]] = []  # that wait for a reader of their names
+        self._methods: list[tuple[str, ast.FunctionDef]] = []  # methods whose names have not been used so far
         self._read_names: set[str] = set()
         self._after: dict[str, set[str]] = defaultdict(set)
         self._owners: dict[str, str] = {}
 
     def add(self, module: str, name: str, whole: bool = False) -> None:
-        """Add the definition of a name in a module, and everything that it uses."""
+        """Select the definition of `name` in a module of this package, and everything that it uses.
+
+        `whole`: for a class, whether to keep all of its methods. Otherwise `complete` selects the methods that are used.
+        """
         source = _read(module)
         if name in source.external:
             self._imports.add(source.external[name])
@@ -204,14 +207,14 @@ class _Selection:
                 self._read_names.add(inner.attr)
 
     def complete(self) -> None:
-        """Add the methods whose names are read anywhere, until there are no more."""
+        """Select those methods of the selected classes whose names occur in the selected code, until nothing changes."""
         while ready := [pair for pair in self._methods if pair[1].name in self._read_names]:
             self._methods = [pair for pair in self._methods if pair not in ready]
             for module, method in ready:
                 self._visit_names(module, method)
 
     def order(self) -> list[str]:
-        """Return the modules, each after those that it imports."""
+        """Return the names of the modules with selected definitions, each after the modules that it imports."""
         done: dict[str, None] = {}
 
         def visit(module: str) -> None:
@@ -225,7 +228,7 @@ class _Selection:
         return [module for module in done if self._kept[module]]
 
     def text_of(self, module: str) -> str:
-        """Return the kept definitions of a module in their order."""
+        """Return the text of the selected definitions of a module, in the order of its source."""
         lines = _read(module).lines
         text, spaced = f"# ---- {module.removeprefix(f'{_PACKAGE}.')} ".ljust(120, "-"), True
         for _, node in sorted(self._kept[module].items()):
@@ -243,7 +246,7 @@ class _Selection:
         return "\n".join(_squeeze(text))
 
     def imports(self) -> str:
-        """Return the import statements: the standard library, then other packages."""
+        """Return the import statements that the selected code needs: the standard library first, then other packages."""
         plain = {text for module, text in self._imports if not module}
         grouped: dict[str, list[str]] = defaultdict(list)
         for module, name in self._imports:
@@ -264,7 +267,7 @@ def _import_order(statement: str) -> tuple[bool, str]:
 
 
 def _squeeze(lines: list[str]) -> Iterator[str]:
-    """Yield lines without repeated empty ones, and without those at the end."""
+    """Yield the lines with at most one empty line in a row, and without empty lines at the end."""
     while lines and not lines[-1].strip():
         lines = lines[:-1]
     for before, line in zip(["", *lines], lines, strict=False):

@@ -3,7 +3,7 @@
 - `run.reinit` names the parts of the model that may differ: edge, space, time or text. In these parts, parameters that the
   checkpoint lacks or has in another shape get the random weights of a new run. Parameters that only the checkpoint has are
   ignored.
-- A dense checkpoint may initialise a model with experts: its feed-forward layers become time experts.
+- A dense checkpoint (without experts) may initialise a model with experts: its feed-forward layers become time experts.
 - A checkpoint without super-resolution may initialise a super-resolution model.
 """
 
@@ -38,7 +38,10 @@ INPUT_CONV = "conv_in.weight"  # its input channels: the latents, then the small
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model to which the parameter `name` belongs, "edge", "space", "time" or "text"; else ""."""
+    """Return the part of the model, as named in `run.reinit`, to which the parameter `name` belongs; else "".
+
+    The parts are "edge" (edge modules), "space" and "time" (experts and gates), and "text" (layers that read text tokens).
+    """
     if ".edge." in name:
         return "edge"
     if ".attn2.to_k." in name or ".attn2.to_v." in name:
@@ -50,7 +53,7 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Which parameters are read from the checkpoint of run.init_from, and which are not, as lists of names.
+    """Which parameters of a new run are read from the checkpoint of run.init_from, as tuples of names.
 
     Attributes:
         loaded: parameters that are read from the checkpoint.
@@ -65,7 +68,7 @@ class InitialWeights:
     upcycled: tuple[str, ...] = ()
 
     def describe(self, path: Path) -> str:
-        """Return one log line with the number of parameters in each list. path: the checkpoint."""
+        """Return one log line with the number of parameters in each tuple. path: the checkpoint that they come from."""
         texts = [f"{len(self.loaded)} parameters were loaded from {path}"]
         groups = ((self.upcycled, "upcycled to experts"), (self.reinitialised, "reinitialised"), (self.unused, "not loaded"))
         texts += [f"{what}: {len(names)} ({_parts(names)})" for names, what in groups if names]
@@ -78,6 +81,9 @@ def check_initial(config: Config, checkpoint: Checkpoint) -> InitialWeights:
     Args:
         config: configuration of the run that starts from the checkpoint.
         checkpoint: the opened checkpoint of run.init_from.
+
+    Returns:
+        Which parameters will be read, and which not.
 
     Raises:
         UserError: a parameter is missing or has another shape, and run.reinit does not allow it; the prediction types
@@ -146,7 +152,8 @@ def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_r
     those of `load_initial`.
 
     Returns:
-        The model, and the SHA-256 (hex) of the base model's weights, which is the same for every layout of the checkpoint.
+        The model on the CPU, and the SHA-256 (hex) of the base model's weights. The hash does not depend on the checkpoint's
+        format on disk.
     """
     assert config.run.init_from is not None  # config.checks requires it
     with torch.device("meta"):
@@ -165,7 +172,10 @@ def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_r
 
 
 def open_initial(path: Path) -> Checkpoint:
-    """Open the checkpoint of run.init_from without reading its values. UserError: it cannot be read."""
+    """Open the checkpoint of run.init_from, in any layout (format on disk), without reading its values.
+
+    Raises UserError, which names run.init_from, if it cannot be read.
+    """
     try:
         return open_checkpoint("auto", path)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Inspects a checkpoint: its layout, its checksums, and experts that are zero, not finite or equal to another one."""
+"""Inspects a checkpoint: layout, checksums, and experts with zero, infinite or NaN weights, or equal to another one."""
 
 import sys
 from collections.abc import Iterator
@@ -43,19 +43,19 @@ class LayerReport:
 
     @property
     def warnings(self) -> list[str]:
-        """Return a line for each problem of the layer: dead, equal or not finite experts."""
+        """One line for each expert of the layer that is dead (zero), equal to another one, or has NaN or infinity."""
         texts = [f"expert {k} is dead: all its weights are zero" for k in self.dead]
         texts += [f"experts {a} and {b} are identical" for a, b in self.same]
         return texts + [f"expert {k} is not finite" for k in self.not_finite]
 
 
 def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
-    """Open a checkpoint in any layout.
+    """Open a checkpoint in any layout (format on disk).
 
     Args:
         path: the checkpoint.
-        unpickle: also open pickle files whose checksum no manifest states. Only weights are unpickled in any case.
-        config: the model, for files that do not describe it.
+        unpickle: whether to open pickle files without a checksum in a manifest, too. Only weights are unpickled in any case.
+        config: the configuration of the model, for files that do not describe it; else None.
 
     Raises:
         UserError: the checkpoint cannot be read, or contains such a pickle file without `unpickle`.
@@ -69,7 +69,7 @@ def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Ch
 
 
 def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
-    """Raise UserError unless a manifest has the right checksum of every pickle."""
+    """Raise UserError unless the manifest of the checkpoint `path` has the correct checksum of every pickle file in it."""
     manifest = pickles[0].parent / MANIFEST
     is_listed = path.is_dir() and manifest.is_file()
     files = checksummed_files(manifest.parent, read_manifest(manifest, layout)) if is_listed else {}
@@ -83,7 +83,7 @@ def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
 
 
 def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
-    """Yield the statistics of the experts of each layer. One tensor of one expert is in memory at a time."""
+    """Yield the statistics of the experts of each layer with experts. One tensor of one expert is in memory at a time."""
     kind = "master" if "master" in checkpoint.kinds() else checkpoint.kinds()[0]
     for layer in dict.fromkeys(owner[0] for name in checkpoint.shapes if (owner := stacked(name))):
         names = [f"{layer}.{leaf}" for leaf in ("w1", "b1", "w2", "b2")]
@@ -109,10 +109,10 @@ def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
 
 
 def show(checkpoint: Checkpoint) -> bool:
-    """Print a report about a checkpoint.
+    """Print a report about a checkpoint: its model, its experts, and whether its files are intact.
 
     Returns:
-        Whether the files match the checksums in the manifest (or there is no manifest), and there are no warnings.
+        True if there are no warnings about experts, and the files match the checksums of the manifest, or there is none.
     """
     # Without a terminal the width is unlimited, so that no name is cut off.
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)

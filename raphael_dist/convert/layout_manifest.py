@@ -1,4 +1,4 @@
-"""The manifests (manifest.json) of converted checkpoints."""
+"""Makes and reads the manifests (manifest.json) of converted checkpoints, which list settings, progress and files."""
 
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from raphael_dist.storage.versions import versions
 
 
 def base_manifest(layout: str, source: Source) -> Manifest:
-    """Return a manifest for a target, without the list of files. layout: the name of the target's layout."""
+    """Return the manifest of a converted checkpoint without the list of its files.
+
+    layout: the name of the target's layout. source: the checkpoint that is converted.
+    """
     return {
         "layout": layout,
         "format": FORMAT,
@@ -26,17 +29,17 @@ def base_manifest(layout: str, source: Source) -> Manifest:
 
 
 def read_optional_manifest(folder: Path, layout: str) -> Manifest | None:
-    """Return a folder's manifest, or None if it has none: other programs write some layouts without a manifest."""
+    """Return a folder's manifest, or None if it has none, because another program wrote it. `layout`: expected layout."""
     return read_manifest(folder / MANIFEST, layout) if (folder / MANIFEST).is_file() else None
 
 
 def checkpoint_of(folder: Path, manifest: Manifest, spans: dict[Key, list[StoredTensor]]) -> Checkpoint:
-    """Make a Checkpoint from a manifest and the places of its tensors.
+    """Make a Checkpoint from a manifest and the positions of its tensors in the files.
 
     Args:
         folder: the checkpoint's folder.
         manifest: its manifest.
-        spans: where the values of each (kind, parameter) lie in the files.
+        spans: for each (kind, parameter), the parts of files that hold its values.
 
     Raises:
         UserError: `spans` do not hold every element of every parameter exactly once.

@@ -4,8 +4,8 @@
     adapter_model.safetensors     A [rank, in] and B [out, rank] of each linear layer, float32; of a layer with K experts
                                   A [K rank, in] and B [out, rank K], as peft stores them for stacked parameters
 
-peft wraps a layer once for each of its parameters. The wrapper of w1, the first, is called `LAYER.base_layer`, that of w2
-`LAYER`.
+peft wraps a layer with experts once for each adapted parameter. The wrapper of w1, the first, is called `LAYER.base_layer`,
+the wrapper of w2 `LAYER`.
 """
 
 import math
@@ -47,6 +47,8 @@ class Adapter:
     """LoRA adapters. Each adapts a parameter W of the base model to W + scale B A.
 
     Attributes:
+        path: folder that they were read from.
+        scale: factor of B A.
         factors: by name of the parameter, the matrices A [rank, in] and B [out, rank], float32. For a parameter with K
             stacked experts they are [K, rank, in] and [K, out, rank].
     """
@@ -56,7 +58,7 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
     def delta(self, name: str) -> Tensor:
-        """Return scale B A of the parameter `name`, the term to add to it, float32 in the parameter's shape."""
+        """Return the term scale B A that is added to the parameter `name`, float32 in the parameter's shape."""
         a, b = self.factors[name]
         return self.scale * (b @ a)
 
@@ -82,7 +84,7 @@ class Adapter:
 
 
 class MergedSource:
-    """A checkpoint whose weights have LoRA adapters merged into them. They are merged when they are read.
+    """A checkpoint into whose weights LoRA adapters are merged when they are read.
 
     Its progress is that of a new run (step 0), and it has no Adam moments.
     """
@@ -90,9 +92,13 @@ class MergedSource:
     whole = False
 
     def __init__(self, source: Source, adapter: Adapter, strength: float = 1.0, option: str = "--lora") -> None:
-        """Merge `adapter` into `source`, which does not change. UserError: the adapter belongs to another model.
+        """Merge `adapter` into the values that are read from `source`, which does not change.
 
-        strength: a factor on the term that is added, in addition to the adapter's own scale.
+        Args:
+            source: the base model.
+            adapter: the adapters. UserError: they belong to another model.
+            strength: a factor on the term that is added, in addition to the adapter's own scale.
+            option: name of the command line option that gave the adapters, for messages.
         """
         adapter.check(source.shapes, option)
         self.path, self.config, self.shapes = source.path, source.config, source.shapes
@@ -101,11 +107,11 @@ class MergedSource:
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of weights that the source has. Adam moments are left out, since the weights have changed."""
+        """Return the kinds of values: "master" and, if the source has it, "ema". Adam moments do not fit merged weights."""
         return tuple(kind for kind in self._source.kinds() if kind in ("master", "ema"))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened tensor, float32."""
+        """Return elements [start, start + numel) of the flattened parameter `name` with merged adapters, float32 [numel]."""
         values = self._source.read(kind, name, start, numel)
         if name not in self._adapter.factors:
             return values
@@ -132,7 +138,13 @@ def read_adapter(path: Path, weights: str | None = None, option: str = "--lora")
 
 
 def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str = "--lora") -> Adapter:
-    """Return the LoRA adapters in a run's checkpoint. Arguments as in `read_adapter`. UserError: it has no adapters."""
+    """Return the LoRA adapters in a run's checkpoint. Raises UserError if the run trained none.
+
+    Args:
+        reader: the checkpoint.
+        weights: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the run has one.
+        option: name of the command line option, for messages.
+    """
     lora = reader.config().lora
     if not lora.rank:
         raise UserError(
@@ -189,7 +201,10 @@ def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def read_peft_folder(folder: Path, option: str) -> Adapter:
-    """Read the LoRA adapters in a folder that peft wrote."""
+    """Read the LoRA adapters in a folder that peft wrote. Raises UserError if they are not plain LoRA or do not match.
+
+    `option`: name of the command line option, for messages.
+    """
     config = _read_config(folder, option)
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -219,7 +234,7 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
 
 
 def _read_config(folder: Path, option: str) -> JsonObject:
-    """Return peft's configuration. Raises UserError if it cannot be read, or is not that of plain LoRA."""
+    """Return the content of peft's adapter_config.json. UserError: it cannot be read, or is not that of plain LoRA."""
     try:
         config: JsonObject = read_json(folder / CONFIG)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
@@ -236,12 +251,15 @@ def _read_config(folder: Path, option: str) -> JsonObject:
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
-    """Return the parameter that a module of the file adapts; None if the configuration does not name it."""
+    """Return the name of the parameter that is adapted by the tensors of `module` in peft's file.
+
+    None if `parameters`, the target_parameters of peft's configuration, do not match. `modules`: all modules in the file.
+    """
     layer = module.removesuffix(".base_layer")
     names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})
     if not names:
         return f"{module}.weight"
-    wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner one is the first parameter's
+    wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner wrapper is for w1
     return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
 
 
@@ -250,5 +268,5 @@ def _ends(name: str, target: str) -> bool:
 
 
 def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return peft's A [K rank, in] and B [out, rank K] as [K, rank, in] and [K, out, rank]."""
+    """Convert peft's matrices A [K rank, in] and B [out, rank K] for K experts to [K, rank, in] and [K, out, rank]."""
     return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()

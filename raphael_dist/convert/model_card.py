@@ -21,7 +21,7 @@ _MEASURED = {
 
 
 def model_card(source: Source, kind: str, options: Options, pipeline: str, has_image: bool) -> str:
-    """Return the text of a model card.
+    """Return the text of the model card (README.md) of an exported pipeline.
 
     Args:
         source: the exported checkpoint.
@@ -112,9 +112,9 @@ def _super_resolution(config: Config) -> dict[str, str]:
 
 
 def samples_image(source: Source) -> bytes | None:
-    """Return the PNG file with the sampled images that the run wrote last before the checkpoint.
+    """Return the content of the last PNG file with sampled images that the run wrote until the step of the checkpoint.
 
-    None if no folder above the checkpoint contains such a file.
+    None if there is no such file in the folder `samples` of the run.
     """
     images: list[tuple[int, Path]] = []
     for folder in (source.path, *source.path.parents[:2]):
@@ -126,7 +126,7 @@ def samples_image(source: Source) -> bytes | None:
 
 
 def _measured(path: Path, step: int) -> dict[str, str]:
-    """Return the run's last losses up to a step; {} if no folder above the checkpoint has its metrics.jsonl."""
+    """Return the run's last losses up to a step as {name: text}; {} if no folder above the checkpoint has metrics.jsonl."""
     file = next((f for f in (folder / "metrics.jsonl" for folder in (path, *path.parents[:2])) if f.is_file()), None)
     losses: dict[str, str] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file else []:

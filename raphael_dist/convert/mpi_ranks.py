@@ -29,7 +29,7 @@ class MpiRanks:
             self._comm = MPI.COMM_WORLD
             self.rank, self.size = self._comm.rank, self._comm.size
             started = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or self.size)
-            if started != self.size:  # every process would convert everything
+            if started != self.size:  # otherwise every process would convert all files
                 raise UserError(
                     f"mpirun -n {started} requires an mpi4py that was built with the same MPI, but mpi4py counts "
                     f"{self.size} of the {started} processes. Use the mpirun of the MPI that mpi4py was built with."
@@ -42,7 +42,7 @@ class MpiRanks:
     def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
         """Call `work` on every rank and return this rank's result. If it fails on any rank, raise its error on all ranks.
 
-        An OSError becomes a UserError.
+        Collective. An OSError becomes a UserError.
         """
         result, failure = attempt(work)
         if isinstance(failure, OSError):
@@ -51,9 +51,9 @@ class MpiRanks:
         return raise_if_any_failed(result, failure, self.gather)
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in the order of the ranks, on every rank."""
+        """Return the values that all ranks pass, in the order of the ranks, on every rank. Collective."""
         return [value] if self._comm is None else cast(list[T], self._comm.allgather(value))
 
     def main_only(self, work: Callable[[], object]) -> None:
-        """Call `work` on rank 0 only; the other ranks wait. If it fails, raise its error on all ranks."""
+        """Call `work` on rank 0 only, while the other ranks wait. If it fails, raise its error on all ranks. Collective."""
         self.raise_on_all_ranks(lambda: work() if self.is_main else None)

@@ -1,7 +1,7 @@
-"""A checkpoint in any layout (format on disk): a table that states where the values of each parameter lie in which files.
+"""A checkpoint in any layout (format on disk): a table that states which files hold the values of each parameter, and where.
 
 A *span* is a range of consecutive elements of a flattened parameter. For example, with two ZeRO ranks, elements 0 to 999 of
-a weight may lie in one file from byte 4,096 on, and the rest in another file. The layouts in `layouts/` differ only in how
+a weight may be in one file from byte 4,096 on, and the rest in another file. The layouts in `layouts/` differ only in how
 they make this table from their files. Values are read through it.
 """
 
@@ -27,12 +27,13 @@ from raphael_dist.storage.tensorfile import CHUNK, FileReader, StoredTensor
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint in any layout. Values are read from its files on request.
+    """An opened checkpoint in any layout (format on disk). Values are read from its files on request.
 
     Attributes:
+        path: its folder or file.
         config: configuration of the run or model that it was saved from.
-        spans: for each (kind, parameter), where its spans lie in the files. Kinds are "master" (fp32 weights), "exp_avg",
-            "exp_avg_sq" (Adam moments) and "ema" (moving average).
+        spans: for each (kind, parameter), where its ranges of elements are in the files. Kinds are "master" (fp32 weights),
+            "exp_avg", "exp_avg_sq" (Adam moments) and "ema" (moving average).
         progress: progress of the run, such as its step.
         dataset: fingerprint of the training data of the run.
         files: size and SHA-256 of each file, from the manifest; empty without a manifest.
@@ -60,11 +61,11 @@ class Checkpoint:
         self._reader = FileReader()
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of values in the checkpoint, in the order of KINDS."""
+        """Return the kinds of values in the checkpoint: those of "master", "exp_avg", "exp_avg_sq", "ema" that it has."""
         return tuple(kind for kind in KINDS if any(k == kind for k, _ in self.spans))
 
     def check(self) -> None:
-        """Check that the spans cover every element of every parameter exactly once, for each kind in the checkpoint.
+        """Check that the files hold every element of every parameter exactly once, for each kind of values.
 
         Raises:
             UserError: an element is missing or occurs twice, there are no weights, or a file is not in the manifest.
@@ -89,14 +90,16 @@ class Checkpoint:
             spans.sort(key=lambda span: (span.start, span.numel))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened parameter's values of one kind, float32 [numel].
+        """Return elements [start, start + numel) of the flattened parameter `name`, float32 [numel].
 
-        Raises LookupError if one of them is not in the checkpoint.
+        `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema". Raises LookupError if an element is missing.
         """
         return self._reader.read(self.spans[kind, name], start, numel)
 
     def set_prediction(self, prediction: str | None) -> None:
-        """Set the prediction type that the option --prediction gives, if the files do not state it. None: no option.
+        """Set the prediction type (epsilon, v_prediction, ...) from the option --prediction, if the files do not state it.
+
+        `prediction`: value of the option; None: it was not given.
 
         Raises:
             UserError: the files state another type, or neither the files nor the option state one.
@@ -116,7 +119,7 @@ class Checkpoint:
         self.config, self.says_prediction = self.config.model_copy(update={"diffusion": diffusion}), True
 
     def check_prediction(self, prediction: str) -> None:
-        """Raise UserError unless the files state the prediction type, and it is `prediction`, that of the new run."""
+        """Raise UserError unless the files state the prediction type, and it is `prediction`, the type of the new run."""
         if not self.says_prediction:
             raise UserError(
                 f"run.init_from={self.path} must have a scheduler file that states its prediction type, but it has none. "
@@ -126,7 +129,10 @@ class Checkpoint:
         check_same_prediction("run.init_from", self.path, self.config, prediction)
 
     def integrity_error(self) -> str | None:
-        """Compare the files with the manifest; return a text about the first damaged one. None: no damage or no manifest."""
+        """Compare the files with size and checksum in the manifest; return a text about the first damaged one.
+
+        None: no file is damaged, or there is no manifest.
+        """
         return integrity_error(self.files.items())
 
     def __enter__(self) -> Self:
@@ -153,7 +159,7 @@ def _structure_of(config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str,
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of the model that `config` describes, in the model's order."""
+    """Return the shape of every parameter of the model that `config` describes, by name, in the model's order."""
     return dict(_structure_of(config)[0])
 
 

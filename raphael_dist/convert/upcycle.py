@@ -30,7 +30,7 @@ _OF_EXPERTS = {
 
 
 class UpcycledSource:
-    """The weights of a model with experts, computed from a dense checkpoint when they are read.
+    """The weights of a model with experts, computed from a dense checkpoint (without experts) when they are read.
 
     It has the interface of a checkpoint at step 0, with the weights of `config`'s model and without Adam moments.
     """
@@ -38,7 +38,7 @@ class UpcycledSource:
     whole = False
 
     def __init__(self, source: Source, config: Config, *, any_text_width: bool = False) -> None:
-        """Upcycle the dense checkpoint `source` to the model of `config`. UserError: the models differ in more than experts.
+        """Upcycle the dense checkpoint `source` to the model of `config`. UserError: they differ in more than experts.
 
         any_text_width: allow another width of the text tokens. The layers that read them are not taken from the source.
         """
@@ -53,11 +53,11 @@ class UpcycledSource:
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of weights that the source has, without Adam moments."""
+        """Return the kinds of values: only "master" (weights). They are the EMA of the dense checkpoint if it has one."""
         return ("master",)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened tensor, float32."""
+        """Return elements [start, start + numel) of the flattened parameter `name` of the new model, float32 [numel]."""
         if name in self._source.shapes:
             return self._source.read(self._kind, name, start, numel)
         owner = stacked(name)
@@ -82,7 +82,10 @@ class UpcycledSource:
         return self._last[1][rest]
 
     def _module(self, owner: str) -> nn.Module:
-        """Return the newly initialised module `owner`, with the seeds of a new run."""
+        """Return the module `owner` (Space-MoE, edge module or gate), initialised with the seeds of a new run.
+
+        The last layers of a Space-MoE are zero.
+        """
         m, seed = self.config.model, self.config.run.seed
         if owner.endswith(".space_moe"):
             experts, hidden, dim = self.shapes[f"{owner}.w1"]
@@ -107,7 +110,7 @@ class UpcycledSource:
     def _check(self, free: set[str]) -> None:
         """Raise UserError unless the models differ only in experts, edge modules and the fields in `free`."""
         source, dense, model = self._source.config, self._source.config.model, self.config.model
-        # Also without time experts: the feed-forward layer has this width and activation.
+        # Checked also without time experts: the feed-forward layer has this width and activation.
         if model.time_activation != dense.time_activation or model.expert_width != dense.expert_width:
             raise UserError(
                 f"model.time_activation={model.time_activation} and model.expert_width={list(model.expert_width)} must be "
@@ -120,7 +123,7 @@ class UpcycledSource:
 
 
 def _owner(name: str) -> tuple[str, str]:
-    """Divide a new parameter's name into the name of the module that `_module` makes, and the rest."""
+    """Split the name of a new parameter into the module that owns it (Space-MoE, edge module or gate) and its name there."""
     for mark in (".space_moe.", ".edge."):
         if mark in name:
             block, _, rest = name.partition(mark)

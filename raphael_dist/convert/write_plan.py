@@ -29,13 +29,13 @@ from raphael_dist.storage.tensorfile import HashedFile, write_safetensors
 from raphael_dist.storage.torchfile import write_tree
 from raphael_dist.text import JsonObject
 
-ZEROS = "zeros"  # the kind of padding, and of moments that the source lacks
-STEP = "step"  # the kind of a single number, the optimizer's step, which is the span's `start`
+ZEROS = "zeros"  # kind of a piece of zeros: padding, or moments that the source lacks
+STEP = "step"  # kind of a piece with one number, the optimizer's step, which is stored in the span's `start`
 PART_BYTES = 5 << 30
 
 
 class Source(Protocol):
-    """What a conversion reads values from: a `Checkpoint`, or an object that computes them on request (`UpcycledSource`)."""
+    """What a conversion reads values from: a `Checkpoint`, or an object that computes values (`UpcycledSource`)."""
 
     path: Path
     config: Config
@@ -53,10 +53,10 @@ class Source(Protocol):
 
 
 def progress_of_target(source: Source) -> tuple[Progress, list[str]]:
-    """Return the progress to write into the target, and a list with a note for the user if the target starts at step 0.
+    """Return the progress (step, ...) to write into the target of a conversion, and notes for the user.
 
     The target continues at the source's step if the source has the Adam moments, or if its run has no moments (with SGD, or
-    before the first update). Otherwise it starts at step 0.
+    before the first update). Otherwise it starts at step 0, and a note states this.
     """
     stateless = source.config.optim.kind == "sgd" or not source.progress.updates
     if all(kind in source.kinds() for kind in MOMENTS) or (source.whole and stateless):
@@ -84,13 +84,16 @@ class Piece:
 
 
 def piece(kind: str, name: str, start: int, numel: int, rows: int = 0) -> Piece:
-    """Make a piece of elements [start, start + numel) of the parameter `name`; see `Piece` for kind and rows."""
+    """Make a `Piece` of elements [start, start + numel) of the flattened parameter `name`; see `Piece` for kind and rows."""
     return Piece(kind, Span(name, start, numel), rows)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a target file: the concatenation of pieces of the source."""
+    """One tensor of a file to write: the concatenation of pieces (ranges of elements of the source's parameters).
+
+    `key`: its name in the file.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -108,7 +111,9 @@ class OutFile:
 
     Attributes:
         name: path of the file, relative to the target folder.
-        tree: for torch.save, the object to save: nested dicts and lists with an entry in place of each tensor. None for
+        entries: its tensors.
+        metadata: metadata of a safetensors file.
+        tree: for torch.save, the object to save: nested dicts and lists with an Entry in place of each tensor. None for
             safetensors.
     """
 
@@ -124,11 +129,12 @@ class OutFile:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a conversion. `Layout.options` lists those that a layout supports.
+    """Options of a conversion. `Layout.options` lists those that a layout (format on disk) supports.
 
     Attributes:
         space_ep, time_ep: number of ranks over which the space experts and the time experts are sharded.
-        world: number of ranks. stage: ZeRO stage.
+        world: number of ranks.
+        stage: ZeRO stage.
         weights: "master" (fp32 weights) or "ema", for layouts that contain only one of them. None: the EMA if there is one.
         dtype: dtype of these weights in the target.
         part_bytes: largest size of a weight file in bytes; larger weights are divided over several files.
@@ -176,7 +182,7 @@ class ConversionPlan:
 
 
 def check_complete(plan: ConversionPlan, source: Source) -> None:
-    """Raise UserError unless every element of every kind of the plan is written exactly once."""
+    """Raise UserError unless the planned files contain every element of every parameter of the source exactly once."""
     spans = defaultdict(list)
     for entry in (entry for file in plan.files for entry in file.entries):
         assert sum(p.span.numel for p in entry.pieces) == prod(entry.shape), entry.key
@@ -191,7 +197,10 @@ def check_complete(plan: ConversionPlan, source: Source) -> None:
 
 
 def values(entry: Entry, source: Source) -> Iterator[Tensor]:
-    """Read the elements of an entry from the source. Yield them in order, as 1-D tensors of bounded size in its dtype."""
+    """Read the elements of a planned tensor from the source; yield them in order.
+
+    They are yielded as 1-D tensors of bounded size in the dtype of `entry`, or as one matrix if a piece is transposed.
+    """
     for p in entry.pieces:
         if p.kind == STEP:
             yield torch.tensor([float(p.span.start)], dtype=entry.dtype)
@@ -205,7 +214,7 @@ def values(entry: Entry, source: Source) -> Iterator[Tensor]:
 
 
 def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
-    """Write one file of a plan into `folder`. Return it as a HashedFile, whose `entry` waits for fsync."""
+    """Write one planned file into `folder`. Its `entry`, which is called later, waits until it is synced to the disk."""
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with HashedFile(path) as out:
@@ -218,7 +227,7 @@ def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
 
 
 def entries_of(tree: Any) -> Iterator[Entry]:
-    """Yield the entries in nested dicts and lists."""
+    """Yield every Entry (planned tensor) in nested dicts and lists."""
     if isinstance(tree, Entry):
         yield tree
     elif isinstance(tree, dict | list):
@@ -227,7 +236,7 @@ def entries_of(tree: Any) -> Iterator[Entry]:
 
 
 def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Divide tensors over safetensors files of about `part_bytes` bytes, named as Hugging Face's libraries name them.
+    """Divide planned tensors over safetensors files of up to `part_bytes` bytes, named as Hugging Face's libraries do.
 
     The names are STEM-00001-of-00003.safetensors, and so on, or STEM.safetensors if one file is enough.
 
@@ -254,7 +263,7 @@ def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[Ou
 
 
 def chosen_weights(source: Source, options: Options) -> str:
-    """Return which weights a layout with only one kind contains: "ema" or "master".
+    """Return which weights are written to a layout that can contain only one kind: "ema" or "master" (fp32 weights).
 
     It is the option --weights; without it, the EMA if the source has one. UserError: the source lacks this kind.
     """

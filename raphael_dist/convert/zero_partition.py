@@ -24,11 +24,12 @@ from raphael_dist.parallel.placement import choose_placement
 
 @dataclass(frozen=True)
 class Topology:
-    """How a run is divided over ranks.
+    """How the parameters of a run are divided over ranks.
 
     Attributes:
-        world: number of ranks. stage: ZeRO stage.
+        world: number of ranks.
         space_ep, time_ep: number of ranks over which the space experts and the time experts are sharded.
+        stage: ZeRO stage.
         alignment: ZeRO-1 and 2 pad each parameter in their flat buffers to a multiple of this many elements.
         replicated: layers whose experts are whole on every rank in spite of `space_ep` and `time_ep` (parallel.placement).
     """
@@ -41,7 +42,7 @@ class Topology:
     replicated: frozenset[str] = frozenset()
 
     def ep_size(self, name: str) -> int:
-        """Return the number of ranks over which the parameter `name` is sharded as experts; 1 if every rank has it whole."""
+        """Return the number of ranks over which the experts in the parameter `name` are sharded; 1 if they are not."""
         owner = stacked(name)
         if owner is None or owner[0] in self.replicated:
             return 1
@@ -49,7 +50,7 @@ class Topology:
 
 
 def parallel_config(config: Config, options: Options) -> Config:
-    """Return the configuration with the expert-parallel sizes of `options`.
+    """Return the configuration with the expert-parallel sizes of `options`, the options of a conversion's target.
 
     Raises UserError if the model, the number of ranks or the ZeRO stage of `options` does not allow them.
     """
@@ -65,8 +66,8 @@ def topology_of(config: Config, options: Options, *, aligned: bool = True) -> To
 
     Args:
         config: the configuration with the target's expert parallelism (`parallel_config`).
-        options: options of the target.
-        aligned: whether ZeRO-1 and 2 pad parameters to multiples of 16 bytes in train.dtype, as training here does.
+        options: options of the target, such as the number of ranks and the ZeRO stage.
+        aligned: whether ZeRO-1 and 2 pad parameters to multiples of 16 bytes in train.dtype, as this trainer does.
     """
     replicated: frozenset[str] = frozenset()
     if max(options.space_ep, options.time_ep) > 1:
@@ -106,14 +107,15 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The name that DeepSpeed gives to this group of experts, such as ep_size_4."""
+        """The name that DeepSpeed gives to a group of sharded experts: ep_size_4 for experts sharded over 4 ranks."""
         return f"ep_size_{self.ep_size}"
 
 
 def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> tuple[tuple[int, ...], int]:
     """Return (shape, first element) of the part of a parameter that a rank has under expert parallelism, before ZeRO.
 
-    The part is a range of consecutive elements of the whole flattened parameter, and begins at `first element`.
+    `name`, `shape`: of the whole parameter. The part is a range of consecutive elements of the flattened parameter, and
+    begins at `first element`.
     """
     ep_size = topology.ep_size(name)
     if ep_size == 1:
@@ -123,7 +125,10 @@ def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> t
 
 
 def groups(shapes: Shapes, topology: Topology, rank: int) -> list[Group]:
-    """Return a rank's parameter groups under ZeRO-1 or 2: replicated parameters, then experts by ascending `ep_size`."""
+    """Return a rank's parameter groups under ZeRO-1 or 2: replicated parameters, then experts by ascending `ep_size`.
+
+    `shapes`: shape of every parameter of the whole model, by name.
+    """
     by_ep_size: dict[int, list[str]] = {1: []}
     for name in shapes:
         by_ep_size.setdefault(topology.ep_size(name), []).append(name)
@@ -153,9 +158,10 @@ def _group(shapes: Shapes, topology: Topology, rank: int, ep_size: int, names: l
 
 
 def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
-    """Return what a rank owns under ZeRO-3: each span with its offset in the flat buffer, and the buffer's length.
+    """Return what a rank owns under ZeRO-3: {span: offset in the flat buffer}, and the length of this buffer.
 
-    Offsets and length are in elements.
+    A span is a range of elements of a flattened parameter. `shapes`: shape of every parameter, by name. `world`: number of
+    ranks. Offsets and length are in elements.
     """
     spans: dict[Span, int] = {}
     at = 0
@@ -170,9 +176,9 @@ def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
 
 
 def spans(shapes: Shapes, topology: Topology, rank: int) -> Iterator[Span]:
-    """Yield the spans of fp32 weights that a rank writes into a checkpoint, for any ZeRO stage.
+    """Yield the spans (ranges of elements of parameters) of fp32 weights that a rank writes into a checkpoint.
 
-    Under ZeRO-0 every rank has all weights; the parameters are divided over the ranks in turn.
+    Under ZeRO-0 every rank has all weights; whole parameters are assigned to the ranks in turn. `shapes`: by name.
     """
     if topology.stage == 0:
         for i, (name, shape) in enumerate(shapes.items()):

@@ -34,7 +34,7 @@ from raphael_dist.runtime.host_memory import keep_freed_memory
 
 Tree = dict[str, Any]  # of a YAML file
 REPEATS, MIN_SECONDS = 5, 0.01  # the fastest of REPEATS runs of at least MIN_SECONDS counts
-# A step of less than a second. It is not one of the presets, because those test the description.
+# A step of less than a second. It is not a preset: the presets are used to test the finished description.
 REFERENCE: dict[str, Tree] = {
     "model": {
         "channels": [48, 96], "attention": [True, True], "layers_per_block": 1, "head_dim": 24, "norm_groups": 16,
@@ -47,15 +47,16 @@ ROWS, WIDTH = 8192, 256  # of the large operations without FLOPs
 
 
 def clock() -> float:
-    """Return a time in seconds: with one thread the processor time of this process, else wall-clock time.
+    """Return the current time in seconds for measuring durations, as little disturbed by other processes as possible.
 
-    Processor time is hardly changed by other work on the machine.
+    With one torch thread it is the processor time of this process, which other work on the machine hardly changes. With
+    several threads it is wall-clock time.
     """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Return the shortest time of one call of `work`, in seconds. Several runs of several calls are timed."""
+    """Return the seconds of one call of `work`: the mean within the fastest of REPEATS series of calls."""
     work()
     start, calls = clock(), 0
     while clock() - start < MIN_SECONDS:
@@ -72,11 +73,11 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class ClassRate:
-    """Measured speed of one class of operations.
+    """Measured speed of one class of torch operations, such as convolutions.
 
     Attributes:
-        tflops: TFLOP/s; None for classes without FLOPs.
-        gb_s: GB/s of inputs and outputs.
+        tflops: TFLOP/s; None for classes that are limited by memory and have no FLOPs.
+        gb_s: GB/s at which inputs and outputs are read and written.
     """
 
     tflops: float | None
@@ -99,14 +100,14 @@ def _attention(tokens: int, heads: int) -> Callable[[], object]:
 
 
 def _seconds_per_row_difference(work: Callable[[Tensor], object]) -> float:
-    """Return by how many seconds an operation on ROWS rows is slower than on one."""
+    """Return by how many seconds `work` is slower for a tensor [ROWS, WIDTH] than for [1, WIDTH]."""
     small, large = torch.randn(1, WIDTH), torch.randn(ROWS, WIDTH)
     small_s = seconds_of(lambda: work(small))
     return max(seconds_of(lambda: work(large)) - small_s, 1e-9)
 
 
 def measure_rates() -> dict[str, ClassRate]:
-    """Return the measured speed of each class of operations on this machine, with torch's number of threads."""
+    """Measure the speed of each class of operations on this machine; return it by the class's name (`op_costs.CLASSES`)."""
     size = 2.0 * ROWS * WIDTH * 4  # bytes read and written by the large operation
     compute = {
         "product": (_product(4), _product(512), 2 * 512**3),
@@ -129,12 +130,12 @@ def measure_rates() -> dict[str, ClassRate]:
 
 
 def description(rates: dict[str, ClassRate], factor: float, us: float, recomputed: float = 1.0) -> Tree:
-    """Return a cluster description of this machine, as the tree of a YAML file.
+    """Return a cluster description of this machine for the planner, as the tree of a YAML file.
 
     Args:
-        rates: measured speed of each class of operations, running alone.
-        factor: how many times longer operations take within a step than alone.
-        us: microseconds that an operation without work takes.
+        rates: measured speed of each class of operations (`measure_rates`), with no other operations in between.
+        factor: how many times longer an operation takes within a training step than in this measurement.
+        us: microseconds that every operation takes in addition, however small it is.
         recomputed: how many times longer a forward operation takes when the backward pass runs it again.
     """
     how = f"measured by --calibrate on {datetime.date.today()}, {torch.get_num_threads()} threads"
@@ -159,7 +160,7 @@ def description(rates: dict[str, ClassRate], factor: float, us: float, recompute
 
 
 def measured_step(config: Config, repeats: int = 4) -> float:
-    """Return the seconds of the fastest forward and backward pass of one micro-step. The first pass is not counted."""
+    """Return the seconds of forward and backward pass of one micro-step on the CPU: the fastest of `repeats`."""
     torch.manual_seed(0)
     model, schedule = RaphaelUNet(config), NoiseSchedule.create(config.diffusion)
     batch = random_batch(config, model.num_blocks)
@@ -173,7 +174,7 @@ def measured_step(config: Config, repeats: int = 4) -> float:
 
 
 def measured_peak(config: Config) -> int:
-    """Return the largest number of bytes of activations that exist at the same time in a micro-step.
+    """Measure the largest number of bytes of activations that exist at the same time in a micro-step on the CPU.
 
     Gradients of weights are freed at once, so they do not count.
     """
@@ -187,7 +188,10 @@ def measured_peak(config: Config) -> int:
 
 
 def random_batch(config: Config, num_blocks: int) -> Batch:
-    """Return a batch of random numbers with the shapes of a training batch and every optional field."""
+    """Return a micro-batch of random numbers with the shapes of a training batch of `config`, on the CPU.
+
+    `num_blocks`: number of transformer blocks of the model; each has its own gate noise.
+    """
     draw = torch.Generator().manual_seed(0)
 
     def fill(like: Tensor) -> Tensor:
@@ -199,17 +203,17 @@ def random_batch(config: Config, num_blocks: int) -> Batch:
 
     samples = config.train.micro_batch_size
     batch = meta_batch(config, samples, num_blocks).map_tensors(fill)
-    batch.timestep = torch.arange(samples) * config.diffusion.num_timesteps // samples  # an equal share for each expert
+    batch.timestep = torch.arange(samples) * config.diffusion.num_timesteps // samples  # an equal share for each time expert
     return batch
 
 
 def predicted_step(config: Config, cluster: ClusterSpec) -> float:
-    """Return the seconds that the planner predicts for the forward and backward pass of one micro-step."""
+    """Return the seconds that the planner predicts for forward and backward pass of one micro-step in float32."""
     return sum(device_times(trace(config, config.train.micro_batch_size), cluster, "float32"))
 
 
 def calibrate(path: Path) -> str:
-    """Measure this machine, write its cluster description to `path`, and return a text with the results.
+    """Measure this machine, write its cluster description (YAML) to `path`, and return the results as text for the user.
 
     Raises:
         UserError: the file cannot be written.
@@ -238,8 +242,8 @@ def calibrate(path: Path) -> str:
 def fit_recomputed(cluster: ClusterSpec) -> float:
     """Return how many times longer a forward operation takes when the backward pass runs it again.
 
-    It is computed from measured steps with and without recomputation of the blocks. It is a small difference of two long
-    times, so it is not precise.
+    `cluster` describes this machine without this factor. The factor is computed from measured steps with and without
+    recomputation of the blocks. It follows from a small difference of two long times, so it is not precise.
     """
     steps = []
     for recompute in ("none", "blocks"):
@@ -248,9 +252,13 @@ def fit_recomputed(cluster: ClusterSpec) -> float:
 
 
 def fit_reference(rates: dict[str, ClassRate]) -> tuple[float, float]:
-    """Return how many times longer operations take within a step than alone, and the microseconds of one without work.
+    """Compare measured training steps with the rates of single operations (`measure_rates`).
 
-    They are computed from measured steps with one image and with eight, which run the same operations with different sizes.
+    Steps with one image and with eight are measured, which run the same operations with different sizes.
+
+    Returns:
+        How many times longer operations take within a step than alone; and the microseconds that every operation takes in
+        addition, however small it is.
     """
     config, alone = config_from_tree(REFERENCE), _this_machine(description(rates, 1.0, 0.0))
     single_image, all_images = (
@@ -263,7 +271,7 @@ def fit_reference(rates: dict[str, ClassRate]) -> tuple[float, float]:
 
 
 def _ratio_of_differences(first: tuple[float, float], second: tuple[float, float]) -> float:
-    """Return the measured over the predicted difference of two steps."""
+    """Return (measured difference) / (predicted difference) of two steps, each given as (measured, predicted) seconds."""
     return max(0.1, (second[0] - first[0]) / (second[1] - first[1]))
 
 
@@ -272,6 +280,6 @@ def _this_machine(tree: Tree) -> ClusterSpec:
 
 
 def _reference_step(section: str, values: Tree, cluster: ClusterSpec, repeats: int) -> tuple[float, float]:
-    """Return the measured and the predicted seconds of the reference step with other values in one section."""
+    """Return the measured and the predicted seconds of a step of REFERENCE, with `values` replaced in one section."""
     config = config_from_tree({**REFERENCE, section: {**REFERENCE[section], **values}})
     return measured_step(config, repeats), predicted_step(config, cluster)

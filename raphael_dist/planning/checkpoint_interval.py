@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SavePlan:
-    """The cost of saving checkpoints, and the best interval between two of them.
+    """The best interval between two checkpoints, and the cost of saving them.
 
     Attributes:
         bytes: size of a checkpoint.
         stall_s: seconds that training waits for a save.
-        write_s: seconds until the checkpoint is on disk.
-        interval_s: seconds between two saves.
+        write_s: seconds until the checkpoint is on disk, while training continues.
+        interval_s: seconds of training between two saves.
         mtbf_s: mean seconds between two failures of the whole run.
-        lost: share of the time spent on saves, repeated work and restarts.
+        lost: share of the time (0..1) spent on waiting for saves, repeating lost work and restarting.
     """
 
     bytes: int
@@ -26,14 +26,18 @@ class SavePlan:
 
 
 def young(save_s: float, mtbf_s: float) -> float:
-    """Return the best interval between saves in seconds, to first order: sqrt(2 save_s mtbf_s) (Young 1974)."""
+    """Return the best interval between saves in seconds, to first order: sqrt(2 save_s mtbf_s) (Young 1974).
+
+    `save_s`: seconds that a save costs. `mtbf_s`: mean seconds between two failures.
+    """
     return math.sqrt(2 * save_s * mtbf_s)
 
 
 def daly(save_s: float, mtbf_s: float) -> float:
     """Return the best interval between saves in seconds, to higher order (Daly 2006, Eq. 37).
 
-    `sqrt(2 s M) (1 + 1/3 sqrt(s / 2M) + 1/9 (s / 2M)) - s` for s < 2M, else M, with s = save_s and M = mtbf_s.
+    `sqrt(2 s M) (1 + 1/3 sqrt(s / 2M) + 1/9 (s / 2M)) - s` for s < 2M, else M. s = save_s: seconds that a save costs. M =
+    mtbf_s: mean seconds between two failures.
     """
     if save_s >= 2 * mtbf_s:
         return mtbf_s
@@ -44,8 +48,8 @@ def daly(save_s: float, mtbf_s: float) -> float:
 def lost_share(interval_s: float, stall_s: float, write_s: float, mtbf_s: float, restart_s: float) -> float:
     """Return the share of the time (0..1) that is lost to saves and failures, to first order.
 
-    Once per interval, training waits `stall_s` for a save. Each failure loses half an interval of work, the save that was
-    being written, and the time of the restart.
+    Training waits `stall_s` seconds for a save after each `interval_s`. Each failure (every `mtbf_s` on average) loses half
+    an interval of work, the save that was being written (`write_s`), and the time of the restart.
     """
     return stall_s / (interval_s + stall_s) + (interval_s / 2 + write_s + restart_s) / mtbf_s
 
@@ -53,10 +57,16 @@ def lost_share(interval_s: float, stall_s: float, write_s: float, mtbf_s: float,
 def plan_saves(
     num_bytes: int, stall_s: float, write_s: float, mtbf_s: float, restart_s: float, shortest_s: float = 0.0
 ) -> SavePlan:
-    """Return the best interval between checkpoints and its cost.
+    """Compute the best interval between checkpoints (`daly`) and what saving costs. All times are in seconds.
 
-    The cost of a save is the time that training waits for it (`stall_s`). An interval is at least as long as a write,
-    because a save waits for the previous one, and at least `shortest_s`, the time of one step.
+    Args:
+        num_bytes: size of a checkpoint.
+        stall_s: time that training waits for a save, its cost.
+        write_s: time until a checkpoint is on disk. The interval is at least as long, because a save waits for the previous
+            one.
+        mtbf_s: mean time between two failures of the run.
+        restart_s: time from a failure to the next step.
+        shortest_s: lower limit of the interval, such as the time of one step.
     """
     interval = max(daly(stall_s, mtbf_s), write_s, shortest_s)
     lost = lost_share(interval, stall_s, write_s, mtbf_s, restart_s)

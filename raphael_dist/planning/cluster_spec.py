@@ -16,11 +16,11 @@ from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.planning.communication import Cluster
 from raphael_dist.text import read_text
 
-CLASSES_WITH_FLOPS = ("product", "convolution", "attention")  # of operations.CLASSES
+CLASSES_WITH_FLOPS = ("product", "convolution", "attention")  # the classes of op_costs.CLASSES that have FLOPs
 
 
 class Number(BaseModel):
-    """A number and its source."""
+    """A number of a cluster description, and its source as text: a data sheet, a measurement, or "assumed ..."."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     value: float = Field(ge=0, allow_inf_nan=False)
@@ -43,10 +43,10 @@ class Rates(BaseModel):
 
 
 class ClusterSpec(BaseModel):
-    """A cluster of nodes with equal devices.
+    """The description of a cluster of nodes with equal devices.
 
     Attributes:
-        device: "gpu", whose host runs ahead of it, or "cpu", which is its own host.
+        device: "gpu", to which its host queues operations in advance, or "cpu", which is its own host.
         per_node: devices in a node.
         memory_gb: GB (1e9 bytes) of a device; on a CPU, of the host.
         peak_tflops: peak TFLOP/s in the data sheet, by `train.dtype`.
@@ -81,7 +81,7 @@ class ClusterSpec(BaseModel):
     recomputed: Number = Number(value=1.0, source="assumed")
 
     def with_value(self, name: str, value: float) -> "ClusterSpec":
-        """Return a copy with the number of one field replaced."""
+        """Return a copy in which the field `name` has another value. Its source stays the same."""
         return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
 
     def links(self, ranks: int) -> Cluster:
@@ -96,9 +96,9 @@ class ClusterSpec(BaseModel):
         )
 
     def rate(self, dtype: str, op_class: str) -> Rates:
-        """Return the speed of a class of operations in a dtype.
+        """Return the speed of a class of torch operations (`op_costs.CLASSES`) in a dtype such as "bfloat16".
 
-        A class that is not listed has the speed of `product` or `other`.
+        A class that is not listed has the speed of `product` (if it has FLOPs) or `other`.
 
         Raises:
             UserError: the cluster description has no rates for the dtype.

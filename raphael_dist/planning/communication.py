@@ -1,4 +1,4 @@
-"""Predicts the communication of a step: bytes and seconds to reduce gradients, gather weights and send rows to experts.
+"""Predicts the communication of a step: bytes and seconds to reduce gradients, gather weights and send tokens to experts.
 
 The model is that of NCCL's ring algorithm, as NCCL uses it to choose between algorithms (src/graph/tuning.cc). A ring passes
 through all members of a group on one node and then goes to the next node. There are as many parallel rings as a node has
@@ -6,7 +6,7 @@ members with a network card of their own, so all cards carry the bytes. The time
 bandwidth of the slower of the two links (within and between nodes), plus one latency (hop) per member, which is longer
 between nodes. The result is a lower bound: it assumes that no rank is late and that the network is not shared.
 
-Nothing here was measured. docs/scale.md lists the results and what the model leaves out.
+These predictions are not fitted to measurements. docs/scale.md lists the results and what the model leaves out.
 """
 
 import math
@@ -31,13 +31,14 @@ PERSISTENT = 100_000  # elements; stage3_param_persistence_threshold of ds_confi
 
 @dataclass(frozen=True)
 class Cluster:
-    """The links of `ranks` GPUs, `per_node` in a node, each with its own network card.
+    """The network links between `ranks` GPUs, with `per_node` GPUs in a node, each with its own network card.
 
     Attributes:
         node_gb_s: GB/s from a GPU to others of its node. NVLink 4 has 450 by its data sheet; 80% of it is assumed.
         net_gb_s: GB/s of a GPU's network card: 50 for 400 Gbit/s, of which 90% is assumed. Where a node has fewer cards than
             GPUs: the sum of its cards divided by the GPUs.
-        node_hop_us, net_hop_us: microseconds of a hop, NCCL's constants for the ring in its simple protocol.
+        node_hop_us, net_hop_us: latency in microseconds from one GPU to the next in a ring, within a node and between nodes.
+            The defaults are NCCL's constants for the ring in its simple protocol.
     """
 
     ranks: int
@@ -56,7 +57,8 @@ class Communication:
         name: text for tables.
         seconds: predicted time.
         network_gb: GB that pass through the network card of one rank.
-        hidden_by: during which pass it runs, so that computation can hide it; "nothing": every rank waits for it.
+        hidden_by: the pass during which it runs and whose computation can overlap with it, "forward" or "backward";
+            "nothing": every rank waits for it.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Communication:
 
 
 def hidden_seconds(parts: Iterable[Communication], forward_s: float, backward_s: float) -> float:
-    """Return how many seconds of communication overlap with computation.
+    """Return how many seconds of communication run at the same time as computation, so that they cost no extra time.
 
     Args:
         parts: all communication of a step.
@@ -85,16 +87,16 @@ def ring(
 
     Args:
         name: text for tables.
-        hidden_by: during which pass it runs.
+        hidden_by: the pass that it overlaps with, see `Communication`.
         size: bytes of the whole tensor.
         ranks: members of the ring.
         cluster: the links.
-        stride: distance between two members, in ranks.
-        calls: number of collectives into which the tensor is divided.
+        stride: difference of the rank numbers of two neighbours in the ring.
+        calls: number of collectives into which the tensor is divided; each has its own latency.
     """
     if ranks <= 1:
         return Communication(name, 0.0, 0.0, hidden_by)
-    lanes = min(ranks, max(1, cluster.per_node // stride))  # members in a node, each with its card
+    lanes = min(ranks, max(1, cluster.per_node // stride))  # members in a node, each with its own network card
     nodes = -(-ranks // lanes)
     sent = size * (ranks - 1) / ranks / 1e9
     network_gb = sent / lanes if nodes > 1 else 0.0
@@ -104,7 +106,12 @@ def ring(
 
 
 def gathered_again(parameters: int, recomputes: bool, distance: int = MAX_REUSE_DISTANCE) -> float:
-    """Return the share of the weights that ZeRO-3 gathers a second time in a micro-step, for the backward pass.
+    """Return the share of the weights (0..1) that ZeRO-3 gathers a second time in a micro-step, for the backward pass.
+
+    Args:
+        parameters: number of parameters of the model.
+        recomputes: whether the backward pass recomputes activations.
+        distance: DeepSpeed's stage3_max_reuse_distance, in elements.
 
     After a module's forward pass DeepSpeed frees its weights, unless they are used again before `distance` elements of other
     weights are. If n elements follow in the model, 2 n are used until its backward pass: those of the forward and of the
@@ -131,13 +138,14 @@ def communications(
         parameters: number of parameters of the whole model.
         scheme: how weights and gradients are divided over ranks and reduced (docs/scale.md).
         reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights.
-        persistent: parameters in tensors of up to PERSISTENT elements, which ZeRO-3 gathers once in a step.
+        persistent: total elements of the small parameters (up to PERSISTENT elements each), which ZeRO-3 gathers only once
+            in a step.
 
     Raises:
         ValueError: `scheme` does not support sharded experts.
     """
     parts = _single_reduction(config, plan, cluster, parameters, scheme, persistent)
-    # What nothing hides belongs to the update, or moves the rows of all micro-steps already.
+    # Communication with "nothing" belongs to the update, or already has the tokens of all micro-steps.
     repeated = [part for part in parts if part.hidden_by != "nothing"]
     return parts + (reductions - 1) * repeated
 
@@ -171,7 +179,10 @@ def _single_reduction(
 def _synchronisation(
     scheme: Scheme, parameters: int, width: int, ranks: int, cluster: Cluster, stride: int = 1
 ) -> list[Communication]:
-    """Return the communication that reduces the gradients of `parameters` over ranks and sends them the new weights."""
+    """Return the communication that reduces the gradients of `parameters` elements over ranks and distributes new weights.
+
+    `width`: bytes per element. `ranks`, `stride`: as in `ring`. `scheme` is not ZeRO-3.
+    """
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
     if scheme in ("replicated", "all_reduce", "reduce_scatter"):
         passes, calls = (1, 1) if scheme == "reduce_scatter" else (2, 2 * buckets)
@@ -187,7 +198,10 @@ def _synchronisation(
 
 
 def _zero3(config: Config, cluster: Cluster, parameters: int, persistent: int, scheme: Scheme) -> list[Communication]:
-    """Return what a micro-step costs in which every rank gathers all weights."""
+    """Return the communication of a micro-step under ZeRO-3, in which every rank gathers all weights.
+
+    `persistent`: total elements of the small parameters, which are gathered only once in a step.
+    """
     width, ranks = bytes_per_element(config.train.dtype), cluster.ranks
     again = gathered_again(parameters, config.model.checkpoint_activations != "none")
     second_gather = min(cluster.per_node, ranks) if scheme == "zero3_hpz" else ranks

@@ -1,5 +1,4 @@
-"""Simulates expert parallelism in a trace (trace.py): the real layers run on one rank of a group whose other ranks do not
-exist.
+"""Simulates expert parallelism in a trace (trace.py): real layers run on one rank of a group whose other ranks do not exist.
 
 Exchanges with the other ranks return tensors of the right shapes without data, and count bytes as real ones do. The trace
 thus yields exactly the bytes that a rank sends, if samples are evenly divided over the time experts and exchanges of space
@@ -20,11 +19,11 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 
 class _Done:
     def wait(self) -> None:
-        """Do nothing: the work is done."""
+        """Do nothing: simulated communication is complete at once."""
 
 
 class DummyGroup(ExpertGroup):
-    """A group for expert parallelism of which only this rank exists."""
+    """A simulated expert-parallel group of which only this rank exists: nothing is sent, but bytes are counted."""
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Work]:
         self.traffic.experts += (sum(sent) - sent[self.index]) * rows.shape[1:].numel() * rows.element_size()
@@ -41,9 +40,10 @@ class DummyGroup(ExpertGroup):
 
 
 def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, int], Traffic]:
-    """Return a function that shards a model's experts as `plan` says, for the argument `shard` of `trace`.
+    """Return a function for the argument `shard` of `trace`, which shards a model's experts over a simulated group.
 
-    The model then has the experts of the first rank of a group.
+    `config.parallel` and the division of the batch, `plan`, determine which layers are sharded. The model then has only the
+    experts of the first rank of a group.
     """
 
     def shard(model: RaphaelUNet, samples: int) -> Traffic:
@@ -63,7 +63,14 @@ def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, i
 def _even_counts(
     onehot_LBK: Tensor, group: ExpertGroup, samples: int, sharded: Sequence[bool]
 ) -> list[expert_dispatch.SampleCounts]:
-    """Return each layer's samples as `expert_dispatch.count_samples` does, assigned to the experts in turn."""
+    """Replace `expert_dispatch.count_samples`: return how many samples each time expert gets if all get equally many.
+
+    Args:
+        onehot_LBK: the time expert of each sample in each layer, one-hot [layers, samples, experts], without data.
+        group: the simulated group.
+        samples: samples per rank.
+        sharded: for each layer, whether its time experts are sharded.
+    """
     group.all_gather(onehot_LBK.sum(dim=1).unsqueeze(0))
     experts = onehot_LBK.shape[-1]
     counts = torch.zeros(group.size, experts, dtype=torch.long)

@@ -1,8 +1,8 @@
 """Predicts the memory of one rank in bytes, by kind, for every ZeRO stage, precision and expert-parallel size.
 
-Model states are exact: `convert.partition` computes which elements each rank stores, which is tested against real engines,
-and the bytes are tested against those of DeepSpeed 0.19. Activations come from a trace (trace.py). Buffers follow from
-DeepSpeed's settings.
+Model states (weights, gradients, optimizer moments, moving average) are exact: `convert.zero_partition` computes which
+elements each rank stores, which is tested against real engines, and the bytes are tested against those of DeepSpeed 0.19.
+Activations come from a trace (trace.py). Buffers follow from DeepSpeed's settings.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -26,7 +26,15 @@ LIBRARIES = 65_000_000
 
 @dataclass(frozen=True)
 class States:
-    """Model states of a rank in bytes. `gradients` is measured after the last backward pass of a step, before the update."""
+    """Bytes of a rank for the model states.
+
+    Attributes:
+        weights: weights that the model computes with, in `train.dtype`.
+        master: this rank's fp32 weights of the optimizer.
+        moments: optimizer moments.
+        ema: moving average of the weights.
+        gradients: gradients after the last backward pass of a step, before the update.
+    """
 
     weights: int
     master: int
@@ -44,7 +52,7 @@ class RankMemory:
     """Peak memory of one rank during a step, in bytes.
 
     Attributes:
-        states: model states.
+        states: model states: weights, gradients, optimizer moments and moving average.
         activations: largest memory of activations in a micro-step.
         buffers: buffers for the reduction of gradients; under ZeRO-3 also gathered weights.
         update: temporary memory of the optimizer update, which runs after the activations have been freed.
@@ -59,11 +67,14 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """The larger of two peaks: that of the backward pass and that of the optimizer update."""
+        """Peak bytes of the rank: the larger of the peaks in the backward pass and in the optimizer update."""
         return self.states.total + max(self.activations + self.buffers + self.slack, self.update)
 
     def by_kind(self) -> dict[str, int]:
-        """Return bytes by kind, for tables and figures. `update` is included only if the update has the larger peak."""
+        """Return the bytes of each kind of memory at the peak, for tables and figures.
+
+        If the peak is in the optimizer update, "update" replaces "activations", "buffers" and "slack".
+        """
         kinds = {f.name: getattr(self.states, f.name) for f in fields(self.states)}
         if self.update > self.activations + self.buffers + self.slack:
             return {**kinds, "update": self.update}
@@ -75,13 +86,14 @@ class MemoryFootprint:
     """Memory of a rank that does not depend on the micro-batch.
 
     Attributes:
-        states: model states.
+        states: bytes of weights, gradients, optimizer moments and moving average.
         elements: number of parameters in the rank's copy of the model.
         stage: ZeRO stage.
         contiguous: whether gradients lie in one buffer and are reduced at once (`engine.zero.Zero12Contiguous`).
         buffer_elements: elements in DeepSpeed's buckets for gradients; under ZeRO-3 in the gathered weights.
-        update_bytes: copies that the update of ZeRO-1 to 3 makes of its part of the gradients (flat, and in float32).
-        persistent: elements that ZeRO-3 never frees.
+        update_bytes: bytes of the copies that the update of ZeRO-1 to 3 makes of the rank's gradients (flat, and in
+            float32).
+        persistent: elements of the small parameters, which ZeRO-3 never frees.
     """
 
     states: States
@@ -94,7 +106,7 @@ class MemoryFootprint:
 
 
 def topology(config: Config, stage: int, world: int) -> Topology:
-    """Return how the parameters of a configuration are divided over `world` ranks in a ZeRO stage."""
+    """Return how the parameters of a model are divided over `world` ranks in a ZeRO stage, with its expert parallelism."""
     parallel = config.parallel
     options = Options(world=world, space_ep=parallel.space_ep, time_ep=parallel.time_ep, stage=stage)
     return topology_of(config, options)
@@ -111,7 +123,7 @@ def model_states(
         where: how they are divided over the ranks.
         accumulation: micro-steps per optimizer step.
         rank: the rank.
-        contiguous: see `MemoryFootprint`; matters for ZeRO-1 and 2.
+        contiguous: whether gradients lie in one buffer (`MemoryFootprint`). It matters for ZeRO-1 and 2 only.
     """
     width = bytes_per_element(config.train.dtype)
     moments = 8 if config.optim.kind == "adamw" else 0  # bytes per element: two in float32
@@ -128,7 +140,7 @@ def model_states(
         return States(width * part, 4 * part, moments * part, ema * owned, sum_width * part)
     bf16_optimizer = where.stage == 1 and float32_sums
     if bf16_optimizer:
-        where = replace(where, alignment=1)  # DeepSpeed's BF16_Optimizer rounds no parameter up
+        where = replace(where, alignment=1)  # DeepSpeed's BF16_Optimizer does not pad parameters
     rank_groups = groups(shapes, where, rank)
     whole = sum(g.per_rank_padded * g.ranks for g in rank_groups)
     part = sum(g.per_rank_padded for g in rank_groups)
@@ -149,9 +161,14 @@ def model_states(
 def memory_footprint(
     config: Config, shapes: Shapes, where: Topology, accumulation: int, overlap: bool = False
 ) -> MemoryFootprint:
-    """Return the memory of rank 0 without activations. No rank has more.
+    """Compute the memory of rank 0 that does not depend on the micro-batch. No other rank needs more.
 
-    `overlap`: whether gradients are reduced during the backward pass.
+    Args:
+        config: the run's configuration.
+        shapes: shapes of the whole model's parameters, by name.
+        where: how they are divided over the ranks.
+        accumulation: micro-steps per optimizer step.
+        overlap: whether gradients are reduced during the backward pass.
     """
     width = bytes_per_element(config.train.dtype)
     float32_sums = sums_in_float32(config.train.dtype, accumulation)
@@ -175,7 +192,10 @@ def memory_footprint(
 
 
 def persistent_elements(shapes: Shapes) -> int:
-    """Return the elements of the parameters that ZeRO-3 never frees, since they are small."""
+    """Return the total elements of the small parameters (up to PERSISTENT elements each), which ZeRO-3 never frees.
+
+    `shapes`: shapes of the whole model's parameters, by name.
+    """
     return sum(size for size in map(prod, shapes.values()) if size <= PERSISTENT)
 
 

@@ -1,4 +1,4 @@
-"""The largest micro-batch of a configuration that fits GPUs of several memory sizes, as a row of a Markdown table."""
+"""Writes a Markdown table of the largest micro-batch of a configuration that fits into GPUs of several memory sizes."""
 
 from raphael_dist.planning.search import MICRO_BATCHES, USABLE, Choice, Outcome, Search
 from raphael_dist.planning.trace import Recompute
@@ -8,10 +8,10 @@ COMPARED: tuple[Recompute, ...] = ("none", "blocks")
 
 
 def memory_table(name: str, search: Search) -> str:
-    """Return rows of a Markdown table, one for each ZeRO stage that `search` allows (default: 2).
+    """Return a Markdown table with one row for each ZeRO stage that `search.allowed` lists (default: 2).
 
-    For each GPU memory size, a row has the largest micro-batch that fits and the GB per rank, first without recomputation
-    and then with transformer blocks recomputed. `name`: label of the rows.
+    For each GPU memory size (SIZES_GB), a row has the largest micro-batch that fits and in brackets the GB per rank, first
+    without recomputation and then with transformer blocks recomputed; "-" if none fits. `name`: label of the rows.
     """
     header = [
         "| preset | GPUs | ZeRO | " + " | ".join(f"{size} GB" for size in SIZES_GB) + " |",
@@ -27,7 +27,7 @@ def _row(name: str, search: Search, stage: int) -> str:
 
 
 def _by_micro_batch(search: Search, stage: int, recompute: Recompute) -> list[Outcome]:
-    """Return the outcomes of all micro-batches that the configuration allows, the largest first."""
+    """Return the predictions for all possible micro-batches, the largest first, with this ZeRO stage and recomputation."""
     choices = [Choice(1, 1, stage, False, micro, recompute, "auto") for micro in reversed(MICRO_BATCHES)]
     return [outcome for choice in choices if (outcome := search.evaluate(choice))]
 

@@ -1,4 +1,4 @@
-"""A batch without data, for traces on the `meta` device."""
+"""Makes a batch without data, with which a model can be traced on torch's `meta` device."""
 
 import torch
 
@@ -12,7 +12,10 @@ META = torch.device("meta")
 
 
 def meta_batch(config: Config, samples: int, num_blocks: int) -> Batch:
-    """Return a micro-batch of `samples` images of the largest size, on the `meta` device (shapes without data)."""
+    """Return a micro-batch of `samples` images of the largest configured size, on the `meta` device (shapes without data).
+
+    `num_blocks`: number of transformer blocks of the model; each has its own gate noise.
+    """
     m, text = config.model, config.text.max_tokens
     height, width = max(config.image.buckets, key=lambda size: size[0] * size[1])
     factor = latent_factor(config.image.vae)

@@ -1,4 +1,4 @@
-"""Counts the cost of torch operations below autograd, one by one: FLOPs, bytes, launches, and bytes of live tensors.
+"""Counts the cost of single torch operations, as they are dispatched below autograd: FLOPs, launches, and live memory.
 
 This works on real tensors and on tensors of the `meta` device, which have shapes but no data.
 """
@@ -45,23 +45,26 @@ _CLASS_INDEX = {name: CLASSES.index(kind) for kind, names in _OPERATIONS.items()
 
 
 def op_name(func: torch._ops.OpOverload) -> str:
-    """Return the name of an operation without its namespace."""
+    """Return the name of a torch operation without namespace and overload: "mm" for `aten.mm.default`."""
     return str(func._schema.name).split("::")[1]
 
 
 def op_class(func: torch._ops.OpOverload) -> int:
-    """Return the class of an operation, as an index into CLASSES."""
+    """Return the class of a torch operation (such as "convolution"), as an index into CLASSES."""
     return _CLASS_INDEX.get(op_name(func), CLASSES.index("pointwise"))
 
 
 def launches_work(func: torch._ops.OpOverload) -> bool:
-    """Return whether an operation launches work on the device. Operations that only return a view do not."""
+    """Return whether an operation launches work on the device. Operations that only return a view, or allocate, do not."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not is_view and op_name(func) not in FREE
 
 
 def flops_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], result: object) -> int:
-    """Return the FLOPs of a matrix product, convolution or attention; 0 for other operations."""
+    """Return the FLOPs of a call of a matrix product, convolution or attention; 0 for other operations.
+
+    `func` was called with `args` and `kwargs`, and returned `result`.
+    """
     packet = func._overloadpacket
     if packet in FLOPS:
         flops_from_shapes = cast(Callable[..., int], FLOPS[packet])
@@ -86,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def restart(self) -> int:
-        """Return the peak in bytes, and set it to the current value."""
+        """Return the largest number of live bytes since the last call, and start a new measurement at the current number."""
         peak, self.peak = self.peak, self.live
         return peak
 
@@ -97,9 +100,9 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def track(self, arguments: object, result: object) -> None:
-        """Start to count the storages of an operation's result.
+        """Start to count the memory (storages) of an operation's result, until it is freed.
 
-        Storages of its arguments that are not known yet were created before the context, and are not counted.
+        Storages of its `arguments` that are not known yet were created before the context, and are not counted.
         """
         for tree, counts in ((arguments, False), (result, True)):
             for tensor in tree_leaves(tree):

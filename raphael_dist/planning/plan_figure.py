@@ -1,4 +1,4 @@
-"""Draws a plan as a figure: memory by kind, the timeline of a step, and images per second against the number of devices."""
+"""Draws the plan of a run as a figure: memory by kind, timeline of a step, and images per second by number of devices."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ SHOWN = 5  # choices with a bar
 
 
 def draw(plan: RunPlan, path: Path) -> None:
-    """Write the figure of a plan as a PNG file.
+    """Write the figure of the plan of a run as a PNG file.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
@@ -61,7 +61,10 @@ def _label(c: Choice) -> str:
 
 
 def _draw_timeline(ax: "Axes", plan: RunPlan) -> None:
-    """Draw what the device and the links do in a step, with all micro-steps of a phase joined."""
+    """Draw when the device computes and the links transfer in one step of the best settings.
+
+    All micro-steps are drawn as one forward and one backward pass.
+    """
     best, step = plan.best, plan.best.step
     trace = plan.search.get_profile().at(best.choice.micro_batch_size, best.choice.recompute)
     phases = seconds_by_phase(trace, plan.cluster, plan.config.train.dtype)
@@ -83,7 +86,7 @@ def _draw_timeline(ax: "Axes", plan: RunPlan) -> None:
 
 
 def _draw_scaling(ax: "Axes", plan: RunPlan) -> None:
-    """Draw images per second of the best choice on other numbers of devices, with the same number of images per device."""
+    """Draw images per second of the best settings on other numbers of devices, with an equal batch per device."""
     worlds = sorted({plan.search.world * 2**i // 2**6 for i in range(9)} - {0})
     points = [(world, rate) for world in worlds if (rate := images_per_s_on(plan, world)) is not None]
     ax.plot(*zip(*points, strict=True), marker="o", label="plan")
@@ -99,9 +102,9 @@ def _draw_scaling(ax: "Axes", plan: RunPlan) -> None:
 
 
 def images_per_s_on(plan: RunPlan, world: int) -> float | None:
-    """Return the images/s of the plan's best settings on `world` devices, with the same number of images per device.
+    """Predict images per second of the plan's best settings on `world` devices, with the same number of images per device.
 
-    None if these settings are not possible on that number of devices.
+    Returns None if these settings are not possible on that number of devices.
     """
     search, batch = plan.search, plan.config.train.global_batch_size
     train = plan.config.train.model_copy(update={"global_batch_size": max(1, batch * world // search.world)})

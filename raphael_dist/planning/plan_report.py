@@ -1,4 +1,4 @@
-"""Writes a plan (run_plan.py) as text."""
+"""Writes the plan of a run (run_plan.py) as text."""
 
 import math
 import shlex
@@ -11,9 +11,9 @@ from raphael_dist.planning.trace import KINDS, PHASES
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
-    """Return the plan as text: the best settings, details of the first ones, their cost, and the command that runs them.
+    """Return the plan as text: the best settings, memory, time and cost of the first of them, and the command to use them.
 
-    `shown`: how many of the best settings are listed.
+    `config_name`: preset or file for the command. `shown`: how many of the best settings are listed.
     """
     cluster, world = plan.cluster, plan.search.world
     peak = cluster.peak_tflops[plan.config.train.dtype].value
@@ -60,9 +60,9 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
 
 
 def run_so_far(choice: Choice, device: str, world: int) -> str:
-    """Return a sentence that states on which hardware settings like these have already been run.
+    """Return a text that states on which hardware settings like `choice` have already been run.
 
-    It must agree with docs/proven.md.
+    It must agree with docs/proven.md. `device`: "gpu" or "cpu". `world`: number of devices.
     """
     if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap:
         return "one H200"
@@ -78,7 +78,7 @@ def _memory(plan: RunPlan) -> list[str]:
 
 
 def _blocks(plan: RunPlan) -> list[str]:
-    """Return FLOPs, bytes and launches of one micro-step by part of the model."""
+    """Return a table, as lines, of FLOPs, bytes and launches of one micro-step for each part of the model and each pass."""
     choice = plan.best.choice
     trace = plan.search.get_profile().at(choice.micro_batch_size, choice.recompute)
     lines = [
@@ -129,7 +129,10 @@ def _cost(plan: RunPlan) -> list[str]:
 
 
 def command(plan: RunPlan, config_name: str) -> str:
-    """Return the shell command that trains with the plan's best settings on the cluster."""
+    """Return the shell command that trains with the plan's best settings: sbatch for GPUs, torchrun for CPUs.
+
+    `config_name`: preset or file of the configuration.
+    """
     per_node, choice = int(plan.cluster.per_node.value), plan.best.choice
     settings = [*choice.settings(), f"checkpoint.every={plan.save_every()}"]
     if plan.cluster.device == "cpu":
@@ -145,7 +148,7 @@ def command(plan: RunPlan, config_name: str) -> str:
 
 
 def assumed(plan: RunPlan) -> list[str]:
-    """Return those numbers of the cluster description that are assumed, i.e. neither published nor measured."""
+    """Return, as "name value", those numbers of the cluster description that are neither published nor measured."""
     numbers = []
     for name, value in plan.cluster.model_dump().items():
         if isinstance(value, dict) and "assumed" in value.get("source", ""):

@@ -1,4 +1,4 @@
-"""The plan of a run: possible settings, the fastest first, and what the best ones cost in days, GPU hours and money."""
+"""The plan of a run: possible settings, the fastest first, and what the fastest ones cost in days, GPU hours and dollars."""
 
 import math
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ STATE_BYTES = 16  # per parameter in a checkpoint: fp32 weights, two moments, mo
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The plan of a run.
+    """The plan of a run: possible settings with predicted memory and speed, and the cost of the best ones.
 
     Attributes:
-        config, cluster, search: the inputs.
+        config, cluster, search: the configuration, the cluster, and the search of which this is the result.
         ranked: all possible settings (`search.Choice`) with predicted memory and time, the best first.
         images: number of images to train on.
         parameters: number of parameters of the model.
         active: number of parameters that process one image token, if it uses one space expert and one time expert per layer.
-        saves: how often to save.
+        saves: how often to save a checkpoint, and what this costs.
         price: dollars per device hour.
     """
 
@@ -43,7 +43,7 @@ class RunPlan:
 
     @property
     def seconds(self) -> float:
-        """Predicted seconds of the whole run, including saves and failures."""
+        """Predicted seconds of the whole run with the best settings, including saves and failures."""
         return self.images / self.best.step.images_per_s / (1 - self.saves.lost)
 
     @property
@@ -55,7 +55,7 @@ class RunPlan:
         return self.gpu_hours * self.price
 
     def save_every(self) -> int:
-        """Return the value of `checkpoint.every` for the best interval between saves, in steps."""
+        """Return the best interval between checkpoints in steps, for the setting `checkpoint.every`."""
         return max(1, round(self.saves.interval_s / self.best.step.seconds))
 
 
@@ -107,12 +107,11 @@ def make_plan(
 
 
 def active_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return how many parameters process one image token: one expert of each kind in each layer, and all other parameters.
+    """Return how many parameters process one image token, if it uses one expert of each kind in each layer.
 
-    A token that lies in the regions of several words is processed by the experts of all of them. How many these are depends
-    on the trained gates, so they are not counted.
-
-    `shapes`: shapes of all parameters of the whole model, by name.
+    `shapes`: shapes of all parameters of the whole model, by name. All parameters outside of experts count. A token that
+    lies in the image regions of several words is processed by the experts of all of them. How many these are depends on the
+    trained gates, so they are not counted.
     """
     total = 0
     for name, shape in shapes.items():

@@ -2,7 +2,7 @@
 
 A choice is one combination of these settings. For every choice that the configuration and DeepSpeed allow, the memory of a
 rank and the time of a step are predicted. Choices that do not fit into memory stay in the ranking, so that a report can
-state why they were not taken.
+state why they were rejected.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,13 @@ _RESTRICTABLE: dict[str, type[int] | type[str]] = {
 class Choice:
     """One combination of settings for a run.
 
-    `settings` are its overrides on the command line, `json` is the name of its file in `ds_configs/`.
+    Attributes:
+        space_ep, time_ep: ranks over which the space and the time experts are sharded.
+        stage: ZeRO stage.
+        overlap: whether gradients are reduced during the backward pass.
+        micro_batch_size: images per rank and micro-step.
+        recompute: which activations the backward pass recomputes: "none", those of transformer "blocks" or "all".
+        placement: `parallel.placement`: "shard" shards all experts, "auto" only where this sends fewer bytes.
     """
 
     space_ep: int
@@ -58,7 +64,7 @@ class Choice:
         return self.space_ep > 1 or self.time_ep > 1
 
     def settings(self) -> list[str]:
-        """Return the overrides of the configuration as they are written on the command line."""
+        """Return these settings as command-line overrides, such as "train.micro_batch_size=4". `json` has the ZeRO stage."""
         settings = [f"train.micro_batch_size={self.micro_batch_size}", f"model.checkpoint_activations={self.recompute}"]
         if self.uses_expert_parallelism:
             settings += [f"parallel.space_ep={self.space_ep}", f"parallel.time_ep={self.time_ep}"]
@@ -66,7 +72,7 @@ class Choice:
         return settings
 
     def apply(self, config: Config) -> Config:
-        """Return a copy of the configuration with these settings."""
+        """Return a copy of the configuration with these settings, except the ZeRO stage, which is in DeepSpeed's file."""
         parallel = {"space_ep": self.space_ep, "time_ep": self.time_ep, "placement": (self.placement,)}
         return config.model_copy(
             update={
@@ -84,9 +90,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The predictions for one choice: memory per rank, time per step, and the division of the batch over ranks.
+    """The predictions for one choice of settings.
 
-    `fits`: whether a device has enough memory.
+    Attributes:
+        choice: the settings.
+        memory: peak memory per rank.
+        step: time of a step.
+        plan: how the batch is divided over ranks.
+        fits: whether a device has enough memory.
     """
 
     choice: Choice
@@ -98,13 +109,13 @@ class Outcome:
 
 @dataclass
 class Search:
-    """The space of choices for a configuration on `world` devices of a cluster.
+    """The possible settings (choices) of a run on `world` devices of a cluster, and predictions for them.
 
     Attributes:
-        config: the configuration.
+        config: the configuration of the run.
         cluster: devices and links.
         world: number of devices.
-        allowed: for fields of `Choice` that are restricted, the values to consider.
+        allowed: the values to consider, for those fields of `Choice` that the user restricts.
         profile: traced operations of the model; None: trace it when needed. Searches for the same model can share it.
     """
 
@@ -125,13 +136,13 @@ class Search:
         return sum(prod(shape) for shape in self.shapes.values())
 
     def get_profile(self) -> Profile:
-        """Return the traced operations of a micro-step. The model is traced only once."""
+        """Return the traced operations of a micro-step. The model is traced at the first call only."""
         if self.profile is None:
             self.profile = profile(self.config)
         return self.profile
 
     def choices(self) -> Iterator[tuple[Choice, Config, BatchPlan]]:
-        """Yield every choice that configuration and DeepSpeed allow, with its configuration and batch plan."""
+        """Yield every choice of settings that is possible and not excluded by `allowed`, with the results of `check`."""
         m = self.config.model
         sizes = [[n for n in range(1, max(1, k) + 1) if max(1, k) % n == 0] for k in (m.space_experts, m.time_experts)]
         for space, time in product(*sizes):
@@ -149,7 +160,10 @@ class Search:
         return all(getattr(choice, name) in values for name, values in self.allowed.items())
 
     def check(self, choice: Choice) -> tuple[Config, BatchPlan] | None:
-        """Return the configuration and the division of the batch for a choice; None if the choice is not possible."""
+        """Return the configuration with a choice of settings, and the division of the batch over ranks.
+
+        None if the choice is not possible (e.g. the micro-batch is too large), or equals another choice.
+        """
         config = choice.apply(self.config)
         if choice.micro_batch_size > -(-config.train.global_batch_size // self.world):
             return None
@@ -167,7 +181,7 @@ class Search:
         return config, plan
 
     def evaluate(self, choice: Choice) -> Outcome | None:
-        """Predict memory and time of a choice; None if it is not possible."""
+        """Predict memory and time for a choice of settings. Returns None if the choice is not possible."""
         checked = self.check(choice)
         return None if checked is None else self._outcome(choice, *checked)
 
@@ -187,7 +201,9 @@ class Search:
         return self._footprints[key]
 
     def ranked(self) -> list[Outcome]:
-        """Predict all choices and sort them: first those that fit into memory, the fastest first, then the others by memory.
+        """Predict memory and time of all possible choices of settings, and return the predictions, the best first.
+
+        Choices that fit into memory come first, the fastest first. The others follow, by memory.
 
         Raises:
             UserError: no choice is possible.
@@ -212,10 +228,11 @@ class Search:
 
 
 def exchange_bytes(config: Config, plan: BatchPlan) -> int:
-    """Return by how many bytes the exchanges of expert parallelism raise the peak of the activations.
+    """Return by how many bytes the exchanges of expert parallelism raise the peak memory of the activations.
 
-    On each level with sharded space experts, a block stores the rows of the other ranks (fixed sizes) three times: as
-    received, concatenated, and their outputs. With recomputation only one block at a time stores them.
+    On each U-Net level with sharded space experts, a transformer block stores the tokens of the other ranks three times: as
+    received, concatenated, and their outputs. Their number is fixed. With recomputation only one block at a time stores
+    them. `plan`: how the batch is divided over ranks.
     """
     recomputes = config.model.checkpoint_activations != "none"
     sizes = [0]
@@ -228,9 +245,10 @@ def exchange_bytes(config: Config, plan: BatchPlan) -> int:
 
 
 def reasons(best: Outcome, ranked: list[Outcome], limit_gb: float) -> list[str]:
-    """Return lines that state why the best choice is first.
+    """Return lines that state why the best choice of settings is first.
 
-    For each setting, a line shows the speed and memory of the best choice with another value of that setting.
+    For each setting, a line has speed and memory of the fastest choice that differs from the best one in this setting only.
+    `limit_gb`: memory of a device in GB.
     """
     lines = []
     for name, text in (
@@ -259,7 +277,7 @@ def _differs_only_in(choice: Choice, other: Choice, name: str) -> bool:
 
 
 def restriction(text: str) -> tuple[str, tuple[int | str, ...]]:
-    """Parse the text `NAME=VALUE[,VALUE]` of `--only`: return a field of `Choice` and the values to consider.
+    """Parse the value `NAME=VALUE[,VALUE]` of the option --only; return a field of `Choice` and the values to consider.
 
     Raises:
         UserError: unknown name or invalid value.

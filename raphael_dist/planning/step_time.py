@@ -33,9 +33,10 @@ class StepTime:
         products: time of operations with FLOPs (matrix products, convolutions, attention).
         traffic: time of all other operations, which are limited by memory bandwidth.
         update: time of gradient norm, optimizer and moving average.
-        launches: time by which the host is slower than the device.
+        launches: additional time because the host launches operations more slowly than the GPU runs them; on a CPU, time of
+            all launches.
         exposed: time of communication that does not overlap with computation.
-        parts: all communication.
+        parts: all kinds of communication.
         images: number of images of the step, on all ranks.
         ranks: number of devices.
         flops: model FLOPs per image, three times those of the forward pass.
@@ -69,15 +70,18 @@ class StepTime:
         return self.images / self.seconds
 
     def mfu(self, peak_tflops: float) -> float:
-        """Return the model FLOP utilisation (0..1): model FLOPs divided by what the devices could do at their peak.
+        """Return the model FLOP utilisation (0..1): model FLOP/s divided by the peak of the devices.
 
-        Recomputed operations do not count.
+        Recomputed operations do not count. `peak_tflops`: peak of one device, in TFLOP/s.
         """
         return self.images_per_s / self.ranks * self.flops / (peak_tflops * 1e12)
 
 
 def operation_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> NDArray[np.float64]:
-    """Return the seconds that the device takes for each operation of a micro-step, float64 [ops]."""
+    """Predict the seconds that the device takes for each operation of a micro-step, float64 [ops].
+
+    `trace`: the operations. `dtype`: `train.dtype`, by which `cluster` lists its rates.
+    """
     seconds = np.zeros(trace.launches)
     for i, name in enumerate(CLASSES):
         chosen = trace.op_class == i
@@ -91,14 +95,19 @@ def operation_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> NDArray[n
 
 
 def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float, float]:
-    """Return the seconds that the device takes in a micro-step for operations with FLOPs, and for all others."""
+    """Predict the seconds that the device takes in a micro-step: (for operations with FLOPs, for all others).
+
+    Operations with FLOPs are matrix products, convolutions and attention. Arguments as in `operation_times`.
+    """
     seconds = operation_times(trace, cluster, dtype)
     with_flops = np.isin(trace.op_class, [CLASSES.index(name) for name in CLASSES_WITH_FLOPS])
     return float(seconds[with_flops].sum()), float(seconds[~with_flops].sum())
 
 
 def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec) -> float:
-    """Return the seconds of gradient norm, optimizer and moving average. They are limited by memory bandwidth.
+    """Predict the seconds of gradient norm, optimizer and moving average in a step. Memory bandwidth limits them.
+
+    `footprint`: memory of a rank. These bytes are read and written:
 
     - The norm reads the gradients, and converts them to float32 if they are in bfloat16.
     - The optimizer reads gradients, and reads and writes fp32 weights and moments.
@@ -118,7 +127,10 @@ def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec
 
 
 def scheme_of(footprint: MemoryFootprint) -> Scheme:
-    """Return the name of the scheme by which weights and gradients are divided over ranks (docs/scale.md)."""
+    """Return the name of the scheme by which ZeRO divides weights and gradients over ranks (docs/scale.md).
+
+    `footprint`: has the ZeRO stage, and whether gradients are contiguous.
+    """
     if footprint.stage in (0, 3):
         return "zero3" if footprint.stage else "replicated"
     return "reduce_scatter" if footprint.contiguous else "all_reduce"
@@ -143,7 +155,7 @@ def step_time(
         footprint: memory of a rank.
         cluster: devices and links.
         parameters: number of parameters of the whole model.
-        num_tensors: number of parameter tensors.
+        num_tensors: number of the model's parameter tensors.
         overlap: whether gradients are reduced during the backward pass (`zero2_overlap.json`). ZeRO-3 always does that.
     """
     dtype, micro_steps = config.train.dtype, plan.accumulation
@@ -172,6 +184,9 @@ def step_time(
 
 
 def seconds_by_phase(trace: Trace, cluster: ClusterSpec, dtype: str) -> dict[str, float]:
-    """Return the seconds that the device takes in each phase of a micro-step: "forward", "backward", "recomputed"."""
+    """Predict the seconds of the device in each phase of a micro-step: "forward", "backward" and "recomputed".
+
+    Arguments as in `operation_times`.
+    """
     seconds = operation_times(trace, cluster, dtype)
     return {phase: float(seconds[trace.phase == i].sum()) for i, phase in enumerate(PHASES)}

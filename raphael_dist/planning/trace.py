@@ -97,11 +97,11 @@ class Trace:
 
     @property
     def peak(self) -> int:
-        """The largest number of bytes of activations that exist at the same time."""
+        """The largest number of bytes of activations that exist at the same time in the micro-step."""
         return int(self.peaks.max())
 
     def total(self, values: NDArray[np.int64], phase: str | None = None, kind: str | None = None) -> int:
-        """Return the sum of `values` (`flops` or `bytes`) over the operations of one phase and one kind; None: over all."""
+        """Return the sum of `values` (`flops` or `bytes`) over the operations of a phase and a kind. None: of any."""
         chosen = np.ones(len(values), dtype=bool)
         if phase is not None:
             chosen &= self.phase == PHASES.index(phase)
@@ -143,7 +143,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Profile:
-    """Two traces of the micro-step with different numbers of images, from which the trace for any number is extrapolated."""
+    """Two traces of a micro-step with few and with many images, from which the trace for any number is extrapolated."""
 
     few: Trace
     many: Trace
@@ -170,7 +170,7 @@ class Profile:
 
 
 def profile(config: Config) -> Profile:
-    """Trace the micro-step of a configuration for a profile, without expert parallelism and without recomputation."""
+    """Trace a micro-step with two numbers of images, without expert parallelism and without recomputation."""
     few, many = (trace(config, samples, "none") for samples in SAMPLES)
     assert few.launches == many.launches, "the number of images changed which operations run"
     return Profile(few, many)
@@ -198,7 +198,7 @@ def trace(
     with META:
         model = _TracedUNet(config, recorder).to(dtype)
     traffic = Traffic() if shard is None else shard(model, samples)
-    require_triton(config.train.kernels)  # it is not run, but the operations' shapes are next to their kernels
+    require_triton(config.train.kernels)  # nothing runs, but the module of the kernels also has the shapes of results
     set_kernels(model, config.train.kernels)
     _observe(model, recorder)
     schedule = NoiseSchedule.create(config.diffusion, META)
@@ -226,13 +226,13 @@ def trace(
 
 
 class _Recorder(LiveBytes):
-    """Records every operation that launches work, and live memory by segment.
+    """Records every operation that launches work, and live memory by segment (a transformer block or residual block).
 
     Attributes:
-        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation.
+        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation, as in `Trace`.
         phase: "forward" or "backward".
         segments: (whether it is a transformer block, bytes that its forward pass saved) of each segment.
-        peaks: the most live bytes by number of segments started, of the forward and of the backward pass.
+        peaks: for the forward and the backward pass, {number of segments started: most live bytes}.
     """
 
     def __init__(self) -> None:
@@ -258,7 +258,10 @@ class _Recorder(LiveBytes):
         return result
 
     def _place(self) -> tuple[str, int, int, int]:
-        """Return kind, phase, segment and number of started segments; in the backward pass those of the node's origin."""
+        """Return (kind, phase, segment, number of started segments) of the current operation.
+
+        In the backward pass they are those of the forward operation whose gradient is being computed.
+        """
         if self._kinds or self.phase == "forward":
             kind = self._kinds[-1] if self._kinds else "other"
             self._origin[torch.autograd._get_sequence_nr() - 1] = kind, self._segment, len(self.segments)
@@ -272,7 +275,7 @@ class _Recorder(LiveBytes):
 
     @contextmanager
     def part(self, kind: str) -> Iterator[None]:
-        """Attribute the operations of the body to a kind."""
+        """Return a context whose operations belong to the part `kind` of the model (one of KINDS)."""
         self._kinds.append(kind)
         try:
             yield
@@ -280,14 +283,14 @@ class _Recorder(LiveBytes):
             self._kinds.pop()
 
     def enter(self, kind: str, is_segment: bool) -> None:
-        """Start the forward pass of a module. A recomputed segment is not recorded again."""
+        """Record that the forward pass of a module starts. A recomputed segment is not recorded again."""
         self._kinds.append(kind)
         if is_segment and self.phase == "forward":
             self._segment, self._live_before = len(self.segments), self.live
             self.segments.append((kind == "rest of blocks", 0))
 
     def leave(self, is_segment: bool, result: object) -> None:
-        """End the forward pass of a module, which returned `result`."""
+        """Record that the forward pass of a module has ended and returned `result`."""
         self._kinds.pop()
         if is_segment and self.phase == "forward":
             self._started = len(self.segments)
@@ -299,7 +302,7 @@ class _Recorder(LiveBytes):
 
 
 class _TracedUNet(RaphaelUNet):
-    """A U-Net that attributes the operations of its routing."""
+    """A U-Net whose routing (the choice of experts) is recorded as a part of its own."""
 
     def __init__(self, config: Config, recorder: _Recorder) -> None:
         super().__init__(config)
@@ -311,7 +314,7 @@ class _TracedUNet(RaphaelUNet):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Runs attention as one kernel. On the `meta` device torch decomposes it otherwise."""
+    """A context in which attention runs as one kernel. On the `meta` device, torch divides it into several operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -322,7 +325,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _FusedProcessor(AttnProcessor2_0):
-    """diffusers' processor with fused attention, also when recomputation calls it from the backward pass."""
+    """diffusers' attention processor with `_FusedAttention`, also when the backward pass recomputes a block."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         with _FusedAttention():
@@ -330,12 +333,12 @@ class _FusedProcessor(AttnProcessor2_0):
 
 
 def _observe(model: RaphaelUNet, recorder: _Recorder) -> None:
-    """Let modules report their forward passes to the recorder, and free the gradients of weights at once."""
+    """Register hooks with which modules report their forward passes to the recorder, and weights free their gradients."""
 
     def observe(module: nn.Module, kind: str) -> None:
         is_segment = isinstance(module, (ResidualBlock, TransformerBlock))
         module.register_forward_pre_hook(lambda *_: recorder.enter(kind, is_segment))
-        # Always: recomputation leaves a module by an exception.
+        # always_call, because recomputation ends the forward pass of a module by an exception.
         module.register_forward_hook(lambda _, __, result: recorder.leave(is_segment, result), always_call=True)
 
     for name, module in model.named_modules():
@@ -344,9 +347,9 @@ def _observe(model: RaphaelUNet, recorder: _Recorder) -> None:
         if kind is not None:
             observe(module, kind)
         if isinstance(module, Attention) and isinstance(module.processor, AttnProcessor2_0):
-            module.set_processor(cast(Any, _FusedProcessor()))  # its stubs name another class
+            module.set_processor(cast(Any, _FusedProcessor()))  # its type stubs require another class
         if isinstance(module, Experts):
-            module.assumes_even_loads = True  # there are no counts to read
+            module.assumes_even_loads = True  # tensors on `meta` have no values to count
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(free_gradient)
 

@@ -1,8 +1,8 @@
-"""The layouts: formats in which a checkpoint can lie on disk, such as diffusers' or DeepSpeed's.
+"""The layouts: formats in which a checkpoint can be stored on disk, such as diffusers' or DeepSpeed's.
 
-Every module or folder here whose name does not begin with an underscore is a layout of that name, and defines `LAYOUT`.
-There is no other list: a new file is a new layout for the command lines, for inspection and for `run.init_from`. A module is
-imported when its layout is used; `names` imports none.
+Every module or package in this folder whose name does not begin with an underscore is a layout of that name, and defines
+`LAYOUT`. There is no other list: a new file is a new layout for the command lines, for inspection and for `run.init_from`. A
+module is imported when its layout is used; `names` imports none.
 """
 
 import pkgutil
@@ -60,12 +60,15 @@ class Layout:
 
 
 def names() -> list[str]:
-    """Return the names of all layouts, without importing any."""
+    """Return the names of all layouts (formats of checkpoints on disk), without importing their modules."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def layout_of(option: str, name: str) -> Layout:
-    """Return the layout called `name`. UserError, which begins with `option` ("--from" or "--to"): there is none."""
+    """Return the layout (format on disk) called `name`.
+
+    Raises UserError if there is none. The message begins with `option`, "--from" or "--to".
+    """
     if name not in names():
         known = [*names(), *(ADAPTER_FORMATS if option == "--to" else ())]
         raise UserError(
@@ -77,7 +80,7 @@ def layout_of(option: str, name: str) -> Layout:
 
 
 def detect(path: Path) -> Layout:
-    """Find out the layout of the files at `path` and return it. Raises UserError if no layout matches."""
+    """Find out in which layout (format) the checkpoint at `path` is stored. Raises UserError if no layout matches."""
     if not path.exists():
         raise UserError(f"--from {path}: there is no such file or folder. Check the path.")
     if (path / MANIFEST).is_file():
@@ -98,12 +101,12 @@ def detect(path: Path) -> Layout:
 
 
 def open_checkpoint(name: str, path: Path, config: "Config | None" = None) -> "Checkpoint":
-    """Open a checkpoint; only headers are read.
+    """Open a checkpoint in any layout (format on disk). Only the headers of files are read.
 
     Args:
         name: its layout, or "auto" to detect it.
         path: the folder or file, or the file `latest` next to it.
-        config: the model, for layouts whose files may not describe it (a folder that DeepSpeed wrote).
+        config: configuration of the model, for layouts whose files may not describe it (a folder that DeepSpeed wrote).
 
     Raises:
         UserError: the files are missing, damaged or of another layout.

@@ -29,10 +29,11 @@ _LEAVES = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias
 
 
 def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Yield (key, first element, shape) of each tensor in the files that a parameter becomes.
+    """Yield (key, first element, shape) of each tensor in the files as which a parameter of the trainer is stored.
 
-    A parameter with stacked experts becomes one tensor per expert, which begins at `first element` of the flattened
-    parameter. Any other parameter becomes one tensor.
+    Args:
+        name, shape: name and shape of the parameter. If it has stacked experts, it is stored as one tensor per expert, which
+            begins at `first element` of the flattened parameter. Any other parameter is stored as one tensor.
     """
     owner = stacked(name)
     if owner is None:
@@ -43,19 +44,22 @@ def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[in
 
 
 def entries(source: Source, kind: str) -> Iterator[Entry]:
-    """Yield the tensors of one kind of values ("master", "ema", ...) as entries of a plan."""
+    """Yield the tensors to write for one kind of values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema"."""
     for name, shape in source.shapes.items():
         for key, start, key_shape in keys(name, shape):
             yield Entry(key, key_shape, (piece(kind, name, start, prod(key_shape)),))
 
 
 def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Plan the files for one kind of values. Returns the files, and {name: content} of their index ({} for one file)."""
+    """Plan the files for one kind of values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
+
+    Returns the files, of about `part_bytes` bytes, and {name: content} of their index ({} for one file).
+    """
     return parts(entries(source, kind), STEMS[kind], part_bytes)
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a canonical folder with all kinds of values that the source has."""
+    """Return the plan of a folder in the layout `canonical`, with all kinds of values (weights, ...) that the source has."""
     files: list[OutFile] = []
     small: dict[str, bytes] = {}
     for kind in source.kinds():
@@ -66,16 +70,19 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_canonical(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a canonical folder; only headers are read. UserError: a tensor is missing, unexpected, duplicate or misshapen."""
+    """Open a folder in the layout `canonical`; only the headers of its files are read.
+
+    Raises UserError if a tensor is missing, unexpected, duplicate, or has another shape than the model requires.
+    """
     manifest = read_manifest(folder / MANIFEST, "canonical")
     shapes = parameter_shapes(config_from_tree(manifest["config"]))
     return checkpoint_of(folder, manifest, read_kinds(folder, manifest, shapes))
 
 
 def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[Key, list[StoredTensor]]:
-    """Return where the values of each (kind, parameter) lie in the safetensors files that a manifest lists.
+    """Return where the values of each (kind, parameter) are in the safetensors files that a manifest lists.
 
-    shapes: shape of every parameter of the model. Raises UserError for an unexpected or misshapen tensor.
+    shapes: shape of every parameter of the model. Raises UserError for an unexpected tensor, or one of another shape.
     """
     expected = {key: (name, start, part) for name, shape in shapes.items() for key, start, part in keys(name, shape)}
     files = [f for f in manifest["files"] if f.endswith(".safetensors")]
@@ -99,7 +106,7 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
 
 
 def gather(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return where each tensor of several safetensors files lies, by key. UserError: two files have the same key."""
+    """Return where each tensor is in several safetensors files, by its key. Raises UserError if two have the same key."""
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         for key, stored in file_tensors(path).items():

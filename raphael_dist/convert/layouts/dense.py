@@ -46,8 +46,8 @@ _OUTER = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-# Fields of a diffusers U-Net's `config.json` that may have any value: sizes, and what does not change the architecture. All
-# others must have diffusers' default, which is what RaphaelUNet computes; `_LINEAR` is the only exception.
+# Fields of a diffusers U-Net's `config.json` that may have any value: sizes, and fields that do not change the architecture.
+# All others must have diffusers' default, which RaphaelUNet implements; `_LINEAR` is the only exception.
 _FREE = {
     "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "in_channels", "out_channels",
     "cross_attention_dim", "norm_num_groups", "attention_head_dim", "num_attention_heads", "sample_size", "upcast_attention",
@@ -59,12 +59,12 @@ _LINEAR = "use_linear_projection"  # on in Stable Diffusion 2, off by diffusers'
 
 
 def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str, Any] | None = None) -> Config:
-    """Return the configuration of this project for a dense U-Net of diffusers.
+    """Return the configuration of this project for a dense U-Net (without experts) of diffusers.
 
     Args:
         unet: the content of the U-Net's config.json.
         where: path of this file, for messages.
-        diffusion: settings of the section `diffusion` that the folder states.
+        diffusion: settings of the section `diffusion` that the folder states (`scheduler_settings`).
 
     Raises:
         UserError: the structure differs from that of Stable Diffusion 2.
@@ -123,7 +123,7 @@ def _dense_config(sizes: JsonObject, diffusion: Mapping[str, Any] | None = None)
 def unet_json(config: Config, where: str) -> JsonObject:
     """Return the content of config.json for a dense model as a UNet2DConditionModel of diffusers.
 
-    Raises UserError if that class cannot represent the model. where: beginning of the message.
+    Raises UserError, which begins with `where`, if that class cannot represent the model.
     """
     m = config.model
     if not is_dense(config):
@@ -141,7 +141,7 @@ def unet_json(config: Config, where: str) -> JsonObject:
 
 
 def unet_fields(config: Config) -> JsonObject:
-    """Return those fields of config.json that diffusers' UNet2DConditionModel has too, for any model, also with experts."""
+    """Return the fields of config.json that diffusers' UNet2DConditionModel has too. The model may have experts."""
     m = config.model
     kinds = ["CrossAttn" * has + "DownBlock2D" for has in m.attention]
     return {
@@ -161,7 +161,7 @@ def unet_fields(config: Config) -> JsonObject:
 
 
 def _config_of_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Config:
-    """Return the sizes of a model from the shapes of its tensors, under diffusers' names.
+    """Return the configuration of a dense model, computed from the shapes of its tensors by diffusers' names.
 
     The shapes do not show the width of a head and the number of norm groups: the largest up to 64 and 32 are used.
     """
@@ -226,7 +226,7 @@ def _inner(kind: str, inner: str) -> str:
 
 
 def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of an LDM file's U-Net by diffusers' names."""
+    """Return the tensors of an LDM file's U-Net by diffusers' names. Raises UserError if it is not Stable Diffusion 2."""
     unet = {key.removeprefix(_LDM): tensor for key, tensor in stored.items() if key.startswith(_LDM)}
     blocks = {int(m[1]) for key in unet if (m := re.match(r"input_blocks\.(\d+)\.", key))}
     downs = sorted(int(m[1]) for key in unet if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", key)))
@@ -294,12 +294,12 @@ def _open_file(path: Path) -> Checkpoint:
 def weights_by_name(
     folder: Path, config: Config, stored: dict[str, StoredTensor], manifest: JsonObject | None
 ) -> Checkpoint:
-    """Make a Checkpoint from tensors that have the names of the trainer's parameters, one whole parameter each.
+    """Make a Checkpoint from stored tensors, each of which is one whole parameter under the trainer's name.
 
     Args:
         folder: the path that was opened, for messages.
         config: configuration of the model.
-        stored: where each tensor lies in its file, by name.
+        stored: where each tensor is in its file, by name.
         manifest: manifest of the folder; None: it has none.
 
     Raises:
@@ -323,7 +323,7 @@ def weights_by_name(
 
 
 def read_object(path: Path) -> JsonObject:
-    """Read a JSON file that contains an object, and return the object. UserError: it cannot be read or has another value."""
+    """Read a JSON file that contains an object. Raises UserError if it cannot be read or has another kind of value."""
     try:
         tree = read_json(path)
     except (OSError, ValueError) as error:
@@ -334,7 +334,7 @@ def read_object(path: Path) -> JsonObject:
 
 
 def scheduler_settings(folder: Path) -> JsonObject:
-    """Return the settings of the section `diffusion` that correspond to the scheduler of a pipeline; {} without scheduler.
+    """Read the scheduler of a diffusers pipeline as settings of the section `diffusion`; {} without a scheduler.
 
     Args:
         folder: the pipeline's folder, or its unet/.
@@ -349,7 +349,7 @@ def scheduler_settings(folder: Path) -> JsonObject:
              "rescale_betas_zero_snr": "zero_terminal_snr"}  # fmt: skip
     if scheduler.get("_class_name") == FLOW and not scheduler.get("use_dynamic_shifting") and scheduler.get("shift") == 1:
         return {"num_timesteps": scheduler["num_train_timesteps"], "prediction": "flow"}
-    no_betas = "_class_name" in scheduler and "beta_schedule" not in scheduler  # another flow
+    no_betas = "_class_name" in scheduler and "beta_schedule" not in scheduler  # another scheduler of flow matching
     if no_betas or scheduler.get("trained_betas") is not None:
         raise UserError(
             f"{folder}: the noise schedule must have beta_schedule scaled_linear or linear, but its "
@@ -360,7 +360,9 @@ def scheduler_settings(folder: Path) -> JsonObject:
 
 
 def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutFile], dict[str, bytes], str]:
-    """Plan the weight files of a `unet/` folder, in which each tensor has the name of its parameter.
+    """Plan the weight files of a U-Net of diffusers, in which each tensor has the name of its parameter.
+
+    `folder`: prefix of the files' names, such as "unet/".
 
     Returns:
         The files; {name: content} of their index, {} for a single file; and the kind of weights, "ema" or "master".
@@ -371,7 +373,7 @@ def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutF
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a `unet/` folder of diffusers. Raises UserError if the model is not dense."""
+    """Return the plan of a U-Net folder of diffusers. Raises UserError if the model is not dense (has experts)."""
     unet = unet_json(source.config, "--to dense")
     files, small, kind = unet_files(source, options, "")
     small["config.json"] = json.dumps(unet, indent=2).encode()
@@ -380,12 +382,12 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` is a single file, or a folder with one model of diffusers (not with a pipeline)."""
+    """Return whether `path` is a single file, or the folder of one model of diffusers (not of a whole pipeline)."""
     return path.is_file() or ((path / "config.json").is_file() and not (path / "model_index.json").is_file())
 
 
 def pickles(path: Path) -> list[Path]:
-    """Return the files with pickled weights: `path` itself unless it is a safetensors file, or a folder's .bin files."""
+    """Return the files that would be unpickled: a single file that is not safetensors, or a folder's .bin files."""
     if path.is_file():
         return [path] if path.suffix != ".safetensors" else []
     files = weight_files(path / "unet" if (path / "unet").is_dir() else path)

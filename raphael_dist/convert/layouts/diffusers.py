@@ -51,13 +51,13 @@ from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_fi
 from raphael_dist.text import JsonObject
 
 UNET = RaphaelUNet2D.__name__
-_LATER_FIELDS: JsonObject = {"image_positions": False}  # which folders of earlier exports lack
+_LATER_FIELDS: JsonObject = {"image_positions": False}  # fields that folders of earlier exports lack, with their values
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a pipeline folder, or of its unet/ only (`options.unet_only`).
+    """Return the plan of a diffusers pipeline folder, or of its unet/ only (`options.unet_only`).
 
-    Raises UserError if an encoder that the configuration names is missing.
+    Raises UserError if the VAE or text encoder that the source's configuration names is missing.
     """
     config = source.config
     unet = unet_json(config, "--to diffusers") if is_dense(config) else expert_json(config, RaphaelUNet2D)
@@ -84,7 +84,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def expert_json(config: Config, kind: type) -> JsonObject:
-    """Return the content of config.json for a network with experts. kind: its class, RaphaelUNet2D or RaphaelControlNet."""
+    """Return the content of config.json for a network with experts. kind: RaphaelUNet2D or RaphaelControlNet."""
     m = config.model
     return {
         "_class_name": kind.__name__,
@@ -123,7 +123,7 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
 
 
 class Encoders:
-    """The parts of a pipeline other than the U-Net: source folders and classes of VAE, text encoder and tokenizer."""
+    """The components of a pipeline other than the U-Net: source folders and classes of VAE, text encoder and tokenizer."""
 
     def __init__(self, config: Config, text_by_name: bool = False) -> None:
         if text_by_name and config.text.encoder not in NAMED:
@@ -131,7 +131,7 @@ class Encoders:
                 f"--text-by-name requires a text encoder that has a name ({', '.join(NAMED)}), but text.encoder is "
                 f"{config.text.encoder!r}. Leave out --text-by-name."
             )
-        self.config, self.text_by_name = config, text_by_name or config.text.encoder == CHARACTERS  # which has no files
+        self.config, self.text_by_name = config, text_by_name or config.text.encoder == CHARACTERS  # it has no files
         self.vae: Path | None = None
         self.vae_class, self.vae_config = "", JsonObject()
         if config.image.vae != "none":
@@ -153,12 +153,12 @@ class Encoders:
             )
 
     def model_index(self) -> JsonObject:
-        """Return the content of model_index.json."""
+        """Return the content of model_index.json, which lists the classes of the pipeline and its components."""
         config = self.config
         plain = is_dense(config) and not config.upscale.factor
         # StableDiffusionPipeline divides latents by the scaling factor only, without a shift.
         shifted = any(self.vae_config.get(name) for name in ("shift_factor", "latents_mean"))
-        plain = plain and config.diffusion.prediction != "flow"  # which that pipeline cannot sample
+        plain = plain and config.diffusion.prediction != "flow"  # StableDiffusionPipeline cannot sample flow matching
         stable = plain and self.text_class == "CLIPTextModel" and self.vae_class == "AutoencoderKL" and not shifted
         pipeline = "RaphaelUpscalePipeline" if config.upscale.factor else "RaphaelPipeline"
         index: JsonObject = {
@@ -197,7 +197,10 @@ class Encoders:
 
 
 def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
-    """Copy a model's files; return False, with nothing done, if they are not safetensors under plain names."""
+    """Copy the config.json and weights of a model; return False and copy nothing if the weights must be saved again.
+
+    They must be if they are not safetensors, or have the name of a variant. `stems`: possible starts of their names.
+    """
     files = weight_files(source, stems)
     if files.pickled or files.variant:
         return False
@@ -209,7 +212,7 @@ def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
 
 
 def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open the U-Net of a pipeline folder as a checkpoint.
+    """Open the U-Net of a diffusers pipeline folder as a checkpoint.
 
     Raises UserError unless the U-Net is a RaphaelUNet2D or has the structure of Stable Diffusion 2.
     """

@@ -1,13 +1,13 @@
 """The layout `megablocks`: weights with the names and shapes of MegaBlocks' grouped feed-forward layers (dMoE).
 
-For a layer of K experts of width F and D channels, with `....space_moe` or `....time_moe` in front:
+For a layer of K experts of width F and D channels, the names begin with `....space_moe` or `....time_moe`:
 
     .experts.mlp.w1 [K F, D]    rows of expert k are its first layer:        x @ w1_k^T
     .experts.mlp.w2 [K F, D]    expert k's second layer, transposed:         act(...) @ w2_k
     .experts.mlp.v1 [K F, D]    only with GEGLU: act(x @ w1_k^T) * (x @ v1_k^T)
-    .experts.b1 [K, F'], .experts.b2 [K, D]    biases, unchanged; MegaBlocks' layers have none
+    .experts.b1 [K, F'], .experts.b2 [K, D]    biases, unchanged (F' = 2 F with GEGLU, else F); MegaBlocks has none
 
-Everything else keeps its name. Matrices are float32 by default; MegaBlocks' kernels require --dtype bfloat16.
+All other tensors keep their names. Matrices are float32 by default; MegaBlocks' kernels require --dtype bfloat16.
 """
 
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ STEM = "model"
 
 
 def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...], list[Span], bool]]:
-    """Yield every tensor of the layout as (key, shape, spans, transposed).
+    """Yield every tensor of the layout `megablocks` as (key, shape, spans, transposed).
 
-    The tensor is the concatenation of `spans`, ranges of elements of flattened parameters of the model. `transposed` states
-    whether each span is a matrix that the file has transposed.
+    The tensor is the concatenation of `spans`, ranges of elements of flattened parameters of the model. If `transposed`,
+    each span is a matrix whose transpose is stored.
 
     Args:
         shapes: shape of every parameter of the model, by name.
@@ -59,7 +59,7 @@ def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...],
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a folder in this layout. Raises UserError for a model without experts."""
+    """Return the plan of a folder in the layout `megablocks`. Raises UserError for a model without experts."""
     model = source.config.model
     if not (model.space_experts or model.time_experts):
         raise UserError(
@@ -76,7 +76,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a folder in this layout. Raises UserError for a missing, unexpected or misshapen tensor."""
+    """Open a folder in the layout `megablocks`. Raises UserError for a missing or unexpected tensor, or a wrong shape."""
     manifest = read_manifest(folder / MANIFEST, "megablocks")
     config = config_from_tree(manifest["config"])
     shapes, stored = parameter_shapes(config), gather(weight_files(folder, (STEM, STEM)).paths)

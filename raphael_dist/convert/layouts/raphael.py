@@ -22,7 +22,7 @@ from raphael_dist.errors import UserError
 def open_run(path: Path, config: Config | None = None) -> Checkpoint:
     """Open a step-* folder, or the newest checkpoint of a run directory whose files have complete headers.
 
-    Raises UserError for a run that trained only LoRA adapters or a ControlNet, and if there is no such checkpoint.
+    Raises UserError if there is no such checkpoint, or the run trained only LoRA adapters or a ControlNet.
     """
     checkpoint, problems = first_good(path, _open_step, str(path))
     checkpoint.notes += [
@@ -57,7 +57,7 @@ def _open_step(folder: Path) -> Checkpoint:
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a run directory with one checkpoint for `options.world` ranks. `target`: this directory.
+    """Return the plan of a run directory `target` with one checkpoint for `options.world` ranks.
 
     A run that resumes from it starts at step 0 if the source has no Adam moments.
     """

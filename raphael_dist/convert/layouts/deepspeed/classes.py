@@ -5,14 +5,14 @@ from typing import Any
 
 
 class FragmentAddress:
-    """Replaces DeepSpeed's `fragment_address`: the place of a parameter in a flat buffer, `numel` elements from `start`."""
+    """Replaces DeepSpeed's `fragment_address`: a parameter's place in a flat buffer, `numel` elements from `start` on."""
 
     numel: int
     start: int
 
 
 class LossScaler:
-    """Replaces DeepSpeed's classes of loss scalers. Its content is not used."""
+    """Replaces DeepSpeed's classes of loss scalers when its pickle files are read. Its content is not used."""
 
 
 def _zero_stage(value: int) -> int:
@@ -20,14 +20,17 @@ def _zero_stage(value: int) -> int:
 
 
 def _enum_member(owner: object, name: str) -> int:
-    """Replaces `getattr`, by which the first releases of Python 3.11 pickle members of an enum: for ZeRO's stages only."""
+    """Replace `getattr` in a pickle file, and return the number of a ZeRO stage. Any other use is an UnpicklingError.
+
+    The first releases of Python 3.11 pickle members of an enum, such as DeepSpeed's ZeRO stages, as calls of `getattr`.
+    """
     if owner is not _zero_stage or name not in _STAGES:
         raise pickle.UnpicklingError("GLOBAL getattr of an object that is not ZeRO's stages")
     return _STAGES[name]
 
 
 _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
-# Exactly what DeepSpeed's files hold besides tensors and plain values.
+# All objects in DeepSpeed's files other than tensors and plain values.
 ALLOWED: list[Any] = [
     (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_enum_member, "builtins.getattr"),

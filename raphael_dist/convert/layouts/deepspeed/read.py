@@ -1,10 +1,10 @@
 """Reads what DeepSpeed 0.19 writes: `mp_rank_00_model_states.pt` and `zero_pp_rank_R_mp_rank_00_optim_states.pt`.
 
 ZeRO's files hold flat buffers without names. Names come from `param_shapes` (the order in the buffer) and are compared with
-`param_slice_mappings` (offset and size by name) in every shard. Which experts a shard holds follows from its rank and the
-size in its group's name `ep_size_N`, never from the position of the group.
+`param_slice_mappings` (offset and size by name) in every file of a rank. Which experts such a file holds follows from its
+rank and the size in its group's name `ep_size_N`, never from the position of the group.
 
-The files come from others, so `_item` checks every structure in them that is used.
+Other programs wrote the files, so `_item` checks every structure in them that is used.
 """
 
 import re
@@ -59,13 +59,13 @@ def _has_model(folder: Path) -> bool:
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` contains a checkpoint that DeepSpeed saved. False for a run directory of this project."""
+    """Return whether `path` contains a checkpoint that DeepSpeed saved. It is False for run directories of this trainer."""
     is_run = (path / "checkpoints").is_dir() or any(path.glob("step-*"))  # it has a file `latest` too
     return not is_run and (_has_model(path) or (path / "latest").is_file())
 
 
 def pickles(path: Path) -> list[Path]:
-    """Return the files in the checkpoint that torch.save wrote, which are pickles."""
+    """Return the files of a checkpoint that would be unpickled: all that torch.save wrote."""
     return sorted((tag_folder(path) or path).glob("*.pt"))
 
 
@@ -125,7 +125,7 @@ def _shards(folder: Path, world: int) -> list[Path]:
 
 
 def _item(file: Path, tree: Any, key: Any, kind: type[T]) -> T:
-    """Return an item of an unpickled dict or list. Raises UserError if it is missing, or has another type."""
+    """Return the item `key` of an unpickled dict or list. UserError, which names `file`: it is missing or not a `kind`."""
     try:
         value = tree[key]
     except (LookupError, TypeError):
@@ -139,7 +139,10 @@ def _item(file: Path, tree: Any, key: Any, kind: type[T]) -> T:
 
 
 class _Files:
-    """The positions of tensors in DeepSpeed's files of one checkpoint. topology: text about the ranks that wrote it."""
+    """Finds the positions of all parameters in DeepSpeed's files of one checkpoint.
+
+    `spans`: for each (kind, parameter), its parts in the files. `topology`: text about the ranks that wrote them.
+    """
 
     def __init__(self, model_file: Path, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         self._file, self._model, self._shapes = model_file, model, shapes
@@ -196,7 +199,7 @@ class _Files:
             self._add(file, i, _item(file, masters, i, StoredTensor), states.get(i, {}), spans, size)
 
     def _read_zero0(self) -> None:
-        """ZeRO-0: the weights by name; moments in the order of the parameters."""
+        """Find the positions in a ZeRO-0 file: weights are stored by name, moments in the order of the parameters."""
         file = self._file
         weights, optimizer = _item(file, self._model, "module", dict), _item(file, self._model, "optimizer", dict)
         param_groups, states = _item(file, optimizer, "param_groups", list), _item(file, optimizer, "state", dict)
@@ -212,7 +215,10 @@ class _Files:
             self.spans |= {(k, name): [_item(file, moments, k, StoredTensor)] for k in MOMENTS if k in moments}
 
     def _add(self, file: Path, i: int, master: StoredTensor, moments: Any, spans: dict[Span, int], size: int) -> None:
-        """Add the flat buffers of group `i`, of at least `size` elements, which hold `spans` at their offsets."""
+        """Record the positions of the parameters in the flat buffers (fp32 weights and Adam moments) of parameter group `i`.
+
+        `spans`: the parameters' ranges in a buffer, each with its offset. `size`: elements that a buffer must have at least.
+        """
         flat_moments = {kind: _item(file, moments, kind, StoredTensor) for kind in MOMENTS if kind in moments}
         for kind, flat in {"master": master, **flat_moments}.items():
             if flat.numel < size:
@@ -224,7 +230,7 @@ class _Files:
                 self.spans.setdefault((kind, span.name), []).append(flat.part(offset, span.numel, span.start))
 
     def _rebuild(self, file: Path, rank: int, ep_size: int, shapes: Any, state: Tree, i: int) -> Group:
-        """Compute where the group's parameters lie, and compare with what the shard says."""
+        """Compute the positions of group `i`'s parameters in a rank's flat buffer. UserError: its file states others."""
         unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
             raise UserError(
@@ -241,7 +247,7 @@ class _Files:
             if paddings is None or list(paddings[i]) == group.paddings:
                 break
         else:
-            assert paddings is not None  # or the first alignment is taken
+            assert paddings is not None  # otherwise the loop ends with the first alignment
             raise UserError(
                 f"{file}: the paddings of parameter group {i} must be {group.paddings}, as its parameters require, but the "
                 f"file states {list(paddings[i])}. Use the configuration of the run as --config."

@@ -45,7 +45,7 @@ Tree = dict[str, Any]  # of dicts, lists and plain values, with an Entry for eac
 
 
 class _Target:
-    """Values that all files of one conversion depend on."""
+    """The configuration, topology and progress of the checkpoint to write, on which all files of a conversion depend."""
 
     def __init__(self, source: Source, options: Options) -> None:
         self.source, self.options = source, options
@@ -55,7 +55,7 @@ class _Target:
         batch = BatchPlan.of(self.config, options.world)
         json_tree = {"zero_optimization": {"stage": options.stage}}
         self.ds_config = ds_config.merge(self.config, json_tree, batch.accumulation, options.world)
-        # With bfloat16 and gradients accumulated in float32, stage 1 is another DeepSpeed class, which aligns nothing.
+        # With bfloat16 and gradients summed in float32, stage 1 uses another DeepSpeed class, which does not pad parameters.
         self.bf16_optimizer = options.stage == 1 and ds_config.sums_in_float32(train.dtype, batch.accumulation)
         self.topology = topology_of(self.config, options, aligned=not self.bf16_optimizer)
         self.progress, self.notes = progress_of_target(source)
@@ -66,7 +66,7 @@ class _Target:
 
 
 def plan(source: Source, options: Options, path: Path) -> ConversionPlan:
-    """Return the plan of a folder in this layout.
+    """Return the plan of the files of a DeepSpeed checkpoint in the new folder `path`.
 
     Raises UserError if the model or DeepSpeed does not allow the ranks, ZeRO stage or expert parallelism in `options`.
     """
@@ -156,7 +156,10 @@ def _zero_file(target: _Target, folder: str, rank: int, state: Tree) -> OutFile:
 
 
 def _flat(kind: str, spans: dict[Span, int], size: int) -> Entry:
-    """Return a flat buffer of `size` elements with the spans of one kind at their offsets in it, zero elsewhere."""
+    """Return a flat buffer of `size` elements to write. Outside of `spans` (ranges of parameters with offsets) it is zero.
+
+    `kind`: kind of the values, such as "master" (fp32 weights).
+    """
     pieces, at = [], 0
     for span, offset in spans.items():
         if offset > at:
@@ -176,12 +179,15 @@ def _state(target: _Target, spans: dict[Span, int], size: int) -> Tree:
 
 
 def _settings(target: _Target, index: int | list[int], ep_size: int = 1) -> Tree:
-    """Return a parameter group of torch's optimizer, as its `state_dict` has it."""
+    """Return a parameter group as in the `state_dict` of torch's optimizer, with the parameters' numbers `index`.
+
+    `ep_size`: number of ranks over which its experts are sharded; 1: it has no sharded experts.
+    """
     model = torch.nn.Parameter(torch.zeros(1))
     optim = target.config.optim
     optimizer: torch.optim.Optimizer
     if target.adam:
-        # Fused as the engine's: the loaded state decides which kernel is used, and kernels round differently.
+        # Fused as in the engine: the loaded settings decide which kernel runs, and kernels round differently.
         optimizer = torch.optim.AdamW(
             [model], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
         )
@@ -233,7 +239,7 @@ def _zero3_state(target: _Target, rank: int) -> Tree:
 
 
 def _loss_scale(stage: int) -> Tree:
-    """Return the state of a constant loss scale, and the ZeRO stage, which DeepSpeed saves together."""
+    """Return the entries that DeepSpeed saves for its loss scale (constant 1) and the ZeRO stage."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
