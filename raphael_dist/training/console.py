@@ -55,7 +55,7 @@ class Console:
         Args:
             active: whether this rank shows anything.
             start: number of optimizer steps that were complete before this process started.
-            total: number of the run's last step.
+            total: number of optimizer steps of the whole run.
         """
         self._active, self._start, self._total = active, start, total
         self._began = time.monotonic()

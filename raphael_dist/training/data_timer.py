@@ -15,7 +15,7 @@ REMEDIES = {
 
 
 class DataTimer:
-    """Adds up the seconds that this rank waits for data, separately for each kind of work in `KINDS`.
+    """Adds up the seconds that this rank waits for data, separately for reading, decoding, encoding and copying.
 
     The wait for a batch is divided among reading, decoding and encoding, in proportion to the time that each took for this
     batch. The time to copy the batch to the device is counted as "copying".
@@ -30,7 +30,10 @@ class DataTimer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Measure the body, which fetches a batch, calls `fetched`, and then copies the batch to the device."""
+        """Return a context manager that measures its body.
+
+        The body must fetch a batch, call `fetched`, and then copy the batch to the device.
+        """
         self._began = time.monotonic()
         yield
         now = time.monotonic()
@@ -38,7 +41,10 @@ class DataTimer:
         self.last_wait = now - self._began
 
     def fetched(self, seconds: Mapping[str, float]) -> None:
-        """Record that the batch has arrived. `seconds`: the time that building it took, by kind of work (`KINDS`)."""
+        """Record that the batch has arrived.
+
+        `seconds`: the seconds that building the batch took, by kind of work ("reading", "decoding", "encoding").
+        """
         self._fetched = time.monotonic()
         waited, total = self._fetched - self._began, sum(seconds.get(kind, 0.0) for kind in KINDS)
         for kind in KINDS:
@@ -47,9 +53,10 @@ class DataTimer:
     def take(self, elapsed: float) -> tuple[dict[str, float], str | None]:
         """Return the waiting times since the last call as metrics, and a line to log or None.
 
-        The metrics are shares (0..1) of the `elapsed` seconds, by tag (`time/data_wait_*`). The line names the kind of work
-        with the longest wait and a remedy. It is returned only if more than 3% of the time was spent waiting and the last
-        line named another kind. The first call returns no line, because every start has to wait for data.
+        The metrics are shares (0..1) of the `elapsed` seconds since that call, by tag (`time/data_wait_*`). The line names
+        the kind of work with the longest wait and a remedy. It is returned only if more than 3% of the time was spent
+        waiting and the last line named another kind. The first call returns no line, because every start has to wait for
+        data.
         """
         shares = {kind: self._seconds[kind] / max(elapsed, 1e-9) for kind in KINDS}
         total, longest = sum(shares.values()), max(KINDS, key=lambda kind: shares[kind])

@@ -34,7 +34,7 @@ _MEMBERS = 32  # of the first shard: enough for a whole sample
 
 
 def problems(config: Config) -> list[str]:
-    """Return one error line for each reason why a training with this configuration would fail to start; [] if there is none.
+    """Return one error line for each reason why training with this configuration would fail to start; [] if none.
 
     The checks read only file names, headers and small files. They read no whole shard and no weights, except those of HED
     (the edge detector) if `sample.images` requires it.
@@ -49,7 +49,7 @@ def problems(config: Config) -> list[str]:
 
 
 def attempt(lines: list[str], work: Callable[[], T]) -> T | None:
-    """Return `work()`. If it raises UserError, append the error's lines to `lines` and return None."""
+    """Call `work` and return its result. If it raises UserError, append the error's lines to `lines` and return None."""
     try:
         return work()
     except UserError as error:
@@ -68,7 +68,10 @@ def _check_run_dir(config: Config) -> None:
 
 
 def _check_space(config: Config) -> None:
-    """Raise UserError if the checkpoints do not fit on the disk: `checkpoint.keep`, and one that is being written."""
+    """Raise UserError if the checkpoints of the run do not fit on the disk.
+
+    These are checkpoint.keep checkpoints, and one that is being written.
+    """
     saved, every = len(newest(config.run.dir / "checkpoints")), config.checkpoint.every or config.train.max_steps
     count = max(1, min(config.checkpoint.keep + 1, -(-config.train.max_steps // every)) - saved)
     folder = _existing(config.run.dir)
@@ -143,7 +146,7 @@ def _check_shards(config: Config, name: str) -> None:
 
 
 def _find_shards(config: Config, name: str) -> list[str]:
-    """Return the shards of a field. Raises UserError with a line for each pattern without shards."""
+    """Return the shards of the field data.`name`. Raises UserError with a line for each pattern without shards."""
     training, lines = name == "shards", list[str]()
     names = attempt(lines, lambda: find_shards(config, training=training))
     if names is not None:

@@ -29,13 +29,21 @@ _log = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """The measurements of a run. Every rank records values without waiting for the device; rank 0 writes them.
+    """Collects the measurements of a run. Every rank records values without waiting for the device; rank 0 writes them.
 
-    Use it as a context manager around training.
+    Rank 0 writes to metrics.jsonl, TensorBoard, trackers, terminal and log. Use it as a context manager around training.
+    Tags are names of metrics such as "train/loss".
     """
 
     def __init__(self, config: Config, ranks: Ranks, device: torch.device, hosts: list[str]) -> None:
-        """Open the output files on rank 0. `hosts`: the host name of each rank, for messages about slow ranks."""
+        """Open the output files on rank 0.
+
+        Args:
+            config: the run's configuration.
+            ranks: this rank and the number of ranks.
+            device: this rank's device.
+            hosts: the host name of each rank, for messages about slow ranks.
+        """
         self._ranks, self._device, self._dtype = ranks, device, getattr(torch, config.train.dtype)
         self._max_steps = config.train.max_steps
         self._metrics, self._dead_experts = Metrics(device), DeadExperts()
@@ -52,13 +60,16 @@ class Telemetry:
         self._flops = 0.0
 
     def begin(self, step: int, flops: float) -> None:
-        """Start logging after optimizer step `step`. `flops`: model FLOPs per sample, for the MFU."""
+        """Start logging after optimizer step `step` (0 in a new run).
+
+        `flops`: model FLOPs per sample, forward and backward, for the model FLOP utilisation (MFU).
+        """
         self._logged_step, self._flops = step, flops
         self.return_to(step)
 
     @property
     def seconds(self) -> float:
-        """Seconds since this object was created, which is when this process opened the run."""
+        """Seconds since this object was created, at the start of this process."""
         return time.monotonic() - self._began
 
     def __enter__(self) -> Self:
@@ -74,9 +85,9 @@ class Telemetry:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[DataTimer]:
-        """Time the body, which fetches a batch and copies it to the device.
+        """Return a context manager that measures its body as time spent waiting for data.
 
-        Yields the timer. The body must call its method `fetched` after fetching and before copying.
+        The body gets a DataTimer. It must fetch a batch, call the timer's `fetched`, and then copy the batch to the device.
         """
         with self._data_timer.waiting():
             yield self._data_timer
@@ -84,13 +95,13 @@ class Telemetry:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Time the body, a forward pass, and count it as this rank's own work (stragglers.py)."""
+        """Return a context manager that measures its body, a forward pass, as this rank's own work (stragglers.py)."""
         began = self._stopwatch.start()
         yield
         self._stopwatch.stop(began)
 
     def record(self, batch: Batch, losses: Losses) -> None:
-        """Add samples, losses and expert loads of a micro-batch to those of the step, without waiting for the device."""
+        """Add a micro-batch's samples, losses and expert loads to those of the current step, without waiting for the GPU."""
         count, add = batch.weight.sum(), self._current_step.add
         add("samples", count, "sum")
         for tag, value in (("loss", losses.denoise), ("loss_weighted", losses.total), ("loss_edge", losses.edge)):
@@ -103,12 +114,15 @@ class Telemetry:
         self._metrics.add("memory/peak_gib", peak_gib(batch.weight.device), "max")
 
     def record_traffic(self, traffic: Traffic) -> None:
-        """Add the bytes that this rank sent to other ranks in a step that updated the weights."""
+        """Add the bytes that this rank sent to other ranks in one step. Call it only if the step updated the weights."""
         for part, num_bytes in asdict(traffic).items():
             self._metrics.add(f"comm/{part}", float(num_bytes), "mean")
 
     def end_step(self, step: int, updated: bool) -> None:
-        """End optimizer step `step`: keep its losses and expert loads for the next log line if `updated`, else drop them."""
+        """End optimizer step `step`. Keep its losses and expert loads for the next log line only if `updated`.
+
+        `updated`: whether the step changes the weights. The values of skipped steps are dropped.
+        """
         if updated:
             self._steps.append((step, self._current_step))
         self._current_step = Metrics(self._device)
@@ -127,8 +141,9 @@ class Telemetry:
 
         Args:
             step: the optimizer step.
-            samples_seen: training samples of the run up to this step.
-            replaced: number of bad samples that this rank has replaced so far; summed over ranks.
+            samples_seen: number of training samples that the run has used up to this step.
+            replaced: number of unreadable samples that this rank has replaced since the start of this process; summed over
+                ranks.
             own: further scalars by tag, which are equal on all ranks and are not reduced.
         """
         self._metrics.add("data/replaced", float(replaced), "sum")
@@ -179,7 +194,7 @@ class Telemetry:
         return self._stragglers.slowest_ratio()
 
     def log_save(self, saved: Save) -> None:
-        """Log that a checkpoint was published, with its size and the time that saving took."""
+        """Log that the checkpoint `saved` is complete, with its size and the time that saving took."""
         self.line(saved.line)
         self.write(saved.manifest["step"], saved.manifest["samples_seen"], saved.metrics())
 

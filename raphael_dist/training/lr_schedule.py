@@ -1,7 +1,7 @@
 """The learning rate and the standard deviation of the gate noise, as functions of the optimizer step alone.
 
 They do not depend on the number of samples seen: after a rollback a step gets other samples than before, and each entry of
-train.stages may set another global batch size.
+train.stages may set another global batch size. Gate noise is noise on the logits of the gates that select experts.
 """
 
 import math
@@ -32,9 +32,9 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def gate_noise_deviation(config: Config, step: int) -> float:
-    """Return the standard deviation of the gate noise in optimizer step `step` (from 1).
+    """Return the standard deviation of the noise on the gates' logits in optimizer step `step` (from 1).
 
-    It is `model.gate_noise` at the start, and is annealed to 0.
+    It is `model.gate_noise` at the start and falls to 0 in model.gate_noise_steps steps; it is constant if these are 0.
     """
     model = config.model
     done = (step - 1) / model.gate_noise_steps if model.gate_noise_steps else 0.0
@@ -42,7 +42,10 @@ def gate_noise_deviation(config: Config, step: int) -> float:
 
 
 def annealing_factor(schedule: str, done: float) -> float:
-    """Return the factor of a schedule after the share `done` (0..1) of its steps: 1 at the start, 0 from the end on."""
+    """Return a factor that falls from 1 to 0, after the share `done` (0..1) of the steps of a schedule.
+
+    `schedule`: "linear", "cosine", or "exponential", which falls to 0.01 and is 0 at the end.
+    """
     if done >= 1:
         return 0.0
     if schedule == "linear":
@@ -56,7 +59,7 @@ def annealing_factor(schedule: str, done: float) -> float:
 def _schedule(
     name: str, lr: float, warmup: int, steps: int, arguments: tuple[tuple[str, float], ...]
 ) -> Callable[[int], float]:
-    """Return transformers' function from steps taken to a factor of the learning rate."""
+    """Return the function of transformers' schedule: from the number of steps taken to a factor on the learning rate."""
     import torch
     from transformers import get_scheduler
 

@@ -31,7 +31,7 @@ class Metrics:
     """Collects named values on this rank without waiting for the device; `reduce` combines them over ranks.
 
     If a name is recorded several times, its values are added (reductions "sum" and "mean"), or the largest is kept ("max").
-    Tensors stay on the device, numbers on the host.
+    Tensors stay on the device, Python numbers on the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,9 +41,10 @@ class Metrics:
         self._maxima: dict[str, Tensor | float] = {}
 
     def add(self, name: str, value: Tensor | float, reduction: Reduction, count: Tensor | float = 1.0) -> None:
-        """Record a value under `name`. A "mean" is sum(value) / sum(count) over all calls and ranks.
+        """Record a number or tensor under `name`, without waiting for the device.
 
-        A value is a number, or a tensor on the device of this object with the same shape at every call with this name.
+        A "mean" is sum(value) / sum(count) over all calls and ranks. A tensor must be on the device of this object, with the
+        same shape at every call with this name.
         """
         value = _plain(value)
         if reduction == "max":
@@ -64,7 +65,8 @@ class Metrics:
     def reduce(self) -> dict[str, Tensor]:
         """Return the values reduced over all ranks by name, as float32 tensors on the host, and clear this object.
 
-        Two collectives; waits for the device once. All ranks must have recorded the same names and shapes.
+        Collective (at most two all-reduces); waits for the device once. All ranks must have recorded the same names and
+        shapes.
         """
         sums = self._sums | {f"#{n}": c for n, c in self._counts.items()}
         parts = [_flat(sums, self._device), _flat(self._maxima, self._device)]
@@ -124,8 +126,9 @@ _BOARD = "TensorBoard's file"
 class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and to TensorBoard's files in the run directory. Used on rank 0.
 
-    Scalars of single blocks (moe/space/L00/...) go to TensorBoard only with `every_scalar`: heat maps show them already.
-    What cannot be written, e.g. on a full disk, is lost with one warning, and the run continues.
+    Scalars of single blocks (moe/space/L00/...) go to TensorBoard only with `every_scalar`, since heat maps show them
+    already. If a file cannot be written, e.g. on a full disk, one warning is logged, the values are lost, and the run
+    continues.
     """
 
     def __init__(self, run_dir: Path, every_scalar: bool = False) -> None:
@@ -142,7 +145,10 @@ class MetricsWriter:
             self._board.add_custom_scalars(LAYOUT)
 
     def describe(self, yaml: str, values: Mapping[str, bool | int | float | str]) -> None:
-        """Write a run's configuration to TensorBoard: `yaml` as text, `values` as hyperparameters for comparing runs."""
+        """Write a run's configuration to TensorBoard, as YAML text and as hyperparameters for comparing runs.
+
+        `values`: the settings by key `section.key`.
+        """
         from torch.utils.tensorboard.summary import hparams
 
         if self._board is not None:
@@ -195,7 +201,7 @@ class MetricsWriter:
 
     @contextmanager
     def _tolerating(self, what: str) -> Iterator[None]:
-        """Return a context in which the first OSError is logged as a warning, and others are ignored."""
+        """Return a context manager that ignores OSError in its body, and logs the first one. `what`: the file, for the log."""
         try:
             yield
         except OSError as error:
@@ -267,15 +273,15 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = None) -> dict[str, float]:
     """Return scalars by tag that describe how evenly work is divided over experts, in total and for each block.
 
-    `load_max` and `load_min` are the largest and the smallest load of an expert, divided by the mean load of its block (1:
-    even). `load_entropy` is the result of the function `load_entropy`.
+    `load_max` and `load_min` are the largest and the smallest load of an expert, divided by the mean load of its block.
+    `load_entropy` is the result of the function `load_entropy`. `density` is the share of all (image token, expert) pairs
+    that are computed.
 
     Args:
         prefix: first part of the tags, e.g. "moe/space".
         load_LK: work of expert k in transformer block l. Time experts: number of samples. Space experts: the sum over
             samples of the share of image tokens that need the expert.
-        total_samples: number of samples, for space experts. Adds `density`, the share of all (image token, expert) pairs
-            that are computed. None: no `density`.
+        total_samples: number of samples in `load_LK`, for the `density` of space experts. None: no `density`.
     """
     share_LK = relative_load(load_LK)
     values = {f"{prefix}/load_max": float(share_LK.max()), f"{prefix}/load_min": float(share_LK.min())}
@@ -306,7 +312,7 @@ def load_entropy(share_LK: Tensor) -> float:
 
 
 class DeadExperts:
-    """Detects experts that get almost no work, and words a warning with a remedy.
+    """Detects experts that get almost no work, and creates a warning with a remedy.
 
     An expert is dead if its load is below DEAD_SHARE of the mean load of its block. The loads of the last log lines are
     added up, as many lines as are needed for SAMPLES samples per expert.
@@ -339,9 +345,9 @@ class DeadExperts:
         return relative_load(torch.stack([load for load, _ in lines]).sum(dim=0)) < DEAD_SHARE
 
     def warning(self, kind: str, dead_LK: Tensor) -> str | None:
-        """Return a warning if experts of this kind are dead, else None.
+        """Return a warning about the dead experts of a kind, or None. `dead_LK`: the result of `find`.
 
-        After a first warning, the next follows only when their number has doubled.
+        None if no expert is dead, or if their number has not doubled since the last warning.
         """
         count = int(dead_LK.sum())
         if count == 0 or count < 2 * self._warned[kind]:

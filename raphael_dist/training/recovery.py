@@ -17,10 +17,12 @@ StepLosses = list[tuple[torch.Tensor, torch.Tensor]]  # (positions, losses) of e
 
 
 class SkipReason(NamedTuple):
-    """Why a step must not change the weights, as text (`why`).
+    """Why a step must not change the weights.
 
-    `rollback`: whether the run must return to a checkpoint, because the loss is a spike and train.spike_action is
-    "rollback".
+    Attributes:
+        why: the reason as text, for the log.
+        rollback: whether the run must return to a checkpoint. This is so if the loss is a spike and train.spike_action is
+            "rollback".
     """
 
     why: str
@@ -28,7 +30,13 @@ class SkipReason(NamedTuple):
 
 
 def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
-    """Return why a step with this mean loss and gradient norm must be skipped, or None if it may change the weights."""
+    """Return why a step must be skipped, or None if it may change the weights. A spike of the loss is counted and logged.
+
+    Args:
+        run: the run.
+        loss: mean loss of the step over all ranks.
+        norm: global gradient norm of the step.
+    """
     verdict, action = run.guard.judge(loss), run.config.train.spike_action
     if verdict == "not finite":
         return SkipReason("the loss is not finite")
@@ -48,9 +56,14 @@ def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
 def skip(run: Run, why: str, losses: StepLosses) -> bool:
     """Record a step that did not change the weights. The run does not use its samples again. Collective.
 
+    Args:
+        run: the run. Its progress already counts this step.
+        why: the reason, for the log.
+        losses: positions and losses of this rank's samples in the step.
+
     Returns:
         True: the run continues with the next step. False: the run returned to an earlier checkpoint, because
-            train.max_skipped steps in a row were skipped and no step since the current checkpoint was good.
+        train.max_skipped steps in a row were skipped and no step since the current checkpoint was good.
 
     Raises:
         NonFiniteError: train.max_skipped steps in a row were skipped, and either a step since the current checkpoint was
@@ -71,14 +84,16 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
 
 
 def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
-    """Quarantine the checkpoint that this process started from, and return to the one before it. Collective.
+    """Return to the checkpoint before the one that this process started from. Collective.
+
+    The later checkpoint is renamed to damaged-step-*, since no step that started from it was good.
 
     Args:
         run: the run.
         line: the reason, for the log.
 
     Returns:
-        False if there is no earlier checkpoint.
+        False if there is no earlier checkpoint. Nothing is changed then.
     """
     first_step, samples_seen = run.progress.first_step, run.progress.samples_seen
     saved = run.store.rewind(before=first_step)
@@ -94,7 +109,7 @@ def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
 
 
 def rollback(run: Run) -> bool:
-    """Return to the newest checkpoint, and continue with the samples that follow the current batch. Collective.
+    """Return to the newest checkpoint, and continue with the samples that follow the current global batch. Collective.
 
     Returns False without changing anything if there is no checkpoint.
     """
@@ -121,13 +136,13 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
 
 
 def restore(run: Run, saved: Progress) -> None:
-    """Set the run's progress and the state of its loss guard to those of a checkpoint."""
+    """Set step, samples_seen and the state of the loss guard of a run to those of a checkpoint (`saved`)."""
     run.progress.step, run.progress.samples_seen = saved.step, saved.samples_seen
     run.guard.restore(saved.guard)
 
 
 def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
-    """Return the progress to store in a checkpoint.
+    """Return the progress of the run in the form that is stored in a checkpoint.
 
     `rollbacks`: how many times the run has returned to this checkpoint; None: the number that the loss guard has counted.
     """
@@ -139,7 +154,7 @@ def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
 
 
 def _bad_positions(losses: StepLosses) -> list[int]:
-    """Return the positions of all ranks' samples without a finite loss. Collective."""
+    """Return the positions (numbers in the training order) of all ranks' samples without a finite loss. Collective."""
     bad = [
         int(position)
         for positions_B, losses_B in losses

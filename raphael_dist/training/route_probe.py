@@ -1,6 +1,8 @@
 """Measures at each validation how certain the gates are and how many routes changed, without gate noise.
 
-Shape legend: L transformer blocks, R rows (text tokens or timesteps), K experts, B samples, Y text tokens, D text width.
+A route is the expert that a gate selects for a text token or a timestep.
+
+Shape legend: L transformer blocks, R text tokens or timesteps, K experts, B samples, Y text tokens, D text width.
 """
 
 import torch
@@ -13,7 +15,7 @@ from raphael_dist.model.unet import RaphaelUNet
 class RouteProbe:
     """Measures gate entropy and the share of routes that changed since the last call, always on the same held-out inputs.
 
-    A route is the expert that a gate chooses for a text token or a timestep.
+    A route is the expert that a gate selects for a text token or a timestep.
     """
 
     def __init__(self) -> None:
@@ -23,7 +25,8 @@ class RouteProbe:
     def measure(self, model: RaphaelUNet, batch: Batch) -> dict[str, float]:
         """Return gate entropies and shares of changed routes as scalars by tag. `batch` must be the same at each call.
 
-        Returns nothing under ZeRO-3, where the gates have their weights only during the model's forward pass.
+        Entropies are divided by that of an even choice (0..1). The first call has no shares. Returns {} under ZeRO-3, where
+        the gates have their weights only during the model's forward pass.
         """
         if model.gathers_weights:
             return {}

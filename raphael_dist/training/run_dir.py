@@ -29,7 +29,7 @@ def acquire(config: Config, report: Reporter = no_report) -> IO[str]:
 
     Args:
         config: the run's configuration.
-        report: called repeatedly while another process holds the lock.
+        report: called repeatedly while another process holds the lock, so that other ranks see progress.
 
     Returns:
         The open lock file. The directory stays locked until this file is closed.
@@ -86,18 +86,19 @@ def _owner() -> str:
 
 
 def check_owner(lock: IO[str] | None) -> None:
-    """Raise RuntimeError if another run has locked the directory in the meantime.
+    """Raise RuntimeError if another run has locked the run directory since this run did.
 
-    This can happen because some file systems drop a lock when its node fails.
+    This can happen because some file systems drop a lock when its node fails. `lock`: the open lock file from `acquire`;
+    None on ranks other than 0, where nothing is checked.
     """
     if lock is not None and Path(lock.name).read_text() != _owner():
         raise RuntimeError(f"another process has locked {Path(lock.name).parent}, so this process writes nothing more to it")
 
 
 def check_unowned(config: Config) -> None:
-    """Raise UserError if the newest readable checkpoint is from a run with other settings.
+    """Raise UserError if the newest readable checkpoint in run.dir is from a run with other settings.
 
-    Files of a start that failed before its first checkpoint do not count.
+    A run directory without a readable checkpoint may be used, even if it has other files of an earlier run.
     """
     for checkpoint in newest(config.run.dir / "checkpoints"):
         try:
@@ -109,13 +110,16 @@ def check_unowned(config: Config) -> None:
 
 
 def newest_step(config: Config) -> int:
-    """Return the step of the newest checkpoint, even if it is damaged; 0 if there is no checkpoint."""
+    """Return the step of the newest checkpoint in run.dir, even if it is damaged; 0 if there is none."""
     checkpoints = newest(config.run.dir / "checkpoints")
     return step_of(checkpoints[0]) or 0 if checkpoints else 0
 
 
 def resume_points(config: Config, report: Reporter = no_report) -> list[int]:
-    """Return `samples_seen` of each readable checkpoint, since the run may resume from any of them."""
+    """Return `samples_seen` (number of used training samples) of each readable checkpoint in run.dir.
+
+    The run may resume from any of them. `report` is called with the name of each checkpoint.
+    """
     samples_seen = []
     for checkpoint in newest(config.run.dir / "checkpoints"):
         report(checkpoint.name)
@@ -125,7 +129,7 @@ def resume_points(config: Config, report: Reporter = no_report) -> list[int]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file. When it cannot be written, the run continues with one warning."""
+    """A log file. If it cannot be written, one warning is printed and the run continues."""
 
     _warned = False
 
@@ -133,7 +137,7 @@ class _LogFile(logging.FileHandler):
         return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=files.no_links)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Warn once, where logging would print a traceback at every line."""
+        """Print one warning. Python's logging would print a traceback at every line."""
         if not self._warned:
             print(
                 f"warning: {self.baseFilename} cannot be written ({sys.exc_info()[1]}); training continues", file=sys.stderr

@@ -23,9 +23,9 @@ from raphael_dist.training.validation import Validator
 
 @dataclass
 class RunProgress:
-    """How far the run is. A checkpoint stores only `step` and `samples_seen` of it.
+    """How far the run is, equal on all ranks. A checkpoint stores only `step` and `samples_seen` of it.
 
-    `trainer.train_step` and `recovery` change it, in the same way on all ranks.
+    `trainer.train_step` and `recovery` change it.
     """
 
     max_steps: int  # of the run
@@ -46,14 +46,17 @@ class RunProgress:
 
     @property
     def stage_over(self) -> bool:
-        """Whether to leave this stage of train.stages.
+        """Whether to leave the current stage (an entry of train.stages; the whole run if there are none).
 
-        This is so if the stage or the run is complete, or if a rollback returned to an earlier stage.
+        True if the stage or the run is complete, or if a rollback returned to an earlier stage.
         """
         return not self.stage_start <= self.step < (self.stage_end or self.max_steps)
 
     def timeout_factor(self, micro_step: int) -> float:
-        """Return the factor on the watchdog's timeout: larger for the first micro-step, which compiles and allocates."""
+        """Return the factor on the watchdog's timeout during a micro-step.
+
+        It is larger for the first micro-step of this process, which compiles kernels and allocates memory.
+        """
         return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 
 

@@ -30,7 +30,8 @@ def open_run_dir(
     """Lock the run directory, and start logs and metrics in it. Collective.
 
     Returns:
-        The lock file (None except on rank 0), the division of batches over ranks, and the run's telemetry.
+        The open lock file (None except on rank 0), the division of batches over ranks, and the collector of the run's
+        metrics.
     """
     watchdog.heartbeat("locking the run directory", SLOW)
     lock = None
@@ -53,9 +54,10 @@ def open_run_dir(
 def build_engine(
     config: Config, json_tree: dict[str, Any], ranks: Ranks, device: torch.device, plan: BatchPlan, data: DataSource
 ) -> tuple[Engine, Ema | None, CheckpointStore]:
-    """Build the model with its DeepSpeed engine, the moving average of the weights (or None), and the checkpoint store.
+    """Build the model with its DeepSpeed engine, the moving average of the weights, and the checkpoint store. Collective.
 
-    Collective.
+    The moving average is None if `ema.enabled` is false. Arguments are those of `trainer.build`, with the batch plan and the
+    opened data.
     """
     base, digest = _read_base(config, ranks)
     engine = Engine(config, json_tree, plan, device, base)
@@ -64,15 +66,19 @@ def build_engine(
 
 
 def open_requests(config: Config, ranks: Ranks, engine: Engine, data: DataSource) -> list[Request]:
-    """Return the requests (prompt, seed, size) for images to draw during training, as `ready_to_sample`. Collective."""
+    """Return the requests for images to draw during training, one per caption in sample.prompts. Collective.
+
+    It also loads what this rank needs to draw its share, see `validation.ready_to_sample`.
+    """
     with long_work("reading the encoders"):
         return ready_to_sample(config, ranks, engine, data.text, data.image)
 
 
 def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[str, str]]:
-    """Return the frozen base model of adapters or a control, and its digest for checkpoints; None and {} without one.
+    """Return the frozen base model for LoRA or ControlNet training, and its fingerprint for checkpoints. Collective.
 
-    It is read at every start, because checkpoints contain only the trained weights. Collective.
+    Returns None and {} if all weights are trained. The base is read at every start, because checkpoints contain only the
+    trained weights.
     """
     if not config.trains_adapter_only:
         return None, {}

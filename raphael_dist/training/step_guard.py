@@ -25,10 +25,10 @@ class Guard:
         self._returned_to: int | None = None  # the step of the checkpoint of the last rollback
 
     def judge(self, loss: float) -> Verdict:
-        """Judge the mean loss of a step: "good", "not finite" or "spike".
+        """Judge the mean loss of a step: return "good", "not finite" or "spike". Nothing is recorded.
 
-        A spike is more than train.spike_sigma standard deviations above the mean of the last good losses
-        (train.spike_window).
+        A loss is a spike if it is more than train.spike_sigma standard deviations above the mean of the last
+        train.spike_window good losses.
         """
         if not math.isfinite(loss):
             return "not finite"
@@ -43,17 +43,23 @@ class Guard:
         self.in_a_row = 0
 
     def skip(self) -> bool:
-        """Record a step that did not change the weights; return whether train.max_skipped steps in a row did not."""
+        """Record a step that did not change the weights.
+
+        Returns True if this is at least the train.max_skipped-th such step in a row.
+        """
         self.skipped += 1
         self.in_a_row += 1
         return self.in_a_row >= self._train.max_skipped
 
     def record_rollback(self, state: Mapping[str, Any], step: int) -> bool:
-        """Record a return to a checkpoint; return whether the run has returned to it train.max_skipped times.
+        """Record that the run returned to a checkpoint, and take over the guard's state in that checkpoint.
 
         Args:
             state: the guard's state in that checkpoint.
             step: the step of that checkpoint. The count starts again when a run returns to another checkpoint.
+
+        Returns:
+            Whether the run has returned to this checkpoint train.max_skipped times, so that it must end.
         """
         before = self.rollbacks if step == self._returned_to else 0
         spikes, rollbacks = self.spikes, max(before, int(state.get("rollbacks", 0))) + 1

@@ -20,7 +20,7 @@ WINDOW = 20  # least number of steps to compare
 
 
 class Stopwatch:
-    """Adds up the time of this rank's own work. Only `take` waits for a GPU."""
+    """Adds up the time of this rank's own work (data and forward pass). Only `take` waits for a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -58,17 +58,17 @@ class Stopwatch:
 
 @dataclass
 class Stragglers:
-    """Compares the ranks' own times (see module) over the last steps."""
+    """Compares the time that each rank needs for its own work (data and forward pass), over the last steps."""
 
     hosts: list[str]  # by rank
     _recent: deque[tuple[int, list[float]]] = field(default_factory=deque)
 
     def observe(self, steps: int, seconds: float, device: torch.device) -> None:
-        """Gather the own time of each rank. Collective.
+        """Gather the time that each rank needed for its own work. Collective.
 
         Args:
             steps: number of optimizer steps since the last call.
-            seconds: this rank's own time in these steps.
+            seconds: this rank's time for its own work in these steps.
             device: this rank's device.
         """
         local = from_host([seconds], device)
@@ -79,13 +79,13 @@ class Stragglers:
             self._recent.popleft()
 
     def slowest_ratio(self) -> float:
-        """Return the own time of the slowest rank divided by the median of all ranks."""
+        """Return the own time of the slowest rank divided by the median of all ranks; at least 1."""
         return max(self._ratios())
 
     def describe_slow(self) -> str | None:
-        """Return a message naming the ranks whose own time exceeds SLOW_RATIO times the median, or None.
+        """Return a message that names the ranks whose own time exceeds SLOW_RATIO times the median, the slowest first.
 
-        None also if fewer than WINDOW steps were observed.
+        Returns None if there is no such rank, or if fewer than WINDOW steps were observed.
         """
         if len(self.hosts) < 2 or sum(n for n, _ in self._recent) < WINDOW:
             return None

@@ -60,7 +60,7 @@ def quoted(path: object) -> str:
 
 
 def _model(config: Config) -> str:
-    """Return the options of `sample` that name the trained model, with its base model where there is one."""
+    """Return the options of the command `sample` that name the trained model, with its base model if there is one."""
     run_dir, base = quoted(config.run.dir), f"--checkpoint {quoted(config.run.init_from)}"
     if config.control.enabled:
         return f"{base} --control-from {run_dir} --control drawing.png"
@@ -75,7 +75,7 @@ def _export(config: Config) -> str:
 
 
 def _best(run_dir: Path) -> str:
-    """Return the text about the best validation loss, "" where nothing was validated."""
+    """Return the text about the best validation loss; "" if there was no validation."""
     try:
         losses = read_metrics(run_dir / "metrics.jsonl").get("val/loss", [])
     except OSError:

@@ -32,22 +32,22 @@ def grouped_product_flops(a: torch.Size, b: torch.Size, *_: object, **__: object
     """Return the FLOPs of torch's grouped matrix product of two tensors with shapes `a` and `b`.
 
     A tensor with 3 axes has one matrix per group. A tensor with 2 axes is divided into groups along one axis. Every row (or
-    column) is multiplied with one matrix, so the result does not depend on the sizes of the groups: 2 m k n. If both tensors
-    have 3 axes, it is 2 m k n times the number of groups.
+    column) is multiplied with one matrix, so the result does not depend on the sizes of the groups: 2 m k n for shapes m x k
+    and k x n. If both tensors have 3 axes, it is 2 m k n times the number of groups.
     """
     groups = a[0] if len(a) == len(b) == 3 else 1
     return int(2 * groups * a[-2] * a[-1] * b[-1])
 
 
 def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of fused attention on a CPU: the products Q K^T and P V."""
+    """Return the FLOPs of fused attention on a CPU: the products Q K^T and P V. The arguments are shapes."""
     return int(sdpa_flop_count(query, key, value))
 
 
 def attention_backward_flops(
     grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
 ) -> int:
-    """Return the FLOPs of the backward pass of fused attention on a CPU.
+    """Return the FLOPs of the backward pass of fused attention on a CPU. The arguments are shapes.
 
     It counts five products, as torch does for other devices.
     """
@@ -99,7 +99,7 @@ def _rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
 
 
 def forward_flops(model: RaphaelUNet, batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype) -> int:
-    """Return the FLOPs of a forward pass, by running it. Collective with expert parallelism or ZeRO-3."""
+    """Return the FLOPs of a forward pass on `batch`, by running it. Collective with expert parallelism or ZeRO-3."""
     # The counter does not see grouped_gemm's product, which is no operation of torch; torch's own has as many.
     megablocks_layers = [m for m in model.modules() if isinstance(m, Experts) and m.use_megablocks]
     for layer in megablocks_layers:
@@ -114,12 +114,14 @@ def forward_flops(model: RaphaelUNet, batch: Batch, schedule: NoiseSchedule, con
 def throughput(
     samples: float, seconds: float, flops: float, device: torch.device, dtype: torch.dtype, world_size: int
 ) -> dict[str, float]:
-    """Return the images per second of all ranks, and per rank the model TFLOP/s and FLOP utilisation (MFU).
+    """Return throughput metrics by tag: images per second of all ranks; TFLOP/s and FLOP utilisation (MFU) per rank.
+
+    MFU is the share of the device's peak TFLOP/s that is used for the model's FLOPs, without recomputation.
 
     Args:
-        samples: samples of all ranks.
+        samples: number of samples that all ranks together processed.
         seconds: the time that they took.
-        flops: model FLOPs per sample.
+        flops: model FLOPs per sample, forward and backward.
         device, dtype: this rank's device and precision, for the peak.
         world_size: number of ranks.
     """

@@ -41,7 +41,7 @@ def build(
     open_data: Callable[[Config, Ranks, torch.device], DataSource] = open_source,
     watchdog: Watchdog | None = None,
 ) -> Run:
-    """Check the configuration, open the data, build the engine, and resume from the newest checkpoint. Collective.
+    """Open the run directory and the data, build the engine, and resume from the newest checkpoint. Collective.
 
     Args:
         config: the run's configuration.
@@ -93,13 +93,17 @@ def build(
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> bool:
-    """Take one optimizer step on exactly the global batch.
+    """Take one optimizer step on exactly the global batch. Collective.
 
-    The parts are: accumulate gradients, agree with all ranks whether the step is good, clip and update, update the moving
-    average of the weights.
+    It accumulates gradients, agrees with all ranks whether loss and gradients are good, clips, updates the weights, and
+    updates their moving average. If they are bad, the step is skipped or the run returns to a checkpoint.
+
+    Args:
+        run: the run, whose progress is changed.
+        batches: this rank's micro-batches, without an end.
 
     Returns:
-        False if the run returned to a checkpoint instead.
+        False if the run returned to a checkpoint instead of completing the step.
     """
     loss_sum, losses = accumulate(run, batches)
     loss, norm = reduce_step_stats(run, loss_sum)
@@ -120,10 +124,11 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
 
 
 def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recovery.StepLosses]:
-    """Add up the gradients of this rank's micro-batches. The last backward pass also reduces them over the ranks.
+    """Add up the gradients of this rank's micro-batches of one step. The last backward pass also reduces them over ranks.
 
     Returns:
-        The sum of the losses, float32 [] on the device, and for each micro-batch the positions and losses of its samples.
+        The sum of this rank's sample losses, float32 [] on the device, and for each micro-batch the positions and losses of
+        its samples.
     """
     loss_sum, step_losses = torch.zeros((), device=run.engine.device), []
     step = run.progress.step + 1
@@ -146,7 +151,7 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
 def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
     """Return the next micro-batch on the device.
 
-    After this rank's data has failed, it returns dummy batches, so that no other rank waits for this one.
+    If this rank's data fails (UserError), it returns dummy batches from then on, so that no other rank waits for this one.
     `reduce_step_stats` of the same step then ends the run on all ranks, before the weights change.
     """
     if run.stop.data_failure is None:
@@ -162,10 +167,12 @@ def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
 
 
 def reduce_step_stats(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
-    """Return the mean loss and the global gradient norm of the step, equal on all ranks.
+    """Return the mean loss and the global gradient norm of the step, equal on all ranks. Collective.
 
-    This is the only wait for the device in a step. The same all-reduce agrees on stopping early, and publishes a checkpoint
+    This is the only wait for the device in a step. The same all-reduce agrees on stopping early, and completes a checkpoint
     once all ranks have written it. Raises UserError on all ranks if the data of any rank failed.
+
+    `loss_sum`: the sum of this rank's sample losses, from `accumulate`.
     """
     flags = [float(run.stop.request.requested), float(run.store.written), float(run.stop.data_failure is not None)]
     # new_full, not a copy from the host, which would wait.
@@ -190,7 +197,7 @@ def train_stages(
 ) -> bool:
     """Build and train a run, one stage of train.stages after another; return whether the run is complete.
 
-    The arguments are those of `build`.
+    Without stages the run is built once. The arguments are those of `build`.
     """
     step = run_on_rank0("looking for checkpoints", lambda _: run_dir.newest_step(config))
     while True:
@@ -213,7 +220,10 @@ def train_stages(
 
 
 def train(run: Run) -> bool:
-    """Train until the run or the stage ends, or all ranks agree to stop early; return whether the run is complete."""
+    """Train until the run or the stage ends, or all ranks agree to stop early. Closes the objects of `run` at the end.
+
+    Returns whether the whole run is complete.
+    """
     run.stop.request.listen()
     # A request that came while the run was being built.
     run.stop.agreed = float(all_reduce_sum([float(run.stop.request.requested)], run.engine.device)) > 0
@@ -301,7 +311,7 @@ def sample(run: Run) -> None:
 
 
 def save(run: Run, last: bool) -> None:
-    """Start saving a checkpoint. If it is the last one of the run (`last`), wait until it is written. Collective.
+    """Start saving a checkpoint of the run. If it is the last one (`last`), wait until it is written. Collective.
 
     Raises NotSavedError if the last checkpoint cannot be saved. If an earlier one fails, saving is tried again when the next
     one is due.
@@ -317,9 +327,10 @@ def save(run: Run, last: bool) -> None:
 
 
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
-    """Yield the slots of this rank's micro-steps, without an end: rollbacks take more samples than there are steps.
+    """Yield, for each micro-step without an end, the (position, weight) of this rank's samples (`BatchPlan.slots`).
 
-    The prefetcher reads ahead while `samples_seen` grows, so the start is read once.
+    There is no end because rollbacks take more samples than there are steps. The prefetcher reads ahead while `samples_seen`
+    grows, so the start is read once.
     """
     for first in count(run.progress.samples_seen, run.config.train.global_batch_size):
         for micro_step in range(run.plan.accumulation):

@@ -35,11 +35,11 @@ MIN_DRAWS = 32
 
 
 class Validator:
-    """Measures the denoising loss on every held-out pair, at noise and timesteps that never change.
+    """Measures the denoising loss on every held-out pair (image and caption), at noise and timesteps that never change.
 
     If there are few pairs, each is used several times with different noise. `val/loss_t0` .. `val/loss_t3` are the losses in
-    the four quarters of the timestep range; t0 has the least noise. Changes of routes are measured on the first micro-batch
-    (route_probe.py).
+    the four quarters of the timestep range; t0 has the least noise. Changed routes (experts that gates select) are measured
+    on the first micro-batch (route_probe.py).
     """
 
     def __init__(self, config: Config, ranks: Ranks, data: DataSource, engine: Engine, schedule: NoiseSchedule) -> None:
@@ -86,12 +86,14 @@ class Validator:
 
 
 def forward_group_size(config: Config, engine: Engine, world_size: int) -> int:
-    """Return how many consecutive ranks must run a forward pass together, because it contains collectives."""
+    """Return how many consecutive ranks must run a forward pass together, because it contains collectives (1: none)."""
     return world_size if engine.stage == 3 else ranks_per_unit(config)
 
 
 def active_ranks(count: int, world_size: int, group: int, span: int) -> int:
-    """Return how many ranks share `count` samples: a multiple of `group`, such that every group has samples.
+    """Return how many ranks share `count` samples: a multiple of `group`, such that each group has samples.
+
+    The other ranks do nothing.
 
     Args:
         count: number of samples.
@@ -104,9 +106,10 @@ def active_ranks(count: int, world_size: int, group: int, span: int) -> int:
 
 
 def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> list[int]:
-    """Return the indices of the prompts that a rank draws; [] if its group of ranks draws none.
+    """Return the indices of the prompts for which a rank draws images; [] if its group of ranks draws none.
 
-    All ranks of a group draw equally many, because their forward passes are collective. Some may repeat the last prompt.
+    All ranks of a group (`group` consecutive ranks) draw equally many, because their forward passes are collective. Some may
+    repeat the last prompt.
     """
     per_rank = -(-num_prompts // world_size)
     if rank // group * group * per_rank >= num_prompts:
@@ -115,7 +118,7 @@ def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> li
 
 
 def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> list[Request]:
-    """Return the requests for all images to draw during training, and load what this rank needs to draw its share.
+    """Return the requests for images to draw during training, and load what this rank needs to draw its share.
 
     A rank that draws images loads the encoders and reads the input images of its requests. Raises UserError for mistakes in
     the requests, before the first step.
@@ -130,7 +133,10 @@ def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEnco
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images drawn during training, uint8 [P, H, W, 3], and the recorded routes and regions of the first image."""
+    """Images drawn during training, uint8 [P, H, W, 3] for P prompts, and what was recorded of the first image.
+
+    `record` has the experts that were selected, and the regions of the words in the image.
+    """
 
     images: np.ndarray
     record: Record
@@ -145,9 +151,9 @@ def draw_samples(
     image: ImageEncoder,
     requests: Sequence[Request],
 ) -> Samples | None:
-    """Draw the images of the requests with the averaged weights. All requests have the same size. Collective.
+    """Draw the images of the requests with the averaged weights. All requests must have the same size. Collective.
 
-    Returns the images on rank 0, and None on other ranks.
+    `ema`: the averaged weights; None: use the current weights. Returns the images on rank 0, and None on other ranks.
     """
     s, size = config.sample, requests[0].size_hw
     share = prompt_share(len(requests), ranks.rank, ranks.world_size, forward_group_size(config, engine, ranks.world_size))
@@ -173,13 +179,19 @@ def draw_samples(
 
 
 def routes_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Any]:
-    """Return the routes and regions of the first image as JSON values (analysis/route_report.py)."""
+    """Return the selected experts and the regions of the first image's words as JSON values (analysis/route_report.py).
+
+    `prompt`: the caption of the first image. `text`: the text encoder, which splits it into words.
+    """
     words = split_words(text.tokenizer, prompt, text.max_tokens)
     return trace_values(prompt, make_trace(samples.images[0], words, samples.record))
 
 
 def figures_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Image.Image]:
-    """Return figures about the first image by tag: the experts and regions of its words, and the time expert by timestep."""
+    """Return figures about the first image by tag: experts and regions of its words, and the time expert by timestep.
+
+    The arguments are those of `routes_of`.
+    """
     record, figures = samples.record, {}
     if record.time_LS is not None:
         figures["paths/time"] = draw_bands(record.time_LS.numpy(), record.timesteps, "time expert of each block by timestep")

@@ -2,7 +2,7 @@
 
 Each tracker receives the scalars and images that metrics.jsonl and TensorBoard receive. If a tracker fails, it is closed
 with one warning, and the run continues. The run directory stores the id that the tracker gave to the run, so that a resumed
-run continues the same record. API keys come from the environment variables of each package and are never written into the
+run continues under the same id. API keys come from the environment variables of each package and are never written into the
 run directory.
 """
 
@@ -33,7 +33,7 @@ class Tracker(Protocol):
         """Record an image under `tag` at optimizer step `step`."""
 
     def close(self) -> None:
-        """Send buffered values, and end the tracker's record of the run."""
+        """Send buffered values, and end this run in the tracker."""
 
 
 class WandbTracker:
@@ -104,13 +104,13 @@ _TRACKERS: dict[str, Callable[[Config], Tracker]] = {"wandb": WandbTracker, "mlf
 
 
 class Trackers:
-    """All trackers of a run, on rank 0. A tracker that fails is no longer used.
+    """All trackers of a run (`run.trackers`), on rank 0. A tracker that fails is no longer used.
 
     A step that is repeated after a rollback is not logged again.
     """
 
     def __init__(self, config: Config) -> None:
-        """Raises UserError for a tracker whose package is not installed."""
+        """Open all trackers of the configuration. Raises UserError for a tracker whose package is not installed."""
         self._open: dict[str, Tracker] = {}
         history = config.run.dir / "metrics.jsonl"
         series = read_metrics(history) if config.run.trackers and history.is_file() else {}
@@ -165,7 +165,7 @@ def _not_installed(name: str) -> str:
 
 
 def flat(config: Config) -> dict[str, bool | int | float | str]:
-    """Return the configuration as one flat dict with keys like "train.dtype". Values of secret names are hidden."""
+    """Return the configuration as a flat dict with keys like "train.dtype". Values of secrets are replaced by "(hidden)"."""
     tree = redact(config.model_dump(mode="json"))
     values = {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
