@@ -16,6 +16,8 @@ from ablations.results import Interval, interval
 from ablations.size import Size, size_of
 from ablations.variants import WIDTH, choose, read_base
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_USER_ERROR, UserError
+from raphael_dist.evaluation.lettering import score_texts
+from raphael_dist.evaluation.study import Result, write_results
 from raphael_dist.training.metrics import read_metrics
 from tests.lib.launch import ROOT
 from tools import ablate
@@ -40,8 +42,9 @@ class Trainer:
             out.mkdir()
         if "evaluate" in arguments:
             assert arguments[arguments.index("--captions") + 1] == "prompts=words.txt"
-            row = {"guidance": 7.5, "text_exact": 0.25 + 0.5 * (folder.parent.name == "full"), "text_edits": 0.5}
-            (out / "results.json").write_text(json.dumps([row]))
+            correct = 3 if folder.parent.name == "full" else 1
+            score = score_texts(["BIRD"] * 4, ["BIRD"] * correct + ["B1RD"] * (4 - correct))
+            write_results(out, [Result(7.5, 4, text=score)])
             return 0
         if "emoji_benchmark.py" in arguments[0]:
             self.benchmarks.append(folder)
@@ -141,6 +144,7 @@ def test_curves_and_routing_are_written_over_images_seen(tmp_path: Path, trainer
     rows = {row["variant"]: row for row in json.loads((tmp_path / "results.json").read_text())["variants"]}
     assert rows["no-edge"]["benchmark"]["text read exactly"]["mean"] == 0.25
     assert rows["no-edge"]["differences"]["text read exactly"]["mean"] == -0.5
+    assert rows["no-edge"]["benchmark"]["character error rate"]["mean"] == 3 / 16
     table = (tmp_path / "results.md").read_text()
     assert "Routing at the end" in table
     assert "| `no-edge` | +0.000 +- 0.000 | -0.500 +- 0.000 |" in table or "| `no-edge` | -0.500 +- 0.000 |" in table

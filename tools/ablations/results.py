@@ -172,7 +172,7 @@ def _read_benchmarks(folder: Path) -> dict[str, float]:
         values = {row["what"]: row["value"] for row in rows if not row["what"].startswith("loss")}
     if read.is_file():
         (row,) = json.loads(read.read_text())
-        values |= {"text read exactly": row["text_exact"], "edits per letter": row["text_edits"]}
+        values |= {"text read exactly": row["text_exact"], "character error rate": row["text_cer"]}
     return values
 
 
