@@ -1,4 +1,4 @@
-"""Draws many images on any number of ranks. The index of a request in the list decides which rank draws it."""
+"""Draws many images, divided over any number of ranks. The index of a request in the list decides which rank draws it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class SamplingSettings:
 
     Attributes:
         steps: denoising steps.
-        guidance: guidance scale.
+        guidance: guidance scale; 1 turns guidance off.
         batch: images sampled at a time.
-        strength: for requests with a start image, share of the steps that change it (`sample_latents`).
+        strength: for requests with a start image, share of the steps (0..1) that are applied to it (`sample_latents`).
     """
 
     steps: int
@@ -36,7 +36,7 @@ def draw_share(
     ranks: Ranks,
     is_selected: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Draw this rank's share of the requests; yield (index of the request, image uint8 [H, W, 3]), a batch at a time.
+    """Draw this rank's share of the requests (images to draw), a batch at a time.
 
     Args:
         sampler: the model with its encoders.
@@ -45,6 +45,9 @@ def draw_share(
         settings: how images are sampled.
         ranks: this rank and the number of ranks.
         is_selected: given the index of a request, returns whether to draw it.
+
+    Yields:
+        For each batch, a list of (index of the request, image uint8 [H, W, 3]).
     """
     if ranks.is_main:
         sampler.text.warn_truncated([request.prompt for request in requests], "prompts")

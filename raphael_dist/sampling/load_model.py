@@ -1,4 +1,4 @@
-"""Loads a model for sampling from a run directory, an exported pipeline or a checkpoint in any other layout."""
+"""Loads a model for sampling from a run directory, an exported pipeline or a checkpoint in any other layout (format)."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -33,9 +33,10 @@ class TrainedModel:
         model: the U-Net.
         sampler: the U-Net with its encoders, to draw images.
         config: configuration of the run that trained it.
-        origin: text that names the checkpoint.
-        digest: checksum of the checkpoint's manifest, or of its path if it has no manifest.
-        weights: which weights were loaded: "ema" or "master" (the trained fp32 weights).
+        origin: text for the user that names the checkpoint and adapters.
+        digest: hash that identifies the loaded weights (16 hex digits), from the checksums in the checkpoint's manifest, or
+            from its path if it has no manifest.
+        weights: which weights were loaded: "ema" (moving average) or "master" (the trained fp32 weights).
     """
 
     model: RaphaelUNet
@@ -47,7 +48,7 @@ class TrainedModel:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """The device on which the U-Net's weights are."""
         return next(self.model.parameters()).device
 
 
@@ -66,7 +67,7 @@ class AdapterOptions:
     control_scale: float = 1.0
 
     def describe(self) -> list[str]:
-        """Return a text for each adapter, with its path and scale."""
+        """Return one text for each adapter that is given, "PATH SCALE"."""
         pairs = ((self.lora, self.lora_scale), (self.control, self.control_scale))
         return [f"{path} {scale}" for path, scale in pairs if path is not None]
 
@@ -75,10 +76,10 @@ class AdapterOptions:
 def open_model(
     path: Path, weights: str | None, adapters: AdapterOptions = AdapterOptions()
 ) -> Iterator[tuple[TrainedModel, Ranks]]:
-    """Load a model on all ranks of a launcher, or in this process alone. Yield it with the ranks.
+    """Return a context that loads a model on every rank of a launcher, or in this process alone.
 
-    Args:
-        path, weights, adapters: as for `load_trained`.
+    It yields the model and `Ranks` (this rank and the number of ranks). Arguments and errors are those of `load_trained`. If
+    loading fails on one rank, all ranks raise its error.
     """
     with join_ranks() as (ranks, device):
         yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters=adapters)), ranks
@@ -91,18 +92,18 @@ def load_trained(
     dtype: torch.dtype | None = None,
     adapters: AdapterOptions = AdapterOptions(),
 ) -> TrainedModel:
-    """Load a model with its encoders. Checksums are verified.
+    """Load a model with its encoders, in eval mode. Checksums are verified.
 
     Args:
-        path: a run directory, a step folder, an exported pipeline, or another checkpoint.
-        weights: "ema" or "master". None: the EMA if there is one.
+        path: a run directory, one of its step-* folders, an exported pipeline, or another checkpoint.
+        weights: "ema" (moving average) or "master" (trained fp32 weights). None: the EMA if there is one.
         device: device to load the model to.
         dtype: dtype of the weights. None: bfloat16 for a run in bfloat16 on a GPU, else float32.
         adapters: LoRA adapters and ControlNet to add to the model.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged or lacks these weights, an encoder is missing, or an adapter does
-            not fit.
+        UserError: there is no checkpoint, it is damaged or lacks these weights, an encoder is missing, or an adapter belongs
+            to another model.
     """
     with open_for_sampling(path) as checkpoint:
         config = exported_config(checkpoint, path)
@@ -127,7 +128,7 @@ def load_trained(
 
 
 def open_for_sampling(path: Path) -> Checkpoint:
-    """Open a checkpoint in any layout. For a run directory, open the newest checkpoint that is not damaged.
+    """Open a checkpoint in any layout (format on disk). For a run directory, open its newest undamaged checkpoint.
 
     Raises UserError if there is no checkpoint, or if it is damaged.
     """
@@ -141,7 +142,7 @@ def open_for_sampling(path: Path) -> Checkpoint:
             ) from None
         raise UserError(f"--checkpoint {str(error).removeprefix('--from ')}") from None
     if layout == "raphael":
-        return open_checkpoint(layout, open_newest(path).folder)  # it has verified the checksums
+        return open_checkpoint(layout, open_newest(path).folder)  # open_newest has verified the checksums
     checkpoint = open_checkpoint(layout, path)
     if problem := checkpoint.integrity_error():
         raise UserError(f"--checkpoint {path} is damaged: {problem}. Use another checkpoint.")
@@ -149,7 +150,10 @@ def open_for_sampling(path: Path) -> Checkpoint:
 
 
 def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
-    """Return the configuration in a checkpoint. In an exported pipeline, its own encoders and scheduler are set."""
+    """Return the configuration of a checkpoint. For an exported pipeline, its own encoders and scheduler replace the run's.
+
+    `path`: the path of the checkpoint as given by the user.
+    """
     config = checkpoint.config
     if not (path / "model_index.json").is_file():
         return config
@@ -166,7 +170,10 @@ def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
 
 
 def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
-    """Return the kind of weights to load. A layout with one kind only stores it as master, even if it is the EMA."""
+    """Return which weights to read: "ema" or "master" (fp32 weights). `weights`: the option --weights; None: the best.
+
+    A layout (format on disk) that contains one kind of weights always calls it "master", even if it is the EMA.
+    """
     kinds = checkpoint.kinds()
     if "ema" not in kinds and (weights is None or (weights == "ema" and not checkpoint.whole)):
         return "master"
@@ -178,7 +185,10 @@ def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
 
 
 def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
-    """Return the U-Net with the weights `kind` ("ema" or "master"), in float32 on the CPU, in eval mode."""
+    """Build the U-Net of `config` with weights from a checkpoint, in float32 on the CPU and in eval mode.
+
+    `kind`: which weights: "ema" or "master" (fp32 weights).
+    """
     with torch.device("meta"):
         model = RaphaelUNet(config)
     model.to_empty(device="cpu")
@@ -187,10 +197,7 @@ def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
 
 
 def fill(model: torch.nn.Module, read: Callable[[str, int], torch.Tensor]) -> None:
-    """Fill every parameter of a model.
-
-    `read`: returns the values of a parameter, given its name and number of elements.
-    """
+    """Set every parameter of a model to the values that `read(name, number of elements)` returns."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(read(name, p.numel()).view(p.shape))

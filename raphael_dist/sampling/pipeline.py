@@ -61,9 +61,9 @@ class ImageInputs:
 
 
 class Prompts(NamedTuple):
-    """Text embeddings [B, Y, D] and masks, bool [B, Y], of prompts and negative prompts.
+    """Text embeddings [B, Y, D] and masks, bool [B, Y], of B prompts and their negative prompts. Y: tokens, D: width.
 
-    The fields of negative prompts are None without guidance.
+    A mask is False at padding. The fields of negative prompts are None without guidance.
     """
 
     embeds: Tensor
@@ -73,12 +73,12 @@ class Prompts(NamedTuple):
 
 
 class RaphaelPipeline(LoraLoader, PipelineFiles):
-    """A diffusers pipeline that draws images from captions. Equal `seed`s give the images of `raphael_dist.sample`."""
+    """A diffusers pipeline that draws images from captions. With equal `seed` it draws what `raphael_dist.sample` draws."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
     _callback_tensor_inputs = list(CALLBACK_INPUTS)  # noqa: RUF012
-    controlnet: Any = None  # of RaphaelControlNetPipeline
+    controlnet: Any = None  # set by RaphaelControlNetPipeline
     _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
 
     def __init__(
@@ -236,7 +236,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         )
 
     def _draw(self, **arguments: Any) -> Any:
-        """Check the arguments, encode, denoise and decode. The arguments are those of `CallArguments`."""
+        """Draw images: check the arguments (fields of `CallArguments`), encode, denoise and decode."""
         size, steps, guidance = self.config.size, self.config.steps, self.config.guidance
         defaults = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
         call = CallArguments(**defaults | {name: value for name, value in arguments.items() if value is not None})
@@ -315,7 +315,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return features.tokens, features.mask
 
     def _noise(self, call: CallArguments) -> Tensor:
-        """Return the initial noise, float32 [B, C, h, w]."""
+        """Return the initial noise of the call's images, float32 [B, C, h, w]."""
         copies, device, factor = call.num_images_per_prompt, self._execution_device, self.vae_scale_factor
         latent_shape = (self.unet.config.out_channels, call.height // factor, call.width // factor)
         shape = (call.num_prompts * copies, *latent_shape)
@@ -338,7 +338,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
-        """Return the images of the call; pipelines with images override it."""
+        """Return the image inputs of the call; none by default. Pipelines with image inputs override this method."""
         if self.config.upscale:
             raise UserError(
                 "this model enlarges small images. Use RaphaelUpscalePipeline.from_pipe(pipeline) and give image."
@@ -346,7 +346,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return ImageInputs()
 
     def _encode_images(self, call: CallArguments) -> Tensor:
-        """Return the latents of the call's images, float32 [B, C, h, w]."""
+        """Return the latents of the images in `call.image`, float32 [B, C, h, w]."""
         if not call.images:
             raise UserError("image=None must be a PIL image, or one for each prompt. Pass an image.")
         device = self._execution_device
@@ -356,7 +356,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return images.to(device).repeat_interleave(call.num_images_per_prompt, dim=0)
 
     def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
-        """Return the latents of the first step, and the timesteps."""
+        """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
         scheduler = self.scheduler
         try:
             timesteps, steps = retrieve_timesteps(
@@ -381,7 +381,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return scheduler.add_noise(inputs.start, noise, timesteps[:1].expand(len(noise))), timesteps
 
     def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the latents after all steps, float32 [B, C, h, w]."""
+        """Return the latents after all denoising steps, float32 [B, C, h, w]."""
         latents, timesteps = self._begin(call, noise, inputs)
         self._num_timesteps, options = len(timesteps), self._step_options(call)
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -402,11 +402,11 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
     def _call_back(
         self, call: CallArguments, number: int, t: Tensor, latents: Tensor, prompts: Prompts
     ) -> tuple[Tensor, Prompts]:
-        """Return the latents and prompts to continue with, as the callback returns them."""
+        """Call the user's callback after step `number`; return latents and prompts with the tensors that it replaces."""
         callback = call.callback_on_step_end
         if callback is None:
             return latents, prompts
-        # diffusers' PipelineCallback has its own list.
+        # diffusers' PipelineCallback has its own list of tensor names.
         names = getattr(callback, "tensor_inputs", call.callback_on_step_end_tensor_inputs)
         values = (latents, prompts.embeds, prompts.negative_embeds)
         tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
@@ -415,7 +415,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return tensors["latents"], prompts._replace(embeds=embeds, negative_embeds=negative)
 
     def _step_options(self, call: CallArguments) -> JsonObject:
-        """Return the options of the scheduler's step that this scheduler has."""
+        """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
         generator = call.generator
         if generator is None and call.seed is not None:
             generator = torch.Generator(self._execution_device).manual_seed(call.seed)
@@ -438,10 +438,13 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
     def _run_unet(
         self, call: CallArguments, x: Tensor, t: Tensor, inputs: ImageInputs, text: Tensor, mask: Tensor
     ) -> Tensor:
-        """Return the U-Net's prediction, float32, for prompts, or for prompts and then negative prompts."""
+        """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
+
+        `x` and `text` have B samples, or 2 B: those with prompts, then those with negative prompts.
+        """
         unet, options = self.unet.eval(), JsonObject()
         text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
-        if not isinstance(unet, UNet2DConditionModel):  # which is trained without a mask
+        if not isinstance(unet, UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
             options["encoder_attention_mask"] = mask
         if inputs.small is not None:
             small = inputs.small.repeat(len(x) // len(inputs.small), 1, 1, 1)
@@ -455,7 +458,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return cast(Tensor, unet(x, timestep, encoder_hidden_states=text, **options, **residuals).sample.float())
 
     def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
-        """Return PIL images, or images in 0..1: float arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt")."""
+        """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").
+
+        `small`: small images of super-resolution, [B, 3, Hs, Ws] in -1..1, or None.
+        """
         images = latents.float().clamp(-1, 1)
         if self.vae is not None:
             images = decode_latents(self.vae.eval(), latents, self._execution_device)
@@ -468,6 +474,9 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
 
 
 def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return each embedding `copies` times, and its mask, all True if it is None, on the device."""
+    """Return `embeds` [B, Y, D] and `mask` [B, Y] with each sample repeated `copies` times, on the device.
+
+    A mask of None becomes all True.
+    """
     mask = torch.ones(embeds.shape[:2]) if mask is None else mask
     return embeds.to(device).repeat_interleave(copies, dim=0), mask.to(device).bool().repeat_interleave(copies, dim=0)

@@ -61,20 +61,20 @@ class CallArguments:
 
     @property
     def images(self) -> list[Any]:
-        """One image for each prompt; [] if there are none."""
+        """The input images as a list with one image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
     def masks(self) -> list[Any]:
-        """One mask for each prompt; [] if there are none."""
+        """The masks for inpainting as a list with one mask for each prompt; [] if there are none."""
         return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
 
     def check(self, factor: int, num_timesteps: int) -> None:
-        """Raise UserError for a value that is not allowed.
+        """Check all arguments of the call. Raises UserError for a value that is not allowed.
 
         Args:
-            factor: pixels per latent, by which the sides of an image must be divisible.
-            num_timesteps: length of the noise schedule.
+            factor: image pixels per latent position and side; height and width must be multiples of it.
+            num_timesteps: number of timesteps of the noise schedule.
         """
         check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
@@ -105,7 +105,10 @@ class CallArguments:
 
 
 def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are given either as texts or as embeddings, and negative prompts in the same way."""
+    """Raise UserError unless prompts are either texts or embeddings, and negative prompts too.
+
+    A negative prompt may be missing. There must be one for all prompts, or one for each.
+    """
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative, negative_embeds),
@@ -122,13 +125,13 @@ def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negati
 def check_embeddings(
     name: str, embeds: Tensor, mask: Tensor | None, width: int | None, shape: Sequence[int] | None = None
 ) -> None:
-    """Raise UserError unless embeddings [B, Y, D] have the model's width and the mask [B, Y] fits them.
+    """Raise UserError unless text embeddings [B, Y, D] and their mask [B, Y] have the right shapes.
 
     Args:
-        name: name of the embeddings, for messages.
+        name: name of the argument with the embeddings, for messages.
         embeds: the embeddings.
         mask: the mask, or None.
-        width: text width of the model; None: any.
+        width: text width D of the model; None: any.
         shape: the exact shape that is required; None: any.
     """
     if (
@@ -154,9 +157,9 @@ def as_list(value: object) -> list[Any]:
 
 
 def for_each(name: str, value: object, count: int) -> list[Any]:
-    """Return a list with one value for each of `count` prompts, from one value for all or a list of `count` values.
+    """Return a list with one value for each of `count` prompts, from a single value or a list of `count` values.
 
-    Raises UserError if a list has another length.
+    Raises UserError, which names the argument `name`, if a list has another length.
     """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
@@ -172,14 +175,14 @@ def _is_whole(value: object) -> bool:
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise UserError unless the value is a whole number from `low` to `high` (None: without an upper limit)."""
+    """Raise UserError unless the argument `name` is a whole number from `low` to `high`. None: no upper limit."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
 
 
 def check_real(name: str, value: Any, high: float) -> None:
-    """Raise UserError unless the value is a number from 0 to `high`."""
+    """Raise UserError unless the argument `name` is a finite number from 0 to `high` (inf: no upper limit)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
         raise UserError(f"{name}={value!r} must be a number {limits}. Change it.")

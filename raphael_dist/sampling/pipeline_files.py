@@ -1,4 +1,4 @@
-"""Loads and saves pipelines as diffusers does. A saved folder also contains the code of the pipeline."""
+"""Loads and saves pipelines as diffusers does. A saved folder also contains the Python code of the pipeline."""
 
 import inspect
 import json
@@ -15,17 +15,17 @@ from raphael_dist.sampling.own_code import IN_PACKAGE
 from raphael_dist.storage.files import apply_umask
 from raphael_dist.text import read_json
 
-_Pipeline: Any = DiffusionPipeline  # its type hints lack the methods of its mixins
-# Components that are classes of this package. In the package a folder's own code is not run: these take its place.
+_Pipeline: Any = DiffusionPipeline  # the type hints of DiffusionPipeline lack the methods of its mixins
+# Components that are classes of this package. The installed package uses them instead of the code in a folder.
 OWN_COMPONENTS = {kind.__name__: kind for kind in (RaphaelUNet2D, RaphaelControlNet)}
 
 
 class PipelineFiles(_Pipeline):
-    """Base class of the pipelines, with the methods that load and save them."""
+    """Base class of this project's diffusers pipelines, with the methods that load and save them."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load a pipeline, as in diffusers. Raises UserError if a local folder is not a pipeline."""
+        """Load a pipeline from a folder or model hub, as in diffusers. UserError: a local folder is not a pipeline."""
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)
@@ -33,9 +33,9 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load the configuration, as in diffusers.
+        """Load the content of model_index.json, as in diffusers.
 
-        Inside the package the folder's code is not run, so `trust_remote_code` is not required.
+        The installed package uses its own classes instead of the code in the folder, so `trust_remote_code` is not required.
         """
         loaded = super().load_config(*args, **kwargs)
         for config in loaded if isinstance(loaded, tuple) else (loaded,):
@@ -52,7 +52,7 @@ class PipelineFiles(_Pipeline):
         """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
 
         Args:
-            pipeline: any pipeline with these components.
+            pipeline: any pipeline with the components that this class requires.
             kwargs: components and settings to replace or add.
 
         Raises:
@@ -68,7 +68,8 @@ class PipelineFiles(_Pipeline):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
-        # That encoder has no files, and its code is in the pipeline's. Its class differs if that code was imported twice.
+        # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared, because its class
+        # exists twice if the code was imported twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -91,14 +92,14 @@ class PipelineFiles(_Pipeline):
 
     @staticmethod
     def _own_code(kind: Any) -> str:
-        """Return the text of the module that a folder carries for a class."""
+        """Return the Python code that a saved folder needs to define the class `kind`."""
         if IN_PACKAGE:
             return pipeline_code() if issubclass(kind, DiffusionPipeline) else model_code(kind)[1]
         return Path(inspect.getfile(kind)).read_text()
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless a folder has a readable model_index.json."""
+    """Raise UserError unless a folder has a readable model_index.json with the class of a pipeline."""
     try:
         index = read_json(folder / "model_index.json")
         problem = None if isinstance(index, dict) and "_class_name" in index else "it has no _class_name"

@@ -1,7 +1,7 @@
-"""LoRA adapters of a pipeline, with diffusers' method names.
+"""LoRA adapters of a pipeline, under diffusers' method names.
 
 Adapters are added to the weights in memory. This works for attention and for experts, which peft does not support, and
-drawing takes no longer than without adapters. The original weights of changed parameters are kept in host memory, because
+sampling takes no longer than without adapters. The original weights of changed parameters are kept in host memory, because
 subtracting an adapter from a rounded sum would not restore them exactly.
 """
 
@@ -25,9 +25,9 @@ class LoraState:
 
     Attributes:
         adapters: all loaded adapters, by name.
-        active: the active adapters, by name, with the factor of each.
-        own: original weights of the parameters that active adapters change.
-        fused: weights before `fuse_lora`.
+        active: factor of each active adapter, by the adapter's name.
+        own: weights without active adapters, by name, of the parameters that these adapters change.
+        fused: weights from before `fuse_lora`, by name, of the parameters that it changed.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class LoraState:
 
 
 class LoraLoader:
-    """Loads LoRA adapters and adds them to the weights of `self.unet`."""
+    """Base class of pipelines with LoRA: loads adapters and adds them to the weights of `self.unet`."""
 
     unet: Any
 
@@ -49,7 +49,7 @@ class LoraLoader:
         return state
 
     def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
-        """Load adapters and make them the only active ones, with factor 1.
+        """Load LoRA adapters and make them the only active ones, with factor 1.
 
         Args:
             pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
@@ -62,7 +62,7 @@ class LoraLoader:
         if name in self._lora.adapters:
             raise UserError(f"adapter_name={name!r} must be new, but the pipeline has such an adapter. Choose another name.")
         path, adapter = Path(pretrained_model_name_or_path), None
-        if IN_PACKAGE:  # it also reads a run that trained adapters
+        if IN_PACKAGE:  # the installed package also reads a run that trained adapters
             adapter = read_adapter(path, option="load_lora_weights")
         if adapter is None:
             adapter = read_peft_folder(path, "load_lora_weights")
@@ -74,9 +74,14 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Make these adapters the active ones, each with a factor (1 if None).
+        """Make these loaded LoRA adapters the only active ones.
 
-        Raises UserError if there is no adapter of this name.
+        Args:
+            adapter_names: a name or several.
+            adapter_weights: factor of what is added to the weights: one number for all adapters, or one for each. None: 1.
+
+        Raises:
+            UserError: there is no adapter of a name, or the number of factors is wrong.
         """
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
@@ -91,48 +96,48 @@ class LoraLoader:
         self._merge(dict(zip(names, weights, strict=True)))
 
     def get_active_adapters(self) -> list[str]:
-        """Return the names of the active adapters."""
+        """Return the names of the LoRA adapters that currently change the weights."""
         return list(self._lora.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return the names of all loaded adapters, by component of the pipeline."""
+        """Return the names of all loaded LoRA adapters as {"unet": names}; {} if there are none."""
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Restore the original weights. `set_adapters` activates adapters again."""
+        """Deactivate all LoRA adapters and restore the original weights. `set_adapters` activates adapters again."""
         self._merge({})
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove these adapters from memory and from the weights."""
+        """Remove the LoRA adapters of these names from memory and from the weights. Unknown names are ignored."""
         names = as_list(adapter_names)
         self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
         for name in names:
             self._lora.adapters.pop(name, None)
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Make the active adapters, multiplied by `lora_scale`, part of the original weights, until `unfuse_lora`.
+        """Make the active LoRA adapters, multiplied by `lora_scale`, part of the U-Net's weights, until `unfuse_lora`.
 
-        `save_pretrained` then writes the sum.
+        `save_pretrained` then writes the sum. Afterwards no adapter is loaded.
         """
         check_real("lora_scale", lora_scale, float("inf"))
         self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
-        # What was fused before lies below: its own weights are the older ones.
+        # If adapters were fused before, `fused` has the older weights, which take precedence.
         self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
 
     def unfuse_lora(self) -> None:
-        """Restore the weights from before `fuse_lora`, bit for bit."""
+        """Restore the weights from before the first `fuse_lora`, bit for bit. Active adapters stay active."""
         self._lora.own |= self._lora.fused
         self._lora.fused = {}
         self._merge(self._lora.active)
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters that are not fused, and restore the original weights bit for bit."""
+        """Remove all LoRA adapters that are not fused, and restore the weights without them, bit for bit."""
         self._merge({})
         self._lora.adapters.clear()
 
     @torch.no_grad()
     def _merge(self, active: dict[str, float]) -> None:
-        """Set the U-Net's weights to the own ones plus the adapters `active`, each with its weight."""
+        """Set the U-Net's weights to those without active adapters plus the adapters `active` ({name: factor})."""
         parameters, state = dict(self.unet.named_parameters()), self._lora
         names = {name for adapter in active for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):

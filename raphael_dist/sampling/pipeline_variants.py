@@ -1,6 +1,6 @@
 """Pipelines with image inputs: image-to-image, inpainting, ControlNet, super-resolution.
 
-Each can share its components with a RaphaelPipeline: `RaphaelInpaintPipeline.from_pipe(pipeline)`.
+Each can share the components of a RaphaelPipeline: `RaphaelInpaintPipeline.from_pipe(pipeline)`.
 """
 
 import inspect
@@ -22,7 +22,10 @@ from raphael_dist.text import JsonObject
 
 
 def shows_options(call: Any) -> Any:
-    """Show RaphaelPipeline's arguments instead of `**options` in help(), in editors, and to diffusers, which reads them."""
+    """Decorate `__call__` so that its signature has RaphaelPipeline's arguments instead of `**options`.
+
+    help(), editors and diffusers read the signature.
+    """
     *own, _ = inspect.signature(call).parameters.values()
     names = {parameter.name for parameter in own}
     options = [p for p in inspect.signature(RaphaelPipeline.__call__).parameters.values() if p.name not in names]
@@ -31,7 +34,7 @@ def shows_options(call: Any) -> Any:
 
 
 class RaphaelImg2ImgPipeline(RaphaelPipeline):
-    """Image-to-image: changes images according to a caption."""
+    """A pipeline for image-to-image: changes images according to a caption."""
 
     @shows_options
     @torch.no_grad()
@@ -41,7 +44,8 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
         Args:
             prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            strength: share of the denoising steps, 0 to 1, that are applied to the image.
+            strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
+                almost pure noise.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, strength=strength, **options)
@@ -51,10 +55,10 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
 
 class RaphaelInpaintPipeline(RaphaelPipeline):
-    """Inpainting: replaces a part of an image.
+    """A pipeline for inpainting: replaces a part of an image.
 
     After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net has no input
-    channels for the mask, because such channels are not trained; so it does not see where the mask is.
+    channels for the mask, because such channels are not trained; so it does not know where the mask is.
     """
 
     @shows_options
@@ -86,7 +90,7 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
 
 class RaphaelControlNetPipeline(RaphaelPipeline):
-    """Draws images that follow an edge map."""
+    """A pipeline that draws images which follow an edge map, with a ControlNet."""
 
     model_cpu_offload_seq = "text_encoder->controlnet->unet->vae"
 
@@ -105,7 +109,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
-        """Build the pipeline from a RaphaelControlNet and the components of RaphaelPipeline."""
+        """Build the pipeline from `controlnet`, a RaphaelControlNet, and the components and settings of RaphaelPipeline."""
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, max_tokens, steps, guidance, size, text, upscale)
         self.register_modules(controlnet=controlnet)
 
@@ -135,7 +139,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
 
 class RaphaelUpscalePipeline(RaphaelPipeline):
-    """Super-resolution: makes large images from small ones and captions, with a model that was trained for this."""
+    """A pipeline for super-resolution: enlarges small images, guided by captions. It requires a model trained for this."""
 
     @shows_options
     @torch.no_grad()
@@ -160,12 +164,12 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
 
 def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
-    """Convert small images to float32 [B, 3, Hs, Ws] in -1..1.
+    """Convert small images to float32 [B, 3, Hs, Ws] in -1..1, the input of a super-resolution model.
 
     Args:
-        images: PIL images.
-        size_hw: height and width of the large images.
-        factor: `upscale.factor` of the model.
+        images: B PIL images.
+        size_hw: height and width of the large images in pixels.
+        factor: `upscale.factor` of the model, by which the small images are smaller.
 
     Raises:
         UserError: there are none, or they have the wrong size.

@@ -1,4 +1,4 @@
-"""Reads the requests (images to draw) from prompt files and image files, and divides them into batches."""
+"""Reads requests (images to draw) from prompt files and image files, and divides them into batches."""
 
 from collections.abc import Container, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ _FIELDS = ("prompt", "negative_prompt", "seed", "size")
 
 
 def read_requests(path: Path, default: Request) -> list[Request]:
-    """Return a request for each line of a prompt file; empty lines are skipped.
+    """Return a request (an image to draw) for each line of a prompt file; empty lines are skipped.
 
     A line of a .jsonl file is an object with `prompt` and optionally `negative_prompt`, `seed` and `size` ([H, W]). A line
     of any other file is a prompt. The noise of an image is determined by the default seed and the number of the prompt, or
@@ -89,7 +89,10 @@ def _request(fields: JsonObject, index: int, default: Request, where: str) -> Re
 
 
 def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size") -> None:
-    """Raise UserError if the size of a request is not a multiple of `factor`, the image encoder's downsampling factor."""
+    """Raise UserError unless height and width of every request are multiples of `factor`.
+
+    `factor`: image pixels per latent position and side. `option`: name of the command line option, for the message.
+    """
     for size in {r.size_hw for r in requests}:
         if any(side < factor or side % factor for side in size):
             raise UserError(
@@ -101,9 +104,9 @@ def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size"
 def read_fitted_image(
     path: Path, size_hw: tuple[int, int], option: str = "--image", background: str = "white"
 ) -> np.ndarray:
-    """Read an image, resize and crop it to `size_hw`; return it as uint8 [H, W, 3].
+    """Read an image, resize and crop it to `size_hw` (height, width); return it as RGB, uint8 [H, W, 3].
 
-    Transparent pixels get the colour `background`. Raises UserError if the image cannot be read.
+    Transparent pixels get the colour `background`. Raises UserError, which names `option`, if it cannot be read.
     """
     return fit_image(read_image(path, option, background), size_hw)
 
@@ -124,20 +127,20 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "-
     if kind == "map":
         return pixels_HW3.mean(axis=2).astype(np.float32) / 255
     image = torch.from_numpy(pixels_HW3).permute(2, 0, 1).unsqueeze(0)
-    if kind == "hed":  # as for training data without edge maps
+    if kind == "hed":  # the method of training data without edge maps
         return EdgeEncoder(None, torch.device("cpu")).encode(image.float() / 127.5 - 1)[0].numpy()
     return edge_map(image, kind)[0, 0].numpy()
 
 
 def sample_requests(config: Config, drawn: Container[int] | None = None) -> list[Request]:
-    """Return the requests of all images that are drawn during training: `sample.prompts` with `sample.images`.
+    """Return the requests of all images that are sampled during training: `sample.prompts` with `sample.images`.
 
     Args:
         config: the run's configuration.
-        drawn: indices of the requests whose image files are read, because this rank draws them. None: all.
+        drawn: indices of the requests that this rank draws; only their image files are read. None: all.
 
     Raises:
-        UserError: an image cannot be read or does not fit.
+        UserError: an image cannot be read or has the wrong size.
     """
     s, size, requests = config.sample, config.image.buckets[0], []
     for index, (prompt, path) in enumerate(zip(s.prompts, s.images or [None] * len(s.prompts), strict=True)):
@@ -171,12 +174,15 @@ def read_small(
 
 
 def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
-    """Return a PIL image as RGB, uint8 [H, W, 3], resized and cropped to `size_hw`."""
+    """Convert a PIL image to RGB, uint8 [H, W, 3], resized and cropped to `size_hw` (height, width)."""
     return resize_and_crop(to_rgb(image), size_hw, flip=False).transpose(1, 2, 0).copy()
 
 
 def batches(requests: Sequence[Request], numbers: Sequence[int], size: int) -> list[list[int]]:
-    """Divide the requests with these indices into batches of at most `size`; all requests of a batch have one image size."""
+    """Divide requests into batches of at most `size`, so that all images of a batch have one height and width.
+
+    `numbers`: indices of the requests to draw. Returns the indices of each batch.
+    """
     by_size: dict[tuple[int, int], list[int]] = {}
     for number in numbers:
         by_size.setdefault(requests[number].size_hw, []).append(number)

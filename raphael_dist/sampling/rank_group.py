@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 @contextmanager
 def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the process group; yield this rank's `Ranks` and its device.
+    """Return a context in which torch.distributed's process group exists; yields this rank's `Ranks` and its device.
 
-    If a process group exists already, it is used and not destroyed at the end.
+    The ranks are those of a launcher, or this process alone. A process group that exists already is used and kept.
     """
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -40,9 +40,9 @@ def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
 
 
 def gather_to_rank0(local: dict[int, T]) -> dict[int, T]:
-    """Return the dict entries of all ranks on rank 0, and {} on other ranks. Collective.
+    """Return the union of the dicts of all ranks on rank 0, and {} on other ranks. Collective.
 
-    The entries are pickled, so they should be small.
+    `local`: this rank's dict; its keys must differ from those of other ranks. It is pickled, so it should be small.
     """
     gathered = gather_objects(local)
     return {n: value for part in gathered for n, value in part.items()} if dist.get_rank() == 0 else {}

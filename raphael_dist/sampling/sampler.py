@@ -56,12 +56,14 @@ class Request:
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
-    """Return the initial noise of one image, float32 of `shape`.
+    """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
+
+    It is a function of these arguments.
 
     Args:
         seed: seed of the noise.
-        index: number of the prompt.
-        shape: shape of the noise.
+        index: number of the prompt in its list.
+        shape: shape of the noise, such as (C, h, w).
         copy: number of the image among several images of one prompt.
     """
     draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
@@ -69,9 +71,9 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) 
 
 
 def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
-    """Return a function (latents, timestep, captions) -> prediction that runs a `RaphaelUNet`.
+    """Return a function (latents [B, C, h, w], timesteps [B], captions) -> prediction that runs a `RaphaelUNet`.
 
-    `edge_Bhw`: edge maps for the model's ControlNet, or None.
+    `edge_Bhw`: edge maps in 0..1 at the size of the latents, for the model's ControlNet; None: without.
     """
 
     def denoise(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
@@ -84,9 +86,12 @@ def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
 
 
 def super_resolution_denoiser(denoise: Denoise, small_B3HsWs: Tensor, patch: int) -> Denoise:
-    """Return the function `denoise` with small images, float32 in -1..1, appended to the latents as channels.
+    """Return a function like `denoise` that first appends small images to the latents as channels.
 
-    `patch`: see `append_small_image`.
+    Args:
+        denoise: function (latents, timesteps, captions) -> prediction (`denoiser`).
+        small_B3HsWs: the small images, float32 in -1..1.
+        patch: side of the square of pixels of a small image that belongs to a latent position (`append_small_image`).
     """
 
     def denoise_with_small(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
@@ -112,10 +117,10 @@ def sample_latents(
     strength: float = 1.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Denoise with classifier-free guidance: eps_null + guidance * (eps_text - eps_null).
+    """Denoise latents with classifier-free guidance: prediction = eps_null + guidance * (eps_text - eps_null).
 
     Args:
-        denoise: the model. Its gates get no noise.
+        denoise: function (latents [B, C, h, w], timesteps [B], captions) -> prediction (`denoiser`).
         scheduler: a scheduler of diffusers (`model.diffusion.make_scheduler`).
         noise_BChw: initial noise, float32, on the device of the model.
         text: features of B captions.
@@ -125,7 +130,7 @@ def sample_latents(
         dtype: dtype of the model's weights.
         start_BChw: latents of images to start from. None: start from noise.
         strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
-        on_step: called after each step.
+        on_step: called after each step with (number, timestep, latents); returns the latents to continue with.
 
     Returns:
         Latents, float32 [B, C, h, w].
@@ -148,7 +153,7 @@ def sample_latents(
 def _begin(
     scheduler: Any, noise: Tensor, steps: int, start: Tensor | None, strength: float
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the input of the first step, and the timesteps."""
+    """Return the input of the first step, [B, C, h, w], and the timesteps. Arguments as in `sample_latents`."""
     scheduler.set_timesteps(steps)
     if start is None:
         if late := late_start_warning(scheduler):
@@ -167,7 +172,7 @@ def _begin(
 
 
 def _model_input(scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
-    """Return the scaled latents; schedulers of flow matching have no scale."""
+    """Return latents `x` scaled as `scheduler` requires for the model; schedulers of flow matching do not scale."""
     scaled: Tensor = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
     return scaled
 
@@ -177,7 +182,7 @@ def _to(text: TextFeatures, device: torch.device, dtype: torch.dtype) -> TextFea
 
 
 def _both(text: TextFeatures, null: TextFeatures, batch: int, device: torch.device, dtype: torch.dtype) -> TextFeatures:
-    """Return the captions, then the negative captions, in one batch."""
+    """Join captions and negative captions to one batch of 2 `batch`, on the device and with tokens in `dtype`."""
     pairs = ((text.tokens, null.tokens), (text.mask, null.mask), (text.end, null.end))
     parts = [torch.cat([own.to(device), other.to(device).expand(batch, *other.shape[1:])]) for own, other in pairs]
     return _to(TextFeatures(*parts), device, dtype)
@@ -192,7 +197,8 @@ class Sampler:
         text, image: the encoders.
         device: device of the latents, which are float32.
         dtype: dtype of the model's weights.
-        with_edges: returns a function like `denoise` for edge maps [B, h, w]; None if the model has no ControlNet.
+        with_edges: given edge maps [B, h, w], returns a function like `denoise` that uses them; None if the model has no
+            ControlNet.
         upscale: the model's super-resolution settings.
     """
 
@@ -206,7 +212,7 @@ class Sampler:
 
     @classmethod
     def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
-        """Return the sampler for a `RaphaelUNet`, on the device and in the dtype of the model."""
+        """Make the sampler of a `RaphaelUNet` and its encoders, with the device and the dtype of the model."""
         weight = next(model.parameters())
         with_edges = partial(denoiser, model) if getattr(model, "control", None) is not None else None
         upscale = cast(Upscale, model.upscale)
@@ -222,7 +228,7 @@ class Sampler:
         strength: float = 0.8,
         on_step: OnStep | None = None,
     ) -> np.ndarray:
-        """Draw images. All requests must have one size, and either all or none have a start image.
+        """Draw one image for each request. All must have one size, and either all or none have a start image.
 
         Args:
             requests: B requests.
@@ -284,10 +290,10 @@ class Sampler:
 
 
 def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
-    """Raise UserError if a small image is not what the model requires to draw an image of `size_hw`.
+    """Raise UserError unless the small input image has the size that the model requires to draw an image of `size_hw`.
 
     Args:
-        factor: `upscale.factor` of the model; 0: it is not a super-resolution model.
+        factor: `upscale.factor` of the model; 0: it is not a super-resolution model, and a small image is not allowed.
         small_HsWs3: the small image; None: there is none.
         size_hw: height and width of the large image.
         option: name of the command line option, for messages.
@@ -312,10 +318,10 @@ def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int,
 
 
 def to_pixels(images_B3HW: Tensor) -> np.ndarray:
-    """Convert images in -1..1 to uint8 [B, H, W, 3]."""
+    """Convert images [B, 3, H, W] in -1..1 to uint8 [B, H, W, 3] on the CPU."""
     return ((images_B3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
-    """Convert uint8 images to float32 [B, 3, H, W] in -1..1."""
+    """Convert images, uint8 [B, H, W, 3], to float32 [B, 3, H, W] in -1..1 on the CPU."""
     return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1
