@@ -142,10 +142,10 @@ class Restorer:
         changes += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))
         for line in changes if self._ranks.is_main else []:
             _log.warning("%s", line)
-        if self._config.optim.kind == "adamw" and progress_of(reader.manifest).updates and "exp_avg" not in reader.kinds():
+        if self._config.optim.has_moments and progress_of(reader.manifest).updates and "exp_avg" not in reader.kinds():
             raise UserError(
-                f"optim.kind=adamw requires Adam's moments, but the checkpoint {reader.folder} has none. Set "
-                "optim.kind=sgd, or use another run.dir."
+                f"optim.kind={self._config.optim.kind} requires Adam's moments, but the checkpoint {reader.folder} has "
+                "none. Set optim.kind=sgd, or use another run.dir."
             )
 
     @torch.no_grad()

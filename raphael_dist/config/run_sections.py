@@ -79,8 +79,11 @@ class RunConfig(Section):
 class Optim(Section):
     """The optimizer and the learning rate."""
 
-    kind: Literal["adamw", "sgd"] = setting(
-        "adamw", "Optimizer: adamw, or sgd without momentum, which is meant for numerical tests."
+    kind: Literal["adamw", "muon", "sgd"] = setting(
+        "adamw",
+        "Optimizer. adamw: AdamW. muon: Muon (steps along the orthogonalised momentum) for the weights of hidden linear "
+        "layers, experts and convolutions, and AdamW for all others, with the same learning rate; it requires ZeRO stage 0, "
+        "1 or 2. sgd: SGD without momentum, which is meant for numerical tests.",
     )
     lr: PositiveFloat = setting(1e-4, "Learning rate after the warm-up.")
     betas: tuple[BelowOne, BelowOne] = setting(
@@ -111,6 +114,11 @@ class Optim(Section):
         "Largest norm of the gradient over all parameters. A larger gradient is scaled down to this norm (clipping). 0: "
         "no clipping.",
     )
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer keeps Adam's moments."""
+        return self.kind != "sgd"
 
 
 class Stage(Section):

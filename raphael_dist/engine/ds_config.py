@@ -182,6 +182,8 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
         _check_capture(config)
     if "adamw" in config.train.kernels:
         _check_contiguous(fused_update_error, config, merged, accumulation)
+    if config.optim.kind == "muon" and stage != 0:
+        _check_contiguous(muon_error, config, merged, accumulation)
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
@@ -300,6 +302,14 @@ def fused_update_error(requirement: str, actual: str, remedy: str) -> UserError:
     """Return the error for `adamw` in `train.kernels` if a requirement is not met. Arguments as in `cuda_graphs_error`."""
     return UserError(
         f"train.kernels with adamw requires {requirement}, but {actual}. {remedy} or remove adamw from train.kernels."
+    )
+
+
+def muon_error(requirement: str, actual: str, remedy: str) -> UserError:
+    """Return the error for `optim.kind=muon` if a requirement is not met. Arguments as in `cuda_graphs_error`."""
+    return UserError(
+        f"optim.kind=muon requires {requirement}, because it computes with whole matrices, but {actual}. {remedy} or set "
+        "optim.kind=adamw."
     )
 
 

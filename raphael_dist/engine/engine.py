@@ -17,13 +17,14 @@ from raphael_dist.engine.deepspeed_comm import broadcast_weights, count_collecti
 from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import Fragments
-from raphael_dist.engine.zero import Zero12Contiguous, adapter
+from raphael_dist.engine.muon import Muon
+from raphael_dist.engine.parameter_kinds import decays
+from raphael_dist.engine.zero import Zero0, Zero12Contiguous, adapter
 from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
 from raphael_dist.model.cuda_graphs import replay_cuda_graphs
 from raphael_dist.model.device import is_gpu
 from raphael_dist.model.kernels.switch import use_kernels
-from raphael_dist.model.routing import gate_kind
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel import expert_dispatch
 from raphael_dist.parallel.batch_plan import BatchPlan
@@ -86,7 +87,7 @@ class Engine:
             _compile(model, config, self.stage, device)
         if config.train.cuda_graphs and not is_gpu(device):
             raise ds_config.cuda_graphs_error("a GPU", f"the device is {device.type}", "Use a GPU")
-        optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim)
+        optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim, self.dtype)
         backend = count_collectives(self.traffic)
         broadcast_weights(model, expert_groups.copies())
         with backend.without_broadcasts():
@@ -98,8 +99,11 @@ class Engine:
         self._zero.disable_builtin_clipping()
         self._engine.gradient_clipping = lambda: 0.0  # `update` clips
         self.fragments = Fragments(self.module, self._zero, optimizer)
+        if isinstance(optimizer, Muon):
+            zero = self._zero if isinstance(self._zero, Zero0) else self._contiguous(ds_config.muon_error)
+            optimizer.set_layouts(zero.layouts(), {p: name for name, p in self.module.named_parameters()})
         self._fused = self._fuse_update() if "adamw" in config.train.kernels else None
-        decayed = config.optim.kind == "adamw" and config.optim.weight_decay > 0
+        decayed = config.optim.has_moments and config.optim.weight_decay > 0
         self._decayed = [f.master for f in self.fragments if decayed and decays(f.name)]
         self.grad_norm = math.nan
         self._micro_step = 0
@@ -252,20 +256,11 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
     return norms.double().square().sum()
 
 
-def decays(name: str) -> bool:
-    """Return whether `optim.weight_decay` applies to the parameter `name`: to matrices and convolution kernels only.
-
-    It does not apply to norms, biases and gates. The name decides, because shapes cannot: biases of stacked experts [K, F]
-    have two axes, and ZeRO's flattened parameters have one.
-    """
-    owner, _, leaf = name.rpartition(".")
-    norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")
-    return leaf.split("_lora_")[0] in ("weight", "w1", "w2") and not norm and gate_kind(name) is None
-
-
-def _optimizer(parameters: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[dict[str, Any]], optim: Optim, dtype: torch.dtype) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(parameters, lr=optim.lr)
+    if optim.kind == "muon":
+        return Muon(parameters, dtype, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=True)
     # `update` applies weight decay: torch's applies to whole groups, and more groups would change ZeRO's buffers.
     return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=True)
 

@@ -55,6 +55,21 @@ class FlatPart:
     copy: Tensor
 
 
+@dataclass(frozen=True)
+class FlatLayout:
+    """A flat tensor that holds whole parameters one after another, and of which the ranks of a group store a part each.
+
+    Attributes:
+        part: this rank's part of the fp32 weights, float32 [numel].
+        group: the ranks that together store the tensor, in its order; None: `part` is the whole tensor.
+        places: parameters and the index of their first element.
+    """
+
+    part: Tensor
+    group: dist.ProcessGroup | None
+    places: Sequence[tuple[nn.Parameter, int]]
+
+
 class Zero(Protocol):
     """The common interface of the adapters. `copies`: the number of ranks that have each gradient after the reduction."""
 
@@ -117,6 +132,12 @@ class Zero0(Zero):
         for name, p in module.named_parameters():
             if p.requires_grad:
                 yield Fragment(name, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True)
+
+    def layouts(self) -> Iterator[FlatLayout]:
+        """Yield the tensors that the optimizer updates: the parameters themselves."""
+        for p in self._module.parameters():
+            if p.requires_grad:
+                yield FlatLayout(p, None, [(p, 0)])
 
     def sync_model(self) -> None:
         """Do nothing, because the optimizer updates the model's own weights."""
@@ -218,6 +239,19 @@ class Zero12Contiguous(Zero12):
             elements=sum(flat.numel() for flat in zero.bit16_groups_flat),
             bucket=zero.reduce_bucket_size,
         )
+
+    def layouts(self) -> Iterator[FlatLayout]:
+        """Yield the tensors that the optimizer updates, and where the parameters lie in them."""
+        zero = self._zero
+        groups = zip(
+            zero.single_partition_of_fp32_groups,
+            zero.real_dp_process_group,
+            zero.round_robin_bit16_groups,
+            zero.round_robin_bit16_offsets,
+            strict=True,
+        )
+        for part, group, parameters, offsets in groups:
+            yield FlatLayout(part, group, list(zip(parameters, offsets, strict=True)))
 
     def replace_step(self, update: Callable[[Sequence[FlatPart]], None]) -> None:
         """Call `update` in each step instead of DeepSpeed's optimizer. The model's weights are then gathered from all ranks.

@@ -126,7 +126,7 @@ def model_states(
         contiguous: whether gradients lie in one buffer (`MemoryFootprint`). It matters for ZeRO-1 and 2 only.
     """
     width = bytes_per_element(config.train.dtype)
-    moments = 8 if config.optim.kind == "adamw" else 0  # bytes per element: two in float32
+    moments = 8 if config.optim.has_moments else 0  # bytes per element: two in float32
     ema = 4 if config.ema.enabled else 0
     float32_sums = sums_in_float32(config.train.dtype, accumulation)
     sum_width = 4 if float32_sums else width

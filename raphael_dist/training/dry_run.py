@@ -91,7 +91,7 @@ def _checkpoint_bytes(config: Config) -> int:
             add_control(model, config, config.run.seed)
         elif config.lora.rank:
             add_lora(model, config.lora, config.run.seed)
-    kinds = 1 + 2 * (config.optim.kind == "adamw") + config.ema.enabled
+    kinds = 1 + 2 * config.optim.has_moments + config.ema.enabled
     return 4 * kinds * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

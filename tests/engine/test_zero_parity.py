@@ -13,7 +13,7 @@ import torch
 
 from raphael_dist.config.run_sections import EmaConfig
 from raphael_dist.engine.ema import Ema
-from raphael_dist.engine.engine import decays
+from raphael_dist.engine.parameter_kinds import decays
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.routing import Gate, gate_kind

@@ -59,7 +59,7 @@ class _Target:
         self.bf16_optimizer = options.stage == 1 and ds_config.sums_in_float32(train.dtype, batch.accumulation)
         self.topology = topology_of(self.config, options, aligned=not self.bf16_optimizer)
         self.progress, self.notes = progress_of_target(source)
-        self.adam = self.config.optim.kind == "adamw"
+        self.adam = self.config.optim.has_moments
 
     def moment(self, kind: str) -> str:
         return kind if kind in self.source.kinds() else ZEROS

@@ -1,0 +1,106 @@
+"""Muon: steps along the orthogonalised momentum for matrices, AdamW for all other parameters.
+
+A matrix W [m, n] with the averaged gradient M and the gradient G takes the step
+
+    W <- W - lr * 0.2 * sqrt(max(m, n)) * orthogonalise(beta1 * M + (1 - beta1) * G)
+
+(https://kellerjordan.github.io/posts/muon/ with Nesterov momentum). The factor of arXiv 2502.16982 gives the step the size
+of AdamW's, so that AdamW's learning rate can be used. M is Adam's first moment: checkpoints are the same as AdamW's.
+
+ZeRO-1 and 2 divide the flattened weights over ranks, also in the middle of a matrix. All ranks gather the tensor that is
+orthogonalised, which takes as many bytes as the gather of new weights. A rank then orthogonalises the matrices of which it
+stores a part.
+"""
+
+from collections.abc import Iterator
+from math import prod, sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raphael_dist.engine.deepspeed_comm import deepspeed_comm
+from raphael_dist.engine.parameter_kinds import is_hidden_matrix
+from raphael_dist.engine.zero import FlatLayout
+
+_SCALE = 0.2  # root mean square of AdamW's steps (arXiv 2502.16982)
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, by Keller Jordan
+
+
+class Muon(torch.optim.AdamW):
+    """The optimizer. Its tensors are parameters, or this rank's parts of flat tensors of them (ZeRO-1 and 2)."""
+
+    def __init__(self, parameters: list[dict[str, Any]], dtype: torch.dtype, **settings: Any) -> None:
+        """Create the optimizer. `set_layouts` must follow.
+
+        Args:
+            parameters: groups of parameters.
+            dtype: precision of the gather and of the products, that of the model.
+            settings: of AdamW.
+        """
+        super().__init__(parameters, **settings)
+        self._dtype = dtype
+        self._layouts: dict[int, tuple[FlatLayout, list[tuple[int, tuple[int, ...]]]]] = {}
+
+    def set_layouts(self, layouts: Iterator[FlatLayout], names: dict[nn.Parameter, str]) -> None:
+        """Record where the matrices lie in the tensors that the optimizer updates. `names`: of all trained parameters."""
+        for layout in layouts:
+            matrices = [(start, matrix_shape(p)) for p, start in layout.places if is_hidden_matrix(names[p])]
+            if matrices:
+                self._layouts[id(layout.part)] = layout, matrices
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all tensors that have a gradient. Collective if they are parts of flat tensors."""
+        groups = [(group, p) for group in self.param_groups for p in group["params"]]
+        updated = [(group, p, p.clone()) for group, p in groups if p.grad is not None and id(p) in self._layouts]
+        result = super().step(closure)
+        for group, p, before in updated:
+            self._update(p, before.view(-1), group["lr"], group["betas"][0])
+        return result
+
+    def _update(self, p: Tensor, before: Tensor, lr: float, beta: float) -> None:
+        """Replace AdamW's steps of the matrices in `p` by Muon's. `before`: `p` before AdamW's step, float32 [numel]."""
+        assert p.grad is not None
+        layout, matrices = self._layouts[id(p)]
+        momentum = torch.lerp(self.state[p]["exp_avg"], p.grad, 1 - beta)
+        first, whole = _gather(momentum.to(self._dtype).view(-1), layout.group)
+        weights = p.view(-1)
+        for start, shape in matrices:
+            end = start + prod(shape)
+            low, high = max(start, first), min(end, first + weights.numel())
+            if low < high:
+                update = orthogonalise(whole[start:end].view(shape)).reshape(-1)[low - start : high - start]
+                stored = slice(low - first, high - first)
+                weights[stored] = before[stored].sub_(update, alpha=lr * _SCALE * sqrt(max(shape[-2:])))
+
+
+def _gather(part: Tensor, group: dist.ProcessGroup | None) -> tuple[int, Tensor]:
+    """Return where this rank's part begins in the flat tensor, and the whole tensor. Collective in `group`."""
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if ranks == 1:
+        return 0, part
+    whole = part.new_empty(ranks * part.numel())
+    deepspeed_comm().all_gather_into_tensor(whole, part, group=group)
+    return dist.get_rank(group) * part.numel(), whole
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Return matrices with the same singular vectors, whose singular values are near 1 (between 0.7 and 1.2).
+
+    Five Newton-Schulz iterations. Shapes: [..., m, n], the same for the result.
+    """
+    a, b, c = _COEFFICIENTS
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def matrix_shape(p: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter as a matrix, or as a stack of them: experts [K, m, n], kernels [out, in * h * w]."""
+    return tuple(p.shape) if p.ndim <= 3 else (p.shape[0], prod(p.shape[1:]))

@@ -1,0 +1,22 @@
+"""Rules that depend on the name of a parameter: which ones decay, and which ones Muon updates."""
+
+from raphael_dist.model.routing import gate_kind
+
+# Small layers, or the first and the last one: AdamW updates them.
+_NOT_HIDDEN = ("conv_in.", "conv_out.", "time_embedding.")
+
+
+def decays(name: str) -> bool:
+    """Return whether `optim.weight_decay` applies to the parameter `name`: to matrices and convolution kernels only.
+
+    It does not apply to norms, biases and gates. The name decides, because shapes cannot: biases of stacked experts [K, F]
+    have two axes, and ZeRO's flattened parameters have one.
+    """
+    owner, _, leaf = name.rpartition(".")
+    norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")
+    return leaf.split("_lora_")[0] in ("weight", "w1", "w2") and not norm and gate_kind(name) is None
+
+
+def is_hidden_matrix(name: str) -> bool:
+    """Return whether Muon updates a parameter: the weights of hidden linear layers, experts and convolutions."""
+    return decays(name) and not name.startswith(_NOT_HIDDEN)
