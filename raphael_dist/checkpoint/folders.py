@@ -39,9 +39,9 @@ def step_of(folder: Path) -> int | None:
 
 
 def resolve_latest(path: Path) -> Path:
-    """Return the checkpoint folder that the file `latest` names, if `path` is such a file; otherwise `path` itself.
+    """Return the checkpoint folder that the text file `latest` names, if `path` is such a file; otherwise `path`.
 
-    Raises UserError if `latest` does not name a folder next to it.
+    Raises UserError if `latest` does not name a checkpoint folder next to it.
     """
     if path.name != "latest" or not path.is_file():
         return path
@@ -55,9 +55,9 @@ def resolve_latest(path: Path) -> Path:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a complete folder to its final name.
+    """Rename a complete checkpoint folder from `temporary` to its final name.
 
-    A folder that has this name already is replaced: it is removed after the rename, or restored if the rename fails.
+    If `final` exists already, it is replaced: the old folder is removed after the rename, or restored if the rename fails.
     """
     sync(temporary)
     replaced = final.with_name(REPLACED + final.name)
@@ -91,7 +91,10 @@ def remove(folder: Path) -> None:
 
 
 def quarantine(folder: Path) -> Path:
-    """Rename a damaged checkpoint to damaged-NAME and return its new path. Nothing is deleted."""
+    """Rename a damaged checkpoint folder to damaged-NAME, so that it is not used, and return its new path.
+
+    Nothing is deleted. A number is appended to a name that exists already.
+    """
     for i in range(1000):
         target = folder.with_name(DAMAGED + folder.name + (f".{i}" if i else ""))
         if not target.exists():
@@ -101,7 +104,10 @@ def quarantine(folder: Path) -> Path:
 
 
 def remove_partial(root: Path) -> None:
-    """Clean up `root` after a process was killed: remove unfinished folders, restore checkpoints that `publish` renamed."""
+    """Clean up the folder of checkpoints after a process was killed.
+
+    Unfinished folders are removed, and checkpoints that `publish` was replacing are restored.
+    """
     for path in sorted(root.iterdir()):
         if path.name.startswith(REPLACED):
             final = root / path.name.removeprefix(REPLACED)

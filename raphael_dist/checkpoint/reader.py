@@ -3,9 +3,9 @@
 A checkpoint is a folder `step-00000100/`. It contains one `rank-00000.safetensors` for each rank that wrote it, and a
 `manifest.json`, which is written last. Nothing is pickled.
 
-A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional and holds a range of the flattened
-parameter's fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or moving average (`ema`). The file's header
-states where each range starts. The trainer also writes this into the manifest, so that a reader knows which file to open.
+A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional and holds a range of the flattened parameter:
+fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or moving average (`ema`). The file's header states
+where each range starts. The trainer also writes this into the manifest, so that a reader knows which file to open.
 """
 
 from collections import defaultdict
@@ -34,7 +34,8 @@ T = TypeVar("T")
 class CheckpointReader:
     """An opened checkpoint folder, from which tensors are read on request.
 
-    Opening it reads the manifest only, and raises UserError if the manifest is missing or not valid.
+    A value belongs to a parameter and a kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam) or "ema". Opening
+    reads the manifest only, and raises UserError if the manifest is missing or not valid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +67,7 @@ class CheckpointReader:
 
         Args:
             files: names of the files. None: all files of the checkpoint.
-            report: called with a line of progress before each file is read.
+            report: called with a text about progress before each file is read.
 
         Returns:
             A text about the first file that is missing or does not match; None if all match.
@@ -86,7 +87,7 @@ class CheckpointReader:
 
     @cached_property
     def _ranges(self) -> dict[Key, list[tuple[int, int, str]]]:
-        """For each tensor, (start, numel, file name) of its spans, in order."""
+        """For each (kind, parameter), (start, numel, file name) of its ranges, in order."""
         ranges = defaultdict(list)
         for name, entry in self.manifest["files"].items():
             listed = entry.get("ranges") or {key: (t.start, t.numel) for key, t in self._stored(name).items()}
@@ -121,16 +122,24 @@ class CheckpointReader:
         return {kind for kind, _ in self._ranges}
 
     def spans(self) -> dict[Key, list[StoredTensor]]:
-        """Return, by (kind, parameter), where its ranges lie in the files. UserError if a file's header cannot be read."""
+        """Return where the ranges of each (kind, parameter) lie in the files.
+
+        Raises UserError if a file's header cannot be read.
+        """
         return {
             (kind, name): [self._stored(file)[f"{kind}/{name}"] for _, _, file in ranges]
             for (kind, name), ranges in self._ranges.items()
         }
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened parameter's values of one kind, float32 [numel].
+        """Return elements [start, start + numel) of one kind of values of a parameter, float32 [numel].
 
         Only the files that hold these elements are opened. Raises UserError if an element is missing.
+
+        Args:
+            kind: "master" (weights), "exp_avg", "exp_avg_sq" or "ema".
+            name: name of the parameter, which is flattened.
+            start, numel: index of the first element, and number of elements.
         """
         ranges = self._ranges.get((kind, name), [])
         files = [file for first, size, file in ranges if first < start + numel and start < first + size]
@@ -140,7 +149,7 @@ class CheckpointReader:
             raise UserError(f"checkpoint {self.folder}: {kind} of {name} has {error}. Use another checkpoint.") from None
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """Return all values of one kind of a parameter, float32, in the parameter's shape."""
+        """Return all values of one kind of a parameter, float32, in the parameter's shape. Arguments as in `read`."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, prod(shape)).view(shape)
 
@@ -148,10 +157,12 @@ class CheckpointReader:
 def check_architecture(stored: Config, config: Config, where: str) -> None:
     """Raise UserError if the model of a checkpoint has other shapes of weights than the model of `config`.
 
+    The message names the first setting that differs.
+
     Args:
         stored: configuration in the checkpoint.
         config: configuration of the run or command that reads the checkpoint.
-        where: path of the checkpoint, for the message, which names the first field that differs.
+        where: path of the checkpoint, for the message.
     """
     for name in ARCHITECTURE_FIELDS:
         of_checkpoint, of_run = (attrgetter(name)(each) for each in (stored, config))
@@ -170,9 +181,9 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
 
 
 def newest(root: Path) -> list[Path]:
-    """Return the checkpoint folders in `root`, the newest first, including incomplete ones.
+    """Return the checkpoint folders (step-*) in `root`, the newest first, including incomplete ones.
 
-    Raises UserError if `root` cannot be read.
+    Raises UserError if `root` cannot be read. A missing `root` has none.
     """
     try:
         return step_folders(root)

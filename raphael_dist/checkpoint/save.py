@@ -48,7 +48,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WrittenFile(NamedTuple):
-    """The file that one rank has written.
+    """The file that one rank has written: name, seconds that writing took, size and SHA-256 (`entry`).
 
     ranges: by key `<kind>/<parameter>`, the range of the flattened parameter in the file as (first element, number of
     elements).
@@ -129,7 +129,7 @@ class CheckpointStore:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, progress: Progress) -> Path:
-        """Write and publish a checkpoint before returning. Raises OSError on all ranks when it failed on any."""
+        """Write a checkpoint and return its folder when it is complete. Raises OSError on all ranks if it failed on any."""
         self.begin(progress)
         failure = self.finish()
         if failure:
@@ -159,7 +159,7 @@ class CheckpointStore:
 
     @property
     def last(self) -> Save:
-        """The save that was begun last, whether it is finished or not."""
+        """The save that was begun last, finished or not. `begin` must have been called."""
         assert self._save is not None
         return self._save
 
@@ -204,7 +204,7 @@ class CheckpointStore:
         return self._save.failure
 
     def finished_saves(self) -> list[Save]:
-        """Return the saves that were published since the last call of this method. Call it on rank 0."""
+        """Return the saves whose checkpoint was completed since the last call of this method. Call it on rank 0."""
         if self._save is not None and self._save.published is not None and self._save.published.done():
             self._conclude(self._save)
         finished = self._finished
@@ -215,7 +215,7 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Wait for the save in flight. After an exception on one rank only this rank's thread is waited for."""
+        """Wait for the save in progress. After an exception on one rank, wait only for this rank's thread."""
         try:
             if kind is None or issubclass(kind, NonFiniteError | NotSavedError):  # these are raised on all ranks
                 self.finish()
@@ -263,10 +263,10 @@ class CheckpointStore:
         return save.failure
 
     def _make_room(self, save: Save) -> tuple[int, str | None]:
-        """Create the folder to write into, and compare the bytes of all ranks with the free space.
+        """Create the folder to write into, and compare the bytes of all ranks with the free space. Collective.
 
         Returns:
-            The number of bytes that all ranks will write, and why they cannot be written, or None.
+            The number of bytes that all ranks will write, and the reason why they cannot be written, or None.
         """
         need, free, problem = 0, 0, None
         try:
@@ -342,11 +342,11 @@ class CheckpointStore:
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> Progress | None:
-        """Restore the newest checkpoint that verifies; see Restorer.resume."""
+        """Restore the newest undamaged checkpoint at the start of a run; see Restorer.resume."""
         return self._restorer.resume()
 
     def rewind(self, before: int | None = None) -> Progress | None:
-        """Restore an earlier checkpoint in the middle of training; see Restorer.rewind."""
+        """Finish the current save, and restore an earlier checkpoint during training; see Restorer.rewind."""
         self.finish()
         return self._restorer.rewind(before)
 

@@ -201,7 +201,7 @@ class MetricsWriter:
 
     @contextmanager
     def _tolerating(self, what: str) -> Iterator[None]:
-        """Return a context manager that ignores OSError in its body, and logs the first one. `what`: the file, for the log."""
+        """Return a context manager that ignores OSError in its body, and logs the first one. `what`: name of the file."""
         try:
             yield
         except OSError as error:

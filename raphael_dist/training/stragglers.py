@@ -79,7 +79,7 @@ class Stragglers:
             self._recent.popleft()
 
     def slowest_ratio(self) -> float:
-        """Return the own time of the slowest rank divided by the median of all ranks; at least 1."""
+        """Return the slowest rank's time for its own work (data and forward pass), divided by the median of all ranks."""
         return max(self._ratios())
 
     def describe_slow(self) -> str | None:
