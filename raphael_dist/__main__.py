@@ -25,7 +25,10 @@ Command = Callable[[Sequence[str]], int]
 
 
 def config(argv: Sequence[str]) -> int:
-    """Print keys of the configuration with type, default, range and description. Return exit code 1 if none is found."""
+    """Print keys of the configuration with type, default, range and description.
+
+    `argv`: a word to search for, and options. Returns exit code 1 if no key is found, else 0.
+    """
     parser = common.Parser(
         prog="raphael-config", description=COMMANDS["config"][1], example="python -m raphael_dist config memory"
     )
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> int:
-    """Run the command of a console script raphael-COMMAND, which the name of the called file states."""
+    """Run the command of a console script raphael-COMMAND, whose name is in sys.argv[0]; return its exit code."""
     return _run(sys.argv[0].rpartition("raphael-")[2], sys.argv[1:])
 
 

@@ -35,7 +35,7 @@ class UserError(ValueError):
 
 
 def write_error(where: Path, error: OSError) -> Exception:
-    """Return the exception to raise when writing `where`, in a run directory, has failed with `error`.
+    """Return the exception to raise after writing the file or folder `where` of a run has failed with `error`.
 
     Returns:
         NotSavedError if the disk or the quota is full, otherwise UserError.
@@ -48,7 +48,10 @@ def write_error(where: Path, error: OSError) -> Exception:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` with the known name that is most similar to `name`; "" if none is similar."""
+    """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
+
+    Returns "" if none is similar.
+    """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -61,7 +64,7 @@ class NonFiniteError(RuntimeError):
 
 
 class NotSavedError(RuntimeError):
-    """The disk has no space for the files of a starting run or for a run's last checkpoint (exit code 4).
+    """The disk has no space for the files of a starting run, or a run's last checkpoint cannot be saved (exit code 4).
 
     Attributes:
         agreed: whether every rank raises this same error, so that rank 0 alone prints it.
@@ -71,7 +74,10 @@ class NotSavedError(RuntimeError):
 
 
 class HungError(RuntimeError):
-    """Other ranks make no progress (exit code 76). The text names these ranks. Collectives cannot be called afterwards."""
+    """Other ranks make no progress (exit code 76). The text names these ranks.
+
+    Collectives must not be called afterwards.
+    """
 
 
 def describe_error(error: BaseException) -> str:

@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--cluster`: the devices for which the planner predicts speed and memory."""
+    """Add the option `--cluster`, which names the devices for which speed and memory are predicted."""
     parser.add_argument(
         "--cluster", default="auto", metavar="NAME",
         help="also predict speed and memory on these devices: h100x8, cpu, ..., or a YAML file; none: no prediction "
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the problems of the run, and write the bundle for a bug report if --bundle is given.
+    """Print the problems of the run, and write the bundle (an archive for a bug report) if --bundle is given.
 
-    Returns the exit code. Raises UserError for mistakes that the user can correct.
+    Returns the exit code: FOUND if there are problems, else 0. Raises UserError for mistakes that the user can correct.
     """
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Change the name.")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(examined: "Examined") -> list[str]:
-    """Return the lines: the state of the run, its problems, and what was checked."""
+    """Return the lines to print about an examined run: its state, its problems, and what was checked."""
     from raphael_dist.reporting.events import ending
 
     lines = [f"{examined.run.folder}: {ending(examined.run, examined.history, examined.now)}"]

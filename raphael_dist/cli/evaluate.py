@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `images` and `text` have in common: the model, the output folder, and how images are sampled."""
+    """Add the options that the subcommands `images` and `text` share: model, output folder, and how images are sampled."""
     add_sampling(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="output folder for images, features and results"
@@ -113,7 +113,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
-    """Return how images are sampled: settings, name of the scheduler, and a request to which prompts are added."""
+    """Return how images are sampled: settings, name of the scheduler, and a request without a prompt as a template.
+
+    Raises UserError if --steps or --size is incompatible with the model.
+    """
     from raphael_dist.sampling.distributed import SamplingSettings
     from raphael_dist.sampling.prompts import check_sizes
     from raphael_dist.sampling.sampler import Request
@@ -127,10 +130,10 @@ def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tupl
 
 
 def protocol_of(args: argparse.Namespace, trained: "TrainedModel", **study: object) -> dict[str, object]:
-    """Return all settings that affect the results, for protocol.json.
+    """Return all settings that affect the results, as JSON values for protocol.json.
 
     A command that continues in a folder with another protocol is refused, so that results of different settings are never
-    mixed. study: settings of `images` or `text`.
+    mixed. `study`: further settings, which only `images` or `text` has.
     """
     from raphael_dist.storage.versions import versions
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the figures and the report into the folder `args.out`. UserError: a mistake that the user can correct."""
+    """Write the figures and the report into the folder `args.out`. Raises UserError for mistakes of the user."""
     import torch
 
     from raphael_dist.analysis.route_report import Report
@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
 
 
 def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> None:
-    """Draw the bands of the time experts over all timesteps."""
+    """Draw which time expert each block uses at each timestep."""
     from raphael_dist.analysis.route_figures import draw_bands
     from raphael_dist.analysis.routes import time_routes
 
@@ -109,7 +109,7 @@ def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> N
 
 
 def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int, prompt: str, report: "Report") -> None:
-    """Draw a prompt, the routes of its words, and their regions on the image."""
+    """Sample the image of a prompt; draw the experts of its words, and the words' regions in the image."""
     from PIL import Image
 
     from raphael_dist.analysis.coverage import measure_coverage, route_agreement
@@ -136,7 +136,7 @@ def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int,
 
 
 def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "Report") -> None:
-    """Find dead and duplicate experts; draw how often each is chosen by the words of the captions."""
+    """Report dead and duplicate experts; draw how often the words of the captions choose each space expert."""
     import torch
 
     from raphael_dist.analysis.experts import expert_loads, find_dead, find_duplicates

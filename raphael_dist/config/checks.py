@@ -92,7 +92,7 @@ def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
 
 
 def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel: Parallel) -> Iterator[str]:
-    """Yield what the kernels of `train.kernels` are incompatible with."""
+    """Yield an error message for each setting that is incompatible with a kernel of `train.kernels`."""
     adapted = lora.rank > 0 and "experts" in lora.targets
     experts = (
         (model.expert_backend == "auto", "model.expert_backend=auto", f"it is {model.expert_backend}"),
@@ -176,7 +176,10 @@ def check_upscale(upscale: Upscale, control: Control) -> Iterator[str]:
 
 
 def check_sample_images(sample: Sample, upscale: Upscale, control: Control) -> Iterator[str]:
-    """Yield an error message unless `sample.images` fits the model and has one image for each of `sample.prompts`."""
+    """Yield an error message unless `sample.images` has one image for each of `sample.prompts`.
+
+    Models without super-resolution or ControlNet must have no images.
+    """
     prompts, images = len(sample.prompts), len(sample.images)
     if not upscale.factor and not control.enabled:
         if images:

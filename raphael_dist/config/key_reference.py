@@ -61,9 +61,12 @@ Commands:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the configuration: its name section.key, type, default, range and description.
+    """One key (setting) of the configuration, with what users see about it.
 
-    It also states whether the value may change when a run is resumed.
+    Attributes:
+        name: section.key.
+        type, default, range, description: as text.
+        on_resume: whether the value may change when a run is resumed: "free", "fixed" or "never" (docs/configuration.md).
     """
 
     name: str
@@ -74,7 +77,7 @@ class Key:
     on_resume: str
 
     def line(self) -> str:
-        """Return all this as one line of text."""
+        """Return name, default, type, range and description as one line of text."""
         limits = f" ({self.range})" if self.range else ""
         return f"{self.name}={self.default}  {self.type}{limits}: {self.description}"
 
@@ -96,7 +99,8 @@ def all_keys() -> list[Key]:
 def find_keys(word: str) -> tuple[list[Key], list[str]]:
     """Search the keys of the configuration for a word.
 
-    The word may be a part of a topic (memory, resume), of a setting's name in another trainer, or of the text about a key.
+    The word is compared with topics (memory, resume), names of settings in other trainers, and names and descriptions of
+    keys. A part of a word is enough.
 
     Returns:
         The keys, the best match first, and the file names of the pages in docs/ about them.

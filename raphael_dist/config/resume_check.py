@@ -68,11 +68,11 @@ def check_same_run(old: Config, new: Config, folder: str) -> list[str]:
 def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Config, folder: str) -> list[str]:
     """Check that a resumed run has the data and encoders with which its checkpoint was trained.
 
-    The fingerprints (hashes) of shards, captions and encoders are compared.
+    The fingerprints (hashes) of shards, captions and encoders are compared. One that the manifest or `current` lacks is not.
 
     Args:
         manifest: the checkpoint's manifest. After a conversion it has only the fingerprint of the shards.
-        current: the fingerprints of this run by name.
+        current: the fingerprints of this run, by the setting that they belong to.
         config: this run's configuration.
         folder: name of the checkpoint in messages.
 

@@ -22,9 +22,9 @@ def staged_keys(config: Config) -> set[str]:
 
 
 class StageSpan(NamedTuple):
-    """The configuration of a stage (or of a run without stages), and the range of its steps.
+    """A stage of a run (an entry of train.stages): its configuration and its steps.
 
-    The stage consists of the steps since + 1 to until, counted from 1.
+    The stage consists of the steps since + 1 to until, counted from 1. A run without stages is one stage.
     """
 
     config: Config
@@ -33,7 +33,10 @@ class StageSpan(NamedTuple):
 
 
 def stage_at(config: Config, step: int) -> StageSpan:
-    """Return the stage of the next step after `step` steps are done. UserError: the settings of the stage are not valid."""
+    """Return the stage to which the next step belongs after `step` steps are done.
+
+    Raises UserError if the settings of the stage are not valid.
+    """
     since, last = 0, config.train.max_steps
     for number, stage in enumerate(config.train.stages, start=1):
         until = last if stage.until is None else min(last, stage.until)
@@ -44,7 +47,10 @@ def stage_at(config: Config, step: int) -> StageSpan:
 
 
 def every_stage(config: Config) -> list[Config]:
-    """Return the configuration of each stage, or [config] for a run without stages. Raises the UserErrors of `stage_at`."""
+    """Return the configuration of each stage (entry of train.stages), or [config] for a run without stages.
+
+    Raises UserError if the settings of a stage are not valid.
+    """
     stages = config.train.stages
     return [_with_values(config, stage.set, number) for number, stage in enumerate(stages, start=1)] or [config]
 
