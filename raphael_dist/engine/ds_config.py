@@ -225,12 +225,12 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     backend = config.model.expert_backend
     sizes = " ".join(f"parallel.{k}_ep={config.parallel.ep(k)}" for k in EXPERT_KINDS if config.parallel.ep(k) > 1)
     if stage == 0:
-        problem = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 0, whose gradient norm is wrong for sharded experts"
+        requirement = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 0, whose gradient norm is wrong for sharded experts"
     elif stage == 3:
-        problem = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 3, which cannot partition sharded experts"
+        requirement = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 3, which cannot partition sharded experts"
     elif overlap:
         # Gradients would be reduced while rows of experts are sent, in an order that can differ between ranks, and hang.
-        problem = "overlap_comm=false, but it is true in the DeepSpeed JSON, which can make ranks hang"
+        requirement = "overlap_comm=false, but it is true in the DeepSpeed JSON, which can make ranks hang"
     elif config.parallel.space_ep > 1 and backend == "reference":
         raise UserError(
             f"{sizes} requires model.expert_backend=auto, grouped or dense, but it is {backend}, which cannot send tokens "
@@ -238,7 +238,10 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
         )
     else:
         return
-    raise UserError(f"{sizes} requires {problem}. Use ds_configs/zero2.json or set parallel.space_ep=1 parallel.time_ep=1.")
+    raise UserError(
+        f"{sizes} (expert parallelism) requires {requirement}. Use ds_configs/zero2.json or set parallel.space_ep=1 "
+        "parallel.time_ep=1."
+    )
 
 
 def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:

@@ -36,12 +36,7 @@ _STAT_THREADS = 32
 
 
 def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] = ()) -> DatasetIndex | None:
-    """Open the existing index of these shards.
-
-    Args:
-        names: Paths and URLs of the shards.
-        store: Provides the shards; its folder contains the index.
-        columns: Names of the columns that filters use.
+    """Return the existing index of these shards. `columns`: names of the columns that filters use.
 
     Returns:
         The index. None if it must be built: there is no index of these shards with these columns; a local shard has changed;
@@ -71,10 +66,7 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
     """Return (name, size in bytes) of each shard that was never indexed, or has changed since then.
 
-    Args:
-        names: Paths and URLs of the shards.
-        store: Provides the shards; its folder contains the records.
-        report: Called with lines of progress.
+    `store`: provides the shards; its folder contains the index. `report`: called with lines of progress.
     """
 
     def check(name: str) -> tuple[str, int] | None:
