@@ -73,7 +73,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
         while True:
             undelivered = tuple(self._undelivered)
             self._undelivered.clear()
-            # In a thread: otherwise torch raises the death of a worker in the main thread at any point.
+            # In a thread, where torch installs no SIGCHLD handler: it would raise an error in the main thread if a worker dies.
             with ThreadPoolExecutor(1) as thread:
                 self._loader = thread.submit(iter, self._create_loader(itertools.chain(undelivered, slots))).result()
             try:
@@ -122,7 +122,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
     def _stop_workers(self) -> None:
         loader, self._loader = self._loader, None
         if loader is not None:
-            loader._shutdown_workers()  # otherwise they run until the loader is collected
+            loader._shutdown_workers()  # otherwise its workers run until the loader is garbage-collected
 
 
 @dataclass
@@ -162,7 +162,7 @@ class _WorkerBuilder(Dataset[_WorkerBatch]):
         try:
             batch = self._builder.build(slots)
         except NotEncodedError:
-            stream.replaced = before  # the rank builds the batch and counts them
+            stream.replaced = before  # the rank builds this batch itself and counts the replacements
             return _WorkerBatch(slots)
         except UserError as error:
             return _WorkerBatch(slots, error=str(error))

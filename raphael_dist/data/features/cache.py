@@ -295,7 +295,7 @@ class _CachedShard:
     def __init__(self, path: Path) -> None:
         """Open the file. FileNotFoundError: it is missing. OSError, SafetensorError, KeyError, ValueError: it is damaged."""
         self._file = safe_open(path, framework="pt")
-        # One entry: safetensors writes several in no fixed order.
+        # A single metadata entry, since safetensors writes several in no fixed order.
         about = json.loads(self._file.metadata()["shard"])
         self.bad: list[tuple[int, str]] = about["bad"]
         self._names = set(self._file.keys())
