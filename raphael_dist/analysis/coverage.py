@@ -91,7 +91,7 @@ def _pair_share(region_NY: Tensor, route_Y: Tensor, num_experts: int, mask_BY: T
 def route_agreement(record: Record, noisy_LY: Tensor, mask_Y: Tensor) -> float:
     """Return the share of (word token, block) pairs whose space expert is the same with and without gate noise.
 
-    Arguments as in `measure_coverage`.
+    `record`: the routes without it. `noisy_LY`: int64 [L, Y], the experts with it. `mask_Y`: bool [Y], False at padding.
     """
     assert record.space_LY is not None
     return float((noisy_LY == record.space_LY)[:, mask_Y].float().mean())

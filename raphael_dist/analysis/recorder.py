@@ -23,7 +23,8 @@ from raphael_dist.model.routing import region_mask_BNY
 class Record:
     """Recorded routes (chosen experts) and regions (where a text token has much attention) of one sample.
 
-    L transformer blocks, S forward passes, Y text tokens, N image tokens.
+    A space expert is chosen for each text token, a time expert for each timestep. There are L transformer blocks, S forward
+    passes, Y text tokens and N image tokens.
 
     Attributes:
         timesteps: timesteps of the forward passes.

@@ -34,9 +34,9 @@ class Words:
 
 @torch.no_grad()
 def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
-    """Return the time expert of each block for each timestep 0 .. T-1, int64 [L, T]; None without a Time-MoE.
+    """Return the time expert (chosen by the timestep) of each block for the timesteps 0 .. T-1, int64 [L, T].
 
-    It is t_router(t) of Sec. 7.3. `num_timesteps`: T.
+    It is t_router(t) of Sec. 7.3. `num_timesteps`: T. None: the model has no Time-MoE.
     """
     if not model.config.time_experts:
         return None
@@ -48,9 +48,9 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
 
 @torch.no_grad()
 def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
-    """Return the space expert of each text token in each block, int64 [B, L, Y]; None without a Space-MoE.
+    """Return the space expert (chosen by the text token) of each token in each block, int64 [B, L, Y].
 
-    It is route(y_i) of Sec. 3.1. `tokens_BYD`: outputs of the text encoder.
+    It is route(y_i) of Sec. 3.1. `tokens_BYD`: outputs of the text encoder. None: the model has no Space-MoE.
     """
     if not model.config.space_experts:
         return None
@@ -59,9 +59,10 @@ def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def noisy_word_routes(model: RaphaelUNet, tokens_BYD: Tensor, deviation: float, seed: int = 0) -> Tensor:
-    """Return what `word_routes` returns, but with the gate noise of training. The model must have a Space-MoE.
+    """Return the space expert of each text token in each block, int64 [B, L, Y], chosen with the gate noise of training.
 
-    `deviation`: standard deviation of the Gaussian noise on the gate logits. `seed`: of the noise.
+    `deviation`: standard deviation of the Gaussian noise on the gate logits. `seed`: of the noise. The model must have a
+    Space-MoE.
     """
     logits = _text_logits(model, tokens_BYD).cpu()
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))

@@ -73,7 +73,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
         while True:
             undelivered = tuple(self._undelivered)
             self._undelivered.clear()
-            # In a thread, where torch installs no SIGCHLD handler: it would raise an error in the main thread if a worker dies.
+            # In a thread torch installs no SIGCHLD handler, which would raise an error in the main thread if a worker dies.
             with ThreadPoolExecutor(1) as thread:
                 self._loader = thread.submit(iter, self._create_loader(itertools.chain(undelivered, slots))).result()
             try:

@@ -104,8 +104,8 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 def difference_hash(thumbnail: np.ndarray) -> int:
     """Return the difference hash (64 bits) of a thumbnail, float32 [8, 9, 3] with values 0..255.
 
-    A bit belongs to a pixel and its right neighbour: it is 1 if the neighbour is darker. Similar images have hashes that
-    differ in few bits.
+    A bit belongs to a pixel and its right neighbour: it is 1 if the neighbour is darker by more than JPEG noise. Similar
+    images have hashes that differ in few bits.
     """
     grey = thumbnail.mean(axis=2)
     return int.from_bytes(np.packbits(grey[:, 1:] < grey[:, :-1] - _STEP).tobytes(), "big")

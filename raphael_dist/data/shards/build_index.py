@@ -83,10 +83,10 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
 
 
 def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[ShardRecord]:
-    """Read each shard from start to end, and return its record (place, size and key of each sample).
+    """Read the shards with these names (paths or URLs) from start to end, and return a record of each.
 
-    Records are also written into the folder of `store`, if it has one. A missing shard gets a record without samples, which
-    is not written, so that the next start looks for the shard again.
+    A record has the place, size and key of each sample. It is also written into the folder of `store`, if that has one. A
+    missing shard gets a record without samples, which is not written, so that the next start looks for the shard again.
 
     Raises:
         UserError: A shard cannot be reached (and may exist), or a record cannot be written.
