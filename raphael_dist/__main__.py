@@ -53,7 +53,7 @@ def config(argv: Sequence[str]) -> int:
 
 
 def slurm(argv: Sequence[str]) -> int:
-    """Print the path of the folder with the Slurm scripts; return exit code 0."""
+    """Print the path of the folder with the Slurm scripts (with --home, of the folder that contains it). Return 0."""
     parser = common.Parser(
         prog="raphael-slurm", description=COMMANDS["slurm"][1], example='sbatch "$(raphael-slurm)/train_raphael.sh"'
     )
@@ -93,7 +93,10 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first argument names; return its exit code."""
+    """Run the command that the first argument names, e.g. "train"; return its exit code.
+
+    `argv`: the arguments without the program name; None: those of this process.
+    """
     argv = sys.argv[1:] if argv is None else argv
     lines = "\n".join(f"  {name:8} {summary}" for name, (_, summary) in COMMANDS.items())
     parser = common.Parser(

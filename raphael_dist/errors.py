@@ -22,7 +22,8 @@ EXIT_HUNG = 76  # a run without progress was ended, by the watchdog or HungError
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, its value, what is allowed and what to do. Several mistakes are several arguments.
+    The text names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one text
+    each.
 
     Attributes:
         agreed: whether every rank raises this same error, so that rank 0 alone prints it.
@@ -110,7 +111,7 @@ def _write(path: str, text: str) -> None:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Call `command` and return the exit code of the process.
+    """Run `command` and return the exit code for this process.
 
     Returns:
         0; 2 after a UserError, which is printed as one line; or 130 after Ctrl-C.

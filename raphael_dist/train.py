@@ -160,7 +160,7 @@ def _main(argv: Sequence[str]) -> tuple[int, str]:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    """Print the plan, and a line for each mistake; return the exit code."""
+    """Print what --plan prints, and a line for each mistake that is found without training; return the exit code."""
     from raphael_dist.training.dry_run import attempt, problems
 
     config, lines = load_leniently(args.config, args.overrides)

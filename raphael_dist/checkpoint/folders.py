@@ -20,7 +20,7 @@ WRITING, REMOVING, REPLACED, DAMAGED = ".writing-", ".removing-", ".replaced-", 
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Return the checkpoint folders in `root`, the newest first, including incomplete ones.
+    """Return the checkpoint folders in `root`, the newest first, including incomplete ones; [] if `root` is missing.
 
     Their names have the form step-00000100. Other folders, such as a user's copy step-00000100-good, are left out, so that
     the trainer neither resumes from them nor removes them. Raises OSError if `root` cannot be read.
@@ -120,11 +120,11 @@ def remove_partial(root: Path) -> None:
 
 
 def expired(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Return the checkpoint folders that must be removed.
+    """Return those checkpoint folders that must be removed, because they are neither new nor to be kept for good.
 
     Args:
         folders: all checkpoint folders, the newest first.
         keep: number of newest checkpoints to keep.
-        keep_every: also keep every step that is a multiple of this number. 0: none.
+        keep_every: also keep every checkpoint whose step is a multiple of this number. 0: none.
     """
     return [f for f in folders[keep:] if not (keep_every and (step_of(f) or 0) % keep_every == 0)]

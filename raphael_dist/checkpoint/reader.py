@@ -221,7 +221,7 @@ def first_good(path: Path, open_step: Callable[[Path], T], prefix: str) -> tuple
         prefix: beginning of the error message.
 
     Returns:
-        The result of `open_step`, and for each newer checkpoint the message of the UserError that it raised.
+        The result of `open_step`, and the error messages for newer checkpoints that could not be opened.
 
     Raises:
         UserError: no checkpoint could be opened.

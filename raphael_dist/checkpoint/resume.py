@@ -109,7 +109,7 @@ class Restorer:
         return None, damaged
 
     def _verify(self, folder: Path) -> str | None:
-        """Check each file once, divided over the ranks; return what is wrong with any of them, or None."""
+        """Check each file of a checkpoint once, divided over the ranks; return the first problem, or None. Collective."""
 
         def check_share(report: Reporter) -> str | None:
             try:

@@ -103,7 +103,8 @@ class Save:
 class CheckpointStore:
     """Saves and resumes the checkpoints of one run. Use it as a context manager around training.
 
-    Methods are collective: all ranks call them in the same order. `written` and `finished_saves` are not collective.
+    Saving runs in the background: `begin` starts it, `commit` completes it once all ranks have written, `finish` waits. All
+    ranks must call the methods in the same order, except `written` and `finished_saves`.
     """
 
     def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
@@ -139,7 +140,7 @@ class CheckpointStore:
     def begin(self, progress: Progress) -> None:
         """Wait for the previous save, copy the training state to host memory, and start a thread that writes it.
 
-        Errors are not raised: `finish` returns them.
+        `progress` is stored in the checkpoint. Errors are not raised: `finish` returns them.
         """
         began = time.monotonic()
         self._wait()
@@ -172,9 +173,10 @@ class CheckpointStore:
         return self._save is not None and self._save.written is not None and self._save.written.done()
 
     def commit(self) -> None:
-        """Exchange the results of all ranks. If all have succeeded, rank 0 starts a thread that publishes the checkpoint.
+        """Exchange the results of all ranks' writing threads. If all succeeded, a thread of rank 0 completes the checkpoint.
 
-        Waits for this rank's writing thread.
+        It writes the manifest and gives the folder its final name. Waits for this rank's writing thread. Does nothing if no
+        file is being written.
         """
         save = self._save
         if save is None or save.written is None:
@@ -223,7 +225,7 @@ class CheckpointStore:
             self._thread.shutdown(wait=True)
 
     def amend(self, progress: Progress) -> None:
-        """Replace the progress in the manifest of the checkpoint of `progress.step`, after a rollback to this checkpoint.
+        """Replace the progress in the saved checkpoint of step `progress.step`, after a rollback to this checkpoint.
 
         After a rollback, training skips the samples of the bad steps. A restart skips them too, since it reads
         `samples_seen` from the manifest. An error is only logged, because it affects a restart and not this process.

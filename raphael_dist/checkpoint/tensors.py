@@ -18,7 +18,7 @@ _STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
 
 @dataclass(frozen=True)
 class Span:
-    """Elements [start, start + numel) of the parameter `name`, flattened."""
+    """A range of elements of a parameter: [start, start + numel) of the flattened parameter `name`."""
 
     name: str
     start: int

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample and measure on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
+    """Sample images and measure them, on all ranks of a launcher. Raises UserError for mistakes of the user."""
     check_arguments(args)
 
     from raphael_dist.sampling.load_model import open_model
@@ -219,7 +219,7 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
 
 
 def _describe_study(args: argparse.Namespace, study: "Study") -> dict[str, object]:
-    """Return the part of the protocol that defines what is compared."""
+    """Return the settings of a study (`images` or `text`) for protocol.json: what is compared with what."""
     import hashlib
 
     prompts = hashlib.sha256(json.dumps([[r.prompt, r.seed, r.index] for r in study.requests]).encode()).hexdigest()[:16]

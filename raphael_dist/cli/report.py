@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the report. Raises UserError for mistakes that the user can correct."""
+    """Write the HTML report about `args.runs`. Raises UserError for mistakes that the user can correct."""
     if args.out.suffix != ".html":
         raise UserError(f"--out={args.out} must end in .html. Change the name.")
     from raphael_dist.reporting.page import build_page

@@ -27,7 +27,7 @@ def locate(path: str) -> str:
 
 
 def git_commit() -> str:
-    """Return the git commit of the code, with "+" at the end if files have been changed since; "" if it is unknown."""
+    """Return the git commit (12 hex digits) of the code, with "+" at the end if files have changed since; "" if unknown."""
     built = _PACKAGE / "assets" / "commit"
     if built.is_file():
         return built.read_text().strip()

@@ -139,7 +139,10 @@ def markdown() -> str:
 
 
 def json_schema() -> str:
-    """Return a JSON schema of configuration files as text, with which editors check YAML. It includes the key `base`."""
+    """Return a JSON schema of configuration files as text. Editors check YAML files with it.
+
+    It includes the key `base`, which is no setting.
+    """
     schema = Config.model_json_schema()
     schema["title"] = "Configuration of raphael_dist"
     schema["properties"]["base"] = {"type": "string", "description": "Preset or YAML file that this one builds on."}
@@ -158,7 +161,7 @@ def _plain(value: object) -> object:
 
 
 def _describe(annotation: object) -> tuple[str, list[str]]:
-    """Return the name of a type, and the limits within it."""
+    """Return the name of an annotated type, and the limits of its values, as text."""
     if hasattr(annotation, "__metadata__"):  # Annotated
         name, limits = _describe(get_args(annotation)[0])
         return name, [*limits, *_limits(annotation.__metadata__)]

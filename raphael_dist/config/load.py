@@ -101,7 +101,7 @@ def read_yaml(name_or_path: str) -> ConfigTree:
 
 
 def _merge(upper: ConfigTree, lower: ConfigTree) -> ConfigTree:
-    """Return the values of `upper`, and those of `lower` that it does not have."""
+    """Return the values of `upper`, and those values of `lower` that `upper` does not have."""
     tree = {**lower.tree, **upper.tree}
     for name, section in lower.tree.items():
         if isinstance(section, dict) and isinstance(tree[name], dict):
@@ -154,7 +154,7 @@ def _preset_text(name: str) -> str:
 
 
 def _locate_assets(preset: JsonObject) -> JsonObject:
-    """Return a preset with the paths of its data relative to the working directory."""
+    """Return a preset with the paths of its data, if they come with the package, replaced by their location."""
     for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "vae"), ("sample", "images")):
         value = preset.get(section, {}).get(name)
         if isinstance(value, str):
@@ -252,7 +252,7 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
 
 
 def _suggestion(word: str, text: str, config_type: type[BaseModel]) -> str:
-    """Return " (did you mean ...?)" for an argument that is no override, "" if its meaning is unknown."""
+    """Return " (did you mean ...?)" for an argument that is not an override; "" if there is no suggestion."""
     key = known_key(word, config_type) or near_key(word, config_type)
     if word.endswith(".json"):
         meant = f"--deepspeed_config {word}"

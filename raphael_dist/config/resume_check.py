@@ -21,7 +21,10 @@ FINGERPRINTS = {
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[object, object]]:
-    """Return the changed settings that affect the results of a run: {section.key: (old value, new value)}."""
+    """Return the settings that differ and affect the results of a run: {section.key: (old value, new value)}.
+
+    `old` is the configuration of the checkpoint, `new` that of the run that resumes it.
+    """
     free = FREE_FIELDS | staged_keys(old) | staged_keys(new)  # train.stages itself is compared
     if new.optim.lr_schedule not in ENDLESS:
         free -= {"train.max_steps"}  # another last step changes the learning rate of every step

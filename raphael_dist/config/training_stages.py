@@ -17,7 +17,7 @@ KEYS_OF_STAGES = (
 
 
 def staged_keys(config: Config) -> set[str]:
-    """Return the keys `section.key` that the stages of a run set."""
+    """Return the keys `section.key` that entries of train.stages set; these may differ between stages."""
     return {key for stage in config.train.stages for key in stage.set}
 
 

@@ -112,7 +112,7 @@ def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
 
 
 def merge(config: Config, tree: Tree, accumulation: int, world_size: int) -> Tree:
-    """Return the full DeepSpeed configuration: the user's JSON and the keys that this project determines.
+    """Return the full DeepSpeed configuration: the user's JSON, plus the keys that this project determines.
 
     Args:
         config: the run's configuration.

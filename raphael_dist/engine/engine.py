@@ -217,7 +217,7 @@ class Engine:
             ema.update(step)
 
     def discard_gradients(self) -> None:
-        """Drop the accumulated gradients; weights and moments are unchanged. Call it on all ranks or on none."""
+        """Drop the gradients of the current step; weights and moments stay unchanged. Call it on all ranks or on none."""
         self.grad_norm, self._micro_step = math.inf, 0
         with self._zero.skip_step():
             self._engine.step()

@@ -131,7 +131,7 @@ class BatchPlan:
         return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch_size)).micro_batch_size
 
     def better_world_size(self) -> int:
-        """Return the smallest number of ranks with which a step has no more micro-steps than now."""
+        """Return the smallest number of ranks with which a step needs no more micro-steps than with `world_size` ranks."""
         return -(-self._most_chunks // self.accumulation) * self.unit
 
 

@@ -17,7 +17,7 @@ import time
 
 
 def stopped(pid: int) -> bool:
-    """Return whether a process is suspended by a signal or a debugger."""
+    """Return whether the process `pid` is suspended by a signal or a debugger."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] in ("T", "t")
     return False

@@ -53,13 +53,13 @@ def launchers() -> list[Process]:
 
 
 def alive(pid: int) -> bool:
-    """Return whether a process with this id runs."""
+    """Return whether a process with the id `pid` runs (a zombie does not)."""
     fields = _stat(pid)
     return fields is not None and fields[0] not in ("Z", "X")
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat, beginning with the state; None without such a process."""
+    """Return the fields of /proc/PID/stat, beginning with the process state; None if there is no such process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return None

@@ -34,7 +34,7 @@ listeners: list[Callable[[], None]] = []  # called at every report of any rank
 
 
 class AbandonedError(RuntimeError):
-    """Ends this rank's work, because another rank has failed and its result is no longer needed."""
+    """Raised inside this rank's work to end it, because another rank has failed and the result is no longer needed."""
 
 
 @contextmanager
@@ -201,7 +201,7 @@ class Watch:
             self._changed.clear()
 
     def _read_store(self) -> int:
-        """Read what has changed; return how many ranks have finished."""
+        """Read the status of all ranks from the store after a change; return how many ranks have finished."""
         self._last_status = self._store.get("last").decode()
         for listener in listeners:
             listener()

@@ -200,7 +200,10 @@ def free_port() -> int:
 
 
 def all_reduce_sum(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the sum of each value over all ranks, as float64 on the host. Collective; waits for the device once."""
+    """Return the sum of each of n values over all ranks, float64 [n] on the host. Collective; waits for the device once.
+
+    `device`: this rank's device, on which the values are reduced. A tensor may have any shape.
+    """
     if isinstance(values, torch.Tensor):
         tensor = values.to(device, torch.float64, copy=True)
     else:
@@ -230,7 +233,7 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Run `work`; return (result, None), or (None, exception) if it fails."""
+    """Call `work`; return (result, None), or (None, exception) if it raises an exception."""
     try:
         return work(), None
     except Exception as error:

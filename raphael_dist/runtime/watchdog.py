@@ -124,7 +124,10 @@ class Watchdog:
         return self
 
     def use_folder(self) -> None:
-        """From now on, write heartbeats and stacks to files in the run directory. Raises the errors of `write_error`."""
+        """From now on, write heartbeats and stacks to files in the run directory.
+
+        Raises NotSavedError if the disk is full, and UserError if it cannot be written.
+        """
         try:
             (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)
             self._stacks = open(self._folder / f"stacks-rank-{self._ranks.rank}.txt", "w", opener=no_links)

@@ -215,7 +215,7 @@ class MetricsWriter:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`; the file is replaced in one step."""
+    """Remove the lines of steps after `step` from a metrics.jsonl. The file is replaced by one rename."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     remaining = [line for line in lines if _step_of(line) <= step]
     if len(remaining) < len(lines):

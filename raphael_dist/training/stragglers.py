@@ -32,7 +32,7 @@ class Stopwatch:
         return self._mark() if is_gpu(self._device) else time.perf_counter()
 
     def stop(self, began: "float | torch.cuda.Event") -> None:
-        """Add the time since `began`, a result of `start`."""
+        """Add the time since `began`, which `start` returned."""
         if isinstance(began, float):
             self._seconds += time.perf_counter() - began
         else:
@@ -43,7 +43,7 @@ class Stopwatch:
         self._seconds += seconds
 
     def take(self) -> float:
-        """Return the seconds that were added since the last call. Waits for the device."""
+        """Return the seconds that were added since the last call of `take`. Waits for the device."""
         if self._spans:
             torch.cuda.synchronize(self._device)
         seconds = self._seconds + sum(a.elapsed_time(b) for a, b in self._spans) / 1e3

@@ -275,7 +275,7 @@ def after_step(run: Run) -> None:
 
 
 def log_step(run: Run) -> None:
-    """Log the values recorded since the last call, with the learning rate and other numbers of this step. Collective."""
+    """Log the metrics recorded since the last call, with learning rate, gradient norm and counters. Collective."""
     own = {
         "optim/lr": learning_rate(run.config, run.progress.step),
         "optim/grad_norm": run.engine.grad_norm,
