@@ -40,7 +40,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._headers: dict[str, dict[str, StoredTensor]] = {}  # of the files that were opened
+        self._headers: dict[str, dict[str, StoredTensor]] = {}  # headers of the files opened so far
         self._files = FileReader()
         self.manifest = read_manifest(folder / MANIFEST)
         if step_of(folder) not in (None, self.step):

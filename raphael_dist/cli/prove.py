@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         return prove(config, args.out.absolute())
-    except HungError as error:  # an agent is missing
+    except HungError as error:  # the process that supervises the checks of a rank (its agent) is missing
         print_line(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:

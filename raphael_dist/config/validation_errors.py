@@ -11,7 +11,7 @@ from raphael_dist.config.key_names import RENAMED, meant_keys, near_key
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.text import escape_control, shorten
 
-# Messages by pydantic's type of error, with gaps for its context. Other types keep pydantic's message.
+# Messages by pydantic's type of error, with placeholders for its context. Other types keep pydantic's message.
 _MESSAGES = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",

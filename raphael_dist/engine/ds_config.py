@@ -126,7 +126,7 @@ def merge(config: Config, tree: Tree, accumulation: int, world_size: int) -> Tre
     train = config.train
     merged = without_unset(tree)
     check_keys(merged)
-    # DeepSpeed requires the product of its three numbers, which counts empty slots too.
+    # DeepSpeed requires micro-batch size x accumulation x ranks as train_batch_size, which counts empty slots too.
     if merged.get("train_batch_size", train.global_batch_size) != train.global_batch_size:
         raise _contradiction(
             "train_batch_size", merged["train_batch_size"], "train.global_batch_size", train.global_batch_size

@@ -138,7 +138,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
         network = self._network(sections_of(self.config))
         for name, child in network.named_children():
             self.add_module(name, child)
-        # The method and not the network: as a child, it would add a prefix to the names of all parameters.
+        # Store the bound method and not the network: a child module would add a prefix to all parameter names.
         self._predict: Any = network.forward
 
     @staticmethod

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 SILENCE_S = TIMEOUT.total_seconds()  # as long as a collective would wait
 LOG_EVERY_S = 60.0
-_pieces = [0]  # pieces of work so far, which is the name of the next one: all ranks do the same work in the same order
+_pieces = [0]  # number of uses of `long_work` so far, which names the next one: all ranks use it in the same order
 listeners: list[Callable[[], None]] = []  # called at every report of any rank
 
 
@@ -184,7 +184,7 @@ class Watch:
                 counted = True
             newest_signs = self._store.add("signs", 0)
             now = self._answered = self._clock.now()
-            if newest_signs != signs:  # nothing else changes without a sign
+            if newest_signs != signs:  # every other change in the store comes with a new sign
                 signs, last_sign = newest_signs, now
                 finished = self._read_store()
                 if self._problem is not None:

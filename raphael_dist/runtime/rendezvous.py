@@ -131,7 +131,7 @@ def master_address() -> tuple[str, int]:
     try:
         socket.getaddrinfo(address, int(port))
     except OSError as error:
-        if getattr(error, "errno", None) != socket.EAI_AGAIN:  # a name server that fails for a moment
+        if getattr(error, "errno", None) != socket.EAI_AGAIN:  # temporary failure of the name server
             raise UserError(
                 f"MASTER_ADDR={address} must be the name or address of a host, but it cannot be resolved "
                 f"({error.strerror}). Set it to that of rank 0."

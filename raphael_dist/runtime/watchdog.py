@@ -59,7 +59,7 @@ class Heartbeat:
     count: int
     where: str
     time: float = 0.0  # by the clock of the file system; before there is a run directory, by the host's
-    pid: int = 0  # of a process that has not exited by itself
+    pid: int = 0  # 0: the process is about to end itself, so it was not killed
 
 
 class Watchdog:
@@ -112,7 +112,7 @@ class Watchdog:
         It writes no file before `use_folder` is called.
         """
         self._extend()
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # without a standard error
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the process has no standard error
             faulthandler.register(signal.SIGUSR2, all_threads=True)
         program = str(Path(__file__).with_name("interpreter_watchdog.py"))
         # It acts after the others' deadline, so that they can name this rank first.
@@ -235,7 +235,7 @@ class Watchdog:
 
     def _describe_links(self, heartbeats: list[Heartbeat]) -> str:
         """Return which ranks cannot be reached although they write heartbeats; "" if there are none."""
-        # The time-outs of ranks at the same place end within a tick.
+        # Ranks that wait at the same place time out within one tick of each other.
         seconds = self._tick + rendezvous.ANSWER_S
         missing = rendezvous.unreachable(self._ranks.rank, self._ranks.world_size, seconds)
         names = rendezvous.join_first([f"rank {rank} on {heartbeats[rank].host}" for rank in missing], ", ")

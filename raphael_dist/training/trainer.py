@@ -205,7 +205,7 @@ def train_stages(
         run = build(stage, json_tree, ranks, device, stop, watchdog=watchdog)
         progress = run.progress
         progress.stage_start, progress.stage_end = stage_start, stage_end
-        # A stage is over at once if a damaged checkpoint was skipped and an earlier stage's is used.
+        # A stage is over at once if the newest checkpoint is damaged and that of an earlier stage was restored.
         if not progress.stage_over or progress.complete:
             if train(run) or run.stop.agreed:
                 return progress.complete
