@@ -59,7 +59,7 @@ SMALL_RUN = "python -m raphael_dist train --config emoji-tiny"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     parser = common.Parser(
         prog="raphael_dist/train.py",
         example="deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50",
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code (see errors.py)."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code (see errors.py)."""
     prepare_streams()
     why = ""
     try:
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> tuple[int, str]:
-    """Return the exit code, and the error message if there is one."""
+    """Run the command; return the exit code, and the error message or ""."""
     training = False
     try:
         args = parse(argv)

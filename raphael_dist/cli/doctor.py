@@ -17,7 +17,7 @@ FOUND = 1  # exit code if there are problems
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist doctor",
         example="python -m raphael_dist doctor runs/demo",
@@ -41,7 +41,7 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     codes: list[int] = []
     return run_command(lambda: codes.append(run(args))) or codes[0]

@@ -27,7 +27,7 @@ GUIDANCES = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0)  # as in the paper's trade-off curve
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     data = "shards=data/emoji-demo/val-0000.tar"
     example = "python -m raphael_dist evaluate images --checkpoint models/emoji --out scores --features hed"
     example += f" --captions {data} --reference {data}"
@@ -82,7 +82,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 

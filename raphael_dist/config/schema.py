@@ -81,7 +81,7 @@ class Config(Section):
 
     @property
     def trains_adapter_only(self) -> bool:
-        """Whether LoRA adapters or a ControlNet are trained on top of a frozen base model."""
+        """Whether only LoRA adapters or a ControlNet are trained, on top of a frozen base model."""
         return self.lora.rank > 0 or self.control.enabled
 
     def find_warnings(self) -> list[str]:

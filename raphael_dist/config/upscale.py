@@ -42,12 +42,13 @@ def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tupl
     """Check that the small images of super-resolution can be divided into one square of pixels per latent position.
 
     Args:
-        upscale: the section.
+        upscale: the section `upscale`.
         latent_factor: number of image pixels per side of a latent position.
         buckets: image sizes (height, width) in pixels.
 
     Raises:
-        UserError: `upscale.patch` or a bucket does not fit.
+        UserError: `upscale.patch` has another value than these sizes require, or an image size is not a multiple of
+            `upscale.factor`.
     """
     factor, patch = upscale.factor, max(1, latent_factor // upscale.factor) if upscale.factor else upscale.patch
     if upscale.patch != patch:

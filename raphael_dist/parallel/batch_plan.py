@@ -109,7 +109,10 @@ class BatchPlan:
         return self.unit * self.micro_batch_size
 
     def advice(self) -> list[str]:
-        """Return a list with a line that suggests better settings if more than 10% of the slots are empty, else []."""
+        """Return a list with a line that suggests better settings if more than 10% of the slots are empty, else [].
+
+        A slot is one place in a micro-batch of a rank. An empty one is computed, but has weight 0 in the loss.
+        """
         if self.waste <= 0.1:
             return []
         changes = []

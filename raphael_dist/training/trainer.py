@@ -250,7 +250,11 @@ def train(run: Run) -> bool:
 
 
 def after_step(run: Run) -> None:
-    """Log, validate, draw images and save a checkpoint, each if it is due at this step. Collective."""
+    """Log, validate, draw images and save a checkpoint, each if it is due after the current step. Collective.
+
+    Raises NonFiniteError at the end of the run if the weights are broken, and NotSavedError if the last checkpoint cannot be
+    saved.
+    """
     train, progress = run.config.train, run.progress
     step, last = progress.step, progress.complete
     run.watchdog.heartbeat(f"the end of step {step}", SLOW)
@@ -287,7 +291,7 @@ def log_step(run: Run) -> None:
 
 
 def validate(run: Run, validator: Validator) -> None:
-    """Measure the loss on the held-out pairs and log it. Collective."""
+    """Measure the loss on the held-out pairs (image and caption) and log it. Collective."""
     values = validator.run()
     run.telemetry.write(run.progress.step, run.progress.samples_seen, values)
     run.telemetry.line(f"step {run.progress.step}: validation loss {values['val/loss']:.4f}")
