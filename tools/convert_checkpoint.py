@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Export LoRA adapters or a ControlNet in the format of another library."""
+    """Export LoRA adapters or a ControlNet in the format of another library, as the options say."""
     from raphael_dist.convert.adapter_export import export_adapter
 
     (source, path), (target, out) = args.source, args.target

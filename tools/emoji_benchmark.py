@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the benchmark on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
+    """Run the emoji benchmark on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
     check_arguments(args)
     if args.guidance and len(args.guidance) > 1:
         raise UserError(

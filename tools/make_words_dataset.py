@@ -79,7 +79,7 @@ def make_sample(key: str, text: str, look: Look, random: np.random.Generator, sc
 
 
 def encode_lossless(image: Image.Image) -> bytes:
-    """Return the image as lossless WebP."""
+    """Encode an image as lossless WebP."""
     buffer = io.BytesIO()
     image.save(buffer, "webp", lossless=True, quality=50, method=2)
     return buffer.getvalue()

@@ -85,7 +85,7 @@ def _positive(**numbers: float | None) -> None:
 
 
 def main() -> int:
-    """Read the command line; return the exit code."""
+    """Run the tool with the command line of the process; return the exit code."""
     args = parse()
     return run_command(lambda: run(args))
 

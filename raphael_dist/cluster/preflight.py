@@ -94,7 +94,7 @@ class Probe:
         return not self.report["problems"]
 
     def _try(self, name: str, check: Callable[[], object]) -> bool:
-        """Run a check and record its result or its problem; return whether there was no problem."""
+        """Run a check, and store its result or its problem in `report` by `name`; return whether there was no problem."""
         self.phase = name
         try:
             self.report[name] = check()

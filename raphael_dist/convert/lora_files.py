@@ -63,7 +63,7 @@ class Adapter:
         return self.scale * (b @ a)
 
     def check(self, shapes: Shapes, option: str) -> None:
-        """Raise UserError unless the model has every adapted parameter in the shape that A and B require.
+        """Raise UserError unless the model has every adapted parameter in the shape that the LoRA matrices A and B require.
 
         Args:
             shapes: shape of every parameter of the model, by name.

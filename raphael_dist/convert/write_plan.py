@@ -169,7 +169,7 @@ class ConversionPlan:
         manifest: content of the manifest without the list of files.
         small: content of files without tensors, by path relative to the target folder.
         notes: lines to show to the user.
-        finish: called on one rank with the target folder before the manifest is written; copies encoders, for example.
+        finish: called on one rank with the target folder before the manifest is written, e.g. to copy encoders.
     """
 
     files: list[OutFile]

@@ -63,7 +63,7 @@ class Campaign:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of each run."""
+        """Number of optimizer steps of each run."""
         return steps_of(self.base, self.images)
 
     def folder(self, variant: Variant, seed: int) -> Path:

@@ -15,7 +15,7 @@ _ROUND, _WIDE = 8, 256  # widths of _WIDE and more are rounded to multiples of _
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a model.
+    """The size of a model.
 
     Attributes:
         parameters: number of parameters, with edge modules and gates.
@@ -27,7 +27,7 @@ class Size:
 
 
 def size_of(config: Config) -> Size:
-    """Return the size of a configuration's model."""
+    """Compute the size of the model that a configuration describes, without building it."""
     return Size(_parameters(config), _flops(config))
 
 

@@ -108,7 +108,7 @@ class Results:
         self.records = stored["records"]
 
     def add(self, record: Record) -> None:
-        """Append a record, and write the file."""
+        """Append the record of a measurement, and write the file."""
         self.records.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"machine": self.machine, "records": self.records}, indent=1) + "\n"

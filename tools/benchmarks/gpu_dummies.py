@@ -132,7 +132,7 @@ def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _accelerator(wait: Callable[[str], None]) -> Any:
-    """Return DeepSpeed's accelerator for the simulated GPU."""
+    """Return an accelerator object for DeepSpeed that represents the simulated GPU. `wait`: as in `patches`."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     class Pretended(CPU_Accelerator):

@@ -52,7 +52,12 @@ class Benchmark:
 
 
 def run_benchmark(trained: TrainedModel, b: Benchmark, ranks: Ranks) -> str:
-    """Run the benchmark; write table.md, results.json and pairs.png into its folder. Collective.
+    """Run the emoji benchmark; write table.md, results.json and pairs.png into its folder. Collective.
+
+    Args:
+        trained: the model with its encoders.
+        b: what to draw, and how.
+        ranks: this rank and the number of ranks, which share the work.
 
     Returns:
         The table as Markdown, on rank 0.

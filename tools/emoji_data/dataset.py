@@ -133,7 +133,7 @@ def read_package(folder: Path, package: Package) -> dict[str, bytes]:
 
 
 def code_points(text: str) -> str:
-    """Return the code points of an emoji in a canonical form, e.g. "2764" for "2764-FE0F" or "❤️".
+    """Return the code points of an emoji in one canonical form, e.g. "2764" for "2764-FE0F" or "❤️".
 
     They are in lower case with at least four digits; variation selectors are left out.
     """

@@ -204,7 +204,7 @@ def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the result table: a value with its 95% bootstrap interval over pairs."""
+    """One row of the benchmark's result table: `what` was measured, its value, and its 95% bootstrap interval over pairs."""
 
     what: str
     value: float

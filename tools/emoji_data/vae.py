@@ -50,7 +50,7 @@ def read_images(shards: Iterable[Path]) -> Tensor:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [-1, 1]."""
+    """Convert uint8 images to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 

@@ -37,13 +37,13 @@ def emoji_words(folder: Path) -> list[str]:
 
 
 def random_string(random: np.random.Generator, shortest: int = 1, longest: int = MAX_LETTERS) -> str:
-    """Draw a string of `shortest` to `longest` characters of ALPHABET."""
+    """Draw a random string of `shortest` to `longest` characters of ALPHABET."""
     length = int(random.integers(shortest, longest + 1))
     return "".join(ALPHABET[i] for i in random.integers(len(ALPHABET), size=length))
 
 
 class Vocabulary:
-    """Training words, held-out words and held-out strings.
+    """The words and strings for training images, and those that are held out for evaluation.
 
     Whether a word is held out depends on its sha256. No training word contains a held-out word: BIRDS is dropped if BIRD is
     held out.

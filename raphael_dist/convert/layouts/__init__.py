@@ -35,12 +35,12 @@ class Layout:
 
     Attributes:
         name: the name of its module.
-        holds: whether it contains everything that a run needs to continue, or only weights.
+        holds: "everything" that a run needs to continue, or only "weights".
         detect: called with a path; returns whether the files there have this layout. It is called only if no manifest.json
             has `"layout": NAME`, so most layouts return False. It may look at file names, but not into files.
         open: called with a path and the configuration that the user gave (usually None); returns the checkpoint after
-            reading headers only. Raises UserError for missing, duplicate or misshapen tensors and for files of another
-            kind. Any other exception is a bug in the layout.
+            reading headers only. Raises UserError for missing or duplicate tensors, wrong shapes and files of another kind.
+            Any other exception is a bug in the layout.
         plan: called with a source, options and the target's path; returns which files to write (write_plan.py). Raises
             UserError if the layout cannot represent the source's model, or does not allow these options.
         options: names of the fields of `Options` that it supports as a target.

@@ -257,7 +257,7 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
 
 
 def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
-    """Open a `unet/` folder, the folder of a pipeline that contains it, or a single file.
+    """Open a dense U-Net: a `unet/` folder of diffusers, the folder of a pipeline that contains it, or a single file.
 
     Raises UserError if the U-Net does not have the structure of Stable Diffusion 2.
     """
