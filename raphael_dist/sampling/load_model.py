@@ -170,7 +170,7 @@ def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
 
 
 def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
-    """Return which weights to read: "ema" or "master" (fp32 weights). `weights`: the option --weights; None: the best.
+    """Return which weights to read: "ema" or "master" (fp32 weights). `weights`: --weights; None: the EMA if present.
 
     A layout (format on disk) that contains one kind of weights always calls it "master", even if it is the EMA.
     """

@@ -274,7 +274,7 @@ def judge_references(space: FeatureSpace, image: ImageEncoder) -> dict[str, list
 
 @torch.no_grad()
 def reconstruct(image: ImageEncoder, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Encode images, uint8 [H, W, 3], with the autoencoder and decode them again."""
+    """Return images, uint8 [H, W, 3], after encoding and decoding by the autoencoder."""
     images: list[np.ndarray] = []
     for start in range(0, len(pixels), 16):
         mean, _ = image.encode(to_tensor(np.stack(pixels[start : start + 16])))
