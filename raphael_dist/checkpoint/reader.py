@@ -106,8 +106,9 @@ class CheckpointReader:
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / name} must state in its header, under 'starts', at which element of its parameter each "
-                    f"tensor starts, but this entry is missing or not valid ({error}). Use another checkpoint."
+                    f"{self.folder / name} must have a valid entry 'starts' in its header (for each tensor, the index of "
+                    f"its first element in the parameter), but the entry is missing or not valid ({error}). Use another "
+                    "checkpoint."
                 ) from None
             if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:
                 raise UserError(
@@ -146,7 +147,10 @@ class CheckpointReader:
         try:
             return self._files.read((self._stored(file)[f"{kind}/{name}"] for file in files), start, numel)
         except LookupError as error:
-            raise UserError(f"checkpoint {self.folder}: {kind} of {name} has {error}. Use another checkpoint.") from None
+            raise UserError(
+                f"checkpoint {self.folder}: the values {kind} of the parameter {name} are incomplete: there is {error}. "
+                "Use another checkpoint."
+            ) from None
 
     def whole(self, kind: str, name: str) -> Tensor:
         """Return all values of one kind of a parameter, float32, in the parameter's shape. Arguments as in `read`."""
@@ -175,8 +179,8 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
     if (ours.weight > 0) != (theirs.weight > 0) or ours.channels != theirs.channels:
         raise UserError(
             f"edge.weight={ours.weight} and edge.channels={ours.channels} must give the same edge modules as in the "
-            f"checkpoint in {where}, which has edge.weight={theirs.weight} and edge.channels={theirs.channels}. Use these "
-            "values."
+            f"checkpoint in {where}, which has edge.weight={theirs.weight} and edge.channels={theirs.channels}. Use the "
+            "values of the checkpoint."
         )
 
 

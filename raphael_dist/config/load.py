@@ -243,8 +243,8 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
         value = text
     if not isinstance(config.tree.setdefault(section, {}), dict):
         raise UserError(
-            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, since "
-            f"{shorten(key)} is also set. Write `{section}: {{key: value}}`."
+            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, since the "
+            f"command line also sets {shorten(key)}. Write `{section}: {{key: value}}`."
         )
     config.tree[section][name] = _for_field(_type_name(section, name, config_type), value, text)
     for place in (section, key):

@@ -246,7 +246,10 @@ def _read_config(folder: Path, option: str) -> JsonObject:
         raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
     if unsupported:
         key = unsupported[0]
-        raise UserError(f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters.")
+        raise UserError(
+            f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters, which are "
+            f"trained without {key}."
+        )
     return config
 
 

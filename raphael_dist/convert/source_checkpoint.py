@@ -72,8 +72,8 @@ class Checkpoint:
         """
         if "master" not in self.kinds():
             raise UserError(
-                f"{self.path} must contain weights (master), but it contains {', '.join(self.kinds()) or 'nothing'}. Use "
-                "another checkpoint."
+                f"{self.path} must contain the weights of the model (kind 'master'), but it contains "
+                f"{', '.join(self.kinds()) or 'nothing'}. Use another checkpoint."
             )
         read = {span.path for spans in self.spans.values() for span in spans}
         if self.files and not read <= self.files.keys():

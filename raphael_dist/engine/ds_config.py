@@ -225,12 +225,12 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     backend = config.model.expert_backend
     sizes = " ".join(f"parallel.{k}_ep={config.parallel.ep(k)}" for k in EXPERT_KINDS if config.parallel.ep(k) > 1)
     if stage == 0:
-        requirement = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 0, whose gradient norm is wrong for sharded experts"
+        needs = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 0, whose gradient norm is wrong for sharded experts"
     elif stage == 3:
-        requirement = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 3, which cannot partition sharded experts"
+        needs = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 3, which cannot partition sharded experts"
     elif overlap:
         # Gradients would be reduced while rows of experts are sent, in an order that can differ between ranks, and hang.
-        requirement = "overlap_comm=false, but it is true in the DeepSpeed JSON, which can make ranks hang"
+        needs = "overlap_comm=false, but it is true in the DeepSpeed JSON, which can make ranks hang"
     elif config.parallel.space_ep > 1 and backend == "reference":
         raise UserError(
             f"{sizes} requires model.expert_backend=auto, grouped or dense, but it is {backend}, which cannot send tokens "
@@ -239,7 +239,7 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     else:
         return
     raise UserError(
-        f"{sizes} (expert parallelism) requires {requirement}. Use ds_configs/zero2.json or set parallel.space_ep=1 "
+        f"{sizes} (expert parallelism) requires {needs}. Use ds_configs/zero2.json or set parallel.space_ep=1 "
         "parallel.time_ep=1."
     )
 

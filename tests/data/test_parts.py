@@ -483,7 +483,7 @@ def test_deepspeed_latest_with_missing_tag_is_reported(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("global_step9")
     for layout in ("auto", "deepspeed"):
         with pytest.raises(
-            UserError, match=r"latest must contain the name of a folder .* contains 'global_step9',.* Write one of global_step2"
+            UserError, match=r"latest must contain the name of .* contains 'global_step9',.* Write one of global_step2"
         ):
             open_checkpoint(layout, tmp_path)
 

@@ -223,7 +223,7 @@ def test_latest_file_refers_to_the_checkpoint_it_names(tmp_path: Path) -> None:
     for text in ("", "step-00000004", "../../etc", "x" * 5000):
         latest.write_text(text)
         with pytest.raises(
-            UserError, match=r"latest must contain the name of a checkpoint folder next to it \(step-NUMBER\), but it contains"
+            UserError, match=r"latest must contain the name of a checkpoint folder next to it .*, but it contains"
         ) as caught:
             open_checkpoint("auto", latest)
         assert len(str(caught.value)) < 1000

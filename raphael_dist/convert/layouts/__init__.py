@@ -79,24 +79,27 @@ def layout_of(option: str, name: str) -> Layout:
     return layout
 
 
-def detect(path: Path) -> Layout:
-    """Find out in which layout (format) the checkpoint at `path` is stored. Raises UserError if no layout matches."""
+def detect(path: Path, option: str = "--from") -> Layout:
+    """Find out in which layout (format) the checkpoint at `path` is stored.
+
+    Raises UserError if no layout matches. The message begins with `option`, the command line option that gave the path.
+    """
     if not path.exists():
-        raise UserError(f"--from {path}: there is no such file or folder. Check the path.")
+        raise UserError(f"{option} {path}: there is no such file or folder. Check the path.")
     if (path / MANIFEST).is_file():
         try:
             name = read_json(path / MANIFEST).get("layout")
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"--from {path}: {MANIFEST} cannot be read: {error}. Restore the file.") from None
+            raise UserError(f"{option} {path}: {MANIFEST} cannot be read: {error}. Restore the file.") from None
         if name is not None:
-            return layout_of("--from", str(name))
+            return layout_of(option, str(name))
     for name in names():
         layout = layout_of("--from", name)
         if layout.detect(path):
             return layout
     raise UserError(
-        f"--from {path} must be a checkpoint in one of the layouts {', '.join(names())}, but its files match none of them. "
-        "Check the path."
+        f"{option} {path} must be a checkpoint in one of the layouts {', '.join(names())}, but its files match none of "
+        "them. Check the path."
     )
 
 
