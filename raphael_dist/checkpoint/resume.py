@@ -138,7 +138,8 @@ class Restorer:
             name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
             raise UserError(
                 f"run.dir={self._config.run.dir}: {reader.folder} must have the parameters of this run's model, but {name} "
-                f"has the shape {old.get(name)} there and {new.get(name)} in the model. Use another run.dir."
+                f"has the shape {old.get(name)} there and {new.get(name)} in the model (None: it is missing). Use another "
+                "run.dir."
             )
         changes = check_same_run(reader.config(), self._config, str(reader.folder))
         changes += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))

@@ -238,7 +238,8 @@ class CheckpointStore:
             files.replace_bytes(folder / MANIFEST, seal(manifest))
         except (OSError, UserError) as error:
             _log.warning(
-                "the rollback cannot be recorded in %s (%s), so a restart would train on the same samples again",
+                "the rollback cannot be recorded in the manifest of %s (%s), so after a restart the run would train again "
+                "on the samples that the rollback skipped. Check free space and permissions.",
                 folder,
                 error,
             )
@@ -323,7 +324,8 @@ class CheckpointStore:
                     folders.remove(old)
         except (OSError, UserError) as error:  # resuming does not need `latest`
             _log.warning(
-                "%s is saved, but the file `latest` could not be updated, or old checkpoints could not be removed: %s",
+                "checkpoint %s is saved, but updating the file `latest` or removing older checkpoints failed afterwards: "
+                "%s. Check free space and permissions.",
                 save.final,
                 error,
             )

@@ -109,7 +109,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             present, missing = ("--reference", "--features") if args.reference else ("--features", "--reference")
             raise UserError(f"{present} requires {missing}, but it is not given. Add {missing}, or leave out {present}.")
         if not (args.features or args.clip):
-            raise UserError("--features or --clip is required, but neither is given. Add --features hed, or --clip DIR.")
+            raise UserError(
+                "--features (to compare with real images) or --clip (for the CLIP score) is required, but neither is "
+                "given. Add --features hed with --reference, or --clip DIR with the folder of a CLIP model."
+            )
 
 
 def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
@@ -207,8 +210,9 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
         empty = [request.prompt for request in requests if not normalise_text(requested_text(request.prompt) or "")]
         if empty:
             raise UserError(
-                f"--captions {args.captions}: text in quotes must contain a letter or a digit, but that of {empty[0]!r} "
-                f"contains neither ({len(empty)} of {len(requests)} captions). Remove such captions, or quote other text."
+                f"--captions {args.captions}: text in double quotes must contain a letter or a digit, but in {len(empty)} "
+                f"of {len(requests)} captions it does not, for example in {empty[0]!r}. Remove such captions, or quote "
+                "other text."
             )
         true = read_lettering(args.reference, trained.config.data.cache_dir, default.size_hw) if args.reference else []
         texts = [requested_text(request.prompt) or "" for request in requests] + [text for _, text in true]

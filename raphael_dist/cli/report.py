@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> None:
     for one_run in examined:
         if not one_run.run.series:
             raise UserError(
-                f"RUN={one_run.run.folder}: a report requires metrics.jsonl with at least one line, but the run has none. "
-                "Train for train.log_every steps, or use python -m raphael_dist doctor."
+                f"RUN={one_run.run.folder}: a report requires metrics.jsonl with at least one line, but the run has no "
+                "such line. Train for at least train.log_every steps, or examine the run with python -m raphael_dist "
+                "doctor."
             )
     page = build_page(examined).encode()
     try:

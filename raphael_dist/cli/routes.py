@@ -86,8 +86,8 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
     m, last = trained.config.model, trained.config.diffusion.num_timesteps - 1
     if not (m.space_experts or m.time_experts):
         raise UserError(
-            f"--checkpoint {args.checkpoint} must be a model with experts, but it is a dense model, which has no paths. "
-            "Use another checkpoint."
+            f"--checkpoint {args.checkpoint} must be a model with experts, but it is a dense model: without experts there "
+            "are no routes to show. Use another checkpoint."
         )
     check_range("--timestep", args.timestep, 0, last)
     check_range("--steps", args.steps, 1, last)

@@ -125,8 +125,8 @@ class Probe:
         cuda = self.device.type == "cuda"
         if cuda and self.ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {self.ranks.local_rank} requires a GPU of its own, but the number of GPUs is "
-                f"{torch.cuda.device_count()}. Start one rank per GPU."
+                f"local rank {self.ranks.local_rank} requires a GPU of its own, but this host has "
+                f"{torch.cuda.device_count()} GPUs. Start at most one rank per GPU."
             )
         name = torch.cuda.get_device_name(self.device) if cuda else f"cpu ({num_threads(self.ranks)} threads)"
         library = {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}

@@ -62,10 +62,14 @@ def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
         (not diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr=false, since a flow ends at pure noise", "true"),
         (
             not diffusion.min_snr_gamma,
-            "diffusion.min_snr_gamma=0: its loss has equal weights",
+            "diffusion.min_snr_gamma=0, since the loss of a flow has equal weights",
             f"{diffusion.min_snr_gamma:g}",
         ),
-        (sample.scheduler != "dpm++", "sample.scheduler=euler or ddim, the same for straight paths", sample.scheduler),
+        (
+            sample.scheduler != "dpm++",
+            "sample.scheduler=euler or ddim, which are the same sampler for a flow",
+            sample.scheduler,
+        ),
     )
     for fulfilled, requirement, actual in requirements:
         if not fulfilled:

@@ -92,7 +92,7 @@ def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Co
         if field not in config.run.allow_change:
             difference = FINGERPRINTS.get(name, "an encoder with other weights or settings")
             raise UserError(
-                f"{field}: {folder} was trained with {difference}. Restore it, choose a new run.dir, or allow the "
-                f"change with run.allow_change=[{field}]."
+                f"{field} must be the same as before, but {folder} was trained with {difference}. Restore the earlier data "
+                f"or weights, choose a new run.dir, or allow the change with run.allow_change=[{field}]."
             )
     return [f"{name} differs from {folder} (run.allow_change)" for name in changed]

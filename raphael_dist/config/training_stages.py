@@ -69,4 +69,4 @@ def _with_values(config: Config, values: JsonObject, number: int) -> Config:
     try:
         return config_from_tree(tree)
     except UserError as error:
-        raise UserError(f"train.stages: stage {number}: {error}") from None
+        raise UserError(f"train.stages: the settings of stage {number} are not valid: {error}") from None

@@ -53,8 +53,8 @@ def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tupl
     factor, patch = upscale.factor, max(1, latent_factor // upscale.factor) if upscale.factor else upscale.patch
     if upscale.patch != patch:
         raise UserError(
-            f"upscale.patch={upscale.patch} must be {patch} if upscale.factor={factor} and the VAE has {latent_factor} "
-            f"image pixels per side of a latent position. Set upscale.patch={patch}."
+            f"upscale.patch={upscale.patch} must be {patch} if upscale.factor={factor} and the downsampling factor of the "
+            f"VAE is {latent_factor}. Set upscale.patch={patch}."
         )
     for height, width in buckets:
         if factor and (height % factor or width % factor):

@@ -230,8 +230,8 @@ class Engine:
 def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.device) -> None:
     if stage == 3:
         raise UserError(
-            "train.compile=true requires ZeRO stage 0, 1 or 2, but the DeepSpeed config has stage 3, whose hooks gather "
-            "weights inside compiled parts. Use ds_configs/zero2.json or set train.compile=false."
+            "train.compile=true requires ZeRO stage 0, 1 or 2, but the DeepSpeed config has stage 3, whose hooks would "
+            "have to gather weights inside compiled code. Use ds_configs/zero2.json or set train.compile=false."
         )
     compile_parts(model, device, dynamic=config.parallel.uses_expert_parallelism or len(config.image.buckets) > 1)
 

@@ -57,9 +57,12 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
 
     launch = run.launch
     if launch is None:
-        raise UserError("train.log has no line about the start, which states the number of ranks and the ZeRO stage")
+        raise UserError(
+            "train.log must contain the line about the start of the run, with the number of ranks and the ZeRO stage, but "
+            "it has none"
+        )
     if cluster_name == "auto" and launch.device != "cpu":
-        raise UserError("the log does not name the GPU; add --cluster h100x8, for example")
+        raise UserError("train.log does not state which GPU the run used; name it, for example with --cluster h100x8")
     cluster = load_cluster("cpu" if cluster_name == "auto" else cluster_name)
     choice = Choice(
         config.parallel.space_ep, config.parallel.time_ep, launch.stage, False, config.train.micro_batch_size,
@@ -67,7 +70,7 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     )  # fmt: skip
     outcome = Search(config, cluster, launch.world).evaluate(choice)
     if outcome is None:
-        raise UserError(f"the planner does not support these settings on {launch.world} ranks: {choice}")
+        raise UserError(f"the planner cannot predict a run on {launch.world} ranks with these settings: {choice}")
     step, peak = outcome.step, cluster.peak_tflops.get(config.train.dtype)
     planned = (
         step.images_per_s,
