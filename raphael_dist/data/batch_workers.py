@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from raphael_dist.storage.files import free_bytes
 _log = logging.getLogger(__name__)
 Slots = Sequence[tuple[int, float]]  # (position, weight) pairs of a micro-batch
 SHARED_MEMORY = Path("/dev/shm")  # through which torch passes tensors of workers
+_EXIT_S = 5.0  # that a worker may need to exit after its connection was lost
 _PROBED = 4  # number of samples, so that at least one very likely has a caption that was not dropped
 
 
@@ -83,7 +85,8 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
                     yield batch
                 return
             except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two: killed while sending a batch
-                if all(worker.is_alive() for worker in self._loader._workers):
+                # A killed process closes its connections a moment before it counts as ended.
+                if not connection.wait([worker.sentinel for worker in self._loader._workers], _EXIT_S):
                     raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 _log.warning("a data worker process was lost (%s), so its batch is built again", reason)
