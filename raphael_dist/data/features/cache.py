@@ -169,8 +169,10 @@ class FeatureCache:
         self._open_shard.cache_clear()
         _log.warning(
             "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, without "
-            "the cache's rounding to float16, until the next start of the run writes the file again", path, " ".join(str(error).split())[:200],
-        )  # fmt: skip
+            "the cache's rounding to float16, until the next start of the run writes the file again",
+            path,
+            " ".join(str(error).split())[:200],
+        )
 
     def verify(self, shards: Sequence[int], report: Reporter = no_report) -> None:
         """Check headers and tables of these shards' files. Rename a damaged file to damaged-NAME, so that it is missing."""
