@@ -25,7 +25,10 @@ Command = Callable[[Sequence[str]], int]
 
 
 def config(argv: Sequence[str]) -> int:
-    """Print keys of the configuration with type, default, range and description. Return exit code 1 if none is found."""
+    """Print keys of the configuration with type, default, range and description.
+
+    `argv`: a word to search for, and options. Returns exit code 1 if no key is found, else 0.
+    """
     parser = common.Parser(
         prog="raphael-config", description=COMMANDS["config"][1], example="python -m raphael_dist config memory"
     )
@@ -50,7 +53,7 @@ def config(argv: Sequence[str]) -> int:
 
 
 def slurm(argv: Sequence[str]) -> int:
-    """Print the path of the folder with the Slurm scripts; return exit code 0."""
+    """Print the path of the folder with the Slurm scripts (with --home, of the folder that contains it). Return 0."""
     parser = common.Parser(
         prog="raphael-slurm", description=COMMANDS["slurm"][1], example='sbatch "$(raphael-slurm)/train_raphael.sh"'
     )
@@ -90,7 +93,10 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first argument names; return its exit code."""
+    """Run the command that the first argument names, e.g. "train"; return its exit code.
+
+    `argv`: the arguments without the program name; None: those of this process.
+    """
     argv = sys.argv[1:] if argv is None else argv
     lines = "\n".join(f"  {name:8} {summary}" for name, (_, summary) in COMMANDS.items())
     parser = common.Parser(
@@ -108,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> int:
-    """Run the command of a console script raphael-COMMAND, which the name of the called file states."""
+    """Run the command of a console script raphael-COMMAND, whose name is in sys.argv[0]; return its exit code."""
     return _run(sys.argv[0].rpartition("raphael-")[2], sys.argv[1:])
 
 

@@ -22,7 +22,8 @@ EXIT_HUNG = 76  # a run without progress was ended, by the watchdog or HungError
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, its value, what is allowed and what to do. Several mistakes are several arguments.
+    The text names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one text
+    each.
 
     Attributes:
         agreed: whether every rank raises this same error, so that rank 0 alone prints it.
@@ -35,7 +36,7 @@ class UserError(ValueError):
 
 
 def write_error(where: Path, error: OSError) -> Exception:
-    """Return the exception to raise when writing `where`, in a run directory, has failed with `error`.
+    """Return the exception to raise after writing the file or folder `where` of a run has failed with `error`.
 
     Returns:
         NotSavedError if the disk or the quota is full, otherwise UserError.
@@ -48,7 +49,10 @@ def write_error(where: Path, error: OSError) -> Exception:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` with the known name that is most similar to `name`; "" if none is similar."""
+    """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
+
+    Returns "" if none is similar.
+    """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -61,7 +65,7 @@ class NonFiniteError(RuntimeError):
 
 
 class NotSavedError(RuntimeError):
-    """The disk has no space for the files of a starting run or for a run's last checkpoint (exit code 4).
+    """The disk has no space for the files of a starting run, or a run's last checkpoint cannot be saved (exit code 4).
 
     Attributes:
         agreed: whether every rank raises this same error, so that rank 0 alone prints it.
@@ -71,7 +75,10 @@ class NotSavedError(RuntimeError):
 
 
 class HungError(RuntimeError):
-    """Other ranks make no progress (exit code 76). The text names these ranks. Collectives cannot be called afterwards."""
+    """Other ranks make no progress (exit code 76). The text names these ranks.
+
+    Collectives must not be called afterwards.
+    """
 
 
 def describe_error(error: BaseException) -> str:
@@ -104,7 +111,7 @@ def _write(path: str, text: str) -> None:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Call `command` and return the exit code of the process.
+    """Run `command` and return the exit code for this process.
 
     Returns:
         0; 2 after a UserError, which is printed as one line; or 130 after Ctrl-C.

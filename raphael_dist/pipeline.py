@@ -1,4 +1,4 @@
-"""The pipelines and models of diffusers, to import by users."""
+"""Pipelines and models in the form of diffusers, for users to import."""
 
 from raphael_dist.model.diffusers_model import RaphaelControlNet, RaphaelUNet2D
 from raphael_dist.sampling.pipeline import RaphaelPipeline

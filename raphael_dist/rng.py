@@ -1,6 +1,7 @@
-"""Randomness keyed by (seed, purpose, sample position): the same numbers on every topology and after every resume.
+"""Random numbers that depend on (seed, purpose, sample position) only: equal on any number of ranks and after a resume.
 
-A counter-based generator needs no state to be saved. Nothing in a step may draw from a global generator.
+A counter-based generator has no state that a checkpoint would have to save. Nothing in a step may draw from a global
+generator.
 """
 
 from enum import IntEnum
@@ -9,7 +10,10 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What random numbers are used for. The values are part of the generators' keys: a changed value changes every run."""
+    """What random numbers are used for. Each purpose gets other numbers.
+
+    The values are part of the generators' keys: changing a value changes every run.
+    """
 
     ORDER = 0
     CAPTION = 1
@@ -31,7 +35,7 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
     Args:
         seed: the seed of the run. All integers are from 0 to 2**64 - 1.
         purpose: what the numbers are used for.
-        position: global position of a sample, or number of an epoch or step.
+        position: number of a sample in the order of training, or number of an epoch or step.
         extra: distinguishes several generators of the same position.
     """
     counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)

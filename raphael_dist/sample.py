@@ -35,7 +35,7 @@ GRID = 144  # images in a grid at most
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist.sample",
         example='python -m raphael_dist sample --checkpoint models/emoji --prompt "a red heart, noto style" --out grid.png',
@@ -75,13 +75,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample images on all ranks of a launcher, and write them as a grid. UserError: a mistake that the user can correct."""
+    """Sample images on all ranks of a launcher, and write them as a grid to `args.out`.
+
+    Raises UserError for mistakes that the user can correct.
+    """
     _check(args)
 
     from raphael_dist.runtime.ranks import raise_on_all_ranks
@@ -125,7 +128,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _make_requests(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[list[Request], SamplingSettings]":
-    """Return the requests and the settings. Raises UserError for what does not fit the model."""
+    """Return one request per image, and the settings. Raises UserError for options that are incompatible with the model."""
     from raphael_dist.sampling.distributed import SamplingSettings
     from raphael_dist.sampling.prompts import check_sizes, read_edges, read_fitted_image, read_requests, read_small
     from raphael_dist.sampling.sampler import Request
@@ -167,7 +170,10 @@ def _draw(
     settings: "SamplingSettings",
     ranks: "Ranks",
 ) -> "dict[int, np.ndarray]":
-    """Draw this rank's share and write the images; return those of the grid on rank 0. Collective."""
+    """Draw this rank's share of the images and write them. Collective.
+
+    Returns the images of the grid, uint8 [H, W, 3], by their number on rank 0, and {} on other ranks.
+    """
     from PIL import Image
 
     from raphael_dist.model.diffusion import make_scheduler
@@ -196,7 +202,7 @@ def _draw(
 
 @contextmanager
 def _write_errors() -> Iterator[None]:
-    """Raise OSError as UserError."""
+    """Return a context manager that raises UserError in place of an OSError in its body."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""External text: read text files, print untrusted text safely, hide the secrets of addresses."""
+"""Text from outside the program: reads text files, prints untrusted text safely, hides secrets in addresses."""
 
 import codecs
 import contextlib
@@ -34,7 +34,7 @@ _QUOTED = re.compile(r"""(?<!\w)"([^"]+)"(?!\w)|“([^”]+)”|„([^“”]+)[
 
 
 def open_regular(path: Path) -> int:
-    """Open a file for reading and return its descriptor. Raises OSError if it is not a regular file (a FIFO, say)."""
+    """Open a file for reading and return its descriptor. Raises OSError if it is not a regular file (e.g. a FIFO)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -43,7 +43,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_text(path: Path, regular: bool = True) -> str:
-    """Read a text file.
+    """Read a UTF-8 text file and return its text.
 
     Args:
         path: the file.
@@ -61,7 +61,10 @@ def read_text(path: Path, regular: bool = True) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8 bytes. A byte order mark is removed, line ends are kept. Raises ValueError for another encoding."""
+    """Decode UTF-8 bytes and return the text. Raises ValueError for another encoding.
+
+    A byte order mark is removed, line ends are kept.
+    """
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     try:
         if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
@@ -78,7 +81,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Parse a JSON text.
+    """Parse a JSON text and return its value.
 
     Args:
         text: the text.
@@ -101,7 +104,7 @@ def read_json(path: Path) -> Any:
 def escape_control(text: str, keep: str = "") -> str:
     r"""Escape control characters (\n, \x1b, \u202e), so that text from outside the program cannot forge lines of a log.
 
-    Characters in `keep` are not escaped.
+    `keep`: characters that are not escaped.
     """
     if text.isprintable():
         return text
@@ -109,12 +112,12 @@ def escape_control(text: str, keep: str = "") -> str:
 
 
 def shorten(text: str) -> str:
-    """Return the text unchanged up to 200 characters, otherwise its first 150 characters and its length."""
+    """Return the text unchanged if it has at most 200 characters, otherwise its first 150 characters and its length."""
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 
 def hide_secrets(address: str) -> str:
-    """Replace user, password and query of an address (scheme://...) by "(hidden)"; return a path unchanged."""
+    """Return an address (scheme://...) with user, password and query replaced by "(hidden)"; return a path unchanged."""
     scheme, is_address, rest = address.partition("://")
     if not is_address:
         return address
@@ -134,7 +137,7 @@ def hide_secrets(address: str) -> str:
 
 
 def hide_secrets_in_text(text: str) -> str:
-    """Hide the secrets of all addresses in a text, as `hide_secrets` does."""
+    """Return a text in which the secrets of all addresses are hidden, as `hide_secrets` does."""
     return _ADDRESS.sub(_shown_in_text, text) if "://" in text else text
 
 
@@ -144,7 +147,7 @@ def _shown_in_text(match: re.Match[str]) -> str:
 
 
 def hide_secrets_in_tree(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists in which the secrets of addresses are hidden, as `hide_secrets` does."""
+    """Return a copy of nested dicts and lists in which secrets in addresses are hidden, as `hide_secrets` does."""
     if isinstance(tree, dict):
         return {key: hide_secrets_in_tree(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -155,7 +158,7 @@ def hide_secrets_in_tree(tree: Any) -> Any:
 def redact(tree: Any) -> Any:
     """Return a copy of nested dicts and lists with "(hidden)" in place of secrets.
 
-    Secrets are the values of keys such as `token` or `password`, and parts of addresses (`hide_secrets`).
+    Secrets are the values of keys such as `token` or `password`, and user, password and query in addresses.
     """
     if isinstance(tree, dict):
         return {k: HIDDEN if _SECRET.search(str(k)) and v is not None else redact(v) for k, v in tree.items()}
@@ -168,7 +171,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 class LineFormat(logging.Formatter):
-    """Format log records: hide secrets and escape control characters, as `print_line` does. A traceback keeps its lines."""
+    """Formats log records: secrets in addresses are hidden, control characters are escaped. A traceback keeps its lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, followed by its traceback if it has one."""
@@ -207,5 +210,8 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def quoted_parts(text: str) -> list[str]:
-    """Return the parts of a text in double quotes, straight or typographic, without the quotes. 24" (inches) is no quote."""
+    """Return the parts of a text in double quotes, straight or typographic, without the quotes.
+
+    A quote after a letter or digit does not open a part, since 24" is a length in inches.
+    """
     return [next(filter(None, match.groups())) for match in _QUOTED.finditer(text)]

@@ -59,7 +59,7 @@ SMALL_RUN = "python -m raphael_dist train --config emoji-tiny"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     parser = common.Parser(
         prog="raphael_dist/train.py",
         example="deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50",
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code (see errors.py)."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code (see errors.py)."""
     prepare_streams()
     why = ""
     try:
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> tuple[int, str]:
-    """Return the exit code, and the error message if there is one."""
+    """Run the command; return the exit code, and the error message or ""."""
     training = False
     try:
         args = parse(argv)
@@ -160,7 +160,7 @@ def _main(argv: Sequence[str]) -> tuple[int, str]:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    """Print the plan, and a line for each mistake; return the exit code."""
+    """Print what --plan prints, and a line for each mistake that is found without training; return the exit code."""
     from raphael_dist.training.dry_run import attempt, problems
 
     config, lines = load_leniently(args.config, args.overrides)
@@ -192,7 +192,10 @@ def _world_size(args: argparse.Namespace) -> int:
 
 
 def _check_default(config: Config) -> None:
-    """Check that the requirements of the default configuration are met. UserError after a line for each that is not."""
+    """Check that this machine meets the requirements of the default configuration.
+
+    Prints a line for each one that is not met, and then raises UserError.
+    """
     import torch
 
     from raphael_dist.training.dry_run import problems
@@ -213,7 +216,7 @@ def describe(config: Config, plan: BatchPlan, merged: dict[str, object]) -> str:
     """Return the text that --plan prints: settings, learning-rate schedule, batch plan and DeepSpeed configuration.
 
     Args:
-        config: the settings of the run, or of a stage.
+        config: the settings of the run, or of one of its stages (train.stages).
         plan: how a step's images are divided over ranks and micro-steps.
         merged: the configuration that DeepSpeed receives.
     """
@@ -244,12 +247,12 @@ def _describe_experts(config: Config, world_size: int) -> list[str]:
 
 
 def run(config: Config, tree: dict[str, object], stop: StopRequest) -> int:
-    """Train on this rank, together with the other ranks of the launcher.
+    """Train on this rank, together with the other ranks of the launcher; return the exit code.
 
     Args:
         config: the settings of the run.
-        tree: the content of the file --deepspeed_config.
-        stop: tells when a signal or --max-time asks to stop.
+        tree: the content of the DeepSpeed JSON (--deepspeed_config).
+        stop: the request to stop, by a signal or by --max-time.
 
     Returns:
         0 if the run is complete, EXIT_INTERRUPTED if it was stopped by a signal or the time limit, after saving.
@@ -287,7 +290,10 @@ def run(config: Config, tree: dict[str, object], stop: StopRequest) -> int:
 
 
 def _fail_unforeseen(error: Exception) -> int:
-    """Print a bug, or the loss of another rank, with the helpful line last; return the exit code."""
+    """Print an error that is not the user's: a bug, or the loss of another rank. Return the exit code.
+
+    The line that helps most is printed last.
+    """
     what = describe_error(error)
     if _LOST_RANK.search(what):  # its traceback, which is in this rank's log, does not explain the loss
         why = "Its process failed, its node is gone, or the system killed it for lack of memory (see dmesg)"

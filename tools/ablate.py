@@ -18,7 +18,7 @@ from raphael_dist.runtime.stop_request import parse_time
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python tools/ablate.py --config emoji-tiny --out runs/ablation --images 19200",
         description="Train a model, variants of it without one part each, and dense models of equal size; compare losses.",
@@ -50,7 +50,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the campaign, or print its variants or results. Raises UserError for mistakes that the user can correct."""
+    """Train all variants of the campaign, or print its variants or results, as the options say.
+
+    Raises UserError for mistakes that the user can correct.
+    """
     for name in ("seeds", "images", "ranks", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -77,7 +80,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the command line; return the exit code."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code.
+
+    SIGTERM is treated as Ctrl-C, so that training processes save and end too.
+    """
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # also ends the training processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return run_command(lambda: run(parse(argv)))

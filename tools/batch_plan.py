@@ -15,7 +15,8 @@ EPS = ((1, 1), (2, 2), (2, 4), (3, 2), (6, 4))
 def table(config_name: str, overrides: list[str]) -> list[str]:
     """Return a Markdown table: one row for each number of ranks, one column for each (space_ep, time_ep).
 
-    A cell has the micro-steps per optimizer step and the share of empty slots (samples with weight 0 that fill up batches).
+    A cell has the micro-steps per optimizer step and in brackets the share of empty slots (samples with weight 0 that fill
+    up batches); "-": impossible. `config_name`: preset or file. `overrides`: as on the command line.
     """
     header = "| ranks | " + " | ".join(f"ep {space},{time}" for space, time in EPS) + " |"
     lines = [header, "|---" * (len(EPS) + 1) + "|"]
@@ -36,7 +37,7 @@ def _cell(config: Config, world: int) -> str:
 
 
 def main() -> int:
-    """Read the command line; print the table; return the exit code."""
+    """Print the table for the command line of the process; return the exit code."""
     parser = Parser(
         example="python tools/batch_plan.py --config raphael-3b",
         description="Print micro-steps and empty slots of a global batch, for many numbers of ranks.",

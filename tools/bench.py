@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Read the command line and run one benchmark."""
+    """Run the benchmark that the command line names."""
     parser = Parser(
         example="python tools/bench.py space",
         description="Measure one part of a run.",
@@ -38,7 +38,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="NAME", prog="bench.py")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        if name in sys.argv[1:2]:  # the others are not imported: each needs other libraries
+        if name in sys.argv[1:2]:  # other benchmarks are not imported, because each needs its own libraries
             benchmark = importlib.import_module(f"benchmarks.{module}")
             command.description = benchmark.run.__doc__
             benchmark.add_arguments(command)

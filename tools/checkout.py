@@ -1,4 +1,4 @@
-"""Imported first by every tool, which then uses the package of its own checkout, not an installed version."""
+"""Makes a tool use the package of its own checkout, not an installed version. Every tool imports this module first."""
 
 import sys
 from contextlib import suppress

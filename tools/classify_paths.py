@@ -25,16 +25,16 @@ from raphael_dist.errors import UserError, run_command
 
 CAPTIONS = 2000  # read at most
 FOLDS = 5
-MIN_CAPTIONS = 2 * FOLDS  # that a word must occur in
+MIN_CAPTIONS = 2 * FOLDS  # a word must occur in this many captions
 MAX_PER_WORD = 60  # samples of a word, so that frequent words do not dominate
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The samples for the classifier.
+    """S samples for the classifier, each a word of a caption. L: number of transformer blocks.
 
     Attributes:
-        paths: space expert in each block, int [S, L].
+        paths: number of the space expert in each block, int [S, L].
         labels: the word, as an index into `words`, int [S].
         groups: number of the caption, int [S].
         words: the classes.
@@ -66,10 +66,10 @@ class Outcome:
 
 
 def gather(paths: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = (), max_words: int = 100) -> Samples:
-    """Return the samples of the most frequent words among those that occur in enough captions (MIN_CAPTIONS).
+    """Return the samples of the most frequent words, of those that occur in enough captions (MIN_CAPTIONS).
 
     Args:
-        paths: (word, number of its caption, path).
+        paths: for each word of each caption: (word, number of the caption, space expert in each block).
         only: use only these words; empty: all.
         max_words: largest number of words.
 
@@ -93,9 +93,10 @@ def gather(paths: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = ()
 
 
 def classify(samples: Samples, seed: int = 0, rounds: int = 20, threads: int = 1) -> Outcome:
-    """Train XGBoost on one-hot paths with five folds of captions, and again with shuffled labels; return the accuracies.
+    """Train XGBoost to predict words from their paths, and again with shuffled labels; return the accuracies.
 
-    Raises UserError if xgboost is not installed.
+    Paths are one-hot encoded. There are five cross-validation folds of captions. `rounds`: trees per class. Raises UserError
+    if xgboost is not installed.
     """
     labels = samples.labels
     scores = _folds(samples.paths, labels, samples.groups, rounds, threads)
@@ -149,17 +150,17 @@ SUBJECTS = ("a man", "a woman", "a child", "an old man", "a girl", "a boy", "a f
 
 
 def adjective_captions() -> list[str]:
-    """Return "a ADJECTIVE NOUN" for every pair."""
+    """Return the captions "a ADJECTIVE NOUN" for every pair of ADJECTIVES and NOUNS."""
     return [f"a {adjective} {noun}" for adjective, noun in product(dict.fromkeys(ADJECTIVES), NOUNS)]
 
 
 def verb_captions() -> list[str]:
-    """Return "SUBJECT VERB" for every pair."""
+    """Return the captions "SUBJECT VERB" for every pair of SUBJECTS and VERBS."""
     return [f"{subject} {verb}" for subject, verb in product(SUBJECTS, dict.fromkeys(VERBS))]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         prog="classify_paths.py",
         example="python tools/classify_paths.py --checkpoint models/emoji",
@@ -179,13 +180,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a table of accuracies. Raises UserError for mistakes that the user can correct."""
+    """Classify words and print a table of accuracies. Raises UserError for mistakes that the user can correct."""
     import torch
 
     from raphael_dist.analysis.routes import collect_word_paths

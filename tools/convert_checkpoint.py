@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     formats = "; ".join(f"{name}: {what}" for name, what in ADAPTER_FORMATS.items())
     parser = Parser(
         example="python -m raphael_dist convert --from auto models/emoji --to canonical weights",
@@ -85,13 +85,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert, and print what was written. Raises UserError for mistakes that the user can correct.
+    """Convert as the options say, and print what was written. Raises UserError for mistakes that the user can correct.
 
     Under mpirun only rank 0 prints.
     """
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Export LoRA adapters or a ControlNet in the format of another library."""
+    """Export LoRA adapters or a ControlNet in the format of another library, as the options say."""
     from raphael_dist.convert.adapter_export import export_adapter
 
     (source, path), (target, out) = args.source, args.target
@@ -122,7 +122,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def convert_layout(args: argparse.Namespace, ranks: "MpiRanks") -> None:
-    """Convert a whole model from one checkpoint layout to another."""
+    """Convert a whole model from one checkpoint layout (format on disk) to another, and print a report on rank 0."""
     from raphael_dist.config.schema import load_config
     from raphael_dist.convert.conversion import convert
 
@@ -135,9 +135,9 @@ def convert_layout(args: argparse.Namespace, ranks: "MpiRanks") -> None:
 
 
 def check_options(args: argparse.Namespace, supported: frozenset[str]) -> tuple[int, int]:
-    """Return the two numbers of --ep (ranks per set of space experts, and of time experts).
+    """Check the options for the target; return the two numbers of --ep: ranks over which space and time experts are sharded.
 
-    Raises UserError for an option that the target layout does not support.
+    `supported`: fields of `Options` that the target supports. Raises UserError for options that it does not support.
     """
     target = args.target[0]
     try:
@@ -164,7 +164,10 @@ def check_options(args: argparse.Namespace, supported: frozenset[str]) -> tuple[
 
 
 def options_of(args: argparse.Namespace, supported: frozenset[str]) -> "Options":
-    """Return the options of a conversion. Raises UserError for one that the target layout does not support."""
+    """Return the command line's options of the target. Raises UserError for one that the target layout does not support.
+
+    `supported`: fields of `Options` that it supports.
+    """
     import torch
 
     from raphael_dist.convert.write_plan import Options
@@ -185,7 +188,7 @@ def options_of(args: argparse.Namespace, supported: frozenset[str]) -> "Options"
 
 
 def print_report(report: "Report", path: str, out: str) -> None:
-    """Print a table of the tensors and files that were written."""
+    """Print a table of the tensors and files that were written, and notes. `path`, `out`: source and target."""
     from rich.console import Console
     from rich.table import Table
 

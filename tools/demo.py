@@ -62,7 +62,10 @@ Next:
 
 
 def check(run_dir: Path, grid: Path) -> tuple[float, float]:
-    """Return the first and the last training loss. Raises UserError if the loss did not halve, or the image is missing."""
+    """Return the first and the last training loss of a run.
+
+    Raises UserError if the loss did not fall to half, or the image `grid` is missing.
+    """
     losses = [loss for _, loss in read_metrics(run_dir / "metrics.jsonl")["train/loss"]]
     if losses[-1] > 0.5 * losses[0]:
         raise UserError(

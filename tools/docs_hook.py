@@ -10,7 +10,10 @@ OUTWARDS = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([^)#]+)(?:#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Insert the file that a page includes; replace links to files outside the site by the names of these files."""
+    """Return the Markdown of a page with included files inserted; mkdocs calls this for each page.
+
+    Links to files outside the site are replaced by the names of these files.
+    """
     text = INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), markdown)
 
     def outside(match: re.Match[str]) -> str:

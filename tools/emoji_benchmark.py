@@ -17,7 +17,7 @@ from raphael_dist.text import escape_control
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         prog="emoji_benchmark.py",
         example="python tools/emoji_benchmark.py --checkpoint models/emoji --out runs/emoji-benchmark",
@@ -33,13 +33,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the benchmark on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
+    """Run the emoji benchmark on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
     check_arguments(args)
     if args.guidance and len(args.guidance) > 1:
         raise UserError(

@@ -48,9 +48,10 @@ def enlarge(
     guidance: float,
     batch: int = 16,
 ) -> Iterator[Enlargement]:
-    """Reduce held-out samples by the model's factor, and enlarge them again by each method.
+    """Reduce held-out samples by the model's factor, and enlarge them again by each method (METHODS).
 
-    The model gets the first caption of each sample as its prompt.
+    The model gets the first caption of each sample as its prompt. `steps`, `guidance`: of sampling. `batch`: images at a
+    time.
     """
     passes = sampler.upscale.back_projections
     uncorrected = replace(sampler, upscale=sampler.upscale.model_copy(update={"back_projections": 0}))
@@ -85,7 +86,7 @@ def _enlarge_bicubic(small: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def measure_errors(enlargements: Sequence[Enlargement]) -> dict[str, tuple[float, float]]:
-    """Return, by method, the mean absolute error in 0..255 and the mean PSNR of the images in dB."""
+    """Return, by method, the mean absolute error (0..255) and the mean PSNR in dB of the enlarged images."""
     table = {}
     for method in METHODS:
         errors = [e.large[method].astype(np.float64) - e.large[TRUE] for e in enlargements]
@@ -95,7 +96,10 @@ def measure_errors(enlargements: Sequence[Enlargement]) -> dict[str, tuple[float
 
 
 def draw_rows(enlargements: Sequence[Enlargement], scale: int = 2) -> Image.Image:
-    """Return an image with one column for each enlargement and the rows: small, bicubic, the model's, true image."""
+    """Return an image with one column per enlargement and the rows small, bicubic, the model's and true image.
+
+    `scale`: factor by which pixels are enlarged.
+    """
     height, width = enlargements[0].large[TRUE].shape[:2]
     cell_h, cell_w = height * scale + 4, width * scale + 4
     sheet = Image.new("RGB", (_LABEL + cell_w * len(enlargements), 4 * cell_h), "white")
@@ -110,7 +114,7 @@ def draw_rows(enlargements: Sequence[Enlargement], scale: int = 2) -> Image.Imag
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python tools/enlarge.py --checkpoint runs/emoji-upscale --out rows.png",
         description="Enlarge held-out images with a super-resolution model, and compare the result with bicubic "
@@ -127,7 +131,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Enlarge, print errors and write the image of `draw_rows`. Raises UserError for mistakes that the user can correct."""
+    """Enlarge images, print errors and write the image of `draw_rows`. UserError: mistakes that the user can correct."""
     for option in ("count", "shown"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option}={getattr(args, option)} must be at least 1. Give a larger number.")
@@ -159,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     args = parse(argv)
     return run_command(lambda: run(args))
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def index(args: argparse.Namespace) -> None:
-    """Write the index records of one part of the shards. The last part to finish also joins all records to the table.
+    """Write the index records of one part of the shards. The last part to finish also joins all records to one table.
 
     Raises UserError if shards cannot be read.
     """
@@ -56,7 +56,7 @@ def index(args: argparse.Namespace) -> None:
         names = expand_shards(args.shards, store.retry)
     missing = [name for name, _ in build_index.unindexed(names[part::parts], store)]
     print(f"part {part} of {parts}: {len(missing)} of {len(names[part::parts])} shards to read", flush=True)
-    # Forked processes would have the locks of fsspec without its threads.
+    # Not forked: forked processes would inherit the locks of fsspec, but not the threads that release them.
     with multiprocessing.get_context("spawn").Pool(args.processes) if args.processes > 1 else ThreadPool(1) as pool:
         unread = []
         for number, (line, is_read) in enumerate(pool.imap_unordered(_scan, [(store, name) for name in missing]), start=1):
@@ -78,7 +78,7 @@ def index(args: argparse.Namespace) -> None:
 
 
 def _scan(task: tuple[ShardStore, str]) -> tuple[str, bool]:
-    """Index a shard; return a line about it, and whether it could be read."""
+    """Index one shard; return a line for the user about it, and whether it could be read. `task`: (store, name)."""
     store, name = task
     try:
         (record,) = build_index.scan_shards([name], store)

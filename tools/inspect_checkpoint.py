@@ -15,7 +15,7 @@ from raphael_dist.errors import run_command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python -m raphael_dist inspect models/emoji",
         description="Print a checkpoint's layout and contents, verify its checksums, and list dead or equal experts.",
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     args, sound = parse(sys.argv[1:] if argv is None else argv), []
 
     def run() -> None:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Inspect the data and print the report. Raises UserError for mistakes of the user."""
+    """Inspect training data and print the report. Raises UserError for mistakes that the user can correct."""
     config = load_config(args.config, [word for word in args.words if _OVERRIDE.match(word)])
     shards = [word for word in args.words if not _OVERRIDE.match(word)] or list(config.data.shards)
     if not shards:

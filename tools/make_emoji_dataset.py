@@ -25,9 +25,9 @@ MARGIN = 4
 
 
 def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
-    """Return the edge maps of images that have one size, float (H, W) in [0, 1]. HED gets enlarged images.
+    """Return the edge maps of images of one size, float (H, W) in [0, 1] each. `method`: "hed" or "canny".
 
-    `method`: "hed" or "canny".
+    HED gets enlarged images, because it was trained on photographs.
     """
     zoom = HED_ZOOM if method == "hed" else 1
     sheets = [ImageOps.expand(image, MARGIN, "white") for image in images]
@@ -38,7 +38,7 @@ def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python tools/make_emoji_dataset.py --out data/emoji",
         description="Make the captioned emoji data set from npm packages. Requires npm (or --packages), the extra `edges`, "
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Download the packages of images, and write the data set."""
+    """Download the npm packages with emoji (unless --packages is given), and write the data set."""
     if args.packages is None:
         emoji.fetch_packages(args.cache)
     folder = args.packages or args.cache
@@ -72,7 +72,7 @@ def build(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     return run_command(lambda: build(parse(argv)))
 
 

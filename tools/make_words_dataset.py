@@ -35,13 +35,13 @@ _TRAIN, _VAL, _PROMPTS = range(3)  # streams of random numbers
 
 @dataclass(frozen=True)
 class Scope:
-    """What a data set shows.
+    """Limits of what the images of a data set show.
 
     Attributes:
-        longest: characters of a text at most; None: all texts.
-        width, height: of an image, in pixels.
-        simple: one font in one size in the centre (`Look.draw`).
-        monochrome: black on white.
+        longest: largest number of characters of a text; None: all texts.
+        width, height: size of an image, in pixels.
+        simple: whether all texts have one font in one size in the centre (`Look.draw`).
+        monochrome: whether all texts are black on white.
     """
 
     longest: int | None = None
@@ -51,12 +51,15 @@ class Scope:
     monochrome: bool = False
 
     def look(self, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> Look:
-        """Draw a look at random."""
+        """Choose at random how a text is drawn, within these limits."""
         return Look.draw(random, fonts, self.simple, self.monochrome)
 
 
 def make_sample(key: str, text: str, look: Look, random: np.random.Generator, scope: Scope) -> Sample:
-    """Draw and encode one sample."""
+    """Draw a text, and encode it as a sample with image, captions and edge map.
+
+    `key`: key of the sample. `look`: how the text is drawn. `random`: chooses what the captions mention.
+    """
     image = render(text, look, scope.width, scope.height)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).unsqueeze(0)
     record = {
@@ -76,14 +79,14 @@ def make_sample(key: str, text: str, look: Look, random: np.random.Generator, sc
 
 
 def encode_lossless(image: Image.Image) -> bytes:
-    """Return the image as lossless WebP."""
+    """Encode an image as lossless WebP."""
     buffer = io.BytesIO()
     image.save(buffer, "webp", lossless=True, quality=50, method=2)
     return buffer.getvalue()
 
 
 def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: Scope) -> Iterator[Sample]:
-    """Yield the training samples of these numbers; each depends on the seed, its number and the scope alone."""
+    """Yield the training samples with these numbers. Each depends only on the seed, its number and the scope."""
     for number in numbers:
         random = np.random.default_rng((seed, _TRAIN, number))
         text = vocabulary.training_text(random, scope.longest)
@@ -91,9 +94,10 @@ def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: S
 
 
 def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, list[str]]:
-    """Return the texts of each set of prompts and of each validation shard, by the set's name.
+    """Return the texts of each set of prompts, by the set's name (as in GRID). Validation shards use the same texts.
 
-    A set with fewer than PROMPTS texts repeats them, which are drawn in different looks.
+    Every set has PROMPTS texts; if there are fewer, they are repeated and drawn in different looks. `longest`: largest
+    number of characters; None: any.
     """
     order = np.random.default_rng(PROMPTS).permutation(len(vocabulary.words))
     trained = [vocabulary.words[i] for i in order if len(vocabulary.words[i]) >= MIN_HELD_OUT]
@@ -108,7 +112,10 @@ def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, lis
 
 
 def looks(name: str, seed: int, stream: int, scope: Scope) -> Iterator[tuple[Look, np.random.Generator]]:
-    """Yield the looks of a set; those of "held-out-font" are in the held-out font."""
+    """Yield without end how the texts of a set are drawn (`Look`), each with the generator for further random choices.
+
+    The look of number n is a function of (seed, stream, n). Those of the set "held-out-font" have the held-out font.
+    """
     fonts = (HELD_OUT_FONT,) if name == "held-out-font" else FONTS
     number = 0
     while True:
@@ -118,13 +125,13 @@ def looks(name: str, seed: int, stream: int, scope: Scope) -> Iterator[tuple[Loo
 
 
 def prompt(name: str, text: str, look: Look) -> str:
-    """Return a prompt with text, colours, place and font; a held-out font is named."""
+    """Return a prompt that states text, colours, place and style of font. For "held-out-font" it names the font instead."""
     caption = full_caption(text, look)
     return caption.replace(f"{look.font.style} font", f"{look.font.name} font") if name == "held-out-font" else caption
 
 
 def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
-    """Write prompts-NAME.txt for each set, and prompts.txt with some of each (GRID)."""
+    """Write prompts-NAME.txt with the prompts of each set, and prompts.txt with the first few of each set (GRID)."""
     out.mkdir(parents=True, exist_ok=True)
     grid = []
     for name, texts in held_out_texts(vocabulary, scope.longest).items():
@@ -138,7 +145,10 @@ def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
 def write_shards(
     vocabulary: Vocabulary, out: Path, seed: int, samples: int, scope: Scope, report: Callable[[str], None]
 ) -> None:
-    """Write train-*.tar, one val-NAME.tar for each held-out set, and manifest.json."""
+    """Write train-*.tar, one val-NAME.tar for each held-out set, and manifest.json. Old shards are deleted.
+
+    `samples`: number of training samples. `report`: called with a line of progress.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("train-*.tar"), *out.glob("val-*.tar")):
         stale.unlink()
@@ -176,7 +186,7 @@ def write_shards(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python tools/make_words_dataset.py --out data/words-full",
         description="Make the data set of words in images. Requires the font packages (docs/words.md) and the extra "
@@ -204,7 +214,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Write the prompts and the shards."""
+    """Write the prompts and, unless --prompts-only is given, the shards."""
     vocabulary = Vocabulary(emoji_words(args.emoji))
     scope = Scope(args.longest, args.width, args.height, args.simple, args.monochrome)
     write_prompts(vocabulary, args.out, scope)
@@ -217,7 +227,7 @@ def build(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     return run_command(lambda: build(parse(argv)))
 
 

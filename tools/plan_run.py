@@ -14,7 +14,7 @@ from raphael_dist.errors import UserError, run_command
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python tools/plan_run.py --config raphael-3b --cluster h100x8 --nodes 125",
         description="Predict memory, speed, days and cost of a run without GPUs, and print the command of the fastest "
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the plan, or measure this machine (--calibrate)."""
+    """Print the plan of a run, or its memory table, or measure this machine (--calibrate), as the options say."""
     if args.calibrate is not None:
         from raphael_dist.planning.calibrate import calibrate
 
@@ -85,7 +85,7 @@ def _positive(**numbers: float | None) -> None:
 
 
 def main() -> int:
-    """Read the command line; return the exit code."""
+    """Run the tool with the command line of the process; return the exit code."""
     args = parse()
     return run_command(lambda: run(args))
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepare shards, or fill a feature cache, as the command line says. Raises UserError for mistakes of the user."""
+    """Prepare shards, or fill a feature cache, as the options say. UserError: mistakes that the user can correct."""
     from raphael_dist.data_prep.prepare import EDGES, prepare, select_part
 
     sources = [word for word in args.words if not _OVERRIDE.match(word)]
@@ -83,12 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fill(config: Config, part: int, parts: int) -> None:
-    """Fill the feature cache of a run with its part of the samples.
-
-    Args:
-        config: the run's configuration.
-        part, parts: which part of how many this process fills.
-    """
+    """Fill the feature cache of a run with part number `part` (from 0) of `parts` parts of its samples."""
     from raphael_dist.data.shards.open_index import require_shards
     from raphael_dist.data_prep.prepare import fill_caches
 

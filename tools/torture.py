@@ -16,7 +16,7 @@ from raphael_dist.errors import UserError, run_command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python tools/torture.py --minutes 120 --seed 0",
         description="Inject random faults into training on real ranks and on a Slurm that it starts on this machine.",
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends the Slurm daemons, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def torture(args: argparse.Namespace) -> bool:
-    """Run trials until the time is over; return whether no trial lost anything. Raises UserError."""
+    """Run trials with faults until the time is over; return whether no trial lost any data.
+
+    Raises UserError for mistakes, and if trials cannot continue.
+    """
     campaign = importlib.import_module("tests.torture.campaign")  # tests/ is not part of the installed package
     kinds = campaign.KINDS
     if args.list:

@@ -14,7 +14,7 @@ from raphael_dist.errors import UserError, run_command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the command line's values."""
+    """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python tools/train_vae.py --data data/emoji --out models/my-vae",
         description="Train a small VAE on the training shards of a data set.",
@@ -39,7 +39,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train the VAE, save it, and measure the saved weights on the validation images."""
+    """Train the VAE, save it, and print the PSNR of the saved weights on the validation images.
+
+    Raises UserError for mistakes that the user can correct.
+    """
     shards = {split: sorted(args.data.glob(f"{split}-*.tar*")) for split in ("train", "val")}
     if not (shards["train"] and shards["val"]):
         raise UserError(
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+    """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
     return run_command(lambda: run(parse(argv)))
 
 

@@ -47,7 +47,7 @@ BLOCK = 64
 WIDTH = 4 * BLOCK  # character, place in the string, word, word with the word before it
 ONE_HOT = 16
 _PAD, _END = 0, 1
-# A token's number holds all that its embedding depends on, below a bit for its kind.
+# A token's number has a high bit for its kind, and below it everything that its embedding depends on.
 _CHARACTER, _WORD = 1 << 60, 1 << 61
 _PLACE_BITS, _HASH_BITS = 12, 28
 _PARTS = re.compile(r"""["“](.+?)["”]|(\w+)""")
@@ -56,7 +56,7 @@ _PERIODS = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The tokens of one caption, with those attributes of `tokenizers.Encoding` that this package uses."""
+    """The tokens of one caption. It has the attributes of `tokenizers.Encoding` that this package uses."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -65,7 +65,10 @@ class _Encoding:
 
 
 class CharacterTokenizer:
-    """Tokenizes captions. It has those methods of a transformers tokenizer that the text encoder uses."""
+    """Tokenizes captions: each character in double quotes is a token, and each other word is one.
+
+    It has the methods of a transformers tokenizer that the text encoder uses.
+    """
 
     pad_token, pad_token_id, eos_token_id, bos_token_id, unk_token_id = "<pad>", _PAD, _END, None, None
     all_special_tokens, all_special_ids = ("<pad>", "<end>"), (_PAD, _END)
@@ -81,7 +84,7 @@ class CharacterTokenizer:
         add_special_tokens: bool = True,
         **_: Any,
     ) -> Any:
-        """Tokenize one caption or several; return a BatchEncoding. Arguments as for tokenizers of transformers."""
+        """Tokenize one caption or several, and return a BatchEncoding. Arguments are those of tokenizers of transformers."""
         from transformers import BatchEncoding
 
         limit = max_length if truncation else None
@@ -100,7 +103,10 @@ class CharacterTokenizer:
 
 
 class CharacterModel(nn.Module):
-    """Computes the fixed embeddings of tokens. It has those methods of a transformers text encoder that are used here."""
+    """Computes the embeddings of tokens by fixed formulas (`embed`); it has no weights.
+
+    It has the methods of a transformers text encoder that this package uses.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,11 +120,14 @@ class CharacterModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 in any case."""
+        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 even if it is another one."""
         return self.get_buffer("_device").dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
-        """Return `last_hidden_state`, float32 [B, Y, WIDTH], for tokens int64 [B, Y]."""
+        """Return an object with `last_hidden_state`: the embeddings, float32 [B, Y, WIDTH], of tokens int64 [B, Y].
+
+        `attention_mask` is not used.
+        """
         rows = torch.tensor([embed(number) for number in input_ids.flatten().tolist()])
         return SimpleNamespace(last_hidden_state=rows.view(*input_ids.shape, WIDTH).to(self.device))
 
@@ -132,7 +141,7 @@ def _encode(text: str, limit: int | None, add_end: bool) -> _Encoding:
 
 
 def _tokens(text: str) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield the number and the place in `text` of each token but the end."""
+    """Yield (token number, (first, end) of its characters in `text`) for each token except the end-of-text token."""
     before = 0
     for part in _PARTS.finditer(text):
         if quoted := part[1]:
@@ -152,7 +161,10 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding, WIDTH numbers, of the token with this number. The embedding of padding is all zeros."""
+    """Return the embedding, a list of WIDTH numbers, of a token. `number`: its number in the tokenizer's output.
+
+    The number contains everything that the embedding depends on. The embedding of padding is all zeros.
+    """
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:
         mask = (1 << _PLACE_BITS) - 1
@@ -166,13 +178,16 @@ def embed(number: int) -> list[float]:
 
 
 def _signs(key: str) -> list[float]:
-    """Return BLOCK signs by the sha256 of `key`: those of different keys are nearly orthogonal."""
+    """Return BLOCK numbers, each 1 or -1, from the SHA-256 of `key`. Those of different keys are nearly orthogonal."""
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
     return [1.0 if bits >> i & 1 else -1.0 for i in range(BLOCK)]
 
 
 def _place(place: int, length: int) -> list[float]:
-    """Return BLOCK numbers for a character's place: from the start, from the end, from the middle, and in relation."""
+    """Return BLOCK numbers that encode the position `place` of a character in a text of `length` characters.
+
+    They depend on its distances from the start, the end and the middle, and on its relative position.
+    """
     after = length - 1 - place
     one_hots = [2.0 * (i == value) for value in (place, after) for i in range(ONE_HOT)]
     angles = [2 * math.pi * value / period for value in (place, after, place - (length - 1) / 2) for period in _PERIODS]
@@ -185,7 +200,8 @@ def _place(place: int, length: int) -> list[float]:
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, its value, what is allowed and what to do. Several mistakes are several arguments.
+    The text names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one text
+    each.
 
     Attributes:
         agreed: whether every rank raises this same error, so that rank 0 alone prints it.
@@ -198,7 +214,10 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` with the known name that is most similar to `name`; "" if none is similar."""
+    """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
+
+    Returns "" if none is similar.
+    """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -218,7 +237,7 @@ def offline() -> dict[str, Any]:
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the folder of a text encoder that comes with a Python package, such as minilm.
+    """Return the folder of a text encoder whose weights come with a Python package. `name`: such as "minilm".
 
     Raises UserError if the name is unknown or the package is not installed.
     """
@@ -234,7 +253,10 @@ def packaged_folder(name: str) -> Path:
 
 
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
-    """Return the model and the tokenizer of a named text encoder (NAMED). Raises the UserErrors of `packaged_folder`."""
+    """Return the model and the tokenizer of a text encoder by its name (one of NAMED), such as "minilm".
+
+    Raises UserError if the name is unknown or the package is not installed.
+    """
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
     from transformers import AutoModelForTextEncoding, AutoTokenizer
@@ -250,10 +272,10 @@ def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
 
 @dataclass(frozen=True, eq=False)
 class TextFeatures:
-    """Encoded captions.
+    """B encoded captions of Y tokens, with D numbers for each token.
 
     Attributes:
-        tokens: float32 [B, Y, D].
+        tokens: float32 [B, Y, D], outputs of the text encoder.
         mask: bool [B, Y], True at tokens that the text encoder attends to, False at padding.
         end: int64 [B], index of the end-of-text token of each caption.
     """
@@ -264,13 +286,13 @@ class TextFeatures:
 
 
 def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
-    """Return the features of tokenized captions.
+    """Return the features of B tokenized captions of Y tokens.
 
     Args:
         model: a text encoder of transformers.
         ids_BY: token numbers, int64, on the model's device.
         attention_mask_BY: 1 at tokens of the caption, 0 at padding.
-        end_id: token number that stands for the end of the text; None: the tokenizer has none.
+        end_id: number of the end-of-text token; None: the tokenizer has none.
     """
     mask_BY = attention_mask_BY.bool()
     # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
@@ -282,8 +304,13 @@ def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_
 def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
     """Return the index of each caption's first end-of-text token, int64 [B].
 
-    Later ones may be padding, since CLIP pads with this token. A caption without one gets the index of its last token that
-    is not padding.
+    Only the first one counts: CLIP also pads with this token. A caption without it gets the index of its last token that is
+    not padding.
+
+    Args:
+        ids_BY: token numbers, int64.
+        mask_BY: bool, False at padding.
+        end_id: number of the end-of-text token; None: the tokenizer has none.
     """
     last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
     if end_id is None:
@@ -303,14 +330,17 @@ def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tenso
         device: the device on which the VAE runs. With CPU offload, its weights are moved there when it is called.
     """
     encoded = vae.encode(images.to(device, vae.dtype))[0]
-    # A distribution if it is an AutoencoderKL.
+    # `encoded` is a distribution if the VAE is an AutoencoderKL, otherwise a tensor.
     mean, std = (encoded, torch.zeros_like(encoded)) if isinstance(encoded, Tensor) else (encoded.mean, encoded.std)
     shift, scale = latent_shift_and_scale(vae, device)
     return (mean.float() - shift) * scale, std.float() * scale
 
 
 def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
-    """Decode latents [B, C, h, w] (scaled as by `encode_images`) to images, float32 [B, 3, H, W] in -1..1."""
+    """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with `vae`, an autoencoder of diffusers.
+
+    The latents are shifted and scaled, as `encode_images` returns them. `device`: on which the VAE runs.
+    """
     shift, scale = latent_shift_and_scale(vae, device)
     latents = (latents.to(device).float() / scale + shift).to(vae.dtype)
     images: Tensor = vae.decode(latents).sample
@@ -320,7 +350,8 @@ def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
 def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return shift and scale of a VAE's latents, from its configuration.
 
-    Each is a scalar tensor [] for all channels, or [C, 1, 1] for one number per channel.
+    The model is trained on (latents - shift) * scale. Each is a scalar tensor [] for all channels, or [C, 1, 1] with a
+    number for each channel.
     """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -344,10 +375,10 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
         tokenizer: The tokenizer.
         captions: B captions.
         max_tokens: Largest number of tokens of a caption.
-        padding: "max_length": all captions get `max_tokens` tokens. "longest": as many as the longest caption.
+        padding: "max_length": pad all captions to `max_tokens` tokens. "longest": to the length of the longest caption.
 
     Returns:
-        The tokenizer's output as tensors, and the number of captions that were truncated to `max_tokens`.
+        The tokenizer's output (input_ids, attention_mask) as tensors, and the number of captions that were truncated.
     """
     texts = list(captions)
     for _ in range(_TRIES):
@@ -359,7 +390,7 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
         special = _special_in_text(tokenizer, batch["input_ids"], batch["special_tokens_mask"])
         if batch.encodings is None or not special.any():
             break
-        # A Unigram model (T5) has them among its pieces; a space inside turns them into ordinary characters.
+        # The vocabulary of a Unigram model (T5) contains them as pieces; a space inside turns them into ordinary characters.
         for row in special.any(dim=1).nonzero().flatten().tolist():
             texts[row] = _break_up(texts[row], [batch.encodings[row].offsets[i] for i in special[row].nonzero().flatten()])
     batch.pop("special_tokens_mask")
@@ -367,7 +398,10 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
 
 
 def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
-    """Return the special tokens that come from the text, bool [B, Y]; the token for unknown text is allowed."""
+    """Return where a caption's own text became a special token, bool [B, Y]. The token for unknown text does not count.
+
+    `mask_BY`: 1 at special tokens that the tokenizer added itself.
+    """
     # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
     known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
@@ -376,7 +410,10 @@ def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> T
 
 
 def _break_up(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """Insert a space after the first character of each span, or in place of a span of one character."""
+    """Insert a space after the first character of each span, which breaks up a special token in the text.
+
+    A span of one character is replaced by a space. `spans`: (first, end) of each.
+    """
     for first, end in sorted(spans, reverse=True):
         text = text[: first + (end - first > 1)] + " " + text[first + 1 :]
     return text
@@ -394,7 +431,7 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBat
 
 
 def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
-    """Return a log line: `truncated` of `total` texts are longer than `max_tokens` tokens. what: their kind, "captions"."""
+    """Return a log line: `truncated` of `total` texts of the kind `what` ("captions") have over `max_tokens` tokens."""
     return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"
 
 # ---- model.diffusion -------------------------------------------------------------------------------------------------
@@ -403,9 +440,10 @@ def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> s
 def late_start_warning(scheduler: Any) -> str | None:
     """Return a warning if the first sampling step starts far from pure noise, else None.
 
-    `scheduler`: a scheduler of diffusers whose timesteps are set. DDIM spaces timesteps by a whole number, counted from the
-    low end. For example, with 1,000 training timesteps 600 sampling steps start at timestep 600, and the images get little
-    contrast.
+    DDIM spaces timesteps by a whole number, counted from the low end. For example, with 1,000 training timesteps 600
+    sampling steps start at timestep 600, and the images get little contrast.
+
+    `scheduler`: a scheduler of diffusers after its `set_timesteps`.
     """
     first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
     if total - first <= max(2 * total / steps, total / 20):
@@ -423,9 +461,9 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 
 
 def downscale_factor(config: Mapping[str, Any]) -> int:
-    """Return image size divided by latent size of an autoencoder: 2 for each transition between two of its levels.
+    """Return image size divided by latent size of an autoencoder: a factor of 2 between each two of its levels.
 
-    `config`: the autoencoder's config.json.
+    `config`: the content of the autoencoder's config.json.
     """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
@@ -437,8 +475,8 @@ def downscale_factor(config: Mapping[str, Any]) -> int:
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
 
-    If a small image has `patch` x `patch` pixels per latent, each of these pixels gets its own channels. If it has fewer
-    pixels than there are latents, pixels are repeated.
+    With each latent position go `patch` x `patch` pixels of the small image, each in its own three channels. If the small
+    image has fewer pixels than that, they are repeated.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
@@ -448,10 +486,18 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 
 
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
-    """Correct sampled images in -1..1 so that their downscaled versions approach the small images (Irani and Peleg, 1991).
+    """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    The autoencoder and sampling change colours, while the small image has the right ones. The difference is enlarged and
-    added, `times` times.
+    The autoencoder and sampling change colours, while the small image has the right ones. The difference from the small
+    image is enlarged and added, `times` times.
+
+    Args:
+        images_B3HW: sampled images in -1..1.
+        small_B3HsWs: the small images in -1..1.
+        times: number of corrections.
+
+    Returns:
+        The corrected images [B, 3, H, W] in -1..1.
     """
     factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
     for _ in range(times):
@@ -514,20 +560,20 @@ class CallArguments:
 
     @property
     def images(self) -> list[Any]:
-        """One image for each prompt; [] if there are none."""
+        """The input images as a list with one image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
     def masks(self) -> list[Any]:
-        """One mask for each prompt; [] if there are none."""
+        """The masks for inpainting as a list with one mask for each prompt; [] if there are none."""
         return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
 
     def check(self, factor: int, num_timesteps: int) -> None:
-        """Raise UserError for a value that is not allowed.
+        """Check all arguments of the call. Raises UserError for a value that is not allowed.
 
         Args:
-            factor: pixels per latent, by which the sides of an image must be divisible.
-            num_timesteps: length of the noise schedule.
+            factor: image pixels per latent position and side; height and width must be multiples of it.
+            num_timesteps: number of timesteps of the noise schedule.
         """
         check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
@@ -558,7 +604,10 @@ class CallArguments:
 
 
 def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are given either as texts or as embeddings, and negative prompts in the same way."""
+    """Raise UserError unless prompts are either texts or embeddings, and negative prompts too.
+
+    A negative prompt may be missing. There must be one for all prompts, or one for each.
+    """
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative, negative_embeds),
@@ -575,13 +624,13 @@ def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negati
 def check_embeddings(
     name: str, embeds: Tensor, mask: Tensor | None, width: int | None, shape: Sequence[int] | None = None
 ) -> None:
-    """Raise UserError unless embeddings [B, Y, D] have the model's width and the mask [B, Y] fits them.
+    """Raise UserError unless text embeddings [B, Y, D] and their mask [B, Y] have the right shapes.
 
     Args:
-        name: name of the embeddings, for messages.
+        name: name of the argument with the embeddings, for messages.
         embeds: the embeddings.
         mask: the mask, or None.
-        width: text width of the model; None: any.
+        width: text width D of the model; None: any.
         shape: the exact shape that is required; None: any.
     """
     if (
@@ -607,9 +656,9 @@ def as_list(value: object) -> list[Any]:
 
 
 def for_each(name: str, value: object, count: int) -> list[Any]:
-    """Return a list with one value for each of `count` prompts, from one value for all or a list of `count` values.
+    """Return a list with one value for each of `count` prompts, from a single value or a list of `count` values.
 
-    Raises UserError if a list has another length.
+    Raises UserError, which names the argument `name`, if a list has another length.
     """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
@@ -625,14 +674,14 @@ def _is_whole(value: object) -> bool:
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise UserError unless the value is a whole number from `low` to `high` (None: without an upper limit)."""
+    """Raise UserError unless the argument `name` is a whole number from `low` to `high`. None: no upper limit."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
 
 
 def check_real(name: str, value: Any, high: float) -> None:
-    """Raise UserError unless the value is a number from 0 to `high`."""
+    """Raise UserError unless the argument `name` is a finite number from 0 to `high` (inf: no upper limit)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
         raise UserError(f"{name}={value!r} must be a number {limits}. Change it.")
@@ -667,7 +716,7 @@ _MARKS = {
 
 
 def open_regular(path: Path) -> int:
-    """Open a file for reading and return its descriptor. Raises OSError if it is not a regular file (a FIFO, say)."""
+    """Open a file for reading and return its descriptor. Raises OSError if it is not a regular file (e.g. a FIFO)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -676,7 +725,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_text(path: Path, regular: bool = True) -> str:
-    """Read a text file.
+    """Read a UTF-8 text file and return its text.
 
     Args:
         path: the file.
@@ -694,7 +743,10 @@ def read_text(path: Path, regular: bool = True) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8 bytes. A byte order mark is removed, line ends are kept. Raises ValueError for another encoding."""
+    """Decode UTF-8 bytes and return the text. Raises ValueError for another encoding.
+
+    A byte order mark is removed, line ends are kept.
+    """
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     try:
         if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
@@ -706,7 +758,7 @@ def decode_text(data: bytes) -> str:
 
 
 def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Parse a JSON text.
+    """Parse a JSON text and return its value.
 
     Args:
         text: the text.
@@ -728,15 +780,15 @@ def read_json(path: Path) -> Any:
 # ---- sampling.pipeline_files -----------------------------------------------------------------------------------------
 
 
-_Pipeline: Any = DiffusionPipeline  # its type hints lack the methods of its mixins
+_Pipeline: Any = DiffusionPipeline  # the type hints of DiffusionPipeline lack the methods of its mixins
 
 
 class PipelineFiles(_Pipeline):
-    """Base class of the pipelines, with the methods that load and save them."""
+    """Base class of this project's diffusers pipelines, with the methods that load and save them."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load a pipeline, as in diffusers. Raises UserError if a local folder is not a pipeline."""
+        """Load a pipeline from a folder or model hub, as in diffusers. UserError: a local folder is not a pipeline."""
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)
@@ -744,9 +796,9 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load the configuration, as in diffusers.
+        """Load the content of model_index.json, as in diffusers.
 
-        Inside the package the folder's code is not run, so `trust_remote_code` is not required.
+        The installed package uses its own classes instead of the code in the folder, so `trust_remote_code` is not required.
         """
         loaded = super().load_config(*args, **kwargs)
         for config in loaded if isinstance(loaded, tuple) else (loaded,):
@@ -759,7 +811,7 @@ class PipelineFiles(_Pipeline):
         """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
 
         Args:
-            pipeline: any pipeline with these components.
+            pipeline: any pipeline with the components that this class requires.
             kwargs: components and settings to replace or add.
 
         Raises:
@@ -775,7 +827,8 @@ class PipelineFiles(_Pipeline):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
-        # That encoder has no files, and its code is in the pipeline's. Its class differs if that code was imported twice.
+        # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
+        # imported twice, the class of the encoder exists twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -794,12 +847,12 @@ class PipelineFiles(_Pipeline):
 
     @staticmethod
     def _own_code(kind: Any) -> str:
-        """Return the text of the module that a folder carries for a class."""
+        """Return the Python code that a saved folder needs to define the class `kind`."""
         return Path(inspect.getfile(kind)).read_text()
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless a folder has a readable model_index.json."""
+    """Raise UserError unless a folder has a readable model_index.json with the class of a pipeline."""
     try:
         index = read_json(folder / "model_index.json")
         problem = None if isinstance(index, dict) and "_class_name" in index else "it has no _class_name"
@@ -819,7 +872,7 @@ _STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
 
 
 def stacked(name: str) -> tuple[str, str] | None:
-    """Split the name of a parameter with stacked experts [K, ...] into layer and "w1", "b1", "w2" or "b2".
+    """Split the name of a parameter of stacked experts [K, ...] into the layer's name and "w1", "b1", "w2" or "b2".
 
     Returns None for the name of another parameter.
     """
@@ -840,7 +893,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
-    """Return the factor of the product B A: alpha / rank, or with `root` alpha / sqrt(rank) (peft's `use_rslora`)."""
+    """Return the factor on the LoRA product B A: alpha / rank, or with `root` alpha / sqrt(rank) (peft's `use_rslora`)."""
     return alpha / (math.sqrt(rank) if root else rank)
 
 # ---- convert.lora_files ----------------------------------------------------------------------------------------------
@@ -864,6 +917,8 @@ class Adapter:
     """LoRA adapters. Each adapts a parameter W of the base model to W + scale B A.
 
     Attributes:
+        path: folder that they were read from.
+        scale: factor of B A.
         factors: by name of the parameter, the matrices A [rank, in] and B [out, rank], float32. For a parameter with K
             stacked experts they are [K, rank, in] and [K, out, rank].
     """
@@ -873,12 +928,12 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
     def delta(self, name: str) -> Tensor:
-        """Return scale B A of the parameter `name`, the term to add to it, float32 in the parameter's shape."""
+        """Return the term scale B A that is added to the parameter `name`, float32 in the parameter's shape."""
         a, b = self.factors[name]
         return self.scale * (b @ a)
 
     def check(self, shapes: Shapes, option: str) -> None:
-        """Raise UserError unless the model has every adapted parameter in the shape that A and B require.
+        """Raise UserError unless the model has every adapted parameter in the shape that the LoRA matrices A and B require.
 
         Args:
             shapes: shape of every parameter of the model, by name.
@@ -899,7 +954,10 @@ class Adapter:
 
 
 def read_peft_folder(folder: Path, option: str) -> Adapter:
-    """Read the LoRA adapters in a folder that peft wrote."""
+    """Read the LoRA adapters in a folder that peft wrote. Raises UserError if they are not plain LoRA or do not match.
+
+    `option`: name of the command line option, for messages.
+    """
     config = _read_config(folder, option)
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -929,7 +987,7 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
 
 
 def _read_config(folder: Path, option: str) -> JsonObject:
-    """Return peft's configuration. Raises UserError if it cannot be read, or is not that of plain LoRA."""
+    """Return the content of peft's adapter_config.json. UserError: it cannot be read, or is not that of plain LoRA."""
     try:
         config: JsonObject = read_json(folder / CONFIG)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
@@ -941,17 +999,23 @@ def _read_config(folder: Path, option: str) -> JsonObject:
         raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
     if unsupported:
         key = unsupported[0]
-        raise UserError(f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters.")
+        raise UserError(
+            f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters, which are "
+            f"trained without {key}."
+        )
     return config
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
-    """Return the parameter that a module of the file adapts; None if the configuration does not name it."""
+    """Return the name of the parameter that is adapted by the tensors of `module` in peft's file.
+
+    None if `parameters`, the target_parameters of peft's configuration, do not match. `modules`: all modules in the file.
+    """
     layer = module.removesuffix(".base_layer")
     names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})
     if not names:
         return f"{module}.weight"
-    wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner one is the first parameter's
+    wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner wrapper is for w1
     return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
 
 
@@ -960,7 +1024,7 @@ def _ends(name: str, target: str) -> bool:
 
 
 def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return peft's A [K rank, in] and B [out, rank K] as [K, rank, in] and [K, out, rank]."""
+    """Convert peft's matrices A [K rank, in] and B [out, rank K] for K experts to [K, rank, in] and [K, out, rank]."""
     return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
 
 # ---- sampling.pipeline_lora ------------------------------------------------------------------------------------------
@@ -972,9 +1036,9 @@ class LoraState:
 
     Attributes:
         adapters: all loaded adapters, by name.
-        active: the active adapters, by name, with the factor of each.
-        own: original weights of the parameters that active adapters change.
-        fused: weights before `fuse_lora`.
+        active: factor of each active adapter, by the adapter's name.
+        own: weights without active adapters, by name, of the parameters that these adapters change.
+        fused: weights from before `fuse_lora`, by name, of the parameters that it changed.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -984,7 +1048,7 @@ class LoraState:
 
 
 class LoraLoader:
-    """Loads LoRA adapters and adds them to the weights of `self.unet`."""
+    """Base class of pipelines with LoRA: loads adapters and adds them to the weights of `self.unet`."""
 
     unet: Any
 
@@ -996,7 +1060,7 @@ class LoraLoader:
         return state
 
     def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
-        """Load adapters and make them the only active ones, with factor 1.
+        """Load LoRA adapters and make them the only active ones, with factor 1.
 
         Args:
             pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
@@ -1019,9 +1083,14 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Make these adapters the active ones, each with a factor (1 if None).
+        """Make these loaded LoRA adapters the only active ones.
 
-        Raises UserError if there is no adapter of this name.
+        Args:
+            adapter_names: a name or several.
+            adapter_weights: factor of what is added to the weights: one number for all adapters, or one for each. None: 1.
+
+        Raises:
+            UserError: there is no adapter of a name, or the number of factors is wrong.
         """
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
@@ -1036,48 +1105,48 @@ class LoraLoader:
         self._merge(dict(zip(names, weights, strict=True)))
 
     def get_active_adapters(self) -> list[str]:
-        """Return the names of the active adapters."""
+        """Return the names of the LoRA adapters that currently change the weights."""
         return list(self._lora.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return the names of all loaded adapters, by component of the pipeline."""
+        """Return the names of all loaded LoRA adapters as {"unet": names}; {} if there are none."""
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Restore the original weights. `set_adapters` activates adapters again."""
+        """Deactivate all LoRA adapters and restore the original weights. `set_adapters` activates adapters again."""
         self._merge({})
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove these adapters from memory and from the weights."""
+        """Remove the LoRA adapters of these names from memory and from the weights. Unknown names are ignored."""
         names = as_list(adapter_names)
         self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
         for name in names:
             self._lora.adapters.pop(name, None)
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Make the active adapters, multiplied by `lora_scale`, part of the original weights, until `unfuse_lora`.
+        """Make the active LoRA adapters, multiplied by `lora_scale`, part of the U-Net's weights, until `unfuse_lora`.
 
-        `save_pretrained` then writes the sum.
+        `save_pretrained` then writes the sum. Afterwards no adapter is loaded.
         """
         check_real("lora_scale", lora_scale, float("inf"))
         self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
-        # What was fused before lies below: its own weights are the older ones.
+        # If adapters were fused before, `fused` has the older weights, which take precedence.
         self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
 
     def unfuse_lora(self) -> None:
-        """Restore the weights from before `fuse_lora`, bit for bit."""
+        """Restore the weights from before the first `fuse_lora`, bit for bit. Active adapters stay active."""
         self._lora.own |= self._lora.fused
         self._lora.fused = {}
         self._merge(self._lora.active)
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters that are not fused, and restore the original weights bit for bit."""
+        """Remove all LoRA adapters that are not fused, and restore the weights without them, bit for bit."""
         self._merge({})
         self._lora.adapters.clear()
 
     @torch.no_grad()
     def _merge(self, active: dict[str, float]) -> None:
-        """Set the U-Net's weights to the own ones plus the adapters `active`, each with its weight."""
+        """Set the U-Net's weights to those without active adapters plus the adapters `active` ({name: factor})."""
         parameters, state = dict(self.unet.named_parameters()), self._lora
         names = {name for adapter in active for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):
@@ -1095,7 +1164,14 @@ class LoraLoader:
 
 
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Resize `image` to cover `size_hw` (height, width), crop the centre, and mirror it left to right if `flip`."""
+    """Resize `image` to cover `size_hw`, and crop the centre to this size.
+
+    Args:
+        image: An image of any mode and size.
+        size_hw: (height, width) of the result in pixels.
+        flip: Mirror the result left to right.
+        resample: Pillow's resampling filter.
+    """
     height, width = size_hw
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height)
@@ -1108,7 +1184,13 @@ def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Imag
 
 
 def resize_and_crop(image: Image.Image, size_hw: tuple[int, int], flip: bool) -> np.ndarray:
-    """Return the RGB `image` at `size_hw` as uint8 [3, h, w]; Lanczos, unchanged if it already has that size."""
+    """Resize the RGB `image` with Lanczos to cover `size_hw`, crop the centre, and return uint8 [3, h, w].
+
+    Args:
+        image: An RGB image. Its pixels are unchanged if it already has the size.
+        size_hw: (height, width) of the result in pixels.
+        flip: Mirror the result left to right.
+    """
     fitted = fit(image, size_hw, flip, Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(fitted, np.uint8).transpose(2, 0, 1))
 
@@ -1129,7 +1211,7 @@ _TURNS = {
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert a Pillow image to upright RGB. Transparent pixels get the colour `background`.
+    """Convert a Pillow image to RGB, rotated as its EXIF orientation states. Transparent pixels get the colour `background`.
 
     Raises ValueError for an image mode that is not supported.
     """
@@ -1172,14 +1254,17 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
-    """Return a PIL image as RGB, uint8 [H, W, 3], resized and cropped to `size_hw`."""
+    """Convert a PIL image to RGB, uint8 [H, W, 3], resized and cropped to `size_hw` (height, width)."""
     return resize_and_crop(to_rgb(image), size_hw, flip=False).transpose(1, 2, 0).copy()
 
 # ---- rng -------------------------------------------------------------------------------------------------------------
 
 
 class Purpose(IntEnum):
-    """What random numbers are used for. The values are part of the generators' keys: a changed value changes every run."""
+    """What random numbers are used for. Each purpose gets other numbers.
+
+    The values are part of the generators' keys: changing a value changes every run.
+    """
 
     ORDER = 0
     CAPTION = 1
@@ -1201,7 +1286,7 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
     Args:
         seed: the seed of the run. All integers are from 0 to 2**64 - 1.
         purpose: what the numbers are used for.
-        position: global position of a sample, or number of an epoch or step.
+        position: number of a sample in the order of training, or number of an epoch or step.
         extra: distinguishes several generators of the same position.
     """
     counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
@@ -1211,12 +1296,14 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
-    """Return the initial noise of one image, float32 of `shape`.
+    """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
+
+    It is a function of these arguments.
 
     Args:
         seed: seed of the noise.
-        index: number of the prompt.
-        shape: shape of the noise.
+        index: number of the prompt in its list.
+        shape: shape of the noise, such as (C, h, w).
         copy: number of the image among several images of one prompt.
     """
     draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
@@ -1224,10 +1311,10 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) 
 
 
 def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
-    """Raise UserError if a small image is not what the model requires to draw an image of `size_hw`.
+    """Raise UserError unless the small input image has the size that the model requires to draw an image of `size_hw`.
 
     Args:
-        factor: `upscale.factor` of the model; 0: it is not a super-resolution model.
+        factor: `upscale.factor` of the model; 0: it is not a super-resolution model, and a small image is not allowed.
         small_HsWs3: the small image; None: there is none.
         size_hw: height and width of the large image.
         option: name of the command line option, for messages.
@@ -1252,12 +1339,12 @@ def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int,
 
 
 def to_pixels(images_B3HW: Tensor) -> np.ndarray:
-    """Convert images in -1..1 to uint8 [B, H, W, 3]."""
+    """Convert images [B, 3, H, W] in -1..1 to uint8 [B, H, W, 3] on the CPU."""
     return ((images_B3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
-    """Convert uint8 images to float32 [B, 3, H, W] in -1..1."""
+    """Convert images, uint8 [B, H, W, 3], to float32 [B, 3, H, W] in -1..1 on the CPU."""
     return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 # ---- sampling.pipeline -----------------------------------------------------------------------------------------------
@@ -1284,9 +1371,9 @@ class ImageInputs:
 
 
 class Prompts(NamedTuple):
-    """Text embeddings [B, Y, D] and masks, bool [B, Y], of prompts and negative prompts.
+    """Text embeddings [B, Y, D] and masks, bool [B, Y], of B prompts and their negative prompts. Y: tokens, D: width.
 
-    The fields of negative prompts are None without guidance.
+    A mask is False at padding. The fields of negative prompts are None without guidance.
     """
 
     embeds: Tensor
@@ -1296,12 +1383,12 @@ class Prompts(NamedTuple):
 
 
 class RaphaelPipeline(LoraLoader, PipelineFiles):
-    """A diffusers pipeline that draws images from captions. Equal `seed`s give the images of `raphael_dist.sample`."""
+    """A diffusers pipeline that draws images from captions. With equal `seed` it draws what `raphael_dist.sample` draws."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
     _callback_tensor_inputs = list(CALLBACK_INPUTS)  # noqa: RUF012
-    controlnet: Any = None  # of RaphaelControlNetPipeline
+    controlnet: Any = None  # set by RaphaelControlNetPipeline
     _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
 
     def __init__(
@@ -1459,7 +1546,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         )
 
     def _draw(self, **arguments: Any) -> Any:
-        """Check the arguments, encode, denoise and decode. The arguments are those of `CallArguments`."""
+        """Draw images: check the arguments (fields of `CallArguments`), encode, denoise and decode."""
         size, steps, guidance = self.config.size, self.config.steps, self.config.guidance
         defaults = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
         call = CallArguments(**defaults | {name: value for name, value in arguments.items() if value is not None})
@@ -1538,7 +1625,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return features.tokens, features.mask
 
     def _noise(self, call: CallArguments) -> Tensor:
-        """Return the initial noise, float32 [B, C, h, w]."""
+        """Return the initial noise of the call's images, float32 [B, C, h, w]."""
         copies, device, factor = call.num_images_per_prompt, self._execution_device, self.vae_scale_factor
         latent_shape = (self.unet.config.out_channels, call.height // factor, call.width // factor)
         shape = (call.num_prompts * copies, *latent_shape)
@@ -1561,7 +1648,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
-        """Return the images of the call; pipelines with images override it."""
+        """Return the image inputs of the call; none by default. Pipelines with image inputs override this method."""
         if self.config.upscale:
             raise UserError(
                 "this model enlarges small images. Use RaphaelUpscalePipeline.from_pipe(pipeline) and give image."
@@ -1569,7 +1656,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return ImageInputs()
 
     def _encode_images(self, call: CallArguments) -> Tensor:
-        """Return the latents of the call's images, float32 [B, C, h, w]."""
+        """Return the latents of the images in `call.image`, float32 [B, C, h, w]."""
         if not call.images:
             raise UserError("image=None must be a PIL image, or one for each prompt. Pass an image.")
         device = self._execution_device
@@ -1579,7 +1666,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return images.to(device).repeat_interleave(call.num_images_per_prompt, dim=0)
 
     def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
-        """Return the latents of the first step, and the timesteps."""
+        """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
         scheduler = self.scheduler
         try:
             timesteps, steps = retrieve_timesteps(
@@ -1604,7 +1691,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return scheduler.add_noise(inputs.start, noise, timesteps[:1].expand(len(noise))), timesteps
 
     def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the latents after all steps, float32 [B, C, h, w]."""
+        """Return the latents after all denoising steps, float32 [B, C, h, w]."""
         latents, timesteps = self._begin(call, noise, inputs)
         self._num_timesteps, options = len(timesteps), self._step_options(call)
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -1625,11 +1712,11 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
     def _call_back(
         self, call: CallArguments, number: int, t: Tensor, latents: Tensor, prompts: Prompts
     ) -> tuple[Tensor, Prompts]:
-        """Return the latents and prompts to continue with, as the callback returns them."""
+        """Call the user's callback after step `number`; return latents and prompts with the tensors that it replaces."""
         callback = call.callback_on_step_end
         if callback is None:
             return latents, prompts
-        # diffusers' PipelineCallback has its own list.
+        # diffusers' PipelineCallback has its own list of tensor names.
         names = getattr(callback, "tensor_inputs", call.callback_on_step_end_tensor_inputs)
         values = (latents, prompts.embeds, prompts.negative_embeds)
         tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
@@ -1638,7 +1725,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return tensors["latents"], prompts._replace(embeds=embeds, negative_embeds=negative)
 
     def _step_options(self, call: CallArguments) -> JsonObject:
-        """Return the options of the scheduler's step that this scheduler has."""
+        """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
         generator = call.generator
         if generator is None and call.seed is not None:
             generator = torch.Generator(self._execution_device).manual_seed(call.seed)
@@ -1661,10 +1748,13 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
     def _run_unet(
         self, call: CallArguments, x: Tensor, t: Tensor, inputs: ImageInputs, text: Tensor, mask: Tensor
     ) -> Tensor:
-        """Return the U-Net's prediction, float32, for prompts, or for prompts and then negative prompts."""
+        """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
+
+        `x` and `text` have B samples, or 2 B: those with prompts, then those with negative prompts.
+        """
         unet, options = self.unet.eval(), JsonObject()
         text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
-        if not isinstance(unet, UNet2DConditionModel):  # which is trained without a mask
+        if not isinstance(unet, UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
             options["encoder_attention_mask"] = mask
         if inputs.small is not None:
             small = inputs.small.repeat(len(x) // len(inputs.small), 1, 1, 1)
@@ -1678,7 +1768,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         return cast(Tensor, unet(x, timestep, encoder_hidden_states=text, **options, **residuals).sample.float())
 
     def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
-        """Return PIL images, or images in 0..1: float arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt")."""
+        """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").
+
+        `small`: small images of super-resolution, [B, 3, Hs, Ws] in -1..1, or None.
+        """
         images = latents.float().clamp(-1, 1)
         if self.vae is not None:
             images = decode_latents(self.vae.eval(), latents, self._execution_device)
@@ -1691,7 +1784,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
 
 
 def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return each embedding `copies` times, and its mask, all True if it is None, on the device."""
+    """Return `embeds` [B, Y, D] and `mask` [B, Y] with each sample repeated `copies` times, on the device.
+
+    A mask of None becomes all True.
+    """
     mask = torch.ones(embeds.shape[:2]) if mask is None else mask
     return embeds.to(device).repeat_interleave(copies, dim=0), mask.to(device).bool().repeat_interleave(copies, dim=0)
 
@@ -1699,7 +1795,10 @@ def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.devi
 
 
 def shows_options(call: Any) -> Any:
-    """Show RaphaelPipeline's arguments instead of `**options` in help(), in editors, and to diffusers, which reads them."""
+    """Decorate `__call__` so that its signature has RaphaelPipeline's arguments instead of `**options`.
+
+    help(), editors and diffusers read the signature.
+    """
     *own, _ = inspect.signature(call).parameters.values()
     names = {parameter.name for parameter in own}
     options = [p for p in inspect.signature(RaphaelPipeline.__call__).parameters.values() if p.name not in names]
@@ -1708,7 +1807,7 @@ def shows_options(call: Any) -> Any:
 
 
 class RaphaelImg2ImgPipeline(RaphaelPipeline):
-    """Image-to-image: changes images according to a caption."""
+    """A pipeline for image-to-image: changes images according to a caption."""
 
     @shows_options
     @torch.no_grad()
@@ -1718,7 +1817,8 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
         Args:
             prompt: see RaphaelPipeline.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            strength: share of the denoising steps, 0 to 1, that are applied to the image.
+            strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
+                almost pure noise.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, strength=strength, **options)
@@ -1728,10 +1828,10 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
 
 class RaphaelInpaintPipeline(RaphaelPipeline):
-    """Inpainting: replaces a part of an image.
+    """A pipeline for inpainting: replaces a part of an image.
 
     After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net has no input
-    channels for the mask, because such channels are not trained; so it does not see where the mask is.
+    channels for the mask, because such channels are not trained; so it does not know where the mask is.
     """
 
     @shows_options
@@ -1763,7 +1863,7 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
 
 class RaphaelControlNetPipeline(RaphaelPipeline):
-    """Draws images that follow an edge map."""
+    """A pipeline that draws images which follow an edge map, with a ControlNet."""
 
     model_cpu_offload_seq = "text_encoder->controlnet->unet->vae"
 
@@ -1782,7 +1882,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
-        """Build the pipeline from a RaphaelControlNet and the components of RaphaelPipeline."""
+        """Build the pipeline from `controlnet`, a RaphaelControlNet, and the components and settings of RaphaelPipeline."""
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, max_tokens, steps, guidance, size, text, upscale)
         self.register_modules(controlnet=controlnet)
 
@@ -1812,7 +1912,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
 
 class RaphaelUpscalePipeline(RaphaelPipeline):
-    """Super-resolution: makes large images from small ones and captions, with a model that was trained for this."""
+    """A pipeline for super-resolution: enlarges small images, guided by captions. It requires a model trained for this."""
 
     @shows_options
     @torch.no_grad()
@@ -1837,12 +1937,12 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
 
 def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
-    """Convert small images to float32 [B, 3, Hs, Ws] in -1..1.
+    """Convert small images to float32 [B, 3, Hs, Ws] in -1..1, the input of a super-resolution model.
 
     Args:
-        images: PIL images.
-        size_hw: height and width of the large images.
-        factor: `upscale.factor` of the model.
+        images: B PIL images.
+        size_hw: height and width of the large images in pixels.
+        factor: `upscale.factor` of the model, by which the small images are smaller.
 
     Raises:
         UserError: there are none, or they have the wrong size.

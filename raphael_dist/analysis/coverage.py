@@ -1,9 +1,9 @@
 """Measures how much of the image the regions of Sec. 3.1 cover for a threshold alpha, and how much computation this needs.
 
 The region of a text token is where its attention is at least alpha times its maximum. A space expert processes the union of
-the regions of all tokens that are routed to it. The computation is the share of all (image token, expert) pairs that are
-used. Most of the 77 text tokens are padding, so many pairs can be used although regions are small. In training, gate noise
-distributes tokens over more experts than in sampling.
+the regions of all tokens that are routed to it. The computation is the share of (image token, space expert) pairs that are
+processed, of all such pairs. Most of the 77 text tokens are padding, so many pairs can be processed although regions are
+small. In training, gate noise distributes tokens over more experts than in sampling.
 
 Shape legend: L transformer blocks, N image tokens, Y text tokens, K experts.
 """
@@ -23,12 +23,16 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Coverage:
-    """The results for one alpha. Each list has one share (0..1) per transformer block.
+    """How much of the image regions cover, and how much computation this needs, for one threshold alpha.
+
+    The region of a text token is where its attention is at least alpha times its maximum. Each list has one share (0..1) per
+    transformer block.
 
     Attributes:
+        alpha: the threshold.
         words, padding: mean share of the image in the region of a word token, and of a padding token.
-        pairs, pairs_of_words: share of (image token, expert) pairs that sampling uses: with padding tokens, and without them
-            (`model.mask_padding`).
+        pairs, pairs_of_words: share of (image token, space expert) pairs that are processed in sampling: with padding
+            tokens, and without them (`model.mask_padding`).
         trained, trained_of_words: the same for training, with its gate noise.
     """
 
@@ -41,7 +45,7 @@ class Coverage:
     trained_of_words: list[float]
 
     def means(self) -> list[float]:
-        """Return the mean over blocks of each list, in the order of the attributes."""
+        """Return means over the blocks of `words`, `padding`, `pairs`, `pairs_of_words`, `trained`, `trained_of_words`."""
         columns = (self.words, self.padding, self.pairs, self.pairs_of_words, self.trained, self.trained_of_words)
         return [fmean(column) for column in columns]
 
@@ -49,14 +53,17 @@ class Coverage:
 def measure_coverage(
     record: Record, noisy_LY: Tensor, mask_Y: Tensor, num_experts: int, alphas: Sequence[float] = ALPHAS
 ) -> list[Coverage]:
-    """Return the results for each alpha.
+    """Measure, for each threshold alpha, how much of the image the regions of text tokens cover.
 
     Args:
         record: a recorded forward pass of a model with Space-MoE, with attention maps.
-        noisy_LY: space expert of each text token with the gate noise of training, int64.
-        mask_Y: False at padding tokens.
-        num_experts: space experts of a layer.
-        alphas: thresholds.
+        noisy_LY: space expert of each text token in each block with the gate noise of training, int64 [L, Y].
+        mask_Y: bool [Y], False at padding tokens.
+        num_experts: number of space experts of a block.
+        alphas: the thresholds.
+
+    Returns:
+        A result for each threshold.
     """
     assert record.space_LY is not None
     coverages = []
@@ -82,6 +89,9 @@ def _pair_share(region_NY: Tensor, route_Y: Tensor, num_experts: int, mask_BY: T
 
 
 def route_agreement(record: Record, noisy_LY: Tensor, mask_Y: Tensor) -> float:
-    """Return the share of (word token, block) pairs whose expert is the same with and without the gate noise of training."""
+    """Return the share of (word token, block) pairs whose space expert is the same with and without gate noise.
+
+    `record`: the routes without it. `noisy_LY`: int64 [L, Y], the experts with it. `mask_Y`: bool [Y], False at padding.
+    """
     assert record.space_LY is not None
     return float((noisy_LY == record.space_LY)[:, mask_Y].float().mean())

@@ -12,17 +12,17 @@ from raphael_dist.model.experts import Experts
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.unet import RaphaelUNet
 
-DEAD_SHARE = 0.01  # of an even share of a block's load; under it an expert is dead, in training, reports and routes
+DEAD_SHARE = 0.01  # of the mean load of a block; below it an expert is dead, in training, reports and routes
 DUPLICATE_DISTANCE = 0.05  # relative distance of two experts' outputs
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A dead expert, or a pair of duplicate experts.
+    """A dead expert (it gets almost no work), or a pair of duplicate experts (their outputs are nearly equal).
 
     Attributes:
         kind: "space" or "time".
-        block, expert: where it is.
+        block, expert: number of the transformer block, and of the expert in it.
         other: the second expert of a pair; None: the expert is dead.
         value: load divided by the mean load of the block (dead), or relative distance of the outputs (duplicates).
     """
@@ -41,27 +41,30 @@ class Finding:
 
 
 def expert_loads(route: Tensor, num_experts: int) -> Tensor:
-    """Return the load of each expert divided by the mean load of its block, float32 [L, K].
+    """Return the load of each expert divided by the mean load of its block, float32 [L, K]. 1 is an even share.
 
-    `route`: the chosen expert of each token or timestep, [L, ...].
+    `route`: int64 [L, ...], the chosen expert of each token or timestep in each block.
     """
     counts = torch.stack([torch.bincount(row.flatten(), minlength=num_experts) for row in route]).float()
     return counts * num_experts / counts.sum(dim=1, keepdim=True)
 
 
 def find_dead(kind: str, load_LK: Tensor) -> list[Finding]:
-    """Return the experts whose load is below DEAD_SHARE of the mean load of their block. `load_LK`: see `expert_loads`."""
+    """Return the experts whose load is below DEAD_SHARE of the mean load of their block.
+
+    `kind`: "space" or "time". `load_LK`: the result of `expert_loads`.
+    """
     dead = (load_LK < DEAD_SHARE).nonzero().tolist()
     return [Finding(kind, block, k, None, float(load_LK[block, k])) for block, k in dead]
 
 
 @torch.no_grad()
 def find_duplicates(model: RaphaelUNet, rows: int = 256) -> list[Finding]:
-    """Return the pairs of experts of a layer whose outputs are nearly equal.
+    """Return the pairs of experts in the same layer of the model whose outputs are nearly equal.
 
-    Inputs are `rows` normally distributed rows, as after a LayerNorm. The mean over all inputs is subtracted from each
-    expert's outputs. The distance of two experts is then ||e_j - e_k|| / max(||e_j||, ||e_k||). Two experts with zero output
-    are duplicates.
+    All experts get the same random inputs: `rows` vectors from a normal distribution, as after a LayerNorm. The mean over
+    the inputs is subtracted from each expert's outputs e. The distance of experts j and k is ||e_j - e_k|| / max(||e_j||,
+    ||e_k||), and they are duplicates if it is below DUPLICATE_DISTANCE. Two experts with zero output are duplicates, too.
     """
     findings = []
     for number, block in enumerate(ordered_blocks(model)):
@@ -85,6 +88,6 @@ def _distances(layer: Experts, rows: int) -> Tensor:
 
 
 def ordered_blocks(model: RaphaelUNet) -> list[TransformerBlock]:
-    """Return the transformer blocks in order of execution: down, middle, up."""
+    """Return the transformer blocks of the U-Net in the order in which they are executed: down, middle, up."""
     levels = [*model.down_blocks, model.mid_block, *model.up_blocks]
     return [module for level in levels for module in level.modules() if isinstance(module, TransformerBlock)]

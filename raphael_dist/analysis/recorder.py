@@ -21,7 +21,10 @@ from raphael_dist.model.routing import region_mask_BNY
 
 @dataclass
 class Record:
-    """Recorded routes (chosen experts) and regions of one sample.
+    """Recorded routes (chosen experts) and regions (where a text token has much attention) of one sample.
+
+    A space expert is chosen for each text token, a time expert for each timestep. There are L transformer blocks, S forward
+    passes, Y text tokens and N image tokens.
 
     Attributes:
         timesteps: timesteps of the forward passes.
@@ -29,7 +32,7 @@ class Record:
         space_LY: space expert of each block and text token, int64 [L, Y]; None without a Space-MoE.
         regions: for each block, the region of each text token in pass `at`, bool [Y, N].
         maps: for each block, the attention map in pass `at`, float32 [N, Y], if requested.
-        sizes: (h, w) of each block, with h * w = N.
+        sizes: (h, w) of each block's image tokens, with h * w = N.
         at: the pass whose regions are recorded, counted from 0.
     """
 
@@ -43,7 +46,11 @@ class Record:
 
 
 class Recorder:
-    """A context manager that records the routes of one sample of every batch of a `RaphaelUNet`."""
+    """A context manager that records which experts a `RaphaelUNet` chooses for one sample of every batch.
+
+    Attributes:
+        record: the result, complete when the `with` block has ended.
+    """
 
     def __init__(self, model: nn.Module, *, sample: int = 0, at: int = 0, maps: bool = False) -> None:
         """Prepare to record.
@@ -57,7 +64,7 @@ class Recorder:
         self._model, self._sample, self._maps = model, sample, maps
         own_modules = (module for name, module in model.named_modules() if not name.startswith("control."))
         self._blocks = [module for module in own_modules if isinstance(module, TransformerBlock)]
-        self._order: list[int] = []  # of execution, which differs from the order of names
+        self._order: list[int] = []  # block numbers in order of execution, which differs from the order of names
         self._time: list[list[int]] = []
         self._space: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -87,7 +94,7 @@ class Recorder:
         self._order, self._time = [], [*self._time, []]
 
     def _route_hook(self, number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """Return a hook that reads a block's arguments (h, text, end, plan, size)."""
+        """Return a hook that records the experts that a block uses. `number`: of the block in the order of names."""
 
         def record_route(block: nn.Module, args: tuple[Any, ...]) -> None:
             plan, size_hw = args[3], args[4]
@@ -102,7 +109,7 @@ class Recorder:
         return record_route
 
     def _map_hook(self, threshold: float) -> Callable[[nn.Module, tuple[Any, ...], tuple[Tensor, Tensor]], None]:
-        """Return a hook that reads the attention map, the second output of a cross-attention."""
+        """Return a hook that records attention maps, the second output of a cross-attention, and regions at `threshold`."""
 
         def record_map(attention: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
             if self._is_recorded_pass():

@@ -22,7 +22,10 @@ def expert_colour(expert: int) -> tuple[int, int, int]:
 
 
 def draw_routes(words: Sequence[str], route_WL: np.ndarray, title: str) -> Image.Image:
-    """Draw the space expert (int, [W, L]) of each word in each block: rows are words, cells coloured numbers."""
+    """Draw a table of words (rows) and blocks (columns). A cell has the number and the colour of the word's space expert.
+
+    `route_WL`: int [W, L], space expert of each of W words in each of L transformer blocks.
+    """
 
     def cell(word: int, block: int) -> tuple[tuple[int, int, int], str]:
         return expert_colour(int(route_WL[word, block])), str(route_WL[word, block])
@@ -32,7 +35,10 @@ def draw_routes(words: Sequence[str], route_WL: np.ndarray, title: str) -> Image
 
 
 def draw_heat_map(values_LK: np.ndarray, title: str) -> Image.Image:
-    """Draw values [L, K] as a table: one row per block, one column per expert, from white (0) to blue (2)."""
+    """Draw values [L, K] as a table: one row per transformer block, one column per expert, from white (0) to blue (2).
+
+    It is made for loads divided by the mean load, of which 1 is an even share.
+    """
 
     def cell(block: int, expert: int) -> tuple[tuple[int, int, int], str]:
         value = float(values_LK[block, expert])
@@ -70,7 +76,10 @@ def _table(
 
 
 def draw_bands(route_LT: np.ndarray, timesteps: Sequence[float], title: str) -> Image.Image:
-    """Draw the time expert (int, [L, T]) of each block at each timestep as coloured bands. Noise grows to the right."""
+    """Draw which time expert each block uses at each timestep: a horizontal band per block, in the experts' colours.
+
+    `route_LT`: int [L, T]. `timesteps`: the T timesteps; they grow to the right, so that noise does, too.
+    """
     font, left, width, row = ImageFont.load_default(size=11), 30, 500, 16
     blocks, experts = route_LT.shape[0], int(route_LT.max()) + 1
     order = np.argsort(np.asarray(timesteps))
@@ -101,12 +110,14 @@ def draw_overlays(
     experts_WL: np.ndarray,
     title: str,
 ) -> Image.Image:
-    """Draw each word's region in each block over the image, in the colour of its expert; outside, the image is dimmed.
+    """Draw each word's region in each block over the image, in the colour of its expert. Outside it the image is dimmed.
 
     Args:
-        image_HW3: uint8.
-        regions: a bool map [h, w] for each word and block.
-        experts_WL: space expert of each word in each block, int.
+        image_HW3: the image, uint8.
+        words: texts of the W words, which are the rows.
+        regions: for each word and block, the part of the image that the word attends to, bool [h, w].
+        experts_WL: space expert of each word in each of L blocks, int.
+        title: text above the figure.
     """
     font, side = ImageFont.load_default(size=11), 64
     base = Image.fromarray(image_HW3).resize((side, side), Image.Resampling.BICUBIC)

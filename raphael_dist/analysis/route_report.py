@@ -28,7 +28,17 @@ _LEGEND = (
 
 @dataclass
 class Report:
-    """Collects the results of the command `routes`. `text()` returns the page, `routes` has the data as JSON values."""
+    """Collects the results of the command `routes`, which shows the experts that words and timesteps are routed to.
+
+    `text()` returns them as Markdown.
+
+    Attributes:
+        origin: name of the model, for the heading.
+        routes: the results as JSON values.
+        findings: dead and duplicate experts.
+        regions: by prompt, how much of the image the regions of its words cover.
+        agreement: by prompt, the share of its words that have the same expert with gate noise.
+    """
 
     origin: str
     routes: dict[str, Any] = field(default_factory=dict)
@@ -37,17 +47,17 @@ class Report:
     agreement: dict[str, float] = field(default_factory=dict)
 
     def add_time(self, route_LT: Tensor) -> None:
-        """Add the time expert of each block at each timestep, int [L, T]."""
+        """Add which time expert each of L blocks uses at each of T timesteps, int [L, T]."""
         self.routes["time"] = [_stretches(row) for row in route_LT.tolist()]
 
     def add_prompt(self, prompt: str, trace: PromptTrace, regions: list[Coverage], agreement: float) -> None:
-        """Add a prompt.
+        """Add the results for one prompt.
 
         Args:
             prompt: its text.
             trace: the experts and regions of its words.
-            regions: how much of the image regions cover (`measure_coverage`).
-            agreement: result of `route_agreement`.
+            regions: result of `measure_coverage`: how much of the image the regions cover.
+            agreement: result of `route_agreement`: share of words with the same expert with gate noise.
         """
         assert trace.route_WL is not None
         self.routes.setdefault("words", {})[prompt] = dict(zip(trace.words, trace.route_WL.tolist(), strict=True))
@@ -80,13 +90,13 @@ def _describe(stretches: list[list[int]]) -> str:
 
 
 def _stretches(row: list[int]) -> list[list[int]]:
-    """Return [first, last, expert] of each run of equal experts."""
+    """Return [first index, last index, expert] of each run of equal experts in a row."""
     edges = [0, *(t for t in range(1, len(row)) if row[t] != row[t - 1]), len(row)]
     return [[first, end - 1, row[first]] for first, end in pairwise(edges)]
 
 
 def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> dict[str, Any]:
-    """Return a trace as JSON values, for the HTML report of a run: routes of words and timesteps, regions, the image.
+    """Convert the trace of a prompt to JSON values for the HTML report: routes, regions and the image.
 
     Args:
         prompt: the text of the prompt.
@@ -94,8 +104,9 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> dict[str, 
         side: largest width and height of the image, in pixels.
 
     Returns:
-        `space` is [W][L]; `time` is [L][S] for the `timesteps` [S]; `regions` [W][L] has the size (h, w) and the cells of a
-        region as a text of 0 and 1, row by row, at timestep `at`.
+        For W words, L blocks and S timesteps: `space` [W][L] and `time` [L][S] are the experts. `timesteps` [S]. `regions`
+            [W][L] are [h, w, cells] at timestep `at`, with the cells as a text of 0 and 1, row by row. `image` is a JPEG in
+            base64.
     """
     image = Image.fromarray(trace.pixels)
     image.thumbnail((side, side))
@@ -115,7 +126,10 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> dict[str, 
 
 
 def _region(region_hw: np.ndarray, side: int = 32) -> list[Any]:
-    """Return [h, w, cells] of a bool map, of every n-th row and column so that it has at most `side`."""
+    """Return [height, width, cells] of a bool map, with the cells as a text of 0 and 1, row by row.
+
+    Of a map larger than `side`, only every n-th row and column is used.
+    """
     step = -(-max(region_hw.shape) // side)
     small = region_hw[::step, ::step]
     return [*small.shape, "".join("01"[int(cell)] for cell in small.flat)]

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """The words of a caption: their texts, and for each word the range [first, last) of its text tokens (`spans`)."""
+    """The words of a caption.
+
+    Attributes:
+        texts: the words.
+        spans: for each word, its text tokens: from index `first` up to, but not including, index `last`.
+    """
 
     texts: list[str]
     spans: list[tuple[int, int]]
@@ -29,9 +34,9 @@ class Words:
 
 @torch.no_grad()
 def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
-    """Return the time expert of each block for each timestep 0 .. T-1, int64 [L, T] (t_router(t) of Sec. 7.3).
+    """Return the time expert (chosen by the timestep) of each block for the timesteps 0 .. T-1, int64 [L, T].
 
-    None without a Time-MoE.
+    It is t_router(t) of Sec. 7.3. `num_timesteps`: T. None: the model has no Time-MoE.
     """
     if not model.config.time_experts:
         return None
@@ -43,9 +48,9 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
 
 @torch.no_grad()
 def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
-    """Return the space expert of each text token in each block, int64 [B, L, Y] (route(y_i) of Sec. 3.1).
+    """Return the space expert (chosen by the text token) of each token in each block, int64 [B, L, Y].
 
-    `tokens_BYD`: outputs of the text encoder. Returns None without a Space-MoE.
+    It is route(y_i) of Sec. 3.1. `tokens_BYD`: outputs of the text encoder. None: the model has no Space-MoE.
     """
     if not model.config.space_experts:
         return None
@@ -54,9 +59,10 @@ def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def noisy_word_routes(model: RaphaelUNet, tokens_BYD: Tensor, deviation: float, seed: int = 0) -> Tensor:
-    """Return the same as `word_routes`, but with the gate noise of training.
+    """Return the space expert of each text token in each block, int64 [B, L, Y], chosen with the gate noise of training.
 
-    `deviation`: standard deviation of the Gaussian noise on the gate logits.
+    `deviation`: standard deviation of the Gaussian noise on the gate logits. `seed`: of the noise. The model must have a
+    Space-MoE.
     """
     logits = _text_logits(model, tokens_BYD).cpu()
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
@@ -69,9 +75,9 @@ def _text_logits(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor:
 
 
 def split_words(tokenizer: "PreTrainedTokenizerBase", caption: str, max_tokens: int) -> Words:
-    """Divide a caption into words with their tokens, up to the length that the text encoder reads.
+    """Divide a caption into words, and find the text tokens of each. Punctuation is left out.
 
-    Punctuation is left out.
+    `max_tokens`: number of tokens that the text encoder reads; words after them are left out.
     """
     encoded = tokenizer(caption, truncation=True, max_length=max_tokens)
     texts: list[str] = []
@@ -98,13 +104,16 @@ def _tokens_by_word(encoded: "BatchEncoding", caption: str) -> Iterator[tuple[in
 def _tokens_by_prefix(
     tokenizer: "PreTrainedTokenizerBase", encoded: "BatchEncoding", caption: str
 ) -> Iterator[tuple[int, int, str]]:
-    """Yield the same for tokenizers written in Python, such as ByT5's, which do not map tokens to characters."""
+    """Yield (first token, last token + 1, word) for tokenizers that do not map tokens to characters, such as ByT5's.
+
+    The tokens before and after a word are counted by tokenizing the beginning of the caption.
+    """
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     empty = tokenizer("")["input_ids"]
-    before = len(empty) - 1 if len(empty) > 1 else 0  # special tokens in front; one is at the end
+    before = len(empty) - 1 if len(empty) > 1 else 0  # number of special tokens before the text; one is after it
     for match in re.finditer(r"\S+", caption):
         first, last = (before + count(caption[:end]) for end in match.span())
         if last <= len(encoded["input_ids"]):
@@ -114,10 +123,10 @@ def _tokens_by_prefix(
 def collect_word_paths(
     model: RaphaelUNet, text: TextEncoder, captions: Sequence[str], batch: int = 64
 ) -> list[tuple[str, int, list[int]]]:
-    """Return (word, number of its caption, path) for each word of each caption.
+    """Return (word, number of its caption, path) for each word of each caption. The model must have a Space-MoE.
 
     A path is the list of the space experts in all blocks for the first token of the word. Captions that differ only in
-    spaces and capitals have the same number. `batch`: captions that are encoded at a time.
+    spaces and capitals have the same number. `batch`: number of captions that are encoded at a time.
     """
     paths = []
     numbers: dict[str, int] = {}

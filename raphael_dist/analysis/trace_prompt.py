@@ -13,15 +13,15 @@ from raphael_dist.sampling.sampler import Request
 
 @dataclass(frozen=True, eq=False)
 class PromptTrace:
-    """A drawn image, and the routes (experts) and regions of the words of its prompt.
+    """A drawn image, and for the words of its prompt which experts process them and where in the image.
 
     Attributes:
-        pixels: uint8 [H, W, 3].
-        words: texts of the words.
+        pixels: the image, uint8 [H, W, 3].
+        words: the words of the prompt.
         route_WL: space expert of each word in each block, int [W, L]; None without a Space-MoE.
-        regions: region of each word in each block at `timestep`, bool [h, w].
-        timestep: the timestep whose regions were recorded.
-        record: all that was recorded.
+        regions: for each word and block, where in the image the expert processes it at `timestep`, bool [h, w].
+        timestep: the timestep of the denoising step whose regions were recorded.
+        record: everything that was recorded, also for other tokens.
     """
 
     pixels: np.ndarray
@@ -35,7 +35,11 @@ class PromptTrace:
 def trace_prompt(
     trained: TrainedModel, prompt: str, *, steps: int, guidance: float, seed: int, timestep: int
 ) -> PromptTrace:
-    """Draw `prompt` and record routes and regions. Regions are recorded in the denoising step nearest to `timestep`."""
+    """Draw an image for `prompt` and record which experts process its words, and where in the image.
+
+    Regions are recorded in the denoising step nearest to `timestep`. `steps`: number of denoising steps. `guidance`:
+    guidance scale. `seed`: of the noise.
+    """
     config = trained.config
     scheduler = make_scheduler(config.diffusion, config.sample.scheduler)
     scheduler.set_timesteps(steps)
@@ -48,7 +52,10 @@ def trace_prompt(
 
 
 def make_trace(pixels: np.ndarray, words: Words, record: Record) -> PromptTrace:
-    """Return the routes and regions of words, from those of tokens: a word has those of its first token."""
+    """Return the routes and regions of words from those of their tokens: a word has those of its first token.
+
+    `pixels`: the drawn image, uint8 [H, W, 3].
+    """
     route_WL, regions = None, []
     firsts = [first for first, _ in words.spans]
     if record.space_LY is not None:

@@ -20,7 +20,7 @@ WRITING, REMOVING, REPLACED, DAMAGED = ".writing-", ".removing-", ".replaced-", 
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Return the checkpoint folders in `root`, the newest first, including incomplete ones.
+    """Return the checkpoint folders in `root`, the newest first, including incomplete ones; [] if `root` is missing.
 
     Their names have the form step-00000100. Other folders, such as a user's copy step-00000100-good, are left out, so that
     the trainer neither resumes from them nor removes them. Raises OSError if `root` cannot be read.
@@ -39,25 +39,25 @@ def step_of(folder: Path) -> int | None:
 
 
 def resolve_latest(path: Path) -> Path:
-    """Return the checkpoint folder that the file `latest` names, if `path` is such a file; otherwise `path` itself.
+    """Return the checkpoint folder that the text file `latest` names, if `path` is such a file; otherwise `path`.
 
-    Raises UserError if `latest` does not name a folder next to it.
+    Raises UserError if `latest` does not name a checkpoint folder next to it.
     """
     if path.name != "latest" or not path.is_file():
         return path
     name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]
     if not _STEP.fullmatch(name) or not path.with_name(name).is_dir():
         raise UserError(
-            f"{path} must contain the name of a checkpoint in the same folder, but it contains {name!r}. Give the run "
-            "directory instead."
+            f"{path} must contain the name of a checkpoint folder next to it (step-NUMBER), but it contains {name!r}. Give "
+            "the run directory instead."
         )
     return path.with_name(name)
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a complete folder to its final name.
+    """Rename a complete checkpoint folder from `temporary` to its final name.
 
-    A folder that has this name already is replaced: it is removed after the rename, or restored if the rename fails.
+    If `final` exists already, it is replaced: the old folder is removed after the rename, or restored if the rename fails.
     """
     sync(temporary)
     replaced = final.with_name(REPLACED + final.name)
@@ -91,7 +91,10 @@ def remove(folder: Path) -> None:
 
 
 def quarantine(folder: Path) -> Path:
-    """Rename a damaged checkpoint to damaged-NAME and return its new path. Nothing is deleted."""
+    """Rename a damaged checkpoint folder to damaged-NAME, so that it is not used, and return its new path.
+
+    Nothing is deleted. A number is appended to a name that exists already.
+    """
     for i in range(1000):
         target = folder.with_name(DAMAGED + folder.name + (f".{i}" if i else ""))
         if not target.exists():
@@ -101,7 +104,10 @@ def quarantine(folder: Path) -> Path:
 
 
 def remove_partial(root: Path) -> None:
-    """Clean up `root` after a process was killed: remove unfinished folders, restore checkpoints that `publish` renamed."""
+    """Clean up the folder of checkpoints after a process was killed.
+
+    Unfinished folders are removed, and checkpoints that `publish` was replacing are restored.
+    """
     for path in sorted(root.iterdir()):
         if path.name.startswith(REPLACED):
             final = root / path.name.removeprefix(REPLACED)
@@ -114,11 +120,11 @@ def remove_partial(root: Path) -> None:
 
 
 def expired(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Return the checkpoint folders that must be removed.
+    """Return those checkpoint folders that must be removed, because they are neither new nor to be kept for good.
 
     Args:
         folders: all checkpoint folders, the newest first.
         keep: number of newest checkpoints to keep.
-        keep_every: also keep every step that is a multiple of this number. 0: none.
+        keep_every: also keep every checkpoint whose step is a multiple of this number. 0: none.
     """
     return [f for f in folders[keep:] if not (keep_every and (step_of(f) or 0) % keep_every == 0)]

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: a JSON file with progress, configuration, and the size and SHA-256 of every other file.
 
-It is written last, so a folder with a manifest is complete. Its form is the same in all layouts (formats of checkpoints,
-convert/layouts/), except for a few keys.
+It is written last, so a folder with a manifest is complete. A layout is a file format of checkpoints, such as that of
+diffusers (convert/layouts/). All layouts have the same manifest, except for a few keys.
 """
 
 import hashlib
@@ -19,11 +19,12 @@ _KEYS = {"step", "samples_seen", "updates", "guard", "dataset", "config", "files
 
 
 def read_manifest(path: Path, layout: str | None = None) -> Manifest:
-    """Read and check a manifest.
+    """Read and check a manifest; return it as a dict.
 
     Args:
         path: the file.
-        layout: name of the layout that the manifest must state. None: no name, as in the checkpoints of a run.
+        layout: name of the layout (file format of checkpoints) that the manifest must state. None: the manifest must state
+            no layout, as in the checkpoints of a run.
 
     Raises:
         UserError: the manifest is missing, unreadable, or of another layout or format; it lacks a key, does not match its
@@ -44,7 +45,7 @@ def read_manifest(path: Path, layout: str | None = None) -> Manifest:
 
 
 def _problem(manifest: object, layout: str | None) -> str | None:
-    """Return what is wrong with a manifest, or None."""
+    """Return what is wrong with the content of a manifest, or None."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("layout") != layout:
         return f"it must have {f'the layout {layout} and ' if layout else ''}the format {FORMAT}, but it has another one"
     missing = (_KEYS if layout else _KEYS | {"tensors"}) - manifest.keys()
@@ -95,7 +96,7 @@ def checksum(manifest: Manifest) -> str:
 
 
 def seal(manifest: Manifest) -> bytes:
-    """Return a manifest as JSON, one key per line, after adding the key `checksum` (see `checksum`)."""
+    """Return a manifest as bytes of JSON, one key per line, after adding the key `checksum` (see `checksum`)."""
     sealed = {key: value for key, value in manifest.items() if key != "checksum"} | {"checksum": checksum(manifest)}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sealed.items()]
     return ("{\n " + ",\n ".join(lines) + "\n}\n").encode()

@@ -10,7 +10,8 @@ class Progress(NamedTuple):
 
     Attributes:
         step: number of optimizer steps, including skipped ones.
-        samples_seen: position, in the data order, of the sample that training reads next.
+        samples_seen: number of training samples that were used or skipped. It is also the position in the training order of
+            the sample that training reads next.
         updates: number of steps that changed the weights. It is the step count in Adam's bias correction.
         guard: state of the detection of loss spikes and of losses that are not finite (training/step_guard.py).
     """

@@ -3,9 +3,9 @@
 A checkpoint is a folder `step-00000100/`. It contains one `rank-00000.safetensors` for each rank that wrote it, and a
 `manifest.json`, which is written last. Nothing is pickled.
 
-A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional and holds a range of the flattened
-parameter's fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or moving average (`ema`). The file's header
-states where each range starts. The trainer also writes this into the manifest, so that a reader knows which file to open.
+A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional and holds a range of the flattened parameter:
+fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or moving average (`ema`). The file's header states
+where each range starts. The trainer also writes this into the manifest, so that a reader knows which file to open.
 """
 
 from collections import defaultdict
@@ -34,12 +34,13 @@ T = TypeVar("T")
 class CheckpointReader:
     """An opened checkpoint folder, from which tensors are read on request.
 
-    Opening it reads the manifest only, and raises UserError if the manifest is missing or not valid.
+    A value belongs to a parameter and a kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam) or "ema". Opening
+    reads the manifest only, and raises UserError if the manifest is missing or not valid.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._headers: dict[str, dict[str, StoredTensor]] = {}  # of the files that were opened
+        self._headers: dict[str, dict[str, StoredTensor]] = {}  # headers of the files opened so far
         self._files = FileReader()
         self.manifest = read_manifest(folder / MANIFEST)
         if step_of(folder) not in (None, self.step):
@@ -66,7 +67,7 @@ class CheckpointReader:
 
         Args:
             files: names of the files. None: all files of the checkpoint.
-            report: called with a line of progress before each file is read.
+            report: called with a text about progress before each file is read.
 
         Returns:
             A text about the first file that is missing or does not match; None if all match.
@@ -86,7 +87,7 @@ class CheckpointReader:
 
     @cached_property
     def _ranges(self) -> dict[Key, list[tuple[int, int, str]]]:
-        """For each tensor, (start, numel, file name) of its spans, in order."""
+        """For each (kind, parameter), (start, numel, file name) of its ranges, in order."""
         ranges = defaultdict(list)
         for name, entry in self.manifest["files"].items():
             listed = entry.get("ranges") or {key: (t.start, t.numel) for key, t in self._stored(name).items()}
@@ -105,8 +106,9 @@ class CheckpointReader:
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / name} must state in its header, under 'starts', at which element of its parameter each "
-                    f"tensor starts, but this entry is missing or not valid ({error}). Use another checkpoint."
+                    f"{self.folder / name} must have a valid entry 'starts' in its header (for each tensor, the index of "
+                    f"its first element in the parameter), but the entry is missing or not valid ({error}). Use another "
+                    "checkpoint."
                 ) from None
             if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:
                 raise UserError(
@@ -121,26 +123,37 @@ class CheckpointReader:
         return {kind for kind, _ in self._ranges}
 
     def spans(self) -> dict[Key, list[StoredTensor]]:
-        """Return, by (kind, parameter), where its ranges lie in the files. UserError if a file's header cannot be read."""
+        """Return where the ranges of each (kind, parameter) lie in the files.
+
+        Raises UserError if a file's header cannot be read.
+        """
         return {
             (kind, name): [self._stored(file)[f"{kind}/{name}"] for _, _, file in ranges]
             for (kind, name), ranges in self._ranges.items()
         }
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened parameter's values of one kind, float32 [numel].
+        """Return elements [start, start + numel) of one kind of values of a parameter, float32 [numel].
 
         Only the files that hold these elements are opened. Raises UserError if an element is missing.
+
+        Args:
+            kind: "master" (weights), "exp_avg", "exp_avg_sq" or "ema".
+            name: name of the parameter, which is flattened.
+            start, numel: index of the first element, and number of elements.
         """
         ranges = self._ranges.get((kind, name), [])
         files = [file for first, size, file in ranges if first < start + numel and start < first + size]
         try:
             return self._files.read((self._stored(file)[f"{kind}/{name}"] for file in files), start, numel)
         except LookupError as error:
-            raise UserError(f"checkpoint {self.folder}: {kind} of {name} has {error}. Use another checkpoint.") from None
+            raise UserError(
+                f"checkpoint {self.folder}: the values {kind} of the parameter {name} are incomplete: there is {error}. "
+                "Use another checkpoint."
+            ) from None
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """Return all values of one kind of a parameter, float32, in the parameter's shape."""
+        """Return all values of one kind of a parameter, float32, in the parameter's shape. Arguments as in `read`."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, prod(shape)).view(shape)
 
@@ -148,10 +161,12 @@ class CheckpointReader:
 def check_architecture(stored: Config, config: Config, where: str) -> None:
     """Raise UserError if the model of a checkpoint has other shapes of weights than the model of `config`.
 
+    The message names the first setting that differs.
+
     Args:
         stored: configuration in the checkpoint.
         config: configuration of the run or command that reads the checkpoint.
-        where: path of the checkpoint, for the message, which names the first field that differs.
+        where: path of the checkpoint, for the message.
     """
     for name in ARCHITECTURE_FIELDS:
         of_checkpoint, of_run = (attrgetter(name)(each) for each in (stored, config))
@@ -164,15 +179,15 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
     if (ours.weight > 0) != (theirs.weight > 0) or ours.channels != theirs.channels:
         raise UserError(
             f"edge.weight={ours.weight} and edge.channels={ours.channels} must give the same edge modules as in the "
-            f"checkpoint in {where}, which has edge.weight={theirs.weight} and edge.channels={theirs.channels}. Use these "
-            "values."
+            f"checkpoint in {where}, which has edge.weight={theirs.weight} and edge.channels={theirs.channels}. Use the "
+            "values of the checkpoint."
         )
 
 
 def newest(root: Path) -> list[Path]:
-    """Return the checkpoint folders in `root`, the newest first, including incomplete ones.
+    """Return the checkpoint folders (step-*) in `root`, the newest first, including incomplete ones.
 
-    Raises UserError if `root` cannot be read.
+    Raises UserError if `root` cannot be read. A missing `root` has none.
     """
     try:
         return step_folders(root)
@@ -210,7 +225,7 @@ def first_good(path: Path, open_step: Callable[[Path], T], prefix: str) -> tuple
         prefix: beginning of the error message.
 
     Returns:
-        The result of `open_step`, and for each newer checkpoint the message of the UserError that it raised.
+        The result of `open_step`, and the error messages for newer checkpoints that could not be opened.
 
     Raises:
         UserError: no checkpoint could be opened.

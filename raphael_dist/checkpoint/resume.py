@@ -38,6 +38,8 @@ class Restorer:
     def resume(self) -> Progress | None:
         """Restore the newest undamaged checkpoint at the start of a run. Remove unfinished folders of killed processes.
 
+        Newer, damaged checkpoints are renamed to damaged-*.
+
         Returns:
             The progress in the checkpoint, or None if there is no checkpoint.
 
@@ -60,8 +62,8 @@ class Restorer:
         """Restore the newest undamaged checkpoint during training (rollback).
 
         Args:
-            before: restore a checkpoint of an earlier step than this one, and rename all later ones to damaged-*. None: any
-                step.
+            before: a step number. Only checkpoints of earlier steps are restored, and all later ones are renamed to
+                damaged-*. None: checkpoints of all steps.
 
         Returns:
             The progress in the checkpoint. None if there is no such checkpoint; the state is unchanged then.
@@ -82,7 +84,7 @@ class Restorer:
             _log.warning("the damaged checkpoint was moved to %s", folder)
 
     def _check_folder(self) -> None:
-        """Raise now if this rank cannot write where it will save its first checkpoint."""
+        """Raise the error of `write_error` now if this rank cannot write into the folder of its later checkpoints."""
         probe = self.root / f".probe-{self._ranks.rank:05d}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ class Restorer:
         return None, damaged
 
     def _verify(self, folder: Path) -> str | None:
-        """Check each file once, divided over the ranks; return what is wrong with any of them, or None."""
+        """Check each file of a checkpoint once, divided over the ranks; return the first problem, or None. Collective."""
 
         def check_share(report: Reporter) -> str | None:
             try:
@@ -136,7 +138,8 @@ class Restorer:
             name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
             raise UserError(
                 f"run.dir={self._config.run.dir}: {reader.folder} must have the parameters of this run's model, but {name} "
-                f"has the shape {old.get(name)} there and {new.get(name)} in the model. Use another run.dir."
+                f"has the shape {old.get(name)} there and {new.get(name)} in the model (None: it is missing). Use another "
+                "run.dir."
             )
         changes = check_same_run(reader.config(), self._config, str(reader.folder))
         changes += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))

@@ -48,7 +48,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WrittenFile(NamedTuple):
-    """The file that one rank has written.
+    """The file that one rank has written: name, seconds that writing took, size and SHA-256 (`entry`).
 
     ranges: by key `<kind>/<parameter>`, the range of the flattened parameter in the file as (first element, number of
     elements).
@@ -103,7 +103,8 @@ class Save:
 class CheckpointStore:
     """Saves and resumes the checkpoints of one run. Use it as a context manager around training.
 
-    Methods are collective: all ranks call them in the same order. `written` and `finished_saves` are not collective.
+    Saving runs in the background: `begin` starts it, `commit` completes it once all ranks have written, `finish` waits. All
+    ranks must call the methods in the same order, except `written` and `finished_saves`.
     """
 
     def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
@@ -129,7 +130,7 @@ class CheckpointStore:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, progress: Progress) -> Path:
-        """Write and publish a checkpoint before returning. Raises OSError on all ranks when it failed on any."""
+        """Write a checkpoint and return its folder when it is complete. Raises OSError on all ranks if it failed on any."""
         self.begin(progress)
         failure = self.finish()
         if failure:
@@ -139,7 +140,7 @@ class CheckpointStore:
     def begin(self, progress: Progress) -> None:
         """Wait for the previous save, copy the training state to host memory, and start a thread that writes it.
 
-        Errors are not raised: `finish` returns them.
+        `progress` is stored in the checkpoint. Errors are not raised: `finish` returns them.
         """
         began = time.monotonic()
         self._wait()
@@ -159,7 +160,7 @@ class CheckpointStore:
 
     @property
     def last(self) -> Save:
-        """The save that was begun last, whether it is finished or not."""
+        """The save that was begun last, finished or not. `begin` must have been called."""
         assert self._save is not None
         return self._save
 
@@ -172,9 +173,10 @@ class CheckpointStore:
         return self._save is not None and self._save.written is not None and self._save.written.done()
 
     def commit(self) -> None:
-        """Exchange the results of all ranks. If all have succeeded, rank 0 starts a thread that publishes the checkpoint.
+        """Exchange the results of all ranks' writing threads. If all succeeded, a thread of rank 0 completes the checkpoint.
 
-        Waits for this rank's writing thread.
+        It writes the manifest and gives the folder its final name. Waits for this rank's writing thread. Does nothing if no
+        file is being written.
         """
         save = self._save
         if save is None or save.written is None:
@@ -204,7 +206,7 @@ class CheckpointStore:
         return self._save.failure
 
     def finished_saves(self) -> list[Save]:
-        """Return the saves that were published since the last call of this method. Call it on rank 0."""
+        """Return the saves whose checkpoint was completed since the last call of this method. Call it on rank 0."""
         if self._save is not None and self._save.published is not None and self._save.published.done():
             self._conclude(self._save)
         finished = self._finished
@@ -215,7 +217,7 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Wait for the save in flight. After an exception on one rank only this rank's thread is waited for."""
+        """Wait for the save in progress. After an exception on one rank, wait only for this rank's thread."""
         try:
             if kind is None or issubclass(kind, NonFiniteError | NotSavedError):  # these are raised on all ranks
                 self.finish()
@@ -223,7 +225,7 @@ class CheckpointStore:
             self._thread.shutdown(wait=True)
 
     def amend(self, progress: Progress) -> None:
-        """Replace the progress in the manifest of the checkpoint of `progress.step`, after a rollback to this checkpoint.
+        """Replace the progress in the saved checkpoint of step `progress.step`, after a rollback to this checkpoint.
 
         After a rollback, training skips the samples of the bad steps. A restart skips them too, since it reads
         `samples_seen` from the manifest. An error is only logged, because it affects a restart and not this process.
@@ -236,7 +238,8 @@ class CheckpointStore:
             files.replace_bytes(folder / MANIFEST, seal(manifest))
         except (OSError, UserError) as error:
             _log.warning(
-                "the rollback cannot be recorded in %s (%s), so a restart would train on the same samples again",
+                "the rollback cannot be recorded in the manifest of %s (%s), so after a restart the run would train again "
+                "on the samples that the rollback skipped. Check free space and permissions.",
                 folder,
                 error,
             )
@@ -263,10 +266,10 @@ class CheckpointStore:
         return save.failure
 
     def _make_room(self, save: Save) -> tuple[int, str | None]:
-        """Create the folder to write into, and compare the bytes of all ranks with the free space.
+        """Create the folder to write into, and compare the bytes of all ranks with the free space. Collective.
 
         Returns:
-            The number of bytes that all ranks will write, and why they cannot be written, or None.
+            The number of bytes that all ranks will write, and the reason why they cannot be written, or None.
         """
         need, free, problem = 0, 0, None
         try:
@@ -321,7 +324,8 @@ class CheckpointStore:
                     folders.remove(old)
         except (OSError, UserError) as error:  # resuming does not need `latest`
             _log.warning(
-                "%s is saved, but the file `latest` could not be updated, or old checkpoints could not be removed: %s",
+                "checkpoint %s is saved, but updating the file `latest` or removing older checkpoints failed afterwards: "
+                "%s. Check free space and permissions.",
                 save.final,
                 error,
             )
@@ -342,11 +346,11 @@ class CheckpointStore:
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> Progress | None:
-        """Restore the newest checkpoint that verifies; see Restorer.resume."""
+        """Restore the newest undamaged checkpoint at the start of a run; see Restorer.resume."""
         return self._restorer.resume()
 
     def rewind(self, before: int | None = None) -> Progress | None:
-        """Restore an earlier checkpoint in the middle of training; see Restorer.rewind."""
+        """Finish the current save, and restore an earlier checkpoint during training; see Restorer.rewind."""
         self.finish()
         return self._restorer.rewind(before)
 

@@ -21,8 +21,8 @@ class Snapshot:
 
     Attributes:
         layout: (key, number of elements) of the ranges in the buffer, in order. A key is `<kind>/<parameter>`, and a range
-            is consecutive elements of the flattened parameter that this rank owns.
-        starts: number of the first element of each range in its flattened parameter, by key.
+            is consecutive elements of the flattened parameter that this rank saves.
+        starts: index of the first element of each range within its flattened parameter, by key.
     """
 
     def __init__(self, fragments: Fragments, ema: Ema | None, rank: int, world_size: int) -> None:
@@ -36,7 +36,8 @@ class Snapshot:
     def prepare(self) -> int:
         """Set `layout` and `starts`, allocate the buffer, and return the bytes that this rank will save.
 
-        Moments exist only after the first optimizer step. Raises RuntimeError or MemoryError without enough memory.
+        Adam's moments are included only after the first optimizer step, which creates them. Raises RuntimeError or
+        MemoryError if there is not enough memory.
         """
         addresses = self._fragments.moment_addresses()
         if addresses != self._addresses:  # listing thousands of views takes as long as copying them
@@ -89,14 +90,14 @@ def write_snapshot(
     metadata: Mapping[str, str],
     report: Reporter = no_report,
 ) -> FileEntry:
-    """Write a buffer as one new safetensors file with one tensor per key, then read the file back and compare checksums.
+    """Write a buffer as a new safetensors file, then read the file back and compare checksums.
 
     Args:
         path: the file; it must not exist.
-        layout: (key, number of elements) of each tensor, in the order in which their elements follow in the buffer.
+        layout: (key, number of elements) of each tensor to write, in the order in which they follow in the buffer.
         values: the buffer, float32 [n] in host memory.
         metadata: metadata of the safetensors file.
-        report: called with a line of progress for every block that is written.
+        report: called with a text about progress for every block that is written.
 
     Returns:
         Size and SHA-256 of the file, for the manifest.
@@ -117,7 +118,7 @@ def write_snapshot(
 
 
 def _finite(layout: list[tuple[str, int]], values: Tensor, report: Reporter) -> Iterator[Tensor]:
-    """Yield the values in pieces. Raises OSError that names the first part that is not finite."""
+    """Yield the values in pieces. Raises OSError that names the first tensor with a value that is not finite."""
     for i, piece in enumerate(torch.split(values, tensorfile.CHUNK)):
         report(f"{i * tensorfile.CHUNK} of {values.numel()} numbers written")
         # One pass without a mask: if a tensor holds NaN or infinity, its minimum or maximum does.

@@ -1,4 +1,4 @@
-"""What a checkpoint contains: spans of parameters. Checks that they hold every element exactly once.
+"""The spans of parameters that a checkpoint contains, and checks that they hold every element exactly once.
 
 A *span* is a range of consecutive elements of a flattened parameter. Each value belongs to a parameter and a kind: fp32
 weights ("master"), Adam's moments ("exp_avg", "exp_avg_sq") or moving average ("ema"). The K experts of a layer are one
@@ -18,7 +18,7 @@ _STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
 
 @dataclass(frozen=True)
 class Span:
-    """Elements [start, start + numel) of the parameter `name`, flattened."""
+    """A range of elements of a parameter: [start, start + numel) of the flattened parameter `name`."""
 
     name: str
     start: int
@@ -26,12 +26,15 @@ class Span:
 
 
 def default_weights(kinds: Container[str]) -> str:
-    """Return the kind of weights that a checkpoint is used with by default: "ema" if it is among `kinds`, else "master"."""
+    """Return which weights of a checkpoint are used by default: "ema" (the average) if it has them, else "master".
+
+    `kinds`: the kinds of values in the checkpoint.
+    """
     return "ema" if "ema" in kinds else "master"
 
 
 def stacked(name: str) -> tuple[str, str] | None:
-    """Split the name of a parameter with stacked experts [K, ...] into layer and "w1", "b1", "w2" or "b2".
+    """Split the name of a parameter of stacked experts [K, ...] into the layer's name and "w1", "b1", "w2" or "b2".
 
     Returns None for the name of another parameter.
     """
@@ -40,12 +43,12 @@ def stacked(name: str) -> tuple[str, str] | None:
 
 
 def coverage_error(spans: Mapping[Key, Iterable[tuple[int, int]]], kinds: Iterable[str], shapes: Shapes) -> str | None:
-    """Check that spans cover each element of each parameter exactly once, for every kind.
+    """Check that spans (ranges of elements) cover each element of each parameter exactly once, for every kind.
 
     Args:
-        spans: (start, numel) of each span, by kind and parameter. Empty spans are ignored.
-        kinds: the kinds that must be complete.
-        shapes: the shape of every parameter.
+        spans: (start, numel) of each span, by (kind, parameter). Empty spans are ignored.
+        kinds: the kinds of values that must be complete, such as "master" and "ema".
+        shapes: the shape of every parameter, by name.
 
     Returns:
         A text about the first missing, duplicate or unexpected element; None if there is none.

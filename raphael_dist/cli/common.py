@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         return (f"example: {self._example}\n\n" if self._example else "") + super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments as argparse does, and keep the words for suggestions in error messages."""
+        """Parse arguments as argparse does, and store the words for suggestions in error messages."""
         self._argv = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
     def _suggest(self, index: int | None) -> str:
-        """Return " (did you mean ...?)" for argument number `index`, "" if nothing is similar."""
+        """Return " (did you mean ...?)" for argument number `index` of the command line; "" if nothing is similar."""
         if index is None:
             return ""
         word, options = self._argv[index], self._long_options()
@@ -95,7 +95,7 @@ def _name(word: str) -> str:
 
 
 class Once(argparse.Action):
-    """Action of an option that may be given only once. argparse would silently keep the last of several values."""
+    """An argparse action for an option that may be given only once. By default argparse silently keeps the last value."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -110,7 +110,7 @@ class Once(argparse.Action):
 
 
 class _Version(argparse.Action):
-    """Prints versions and exits; they are looked up only then."""
+    """An argparse action that looks versions up, prints them and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(version_line())
@@ -138,7 +138,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--config`, and overrides `section.key=value` as positional arguments anywhere."""
+    """Add the option `--config`, and positional arguments `section.key=value` (overrides), which may be anywhere."""
     parser.add_argument("--config", action=Once, metavar="NAME", help=f"YAML file or preset: {', '.join(preset_names())}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50 optim.lr=1e-4")
 
@@ -151,7 +151,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options that decide how images are sampled."""
+    """Add the options that decide how images are sampled, including those of `add_model`."""
     add_model(parser)
     parser.add_argument("--scheduler", choices=get_args(Scheduler), help="sampler (default: sample.scheduler of the run)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: the first bucket)")

@@ -17,7 +17,7 @@ FOUND = 1  # exit code if there are problems
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist doctor",
         example="python -m raphael_dist doctor runs/demo",
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--cluster`: the devices for which the planner predicts speed and memory."""
+    """Add the option `--cluster`, which names the devices for which speed and memory are predicted."""
     parser.add_argument(
         "--cluster", default="auto", metavar="NAME",
         help="also predict speed and memory on these devices: h100x8, cpu, ..., or a YAML file; none: no prediction "
@@ -41,16 +41,16 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     codes: list[int] = []
     return run_command(lambda: codes.append(run(args))) or codes[0]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the problems of the run, and write the bundle for a bug report if --bundle is given.
+    """Print the problems of the run, and write the bundle (an archive for a bug report) if --bundle is given.
 
-    Returns the exit code. Raises UserError for mistakes that the user can correct.
+    Returns the exit code: FOUND if there are problems, else 0. Raises UserError for mistakes that the user can correct.
     """
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Change the name.")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(examined: "Examined") -> list[str]:
-    """Return the lines: the state of the run, its problems, and what was checked."""
+    """Return the lines to print about an examined run: its state, its problems, and what was checked."""
     from raphael_dist.reporting.events import ending
 
     lines = [f"{examined.run.folder}: {ending(examined.run, examined.history, examined.now)}"]

@@ -27,7 +27,7 @@ GUIDANCES = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0)  # as in the paper's trade-off curve
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     data = "shards=data/emoji-demo/val-0000.tar"
     example = "python -m raphael_dist evaluate images --checkpoint models/emoji --out scores --features hed"
     example += f" --captions {data} --reference {data}"
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `images` and `text` have in common: the model, the output folder, and how images are sampled."""
+    """Add the options that the subcommands `images` and `text` share: model, output folder, and how images are sampled."""
     add_sampling(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="output folder for images, features and results"
@@ -82,13 +82,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample and measure on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
+    """Sample images and measure them, on all ranks of a launcher. Raises UserError for mistakes of the user."""
     check_arguments(args)
 
     from raphael_dist.sampling.load_model import open_model
@@ -109,11 +109,17 @@ def check_arguments(args: argparse.Namespace) -> None:
             present, missing = ("--reference", "--features") if args.reference else ("--features", "--reference")
             raise UserError(f"{present} requires {missing}, but it is not given. Add {missing}, or leave out {present}.")
         if not (args.features or args.clip):
-            raise UserError("--features or --clip is required, but neither is given. Add --features hed, or --clip DIR.")
+            raise UserError(
+                "--features (to compare with real images) or --clip (for the CLIP score) is required, but neither is "
+                "given. Add --features hed with --reference, or --clip DIR with the folder of a CLIP model."
+            )
 
 
 def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
-    """Return how images are sampled: settings, name of the scheduler, and a request to which prompts are added."""
+    """Return how images are sampled: settings, name of the scheduler, and a request without a prompt as a template.
+
+    Raises UserError if --steps or --size is incompatible with the model.
+    """
     from raphael_dist.sampling.distributed import SamplingSettings
     from raphael_dist.sampling.prompts import check_sizes
     from raphael_dist.sampling.sampler import Request
@@ -127,10 +133,10 @@ def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tupl
 
 
 def protocol_of(args: argparse.Namespace, trained: "TrainedModel", **study: object) -> dict[str, object]:
-    """Return all settings that affect the results, for protocol.json.
+    """Return all settings that affect the results, as JSON values for protocol.json.
 
     A command that continues in a folder with another protocol is refused, so that results of different settings are never
-    mixed. study: settings of `images` or `text`.
+    mixed. `study`: further settings, which only `images` or `text` has.
     """
     from raphael_dist.storage.versions import versions
 
@@ -204,8 +210,9 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
         empty = [request.prompt for request in requests if not normalise_text(requested_text(request.prompt) or "")]
         if empty:
             raise UserError(
-                f"--captions {args.captions}: text in quotes must contain a letter or a digit, but that of {empty[0]!r} "
-                f"contains neither ({len(empty)} of {len(requests)} captions). Remove such captions, or quote other text."
+                f"--captions {args.captions}: text in double quotes must contain a letter or a digit, but in {len(empty)} "
+                f"of {len(requests)} captions it does not, for example in {empty[0]!r}. Remove such captions, or quote "
+                "other text."
             )
         true = read_lettering(args.reference, trained.config.data.cache_dir, default.size_hw) if args.reference else []
         texts = [requested_text(request.prompt) or "" for request in requests] + [text for _, text in true]
@@ -216,7 +223,7 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
 
 
 def _describe_study(args: argparse.Namespace, study: "Study") -> dict[str, object]:
-    """Return the part of the protocol that defines what is compared."""
+    """Return the settings of a study (`images` or `text`) for protocol.json: what is compared with what."""
     import hashlib
 
     prompts = hashlib.sha256(json.dumps([[r.prompt, r.seed, r.index] for r in study.requests]).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Report missing packages in one line instead of a traceback. Imports only the standard library, and modules that do."""
+"""Reports missing packages in one line instead of a traceback. Imports only modules that need no other package."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ PACKAGES = {
 
 
 def report_missing_packages() -> None:
-    """From now on, end this process with one line and exit code 2 if a required package is not installed (no traceback)."""
+    """From now on, end this process with one line and exit code 2 if the import of a required package fails."""
     sys.excepthook = _report
 
 

@@ -17,7 +17,7 @@ DEFAULT_CONFIG = "emoji-tiny"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist prove",
         example="torchrun --nproc_per_node 2 -m raphael_dist prove --out proof",
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     codes: list[int] = []
     return run_command(lambda: codes.append(run(args))) or codes[0]
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         return prove(config, args.out.absolute())
-    except HungError as error:  # an agent is missing
+    except HungError as error:  # the process that supervises the checks of a rank (its agent) is missing
         print_line(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:

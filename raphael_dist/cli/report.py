@@ -12,7 +12,7 @@ from raphael_dist.text import print_line
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist report",
         example="python -m raphael_dist report runs/demo --out report.html",
@@ -26,13 +26,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the report. Raises UserError for mistakes that the user can correct."""
+    """Write the HTML report about `args.runs`. Raises UserError for mistakes that the user can correct."""
     if args.out.suffix != ".html":
         raise UserError(f"--out={args.out} must end in .html. Change the name.")
     from raphael_dist.reporting.page import build_page
@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> None:
     for one_run in examined:
         if not one_run.run.series:
             raise UserError(
-                f"RUN={one_run.run.folder}: a report requires metrics.jsonl with at least one line, but the run has none. "
-                "Train for train.log_every steps, or use python -m raphael_dist doctor."
+                f"RUN={one_run.run.folder}: a report requires metrics.jsonl with at least one line, but the run has no "
+                "such line. Train for at least train.log_every steps, or examine the run with python -m raphael_dist "
+                "doctor."
             )
     page = build_page(examined).encode()
     try:

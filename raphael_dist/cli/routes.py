@@ -23,7 +23,7 @@ CAPTIONS = 2000  # largest number of captions that are read
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; argparse exits with 2 on a mistake."""
+    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist routes",
         example='python -m raphael_dist routes --checkpoint models/emoji --prompt "a red heart, noto style" --out paths',
@@ -49,13 +49,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the figures and the report into the folder `args.out`. UserError: a mistake that the user can correct."""
+    """Write the figures and the report into the folder `args.out`. Raises UserError for mistakes of the user."""
     import torch
 
     from raphael_dist.analysis.route_report import Report
@@ -86,8 +86,8 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
     m, last = trained.config.model, trained.config.diffusion.num_timesteps - 1
     if not (m.space_experts or m.time_experts):
         raise UserError(
-            f"--checkpoint {args.checkpoint} must be a model with experts, but it is a dense model, which has no paths. "
-            "Use another checkpoint."
+            f"--checkpoint {args.checkpoint} must be a model with experts, but it is a dense model: without experts there "
+            "are no routes to show. Use another checkpoint."
         )
     check_range("--timestep", args.timestep, 0, last)
     check_range("--steps", args.steps, 1, last)
@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
 
 
 def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> None:
-    """Draw the bands of the time experts over all timesteps."""
+    """Draw which time expert each block uses at each timestep."""
     from raphael_dist.analysis.route_figures import draw_bands
     from raphael_dist.analysis.routes import time_routes
 
@@ -109,7 +109,7 @@ def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> N
 
 
 def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int, prompt: str, report: "Report") -> None:
-    """Draw a prompt, the routes of its words, and their regions on the image."""
+    """Sample the image of a prompt; draw the experts of its words, and the words' regions in the image."""
     from PIL import Image
 
     from raphael_dist.analysis.coverage import measure_coverage, route_agreement
@@ -136,7 +136,7 @@ def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int,
 
 
 def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "Report") -> None:
-    """Find dead and duplicate experts; draw how often each is chosen by the words of the captions."""
+    """Report dead and duplicate experts; draw how often the words of the captions choose each space expert."""
     import torch
 
     from raphael_dist.analysis.experts import expert_loads, find_dead, find_duplicates

@@ -47,7 +47,7 @@ class Collective:
         return (2 if self.name == "all_reduce" else 1) * 4 * self._each * (self.size - 1)
 
     def run(self) -> None:
-        """Run the collective once. The result goes to a separate buffer."""
+        """Run the collective operation once on the test data; keep the result in a separate buffer for `is_right`."""
         if self.name == "all_reduce":
             self._received.copy_(self._sent)
             dist.all_reduce(self._received, group=self._group)

@@ -94,7 +94,7 @@ class Probe:
         return not self.report["problems"]
 
     def _try(self, name: str, check: Callable[[], object]) -> bool:
-        """Run a check and record its result or its problem; return whether there was no problem."""
+        """Run a check, and store its result or its problem in `report` by `name`; return whether there was no problem."""
         self.phase = name
         try:
             self.report[name] = check()
@@ -125,8 +125,8 @@ class Probe:
         cuda = self.device.type == "cuda"
         if cuda and self.ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {self.ranks.local_rank} requires a GPU of its own, but the number of GPUs is "
-                f"{torch.cuda.device_count()}. Start one rank per GPU."
+                f"local rank {self.ranks.local_rank} requires a GPU of its own, but this host has "
+                f"{torch.cuda.device_count()} GPUs. Start at most one rank per GPU."
             )
         name = torch.cuda.get_device_name(self.device) if cuda else f"cpu ({num_threads(self.ranks)} threads)"
         library = {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}

@@ -47,8 +47,8 @@ def read_reports(folder: Path) -> list[Report]:
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
     if not reports:
         raise UserError(
-            f"--judge={folder} must contain reports of ranks, but there is none. Check that the ranks started and wrote to "
-            "this folder."
+            f"--judge={folder} must contain reports of ranks (rank-*.json), but there is none. Check that the ranks "
+            "started and wrote to this folder."
         )
     return reports
 

@@ -139,7 +139,7 @@ def take_steps(proof: Proof, config: Config, tree: dict[str, Any], count_waits: 
 
 
 def graphs(proof: Proof) -> Result:
-    """Take the same steps with and without CUDA graphs; compare their gradient norms and their speed."""
+    """Take the same training steps with and without CUDA graphs; compare gradient norms and speed. Collective."""
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("train.cuda_graphs on and off")])
     runs = {}

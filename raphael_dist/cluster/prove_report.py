@@ -49,14 +49,14 @@ class CheckReport:
     joined: bool = True
 
     def text(self) -> list[str]:
-        """Return the result as lines for a terminal."""
+        """Return status, problems and measurements of the check as lines for a terminal."""
         head = f"{self.status.upper():<11}{self.title} ({self.seconds:.0f} s)"
         return [head, *(f"  PROBLEM: {p}" for p in self.problems), *(f"  {line}" for line in self.lines)]
 
 
 @dataclass
 class Report:
-    """The results of all checks in one environment (hosts, versions, configuration)."""
+    """The results of all checks of `prove` in one environment (hosts, versions, configuration)."""
 
     environment: dict[str, Any]
     checks: list[CheckReport]

@@ -10,13 +10,16 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def root() -> Path:
-    """Return the folder that holds data/, ds_configs/, slurm/ and tools/."""
+    """Return the folder that contains data/, ds_configs/, slurm/ and tools/: the repository, or the assets of a wheel."""
     assets = _PACKAGE / "assets"
     return assets if assets.is_dir() else _PACKAGE.parent
 
 
 def locate(path: str) -> str:
-    """Return `path` unchanged if its folder exists, else the path of the file of this name that comes with the package."""
+    """Return the path of a file: `path` itself, or that of the file of the same name that comes with the package.
+
+    The latter is returned only if the folder of a relative `path` does not exist.
+    """
     folder = Path(path).parent
     if Path(path).is_absolute() or folder == Path() or folder.is_dir() or not (root() / folder).is_dir():
         return path
@@ -24,7 +27,7 @@ def locate(path: str) -> str:
 
 
 def git_commit() -> str:
-    """Return the git commit of the code, with "+" at the end if files have been changed since; "" if it is unknown."""
+    """Return the git commit (12 hex digits) of the code, with "+" at the end if files have changed since; "" if unknown."""
     built = _PACKAGE / "assets" / "commit"
     if built.is_file():
         return built.read_text().strip()

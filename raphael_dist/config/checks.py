@@ -62,10 +62,14 @@ def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
         (not diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr=false, since a flow ends at pure noise", "true"),
         (
             not diffusion.min_snr_gamma,
-            "diffusion.min_snr_gamma=0: its loss has equal weights",
+            "diffusion.min_snr_gamma=0, since the loss of a flow has equal weights",
             f"{diffusion.min_snr_gamma:g}",
         ),
-        (sample.scheduler != "dpm++", "sample.scheduler=euler or ddim, the same for straight paths", sample.scheduler),
+        (
+            sample.scheduler != "dpm++",
+            "sample.scheduler=euler or ddim, which are the same sampler for a flow",
+            sample.scheduler,
+        ),
     )
     for fulfilled, requirement, actual in requirements:
         if not fulfilled:
@@ -92,7 +96,7 @@ def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
 
 
 def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel: Parallel) -> Iterator[str]:
-    """Yield what the kernels of `train.kernels` are incompatible with."""
+    """Yield an error message for each setting that is incompatible with a kernel of `train.kernels`."""
     adapted = lora.rank > 0 and "experts" in lora.targets
     experts = (
         (model.expert_backend == "auto", "model.expert_backend=auto", f"it is {model.expert_backend}"),
@@ -176,7 +180,10 @@ def check_upscale(upscale: Upscale, control: Control) -> Iterator[str]:
 
 
 def check_sample_images(sample: Sample, upscale: Upscale, control: Control) -> Iterator[str]:
-    """Yield an error message unless `sample.images` fits the model and has one image for each of `sample.prompts`."""
+    """Yield an error message unless `sample.images` has one image for each of `sample.prompts`.
+
+    Models without super-resolution or ControlNet must have no images.
+    """
     prompts, images = len(sample.prompts), len(sample.images)
     if not upscale.factor and not control.enabled:
         if images:

@@ -89,8 +89,8 @@ class Image(Section):
 class Filter(Section):
     """A rule that a sample must fulfil to be used: its value in a column is from `min` to `max`, or one of `words`.
 
-    A column is a field of the json files or parquet tables of the samples, or one of quoted_text (number of characters in
-    double quotes in the caption), width, height, short_side, pixels, ratio (of the image).
+    A column is a field in the json files or parquet tables of the samples, or a property of the sample: quoted_text (number
+    of characters in double quotes in the caption), or width, height, short_side, pixels or ratio of the image.
     """
 
     column: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. -]*$")

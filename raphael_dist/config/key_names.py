@@ -71,20 +71,29 @@ RENAMED = {
 
 
 def known_key(name: str, config_type: type[BaseModel]) -> str | None:
-    """Return the key `section.name` of the setting that is called `name` here or in another trainer; None: there is none."""
+    """Return the key `section.key` of the setting that has this name in this project or in another trainer.
+
+    Returns None if no setting is known by `name`. `config_type`: the class of the whole configuration.
+    """
     plain = _plain(name).rpartition(".")[2]
     return NAMES_ELSEWHERE.get(plain) or next(iter(_keys_named(plain, config_type)), None)
 
 
 def meant_keys(name: str, config_type: type[BaseModel]) -> list[str]:
-    """Return all keys `section.name` with this name, then the key of the setting that other trainers call by this name."""
+    """Return all keys `section.name` with this name, then the key of the setting that other trainers call by this name.
+
+    `config_type`: the class of the whole configuration. The result is empty for an unknown name.
+    """
     plain = _plain(name).rpartition(".")[2]
     elsewhere = NAMES_ELSEWHERE.get(plain)
     return list(dict.fromkeys([*_keys_named(plain, config_type), *([elsewhere] if elsewhere else [])]))
 
 
 def near_key(name: str, config_type: type[BaseModel]) -> str | None:
-    """Return the key `section.name` that is most similar to `name`, which may lack the section; None: none is similar."""
+    """Return the key `section.key` that is most similar to `name`, which may lack the section; None: none is similar.
+
+    `config_type`: the class of the whole configuration.
+    """
     keys = keys_of(config_type)
     by_name = NAMES_ELSEWHERE | {key.partition(".")[2]: key for key in reversed(keys)} | {key: key for key in keys}
     near = difflib.get_close_matches(_plain(name), by_name, n=1, cutoff=0.75)

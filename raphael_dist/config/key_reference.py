@@ -61,9 +61,12 @@ Commands:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the configuration: its name section.key, type, default, range and description.
+    """One key (setting) of the configuration, with what users see about it.
 
-    It also states whether the value may change when a run is resumed.
+    Attributes:
+        name: section.key.
+        type, default, range, description: as text.
+        on_resume: whether the value may change when a run is resumed: "free", "fixed" or "never" (docs/configuration.md).
     """
 
     name: str
@@ -74,7 +77,7 @@ class Key:
     on_resume: str
 
     def line(self) -> str:
-        """Return all this as one line of text."""
+        """Return name, default, type, range and description as one line of text."""
         limits = f" ({self.range})" if self.range else ""
         return f"{self.name}={self.default}  {self.type}{limits}: {self.description}"
 
@@ -96,7 +99,8 @@ def all_keys() -> list[Key]:
 def find_keys(word: str) -> tuple[list[Key], list[str]]:
     """Search the keys of the configuration for a word.
 
-    The word may be a part of a topic (memory, resume), of a setting's name in another trainer, or of the text about a key.
+    The word is compared with topics (memory, resume), names of settings in other trainers, and names and descriptions of
+    keys. A part of a word is enough.
 
     Returns:
         The keys, the best match first, and the file names of the pages in docs/ about them.
@@ -135,7 +139,10 @@ def markdown() -> str:
 
 
 def json_schema() -> str:
-    """Return a JSON schema of configuration files as text, with which editors check YAML. It includes the key `base`."""
+    """Return a JSON schema of configuration files as text. Editors check YAML files with it.
+
+    It includes the key `base`, which is no setting.
+    """
     schema = Config.model_json_schema()
     schema["title"] = "Configuration of raphael_dist"
     schema["properties"]["base"] = {"type": "string", "description": "Preset or YAML file that this one builds on."}
@@ -154,7 +161,7 @@ def _plain(value: object) -> object:
 
 
 def _describe(annotation: object) -> tuple[str, list[str]]:
-    """Return the name of a type, and the limits within it."""
+    """Return the name of an annotated type, and the limits of its values, as text."""
     if hasattr(annotation, "__metadata__"):  # Annotated
         name, limits = _describe(get_args(annotation)[0])
         return name, [*limits, *_limits(annotation.__metadata__)]

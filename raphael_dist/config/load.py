@@ -23,7 +23,12 @@ MAX_BASES = 10
 
 @dataclass
 class ConfigTree:
-    """Settings that are not validated yet: nested dicts, with file and line of each `section` and `section.key`."""
+    """Settings that are not validated yet.
+
+    Attributes:
+        tree: nested dicts {section: {key: value}}.
+        places: file and line where each `section` and `section.key` was set, as text.
+    """
 
     tree: JsonObject
     places: dict[str, str] = field(default_factory=dict)
@@ -31,7 +36,7 @@ class ConfigTree:
     def place(self, location: Sequence[str | int]) -> str:
         """Return where a value was set, as " (my.yaml, line 3)"; "" if it does not come from a file.
 
-        location: names and numbers that lead to the value, such as ("data", "filters", 0).
+        location: the names and indices that lead to the value in the tree, such as ("data", "filters", 0).
         """
         names = [".".join(map(str, location[:depth])) for depth in (2, 1)]
         # A value from the command line has no place, even if its section is in the file.
@@ -46,7 +51,7 @@ def preset_names() -> list[str]:
 
 
 def check_size(tree: object) -> None:
-    """Raise UserError if a tree contains a NUL character or more than MAX_VALUES values.
+    """Raise UserError if nested dicts and lists contain a NUL character or more than MAX_VALUES values.
 
     A few lines of YAML aliases can expand to billions of values.
     """
@@ -67,9 +72,10 @@ def check_size(tree: object) -> None:
 
 
 def read_yaml(name_or_path: str) -> ConfigTree:
-    """Read a preset or a YAML file, and the preset or file that its key `base` names, whose values it overrides.
+    """Read a preset or a YAML file, together with the preset or file that it builds on (its key `base`).
 
-    If `base` is a path, it is relative to the folder of the file that contains it.
+    Values of the file override those of its base. If `base` is a path, it is relative to the folder of the file that
+    contains it.
 
     Raises:
         UserError: a file is missing or not valid, or files name each other as `base`.
@@ -95,7 +101,7 @@ def read_yaml(name_or_path: str) -> ConfigTree:
 
 
 def _merge(upper: ConfigTree, lower: ConfigTree) -> ConfigTree:
-    """Return the values of `upper`, and those of `lower` that it does not have."""
+    """Return the values of `upper`, and those values of `lower` that `upper` does not have."""
     tree = {**lower.tree, **upper.tree}
     for name, section in lower.tree.items():
         if isinstance(section, dict) and isinstance(tree[name], dict):
@@ -148,7 +154,7 @@ def _preset_text(name: str) -> str:
 
 
 def _locate_assets(preset: JsonObject) -> JsonObject:
-    """Return a preset with the paths of its data relative to the working directory."""
+    """Return a preset with the paths of its data, if they come with the package, replaced by their location."""
     for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "vae"), ("sample", "images")):
         value = preset.get(section, {}).get(name)
         if isinstance(value, str):
@@ -159,7 +165,7 @@ def _locate_assets(preset: JsonObject) -> JsonObject:
 
 
 def _find_places(root: yaml.Node | None, file: str) -> dict[str, str]:
-    """Return the places of sections and keys.
+    """Return file and line of each section and key.
 
     Raises UserError if a mapping has a key twice, of which YAML would keep the last.
     """
@@ -197,7 +203,10 @@ def _mappings(root: yaml.Node | None) -> Iterator[tuple[int, str, yaml.MappingNo
 
 
 def check_repeated_keys(overrides: Sequence[str], config_type: type[BaseModel]) -> None:
-    """Raise UserError if a key is given by two overrides, for example because a shell expanded braces without quotes."""
+    """Raise UserError if two overrides `section.key=value` set the same key, e.g. because a shell expanded braces.
+
+    `config_type`: the class of the whole configuration, for the remedy in the message.
+    """
     texts: dict[str, list[str]] = {}
     for override in overrides:
         key, _, text = override.partition("=")
@@ -217,9 +226,9 @@ def check_repeated_keys(overrides: Sequence[str], config_type: type[BaseModel]) 
 
 
 def apply_override(config: ConfigTree, override: str, config_type: type[BaseModel]) -> None:
-    """Set the value of an override `section.key=value` in `config`. Raises UserError if it does not have this form.
+    """Set a value of `config` by an override `section.key=value`. Raises UserError if it does not have this form.
 
-    config_type: the class that is made from `config` later, for the types of fields and for suggestions.
+    config_type: the class that is made from `config` later. The types of its fields decide how the value is read.
     """
     key, separator, text = override.partition("=")
     section, dot, name = key.partition(".")
@@ -234,8 +243,8 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
         value = text
     if not isinstance(config.tree.setdefault(section, {}), dict):
         raise UserError(
-            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, since "
-            f"{shorten(key)} is also set. Write `{section}: {{key: value}}`."
+            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, since the "
+            f"command line also sets {shorten(key)}. Write `{section}: {{key: value}}`."
         )
     config.tree[section][name] = _for_field(_type_name(section, name, config_type), value, text)
     for place in (section, key):
@@ -243,7 +252,7 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
 
 
 def _suggestion(word: str, text: str, config_type: type[BaseModel]) -> str:
-    """Return " (did you mean ...?)" for an argument that is no override, "" if its meaning is unknown."""
+    """Return " (did you mean ...?)" for an argument that is not an override; "" if there is no suggestion."""
     key = known_key(word, config_type) or near_key(word, config_type)
     if word.endswith(".json"):
         meant = f"--deepspeed_config {word}"
@@ -262,7 +271,10 @@ def _type_name(section: str, name: str, config_type: type[BaseModel]) -> str:
 
 
 def _for_field(type_name: str, value: object, text: str) -> object:
-    """Return a value as its field expects it: YAML reads a single shard as a scalar, and a name such as `1e-4` as text."""
+    """Return a value in the form that its field requires.
+
+    YAML reads a single shard as a scalar where a list is required, and a name such as `123` as a number.
+    """
     is_text = "Path" in type_name or type_name == "<class 'str'>" or type_name.startswith("tuple[str")
     if type_name.startswith("tuple"):
         if not text:

@@ -25,7 +25,9 @@ ENDLESS = ("constant", "inverse_sqrt")  # do not depend on train.max_steps
 def check_lr_schedule(schedule: str, arguments: Mapping[str, float]) -> Iterator[str]:
     """Yield an error message for each argument that a schedule does not have, and for a required argument that is missing.
 
-    schedule: optim.lr_schedule. arguments: optim.lr_schedule_args.
+    Args:
+        schedule: the value of optim.lr_schedule.
+        arguments: the value of optim.lr_schedule_args.
     """
     names = ARGUMENTS[schedule]
     for name in arguments:

@@ -21,7 +21,10 @@ FINGERPRINTS = {
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[object, object]]:
-    """Return the changed settings that affect the results of a run: {section.key: (old value, new value)}."""
+    """Return the settings that differ and affect the results of a run: {section.key: (old value, new value)}.
+
+    `old` is the configuration of the checkpoint, `new` that of the run that resumes it.
+    """
     free = FREE_FIELDS | staged_keys(old) | staged_keys(new)  # train.stages itself is compared
     if new.optim.lr_schedule not in ENDLESS:
         free -= {"train.max_steps"}  # another last step changes the learning rate of every step
@@ -68,11 +71,11 @@ def check_same_run(old: Config, new: Config, folder: str) -> list[str]:
 def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Config, folder: str) -> list[str]:
     """Check that a resumed run has the data and encoders with which its checkpoint was trained.
 
-    The fingerprints (hashes) of shards, captions and encoders are compared.
+    The fingerprints (hashes) of shards, captions and encoders are compared. One that the manifest or `current` lacks is not.
 
     Args:
         manifest: the checkpoint's manifest. After a conversion it has only the fingerprint of the shards.
-        current: the fingerprints of this run by name.
+        current: the fingerprints of this run, by the setting that they belong to.
         config: this run's configuration.
         folder: name of the checkpoint in messages.
 
@@ -89,7 +92,7 @@ def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Co
         if field not in config.run.allow_change:
             difference = FINGERPRINTS.get(name, "an encoder with other weights or settings")
             raise UserError(
-                f"{field}: {folder} was trained with {difference}. Restore it, choose a new run.dir, or allow the "
-                f"change with run.allow_change=[{field}]."
+                f"{field} must be the same as before, but {folder} was trained with {difference}. Restore the earlier data "
+                f"or weights, choose a new run.dir, or allow the change with run.allow_change=[{field}]."
             )
     return [f"{name} differs from {folder} (run.allow_change)" for name in changed]

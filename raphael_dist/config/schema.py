@@ -81,11 +81,11 @@ class Config(Section):
 
     @property
     def trains_adapter_only(self) -> bool:
-        """Whether LoRA adapters or a ControlNet are trained on top of a frozen base model."""
+        """Whether only LoRA adapters or a ControlNet are trained, on top of a frozen base model."""
         return self.lora.rank > 0 or self.control.enabled
 
     def find_warnings(self) -> list[str]:
-        """Return a warning for each setting that is allowed but has no effect, because the run ends before."""
+        """Return a warning for each setting that has no effect because the run ends before the step that it names."""
         return list(checks.check_steps(self.train, self.optim, self.model, self.ema))
 
 
@@ -96,8 +96,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """Load and validate a configuration.
 
     Args:
-        name_or_path: a preset or a YAML file.
-        overrides: settings as `section.key=value`, which take precedence.
+        name_or_path: name of a preset, or path of a YAML file.
+        overrides: settings as `section.key=value`, which override those of the file.
 
     Raises:
         UserError: one line per mistake, with field, value, file and line.
@@ -107,6 +107,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 
 def load_leniently(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
     """Load a configuration, with default values in place of the values that `load_config` would refuse.
+
+    It serves --dry-run, which reports all mistakes at once. The arguments are those of `load_config`.
 
     Returns:
         The configuration (None if a mistake cannot be replaced by a default), and an error message for each mistake.
@@ -168,7 +170,7 @@ def _validated(config: ConfigTree) -> Config:
 
 
 def stored_tree(config: Config) -> JsonObject:
-    """Return all settings as nested dicts for storage in a run, checkpoint or export, with secrets in addresses hidden."""
+    """Return all settings as nested dicts for files of a run, checkpoint or export. Secrets in addresses are hidden."""
     tree: JsonObject = hide_secrets_in_tree(config.model_dump(mode="json"))
     return tree
 

@@ -17,14 +17,14 @@ KEYS_OF_STAGES = (
 
 
 def staged_keys(config: Config) -> set[str]:
-    """Return the keys `section.key` that the stages of a run set."""
+    """Return the keys `section.key` that entries of train.stages set; these may differ between stages."""
     return {key for stage in config.train.stages for key in stage.set}
 
 
 class StageSpan(NamedTuple):
-    """The configuration of a stage (or of a run without stages), and the range of its steps.
+    """A stage of a run (an entry of train.stages): its configuration and its steps.
 
-    The stage consists of the steps since + 1 to until, counted from 1.
+    The stage consists of the steps since + 1 to until, counted from 1. A run without stages is one stage.
     """
 
     config: Config
@@ -33,7 +33,10 @@ class StageSpan(NamedTuple):
 
 
 def stage_at(config: Config, step: int) -> StageSpan:
-    """Return the stage of the next step after `step` steps are done. UserError: the settings of the stage are not valid."""
+    """Return the stage to which the next step belongs after `step` steps are done.
+
+    Raises UserError if the settings of the stage are not valid.
+    """
     since, last = 0, config.train.max_steps
     for number, stage in enumerate(config.train.stages, start=1):
         until = last if stage.until is None else min(last, stage.until)
@@ -44,7 +47,10 @@ def stage_at(config: Config, step: int) -> StageSpan:
 
 
 def every_stage(config: Config) -> list[Config]:
-    """Return the configuration of each stage, or [config] for a run without stages. Raises the UserErrors of `stage_at`."""
+    """Return the configuration of each stage (entry of train.stages), or [config] for a run without stages.
+
+    Raises UserError if the settings of a stage are not valid.
+    """
     stages = config.train.stages
     return [_with_values(config, stage.set, number) for number, stage in enumerate(stages, start=1)] or [config]
 
@@ -63,4 +69,4 @@ def _with_values(config: Config, values: JsonObject, number: int) -> Config:
     try:
         return config_from_tree(tree)
     except UserError as error:
-        raise UserError(f"train.stages: stage {number}: {error}") from None
+        raise UserError(f"train.stages: the settings of stage {number} are not valid: {error}") from None

@@ -1,6 +1,6 @@
 """Types of configuration fields: the base class of sections, number ranges, choices, and marks of what may change on resume.
 
-A mark (FREE or SHAPES) states what happens if the value of a field differs when a run is resumed.
+A mark of a field (FREE or SHAPES) states whether its value may differ when a run is resumed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -39,29 +39,36 @@ SHAPES: JsonDict = {"on_resume": "never"}  # the shapes of the weights depend on
 
 
 def setting(default: object, description: str, mark: JsonDict | None = None, min_length: int | None = None) -> Any:
-    """Define a field of a section. Its value affects results: on resume it may change only if run.allow_change names it."""
+    """Define a field of a section. By default its value affects results: it may change on resume only if allowed.
+
+    Args:
+        default: the default value.
+        description: text for users.
+        mark: FREE or SHAPES; None: on resume it may change only if run.allow_change names it.
+        min_length: smallest number of entries of a list.
+    """
     return Field(default, description=description, json_schema_extra=mark, min_length=min_length)
 
 
 def free_setting(default: object, description: str) -> Any:
-    """Define a field of a section whose value may change whenever a run is resumed."""
+    """Define a field of a section whose value may change whenever a run is resumed (mark FREE)."""
     return setting(default, description, FREE)
 
 
 def shape_setting(default: object, description: str, min_length: int | None = None) -> Any:
-    """Define a field of a section whose value decides shapes of weights. It can never change on resume."""
+    """Define a field of a section whose value decides shapes of weights, so that it can never change on resume (SHAPES)."""
     return setting(default, description, SHAPES, min_length)
 
 
 class Section(BaseModel):
-    """A section of the configuration. Unknown keys are refused, values cannot be changed afterwards."""
+    """A section of the configuration. Unknown keys are refused, and values cannot be changed after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_stray_value(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse values that pydantic accepts: true and false as numbers, an empty path as the working directory."""
+        """Refuse values that pydantic would accept: true and false as numbers, and empty text or paths."""
         kinds = set(_plain_types(cls.model_fields[str(info.field_name)].annotation))
         if kinds & {int, float} and not kinds & {bool, Any} and _contains_bool(value):
             raise PydanticCustomError("bool_for_number", "must be a number, not true or false")
@@ -82,7 +89,7 @@ def keys_of(config_type: type[BaseModel]) -> list[str]:
 
 
 def keys_marked(config_type: type[BaseModel], mark: JsonDict) -> list[str]:
-    """Return the keys `section.key` whose field or section has this mark, FREE or SHAPES."""
+    """Return the keys `section.key` of a configuration whose field or section has the mark FREE or SHAPES."""
     return [
         f"{section}.{name}"
         for section, kind in sections_of(config_type).items()
@@ -114,6 +121,10 @@ def bytes_per_element(dtype: Dtype) -> int:
 def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
     """Return whether torch's grouped matrix product on GPUs supports matrices of this dtype with rows of these widths.
 
-    It requires bfloat16, and rows whose size is a multiple of 16 bytes. widths: in elements.
+    It requires bfloat16, and rows whose size is a multiple of 16 bytes.
+
+    Args:
+        dtype: "float32" or "bfloat16".
+        widths: lengths of rows, in elements.
     """
     return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)

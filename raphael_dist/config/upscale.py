@@ -42,18 +42,19 @@ def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tupl
     """Check that the small images of super-resolution can be divided into one square of pixels per latent position.
 
     Args:
-        upscale: the section.
+        upscale: the section `upscale`.
         latent_factor: number of image pixels per side of a latent position.
         buckets: image sizes (height, width) in pixels.
 
     Raises:
-        UserError: `upscale.patch` or a bucket does not fit.
+        UserError: `upscale.patch` has another value than these sizes require, or an image size is not a multiple of
+            `upscale.factor`.
     """
     factor, patch = upscale.factor, max(1, latent_factor // upscale.factor) if upscale.factor else upscale.patch
     if upscale.patch != patch:
         raise UserError(
-            f"upscale.patch={upscale.patch} must be {patch} if upscale.factor={factor} and the VAE has {latent_factor} "
-            f"image pixels per side of a latent position. Set upscale.patch={patch}."
+            f"upscale.patch={upscale.patch} must be {patch} if upscale.factor={factor} and the downsampling factor of the "
+            f"VAE is {latent_factor}. Set upscale.patch={patch}."
         )
     for height, width in buckets:
         if factor and (height % factor or width % factor):

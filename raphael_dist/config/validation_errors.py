@@ -11,7 +11,7 @@ from raphael_dist.config.key_names import RENAMED, meant_keys, near_key
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.text import escape_control, shorten
 
-# Messages by pydantic's type of error, with gaps for its context. Other types keep pydantic's message.
+# Messages by pydantic's type of error, with placeholders for its context. Other types keep pydantic's message.
 _MESSAGES = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -39,7 +39,7 @@ _MESSAGES = {
 
 
 def value_text(value: object) -> str:
-    """Return a value as one short line, written as in YAML (null, true)."""
+    """Return a value as one short line for a message, written as in YAML (null, true)."""
     if isinstance(value, str):
         return escape_control(shorten(value)) or "''"
     if value is None or isinstance(value, bool):
@@ -48,9 +48,11 @@ def value_text(value: object) -> str:
 
 
 def explain(error: Mapping[str, Any], config_type: type[BaseModel]) -> list[str]:
-    """Return the messages for one error of a ValidationError, usually one.
+    """Return the messages for users about one error of a pydantic ValidationError, usually one message.
 
-    error: an element of `ValidationError.errors()`. config_type: the class that was validated, for suggestions.
+    Args:
+        error: an element of `ValidationError.errors()`.
+        config_type: the class that was validated, for suggestions.
     """
     context = error.get("ctx", {})
     cause = context.get("error")

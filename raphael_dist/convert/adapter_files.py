@@ -42,7 +42,7 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
     try:
         return open_newest(path, option)
     except UserError as error:
-        raise UserError(f"{error} Or use a folder with {config_name}.") from None
+        raise UserError(f"{error} Alternatively, give {option} an exported folder that contains {config_name}.") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

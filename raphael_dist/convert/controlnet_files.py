@@ -59,7 +59,8 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
         name = wrong[0][0]
         raise UserError(
             f"{option} {path} must fit the model, but its tensor {name} has the shape {shapes.get(name)} and the model "
-            f"requires {expected.get(name)}. Use the base model that the ControlNet was trained with."
+            f"requires {expected.get(name)} (None: no such tensor). Use the base model that the ControlNet was trained "
+            "with."
         )
     control.to_empty(device="cpu")
     control.load_state_dict(values)

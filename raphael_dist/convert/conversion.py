@@ -35,7 +35,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: number of tensors, parameters, bytes and files of one kind of values (weights, EMA, ...)."""
+    """One line of a conversion's report: what was written of one kind of values ("master", "ema", ...).
+
+    Attributes:
+        kind: the kind; "copies" for values that are stored a second time.
+        tensors, parameters, bytes, files: number of parameter tensors, of their elements, of bytes and of files.
+    """
 
     kind: str
     tensors: int

@@ -26,7 +26,7 @@ _SAMPLE = 1 << 16  # elements of each tensor by which two experts with equal nor
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Statistics of the experts of one layer. Experts are numbered from 0.
+    """Statistics of the experts of the layer `name`. Experts are numbered from 0.
 
     Attributes:
         norms: L2 norm over all weights of each expert.

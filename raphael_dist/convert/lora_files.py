@@ -63,7 +63,7 @@ class Adapter:
         return self.scale * (b @ a)
 
     def check(self, shapes: Shapes, option: str) -> None:
-        """Raise UserError unless the model has every adapted parameter in the shape that A and B require.
+        """Raise UserError unless the model has every adapted parameter in the shape that the LoRA matrices A and B require.
 
         Args:
             shapes: shape of every parameter of the model, by name.
@@ -246,7 +246,10 @@ def _read_config(folder: Path, option: str) -> JsonObject:
         raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
     if unsupported:
         key = unsupported[0]
-        raise UserError(f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters.")
+        raise UserError(
+            f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters, which are "
+            f"trained without {key}."
+        )
     return config
 
 

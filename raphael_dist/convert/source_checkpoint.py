@@ -72,8 +72,8 @@ class Checkpoint:
         """
         if "master" not in self.kinds():
             raise UserError(
-                f"{self.path} must contain weights (master), but it contains {', '.join(self.kinds()) or 'nothing'}. Use "
-                "another checkpoint."
+                f"{self.path} must contain the weights of the model (kind 'master'), but it contains "
+                f"{', '.join(self.kinds()) or 'nothing'}. Use another checkpoint."
             )
         read = {span.path for spans in self.spans.values() for span in spans}
         if self.files and not read <= self.files.keys():
@@ -139,7 +139,7 @@ class Checkpoint:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close the files."""
+        """Close the files of the checkpoint."""
         self._reader.close()
 
 
@@ -169,7 +169,7 @@ def block_levels(config: Config) -> dict[str, int]:
 
 
 def check_same_prediction(field: str, path: Path, source: Config, prediction: str) -> None:
-    """Raise UserError unless a source model has the prediction type of the run.
+    """Raise UserError unless a source model has the run's prediction type (epsilon, v_prediction or flow).
 
     Args:
         field: setting that names the source model, such as run.init_from, for the message.

@@ -108,7 +108,7 @@ class UpcycledSource:
             return Gate(4 * m.channels[0], m.gate_width, m.time_experts)
 
     def _check(self, free: set[str]) -> None:
-        """Raise UserError unless the models differ only in experts, edge modules and the fields in `free`."""
+        """Raise UserError unless dense and new model differ only in experts, edge modules and the settings in `free`."""
         source, dense, model = self._source.config, self._source.config.model, self.config.model
         # Checked also without time experts: the feed-forward layer has this width and activation.
         if model.time_activation != dense.time_activation or model.expert_width != dense.expert_width:

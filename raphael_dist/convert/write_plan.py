@@ -169,7 +169,7 @@ class ConversionPlan:
         manifest: content of the manifest without the list of files.
         small: content of files without tensors, by path relative to the target folder.
         notes: lines to show to the user.
-        finish: called on one rank with the target folder before the manifest is written; copies encoders, for example.
+        finish: called on one rank with the target folder before the manifest is written, e.g. to copy encoders.
     """
 
     files: list[OutFile]
@@ -214,7 +214,7 @@ def values(entry: Entry, source: Source) -> Iterator[Tensor]:
 
 
 def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
-    """Write one planned file into `folder`. Its `entry`, which is called later, waits until it is synced to the disk."""
+    """Write one planned file into `folder`; return its HashedFile, whose method `entry` waits until it is on the disk."""
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with HashedFile(path) as out:
@@ -236,7 +236,7 @@ def entries_of(tree: Any) -> Iterator[Entry]:
 
 
 def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Divide planned tensors over safetensors files of up to `part_bytes` bytes, named as Hugging Face's libraries do.
+    """Divide planned tensors over safetensors files of about `part_bytes` bytes, named as Hugging Face's libraries do.
 
     The names are STEM-00001-of-00003.safetensors, and so on, or STEM.safetensors if one file is enough.
 

@@ -92,8 +92,9 @@ class Group:
         paddings: number of padding elements after each parameter.
         per_rank_padded: number of elements in this rank's part of the buffer; the same on every rank.
         per_rank: the same number without the padding at the end of the buffer.
-        ranks: number of ranks over which the buffer is divided. index: number of this rank among them.
-        spans: the parameters' spans in this rank's part, each with its offset in the part, in elements.
+        ranks: number of ranks over which the buffer is divided.
+        index: number of this rank among them.
+        spans: the ranges of parameters in this rank's part, each with its offset in the part, in elements.
     """
 
     ep_size: int

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from raphael_dist.storage.files import free_bytes
 _log = logging.getLogger(__name__)
 Slots = Sequence[tuple[int, float]]  # (position, weight) pairs of a micro-batch
 SHARED_MEMORY = Path("/dev/shm")  # through which torch passes tensors of workers
+_EXIT_S = 5.0  # that a worker may need to exit after its connection was lost
 _PROBED = 4  # number of samples, so that at least one very likely has a caption that was not dropped
 
 
@@ -73,7 +75,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
         while True:
             undelivered = tuple(self._undelivered)
             self._undelivered.clear()
-            # In a thread: otherwise torch raises the death of a worker in the main thread at any point.
+            # In a thread torch installs no SIGCHLD handler, which would raise an error in the main thread if a worker dies.
             with ThreadPoolExecutor(1) as thread:
                 self._loader = thread.submit(iter, self._create_loader(itertools.chain(undelivered, slots))).result()
             try:
@@ -83,7 +85,8 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
                     yield batch
                 return
             except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two: killed while sending a batch
-                if all(worker.is_alive() for worker in self._loader._workers):
+                # A killed process closes its connections a moment before it counts as ended.
+                if not connection.wait([worker.sentinel for worker in self._loader._workers], _EXIT_S):
                     raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 _log.warning("a data worker process was lost (%s), so its batch is built again", reason)
@@ -122,7 +125,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
     def _stop_workers(self) -> None:
         loader, self._loader = self._loader, None
         if loader is not None:
-            loader._shutdown_workers()  # otherwise they run until the loader is collected
+            loader._shutdown_workers()  # otherwise its workers run until the loader is garbage-collected
 
 
 @dataclass
@@ -162,7 +165,7 @@ class _WorkerBuilder(Dataset[_WorkerBatch]):
         try:
             batch = self._builder.build(slots)
         except NotEncodedError:
-            stream.replaced = before  # the rank builds the batch and counts them
+            stream.replaced = before  # the rank builds this batch itself and counts the replacements
             return _WorkerBatch(slots)
         except UserError as error:
             return _WorkerBatch(slots, error=str(error))

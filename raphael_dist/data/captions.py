@@ -62,7 +62,7 @@ def clean_caption(text: str) -> str:
     text = html.unescape(text)
     for pattern in (_TAG, _URL, _EMAIL):
         text = pattern.sub(" ", text)
-    # Every second piece matches the pattern's group.
+    # `split` returns text and joined emoji in turn; the emoji keep their invisible characters.
     text = "".join(piece if i % 2 else _visible(piece) for i, piece in enumerate(_JOINED.split(text)))
     return _SPACE.sub(" ", text).strip()[:MAX_CAPTION_CHARS].rstrip()
 

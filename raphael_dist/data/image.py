@@ -49,16 +49,10 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = IMAGE_FORMATS, background: str = "white"
 ) -> Image.Image:
-    """Decode the bytes of an image file to an upright RGB image.
-
-    Args:
-        data: Content of the file.
-        max_pixels: Largest allowed number of pixels.
-        formats: Allowed formats, by Pillow's names.
-        background: Colour for transparent pixels.
+    """Decode the bytes of an image file to an upright RGB image. Transparent pixels get the colour `background`.
 
     Raises:
-        ValueError: The format is not allowed, or the header states more than `max_pixels` pixels; nothing was decoded.
+        ValueError: The format is not in `formats`, or the header states over `max_pixels` pixels; nothing was decoded.
         Exception: Decoders raise exceptions of many types for damaged images.
     """
     image = _open(data, formats)

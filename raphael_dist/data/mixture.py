@@ -52,7 +52,7 @@ class MixedOrder:
         """
         first = parts[0]
         self.index, self.view, self.buckets, self.bucket_of = first.index, first.view, first.buckets, first.bucket_of
-        # A source with only one image size has a run length of 1, but uses the runs of the others.
+        # A source with only one image size has a run length of 1. In the mixture it uses that of the other sources.
         self.run_length = max(part.run_length for part in parts)
         self._parts, self._seed = parts, seed
         self.shares = apportion(weights, BLOCK)
@@ -91,10 +91,8 @@ class MixedOrder:
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
         """Return the numbers of the shards that are read next, over all sources, if training is at a global position.
 
-        Args:
-            position: Number of a sample in the endless order of training.
-            windows: Number of windows of each source, beginning with the current one. A window is a group of shards whose
-                samples are shuffled together.
+        `windows`: number of windows of each source, beginning with the current one. A window is a group of shards whose
+        samples are shuffled together.
         """
         block = position // self.run_length // BLOCK
         firsts = [block * share * self.run_length for share in self.shares]
@@ -112,7 +110,7 @@ class MixedOrder:
 
     def _make_block(self, block: int) -> _Block:
         sources = np.repeat(np.arange(len(self.shares)), self.shares)
-        # Distinct from the draws of the orders, which use lower numbers for the same purpose.
+        # `extra` differs from those of SampleOrder, which draws for the same purpose with lower numbers.
         sources = generator(self._seed, Purpose.ORDER, block, extra=1 << 63).permutation(sources)
         before = np.zeros(BLOCK, np.int64)
         for source in range(len(self.shares)):

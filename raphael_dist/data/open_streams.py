@@ -147,9 +147,9 @@ def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks)
             with SampleReader(config, cache.dataset):
                 cache.build(local_missing, report=report)
         elif local_missing:
-            # Now, and not while the model's weights are initialized: both draw from the same generator.
+            # Now, not while the model's weights are initialized: both draw from the same random generator.
             encoders.load_weights()
-        if ranks.is_main:  # only here: otherwise each rank would load the text encoder for it
+        if ranks.is_main:  # only on rank 0: otherwise each rank would load the text encoder to encode it
             _ = cache.null_text
 
     run_on_all_ranks("caching", fill)
@@ -181,7 +181,7 @@ def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *,
     d = config.data
     index = build_index(find_shards(config, training=training), store=store_of(d))
     cache = _cache_of(config, dataset_of(config, index, training=training), encoders, training)
-    # By shard number: the list of missing shards gets shorter while other processes work.
+    # Divided by shard number, since the list of missing shards gets shorter while other processes work.
     missing = [shard for shard in cache.missing() if shard % num_parts == part]
     with SampleReader(config, cache.dataset):
         cache.build(missing)
@@ -218,7 +218,7 @@ def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training:
     A feature cache is opened, but not filled. Raises UserError if edge.weight requires edge maps, but data.edge_maps=none.
     """
     if config.data.features == "stored":
-        # Whatever made their edge maps, they were members of the samples when the features were computed.
+        # When the features were computed, edge maps were files in the shards, even if HED had made them.
         dataset = dataset_of(config, index, training=training, edges="stored")
         return StoredFeatures(dataset, encoders.image, encoders.provenance(dataset))
     dataset = dataset_of(config, index, training=training)

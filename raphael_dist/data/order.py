@@ -127,10 +127,8 @@ class SampleOrder:
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
         """Return the numbers of the shards that are read next if training is at a global position.
 
-        Args:
-            position: Number of a sample in the endless order of training.
-            windows: Number of windows, beginning with the current one. A window is a group of shards whose samples are
-                shuffled together.
+        `windows`: number of windows, beginning with the current one. A window is a group of shards whose samples are
+        shuffled together.
         """
         epoch, window, _ = self._find(position)
         numbers: list[int] = []

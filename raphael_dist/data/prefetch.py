@@ -11,13 +11,7 @@ V = TypeVar("V")
 
 
 class Prefetcher(Generic[K, V]):
-    """Iterates over the results of `fn(key)` for each key, in order. Threads compute them ahead.
-
-    Args:
-        fn: The function.
-        keys: The arguments for its calls.
-        depth: Largest number of calls that are ahead of the iteration.
-        workers: Number of threads.
+    """Iterates over the results of `fn(key)` for each key, in order. `workers` threads compute up to `depth` of them ahead.
 
     If `fn` or `keys` raises an exception, the iteration first yields the results of the keys before, and then raises it. The
     threads stop at the end of the iteration, when `close` is called, or at the end of a `with` block.
@@ -48,7 +42,7 @@ class Prefetcher(Generic[K, V]):
         while self._end is None and len(self._futures) < self._depth:
             try:
                 key = next(self._keys)
-            except Exception as error:  # also StopIteration; raised after the values before it
+            except Exception as error:  # also StopIteration; it is raised after the results of the keys before
                 self._end = error
                 return
             self._futures.append(self._pool.submit(self._fn, key))

@@ -83,14 +83,10 @@ class DataSource:
     def batches_of(
         self, stream: TrainStream, config: Config, num_blocks: int, device: torch.device, **options: Any
     ) -> BatchBuilder:
-        """Return a builder of batches from the samples of `stream`.
+        """Return a builder of batches from the samples of `stream`, for a model with `num_blocks` transformer blocks.
 
-        Args:
-            stream: Training or validation samples.
-            config: The configuration of the run.
-            num_blocks: Number of transformer blocks of the model.
-            device: Device of the model. Batches for a GPU are put into pinned memory.
-            options: Further keyword arguments of `BatchBuilder`.
+        `device`: that of the model; batches for a GPU are put into pinned memory. `options`: keyword arguments of
+        `BatchBuilder`.
         """
         encoder = BatchEncoder(self.encoders, with_edges=config.edge.weight > 0)
         return BatchBuilder(config, stream, encoder, num_blocks, pin=is_gpu(device), **options)
@@ -105,13 +101,7 @@ class DataSource:
 def open_source(config: Config, ranks: Ranks, device: torch.device) -> DataSource:
     """Open the encoders and the data that a configuration names. Collective: all ranks call it, and divide the work.
 
-    Args:
-        config: The configuration of the run.
-        ranks: The ranks of the run.
-        device: Device on which this rank's encoders run.
-
-    Raises:
-        UserError: On all ranks, as `open_encoders` and `open_stream`.
+    `device`: on which this rank's encoders run. Raises UserError on all ranks, as `open_encoders` and `open_stream`.
     """
     encoders = open_encoders(config, device)
     training = open_stream(config, ranks, encoders, training=True)

@@ -1,6 +1,6 @@
 """Writes prepared shards: decodes each image once, adds edge maps and, on request, encoded images and captions (features).
 
-A *part* is the input of one shard (inputs.py). First its complete shard NAME.tar appears, then NAME.json with a report. So a
+A *part* is the input of one shard (inputs.py). First its complete shard NAME.tar appears, then NAME.json with a report. A
 restarted command skips the parts that have a report.
 """
 
@@ -51,7 +51,7 @@ class Report:
     Attributes:
         written: Number of samples in the shard.
         bad: (file or key, reason) of each sample that was left out.
-        skipped: For each reason, how many files are not samples (`SkipCounts.counts`).
+        skipped: By reason, (number, first name) of the files that belong to no sample.
     """
 
     written: int
@@ -60,7 +60,7 @@ class Report:
 
 
 class Preparer:
-    """Writes the shards of parts (inputs of one shard each) into a folder."""
+    """Writes prepared shards into a folder: one shard for each `Part`, its input."""
 
     def __init__(
         self, out: Path, edges: str, hed: EdgeEncoder | None, config: Config | None, encoders: Encoders | None
@@ -70,9 +70,9 @@ class Preparer:
         Args:
             out: The output folder.
             edges: Where edge maps come from: "hed" or "canny" (computed), "stored" (the input has them), or "none".
-            hed: The edge detector for edges="hed".
-            config: Settings for encoding the samples, such as image sizes.
-            encoders: Encoders with which features are computed. None: the shards get no features.
+            hed: The edge detector if `edges` is "hed", else None.
+            config: Settings for encoding the samples, such as image sizes. None if nothing is encoded.
+            encoders: Encode images and captions, which are stored in the shards as features. None: nothing is encoded.
         """
         self.out, self.edges, self._hed, self._config, self._encoders = out, edges, hed, config, encoders
         about: list[object] = [edges, None if hed is None else hed.fingerprint]
@@ -82,7 +82,10 @@ class Preparer:
         self._settings = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished_report(self, part: Part) -> Report | None:
-        """Return the report of a part that is finished, or None. UserError: it was written with other settings."""
+        """Return the report of a part whose shard is already written, or None.
+
+        Raises UserError if the shard was written with other settings.
+        """
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())
             skipped = SkipCounts(about.get("skipped")).counts
@@ -97,9 +100,9 @@ class Preparer:
         return report if report.written == 0 or (self.out / f"{part.name}.tar").is_file() else None
 
     def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
-        """Write the shard of a part and its report, and return the report.
+        """Write the shard of a part and its report, and return the report. Raises UserError if a file cannot be written.
 
-        report_progress: called once for each sample. Raises UserError if a file cannot be written.
+        `report_progress`: called once for each sample of the part.
         """
         bad: list[BadSample] = []
         path = self.out / f"{part.name}.tar"
@@ -125,7 +128,7 @@ class Preparer:
         return report
 
     def _samples(self, part: Part, bad: list[BadSample], report_progress: Callable[[], None]) -> Iterator[RawSample]:
-        """Yield the samples whose image can be decoded, with their edge maps."""
+        """Yield the samples of a part whose image can be decoded, with their edge maps. Append the others to `bad`."""
         with Prefetcher(self._decode, part.read(), depth=16, workers=4) as decoded:
             for sample, image in decoded:
                 report_progress()
@@ -137,7 +140,7 @@ class Preparer:
                     yield sample
 
     def _decode(self, sample: RawSample | BadSample) -> tuple[RawSample | BadSample, Tensor | None]:
-        """Return a sample and its image at the size for edge maps, uint8 [1, 3, H, W], or a bad sample."""
+        """Return a sample and its image, uint8 [1, 3, H, W], reduced to the size for edge maps; or (bad sample, None)."""
         if isinstance(sample, BadSample):
             return sample, None
         try:
@@ -160,7 +163,10 @@ class Preparer:
         return buffer.getvalue()
 
     def _with_features(self, plain: Path, bad: list[BadSample]) -> Iterator[RawSample]:
-        """Yield the samples of a shard with the features that training would compute."""
+        """Yield the samples of a shard, each with a file of features: the encoded image and captions.
+
+        `plain`: the shard without features. `bad`: samples that cannot be encoded are appended to it.
+        """
         assert self._config is not None
         assert self._encoders is not None
         index = build_index([plain])
@@ -183,7 +189,10 @@ class Preparer:
 
 @contextmanager
 def _work_folder(out: Path, name: str) -> Iterator[Path]:
-    """Yield a temporary folder that no shard pattern matches; remove those of killed processes."""
+    """Yield a temporary folder in `out` for writing the shard `name`. Remove folders that killed processes have left.
+
+    Its name begins with a dot, so that no pattern of shards matches it.
+    """
     for left in out.glob(f".{glob.escape(name)}.*.part"):
         with _locked(left) as is_locked:
             if is_locked:
@@ -194,7 +203,7 @@ def _work_folder(out: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder until the end of the block or of this process; yield False where that is not possible."""
+    """Lock a folder until the end of the block or of this process. Yield whether this was possible."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
@@ -212,7 +221,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _write_tar(path: Path, samples: Iterator[RawSample]) -> int:
-    """Write samples as a webdataset shard whose bytes depend only on them; return their number."""
+    """Write samples as a webdataset shard and return their number. Equal samples give equal bytes."""
     written = 0
     with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
         for sample in samples:

@@ -34,11 +34,11 @@ class SourceImage:
     """An image in the folder or table from which shards are made, with its captions.
 
     Attributes:
-        name: Its file name, or its name in the table.
+        name: Its file name relative to the folder, or "TABLE, row N" for an image that lies in a table.
         read: Returns the bytes of the image file; raises ValueError or OSError.
         captions: Its captions as they are stored, not cleaned.
         problem: Why it has no caption; "" if it has one.
-        meta: The other fields of its json file or table row.
+        meta: The fields of its json file, or the plain values of its table row.
         edge: Path of its edge map NAME.edge.png, or None.
     """
 
@@ -55,7 +55,8 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
 
     Args:
         folder: The folder.
-        caption: Name of the table's column, or of the json's field, with the captions. None: the first of CAPTION_COLUMNS.
+        caption: Name of the table's column, or of the json's field, with the captions; text.en is the field en of a column
+            text. None: the first of CAPTION_COLUMNS that has text.
 
     Raises:
         UserError: There are no images or no captions, or a table cannot be read.
@@ -90,9 +91,9 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
 
 
 def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
-    """Return the image files in a folder and its subfolders, sorted, and counts of the files that are not used.
+    """Return the images in a folder and its subfolders, sorted, and counts of the files that are not used.
 
-    A symbolic link to a file is used; a symbolic link to a folder is not followed.
+    A symbolic link to a file is used; a symbolic link to a folder is not followed. Edge maps NAME.edge.png are not images.
     """
     paths, skipped = [], SkipCounts()
     for path in sorted(folder.rglob("*")):
@@ -116,9 +117,9 @@ def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
 
 
 def _with_caption_files(folder: Path, paths: Iterable[Path], caption: str | None) -> list[SourceImage]:
-    """Return the images of a folder with the captions of the .txt or .json of the same name.
+    """Return the images at `paths`, each with the captions in the .txt or .json of the same name.
 
-    The text file of a.png is a.txt, a.TXT or a.png.txt.
+    The text file of a.png is a.txt, a.TXT or a.png.txt. `caption`: the json's field with the captions, or None.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
@@ -131,7 +132,7 @@ def _with_caption_files(folder: Path, paths: Iterable[Path], caption: str | None
 
 
 def _read_captions(text_path: Path | None, json_path: Path | None, caption: str | None) -> tuple[list[str], str, Row]:
-    """Return captions, the reason for having none, and the fields of the json. The txt has priority over the json."""
+    """Return (captions, reason for having none, fields of the json) of an image. The txt has priority over the json."""
     problem, captions, meta = "", list[str](), {}
     try:
         if text_path is not None:
@@ -151,7 +152,7 @@ def _read_captions(text_path: Path | None, json_path: Path | None, caption: str 
 
 
 def _file_problem(kind: str, error: Exception) -> str:
-    """Return the problem with an image's txt or json in words that are equal for equal problems, which are counted."""
+    """Return a text about an error in an image's txt or json. Equal problems have equal texts, since they are counted."""
     if isinstance(error, OSError):
         return f"{kind} cannot be read ({error.strerror})"
     return f"{kind} cannot be parsed" if isinstance(error, JSONDecodeError) else f"{kind} is {str(error).partition(' (')[0]}"
@@ -169,7 +170,7 @@ def _file_image(path: Path, folder: Path, captions: list[str], problem: str, met
 
 
 def _table_of(folder: Path) -> tuple[Path, Iterable[Row]] | None:
-    """Return the table that describes a folder's images, and its rows; None if there is no table."""
+    """Return (path, rows) of the table with the captions of a folder's images; None if there is no table."""
     if (folder / "dataset_dict.json").is_file():
         raise UserError(
             f"SOURCE={folder} must be one split of a data set, but it contains several. Use one of them, for example "
@@ -194,7 +195,10 @@ def _table_of(folder: Path) -> tuple[Path, Iterable[Row]] | None:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    """Yield the objects of a file; the first one gets the keys of all others, so that no column seems to be missing."""
+    """Yield the objects in a file with one JSON object per line.
+
+    The first one also gets the keys of all others, with None, since `_check_columns` looks only at the first row.
+    """
     rows = list(_json_lines(path))
     for number, row in enumerate(rows):
         yield dict.fromkeys(key for other in rows for key in other) | row if number == 0 else row
@@ -221,7 +225,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(_table_text(path), newline=""))
     try:
         for number, row in enumerate(reader, start=1):
-            if surplus := row.get(None):  # the key of DictReader for them
+            if surplus := row.get(None):  # DictReader stores surplus fields under the key None
                 columns = len(reader.fieldnames or ())
                 raise UserError(
                     f"SOURCE: {path}, row {number} (line {reader.line_num}) must have as many fields as the header "
@@ -261,7 +265,7 @@ def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
         try:
             file = parquet.ParquetFile(path)
             check_expansion(file, path.stat().st_size)
-            for batch in file.iter_batches(batch_size=8):  # a string that occurs in each row may be stored once
+            for batch in file.iter_batches(batch_size=8):  # small: a long string in each row may be stored only once
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise UserError(f"SOURCE: {path} cannot be read as parquet ({error}). Restore or replace the file.") from None
@@ -302,7 +306,7 @@ def _from_table(folder: Path, table: Path, rows: Iterable[Row], caption: str | N
 
 
 def _check_columns(table: Path, row: Row, caption: str | None) -> None:
-    """Raise UserError with the columns of a table where it lacks the required ones."""
+    """Raise UserError if a table has no column for captions or none for images. `row`: its first row."""
     if caption is not None and caption not in row and caption.partition(".")[0] not in row:
         raise UserError(
             f"--caption={caption} must be a column of {table}{did_you_mean(caption, map(str, row))}. "
@@ -319,12 +323,15 @@ def _check_columns(table: Path, row: Row, caption: str | None) -> None:
 
 
 def _captions(row: Row, caption: str | None, problem: str = "") -> tuple[list[str], str]:
-    """Return the captions of a row and the reason for having none; `problem` is the reason of an earlier source."""
+    """Return the captions in a table row or json, and the reason for having none.
+
+    `problem`: why an earlier source, such as the txt file, had no captions. It is returned as the reason if it is not "".
+    """
     if caption is None or caption in row:
         captions, row_problem = first_texts(row, CAPTION_COLUMNS if caption is None else (caption,))
     else:
         value: object = row
-        for name in caption.split("."):  # text.en
+        for name in caption.split("."):  # "text.en" is the field en of the column text
             value = value.get(name) if isinstance(value, dict) else None
         captions, row_problem = texts_in(value)
     return captions, "" if captions else problem or row_problem

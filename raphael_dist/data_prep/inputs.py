@@ -1,4 +1,7 @@
-"""Divides the input of data preparation into parts. A part becomes one shard, the same one in whichever process."""
+"""Divides the input of data preparation into parts. Each part becomes one shard.
+
+The division does not depend on the number of processes.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +27,12 @@ _TARS = (".tar", ".tar.gz", ".tgz")
 
 @dataclass(frozen=True)
 class RawSample:
-    """An undecoded sample: its key (name in the shard), and the bytes of each of its files by extension."""
+    """A sample that is not decoded.
+
+    Attributes:
+        key: Name of the sample in its shard.
+        members: Content of each of its files by extension, such as "jpg", "json", "edge.png".
+    """
 
     key: str
     members: dict[str, bytes]
@@ -39,7 +47,7 @@ class Part:
         read: Yields the samples, with a `BadSample` in place of a sample that cannot be used.
         held_out: Whether the shard is for validation.
         file_of: Name of the source file of each key, if it differs from the key.
-        skipped: Counts of the files that are not samples; complete when `read` has ended.
+        skipped: Counts of the files that belong to no sample; complete when `read` has ended.
     """
 
     name: str
@@ -52,15 +60,15 @@ class Part:
 def parts_of(
     sources: Sequence[str], per_shard: int, held_out: float, caption: str | None, out: Path | None = None
 ) -> list[Part]:
-    """Divide existing shards, or a folder of images, into parts.
+    """Divide existing shards, or a folder of images, into parts. Each part becomes one shard.
 
     Args:
         sources: Patterns of shards (paths, globs, ranges), a folder with tar files, or one folder with images. Each existing
             shard becomes one part, or two with `held_out`.
         per_shard: For a folder of images: number of images in a part.
-        held_out: Fraction of the samples for validation. These samples are taken at equal distances (at least one), and go
-            to shards val-*, the others to train-*.
-        caption: As in `find_images`.
+        held_out: Fraction of the samples for validation; 0: none. These samples are taken at equal distances (at least one),
+            and go to shards val-*, the others to train-*.
+        caption: For a folder of images: name of the column or field with the captions, as in `find_images`.
         out: The output folder, which must not be a source.
 
     Raises:
@@ -107,7 +115,10 @@ def _folder_parts(folder: Path, per_shard: int, held_out: float, caption: str | 
 
 
 def _select_held_out(count: int, share: float) -> list[bool]:
-    """Return which of `count` samples are for validation: the given share, and at least one of two or more."""
+    """Return for each of `count` samples whether it is for validation.
+
+    `share`: the fraction of samples for validation. Of two or more samples at least one is selected, unless it is 0.
+    """
     if not share or count < 2:
         return [False] * count
     every = min(round(1 / share), count)
@@ -169,7 +180,7 @@ def _shard_parts(paths: Sequence[str], held_out: float, skipped: SkipCounts) -> 
 
 
 def _part_of_shard(name: str, path: str, held_out: float, validation: bool = False) -> Part:
-    """Return the part with a shard's training samples and its bad samples, or with its validation samples."""
+    """Return the part with the training samples and bad samples of a shard, or with its validation samples."""
     skipped = SkipCounts()
 
     def read() -> Iterator[RawSample | BadSample]:

@@ -25,7 +25,18 @@ _NEAR = 6.0  # mean difference (of 255) of two thumbnails below which their imag
 
 @dataclass
 class Findings:
-    """Statistics of the samples that `inspect` has decoded, and images for a contact sheet."""
+    """Statistics of the samples that `inspect` has decoded, and images for a contact sheet.
+
+    Attributes:
+        num_inspected: Number of decoded samples.
+        members: By extension, in how many samples a file occurs.
+        fields: By json field, how often each type of value occurs.
+        errors: (sample, reason) of samples that cannot be decoded.
+        captions: All captions.
+        captions_each: Number of samples by their number of captions.
+        thumbnails: (key, difference hash, thumbnail float32 [8, 9, 3]) of each image.
+        sheet: (sample, caption) of the samples for the contact sheet.
+    """
 
     num_inspected: int = 0
     members: Counter[str] = field(default_factory=Counter)
@@ -38,11 +49,11 @@ class Findings:
 
 
 def inspect(dataset: ImageDataset, buckets: Sequence[int], count: int, num_images: int) -> Findings:
-    """Decode `count` samples, taken at equal distances from the whole data set, and collect statistics.
+    """Decode `count` samples, taken at equal distances from the whole data set, and return statistics about them.
 
     Args:
         dataset: Loads the samples.
-        buckets: The number of the bucket (image size) of each sample id.
+        buckets: For each sample id, the number of its bucket (image size).
         count: Number of samples to decode.
         num_images: Number of samples to keep for the contact sheet.
     """
@@ -91,19 +102,20 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def difference_hash(thumbnail: np.ndarray) -> int:
-    """Return the difference hash of a thumbnail, float32 [8, 9, 3].
+    """Return the difference hash (64 bits) of a thumbnail, float32 [8, 9, 3] with values 0..255.
 
-    It has 64 bits, one for each pixel and its right neighbour: 1 if the neighbour is darker. Similar images have hashes that
-    differ in few bits.
+    A bit belongs to a pixel and its right neighbour: it is 1 if the neighbour is darker by more than JPEG noise. Similar
+    images have hashes that differ in few bits.
     """
     grey = thumbnail.mean(axis=2)
     return int.from_bytes(np.packbits(grey[:, 1:] < grey[:, :-1] - _STEP).tobytes(), "big")
 
 
 def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[list[str]]:
-    """Return groups of keys of images that look the same: their hashes differ in few bits, and their colours are similar.
+    """Return groups of the keys of images that look the same: their hashes differ in few bits, and colours are similar.
 
-    thumbnails: (key, difference hash, thumbnail float32 [8, 9, 3]) of each image.
+    `thumbnails`: (key, difference hash, thumbnail float32 [8, 9, 3]) of each image. Images without a duplicate are in no
+    group.
     """
     codes = np.array([code for _, code, _ in thumbnails], np.uint64)
     groups, is_grouped = [], np.zeros(len(codes), bool)
@@ -119,7 +131,13 @@ def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[l
 
 
 def report_lines(findings: Findings, dataset: ImageDataset, view: View) -> Iterator[str]:
-    """Yield the lines of the report. view: which samples pass the filters, and their buckets (image sizes)."""
+    """Yield the lines of the report about a data set.
+
+    Args:
+        findings: Statistics of some decoded samples.
+        dataset: The data set.
+        view: Which samples pass data.filters, and how many have which bucket (image size).
+    """
     index, n = dataset.index, findings.num_inspected
     yield f"{index.num_samples} samples in {len(index.shards)} shards; {n} of them were decoded"
     yield "members: " + ", ".join(f"{ext} {count / n:.0%}" for ext, count in findings.members.most_common())
@@ -146,9 +164,9 @@ def report_lines(findings: Findings, dataset: ImageDataset, view: View) -> Itera
 
 
 def truncated_captions(captions: Sequence[str], spec: str, max_tokens: int) -> str:
-    """Return a line with the number of captions that are longer than `max_tokens` tokens, or why this cannot be counted.
+    """Return a line for the report: how many captions have more than `max_tokens` tokens, or why this is unknown.
 
-    spec: value of text.encoder, whose tokenizer is used.
+    `spec`: value of text.encoder, whose tokenizer is used.
     """
     from raphael_dist.data.features.encoder_models import tokenizer_of
     from raphael_dist.data.features.encoders import count_longer
@@ -178,6 +196,6 @@ def _caption_lines(findings: Findings) -> Iterator[str]:
 
 
 def buckets_of(dataset: ImageDataset) -> np.ndarray:
-    """Return the number of the bucket (image size) of each sample, from its size in the index, int64 [num_samples]."""
+    """Return the number of each sample's bucket (image size), computed from its size in the index; int64 [num_samples]."""
     sizes = np.concatenate([shard.sizes for shard in dataset.index.shards])
     return nearest_buckets(sizes[:, 0], sizes[:, 1], dataset.buckets)

@@ -22,10 +22,10 @@ EDGES = ("auto", "hed", "canny", "stored", "none")
 
 
 def select_part(part: int | None, parts: int | None) -> tuple[int, int]:
-    """Return which share of the work this process does: (number of the share, number of shares).
+    """Return which part of the work this process does: (number of the part, from 0; number of parts).
 
-    They are the options --part and --parts if given, otherwise rank and world size under a launcher, otherwise (0, 1).
-    Raises UserError if `part` is not from 0 to `parts - 1`.
+    They are the options --part and --parts if given, otherwise rank and world size under a launcher such as torchrun,
+    otherwise (0, 1). Raises UserError if `part` is not from 0 to `parts - 1`.
     """
     if part is None and parts is None:
         ranks = discover()
@@ -37,10 +37,10 @@ def select_part(part: int | None, parts: int | None) -> tuple[int, int]:
 
 
 def choose_edges(edges: str, config: Config, device: torch.device) -> tuple[str, EdgeEncoder | None]:
-    """Return the method for edge maps, and the edge detector if the method is "hed", else None.
+    """Return the method for edge maps ("hed", "canny", ...), and the edge detector if the method is "hed", else None.
 
-    edges: value of --edges. "auto" means "hed" if HED's weights are installed, otherwise "canny". Raises UserError for "hed"
-    without installed weights.
+    `edges`: value of --edges. "auto" means "hed" if HED's weights are installed, otherwise "canny". Raises UserError for
+    "hed" without weights.
     """
     if edges == "auto":
         try:
@@ -59,9 +59,10 @@ def prepare(
     sources: Sequence[str], out: Path, config: Config, *, edges: str, features: bool, caption: str | None, per_shard: int,
     held_out: float, part: int, parts: int,
 ) -> list[Report]:  # fmt: skip
-    """Write this process's share of the shards, print a summary, and return a report for each shard.
+    """Write this process's part of the shards, print a summary, and return a report for each shard.
 
-    The arguments are the options of tools/prepare_data.py. Raises UserError.
+    The arguments are the options of tools/prepare_data.py; `part` is the number of this process, of `parts`. Raises
+    UserError if the input cannot be used or the output cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, hed = choose_edges(edges, config, device)
@@ -127,9 +128,10 @@ def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[Report], 
 
 
 def fill_caches(config: Config, part: int, parts: int) -> None:
-    """Fill the feature cache (data.features=cached) for share `part` of `parts` of a run's shards, before the run.
+    """Fill the feature cache (data.features=cached) before a run. `parts` processes can divide the work.
 
-    Training and validation shards are encoded. Raises the UserErrors of `fill_cache`.
+    This process encodes the shards of part number `part`, for training and validation. Raises the UserErrors of
+    `fill_cache`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text, image = load_encoders(config, device, getattr(torch, config.train.dtype))

@@ -112,7 +112,7 @@ def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
 
 
 def merge(config: Config, tree: Tree, accumulation: int, world_size: int) -> Tree:
-    """Return the full DeepSpeed configuration: the user's JSON and the keys that this project determines.
+    """Return the full DeepSpeed configuration: the user's JSON, plus the keys that this project determines.
 
     Args:
         config: the run's configuration.
@@ -126,7 +126,7 @@ def merge(config: Config, tree: Tree, accumulation: int, world_size: int) -> Tre
     train = config.train
     merged = without_unset(tree)
     check_keys(merged)
-    # DeepSpeed requires the product of its three numbers, which counts empty slots too.
+    # DeepSpeed requires micro-batch size x accumulation x ranks as train_batch_size, which counts empty slots too.
     if merged.get("train_batch_size", train.global_batch_size) != train.global_batch_size:
         raise _contradiction(
             "train_batch_size", merged["train_batch_size"], "train.global_batch_size", train.global_batch_size
@@ -227,12 +227,12 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     backend = config.model.expert_backend
     sizes = " ".join(f"parallel.{k}_ep={config.parallel.ep(k)}" for k in EXPERT_KINDS if config.parallel.ep(k) > 1)
     if stage == 0:
-        problem = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 0, whose gradient norm is wrong for sharded experts"
+        needs = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 0, whose gradient norm is wrong for sharded experts"
     elif stage == 3:
-        problem = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 3, which cannot partition sharded experts"
+        needs = "ZeRO stage 1 or 2, but the DeepSpeed JSON has stage 3, which cannot partition sharded experts"
     elif overlap:
         # Gradients would be reduced while rows of experts are sent, in an order that can differ between ranks, and hang.
-        problem = "overlap_comm=false, but it is true in the DeepSpeed JSON, which can make ranks hang"
+        needs = "overlap_comm=false, but it is true in the DeepSpeed JSON, which can make ranks hang"
     elif config.parallel.space_ep > 1 and backend == "reference":
         raise UserError(
             f"{sizes} requires model.expert_backend=auto, grouped or dense, but it is {backend}, which cannot send tokens "
@@ -240,7 +240,10 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
         )
     else:
         return
-    raise UserError(f"{sizes} requires {problem}. Use ds_configs/zero2.json or set parallel.space_ep=1 parallel.time_ep=1.")
+    raise UserError(
+        f"{sizes} (expert parallelism) requires {needs}. Use ds_configs/zero2.json or set parallel.space_ep=1 "
+        "parallel.time_ep=1."
+    )
 
 
 def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:

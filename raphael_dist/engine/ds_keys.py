@@ -137,7 +137,7 @@ def _check_value(name: str, value: object) -> None:
 
 def _is_supported(value: object, supported: Value) -> bool:
     if isinstance(supported, tuple):
-        # 1 equals 1.0, but not true.
+        # 1.0 is accepted for 1. In Python True == 1, but true is not accepted for 1.
         return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in supported)
     if supported == FLAG:
         return isinstance(value, bool)

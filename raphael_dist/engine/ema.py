@@ -46,7 +46,10 @@ class Ema:
         torch._foreach_copy_(self.values, self._fragments.masters())
 
     def decay(self, step: int) -> float:
-        """Return the decay to use after optimizer step `step` (from 1). It rises during a warm-up after `ema.start_step`."""
+        """Return the decay of the average after optimizer step `step` (from 1). It rises from about 0.2 to `ema.decay`.
+
+        Without `ema.warmup` it is `ema.decay` from the start.
+        """
         target, step = self._config.decay, step - self._config.start_step
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
 

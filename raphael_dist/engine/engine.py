@@ -221,7 +221,7 @@ class Engine:
             ema.update(step)
 
     def discard_gradients(self) -> None:
-        """Drop the accumulated gradients; weights and moments are unchanged. Call it on all ranks or on none."""
+        """Drop the gradients of the current step; weights and moments stay unchanged. Call it on all ranks or on none."""
         self.grad_norm, self._micro_step = math.inf, 0
         with self._zero.skip_step():
             self._engine.step()
@@ -234,8 +234,8 @@ class Engine:
 def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.device) -> None:
     if stage == 3:
         raise UserError(
-            "train.compile=true requires ZeRO stage 0, 1 or 2, but the DeepSpeed config has stage 3, whose hooks gather "
-            "weights inside compiled parts. Use ds_configs/zero2.json or set train.compile=false."
+            "train.compile=true requires ZeRO stage 0, 1 or 2, but the DeepSpeed config has stage 3, whose hooks would "
+            "have to gather weights inside compiled code. Use ds_configs/zero2.json or set train.compile=false."
         )
     compile_parts(model, device, dynamic=config.parallel.uses_expert_parallelism or len(config.image.buckets) > 1)
 

@@ -80,7 +80,7 @@ class Zero(Protocol):
         return
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
-        """Yield the parts of the fp32 weights that this rank stores, in the order of the model's parameters."""
+        """Yield the parts of the fp32 weights that this rank stores, in the order of the parameters of `module`."""
 
     def sync_model(self) -> None:
         """Copy the fp32 weights into the weights that the model computes with. Collective."""
@@ -231,7 +231,7 @@ class Zero12Contiguous(Zero12):
 
     @staticmethod
     def supports(zero: DeepSpeedObject) -> bool:
-        """Return whether this adapter can replace the gradient reduction of the DeepSpeed optimizer `zero`."""
+        """Return whether this adapter can replace the gradient reduction of `zero`, a ZeRO-1 or 2 optimizer of DeepSpeed."""
         return not zero.use_grad_accum_attribute and uses_contiguous_gradients(
             2 if zero.partition_gradients else 1,
             overlap=zero.overlap_comm,
@@ -382,7 +382,7 @@ class Zero3(DeepSpeedZero):
 
 
 def _linked_fragments(module: nn.Module, owners: Sequence[Tensor]) -> Iterator[Fragment]:
-    """Yield the fragments, from the attribute that ZeRO-1 and 2 set on each parameter."""
+    """Yield the fragments of `module`, from the attribute `_hp_mapping` that ZeRO-1 and 2 set on each parameter."""
     for name, p in module.named_parameters():
         mapping = getattr(p, "_hp_mapping", None)
         if mapping is None:  # the parameter is on other ranks, or frozen

@@ -18,7 +18,7 @@ def require_matplotlib() -> None:
 
 
 def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
-    """Draw one measure against another, with a point for each guidance scale, and write the figure to `path`.
+    """Draw one measure of image quality against another, with a point per guidance scale, and write it to `path` as PNG.
 
     The axes are the first two that were measured among CLIP score, Frechet distance and share of texts read exactly. If only
     one was measured, the x axis is the guidance scale.
@@ -42,7 +42,7 @@ def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
 
 
 def _axes(results: Sequence[Result]) -> list[tuple[str, list[float]]]:
-    """Return the name and the values of both axes."""
+    """Return (name, values) of the x axis and of the y axis."""
     columns: dict[str, list[float | None]] = {
         "CLIP score (higher is better)": [r.clip for r in results],
         "Frechet distance (lower is better)": [r.fid for r in results],

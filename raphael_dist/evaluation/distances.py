@@ -11,19 +11,22 @@ from torch import Tensor
 
 
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
-    """Return the Frechet distance of two sets of features, computed in float64 (Heusel et al. 2017, Eq. 6).
+    """Return the Frechet distance between two sets of features [N, D] and [M, D] (Heusel et al. 2017, Eq. 6).
 
-    It is ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means mu and covariances S, and is called FID if the
-    features are Inception's. Each set needs at least two images. With fewer than D images it is biased upwards.
+    It is ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means mu and covariances S, computed in float64. With
+    Inception features it is called FID. Each set needs at least two images. With fewer than D images it is biased upwards.
     """
     a, b = a_ND.double(), b_MD.double()
     mean = a.mean(dim=0) - b.mean(dim=0)
-    a, b = ((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # S = x^T x
+    a, b = ((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # then S = x^T x
     return float(mean @ mean + a.square().sum() + b.square().sum() - 2 * _trace_of_root(a, b))
 
 
 def _trace_of_root(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """Return tr (S_a S_b)^(1/2), the sum of the singular values of a b^T, by the smaller of two symmetric problems."""
+    """Return tr (S_a S_b)^(1/2), given x = a, b with S = x^T x. It is the sum of the singular values of a b^T.
+
+    The smaller of two equivalent matrix problems is solved.
+    """
     if min(len(a_ND), len(b_MD)) < a_ND.shape[1]:
         return torch.linalg.svdvals(a_ND @ b_MD.T).sum()
     value_D, vector_DD = torch.linalg.eigh(a_ND.T @ a_ND)
@@ -36,13 +39,13 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Return mean and standard deviation of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    It is called KID if the features are Inception's.
+    They are taken over pairs of random subsets. With Inception features the mean is called KID.
 
     Args:
         a_ND, b_MD: features of both sets.
         subsets: number of pairs of random subsets that are compared.
         size: images in a subset; at most as many as the smaller set has.
-        seed: fixes the subsets.
+        seed: determines which subsets are drawn.
     """
     size, draw = min(size, len(a_ND), len(b_MD)), np.random.RandomState(seed)
     values = []
@@ -59,7 +62,7 @@ def _polynomial(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 
 
 def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, rows: int = 4096) -> tuple[float, float]:
-    """Return precision and recall of drawn images against true images (Kynkaanniemi et al. 2019).
+    """Return (precision, recall) of drawn images against true images (Kynkaanniemi et al. 2019).
 
     Precision is the share of drawn images in the manifold of the true images. Recall is the share of true images in the
     manifold of the drawn images. A manifold is the union of balls around the features of its images, whose radius is the
@@ -71,7 +74,7 @@ def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, row
 
 
 def _covered_share(points_ND: Tensor, manifold_MD: Tensor, neighbours: int, rows: int) -> float:
-    """Return the share of points within a ball of the manifold. rows: computed at a time, to bound memory."""
+    """Return the share of points that lie within a ball of the manifold. `rows`: points per matrix, to limit memory."""
     parts = manifold_MD.split(rows)
     radius_M = torch.cat([torch.cdist(part, manifold_MD).kthvalue(neighbours + 1).values for part in parts])
     inside = [(torch.cdist(part, manifold_MD) <= radius_M).any(dim=1) for part in points_ND.split(rows)]
@@ -81,7 +84,10 @@ def _covered_share(points_ND: Tensor, manifold_MD: Tensor, neighbours: int, rows
 def bootstrap(
     values: np.ndarray, weights: np.ndarray | None = None, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95% bootstrap interval (low, high) of the mean of values [N], with optional weights [N]."""
+    """Return the 95% bootstrap interval (low, high) of the mean of values [N].
+
+    `weights` [N]: for a weighted mean. `draws`: number of random resamples.
+    """
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     weights = np.ones(len(values)) if weights is None else weights
     means = (np.asarray(values, np.float64) * weights)[picks].sum(axis=1) / weights[picks].sum(axis=1)
@@ -90,7 +96,7 @@ def bootstrap(
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Return the 95% interval (low, high) of the share `successes / count` (Wilson 1927).
+    """Return the 95% confidence interval (low, high) of the share `successes / count` (Wilson 1927).
 
     Unlike the bootstrap interval, it has a positive width at shares of 0 and 1.
     """

@@ -22,10 +22,9 @@ PROTOCOL = "protocol.json"
 
 
 def record_protocol(folder: Path, protocol: Mapping[str, object]) -> None:
-    """Write the settings that determine the results in a folder to protocol.json, or compare them with that file.
+    """Write the settings that determine a folder's results to protocol.json, or compare them if the file exists.
 
-    Raises:
-        UserError: the folder has results of other settings, or cannot be used.
+    Raises UserError if the folder has results of other settings, or cannot be used.
     """
     path = folder / PROTOCOL
     protocol = json.loads(json.dumps(hide_secrets_in_tree(dict(protocol))))
@@ -47,7 +46,7 @@ def record_protocol(folder: Path, protocol: Mapping[str, object]) -> None:
 
 
 def image_path(folder: Path, number: int) -> Path:
-    """Return the path of the image with this number in a folder."""
+    """Return the path of the image for the request with this number."""
     return folder / f"{number:06d}.png"
 
 
@@ -60,7 +59,10 @@ def draw_missing(
     ranks: Ranks,
     report: Reporter,
 ) -> int:
-    """Draw those of this rank's requests whose image is not in `folder` yet; return how many were drawn."""
+    """Draw this rank's share of the images, except those that are in `folder` already; return how many were drawn.
+
+    They are written as PNG. `requests`: those of all ranks. `scheduler`: its name. `report`: called after each batch.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     existing = {path.name for path in folder.iterdir()}
     count = 0

@@ -28,7 +28,9 @@ INSTALL = 'Run `pip install "raphael_dist[eval]"`.'
 
 
 def load_features(spec: str, device: torch.device) -> Features:
-    """Return the function that computes the image features named by `--features`.
+    """Return the function that computes the image features which the option `--features` names.
+
+    It gets images, uint8 [B, 3, H, W], and returns features, float32 [B, D], on the CPU.
 
     Args:
         spec: "hed", or "inception=FILE" with the weights that torch-fidelity publishes.
@@ -48,7 +50,10 @@ def load_features(spec: str, device: torch.device) -> Features:
 
 
 def make_inception_features(path: Path, device: torch.device) -> Features:
-    """Return a function that computes the 2048 pooled Inception features of FID, for images of any size."""
+    """Return a function that computes the Inception features of FID: uint8 [B, 3, H, W] to float32 [B, 2048], on the CPU.
+
+    Images may have any size. Raises UserError if the weights in `path`, which torch-fidelity publishes, cannot be loaded.
+    """
     if not path.is_file():
         raise UserError(
             f"--features=inception={path} must be an existing file, but there is none. Download "
@@ -78,17 +83,18 @@ def make_inception_features(path: Path, device: torch.device) -> Features:
 
 
 def make_hed_features(device: torch.device) -> Features:
-    """Return a function that computes HED features of images, D = 768, scaled by 1/100 to values of about 1.
+    """Return a function that computes features of images with the edge detector HED: uint8 [B, 3, H, W] to float32 [B, 768].
 
-    These are the outputs of HED stages 3 and 4, averaged over the image. HED is VGG-16 fine-tuned for edges, and its weights
-    need no download. Distances of these features cannot be compared with published FID.
+    They are the outputs of HED's stages 3 and 4, averaged over the image and divided by 100, to be about 1. HED is a VGG-16
+    fine-tuned for edges, and its weights need no download. Distances of these features cannot be compared with published
+    FID.
     """
     stages = make_hed_stages(device)
     return lambda images: torch.cat([stage.mean(dim=(2, 3)) for stage in stages(images)[2:]], dim=1).cpu() / 100
 
 
 def make_hed_stages(device: torch.device) -> Callable[[Tensor], list[Tensor]]:
-    """Return a function from images, uint8 [B, 3, H, W], to the outputs of HED stages 1 to 4.
+    """Return a function from images, uint8 [B, 3, H, W], to the outputs of the first four stages of the network HED.
 
     It first resizes the images to 64 x 64 pixels.
     """
@@ -107,7 +113,10 @@ def make_hed_stages(device: torch.device) -> Callable[[Tensor], list[Tensor]]:
 
 
 def compute_features(features: Features, images: Sequence[np.ndarray]) -> Tensor:
-    """Return the features [B, D] of images, uint8 [H, W, 3], whose sizes may differ."""
+    """Return the features, float32 [B, D], of B images, uint8 [H, W, 3], whose sizes may differ.
+
+    `features`: a function that `load_features` has returned.
+    """
     batches = []
     for start in range(0, len(images), BATCH):
         part = images[start : start + BATCH]
@@ -118,13 +127,13 @@ def compute_features(features: Features, images: Sequence[np.ndarray]) -> Tensor
 
 
 class ClipScore:
-    """Computes the CLIP score 100 max(cos(image, caption), 0) with a CLIP model of transformers.
+    """Computes the CLIP score, 100 max(cos(image, caption), 0), with a CLIP model of transformers.
 
     This is the score of Hessel et al. 2021, with the factor 100 instead of 2.5.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Load the model. Raises UserError if the folder has no complete CLIP with its processor."""
+        """Load the CLIP model in `folder`. Raises UserError if the folder has no complete CLIP with its processor."""
         self._model, self._processor = _load_clip(str(folder))
         self._model.to(device)  # type: ignore[arg-type]
 

@@ -17,14 +17,14 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_captions(spec: str, count: int | None, seed: int, default: Request, cache_dir: Path) -> list[Request]:
-    """Return the requests (captions) to draw.
+    """Return the requests (captions with size and seed) for the images to draw.
 
     Args:
         spec: coco=FILE (captions_val2014.json: one caption of each image, as in zero-shot FID-30k), folder=DIR (NAME.txt
             next to images), shards=PATTERN, or prompts=FILE.
         count: number of captions: the first ones of a prompt file, else a random choice. None: all.
-        seed: fixes the random choice. It does not change the noise of a request, which depends on the request's number.
-        default: size, seed and negative prompt of the requests.
+        seed: determines the random choice. It does not change the noise of a request, which depends on the request's number.
+        default: its size, seed and negative prompt are used for all requests.
         cache_dir: folder for the index of the shards.
 
     Raises:
@@ -60,7 +60,7 @@ def _check_count(count: int | None, available: int, where: str) -> None:
 
 
 def _coco_captions(path: Path, seed: int) -> list[str]:
-    """Return a random caption of each image, in the order of the image ids."""
+    """Return one caption, randomly chosen, of each image in a file of COCO annotations, in the order of the image ids."""
     try:
         by_image: dict[int, list[str]] = {}
         for annotation in read_json(path)["annotations"]:
@@ -88,9 +88,10 @@ def _folder_captions(folder: Path) -> list[str]:
 
 
 def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequence[Path | np.ndarray]:
-    """Return the true images, cropped to a size.
+    """Return the true images of folder=DIR as paths, or those of shards=PATTERN as uint8 [H, W, 3].
 
-    They are the files below folder=DIR, or images of shards=PATTERN as uint8 [H, W, 3].
+    `cache_dir`: folder for the index of the shards. `size_hw`: (height, width) to which images of shards are resized and
+    cropped. Raises UserError if there are none.
     """
     kind, _, where = spec.partition("=")
     if kind == "folder" and where:
@@ -102,7 +103,11 @@ def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequ
 
 
 def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list[tuple[np.ndarray, str]]:
-    """Return the true images whose captions request a text, uint8 [H, W, 3], each with that text. `spec`: shards=PATTERN."""
+    """Return the true images whose captions request a text: (uint8 [H, W, 3], the text) of each.
+
+    `spec`: shards=PATTERN. `size_hw`: (height, width) to which they are resized and cropped. Raises UserError if there are
+    none.
+    """
     kind, _, where = spec.partition("=")
     if kind != "shards" or not where:
         raise UserError(f"--reference={spec} must be shards=PATTERN for this command. Change it.")
@@ -117,7 +122,7 @@ def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list
 
 
 def list_images(folder: Path, option: str) -> list[Path]:
-    """Return the image files below a folder, sorted. Raises UserError if there are fewer than two.
+    """Return the image files in a folder and its subfolders, sorted. Raises UserError if there are fewer than two.
 
     `option`: name of the command line option, for messages.
     """

@@ -19,9 +19,9 @@ _EMOJI = (
 
 
 def requested_text(prompt: str) -> str | None:
-    """Return the text that a prompt asks to render: all text in double quotes, or the text on an emoji of letters or digits.
+    """Return the text that a prompt asks to render in the image; None if it asks for none.
 
-    None if it asks for none.
+    It is all text in double quotes, or for captions of emoji with letters or digits ("ok button") the text on the emoji.
     """
     if quoted := quoted_parts(prompt):
         return " ".join(quoted)
@@ -30,15 +30,15 @@ def requested_text(prompt: str) -> str | None:
 
 
 def normalise_text(text: str) -> str:
-    """Return a text in the form in which texts are compared: capitals and digits, words separated by one space."""
+    """Return a text in capitals, without punctuation and with single spaces, for comparison with another text."""
     return " ".join(re.sub(r"[\W_]", " ", text.upper()).split())
 
 
 def alphabet_of(texts: Iterable[str]) -> set[str]:
-    """Return the characters that the OCR engine may read, given the texts in the images.
+    """Return the characters that the OCR engine may recognise in images with these texts.
 
-    If one capital letter occurs, all capitals are included, and likewise for small letters and digits. Then the score of a
-    text hardly depends on which other texts are in the images.
+    If one capital letter occurs, all capitals are included, and likewise for small letters and digits. So the result for one
+    text hardly depends on the other texts.
     """
     used = set().union(*texts)
     for group in (string.ascii_uppercase, string.ascii_lowercase, string.digits):
@@ -59,11 +59,13 @@ def edit_distance(a: str, b: str) -> int:
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well an OCR engine reads the texts in images, with 95% intervals (low, high) over images.
+    """How well an OCR engine reads the texts that images should contain.
 
     Attributes:
-        exact: share of texts that are read exactly (interval: Wilson).
-        cer: character error rate: edits per requested character (interval: bootstrap).
+        exact: share of texts that are read exactly.
+        cer: character error rate: edits per requested character.
+        exact_low, exact_high: 95% interval of `exact` over images (Wilson).
+        cer_low, cer_high: 95% interval of `cer` over images (bootstrap).
     """
 
     exact: float
@@ -75,9 +77,9 @@ class TextScore:
 
 
 def score_texts(requested: Sequence[str], read: Sequence[str]) -> TextScore:
-    """Compare the texts that were read with the requested ones, ignoring case and punctuation.
+    """Compare the texts that an OCR engine has read with the requested ones, ignoring case and punctuation.
 
-    Every requested text must have at least one letter or digit.
+    `requested`, `read`: for each image, the text; a requested text must have at least one letter or digit.
     """
     pairs = [(normalise_text(a), normalise_text(b)) for a, b in zip(requested, read, strict=True)]
     exact = np.array([a == b for a, b in pairs])

@@ -18,15 +18,13 @@ from raphael_dist.evaluation.lettering import normalise_text
 # From an image, uint8 [H, W, 3], to the text in it.
 Reader = Callable[[np.ndarray], str]
 WEIGHTS = "PP-OCRv6_rec_small.onnx"
-LINE_HW = (
-    48,
-    320,
-)  # pixels: the height of PP-OCRv6's input, and the width that shorter lines are padded to, as in its training
+# Pixels: the height of PP-OCRv6's input, and the width that shorter lines are padded to, as in its training.
+LINE_HW = (48, 320)
 TESSERACT_SIDE = 400  # pixels that a small image is enlarged to: tesseract expects scans
 
 
 def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
-    """Return the OCR engine named by `--ocr`, as a function from pixels, uint8 [H, W, 3], to text.
+    """Return the OCR engine that `--ocr` names, as a function from an image, uint8 [H, W, 3], to the text in it.
 
     Args:
         spec: "rapidocr", "tesseract", or "module:function" for a function of the user.
@@ -61,13 +59,16 @@ def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
 
 
 class LineReader:
-    """The text recogniser of PP-OCRv6. It reads an image as one line of text.
+    """The OCR network PP-OCRv6, without detection of lines: it reads a whole image as one line of text.
 
-    From the package rapidocr only the weights are used, because its code downloads weights that it does not find.
+    From the package rapidocr only the weights are used, because its code downloads missing weights.
     """
 
     def __init__(self, alphabet: Collection[str]):
-        """Load the weights. Raises UserError if the packages of the extra `eval` are missing."""
+        """Load the weights. `alphabet`: the only characters that it may read.
+
+        Raises UserError if the packages of the extra `eval` are missing.
+        """
         package = importlib.util.find_spec("rapidocr")
         path = Path(next(iter((package and package.submodule_search_locations) or [""]))) / "models" / WEIGHTS
         try:
@@ -81,7 +82,7 @@ class LineReader:
                 'Run `pip install "raphael_dist[eval]"` or give --ocr tesseract.'
             )
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1  # each rank of a launcher reads its share
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # other ranks of a launcher use the other cores
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         (network_input,) = self._session.get_inputs()
         self._input = network_input.name
@@ -92,7 +93,8 @@ class LineReader:
     def __call__(self, pixels_HW3: np.ndarray) -> str:
         """Return the text in an image, uint8 [H, W, 3].
 
-        At each position the allowed character with the highest score is taken; repetitions are merged and blanks removed.
+        It is decoded as usual for CTC: at each position the allowed character with the highest score is taken, repetitions
+        are merged, and blanks are removed.
         """
         scores_TC = self._session.run(None, {self._input: line_input(pixels_HW3)[None]})[0][0]
         best_T = np.where(self._allowed, scores_TC, -np.inf).argmax(axis=1)
@@ -100,9 +102,10 @@ class LineReader:
 
 
 def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
-    """Return the input of PP-OCRv6 for an image, uint8 [H, W, 3]: float32 [3, 48, >= 320] in -1..1.
+    """Convert an image, uint8 [H, W, 3], to the input of PP-OCRv6: float32 [3, 48, W'] in -1..1, where W' is at least 320.
 
-    Channels are in the order blue, green, red. The right side is padded with grey.
+    The image is resized to the height of 48 pixels; a narrow one is padded with grey on the right. Channels are blue, green,
+    red.
     """
     height, least_width = LINE_HW
     width = max(1, round(height * pixels_HW3.shape[1] / pixels_HW3.shape[0]))
@@ -113,9 +116,10 @@ def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
 
 
 def read_with_tesseract(pixels_HW3: np.ndarray) -> str:
-    """Return what tesseract reads in an image, as a line of text, or as one character if it reads no line.
+    """Return the text that tesseract reads in an image, uint8 [H, W, 3]: a line of text, otherwise one character, or "".
 
-    Dark text on light ground and light text on dark ground are tried. The result with more letters and digits is returned.
+    The image and its negative are tried, since tesseract expects dark text on light ground. Of the two results, the one with
+    more letters and digits is returned.
     """
     image = Image.fromarray(pixels_HW3).convert("L")
     scale = max(1, TESSERACT_SIDE // max(image.size))

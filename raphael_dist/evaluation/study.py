@@ -43,9 +43,9 @@ class Study:
 
     Attributes:
         folder: where images and results are stored.
-        requests: captions to draw.
+        requests: captions to draw, with size and seed.
         scheduler: name of the scheduler.
-        features: image features for FID, KID, precision and recall; None: not measured.
+        features: function that computes image features for FID, KID, precision and recall; None: not measured.
         clip: computes the CLIP score; None: not measured.
         reader: OCR engine that reads rendered text; None: not measured.
         true_texts: real images, uint8 [H, W, 3], each with the text in it, on which `reader` is measured for comparison.
@@ -66,7 +66,15 @@ class Study:
 class Result:
     """The measured values for one guidance scale. A value is None if it was not requested.
 
-    `true_text` is the score of the OCR engine on the real images.
+    Attributes:
+        guidance: the guidance scale.
+        images: number of images.
+        fid: Frechet distance of the features.
+        kid, kid_deviation: kernel distance and its standard deviation over subsets.
+        precision, recall: see `precision_recall`.
+        clip: mean CLIP score.
+        text: how well the OCR engine reads the requested texts in the drawn images.
+        true_text: how well it reads the texts in real images.
     """
 
     guidance: float
@@ -89,18 +97,20 @@ def run_study(
     reference: Sequence[Path | np.ndarray],
     ranks: Ranks,
 ) -> list[Result]:
-    """Draw and measure at each guidance scale. Write results.json and results.csv after each. Collective.
+    """Draw images at each guidance scale and measure them. Collective: all ranks call it, and divide the images.
+
+    results.json and results.csv are written after each guidance scale.
 
     Args:
         trained: the model.
         study: what to draw and measure.
         settings: how to sample; its guidance scale is replaced.
         guidances: guidance scales.
-        reference: true images, as files or uint8 [H, W, 3]; empty without features.
+        reference: true images, as files or uint8 [H, W, 3]; may be empty if `study.features` is None.
         ranks: this rank and the number of ranks.
 
     Returns:
-        A result for each guidance scale, complete on rank 0.
+        A result for each guidance scale. On other ranks than rank 0 the measured values are None.
     """
     true_ND = None
     if study.features is not None:
@@ -143,7 +153,10 @@ def _measure(study: Study, guidance: float, folder: Path, true_ND: Tensor | None
 def _read_texts(
     study: Study, images: Sequence[Path | np.ndarray], texts: Sequence[str], path: Path, ranks: Ranks
 ) -> TextScore | None:
-    """Return on rank 0 how well texts are read; `path` caches what was read; a csv lies next to it. Collective."""
+    """Read the texts in images with the OCR engine, and return on rank 0 how well they match `texts`. Collective.
+
+    `path`: file that stores what was read; if it exists, nothing is read. A CSV file with the texts is written next to it.
+    """
     reader = study.reader
     if reader is None or not texts:
         return None
@@ -160,7 +173,10 @@ def _read_texts(
 
 
 def _features(study: Study, images: Sequence[Path | np.ndarray], path: Path, doing: str, ranks: Ranks) -> Tensor | None:
-    """Return the features of all images on rank 0; `path` caches them. Collective."""
+    """Return the features of all images, float32 [N, D], on rank 0; None on other ranks. Collective.
+
+    `path`: file that stores them; if it exists, nothing is computed. `doing`: description for progress.
+    """
     assert study.features is not None
     features = study.features
 
@@ -188,7 +204,18 @@ def _clip_scorer(study: Study, paths: Sequence[Path]) -> Scorer:
 
 
 def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: Ranks) -> np.ndarray | None:
-    """Return on rank 0 the rows of images 0 .. count-1; `path` caches them. Collective."""
+    """Compute a row of numbers or a text for each of `count` images, divided over the ranks. Collective.
+
+    Args:
+        count: number of images.
+        score: function that returns the rows of the images with these numbers.
+        path: file that stores the rows; if it exists, nothing is computed.
+        doing: description for progress.
+        ranks: this rank and the number of ranks.
+
+    Returns:
+        All rows on rank 0, None on other ranks.
+    """
     numbers = ranks.share(count)
 
     def work(report: Reporter) -> dict[int, np.ndarray]:
@@ -206,7 +233,7 @@ def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: 
 
 
 def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndarray:
-    """Return the rows that `path` caches; write it first when there is none."""
+    """Return the rows that the file `path` stores. If it does not exist, write `row_of` (row by image number) first."""
     if not path.is_file():
         write_array(path, np.stack([row_of[number] for number in range(count)]))
     try:
@@ -229,7 +256,7 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
 
 
 def _as_row(result: Result) -> dict[str, object]:
-    """Return the measures that were requested; the score of a text becomes columns: text_exact, text_exact_low, ..."""
+    """Return the measured values of a result by name, without None. A text score becomes text_exact, text_exact_low, ..."""
     row: dict[str, object] = {}
     for name, value in asdict(result).items():
         if isinstance(value, dict):

@@ -59,7 +59,7 @@ class ControlNet(RaphaelUNet):
             edge_Bhw: edge map in 0..1 at the size of the latents.
         """
         x_BCHW = inputs.x_BCHW
-        # The blocks of the copy route as the U-Net's first ones, with the same noise.
+        # The copy's blocks select experts as the first blocks of the U-Net do, with the same noise.
         state, _ = self.begin(inputs._replace(noise=_first_blocks(inputs.noise, self.num_blocks)))
         condition = edge_Bhw.to(x_BCHW.dtype).unsqueeze(1).expand(-1, CONDITION_CHANNELS, -1, -1)
         middle, skips = self.encode(state, self.stem(x_BCHW) + self.controlnet_cond_embedding(condition))

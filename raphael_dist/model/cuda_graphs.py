@@ -42,7 +42,7 @@ def replay_cuda_graphs(unet: RaphaelUNet, gradients: Gradients) -> None:
 
 
 class _ReplayedForward:
-    """Replaces `forward` of a U-Net: replays the graphs captured for the shapes of the arguments, or captures them."""
+    """The replacement for `forward` of a U-Net. It captures graphs for each set of input shapes once, and replays them."""
 
     def __init__(self, unet: RaphaelUNet, gradients: Gradients) -> None:
         self._unet, self._eager, self._gradients = unet, unet.forward, gradients
@@ -81,7 +81,7 @@ class _EagerModule(nn.Module):
 
 
 class _CapturedPass:
-    """A forward and a backward graph with the tensors that they read and write."""
+    """The CUDA graphs of one forward and one backward pass, with the tensors that they read and write."""
 
     def __init__(
         self, unet: RaphaelUNet, eager: Forward, gradients: Gradients, arguments: Arguments, pool: _POOL_HANDLE | None
@@ -121,7 +121,7 @@ class _CapturedPass:
 
 
 def _zero_gradients(outputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return a zero tensor for the gradient of each output, or None."""
+    """Return for each output a tensor of zeros for its gradient; None for an output without a gradient."""
     return [torch.zeros_like(output) if output.requires_grad else None for output in outputs]
 
 

@@ -67,7 +67,7 @@ _HOOKS = ("_hf_hook", "_diffusers_hook")
 
 
 class _Wrapper(ModelMixin, ConfigMixin):
-    """A network of this package as a model of diffusers."""
+    """The base class of this package's networks as models of diffusers, with its loading, saving and offloading."""
 
     # Layers whose dtype is read outside of their own forward pass.
     _skip_layerwise_casting_patterns = ["norm", "gates", "conv_in", "edge"]  # noqa: RUF012 (diffusers' name and type)
@@ -138,7 +138,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
         network = self._network(sections_of(self.config))
         for name, child in network.named_children():
             self.add_module(name, child)
-        # The method and not the network: as a child, it would add a prefix to the names of all parameters.
+        # Store the bound method and not the network: a child module would add a prefix to all parameter names.
         self._predict: Any = network.forward
 
     @staticmethod
@@ -171,7 +171,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
 
 
 class RaphaelUNet2D(_Wrapper):
-    """The U-Net of RAPHAEL, called like UNet2DConditionModel."""
+    """The U-Net of RAPHAEL as a model of diffusers, called like UNet2DConditionModel."""
 
     @staticmethod
     def _network(sections: Any) -> RaphaelUNet:
@@ -210,7 +210,7 @@ class RaphaelUNet2D(_Wrapper):
 
 
 class RaphaelControlNet(_Wrapper):
-    """A ControlNet for RaphaelUNet2D, called like ControlNetModel."""
+    """A ControlNet for RaphaelUNet2D as a model of diffusers, called like ControlNetModel."""
 
     @staticmethod
     def _network(sections: Any) -> RaphaelUNet:

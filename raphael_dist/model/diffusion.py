@@ -123,9 +123,9 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size
 
 
 def draw_offset(seed: int, position: int, channels: int) -> Tensor:
-    """Return a standard normal number for each channel of a sample's latents, float32 [C, 1, 1].
+    """Return the noise of `diffusion.offset_noise` for a training sample: one number per channel, float32 [C, 1, 1].
 
-    It is the noise of `diffusion.offset_noise`.
+    The numbers are drawn from a standard normal distribution. `position`: number of the sample in the order of training.
     """
     drawn = generator(seed, Purpose.OFFSET, position).standard_normal((channels, 1, 1), dtype=np.float32)
     return torch.from_numpy(drawn)
@@ -133,11 +133,12 @@ def draw_offset(seed: int, position: int, channels: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _strata(seed: int, step: int, global_batch_size: int) -> np.ndarray:
-    """Return the stratum of each index of a batch. Each of 2^k consecutive indices has its own 2^-k of the range.
+    """Return the stratum (number of a subrange) of each sample of a global batch, int64 [global_batch_size].
 
-    This is a van der Corput sequence with random scrambling (Owen 1995): alternate indices go to the lower and the upper
-    half in random order, and so on within the halves. If halves are unequal, a random rotation keeps every index uniform;
-    only then can two consecutive indices share a part of the range.
+    Any 2^k consecutive samples have strata in different parts when the range is divided into 2^k equal parts. This is a van
+    der Corput sequence with random scrambling (Owen 1995): alternate samples go to the lower and the upper half in random
+    order, and so on within the halves. If halves are unequal, a random rotation keeps every sample uniform; only then can
+    two consecutive samples share a part.
     """
     draw = generator(seed, Purpose.STRATA, step)
     strata = np.empty(global_batch_size, np.int64)
@@ -191,7 +192,7 @@ class NoiseSchedule:
 
 
 class FlowSchedule(NoiseSchedule):
-    """The schedule x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T, as in rectified flow (arXiv 2209.03003)."""
+    """The noise schedule of rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T."""
 
     def _roots(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         sigma = (timestep_B.float() / len(self.abar_T)).view(-1, 1, 1, 1)
@@ -203,10 +204,15 @@ class FlowSchedule(NoiseSchedule):
 
 
 def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
-    """Return the min-SNR weight of the loss at each timestep, float32 [B] (arXiv 2303.09556, Sec. 3.4).
+    """Return the min-SNR weight of each sample's loss, float32 [B] (arXiv 2303.09556, Sec. 3.4).
 
-    It is min(SNR, gamma) / SNR if the model predicts the noise, and min(SNR, gamma) / (SNR + 1) if it predicts v, with SNR =
-    abar / (1 - abar). The code uses abar only, so that nothing is divided by a signal of 0.
+    With SNR = abar / (1 - abar) it is min(SNR, gamma) / SNR if the model predicts the noise, and min(SNR, gamma) / (SNR + 1)
+    if it predicts v. The code uses abar only, so that nothing is divided by a signal of 0.
+
+    Args:
+        abar_B: the schedule's abar at the sample's timestep.
+        gamma: `diffusion.min_snr_gamma`.
+        prediction: what the model predicts, "epsilon" or "v_prediction".
     """
     signal, noise = abar_B, 1 - abar_B
     if prediction == "epsilon":

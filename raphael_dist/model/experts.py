@@ -105,7 +105,7 @@ class Experts(nn.Module):
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return `e_k(0) - b2_k` of every expert (its output for a zero row, without the last bias), [K, D]."""
+        """Return each expert's output for a row of zeros, without the last bias: `e_k(0) - b2_k`, [K, D]."""
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -230,9 +230,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return which expert each row belongs to, one-hot, bool [R, K], on the device of the counts.
+    """Return the expert of each row, one-hot, bool [R, K] on the device of the counts, for rows sorted by expert.
 
-    `counts_K`: number of rows of each expert. The rows are sorted by expert.
+    `counts_K`: number of rows of each expert. `rows`: number of all rows, R.
     """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
@@ -277,7 +277,7 @@ def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]
 def require_grouped_gemm() -> None:
     """Raise UserError if `model.expert_backend=megablocks` cannot run.
 
-    The package grouped_gemm must be installed, in a build that reads the counts on the device.
+    It requires the package grouped_gemm, in a build that reads the number of rows of each expert on the device.
     """
     sizes_K = torch.tensor([8])
     product = grouped_gemm_product(sizes_K.cuda() if torch.cuda.is_available() else sizes_K)

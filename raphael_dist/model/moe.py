@@ -93,7 +93,7 @@ class SpaceMoE(Experts):
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D].
+        """Return the weighted sum over experts `sum_k w[r,k] (e_k(x[r]) - e_k(0))` for each row r, [R, D].
 
         Args:
             x_RD: image tokens.
@@ -122,7 +122,7 @@ class SpaceMoE(Experts):
 
 
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], computed for the (row, expert) pairs with w > 0.
+    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D], computed for the (row, expert) pairs with w > 0.
 
     Shapes depend on the number of pairs, so the host waits for a GPU once per layer.
     """

@@ -25,7 +25,7 @@ class Gate(nn.Module):
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return float32 logits, [..., K]."""
+        """Return one logit per expert, float32 [..., K], for embeddings x [..., D]."""
         logits: Tensor = self.net(x)
         return logits.float()
 
@@ -40,9 +40,10 @@ def gate_kind(name: str) -> Literal["space", "time"] | None:
 
 
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
-    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two matrix products.
+    """Return the logits of all blocks' gates for the same input x [..., D], float32 [L, ..., K].
 
-    Running the gates one by one would need 3 L kernel launches, and 6 L in the backward pass.
+    Two matrix products compute them. Running the gates one by one would need 3 L kernel launches, and 6 L in the backward
+    pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -103,11 +104,11 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
 
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
-    """Return the time expert of each timestep, int64 [B], if timesteps are divided into K equal bands (subranges).
+    """Return the time expert of each timestep, int64 [B], for `model.time_routing=boundaries`.
 
-    This is not in the paper; Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the
-    signal-to-noise ratio. Timesteps are drawn evenly, so every expert gets an equal share of the samples, in each group of
-    ranks.
+    The timesteps are divided into K equal bands (subranges), one for each expert. This is not in the paper; Wan 2.2 has two
+    such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Timesteps are drawn
+    evenly, so every expert gets an equal share of the samples, in each group of ranks.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 

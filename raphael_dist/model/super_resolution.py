@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def downscale(images_B3HW: Tensor, factor: int) -> Tensor:
-    """Average uint8 images over `factor` x `factor` pixels; return small images, uint8 [B, 3, Hs, Ws]."""
+    """Average images, uint8 [B, 3, H, W], over squares of `factor` x `factor` pixels; return uint8 [B, 3, Hs, Ws]."""
     # Sums of integers divided by a power of two are exact in float32 on any device, so a cached image equals a new one.
     return F.avg_pool2d(images_B3HW.float(), factor).round().to(torch.uint8)
 

@@ -142,7 +142,7 @@ class Exchange:
         return pending
 
     def finish(self, pending: Tensor) -> Tensor:
-        """Wait for the exchange that `start` launched, and return the received rows."""
+        """Wait for the exchange that `start` launched (and that returned `pending`); return the received rows."""
         received: Tensor = _Finish.apply(pending, self)  # type: ignore[no-untyped-call]
         return received
 

@@ -109,7 +109,10 @@ class BatchPlan:
         return self.unit * self.micro_batch_size
 
     def advice(self) -> list[str]:
-        """Return a list with a line that suggests better settings if more than 10% of the slots are empty, else []."""
+        """Return a list with a line that suggests better settings if more than 10% of the slots are empty, else [].
+
+        A slot is one place in a micro-batch of a rank. An empty one is computed, but has weight 0 in the loss.
+        """
         if self.waste <= 0.1:
             return []
         changes = []
@@ -131,7 +134,7 @@ class BatchPlan:
         return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch_size)).micro_batch_size
 
     def better_world_size(self) -> int:
-        """Return the smallest number of ranks with which a step has no more micro-steps than now."""
+        """Return the smallest number of ranks with which a step needs no more micro-steps than with `world_size` ranks."""
         return -(-self._most_chunks // self.accumulation) * self.unit
 
 

@@ -46,7 +46,7 @@ class LevelCost:
 
     @property
     def saved(self) -> int:
-        """Number of parameters by which the model on each rank is smaller if the experts are sharded."""
+        """Number of parameters that sharding the experts saves on each rank."""
         return self.parameters - self.parameters // self.ep
 
 
@@ -109,7 +109,7 @@ def mean_tokens(config: Config, level: int) -> int:
 
 
 def describe(costs: Sequence[LevelCost]) -> list[str]:
-    """Return the costs and decisions as the lines of a table; [] if there are none."""
+    """Return the costs and decisions of `choose_placement` as the lines of a table; [] if there are none."""
     if not costs:
         return []
     lines = [

@@ -107,8 +107,9 @@ class ClusterSpec(BaseModel):
             if name == dtype:
                 return rates.get(op_class) or rates["product" if op_class in CLASSES_WITH_FLOPS else "other"]
         raise UserError(
-            f"train.dtype={dtype} requires rates.{dtype} in the description of the cluster {self.name}, but it has only "
-            f"rates for {', '.join(self.rates)}. Add them, or change train.dtype."
+            f"train.dtype={dtype} requires rates.{dtype}, the speed of operations in this dtype, in the description of the "
+            f"cluster {self.name}, but it has rates only for {', '.join(self.rates)}. Add rates.{dtype}, or change "
+            "train.dtype."
         )
 
 
@@ -156,6 +157,7 @@ def _parse(name: str, text: str) -> ClusterSpec:
         for required in ("product", "other"):
             if required not in rates or (required == "product" and rates[required].tflops is None):
                 raise UserError(
-                    f"--cluster {name}: rates.{dtype}.{required} must have the keys us, tflops and gb_s. Add them."
+                    f"--cluster {name}: rates.{dtype}.{required} must have the keys us (microseconds per operation), "
+                    "tflops (TFLOP/s) and gb_s (GB/s), but some are missing. Add them."
                 )
     return spec

@@ -211,9 +211,9 @@ class Search:
         outcomes = [self._outcome(*candidate) for candidate in self.choices()]
         if not outcomes:
             raise UserError(
-                f"train.global_batch_size={self.config.train.global_batch_size} on {self.world} ranks allows no choice of "
-                f"settings{f' with {self.allowed}' if self.allowed else ''}. Use fewer ranks, or a larger "
-                "train.global_batch_size."
+                f"train.global_batch_size={self.config.train.global_batch_size} on {self.world} ranks: the planner finds "
+                f"no settings that are possible{f' with {self.allowed}' if self.allowed else ''}. Use fewer ranks, or a "
+                "larger train.global_batch_size."
             )
         fastest = max((o.step.images_per_s for o in outcomes if o.fits), default=0.0)
 

@@ -54,7 +54,7 @@ class StepTime:
 
     @property
     def compute(self) -> float:
-        """Seconds of everything except communication."""
+        """Seconds of the step without communication."""
         return self.products + self.traffic + self.update + self.launches
 
     @property

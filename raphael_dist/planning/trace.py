@@ -149,7 +149,10 @@ class Profile:
     many: Trace
 
     def at(self, samples: int, recompute: Recompute = "none") -> Trace:
-        """Return the trace of a micro-step of `samples` images, by linear extrapolation."""
+        """Return the trace of a micro-step of `samples` images, by linear extrapolation.
+
+        `recompute`: which activations the backward pass recomputes: "none", those of transformer "blocks" or "all".
+        """
         share = (samples - self.few.samples) / (self.many.samples - self.few.samples)
 
         def line(name: str) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Writes a debug bundle: one archive with the files of a run that help a maintainer, without secrets."""
+"""Writes a debug bundle: an archive with the files of a run that a maintainer needs, without secrets."""
 
 import io
 import os
@@ -34,8 +34,8 @@ _NO_SECRET = re.compile(r"(?i)\b(max_|num_|n_)?tokens?\b\s*[=:]")
 def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return the text with possible secrets hidden.
 
-    Hidden are credentials in addresses, what follows names such as `token=`, and the values of environment variables with
-    such names.
+    Hidden are credentials in addresses, access keys in known formats, what follows names such as `token=`, and the values of
+    environment variables with such names.
     """
     for name, value in environment.items():
         if _SECRET_NAME.fullmatch(name) and len(value) >= 8:
@@ -46,14 +46,15 @@ def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
-    """Write the archive. The file appears only when it is complete.
+    """Write the debug bundle of a run: an archive with its configuration, logs and metrics, without secrets.
 
     Args:
         examined: the run.
         report: text that `python -m raphael_dist doctor` printed for this run.
-        path: the archive to write.
+        path: the archive to write. It appears only when it is complete.
 
-    Returns: the names of the files in the archive.
+    Returns:
+        The names of the files in the archive.
 
     Raises:
         UserError: `path` cannot be written.
@@ -73,7 +74,7 @@ def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
 
 
 def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of each member; a file that vanishes meanwhile is named in not-included.txt."""
+    """Yield (name, text) of each file of the archive. Files that cannot be read are listed in its not-included.txt."""
     left_out = list(examined.notes)
     yield "doctor.txt", report
     yield "plan.txt", "\n".join([*plan_lines(examined.plan), examined.plan_note]) + "\n"
@@ -93,7 +94,7 @@ def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[st
 
 
 def _tail(path: Path, limit: int) -> str:
-    """Return the end of a file from the beginning of a line on."""
+    """Return the last `limit` bytes of a file as text, from the beginning of a line on."""
     with open(open_regular(path), "rb") as file:
         start = max(0, os.fstat(file.fileno()).st_size - limit)
         file.seek(start)

@@ -18,7 +18,13 @@ EDGE_LEVEL = 16  # of 255; a map without a brighter pixel is empty
 
 @dataclass(frozen=True)
 class DataSample:
-    """How many samples were checked, and how many of them have a problem."""
+    """Result of checking some samples of a run's data.
+
+    Attributes:
+        samples: number of checked samples.
+        edges, empty_edges: number of samples with an edge map, and of those whose edge map has no edges.
+        duplicates: number of images that look like another one.
+    """
 
     samples: int
     edges: int
@@ -27,10 +33,9 @@ class DataSample:
 
 
 def sample_data(config: Config) -> DataSample:
-    """Check samples that are evenly distributed over the first local shards of `data.shards`.
+    """Check 256 samples of a run's data, evenly distributed over the first two local shards of `data.shards`.
 
-    Raises:
-        UserError: there are no local shards, or they cannot be read.
+    Raises UserError if there are no local shards, or they cannot be read.
     """
     local = [pattern for pattern in config.data.shards if not is_remote(pattern)]
     if not local:

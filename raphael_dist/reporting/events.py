@@ -1,4 +1,4 @@
-"""Reads the events of a run from its logs: starts, saves, faults and ends; and which step it had reached at which time."""
+"""Reads the events of a run from its logs (starts, saves, faults and ends), and which step it had reached at which time."""
 
 import re
 from dataclasses import dataclass
@@ -33,7 +33,11 @@ _STEP = re.compile(r"step[ -]0*(\d+)")
 class Event:
     """Something that happened in a run, from one line of its log.
 
-    `step`: the step that the line states, or the last step in the lines before it.
+    Attributes:
+        time: time of the line.
+        kind: a name in KINDS, such as "restart", or UNCLEAN.
+        step: the step that the line states, otherwise the last step in the lines before it.
+        text: the line.
     """
 
     time: datetime
@@ -48,13 +52,18 @@ class Event:
 
 @dataclass(frozen=True)
 class History:
-    """The events of a run. `progress`: (time, step) pairs that show how far it was."""
+    """What happened in a run.
+
+    Attributes:
+        events: its starts, saves, faults and ends, in order of time.
+        progress: (time, step) pairs: the steps that it had reached.
+    """
 
     events: list[Event]
     progress: list[tuple[datetime, int]]
 
     def of(self, *kinds: str) -> list[Event]:
-        """Return the events of these kinds (names in KINDS), in order of time."""
+        """Return the events of these kinds, such as "restart" (names in KINDS), in order of time."""
         return [event for event in self.events if event.kind in kinds]
 
     @property
@@ -63,7 +72,7 @@ class History:
 
 
 def read_history(run: RunFiles) -> History:
-    """Read the events and the progress of a run from its logs."""
+    """Read the events and the progress of a run from the lines of its logs."""
     events: list[Event] = []
     progress: list[tuple[datetime, int]] = []
     step, is_open = 0, False
@@ -90,7 +99,7 @@ def read_history(run: RunFiles) -> History:
 
 
 def ending(run: RunFiles, history: History, now: datetime) -> str:
-    """Return a text that states how the run ended, or when it last wrote a log line."""
+    """Return a text that states how the run ended, or for how long it has logged nothing. `now`: the current time."""
     ends = [event for event in history.events if event.kind in ("complete", "stopped", "start", "restart")]
     if ends and ends[-1].kind == "complete":
         return f"complete at step {run.step:,}"

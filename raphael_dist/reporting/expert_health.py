@@ -7,21 +7,24 @@ from raphael_dist.analysis.experts import DEAD_SHARE
 from raphael_dist.reporting.run_files import RunFiles
 
 OVERLOADED = 0.9  # as a share of a block's load
-MIN_SAMPLES = 20.0  # that an expert would get between two log lines if the load were even; fewer are not judged
+MIN_SAMPLES = 20.0  # per expert between two log lines, if the load were even; with fewer, loads are not judged
 _LAYER = re.compile(r"moe/(space|time)/L(\d+)/load_(min|max)")
 
 
 def dead_blocks(run: RunFiles) -> dict[str, list[int]]:
-    """Return the transformer blocks in which an expert gets almost no work, by kind ("space", "time").
+    """Return the transformer blocks with a dead expert, one that gets almost no work, by its kind ("space", "time").
 
-    In all of the last log lines, its load is below a small share of the mean load. The last fifth of the lines is used, at
-    least three, because the loads of few lines are noisy.
+    That is if its load is below a small share of the mean load in all of the last log lines. The last fifth of the lines is
+    used, at least three, because the loads of few lines are noisy.
     """
     return _blocks(run, "min", lambda load, experts: load < DEAD_SHARE)
 
 
 def overloaded_blocks(run: RunFiles) -> dict[str, list[int]]:
-    """Return the blocks in which one expert gets almost all work in all of the last log lines, by kind ("space", "time")."""
+    """Return the transformer blocks in which one expert gets almost all work, by its kind ("space", "time").
+
+    That is if it does so in all of the last log lines (see `dead_blocks`).
+    """
     return _blocks(run, "max", lambda load, experts: load > OVERLOADED * experts)
 
 
@@ -39,7 +42,10 @@ def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, int], bool]) -> di
 
 
 def experts_are_judged(run: RunFiles, kind: str) -> bool:
-    """Return whether log lines have the loads of enough samples. With few samples an expert can have no load by chance."""
+    """Return whether there are enough samples between two log lines to judge the loads of experts.
+
+    With few samples, an expert may get no work by chance. `kind`: "space" or "time".
+    """
     experts = run.option(f"model.{kind}_experts") or 1
     samples = (run.option("train.log_every") or 1) * (run.option("train.global_batch_size") or 1)
     return f"moe/{kind}/load_min" in run.series and experts > 1 and samples >= experts * MIN_SAMPLES

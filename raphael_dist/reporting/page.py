@@ -20,9 +20,9 @@ from raphael_dist.reporting.series import CHARTS, chart_data, timeline_data
 from raphael_dist.text import JsonObject, hide_secrets_in_text, redact
 
 MAX_BYTES = 5_000_000
-IMAGE_BYTES = 2_500_000  # of all sample grids
-ROUTES_BYTES = 1_000_000  # of all routes
-MAX_STEPS = 24  # of the sliders
+IMAGE_BYTES = 2_500_000  # for all sample grids of the page
+ROUTES_BYTES = 1_000_000  # for all routes of the page
+MAX_STEPS = 24  # on a slider
 MAX_EVENTS = 200
 SECTIONS = {
     "summary": "Summary",
@@ -39,7 +39,7 @@ SECTIONS = {
 
 
 def build_page(runs: Sequence[Examined]) -> str:
-    """Return the report of one or more runs as HTML."""
+    """Return the report of one or more examined runs as one HTML file, with figures, scripts and styles inside."""
     data: JsonObject = {"charts": [], "samples": [], "routes": []}
     parts = []
     for name, title in SECTIONS.items():
@@ -49,7 +49,7 @@ def build_page(runs: Sequence[Examined]) -> str:
     links = "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in SECTIONS)
     web = resources.files("raphael_dist.reporting") / "web"
     read = lambda name: (web / name).read_text(encoding="utf-8")  # noqa: E731
-    # < cannot end the element early. Nothing may be fetched, whatever text a caption contains.
+    # Escaped, since < could end the element early. The policy forbids to fetch anything, whatever a caption contains.
     payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -73,7 +73,7 @@ def _sentence(text: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]]) -> str:
-    """Return a table. Rows are (class, cells); numbers stand on the right."""
+    """Return an HTML table. Rows are (CSS class, cells); numbers are aligned to the right."""
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
     lines = []
     for css, cells in rows:
@@ -91,7 +91,7 @@ def _heading(runs: Sequence[Examined], run: RunFiles) -> str:
 
 
 def _charts(section: str, runs: Sequence[Examined], data: JsonObject) -> str:
-    """Return the figures of a section, and add their curves to `data`; a sentence where there are none."""
+    """Return the HTML of a section's charts, and add their curves to `data`. A sentence lists charts without data."""
     figures, absent = [], []
     for chart in CHARTS:
         if chart.section != section:
@@ -163,7 +163,7 @@ def _samples(runs: Sequence[Examined], data: JsonObject) -> str:
 
 
 def _grids(run: RunFiles, limit: int) -> list[JsonObject]:
-    """Return the sample grids as JPEG files, at evenly distributed steps, in at most `limit` bytes."""
+    """Return sample grids at evenly distributed steps, in about `limit` bytes: {"step", "src" (JPEG as data URL)}."""
     steps = _spread(sorted(run.samples), MAX_STEPS)
     grids = []
     for step in steps:
@@ -209,7 +209,7 @@ def _routes(runs: Sequence[Examined], data: JsonObject) -> str:
 
 
 def _route_entries(run: RunFiles, limit: int) -> list[JsonObject]:
-    """Return the routes of evenly distributed steps in at most `limit` bytes; the newest ones count most."""
+    """Return the routes of evenly distributed steps, as JSON values, in at most `limit` bytes. The newest have priority."""
     entries: list[JsonObject] = []
     for step in reversed(_spread(sorted(run.routes), MAX_STEPS)):
         try:
@@ -237,7 +237,7 @@ def _experts(runs: Sequence[Examined], data: JsonObject) -> str:
 
 
 def _health(run: RunFiles) -> str:
-    """Return the table of the least and the most busy expert of each block."""
+    """Return the HTML table with the lowest and the highest load of an expert in each block."""
     blocks = sorted({tag.split("/")[2] for tag in run.series if tag.startswith("moe/") and tag.count("/") == 3})
     bad = {
         block for by_kind in (dead_blocks(run), overloaded_blocks(run)) for numbers in by_kind.values() for block in numbers
@@ -285,7 +285,7 @@ def _faults(runs: Sequence[Examined], data: JsonObject) -> str:
 
 
 def _flat_configs(runs: Sequence[Examined]) -> list[dict[str, str]]:
-    """Return the configuration of each run by key, without secrets."""
+    """Return the configuration of each run as {"section.key": value as text}, without secrets."""
     return [summary.flatten(redact(examined.run.config)) for examined in runs]
 
 

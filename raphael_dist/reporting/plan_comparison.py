@@ -9,9 +9,12 @@ from raphael_dist.reporting.run_files import RunFiles
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One quantity of a run, e.g. images per second: what was measured and what the planner predicts.
+    """A quantity of a run, e.g. images per second, as it was measured and as the planner predicts it.
 
-    The measured value is the mean over the last half of the run; for memory it is the peak. None: unknown.
+    Attributes:
+        name: the quantity with its unit.
+        measured: mean over the last half of the run; for memory the peak. None: unknown.
+        planned: the prediction; None: unknown.
     """
 
     name: str
@@ -24,7 +27,7 @@ class PlanRow:
 
 
 def measured_rows(run: RunFiles) -> list[PlanRow]:
-    """Return the quantities of a run with measured values only."""
+    """Return the measured quantities of a run (speed, memory, utilisation), without predictions."""
     rate, images = run.last("throughput/samples_per_s", share=0.5), run.option("train.global_batch_size")
     peak = max(run.values("memory/peak_gib"), default=None)
     return [
@@ -36,27 +39,30 @@ def measured_rows(run: RunFiles) -> list[PlanRow]:
 
 
 def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
-    """Return the quantities of a run with measured values and predictions for the same settings.
+    """Return the measured quantities of a run, with the planner's predictions for the same settings.
 
-    The prediction uses the run's own number of ranks, ZeRO stage and micro-batch.
+    The predictions are for the number of ranks, ZeRO stage and micro-batch of the run.
 
     Args:
         run: the files of the run.
         config: the run's configuration.
-        cluster_name: a value of `tools/plan_run.py --cluster`; "auto": "cpu" if the run used CPUs.
+        cluster_name: the hardware, as for `tools/plan_run.py --cluster`. "auto": "cpu", if the run used CPUs.
 
     Raises:
-        UserError: the log does not state how the run started, the cluster is unknown, or the planner cannot predict the
-            settings.
+        UserError: the log does not state how the run started or which GPU it used, the cluster is unknown, or the planner
+            cannot predict the settings.
     """
     from raphael_dist.planning.cluster_spec import load_cluster  # imports DeepSpeed, which takes seconds
     from raphael_dist.planning.search import Choice, Search
 
     launch = run.launch
     if launch is None:
-        raise UserError("train.log has no line about the start, which states the number of ranks and the ZeRO stage")
+        raise UserError(
+            "train.log must contain the line about the start of the run, with the number of ranks and the ZeRO stage, but "
+            "it has none"
+        )
     if cluster_name == "auto" and launch.device != "cpu":
-        raise UserError("the log does not name the GPU; add --cluster h100x8, for example")
+        raise UserError("train.log does not state which GPU the run used; name it, for example with --cluster h100x8")
     cluster = load_cluster("cpu" if cluster_name == "auto" else cluster_name)
     choice = Choice(
         config.parallel.space_ep, config.parallel.time_ep, launch.stage, False, config.train.micro_batch_size,
@@ -64,7 +70,7 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     )  # fmt: skip
     outcome = Search(config, cluster, launch.world).evaluate(choice)
     if outcome is None:
-        raise UserError(f"the planner does not support these settings on {launch.world} ranks: {choice}")
+        raise UserError(f"the planner cannot predict a run on {launch.world} ranks with these settings: {choice}")
     step, peak = outcome.step, cluster.peak_tflops.get(config.train.dtype)
     planned = (
         step.images_per_s,
@@ -76,10 +82,10 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
 
 
 def plan_lines(rows: list[PlanRow]) -> list[str]:
-    """Return the quantities as lines of a table."""
+    """Return a line of text for each quantity, with the measured and the predicted value."""
     return [f"{row.name}: measured {number(row.measured)}, planned {number(row.planned)}" for row in rows]
 
 
 def number(value: float | None) -> str:
-    """Return a number as text with three digits; "unknown" for None."""
+    """Return a number as text with three significant digits; "unknown" for None."""
     return "unknown" if value is None else f"{value:,.3g}"

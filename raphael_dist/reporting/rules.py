@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from raphael_dist.reporting.data_sample import DataSample
 
 MIN_LINES = 8  # of metrics; fewer show no trend
-DATA_BOUND = 0.1  # share of the time
-CLIPPED = 0.8  # share of the log lines
+DATA_BOUND = 0.1  # share of the time that waits for data
+CLIPPED = 0.8  # share of the log lines with clipped gradients
 TRUNCATED = 0.05  # share of the captions
 EMPTY = 0.2  # share of the edge maps
-EDGE_LOSS = 1e-3  # of maps without edges; with edges it stays above 0.01
+EDGE_LOSS = 1e-3  # lower losses mean maps without edges; with edges the loss stays above 0.01
 DUPLICATES = 0.1  # share of the images
 SKIPPED = 0.01  # share of the steps
 DISK_SAVES = 2  # checkpoints that must still fit
@@ -39,15 +39,15 @@ _TRUNCATED = re.compile(r"text\.max_tokens=(\d+): longer captions are truncated 
 
 @dataclass(frozen=True)
 class Case:
-    """What the rules read about a run.
+    """What is known about a run, for the rules that look for problems.
 
     Attributes:
         run: its files.
         history: events from its logs.
         now: the current time.
         free_bytes: free disk space for the run directory, in bytes; None: unknown.
-        checkpoint_bytes: size of the newest checkpoint; 0: there is none.
-        data: result of checking some of its samples; None: they were not read.
+        checkpoint_bytes: size of the newest checkpoint in bytes; 0: there is none.
+        data: result of checking some samples of its data; None: they were not read.
     """
 
     run: RunFiles
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem of a run, with its numbers, and what to do about it."""
+    """A problem of a run, with numbers from the run, and its remedy: what to do about it."""
 
     problem: str
     remedy: str
@@ -73,7 +73,7 @@ Rule = Callable[[Case], Finding | None]
 
 
 def loss_not_finite(case: Case) -> Finding | None:
-    """Detect losses that are infinite or NaN."""
+    """Return a finding if a logged training loss is infinite or NaN, else None."""
     bad = [step for step, loss in case.run.series.get("train/loss", []) if not math.isfinite(loss)]
     if not bad:
         return None
@@ -81,7 +81,7 @@ def loss_not_finite(case: Case) -> Finding | None:
 
 
 def loss_not_falling(case: Case) -> Finding | None:
-    """Detect a loss that is not lower at the end than at the beginning."""
+    """Return a finding if the training loss is not lower at the end than at the beginning, else None."""
     losses = [loss for loss in case.run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return None
@@ -95,7 +95,7 @@ def loss_not_falling(case: Case) -> Finding | None:
 
 
 def dead_experts(case: Case) -> Finding | None:
-    """Detect experts that get almost no work."""
+    """Return a finding if an expert gets almost no work, else None."""
     dead = dead_blocks(case.run)
     scalar = case.run.last("moe/dead_experts", share=0.01)
     if not dead and not scalar:
@@ -107,7 +107,7 @@ def dead_experts(case: Case) -> Finding | None:
 
 
 def overloaded_experts(case: Case) -> Finding | None:
-    """Detect experts that get nearly all work of their block."""
+    """Return a finding if an expert gets nearly all work of its transformer block, else None."""
     over = overloaded_blocks(case.run)
     if not over:
         return None
@@ -119,7 +119,7 @@ def overloaded_experts(case: Case) -> Finding | None:
 
 
 def data_bound(case: Case) -> Finding | None:
-    """Detect a run that spends much of its time waiting for data."""
+    """Return a finding if the run spends much of its time waiting for data, else None."""
     share = case.run.last("time/data_wait_frac", share=0.5)
     if share is None or share < DATA_BOUND:
         return None
@@ -128,7 +128,7 @@ def data_bound(case: Case) -> Finding | None:
 
 
 def always_clipped(case: Case) -> Finding | None:
-    """Detect gradients that are clipped at nearly every step."""
+    """Return a finding if gradients are clipped at nearly every step, else None."""
     limit, norms = case.run.option("optim.max_grad_norm"), case.run.values("optim/grad_norm", share=0.5)
     share = fmean(norm > limit for norm in norms) if limit and norms else 0.0
     if len(norms) < MIN_LINES // 2 or share < CLIPPED:
@@ -140,7 +140,7 @@ def always_clipped(case: Case) -> Finding | None:
 
 
 def checkpoints_fail(case: Case) -> Finding | None:
-    """Detect saves that failed, and damaged checkpoints."""
+    """Return a finding if saves of checkpoints failed or checkpoints are damaged, else None."""
     failed = max(case.run.values("checkpoint/failed"), default=0.0)
     events = case.history.of("save failed")
     count = max(int(failed), len(events))
@@ -155,7 +155,7 @@ def checkpoints_fail(case: Case) -> Finding | None:
 
 
 def slow_ranks(case: Case) -> Finding | None:
-    """Detect ranks that are much slower than others, so that all others wait for them."""
+    """Return a finding if a rank is much slower than others, so that all others wait for it, else None."""
     ratios = case.run.values("time/slowest_rank_ratio", share=0.5)
     if not ratios or median(ratios) <= SLOW_RATIO:
         return None
@@ -168,7 +168,7 @@ def slow_ranks(case: Case) -> Finding | None:
 
 
 def wrong_schedule(case: Case) -> Finding | None:
-    """Detect learning-rate and other schedules that do not fit the number of steps of the run."""
+    """Return a finding if a schedule (learning rate, gate noise) does not fit the run's number of steps, else None."""
     run, steps = case.run, case.run.option("train.max_steps") or 0
     warmup, noise = run.option("optim.warmup_steps") or 0, run.option("model.gate_noise_steps") or 0
     if steps and warmup >= steps / 2:
@@ -197,7 +197,7 @@ def wrong_schedule(case: Case) -> Finding | None:
 
 
 def disk_nearly_full(case: Case) -> Finding | None:
-    """Detect a disk without room for the next checkpoints."""
+    """Return a finding if the disk of the run directory has no room for the next checkpoints, else None."""
     need = DISK_SAVES * case.checkpoint_bytes
     if case.free_bytes is None or case.free_bytes >= max(need, 1 << 28):
         return None
@@ -209,7 +209,7 @@ def disk_nearly_full(case: Case) -> Finding | None:
 
 
 def truncated_captions(case: Case) -> Finding | None:
-    """Detect many captions that are longer than the text encoder reads."""
+    """Return a finding if many captions are longer than the text encoder reads, else None."""
     counts = [match for line in case.run.log if (match := _TRUNCATED.match(line.text))]
     if not counts:
         return None
@@ -223,7 +223,7 @@ def truncated_captions(case: Case) -> Finding | None:
 
 
 def empty_edge_maps(case: Case) -> Finding | None:
-    """Detect edge maps without edges."""
+    """Return a finding if many edge maps have no edges, else None."""
     if not case.run.option("edge.weight"):
         return None
     remedy = "make them again (python -m raphael_dist prepare with --edges), or set edge.weight=0 in a new run"
@@ -236,7 +236,7 @@ def empty_edge_maps(case: Case) -> Finding | None:
 
 
 def duplicates(case: Case) -> Finding | None:
-    """Detect images that occur several times in the data."""
+    """Return a finding if many images occur several times in the data, else None."""
     if case.data is None or case.data.duplicates <= DUPLICATES * case.data.samples:
         return None
     return Finding(
@@ -246,7 +246,7 @@ def duplicates(case: Case) -> Finding | None:
 
 
 def skipped_steps(case: Case) -> Finding | None:
-    """Detect many steps that were skipped and did not change the weights."""
+    """Return a finding if many steps were skipped and did not change the weights, else None."""
     skipped = max(case.run.values("train/skipped"), default=0.0)
     if skipped <= SKIPPED * max(1, case.run.step):
         return None
@@ -256,7 +256,7 @@ def skipped_steps(case: Case) -> Finding | None:
 
 
 def stalled(case: Case) -> Finding | None:
-    """Detect a run that is not complete but no longer writes anything."""
+    """Return a finding if the run is not complete but no longer writes to its log, else None."""
     times = [time for time, _ in case.history.progress]
     if len(times) < 2 or ending(case.run, case.history, case.now).startswith(("complete", "stopped")):
         return None
@@ -291,12 +291,12 @@ RULES: dict[Rule, tuple[str, str]] = {
 
 
 def diagnose(case: Case) -> list[Finding]:
-    """Apply all rules to a run; return the problems that they detect, in the order of RULES."""
+    """Apply all rules in RULES to a run; return the problems that they detect, in this order."""
     return [finding for rule in RULES if (finding := rule(case))]
 
 
 def coverage(case: Case) -> tuple[list[str], list[str]]:
-    """Return the names of what the rules checked, and of what they could not check because the run has no data about it."""
+    """Return (names of the problems that the rules looked for, names of those for which the run has no data)."""
     seen: list[str] = []
     unseen: list[str] = []
     for what, needs in RULES.values():
@@ -313,5 +313,5 @@ def _has(case: Case, need: str) -> bool:
 
 
 def longest_wait(run: RunFiles) -> str:
-    """Return the kind of work (data_timer.KINDS) for whose result the run waits longest."""
+    """Return the kind of work for which the run waits longest: "reading", "decoding", "encoding" or "copying" data."""
     return max(KINDS, key=lambda kind: run.last(f"time/data_wait_{kind}", share=0.5) or 0.0)

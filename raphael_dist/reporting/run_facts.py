@@ -25,7 +25,7 @@ class Examined:
         run: its files.
         history: events from its logs.
         findings: problems that the rules (rules.py) detect.
-        looked_at, not_looked_at: what the rules checked, and what they could not check.
+        looked_at, not_looked_at: names of the problems that the rules looked for, and of those for which data was missing.
         notes: sentences that state what could not be read, and why.
         plan: measured and predicted speed and memory.
         plan_note: why there is no prediction; "" if there is one.
@@ -44,11 +44,12 @@ class Examined:
 
 
 def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> Examined:
-    """Read a run directory, and check the run by all rules.
+    """Read a run directory, look for problems by all rules, and compare the run with the planner's prediction.
 
     Args:
         folder: the run directory.
-        cluster: name of the cluster for the prediction; NO_PLAN: make no prediction.
+        cluster: hardware for the prediction, as for `tools/plan_run.py --cluster`; "auto": "cpu", if the run used CPUs;
+            NO_PLAN: make no prediction.
         with_data: whether to decode some samples of the run's data and check them.
 
     Raises:
@@ -78,7 +79,7 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
 
 
 def _config_of(run: RunFiles) -> tuple[Config | None, str]:
-    """Return the configuration, or None and why it cannot be used."""
+    """Return (configuration, ""), or (None, why it cannot be used)."""
     if not run.config:
         return None, "config.yaml is missing or cannot be read"
     try:
@@ -88,7 +89,7 @@ def _config_of(run: RunFiles) -> tuple[Config | None, str]:
 
 
 def _newest_bytes(folder: Path) -> int:
-    """Return the size of the newest checkpoint; 0 without one."""
+    """Return the size of the run's newest checkpoint in bytes; 0 if there is none."""
     checkpoints = [path for path in folder.glob("checkpoints/step-*") if step_of(path) is not None]
     if not checkpoints:
         return 0

@@ -24,7 +24,7 @@ MARKS = ("config.yaml", "metrics.jsonl", "train.log")  # a folder with one of th
 
 @dataclass(frozen=True)
 class LogLine:
-    """One line of a run's log. `rank`: the rank that wrote it; train.log is that of rank 0."""
+    """One line of a run's log. `rank`: the rank that wrote it; 0 for the lines of train.log."""
 
     time: datetime
     level: str
@@ -34,7 +34,7 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a process of the run was started: number of ranks, device, ZeRO stage."""
+    """How the run was started. `world`: number of ranks. `device`: "cpu" or "cuda". `stage`: ZeRO stage of DeepSpeed."""
 
     world: int
     device: str
@@ -43,17 +43,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The contents of a run directory.
-
-    Every field may be empty. `missing` has a sentence about each file that could not be read.
+    """The contents of a run directory. Every field except `folder` may be empty.
 
     Attributes:
-        series: (step, value) pairs by metric tag, in order of steps.
-        log: lines of the logs.
+        folder: the run directory.
+        series: (step, value) pairs by name (tag) of the metric, in order of steps.
+        log: lines of the logs of all ranks, in order of time.
         config: the tree of config.yaml.
-        samples, routes: files of sample grids and of routes, by step.
+        versions: versions of Python and packages by name.
+        samples, routes: by step, the file of the sample grid, and of the routes (experts of words) for it.
         checkpoints: steps of the checkpoints.
         damaged: folders of damaged checkpoints.
+        missing: a sentence about each file that could not be read.
     """
 
     folder: Path
@@ -72,18 +73,21 @@ class RunFiles:
         return self.folder.resolve().name
 
     def option(self, key: str, default: Any = None) -> Any:
-        """Return a value of the configuration by its name, such as "train.max_steps"."""
+        """Return a value of the configuration by its key, such as "train.max_steps"; `default` if it is not set."""
         section, _, name = key.partition(".")
         values = self.config.get(section)
         return values.get(name, default) if isinstance(values, dict) else default
 
     def values(self, tag: str, share: float = 1.0) -> list[float]:
-        """Return the last values of a metric: the last `share` (0..1) of them, but at least one."""
+        """Return the last values of a metric: the fraction `share` (0..1) of all its values, but at least one.
+
+        `tag`: name of the metric, such as "train/loss". [] if it has no values.
+        """
         series = self.series.get(tag, [])
         return [value for _, value in series[-max(1, round(share * len(series))) :]] if series else []
 
     def last(self, tag: str, share: float = 0.2) -> float | None:
-        """Return the mean of the last values of a metric, the last `share` (0..1) of them; None if it has no values."""
+        """Return the mean of the last values of a metric, as `values` returns them; None if it has no values."""
         values = self.values(tag, share)
         return fmean(values) if values else None
 
@@ -102,10 +106,9 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read the files in a run directory.
+    """Read the files in a run directory. Files that cannot be read are listed in the result's `missing`.
 
-    Raises:
-        UserError: the folder does not exist, or is not a run directory.
+    Raises UserError if the folder does not exist, or is not a run directory.
     """
     if not folder.is_dir():
         raise UserError(f"RUN={folder} must be a run directory, but there is no such folder. Give the run.dir of a run.")
@@ -178,7 +181,10 @@ def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def read_routes(path: Path) -> dict[str, Any]:
-    """Return the routes that belong to one sample grid (format: analysis/route_report.py). Raises OSError or ValueError."""
+    """Return the routes (experts of words and timesteps) that belong to one sample grid, as `trace_values` wrote them.
+
+    Raises OSError or ValueError.
+    """
     routes = json.loads(read_text(path))
     if not isinstance(routes, dict) or not {"words", "space", "regions", "time", "timesteps"} <= set(routes):
         raise ValueError(f"{path.name} contains no routes")

@@ -11,7 +11,13 @@ BUCKETS = 250  # number of intervals of a curve; each has two points
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: the section of the page, its title, and the metric tags that it shows with a label for each."""
+    """A chart of the HTML report.
+
+    Attributes:
+        section: the section of the page, a key of `page.SECTIONS`.
+        title: its title.
+        tags: names of the metrics that it shows, with the label of each curve.
+    """
 
     section: str
     title: str
@@ -44,7 +50,10 @@ CHARTS = (
 
 
 def chart_data(chart: Chart, runs: list[RunFiles]) -> list[dict[str, Any]]:
-    """Return the curves of a chart as {"label", "x" (steps), "y"}; [] if there are no values."""
+    """Return the curves of a chart, one for each run and metric: {"label", "x" (steps), "y" (values)}.
+
+    [] if no run has values for it.
+    """
     curves = []
     for run in runs:
         for tag, label in chart.tags.items():
@@ -56,9 +65,10 @@ def chart_data(chart: Chart, runs: list[RunFiles]) -> list[dict[str, Any]]:
 
 
 def timeline_data(histories: list[tuple[str, History]]) -> list[dict[str, Any]]:
-    """Return the curves of the timeline: steps against minutes since the first log line, and points at restarts and faults.
+    """Return curves that show the progress of runs: steps against minutes since a run's first log line.
 
-    `histories`: (name, history) of each run.
+    `histories`: (name, history) of each run. A curve is {"label", "x" (minutes), "y" (steps), "kind"}. "kind" is "step",
+    "restart" or "fault"; the latter two are points.
     """
     curves: list[dict[str, Any]] = []
     for name, history in histories:
@@ -79,7 +89,7 @@ def timeline_data(histories: list[tuple[str, History]]) -> list[dict[str, Any]]:
 
 
 def thinned(series: Series) -> Series:
-    """Reduce a series to the smallest and the largest value in each of BUCKETS intervals, so that spikes stay visible."""
+    """Reduce a series to the smallest and the largest value in each of BUCKETS intervals. So spikes stay visible."""
     size = -(-len(series) // BUCKETS)
     if size <= 2:
         return series
@@ -91,5 +101,5 @@ def thinned(series: Series) -> Series:
 
 
 def round_(value: float) -> float | None:
-    """Return a value rounded to five digits; None (a gap in the curve) if it is not finite."""
+    """Return a value rounded to five significant digits; None (a gap in the curve) if it is not finite."""
     return float(f"{value:.5g}") if abs(value) < float("inf") else None

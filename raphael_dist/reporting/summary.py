@@ -13,13 +13,13 @@ from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.training.stragglers import SLOW_RATIO
 
 LEVEL = 0.05  # relative change of the loss between the last two eighths of a run below which it has levelled off
-SAVING = 0.1  # share of the time, as DATA_BOUND
+SAVING = 0.1  # share of the time above which saving checkpoints limits the speed
 SLOWER = 0.5  # share of the planned images per second below which the report says so
-PLACES = ("run.dir", "data.cache_dir")  # keys of places, which do not describe a difference between runs
+PLACES = ("run.dir", "data.cache_dir")  # keys of folders, which differ between runs in any case
 
 
 def convergence(run: RunFiles) -> str:
-    """Return a sentence that states whether the loss has fallen and whether it has levelled off."""
+    """Return sentences that state whether the training loss has fallen and whether it has levelled off."""
     losses = [loss for loss in run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return f"Unknown: {len(losses)} log lines have a finite loss, at least {MIN_LINES} are needed."
@@ -50,7 +50,7 @@ def convergence(run: RunFiles) -> str:
 
 
 def expert_health(run: RunFiles) -> str:
-    """Return a sentence about transformer blocks with dead experts."""
+    """Return a sentence about transformer blocks with dead experts: experts that get almost no work."""
     if not any(tag.startswith("moe/") for tag in run.series):
         return "Unknown: no expert loads were logged. A dense model has none."
     dead, scalar = dead_blocks(run), run.last("moe/dead_experts", share=0.01)
@@ -69,7 +69,7 @@ def expert_health(run: RunFiles) -> str:
 
 
 def speed(examined: Examined) -> str:
-    """Return a sentence about the run's speed and what limits it."""
+    """Return sentences about the run's speed in images per second and what limits it."""
     run = examined.run
     rate = run.last("throughput/samples_per_s", share=0.5)
     if rate is None:
@@ -100,7 +100,7 @@ def speed(examined: Examined) -> str:
 
 
 def failures(examined: Examined) -> str:
-    """Return a sentence about failures, restarts and the end of the run."""
+    """Return sentences about faults, restarts and the end of the run."""
     history = examined.history
     if not examined.run.log:
         return "Unknown: there is no train.log."
@@ -113,7 +113,7 @@ def failures(examined: Examined) -> str:
 
 
 def flatten(config: dict[str, Any]) -> dict[str, str]:
-    """Return the configuration as a flat dict: "section.key" and the value as text."""
+    """Return the configuration as {"section.key": value as text}."""
     flat = {}
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -122,9 +122,9 @@ def flatten(config: dict[str, Any]) -> dict[str, str]:
 
 
 def differences(configs: Sequence[dict[str, str]]) -> list[str]:
-    """Return the keys whose values differ between runs, except paths of the runs themselves (PLACES).
+    """Return the keys whose values differ between runs, except PLACES: folders, which differ in any case.
 
-    `configs`: results of `flatten`.
+    `configs`: for each run, the result of `flatten`.
     """
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if key not in PLACES and len({config.get(key) for config in configs}) > 1]

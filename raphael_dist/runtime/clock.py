@@ -1,6 +1,6 @@
 """A clock that counts only the time in which this process could run.
 
-With it, a job that was suspended for an hour is not taken for a job that has hung for an hour.
+With it, a job that was suspended for an hour is not mistaken for a job that has hung for an hour.
 """
 
 import threading
@@ -10,7 +10,7 @@ import time
 class RunningClock:
     """Counts seconds without the time in which the process was suspended (SIGSTOP, a frozen machine).
 
-    Of the time between two readings at most `max_gap` seconds are counted, so it must be read at least that often.
+    Between two calls of `now`, at most `max_gap` seconds are counted. So call it at least that often.
     """
 
     def __init__(self, max_gap: float) -> None:

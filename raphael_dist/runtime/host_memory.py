@@ -12,12 +12,12 @@ _USER_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for later tensors; return whether it does.
+    """Make glibc keep freed memory for later tensors; return whether it does so.
 
     Each step allocates the memory that the previous step freed. By default glibc returns tensors above 32 MB to the system
     and requests them again, and the system clears every page. With weights of this size that takes a quarter of a step.
-    After this call the process keeps as much memory as it has used at most. Nothing is changed if the environment selects
-    another allocator or sets glibc's variables.
+    After this call the process never gives memory back. Nothing is changed (False) if the environment selects another
+    allocator or sets glibc's variables.
     """
     if any(name.startswith(_USER_SETTINGS) for name in os.environ):
         return False
@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def without_long_collections() -> Iterator[None]:
-    """Return a context in which Python's garbage collector ignores all objects that exist at its beginning.
+    """Return a context manager inside which Python's garbage collector ignores all objects that existed before.
 
     The modules and the model are about a million objects. A full collection takes 0.4 s for them. With activation
     checkpointing it happens every eight steps, at a different time on each rank, while all other ranks wait.

@@ -17,16 +17,16 @@ import time
 
 
 def stopped(pid: int) -> bool:
-    """Return whether a process is suspended by a signal or a debugger."""
+    """Return whether the process `pid` is suspended by a signal or a debugger."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] in ("T", "t")
     return False
 
 
 def main(pid: int, seconds: float, tick: float) -> None:
-    """Watch the process `pid` until it ends, or kill it after `seconds` without a sign of life.
+    """Watch the process `pid` until standard input ends, or kill it after `seconds` without a sign of life.
 
-    `tick`: seconds between two checks.
+    A sign of life is a byte on standard input. `tick`: seconds between two checks.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they are for the watched process
         signal.signal(number, signal.SIG_IGN)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Launcher(NamedTuple):
-    """A launcher and the names of the environment variables that it sets."""
+    """A launcher (torchrun, mpirun, ...) and the names of the environment variables that it sets for each rank."""
 
     name: str
     rank: str
@@ -42,9 +42,9 @@ def launcher_of(env: Mapping[str, str] = os.environ) -> Launcher | None:
 
 
 def rank_of(env: Mapping[str, str] = os.environ) -> str:
-    """Return the rank as the text in the launcher's variable; "0" without a launcher.
+    """Return the rank as text, as in the launcher's variable; "0" without a launcher.
 
-    It may not be a number; `ranks.discover` checks this.
+    The text may not be a number; `ranks.discover` checks this.
     """
     launcher = launcher_of(env)
     return env[launcher.rank] if launcher else "0"

@@ -1,4 +1,4 @@
-"""Finds the launcher processes that started this rank. A rank whose launcher has ended must end itself; nobody else ends it.
+"""Finds the launcher processes that started this rank. If its launcher has ended, a rank must end itself: nothing else does.
 
 SIGTERM or SIGKILL to `deepspeed` alone does not end the process that it started, nor the ranks. Launchers are recognised by
 their command lines, because other ancestors, such as the shell that started a run in the background, may end earlier.
@@ -23,7 +23,13 @@ _PYTHON = re.compile(r"python[\d.]*")
 
 @dataclass(frozen=True)
 class Process:
-    """A launcher process: its id, its start time (in clock ticks since boot), and the name of the launcher."""
+    """A launcher process.
+
+    Attributes:
+        pid: its process id.
+        began: its start time, in clock ticks since boot. With it, another process with the same id is recognised.
+        launcher: name of the launcher.
+    """
 
     pid: int
     began: int
@@ -31,13 +37,13 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs. Another process that got the same id later does not count."""
+        """Whether this process still runs. Another process that got the same id later does not count."""
         fields = _stat(self.pid)
         return alive(self.pid) and fields is not None and int(fields[19]) == self.began
 
 
 def launchers() -> list[Process]:
-    """Return the ancestors of this process that are launchers, the nearest first."""
+    """Return the ancestors (parent, its parent, ...) of this process that are launchers, the nearest first."""
     processes, pid = [], os.getppid()
     while pid > 1 and (fields := _stat(pid)) is not None:
         if launcher := _launcher(pid):
@@ -47,20 +53,20 @@ def launchers() -> list[Process]:
 
 
 def alive(pid: int) -> bool:
-    """Return whether a process with this id runs."""
+    """Return whether a process with the id `pid` runs (a zombie does not)."""
     fields = _stat(pid)
     return fields is not None and fields[0] not in ("Z", "X")
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat, beginning with the state; None without such a process."""
+    """Return the fields of /proc/PID/stat, beginning with the process state; None if there is no such process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return None
 
 
 def _launcher(pid: int) -> str:
-    """Return the name of the launcher that a process is, or ""."""
+    """Return the name of the launcher that runs in a process; "" if none does."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         return launcher_in(words)
@@ -68,7 +74,10 @@ def _launcher(pid: int) -> str:
 
 
 def launcher_in(words: list[str]) -> str:
-    """Return the name of the launcher that a command line (as a list of words) runs; "" if it runs none."""
+    """Return the name of the launcher that a command line runs; "" if it runs none.
+
+    `words`: the command line, as a list of words.
+    """
     # slurmstepd writes its title as one word: "slurmstepd: [123.0]".
     program = Path(words[0].split(":")[0]).name
     arguments = words[1:]

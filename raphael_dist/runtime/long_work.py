@@ -1,9 +1,9 @@
 """Runs work of unknown length on one rank or on all, without a collective that could time out.
 
-If a rank waited in a collective while another rank reads a million files, the collective would time out. Here, a rank that
-has finished polls the process group's store until all ranks have finished. Ranks that still work report their progress
-there. If no rank has reported for SILENCE_S seconds, all waiting ranks raise HungError, which names the unfinished ranks. If
-one rank fails, the other ranks stop at their next report, and all raise its error.
+If a rank waited in a collective while another rank reads a million files, the collective would time out. With this module, a
+rank that has finished polls the process group's key-value store until all ranks have finished. Ranks that still work report
+their progress there. If no rank has reported for SILENCE_S seconds, all waiting ranks raise HungError, which names the
+unfinished ranks. If one rank fails, the other ranks stop at their next report, and all raise its error.
 
 Cost: the more ranks there are, the less often each polls. The store gets about 2,000 requests a second from waiting ranks,
 and a few more for each report.
@@ -29,29 +29,30 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 SILENCE_S = TIMEOUT.total_seconds()  # as long as a collective would wait
 LOG_EVERY_S = 60.0
-_pieces = [0]  # pieces of work so far, which is the name of the next one: all ranks do the same work in the same order
+_pieces = [0]  # number of uses of `long_work` so far, which names the next one: all ranks use it in the same order
 listeners: list[Callable[[], None]] = []  # called at every report of any rank
 
 
 class AbandonedError(RuntimeError):
-    """Ends this rank's work, because another rank has failed and its result is no longer needed."""
+    """Raised inside this rank's work to end it, because another rank has failed and the result is no longer needed."""
 
 
 @contextmanager
 def long_work(doing: str) -> Iterator[Reporter]:
-    """Return a context for work of any length that every rank does. If it fails on one rank, all ranks raise its error.
+    """Return a context manager for work of any length that every rank does, instead of waiting in a collective.
 
-    The work must not call collectives, and must report at least every SILENCE_S seconds. The end of the context is
-    collective.
+    If the work fails on one rank, all ranks raise its error. The work must not call collectives, and must report at least
+    every SILENCE_S seconds. The end of the context is collective.
 
     Args:
         doing: what is done, for progress bars and messages, e.g. "indexing".
 
-    Yields: the function that reports this rank's progress.
+    Yields:
+        The function that the work calls to report this rank's progress.
 
     Raises:
         HungError: no rank has reported for SILENCE_S seconds.
-        Other exceptions: see `ranks.raise_on_all_ranks`.
+        UserError, NotSavedError, RuntimeError: as in `ranks.raise_on_all_ranks`.
     """
     watch, failure = Watch(doing, SILENCE_S), None
     with ProgressBar(doing, enabled=dist.get_rank() == 0) as bar:
@@ -70,15 +71,19 @@ def long_work(doing: str) -> Iterator[Reporter]:
 
 
 def run_on_all_ranks(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Run `work` on every rank in a context of `long_work`; return this rank's result. Collective."""
+    """Run `work` on every rank inside `long_work(doing)`; return this rank's result. Collective.
+
+    `work` gets the function with which it reports progress.
+    """
     with long_work(doing) as report:
         return work(report)
 
 
 def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Run `work` on rank 0 in a context of `long_work`; return its result on all ranks. Collective.
+    """Run `work` on rank 0 inside `long_work(doing)`; return its result on all ranks. Collective.
 
-    The result is pickled. An error of `work` is raised on all ranks.
+    `work` gets the function with which it reports progress. The result is pickled. An error of `work` is raised on all
+    ranks.
     """
     result: list[T | None] = [None]
     with long_work(doing) as report:
@@ -89,9 +94,9 @@ def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
 
 
 def report_failure(reason: str) -> None:
-    """Tell the other ranks that this rank has failed and will not take part in the next `long_work`.
+    """Report to the other ranks that this rank has failed and will not take part in the next `long_work`.
 
-    Ranks that wait for it there, now or later, then raise an error.
+    Ranks that wait for it there, now or later, raise an error with the text `reason`.
     """
 
     def post() -> None:
@@ -110,7 +115,7 @@ def _store_of(piece: int) -> dist.Store:
 
 
 class Watch:
-    """Follows one piece of `long_work` on all ranks, for this rank.
+    """One use of `long_work`, as seen from this rank: publishes its progress, and follows that of the others.
 
     All requests to the store are made by a separate thread, because the process that keeps the store may hang and requests
     have no timeout.
@@ -132,7 +137,7 @@ class Watch:
         threading.Thread(target=self._run, name=doing, daemon=True).start()
 
     def report(self, text: str) -> None:
-        """Publish this rank's progress. Raises AbandonedError if another rank has failed."""
+        """Publish a text about this rank's progress. Raises AbandonedError if another rank has failed."""
         self._status, self._reports = f"{self._doing}: {text}", self._reports + 1
         if self._abandoned:
             raise AbandonedError
@@ -179,7 +184,7 @@ class Watch:
                 counted = True
             newest_signs = self._store.add("signs", 0)
             now = self._answered = self._clock.now()
-            if newest_signs != signs:  # nothing else changes without a sign
+            if newest_signs != signs:  # every other change in the store comes with a new sign
                 signs, last_sign = newest_signs, now
                 finished = self._read_store()
                 if self._problem is not None:
@@ -196,7 +201,7 @@ class Watch:
             self._changed.clear()
 
     def _read_store(self) -> int:
-        """Read what has changed; return how many ranks have finished."""
+        """Read the status of all ranks from the store after a change; return how many ranks have finished."""
         self._last_status = self._store.get("last").decode()
         for listener in listeners:
             listener()

@@ -1,4 +1,4 @@
-"""Progress reports of long work, and a bar that shows them on a terminal.
+"""Progress reports of long work, and a progress bar for the terminal.
 
 The package rich is imported only if there is a terminal. This module does not import torch.
 """
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """A function that receives the progress of work: a text, and `done` of `total` parts if parts are counted."""
+    """A function that long work calls with its progress: a text, and `done` of `total` parts if parts are counted."""
 
     def __call__(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
 
 
 def no_report(text: str, done: int | None = None, total: int | None = None) -> None:
-    """Ignore a progress report. The default where nobody shows progress."""
+    """Ignore a progress report. It is the default if progress is not shown."""
 
 
 class ProgressBar:
@@ -42,7 +42,7 @@ class ProgressBar:
 
     @property
     def active(self) -> bool:
-        """Whether the bar is shown, because the stream is a terminal."""
+        """Whether the bar can be shown: it is enabled, and the stream is a terminal."""
         return self._console is not None
 
     def report(self, text: str, done: int | None = None, total: int | None = None) -> None:

@@ -34,7 +34,7 @@ class Ranks:
     Attributes:
         rank, world_size: its global rank and the number of ranks.
         local_rank, local_world_size: its rank on this host and the number of ranks on this host.
-        launcher: name of the launcher.
+        launcher: name of the launcher that started it, e.g. "torchrun"; "none" without a launcher.
     """
 
     rank: int = 0
@@ -48,7 +48,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return which of `count` items this rank works on: every `world_size`-th, starting with number `rank`."""
+        """Return the indices of those of `count` items that this rank works on: `rank`, `rank` + `world_size`, ..."""
         return range(self.rank, count, self.world_size)
 
 
@@ -90,9 +90,11 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT, heartbeat: Callable[[
     Args:
         ranks: this rank.
         timeout: time limit of collectives, and of each step of connecting.
-        heartbeat: called with a description before each step that may take long.
+        heartbeat: called with a description before each step that may take long. None: not called.
 
-    Raises the exceptions of `rendezvous.connect` and `rendezvous.wait_for_all`.
+    Raises:
+        UserError: the address of rank 0 is missing or invalid, or a host has more ranks than GPUs.
+        HungError: rank 0 does not answer, or not all ranks have connected within `timeout`.
     """
     # DeepSpeed calls collectives by names that torch 2.13 has renamed. Users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
@@ -110,7 +112,7 @@ def initialise(ranks: Ranks, timeout: timedelta = TIMEOUT, heartbeat: Callable[[
 
 
 def _no_heartbeat(text: str) -> None:
-    """Do nothing: no watchdog watches this process."""
+    """Do nothing, because no watchdog watches this process."""
 
 
 def complete_environment(ranks: Ranks) -> None:
@@ -163,7 +165,7 @@ def _master_by_mpi() -> tuple[str, str]:
 
 
 def num_threads(ranks: Ranks) -> int:
-    """Return how many threads a rank on a CPU may use: OMP_NUM_THREADS, or its share of the available cores."""
+    """Return how many CPU threads a rank may use: OMP_NUM_THREADS, or its share of the available cores."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdigit() and int(setting) > 0:
         return int(setting)
@@ -176,7 +178,7 @@ def host_name() -> str:
 
 
 def rank_table(ranks: Ranks, device: torch.device) -> list[str]:
-    """Log a line about every rank (host, device, process id) on rank 0; return the host names of all ranks. Collective."""
+    """Log a line about every rank (host, device, process id) on rank 0; return each rank's host name. Collective."""
     table = gather_objects((host_name(), str(device), ranks.local_rank, os.getpid()))
     for rank, (host, name, local_rank, pid) in enumerate(table if ranks.is_main else []):
         _log.info("rank %d: %s, %s, local rank %d, pid %d, started by %s", rank, host, name, local_rank, pid, ranks.launcher)
@@ -187,7 +189,7 @@ def free_port() -> int:
     """Return a TCP port of this host that is free now.
 
     It is below the range from which the kernel takes ports for outgoing connections, so that no such connection takes it
-    before it is used.
+    before the caller uses it.
     """
     first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     candidates = range(10_000, first_given) if first_given > 12_000 else [0]
@@ -198,7 +200,10 @@ def free_port() -> int:
 
 
 def all_reduce_sum(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the sum of each value over all ranks, as float64 on the host. Collective; waits for the device once."""
+    """Return the sum of each of n values over all ranks, float64 [n] on the host. Collective; waits for the device once.
+
+    `device`: this rank's device, on which the values are reduced. A tensor may have any shape.
+    """
     if isinstance(values, torch.Tensor):
         tensor = values.to(device, torch.float64, copy=True)
     else:
@@ -208,7 +213,7 @@ def all_reduce_sum(values: Sequence[float] | torch.Tensor, device: torch.device)
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return the values of all ranks, in the order of ranks. Collective. They are pickled, so they should be small."""
+    """Return the values of all ranks, in the order of ranks. Collective. Values are pickled, so they should be small."""
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return cast(list[T], values)
@@ -217,8 +222,8 @@ def gather_objects(value: T) -> list[T]:
 def raise_on_all_ranks(work: Callable[[], T]) -> T:
     """Run `work` on every rank and return this rank's result. If it fails on any rank, raise an error on all. Collective.
 
-    This is for short work, because ranks that have finished wait in a collective. `long_work.run_on_all_ranks` is for long
-    work.
+    Use it for short work only, because ranks that have finished wait in a collective. For long work there is
+    `long_work.run_on_all_ranks`.
 
     Raises:
         UserError, NotSavedError: on all ranks, if one rank raises it.
@@ -228,7 +233,7 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Run `work`; return (result, None), or (None, exception) if it fails."""
+    """Call `work`; return (result, None), or (None, exception) if it raises an exception."""
     try:
         return work(), None
     except Exception as error:
@@ -238,12 +243,14 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 def raise_if_any_failed(
     result: T | None, failure: Exception | None, gather: Callable[[Any], list[Any]] = gather_objects
 ) -> T:
-    """Return `result` if no rank has a failure; otherwise raise an error on all ranks, as `raise_on_all_ranks`. Collective.
+    """Return `result` if `failure` is None on all ranks; otherwise raise an error on all ranks. Collective.
+
+    The raised errors are those of `raise_on_all_ranks`.
 
     Args:
         result: this rank's result.
         failure: this rank's exception, or None.
-        gather: returns the values of all ranks in order; replaced if ranks have no process group.
+        gather: returns the values of all ranks in order; to be replaced if there is no process group.
     """
     kind = next((k for k in SHARED_ERRORS if isinstance(failure, k)), None)
     problems = gather(None if failure is None else (kind, str(failure) if kind else describe_error(failure)))

@@ -1,7 +1,7 @@
 """How ranks connect: the store through which they form a process group, and each rank's status until they have done so.
 
-The store is torch.distributed's key-value store, which rank 0 keeps. Before the run directory is open, only the store can
-show which rank is missing. A single rank needs no network: it keeps the store in its own memory and opens no port.
+The store is torch.distributed's key-value store, a service in the process of rank 0. Before the run directory is open, only
+the store can show which rank is missing. A single rank needs no network: its store is in its own memory and opens no port.
 """
 
 import contextlib
@@ -27,7 +27,9 @@ _stores: list[dist.Store] = []  # the store of this process, once it is connecte
 
 
 def connect(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Return the store of all ranks. Only the rank that keeps it must be there; the others need not be.
+    """Return the key-value store that all ranks share. Rank 0 must be running; the other ranks need not be.
+
+    If torchrun started the ranks, its agent must be running too. `timeout`: how long to wait for rank 0.
 
     Raises:
         UserError: MASTER_ADDR or MASTER_PORT is invalid.
@@ -59,7 +61,7 @@ def connect(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def _store_of_rank0(agent_store: dist.TCPStore, rank: int, timeout: timedelta) -> dist.TCPStore:
-    """Return a store that rank 0 keeps: torchrun's store ends with torchrun, while ranks still write a checkpoint."""
+    """Return a store in the process of rank 0: torchrun's store ends with torchrun, while ranks still write a checkpoint."""
     key = f"raphael_dist/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank > 0:
         address, port = agent_store.get(key).decode().rsplit(" ", 1)
@@ -71,7 +73,7 @@ def _store_of_rank0(agent_store: dist.TCPStore, rank: int, timeout: timedelta) -
 
 
 def _own_address() -> str:
-    """Return MASTER_ADDR where that is this host, else the address of this host on the route to it."""
+    """Return MASTER_ADDR if it is this host, else the address of this host on the route to it."""
     address, port = master_address()
     family, *_, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -83,8 +85,8 @@ def _own_address() -> str:
 def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
     """Wait until all ranks are connected. Raises HungError, which names the missing ranks, after `timeout`.
 
-    Forming the process group would also wait for all ranks, but it holds Python's global interpreter lock meanwhile, so that
-    no thread could watch it.
+    Forming the process group would also wait for all ranks. But it holds Python's global interpreter lock meanwhile, so that
+    no thread of this process could watch it.
     """
     if world_size == 1:
         return
@@ -105,13 +107,16 @@ def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
 
 
 def join_first(names: Sequence[str], separator: str) -> str:
-    """Join the first MAX_NAMED names by `separator`; of the others only the number is given."""
+    """Join the first MAX_NAMED names by `separator`, followed by the number of the other names, as " and 5 more"."""
     rest = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return separator.join(names[:MAX_NAMED]) + rest
 
 
 def master_address() -> tuple[str, int]:
-    """Return host and port at which rank 0 listens. Raises UserError if the environment has no valid ones."""
+    """Return host and port of rank 0 from MASTER_ADDR and MASTER_PORT.
+
+    Raises UserError if one of them is missing or not valid.
+    """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value]
     if missing:
@@ -126,7 +131,7 @@ def master_address() -> tuple[str, int]:
     try:
         socket.getaddrinfo(address, int(port))
     except OSError as error:
-        if getattr(error, "errno", None) != socket.EAI_AGAIN:  # a name server that fails for a moment
+        if getattr(error, "errno", None) != socket.EAI_AGAIN:  # temporary failure of the name server
             raise UserError(
                 f"MASTER_ADDR={address} must be the name or address of a host, but it cannot be resolved "
                 f"({error.strerror}). Set it to that of rank 0."
@@ -135,7 +140,7 @@ def master_address() -> tuple[str, int]:
 
 
 def post_status(line: str) -> None:
-    """Append a line to the status that all ranks can read, if the store is connected."""
+    """Append a line to the status that all ranks can read in the store. Does nothing before `connect`."""
     if _stores:
         with contextlib.suppress(RuntimeError):  # rank 0 is gone; whoever needs it reports that
             _stores[0].append(_STATUS_KEY, f"{line}\n")  # type: ignore[attr-defined]
@@ -156,9 +161,9 @@ def read_status() -> list[str] | None:
 
 
 def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
-    """Return the ranks whose messages do not arrive within `seconds`. All ranks must call this.
+    """Return the ranks whose messages do not arrive within `seconds`, for a message about network problems.
 
-    Messages are exchanged through rank 0's store.
+    All ranks must call this at about the same time. Messages are exchanged through rank 0's store.
     """
     present: set[int] = {rank}
 
@@ -179,7 +184,7 @@ def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
 
 
 def no_answer() -> str:
-    """Return the message for the case that the store, i.e. the process that keeps it, does not answer."""
+    """Return the error message for the case that the store, i.e. the process of rank 0, does not answer."""
     return f"{_master()} does not answer"
 
 

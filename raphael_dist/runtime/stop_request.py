@@ -22,14 +22,20 @@ class StopRequest:
     """Whether this rank has been asked to stop. Signal handlers only set a flag, so no collective is interrupted."""
 
     def __init__(self, max_time: float | None = None) -> None:
-        """`max_time`: seconds from now to the time limit; None: no limit."""
+        """Find the launchers of this process, and start the time limit.
+
+        `max_time`: seconds from now to the time limit; None: no limit.
+        """
         self._signal: int | None = None
         self._orphaned = False
         self.launchers = launchers()
         self._deadline = None if max_time is None else time.monotonic() + max_time
 
     def listen(self) -> None:
-        """Treat SIGTERM, SIGINT and SIGUSR1 as requests; a second SIGINT ends the process. Call it in the main thread."""
+        """Treat SIGTERM, SIGINT and SIGUSR1 as requests to stop. Call it in the main thread.
+
+        A second SIGINT (Ctrl-C) ends the process at once.
+        """
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -45,7 +51,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank has been asked to stop."""
+        """Whether this rank has been asked to stop, by a signal, the time limit, or the end of its launcher."""
         if self._signal is not None or (self._deadline is not None and time.monotonic() >= self._deadline):
             return True
         if not self._orphaned and (ended := describe_ended(self.launchers)):
@@ -55,7 +61,7 @@ class StopRequest:
 
 
 def describe_ended(processes: Sequence[Process]) -> str:
-    """Return a text that names the launcher that has ended; "" if all run."""
+    """Return a text that names the first launcher process that has ended; "" if all of them run."""
     return next((f"the launcher {p.launcher} (process {p.pid}) has ended" for p in processes if not p.alive), "")
 
 

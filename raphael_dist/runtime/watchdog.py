@@ -1,8 +1,8 @@
 """Ends a run that hangs. A thread on each rank follows the progress of the training thread.
 
 It watches the progress of the training loop and not process groups, so it detects a hang in any of them. Every rank writes
-its heartbeat (which place of the loop it has reached) to a file in the run directory. The rank whose timeout is over first
-reads the heartbeats of all ranks, names those that are behind, writes the stacks of all its threads to
+its heartbeat (the place that its training loop has reached) to a file in the run directory. The rank whose timeout is over
+first reads the heartbeats of all ranks, names those that are behind, writes the stacks of all its threads to
 `logs/stacks-rank-N.txt`, and exits with EXIT_HUNG. The launcher then ends the other ranks.
 
 The watchdog starts before the ranks are connected. Until the run directory is open, heartbeats are lines in the ranks' store
@@ -48,9 +48,9 @@ class Heartbeat:
     """The last sign of life of a rank.
 
     Attributes:
-        rank, host, pid: the process.
-        count: number of its heartbeats so far. Healthy ranks have equal counts.
-        where: which place of the loop it has reached.
+        rank, host, pid: rank, host name and process id.
+        count: number of its heartbeats so far. Ranks that make progress have equal counts. -1: there is no heartbeat yet.
+        where: the place that its training loop has reached, as text.
         time: when it was written, in seconds since 1970.
     """
 
@@ -59,13 +59,14 @@ class Heartbeat:
     count: int
     where: str
     time: float = 0.0  # by the clock of the file system; before there is a run directory, by the host's
-    pid: int = 0  # of a process that has not exited by itself
+    pid: int = 0  # 0: the process is about to end itself, so it was not killed
 
 
 class Watchdog:
     """Ends the process if `heartbeat` is not called for `timeout_s` seconds, between `start` and `stop`.
 
-    In `long_work`, reports of other ranks count as heartbeats. Time in which the process was suspended does not count.
+    During `long_work`, progress reports of any rank count as heartbeats. Time in which the process was suspended does not
+    count.
     """
 
     def __init__(self, ranks: Ranks, run_dir: Path, timeout_s: float, launchers: Sequence[Process] = ()) -> None:
@@ -93,7 +94,10 @@ class Watchdog:
         self._interpreter_watchdog: subprocess.Popen[bytes] | None = None
 
     def heartbeat(self, where: str, timeout_factor: float = 1.0) -> None:
-        """Record that the loop has reached `where`. The next call must come within `timeout_factor` times the timeout."""
+        """Record that the training loop has reached `where` (a text for messages).
+
+        The next call must come within `timeout_factor` times the timeout.
+        """
         self._count, self._where, self._timeout_factor = self._count + 1, where, timeout_factor
         self._extend()
         if self._stacks is None:
@@ -103,9 +107,12 @@ class Watchdog:
         self._deadline = self._clock.now() + self._timeout * self._timeout_factor
 
     def start(self) -> Self:
-        """Start to watch, with the timeout factor SLOW for the first heartbeat. Writes no file yet."""
+        """Start to watch, and return self. Until the first heartbeat, the timeout is multiplied by SLOW.
+
+        It writes no file before `use_folder` is called.
+        """
         self._extend()
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # without a standard error
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the process has no standard error
             faulthandler.register(signal.SIGUSR2, all_threads=True)
         program = str(Path(__file__).with_name("interpreter_watchdog.py"))
         # It acts after the others' deadline, so that they can name this rank first.
@@ -117,7 +124,10 @@ class Watchdog:
         return self
 
     def use_folder(self) -> None:
-        """From now on, write heartbeats and stacks to files in the run directory. Raises the errors of `write_error`."""
+        """From now on, write heartbeats and stacks to files in the run directory.
+
+        Raises NotSavedError if the disk is full, and UserError if it cannot be written.
+        """
         try:
             (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)
             self._stacks = open(self._folder / f"stacks-rank-{self._ranks.rank}.txt", "w", opener=no_links)
@@ -185,7 +195,7 @@ class Watchdog:
             replace_bytes(self._path(self._ranks.rank), self._line().encode(), durable=False)
 
     def _find_killed_rank(self) -> str:
-        """Return a message about a killed rank of this host, whose heartbeat exists and whose process does not, or ""."""
+        """Return a message about a killed rank of this host, whose heartbeat exists and whose process does not; else ""."""
         first = self._ranks.rank - self._ranks.local_rank
         for rank in range(first, first + self._ranks.local_world_size) if self._stacks is not None else ():
             heartbeat = self._read_file(rank)
@@ -201,7 +211,7 @@ class Watchdog:
         return ""
 
     def _end_process(self) -> None:
-        """Report who is behind, write this rank's stacks and exit with EXIT_HUNG."""
+        """Report which ranks are behind, write this rank's stacks and exit with EXIT_HUNG."""
         self._publish()
         time.sleep(min(self._tick, 1.0))  # the other ranks are about to publish theirs
         heartbeats = self._read_heartbeats()
@@ -224,15 +234,15 @@ class Watchdog:
         os._exit(EXIT_HUNG)  # the training thread is stuck: nothing less ends it
 
     def _describe_links(self, heartbeats: list[Heartbeat]) -> str:
-        """Return which ranks cannot be reached, though they write heartbeats, or ""."""
-        # The time-outs of ranks at the same place end within a tick.
+        """Return which ranks cannot be reached although they write heartbeats; "" if there are none."""
+        # Ranks that wait at the same place time out within one tick of each other.
         seconds = self._tick + rendezvous.ANSWER_S
         missing = rendezvous.unreachable(self._ranks.rank, self._ranks.world_size, seconds)
         names = rendezvous.join_first([f"rank {rank} on {heartbeats[rank].host}" for rank in missing], ", ")
         return f", and {names} cannot be reached from {self._host}: check the network between them" if missing else ""
 
     def _read_heartbeats(self) -> list[Heartbeat]:
-        """Return the heartbeat of every rank; [] where only the store has them and does not answer."""
+        """Return the heartbeat of every rank; [] if they are in the store and it does not answer."""
         if self._stacks is None:
             return _newest(rendezvous.read_status(), self._ranks.world_size)
         return [self._read_file(rank) for rank in range(self._ranks.world_size)]
@@ -250,7 +260,7 @@ def _missing(rank: int) -> Heartbeat:
 
 
 def _newest(lines: list[str] | None, world_size: int) -> list[Heartbeat]:
-    """Return the last heartbeat of each rank, of lines that the store has, the oldest first."""
+    """Return the last heartbeat of each rank, given the store's lines (oldest first); [] if they are None."""
     if lines is None:
         return []
     newest = {rank: _missing(rank) for rank in range(world_size)}
@@ -261,7 +271,7 @@ def _newest(lines: list[str] | None, world_size: int) -> list[Heartbeat]:
 
 
 def silent(heartbeats: list[Heartbeat], tick: float) -> list[Heartbeat]:
-    """Return the heartbeats of ranks that have not written for longer than three ticks.
+    """Return the heartbeats of ranks that have not written a heartbeat for longer than three ticks.
 
     These ranks are suspended, dead, or get no processor time. `tick`: seconds between two writes of a healthy rank.
     """
@@ -272,8 +282,8 @@ def silent(heartbeats: list[Heartbeat], tick: float) -> list[Heartbeat]:
 def describe_stragglers(heartbeats: list[Heartbeat], tick: float) -> str:
     """Return a text that names the ranks that are behind.
 
-    These have fewer heartbeats than other ranks, or have not written one for long. `tick`: seconds between two writes of a
-    healthy rank.
+    These have fewer heartbeats than other ranks, or have not written one for long (`silent`). `tick`: seconds between two
+    writes of a healthy rank.
     """
     newest, highest = max(h.time for h in heartbeats), max(h.count for h in heartbeats)
     dead = silent(heartbeats, tick)

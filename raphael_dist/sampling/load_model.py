@@ -134,13 +134,13 @@ def open_for_sampling(path: Path) -> Checkpoint:
     """
     path = resolve_latest(path)
     try:
-        layout = detect(path).name
-    except UserError as error:
+        layout = detect(path, "--checkpoint").name
+    except UserError:
         if path.is_dir():
             raise UserError(
                 f"--checkpoint {path} contains no checkpoint. Use a run directory, a step-* folder or an exported pipeline."
             ) from None
-        raise UserError(f"--checkpoint {str(error).removeprefix('--from ')}") from None
+        raise
     if layout == "raphael":
         return open_checkpoint(layout, open_newest(path).folder)  # open_newest has verified the checksums
     checkpoint = open_checkpoint(layout, path)
@@ -170,7 +170,7 @@ def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
 
 
 def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
-    """Return which weights to read: "ema" or "master" (fp32 weights). `weights`: the option --weights; None: the best.
+    """Return which weights to read: "ema" or "master" (fp32 weights). `weights`: --weights; None: the EMA if present.
 
     A layout (format on disk) that contains one kind of weights always calls it "master", even if it is the EMA.
     """

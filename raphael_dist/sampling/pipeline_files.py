@@ -68,8 +68,8 @@ class PipelineFiles(_Pipeline):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
-        # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared, because its class
-        # exists twice if the code was imported twice.
+        # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
+        # imported twice, the class of the encoder exists twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -96,8 +96,8 @@ def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size"
     for size in {r.size_hw for r in requests}:
         if any(side < factor or side % factor for side in size):
             raise UserError(
-                f"{option} {size[0]} {size[1]} must be multiples of {factor}, the number of image pixels per side of a "
-                "latent position. Change the size."
+                f"{option} {size[0]} {size[1]} must be multiples of {factor}, the downsampling factor of the VAE. Change "
+                "the size."
             )
 
 

@@ -268,10 +268,15 @@ class Sampler:
         maps = [r.edges for r in requests if r.edges is not None]
         if not maps:
             return self.denoise
-        if self.with_edges is None or len(maps) < len(requests):
+        if self.with_edges is None:
             raise UserError(
-                "--control requires a model with a ControlNet, and an edge map for each image or for none, but one of the "
-                "two is missing. Add --control-from, or give all images an edge map."
+                "--control requires a model with a ControlNet, but this model has none. Add --control-from, or leave out "
+                "--control."
+            )
+        if len(maps) < len(requests):
+            raise UserError(
+                f"--control requires an edge map for each image, but only {len(maps)} of {len(requests)} images have one. "
+                "Give all images an edge map, or none."
             )
         edge_BHW = torch.from_numpy(np.stack(maps)).to(self.device)
         return self.with_edges(nn.functional.avg_pool2d(edge_BHW, self.image.factor))

@@ -1,7 +1,7 @@
-"""Files with a checksum: derived data (such as an index) whose undetected damage would change results.
+"""Files with a checksum, for derived data such as an index: undetected damage in them would change results.
 
 A *sealed* file ends with the 32 bytes of the SHA-256 of the data before them. A sealed folder contains `sums.json`, a sealed
-file with the size and SHA-256 of each other file. Callers write damaged files again.
+file with the size and SHA-256 of each other file. If a file is damaged, the caller computes and writes it again.
 """
 
 import hashlib
@@ -22,14 +22,17 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def write_sealed(path: Path, data: bytes) -> None:
-    """Write `data`, followed by its SHA-256, as one file, atomically. Raises OSError."""
+    """Write `data` and its SHA-256 as one file. A reader sees the whole file or none. Raises OSError."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.write(hashlib.sha256(data).digest())
 
 
 def read_sealed(path: Path) -> bytes:
-    """Return the data that `write_sealed` wrote. Raises OSError, and ValueError if the checksum does not match."""
+    """Return the data of a file that `write_sealed` wrote, without the checksum.
+
+    Raises OSError, and ValueError if the data do not match the checksum.
+    """
     with open(open_regular(path), "rb") as file:
         data = file.read()
     data, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
@@ -39,21 +42,21 @@ def read_sealed(path: Path) -> bytes:
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write an array in NumPy's .npy format as a sealed file. Raises OSError."""
+    """Write an array, in NumPy's .npy format and followed by its SHA-256, as one file. Raises OSError."""
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     write_sealed(path, buffer.getvalue())
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Return the array that `write_array` wrote. Raises the errors of `read_sealed`."""
+    """Return the array of a file that `write_array` wrote. Raises the errors of `read_sealed`."""
     values: np.ndarray = np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
     return values
 
 
 @contextmanager
 def sealed_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into. At the end of the block, write its sums.json and rename it to `folder`.
+    """Yield a temporary folder to write into. At the end of the block, add a file with checksums, and rename it to `folder`.
 
     Several processes may write the same folder: the first one wins, and the files of the others are discarded.
 
@@ -74,7 +77,7 @@ def sealed_folder(folder: Path) -> Iterator[Path]:
 
 
 def folder_damage(folder: Path) -> str | None:
-    """Return a text about the first missing or damaged file of a sealed folder; None if all match their checksums."""
+    """Return a text about the first missing or damaged file of a folder that `sealed_folder` wrote; None if it is intact."""
     try:
         files = json.loads(read_sealed(folder / SUMS))
         return integrity_error((folder / name, entry) for name, entry in files.items())

@@ -18,14 +18,14 @@ from raphael_dist.text import open_regular
 
 
 class FileEntry(TypedDict):
-    """Size in bytes and SHA-256 (hex) of a file, as a checkpoint's manifest lists them."""
+    """A file in a checkpoint's manifest: its size in bytes and its SHA-256 (hex)."""
 
     bytes: int
     sha256: str
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """Write all of `data` to a file descriptor: one call of `os.write` may write only a part."""
+    """Write all of `data` to a file descriptor, with as many calls of `os.write` as necessary."""
     while data:
         data = data[os.write(descriptor, data) :]
 
@@ -34,7 +34,7 @@ def no_links(path: str | Path, flags: int) -> int:
     """Open a regular file and return its descriptor; refuse symbolic links. Pass this function as `opener` to `open`.
 
     It is for files with a predictable name: another user who can write to the folder could put a symbolic link there, and
-    this process would overwrite the file that the link points to.
+    this process would overwrite the file that the link points to. `flags`: those of `os.open`.
 
     Raises:
         OSError: the path is a symbolic link, a folder, a FIFO or a device.
@@ -63,7 +63,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
-    """Yield a temporary path to write to. It replaces `path` when the block ends, and is removed when the block raises.
+    """Yield a temporary path to write to. The file is renamed to `path` when the block ends, or removed if the block fails.
 
     A reader of `path` sees the old content or the new one, never half of it.
 
@@ -84,9 +84,9 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder to write into. It becomes `path` when the block ends, and is removed when the block raises.
+    """Yield a new folder to write into. It is renamed to `path` when the block ends, and removed if the block raises.
 
-    Raises OSError if `path` is a folder with content when the block ends, because another process was faster.
+    Raises OSError if `path` is then a folder with content, which another process has written in the meantime.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -98,9 +98,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Replace the content of a file atomically. No other process may write the file at the same time.
+    """Replace the content of a file by `data` atomically. No other process may write the file at the same time.
 
-    durable: fsync the file and its folder, so that the new content survives a power failure.
+    `durable`: fsync the file and its folder, so that the new content survives a power failure.
     """
     with atomic_path(path, shared=False) as temporary:
         if durable:
@@ -139,13 +139,13 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free space, in bytes, that this user can use on the file system of `folder`."""
+    """Return the free space in bytes, for this user, on the file system that contains `folder`."""
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
 
 
 def sha256(path: Path, *, from_device: bool = False) -> str:
-    """Return the SHA-256 of a file, in hex. from_device: drop the file from the page cache first, to read it from disk."""
+    """Return the SHA-256 of a file, in hex. `from_device`: read it from the disk, not from the page cache."""
     with open(open_regular(path), "rb", buffering=0) as file:
         if from_device:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -153,7 +153,7 @@ def sha256(path: Path, *, from_device: bool = False) -> str:
 
 
 def integrity_error(files: Iterable[tuple[Path, FileEntry]], report: Callable[[str], None] = lambda _: None) -> str | None:
-    """Compare the size and SHA-256 of files with their manifest entries.
+    """Compare the size and SHA-256 of files with those that a manifest lists.
 
     Args:
         files: (path, manifest entry) of each file.

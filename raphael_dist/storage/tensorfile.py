@@ -45,13 +45,14 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a contiguous tensor lies in a file, and which span (range of elements) of a flattened parameter it holds.
+    """Where a contiguous tensor lies in a file. It may hold only a range of the elements of a flattened parameter.
 
     Attributes:
-        offset: position of its first byte in the file.
+        path: the file.
+        offset: position of the tensor's first byte in the file.
         dtype, shape: of the tensor in the file.
-        start: number, in the flattened parameter, of its first element.
-        transposed: whether the file has the transpose of a matrix: the span is the flattened transpose of the stored matrix.
+        start: index of the tensor's first element in the flattened parameter.
+        transposed: whether the file has the transpose of the parameter's matrix.
     """
 
     path: Path
@@ -66,9 +67,9 @@ class StoredTensor:
         return prod(self.shape)
 
     def part(self, first: int, numel: int, start: int) -> "StoredTensor":
-        """Return where this tensor's elements [first, first + numel) lie in the file. Nothing is read.
+        """Return where the elements first .. first + numel - 1 of this flattened tensor lie in the file. Nothing is read.
 
-        They are the elements [start, start + numel) of a parameter.
+        `start`: index of the first of them in the flattened parameter.
         """
         return replace(self, offset=self.offset + first * self.dtype.itemsize, shape=(numel,), start=start)
 
@@ -77,7 +78,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Read the header of a safetensors file.
 
     Returns:
-        The place of each tensor by name, and the metadata strings.
+        Where each tensor lies in the file, by name; and the metadata strings, by name.
 
     Raises:
         UserError: the file is missing or truncated, or its header contradicts its size.
@@ -128,7 +129,7 @@ def _check_extent(tensors: dict[str, StoredTensor], base: int, size: int) -> Non
 
 
 class FileReader:
-    """Reads ranges of parameters from files. The most recently used files (64 at most) stay open."""
+    """Reads ranges of parameters' elements from files. The most recently used files (64 at most) stay open."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
@@ -136,7 +137,7 @@ class FileReader:
         weakref.finalize(self, _close_all, self._open)
 
     def read(self, spans: Iterable[StoredTensor], start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of a flattened parameter, float32.
+        """Return the elements start .. start + numel - 1 of a flattened parameter, float32 [numel].
 
         Args:
             spans: where the parameter's elements are stored, in ascending order of `start`.
@@ -203,10 +204,10 @@ def _close_all(descriptors: "OrderedDict[Path, int]") -> None:
 
 
 class HashedFile:
-    """A new file, written sequentially. A second thread computes its SHA-256, and calls fsync at the end.
+    """A new file, written sequentially. A second thread computes its SHA-256 meanwhile, and calls fsync at the end.
 
-    The caller must not change a buffer after passing it to `write`, until `entry` returns. Raises FileExistsError if the
-    file exists.
+    The caller must not change a buffer after passing it to `write`, until `entry` has returned. The constructor raises
+    FileExistsError if the file exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -227,7 +228,7 @@ class HashedFile:
             self._thread.join()
 
     def entry(self) -> FileEntry:
-        """Wait until fsync has returned; return size and SHA-256. Call it after the `with` block.
+        """Wait until fsync has returned; return the file's size and SHA-256. Call it after the `with` block.
 
         Raises OSError if fsync failed.
         """
@@ -262,13 +263,16 @@ class HashedFile:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the elements of a CPU tensor, in row-major order, as bytes. A tensor that is not contiguous is copied."""
+    """Return the bytes of a CPU tensor's elements in row-major order. A tensor that is not contiguous is copied."""
     raw: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(raw)
 
 
 def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write CPU tensors, contiguous or not, by name into an open file in the safetensors format."""
+    """Write CPU tensors by name into an open file in the safetensors format. They need not be contiguous.
+
+    `metadata`: strings by name, for the header.
+    """
     # Large items first, as in the safetensors library, so that each tensor is aligned to its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     heads = [(name, tensors[name].dtype, tensors[name].shape) for name in names]
@@ -285,10 +289,10 @@ def write_safetensors(
 
     Args:
         file: the file, open for writing.
-        tensors: (key, dtype, shape) of each tensor, for the header.
+        tensors: (name, dtype, shape) of each tensor, for the header.
         metadata: strings by name, for the header.
-        values: CPU tensors whose concatenation has the elements of all tensors, in the order of `tensors`. They may be
-            divided at any element.
+        values: CPU tensors with the elements of all tensors, in the order of `tensors`. They may be divided differently:
+            only the sequence of all elements counts.
     """
     head: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

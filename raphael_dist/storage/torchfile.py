@@ -29,7 +29,7 @@ _STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16St
 
 
 def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """Return the object that `torch.save` wrote, with a `StoredTensor` (place in the file) instead of each tensor.
+    """Return the object in a file of `torch.save`, with a `StoredTensor` (place in the file) instead of each tensor.
 
     Args:
         path: the file.
@@ -71,9 +71,9 @@ def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return where each tensor of a weights file (.safetensors, or written by torch.save) lies, by tensor name.
+    """Return where each tensor of a weights file (.safetensors, or written by torch.save) lies in it, by tensor name.
 
-    Only headers are read. Raises UserError if the file cannot be read.
+    Only headers are read, not the data of tensors. Raises UserError if the file cannot be read.
     """
     if path.suffix == ".safetensors":
         return read_header(path)[0]
@@ -83,7 +83,11 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _with_places(node: Any, path: Path, left: list[int]) -> Any:
-    """Replace the tensors of a tree by their places. left: how many values it may still have, shared by all calls."""
+    """Replace the tensors of an object tree by their places in the file.
+
+    `left`: a list with one number, shared by all calls: how many values the tree may still have. A malicious file could
+    describe an endless tree.
+    """
     left[0] -= 1
     if left[0] < 0:
         raise ValueError(f"it contains more than {MAX_VALUES:,} values")
@@ -109,7 +113,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a tree as `torch.save` does; each placeholder becomes a tensor whose data is written later."""
+    """Pickles a tree as `torch.save` does. Each placeholder object in it becomes a tensor, whose data is written later."""
 
     def __init__(self, file: io.BytesIO, placeholder: type[Any]) -> None:
         super().__init__(file, protocol=2)
@@ -133,7 +137,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Forward(io.RawIOBase):
-    """A stream that cannot seek, so that zipfile never changes bytes that have been hashed."""
+    """A stream that cannot seek: zipfile then never changes bytes that were already written and hashed."""
 
     def __init__(self, file: HashedFile) -> None:
         self._file = file
@@ -153,9 +157,9 @@ def write_tree(file: HashedFile, tree: Any, placeholder: type, values: Callable[
 
     Args:
         file: the file, open for writing.
-        tree: dicts, lists and plain values, with a placeholder in place of each tensor.
+        tree: dicts, lists and plain values, with a placeholder object in place of each tensor.
         placeholder: class of the placeholders. They have the attributes `dtype` and `shape`.
-        values: called with a placeholder; yields CPU tensors whose concatenation has the tensor's elements in order.
+        values: called with a placeholder; yields pieces of its tensor: CPU tensors with all of its elements in order.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, placeholder)

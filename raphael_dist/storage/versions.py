@@ -9,5 +9,5 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "nu
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions of Python, this package and its main dependencies, by name."""
+    """Return the installed versions of Python, this package and its main dependencies, by package name."""
     return {"python": platform.python_version(), "raphael_dist": __version__, **{name: version(name) for name in PACKAGES}}

@@ -15,14 +15,14 @@ from raphael_dist.errors import UserError
 from raphael_dist.text import read_json
 
 DIFFUSERS, TRANSFORMERS = ("diffusion_pytorch_model",) * 2, ("model", "pytorch_model")  # stems of safetensors and of .bin
-_FIRST = ("fp32", "bf16", "fp16")  # of several variants
+_FIRST = ("fp32", "bf16", "fp16")  # order in which variants are preferred
 
 
 @dataclass(frozen=True)
 class WeightFiles:
     """The weight files of one model, all .safetensors or all .bin.
 
-    variant: the variant in the file names, such as "fp16"; None without one.
+    `variant`: the variant in the file names, such as "fp16"; None if the names have none.
     """
 
     paths: tuple[Path, ...]
@@ -36,7 +36,8 @@ class WeightFiles:
 def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFiles:
     """Find the weight files of the model in `folder`. Raises UserError if there are none.
 
-    Names without a variant are preferred, then .safetensors. stems: the stem of .safetensors and that of .bin files.
+    Names without a variant such as fp16 are preferred, then .safetensors. `stems`: the beginning of the file names, before
+    the first dot, for .safetensors and for .bin files.
     """
     for variant in (None, *_variants(folder, stems)):
         for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
@@ -53,7 +54,7 @@ def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFile
 
 
 def _variants(folder: Path, stems: tuple[str, str]) -> list[str]:
-    """Return the variants in a folder, those with most bits first."""
+    """Return the variants (fp32, fp16, ...) that occur in the weight files' names, those with most bits first."""
     either = "|".join(map(re.escape, dict.fromkeys(stems)))
     names = re.compile(rf"(?:{either})\.(?:([\w-]+)\.(?:safetensors|bin)|(?:safetensors|bin)\.index\.([\w-]+)\.json)")
     matches = [names.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
@@ -62,9 +63,9 @@ def _variants(folder: Path, stems: tuple[str, str]) -> list[str]:
 
 
 def _parts(index: Path) -> tuple[Path, ...]:
-    """Return the files that an index names.
+    """Return the weight files that an index file (*.index.json) lists.
 
-    Raises UserError if it cannot be read, or one is missing or outside its folder.
+    Raises UserError if it cannot be read, or one of them is missing or outside its folder.
     """
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))

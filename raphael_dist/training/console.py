@@ -39,7 +39,7 @@ class _Lossy:
 def ignore_output_errors() -> None:
     """Replace stdout and stderr so that a failed print never ends the run, e.g. on a full disk or a closed terminal.
 
-    The replacement is permanent. Otherwise text that is still buffered would fail again when Python exits, and change the
+    The replacement is permanent. Otherwise Python would try to write buffered text again when it exits, fail, and change the
     exit code.
     """
     if not isinstance(sys.stdout, _Lossy):

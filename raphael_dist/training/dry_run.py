@@ -163,7 +163,7 @@ def _find_shards(config: Config, name: str) -> list[str]:
 
 
 def _are_edge_maps(shard: Path) -> Iterator[bool]:
-    """Yield for each of the first members of a shard whether it is an edge map. Raises UserError if it is not a tar file."""
+    """Yield for each of the first files in a shard (tar) whether it is an edge map. UserError if it is not a tar file."""
     try:
         with tarfile.open(shard) as tar:
             for member in islice(tar, _MEMBERS):

@@ -201,7 +201,7 @@ class MetricsWriter:
 
     @contextmanager
     def _tolerating(self, what: str) -> Iterator[None]:
-        """Return a context manager that ignores OSError in its body, and logs the first one. `what`: the file, for the log."""
+        """Return a context manager that ignores OSError in its body, and logs the first one. `what`: name of the file."""
         try:
             yield
         except OSError as error:
@@ -215,7 +215,7 @@ class MetricsWriter:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`; the file is replaced in one step."""
+    """Remove the lines of steps after `step` from a metrics.jsonl. The file is replaced by one rename."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     remaining = [line for line in lines if _step_of(line) <= step]
     if len(remaining) < len(lines):

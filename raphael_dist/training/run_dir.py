@@ -146,9 +146,10 @@ class _LogFile(logging.FileHandler):
 
 
 def start_logging(config: Config, rank: int) -> None:
-    """Log to `train.log` (rank 0) or `logs/rank-NNNNN.log` (other ranks).
+    """Write log messages of the package to `train.log` (rank 0) or `logs/rank-NNNNN.log` (other ranks) in run.dir.
 
-    Rank 0 also logs messages of level run.log_level and above to stderr.
+    Rank 0 also writes messages of level run.log_level and above to stderr. Raises NotSavedError if the disk is full, and
+    UserError if the folder cannot be written.
     """
     name = "train.log" if rank == 0 else f"logs/rank-{rank:05d}.log"
     path = config.run.dir / name

@@ -76,7 +76,7 @@ class StopState:
 
 @dataclass
 class Run:
-    """The objects and the state of a training run on this rank."""
+    """The objects and the state of a training run on this rank: data, model, checkpoints, logging, progress."""
 
     config: Config
     ranks: Ranks

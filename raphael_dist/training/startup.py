@@ -91,7 +91,7 @@ def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[s
 
 
 def resume(run: Run) -> None:
-    """Restore the newest checkpoint. If there is none, load the weights of run.init_from. Collective."""
+    """Restore the newest checkpoint of the run. If there is none, load the weights of run.init_from, if set. Collective."""
     run.watchdog.heartbeat("looking for a checkpoint", SLOW)
     saved = run.store.resume()
     if saved is not None:

@@ -32,7 +32,7 @@ class Stopwatch:
         return self._mark() if is_gpu(self._device) else time.perf_counter()
 
     def stop(self, began: "float | torch.cuda.Event") -> None:
-        """Add the time since `began`, a result of `start`."""
+        """Add the time since `began`, which `start` returned."""
         if isinstance(began, float):
             self._seconds += time.perf_counter() - began
         else:
@@ -43,7 +43,7 @@ class Stopwatch:
         self._seconds += seconds
 
     def take(self) -> float:
-        """Return the seconds that were added since the last call. Waits for the device."""
+        """Return the seconds that were added since the last call of `take`. Waits for the device."""
         if self._spans:
             torch.cuda.synchronize(self._device)
         seconds = self._seconds + sum(a.elapsed_time(b) for a, b in self._spans) / 1e3
@@ -79,7 +79,7 @@ class Stragglers:
             self._recent.popleft()
 
     def slowest_ratio(self) -> float:
-        """Return the own time of the slowest rank divided by the median of all ranks; at least 1."""
+        """Return the slowest rank's time for its own work (data and forward pass), divided by the median of all ranks."""
         return max(self._ratios())
 
     def describe_slow(self) -> str | None:

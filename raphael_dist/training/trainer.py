@@ -205,7 +205,7 @@ def train_stages(
         run = build(stage, json_tree, ranks, device, stop, watchdog=watchdog)
         progress = run.progress
         progress.stage_start, progress.stage_end = stage_start, stage_end
-        # A stage is over at once if a damaged checkpoint was skipped and an earlier stage's is used.
+        # A stage is over at once if the newest checkpoint is damaged and that of an earlier stage was restored.
         if not progress.stage_over or progress.complete:
             if train(run) or run.stop.agreed:
                 return progress.complete
@@ -250,7 +250,11 @@ def train(run: Run) -> bool:
 
 
 def after_step(run: Run) -> None:
-    """Log, validate, draw images and save a checkpoint, each if it is due at this step. Collective."""
+    """Log, validate, draw images and save a checkpoint, each if it is due after the current step. Collective.
+
+    Raises NonFiniteError at the end of the run if the weights are broken, and NotSavedError if the last checkpoint cannot be
+    saved.
+    """
     train, progress = run.config.train, run.progress
     step, last = progress.step, progress.complete
     run.watchdog.heartbeat(f"the end of step {step}", SLOW)
@@ -275,7 +279,7 @@ def after_step(run: Run) -> None:
 
 
 def log_step(run: Run) -> None:
-    """Log the values recorded since the last call, with the learning rate and other numbers of this step. Collective."""
+    """Log the metrics recorded since the last call, with learning rate, gradient norm and counters. Collective."""
     own = {
         "optim/lr": learning_rate(run.config, run.progress.step),
         "optim/grad_norm": run.engine.grad_norm,
@@ -287,7 +291,7 @@ def log_step(run: Run) -> None:
 
 
 def validate(run: Run, validator: Validator) -> None:
-    """Measure the loss on the held-out pairs and log it. Collective."""
+    """Measure the loss on the held-out pairs (image and caption) and log it. Collective."""
     values = validator.run()
     run.telemetry.write(run.progress.step, run.progress.samples_seen, values)
     run.telemetry.line(f"step {run.progress.step}: validation loss {values['val/loss']:.4f}")

@@ -58,7 +58,7 @@ class Validator:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Return the validation losses and route measurements as scalars by tag. Collective.
+        """Return validation losses, gate entropies and shares of changed routes as scalars by tag. Collective.
 
         Raises UserError on all ranks if the data of any rank fails.
         """

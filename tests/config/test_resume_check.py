@@ -117,7 +117,7 @@ def test_other_captions_or_encoders_are_refused_or_reported(name: str) -> None:
     manifest = {"dataset": "a", "data": now}
     assert check_same_data(manifest, now, BASE, "x") == check_same_data({"dataset": "a"}, now, BASE, "x") == []
     other, field = {**now, name: "other"}, name.split()[0]
-    with pytest.raises(UserError, match=rf"{field}: x was trained with .* run.allow_change=\[{field}\]"):
+    with pytest.raises(UserError, match=rf"{field} must be the same .* x was trained with .* run.allow_change=\[{field}\]"):
         check_same_data(manifest, other, BASE, "x")
     allowed = with_fields(BASE, {"run.allow_change": [field]})
     assert check_same_data(manifest, other, allowed, "x") == [f"{name} differs from x (run.allow_change)"]

@@ -1,8 +1,10 @@
 """Batches of worker processes equal those of the rank's thread, and their errors reach the rank."""
 
 import itertools
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -128,6 +130,32 @@ def test_batches_of_killed_workers_are_built_again(config, encoders, shard, tmp_
     assert_equal(found, expected)
     assert caplog.text.count("a data worker process was lost") == (3 if often else 1)
     assert not set(psutil.Process().children()) - children
+
+
+class DyingWorker:
+    """A loader whose worker has closed its connections and exits a moment later."""
+
+    def __init__(self) -> None:
+        self._workers = [multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.3,))]
+        self._workers[0].start()
+
+    def __iter__(self) -> "DyingWorker":
+        return self
+
+    def __next__(self) -> None:
+        raise ConnectionResetError("connection reset by peer")
+
+    def _shutdown_workers(self) -> None:
+        self._workers[0].join()
+
+
+def test_worker_that_exits_after_its_connection_was_lost(config, encoders, shard, tmp_path, monkeypatch) -> None:  # noqa: F811
+    builder = builder_of(with_data(config, features="cached", cache_dir=str(tmp_path / "cache")), encoders, shard)
+    expected, create, loaders = read(builder, 0), BatchPrefetcher._create_loader, [DyingWorker]
+    monkeypatch.setattr(
+        BatchPrefetcher, "_create_loader", lambda self, slots: loaders.pop()() if loaders else create(self, slots)
+    )
+    assert_equal(read(builder, 2), expected)
 
 
 def test_too_little_shared_memory_disables_workers(config, encoders, shard, tmp_path, caplog, monkeypatch):  # noqa: F811

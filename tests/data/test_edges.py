@@ -134,5 +134,5 @@ def test_invalid_weight_files_are_rejected(tmp_path: Path) -> None:
         load_hed(tmp_path / "text.h5")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["dense/vars/0"] = np.zeros(3)
-    with pytest.raises(UserError, match="lacks 'fuse/vars/0'"):
+    with pytest.raises(UserError, match="lacks the array 'fuse/vars/0'"):
         load_hed(tmp_path / "other.h5")

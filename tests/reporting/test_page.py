@@ -141,7 +141,7 @@ def test_run_without_metrics_is_one_line(content: str | None, tmp_path: Path, ca
     (run / "metrics.jsonl").unlink() if content is None else (run / "metrics.jsonl").write_text(content)
     assert report.main([str(run), "--out", str(tmp_path / "r.html"), "--cluster", "none"]) == 2
     err = capsys.readouterr().err
-    assert "a report requires metrics.jsonl with at least one line, but the run has none" in err
+    assert "a report requires metrics.jsonl with at least one line, but the run has no such line" in err
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

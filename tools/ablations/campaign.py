@@ -1,4 +1,4 @@
-"""A campaign: every variant with every seed is a run of the trainer, in one folder.
+"""An ablation campaign: every variant of a model with every seed is a run of the trainer, all in one folder.
 
 OUT/protocol.json holds the settings that all runs share. OUT/runs/VARIANT/seed-S is a run directory of the trainer, which
 has a `finished.json` when the run is complete. The same command continues a stopped campaign: a run from its checkpoint, the
@@ -31,21 +31,25 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FINISHED = "finished.json"
 BENCHMARK, TEXT = "benchmark", "text"
 VALIDATIONS = 20  # points of the curves over images seen, unless train.val_every is set
-LOCK_WAIT_S = 86_400  # for a run that a killed campaign left running: once it ends, it is complete
-# Fields outside the protocol: they differ between runs or do not affect results, except those of AFFECTS_RESULTS.
+LOCK_WAIT_S = 86_400  # how long to wait for a run that a killed campaign left running
+# Beginnings of fields that may change between runs of a campaign, except those of AFFECTS_RESULTS.
 FREE, AFFECTS_RESULTS = ("run.", "train.max_steps"), {"run.init_from", "run.reinit"}
 Reporter = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Campaign:
-    """The settings of a campaign.
+    """The settings of an ablation campaign.
 
     Attributes:
+        out: folder of the campaign.
+        base: the configuration that all variants change.
+        variants: the models to train.
         images: number of images of each run, rounded up to whole steps; None: as configured.
-        benchmark: run the emoji benchmark after each run.
-        read: captions whose quoted text is read in the images of each run (evaluate text); None: none.
-        jobs: runs at the same time.
+        ranks: processes of each run.
+        benchmark: whether to run the emoji benchmark after each run.
+        read: captions whose quoted text is read in the images of each run (`evaluate text --captions`); None: none.
+        jobs: number of runs at the same time.
     """
 
     out: Path
@@ -59,21 +63,24 @@ class Campaign:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of each run."""
+        """Number of optimizer steps of each run."""
         return steps_of(self.base, self.images)
 
     def folder(self, variant: Variant, seed: int) -> Path:
         return self.out / "runs" / variant.name / f"seed-{seed}"
 
     def runs(self) -> Iterator[tuple[Variant, int]]:
-        """Yield all runs in order: every variant with a seed before any variant with the next seed."""
+        """Yield all runs as (variant, seed) in order: every variant with one seed before any variant with the next seed."""
         for seed in range(max(variant.seeds for variant in self.variants)):
             for variant in self.variants:
                 if seed < variant.seeds:
                     yield variant, seed
 
     def protocol(self) -> dict[str, Any]:
-        """Return the settings that affect results. Defaults are omitted, so that fields can be added later."""
+        """Return the settings that affect results, by field. They must not change when a campaign is continued.
+
+        Fields with default values are omitted, so that fields can be added to the configuration later.
+        """
         tree = self.base.config().model_dump(mode="json", exclude_defaults=True)
         flat = {f"{section}.{key}": value for section, fields in tree.items() for key, value in fields.items()}
         fields = {key: value for key, value in flat.items() if not key.startswith(FREE) or key in AFFECTS_RESULTS}
@@ -82,7 +89,10 @@ class Campaign:
 
 @contextmanager
 def lock(campaign: Campaign) -> Iterator[None]:
-    """Lock the folder. Raises UserError if another campaign uses it, or its runs have other settings."""
+    """Return a context in which no other process can run the campaign in this folder.
+
+    Raises UserError if another process does, or if the runs in the folder have other settings.
+    """
     record_protocol(campaign.out, campaign.protocol())
     with open(campaign.out / ".lock", "a", opener=no_links) as lock_file:
         try:
@@ -96,7 +106,7 @@ def lock(campaign: Campaign) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Interrupt the block, as Ctrl-C does, after so many seconds."""
+    """Return a context whose block is interrupted after so many seconds, as by Ctrl-C. None: it is not."""
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
@@ -107,14 +117,19 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def run_all(campaign: Campaign, report: Reporter, after_each: Callable[[], object]) -> None:
-    """Run all unfinished runs. On any error, active runs save and end first.
+    """Run all unfinished runs of the campaign. After an error, active runs save and end before it is raised.
+
+    Args:
+        campaign: the campaign.
+        report: called with a line of progress.
+        after_each: called after each run.
 
     Raises:
         UserError: a run cannot continue.
         KeyboardInterrupt: a run was interrupted.
     """
     runs, processes = list(campaign.runs()), Processes(campaign)
-    errors: list[BaseException] = []  # in order; later ones follow from the first
+    errors: list[BaseException] = []  # in order; later ones are consequences of the first
 
     def run_one(number: int, variant: Variant, seed: int) -> None:
         try:
@@ -158,7 +173,7 @@ def _run(campaign: Campaign, processes: "Processes", variant: Variant, seed: int
 
 
 def measurements(campaign: Campaign, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Yield what is measured of each finished run: its name, its folder and the program."""
+    """Yield what is measured of a finished run in `folder`: (name, folder of the results, arguments of the program)."""
     if campaign.benchmark:
         yield "the emoji benchmark", folder / BENCHMARK, [str(ROOT / "tools" / "emoji_benchmark.py")]
     if campaign.read:
@@ -168,7 +183,7 @@ def measurements(campaign: Campaign, folder: Path) -> Iterator[tuple[str, Path, 
 
 
 def read_finished(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a run's `finished.json`, None if there is none. Raises UserError if it cannot be read."""
+    """Return the content of `finished.json` in a run directory; None if there is none. UserError: it cannot be read."""
     path = folder / FINISHED
     if not path.is_file():
         return None
@@ -181,7 +196,7 @@ def read_finished(folder: Path) -> dict[str, Any] | None:
 
 
 def diverged(folder: Path) -> bool:
-    """Return whether a finished run ended with a non-finite loss."""
+    """Return whether the run in this directory is finished and ended with an infinite or NaN loss."""
     return (read_finished(folder) or {}).get("outcome") == "diverged"
 
 
@@ -213,7 +228,7 @@ def _train(campaign: Campaign, processes: "Processes", variant: Variant, seed: i
 
 
 class Processes:
-    """Training processes, started from several threads and ended together."""
+    """Runs Python programs, such as the trainer, in processes that are started by several threads and ended together."""
 
     def __init__(self, campaign: Campaign) -> None:
         self._ranks = campaign.ranks
@@ -221,7 +236,10 @@ class Processes:
         self._lock, self._active, self._stopped = threading.Lock(), set[subprocess.Popen[bytes]](), False
 
     def run(self, arguments: list[str], folder: Path) -> int:
-        """Run a Python program; return its exit code. Its output goes to output.txt."""
+        """Run a Python program on the campaign's number of ranks; wait for it and return its exit code.
+
+        `arguments`: path and arguments of the program. Its output is appended to output.txt in `folder`.
+        """
         launcher = [sys.executable]
         if self._ranks > 1:
             port = ["--master_port", str(free_port())]
@@ -250,12 +268,12 @@ class Processes:
         return process
 
     def raise_if_stopped(self) -> None:
-        """Raise KeyboardInterrupt after `stop`."""
+        """Raise KeyboardInterrupt if `stop` has been called."""
         if self._stopped:
             raise KeyboardInterrupt
 
     def stop(self) -> None:
-        """Start no more processes and terminate active ones; the trainer saves first, then `run` returns."""
+        """Terminate active processes and let no more start. The trainer saves a checkpoint first; then `run` returns."""
         with self._lock:
             self._stopped = True
             for process in self._active:

@@ -1,4 +1,4 @@
-"""Draws the figures of a campaign: a comparison of all variants, and the loss against each number that was varied."""
+"""Draws the figures of a campaign: a comparison of all variants, and the loss against each setting that was varied."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,10 @@ COLOUR, LOSS = "#0072b2", "held-out loss"
 
 
 def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
-    """Write variants.png, and one curve for each setting with at least two values; return the files."""
+    """Write variants.png and, for each setting in CURVES with at least two values, a curve of the loss.
+
+    Returns the files. `base`: the configuration that variants change. `out`: the folder.
+    """
     known = [summary for summary in summaries if summary.loss is not None]
     drawn = [_variants(known, out / "variants.png")] if known else []
     for name, (field, label) in CURVES.items():
@@ -35,9 +38,9 @@ def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
 
 
 def draw_curves(runs: Sequence[RunResult], out: Path) -> None:
-    """Write curves.png: losses, their differences to the variant `full`, and gate statistics, against images seen.
+    """Write curves.png: losses and gate statistics of each variant against the number of images seen.
 
-    Curves are means over seeds.
+    One panel has the differences of the losses to the variant `full`. Curves are means over seeds.
     """
     panels = [("val/loss", LOSS), ("", "difference to `full`, 95%"), *((tag, tag) for tag in ROUTING)]
     figure = Figure(figsize=(14.0, 9.0), dpi=100)
@@ -61,7 +64,7 @@ def _minus(curve: dict[int, float], other: dict[int, float]) -> dict[int, float]
 
 
 def _band(axes: Axes, curves: Sequence[dict[int, float]], colour: str, label: str) -> None:
-    """Draw the mean of curves with its interval, at points that all have."""
+    """Draw the mean of curves ({images seen: value}) and its 95% interval, at the points that all curves have."""
     points = (
         {x: interval([curve[x] for curve in curves]) for x in sorted(set.intersection(*map(set, curves)))} if curves else {}
     )
@@ -73,7 +76,7 @@ def _band(axes: Axes, curves: Sequence[dict[int, float]], colour: str, label: st
 
 
 def _variants(summaries: Sequence[Summary], path: Path) -> Path:
-    """Draw losses on the left, differences to `full` on the right."""
+    """Draw the loss of each variant on the left, and its difference to the variant `full` on the right; return the file."""
     figure = Figure(figsize=(9.0, 1.2 + 0.32 * len(summaries)), dpi=120)
     left, right = figure.subplots(1, 2, sharey=True)
     for row, summary in enumerate(summaries):

@@ -37,9 +37,10 @@ class RunResult:
     Attributes:
         variant, seed, outcome, overrides: which run it is, and how it ended.
         parameters, flops_per_image: size of the model.
-        losses: denoising loss on held-out data with fixed noise, over all timesteps and over each quarter of them.
+        losses: denoising loss on held-out data with fixed noise, over all timesteps and over each quarter of them, by
+            metric.
         train_loss: mean denoising loss of the last tenth of the steps.
-        images_per_s: median over the log lines.
+        images_per_s: training speed, median over the log lines.
         benchmark: the value of each row of the emoji benchmark, and the scores of rendered text.
         routing: last value of each metric in ROUTING.
         curves: (images seen, value) for each metric in VALIDATION and ROUTING.
@@ -60,25 +61,25 @@ class RunResult:
 
     @property
     def measures(self) -> dict[str, float]:
-        """The values by name that are compared with those of `full`."""
+        """All losses and benchmark values of the run by name, which are compared with those of the variant `full`."""
         return {**self.losses, **self.benchmark}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `count` seeds. `half` is half the width of its 95% interval, or None with a single seed."""
+    """A mean over `count` seeds with its 95% interval, mean +- half. `half` is None with a single seed."""
 
     mean: float
     half: float | None
     count: int
 
     def text(self, digits: int = 4, sign: str = "") -> str:
-        """Return the interval as text, e.g. `0.1234 +- 0.0012`."""
+        """Return the interval as text, e.g. `0.1234 +- 0.0012`. `sign`: "+" to show the sign of a positive mean too."""
         return f"{self.mean:{sign}.{digits}f}" + ("" if self.half is None else f" +- {self.half:.{digits}f}")
 
     @property
     def side(self) -> int:
-        """1 if the whole interval is above 0, -1 if it is below 0, else 0."""
+        """1 if the whole interval is above 0, -1 if it is below 0, else 0 (no significant difference)."""
         if self.half is None or abs(self.mean) <= self.half:
             return 0
         return 1 if self.mean > 0 else -1
@@ -86,9 +87,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """The results of a variant over all its finished runs.
+    """The results of a variant of the model, as means over all its finished runs (seeds).
 
-    `differences`: for each measure, the difference to `full` over the seeds that both have.
+    Attributes:
+        variant, what, overrides, match: name, description and settings, as in `Variant`.
+        runs, diverged: number of finished runs, and of those with an infinite or NaN loss.
+        loss, train_loss: held-out loss and training loss.
+        differences: for each measure, the difference to the variant `full` over the seeds that both have.
+        difference: that of the held-out loss.
     """
 
     variant: str
@@ -109,7 +115,7 @@ class Summary:
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Return the mean and the 95% interval of values; None if there are none."""
+    """Return the mean of values and its 95% interval by Student's t; None if there are no values."""
     if not values:
         return None
     count, half = len(values), None
@@ -199,20 +205,23 @@ def _summarise(result: dict[str, Any], runs: Sequence[RunResult], full: dict[int
 
 
 def paired_differences(runs: Sequence[RunResult], full: dict[int, RunResult]) -> list[dict[str, float]]:
-    """For each run with a run of `full` of the same seed, return the differences of all measures to that run."""
+    """Return the differences of all measures between each run and the run of the variant `full` with the same seed.
+
+    `full`: its runs by seed. Runs without such a partner are left out.
+    """
     pairs = [(run.measures, full[run.seed].measures) for run in runs if run.seed in full]
     return [{what: own[what] - other[what] for what in own.keys() & other.keys()} for own, other in pairs]
 
 
 def _intervals(rows: Sequence[dict[str, float]]) -> dict[str, Interval]:
-    """Return the interval of each key, in order, over the rows that have it."""
+    """Return mean and 95% interval for each key, over the dicts that have the key."""
     keys = dict.fromkeys(key for row in rows for key in row)
     means = {key: interval([row[key] for row in rows if key in row]) for key in keys}
     return {key: mean for key, mean in means.items() if mean is not None}
 
 
 def write(campaign: Campaign, runs: Sequence[RunResult], summaries: Sequence[Summary], table: str) -> None:
-    """Write results.* and curves.csv.
+    """Write results.md (`table`), results.json, results.csv and curves.csv into the campaign's folder.
 
     Files are replaced atomically, since a campaign and `--table` may write at the same time.
     """

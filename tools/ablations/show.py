@@ -1,4 +1,4 @@
-"""Write tables, figures and numbers of all finished runs of a campaign."""
+"""Writes tables, figures and numbers of all finished runs of an ablation campaign."""
 
 from ablations.campaign import Campaign
 from ablations.figures import draw, draw_curves
@@ -7,7 +7,10 @@ from ablations.table import describe
 
 
 def show(campaign: Campaign, figures: bool = True) -> str:
-    """Write results.*, curves.csv and figures; return the table. Raises UserError if no run is finished."""
+    """Write results.*, curves.csv and, with `figures`, the figures into the campaign's folder; return the table.
+
+    Raises UserError if no run is finished.
+    """
     runs, summaries = collect(campaign)
     text = describe(campaign, summaries)
     write(campaign, runs, summaries, text)

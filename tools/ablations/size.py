@@ -1,4 +1,4 @@
-"""Computes the size of a variant without running it, and the expert width that makes two variants equally large."""
+"""Computes the size of a model variant without running it, and the expert width that makes two variants equally large."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,12 +10,12 @@ from raphael_dist.convert.source_checkpoint import parameter_shapes
 from raphael_dist.errors import UserError
 from raphael_dist.planning.trace import SAMPLES, trace
 
-_ROUND, _WIDE = 8, 256  # widths of _WIDE and more are multiples of _ROUND, for GPUs; smaller ones need a finer step
+_ROUND, _WIDE = 8, 256  # widths of _WIDE and more are rounded to multiples of _ROUND, for GPUs
 
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a model.
+    """The size of a model.
 
     Attributes:
         parameters: number of parameters, with edge modules and gates.
@@ -27,15 +27,15 @@ class Size:
 
 
 def size_of(config: Config) -> Size:
-    """Return the size of a configuration's model."""
+    """Compute the size of the model that a configuration describes, without building it."""
     return Size(_parameters(config), _flops(config))
 
 
 def matched_widths(target: Config, config: Config, what: Literal["parameters", "flops"]) -> tuple[int, ...]:
-    """Return the expert widths with which `config` has as many parameters or FLOPs (`what`) as `target`.
+    """Return expert widths, one per U-Net level, with which the model of `config` is as large as that of `target`.
 
-    All widths are scaled by the same factor. Both counts are linear in this factor, so two points determine it, and the
-    result is exact up to rounding.
+    `what`: whether they shall have equally many parameters or FLOPs. All widths are scaled by the same factor. Both counts
+    are linear in this factor, so two points determine it, and the result is exact up to rounding.
 
     Raises:
         UserError: even the smallest width gives a larger model.

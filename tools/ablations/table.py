@@ -10,7 +10,7 @@ PARTS = ("no-space", "no-time", "no-edge")  # the variants without a part of the
 
 
 def listing(campaign: Campaign) -> str:
-    """Return the variants as lines, each with its size and its overrides of the configuration."""
+    """Return one line of text for each variant: name, size, description and overrides of the configuration."""
     lines = []
     for variant in campaign.variants:
         size = size_of(campaign.base.config(variant.overrides))
@@ -21,7 +21,7 @@ def listing(campaign: Campaign) -> str:
 
 
 def describe(campaign: Campaign, summaries: Sequence[Summary]) -> str:
-    """Return the results as Markdown: the table, the order of the variants, and the verdicts."""
+    """Return the results as Markdown: tables, the order of the variants by loss, and verdicts on the parts of the model."""
     full = next((summary for summary in summaries if summary.variant == "full"), None)
     rows = list(dict.fromkeys(what for summary in summaries for what in summary.benchmark))
     head = ["variant", "", "seeds", "held-out loss", "difference to `full`", "training loss", "parameters"]
@@ -41,7 +41,7 @@ def describe(campaign: Campaign, summaries: Sequence[Summary]) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, dict[str, Interval]]], sign: str = "") -> list[str]:
-    """Return a table of the variants that have such values; [] without any."""
+    """Return the lines of a Markdown table with one row per variant, (name, intervals by column); [] if all are empty."""
     rows = [(name, values) for name, values in rows if values]
     if not rows:
         return []
@@ -75,7 +75,7 @@ def _text(value: Interval | None, digits: int = 4, sign: str = "") -> str:
 
 
 def _conclusions(summaries: Sequence[Summary]) -> list[str]:
-    """Return the order by held-out loss, and for each part whether the model is worse without it, as in the paper."""
+    """Return lines with the order by held-out loss, and for each part of the paper's model whether it lowers the loss."""
     ranked = sorted((s for s in summaries if s.loss is not None), key=lambda s: s.loss.mean if s.loss else 0.0)
     lines = ["By held-out loss, the best first: " + ", ".join(f"`{s.variant}`" for s in ranked) + "."]
     verdicts = {1: "worse, as in the paper", -1: "better, against the paper", 0: "no significant difference"}

@@ -15,11 +15,13 @@ WIDTH = "model.expert_width"
 
 @dataclass(frozen=True)
 class Variant:
-    """One model.
+    """One variant of the model in an ablation campaign.
 
     Attributes:
-        overrides: text by field.
-        match: scale the expert width to the parameters or FLOPs of `full`.
+        name: name on the command line and of its folder.
+        what: description for tables.
+        overrides: settings that differ from the base configuration, text by field ("section.key").
+        match: whether to scale the expert width so that the model has as many parameters or FLOPs as the variant `full`.
         seeds: number of its runs.
     """
 
@@ -32,18 +34,21 @@ class Variant:
 
 @dataclass(frozen=True)
 class Base:
-    """Base configuration of all variants: a preset or file, and overrides by field."""
+    """The configuration that all variants change: `name` of a preset or file, and overrides, text by field."""
 
     name: str
     overrides: dict[str, str]
 
     def config(self, overrides: dict[str, str] | None = None) -> Config:
-        """Return the configuration with further overrides, which take precedence. Raises UserError if it is invalid."""
+        """Return the configuration with further overrides, which take precedence. UserError: it is invalid."""
         return load_config(self.name, [f"{key}={text}" for key, text in {**self.overrides, **(overrides or {})}.items()])
 
 
 def read_base(name: str, overrides: Sequence[str]) -> Base:
-    """Return the base. Raises UserError if an override that a campaign sets, or a model that lacks a part."""
+    """Read the configuration that all variants change, and check that a campaign can use it.
+
+    Raises UserError for overrides of fields that a campaign sets, and for a model that lacks a part or held-out data.
+    """
     load_config(name, overrides)  # reports malformed and repeated overrides
     base = Base(name, dict(override.split("=", 1) for override in overrides))
     for key, option in OWN.items():
@@ -66,7 +71,7 @@ def read_base(name: str, overrides: Sequence[str]) -> Base:
 
 
 def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
-    """Return the variants of each group, the most important group first. `steps`: of each run."""
+    """Return all variants by the name of their group, the most important group first. `steps`: optimizer steps of a run."""
     config = base.config()
     space, time, last = config.model.space_experts, config.model.time_experts, config.diffusion.num_timesteps
     dense = {"model.space_experts": "0", "model.time_experts": "0"}
@@ -107,13 +112,15 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
 
 
 def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None = None) -> list[Variant]:
-    """Return `full` and the named variants, each model once, with matched widths and numbers of seeds.
+    """Return the variants to train, with matched widths and numbers of seeds: `full`, and those that the user names.
 
     Args:
-        words: groups, names or `all`; WORD:N gives these variants N seeds of their own.
+        base: the configuration that the variants change.
+        words: groups, names of variants or `all`; WORD:N: with N seeds. Of several variants with the same model, only the
+            first is returned.
         seeds: number of seeds of each other variant. `full` has at least as many as any variant, because differences are
-            paired.
-        images: see `steps_of`.
+            computed between runs with the same seed.
+        images: images of each run, see `steps_of`.
 
     Raises:
         UserError: unknown name, or N is not a positive number.
@@ -122,7 +129,7 @@ def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None 
     known = [variant for group in groups.values() for variant in group]
     choice = {"all": known, **groups, **{variant.name: [variant] for variant in known}}
     first, count_of = _first_of_each_model(base, known), dict[str, int]()
-    for word in sorted(words, key=lambda word: ":" in word):  # a number of its own counts more than the group's
+    for word in sorted(words, key=lambda word: ":" in word):  # NAME:N overrides the number of seeds of a group
         name, _, own = word.partition(":")
         if name not in choice:
             hint = did_you_mean(name, choice)
@@ -141,13 +148,16 @@ def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None 
 
 
 def steps_of(base: Base, images: int | None) -> int:
-    """Return the optimizer steps of a run of so many images, rounded up; None: as configured."""
+    """Return the optimizer steps of a run of `images` images, rounded up. None: train.max_steps."""
     train = base.config().train
     return train.max_steps if images is None else -(-images // train.global_batch_size)
 
 
 def _first_of_each_model(base: Base, variants: Iterable[Variant]) -> dict[str, str]:
-    """Return, for each variant, the first with the same model, e.g. `full` for the base's own number of experts."""
+    """Return {name of a variant: name of the first variant with the same model}.
+
+    E.g. the variant with the base's own number of experts is the same as `full`.
+    """
     first: dict[tuple[str, str | None], str] = {}
     return {v.name: first.setdefault((_text(base, v), v.match), v.name) for v in variants}
 
@@ -160,7 +170,7 @@ def _text(base: Base, variant: Variant) -> str:
 
 
 def _matched(base: Base, variant: Variant) -> Variant:
-    """Return the variant with its matched width. Raises UserError if it is incompatible with the base."""
+    """Return the variant with its expert width scaled as `match` requires. UserError: it does not fit the base."""
     try:
         config = base.config(variant.overrides)
     except UserError as error:

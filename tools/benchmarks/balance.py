@@ -1,4 +1,4 @@
-"""`tools/bench.py balance`: how evenly the time experts are loaded, for several ways to draw timesteps."""
+"""`tools/bench.py balance`: how evenly samples are distributed over the time experts, for several ways to draw timesteps."""
 
 import argparse
 from collections.abc import Callable
@@ -13,9 +13,10 @@ from raphael_dist.model.diffusion import draw_timestep
 
 @dataclass(frozen=True)
 class BalanceRow:
-    """How unevenly the time experts are loaded: the load of the busiest expert divided by the mean load of all experts.
+    """How unevenly one way to draw timesteps (`name`) loads the time experts.
 
-    `mean` and `worst` are the mean and the maximum of this ratio over all micro-steps.
+    `mean` and `worst` are the mean and the maximum over all micro-steps of (samples of the busiest expert) / (mean samples
+    of an expert); 1 is even.
     """
 
     name: str
@@ -27,10 +28,11 @@ def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, grou
     """Compare ways to draw timesteps by how evenly they load the time experts; return a row for each.
 
     Args:
-        draws: by name, a function from a step to the timesteps of its global batch, in order of position.
+        draws: by name, a function from a step to the time expert (0 to experts - 1) of each sample of its global batch, in
+            the order of their positions.
         steps: number of steps.
-        group: samples that a group of ranks processes in a micro-step; it waits for its busiest expert.
-        experts: time experts, each for an equal range of timesteps.
+        group: samples that a group of ranks processes in a micro-step; the group waits for its busiest expert.
+        experts: number of time experts, each for an equal range of timesteps.
     """
     rows = []
     for name, draw in draws.items():
@@ -46,7 +48,7 @@ def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, grou
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     for name, default in (("global-batch", 2000), ("experts", 4), ("steps", 20)):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--group", type=int, nargs="+", default=[4, 8, 16, 64])

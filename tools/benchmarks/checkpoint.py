@@ -31,7 +31,10 @@ from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initiali
 def bench_checkpoint(
     config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Return the median seconds of each way to save, and the size of the checkpoint in MiB. Collective."""
+    """Measure each way to save a checkpoint; return the median seconds by name, and the checkpoint's size as "MiB".
+
+    Collective. `tree`: DeepSpeed's configuration. The first of `repeats` + 1 saves is not counted.
+    """
     engine = Engine(config, tree, BatchPlan.of(config, ranks.world_size), device)
     engine.fragments.create_moments(1)
     ema = Ema(engine.fragments, config.ema)
@@ -40,7 +43,7 @@ def bench_checkpoint(
     rows: dict[str, list[float]] = {}
     with CheckpointStore(config, ranks, engine.fragments, ema, {"data.shards": "benchmark"}) as store:
         store.resume()
-        for i in range(repeats + 1):  # the first makes buffers and is not counted
+        for i in range(repeats + 1):  # the first save allocates buffers and is not counted
             timings = _ours(store, i + 1, ranks, device)
             timings["DeepSpeed save_checkpoint"] = _timed(lambda i=i: engine.save_deepspeed(folder / f"deepspeed-{i}"))  # type: ignore[misc]
             path = folder / f"torch-{ranks.rank}.pt"
@@ -61,7 +64,7 @@ def _ours(store: CheckpointStore, step: int, ranks: Ranks, device: torch.device)
     began = time.monotonic()
     store.begin(Progress(step, step, step, {}))
     while float(all_reduce_sum([float(store.written)], device)[0]) < ranks.world_size:
-        time.sleep(0.02)  # where a training step would be
+        time.sleep(0.02)  # in place of a training step
     store.commit()
     stall, write = store.last.stall_s, store.last.write_s
     failure = store.finish()
@@ -75,7 +78,7 @@ def _ours(store: CheckpointStore, step: int, ranks: Ranks, device: torch.device)
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Return the seconds until every rank has done the work."""
+    """Return the seconds until every rank has done `work`. Collective."""
     dist.barrier()
     began = time.monotonic()
     work()
@@ -84,7 +87,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
     command.add_argument(

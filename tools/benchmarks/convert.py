@@ -1,4 +1,4 @@
-"""`tools/bench.py convert`: seconds, rate and peak memory of conversions, compared with a copy."""
+"""`tools/bench.py convert`: seconds, rate and peak memory of converting checkpoints, compared with copying the files."""
 
 import argparse
 import resource
@@ -24,7 +24,7 @@ from raphael_dist.storage.tensorfile import CHUNK
 
 
 class Noise:
-    """A checkpoint of a model of any size that exists only in memory.
+    """A checkpoint of a model of any size that exists only in memory, as the source of a conversion (`Source`).
 
     All values come from one block of random numbers.
     """
@@ -36,26 +36,30 @@ class Noise:
         self._kinds, self._values = tuple(kinds), torch.randn(CHUNK + 4096)
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of values of each parameter."""
+        """Return the kinds of values that it has, such as "master" (fp32 weights) and "ema"."""
         return self._kinds
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return `numel` numbers, at most CHUNK."""
+        """Return `numel` (at most CHUNK) random numbers in place of elements of a parameter, float32 [numel]."""
         first = (len(kind) * 31 + len(name) * 7 + start) % 4096
         return self._values[first : first + numel]
 
 
 def make_run(config: Config, kinds: Sequence[str], options: Options, folder: Path) -> None:
-    """Write a run directory with one checkpoint of random numbers."""
+    """Write a run directory with one checkpoint of random numbers.
+
+    `kinds`: kinds of values, such as "master" (fp32 weights). `options`: number of ranks and ZeRO stage.
+    """
     source = Noise(config, kinds)
     plan = layout_of("--to", "raphael").plan(source, options, folder)
     write_target("raphael", source, plan, folder, MpiRanks(), {})
 
 
 def bench_convert(source: Path, options: Options, layouts: Sequence[str], repeats: int) -> dict[str, float]:
-    """Return the median seconds of copying the run `source`, and of converting it to each layout, one after the other.
+    """Return the median seconds of copying the run `source`, and of converting it to each layout (format on disk).
 
-    Written files are synced to the disk. The first round is not counted, unless it is the only one.
+    Copy and conversions take turns. Written files are synced to the disk. The first round is not counted, unless `repeats`
+    is 1.
     """
     target = source.with_name(source.name + "-target")
     rows: dict[str, list[float]] = {}
@@ -80,7 +84,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default="emoji-small")
     command.add_argument("--kinds", nargs="+", default=list(KINDS))
     command.add_argument("--world", type=int, default=4, help="number of files of the source checkpoint")
@@ -94,7 +98,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the cost of conversions in one process, compared with a copy; --folder must have room for two."""
-    # Without moments in the source: SGD, or they would be written as zeros.
+    # SGD if the source has no moments; otherwise moments of zeros would be written.
     config = load_config(args.config, [] if "exp_avg" in args.kinds else ["optim.kind=sgd"])
     options, source = Options(world=args.world, stage=args.zero), args.folder / "run"
     try:
@@ -109,12 +113,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(seconds: dict[str, float], size: float, unit: str, of: str) -> str:
-    """Return a text with the seconds and the rate of each way, and its time divided by that of the way `unit`.
+    """Return lines of text with the seconds and the rate of each way, and its time relative to the way `unit`.
 
     Args:
-        seconds: seconds of each way.
+        seconds: seconds of each way, by name.
         size: size of the data in MiB.
-        unit: the way with which the others are compared.
+        unit: name of the way with which the others are compared.
         of: short name for `unit` in the text.
     """
     return "\n".join(

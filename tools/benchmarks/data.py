@@ -28,12 +28,12 @@ from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.decode_workers import DecodePool
 
 BATCH = 16
-LATENT_BYTES = 32 << 10  # of 512 pixels in bfloat16
+LATENT_BYTES = 32 << 10  # of an image of 512 x 512 pixels, in bfloat16
 Batches = Iterator[Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the benchmark's options."""
+    """Add the options of this benchmark to its parser `parser`."""
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--per-shard", type=int, default=500)
     parser.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_image(number: int, size: tuple[int, int]) -> bytes:
-    """Return a JPEG of about 90 kB at 640 x 480: colour gradients with noise."""
+    """Return a JPEG with random colour gradients and noise, about 90 kB at 640 x 480. `size`: width, height."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     grain = rng.normal(0, 12, (size[1], size[0], 1))
@@ -54,7 +54,7 @@ def make_image(number: int, size: tuple[int, int]) -> bytes:
 
 
 def write(folder: Path, args: argparse.Namespace) -> None:
-    """Write the images as webdataset tars, and in the form of each other library."""
+    """Write the test images into `folder`: as webdataset tars, and in the formats of the other libraries."""
     from webdataset import ShardWriter
 
     (folder / "tar").mkdir()
@@ -76,12 +76,12 @@ def write(folder: Path, args: argparse.Namespace) -> None:
 
 
 def decode(data: bytes, bucket: tuple[int, int]) -> np.ndarray:
-    """Decode a JPEG and resize it to `bucket`, uint8 [3, h, w]. All readers use this function."""
+    """Decode a JPEG and resize it to `bucket` (height, width), uint8 [3, h, w]. All readers use this function."""
     return resize_and_crop(Image.open(io.BytesIO(data)).convert("RGB"), bucket, False)
 
 
 def ours(folder: Path, args: argparse.Namespace) -> Batches:
-    """Yield batches read by this project's index, sample order and workers."""
+    """Yield batches, uint8 tensors [B, 3, h, w], read by this project's index, sample order and workers."""
     import torch
 
     names = sorted(map(str, (folder / "tar").glob("*.tar")))
@@ -110,7 +110,10 @@ def _loader(dataset: Any, args: argparse.Namespace, kind: Any = None, **options:
 
 
 class _Decoding:
-    """Decodes a sample of another library, or its bytes; a class, so that it can be sent to workers."""
+    """Decodes an image as another library yields it: JPEG bytes, or a dict with them.
+
+    It is a class and not a closure, so that it can be pickled for worker processes.
+    """
 
     def __init__(self, bucket: tuple[int, int]) -> None:
         self.bucket = bucket
@@ -119,14 +122,14 @@ class _Decoding:
         return decode(sample["jpg"] if isinstance(sample, dict) else sample, self.bucket)
 
     def batch(self, samples: list[Any]) -> Any:
-        """Return uint8 [B, 3, h, w]."""
+        """Decode several samples to one tensor, uint8 [B, 3, h, w]."""
         import torch
 
         return torch.from_numpy(np.stack([self(sample) for sample in samples]))
 
 
 def of_webdataset(folder: Path, args: argparse.Namespace) -> Batches:
-    """Yield batches of plain webdataset, shuffled as its documentation shows."""
+    """Yield batches, uint8 [B, 3, h, w], read by plain webdataset, shuffled as its documentation shows."""
     import webdataset
 
     names = sorted(map(str, (folder / "tar").glob("*.tar")))
@@ -143,7 +146,7 @@ def write_streaming(folder: Path, images: list[bytes], count: int) -> None:
 
 
 def of_streaming(folder: Path, args: argparse.Namespace) -> Batches:
-    """Yield batches of mosaicml-streaming."""
+    """Yield batches, uint8 [B, 3, h, w], read by mosaicml-streaming, shuffled."""
     from streaming import StreamingDataset
 
     dataset = StreamingDataset(local=str(folder / "streaming"), shuffle=True, batch_size=BATCH)
@@ -151,7 +154,10 @@ def of_streaming(folder: Path, args: argparse.Namespace) -> Batches:
 
 
 class _Bytes:
-    """Gives litdata the bytes of image `number`; a class, so that it can be sent to workers."""
+    """Returns the JPEG of the image `number` to litdata's writer.
+
+    It is a class and not a closure, so that it can be pickled for worker processes.
+    """
 
     def __init__(self, images: list[bytes]) -> None:
         self.images = images
@@ -169,7 +175,7 @@ def write_litdata(folder: Path, images: list[bytes], count: int) -> None:
 
 
 def of_litdata(folder: Path, args: argparse.Namespace) -> Batches:
-    """Yield batches of litdata."""
+    """Yield batches, uint8 [B, 3, h, w], read by litdata, shuffled."""
     import litdata
 
     dataset = litdata.StreamingDataset(str(folder / "litdata"), shuffle=True, transform=_Decoding(tuple(args.bucket)))
@@ -187,7 +193,7 @@ READERS: dict[str, tuple[Reader, Writer | None]] = {
 
 
 def available(name: str) -> bool:
-    """Return whether a library is installed and can be imported."""
+    """Return whether the Python package `name` can be imported."""
     try:
         __import__(name)
     except Exception:
@@ -196,7 +202,10 @@ def available(name: str) -> bool:
 
 
 def _tree() -> tuple[float, list[psutil.Process]]:
-    """Return the processor seconds of this process and those below it, also those that ended, and those that decode."""
+    """Return the processor seconds used so far by this process and its children, and the children that decode images.
+
+    A child that uses more than 20 MiB of memory counts as decoding.
+    """
     below = psutil.Process().children(recursive=True)
     seconds = sum(os.times()[:4]) + sum(sum(process.cpu_times()[:4]) for process in below)
     return seconds, [row for row in below if row.memory_info().rss > 20 << 20]
@@ -210,7 +219,7 @@ def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> N
     batches = READERS[name][0](folder, args)
     count = len(next(batches))
     first = time.perf_counter() - began
-    if name == "raphael_dist":  # the index is made once, and by a tool
+    if name == "raphael_dist":  # the index is built before, as a tool does it for a run
         batches.close()  # type: ignore[attr-defined]
         before, began = _tree()[0], time.perf_counter()
         batches = READERS[name][0](folder, args)
@@ -229,7 +238,10 @@ def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> N
 
 
 def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
-    """Print a line for each reader. They take turns, so that other work on the machine affects all of them equally."""
+    """Measure and print the speed of each reader when images are decoded by worker processes.
+
+    Readers take turns, so that other work on the machine affects all of them equally.
+    """
     context = multiprocessing.get_context("spawn")
     results: dict[str, list[tuple[float, ...]]] = {name: [] for name in args.only or READERS}
     there = {name for name in results if available(name)}
@@ -259,7 +271,10 @@ def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
 
 
 def compare_raw(folder: Path, args: argparse.Namespace) -> None:
-    """Print how fast samples that need no decoding are read, in order and shuffled, compared with plain tar files."""
+    """Print how fast samples that need no decoding are read in one process.
+
+    This project reads them shuffled, webdataset in order.
+    """
     import webdataset
 
     names = sorted(map(str, (folder / "latents").glob("*.tar")))
@@ -285,7 +300,7 @@ def _seconds(start: Callable[[], Iterator[Any]]) -> float:
 
 
 def compare_resume(folder: Path, args: argparse.Namespace) -> None:
-    """Print how long it takes to reach a sample at nine tenths of the data: directly by its position, and by skipping."""
+    """Print how long it takes to reach a sample at nine tenths of the data: by its position, and by skipping samples."""
     import webdataset
 
     names, place = sorted(map(str, (folder / "tar").glob("*.tar"))), args.images * 9 // 10

@@ -1,4 +1,7 @@
-"""`tools/bench.py features`: bytes and time of a sample by where its features come from, and what rounding them changes."""
+"""`tools/bench.py features`: time and bytes per sample of each way to provide features, and the error of rounding them.
+
+Features are what the model reads of a sample: latents of its image and tokens of its caption.
+"""
 
 import argparse
 import time
@@ -34,9 +37,9 @@ class FeatureRow:
     Attributes:
         way: one of WAYS.
         num_bytes: bytes per sample on disk.
-        fill_s: seconds per sample to create the features.
-        read_s: seconds per sample to read them.
-        parts: seconds per sample by kind of work.
+        fill_s: seconds per sample to create the features beforehand.
+        read_s: seconds per sample to build batches from them.
+        parts: these seconds by kind of work (KINDS).
     """
 
     way: str
@@ -47,7 +50,10 @@ class FeatureRow:
 
 
 def bench_features(config: Config, shards: list[Path], encoders: Encoders, folder: Path, batches: int) -> list[FeatureRow]:
-    """Measure each way to provide features on the samples of `shards`, in batches built by one thread."""
+    """Measure each way to provide features (WAYS) on the samples of `shards`; return a row for each.
+
+    `batches` batches are built by one thread. `folder`: an empty folder for caches and shards.
+    """
     return [_measure(way, config, shards, encoders, folder, batches) for way in WAYS]
 
 
@@ -75,7 +81,7 @@ def _measure(way: str, config: Config, shards: list[Path], encoders: Encoders, f
     stream = TrainStream(order, source, seed=0, caption_dropout=0.1, flip=config.data.flip)
     builder = BatchBuilder(config, stream, BatchEncoder(encoders, config.edge.weight > 0), num_blocks=16)
     each, parts = config.train.micro_batch_size, Counter[str]()
-    builder.build([(position, 1.0) for position in range(each)])  # weights are loaded, files are opened
+    builder.build([(position, 1.0) for position in range(each)])  # not timed: loads weights and opens files
     began = time.perf_counter()
     for number in range(1, batches + 1):
         parts.update(builder.build([(position, 1.0) for position in range(number * each, (number + 1) * each)]).seconds)
@@ -86,7 +92,7 @@ def _measure(way: str, config: Config, shards: list[Path], encoders: Encoders, f
 
 
 def rounding(config: Config, shards: list[Path], encoders: Encoders) -> dict[str, float]:
-    """Return the rounding error of each storage format of a feature: its root mean square divided by that of the feature.
+    """Return the relative error (RMS) of each storage format of the features, by its name.
 
     It is measured on up to 64 samples. `config` must have data.features=online.
     """
@@ -112,7 +118,7 @@ def _error(values: Tensor, exact: Tensor) -> float:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--batches", type=int, default=10)
     command.add_argument("--threads", type=int, default=2)

@@ -1,8 +1,9 @@
-"""`tools/bench.py gpu --all`: everything that is claimed of one GPU, in one command that can be repeated until it is done.
+"""`tools/bench.py gpu --all`: takes all documented measurements of one GPU. The same command can be repeated to continue.
 
-Each measurement is a process of its own (`tools/bench.py gpu --json`), so that one that fails leaves the others intact. All
-are taken once before any is taken again, so that what changes with time on the machine meets all of them. Results go to a
-JSON file after each; a command that is called again continues there. It ends after `--minutes`, with the table so far.
+Each measurement is a process of its own (`tools/bench.py gpu --json`), so one that fails does not affect the others. All are
+taken once before any is taken again, so that slow changes of the machine affect all of them. Results are written to a JSON
+file after each measurement; a command that is called again continues from there. It ends after `--minutes`, with the table
+so far.
 """
 
 import argparse
@@ -34,7 +35,14 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a preset, images of a micro-batch, whose step is measured, and overrides of the configuration."""
+    """One measurement of an optimizer step on a GPU.
+
+    Attributes:
+        config: the preset.
+        images: images of a micro-batch.
+        step_of: whose step is measured: "ours", "diffusers" or "diffusers-compiled".
+        overrides: overrides of the configuration, as on the command line.
+    """
 
     config: str
     images: int
@@ -46,13 +54,13 @@ class Case:
         return " ".join([self.config, str(self.images), self.step_of, *self.overrides])
 
     def command(self) -> list[str]:
-        """Return the arguments of `tools/bench.py gpu`."""
+        """Return the arguments of `tools/bench.py gpu` for this measurement."""
         words = ["--config", self.config, "--micro-batch", str(self.images), "--step-of", self.step_of, "--json"]
         return [*words, *self.overrides]
 
 
 def cases() -> list[Case]:
-    """Return all measurements, in the order of their worth."""
+    """Return all measurements, the most important first."""
     chosen = [c for images in (64, 8, 32) for c in _against_diffusers("sd2-dense", images)]
     for config in ("raphael-3b", "raphael-sd2"):
         for images in (8, 2, 16, 32):
@@ -69,7 +77,10 @@ def _against_diffusers(config: str, images: int) -> list[Case]:
 
 
 def _switches(config: str, each_off: bool = False) -> list[tuple[str, ...]]:
-    """Return overrides with no kernel and with all that suit a preset; with `each_off` also with each in turn off."""
+    """Return combinations of train.kernels to measure, as overrides: no kernel, and all kernels that the preset can use.
+
+    With `each_off` there are also combinations that leave out one kernel each.
+    """
     model = load_config(config).model
     unfit = set() if model.space_experts else {"space_moe"}
     unfit |= set() if model.time_experts and model.time_activation == "gelu" else {"time_moe"}
@@ -79,7 +90,10 @@ def _switches(config: str, each_off: bool = False) -> list[tuple[str, ...]]:
 
 
 class Results:
-    """The records in a JSON file: of one device, one commit and one set of versions."""
+    """The records of all measurements in a JSON file. They are of one device, one commit and one set of versions.
+
+    Raises UserError if the file has records of others.
+    """
 
     def __init__(self, path: Path, machine: Record) -> None:
         self.path, self.machine, self.records = path, machine, list[Record]()
@@ -94,18 +108,18 @@ class Results:
         self.records = stored["records"]
 
     def add(self, record: Record) -> None:
-        """Append a record, and write the file."""
+        """Append the record of a measurement, and write the file."""
         self.records.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"machine": self.machine, "records": self.records}, indent=1) + "\n"
         replace_bytes(self.path, content.encode())
 
     def of(self, case: Case) -> list[Record]:
-        """Return the records of a measurement."""
+        """Return the records of a measurement so far."""
         return [record for record in self.records if record["case"] == case.name]
 
     def pending(self, chosen: list[Case]) -> list[Case]:
-        """Return what is to be measured, in order. What failed is not tried again."""
+        """Return the measurements of `chosen` that are missing, in order. Failed ones are not repeated."""
         counts = {case: len(self.of(case)) for case in chosen}
         failed = {case for case in chosen if any("error" in record for record in self.of(case))}
         return [case for i in range(ROUNDS) for case in chosen if counts[case] <= i and case not in failed]
@@ -118,14 +132,14 @@ def measure_all(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Measure until all is done or time is up; return how many measurements are left.
+    """Take measurements until all are done or time is up; return how many are left.
 
     Args:
-        chosen: what to measure.
-        results: where records go.
-        measure: returns the record of a case, given the seconds that are left.
-        seconds: for everything. A measurement starts only if the longest so far would still fit.
-        clock: in seconds.
+        chosen: the measurements.
+        results: where records are added.
+        measure: takes a measurement, given the seconds that are left; returns its record.
+        seconds: time for all. A measurement starts only if the longest one so far would still fit.
+        clock: returns the time in seconds.
     """
     began, longest = clock(), 0.0
     pending = results.pending(chosen)
@@ -137,7 +151,7 @@ def measure_all(
         record = measure(pending[0], left)
         longest = max(longest, clock() - start)
         if record.get("error") == TIME_IS_UP and left < seconds:
-            break  # it had less time than a new call gives it
+            break  # a new call gives it more time
         results.add({"case": pending[0].name, **record})
         pending = results.pending(chosen)
     return len(pending)
@@ -147,7 +161,7 @@ TIME_IS_UP = "time is up"
 
 
 def run_case(case: Case, seconds: float) -> Record:
-    """Measure a case in its own process; return its record, or one with "error"."""
+    """Take a measurement in its own process, within `seconds`; return its record, or one with "error"."""
     command = [sys.executable, str(Path(__file__).parents[1] / "bench.py"), "gpu", *case.command()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
@@ -162,7 +176,7 @@ def run_case(case: Case, seconds: float) -> Record:
 
 
 def table(chosen: list[Case], results: Results) -> str:
-    """Return the results as a table, with the medians over rounds."""
+    """Return the results as a Markdown table, with the median of the records of each measurement."""
     lines = ["| preset | images | step of | overrides | ms | images/s | MFU | useful MFU | peak GiB | rounds |"]
     lines.append("|" + "---|" * 10)
     for case in chosen:
@@ -181,12 +195,12 @@ def table(chosen: list[Case], results: Results) -> str:
 
 
 def machine() -> Record:
-    """Return the device, versions and commit that results stand for."""
+    """Return the device, versions and commit, all of which must be equal for results in one file."""
     return {"device": torch.cuda.get_device_name(), **versions(), "cuda": torch.version.cuda, "commit": git_commit()}
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Measure what is not yet in `--out`, for `--minutes`; print the table and how many measurements are left."""
+    """Take the measurements that are missing in `--out`, for `--minutes`; print the table and how many are left."""
     if not torch.cuda.is_available():
         raise SystemExit("tools/bench.py gpu --all requires a GPU, but torch finds none. Run it on a machine with one.")
     try:

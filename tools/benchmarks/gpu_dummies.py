@@ -1,4 +1,4 @@
-"""Replacements for the GPU interfaces of torch, DeepSpeed and the package, while `pretend_gpu.PretendGpu` is open."""
+"""Replacements for the GPU interfaces of torch, DeepSpeed and the package, used by `pretend_gpu.PretendGpu`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ GPU = torch.device("meta")
 
 
 def on_gpu(device: Any) -> bool:
-    """Return whether a device, its name or None is the simulated GPU."""
+    """Return whether `device` (a torch.device, its name, or None) is the simulated GPU."""
     return device is not None and torch.device(device).type == GPU.type
 
 
@@ -25,7 +25,7 @@ def _has_list(index: Any) -> bool:
 
 
 def patches(wait: Callable[[str], None]) -> Iterator[Any]:
-    """Yield the patches that make torch, DeepSpeed and the package use their code for GPUs on the simulated GPU.
+    """Yield mock patches that make torch, DeepSpeed and the package use their GPU code with the simulated GPU.
 
     `wait`: called with a reason whenever the host would wait for the GPU.
     """
@@ -39,7 +39,7 @@ def patches(wait: Callable[[str], None]) -> Iterator[Any]:
     for name, value in _stand_ins(wait).items():
         yield mock.patch.object(torch.cuda, name, value)
     yield mock.patch.object(Experts, "_loop", _with_even_loads(Experts._loop))
-    # Parts of torch that are no operations: attributes, and tensors made from Python's numbers.
+    # Parts of torch that are not operations: attributes, and tensors made from Python numbers.
     yield mock.patch.object(Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
     yield mock.patch.object(Tensor, "record_stream")
     for name in ("tensor", "as_tensor", "asarray"):
@@ -50,7 +50,7 @@ def patches(wait: Callable[[str], None]) -> Iterator[Any]:
 
 
 def _by_way_of_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return torch.tensor and similar functions as they work for a GPU: a tensor on the host, and a copy."""
+    """Wrap torch.tensor or a similar function: for the simulated GPU it makes a tensor on the host, and copies it."""
 
     def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         if not on_gpu(device):
@@ -61,7 +61,10 @@ def _by_way_of_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_even_loads(loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the loop over experts for counts that the host has read of tensors without data: they add up to nothing."""
+    """Wrap the loop over experts, so that each expert gets equally many rows.
+
+    The host reads zeros from tensors without data. So the loop would get counts that do not add up to the number of rows.
+    """
 
     def divided(experts: Experts, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:
         rows, number = x_RD.shape[0], experts.num_experts
@@ -73,7 +76,7 @@ def _with_even_loads(loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _new_tensor(self: Tensor, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
-    """Return `data` as a tensor where `self` is, as Tensor.new_tensor does."""
+    """Replace Tensor.new_tensor: return `data` as a tensor on the device and in the dtype of `self`."""
     made = torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
     return made.requires_grad_(requires_grad)
 
@@ -88,7 +91,7 @@ def _noting_lists(wait: Callable[[str], None], access: Callable[..., Any]) -> Ca
 
 
 def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
-    """Return replacements for the members of torch.cuda that the package and DeepSpeed use."""
+    """Return replacements for the members of torch.cuda that the package and DeepSpeed use, by name."""
 
     class Moment:
         """A stream or an event. The host waits for the GPU only in `synchronize`."""
@@ -129,7 +132,7 @@ def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _accelerator(wait: Callable[[str], None]) -> Any:
-    """Return DeepSpeed's accelerator for the simulated GPU."""
+    """Return an accelerator object for DeepSpeed that represents the simulated GPU. `wait`: as in `patches`."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     class Pretended(CPU_Accelerator):

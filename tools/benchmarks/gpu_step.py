@@ -1,9 +1,9 @@
-"""`tools/bench.py gpu`: a whole optimizer step of a preset, compared with that of diffusers' U-Net of the same widths.
+"""`tools/bench.py gpu`: a whole optimizer step of a preset, compared with a step of diffusers' U-Net of the same widths.
 
-Our step is that of training: the engine with its ZeRO stage, forward, backward, clipping, AdamW on fp32 masters, the moving
+Our step is that of training: the engine with its ZeRO stage, forward, backward, clipping, AdamW on fp32 weights, the moving
 average, and the copy of the batch. diffusers' step is plain PyTorch as in its training scripts: fp32 weights, autocast,
 AdamW, clipping, no average. Its blocks are dense: compared with `sd2-dense` both compute the same, and compared with a model
-with experts the difference is what experts, gates and edge modules cost. Samples are random, of the first size of
+with experts the difference is the cost of experts, gates and edge modules. Samples are random, of the first size of
 `image.buckets`.
 """
 
@@ -46,13 +46,13 @@ WARM_UP = 3  # steps: libraries choose their kernels, optimizers make their stat
 
 @dataclass(frozen=True)
 class StepTime:
-    """What was measured of a step.
+    """The measured time and memory of an optimizer step.
 
     Attributes:
-        seconds: the median of several rounds.
-        flops: of the model per sample, with every space expert on every image token.
-        useful_flops: the same, with the space experts that an image token needs.
-        peak_gib: most memory of the device; 0 on a CPU.
+        seconds: seconds of a step, the median of several rounds.
+        flops: FLOPs of the model per sample, with every space expert on every image token, as they are computed.
+        useful_flops: the same without experts on tokens that do not need them.
+        peak_gib: largest memory of the device in GiB; 0 on a CPU.
     """
 
     seconds: float
@@ -62,7 +62,10 @@ class StepTime:
 
 
 def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device, steps: int) -> StepTime:
-    """Time the trainer's step with one micro-step. Collective."""
+    """Measure the trainer's optimizer step with one micro-step, in three rounds of `steps` steps. Collective.
+
+    `tree`: DeepSpeed's configuration.
+    """
     plan = BatchPlan.of(config, ranks.world_size)
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     with device:  # drawn on the device: 2.9 B numbers take a minute on a CPU
@@ -83,7 +86,7 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
 
 
 def _idle_flops(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
-    """Return the FLOPs per sample of the space experts on image tokens outside of their regions."""
+    """Return the FLOPs per sample that space experts spend on image tokens outside of their regions, in a whole step."""
     flops: list[float] = []
 
     def count(layer: SpaceMoE, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -99,7 +102,10 @@ def _idle_flops(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
 
 
 def time_diffusers(config: Config, device: torch.device, steps: int, compiled: bool = False) -> StepTime:
-    """Time a step of diffusers' U-Net on this rank alone, with gradients checkpointed where ours are recomputed."""
+    """Measure an optimizer step of diffusers' U-Net on this rank alone, in three rounds of `steps` steps.
+
+    Gradient checkpointing is on if our model recomputes activations. `compiled`: use torch.compile.
+    """
     with device:
         model: Any = diffusers_unet(config)
     if config.model.checkpoint_activations != "none":
@@ -129,7 +135,7 @@ def time_diffusers(config: Config, device: torch.device, steps: int, compiled: b
 
 
 def diffusers_unet(config: Config) -> UNet2DConditionModel:
-    """Return diffusers' model of a configuration's widths, with dense blocks."""
+    """Build diffusers' dense U-Net with the widths and layers of a configuration."""
     m = config.model
     names = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in m.attention]
     return UNet2DConditionModel(
@@ -153,7 +159,7 @@ def _batch(config: Config, device: torch.device) -> Batch:
 
 
 def _timed(step: Callable[[], None], device: torch.device, steps: int) -> tuple[float, float]:
-    """Return the seconds of a step, the median of three rounds of `steps`, and the peak of the device's memory in GiB."""
+    """Return the seconds of a step (median of three rounds of `steps` steps), and the peak of the device's memory in GiB."""
 
     def finish() -> None:
         if is_gpu(device):
@@ -177,7 +183,7 @@ def _timed(step: Callable[[], None], device: torch.device, steps: int) -> tuple[
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default="raphael-3b")
     command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
     command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
@@ -216,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
         }
         for name in args.step_of:
             record = _record(config, works[name], ranks, device)
-            gc.collect()  # DeepSpeed's engine is a circle
+            gc.collect()  # DeepSpeed's engine refers to itself, so it is not freed at once
             if ranks.is_main and args.json:
                 print(json.dumps(record), flush=True)
             elif ranks.is_main:
@@ -225,7 +231,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _record(config: Config, work: Callable[[], StepTime], ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Return what `work` measures, with rates by rank, or its error."""
+    """Run `work`; return its `StepTime` as a dict, with TFLOP/s and MFU per rank, or {"error": text}."""
     try:
         measured = work()
     except (torch.OutOfMemoryError, UserError) as error:
@@ -245,7 +251,7 @@ def _line(record: dict[str, Any], micro: int) -> str:
 
 
 def _machine(ranks: Ranks, device: torch.device) -> str:
-    """Return the device and the versions that the numbers belong to."""
+    """Return a line that states the device, the number of ranks and the versions of packages."""
     name = torch.cuda.get_device_name(device) if is_gpu(device) else "CPU"
     cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if is_gpu(device) else {}
     return f"{ranks.world_size} x {name}; " + ", ".join(f"{k} {v}" for k, v in {**versions(), **cuda}.items()) + "\n"

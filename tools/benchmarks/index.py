@@ -1,4 +1,4 @@
-"""Cost of an index of shards with a given number of samples: bytes per sample, time and memory to open it and to read it."""
+"""`tools/bench.py index`: cost of a large index of shards: bytes per sample, time and memory to open and to read it."""
 
 import argparse
 import multiprocessing
@@ -21,7 +21,7 @@ PAPER = [(448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576),
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the benchmark's options."""
+    """Add the options of this benchmark to its parser `parser`."""
     parser.add_argument("--samples", type=int, default=100_000_000)
     parser.add_argument(
         "--per-shard", type=int, default=10_000, help="samples per shard (default 10,000, as img2dataset writes)"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(num_samples: int, per_shard: int = 10_000) -> Iterator[ShardRecord]:
-    """Yield made-up index records that resemble LAION: nine-digit keys, sizes of photographs, a score."""
+    """Yield made-up index records, one per shard, that resemble LAION: nine-digit keys, sizes of photographs, a score."""
     alike = [_record(number, per_shard) for number in range(min(16, num_samples // per_shard))]
     for number in range(num_samples // per_shard):
         digest = f"{number:064d}"
@@ -56,7 +56,7 @@ def _record(seed: int, count: int) -> ShardRecord:
 
 
 def _private_mb() -> float:
-    """Return MB of memory that only this process has: pages of mapped files are not."""
+    """Return the MB of memory that only this process uses. Pages of files mapped into memory are shared and do not count."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1e3
 

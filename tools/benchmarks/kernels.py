@@ -1,8 +1,8 @@
-"""`tools/bench.py kernels`: the Triton kernels of `train.kernels`, compiled for GPUs that need not be there.
+"""`tools/bench.py kernels`: the Triton kernels of `train.kernels`, compiled for GPUs. No GPU is needed.
 
-Every operation is called with tensors without data, of the sizes that a preset gives it. Its launches are recorded, compiled
-by Triton for each target, and read with the cuobjdump that Triton ships: registers of a thread, bytes that it spills to
-memory, and shared bytes of a program; the largest of a kernel's launches is printed. Nothing runs.
+Every operation is called with tensors without data, of the sizes that a preset gives it. The kernel launches are recorded
+and compiled by Triton for each target. The cuobjdump that Triton ships then reports: registers per thread, bytes that a
+thread spills to memory, and shared bytes per program. The largest numbers of a kernel's launches are printed. Nothing runs.
 """
 
 import argparse
@@ -34,7 +34,15 @@ _OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of a kernel: types of its arguments by name, constants, arguments that are multiples of 16, options."""
+    """The properties of a kernel launch that determine how Triton compiles it.
+
+    Attributes:
+        kernel: the kernel.
+        signature: types of its arguments, by name.
+        constants: values of its constant arguments, by name.
+        aligned: names of arguments that are multiples of 16.
+        options: options of the launch, such as num_warps.
+    """
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
@@ -45,20 +53,26 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: registers of a thread, bytes of a thread in memory, shared bytes of a program."""
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: registers per thread.
+        spilled: bytes per thread that are kept in memory, because there are too few registers.
+        shared: bytes of shared memory per program.
+    """
 
     registers: int
     spilled: int
     shared: int
 
     def largest(self, other: "Resources") -> "Resources":
-        """Return the larger number of each."""
+        """Return the larger of both numbers for each field."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Resources(*(max(pair) for pair in pairs))
 
 
 def record_launches(work: Callable[[], object]) -> list[Launch]:
-    """Return the different launches of `work`, in order. Nothing is launched."""
+    """Call `work`, and return the different kernel launches that it requests, in order. No kernel runs."""
     launches: dict[Launch, None] = {}
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -74,7 +88,7 @@ def _launch(kernel: JITFunction, arguments: dict[str, Any]) -> Launch:
     signature, constants, aligned = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
-        # As Triton specialises: None and the number 1 are constants.
+        # Triton treats None and the number 1 as constants.
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -88,7 +102,10 @@ def _launch(kernel: JITFunction, arguments: dict[str, Any]) -> Launch:
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
-    """Compile a launch for GPUs of a compute capability (90: 9.0). Raises Triton's errors."""
+    """Compile a kernel launch for GPUs of a compute capability, e.g. 90 for 9.0; return what the kernel needs.
+
+    Raises Triton's errors.
+    """
     kernel = launch.kernel
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
@@ -101,12 +118,15 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     return Resources(registers, stack + local, compiled.metadata.shared)
 
 
-# Of a model's first and last level: samples, channels, side of the maps, and width and side of the tokens.
+# Sizes at the model's first and last level: samples, channels, side of feature maps; width and grid side of tokens.
 LEVELS = ((2, 320, 64, 320, 64), (2, 2560, 8, 1280, 16))
 
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Yield (switch, operation, arguments) at the sizes of `raphael-3b` with two images."""
+    """Yield (name in train.kernels, operation, arguments) for each Triton operation, at the sizes of `raphael-3b`.
+
+    Arguments are tensors without data for two images.
+    """
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -129,7 +149,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), help="compute capabilities")
     command.add_argument("--switches", nargs="+", help="of train.kernels; default: all")
 
@@ -157,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Yield the switch and each different launch of what the operations run for tensors with data."""
+    """Yield (name in train.kernels, launch) for each different kernel launch of the operations in `calls`."""
     seen: set[Launch] = set()
     for switch, operation, arguments in calls(dtype):
         new = [launch for launch in record_launches(partial(operation._init_fn, *arguments)) if launch not in seen]

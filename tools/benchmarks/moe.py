@@ -29,12 +29,12 @@ from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initiali
 
 @dataclass(frozen=True)
 class MoeRow:
-    """Results of one layer.
+    """Results of one expert layer.
 
     Attributes:
-        rows: (token, expert) pairs that all ranks computed.
+        rows: number of (token, expert) pairs that all ranks computed.
         milliseconds: median time of forward and backward.
-        sent: bytes that this rank sent.
+        sent: bytes that this rank sent in a forward and backward pass.
     """
 
     name: str
@@ -48,7 +48,10 @@ class MoeRow:
 
 
 class Blocking(ExpertGroup):
-    """An expert group that waits for each exchange at once. The time that it loses is what overlapping gains."""
+    """An expert-parallel group that waits for each exchange at once, without overlapping it with computation.
+
+    Its additional time is what overlapping saves.
+    """
 
     def all_to_all(self, *arguments: Any) -> tuple[Tensor, Any]:
         return _waited(super().all_to_all(*arguments))
@@ -61,9 +64,14 @@ class Blocking(ExpertGroup):
 
 
 def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: Ranks, uneven: bool = False) -> list[MoeRow]:
-    """Measure each layer; return a row for each. Collective.
+    """Measure each kind of expert layer; return a row for each. Collective.
 
-    `mask`: share of the image in the region of each text token.
+    Args:
+        case: sizes of the layers.
+        mask: share of the image (0..1) in the region of each text token.
+        repeats: measurements of each layer, of which the median counts.
+        ranks: this rank and the number of ranks.
+        uneven: whether half of the load goes to one expert.
     """
     measured = []
     for name, (rows, step, traffic) in _layers(case, mask, ranks, uneven).items():
@@ -112,7 +120,7 @@ def _time(case: SpaceCase, group: ExpertGroup | None) -> nn.Module:
 
 
 class _Loop(nn.Module):
-    """A plain loop: for each expert, select its tokens, run it, and put the rows back."""
+    """A plain expert layer: for each expert, select its tokens, run it, and add its outputs at their positions."""
 
     def __init__(self, experts: Experts, expert_R: Tensor) -> None:
         super().__init__()
@@ -135,7 +143,7 @@ def _deepspeed_moe(case: SpaceCase, k: int, world: int, uneven: bool) -> nn.Modu
     # No token is dropped, as in ours.
     layer = MoE(case.dim, expert, case.experts, ep_size=world, k=k, drop_tokens=False, use_rts=False)
     layer.set_deepspeed_parallelism()
-    if uneven:  # the sign of a token's first number decides, and half are positive
+    if uneven:  # expert 0 gets the tokens whose first number is positive, about half of them
         with torch.no_grad():
             layer.deepspeed_moe.gate.wg.weight[0, 0] = 1e3
     return layer
@@ -151,7 +159,7 @@ def _step(layer: nn.Module, h_BND: Tensor, *inputs: Any) -> Callable[[], None]:
 
 
 def _median_ms(step: Callable[[], None], repeats: int, traffic: Traffic) -> tuple[float, int]:
-    """Return the median milliseconds, of the slowest rank each time, and the bytes of one call."""
+    """Return the median milliseconds of `step`, each time on the slowest rank, and the bytes that one call sends."""
     times = []
     for _ in range(repeats + 1):
         traffic.take()
@@ -166,7 +174,7 @@ def _median_ms(step: Callable[[], None], repeats: int, traffic: Traffic) -> tupl
 
 class _Done:
     def wait(self) -> None:
-        """Do nothing: the work is done."""
+        """Do nothing: the exchange is complete."""
 
 
 def _waited(started: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
@@ -175,7 +183,7 @@ def _waited(started: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     add_sizes(command, 8, [0.05, 1.0])
     command.add_argument("--uneven", action="store_true", help="half of the load goes to one expert")
 

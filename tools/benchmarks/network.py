@@ -1,6 +1,6 @@
-"""`tools/bench.py network`: bytes that a node sends in a step, compared with the plan and with what ranks count.
+"""`tools/bench.py network`: bytes that a node sends in a step, compared with the planner and with what ranks count.
 
-Nodes are simulated by network namespaces of this host (tests/lib/netns.py), whose interfaces count bytes and frames. All
+Nodes are simulated by network namespaces of this machine (tests/lib/netns.py), whose interfaces count bytes and frames. All
 trainers train the U-Net of `--config` in float32 on equal random batches. They are ours in each ZeRO stage and with sharded
 experts, PyTorch's DistributedDataParallel, DeepSpeed's own ZeRO-2, and our blocks with DeepSpeed's `MoE` layers. Needs root.
 """
@@ -38,13 +38,19 @@ from raphael_dist.planning.memory import persistent_elements
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.files import replace_bytes
 
-SAMPLES, SIDE, STEPS = 1, 8, 1  # of a micro-batch; of its latents; measured, after one more
+SAMPLES, SIDE, STEPS = 1, 8, 1  # samples of a micro-batch; side of latents; steps measured, after one that is not
 SCHEMES: dict[int, Scheme] = {0: "replicated", 1: "reduce_scatter", 2: "reduce_scatter", 3: "zero3"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a trainer (`who`: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE"), its settings and its ranks."""
+    """One measurement: a trainer with its settings, on `nodes` nodes with `per_node` ranks each.
+
+    Attributes:
+        who: the trainer: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE".
+        stage, space_ep, time_ep, placement: ZeRO stage and expert parallelism of ours.
+        accumulation: micro-steps per optimizer step.
+    """
 
     nodes: int
     per_node: int
@@ -56,7 +62,7 @@ class Case:
     accumulation: int = 1
 
     def config(self, name: str) -> Config:
-        """Return the run's configuration."""
+        """Return the configuration `name` (preset or file) with the settings of this measurement."""
         world = self.nodes * self.per_node
         overrides = [
             f"train.micro_batch_size={SAMPLES}",
@@ -70,9 +76,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes of a step, for the node that sends most.
+    """Bytes that the node which sends most sends in an optimizer step.
 
     Attributes:
+        case: the measurement.
         wire: bytes that the network interface sent, with headers, acknowledgements and what TCP sent again.
         payload: bytes of data that the other nodes have acknowledged.
         counted: bytes that the node's ranks counted (`comm/*`); 0 for other trainers, which do not count.
@@ -87,7 +94,10 @@ class Row:
 
 
 def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]:
-    """Yield what to measure: most settings on the first topology and a few on the others, or `everything`."""
+    """Yield the measurements: most settings on the first topology and a few on the others, or `everything` on all.
+
+    `topologies`: (nodes, ranks per node) of each.
+    """
     for number, (nodes, per_node) in enumerate(topologies):
         base = Case(nodes, per_node)
         if everything or number == 0:
@@ -109,7 +119,7 @@ def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]
 
 
 def measure(config_name: str, todo: list[Case], out: str) -> None:
-    """Measure all cases on this rank. Rank 0 of each node writes the counters to `out`. Collective."""
+    """Take all measurements `todo` on this rank, and write its counters to the file OUT-RANK.json. Collective."""
     ranks = discover()
     device = initialise(ranks)
     torch.set_num_threads(1)
@@ -126,7 +136,7 @@ def measure(config_name: str, todo: list[Case], out: str) -> None:
 
 
 def _count(step: Callable[[], object], traffic: Traffic) -> tuple[float, float, float]:
-    """Return what this node sent on the wire and as data, and what this rank counts, in bytes per step."""
+    """Return the bytes per call of `step`: sent by this node's interface, acknowledged by others, counted by this rank."""
     step()
     traffic.take()
     before = _sent()
@@ -138,7 +148,7 @@ def _count(step: Callable[[], object], traffic: Traffic) -> tuple[float, float, 
 
 
 def _sent() -> tuple[int, int]:
-    """Return the bytes that this node's interface has sent, and those that other nodes have acknowledged. Collective."""
+    """Return the bytes so far that this node's interface has sent, and that other nodes have acknowledged. Collective."""
     dist.barrier()
     time.sleep(0.2)  # the last acknowledgements
     line = next(line for line in Path("/proc/self/net/dev").read_text().splitlines() if "eth0" in line)
@@ -153,7 +163,7 @@ def _sent() -> tuple[int, int]:
 
 
 def contender(case: Case, config: Config, ranks: Ranks, device: torch.device) -> tuple[Callable[[], object], Traffic]:
-    """Build the trainer of a case. Collective.
+    """Build the trainer of a measurement. Collective.
 
     Returns:
         A function that takes an optimizer step, and the counter of the bytes that it sends.
@@ -217,7 +227,7 @@ def _deepspeed_step(case: Case, config: Config, ranks: Ranks, loss: Callable[...
 
 
 def planned_bytes(case: Case, config_name: str) -> float:
-    """Return the bytes that a node sends in a step as predicted by the planner."""
+    """Return the bytes that a node sends in a step as predicted by the planner; 0.0 for trainers other than ours."""
     if case.who != "ours":
         return 0.0
     config, world = case.config(config_name), case.nodes * case.per_node
@@ -225,14 +235,20 @@ def planned_bytes(case: Case, config_name: str) -> float:
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in RaphaelUNet(config).named_parameters()}
     links, parameters = Cluster(world, case.per_node), sum(map(prod, shapes.values()))
-    # Without a threshold in its configuration DeepSpeed has the same.
+    # DeepSpeed's default threshold is the planner's PERSISTENT.
     scheme, persistent = SCHEMES[case.stage], persistent_elements(shapes)
     parts = communications(config, plan, links, parameters, scheme, reductions, persistent)
     return sum(part.network_gb for part in parts) * 1e9 * case.per_node
 
 
 def bench_network(config_name: str, topologies: list[tuple[int, int]], everything: bool = False) -> Iterator[Row]:
-    """Yield a row for each case."""
+    """Take all measurements on simulated nodes; yield a row for each.
+
+    Args:
+        config_name: preset or file of the model.
+        topologies: (nodes, ranks per node) of each.
+        everything: whether to measure all settings on all topologies.
+    """
     netns = importlib.import_module("tests.lib.netns")
     if reason := netns.missing():
         raise SystemExit(f"no nodes can be made: {reason}")
@@ -250,7 +266,7 @@ def bench_network(config_name: str, topologies: list[tuple[int, int]], everythin
 
 
 def read_rows(measured: list[Case], config_name: str, out: str) -> Iterator[Row]:
-    """Yield the results of cases on the same ranks from the counters that `measure` wrote."""
+    """Yield the results of measurements on the same nodes from the files OUT-RANK.json that `measure` wrote."""
     nodes, per_node = measured[0].nodes, measured[0].per_node
     ranks = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(nodes * per_node)]
     for i, case in enumerate(measured):
@@ -263,7 +279,7 @@ def read_rows(measured: list[Case], config_name: str, out: str) -> Iterator[Row]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")))
     command.add_argument("--nodes", type=int, nargs="+", default=[2, 4])
     command.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks per node (default: 1 2)")
@@ -273,7 +289,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def describe(case: Case) -> str:
-    """Return a case as text."""
+    """Return trainer and settings of a measurement as text."""
     if case.who != "ours":
         return {"DDP": "PyTorch's DDP", "DeepSpeed": "DeepSpeed's ZeRO-2"}.get(case.who, "DeepSpeed's ZeRO-2 and `MoE`")
     experts = f", ep {case.space_ep} and {case.time_ep}, {case.placement}" if case.space_ep * case.time_ep > 1 else ""

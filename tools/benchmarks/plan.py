@@ -2,8 +2,8 @@
 
 - memory: live activations of a real pass, and a process's resident memory, for several configurations
 - time: a micro-step, with a calibrated description of this machine
-- gpu: steps measured on one H200. The minimum time of an operation and the rate of small and strided ones were fitted to the
-  first two.
+- gpu: steps measured on one H200. Two constants of the description, the minimum time of an operation and the rate of small
+  and strided ones, were fitted to the first two of these steps.
 - published: runs of Stable Diffusion 2 on GPUs, to which nothing was fitted
 """
 
@@ -50,7 +50,7 @@ PARTS = ("memory", "time", "gpu", "published")
 
 @dataclass(frozen=True)
 class Published:
-    """A published run of Stable Diffusion 2 on `ranks` GPUs with `micro` images each, at 512 px from stored latents."""
+    """A published training of Stable Diffusion 2 on `ranks` GPUs with `micro` images each, at 512 px from stored latents."""
 
     cluster: str
     ranks: int
@@ -66,7 +66,7 @@ class Measured:
     Attributes:
         preset, micro: the model and its micro-batch.
         ms: milliseconds of a step.
-        graphs: train.cuda_graphs.
+        graphs: whether train.cuda_graphs was on.
         gib: largest memory in GiB that torch had allocated; None: unknown, because another model's memory was included.
     """
 
@@ -105,23 +105,23 @@ PUBLISHED = (
 
 
 def configuration(name: str) -> Config:
-    """Return one of CONFIGURATIONS, in which a step has one micro-step."""
+    """Return the configuration in CONFIGURATIONS of this name, with one micro-step per optimizer step."""
     config = load_config("emoji-tiny", CONFIGURATIONS[name])
     train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size})
     return config.model_copy(update={"train": train})
 
 
 def activations(name: str) -> tuple[int, int]:
-    """Return the measured and the predicted largest memory of activations, in bytes."""
+    """Return the largest memory of activations of a configuration in CONFIGURATIONS: (measured, predicted) bytes."""
     config = configuration(name)
     planned = profile(config).at(config.train.micro_batch_size, config.model.checkpoint_activations).peak
     return measured_peak(config), planned
 
 
 def resident(name: str) -> tuple[int, int]:
-    """Return the growth of this process's resident memory over two steps, and the prediction, in bytes.
+    """Return by how many bytes this process's resident memory grows in two training steps: (measured, predicted).
 
-    Call it in a new process.
+    `name`: a configuration in CONFIGURATIONS. Call it in a new process.
     """
     import torch
 
@@ -158,7 +158,7 @@ def resident(name: str) -> tuple[int, int]:
 
 
 def on_a_gpu(case: Measured) -> tuple[float, float]:
-    """Return the milliseconds and GB that the planner predicts for a measured step."""
+    """Return the milliseconds of a step and the GB of memory that the planner predicts for a measured step."""
     sizes = [
         f"train.global_batch_size={case.micro}",
         f"train.micro_batch_size={case.micro}",
@@ -174,7 +174,7 @@ def on_a_gpu(case: Measured) -> tuple[float, float]:
 
 
 def published(run: Published) -> float:
-    """Return the images per second and GPU that the planner predicts for a published run.
+    """Return the images per second of one GPU that the planner predicts for a published run.
 
     It assumes ZeRO-2 with overlapped communication and no recomputation.
     """
@@ -195,7 +195,7 @@ def _sd2_profile() -> Profile:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--cluster", default="cpu", help="cpu, or a YAML file from tools/plan_run.py --calibrate")
     command.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     command.add_argument(
@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name:<28}{_beside(alive / 1e6, predicted / 1e6)}{_beside(grown / 1e6, planned / 1e6)}", flush=True)
     if "time" in args.parts:
         cluster = load_cluster(args.cluster)
-        keep_freed_memory()  # as training has it
+        keep_freed_memory()  # as in training
         print(f"\n{'ms of a micro-step':<28}{'measured':>12}{'plan':>9}")
         for name in CONFIGURATIONS:
             config = configuration(name)

@@ -1,8 +1,8 @@
 """A simulated GPU: tensors without data replace its tensors, and every operation on it is recorded.
 
-Inside `PretendGpu` a tensor on torch's `meta` device counts as one on the GPU and a CPU tensor as host memory. What a
-program does is recorded operation by operation, in the backward pass too. The notes are therefore valid for any code,
-and nothing is computed. Values that the host reads from the GPU are constants: 1 for floats, 0 and False for others.
+Inside `PretendGpu` a tensor on torch's `meta` device counts as one on the GPU and a CPU tensor as host memory. The
+operations of a program are recorded one by one, in the backward pass too. So this works for any code, and nothing is
+computed. Values that the host reads from the GPU are constants: 1 for floats, 0 and False for others.
 
 A *wait* is a moment at which the host waits until the GPU has finished all its work:
 - a value that is read (`item`, `float`, `bool`, `int`), or a copy to the host (`cpu`, `tolist`) unless it is non-blocking
@@ -12,9 +12,9 @@ A *wait* is a moment at which the host waits until the GPU has finished all its 
   `repeat_interleave` without a size);
 - `synchronize()` of the device, a stream or an event, through torch or through DeepSpeed's accelerator.
 
-A *launch* is an operation on the GPU's tensors that is no view: some operations of torch need several kernels, and many
-small tensors at once (`_foreach_`) share a few. *Bytes* are those of an operation's inputs and outputs by their shapes, as
-if nothing stayed in a cache. Collectives are launches; they make a stream wait, not the host (NCCL).
+A *launch* is an operation on the GPU's tensors that is no view. On a real GPU some operations of torch need several kernels,
+and many small tensors at once (`_foreach_`) share a few. *Bytes* are those of an operation's inputs and outputs by their
+shapes, as if nothing stayed in a cache. Collectives are launches; they make a stream wait, not the host (NCCL).
 """
 
 import sys
@@ -41,7 +41,13 @@ _NOT_A_PLACE = ("/torch/", "/contextlib.py", "/gpu_dummies.py", __file__)
 
 @dataclass
 class Notes:
-    """What was recorded: number of waits by (place, kind), and launches and bytes by place. A place is `file:line`."""
+    """What was recorded on the simulated GPU. A place is the line of code, `file:line`, that caused it.
+
+    Attributes:
+        waits: number of times that the host waited for the GPU, by (place, kind).
+        launches: number of operations, by place.
+        bytes: bytes that they read and write, by place.
+    """
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
@@ -61,17 +67,17 @@ class PretendGpu:
         self._stack = ExitStack()
 
     def take(self) -> Notes:
-        """Return the notes since the last call."""
+        """Return the notes that were recorded since the last call, and start new ones."""
         taken, self.notes, self._origin = self.notes, Notes(), {}
         return taken
 
     def wait(self, kind: str) -> None:
-        """Record that the host waits for the GPU. `kind`: why."""
+        """Record that the host waits for the GPU at the current line of code. `kind`: why it waits."""
         if self.noting:
             self.notes.waits[self.place(), kind] += 1
 
     def launch(self, num_bytes: int) -> None:
-        """Record an operation on the GPU, which reads and writes `num_bytes`."""
+        """Record an operation on the GPU at the current line of code, which reads and writes `num_bytes`."""
         if not self.noting:
             return
         place = self.place()
@@ -79,9 +85,9 @@ class PretendGpu:
         self.notes.bytes[place] += num_bytes
 
     def place(self) -> str:
-        """Return `file:line` of the innermost line of this package or of DeepSpeed that runs now.
+        """Return as `file:line` the innermost line of this package or of DeepSpeed that is running.
 
-        In the backward pass, it is the line whose gradient is being computed.
+        In the backward pass, it is the line of the forward pass whose gradient is being computed.
         """
         frame: FrameType | None = sys._getframe(1)
         outer = None
@@ -118,12 +124,12 @@ def _line(frame: FrameType) -> str:
 
 
 class _Operations(TorchDispatchMode):
-    """The operations themselves, below autograd."""
+    """Intercepts all torch operations below autograd, and records those on the simulated GPU."""
 
     def __init__(self, gpu: PretendGpu) -> None:
         super().__init__()
         self._gpu = gpu
-        self._pinned: dict[int, Tensor] = {}  # by address; held, so that no other tensor gets the address
+        self._pinned: dict[int, Tensor] = {}  # by address; kept alive, so that no other tensor gets this address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -141,7 +147,7 @@ class _Operations(TorchDispatchMode):
         return result
 
     def _wait_of(self, name: str, args: Any, kwargs: Any) -> str | None:
-        """Return why the host waits for an operation, if it does."""
+        """Return why the host must wait for the GPU in the operation `name`; None if it does not."""
         if name in ("_to_copy", "copy_"):
             return self._wait_of_copy(name, args, kwargs)
         if name in ("_local_scalar_dense", "equal"):
@@ -175,7 +181,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _run(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Return the result of an operation without data; values that are copied to the host are constants."""
+    """Run an operation on tensors without data; return its result. Values that are copied to the host are constants."""
     if name == "_local_scalar_dense":
         return _made_up(args[0].dtype)
     if name == "equal":
@@ -189,7 +195,7 @@ def _run(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Return the arguments that an operation without results changes in place."""
+    """Return those arguments that an operation changes in place."""
     arguments = func._schema.arguments
     values = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
     names = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -199,13 +205,13 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
 def _wait_of_index(args: Any) -> str | None:
     indices = [index for index in args[1] if index is not None]
     flags = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
-    if flags and not (len(args) > 2 and args[2].numel() == 1):  # one value for all is a masked fill
+    if flags and not (len(args) > 2 and args[2].numel() == 1):  # with a single value it is a masked fill
         return "a shape depends on values (an index of booleans)"
     return "copies pageable memory to the GPU (an index on the host)" if any(not i.is_meta for i in indices) else None
 
 
 def _copy_of(name: str, args: Any, kwargs: Any) -> tuple[torch.device, Tensor, bool]:
-    """Return where a copy goes to, what is copied, and whether it was asked not to block."""
+    """Return (target device, copied tensor, whether it is non-blocking) for the operation `_to_copy` or `copy_`."""
     if name == "copy_":
         return args[0].device, args[1], bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
     return torch.device(kwargs.get("device") or args[0].device), args[0], bool(kwargs.get("non_blocking"))
@@ -231,7 +237,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
 
 
 def _collective(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run a collective of the fake process group, which takes no tensor without data, on empty ones of the host."""
+    """Run a collective of torch's fake process group on empty CPU tensors, because it accepts no tensor without data."""
     on_host = tree_map(lambda x: torch.empty(0) if isinstance(x, Tensor) else x, (args, kwargs))
     returned = func(*on_host[0], **on_host[1])
     if isinstance(returned, tuple):  # (tensors, work)

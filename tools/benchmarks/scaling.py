@@ -1,8 +1,8 @@
-"""`tools/bench.py scaling`: a whole run on 1, 2, 4 and 8 ranks of this host, compared with the plan.
+"""`tools/bench.py scaling`: speed of a whole run on 1, 2, 4 and 8 ranks of this machine, compared with the planner.
 
 strong: the same global batch on any number of ranks; weak: the same number of images per rank. The time includes data,
-metrics, EMA and engine, but no saves, validation and samples. Rounds are interleaved, and the fastest step counts.
-If there are more ranks than cores, the computation in the plan takes as many times longer.
+metrics, EMA and engine, but no saves, validation and samples. Rounds are interleaved, and the fastest step counts. If there
+are more ranks than cores, the planner's computation time is multiplied by ranks / cores.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from raphael_dist.planning.search import Choice, Search
 from raphael_dist.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-IMAGES, EACH, MOST = 32, 8, 8  # of a step when strong, of a rank when weak, at a time
+IMAGES, EACH, MOST = 32, 8, 8  # images per step (strong), per rank (weak), per micro-batch at most
 QUIET = (
     "checkpoint.every=0",
     "train.val_every=0",
@@ -31,7 +31,7 @@ QUIET = (
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     command.add_argument("--steps", type=int, default=10)
@@ -40,13 +40,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def overrides(kind: str, ranks: int) -> list[str]:
-    """Return the overrides that set the batch for a kind of scaling ("strong" or "weak")."""
+    """Return the overrides that set the batch for `ranks` ranks. `kind` of scaling: "strong" or "weak"."""
     batch = IMAGES if kind == "strong" else EACH * ranks
     return [f"train.global_batch_size={batch}", f"train.micro_batch_size={min(MOST, -(-batch // ranks))}"]
 
 
 def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> float:
-    """Run a training and return the images per second of its fastest step."""
+    """Run a training on `ranks` ranks and return the images per second of its fastest step, on all ranks.
+
+    `kind`: "strong" or "weak". `folder`: where the run is written.
+    """
     run = folder / f"{kind}-{ranks}"
     settings = [
         *overrides(kind, ranks),
@@ -70,7 +73,7 @@ def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> f
 
 
 def planned(args: argparse.Namespace, cluster: ClusterSpec, kind: str, ranks: int) -> float:
-    """Return the images per second that the planner predicts."""
+    """Return the images per second that the planner predicts for `ranks` ranks. `kind`: "strong" or "weak"."""
     config = load_config(args.config, overrides(kind, ranks))
     choice = Choice(1, 1, 1, False, config.train.micro_batch_size, "none", "auto")
     outcome = Search(config, cluster.with_value("per_node", ranks), ranks).evaluate(choice)

@@ -1,6 +1,6 @@
 """`tools/bench.py space`: time of the implementations of the Space-MoE.
 
-Before it measures a case, it checks that all implementations give the same results.
+Before it measures a layer, it checks that all implementations give the same results.
 
 Shape legend: B samples, N image tokens, Y text tokens, K experts, D width.
 """
@@ -23,7 +23,14 @@ BACKENDS = ("reference", *SPACE_BACKENDS)
 
 @dataclass(frozen=True)
 class SpaceCase:
-    """The sizes of one Space-MoE layer and its micro-batch."""
+    """The sizes of one Space-MoE layer and its micro-batch.
+
+    Attributes:
+        batch: samples.
+        tokens, text_tokens: image tokens and text tokens per sample.
+        dim, hidden: width of a token, and hidden width of an expert.
+        experts: number of experts.
+    """
 
     batch: int
     tokens: int
@@ -35,10 +42,10 @@ class SpaceCase:
     def inputs(
         self, mask: float, device: str, dtype: torch.dtype, seed: int = 0, uneven: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return image tokens [B, N, D], regions [B, N, Y] and random routing [B, Y, K].
+        """Return random inputs of the layer: image tokens [B, N, D], regions [B, N, Y] and routing [B, Y, K].
 
         Args:
-            mask: share of the image in each region.
+            mask: share of the image (0..1) in the region of each text token.
             device, dtype, seed: of the tensors.
             uneven: whether half of the text tokens are routed to expert 0.
         """
@@ -55,12 +62,12 @@ class SpaceCase:
 
 @dataclass(frozen=True)
 class SpaceRow:
-    """Results for one size of the regions.
+    """Results for one size of the regions, the image parts that belong to text tokens.
 
     Attributes:
-        mask: share of the image in a region.
-        density: share of all (token, expert) pairs that are computed.
-        milliseconds: time of each implementation.
+        mask: share of the image (0..1) in a region.
+        density: share of all (token, expert) pairs that are needed.
+        milliseconds: time of forward and backward, by implementation.
     """
 
     mask: float
@@ -71,7 +78,16 @@ class SpaceRow:
 def bench_space(
     case: SpaceCase, masks: Sequence[float], repeats: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Iterator[SpaceRow]:
-    """Time forward and backward of each implementation of the Space-MoE. Raises AssertionError if their outputs differ."""
+    """Time forward and backward of each implementation of the Space-MoE; yield a row for each size of the regions.
+
+    Args:
+        case: sizes of the layer.
+        masks: shares of the image (0..1) in the region of a text token.
+        repeats: measurements of each, of which the median counts.
+
+    Raises:
+        AssertionError: the outputs of two implementations differ.
+    """
     layer = SpaceMoE(case.experts, case.dim, case.hidden, "reference", seed=0).to(device, dtype)
     for mask in masks:
         inputs = case.inputs(mask, device, dtype)
@@ -97,7 +113,7 @@ def _step(layer: SpaceMoE, backend: str, inputs: tuple[Tensor, Tensor, Tensor]) 
 
 
 def median_ms(fn: Callable[[], object], repeats: int, device: str = "cpu") -> float:
-    """Return the median wall-clock milliseconds of `fn`, after one call that is not counted."""
+    """Return the median wall-clock milliseconds of `repeats` calls of `fn`, after one call that is not counted."""
     times = []
     for _ in range(repeats + 1):
         _wait(device)
@@ -114,14 +130,14 @@ def _wait(device: str) -> None:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     add_sizes(command, 4, [0.02, 0.05, 0.1, 0.2, 0.4, 1.0])
     command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) -> None:
-    """Declare the options that set the sizes of a Space-MoE layer and how it is measured."""
+    """Add the options that set the sizes of a Space-MoE layer and how it is measured. `batch`, `masks`: defaults."""
     for name, default in (("batch", batch), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6)):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--repeats", type=int, default=7)
@@ -135,7 +151,7 @@ def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) 
 
 
 def cases(args: argparse.Namespace) -> list[SpaceCase]:
-    """Return the layer that the options describe, or one layer for each attention level of a preset's U-Net."""
+    """Return the sizes to measure: those of the options, or with --config those of each U-Net level with attention."""
     if args.config is None:
         return [SpaceCase(args.batch, args.tokens, args.text_tokens, args.dim, args.hidden or 4 * args.dim, args.experts)]
     config = load_config(args.config)

@@ -35,13 +35,13 @@ from raphael_dist.runtime.ranks import (
 from raphael_dist.training import run_dir
 
 TIMEOUT = timedelta(minutes=5)
-RANGES = 40  # entries of one rank's file in a manifest: a thousandth of raphael-3b is a few tensors of four kinds
+RANGES = 40  # entries of one rank's file in a manifest, as for raphael-3b on about a thousand ranks
 
 
 def bench_start(world_size: int, ep: int, repeats: int) -> dict[str, float]:
-    """Fork `world_size` ranks; return the seconds of each part of a start, by name.
+    """Fork `world_size` ranks; return the seconds that the slowest rank takes for each part of a start, by name.
 
-    They are those of the slowest rank. Parts that are repeated have the median of `repeats`.
+    Parts that are repeated have the median of `repeats`. `ep`: number of ranks over which experts are sharded.
     """
     port, pids = free_port(), []
     with tempfile.TemporaryDirectory() as name:
@@ -81,7 +81,14 @@ def _fork(rank: int, world_size: int, ep: int, repeats: int, port: int, folder: 
 
 
 def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, float]:
-    """Return the seconds of the slowest rank for each part of a start, a step's agreement and a save. Collective."""
+    """Return the seconds of the slowest rank for parts of a start, a step and a save, by name. Collective.
+
+    Args:
+        ranks: this rank and the number of ranks.
+        ep: number of ranks over which experts are sharded.
+        repeats: measurements of cheap parts, of which the median counts.
+        folder: where the run directory is created.
+    """
     began = time.perf_counter()
     device = initialise(ranks, TIMEOUT)
     dist.barrier()
@@ -120,7 +127,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 def _groups_of_all(ep: int) -> None:
-    """Create every group on every rank, for comparison."""
+    """Create all process groups of expert parallelism by calls on every rank, the usual way, for comparison."""
     world = dist.get_world_size()
     for members in [list(range(first, first + ep)) for first in range(0, world, ep)]:
         dist.new_group(members, timeout=TIMEOUT)
@@ -136,7 +143,7 @@ def _own_groups(ep: int) -> None:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64], help="numbers of ranks, multiples of --ep")
     command.add_argument("--ep", type=int, default=4, help="number of ranks over which experts are sharded (default 4)")
     command.add_argument("--repeats", type=int, default=5)
@@ -144,7 +151,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the seconds of each part of a start, by the number of ranks."""
-    import deepspeed  # noqa: F401  # before the fork, so that no rank does
+    import deepspeed  # noqa: F401  # imported before the fork, so that the ranks need not import it
 
     torch.set_num_threads(1)
     by_world = {world: bench_start(world, args.ep, args.repeats) for world in args.ranks}

@@ -30,13 +30,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "zero2_offload": {"stage": 2, **OFFLOAD},
     "zero2_buckets": {"stage": 2},
 }
-# Small, or the reduction buffers of a small model would look as large as its gradients. ZeRO-2 without them collects.
+# Small: otherwise reduction buffers would be as large as this small model's gradients. ZeRO-2 without them uses one
+# contiguous buffer of gradients.
 BUCKETS = {"reduce_bucket_size": 200_000, "allgather_bucket_size": 200_000}
 SIDE = 8  # of the latents: activations are small compared with the model
 
 
 def random_batch(config: Config, samples: int, latent_hw: tuple[int, int] = (SIDE, SIDE)) -> Batch:
-    """Return a batch of random numbers in the shapes that training has."""
+    """Return a batch of random numbers with the shapes of a training batch, on the CPU and without gate noise.
+
+    `samples`: number of samples. `latent_hw`: height and width of the latents.
+    """
     m, text, factor = config.model, config.text.max_tokens, latent_factor(config.image.vae)
     return Batch(
         position=torch.arange(samples),
@@ -53,7 +57,7 @@ def random_batch(config: Config, samples: int, latent_hw: tuple[int, int] = (SID
 
 
 def tensor_bytes() -> int:
-    """Return the bytes of all live tensors of this process, each storage once."""
+    """Return the bytes of all live tensors of this process. Tensors that share a storage count once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -65,7 +69,10 @@ def tensor_bytes() -> int:
 
 
 def bench_states(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[float, float]:
-    """Return the bytes per parameter on this rank, before and after the optimizer update of the second step. Collective."""
+    """Return the bytes per parameter on this rank, before and after the optimizer update of the second step. Collective.
+
+    `tree`: DeepSpeed's configuration.
+    """
     before = tensor_bytes()
     plan = BatchPlan.of(config, ranks.world_size)
     engine = Engine(config, tree, plan, device)
@@ -85,7 +92,7 @@ def bench_states(config: Config, tree: dict[str, Any], ranks: Ranks, device: tor
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add this benchmark's arguments."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--zero", choices=CONFIGURATIONS, default="zero2")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.dtype=bfloat16")

@@ -1,9 +1,14 @@
 """`tools/bench.py step`: an optimizer step compared with alternatives on the same work, in one process.
 
-Compared are our U-Net without experts; diffusers' `UNet2DConditionModel` of the same widths in a plain PyTorch loop; ours
-with experts (auto), and by the paper's formula as printed (reference); our blocks with DeepSpeed's `MoE` layers. All get
-equal batches in float32 and use AdamW. Rounds are interleaved, and the fastest time of each part counts, because it was
-disturbed least. RAPHAEL's efficiency is its FLOP/s divided by those of the dense step: 1.00 is as efficient as dense.
+The following are compared:
+
+- our U-Net without experts
+- diffusers' `UNet2DConditionModel` of the same widths in a plain PyTorch loop
+- our U-Net with experts (auto), and computed by the paper's formula as printed (reference)
+- our blocks with DeepSpeed's `MoE` layers
+
+All get equal batches in float32 and use AdamW. Rounds are interleaved, and the fastest time of each part counts, because it
+was disturbed least. RAPHAEL's efficiency is its FLOP/s divided by those of the dense step: 1.00 is as efficient as dense.
 """
 
 import argparse
@@ -39,7 +44,7 @@ from raphael_dist.training.throughput import FLOPS
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
 WIDTHS = {
-    # The demo's, with experts as wide as the dense layer's; and two levels of the paper's, which fit into a host's memory.
+    # The widths of the demo, with experts as wide as the dense layer; and two levels of the paper's model.
     "demo": ["model.expert_width=[128,256,384,384]"],
     "paper": [
         "model.channels=[384,768]",
@@ -62,7 +67,7 @@ DENSE = [
 
 @dataclass(frozen=True)
 class StepRow:
-    """Times of one model: the fastest forward pass, backward pass and update in milliseconds, and the FLOPs of a step."""
+    """Results of one model: fastest forward pass, backward pass and update in milliseconds, and the FLOPs of a step."""
 
     name: str
     forward: float
@@ -76,7 +81,7 @@ class StepRow:
 
 
 class Contender:
-    """A model that is compared, with its optimizer and its loss."""
+    """One of the compared models, with an AdamW optimizer and a function that computes its loss on a fixed batch."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
         self.model, self._loss = model, loss
@@ -94,14 +99,20 @@ class Contender:
         return forward - began, backward - forward, clock() - backward
 
     def flops(self) -> float:
-        """Count the FLOPs of a step."""
+        """Return the FLOPs of the forward and backward pass of a step, counted while it runs."""
         with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             self._loss(self.model).backward()
         return float(counter.get_total_flops())
 
 
 def contenders(config: Config, reference: bool, side: int = 16) -> dict[str, Contender]:
-    """Return the models to compare. `config`: with experts; `reference`: with the paper's formula as printed."""
+    """Build the models to compare, by name.
+
+    Args:
+        config: configuration of the model with experts.
+        reference: whether to include the paper's formula as printed, which is slow.
+        side: height and width of the latents.
+    """
     schedule, batch = (
         NoiseSchedule.create(config.diffusion),
         random_batch(config, config.train.micro_batch_size, (side, side)),
@@ -123,7 +134,7 @@ def contenders(config: Config, reference: bool, side: int = 16) -> dict[str, Con
 
 
 def dense_of(config: Config) -> Config:
-    """Return the configuration without experts and edges: Stable Diffusion's U-Net of the same widths."""
+    """Return the configuration without experts and edge modules: Stable Diffusion's U-Net of the same widths."""
     config = _with(config, "model", space_experts=0, time_experts=0, time_activation="geglu")
     return _with(config, "edge", weight=0.0)
 
@@ -160,7 +171,7 @@ def _diffusers(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
 
 
 class _NativeMoE(nn.Module):
-    """A residual layer of DeepSpeed's `MoE`, which routes every token; no token is dropped, as in ours."""
+    """A layer x + MoE(norm(x)) with DeepSpeed's `MoE`. It drops no token, as our layers."""
 
     def __init__(self, dim: int, hidden: int, experts: int, ep_size: int = 1) -> None:
         super().__init__()
@@ -169,7 +180,7 @@ class _NativeMoE(nn.Module):
         expert = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.norm = nn.LayerNorm(dim)
         self.moe = MoE(dim, expert, experts, ep_size=ep_size, k=1, drop_tokens=False, use_rts=False)
-        if ep_size == 1:  # else DeepSpeed's engine does it
+        if ep_size == 1:  # otherwise DeepSpeed's engine calls it
             self.moe.set_deepspeed_parallelism()
 
     def forward(self, h_BND: Tensor) -> Tensor:
@@ -177,10 +188,10 @@ class _NativeMoE(nn.Module):
 
 
 def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contender:
-    """Return our dense U-Net with two of DeepSpeed's layers for each feed-forward layer, as many experts as ours have."""
+    """Build the model of `with_deepspeed_moe` with its optimizer and loss, for one rank."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise DeepSpeed compiles it
     deepspeed.init_distributed(verbose=False)
     torch.manual_seed(0)
     model, dense = with_deepspeed_moe(config)
@@ -190,7 +201,8 @@ def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
 def with_deepspeed_moe(config: Config, ranks: int = 1) -> tuple[RaphaelUNet, Config]:
     """Return our dense U-Net with two DeepSpeed `MoE` layers in place of each feed-forward layer, and its configuration.
 
-    Experts are sharded over as many of the `ranks` as divide their number.
+    They have as many experts as our time and space experts. Experts are sharded over as many of the `ranks` as divide their
+    number.
     """
     m, dense = config.model, dense_of(config)
     model = RaphaelUNet(dense)
@@ -205,7 +217,7 @@ def with_deepspeed_moe(config: Config, ranks: int = 1) -> tuple[RaphaelUNet, Con
 
 
 def bench_step(config: Config, rounds: int, reference: bool = True) -> list[StepRow]:
-    """Time a step of each model; return a row for each."""
+    """Time `rounds` steps of each model (`contenders`); return a row for each."""
     compared = contenders(config, reference)
     flops = {name: contender.flops() for name, contender in compared.items()}
     times: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
@@ -221,9 +233,10 @@ def bench_step(config: Config, rounds: int, reference: bool = True) -> list[Step
 
 
 def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device) -> dict[str, float]:
-    """Return the milliseconds of RAPHAEL's step in a plain loop, in the engine, and of what the trainer adds to it.
+    """Return the milliseconds of RAPHAEL's step in a plain loop and in the engine, and of what the trainer adds to it.
 
-    The time for data is that of building a batch of cached features. In training a thread does this during the step.
+    The trainer adds the moving average ("average"), metrics and data. The time for data is that of building a batch of
+    cached features. In training a thread does this during the step.
     """
     plan = BatchPlan.of(config, ranks.world_size)
     plain = contenders(config, reference=False)["RAPHAEL, auto"]
@@ -254,7 +267,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
-    """Record the metrics of a micro-step and reduce them in every step, as the trainer does for a log line."""
+    """Record the metrics of a micro-step and reduce them over ranks, as the trainer does for a log line."""
     count = batch.weight.sum()
     metrics.add("samples", count, "sum")
     for tag, value in (("loss", losses.denoise), ("loss_weighted", losses.total), ("loss_edge", losses.edge)):
@@ -266,7 +279,7 @@ def _record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--widths", choices=WIDTHS, nargs="+", default=list(WIDTHS))
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--threads", type=int, default=torch.get_num_threads())

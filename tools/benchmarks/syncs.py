@@ -53,7 +53,7 @@ STEADY = 3  # steps before the one that is counted
 
 @dataclass(frozen=True)
 class StepNotes:
-    """What was recorded in one optimizer step (`step`) and in the log line after it (`log`)."""
+    """What was recorded on the simulated GPU in one optimizer step (`step`) and in the log line after it (`log`)."""
 
     step: Notes
     log: Notes
@@ -65,7 +65,10 @@ class StepNotes:
 
 
 def note_step(config: Config, json_tree: dict[str, Any], world_size: int) -> StepNotes:
-    """Record one optimizer step on rank 0 of `world_size`. Joins a process group, which the whole process then keeps."""
+    """Record one optimizer step of rank 0 of `world_size` on a simulated GPU.
+
+    It joins a fake process group, which this process then keeps. `json_tree`: DeepSpeed's configuration.
+    """
     _join(world_size)
     with PretendGpu() as gpu:
         gpu.noting = False
@@ -73,7 +76,7 @@ def note_step(config: Config, json_tree: dict[str, Any], world_size: int) -> Ste
         batches = _batches(run)
         for _ in range(STEADY):
             trainer.train_step(run, batches)
-        trainer.log_step(run)  # measures the peak of the device, once
+        trainer.log_step(run)  # measures the peak rate of the device at the first call
         gpu.noting = True
         trainer.train_step(run, batches)
         step = gpu.take()
@@ -94,7 +97,7 @@ def _join(world_size: int) -> None:
 
 
 def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
-    """Return a run as `trainer.build` makes it, without data, encoders and checkpoints."""
+    """Return the trainer's objects for a run, as `trainer.build` does, but without data, encoders and checkpoints."""
     ranks, plan = Ranks(0, world_size), BatchPlan.of(config, world_size)
     with GPU:
         model = RaphaelUNet(config)
@@ -117,7 +120,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
         schedule=NoiseSchedule.create(config.diffusion, GPU),
         store=store,
         guard=Guard(config.train),
-        telemetry=Telemetry(config, Ranks(1, world_size), GPU, ["host"] * world_size),  # of rank 0 it would write files
+        telemetry=Telemetry(config, Ranks(1, world_size), GPU, ["host"] * world_size),  # rank 0 would write files
         watchdog=Watchdog(ranks, config.run.dir, config.run.hang_timeout_s),
         lock=None,
         progress=RunProgress(config.train.max_steps),
@@ -126,7 +129,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
 
 
 class _Stream:
-    """Replaces the training stream: black images with empty captions, in the right shapes."""
+    """Replaces the trainer's stream of samples: black images with empty captions, in the right shapes."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -156,12 +159,12 @@ class _Stream:
 
 
 def _batches(run: Run) -> Iterator[Batch]:
-    """Yield the batches of the prefetching thread, made in this thread, where they are recorded."""
+    """Yield the batches of a run. They are built in this thread and not in the usual background thread, to be recorded."""
     return map(run.builder.build, trainer._slots(run))
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+    """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default="raphael-3b")
     command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
     command.add_argument("--world", type=int, default=8, help="number of simulated ranks (default 8)")
@@ -190,9 +193,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report(notes: StepNotes, places: int) -> str:
-    """Return the recorded waits, launches and bytes as tables. The last line is the number of waits.
+    """Return the recorded waits, launches and bytes as text tables. The last line is the number of waits.
 
-    `places`: rows of each table.
+    `places`: how many lines of code to list, those with the most launches first.
     """
     lines = ["", "the host waits for the GPU:", *_waits(notes.step), "", "a log line adds:", *_waits(notes.log), ""]
     launches, num_bytes = notes.step.launches, notes.step.bytes

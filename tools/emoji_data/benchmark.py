@@ -30,13 +30,13 @@ SHOWN = 48  # pairs in pairs.png
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What the benchmark draws, and how.
+    """What the emoji benchmark draws, and how.
 
     Attributes:
         shards, val_shards: patterns of the training shards and of the held-out shards.
         default: a request without a prompt, with the size and seed to use.
         settings, scheduler: how images are sampled.
-        per_pair: images of each pair.
+        per_pair: images of each held-out pair of a thing and a style.
         folder: where results are written.
         options: names of the options or fields with the two kinds of shards, for messages.
     """
@@ -52,7 +52,12 @@ class Benchmark:
 
 
 def run_benchmark(trained: TrainedModel, b: Benchmark, ranks: Ranks) -> str:
-    """Run the benchmark; write table.md, results.json and pairs.png into its folder. Collective.
+    """Run the emoji benchmark; write table.md, results.json and pairs.png into its folder. Collective.
+
+    Args:
+        trained: the model with its encoders.
+        b: what to draw, and how.
+        ranks: this rank and the number of ranks, which share the work.
 
     Returns:
         The table as Markdown, on rank 0.
@@ -134,7 +139,7 @@ def _cell(row: Row) -> str:
 def _draw_pairs(
     true: TrueImages, held_out: np.ndarray, drawn: Sequence[np.ndarray], requests: Sequence[Request], path: Path
 ) -> None:
-    """Write drawn images with the true ones on their right."""
+    """Write a PNG file with drawn images, each with the true image on its right and its prompt below."""
     shown = [n for n, request in enumerate(requests) if request.copy == 0][:SHOWN]
     pairs = [np.concatenate([drawn[n], true.pixels[held_out[requests[n].index]]], axis=1) for n in shown]
     save_image(caption_grid(pairs, [requests[n].prompt for n in shown]), path)

@@ -35,7 +35,7 @@ TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package. `images` is the folder of its image files, and `suffix` is the end of their names."""
+    """An npm package with emoji. `images` is the folder of its image files, and `suffix` is the end of their names."""
 
     name: str
     version: str
@@ -44,7 +44,7 @@ class Package:
 
     @property
     def tarball(self) -> str:
-        """The file name that `npm pack` gives it."""
+        """The name of the file that `npm pack` writes for the package."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -55,7 +55,7 @@ STYLES = {
 }
 NAMES = Package("unicode-emoji-json", "0.9.0")  # the CLDR short names; emoji-datasource has the older Unicode names
 
-MISDRAWN = {("noto", "1f1e8-1f1f6")}  # for the flag of Sark, the package has that of Saudi Arabia
+MISDRAWN = {("noto", "1f1e8-1f1f6")}  # the package has the flag of Saudi Arabia for Sark
 DEMO_CONCEPTS = [
     *(f"{colour} heart" for colour in ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")),
     *(f"{colour} circle" for colour in ("red", "orange", "yellow", "green", "blue", "purple")),
@@ -67,7 +67,7 @@ DEMO_CONCEPTS = [
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that emoji show: its name, its category, and its image file in each style."""
+    """One thing that an emoji shows: its name, its category, and its image file in each style."""
 
     name: str
     category: str
@@ -76,19 +76,25 @@ class Concept:
 
 @dataclass(frozen=True)
 class Sample:
-    """One concept in one style. `members` has the encoded files of the sample by suffix."""
+    """One emoji in one drawing style.
+
+    Attributes:
+        key: its name in the shard.
+        held_out: whether it is held out from training.
+        members: its encoded files by suffix, such as "webp".
+    """
 
     key: str
     held_out: bool
     members: dict[str, bytes]
 
     def tar_bytes(self) -> int:
-        """Size of the sample in an uncompressed shard, with the headers and padding of its members."""
+        """Return the bytes of the sample in an uncompressed shard, with the headers and padding of its members."""
         return sum(TAR_BLOCK * (1 - (-len(data) // TAR_BLOCK)) for data in self.members.values())
 
 
 def fetch_packages(folder: Path) -> None:
-    """Download with `npm pack` the packages that are not in `folder`. Raises UserError if npm is missing or fails."""
+    """Download the npm packages that are not in `folder`, with `npm pack`. UserError: npm is missing or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in (*STYLES.values(), NAMES):
         if (folder / package.tarball).is_file():
@@ -109,7 +115,10 @@ def fetch_packages(folder: Path) -> None:
 
 
 def read_package(folder: Path, package: Package) -> dict[str, bytes]:
-    """Return the package's JSON and image files (as shown by `Package.images`) by their path inside the package."""
+    """Return the content of the package's JSON and image files, by path inside the package.
+
+    `folder`: where its tarball is. Raises UserError if it is missing.
+    """
     path = folder / package.tarball
     if not path.is_file():
         raise UserError(f"{path} is missing. Download it with `npm pack {package.name}@{package.version}`.")
@@ -124,7 +133,7 @@ def read_package(folder: Path, package: Package) -> dict[str, bytes]:
 
 
 def code_points(text: str) -> str:
-    """Return the code points of an emoji in a canonical form, e.g. "2764" for "2764-FE0F" or "❤️".
+    """Return the code points of an emoji in one canonical form, e.g. "2764" for "2764-FE0F" or "❤️".
 
     They are in lower case with at least four digits; variation selectors are left out.
     """
@@ -133,7 +142,7 @@ def code_points(text: str) -> str:
 
 
 def read_concepts(packages: dict[str, dict[str, bytes]]) -> list[Concept]:
-    """Return every concept, in Unicode's order, from the packages' files (`packages` is keyed by package name).
+    """Return every emoji, in Unicode's order, from the packages' files ({package name: {path: content}}).
 
     Skin tones, drawings in `MISDRAWN` and national flags of "fluent 3d" are left out: Fluent has no flags, and that package
     uses those of Noto.
@@ -159,7 +168,7 @@ def read_concepts(packages: dict[str, dict[str, bytes]]) -> list[Concept]:
 
 
 def select(concepts: Iterable[Concept], subset: str) -> list[Concept]:
-    """Return the concepts of a subset: "all" or "demo"."""
+    """Return the emoji of a subset: "all" or "demo". Raises UserError for another subset."""
     if subset not in HELD_OUT_SHARE:
         raise UserError(
             f"--subset={subset} must be one of {', '.join(HELD_OUT_SHARE)}{did_you_mean(subset, HELD_OUT_SHARE)}. Change it."
@@ -168,10 +177,10 @@ def select(concepts: Iterable[Concept], subset: str) -> list[Concept]:
 
 
 def held_out_style(name: str, styles: Iterable[str], share: float) -> str | None:
-    """Return the style in which a concept is held out from training, or None for most concepts.
+    """Return the style in which the emoji `name` is held out from training, or None for most emoji.
 
     This is decided by the sha256 of the name. Its first four bytes, as a fraction of 2**32, must be below `share`; its next
-    four bytes, modulo the number of styles, select the style in alphabetical order. A concept with only one style is never
+    four bytes, modulo the number of styles, select the style in alphabetical order. An emoji with only one style is never
     held out.
     """
     digest = hashlib.sha256(name.encode()).digest()
@@ -182,9 +191,9 @@ def held_out_style(name: str, styles: Iterable[str], share: float) -> str | None
 
 
 def on_white(data: bytes, size: int = SIZE) -> Image.Image:
-    """Decode an image, fit it into size x size, and composite it on white; returns RGB.
+    """Decode an image, fit it into `size` x `size` pixels, and composite it on white; return it as RGB.
 
-    Resized with premultiplied alpha: the colour of invisible pixels must not bleed into the outline.
+    It is resized with premultiplied alpha, so that the colour of invisible pixels does not bleed into the outline.
     """
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     scale = size / max(image.size)
@@ -197,10 +206,10 @@ def on_white(data: bytes, size: int = SIZE) -> Image.Image:
 
 
 def encode_webp(image: Image.Image) -> bytes:
-    """Encode an image as WebP, in the most accurate of several ways that takes at most `WORTH` times the lossy size.
+    """Encode an image as WebP: the most accurate of several encodings that are at most `WORTH` times as large as lossy.
 
-    The ways are lossless, lossless with a palette, and lossy with `WEBP_QUALITY`. A palette suits flat drawings. Lossy WebP
-    halves the resolution of colour, which blurs thin lines and small flags.
+    The encodings are lossless, lossless with a palette, and lossy with `WEBP_QUALITY`. A palette suits flat drawings. Lossy
+    WebP halves the resolution of colour, which blurs thin lines and small flags.
     """
 
     def encode(variant: Image.Image, **options: Any) -> tuple[bytes, int]:
@@ -232,13 +241,13 @@ def make_samples(
     share: float,
     edges: Callable[[list[Image.Image]], list[np.ndarray]],
 ) -> Iterator[Sample]:
-    """Yield every sample of the concepts.
+    """Yield one sample for each style of each emoji.
 
     Args:
-        concepts: the concepts.
-        packages: files of the packages, by package name.
-        share: share of the concepts that are held out in one style.
-        edges: returns the edge maps, float (H, W) in [0, 1], of the images of one concept.
+        concepts: the emoji.
+        packages: content of the packages' files, by package name and path.
+        share: share of the emoji (0..1) that are held out in one style.
+        edges: given the images of one emoji, returns their edge maps, float (H, W) in [0, 1].
     """
     for concept in concepts:
         held_out = held_out_style(concept.name, concept.files, share)
@@ -260,7 +269,7 @@ def make_samples(
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one shard, gzipped if its name says so. Equal samples give equal bytes, independent of user and time."""
+    """Write one shard, gzipped if its name ends in ".gz". Equal samples give equal bytes, independent of user and time."""
     buffer = io.BytesIO()
     with TarWriter(buffer, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
         for sample in samples:
@@ -271,14 +280,20 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def split_shards(samples: list[Sample], shard_bytes: int = SHARD_BYTES) -> list[list[Sample]]:
-    """Divide the samples into shards of about equal counts, in the order of the sha256 of their keys, which mixes styles."""
+    """Divide samples into shards of about equal counts and up to about `shard_bytes` bytes before compression.
+
+    They are ordered by the sha256 of their keys, which mixes styles.
+    """
     ordered = sorted(samples, key=lambda s: hashlib.sha256(s.key.encode()).digest())
     count = max(1, -(-sum(s.tar_bytes() for s in ordered) // shard_bytes))
     return [ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)]
 
 
 def write_dataset(samples: list[Sample], out: Path, subset: str) -> dict[str, Any]:
-    """Write the shards `train-*`, `val-*` and `manifest.json` into `out`; returns the manifest."""
+    """Write the shards `train-*`, `val-*` and `manifest.json` into `out`; return the manifest. Old shards are deleted.
+
+    `subset`: "all" or "demo".
+    """
     if len({s.key for s in samples}) != len(samples):
         raise UserError(
             "the emoji packages must give each image its own key, but two images have the same. Use the versions of the "

@@ -4,7 +4,7 @@ For a held-out pair of a thing and a style, training had the thing in other styl
 can draw the pair only by combining the two. The features are fixed and need no download. How well they separate things and
 styles is measured on the true images.
 
-Shape legend: P pairs, N true images, B images, D features, S styles.
+Shape legend: P pairs (drawn images), N true images, B images, D features, S styles.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ PARTS = {"style": 2080, "stage 3": 256 * 16, "stage 4": 512 * 4}  # widths of th
 
 @dataclass(frozen=True, eq=False)
 class TrueImages:
-    """The true images of the data set, each with its thing, its style and its first caption.
+    """The N true images of the data set, each with its thing, its style and its first caption.
 
-    `pixels`: uint8 [H, W, 3] each. `held_out`: bool [N].
+    `pixels`: uint8 [H, W, 3] each. `held_out`: bool [N], whether an image is held out from training.
     """
 
     pixels: list[np.ndarray]
@@ -52,10 +52,10 @@ class TrueImages:
         size_hw: tuple[int, int],
         options: tuple[str, str] = ("data.shards", "data.val_shards"),
     ) -> "TrueImages":
-        """Read training shards and held-out shards.
+        """Read all images of training shards and held-out shards (patterns), resized to `size_hw`.
 
         `options`: names of the two options, for messages. Raises UserError if a sample's key is not THING__STYLE, or one
-        kind has no images.
+        kind of shards has no images.
         """
         images = cls([], [], [], [], np.zeros(0, bool))
         flags: list[bool] = []
@@ -77,7 +77,7 @@ class TrueImages:
         return cls(images.pixels, images.things, images.styles, images.captions, np.array(flags))
 
     def digest(self) -> str:
-        """Return a checksum of the pixels, which names the file of cached features."""
+        """Return a checksum of all pixels (24 hex digits), which is part of the name of the file of cached features."""
         sha = hashlib.sha256()
         for pixels in self.pixels:
             sha.update(pixels.tobytes())
@@ -85,10 +85,10 @@ class TrueImages:
 
 
 def make_part_features(device: torch.device) -> Features:
-    """Return a function that computes image features, whose columns have the parts and widths of PARTS.
+    """Return a function from images to features [B, D], whose columns have the parts and widths of PARTS.
 
-    The style is the logarithm of the Gram matrix of HED's stage 1 (Gatys et al. 2016). The thing is described by stages 3
-    and 4, averaged over 4 x 4 and 2 x 2 cells of the image.
+    The style is the logarithm of the Gram matrix of stage 1 of HED, an edge detector (Gatys et al. 2016). The thing is
+    described by stages 3 and 4, averaged over 4 x 4 and 2 x 2 cells of the image.
     """
     stages = make_hed_stages(device)
     row, column = torch.triu_indices(64, 64)
@@ -104,7 +104,7 @@ def make_part_features(device: torch.device) -> Features:
 
 
 class FeatureSpace:
-    """The feature space, fitted to the true images.
+    """Computes image features, fitted to the true images, and compares drawn images with true ones.
 
     Features are scaled to the mean and standard deviation of the training images, and then to length 1.
     """
@@ -125,7 +125,7 @@ class FeatureSpace:
         self._basis_DK = basis_DD[:, : min(PRINCIPAL, *centred_ND.shape)]
 
     def features(self, pixels: Sequence[np.ndarray]) -> "ScaledFeatures":
-        """Return the features of images, uint8 [H, W, 3]."""
+        """Compute the scaled features of images, uint8 [H, W, 3] each."""
         return self._scaled(_split_parts(compute_features(self._compute, pixels)))
 
     def _scaled(self, raw: Sequence[Tensor]) -> "ScaledFeatures":
@@ -135,19 +135,23 @@ class FeatureSpace:
         return ScaledFeatures(style, torch.cat([third, fourth], dim=1) / 2**0.5, whole)
 
     def _fit_styles(self, x_ND: Tensor, style_N: np.ndarray) -> Tensor:
-        """Return the weights [D + 1, S] of a ridge regression onto the styles."""
+        """Fit a ridge regression from style features [N, D] to one-hot styles; return its weights, float64 [D + 1, S].
+
+        `style_N`: number of the style of each image. The last row is the bias.
+        """
         x, onehot = _append_one(x_ND), F.one_hot(torch.from_numpy(style_N), len(self.style_names)).double()
         return torch.linalg.solve(x.T @ x + PENALTY * torch.eye(x.shape[1], dtype=torch.float64), x.T @ onehot)
 
     def style_correct(self, features: "ScaledFeatures", styles: Sequence[str]) -> np.ndarray:
-        """Return for each image whether a classifier predicts the requested style (1) or not (0), float64 [P]."""
+        """Return for each of P drawn images whether its predicted style is the requested one (1) or not (0), float64 [P]."""
         predicted = (_append_one(features.style) @ self._classifier).argmax(dim=1).tolist()
         return np.array([self.style_names[p] == style for p, style in zip(predicted, styles, strict=True)], np.float64)
 
     def rank(self, features: "ScaledFeatures", things: Sequence[str], styles: Sequence[str]) -> np.ndarray:
-        """Return for each drawn image the rank of the true image of its thing and style among all true images of that style.
+        """Return the retrieval rank of each of P drawn images, int [P]; 0 is best.
 
-        They are ordered by similarity to the drawn image; rank 0 is the most similar one.
+        All true images of the requested style are ordered by similarity to the drawn image. The rank is the position of the
+        requested thing among them.
         """
         return np.array([self._rank(*query) for query in zip(features.cells, things, styles, strict=True)])
 
@@ -158,16 +162,16 @@ class FeatureSpace:
         return int((similarity > similarity[target]).sum())
 
     def distance(self, a: Tensor, b: Tensor) -> float:
-        """Return the Frechet distance of two sets of whole-image features.
+        """Return the Frechet distance of two sets of whole-image features, [., D] each.
 
-        It is computed in the directions of the largest variance of the training images.
+        It is computed in the PRINCIPAL directions of the largest variance of the training images.
         """
         return frechet_distance(a.double() @ self._basis_DK, b.double() @ self._basis_DK)
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledFeatures:
-    """Features of images, each [B, D] with rows of length 1: of the style, of the thing by cells, and of the whole image."""
+    """Features of B images, each [B, D] with rows of length 1: of the style, the thing by cells, and the whole image."""
 
     style: Tensor
     cells: Tensor
@@ -178,7 +182,7 @@ class ScaledFeatures:
 
 
 def _split_parts(raw_ND: Tensor) -> list[Tensor]:
-    """Return the parts of features, and the stages averaged over their cells."""
+    """Split features [N, D] into style, stage 3, stage 4, and the mean of these stages over their cells."""
     style, third, fourth = raw_ND.split(list(PARTS.values()), dim=1)
     whole = [part.unflatten(1, (-1, cells)).mean(dim=2) for part, cells in ((third, 16), (fourth, 4))]
     return [style, third, fourth, torch.cat(whole, dim=1)]
@@ -189,7 +193,7 @@ def _append_one(x_ND: Tensor) -> Tensor:
 
 
 def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
-    """Return the array in `path`; compute and write it when it is missing or damaged."""
+    """Return the array in the file `path`; compute and write it if it is missing or damaged."""
     try:
         return torch.from_numpy(read_array(path))
     except (OSError, ValueError):
@@ -200,7 +204,7 @@ def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the result table: a value with its 95% bootstrap interval over pairs."""
+    """One row of the benchmark's result table: `what` was measured, its value, and its 95% bootstrap interval over pairs."""
 
     what: str
     value: float
@@ -209,9 +213,10 @@ class Row:
 
 
 def judge(space: FeatureSpace, features: ScaledFeatures, things: Sequence[str], styles: Sequence[str]) -> list[Row]:
-    """Measure drawn images; return the rows of the table.
+    """Measure drawn images; return the rows of the result table.
 
-    They are style accuracy, retrieval of the thing in the requested style and in other styles, and the Frechet distance.
+    They are style accuracy, retrieval of the thing in the requested style and in other styles, and the Frechet distance to
+    the true held-out images. `things`, `styles`: what each image was requested to show.
     """
     rows = [_mean_row("style accuracy", space.style_correct(features, styles))]
     rank = space.rank(features, things, styles)
@@ -247,7 +252,7 @@ def _frechet_row(space: FeatureSpace, features: ScaledFeatures, draws: int = 100
 
 
 def judge_references(space: FeatureSpace, image: ImageEncoder) -> dict[str, list[Row]]:
-    """Measure two references: what a perfect model reaches, and what copying a training image reaches.
+    """Measure two references by name: what a perfect model reaches, and what copying a training image reaches.
 
     The first uses the true held-out images after the autoencoder, the second images of the same things in a trained style.
     """
@@ -269,7 +274,7 @@ def judge_references(space: FeatureSpace, image: ImageEncoder) -> dict[str, list
 
 @torch.no_grad()
 def reconstruct(image: ImageEncoder, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return images after encoding and decoding by the autoencoder."""
+    """Return images, uint8 [H, W, 3], after encoding and decoding by the autoencoder."""
     images: list[np.ndarray] = []
     for start in range(0, len(pixels), 16):
         mean, _ = image.encode(to_tensor(np.stack(pixels[start : start + 16])))

@@ -13,7 +13,7 @@ _BARE = """
 """.split()  # noqa: SIM905 (a word list reads better than 80 quoted lines)
 _BARE_PHRASES = ("tokyo tower", "palms up together")
 _THE = ("back of a raised hand", "milky way", "statue of liberty", "wheel of dharma", "kaaba")
-# These end in "s" but are one thing.
+# Endings of singular nouns that end in "s".
 _SINGULAR_S = re.compile(r"(ss|us|(?<!sk)is|os|lens|gas|'s)$")
 # After these beginnings a name states what the person does; the first word is the head noun.
 _BEINGS = ("person", "man", "woman", "face", "cat")
@@ -131,7 +131,10 @@ _PLURALS = {"man": "men", "woman": "women", "boy": "boys", "girl": "girls", "adu
 
 
 def clean_name(name: str, category: str) -> str:
-    """Return a CLDR short name as a lower-case noun phrase without brackets, quotes or bare symbols."""
+    """Turn the Unicode (CLDR) short name of an emoji into a lower-case noun phrase without brackets, quotes or symbols.
+
+    `category`: category of the emoji, such as "flags".
+    """
     name = re.sub(r"\s*\([^)]*\)", "", name)
     name = " ".join("".join(_SYMBOLS.get(c, c) for c in name).lower().split())
     if name in _RENAMED:
@@ -150,7 +153,7 @@ def clean_name(name: str, category: str) -> str:
 
 
 def with_article(concept: str) -> str:
-    """Return the concept with "a", "an", "the", or nothing before plurals, masses and proper names."""
+    """Return a noun phrase with "a", "an" or "the", or without article for plurals, masses and proper names."""
     if concept in _THE or concept.startswith("flag of "):
         return f"the {concept}"
     words = _HEAD.split(concept)[0].split()
@@ -166,7 +169,10 @@ def slug(text: str) -> str:
 
 
 def captions(concept: str, style: str, category: str) -> list[str]:
-    """Return the captions of one sample; the first is the canonical one."""
+    """Return the captions of an emoji in a style; evaluation uses the first one.
+
+    `concept`: its noun phrase (`clean_name`). `category`: its category, such as "flags".
+    """
     phrase = with_article(concept)
     return [
         f"{phrase}, {style} style",
@@ -182,6 +188,6 @@ def _a(phrase: str) -> str:
 
 
 def _listed(members: Iterable[str]) -> str:
-    """Return ["man", "boy", "boy"] as "a man and two boys"."""
+    """Return a list of persons as text, e.g. ["man", "boy", "boy"] as "a man and two boys"."""
     parts = [_a(who) if count == 1 else f"two {_PLURALS[who]}" for who, count in Counter(members).items()]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)

@@ -21,15 +21,13 @@ _FIRST_STREAM = 1_000_000  # keeps these noise streams apart from those that sam
 def timestep_losses(
     trained: TrainedModel, pixels: Sequence[np.ndarray], captions: Sequence[str], numbers: Sequence[int]
 ) -> np.ndarray:
-    """Return L_denoise of each image at each of TIMESTEPS.
+    """Return the denoising loss of P images at each of the T timesteps TIMESTEPS, float64 [P, T].
 
     Args:
+        trained: the model.
         pixels: images, uint8 [H, W, 3]; latents are the means of the encoder.
         captions: one for each image.
-        numbers: fix the noise of each image, which differs between timesteps.
-
-    Returns:
-        float64 [P, T].
+        numbers: one for each image, from which its noise is drawn. The noise differs between timesteps.
     """
     schedule = NoiseSchedule.create(trained.config.diffusion, trained.sampler.device)
     rows = [_image_losses(trained, schedule, *image) for image in zip(pixels, captions, numbers, strict=True)]

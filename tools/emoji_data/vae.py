@@ -1,7 +1,7 @@
 """A small VAE for small images. It is saved as an ordinary diffusers `AutoencoderKL` folder.
 
-RAPHAEL works on the latents of an autoencoder with 4 channels. For images of 64 x 64 pixels, a factor of 4 gives latents of
-16 x 16. Images are float32 (B, 3, H, W) in [-1, 1], as in diffusers.
+RAPHAEL works on the latents of an autoencoder with 4 channels. For images of 64 x 64 pixels, a downsampling factor of 4
+gives latents of 16 x 16. Images are float32 (B, 3, H, W) in [-1, 1], as in diffusers.
 """
 
 import json
@@ -23,7 +23,7 @@ from raphael_dist.rng import Purpose, generator
 from raphael_dist.storage.files import apply_umask
 
 Vae = Any  # an AutoencoderKL; type checkers do not see that diffusers' classes are modules
-# In addition to the mean absolute error, which has weight 1.
+# Weights of the terms of the loss other than the mean absolute error, which has weight 1.
 SQUARE_WEIGHT = 1.0
 SLOPE_WEIGHT = 0.5
 KL_WEIGHT = 2e-6
@@ -34,7 +34,7 @@ EMA_DECAY = 0.995
 def read_images(shards: Iterable[Path]) -> Tensor:
     """Return the `webp` images of all samples, uint8 (N, 3, H, W), in the order of the shards.
 
-    Raises UserError when there are none, or not all of one size.
+    Raises UserError if there are none, or they have different sizes.
     """
     paths = [str(path) for path in shards]
     images: list[Tensor] = []
@@ -50,12 +50,12 @@ def read_images(shards: Iterable[Path]) -> Tensor:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [-1, 1]."""
+    """Convert uint8 images to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def small_vae(seed: int) -> Vae:
-    """Return an untrained VAE of factor 4 with 4 latent channels (0.9 M parameters), small enough for a CPU.
+    """Return an untrained VAE with downsampling factor 4 and 4 latent channels (0.9 M parameters), small enough for a CPU.
 
     It starts with residual branches of zero and almost no posterior noise. Both make the first steps of training faster.
     """
@@ -81,9 +81,9 @@ def small_vae(seed: int) -> Vae:
 def loss(model: Vae, x: Tensor, noise: Tensor) -> Tensor:
     """Return the training loss: absolute and squared error, absolute error of slopes, and KL to a unit Gaussian.
 
-    `x` is (B, 3, H, W); `noise` (B, 4, H/4, W/4) is the posterior's random number. Errors are means over pixels. The error
-    of slopes keeps outlines sharp. The KL is summed over a latent; its small weight keeps latents bounded and smooth without
-    blurring them.
+    `x` is (B, 3, H, W) in [-1, 1]; `noise` (B, 4, H/4, W/4) is the posterior's random number. Errors are means over pixels.
+    The error of slopes (differences of neighbouring pixels) keeps outlines sharp. The KL is summed over a latent; its small
+    weight keeps latents bounded and smooth without blurring them.
     """
     posterior = model.encode(x).latent_dist
     error = model.decode(posterior.mean + posterior.std * noise).sample - x
@@ -93,14 +93,24 @@ def loss(model: Vae, x: Tensor, noise: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Return the rate of a step counted from 0: linear warm-up, then half a cosine down to 0."""
+    """Return the learning rate of `step` (from 0) of `steps`: linear warm-up to `peak`, then half a cosine down to 0."""
     if step < WARMUP:
         return peak * (step + 1) / WARMUP
     return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
 def draw_batch(images: Tensor, seed: int, step: int, batch: int, mirror: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Return one step's images, a share `mirror` of them mirrored, and its posterior noise; a function of (seed, step)."""
+    """Return the images and the posterior noise of a training step, a function of (seed, step).
+
+    Args:
+        images: all images, uint8 (N, 3, H, W).
+        seed, step: determine the random numbers.
+        batch: number of images B to draw.
+        mirror: probability (0..1) that an image is mirrored.
+
+    Returns:
+        Images, float32 (B, 3, H, W) in [-1, 1], and standard normal noise, float32 (B, 4, H/4, W/4).
+    """
     rows = generator(seed, Purpose.ORDER, step).choice(len(images), batch, replace=False)
     mirrored = torch.from_numpy(generator(seed, Purpose.FLIP, step).random(batch) < mirror)
     x = to_unit_range(images[torch.from_numpy(rows)])
@@ -124,12 +134,16 @@ def train(
     mirror: float = 0.5,
     decoder_only: bool = False,
 ) -> Vae:
-    """Train `model` on uint8 images (N, 3, H, W); returns the moving average of its weights.
+    """Train `model` on uint8 images (N, 3, H, W); return the model with the moving average of its weights.
 
-    With `bf16`, convolutions run in bfloat16 and weights stay float32. A share `mirror` of the images is mirrored.
-    With `decoder_only` the encoder and therefore the latents stay as they are.
-    `report` gets (steps done, mean loss since the last report, that average) every `report_every` steps.
-    Raises UserError when the loss is no longer finite.
+    Args:
+        bf16: run convolutions in bfloat16; weights stay float32.
+        report: called every `report_every` steps with (steps done, mean loss since the last report, averaged model).
+        mirror: probability (0..1) that an image is mirrored.
+        decoder_only: keep the encoder, and therefore the latents, as they are.
+
+    Raises:
+        UserError: the loss is no longer finite.
     """
     model = model.to(device, memory_format=torch.channels_last)
     for part in (model.encoder, model.quant_conv):
@@ -147,7 +161,7 @@ def train(
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step >= WARMUP:  # before, the average follows the weights
+        if step >= WARMUP:  # the first call copies the weights
             average.update_parameters(model)
         total += value.item()
         if not math.isfinite(total):
@@ -162,7 +176,7 @@ def train(
 
 @torch.no_grad()
 def latent_std(model: Vae, images: Tensor, batch: int = 64) -> float:
-    """Return the standard deviation of the latents of uint8 images over all elements, posterior noise included."""
+    """Return the standard deviation of all elements of the latents of uint8 images, posterior noise included."""
     count, first, second = 0, 0.0, 0.0
     for part in images.split(batch):
         posterior = model.encode(to_unit_range(part).to(model.device)).latent_dist
@@ -174,9 +188,9 @@ def latent_std(model: Vae, images: Tensor, batch: int = 64) -> float:
 
 @torch.no_grad()
 def psnr(model: Vae, images: Tensor, batch: int = 64) -> Tensor:
-    """Return the peak signal-to-noise ratio, dB, of each uint8 image decoded from its mean latent; float64 (N,).
+    """Return the peak signal-to-noise ratio in dB of each uint8 image decoded from its mean latent; float64 (N,).
 
-    Over RGB in [0, 1], clamped, not rounded; an error below 1e-10 counts as 100 dB.
+    It is computed over RGB in [0, 1], clamped, not rounded; a mean squared error below 1e-10 counts as 100 dB.
     """
     values = []
     for part in images.split(batch):
@@ -188,7 +202,7 @@ def psnr(model: Vae, images: Tensor, batch: int = 64) -> Tensor:
 
 
 def load(folder: Path) -> Vae:
-    """Return the VAE of a diffusers folder in float32; raises UserError when there is none."""
+    """Load the VAE in a diffusers folder, in float32. Raises UserError if there is none."""
     try:
         return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False).float().eval()
     except (OSError, ValueError) as error:
@@ -199,7 +213,10 @@ def load(folder: Path) -> Vae:
 
 
 def save(model: Vae, images: Tensor, folder: Path) -> Vae:
-    """Write the diffusers folder, weights as float16, `scaling_factor` = 1/std of the latents; returns it reloaded."""
+    """Write the VAE as a diffusers folder with float16 weights; return the VAE reloaded from it.
+
+    `images`: uint8 images, whose latents determine `scaling_factor` = 1 / standard deviation.
+    """
     model.register_to_config(scaling_factor=round(1 / latent_std(model, images), 6))
     model.half().save_pretrained(folder, safe_serialization=True)
     apply_umask(folder)

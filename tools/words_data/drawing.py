@@ -1,4 +1,4 @@
-"""Draws a text on an image and describes it in captions."""
+"""Draws a text on an image, and describes the image in captions."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -58,8 +58,12 @@ _PLACE_WEIGHTS = (0.8, 0.1, 0.1)
 class Look:
     """How a text is drawn.
 
-    `cap_height` is in pixels, `shift` (down, right) in pixels from the nominal place, `advance` in pixels between the
-    middles of two characters; 0: the font's own.
+    Attributes:
+        font, colour, background: font, colour of the text and of the background.
+        place: "centre", "left" or "right".
+        cap_height: height of capitals in pixels.
+        shift: (down, right) in pixels from the place.
+        advance: pixels between the middles of two characters; 0: as the font has it.
     """
 
     font: Font
@@ -78,13 +82,13 @@ class Look:
         simple: bool = False,
         monochrome: bool = False,
     ) -> "Look":
-        """Draw a look at random, with enough contrast to be read.
+        """Choose a look at random, with enough contrast to be read.
 
         Args:
             random: source of random numbers.
-            fonts: to draw from.
-            simple: the first font in one size, in the centre, with one advance for all characters.
-            monochrome: black on white.
+            fonts: fonts to choose from.
+            simple: use the first font in one size, in the centre, with one advance for all characters.
+            monochrome: use black on white.
         """
         while True:
             colour, background = (str(random.choice(list(COLOURS))) for _ in range(2))
@@ -105,7 +109,7 @@ class Look:
 
 
 def render(text: str, look: Look, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """Return the image, RGB of `height` x `width` pixels. A text that is too wide for the look's size is drawn smaller."""
+    """Draw a text; return an RGB image of `height` x `width` pixels. A text that would be too wide is drawn smaller."""
     image = Image.new("RGB", (width, height), COLOURS[look.background])
     pen = ImageDraw.Draw(image)
     if look.advance:
@@ -125,7 +129,10 @@ def render(text: str, look: Look, width: int = WIDTH, height: int = HEIGHT) -> I
 
 
 def _draw_evenly(pen: ImageDraw.ImageDraw, text: str, look: Look, size: tuple[int, int]) -> None:
-    """Draw a text in the centre whose characters all have the same advance. `size`: width and height of the image."""
+    """Draw a text in the centre, with the same distance `look.advance` between all characters.
+
+    `size`: width and height of the image.
+    """
     width, height = size
     font, y = _sized(look.font, look.cap_height), (height + look.cap_height) // 2 + look.shift[0]
     start = (width - look.advance * len(text)) / 2 + look.shift[1]
@@ -136,12 +143,12 @@ def _draw_evenly(pen: ImageDraw.ImageDraw, text: str, look: Look, size: tuple[in
 
 
 def captions(text: str, look: Look, random: np.random.Generator) -> list[str]:
-    """Return CAPTIONS captions: a full one, then some of whose parts but the text are missing."""
+    """Return CAPTIONS captions of an image: the first is complete, the others leave out random parts but never the text."""
     return [_caption(text, look, random, keep) for keep in (1.0, *[0.6] * (CAPTIONS - 1))]
 
 
 def full_caption(text: str, look: Look) -> str:
-    """Return the caption that names text, colours, style and place."""
+    """Return the caption that states text, colours, style of font and place."""
     return _caption(text, look, None, 1.0)
 
 
@@ -165,7 +172,7 @@ def _luminance(colour: str) -> float:
 
 @cache
 def _sized(font: Font, cap_height: int) -> Any:
-    """Return the font in the size at which an H is `cap_height` pixels high."""
+    """Return the font (of PIL) in the size at which an H is `cap_height` pixels high."""
     spec = importlib.util.find_spec(font.module)
     if spec is None or spec.origin is None:
         package = font.module.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Chooses the words and strings for training and the held-out ones. No training text contains a held-out one."""
+"""Chooses words and random strings for training, and held-out ones. No training text contains a held-out one."""
 
 import hashlib
 import json
@@ -23,9 +23,9 @@ _STRINGS_SEED = 28
 
 
 def emoji_words(folder: Path) -> list[str]:
-    """Return the words of 2 to 8 letters in the names of all emoji, in capitals and sorted.
+    """Return the words of 2 to 8 letters in the names of all emoji, in capital letters and sorted.
 
-    `folder`: the emoji shards. Raises UserError if there are none.
+    `folder`: folder of the emoji shards. Raises UserError if there are none.
     """
     shards = [str(path) for path in sorted(folder.glob("*-*.tar*"))]
     if not shards:
@@ -37,13 +37,13 @@ def emoji_words(folder: Path) -> list[str]:
 
 
 def random_string(random: np.random.Generator, shortest: int = 1, longest: int = MAX_LETTERS) -> str:
-    """Draw a string of `shortest` to `longest` characters of ALPHABET."""
+    """Draw a random string of `shortest` to `longest` characters of ALPHABET."""
     length = int(random.integers(shortest, longest + 1))
     return "".join(ALPHABET[i] for i in random.integers(len(ALPHABET), size=length))
 
 
 class Vocabulary:
-    """Training words, held-out words and held-out strings.
+    """The words and strings for training images, and those that are held out for evaluation.
 
     Whether a word is held out depends on its sha256. No training word contains a held-out word: BIRDS is dropped if BIRD is
     held out.
@@ -63,13 +63,13 @@ class Vocabulary:
         self.words = [word for word in words if self.allowed(word)]
 
     def allowed(self, text: str) -> bool:
-        """Return whether a training image may show `text`: it has no held-out word or string, also without its spaces."""
+        """Return whether a training image may show `text`: it has no held-out word or string, even without its spaces."""
         return not (self._held_out.search(text) or self._held_out.search(text.replace(" ", "")))
 
     def training_text(self, random: np.random.Generator, longest: int | None = None) -> str:
         """Draw a text for a training image: a word (half of the time), a random string, or two or three words.
 
-        With `longest`, draw words and strings of up to that many characters, and nothing of several words.
+        `longest`: if given, draw only single words and strings of up to that many characters.
         """
         words = self.words if longest is None else [word for word in self.words if len(word) <= longest]
         while True:

@@ -32,22 +32,23 @@ GateGradient = Literal["straight_through", "none", "scaled"]
 
 
 class Gate(nn.Module):
-    """A gate: a feed-forward network with GELU from an embedding to one logit per expert (G of Sec. 3.1, G' of Sec. 7.3)."""
+    """A small feed-forward network that maps an embedding to one logit per expert (G in Sec. 3.1, G' in Sec. 7.3)."""
 
     def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return float32 logits, [..., K]."""
+        """Return one logit per expert, float32 [..., K], for embeddings x [..., D]."""
         logits: Tensor = self.net(x)
         return logits.float()
 
 
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
-    """Return the logits of all gates for the same input x [..., D], float32 [L, ..., K], by two matrix products.
+    """Return the logits of all blocks' gates for the same input x [..., D], float32 [L, ..., K].
 
-    Running the gates one by one would need 3 L kernel launches, and 6 L in the backward pass.
+    Two matrix products compute them. Running the gates one by one would need 3 L kernel launches, and 6 L in the backward
+    pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -58,15 +59,17 @@ def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockRouting:
-    """The routing of one transformer block for one micro-batch.
+    """The experts selected for one transformer block and one micro-batch.
 
     Attributes:
         time_expert_B: int64, the time expert of each sample; None without a Time-MoE.
         time_samples: number of samples of each time expert, int64 [K] on the model's device. With expert parallelism it also
-            has the counts of other ranks on the host (`expert_parallel.GroupSamples`).
-        time_factor_B: float32 of value 1; its gradient goes to the time gate.
-        space_weight_BYK: float32, `1/n_y` at the expert of each text token, else 0; its gradient goes to the text gate.
-        balance_B: float32, load-balance loss of the text gate per sample; None if it has no weight.
+            has the counts of other ranks on the host (`expert_dispatch.GroupSamples`).
+        time_factor_B: float32, factor on the output of the time expert, through which the time gate gets its gradient
+            (`choose`).
+        space_weight_BYK: float32, the factor of `choose` divided by the number of text tokens, at the expert of each text
+            token; 0 at other experts. The text gate gets its gradient through it.
+        balance_B: float32, load-balance loss of the gates for each sample; None if its weight is 0 or without gradients.
     """
 
     time_expert_B: Tensor | None
@@ -77,7 +80,10 @@ class BlockRouting:
 
 
 def one_hot(index: Tensor, num_classes: int) -> Tensor:
-    """Return bool [..., num_classes], True at `index`. torch's `one_hot` reads the largest index on most devices."""
+    """Return the one-hot encoding of `index`, bool [..., num_classes].
+
+    torch's `one_hot` reads the largest index on most devices, so the host would wait.
+    """
     return index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)
 
 
@@ -86,12 +92,13 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
     Args:
         logits: float32 [..., K].
-        noise: added to the logits, or None.
-        gradient: how the gate gets its gradient.
+        noise: of the same shape, added to the logits; None: no noise.
+        gradient: how the gate gets its gradient (`model.gate_gradient`).
 
     Returns:
-        The chosen expert, int64 [...], and a factor for its output, float32 [...], that carries the gate's gradient:
-        p / p.detach() (straight_through, value 1), the constant 1 (none), or p (scaled).
+        The chosen expert, int64 [...], and a factor for its output, float32 [...], through which the gate gets its gradient.
+        p is the probability of the chosen expert. The factor is p / p.detach(), whose value is 1 (straight_through), the
+        constant 1 (none), or p (scaled).
     """
     probability = torch.softmax(logits if noise is None else logits + noise, dim=-1)
     chosen = probability.detach().argmax(dim=-1)
@@ -102,11 +109,11 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
 
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
-    """Return the time expert of each timestep, int64 [B], if timesteps are divided into K equal bands (subranges).
+    """Return the time expert of each timestep, int64 [B], for `model.time_routing=boundaries`.
 
-    This is not in the paper; Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the
-    signal-to-noise ratio. Timesteps are drawn evenly, so every expert gets an equal share of the samples, in each group of
-    ranks.
+    The timesteps are divided into K equal bands (subranges), one for each expert. This is not in the paper; Wan 2.2 has two
+    such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Timesteps are drawn
+    evenly, so every expert gets an equal share of the samples, in each group of ranks.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
@@ -118,16 +125,18 @@ def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
 
 
 def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, taking_part_BY: Tensor | None) -> Tensor:
-    """Return the weight of each text token for each expert: 1/n_y of Sec. 3.1 at the token's expert, else 0.
+    """Return the weight of each text token for each expert: 1/n_y at the token's expert, else 0 (Sec. 3.1).
+
+    n_y is the number of text tokens of the sample that take part.
 
     Args:
         chosen_BY: expert of each text token, int64; further axes can come first, such as blocks.
-        factor_BY: float32, of the same shape (`choose`).
+        factor_BY: float32, by which the weights are multiplied, so that the gate gets a gradient (`choose`).
         num_experts: K.
-        taking_part_BY: bool, False for tokens that neither the sum nor n_y counts; None: all tokens count.
+        taking_part_BY: bool, False for tokens that are left out; their weights are 0. None: all tokens count.
 
     Returns:
-        float32 [B, Y, K].
+        float32 [B, Y, K], with the same further axes first.
     """
     onehot_BYK = one_hot(chosen_BY, num_experts).to(factor_BY.dtype)
     if taking_part_BY is None:
@@ -137,9 +146,14 @@ def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, ta
 
 @torch.no_grad()
 def region_mask_BNY(map_BNY: Tensor, threshold: float) -> Tensor:
-    """Compute Mhat of Sec. 3.1: 1 where a text token's attention is at least `threshold` times its maximum, else 0.
+    """Return each text token's region, Mhat of Sec. 3.1: float32 [B, N, Y] of ones and zeros, without a gradient.
 
-    Returns float32 without a gradient.
+    An image token is in the region of a text token if its attention to this token is at least `threshold` times the largest
+    one.
+
+    Args:
+        map_BNY: attention of each image token to each text token.
+        threshold: alpha of Sec. 3.1, 0..1.
     """
     map_BNY = map_BNY.float()
     return (map_BNY >= threshold * map_BNY.amax(dim=1, keepdim=True)).float()
@@ -153,7 +167,11 @@ ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
 def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
     """Return whether torch's grouped matrix product on GPUs supports matrices of this dtype with rows of these widths.
 
-    It requires bfloat16, and rows whose size is a multiple of 16 bytes. widths: in elements.
+    It requires bfloat16, and rows whose size is a multiple of 16 bytes.
+
+    Args:
+        dtype: "float32" or "bfloat16".
+        widths: lengths of rows, in elements.
     """
     return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
 
@@ -161,7 +179,7 @@ def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
 
 
 class EdgeModule(nn.Module):
-    """Five convolutions that predict edge logits from one attention map (P of Sec. 7.2)."""
+    """Five convolutions that predict edge logits from an attention map (P in Sec. 7.2 of the paper)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -175,9 +193,10 @@ class EdgeModule(nn.Module):
         """Return edge logits, float32 [B, h, w].
 
         Args:
-            map_BNY: attention maps. Only that of the end-of-text token is used, scaled to a maximum of 1.
+            map_BNY: attention of each image token to each text token. Only the map of the end-of-text token is used, scaled
+                to a maximum of 1.
             end_B: index of the end-of-text token, int64.
-            size_hw: height and width of the map.
+            size_hw: height and width of the map, whose product is N.
         """
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
@@ -192,18 +211,18 @@ Activation = Literal["gelu", "geglu"]
 
 
 class Experts(nn.Module):
-    """The experts of one layer: `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
+    """The experts of one MoE layer: expert k computes `e_k(x) = w2_k act(w1_k x + b1_k) + b2_k`.
 
     This is a base class of the MoE layers, because ZeRO-3 gathers a module's own parameters around its `forward`. Therefore
     the layer that runs the experts must itself own their parameters.
 
     Args:
         num_experts: number of experts on this rank.
-        dim: width of a row.
-        hidden: width between the two layers.
-        activation: GELU or gated GELU.
-        seed: fixes the initial weights together with the global index of an expert, so the initial model does not depend on
-            which rank has which expert.
+        dim: width of a row (a token vector).
+        hidden: width between the two linear layers.
+        activation: "gelu", or "geglu" (gated GELU).
+        seed: seed of the initial weights. Together with an expert's global index it fixes that expert's weights, so the
+            initial model does not depend on which rank has which expert.
         first_expert: global index of the first expert on this rank.
     """
 
@@ -243,7 +262,7 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return the adapters of `name` ("w1" or "w2"), or None if there are none.
+        """Return the LoRA matrices of a weight ("w1" or "w2"), or None if there are no adapters.
 
         They are A [K, rank, in] and alpha / rank B [K, out, rank]. They are applied one after the other and never added to
         the weight: bfloat16 would round small changes of a weight away, and the product B A needs as much memory as the
@@ -254,14 +273,14 @@ class Experts(nn.Module):
         return getattr(self, f"{name}_lora_A"), self.lora_scale * getattr(self, f"{name}_lora_B")
 
     def act(self, x: Tensor) -> Tensor:
-        """Apply GELU, or the gated GELU of diffusers' feed-forward layer, over the last dimension."""
+        """Apply the layer's activation over the last dimension: GELU, or diffusers' gated GELU, which halves it."""
         if self.activation == "gelu":
             return F.gelu(x)
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return `e_k(0) - b2_k` of every expert (its output for a zero row, without the last bias), [K, D]."""
+        """Return each expert's output for a row of zeros, without the last bias: `e_k(0) - b2_k`, [K, D]."""
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -269,12 +288,12 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply each expert to its rows; return [R, D].
+        """Apply each expert to its rows; return their outputs [R, D], in the same order.
 
         Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
-        (Otherwise ZeRO would add gradients of different experts to each other.) The grouped matrix product reads the counts
-        on the device. For float32, and for widths that are not multiples of 8, a loop over experts runs instead; it reads
-        the counts on the host, so the host waits for a GPU.
+        (Otherwise ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the
+        counts on the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs
+        instead. It reads the counts on the host, so the host waits for a GPU.
 
         Args:
             x_RD: rows sorted by expert.
@@ -317,13 +336,19 @@ class Experts(nn.Module):
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)`, where y is a row of `w1_k x` and k the expert of that row."""
+        """Return `act(y + b1_k)` for each row, with the bias of the row's expert k.
+
+        Args:
+            y_RF: the product `w1_k x` of each row.
+            onehot_RK: the expert of each row, one-hot.
+        """
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D]. Every expert processes every row, so shapes are static.
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]. Every expert processes every row.
 
-        The weights multiply the experts' outputs, because these are narrower than their hidden units.
+        Shapes are therefore static. The weights w multiply the experts' outputs, because these are narrower than their
+        hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -364,9 +389,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return which expert each row belongs to, one-hot, bool [R, K], on the device of the counts.
+    """Return the expert of each row, one-hot, bool [R, K] on the device of the counts, for rows sorted by expert.
 
-    `counts_K`: number of rows of each expert. The rows are sorted by expert.
+    `counts_K`: number of rows of each expert. `rows`: number of all rows, R.
     """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
@@ -374,11 +399,11 @@ def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Add to each row the bias of its expert.
+    """Return y [R, F] with the bias of its expert added to each row.
 
-    The bias is looked up by a product with the one-hot matrix, so that its gradient is also a matrix product, which sums in
-    float32 on every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24%
-    wrong for 4 to 8 thousand rows).
+    `onehot_RK` is the expert of each row in the dtype of y. The bias is looked up by a product with this matrix, so that its
+    gradient is also a matrix product, which sums in float32 on every device. The gradient of the indexing `bias[expert]`
+    would be summed in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -422,7 +447,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm of tokens, whose backward pass is a Triton kernel with `use_kernel`."""
+    """LayerNorm of tokens. With `use_kernel` its backward pass is a Triton kernel."""
 
     use_kernel = False
 
@@ -432,7 +457,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return h in the memory format of x. Up to torch 2.13 the output of GroupNorm on CUDA is always contiguous."""
+    """Return h in the memory format of x.
+
+    Needed because, up to torch 2.13, the output of GroupNorm on CUDA is always contiguous.
+    """
     channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
     return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 
@@ -445,10 +473,7 @@ DENSE_DENSITY = 0.8
 
 
 class TimeMoE(Experts):
-    """The Time-MoE layer: each sample goes through one expert, which its timestep selects.
-
-    `h' = te_{t_router(t)}(h_c)` (Sec. 7.3).
-    """
+    """The Time-MoE layer: each sample goes through one expert, which its timestep selects (Sec. 7.3)."""
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
         """Run each sample through its expert; return [B, N, D].
@@ -457,7 +482,7 @@ class TimeMoE(Experts):
             h_BND: image tokens.
             expert_B: expert of each sample, int64.
             samples_K: number of samples of each expert, int64. The host does not read it, so nothing waits for the device.
-            factor_B: factor of each sample's output, of value 1 (`routing.choose`).
+            factor_B: factor on each sample's output, through which the gate gets its gradient (`routing.choose`).
         """
         order_B = torch.argsort(expert_B, stable=True)
         out_RD = self.apply_sorted(h_BND[order_B].flatten(0, 1), samples_K * h_BND.shape[1])
@@ -468,8 +493,10 @@ class TimeMoE(Experts):
 class SpaceMoE(Experts):
     """The Space-MoE layer: each image token goes through the experts of the text tokens whose regions contain it.
 
-    `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k
-    its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
+    A text token's region is the set of image tokens that attend to it most (`routing.region_mask_BNY`). The paper's formula
+    is `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` over the n_y text tokens (Sec. 3.1). With w_k[j] the weight of expert k
+    at image token j and c_k its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`
+    (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
     all of it. `shared` is its hidden width; 0: none.
@@ -491,8 +518,8 @@ class SpaceMoE(Experts):
 
         Args:
             h_BND: image tokens.
-            mask_BNY: regions, float32 zeros and ones.
-            weight_BYK: float32, see `routing.BlockRouting`.
+            mask_BNY: float32, 1 where image token n is in the region of text token y, else 0.
+            weight_BYK: float32, 1/n_y at the expert of each text token, else 0 (`routing.space_weights_BYK`).
 
         Returns:
             The output [B, N, D], and the share of image tokens that need each expert [B, K], without gradient.
@@ -512,7 +539,7 @@ class SpaceMoE(Experts):
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))`, [R, D].
+        """Return the weighted sum over experts `sum_k w[r,k] (e_k(x[r]) - e_k(0))` for each row r, [R, D].
 
         Args:
             x_RD: image tokens.
@@ -523,7 +550,10 @@ class SpaceMoE(Experts):
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return one row for each expert of the layer, from the rows of this rank's experts. Here these are the same."""
+        """Return one row for each expert of the layer [K, D], given the rows of this rank's experts.
+
+        With all experts on one rank these are the same. Expert parallelism overrides this method.
+        """
         return own_KD
 
     def _choose_backend(self, used: Tensor) -> str:
@@ -536,7 +566,7 @@ class SpaceMoE(Experts):
 
 
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D], computed for the (row, expert) pairs with w > 0.
+    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D], computed for the (row, expert) pairs with w > 0.
 
     Shapes depend on the number of pairs, so the host waits for a GPU once per layer.
     """
@@ -554,7 +584,10 @@ SPACE_BACKENDS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {
 
 
 def reference_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> Tensor:
-    """Compute the formula of Sec. 3.1 as printed: every text token runs its expert on the whole masked image."""
+    """Compute the formula of Sec. 3.1 as printed: every text token runs its expert on the whole masked image.
+
+    It is slow and serves as a reference. The arguments are those of `SpaceMoE.forward`. Returns [B, N, D].
+    """
     chosen_S = weight_BYK.detach().argmax(dim=-1).flatten()
     factor_S = weight_BYK.sum(dim=-1).flatten()
     order_S = torch.argsort(chosen_S, stable=True)
@@ -567,23 +600,24 @@ def reference_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weigh
 # ---- model.layers ----------------------------------------------------------------------------------------------------
 
 
-_POSITION_PERIODS = (4.0, 128.0)  # cells of the latents
+_POSITION_PERIODS = (4.0, 128.0)  # in latent positions
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Sizes of one transformer block.
+    """Sizes and options of one transformer block.
 
     Attributes:
         dim, head_dim, text_width: widths of the image tokens, of an attention head and of the text tokens.
         hidden: hidden width of an expert.
-        space_experts, time_experts: number of experts; 0 removes the Space-MoE, or replaces the Time-MoE by one layer.
-        shared_hidden: hidden width of the Space-MoE's shared expert; 0: none.
+        space_experts, time_experts: number of experts. 0 removes the Space-MoE, or replaces the Time-MoE by a dense layer.
+        shared_hidden: hidden width of the Space-MoE's shared expert, which processes all tokens; 0: none.
         time_activation: activation of the time experts, "gelu" or "geglu".
-        expert_backend: how the experts run.
-        mask_threshold: alpha of Sec. 3.1.
-        edge_channels: width of the edge module; 0: none.
-        token_size: side of an image token in cells of the latents, for the sines of its place; 0: no sines.
+        expert_backend: how the experts are computed (`model.expert_backend`).
+        mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
+            times the maximum.
+        edge_channels: width of the module that predicts edges; 0: none.
+        token_size: side of an image token in latent positions, for the position encoding; 0: no position encoding.
         seed: fixes the initial weights of the experts.
     """
 
@@ -607,8 +641,8 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         h_BND: image tokens.
-        edge_logits: float32 [B, h, w]; None without an edge module.
-        space_used_BK: share of image tokens that each space expert processes; None without a Space-MoE.
+        edge_logits: predicted edges, float32 [B, h, w]; None without an edge module.
+        space_used_BK: share of image tokens that each space expert processes, 0..1; None without a Space-MoE.
     """
 
     h_BND: Tensor
@@ -629,7 +663,10 @@ class MapProcessor:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the output [B, N, D] and the map, float32 [B, N, Y]."""
+        """Return the output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].
+
+        The arguments are those that diffusers passes: image tokens, then text tokens. `attention_mask` is not used.
+        """
         batch, heads = hidden_states.shape[0], attn.heads
         q, k, v = (
             x.view(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2)
@@ -670,13 +707,13 @@ class TransformerBlock(nn.Module):
     def forward(
         self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
     ) -> BlockOutput:
-        """Run the block; return the new image tokens, edge logits, and how many tokens each space expert processed.
+        """Run the block: attention, cross-attention, Time-MoE, edge prediction, Space-MoE.
 
         Args:
             h_BND: image tokens.
             text_BYD: text tokens.
             end_B: index of the end-of-text token, int64.
-            routing: experts of the samples and text tokens.
+            routing: the selected experts of the samples and text tokens.
             size_hw: height and width of the feature map, whose product is N.
         """
         h_BND = h_BND + self.attn1(self.norm1(h_BND))
@@ -707,14 +744,14 @@ class TransformerBlock(nn.Module):
 
 
 def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
-    """Return sines of the place of each image token, [N, D], with the device, dtype and D of `like`.
+    """Return a sinusoidal position encoding of the image tokens, [N, D], with the device, dtype and D of `like`.
 
-    A quarter of them are of its row, the others of its column. Places are in cells of the latents from the middle of the
-    image, so they mean the same on every level and in images of every size.
+    A quarter of the D values encodes the row, the others the column. Positions are measured in latent positions from the
+    middle of the image, so they mean the same on every level and in images of every size.
 
     Args:
         height, width: of the feature map, whose product is N.
-        token_size: side of a token in cells of the latents.
+        token_size: side of an image token in latent positions.
         like: tensor [..., D].
     """
     dim = like.shape[-1]
@@ -727,7 +764,7 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
 
 
 def _sines(place_P: Tensor, features: int) -> Tensor:
-    """Return sines and cosines of places with periods from the shortest to the longest, [P, features]."""
+    """Return sines and cosines of positions with periods from the shortest to the longest, [P, features]."""
     count = (features + 1) // 2
     shortest, longest = _POSITION_PERIODS
     steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
@@ -736,7 +773,10 @@ def _sines(place_P: Tensor, features: int) -> Tensor:
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block that reads and returns feature maps. Parameter names are those of Transformer2DModel."""
+    """A transformer block, with the layers that convert a feature map to its tokens and back.
+
+    Parameter names are those of diffusers' Transformer2DModel. `RaphaelUNet` calls the parts one by one.
+    """
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
         super().__init__()
@@ -755,7 +795,7 @@ class SpatialTransformer(nn.Module):
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Convert image tokens to a feature map [B, C, h, w], and add the residual `x_BCHW`.
+        """Convert image tokens to a feature map, and add the residual `x_BCHW`; return [B, C, h, w].
 
         The result has the memory format of the residual.
         """
@@ -765,9 +805,10 @@ class SpatialTransformer(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """One level of the encoder or the decoder, or the middle.
+    """One level of the encoder or the decoder, or the middle block.
 
-    It consists of residual blocks. On levels with attention, a transformer block follows each of them.
+    It consists of residual blocks. On levels with attention, a transformer block follows each of them, but not the second
+    one of the middle. `downsamplers` or `upsamplers` holds the layer that changes the size, if there is one.
     """
 
     resnets: nn.ModuleList
@@ -791,7 +832,7 @@ class ResidualBlock(ResnetBlock2D):
     """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
 
     diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
-    feature map (`feature_map_format`).
+    feature map (see `feature_map_format`).
     """
 
     def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
@@ -819,9 +860,9 @@ def feature_map_format(device: torch.device) -> torch.memory_format:
 
 
 class GateNoise(NamedTuple):
-    """Noise for the logits of the time gates, float32 [B, L, K], and of the text gates, float32 [B, L, Y, K].
+    """Noise for the logits of the gates, float32. The text gates select the space experts.
 
-    It is a function of the sample's position in the order of training.
+    It depends on the seed and the sample's position in the order of training only.
     """
 
     time_BLK: Tensor
@@ -832,7 +873,7 @@ class UNetInput(NamedTuple):
     """Inputs of the U-Net.
 
     Attributes:
-        x_BCHW: noised latents, and channels of small images (super_resolution.py).
+        x_BCHW: noised latents; for super-resolution with the channels of the small images.
         timestep_B: int64.
         text_BYD: text tokens.
         text_mask_BY: bool, False at padding.
@@ -855,11 +896,11 @@ class UNetOutput(NamedTuple):
     prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
-        prediction: predicted noise or velocity [B, C, h, w].
+        prediction: predicted noise, velocity or flow [B, C, h, w].
         edge_logits: for each block with an edge module, float32 [B, h, w].
         space_used: for each block, share of image tokens that each space expert processes, [B, K].
         time_expert: for each block, the time expert of each sample, int64 [B].
-        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it has no weight or needs no gradient.
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if its weight is 0 or without gradients.
     """
 
     prediction: Tensor
@@ -870,14 +911,17 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """Tensors that a ControlNet adds to the U-Net's skips (outermost first) and to its middle, at full strength."""
+    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
 
 
 class ForwardState(NamedTuple):
-    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs."""
+    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs.
+
+    `embedding_BE` is the timestep embedding. The lists get one entry for each transformer block that has run.
+    """
 
     embedding_BE: Tensor
     text_BYD: Tensor
@@ -892,7 +936,7 @@ def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return the number of samples of each time expert, int64 [K], for each layer, on the device of `onehot_LBK`.
+    """Return the number of samples of each time expert: for each layer int64 [K], on the device of `onehot_LBK`.
 
     `onehot_LBK`: the time expert of each sample in each layer, one-hot.
     """
@@ -907,7 +951,7 @@ class RaphaelUNet(nn.Module):
 
         Args:
             config: the sections `model`, `edge`, `diffusion`, `upscale` and `run`, or an object with their fields.
-            with_edges: whether it has edge modules, if the configuration has them.
+            with_edges: whether to build the modules that predict edges, if edge.weight is above 0.
         """
         super().__init__()
         self.config = m = config.model
@@ -1005,11 +1049,11 @@ class RaphaelUNet(nn.Module):
         edge_Bhw: Tensor | None = None,
         residuals: ControlResiduals | None = None,
     ) -> UNetOutput:
-        """Predict the noise or the velocity of noised latents. The arguments up to `noise` are those of `UNetInput`.
+        """Predict noise, velocity or flow of noised latents. The arguments up to `noise` are those of `UNetInput`.
 
         Args:
-            edge_Bhw: edge map in 0..1 for the ControlNet; None: the ControlNet is not used.
-            residuals: residuals of a ControlNet that is not part of the model.
+            edge_Bhw: edge map in 0..1 for the model's own ControlNet; None: that ControlNet is not used.
+            residuals: residuals of a ControlNet that is not part of the model; None: there are none.
         """
         inputs = UNetInput(x_BCHW, timestep_B, text_BYD, text_mask_BY, end_B, noise)
         state, routings = self.begin(inputs)
@@ -1029,7 +1073,7 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Start a forward pass: embed the timesteps and route all blocks; return the state and the routing of each block."""
+        """Start a forward pass: embed the timesteps and route all blocks; return the state and each block's routing."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
@@ -1040,7 +1084,7 @@ class RaphaelUNet(nn.Module):
         return x
 
     def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the encoder and the middle; return the middle's feature map, and the skips, outermost first."""
+        """Run encoder and middle on the result of `stem`; return the middle's feature map and the skips, outermost first."""
         skips = [x]
         for level in cast(list[UNetLevel], self.down_blocks):
             for i in range(len(level.resnets)):
@@ -1053,13 +1097,13 @@ class RaphaelUNet(nn.Module):
         return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
     def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder; return the last feature map."""
+        """Run the decoder on the results of `encode`; return the last feature map, before normalisation and convolution."""
         skips = list(skips)
         for level in cast(list[UNetLevel], self.up_blocks):
             for i in range(len(level.resnets)):
                 x = self._layer(state, level, i, torch.cat([x, skips.pop()], dim=1))
             if level.upsamplers is not None:
-                # The size of the next skip, which can be odd.
+                # output_size: the size of the next skip, which can be odd.
                 x = level.upsamplers[0](x, output_size=skips[-1].shape[-2:])
         return x
 
@@ -1079,7 +1123,7 @@ class RaphaelUNet(nn.Module):
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
     ) -> list[BlockRouting]:
-        """Choose the experts of all blocks at once (Sec. 3.1 and 7.3), from timesteps and captions."""
+        """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block."""
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
@@ -1099,7 +1143,7 @@ class RaphaelUNet(nn.Module):
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return the time expert of each block and sample, int64 [L, B], and its factor, float32 [L, B] (`choose`)."""
+        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B] (`choose`)."""
         m = self.config
         if m.time_routing == "boundaries":
             expert_LB = band_of_timestep_B(timestep_B, m.time_experts, self.num_timesteps).expand(self.num_blocks, -1)
@@ -1116,7 +1160,7 @@ class RaphaelUNet(nn.Module):
     def _attend(
         self, transformer: SpatialTransformer, x_BCHW: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the feature map, and edge logits and used share as in `BlockOutput`."""
+        """Run a transformer block; return the feature map, and `edge_logits` and `space_used_BK` as in `BlockOutput`."""
         size_hw = (x_BCHW.shape[2], x_BCHW.shape[3])
         h_BND = transformer.to_tokens(x_BCHW)
         block = transformer.transformer_blocks[0]
@@ -1152,9 +1196,9 @@ EXPERT_FIELDS = {
 
 
 def sections_of(fields: Any) -> Any:
-    """Return the configuration sections from which `RaphaelUNet` is built.
+    """Return an object with the configuration sections (`model`, `edge`, ...) from which `RaphaelUNet` is built.
 
-    `fields`: the fields of the model's config.json, as diffusers names them.
+    `fields`: an object with the fields of the model's config.json, as diffusers names them.
     """
     widths, heads = fields.block_out_channels, fields.attention_head_dim
     model = {
@@ -1184,7 +1228,7 @@ _HOOKS = ("_hf_hook", "_diffusers_hook")
 
 
 class _Wrapper(ModelMixin, ConfigMixin):
-    """A network of this package as a model of diffusers."""
+    """The base class of this package's networks as models of diffusers, with its loading, saving and offloading."""
 
     # Layers whose dtype is read outside of their own forward pass.
     _skip_layerwise_casting_patterns = ["norm", "gates", "conv_in", "edge"]  # noqa: RUF012 (diffusers' name and type)
@@ -1219,33 +1263,35 @@ class _Wrapper(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         auto_map: dict[str, str] | None = None,
     ) -> None:
-        """Build the network. Fields of UNet2DConditionModel have its meaning.
+        """Build the network. Arguments that diffusers' UNet2DConditionModel also has mean the same.
 
         Args:
-            sample_size: height and width of the latents that it was trained on.
-            in_channels: channels of latents, and of a small image for super-resolution.
-            out_channels: channels of latents.
-            block_out_channels: width of each level.
-            down_block_types: names with "CrossAttn" have transformer blocks.
-            up_block_types: the same levels, innermost first.
+            sample_size: height and width of the latents that the network was trained on.
+            in_channels: channels of the latents, plus those of the small image for super-resolution.
+            out_channels: channels of the latents.
+            block_out_channels: width of each level, outermost first.
+            down_block_types: for each level of the encoder; names with "CrossAttn" have transformer blocks.
+            up_block_types: for each level of the decoder, innermost first.
             layers_per_block: residual blocks of each level of the encoder.
             cross_attention_dim: width of the text tokens.
             attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
             norm_num_groups: groups of each GroupNorm.
             act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
-            num_space_experts: experts of each Space-MoE; 0: none.
+            num_space_experts: experts of each Space-MoE; 0: no Space-MoE.
             num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
-            shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: none.
-            time_routing: "learned" or "boundaries".
+            shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: no such expert.
+            time_routing: how a timestep selects its expert: "learned" (by gates) or "boundaries" (by equal ranges of
+                timesteps).
             time_activation: activation of the time experts, "gelu" or "geglu".
-            gate_width: hidden width of the gates.
-            gate_gradient: factor of the chosen expert's output: "straight_through" (1), "none" (1) or "scaled".
-            mask_threshold: a text token's region is where its attention exceeds this share of its maximum.
+            gate_width: hidden width of the gates, the networks that select experts.
+            gate_gradient: factor on the output of the selected expert: "straight_through" and "none" are 1, "scaled" is its
+                probability.
+            mask_threshold: a text token's region is where its attention is at least this share of its maximum.
             mask_padding: leave padding tokens out of the Space-MoE.
-            image_positions: add sines of its place to each image token.
-            edge_channels: width of the edge modules, which are used in training only; 0: none.
+            image_positions: add a sinusoidal position encoding to the image tokens.
+            edge_channels: width of the modules that predict edges, which are used in training only; 0: no such modules.
             num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
             auto_map: entry of config.json by which diffusers' AutoModel finds this class.
         """
@@ -1253,7 +1299,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
         network = self._network(sections_of(self.config))
         for name, child in network.named_children():
             self.add_module(name, child)
-        # The method and not the network: as a child, it would add a prefix to the names of all parameters.
+        # Store the bound method and not the network: a child module would add a prefix to all parameter names.
         self._predict: Any = network.forward
 
     @staticmethod
@@ -1263,7 +1309,10 @@ class _Wrapper(ModelMixin, ConfigMixin):
     def enable_group_offload(
         self, onload_device: torch.device, offload_device: Any = "cpu", offload_type: str = "leaf_level", **options: Any
     ) -> None:
-        """As in diffusers. ValueError: `offload_type` is not "leaf_level"."""
+        """Offload weights between uses, as the method of diffusers does. Only `offload_type="leaf_level"` is supported.
+
+        Raises ValueError for another `offload_type`.
+        """
         if offload_type != "leaf_level":
             raise ValueError(
                 f"offload_type={offload_type!r} must be 'leaf_level': this network calls the layers of a block one by one, "
@@ -1283,7 +1332,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
 
 
 class RaphaelUNet2D(_Wrapper):
-    """The U-Net of RAPHAEL, called like UNet2DConditionModel."""
+    """The U-Net of RAPHAEL as a model of diffusers, called like UNet2DConditionModel."""
 
     @staticmethod
     def _network(sections: Any) -> RaphaelUNet:
@@ -1300,18 +1349,18 @@ class RaphaelUNet2D(_Wrapper):
         mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Predict the noise (or v), as UNet2DConditionModel does.
+        """Predict the noise (or v, or the flow), as UNet2DConditionModel does; [B, C, h, w].
 
         Args:
             sample: noised latents [B, C, h, w].
-            timestep: one for all, or [B].
+            timestep: one number for all samples, or a tensor [B].
             encoder_hidden_states: text tokens [B, Y, D].
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
-            end_of_text: int64 [B], index of the end-of-text token. None: the last token that the mask keeps. Only the
-                edge modules read it, not the prediction.
-            down_block_additional_residuals: residuals of a ControlNet for the skips, outermost first.
-            mid_block_additional_residual: residual of a ControlNet for the middle.
-            return_dict: whether to return a UNet2DConditionOutput or a tuple.
+            end_of_text: int64 [B], index of the end-of-text token. None: the last token that is not padding. It affects only
+                predicted edges, not the result.
+            down_block_additional_residuals: residuals of a ControlNet for the skip connections, outermost first.
+            mid_block_additional_residual: residual of a ControlNet for the middle block.
+            return_dict: True returns a UNet2DConditionOutput, False a tuple with one tensor.
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, end_of_text)
         residuals = None

@@ -35,12 +35,12 @@ class Layout:
 
     Attributes:
         name: the name of its module.
-        holds: whether it contains everything that a run needs to continue, or only weights.
+        holds: "everything" that a run needs to continue, or only "weights".
         detect: called with a path; returns whether the files there have this layout. It is called only if no manifest.json
             has `"layout": NAME`, so most layouts return False. It may look at file names, but not into files.
         open: called with a path and the configuration that the user gave (usually None); returns the checkpoint after
-            reading headers only. Raises UserError for missing, duplicate or misshapen tensors and for files of another
-            kind. Any other exception is a bug in the layout.
+            reading headers only. Raises UserError for missing or duplicate tensors, wrong shapes and files of another kind.
+            Any other exception is a bug in the layout.
         plan: called with a source, options and the target's path; returns which files to write (write_plan.py). Raises
             UserError if the layout cannot represent the source's model, or does not allow these options.
         options: names of the fields of `Options` that it supports as a target.
@@ -79,24 +79,27 @@ def layout_of(option: str, name: str) -> Layout:
     return layout
 
 
-def detect(path: Path) -> Layout:
-    """Find out in which layout (format) the checkpoint at `path` is stored. Raises UserError if no layout matches."""
+def detect(path: Path, option: str = "--from") -> Layout:
+    """Find out in which layout (format) the checkpoint at `path` is stored.
+
+    Raises UserError if no layout matches. The message begins with `option`, the command line option that gave the path.
+    """
     if not path.exists():
-        raise UserError(f"--from {path}: there is no such file or folder. Check the path.")
+        raise UserError(f"{option} {path}: there is no such file or folder. Check the path.")
     if (path / MANIFEST).is_file():
         try:
             name = read_json(path / MANIFEST).get("layout")
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"--from {path}: {MANIFEST} cannot be read: {error}. Restore the file.") from None
+            raise UserError(f"{option} {path}: {MANIFEST} cannot be read: {error}. Restore the file.") from None
         if name is not None:
-            return layout_of("--from", str(name))
+            return layout_of(option, str(name))
     for name in names():
         layout = layout_of("--from", name)
         if layout.detect(path):
             return layout
     raise UserError(
-        f"--from {path} must be a checkpoint in one of the layouts {', '.join(names())}, but its files match none of them. "
-        "Check the path."
+        f"{option} {path} must be a checkpoint in one of the layouts {', '.join(names())}, but its files match none of "
+        "them. Check the path."
     )
 
 

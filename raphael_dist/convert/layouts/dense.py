@@ -247,8 +247,8 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
     names = {ldm_key(name, layers, attention): name for name in parameter_shapes(_dense_config(sizes))}
     if different := sorted(unet.keys() ^ names.keys()):
         raise UserError(
-            f"{where} must be a U-Net of Stable Diffusion 2, but its tensor {_LDM}{different[0]} "
-            f"{'does not belong to one' if different[0] in unet else 'is missing'}. Use another model."
+            f"{where} must be a U-Net of Stable Diffusion 2, but the tensor {_LDM}{different[0]} is "
+            f"{'not part of such a U-Net' if different[0] in unet else 'missing'}. Use another model."
         )
     return {names[key]: tensor for key, tensor in unet.items()}
 
@@ -257,7 +257,7 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
 
 
 def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
-    """Open a `unet/` folder, the folder of a pipeline that contains it, or a single file.
+    """Open a dense U-Net: a `unet/` folder of diffusers, the folder of a pipeline that contains it, or a single file.
 
     Raises UserError if the U-Net does not have the structure of Stable Diffusion 2.
     """
@@ -311,8 +311,8 @@ def weights_by_name(
         of_file = list(stored[unfit[0]].shape) if unfit[0] in stored else "missing"
         of_model = list(expected[unfit[0]]) if unfit[0] in expected else "missing"
         raise UserError(
-            f"{folder} must fit its configuration, but tensors differ ({len(unfit)} in all): {unfit[0]} is {of_file} in "
-            f"the file and {of_model} in the model. Use another checkpoint."
+            f"{folder} must contain the tensors that its configuration requires, but {len(unfit)} of them differ, for "
+            f"example the shape of {unfit[0]}: {of_file} in the file, {of_model} in the model. Use another checkpoint."
         )
     spans = {("master", name): [tensor] for name, tensor in stored.items()}
     if manifest is not None:

@@ -91,7 +91,7 @@ def _rank_file(source: Source, topology: Topology, rank: int, folder: str, zero_
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` is a run directory, its checkpoints folder or a step-* folder."""
+    """Return whether `path` is a run directory of this trainer, its checkpoints folder or a step-* folder."""
     return (path / "checkpoints").is_dir() or any(path.glob("step-*")) or (path / MANIFEST).is_file()
 
 

@@ -60,7 +60,7 @@ class Encoders:
         if not is_gpu(self.device):
             yield
             return
-        if not hasattr(_thread, "stream"):  # kept: one stream cannot reuse memory that another has freed
+        if not hasattr(_thread, "stream"):  # for all calls: a stream cannot reuse memory that another one has freed
             _thread.stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(_thread.stream):
             yield

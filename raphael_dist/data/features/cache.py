@@ -168,9 +168,11 @@ class FeatureCache:
             return
         self._open_shard.cache_clear()
         _log.warning(
-            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, and "
-            "the next start of the run writes the file again", path, " ".join(str(error).split())[:200],
-        )  # fmt: skip
+            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, without "
+            "the cache's rounding to float16, until the next start of the run writes the file again",
+            path,
+            " ".join(str(error).split())[:200],
+        )
 
     def verify(self, shards: Sequence[int], report: Reporter = no_report) -> None:
         """Check headers and tables of these shards' files. Rename a damaged file to damaged-NAME, so that it is missing."""
@@ -295,7 +297,7 @@ class _CachedShard:
     def __init__(self, path: Path) -> None:
         """Open the file. FileNotFoundError: it is missing. OSError, SafetensorError, KeyError, ValueError: it is damaged."""
         self._file = safe_open(path, framework="pt")
-        # One entry: safetensors writes several in no fixed order.
+        # A single metadata entry, since safetensors writes several in no fixed order.
         about = json.loads(self._file.metadata()["shard"])
         self.bad: list[tuple[int, str]] = about["bad"]
         self._names = set(self._file.keys())

@@ -207,17 +207,10 @@ def checksum(rows: Iterable[Tensor]) -> int:
 
 
 def encode_half(text: TextEncoder, captions: Sequence[str], report: Callable[[str], None] = no_report) -> TextFeatures:
-    """Encode B captions and return their features with 16-bit tokens, on the CPU.
+    """Encode captions on the device and return their features on the CPU, with tokens in 16 bits.
 
-    Tokens are bfloat16 if the encoder computes in bfloat16, otherwise float16.
-
-    Args:
-        text: The text encoder.
-        captions: The captions.
-        report: Called with a line of progress for each batch.
-
-    Raises:
-        UserError: The tokens exceed the range of float16.
+    Tokens are bfloat16 if the encoder computes in bfloat16, otherwise float16. `report`: called with a line of progress for
+    each batch. Raises UserError if the tokens exceed the range of float16.
     """
     dtype = torch.bfloat16 if text.dtype == torch.bfloat16 else torch.float16
     tokens = torch.zeros(len(captions), text.max_tokens, text.width, dtype=dtype)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 CHARACTERS = "characters"
-VERSION = 1  # of tokens and embeddings; other ones give other features
+VERSION = 1  # to be raised if tokens or embeddings change: cached features depend on them
 BLOCK = 64
 WIDTH = 4 * BLOCK  # character, place in the string, word, word with the word before it
 ONE_HOT = 16
 _PAD, _END = 0, 1
-# A token's number holds all that its embedding depends on, below a bit for its kind.
+# A token's number has a high bit for its kind, and below it everything that its embedding depends on.
 _CHARACTER, _WORD = 1 << 60, 1 << 61
 _PLACE_BITS, _HASH_BITS = 12, 28
 _PARTS = re.compile(r"""["“](.+?)["”]|(\w+)""")

@@ -29,9 +29,7 @@ _PROBES, _PROBE_BYTES = 16, 1 << 18
 def reported(field: str, spec: str) -> Iterator[None]:
     """Convert errors of transformers and diffusers in the block into a UserError that begins with `field=spec`.
 
-    Args:
-        field: Name of the setting, such as "text.encoder".
-        spec: Its value.
+    `field`: name of a setting, such as "text.encoder". `spec`: its value.
     """
     try:
         yield

@@ -248,7 +248,7 @@ class ImageEncoder(_Frozen[Model]):
 
     @classmethod
     def load(cls, spec: str, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Load the image encoder `spec` with its weights.
+        """Load the image encoder `spec` with its weights. It runs on `device` and computes in `dtype`.
 
         spec: "none" (latents are the pixels), or the folder of an autoencoder or of a diffusers pipeline that contains one.
         Raises the UserErrors of `ImageFacts.read`.
@@ -259,7 +259,7 @@ class ImageEncoder(_Frozen[Model]):
     def lazy(cls, spec: str, facts: ImageFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Return the encoder that `load` returns, but open no file before the first image is encoded or decoded.
 
-        `facts`: the result of `ImageFacts.read` for this encoder, perhaps on another rank.
+        `facts`: the result of `ImageFacts.read` for this encoder, perhaps on another rank. Other arguments as in `load`.
         """
         return cls(lambda: None if spec == "none" else _freeze(autoencoder(spec, dtype), device), facts)
 

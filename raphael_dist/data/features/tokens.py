@@ -34,7 +34,7 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
         special = _special_in_text(tokenizer, batch["input_ids"], batch["special_tokens_mask"])
         if batch.encodings is None or not special.any():
             break
-        # A Unigram model (T5) has them among its pieces; a space inside turns them into ordinary characters.
+        # The vocabulary of a Unigram model (T5) contains them as pieces; a space inside turns them into ordinary characters.
         for row in special.any(dim=1).nonzero().flatten().tolist():
             texts[row] = _break_up(texts[row], [batch.encodings[row].offsets[i] for i in special[row].nonzero().flatten()])
     batch.pop("special_tokens_mask")

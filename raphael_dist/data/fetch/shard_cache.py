@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _GZIPPED = re.compile(r"(\.tar\.gz|\.tgz)$", re.IGNORECASE)
 _CACHE_VERSION = 1
-_SHA256 = "sha256:"  # prefix of the mark where the server states none: the digest of the plain tar
+_SHA256 = "sha256:"  # prefix of a mark that is the digest of the plain tar, since the server states none
 _STALE_S = 3600.0  # an older temporary file was left by a killed process
 _TOUCH_S = 10.0
 
@@ -45,7 +45,7 @@ class ShardError(UserError):
     """
 
     def __init__(self, shard: str, reason: str, absent: bool = False) -> None:
-        super().__init__(shard, reason, absent)  # all three, so that it can be sent to another process
+        super().__init__(shard, reason, absent)  # all three: unpickling passes them to __init__
         self.shard, self.reason, self.absent = shard, reason, absent
 
     def __str__(self) -> str:

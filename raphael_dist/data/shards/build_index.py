@@ -36,12 +36,7 @@ _STAT_THREADS = 32
 
 
 def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] = ()) -> DatasetIndex | None:
-    """Open the existing index of these shards.
-
-    Args:
-        names: Paths and URLs of the shards.
-        store: Provides the shards; its folder contains the index.
-        columns: Names of the columns that filters use.
+    """Return the existing index of these shards. `columns`: names of the columns that filters use.
 
     Returns:
         The index. None if it must be built: there is no index of these shards with these columns; a local shard has changed;
@@ -71,10 +66,7 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
     """Return (name, size in bytes) of each shard that was never indexed, or has changed since then.
 
-    Args:
-        names: Paths and URLs of the shards.
-        store: Provides the shards; its folder contains the records.
-        report: Called with lines of progress.
+    `store`: provides the shards; its folder contains the index. `report`: called with lines of progress.
     """
 
     def check(name: str) -> tuple[str, int] | None:
@@ -91,10 +83,10 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
 
 
 def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[ShardRecord]:
-    """Read each shard from start to end, and return its record (place, size and key of each sample).
+    """Read the shards with these names (paths or URLs) from start to end, and return a record of each.
 
-    Records are also written into the folder of `store`, if it has one. A missing shard gets a record without samples, which
-    is not written, so that the next start looks for the shard again.
+    A record has the place, size and key of each sample. It is also written into the folder of `store`, if that has one. A
+    missing shard gets a record without samples, which is not written, so that the next start looks for the shard again.
 
     Raises:
         UserError: A shard cannot be reached (and may exist), or a record cannot be written.

@@ -41,7 +41,7 @@ class BadSampleError(Exception):
     """
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
-        super().__init__(shard, key, reason)  # all three, so that it can be sent to another process
+        super().__init__(shard, key, reason)  # all three: unpickling passes them to __init__
         self.shard, self.key, self.reason = shard, key, reason
 
     def __str__(self) -> str:

@@ -68,11 +68,9 @@ class DecodePool:
     """Decodes samples in worker processes. A process starts when the first sample is requested."""
 
     def __init__(self, dataset: ImageDataset, workers: int) -> None:
-        """Create a pool. If a worker process cannot start, samples are decoded in the calling process.
+        """Create a pool of `workers` processes, each with a copy of `dataset`.
 
-        Args:
-            dataset: The data set; each worker gets a copy.
-            workers: Number of worker processes.
+        If no worker process can be started, samples are decoded in the calling process.
         """
         shorten_socket_paths()
         self._dataset = dataset
@@ -173,7 +171,7 @@ class _Worker:
     """One worker process, as seen by the rank: starts it, sends requests and receives samples."""
 
     def __init__(self, dataset: ImageDataset) -> None:
-        # The server process has no threads and has imported what the workers need.
+        # Workers are forks of a server process, which has no threads and has imported what they need.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([ImageDataset.__module__, DatasetIndex.__module__])
         pixels = max(height * width for height, width in dataset.buckets)

@@ -196,15 +196,12 @@ def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
 
 
 def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) -> None:
-    """Check that not more shards or samples are unreadable than the configuration allows.
+    """Raise UserError if more shards or samples are unreadable than the configuration allows.
 
     Args:
         index: The index of the shards.
         on_error: data.on_error. "stop" allows none. "skip" allows some shards; samples are checked by `TrainStream`.
         max_bad_fraction: data.max_bad_fraction: the allowed fraction of unreadable shards. One shard is always allowed.
-
-    Raises:
-        UserError: There are more.
     """
     if on_error == "stop" and index.num_bad:
         raise UserError(

@@ -77,7 +77,7 @@ def record_path(folder: Path, name: str) -> Path:
 
 
 def load_record(folder: Path, name: str) -> ShardRecord | None:
-    """Read the record of the shard `name` from an index folder; None if it is missing or does not match its checksum."""
+    """Read a shard's `ShardRecord` from an index folder; None if it is missing or does not match its checksum."""
     try:
         arrays = load(read_sealed(record_path(folder, name)))
         about = parse_json(arrays.pop("about").tobytes().decode())
@@ -93,7 +93,7 @@ def load_record(folder: Path, name: str) -> ShardRecord | None:
 
 
 def save_record(folder: Path, record: ShardRecord) -> None:
-    """Write a record into an index folder. Several processes may write the same one at once. Raises OSError."""
+    """Write a `ShardRecord` into an index folder. Several processes may write the same one at once. Raises OSError."""
     about = {"stamp": asdict(record.stamp), **{key: getattr(record, key) for key in _ABOUT}}
     arrays = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
@@ -106,7 +106,9 @@ def save_record(folder: Path, record: ShardRecord) -> None:
 
 
 def scan_shard(store: ShardStore, name: str) -> ShardRecord:
-    """Read a shard and return its record. If it cannot be read to its end, the record's `damage` states the reason.
+    """Read a shard and return its record: the place, image size, key and columns of each sample.
+
+    If the shard cannot be read to its end, `damage` of the record states the reason.
 
     Raises:
         ShardError: The shard cannot be reached.

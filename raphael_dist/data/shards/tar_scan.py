@@ -252,7 +252,7 @@ def check_sample(
     hash_text(b"".join(texts.values()))
     meta, captions = read_texts(texts)
     quoted = min(sum(map(len, quoted_parts(caption))) for caption in captions)
-    meta.pop(QUOTED_COLUMN, None)  # first, since a shard may have more columns than are kept
+    meta.pop(QUOTED_COLUMN, None)  # the new value comes first, since only the first columns of a shard are kept
     return _image_size(fd, members[image_ext]), {QUOTED_COLUMN: quoted, **meta}
 
 

@@ -70,7 +70,8 @@ def _group_moments(
         sums += rows * tl.load(tile_mean + offsets, mask, 0.0)
     count = pixels * WIDTH
     center = tl.sum(sums) / count
-    # Squared deviations from the group's mean, from those from the tiles' means (Chan et al. 1979): nothing cancels.
+    # Squared deviations from the group's mean, computed from those from the tiles' means to avoid cancellation (Chan et
+    # al. 1979).
     squares = tl.zeros([CHUNK, PADDED], tl.float32)
     for i in range(tl.cdiv(tiles, CHUNK)):
         tile, offsets, mask = _chunk(i, sample, group, tiles, channels, WIDTH, PADDED, CHUNK)

@@ -185,7 +185,7 @@ def _weight_gradient(
     left, right, row, ends, out, sums, left_width, right_width, GATHER_LEFT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Store `out[k] = sum_p left[p]^T right[p]` over the pairs of expert k, and with `sums` also `sum_p left[p]`."""
+    """Store `out[k] = sum_p left[p]^T right[p]` over the pairs p of expert k, and in `sums` (or None) `sum_p left[p]`."""
     expert = tl.program_id(2)
     end, begin = tl.load(ends + expert), tl.load(ends + expert - 1, expert > 0, 0)
     lefts, rights = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)

@@ -47,11 +47,14 @@ def tag_folder(path: Path) -> Path | None:
         return path / tag
     tags = sorted(folder.name for folder in path.iterdir() if _has_model(folder))
     hint = (
-        f"Write one of {', '.join(tags)} into it."
+        f"Write one of {', '.join(tags)} into this file."
         if tags
-        else "Its folder contains no checkpoint of DeepSpeed. Check the path."
+        else "No other folder next to it contains a checkpoint of DeepSpeed. Check the path."
     )
-    raise UserError(f"{latest} must name a folder with {MODEL}, but it names {tag!r}. {hint}")
+    raise UserError(
+        f"{latest} must contain the name of a folder with {MODEL}, but it contains {tag!r}, and that folder or file is "
+        f"missing. {hint}"
+    )
 
 
 def _has_model(folder: Path) -> bool:
@@ -89,7 +92,10 @@ def open_deepspeed(path: Path, config: Config | None) -> Checkpoint:
     if manifest is not None:
         config = config_from_tree(manifest["config"])
     if config is None:
-        raise UserError(f"--from deepspeed {path}: the files do not describe the model. Add --config PRESET_OR_YAML.")
+        raise UserError(
+            f"--from deepspeed {path}: --config is required, since these files do not state the model's settings. Add "
+            "--config PRESET_OR_YAML with the configuration that the model was trained with."
+        )
     model_file = folder / (MODEL if (folder / MODEL).is_file() else MODEL_3)
     model = load_tree(model_file, ALLOWED)
     shapes = parameter_shapes(config)
@@ -173,8 +179,8 @@ class _Files:
     def _read_zero12(self, file: Path, rank: int, state: Tree) -> None:
         if isinstance(state.get("base_optimizer_state"), list):
             raise UserError(
-                f"{file} must not be an elastic ZeRO checkpoint, but it is one, which DeepSpeed 0.19 cannot load either. "
-                "Save it without elastic_checkpoint."
+                f"{file} must be saved without elastic_checkpoint, but it was saved with elastic_checkpoint=true, which "
+                "DeepSpeed 0.19 cannot load either. Save it again without this setting."
             )
         optimizer = _item(file, state, "base_optimizer_state", dict)
         states, groups_settings = _item(file, optimizer, "state", dict), _item(file, optimizer, "param_groups", list)
