@@ -160,11 +160,12 @@ def _single_reduction(
     if scheme in ("zero3", "zero3_hpz"):
         return _zero3(config, cluster, parameters, persistent, scheme)
     replicated = parameters - sum(cost.parameters for cost in sharded)
-    parts = _synchronisation(scheme, replicated, width, cluster.ranks, cluster)
+    gathers = 2 if config.optim.kind == "muon" else 1  # Muon also gathers its momentum
+    parts = _synchronisation(scheme, replicated, width, cluster.ranks, cluster, gathers=gathers)
     for ep in sorted({cost.ep for cost in sharded}):
         costs, copies = [cost for cost in sharded if cost.ep == ep], cluster.ranks // ep
         local = sum(cost.parameters for cost in costs) // ep
-        for part in _synchronisation(scheme, local, width, copies, cluster, ep):
+        for part in _synchronisation(scheme, local, width, copies, cluster, ep, gathers):
             name = f"experts over {ep} ranks: {part.name}"
             parts.append(Communication(name, part.seconds, part.network_gb, part.hidden_by))
         rows_gb = sum(c.sharded_bytes - width * sync_traffic(c.parameters // ep, copies) for c in costs) / 1e9
@@ -177,17 +178,17 @@ def _single_reduction(
 
 
 def _synchronisation(
-    scheme: Scheme, parameters: int, width: int, ranks: int, cluster: Cluster, stride: int = 1
+    scheme: Scheme, parameters: int, width: int, ranks: int, cluster: Cluster, stride: int = 1, gathers: int = 1
 ) -> list[Communication]:
     """Return the communication that reduces the gradients of `parameters` elements over ranks and distributes new weights.
 
-    `width`: bytes per element. `ranks`, `stride`: as in `ring`. `scheme` is not ZeRO-3.
+    `width`: bytes per element. `ranks`, `stride`: as in `ring`. `gathers`: all-gathers of this size. `scheme` is not ZeRO-3.
     """
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
     if scheme in ("replicated", "all_reduce", "reduce_scatter"):
         passes, calls = (1, 1) if scheme == "reduce_scatter" else (2, 2 * buckets)
         reduce = ring("reduce gradients", "backward", passes * size, ranks, cluster, stride, calls)
-        gather = ring("gather weights", "nothing", size, ranks, cluster, stride)
+        gather = ring("gather weights", "nothing", gathers * size, ranks, cluster, stride, gathers)
         return [reduce] if scheme == "replicated" else [reduce, gather]
     inside = min(cluster.per_node, ranks)
     return [  # node_shards

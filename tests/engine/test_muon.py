@@ -14,6 +14,8 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.planning.communication import Cluster, communications
 from tests.lib.launch import train_many
 from tests.lib.synthetic import synthetic_batch, tiny_config
 
@@ -97,15 +99,20 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    cases = {**CASES, "adamw": ({"stage": 2}, {}, {})}
     specs = [
         {
-            "sections": {"train": {"global_batch_size": BATCH, **train}, "optim": OPTIM, "parallel": parallel},
+            "sections": {
+                "train": {"global_batch_size": BATCH, **train},
+                "optim": OPTIM | ({"kind": name} if name == "adamw" else {}),
+                "parallel": parallel,
+            },
             "deepspeed": {"zero_optimization": zero},
             "steps": STEPS,
         }
-        for zero, parallel, train in CASES.values()
+        for name, (zero, parallel, train) in cases.items()
     ]
-    return dict(zip(CASES, train_many(tmp_path_factory.mktemp("muon"), 2, specs), strict=True))
+    return dict(zip(cases, train_many(tmp_path_factory.mktemp("muon"), 2, specs), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,6 +125,15 @@ def test_two_ranks_take_the_steps_of_one_process(case: str, runs: dict[str, dict
         change, difference = (expected - start[name]).norm(), (runs[case]["weights"][name] - expected).norm()
         assert change > 0, name
         assert difference < 1e-3 * change, f"{name}: {difference / change:.1e}"
+
+
+def test_gather_of_the_momentum_is_counted_and_planned(runs: dict[str, dict]) -> None:
+    assert runs["zero2"]["gathered"] == [2 * sent for sent in runs["adamw"]["gathered"]]
+    muon, adamw = (
+        communications(tiny_config(optim={"kind": kind}), BatchPlan(BATCH, 2, 2), Cluster(2, 1), 1000, "reduce_scatter")
+        for kind in ("muon", "adamw")
+    )
+    assert [part.network_gb for part in muon] == [adamw[0].network_gb, 2 * adamw[1].network_gb]
 
 
 @pytest.mark.parametrize(

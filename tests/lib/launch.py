@@ -120,6 +120,7 @@ def _read_steps(out: str, world_size: int) -> dict[str, Any]:
         "losses": parts[0]["losses"],
         "norms": parts[0]["norms"],
         "sent": [part["sent"] for part in parts],
+        "gathered": [part["gathered"] for part in parts],
         "spread": parts[0]["spread"],
         **put_together([part["fragments"] for part in parts]),
         "resumed": put_together([part["resumed"] for part in parts]),

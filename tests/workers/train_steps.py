@@ -92,7 +92,9 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
         store.save(Progress(spec["steps"], spec["steps"] * config.train.global_batch_size, spec["steps"], {}))
     result = {"losses": losses, "norms": norms, "resumed": resumed, "fragments": state(engine.fragments, ema)}
     sharded = [n for n, p in engine.module.named_parameters() if hasattr(p, "expert_slice") and n.endswith("space_moe.w1")]
-    torch.save({**result, "sent": engine.traffic.take().experts, "spread": sharded}, f"{out}.{ranks.rank}")
+    traffic = engine.traffic.take()
+    result |= {"sent": traffic.experts, "gathered": traffic.weights, "spread": sharded}
+    torch.save(result, f"{out}.{ranks.rank}")
 
 
 if __name__ == "__main__":
