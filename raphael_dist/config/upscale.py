@@ -16,9 +16,9 @@ class Upscale(Section):
     )
     patch: Positive = shape_setting(
         1,
-        "Super-resolution: side, in pixels of the small image, of the square that the U-Net gets as input at each latent "
-        "position. It must be max(1, F / upscale.factor), where F is the downsampling factor of the VAE (8 for Stable "
-        "Diffusion, 1 without a VAE).",
+        "Super-resolution: each latent position gets, as additional input channels, the patch x patch pixels of the small "
+        "image at this place. Only one value is valid: max(1, F / upscale.factor), where F is the downsampling factor of "
+        "the VAE (8 for Stable Diffusion, 1 without a VAE).",
     )
     noise: NonNegativeFloat = setting(
         0.0,

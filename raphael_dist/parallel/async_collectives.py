@@ -137,12 +137,15 @@ class Exchange:
         self._pending: tuple[Tensor, Work] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
-        """Start to send `rows` [R, ...]. Return a placeholder that must only be passed to `finish`."""
+        """Start the all-to-all that sends `rows` [R, ...]. Return a placeholder, which must only be passed to `finish`."""
         pending: Tensor = _Start.apply(rows, self)  # type: ignore[no-untyped-call]
         return pending
 
     def finish(self, pending: Tensor) -> Tensor:
-        """Wait for the exchange that `start` launched (and that returned `pending`); return the received rows."""
+        """Wait for the all-to-all that `start` launched, and return the rows received from other ranks [R', ...].
+
+        `pending`: the placeholder that `start` returned.
+        """
         received: Tensor = _Finish.apply(pending, self)  # type: ignore[no-untyped-call]
         return received
 

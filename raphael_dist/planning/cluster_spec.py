@@ -151,7 +151,8 @@ def _parse(name: str, text: str) -> ClusterSpec:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"--cluster {name}: {field} is not valid ({first['msg']}). Write every number as {{value: ..., source: ...}}."
+            f"--cluster {name}: {field} is not valid ({first['msg']}). Write each number as {{value: NUMBER, source: "
+            "TEXT}}, where the source says where the number comes from."
         ) from None
     for dtype, rates in spec.rates.items():
         for required in ("product", "other"):

@@ -8,10 +8,14 @@ COMPARED: tuple[Recompute, ...] = ("none", "blocks")
 
 
 def memory_table(name: str, search: Search) -> str:
-    """Return a Markdown table with one row for each ZeRO stage that `search.allowed` lists (default: 2).
+    """Return a Markdown table of the largest micro-batches, one row per ZeRO stage.
 
     For each GPU memory size (SIZES_GB), a row has the largest micro-batch that fits and in brackets the GB per rank, first
-    without recomputation and then with transformer blocks recomputed; "-" if none fits. `name`: label of the rows.
+    without recomputation and then with transformer blocks recomputed; "-" if none fits.
+
+    Args:
+        name: label of the rows.
+        search: the model and the cluster. `search.allowed["stage"]` lists the stages; without it the only one is stage 2.
     """
     header = [
         "| preset | GPUs | ZeRO | " + " | ".join(f"{size} GB" for size in SIZES_GB) + " |",

@@ -38,7 +38,7 @@ _TRUNCATED = re.compile(r"text\.max_tokens=(\d+): longer captions are truncated 
 
 
 @dataclass(frozen=True)
-class Case:
+class RunEvidence:
     """What is known about a run, for the rules that look for problems.
 
     Attributes:
@@ -69,20 +69,20 @@ class Finding:
         return f"{self.problem[:1].upper()}{self.problem[1:]}. What to do: {self.remedy}."
 
 
-Rule = Callable[[Case], Finding | None]
+Rule = Callable[[RunEvidence], Finding | None]
 
 
-def loss_not_finite(case: Case) -> Finding | None:
+def loss_not_finite(evidence: RunEvidence) -> Finding | None:
     """Return a finding if a logged training loss is infinite or NaN, else None."""
-    bad = [step for step, loss in case.run.series.get("train/loss", []) if not math.isfinite(loss)]
+    bad = [step for step, loss in evidence.run.series.get("train/loss", []) if not math.isfinite(loss)]
     if not bad:
         return None
     return Finding(f"the loss was not finite at {len(bad)} logged steps, first at step {bad[0]}", "lower optim.lr")
 
 
-def loss_not_falling(case: Case) -> Finding | None:
+def loss_not_falling(evidence: RunEvidence) -> Finding | None:
     """Return a finding if the training loss is not lower at the end than at the beginning, else None."""
-    losses = [loss for loss in case.run.values("train/loss") if math.isfinite(loss)]
+    losses = [loss for loss in evidence.run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return None
     begin, end = fmean(losses[: max(2, len(losses) // 10)]), fmean(losses[-(len(losses) // 4) :])
@@ -94,10 +94,10 @@ def loss_not_falling(case: Case) -> Finding | None:
     )
 
 
-def dead_experts(case: Case) -> Finding | None:
+def dead_experts(evidence: RunEvidence) -> Finding | None:
     """Return a finding if an expert gets almost no work, else None."""
-    dead = dead_blocks(case.run)
-    scalar = case.run.last("moe/dead_experts", share=0.01)
+    dead = dead_blocks(evidence.run)
+    scalar = evidence.run.last("moe/dead_experts", share=0.01)
     if not dead and not scalar:
         return None
     shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
@@ -106,9 +106,9 @@ def dead_experts(case: Case) -> Finding | None:
     return Finding(count + where, _BALANCE)
 
 
-def overloaded_experts(case: Case) -> Finding | None:
+def overloaded_experts(evidence: RunEvidence) -> Finding | None:
     """Return a finding if an expert gets nearly all work of its transformer block, else None."""
-    over = overloaded_blocks(case.run)
+    over = overloaded_blocks(evidence.run)
     if not over:
         return None
     shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in over.items())
@@ -118,18 +118,18 @@ def overloaded_experts(case: Case) -> Finding | None:
     )
 
 
-def data_bound(case: Case) -> Finding | None:
+def data_bound(evidence: RunEvidence) -> Finding | None:
     """Return a finding if the run spends much of its time waiting for data, else None."""
-    share = case.run.last("time/data_wait_frac", share=0.5)
+    share = evidence.run.last("time/data_wait_frac", share=0.5)
     if share is None or share < DATA_BOUND:
         return None
-    kind = longest_wait(case.run)
+    kind = longest_wait(evidence.run)
     return Finding(f"the run waits for data {share:.0%} of the time, most of it for {kind}", REMEDIES[kind])
 
 
-def always_clipped(case: Case) -> Finding | None:
+def always_clipped(evidence: RunEvidence) -> Finding | None:
     """Return a finding if gradients are clipped at nearly every step, else None."""
-    limit, norms = case.run.option("optim.max_grad_norm"), case.run.values("optim/grad_norm", share=0.5)
+    limit, norms = evidence.run.option("optim.max_grad_norm"), evidence.run.values("optim/grad_norm", share=0.5)
     share = fmean(norm > limit for norm in norms) if limit and norms else 0.0
     if len(norms) < MIN_LINES // 2 or share < CLIPPED:
         return None
@@ -139,27 +139,27 @@ def always_clipped(case: Case) -> Finding | None:
     )
 
 
-def checkpoints_fail(case: Case) -> Finding | None:
+def checkpoints_fail(evidence: RunEvidence) -> Finding | None:
     """Return a finding if saves of checkpoints failed or checkpoints are damaged, else None."""
-    failed = max(case.run.values("checkpoint/failed"), default=0.0)
-    events = case.history.of("save failed")
+    failed = max(evidence.run.values("checkpoint/failed"), default=0.0)
+    events = evidence.history.of("save failed")
     count = max(int(failed), len(events))
-    if not count and not case.run.damaged:
+    if not count and not evidence.run.damaged:
         return None
     what = [f"saves of a checkpoint failed (number: {count})"] if count else []
-    what += [f"checkpoints are damaged ({', '.join(case.run.damaged[:3])})"] * bool(case.run.damaged)
+    what += [f"checkpoints are damaged ({', '.join(evidence.run.damaged[:3])})"] * bool(evidence.run.damaged)
     why = f"; the last: {events[-1].text}" if events else ""
     return Finding(
         " and ".join(what) + why, "free disk space or check the disk, then resume: the newest intact checkpoint is used"
     )
 
 
-def slow_ranks(case: Case) -> Finding | None:
+def slow_ranks(evidence: RunEvidence) -> Finding | None:
     """Return a finding if a rank is much slower than others, so that all others wait for it, else None."""
-    ratios = case.run.values("time/slowest_rank_ratio", share=0.5)
+    ratios = evidence.run.values("time/slowest_rank_ratio", share=0.5)
     if not ratios or median(ratios) <= SLOW_RATIO:
         return None
-    named = case.history.of("slow rank")
+    named = evidence.history.of("slow rank")
     who = f" ({named[-1].text.partition(': ')[2]})" if named else ""
     return Finding(
         f"the slowest rank needs {median(ratios):.1f} times the median rank's time{who}",
@@ -167,9 +167,9 @@ def slow_ranks(case: Case) -> Finding | None:
     )
 
 
-def wrong_schedule(case: Case) -> Finding | None:
+def wrong_schedule(evidence: RunEvidence) -> Finding | None:
     """Return a finding if a schedule (learning rate, gate noise) does not fit the run's number of steps, else None."""
-    run, steps = case.run, case.run.option("train.max_steps") or 0
+    run, steps = evidence.run, evidence.run.option("train.max_steps") or 0
     warmup, noise = run.option("optim.warmup_steps") or 0, run.option("model.gate_noise_steps") or 0
     if steps and warmup >= steps / 2:
         return Finding(f"optim.warmup_steps={warmup} is half of train.max_steps={steps} or more", "lower optim.warmup_steps")
@@ -186,7 +186,7 @@ def wrong_schedule(case: Case) -> Finding | None:
             f"the learning rate has been below 0.1% of its peak since step {idle[0]} of {rates[-1][0]}",
             "lower train.max_steps, or lengthen the schedule (optim.lr_schedule_args)",
         )
-    complete = bool(case.history.of("complete"))
+    complete = bool(evidence.history.of("complete"))
     decays = run.option("optim.lr_schedule", "constant") not in ENDLESS
     if complete and decays and len(rates) >= MIN_LINES and rates[-1][1] > 0.5 * peak:
         return Finding(
@@ -196,21 +196,21 @@ def wrong_schedule(case: Case) -> Finding | None:
     return None
 
 
-def disk_nearly_full(case: Case) -> Finding | None:
+def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
     """Return a finding if the disk of the run directory has no room for the next checkpoints, else None."""
-    need = DISK_SAVES * case.checkpoint_bytes
-    if case.free_bytes is None or case.free_bytes >= max(need, 1 << 28):
+    need = DISK_SAVES * evidence.checkpoint_bytes
+    if evidence.free_bytes is None or evidence.free_bytes >= max(need, 1 << 28):
         return None
     return Finding(
-        f"the disk of the run directory has {case.free_bytes / 2**30:.2f} GiB left; a checkpoint takes "
-        f"{case.checkpoint_bytes / 2**30:.2f} GiB",
+        f"the disk of the run directory has {evidence.free_bytes / 2**30:.2f} GiB left; a checkpoint takes "
+        f"{evidence.checkpoint_bytes / 2**30:.2f} GiB",
         "free some space, or lower checkpoint.keep",
     )
 
 
-def truncated_captions(case: Case) -> Finding | None:
+def truncated_captions(evidence: RunEvidence) -> Finding | None:
     """Return a finding if many captions are longer than the text encoder reads, else None."""
-    counts = [match for line in case.run.log if (match := _TRUNCATED.match(line.text))]
+    counts = [match for line in evidence.run.log if (match := _TRUNCATED.match(line.text))]
     if not counts:
         return None
     limit, truncated, total = map(int, counts[-1].groups())
@@ -222,46 +222,47 @@ def truncated_captions(case: Case) -> Finding | None:
     )
 
 
-def empty_edge_maps(case: Case) -> Finding | None:
+def empty_edge_maps(evidence: RunEvidence) -> Finding | None:
     """Return a finding if many edge maps have no edges, else None."""
-    if not case.run.option("edge.weight"):
+    if not evidence.run.option("edge.weight"):
         return None
     remedy = "make them again (python -m raphael_dist prepare with --edges), or set edge.weight=0 in a new run"
-    if case.data is not None and case.data.edges and case.data.empty_edges > EMPTY * case.data.edges:
-        return Finding(f"{case.data.empty_edges} of {case.data.edges} edge maps are empty", remedy)
-    loss = case.run.last("train/loss_edge")
-    if loss is None or len(case.run.values("train/loss_edge")) < MIN_LINES or loss > EDGE_LOSS:
+    if evidence.data is not None and evidence.data.edges and evidence.data.empty_edges > EMPTY * evidence.data.edges:
+        return Finding(f"{evidence.data.empty_edges} of {evidence.data.edges} edge maps are empty", remedy)
+    loss = evidence.run.last("train/loss_edge")
+    if loss is None or len(evidence.run.values("train/loss_edge")) < MIN_LINES or loss > EDGE_LOSS:
         return None
     return Finding(f"the edge loss is {loss:.1g}: the edge maps seem to be empty", remedy)
 
 
-def duplicates(case: Case) -> Finding | None:
+def duplicates(evidence: RunEvidence) -> Finding | None:
     """Return a finding if many images occur several times in the data, else None."""
-    if case.data is None or case.data.duplicates <= DUPLICATES * case.data.samples:
+    if evidence.data is None or evidence.data.duplicates <= DUPLICATES * evidence.data.samples:
         return None
     return Finding(
-        f"{case.data.duplicates} of {case.data.samples} images look like another image",
+        f"{evidence.data.duplicates} of {evidence.data.samples} images look like another image",
         "remove duplicates, which the model memorises (python tools/inspect_data.py lists them)",
     )
 
 
-def skipped_steps(case: Case) -> Finding | None:
+def skipped_steps(evidence: RunEvidence) -> Finding | None:
     """Return a finding if many steps were skipped and did not change the weights, else None."""
-    skipped = max(case.run.values("train/skipped"), default=0.0)
-    if skipped <= SKIPPED * max(1, case.run.step):
+    skipped = max(evidence.run.values("train/skipped"), default=0.0)
+    if skipped <= SKIPPED * max(1, evidence.run.step):
         return None
     return Finding(
-        f"{skipped:.0f} of {case.run.step} steps were skipped", "lower optim.lr, and check the samples that the log names"
+        f"{skipped:.0f} of {evidence.run.step} steps were skipped",
+        "lower optim.lr, and check the samples that the log names",
     )
 
 
-def stalled(case: Case) -> Finding | None:
+def stalled(evidence: RunEvidence) -> Finding | None:
     """Return a finding if the run is not complete but no longer writes to its log, else None."""
-    times = [time for time, _ in case.history.progress]
-    if len(times) < 2 or ending(case.run, case.history, case.now).startswith(("complete", "stopped")):
+    times = [time for time, _ in evidence.history.progress]
+    if len(times) < 2 or ending(evidence.run, evidence.history, evidence.now).startswith(("complete", "stopped")):
         return None
     usual = median((b - a).total_seconds() for a, b in pairwise(times))
-    silent = (case.now - case.run.log[-1].time).total_seconds()
+    silent = (evidence.now - evidence.run.log[-1].time).total_seconds()
     if silent < max(600, 20 * usual):
         return None
     return Finding(
@@ -270,7 +271,7 @@ def stalled(case: Case) -> Finding | None:
     )
 
 
-# Each rule with what it checks, and what it needs: a tag of the metrics, or a field of `Case` or `RunFiles`.
+# Each rule with what it checks, and what it needs: a tag of the metrics, or a field of `RunEvidence` or `RunFiles`.
 RULES: dict[Rule, tuple[str, str]] = {
     loss_not_finite: ("whether the loss is finite", "train/loss"),
     loss_not_falling: ("whether the loss falls", "train/loss"),
@@ -290,25 +291,25 @@ RULES: dict[Rule, tuple[str, str]] = {
 }
 
 
-def diagnose(case: Case) -> list[Finding]:
+def diagnose(evidence: RunEvidence) -> list[Finding]:
     """Apply all rules in RULES to a run; return the problems that they detect, in this order."""
-    return [finding for rule in RULES if (finding := rule(case))]
+    return [finding for rule in RULES if (finding := rule(evidence))]
 
 
-def coverage(case: Case) -> tuple[list[str], list[str]]:
+def coverage(evidence: RunEvidence) -> tuple[list[str], list[str]]:
     """Return (names of the problems that the rules looked for, names of those for which the run has no data)."""
     seen: list[str] = []
     unseen: list[str] = []
     for what, needs in RULES.values():
-        has = any(need in case.run.series or _has(case, need) for need in needs.split())
+        has = any(need in evidence.run.series or _has(evidence, need) for need in needs.split())
         (seen if has else unseen).append(what)
     return seen, unseen
 
 
-def _has(case: Case, need: str) -> bool:
+def _has(evidence: RunEvidence, need: str) -> bool:
     if need == "expert_samples":
-        return any(experts_are_judged(case.run, kind) for kind in ("space", "time"))
-    value = getattr(case, need, None) if need in ("data", "free_bytes") else getattr(case.run, need, None)
+        return any(experts_are_judged(evidence.run, kind) for kind in ("space", "time"))
+    value = getattr(evidence, need, None) if need in ("data", "free_bytes") else getattr(evidence.run, need, None)
     return value is not None and value != [] and value != {}
 
 

@@ -10,7 +10,7 @@ from raphael_dist.config.schema import Config, load_config
 from raphael_dist.errors import UserError
 from raphael_dist.reporting.events import History, read_history
 from raphael_dist.reporting.plan_comparison import PlanRow, compare, measured_rows
-from raphael_dist.reporting.rules import Case, Finding, coverage, diagnose
+from raphael_dist.reporting.rules import Finding, RunEvidence, coverage, diagnose
 from raphael_dist.reporting.run_files import RunFiles, read_run
 from raphael_dist.storage.files import free_bytes
 
@@ -66,7 +66,7 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
             data = sample_data(config)
         except (UserError, OSError) as error:
             notes.append(f"Edge maps and duplicates in the data were not checked: {error}.")
-    case = Case(run, history, now, free_bytes(folder), _newest_bytes(folder), data)
+    evidence = RunEvidence(run, history, now, free_bytes(folder), _newest_bytes(folder), data)
     plan, plan_note = measured_rows(run), why
     if cluster == NO_PLAN:
         plan_note = "--cluster none: no prediction was made"
@@ -75,7 +75,7 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
             plan = compare(run, config, cluster)
         except UserError as error:
             plan_note = str(error)
-    return Examined(run, history, diagnose(case), *coverage(case), notes, plan, plan_note, now)
+    return Examined(run, history, diagnose(evidence), *coverage(evidence), notes, plan, plan_note, now)
 
 
 def _config_of(run: RunFiles) -> tuple[Config | None, str]:

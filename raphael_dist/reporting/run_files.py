@@ -113,7 +113,10 @@ def read_run(folder: Path) -> RunFiles:
     if not folder.is_dir():
         raise UserError(f"RUN={folder} must be a run directory, but there is no such folder. Give the run.dir of a run.")
     if not any((folder / name).is_file() for name in MARKS):
-        raise UserError(f"RUN={folder} must be a run directory, but it has none of {', '.join(MARKS)}. Give a run.dir.")
+        raise UserError(
+            f"RUN={folder} must be a run directory, but it has none of {', '.join(MARKS)}. "
+            "Pass the folder that was run.dir of a training run."
+        )
     missing: list[str] = []
     checkpoints = folder / "checkpoints"
     steps = [step_of(path) for path in checkpoints.glob("step-*")]

@@ -91,7 +91,7 @@ def super_resolution_denoiser(denoise: Denoise, small_B3HsWs: Tensor, patch: int
     Args:
         denoise: function (latents, timesteps, captions) -> prediction (`denoiser`).
         small_B3HsWs: the small images, float32 in -1..1.
-        patch: side of the square of pixels of a small image that belongs to a latent position (`append_small_image`).
+        patch: each latent position receives patch x patch pixels of the small image (`append_small_image`).
     """
 
     def denoise_with_small(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:

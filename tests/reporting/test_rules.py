@@ -12,7 +12,7 @@ from raphael_dist.data.features.tokens import truncation_line
 from raphael_dist.reporting import rules
 from raphael_dist.reporting.data_sample import DataSample
 from raphael_dist.reporting.events import KINDS, UNCLEAN, read_history
-from raphael_dist.reporting.rules import RULES, Case, diagnose
+from raphael_dist.reporting.rules import RULES, RunEvidence, diagnose
 from raphael_dist.reporting.run_files import read_run
 from tests.lib.planted_run import BEGIN, LINES, log_line, plant
 
@@ -56,43 +56,43 @@ PLANTED: dict[rules.Rule, tuple[dict, str]] = {
 }
 
 
-def case_of(folder: Path, **fields: object) -> Case:
+def evidence_of(folder: Path, **fields: object) -> RunEvidence:
     run = read_run(folder)
     minutes = 10_000 if not read_history(run).of("complete") else LINES
-    return Case(run, read_history(run), BEGIN + timedelta(minutes=minutes), **fields)  # type: ignore[arg-type]
+    return RunEvidence(run, read_history(run), BEGIN + timedelta(minutes=minutes), **fields)  # type: ignore[arg-type]
 
 
 def test_healthy_run_has_no_finding(tmp_path: Path) -> None:
     data = DataSample(samples=200, edges=200, empty_edges=3, duplicates=2)
-    case = case_of(plant(tmp_path / "run"), free_bytes=1 << 40, checkpoint_bytes=1 << 30, data=data)
-    assert diagnose(case) == []
-    assert rules.coverage(case) == ([what for what, _ in RULES.values()], [])
+    evidence = evidence_of(plant(tmp_path / "run"), free_bytes=1 << 40, checkpoint_bytes=1 << 30, data=data)
+    assert diagnose(evidence) == []
+    assert rules.coverage(evidence) == ([what for what, _ in RULES.values()], [])
 
 
 @pytest.mark.parametrize("rule", PLANTED, ids=lambda rule: rule.__name__)
 def test_planted_problem_is_found_by_its_rule_alone(rule: rules.Rule, tmp_path: Path) -> None:
     spec, part = PLANTED[rule]
-    case = case_of(plant(tmp_path / "run", **spec))
-    finding = rule(case)
+    evidence = evidence_of(plant(tmp_path / "run", **spec))
+    finding = rule(evidence)
     assert finding is not None
     assert part in finding.problem
     assert finding.remedy
-    assert diagnose(case) == [finding]
+    assert diagnose(evidence) == [finding]
 
 
 def test_rules_about_disk_and_data_find_what_is_planted(tmp_path: Path) -> None:
     folder = plant(tmp_path / "run")
-    full = case_of(folder, free_bytes=3 << 30, checkpoint_bytes=2 << 30)
+    full = evidence_of(folder, free_bytes=3 << 30, checkpoint_bytes=2 << 30)
     assert "3.00 GiB left" in diagnose(full)[0].problem
     data = DataSample(samples=200, edges=200, empty_edges=90, duplicates=50)
-    problems = [finding.problem for finding in diagnose(case_of(folder, data=data))]
+    problems = [finding.problem for finding in diagnose(evidence_of(folder, data=data))]
     assert problems == ["90 of 200 edge maps are empty", "50 of 200 images look like another image"]
 
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     folder = plant(tmp_path / "run")
     (folder / "checkpoints" / "damaged-step-00000300").mkdir()
-    assert "damaged-step-00000300" in diagnose(case_of(folder))[0].problem
+    assert "damaged-step-00000300" in diagnose(evidence_of(folder))[0].problem
 
 
 @pytest.mark.parametrize(
@@ -105,18 +105,18 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_schedules_are_found(tmp_path: Path, lr: object, options: dict, part: str) -> None:
-    findings = diagnose(case_of(plant(tmp_path / "run", {"optim/lr": lr}, options=options)))  # type: ignore[dict-item]
+    findings = diagnose(evidence_of(plant(tmp_path / "run", {"optim/lr": lr}, options=options)))  # type: ignore[dict-item]
     assert [part in finding.problem for finding in findings] == ([True] if part else [])
 
 
 def test_dead_experts_are_not_judged_by_few_samples_or_few_lines(tmp_path: Path) -> None:
     dead = {"moe/space/L02/load_min": lambda i: 0.0}
     few = plant(tmp_path / "few", dead, options={"train.global_batch_size": 2, "train.log_every": 1})
-    assert diagnose(case_of(few)) == []
+    assert diagnose(evidence_of(few)) == []
     revived = plant(tmp_path / "revived", {"moe/space/L02/load_min": lambda i: 0.0 if i < 36 else 0.5})
-    assert diagnose(case_of(revived)) == []
+    assert diagnose(evidence_of(revived)) == []
     counted = plant(tmp_path / "counted", {"moe/dead_experts": lambda i: 3.0})
-    assert diagnose(case_of(counted))[0].problem == "3 experts are dead"
+    assert diagnose(evidence_of(counted))[0].problem == "3 experts are dead"
 
 
 def test_doctor_prints_findings_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,10 @@ class View:
 
 
 def columns_of(filters: Sequence[Filter]) -> list[str]:
-    """Return the names of the columns that these filters read from the index. Columns of the image size are left out."""
+    """Return the names of the columns of the samples' metadata that these filters read, sorted.
+
+    Width and height are left out: they are always read.
+    """
     return sorted({rule.column for rule in filters} - set(SIZE_COLUMNS))
 
 
