@@ -23,7 +23,7 @@ class MpiRanks:
             except (ImportError, RuntimeError) as error:
                 first = str(error).splitlines()[0]
                 raise UserError(
-                    f"running under mpirun requires the package mpi4py and an MPI library, but they cannot be loaded ({first}). "
+                    f"mpirun requires the package mpi4py and an MPI library here, but they cannot be loaded ({first}). "
                     "Run: pip install 'raphael_dist[mpi]'"
                 ) from None
             self._comm = MPI.COMM_WORLD
