@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.routing import region_mask_BNY
 
+Arguments = tuple[Any, ...]  # of the forward pass of a module
+
 
 @dataclass
 class Record:
@@ -89,14 +91,14 @@ class Recorder:
     def _is_recorded_pass(self) -> bool:
         return len(self.record.timesteps) - 1 == self.record.at
 
-    def _begin_pass(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def _begin_pass(self, model: nn.Module, args: Arguments) -> None:
         self.record.timesteps.append(float(args[1][self._sample]))
         self._order, self._time = [], [*self._time, []]
 
-    def _route_hook(self, number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _route_hook(self, number: int) -> Callable[[nn.Module, Arguments], None]:
         """Return a hook that records the experts that a block uses. `number`: of the block in the order of names."""
 
-        def record_route(block: nn.Module, args: tuple[Any, ...]) -> None:
+        def record_route(block: nn.Module, args: Arguments) -> None:
             plan, size_hw = args[3], args[4]
             self._order.append(number)
             if plan.time_expert_B is not None:
@@ -108,10 +110,10 @@ class Recorder:
 
         return record_route
 
-    def _map_hook(self, threshold: float) -> Callable[[nn.Module, tuple[Any, ...], tuple[Tensor, Tensor]], None]:
+    def _map_hook(self, threshold: float) -> Callable[[nn.Module, Arguments, tuple[Tensor, Tensor]], None]:
         """Return a hook that records attention maps, the second output of a cross-attention, and regions at `threshold`."""
 
-        def record_map(attention: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        def record_map(attention: nn.Module, args: Arguments, output: tuple[Tensor, Tensor]) -> None:
             if self._is_recorded_pass():
                 map_BNY = output[1][self._sample : self._sample + 1]
                 self.record.regions.append(region_mask_BNY(map_BNY, threshold)[0].T.bool().cpu())

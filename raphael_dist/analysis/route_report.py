@@ -4,7 +4,6 @@ import base64
 import io
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,6 +12,7 @@ from torch import Tensor
 from raphael_dist.analysis.coverage import Coverage
 from raphael_dist.analysis.experts import Finding
 from raphael_dist.analysis.trace_prompt import PromptTrace
+from raphael_dist.text import JsonObject
 
 # Headings of the columns of `Coverage.means`.
 COLUMNS = (
@@ -41,7 +41,7 @@ class Report:
     """
 
     origin: str
-    routes: dict[str, Any] = field(default_factory=dict)
+    routes: JsonObject = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     regions: dict[str, list[Coverage]] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def _stretches(row: list[int]) -> list[list[int]]:
     return [[first, end - 1, row[first]] for first, end in pairwise(edges)]
 
 
-def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> dict[str, Any]:
+def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject:
     """Convert the trace of a prompt to JSON values for the HTML report: routes, regions and the image.
 
     Args:
@@ -125,7 +125,7 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> dict[str, 
     }
 
 
-def _region(region_hw: np.ndarray, side: int = 32) -> list[Any]:
+def _region(region_hw: np.ndarray, side: int = 32) -> list[int | str]:
     """Return [height, width, cells] of a bool map, with the cells as a text of 0 and 1, row by row.
 
     Of a map larger than `side`, only every n-th row and column is used.

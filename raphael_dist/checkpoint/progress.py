@@ -1,8 +1,9 @@
 """The progress of a run: the few numbers that training continues from."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raphael_dist.checkpoint.manifest import Manifest
+from raphael_dist.text import JsonObject
 
 
 class Progress(NamedTuple):
@@ -19,7 +20,7 @@ class Progress(NamedTuple):
     step: int
     samples_seen: int
     updates: int
-    guard: dict[str, Any]
+    guard: JsonObject
 
     def as_manifest(self) -> Manifest:
         """Return the progress as keys and values of a checkpoint's manifest."""

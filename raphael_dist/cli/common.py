@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         """Return the example and the help."""
         return (f"example: {self._example}\n\n" if self._example else "") + super().format_help()
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse arguments as argparse does, and store the words for suggestions in error messages."""
         self._argv = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
@@ -98,7 +98,7 @@ class Once(argparse.Action):
     """An argparse action for an option that may be given only once. By default argparse silently keeps the last value."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
     ) -> None:
         before = getattr(namespace, self.dest)
         if before != self.default:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from raphael_dist.cluster.collective_timing import Collective, timed
+from raphael_dist.cluster.preflight_report import Report
 from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch.shard_cache import ShardError, store_of
 from raphael_dist.data.shards.open_index import find_shards
@@ -33,13 +33,13 @@ from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, gather_objects, host_name, num_threads, own_group
 from raphael_dist.storage.files import free_bytes, replace_bytes, write_bytes
 from raphael_dist.storage.versions import versions
+from raphael_dist.text import JsonObject
 
 # Time limits as (seconds, additional seconds per rank): LIMIT_S of all checks together, JOIN_S of each collective.
 LIMIT_S = (55.0, 0.1)
 JOIN_S = (30.0, 0.05)
 PROBE_BYTES = 8 << 20  # read from a shard, and written where checkpoints go
 MAX_ROUNDS = 32  # of exchanges between pairs of nodes; up to 33 nodes every pair is tested
-Report = dict[str, Any]  # results of the checks by name
 
 
 class Probe:
@@ -300,7 +300,7 @@ def report_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.json"
 
 
-def gpu_use(device: torch.device) -> dict[str, Any]:
+def gpu_use(device: torch.device) -> JsonObject:
     """Return {"id": UUID of the GPU, "used_gib": GiB in use on it}; {} for a CPU.
 
     Call it before this process allocates memory on the GPU; then other processes use these GiB.

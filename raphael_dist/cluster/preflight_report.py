@@ -5,15 +5,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from raphael_dist.errors import UserError
+from raphael_dist.text import JsonObject
 
 MAX_SKEW_S = 5.0
 GPU_IN_USE_GIB = 4.0  # more than the contexts of one node's own ranks take
 SLOW_PAIR = 0.3  # a pair of nodes is slow below this share of the median bandwidth
 LOCAL_CHECKS = ("device", "data", "checkpoints")  # of a rank on its own, before it joins the others
-Report = dict[str, Any]  # of a rank, as `preflight.Probe` writes it
+Report = JsonObject  # of a rank, as `preflight.Probe` writes it
 
 
 @dataclass

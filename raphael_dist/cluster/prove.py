@@ -37,11 +37,13 @@ from raphael_dist.errors import EXIT_USER_ERROR, describe_error
 from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, complete_environment, discover, free_port, host_name, initialise
 from raphael_dist.storage.versions import versions
+from raphael_dist.text import JsonObject
 
 # Seconds to connect all agents; for a worker's imports; for an answer after a check's time limit.
 JOIN_S, START_S, GRACE_S = 120.0, 120.0, 20.0
 POLL_S = 0.2
 START_METHOD = "spawn"  # a forked process could not use a GPU
+Message = tuple[str, Any]  # of a worker to its agent: "mark", "result" or "error", and its value
 KILLED = "killed"  # the last mark of a worker that ends itself
 
 
@@ -58,7 +60,7 @@ class Outcome:
 
     rank: int
     node: str
-    result: dict[str, Any] | None = None
+    result: JsonObject | None = None
     marks: int = 0
     last: str = "nothing"
     why: str = ""
@@ -77,7 +79,7 @@ class Agents:
         rendezvous.wait_for_all(ranks.rank, ranks.world_size, limit)
         self._exchanges = 0
 
-    def exchange(self, value: Any, limit_s: float) -> list[Any]:
+    def exchange(self, value: object, limit_s: float) -> list[Any]:
         """Send this rank's `value`, which JSON must be able to represent, to all ranks; return the values of all, by rank.
 
         Collective. The value is None for a rank that does not answer within `limit_s` seconds.
@@ -224,7 +226,7 @@ class _Run:
         return status
 
 
-def _own_probe(out: Path, rank: int) -> dict[str, Any] | None:
+def _own_probe(out: Path, rank: int) -> JsonObject | None:
     path = preflight.report_path(out / "preflight", rank)
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -235,7 +237,7 @@ class Worker:
     def __init__(self, run: _Run, names: Sequence[str], world: int, port: int) -> None:
         ranks, self._run, self._piece = run.agents.ranks, run, run.pieces
         local = sum(host == run.hosts[ranks.rank] for host in run.hosts[:world])
-        env: dict[str, Any] = {
+        env: dict[str, int | str] = {
             "RANK": ranks.rank,
             "WORLD_SIZE": world,
             "LOCAL_RANK": ranks.local_rank,
@@ -284,7 +286,7 @@ class Worker:
             if outcome.last != KILLED and name != PREFLIGHT:  # the preflight's ranks report without waiting for each other
                 self._run.agents.stop_others(self._piece)
 
-    def _receive(self) -> tuple[str, Any] | None:
+    def _receive(self) -> Message | None:
         try:
             return self._pipe.recv() if self._pipe.poll(POLL_S) else None
         except (EOFError, ConnectionError):  # all that the worker sent has been read
@@ -292,7 +294,7 @@ class Worker:
             self._ended = True
             return None
 
-    def _take(self, message: tuple[str, Any], outcome: Outcome) -> None:
+    def _take(self, message: Message, outcome: Outcome) -> None:
         kind, value = message
         if kind == "mark":
             outcome.marks, outcome.last = outcome.marks + 1, value
@@ -314,7 +316,7 @@ def work(
     config: Config,
     out: Path,
     log: Path,
-    options: dict[str, Any],
+    options: dict[str, int],
 ) -> None:
     """Run checks in this worker process; send progress and results to the agent, the process that supervises it.
 

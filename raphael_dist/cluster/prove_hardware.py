@@ -7,7 +7,6 @@ import time
 import warnings
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config import assets
 from raphael_dist.config.schema import Config
 from raphael_dist.engine.ds_config import read_deepspeed_json, zero_stage
+from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
@@ -95,7 +95,7 @@ class Measured:
     seconds: float
 
 
-def take_steps(proof: Proof, config: Config, tree: dict[str, Any], count_waits: list[int] | None = None) -> Measured:
+def take_steps(proof: Proof, config: Config, tree: Tree, count_waits: list[int] | None = None) -> Measured:
     """Take WARMUP + MEASURED training steps as the trainer does, always on the same made-up batch. Collective.
 
     Args:
@@ -293,7 +293,7 @@ def micro_batch(proof: Proof) -> Result:
     return Result([f"largest micro-batch that fits: {largest}, planned {planned}"], [])
 
 
-def _fits(proof: Proof, config: Config, tree: dict[str, Any]) -> bool:
+def _fits(proof: Proof, config: Config, tree: Tree) -> bool:
     """Return whether a training step of `config` fits into the memory of every rank. `tree`: DeepSpeed's configuration."""
     batch_plan = BatchPlan.of(config, proof.ranks.world_size)
     try:

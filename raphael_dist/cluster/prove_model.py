@@ -14,12 +14,13 @@ from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import GateNoise, RaphaelUNet
 from raphael_dist.planning.meta_batch import meta_batch
+from raphael_dist.text import JsonObject
 
 Slots = Sequence[tuple[int, float]]
 EXPERTS = 8  # of each kind, so that ep can be 1, 2, 4 or 8
 ADAM_EPS = 1e-3  # large: otherwise Adam turns rounding errors in tiny gradients into full steps
 # Widths are multiples of 8, as the grouped product on GPUs requires. With SGD the change of the weights is the gradient.
-TREE: dict[str, dict[str, Any]] = {
+TREE: dict[str, JsonObject] = {
     "model": {
         "channels": [16, 24],
         "attention": [True, False],
@@ -40,7 +41,7 @@ TREE: dict[str, dict[str, Any]] = {
 }
 
 
-def proof_config(**sections: dict[str, Any]) -> Config:
+def proof_config(**sections: JsonObject) -> Config:
     """Return the configuration of the small model that `prove` trains. `sections`: settings to replace, by section."""
     return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in {*TREE, *sections}})
 

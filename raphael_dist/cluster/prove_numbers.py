@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +19,14 @@ from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.cluster.prove_model import EXPERTS, Reference, Slots, digest, position_batch, proof_config
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config.schema import Config
+from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.zero import global_shape
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import gather_objects
+from raphael_dist.text import JsonObject
 
 STEPS = 3
 # Relative differences that are allowed in losses and norms, in the gradient of a parameter or expert, and in all weights.
@@ -60,7 +61,7 @@ def expert_sizes(world: int) -> list[int]:
     return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
 
 
-def case_config(case: Case, world: int, batch: int = 0, micro: int = 2, **sections: dict[str, Any]) -> Config:
+def case_config(case: Case, world: int, batch: int = 0, micro: int = 2, **sections: JsonObject) -> Config:
     """Return the configuration of the small model with the settings of `case` on `world` ranks.
 
     `batch` is the global batch size, `micro` the micro-batch size, `sections` replaces settings. By default (`batch` = 0) a
@@ -192,7 +193,7 @@ def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
 class Trained:
     """The small model of `prove` in a training engine. It records this rank's gradients before the reduction over ranks."""
 
-    def __init__(self, proof: Proof, config: Config, zero: dict[str, Any], plan: BatchPlan) -> None:
+    def __init__(self, proof: Proof, config: Config, zero: Tree, plan: BatchPlan) -> None:
         self.config, self.plan, self._proof = config, plan, proof
         self.engine = Engine(config, {"zero_optimization": zero}, plan, proof.device)
         self._schedule = NoiseSchedule.create(config.diffusion, proof.device)

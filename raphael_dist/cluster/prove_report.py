@@ -7,11 +7,11 @@ import re
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from raphael_dist.cluster.preflight_report import judge
 from raphael_dist.errors import EXIT_USER_ERROR
 from raphael_dist.storage.files import replace_bytes
+from raphael_dist.text import JsonObject
 
 FORMAT = 1
 EXIT_WRONG_NUMBERS = 3
@@ -44,7 +44,7 @@ class CheckReport:
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     not_proven: list[str] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: JsonObject = field(default_factory=dict)
     seconds: float = 0.0
     joined: bool = True
 
@@ -58,7 +58,7 @@ class CheckReport:
 class Report:
     """The results of all checks of `prove` in one environment (hosts, versions, configuration)."""
 
-    environment: dict[str, Any]
+    environment: JsonObject
     checks: list[CheckReport]
 
     @property
@@ -84,12 +84,12 @@ class Report:
         replace_bytes(folder / "report.html", html(tree).encode(), durable=False)
 
 
-def key_of(environment: dict[str, Any]) -> str:
+def key_of(environment: JsonObject) -> str:
     """Return a checksum of an environment (hosts, versions, configuration). If it changes, all checks are repeated."""
     return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_report(folder: Path, environment: dict[str, Any], titles: dict[str, str]) -> Report:
+def open_report(folder: Path, environment: JsonObject, titles: dict[str, str]) -> Report:
     """Return the report stored in a folder if it was made in the same environment, else a new report without results.
 
     Args:
@@ -108,7 +108,7 @@ def open_report(folder: Path, environment: dict[str, Any], titles: dict[str, str
     return report
 
 
-def judge_environment(probes: list[dict[str, Any]], hosts: list[str]) -> CheckReport:
+def judge_environment(probes: list[JsonObject], hosts: list[str]) -> CheckReport:
     """Evaluate the preflight (tests of all nodes before a training starts) as a check of `prove`.
 
     Args:
@@ -126,7 +126,7 @@ def judge_environment(probes: list[dict[str, Any]], hosts: list[str]) -> CheckRe
 
 
 def judge_check(
-    name: str, outcomes: list[dict[str, Any] | None], hosts: list[str], environment: bool, expects_kill: bool
+    name: str, outcomes: list[JsonObject | None], hosts: list[str], environment: bool, expects_kill: bool
 ) -> CheckReport:
     """Combine the outcomes of a check on all its ranks into one result.
 
@@ -161,11 +161,11 @@ def judge_check(
     )
 
 
-def _where_none(outcomes: list[dict[str, Any] | None]) -> list[int]:
+def _where_none(outcomes: list[JsonObject | None]) -> list[int]:
     return [rank for rank, outcome in enumerate(outcomes) if outcome is None]
 
 
-def _unfinished(outcomes: list[dict[str, Any]]) -> list[str]:
+def _unfinished(outcomes: list[JsonObject]) -> list[str]:
     """Return lines that name the ranks that caused a check not to finish: those that died or failed, else the latest ones.
 
     `outcomes`: fields of `prove.Outcome` of the ranks that did not finish. Ranks that only waited for others are not named.
@@ -188,7 +188,7 @@ def _unfinished(outcomes: list[dict[str, Any]]) -> list[str]:
     return [f"rank {o['rank']} on {o['node']} hangs at {o['last']!r}; others are at {ahead!r}" for o in behind]
 
 
-def _named(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+def _named(pairs: list[tuple[JsonObject, JsonObject]]) -> list[str]:
     """Return one line per different problem, with the ranks that have it.
 
     `pairs`: (fields of `prove.Outcome`, fields of `Problem`). If some ranks cause problems themselves (`own`), only these
@@ -219,7 +219,7 @@ _VERDICTS = {
 }
 
 
-def html(tree: dict[str, Any]) -> str:
+def html(tree: JsonObject) -> str:
     """Return the HTML page of a report: first the status of each check, then details, then what was not proven.
 
     `tree`: the content of report.json.
@@ -249,13 +249,13 @@ def _css(status: str) -> str:
     return status if status in (GREEN, AMBER, RED) else "none"
 
 
-def _not_proven(checks: list[dict[str, Any]]) -> list[str]:
+def _not_proven(checks: list[JsonObject]) -> list[str]:
     """Return as text what the checks could not test on this machine, and which checks did not run or failed."""
     reasons = [text for check in checks for text in check["not_proven"]]
     return reasons + [f"{check['title']}: {check['status']}" for check in checks if check["status"] in (NOT_RUN, RED)]
 
 
-def _details(check: dict[str, Any]) -> str:
+def _details(check: JsonObject) -> str:
     problems = "".join(f'<p class="problem">{escape(text)}</p>' for text in check["problems"])
     lines = escape("\n".join(check["lines"] + [f"not proven: {text}" for text in check["not_proven"]]))
     head = f'<h3 id="{check["name"]}"><span class="tile {_css(check["status"])}">{check["status"]}</span> '
@@ -264,7 +264,7 @@ def _details(check: dict[str, Any]) -> str:
     )
 
 
-def _environment(environment: dict[str, Any]) -> str:
+def _environment(environment: JsonObject) -> str:
     ranks = [rank or {} for rank in environment["ranks"]]
     names = list(dict.fromkeys(name for rank in ranks for name in rank))
     head = "".join(f"<th>{escape(name)}</th>" for name in ["rank", *names])

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from raphael_dist.config.schema import Config
 from raphael_dist.runtime.ranks import Ranks
+from raphael_dist.text import JsonObject
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Result:
 
     lines: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: JsonObject = field(default_factory=dict)
     not_proven: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the fields as nested dicts and lists that can be written as JSON."""
         return asdict(self)
 
@@ -65,7 +66,7 @@ class Proof:
 
     ranks: Ranks
     device: torch.device
-    config: Any
+    config: Config
     folder: Path
-    options: dict[str, Any]
+    options: dict[str, int]
     mark: Callable[[str], None]

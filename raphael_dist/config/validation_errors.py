@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from raphael_dist.config.key_names import RENAMED, meant_keys, near_key
 from raphael_dist.errors import UserError, did_you_mean
@@ -47,7 +48,7 @@ def value_text(value: object) -> str:
     return escape_control(shorten(str(value)))
 
 
-def explain(error: Mapping[str, Any], config_type: type[BaseModel]) -> list[str]:
+def explain(error: ErrorDetails, config_type: type[BaseModel]) -> list[str]:
     """Return the messages for users about one error of a pydantic ValidationError, usually one message.
 
     Args:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from raphael_dist import __version__
 
@@ -55,7 +54,7 @@ def pipeline_code() -> str:
 
 
 @cache
-def model_code(kind: Any) -> tuple[str, str]:
+def model_code(kind: type) -> tuple[str, str]:
     """Return (module name, text) of the Python file that defines a model class. kind: the class, such as RaphaelUNet2D."""
     own = kind.__module__.rpartition(".")[2]
     name = MODEL if own == "diffusers_model" else f"modeling_{own}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ class OutFile:
     name: str
     entries: tuple[Entry, ...]
     metadata: dict[str, str] = field(default_factory=dict)
-    tree: Any = None
+    tree: object = None
 
     @property
     def bytes(self) -> int:
@@ -226,7 +226,7 @@ def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
     return out
 
 
-def entries_of(tree: Any) -> Iterator[Entry]:
+def entries_of(tree: object) -> Iterator[Entry]:
     """Yield every Entry (planned tensor) in nested dicts and lists."""
     if isinstance(tree, Entry):
         yield tree

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from raphael_dist.parallel.async_collectives import Traffic, Work, reduce_scatter
 
+DeepSpeedObject = Any  # DeepSpeed has no types
 Group = dist.ProcessGroup | None
 _BROADCAST_BYTES = 1 << 28  # of one call
 
 
-def import_deepspeed() -> Any:
+def import_deepspeed() -> DeepSpeedObject:
     """Import and return `deepspeed`, with its shared-memory all-reduce turned off.
 
     That all-reduce is for CPUs. It would be compiled on first use, which takes about a minute, and gloo does not need it.
@@ -29,7 +30,7 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_comm() -> Any:
+def deepspeed_comm() -> DeepSpeedObject:
     """Return the module `deepspeed.comm.comm`, through which DeepSpeed calls collectives."""
     import_deepspeed()
     from deepspeed.comm import comm
@@ -70,7 +71,7 @@ class CountedBackend:
     The methods have the arguments and results of DeepSpeed's backend.
     """
 
-    def __init__(self, backend: Any, traffic: Traffic) -> None:
+    def __init__(self, backend: DeepSpeedObject, traffic: Traffic) -> None:
         self.backend, self._traffic, self._skips_broadcasts = backend, traffic, False
 
     def __getattr__(self, name: str) -> Any:
@@ -88,10 +89,12 @@ class CountedBackend:
         finally:
             self._skips_broadcasts = False
 
-    def broadcast(self, tensor: Tensor, src: int, group: Group = None, async_op: bool = False) -> Any:
+    def broadcast(self, tensor: Tensor, src: int, group: Group = None, async_op: bool = False) -> Work | None:
         return None if self._skips_broadcasts else self.backend.broadcast(tensor, src, group, async_op)
 
-    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False) -> Any:
+    def all_reduce(
+        self, tensor: Tensor, op: object = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
+    ) -> Work | None:
         self._traffic.gradients += 2 * _others(tensor.nbytes, group)
         return self.backend.all_reduce(tensor, op, group, async_op)
 
@@ -99,7 +102,7 @@ class CountedBackend:
         self,
         output_tensor: Tensor,
         input_tensor: Tensor,
-        op: Any = dist.ReduceOp.SUM,
+        op: object = dist.ReduceOp.SUM,
         group: Group = None,
         async_op: bool = False,
     ) -> Work | None:
@@ -113,17 +116,19 @@ class CountedBackend:
 
     def all_gather_into_tensor(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Group = None, async_op: bool = False
-    ) -> Any:
+    ) -> Work | None:
         self._traffic.weights += _others(output_tensor.nbytes, group)
         return self.backend.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
 
-    def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, group: Group = None, async_op: bool = False) -> Any:
+    def all_gather(
+        self, tensor_list: list[Tensor], tensor: Tensor, group: Group = None, async_op: bool = False
+    ) -> Work | None:
         self._traffic.weights += _others(sum(part.nbytes for part in tensor_list), group)
         return self.backend.all_gather(tensor_list, tensor, group, async_op)
 
     def all_gather_coalesced(
         self, output_tensors: list[Tensor], input_tensors: list[Tensor], group: Group = None, async_op: bool = False
-    ) -> Any:
+    ) -> Work | None:
         self._traffic.weights += _others(sum(whole.nbytes for whole in output_tensors), group)
         return self.backend.all_gather_coalesced(output_tensors, input_tensors, group, async_op)
 

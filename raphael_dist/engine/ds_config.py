@@ -7,7 +7,6 @@ shows both values. This module does not import torch, so that `--plan` starts fa
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from raphael_dist.config.assets import locate
 from raphael_dist.config.schema import Config
@@ -57,7 +56,7 @@ def _describe_missing(path: str) -> str:
     return f"there is no such file{hint}. Correct the path."
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Tree:
+def _unique_keys(pairs: list[tuple[str, object]]) -> Tree:
     keys = [key for key, _ in pairs]
     if repeated := sorted({key for key in keys if keys.count(key) > 1}):
         raise ValueError(f"{repeated[0]!r} occurs twice in one object")

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from raphael_dist.config.run_sections import Optim
 from raphael_dist.config.schema import Config
 from raphael_dist.engine import ds_config, expert_groups
-from raphael_dist.engine.deepspeed_comm import broadcast_weights, count_collectives, import_deepspeed
+from raphael_dist.engine.deepspeed_comm import DeepSpeedObject, broadcast_weights, count_collectives, import_deepspeed
 from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.ema import Ema
+from raphael_dist.engine.expert_groups import ParameterGroup
 from raphael_dist.engine.fragments import Fragments
 from raphael_dist.engine.muon import Muon
 from raphael_dist.engine.parameter_kinds import decays
@@ -25,7 +26,7 @@ from raphael_dist.model.compiling import compile_parts
 from raphael_dist.model.cuda_graphs import replay_cuda_graphs
 from raphael_dist.model.device import is_gpu
 from raphael_dist.model.kernels.switch import use_kernels
-from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet import RaphaelUNet, UNetOutput
 from raphael_dist.parallel import expert_dispatch
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import all_reduce_sum, raise_on_all_ranks
@@ -131,7 +132,7 @@ class Engine:
         flat = self._fused is not None
         return Ema(self.fragments, self.config.ema, flat) if self.config.ema.enabled else None
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> UNetOutput:
         """Run the model's forward pass through DeepSpeed. Arguments and result are those of `RaphaelUNet.forward`."""
         return self._engine(*args)
 
@@ -256,7 +257,7 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
     return norms.double().square().sum()
 
 
-def _optimizer(parameters: list[dict[str, Any]], optim: Optim, dtype: torch.dtype) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[ParameterGroup], optim: Optim, dtype: torch.dtype) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(parameters, lr=optim.lr)
     if optim.kind == "muon":
@@ -270,7 +271,7 @@ def _is_not_overflow(record: logging.LogRecord) -> bool:
     return "OVERFLOW!" not in record.getMessage()
 
 
-def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: Tree) -> Any:
+def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: Tree) -> DeepSpeedObject:
     deepspeed = import_deepspeed()
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)

@@ -9,6 +9,8 @@ from torch import nn
 from raphael_dist.parallel.async_collectives import ExpertGroup, Traffic
 from raphael_dist.runtime.ranks import gather_objects, own_group
 
+ParameterGroup = dict[str, Any]  # of an optimizer: "params", and settings
+
 
 def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
     """Create this rank's two process groups for sets of experts that are sharded over `size` ranks. Collective.
@@ -66,7 +68,7 @@ def add_moe_marker(model: nn.Module, num_experts: int) -> None:
     model.add_module("deepspeed_marker", Marker())
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     """Return the optimizer's parameter groups: the replicated parameters, then sharded experts by their number of ranks.
 
     The order is the same on all ranks. DeepSpeed's own function iterates over a set of strings, whose order can differ
@@ -80,7 +82,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     description = repr([(g, [(n, tuple(p.shape)) for n, p in members[g]]) for g in order])
     digests = gather_objects(hashlib.sha256(description.encode()).hexdigest())
     assert len(set(digests)) == 1, "the ranks have different parameter groups"
-    groups: list[dict[str, Any]] = [{"params": [p for _, p in members[g]]} for g in order]
+    groups: list[ParameterGroup] = [{"params": [p for _, p in members[g]]} for g in order]
     for group, name in zip(groups[1:], order[1:], strict=True):
         group |= {"moe": True, "name": name}
     return groups

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raphael_dist.engine.deepspeed_comm import deepspeed_comm
+from raphael_dist.engine.expert_groups import ParameterGroup
 from raphael_dist.engine.parameter_kinds import is_hidden_matrix
 from raphael_dist.engine.zero import FlatLayout
 
@@ -31,7 +32,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, by 
 class Muon(torch.optim.AdamW):
     """The optimizer. Its tensors are parameters, or this rank's parts of flat tensors of them (ZeRO-1 and 2)."""
 
-    def __init__(self, parameters: list[dict[str, Any]], dtype: torch.dtype, **settings: Any) -> None:
+    def __init__(self, parameters: list[ParameterGroup], dtype: torch.dtype, **settings: Any) -> None:
         """Create the optimizer. `set_layouts` must follow.
 
         Args:

@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raphael_dist.engine.deepspeed_comm import deepspeed_comm
+from raphael_dist.engine.deepspeed_comm import DeepSpeedObject, deepspeed_comm
 from raphael_dist.engine.ds_config import uses_contiguous_gradients
-
-DeepSpeedObject = Any  # DeepSpeed's optimizers have no types
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Z
     return Zero0(optimizer, module, world_size)
 
 
-def global_shape(p: Any) -> tuple[tuple[int, ...], int]:
+def global_shape(p: Tensor) -> tuple[tuple[int, ...], int]:
     """Return the shape of a whole parameter, and the flat index within it at which this rank's experts start.
 
     `p` is the parameter on this rank. If it has only some of K stacked experts, it has the attribute `expert_slice = (first
@@ -342,7 +340,7 @@ class Zero3(DeepSpeedZero):
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         zero = self._zero
-        parameters: Iterator[tuple[str, Any]] = module.named_parameters()
+        parameters: Iterator[tuple[str, DeepSpeedObject]] = module.named_parameters()
         for name, p in parameters:
             if not p.requires_grad:
                 continue

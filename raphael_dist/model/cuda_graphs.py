@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.cuda import _POOL_HANDLE
 from torch.func import functional_call
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -131,9 +132,15 @@ def _run_backward(outputs: Sequence[Tensor], output_gradients: Sequence[Tensor |
     torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
 
+class _Context(FunctionCtx):
+    """What the forward pass keeps for the backward pass."""
+
+    captured: _CapturedPass
+
+
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, captured: _CapturedPass, tie: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Context, captured: _CapturedPass, tie: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.captured = captured
         torch._foreach_copy_(captured.inputs, list(inputs))
         captured.forward_graph.replay()
@@ -143,8 +150,8 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        captured: _CapturedPass = ctx.captured
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[None, ...]:
+        captured = ctx.captured
         pairs = [(b, g) for b, g in zip(captured.output_gradients, gradients, strict=True) if b is not None]
         torch._foreach_copy_([buffer for buffer, _ in pairs], [grad for _, grad in pairs])
         captured.backward_graph.replay()

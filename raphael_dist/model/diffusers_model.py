@@ -33,8 +33,10 @@ EXPERT_FIELDS = {
     "image_positions": "image_positions",
 }
 
+Sections = Any  # an object with the attributes of `Config` that `RaphaelUNet` reads
 
-def sections_of(fields: Any) -> Any:
+
+def sections_of(fields: Any) -> Sections:
     """Return an object with the configuration sections (`model`, `edge`, ...) from which `RaphaelUNet` is built.
 
     `fields`: an object with the fields of the model's config.json, as diffusers names them.
@@ -142,11 +144,15 @@ class _Wrapper(ModelMixin, ConfigMixin):
         self._predict: Any = network.forward
 
     @staticmethod
-    def _network(sections: Any) -> RaphaelUNet:
+    def _network(sections: Sections) -> RaphaelUNet:
         raise NotImplementedError
 
     def enable_group_offload(
-        self, onload_device: torch.device, offload_device: Any = "cpu", offload_type: str = "leaf_level", **options: Any
+        self,
+        onload_device: torch.device,
+        offload_device: str | torch.device = "cpu",
+        offload_type: str = "leaf_level",
+        **options: Any,
     ) -> None:
         """Offload weights between uses, as the method of diffusers does. Only `offload_type="leaf_level"` is supported.
 
@@ -160,7 +166,9 @@ class _Wrapper(ModelMixin, ConfigMixin):
         device = torch.device(offload_device)
         super().enable_group_offload(onload_device, device, offload_type, **options)  # type: ignore[misc]
 
-    def _inputs(self, sample: Tensor, timestep: Any, text: Tensor, mask: Tensor | None, end: Tensor | None) -> UNetInput:
+    def _inputs(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor, mask: Tensor | None, end: Tensor | None
+    ) -> UNetInput:
         batch, tokens = text.shape[:2]
         mask = torch.ones(batch, tokens, device=sample.device) if mask is None else mask
         end = (mask.long().sum(dim=1) - 1).clamp(min=0) if end is None else end
@@ -174,7 +182,7 @@ class RaphaelUNet2D(_Wrapper):
     """The U-Net of RAPHAEL as a model of diffusers, called like UNet2DConditionModel."""
 
     @staticmethod
-    def _network(sections: Any) -> RaphaelUNet:
+    def _network(sections: Sections) -> RaphaelUNet:
         return RaphaelUNet(sections)
 
     def forward(
@@ -213,7 +221,7 @@ class RaphaelControlNet(_Wrapper):
     """A ControlNet for RaphaelUNet2D as a model of diffusers, called like ControlNetModel."""
 
     @staticmethod
-    def _network(sections: Any) -> RaphaelUNet:
+    def _network(sections: Sections) -> RaphaelUNet:
         return ControlNet(sections)
 
     def forward(

@@ -17,6 +17,8 @@ from raphael_dist.config.model_sections import Diffusion
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
+NoiseScheduler = Any  # a scheduler of diffusers; their base class has none of the methods
+
 
 def alphas_cumprod(config: Diffusion) -> Tensor:
     """Return abar_t, the cumulative product of (1 - beta), for t = 0 .. T-1; float32 [T], computed in float64."""
@@ -38,7 +40,7 @@ def zero_terminal_snr(abar_T: Tensor) -> Tensor:
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
 
 
-def make_scheduler(config: Diffusion, name: str) -> Any:
+def make_scheduler(config: Diffusion, name: str) -> NoiseScheduler:
     """Return a scheduler of diffusers that samples with the noise schedule of training.
 
     For noise and v prediction, DDIM and Euler are set up as for Stable Diffusion: whole timesteps that end at 1, as
@@ -62,7 +64,7 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
         if name == "dpm++":
             raise UserError("--scheduler=dpm++ is incompatible with diffusion.prediction=flow. Use euler.")
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_timesteps)  # type: ignore[no-untyped-call]
-    common: dict[str, Any] = {
+    common: dict[str, float | str] = {
         "num_train_timesteps": config.num_timesteps,
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
@@ -80,7 +82,7 @@ def make_scheduler(config: Diffusion, name: str) -> Any:
     return scheduler(**common, **spacing)
 
 
-def late_start_warning(scheduler: Any) -> str | None:
+def late_start_warning(scheduler: NoiseScheduler) -> str | None:
     """Return a warning if the first sampling step starts far from pure noise, else None.
 
     DDIM spaces timesteps by a whole number, counted from the low end. For example, with 1,000 training timesteps 600

@@ -6,10 +6,11 @@ Shape legend: R rows (token vectors), K experts, D width of a row, F hidden widt
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from raphael_dist.config.types import fits_grouped_product
@@ -201,6 +202,13 @@ class Experts(nn.Module):
         return (out_KRD * w_RK.t().unsqueeze(-1)).sum(dim=0)
 
 
+class _Context(FunctionCtx):
+    """What the forward pass keeps for the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
 class _GeluProduct(torch.autograd.Function):
     """`gelu(a_k) w_k^T` of every expert. It saves only `a`, and applies GELU again in the backward pass.
 
@@ -208,12 +216,12 @@ class _GeluProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
+    def forward(ctx: _Context, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
         ctx.save_for_backward(a_KRF, w_KDF)
         return F.gelu(a_KRF) @ w_KDF.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: _Context, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
         a_KRF, w_KDF = ctx.saved_tensors
         grad_w = grad_KRD.transpose(1, 2) @ F.gelu(a_KRF) if ctx.needs_input_grad[1] else None
         return torch.ops.aten.gelu_backward(grad_KRD @ w_KDF, a_KRF), grad_w

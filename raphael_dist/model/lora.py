@@ -7,7 +7,7 @@ peft's format (`convert.lora_files`).
 
 import math
 import re
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -63,7 +63,7 @@ def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
     return alpha / (math.sqrt(rank) if root else rank)
 
 
-def import_peft() -> Any:
+def import_peft() -> ModuleType:
     """Return the package peft. Raise UserError if it is not installed."""
     try:
         import peft as package

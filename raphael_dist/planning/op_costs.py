@@ -5,16 +5,19 @@ This works on real tensors and on tensors of the `meta` device, which have shape
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from raphael_dist.training.throughput import FLOPS
 
+Arguments = tuple[object, ...]  # of an operation
+Options = dict[str, object]  # its keyword arguments
 # Operations that run nothing on a device.
 FREE = {"_unsafe_view", "lift_fresh", "is_pinned", "set_", "resize_", "record_stream", "_has_compatible_shallow_copy_type"}
 FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense", "is_same_size"}
@@ -44,23 +47,23 @@ _OPERATIONS = {
 _CLASS_INDEX = {name: CLASSES.index(kind) for kind, names in _OPERATIONS.items() for name in names}
 
 
-def op_name(func: torch._ops.OpOverload) -> str:
+def op_name(func: OpOverload) -> str:
     """Return the name of a torch operation without namespace and overload: "mm" for `aten.mm.default`."""
     return str(func._schema.name).split("::")[1]
 
 
-def op_class(func: torch._ops.OpOverload) -> int:
+def op_class(func: OpOverload) -> int:
     """Return the class of a torch operation (such as "convolution"), as an index into CLASSES."""
     return _CLASS_INDEX.get(op_name(func), CLASSES.index("pointwise"))
 
 
-def launches_work(func: torch._ops.OpOverload) -> bool:
+def launches_work(func: OpOverload) -> bool:
     """Return whether an operation launches work on the device. Operations that only return a view, or allocate, do not."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not is_view and op_name(func) not in FREE
 
 
-def flops_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], result: object) -> int:
+def flops_of(func: OpOverload, args: Arguments, kwargs: Options, result: object) -> int:
     """Return the FLOPs of a call of a matrix product, convolution or attention; 0 for other operations.
 
     `func` was called with `args` and `kwargs`, and returned `result`.
@@ -93,7 +96,9 @@ class LiveBytes(TorchDispatchMode):
         peak, self.peak = self.peak, self.live
         return peak
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: Arguments = (), kwargs: Options | None = None
+    ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.track((args, kwargs), result)

@@ -5,7 +5,7 @@ a trace of a model with 3 B parameters takes a second. All counts are linear in 
 trace of any micro-batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -18,6 +18,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -35,7 +36,7 @@ from raphael_dist.model.routing import BlockRouting
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.planning.meta_batch import META, meta_batch
-from raphael_dist.planning.op_costs import LiveBytes, flops_of, launches_work, op_class
+from raphael_dist.planning.op_costs import Arguments, LiveBytes, Options, flops_of, launches_work, op_class
 
 Recompute = Literal["none", "blocks", "all"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "blocks", "all")
@@ -248,7 +249,9 @@ class _Recorder(LiveBytes):
         self._segment, self._started, self._live_before = -1, 0, 0
         self._origin: dict[int, tuple[str, int, int]] = {}  # by the sequence number of the autograd node
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: Arguments = (), kwargs: Options | None = None
+    ) -> object:
         kwargs = kwargs or {}
         result = super().__torch_dispatch__(func, types, args, kwargs)
         kind, phase, segment, started = self._place()
@@ -319,7 +322,9 @@ class _TracedUNet(RaphaelUNet):
 class _FusedAttention(TorchFunctionMode):
     """A context in which attention runs as one kernel. On the `meta` device, torch divides it into several operations."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: Sequence[type], args: Arguments = (), kwargs: Options | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)

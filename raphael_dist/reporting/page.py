@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
-from typing import Any
 
 from PIL import Image
 
@@ -16,7 +15,7 @@ from raphael_dist.reporting.expert_health import OVERLOADED, dead_blocks, overlo
 from raphael_dist.reporting.plan_comparison import number as shown_number
 from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.reporting.run_files import RunFiles, read_routes
-from raphael_dist.reporting.series import CHARTS, chart_data, timeline_data
+from raphael_dist.reporting.series import CHARTS, Curve, chart_data, timeline_data
 from raphael_dist.text import JsonObject, hide_secrets_in_text, redact
 
 MAX_BYTES = 5_000_000
@@ -104,7 +103,7 @@ def _charts(section: str, runs: Sequence[Examined], data: JsonObject) -> str:
     return f'<div class="charts">{"".join(figures)}</div>{note}'
 
 
-def _figure(title: str, x: str, curves: list[dict[str, Any]], data: JsonObject) -> str:
+def _figure(title: str, x: str, curves: list[Curve], data: JsonObject) -> str:
     data["charts"].append({"x": x, "curves": curves})
     return f'<figure data-chart="{len(data["charts"]) - 1}"><figcaption>{_text(title)}</figcaption></figure>'
 

@@ -2,20 +2,22 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from raphael_dist.checkpoint.folders import step_of
 from raphael_dist.config.load import UNREADABLE
 from raphael_dist.errors import UserError
-from raphael_dist.text import read_json, read_text
+from raphael_dist.text import JsonObject, read_json, read_text
 from raphael_dist.training.metrics import read_metrics
 
+T = TypeVar("T")
 Series = list[tuple[int, float]]  # (step, value)
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) [\w.]+: (.*)")
 _START = re.compile(r"(from scratch|new, from|resumed at step (\d+)).*?(\d+) ranks on (\w+), ZeRO-(\d)")
@@ -60,7 +62,7 @@ class RunFiles:
     folder: Path
     series: dict[str, Series] = field(default_factory=dict)
     log: list[LogLine] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: JsonObject = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     samples: dict[int, Path] = field(default_factory=dict)
     routes: dict[int, Path] = field(default_factory=dict)
@@ -134,7 +136,7 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def _read(missing: list[str], path: Path, read: Any, default: Any) -> Any:
+def _read(missing: list[str], path: Path, read: Callable[[Path], T], default: T) -> T:
     try:
         return read(path)
     except FileNotFoundError:
@@ -151,7 +153,7 @@ def _metrics(path: Path) -> dict[str, Series]:
     return series
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> JsonObject:
     try:
         tree = yaml.safe_load(read_text(path))
     except UNREADABLE as error:
@@ -166,7 +168,7 @@ def _versions(path: Path) -> dict[str, str]:
 
 
 def _read_logs(folder: Path, missing: list[str]) -> list[LogLine]:
-    lines = _read(missing, folder / "train.log", lambda path: _parse(path, 0), [])
+    lines: list[LogLine] = _read(missing, folder / "train.log", lambda path: _parse(path, 0), [])
     for path in sorted(folder.glob("logs/rank-*.log")):
         lines += _read(missing, path, lambda path: _parse(path, int(path.stem.rpartition("-")[2])), [])
     return sorted(lines, key=lambda line: line.time)
@@ -183,7 +185,7 @@ def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
     return {int(match[1]): path for match, path in sorted(paths.items(), key=lambda item: item[1].name) if match}
 
 
-def read_routes(path: Path) -> dict[str, Any]:
+def read_routes(path: Path) -> JsonObject:
     """Return the routes (experts of words and timesteps) that belong to one sample grid, as `trace_values` wrote them.
 
     Raises OSError or ValueError.

@@ -1,7 +1,8 @@
 """The charts of the HTML report: which metrics each shows, and their values, thinned out for a page."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from raphael_dist.reporting.events import History
 from raphael_dist.reporting.run_files import RunFiles, Series
@@ -22,6 +23,15 @@ class Chart:
     section: str
     title: str
     tags: dict[str, str]
+
+
+class Curve(TypedDict):
+    """A curve of a chart: a point (x, y) for each element. `kind`: of the curves of `timeline_data` only."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    kind: NotRequired[str]
 
 
 CHARTS = (
@@ -49,12 +59,12 @@ CHARTS = (
 )
 
 
-def chart_data(chart: Chart, runs: list[RunFiles]) -> list[dict[str, Any]]:
+def chart_data(chart: Chart, runs: list[RunFiles]) -> list[Curve]:
     """Return the curves of a chart, one for each run and metric: {"label", "x" (steps), "y" (values)}.
 
     [] if no run has values for it.
     """
-    curves = []
+    curves: list[Curve] = []
     for run in runs:
         for tag, label in chart.tags.items():
             if series := run.series.get(tag):
@@ -64,13 +74,13 @@ def chart_data(chart: Chart, runs: list[RunFiles]) -> list[dict[str, Any]]:
     return curves
 
 
-def timeline_data(histories: list[tuple[str, History]]) -> list[dict[str, Any]]:
+def timeline_data(histories: list[tuple[str, History]]) -> list[Curve]:
     """Return curves that show the progress of runs: steps against minutes since a run's first log line.
 
     `histories`: (name, history) of each run. A curve is {"label", "x" (minutes), "y" (steps), "kind"}. "kind" is "step",
     "restart" or "fault"; the latter two are points.
     """
-    curves: list[dict[str, Any]] = []
+    curves: list[Curve] = []
     for name, history in histories:
         begin = min([time for time, _ in history.progress] + [event.time for event in history.events], default=None)
         kinds = {

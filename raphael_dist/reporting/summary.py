@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from statistics import fmean, variance
-from typing import Any
 
 from raphael_dist.reporting.events import FAULTS, UNCLEAN, ending
 from raphael_dist.reporting.expert_health import MIN_SAMPLES, dead_blocks, experts_are_judged
 from raphael_dist.reporting.rules import DATA_BOUND, MIN_LINES, longest_wait
 from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.reporting.run_files import RunFiles
+from raphael_dist.text import JsonObject
 from raphael_dist.training.stragglers import SLOW_RATIO
 
 LEVEL = 0.05  # relative change of the loss between the last two eighths of a run below which it has levelled off
@@ -112,7 +112,7 @@ def failures(examined: Examined) -> str:
     return f"{total}. Starts: {starts}{planned}. The run is {ending(examined.run, history, examined.now)}."
 
 
-def flatten(config: dict[str, Any]) -> dict[str, str]:
+def flatten(config: JsonObject) -> dict[str, str]:
     """Return the configuration as {"section.key": value as text}."""
     flat = {}
     for section, values in config.items():

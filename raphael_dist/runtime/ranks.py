@@ -241,7 +241,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def raise_if_any_failed(
-    result: T | None, failure: Exception | None, gather: Callable[[Any], list[Any]] = gather_objects
+    result: T | None, failure: Exception | None, gather: Callable[[object], list[Any]] = gather_objects
 ) -> T:
     """Return `result` if `failure` is None on all ranks; otherwise raise an error on all ranks. Collective.
 

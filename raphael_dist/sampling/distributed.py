@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from raphael_dist.model.diffusion import NoiseScheduler
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.sampling.prompts import batches
 from raphael_dist.sampling.sampler import Request, Sampler
@@ -31,7 +31,7 @@ class SamplingSettings:
 def draw_share(
     sampler: Sampler,
     requests: Sequence[Request],
-    make_scheduler: Callable[[], Any],
+    make_scheduler: Callable[[], NoiseScheduler],
     settings: SamplingSettings,
     ranks: Ranks,
     is_selected: Callable[[int], bool] = lambda _: True,

@@ -18,11 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from raphael_dist.data.features.encoder_files import packaged_text_model
+from raphael_dist.data.features.encoder_files import Model, Tokenizer, packaged_text_model
 from raphael_dist.data.features.run_encoders import decode_latents, encode_images, run_text_encoder
 from raphael_dist.data.features.tokens import tokenize, truncation_line
 from raphael_dist.errors import UserError
-from raphael_dist.model.diffusion import late_start_warning
+from raphael_dist.model.diffusion import NoiseScheduler, late_start_warning
 from raphael_dist.model.latents import downscale_factor
 from raphael_dist.model.super_resolution import append_small_image, back_project
 from raphael_dist.sampling.pipeline_arguments import (
@@ -41,6 +41,7 @@ from raphael_dist.sampling.sampler import initial_noise, to_pixels, to_tensor
 from raphael_dist.text import JsonObject
 
 _log = logging.getLogger(__name__)
+Output = ImagePipelineOutput | tuple[Any]  # the images; a tuple with `return_dict=False`
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,20 +79,20 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
     _callback_tensor_inputs = list(CALLBACK_INPUTS)  # noqa: RUF012
-    controlnet: Any = None  # set by RaphaelControlNetPipeline
+    controlnet: Model = None  # set by RaphaelControlNetPipeline
     _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
 
     def __init__(
         self,
-        unet: Any,
-        scheduler: Any,
-        vae: Any = None,
-        text_encoder: Any = None,
-        tokenizer: Any = None,
+        unet: Model,
+        scheduler: NoiseScheduler,
+        vae: Model = None,
+        text_encoder: Model = None,
+        tokenizer: Tokenizer = None,
         max_tokens: int = 77,
         steps: int = 25,
         guidance: float = 4.5,
-        size: Any = (512, 512),
+        size: tuple[int, int] | list[int] = (512, 512),
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
@@ -176,7 +177,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> Output:
         """Draw `num_images_per_prompt` images for each prompt.
 
         Defaults of size, steps and guidance are those of the training run.
@@ -235,7 +236,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             seed=seed,
         )
 
-    def _draw(self, **arguments: Any) -> Any:
+    def _draw(self, **arguments: Any) -> Output:
         """Draw images: check the arguments (fields of `CallArguments`), encode, denoise and decode."""
         size, steps, guidance = self.config.size, self.config.steps, self.config.guidance
         defaults = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}

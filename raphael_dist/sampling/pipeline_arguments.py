@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from raphael_dist.errors import UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+Texts = str | Sequence[str] | None  # one for all images, or one for each
+Images = Image.Image | Sequence[Image.Image] | None  # one for all prompts, or one for each
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -24,17 +27,17 @@ Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 class CallArguments:
     """The arguments of one pipeline call, under diffusers' names (see `RaphaelPipeline.__call__`)."""
 
-    prompt: Any = None
+    prompt: Texts = None
     height: int
     width: int
     num_inference_steps: int
     timesteps: list[int] | None = None
     sigmas: list[float] | None = None
     guidance_scale: float
-    negative_prompt: Any = None
+    negative_prompt: Texts = None
     num_images_per_prompt: int = 1
     eta: float = 0.0
-    generator: Any = None
+    generator: torch.Generator | list[torch.Generator] | None = None
     latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
@@ -46,8 +49,8 @@ class CallArguments:
     callback_on_step_end: Callback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     seed: int | None = None
-    image: Any = None
-    mask_image: Any = None
+    image: Images = None
+    mask_image: Images = None
     strength: float = 1.0
     controlnet_conditioning_scale: float = 1.0
 
@@ -60,12 +63,12 @@ class CallArguments:
         return len(as_list(self.prompt)) if self.prompt_embeds is None else len(self.prompt_embeds)
 
     @property
-    def images(self) -> list[Any]:
+    def images(self) -> list[Image.Image]:
         """The input images as a list with one image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
-    def masks(self) -> list[Any]:
+    def masks(self) -> list[Image.Image]:
         """The masks for inpainting as a list with one mask for each prompt; [] if there are none."""
         return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
 
@@ -104,7 +107,7 @@ class CallArguments:
                 )
 
 
-def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
+def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
     """Raise UserError unless prompts are either texts or embeddings, and negative prompts too.
 
     A negative prompt may be missing. There must be one for all prompts, or one for each.
@@ -170,18 +173,18 @@ def for_each(name: str, value: object, count: int) -> list[Any]:
     return values
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise UserError unless the argument `name` is a whole number from `low` to `high`. None: no upper limit."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
 
 
-def check_real(name: str, value: Any, high: float) -> None:
+def check_real(name: str, value: object, high: float) -> None:
     """Raise UserError unless the argument `name` is a finite number from 0 to `high` (inf: no upper limit)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")

@@ -3,7 +3,7 @@
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
@@ -24,7 +24,7 @@ class PipelineFiles(_Pipeline):
     """Base class of this project's diffusers pipelines, with the methods that load and save them."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a folder or model hub, as in diffusers. UserError: a local folder is not a pipeline."""
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
@@ -48,7 +48,7 @@ class PipelineFiles(_Pipeline):
         return loaded
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
 
         Args:
@@ -66,7 +66,7 @@ class PipelineFiles(_Pipeline):
             )
         return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
         # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
         # imported twice, the class of the encoder exists twice.

@@ -48,7 +48,7 @@ class LoraLoader:
         state: LoraState = self.unet.lora_state
         return state
 
-    def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
+    def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None) -> None:
         """Load LoRA adapters and make them the only active ones, with factor 1.
 
         Args:

@@ -4,6 +4,7 @@ Each can share the components of a RaphaelPipeline: `RaphaelInpaintPipeline.from
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raphael_dist.data.buckets import fit
+from raphael_dist.data.features.encoder_files import Model, Tokenizer
 from raphael_dist.data.image import to_rgb
 from raphael_dist.errors import UserError
-from raphael_dist.sampling.pipeline import ImageInputs, RaphaelPipeline
-from raphael_dist.sampling.pipeline_arguments import CallArguments
+from raphael_dist.model.diffusion import NoiseScheduler
+from raphael_dist.sampling.pipeline import ImageInputs, Output, RaphaelPipeline
+from raphael_dist.sampling.pipeline_arguments import CallArguments, Images, Texts
 from raphael_dist.sampling.sampler import check_small, to_tensor
 from raphael_dist.text import JsonObject
 
@@ -38,7 +41,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
     @shows_options
     @torch.no_grad()
-    def __call__(self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any) -> Any:
+    def __call__(self, prompt: Texts = None, image: Images = None, strength: float = 0.8, **options: Any) -> Output:
         """Draw images that start from given images.
 
         Args:
@@ -64,8 +67,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
     @shows_options
     @torch.no_grad()
     def __call__(
-        self, prompt: Any = None, image: Any = None, mask_image: Any = None, strength: float = 1.0, **options: Any
-    ) -> Any:
+        self, prompt: Texts = None, image: Images = None, mask_image: Images = None, strength: float = 1.0, **options: Any
+    ) -> Output:
         """Draw the part of an image that is white in a mask, and keep the rest.
 
         Args:
@@ -96,16 +99,16 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
     def __init__(
         self,
-        unet: Any,
-        scheduler: Any,
-        controlnet: Any,
-        vae: Any = None,
-        text_encoder: Any = None,
-        tokenizer: Any = None,
+        unet: Model,
+        scheduler: NoiseScheduler,
+        controlnet: Model,
+        vae: Model = None,
+        text_encoder: Model = None,
+        tokenizer: Tokenizer = None,
         max_tokens: int = 77,
         steps: int = 25,
         guidance: float = 4.5,
-        size: Any = (512, 512),
+        size: tuple[int, int] | list[int] = (512, 512),
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
@@ -116,8 +119,8 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
     @shows_options
     @torch.no_grad()
     def __call__(
-        self, prompt: Any = None, image: Any = None, controlnet_conditioning_scale: float = 1.0, **options: Any
-    ) -> Any:
+        self, prompt: Texts = None, image: Images = None, controlnet_conditioning_scale: float = 1.0, **options: Any
+    ) -> Output:
         """Draw images that follow an edge map.
 
         Args:
@@ -143,7 +146,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
     @shows_options
     @torch.no_grad()
-    def __call__(self, prompt: Any = None, image: Any = None, **options: Any) -> Any:
+    def __call__(self, prompt: Texts = None, image: Images = None, **options: Any) -> Output:
         """Enlarge small images.
 
         Args:
@@ -163,7 +166,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
         return ImageInputs(small=small.to(self._execution_device))
 
 
-def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
+def small_images(images: Sequence[Image.Image], size_hw: tuple[int, int], factor: int) -> Tensor:
     """Convert small images to float32 [B, 3, Hs, Ws] in -1..1, the input of a super-resolution model.
 
     Args:

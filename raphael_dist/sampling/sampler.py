@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from raphael_dist.config.upscale import Upscale
 from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder
 from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.errors import UserError
-from raphael_dist.model.diffusion import late_start_warning
+from raphael_dist.model.diffusion import NoiseScheduler, late_start_warning
 from raphael_dist.model.super_resolution import append_small_image, back_project
 from raphael_dist.rng import Purpose, generator
 
@@ -105,7 +105,7 @@ def super_resolution_denoiser(denoise: Denoise, small_B3HsWs: Tensor, patch: int
 @torch.no_grad()
 def sample_latents(
     denoise: Denoise,
-    scheduler: Any,
+    scheduler: NoiseScheduler,
     noise_BChw: Tensor,
     text: TextFeatures,
     null: TextFeatures,
@@ -151,7 +151,7 @@ def sample_latents(
 
 
 def _begin(
-    scheduler: Any, noise: Tensor, steps: int, start: Tensor | None, strength: float
+    scheduler: NoiseScheduler, noise: Tensor, steps: int, start: Tensor | None, strength: float
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the input of the first step, [B, C, h, w], and the timesteps. Arguments as in `sample_latents`."""
     scheduler.set_timesteps(steps)
@@ -171,7 +171,7 @@ def _begin(
     return scheduler.add_noise(start, noise, timestep_B), timesteps
 
 
-def _model_input(scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
+def _model_input(scheduler: NoiseScheduler, x: Tensor, timestep: Tensor) -> Tensor:
     """Return latents `x` scaled as `scheduler` requires for the model; schedulers of flow matching do not scale."""
     scaled: Tensor = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
     return scaled
@@ -221,7 +221,7 @@ class Sampler:
     def draw(
         self,
         requests: Sequence[Request],
-        scheduler: Any,
+        scheduler: NoiseScheduler,
         *,
         steps: int,
         guidance: float,

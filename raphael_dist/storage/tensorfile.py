@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from torch import Tensor
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import FileEntry, write_all
 from raphael_dist.text import JsonObject, open_regular
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 DTYPES = {
     "F64": torch.float64,
@@ -102,7 +105,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _without_duplicates(pairs: list[tuple[str, object]]) -> JsonObject:
     tree = dict(pairs)
     if len(tree) != len(pairs):
         names = [name for name, _ in pairs]
@@ -215,7 +218,7 @@ class HashedFile:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._digest = hashlib.sha256()
         self._failure: BaseException | None = None
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
+        self._queue: queue.Queue[ReadableBuffer | None] = queue.Queue(maxsize=2)
         self._thread = threading.Thread(target=self._hash, daemon=True)
 
     def __enter__(self) -> "HashedFile":
@@ -237,12 +240,13 @@ class HashedFile:
             raise self._failure
         return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
-    def write(self, data: Any) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         """Append a bytes-like object; return its number of bytes."""
+        view = memoryview(data)
         self._queue.put(data)
-        write_all(self._descriptor, memoryview(data))
-        self.bytes += len(data)
-        return len(data)
+        write_all(self._descriptor, view)
+        self.bytes += view.nbytes
+        return view.nbytes
 
     def flush(self) -> None:
         """Do nothing: `write` is not buffered."""
@@ -264,8 +268,7 @@ class HashedFile:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a CPU tensor's elements in row-major order. A tensor that is not contiguous is copied."""
-    raw: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(raw)
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +23,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import HashedFile, StoredTensor, as_bytes, read_header
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+Allowed = Callable[..., object] | tuple[Callable[..., object], str]  # a class or function, and its name if it is another
 MAX_PICKLE = 256 << 20  # bytes of the object tree, without tensor data
 MAX_VALUES = 500_000  # in the object tree; a pickle of a kilobyte can describe an endless one
 _STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}
 
 
-def load_tree(path: Path, allowed: Sequence[Any] = ()) -> Any:
+class Placeholder(Protocol):
+    """Takes the place of a tensor in a tree that is written."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+P = TypeVar("P", bound=Placeholder)
+
+
+def load_tree(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
     """Return the object in a file of `torch.save`, with a `StoredTensor` (place in the file) instead of each tensor.
 
     Args:
@@ -82,7 +98,7 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
     return {str(key): value for key, value in tree.items() if isinstance(value, StoredTensor)}
 
 
-def _with_places(node: Any, path: Path, left: list[int]) -> Any:
+def _with_places(node: object, path: Path, left: list[int]) -> Any:
     """Replace the tensors of an object tree by their places in the file.
 
     `left`: a list with one number, shared by all calls: how many values the tree may still have. A malicious file could
@@ -107,20 +123,20 @@ def _with_places(node: Any, path: Path, left: list[int]) -> Any:
 
 
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(Generic[P]):
     key: str
-    tensor: Any
+    tensor: P
 
 
-class _Pickler(pickle.Pickler):
+class _Pickler(pickle.Pickler, Generic[P]):
     """Pickles a tree as `torch.save` does. Each placeholder object in it becomes a tensor, whose data is written later."""
 
-    def __init__(self, file: io.BytesIO, placeholder: type[Any]) -> None:
+    def __init__(self, file: io.BytesIO, placeholder: type[P]) -> None:
         super().__init__(file, protocol=2)
-        self.storages: list[_Storage] = []
+        self.storages: list[_Storage[P]] = []
         self._placeholder = placeholder
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: object) -> Any:
         if isinstance(obj, Enum):
             return type(obj), (obj.value,)  # the same in every release of Python
         if not isinstance(obj, self._placeholder):
@@ -130,7 +146,7 @@ class _Pickler(pickle.Pickler):
         strides = torch.empty(obj.shape, device="meta").stride()
         return torch._utils._rebuild_tensor_v2, (storage, 0, obj.shape, strides, False, OrderedDict())
 
-    def persistent_id(self, obj: Any) -> Any:
+    def persistent_id(self, obj: object) -> tuple[str, type, str, str, int] | None:
         if not isinstance(obj, _Storage):
             return None
         return "storage", _STORAGES[obj.tensor.dtype], obj.key, "cpu", prod(obj.tensor.shape)
@@ -148,11 +164,11 @@ class _Forward(io.RawIOBase):
     def seekable(self) -> bool:
         return False
 
-    def write(self, data: Any) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         return self._file.write(data)
 
 
-def write_tree(file: HashedFile, tree: Any, placeholder: type, values: Callable[[Any], Iterator[Tensor]]) -> None:
+def write_tree(file: HashedFile, tree: object, placeholder: type[P], values: Callable[[P], Iterator[Tensor]]) -> None:
     """Write a tree of dicts and lists as a file that `torch.load` reads, without holding a whole tensor in memory.
 
     Args:

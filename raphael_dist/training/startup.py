@@ -1,7 +1,7 @@
 """The steps of `trainer.build`: open the run directory, build the engine, resume, and test one micro-batch before step 1."""
 
 from functools import partial
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -9,6 +9,7 @@ from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.config.schema import Config
 from raphael_dist.convert.init_weights import adapted_base, load_initial
 from raphael_dist.data.run_data import DataSource
+from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.unet import RaphaelUNet
@@ -52,7 +53,7 @@ def open_run_dir(
 
 
 def build_engine(
-    config: Config, json_tree: dict[str, Any], ranks: Ranks, device: torch.device, plan: BatchPlan, data: DataSource
+    config: Config, json_tree: Tree, ranks: Ranks, device: torch.device, plan: BatchPlan, data: DataSource
 ) -> tuple[Engine, Ema | None, CheckpointStore]:
     """Build the model with its DeepSpeed engine, the moving average of the weights, and the checkpoint store. Collective.
 

@@ -6,10 +6,10 @@ the state of the guard, so a resumed run judges as if it had not been interrupte
 
 import math
 import statistics
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from raphael_dist.config.run_sections import Train
+from raphael_dist.text import JsonObject
 
 Verdict = Literal["good", "not finite", "spike"]
 MIN_LOSSES = 10  # fewer give no meaningful deviation
@@ -51,7 +51,7 @@ class Guard:
         self.in_a_row += 1
         return self.in_a_row >= self._train.max_skipped
 
-    def record_rollback(self, state: Mapping[str, Any], step: int) -> bool:
+    def record_rollback(self, state: JsonObject, step: int) -> bool:
         """Record that the run returned to a checkpoint, and take over the guard's state in that checkpoint.
 
         Args:
@@ -67,12 +67,12 @@ class Guard:
         self.spikes, self.rollbacks, self._returned_to = spikes, rollbacks, step
         return rollbacks >= self._train.max_skipped
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """Return the guard's state as JSON values for `restore`. JSON keeps floats exactly."""
         counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes, "rollbacks": self.rollbacks}
         return {"window": self.window, **counts}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: JsonObject) -> None:
         """Restore the state that the method `state` returned; an empty dict resets the guard to that of a new run."""
         self.window = [float(loss) for loss in state.get("window", [])]
         self.skipped = int(state.get("skipped", 0))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import count
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.config.training_stages import stage_at
 from raphael_dist.data.batch_workers import BatchPrefetcher
 from raphael_dist.data.run_data import DataSource, open_source
+from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.errors import NonFiniteError, NotSavedError, UserError
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
@@ -34,7 +34,7 @@ from raphael_dist.training.validation import Validator, draw_samples, figures_of
 
 def build(
     config: Config,
-    json_tree: dict[str, Any],
+    json_tree: Tree,
     ranks: Ranks,
     device: torch.device,
     stop: StopRequest | None = None,
@@ -189,7 +189,7 @@ def reduce_step_stats(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
 
 def train_stages(
     config: Config,
-    json_tree: dict[str, Any],
+    json_tree: Tree,
     ranks: Ranks,
     device: torch.device,
     stop: StopRequest | None = None,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from raphael_dist.parallel.batch_plan import BatchPlan, bucket_run_length, ranks
 from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_if_any_failed
 from raphael_dist.sampling.prompts import sample_requests
 from raphael_dist.sampling.sampler import Request, Sampler
+from raphael_dist.text import JsonObject
 from raphael_dist.training.route_probe import RouteProbe
 
 RECORDED_AT = 0.6  # share of the denoising steps after which the regions of words are recorded
@@ -178,7 +178,7 @@ def draw_samples(
     return Samples(images.cpu().numpy(), recorder.record) if ranks.is_main else None
 
 
-def routes_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Any]:
+def routes_of(samples: Samples, prompt: str, text: TextEncoder) -> JsonObject:
     """Return the selected experts and the regions of the first image's words as JSON values (analysis/route_report.py).
 
     `prompt`: the caption of the first image. `text`: the text encoder, which splits it into words.

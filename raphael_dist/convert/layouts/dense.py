@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.config.schema import Config, config_from_tree
@@ -58,7 +57,7 @@ _LINEAR = "use_linear_projection"  # on in Stable Diffusion 2, off by diffusers'
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str, Any] | None = None) -> Config:
+def config_of_unet(unet: JsonObject, where: Path, diffusion: JsonObject | None = None) -> Config:
     """Return the configuration of this project for a dense U-Net (without experts) of diffusers.
 
     Args:
@@ -87,7 +86,7 @@ def config_of_unet(unet: Mapping[str, Any], where: Path, diffusion: Mapping[str,
     return _dense_config(sizes, diffusion)
 
 
-def sizes_of_unet(unet: Mapping[str, Any], where: Path) -> JsonObject:
+def sizes_of_unet(unet: JsonObject, where: Path) -> JsonObject:
     """Return the settings of the section `model` that follow from the config.json of a U-Net of diffusers.
 
     Raises UserError if the structure differs from that of Stable Diffusion 2. where: path of the file, for the message.
@@ -114,7 +113,7 @@ def sizes_of_unet(unet: Mapping[str, Any], where: Path) -> JsonObject:
              "head_dim": widths.pop(), "norm_groups": norm, "latent_channels": latent, "text_width": text}  # fmt: skip
 
 
-def _dense_config(sizes: JsonObject, diffusion: Mapping[str, Any] | None = None) -> Config:
+def _dense_config(sizes: JsonObject, diffusion: JsonObject | None = None) -> Config:
     experts = {"space_experts": 0, "time_experts": 0, "time_activation": "geglu"}
     model = {**sizes, **experts, "expert_width": [4 * c for c in sizes["channels"]]}
     return config_from_tree({"model": model, "edge": {"weight": 0.0}, "diffusion": dict(diffusion or {})})

@@ -11,7 +11,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.config.schema import Config, config_from_tree
@@ -45,7 +44,7 @@ from raphael_dist.data.features.encoder_models import (
 )
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusers_model import EXPERT_FIELDS, RaphaelUNet2D
-from raphael_dist.model.diffusion import make_scheduler
+from raphael_dist.model.diffusion import NoiseScheduler, make_scheduler
 from raphael_dist.storage.versions import versions
 from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
 from raphael_dist.text import JsonObject
@@ -192,7 +191,7 @@ class Encoders:
         if self.config.text.layer != "last" or not _copied(self.text, folder / "text_encoder", TRANSFORMERS):
             save_text_model(self.config.text.encoder, self.config.text.layer, folder / "text_encoder")
 
-    def _scheduler(self) -> Any:
+    def _scheduler(self) -> NoiseScheduler:
         return make_scheduler(self.config.diffusion, self.config.sample.scheduler)
 
 

@@ -69,7 +69,7 @@ class CharacterTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
         add_special_tokens: bool = True,
-        **_: Any,
+        **_: object,
     ) -> Any:
         """Tokenize one caption or several, and return a BatchEncoding. Arguments are those of tokenizers of transformers."""
         from transformers import BatchEncoding

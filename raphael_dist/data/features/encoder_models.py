@@ -19,6 +19,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.storage.files import apply_umask
 from raphael_dist.storage.torchfile import file_tensors
 from raphael_dist.storage.weight_files import TRANSFORMERS, weight_files
+from raphael_dist.text import JsonObject
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.16
@@ -87,7 +88,7 @@ def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -
     return model if layer == "last" else _without_last_layer(model, spec)
 
 
-def _without_last_layer(model: Model, spec: str) -> Any:
+def _without_last_layer(model: Model, spec: str) -> Model:
     """Remove a text model's last layer. Its output is then the penultimate layer's, after the final norm if there is one."""
     count = model.config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count}
@@ -136,7 +137,7 @@ def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
-def autoencoder_class(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
+def autoencoder_class(folder: Path, spec: str) -> tuple[Any, JsonObject]:
     """Return the diffusers class of the autoencoder (VAE) in `folder`, and its configuration.
 
     Raises UserError if the class is not supported or is not for RGB images. `spec`: value of image.vae, for messages.

@@ -4,10 +4,11 @@ Shape legend: B samples, Y text tokens, D text width, C latent channels, h and w
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from raphael_dist.data.features.encoder_files import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class TextFeatures:
         return {"tokens": self.tokens, "mask": self.mask, "end": self.end}
 
 
-def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
+def run_text_encoder(model: Model, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
     """Return the features of B tokenized captions of Y tokens.
 
     Args:
@@ -63,7 +64,7 @@ def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor
     return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), last)
 
 
-def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def encode_images(vae: Model, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the latents of images, each float32 [B, C, h, w].
 
     The VAE's shift and scale are already applied, so that training latents are mean + std * noise.
@@ -80,7 +81,7 @@ def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tenso
     return (mean.float() - shift) * scale, std.float() * scale
 
 
-def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
+def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
     """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with `vae`, an autoencoder of diffusers.
 
     The latents are shifted and scaled, as `encode_images` returns them. `device`: on which the VAE runs.
@@ -91,7 +92,7 @@ def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
     return images.float().clamp(-1, 1)
 
 
-def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def latent_shift_and_scale(vae: Model, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return shift and scale of a VAE's latents, from its configuration.
 
     The model is trained on (latents - shift) * scale. Each is a scalar tensor [] for all channels, or [C, 1, 1] with a

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import fsspec
 
@@ -121,14 +121,14 @@ class _LibraryFile:
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url, self._timeout_s = url, timeout_s
 
-    def _resolve(self) -> tuple[Any, str, dict[str, Any]]:
+    def _resolve(self) -> tuple[fsspec.AbstractFileSystem, str, dict[str, float]]:
         fs, path = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
         return fs, path, {"timeout": self._timeout_s} if fs.async_impl else {}
 
-    def stat(self) -> tuple[int | None, Mapping[str, Any]]:
+    def stat(self) -> tuple[int | None, Mapping[str, object]]:
         fs, path, options = self._resolve()
         fs.invalidate_cache()  # hf:// caches the state of a file in spite of use_listings_cache=False
-        info: dict[str, Any] = fs.info(path, **options)
+        info: dict[str, object] = fs.info(path, **options)
         size = info.get("size")
         return size if isinstance(size, int) else None, info
 

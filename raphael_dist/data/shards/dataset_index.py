@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from raphael_dist.data.fetch.shard_cache import ShardStore, Stamp, plain_name
 from raphael_dist.data.shards.shard_record import BLOCK, unpack_keys
 from raphael_dist.data.shards.skipped import SkipCounts
 from raphael_dist.errors import UserError
-from raphael_dist.text import hide_secrets
+from raphael_dist.text import JsonObject, hide_secrets
 
 VERSION = 3
 SAMPLES, KEYS, BAD, NUM_BAD, BYTES = range(5)  # columns of shards.npy
@@ -139,7 +139,7 @@ class DatasetIndex:
     arrays: dict[str, np.ndarray]
     packed_keys: np.ndarray | bytes
     packed_bad: np.ndarray | bytes
-    about: dict[str, Any]
+    about: JsonObject
     folder: Path | None = None
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from raphael_dist.data.shards.dataset_index import BYTES, DIGESTS, SAMPLES, VERS
 from raphael_dist.data.shards.shard_record import ShardRecord, pack_keys
 from raphael_dist.data.shards.skipped import SkipCounts
 from raphael_dist.storage.checksummed import sealed_folder
-from raphael_dist.text import hide_secrets_in_tree
+from raphael_dist.text import JsonObject, hide_secrets_in_tree
 
 _MAX_SIDE = 65_535
 _HEADER_BYTES = 128  # of a .npy file; leaves room for a longer shape
@@ -27,7 +27,7 @@ class _Writer:
     def __init__(self, columns: Sequence[str], folder: Path | None) -> None:
         self.columns, self.folder = columns, folder
         self.rows: list[tuple[int, ...]] = [(0, 0, 0, 0, 0)]
-        self.about: dict[str, Any] = {"version": VERSION, "names": [], "stamps": [], "damage": {}}
+        self.about: JsonObject = {"version": VERSION, "names": [], "stamps": [], "damage": {}}
         self.about |= {digest: [] for digest in DIGESTS}
         self.known: set[str] = set()
         self._skipped = SkipCounts()

@@ -17,15 +17,16 @@ pass only `a` is kept.
 Legend: R rows, K experts, D width, F hidden width, P places for pairs (R K, or R if each row needs one expert).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
-Tile = dict[str, Any]
+Tile = dict[str, int]  # sizes that Triton compiles into a kernel, and its launch options
 
 
 class Pairs(NamedTuple):
@@ -305,13 +306,19 @@ def _(
     return torch.empty_like(x), torch.empty_like(w), torch.empty_like(w1), b1, torch.empty_like(w2)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+class _Context(FunctionCtx):
+    """What the forward pass keeps for the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
+def _save(ctx: _Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     x, w, w1, _, w2, *pairs = inputs
     ctx.set_materialize_grads(False)  # of a, which has no gradient
     ctx.save_for_backward(x, w, w1, w2, *pairs, output[1])
 
 
-def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: _Context, dout: Tensor, _: object) -> tuple[Tensor | None, ...]:
     dx, dw, dw1, db1, dw2 = _backward(dout.contiguous(), *ctx.saved_tensors)
     return dx, dw, dw1, db1, dw2, None, None, None
 
@@ -321,7 +328,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 @register_flop_formula(torch.ops.raphael.sparse_experts)
 def _flops(
-    x: torch.Size, w: torch.Size, w1: torch.Size, b1: torch.Size, w2: torch.Size, row: torch.Size, *_: Any, **__: Any
+    x: torch.Size, w: torch.Size, w1: torch.Size, b1: torch.Size, w2: torch.Size, row: torch.Size, *_: object, **__: object
 ) -> int:
     """Return the FLOPs for all P places, as the dense backend has. The number of pairs is known on the device only."""
     return 4 * row[0] * w1[1] * w1[2]
@@ -329,6 +336,6 @@ def _flops(
 
 @register_flop_formula(torch.ops.raphael.sparse_experts_backward)
 def _backward_flops(
-    dout: torch.Size, x: torch.Size, w: torch.Size, w1: torch.Size, w2: torch.Size, row: torch.Size, *_: Any, **__: Any
+    dout: torch.Size, x: torch.Size, w: torch.Size, w1: torch.Size, w2: torch.Size, row: torch.Size, *_: object, **__: object
 ) -> int:
     return 8 * row[0] * w1[1] * w1[2]

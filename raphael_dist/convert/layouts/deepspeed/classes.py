@@ -1,7 +1,8 @@
 """Replacements for the classes in DeepSpeed's pickles, so that reading these files neither imports nor runs DeepSpeed."""
 
 import pickle
-from typing import Any
+
+from raphael_dist.storage.torchfile import Allowed
 
 
 class FragmentAddress:
@@ -31,7 +32,7 @@ def _enum_member(owner: object, name: str) -> int:
 
 _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
 # All objects in DeepSpeed's files other than tensors and plain values.
-ALLOWED: list[Any] = [
+ALLOWED: list[Allowed] = [
     (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_enum_member, "builtins.getattr"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),

@@ -8,6 +8,7 @@ Other programs wrote the files, so `_item` checks every structure in them that i
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,7 +131,7 @@ def _shards(folder: Path, world: int) -> list[Path]:
     return [by_rank[rank] for rank in range(world)]
 
 
-def _item(file: Path, tree: Any, key: Any, kind: type[T]) -> T:
+def _item(file: Path, tree: Any, key: str | int, kind: type[T]) -> T:
     """Return the item `key` of an unpickled dict or list. UserError, which names `file`: it is missing or not a `kind`."""
     try:
         value = tree[key]
@@ -150,7 +151,7 @@ class _Files:
     `spans`: for each (kind, parameter), its parts in the files. `topology`: text about the ranks that wrote them.
     """
 
-    def __init__(self, model_file: Path, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, model_file: Path, model: Tree, shapes: dict[str, tuple[int, ...]]) -> None:
         self._file, self._model, self._shapes = model_file, model, shapes
         self._world = _item(model_file, model, "dp_world_size", int)
         self.spans: dict[Key, list[StoredTensor]] = {}
@@ -220,7 +221,7 @@ class _Files:
             moments = states.get(i, {})
             self.spans |= {(k, name): [_item(file, moments, k, StoredTensor)] for k in MOMENTS if k in moments}
 
-    def _add(self, file: Path, i: int, master: StoredTensor, moments: Any, spans: dict[Span, int], size: int) -> None:
+    def _add(self, file: Path, i: int, master: StoredTensor, moments: Tree, spans: dict[Span, int], size: int) -> None:
         """Record the positions of the parameters in the flat buffers (fp32 weights and Adam moments) of parameter group `i`.
 
         `spans`: the parameters' ranges in a buffer, each with its offset. `size`: elements that a buffer must have at least.
@@ -235,7 +236,9 @@ class _Files:
             for span, offset in spans.items():
                 self.spans.setdefault((kind, span.name), []).append(flat.part(offset, span.numel, span.start))
 
-    def _rebuild(self, file: Path, rank: int, ep_size: int, shapes: Any, state: Tree, i: int) -> Group:
+    def _rebuild(
+        self, file: Path, rank: int, ep_size: int, shapes: Mapping[str, Sequence[int]], state: Tree, i: int
+    ) -> Group:
         """Compute the positions of group `i`'s parameters in a rank's flat buffer. UserError: its file states others."""
         unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
@@ -270,7 +273,7 @@ class _Files:
             )
         return group
 
-    def _check_shapes(self, file: Path, shapes: Any, expected: dict[str, tuple[int, ...]]) -> None:
+    def _check_shapes(self, file: Path, shapes: Mapping[str, Sequence[int]], expected: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
             if tuple(shape) != expected.get(name):
                 raise UserError(
