@@ -28,6 +28,7 @@ from raphael_dist.model.device import is_gpu
 from raphael_dist.model.kernels.switch import use_kernels
 from raphael_dist.model.unet import RaphaelUNet, UNetOutput
 from raphael_dist.parallel import expert_dispatch
+from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import all_reduce_sum, raise_on_all_ranks
 
@@ -77,17 +78,7 @@ class Engine:
         self.stage = ds_config.zero_stage(self.ds_config)
         torch.manual_seed(config.run.seed)  # the same initial weights on every rank
         model = RaphaelUNet(config) if model is None else model
-        # ZeRO-3 frees weights between forward and backward. Only re-entrant recomputation gathers them again.
-        for part in model.modules():  # the U-Net, and its control
-            if isinstance(part, RaphaelUNet):
-                part.gathers_weights = self.stage == 3
-        self.traffic = expert_dispatch.shard_experts(model, config, plan, expert_groups.create_groups)
-        expert_groups.add_moe_marker(model, config.model.space_experts + config.model.time_experts)
-        use_kernels(model, config.train.kernels, device)
-        if config.train.compile:
-            _compile(model, config, self.stage, device)
-        if config.train.cuda_graphs and not is_gpu(device):
-            raise ds_config.cuda_graphs_error("a GPU", f"the device is {device.type}", "Use a GPU")
+        self.traffic = self._prepare_model(model)
         optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim, self.dtype)
         backend = count_collectives(self.traffic)
         broadcast_weights(model, expert_groups.copies())
@@ -109,6 +100,25 @@ class Engine:
         self.grad_norm = math.nan
         self._micro_step = 0
         self._touched: set[str] | None = self._watch_gradients() if config.train.check_gradients else None
+
+    def _prepare_model(self, model: RaphaelUNet) -> Traffic:
+        """Shard the experts, and set up kernels and compilation, before DeepSpeed wraps the model. Collective.
+
+        Returns a counter of the bytes that this rank sends to the experts of other ranks.
+        """
+        config, device = self.config, self.device
+        # ZeRO-3 frees weights between forward and backward. Only re-entrant recomputation gathers them again.
+        for part in model.modules():  # the U-Net, and its control
+            if isinstance(part, RaphaelUNet):
+                part.gathers_weights = self.stage == 3
+        traffic = expert_dispatch.shard_experts(model, config, self.plan, expert_groups.create_groups)
+        expert_groups.add_moe_marker(model, config.model.space_experts + config.model.time_experts)
+        use_kernels(model, config.train.kernels, device)
+        if config.train.compile:
+            _compile(model, config, self.stage, device)
+        if config.train.cuda_graphs and not is_gpu(device):
+            raise ds_config.cuda_graphs_error("a GPU", f"the device is {device.type}", "Use a GPU")
+        return traffic
 
     def _contiguous(self, error: ds_config.RequirementError) -> Zero12Contiguous:
         if not isinstance(self._zero, Zero12Contiguous):
