@@ -11,7 +11,7 @@ import checkout  # noqa: F401 (before the package)
 from raphael_dist.cli.common import Parser
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.ranks import free_port
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 
 PROMPTS = (
     "a red heart, noto style",

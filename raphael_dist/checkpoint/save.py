@@ -18,11 +18,10 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Self, TypeVar
 
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST, Manifest, seal
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.reader import CheckpointReader, newest
 from raphael_dist.checkpoint.resume import Restorer
+from raphael_dist.checkpoint.save_state import Save, WrittenFile
 from raphael_dist.checkpoint.snapshot import Snapshot, write_snapshot
 from raphael_dist.config.schema import Config, stored_tree
 from raphael_dist.engine.ema import Ema
@@ -45,59 +45,6 @@ from raphael_dist.storage.versions import versions
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class WrittenFile(NamedTuple):
-    """The file that one rank has written: name, seconds that writing took, size and SHA-256 (`entry`).
-
-    ranges: by key `<kind>/<parameter>`, the range of the flattened parameter in the file as (first element, number of
-    elements).
-    """
-
-    name: str
-    seconds: float
-    entry: files.FileEntry
-    ranges: dict[str, tuple[int, int]]
-
-
-@dataclass
-class Save:
-    """The state of saving one checkpoint, on this rank.
-
-    Attributes:
-        temporary, final: path of the checkpoint's folder while it is written, and afterwards.
-        manifest: content of the manifest, without the list of files.
-        bytes: size of the checkpoint in bytes, over all ranks.
-        stall_s: seconds that training waited. write_s: seconds in which the slowest rank wrote its file and read it back.
-        written: result of the thread that writes this rank's file; None after `commit`.
-        published: result of the thread that writes the manifest and renames the folder; on rank 0 after `commit`, else None.
-        status: what this rank's thread is doing, for messages.
-        failure: why the save failed, or None; the same text on all ranks once they have agreed.
-        concluded: whether the result of `published` has been recorded.
-    """
-
-    temporary: Path
-    final: Path
-    manifest: Manifest
-    bytes: int = 0
-    stall_s: float = 0.0
-    write_s: float = 0.0
-    written: Future[WrittenFile] | None = None
-    published: Future[None] | None = None
-    status: str = ""
-    failure: str | None = None
-    concluded: bool = False
-
-    @property
-    def line(self) -> str:
-        """The log line about this save, with its size and duration."""
-        cost = f"training waited {self.stall_s:.3f} s, written and read back in {self.write_s:.2f} s"
-        return f"saved {self.final} ({self.bytes / 2**20:.1f} MiB, {cost})"
-
-    def metrics(self) -> dict[str, float]:
-        """Return seconds and bytes of this save by TensorBoard tag, such as checkpoint/write_s."""
-        values = {"stall_s": self.stall_s, "write_s": self.write_s, "bytes": float(self.bytes)}
-        return {f"checkpoint/{name}": value for name, value in values.items()}
 
 
 class CheckpointStore:

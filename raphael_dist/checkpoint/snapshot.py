@@ -8,7 +8,7 @@ from torch import Tensor
 
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import MOMENTS, Fragments
-from raphael_dist.engine.zero import Fragment
+from raphael_dist.engine.zero_interface import Fragment
 from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage import tensorfile
 from raphael_dist.storage.files import FileEntry, sha256

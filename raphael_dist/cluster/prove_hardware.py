@@ -12,8 +12,8 @@ import torch
 
 from raphael_dist.cluster.collective_timing import COLLECTIVES, Collective
 from raphael_dist.cluster.preflight_report import SLOW_PAIR
+from raphael_dist.cluster.prove_cases import Case, case_config
 from raphael_dist.cluster.prove_model import position_batch
-from raphael_dist.cluster.prove_numbers import Case, case_config
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config import assets
 from raphael_dist.config.schema import Config

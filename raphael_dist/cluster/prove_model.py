@@ -12,7 +12,8 @@ from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
-from raphael_dist.model.unet import GateNoise, RaphaelUNet
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet_interface import GateNoise
 from raphael_dist.planning.meta_batch import meta_batch
 from raphael_dist.text import JsonObject
 

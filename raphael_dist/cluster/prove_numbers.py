@@ -6,27 +6,26 @@ differences are not reported, because they follow from it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
-from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from raphael_dist.checkpoint.tensors import stacked
-from raphael_dist.cluster.prove_model import EXPERTS, Reference, Slots, digest, position_batch, proof_config
+from raphael_dist.cluster.gradient_comparison import differs, pieces
+from raphael_dist.cluster.prove_cases import Case, case_config, cases
+from raphael_dist.cluster.prove_model import Reference, Slots, digest, position_batch
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config.schema import Config
 from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.engine import Engine
-from raphael_dist.engine.zero import global_shape
+from raphael_dist.engine.zero_interface import global_shape
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import gather_objects
-from raphael_dist.text import JsonObject
 
 STEPS = 3
 # Relative differences that are allowed in losses and norms, in the gradient of a parameter or expert, and in all weights.
@@ -35,41 +34,6 @@ SMALL_SHARE = 1e-3  # gradients below this share of the whole norm are mostly ro
 SMALL = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, "stage3_param_persistence_threshold": 100}
 SUMMED_STAGES, SUMMED_STEPS = (1, 2, 3), 64  # micro-steps; sums rounded to bfloat16 are 0.5% wrong after 24 of them
 SUM_TOLERANCE = 0.003  # the reduction over ranks adds some rounding, which grows with their number
-
-
-@dataclass(frozen=True)
-class Case:
-    """One tested combination of settings: dtype, ZeRO stage, and number of ranks over which experts are sharded (`ep`)."""
-
-    dtype: str
-    stage: int
-    ep: int
-
-    def __str__(self) -> str:
-        return f"{self.dtype} ZeRO-{self.stage} ep {self.ep}"
-
-
-def cases(world: int) -> list[Case]:
-    """Return all combinations of dtype, ZeRO stage and expert parallelism that are possible on `world` ranks."""
-    sizes = expert_sizes(world)
-    plain = [Case(dtype, stage, 1) for dtype in TOLERANCE for stage in range(4) if (dtype, stage) != ("bfloat16", 0)]
-    return plain + [Case(dtype, stage, ep) for dtype in TOLERANCE for stage in (1, 2) for ep in sizes[1:]]
-
-
-def expert_sizes(world: int) -> list[int]:
-    """Return the divisors of `world` (ranks) over which the small model's experts can be sharded, in ascending order."""
-    return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
-
-
-def case_config(case: Case, world: int, batch: int = 0, micro: int = 2, **sections: JsonObject) -> Config:
-    """Return the configuration of the small model with the settings of `case` on `world` ranks.
-
-    `batch` is the global batch size, `micro` the micro-batch size, `sections` replaces settings. By default (`batch` = 0) a
-    step has two micro-steps, and the last one has an empty slot (a sample with weight 0).
-    """
-    train = {"global_batch_size": batch or 4 * world - 1, "micro_batch_size": micro, "dtype": case.dtype}
-    parallel = {"space_ep": case.ep, "time_ep": case.ep, "placement": ["shard"]}
-    return proof_config(train=train, parallel=parallel, **sections)
 
 
 class Steps:
@@ -268,33 +232,6 @@ class Trained:
             gradient = own[name] if experts is None else group[name][start : start + p.shape[0]]
             expected[name] = gradient * world  # because the reduction then takes the mean over ranks
         return expected
-
-
-def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[str, slice]]:
-    """Divide elements [start, start + numel) of the flattened parameter `name` by expert, so that messages can name it.
-
-    Yields (label, slice relative to `start`). A parameter without experts is one piece. `shape`: of the whole parameter.
-    """
-    each = prod(shape[1:]) if stacked(name) else prod(shape)
-    at = 0
-    while at < numel:
-        expert, offset = divmod(start + at, each)
-        length = min(each - offset, numel - at)
-        yield f"{name}, expert {expert}" if stacked(name) else name, slice(at, at + length)
-        at += length
-
-
-def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) -> str:
-    """Compare two gradients; return "" if they agree, else a text such as "0.50 times" or "12% away from".
-
-    They agree if the norm of their difference is at most `tolerance` times (the norm of `expected` + `floor`).
-    """
-    size = float(expected.norm())
-    if float((actual - expected).norm()) <= tolerance * size + tolerance * floor:
-        return ""
-    factor = float((actual * expected).sum()) / max(size, 1e-30) ** 2
-    proportional = float((actual - factor * expected).norm()) <= tolerance * abs(factor) * size + tolerance * floor
-    return f"{factor:.2f} times" if proportional else f"{float((actual - expected).norm()) / max(size, 1e-30):.0%} away from"
 
 
 def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: float) -> Problem | None:

@@ -10,19 +10,10 @@ from torch import Tensor
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.checkpoint.tensors import stacked
+from raphael_dist.cluster.gradient_comparison import pieces
+from raphael_dist.cluster.prove_cases import Case, case_config, expert_sizes
 from raphael_dist.cluster.prove_model import ADAM_EPS
-from raphael_dist.cluster.prove_numbers import (
-    TOLERANCE,
-    Case,
-    Steps,
-    Trained,
-    case_config,
-    expert_sizes,
-    loss_problem,
-    norm_problem,
-    pieces,
-    weights_difference,
-)
+from raphael_dist.cluster.prove_numbers import TOLERANCE, Steps, Trained, loss_problem, norm_problem, weights_difference
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config.schema import Config
 from raphael_dist.parallel.batch_plan import BatchPlan

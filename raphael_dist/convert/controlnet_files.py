@@ -20,8 +20,9 @@ from raphael_dist.checkpoint.tensors import default_weights
 from raphael_dist.config.schema import Config
 from raphael_dist.convert.adapter_files import export_folder, open_run, read_tensors
 from raphael_dist.convert.exported_code import model_code
-from raphael_dist.convert.layouts.dense import STEM, unet_json
+from raphael_dist.convert.layouts.dense import STEM
 from raphael_dist.convert.layouts.diffusers import config_of_experts, expert_json
+from raphael_dist.convert.unet_config import unet_json
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import CONDITION_WIDTH, ControlNet
 from raphael_dist.model.diffusers_model import RaphaelControlNet

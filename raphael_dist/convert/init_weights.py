@@ -22,7 +22,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.source_checkpoint import Checkpoint, is_dense, parameter_shapes
 from raphael_dist.convert.upcycle import UpcycledSource
-from raphael_dist.engine.zero import Fragment
+from raphael_dist.engine.zero_interface import Fragment
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import add_control
 from raphael_dist.model.lora import add_lora

@@ -12,7 +12,7 @@ from raphael_dist.data.features.batch_encoder import BatchEncoder, Encoded
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import draw_offset, draw_timestep
-from raphael_dist.model.unet import GateNoise
+from raphael_dist.model.unet_interface import GateNoise
 from raphael_dist.rng import Purpose, generator
 
 

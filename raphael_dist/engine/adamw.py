@@ -18,7 +18,7 @@ from torch import Tensor
 from raphael_dist.config.run_sections import Optim
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import Fragments
-from raphael_dist.engine.zero import FlatPart
+from raphael_dist.engine.zero_interface import FlatPart
 from raphael_dist.model.device import from_host
 
 _BLOCK = 1024

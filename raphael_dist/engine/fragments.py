@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from raphael_dist.engine.zero import Fragment, Zero, global_shape
+from raphael_dist.engine.zero_interface import Fragment, Zero, global_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from raphael_dist.engine.deepspeed_comm import deepspeed_comm
 from raphael_dist.engine.expert_groups import ParameterGroup
 from raphael_dist.engine.parameter_kinds import is_hidden_matrix
-from raphael_dist.engine.zero import FlatLayout
+from raphael_dist.engine.zero_interface import FlatLayout
 
 _SCALE = 0.2  # root mean square of AdamW's steps (arXiv 2502.16982)
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, by Keller Jordan

@@ -6,10 +6,8 @@ fails there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,83 +15,7 @@ from torch import Tensor, nn
 
 from raphael_dist.engine.deepspeed_comm import DeepSpeedObject, deepspeed_comm
 from raphael_dist.engine.ds_config import uses_contiguous_gradients
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The elements [start, start + numel) of a flattened parameter, which this rank stores in fp32.
-
-    Attributes:
-        name, shape: name and shape of the whole parameter.
-        start: index of the first element in the flattened parameter.
-        master: the fp32 weights, a view, float32 [numel].
-        owner, offset: the tensor that the optimizer updates, and the index of the first element within it.
-        shared: whether every rank has this fragment (ZeRO-0).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    master: Tensor
-    owner: Tensor
-    offset: int
-    shared: bool = False
-
-    @property
-    def numel(self) -> int:
-        return self.master.numel()
-
-
-@dataclass(frozen=True)
-class FlatPart:
-    """This rank's part of one of DeepSpeed's flat tensors: fp32 weights, reduced gradient, and the model's weights, [n]."""
-
-    master: Tensor
-    gradient: Tensor
-    copy: Tensor
-
-
-@dataclass(frozen=True)
-class FlatLayout:
-    """A flat tensor that holds whole parameters one after another, and of which the ranks of a group store a part each.
-
-    Attributes:
-        part: this rank's part of the fp32 weights, float32 [numel].
-        group: the ranks that together store the tensor, in its order; None: `part` is the whole tensor.
-        places: parameters and the index of their first element.
-    """
-
-    part: Tensor
-    group: dist.ProcessGroup | None
-    places: Sequence[tuple[nn.Parameter, int]]
-
-
-class Zero(Protocol):
-    """The common interface of the adapters. `copies`: the number of ranks that have each gradient after the reduction."""
-
-    copies: int = 1
-
-    def prepare_backward(self, first: bool) -> None:
-        """Prepare a backward pass. `first`: whether it is the first one of an optimizer step."""
-        return
-
-    def fragments(self, module: nn.Module) -> Iterator[Fragment]:
-        """Yield the parts of the fp32 weights that this rank stores, in the order of the parameters of `module`."""
-
-    def sync_model(self) -> None:
-        """Copy the fp32 weights into the weights that the model computes with. Collective."""
-
-    def gradients(self) -> Sequence[Tensor]:
-        """Return this rank's part of the reduced gradients of a step. The caller may change them before the update.
-
-        The parts of all ranks together contain each gradient element `copies` times.
-        """
-
-    def disable_builtin_clipping(self) -> None:
-        """Turn off DeepSpeed's gradient norm, overflow check and clipping. `Engine` does this work instead."""
-
-    def skip_step(self) -> AbstractContextManager[None]:
-        """Return a context manager inside which DeepSpeed's `step` drops the gradients and changes no weights."""
+from raphael_dist.engine.zero_interface import FlatLayout, FlatPart, Fragment, Zero, global_shape
 
 
 def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Zero:
@@ -105,19 +27,6 @@ def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Z
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         return Zero12Contiguous(optimizer) if Zero12Contiguous.supports(optimizer) else Zero12(optimizer)
     return Zero0(optimizer, module, world_size)
-
-
-def global_shape(p: Tensor) -> tuple[tuple[int, ...], int]:
-    """Return the shape of a whole parameter, and the flat index within it at which this rank's experts start.
-
-    `p` is the parameter on this rank. If it has only some of K stacked experts, it has the attribute `expert_slice = (first
-    expert, K)`. For other parameters the index is 0.
-    """
-    shape = tuple(getattr(p, "ds_shape", p.shape))
-    first, num_experts = getattr(p, "expert_slice", (0, None))
-    if num_experts is None:
-        return shape, 0
-    return (num_experts, *shape[1:]), first * p[0].numel()
 
 
 class Zero0(Zero):

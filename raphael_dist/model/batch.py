@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raphael_dist.model.device import is_gpu
-from raphael_dist.model.unet import GateNoise
+from raphael_dist.model.unet_interface import GateNoise
 
 _ALIGNMENT = 64  # bytes; kernels read vectors of up to 16 bytes
 

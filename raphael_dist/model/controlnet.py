@@ -13,7 +13,8 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 
 from raphael_dist.model.layers import UNetLevel
-from raphael_dist.model.unet import ControlResiduals, GateNoise, RaphaelUNet, UNetInput
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet_interface import ControlResiduals, GateNoise, UNetInput
 
 if TYPE_CHECKING:
     from raphael_dist.config.schema import Config

@@ -19,7 +19,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from raphael_dist.model.unet import RaphaelUNet, UNetOutput
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet_interface import UNetOutput
 
 _WARM_UP = 3  # passes before a capture: libraries choose their kernels and allocate their memory
 Forward = Callable[..., UNetOutput]

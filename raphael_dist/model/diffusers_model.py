@@ -16,7 +16,8 @@ from torch import Tensor
 
 from raphael_dist.model.controlnet import ControlNet
 from raphael_dist.model.routing import Gate
-from raphael_dist.model.unet import ControlResiduals, RaphaelUNet, UNetInput
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet_interface import ControlResiduals, UNetInput
 
 # Fields of the model's config.json that diffusers' U-Nets do not have, and their names in the section `model`.
 EXPERT_FIELDS = {

@@ -17,7 +17,7 @@ from raphael_dist.model.diffusion import NoiseSchedule, denoise_loss_B, min_snr_
 from raphael_dist.model.edge_supervision import edge_loss_B
 from raphael_dist.model.routing import one_hot
 from raphael_dist.model.super_resolution import append_small_image
-from raphael_dist.model.unet import UNetOutput
+from raphael_dist.model.unet_interface import UNetOutput
 
 
 @dataclass

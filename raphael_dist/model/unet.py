@@ -29,69 +29,12 @@ from raphael_dist.model.routing import (
     one_hot,
     space_weights_BYK,
 )
+from raphael_dist.model.unet_interface import ControlResiduals, GateNoise, UNetInput, UNetOutput
 
 if TYPE_CHECKING:
     from raphael_dist.config.schema import Config
 
 TIME_GRID = 64  # timesteps at which the balance of the time gates is measured
-
-
-class GateNoise(NamedTuple):
-    """Noise for the logits of the gates, float32. The text gates select the space experts.
-
-    It depends on the seed and the sample's position in the order of training only.
-    """
-
-    time_BLK: Tensor
-    space_BLYK: Tensor
-
-
-class UNetInput(NamedTuple):
-    """Inputs of the U-Net.
-
-    Attributes:
-        x_BCHW: noised latents; for super-resolution with the channels of the small images.
-        timestep_B: int64.
-        text_BYD: text tokens.
-        text_mask_BY: bool, False at padding.
-        end_B: index of the end-of-text token, int64.
-        noise: noise on the gates' logits in training; None: no noise.
-    """
-
-    x_BCHW: Tensor
-    timestep_B: Tensor
-    text_BYD: Tensor
-    text_mask_BY: Tensor
-    end_B: Tensor
-    noise: GateNoise | None
-
-
-class UNetOutput(NamedTuple):
-    """Results of one forward pass.
-
-    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If it finds none, it does not
-    prepare the backward pass, and gradients of earlier micro-steps are added twice.
-
-    Attributes:
-        prediction: predicted noise, velocity or flow [B, C, h, w].
-        edge_logits: for each block with an edge module, float32 [B, h, w].
-        space_used: for each block, share of image tokens that each space expert processes, [B, K].
-        time_expert: for each block, the time expert of each sample, int64 [B].
-        balance: for each block, load-balance loss of the gates, float32 [B]; empty if its weight is 0 or without gradients.
-    """
-
-    prediction: Tensor
-    edge_logits: tuple[Tensor, ...] = ()
-    space_used: tuple[Tensor, ...] = ()
-    time_expert: tuple[Tensor, ...] = ()
-    balance: tuple[Tensor, ...] = ()
-
-
-class ControlResiduals(NamedTuple):
-    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle."""
-
-    skips: tuple[Tensor, ...]
-    middle: Tensor
 
 
 class ForwardState(NamedTuple):

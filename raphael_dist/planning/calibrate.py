@@ -28,8 +28,9 @@ from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.planning.cluster_spec import ClusterSpec, load_cluster
 from raphael_dist.planning.meta_batch import meta_batch
 from raphael_dist.planning.op_costs import CLASSES, LiveBytes
+from raphael_dist.planning.operation_recorder import free_gradient
 from raphael_dist.planning.step_time import device_times
-from raphael_dist.planning.trace import free_gradient, trace
+from raphael_dist.planning.trace import trace
 from raphael_dist.runtime.host_memory import keep_freed_memory
 
 Tree = dict[str, Any]  # of a YAML file

@@ -6,7 +6,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.config.upscale import COLOURS
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.latents import latent_factor
-from raphael_dist.model.unet import GateNoise
+from raphael_dist.model.unet_interface import GateNoise
 
 META = torch.device("meta")
 

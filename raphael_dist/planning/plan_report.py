@@ -5,9 +5,9 @@ import shlex
 
 import numpy as np
 
+from raphael_dist.planning.operation_recorder import KINDS, PHASES
 from raphael_dist.planning.run_plan import RunPlan
 from raphael_dist.planning.search import Choice, Outcome, reasons
-from raphael_dist.planning.trace import KINDS, PHASES
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:

@@ -17,7 +17,8 @@ from raphael_dist.planning.cluster_spec import CLASSES_WITH_FLOPS, ClusterSpec
 from raphael_dist.planning.communication import Communication, Scheme, communications, hidden_seconds
 from raphael_dist.planning.memory import MemoryFootprint
 from raphael_dist.planning.op_costs import CLASSES
-from raphael_dist.planning.trace import PHASES, Trace
+from raphael_dist.planning.operation_recorder import PHASES
+from raphael_dist.planning.trace import Trace
 
 # Launches for each parameter in every micro-step: DeepSpeed copies the gradient into a bucket and divides it; with
 # contiguous gradients there is one addition, which a captured backward pass contains.

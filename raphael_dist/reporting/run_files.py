@@ -15,7 +15,7 @@ from raphael_dist.checkpoint.folders import step_of
 from raphael_dist.config.load import UNREADABLE
 from raphael_dist.errors import UserError
 from raphael_dist.text import JsonObject, read_json, read_text
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 
 T = TypeVar("T")
 Series = list[tuple[int, float]]  # (step, value)

@@ -4,17 +4,13 @@ Shape legend: B images, C latent channels, h and w latent height and width, H an
 and width of a small image, Y text tokens, D text width.
 """
 
-import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
@@ -22,9 +18,9 @@ from raphael_dist.data.features.encoder_files import Model, Tokenizer, packaged_
 from raphael_dist.data.features.run_encoders import decode_latents, encode_images, run_text_encoder
 from raphael_dist.data.features.tokens import tokenize, truncation_line
 from raphael_dist.errors import UserError
-from raphael_dist.model.diffusion import NoiseScheduler, late_start_warning
+from raphael_dist.model.diffusion import NoiseScheduler
 from raphael_dist.model.latents import downscale_factor
-from raphael_dist.model.super_resolution import append_small_image, back_project
+from raphael_dist.model.super_resolution import back_project
 from raphael_dist.sampling.pipeline_arguments import (
     CALLBACK_INPUTS,
     CallArguments,
@@ -34,53 +30,21 @@ from raphael_dist.sampling.pipeline_arguments import (
     check_texts,
     for_each,
 )
-from raphael_dist.sampling.pipeline_files import PipelineFiles
+from raphael_dist.sampling.pipeline_denoising import Denoiser, ImageInputs, Prompts
 from raphael_dist.sampling.pipeline_lora import LoraLoader
 from raphael_dist.sampling.prompts import fit_image
-from raphael_dist.sampling.sampler import initial_noise, to_pixels, to_tensor
+from raphael_dist.sampling.sampler import to_pixels, to_tensor
 from raphael_dist.text import JsonObject
 
-_log = logging.getLogger(__name__)
 Output = ImagePipelineOutput | tuple[Any]  # the images; a tuple with `return_dict=False`
 
 
-@dataclass(frozen=True, eq=False)
-class ImageInputs:
-    """Image inputs of a pipeline call, in addition to noise and text. A field is None if the pipeline does not use it.
-
-    Attributes:
-        start: latents of the images to change, float32 [B, C, h, w].
-        mask: 1 where latents are drawn, 0 where those of `start` are kept, float32 [B, 1, h, w].
-        small: small images for super-resolution, float32 [B, 3, Hs, Ws] in -1..1.
-        edges: edge maps for a ControlNet, float32 [B, 3, h, w] in 0..1.
-    """
-
-    start: Tensor | None = None
-    mask: Tensor | None = None
-    small: Tensor | None = None
-    edges: Tensor | None = None
-
-
-class Prompts(NamedTuple):
-    """Text embeddings [B, Y, D] and masks, bool [B, Y], of B prompts and their negative prompts. Y: tokens, D: width.
-
-    A mask is False at padding. The fields of negative prompts are None without guidance.
-    """
-
-    embeds: Tensor
-    mask: Tensor
-    negative_embeds: Tensor | None
-    negative_mask: Tensor | None
-
-
-class RaphaelPipeline(LoraLoader, PipelineFiles):
+class RaphaelPipeline(LoraLoader, Denoiser):
     """A diffusers pipeline that draws images from captions. With equal `seed` it draws what `raphael_dist.sample` draws."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
     _callback_tensor_inputs = list(CALLBACK_INPUTS)  # noqa: RUF012
-    controlnet: Model = None  # set by RaphaelControlNetPipeline
-    _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
 
     def __init__(
         self,
@@ -119,29 +83,6 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             max_tokens=max_tokens, steps=steps, guidance=guidance, size=list(size), text=text, upscale=upscale
         )
 
-    # ---- state of a call, as in diffusers ------------------------------------------------------------------------------
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether to skip the remaining steps. A callback can set `_interrupt` to True."""
-        return self._interrupt
-
     @property
     def vae_scale_factor(self) -> int:
         """Number of image pixels per latent position, in height and in width."""
@@ -149,8 +90,6 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             return downscale_factor(self.vae.config)
         largest = max(self.config.size)
         return max(1, largest // (self.unet.config.sample_size or largest))
-
-    # ---- drawing -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -310,33 +249,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         limit = self.config.max_tokens
         batch, truncated = tokenize(self.tokenizer, texts, limit, "max_length")
         if truncated:
-            _log.warning("%s", truncation_line("prompts", truncated, len(texts), limit))
+            logging.getLogger(__name__).warning("%s", truncation_line("prompts", truncated, len(texts), limit))
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         features = run_text_encoder(self.text_encoder.eval(), ids, mask, self.tokenizer.eos_token_id)
         return features.tokens, features.mask
-
-    def _noise(self, call: CallArguments) -> Tensor:
-        """Return the initial noise of the call's images, float32 [B, C, h, w]."""
-        copies, device, factor = call.num_images_per_prompt, self._execution_device, self.vae_scale_factor
-        latent_shape = (self.unet.config.out_channels, call.height // factor, call.width // factor)
-        shape = (call.num_prompts * copies, *latent_shape)
-        generator = call.generator
-        if call.latents is not None:
-            if tuple(call.latents.shape) != shape:
-                raise UserError(
-                    f"latents must have the shape {list(shape)}, but it is {list(call.latents.shape)}. Change latents, "
-                    "height or width."
-                )
-            return call.latents.to(device, torch.float32)
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise UserError(
-                f"generator must be one generator, or a list of one for each image ({shape[0]}), but the list has "
-                f"{len(generator)}. Change its length."
-            )
-        if generator is None and call.seed is not None:
-            numbers = [(i, copy) for i in range(call.num_prompts) for copy in range(copies)]
-            return torch.stack([initial_noise(call.seed, i, latent_shape, copy) for i, copy in numbers]).to(device)
-        return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
         """Return the image inputs of the call; none by default. Pipelines with image inputs override this method."""
@@ -355,108 +271,6 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         if self.vae is not None:
             images, _ = encode_images(self.vae.eval(), images, device)
         return images.to(device).repeat_interleave(call.num_images_per_prompt, dim=0)
-
-    def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
-        """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
-        scheduler = self.scheduler
-        try:
-            timesteps, steps = retrieve_timesteps(
-                scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
-            )
-        except ValueError as error:
-            settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. Change them."
-            ) from None
-        if inputs.start is None or (inputs.mask is not None and call.strength == 1):
-            if inputs.start is None and (late := late_start_warning(scheduler)):
-                _log.warning("%s", late)
-            return noise * scheduler.init_noise_sigma, timesteps
-        skipped = (steps - min(int(steps * call.strength), steps)) * scheduler.order  # as in diffusers
-        timesteps = timesteps[skipped:]
-        if not len(timesteps):
-            return inputs.start, timesteps
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(skipped)
-        return scheduler.add_noise(inputs.start, noise, timesteps[:1].expand(len(noise))), timesteps
-
-    def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the latents after all denoising steps, float32 [B, C, h, w]."""
-        latents, timesteps = self._begin(call, noise, inputs)
-        self._num_timesteps, options = len(timesteps), self._step_options(call)
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                prediction = self._predict(call, latents, t, inputs, prompts)
-                latents = self.scheduler.step(prediction, t, latents, **options).prev_sample
-                if inputs.mask is not None and inputs.start is not None:
-                    original = inputs.start
-                    if i + 1 < len(timesteps):
-                        original = self.scheduler.add_noise(original, noise, timesteps[i + 1 : i + 2].expand(len(original)))
-                    latents = (1 - inputs.mask) * original + inputs.mask * latents
-                latents, prompts = self._call_back(call, i, t, latents, prompts)
-                bar.update()
-        return latents
-
-    def _call_back(
-        self, call: CallArguments, number: int, t: Tensor, latents: Tensor, prompts: Prompts
-    ) -> tuple[Tensor, Prompts]:
-        """Call the user's callback after step `number`; return latents and prompts with the tensors that it replaces."""
-        callback = call.callback_on_step_end
-        if callback is None:
-            return latents, prompts
-        # diffusers' PipelineCallback has its own list of tensor names.
-        names = getattr(callback, "tensor_inputs", call.callback_on_step_end_tensor_inputs)
-        values = (latents, prompts.embeds, prompts.negative_embeds)
-        tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
-        tensors |= callback(self, number, t, {name: tensors[name] for name in names})
-        embeds, negative = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
-        return tensors["latents"], prompts._replace(embeds=embeds, negative_embeds=negative)
-
-    def _step_options(self, call: CallArguments) -> JsonObject:
-        """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
-        generator = call.generator
-        if generator is None and call.seed is not None:
-            generator = torch.Generator(self._execution_device).manual_seed(call.seed)
-        known = inspect.signature(self.scheduler.step).parameters
-        return {k: v for k, v in {"eta": call.eta, "generator": generator}.items() if k in known}
-
-    def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
-        x = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-        text, mask, null, null_mask = prompts
-        if not self.do_classifier_free_guidance or null is None or null_mask is None:
-            return self._run_unet(call, x, t, inputs, text, mask)
-        text, mask = torch.cat([text, null]), torch.cat([mask, null_mask])
-        of_text, of_null = self._run_unet(call, x.repeat(2, 1, 1, 1), t, inputs, text, mask).chunk(2)
-        prediction = of_null + self.guidance_scale * (of_text - of_null)
-        if self.guidance_rescale > 0:
-            prediction = rescale_noise_cfg(prediction, of_text, self.guidance_rescale)
-        return prediction
-
-    def _run_unet(
-        self, call: CallArguments, x: Tensor, t: Tensor, inputs: ImageInputs, text: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
-
-        `x` and `text` have B samples, or 2 B: those with prompts, then those with negative prompts.
-        """
-        unet, options = self.unet.eval(), JsonObject()
-        text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
-        if not isinstance(unet, UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
-            options["encoder_attention_mask"] = mask
-        if inputs.small is not None:
-            small = inputs.small.repeat(len(x) // len(inputs.small), 1, 1, 1)
-            x = append_small_image(x, small, self.config.upscale["patch"])
-        residuals = JsonObject()
-        if inputs.edges is not None:
-            edges = inputs.edges.repeat(len(x) // len(inputs.edges), 1, 1, 1).to(unet.dtype)
-            scale = call.controlnet_conditioning_scale
-            skips, middle = self.controlnet(x, timestep, text, edges, scale, **options, return_dict=False)
-            residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
-        return cast(Tensor, unet(x, timestep, encoder_hidden_states=text, **options, **residuals).sample.float())
 
     def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
         """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").

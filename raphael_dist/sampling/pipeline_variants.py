@@ -18,8 +18,9 @@ from raphael_dist.data.features.encoder_files import Model, Tokenizer
 from raphael_dist.data.image import to_rgb
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseScheduler
-from raphael_dist.sampling.pipeline import ImageInputs, Output, RaphaelPipeline
+from raphael_dist.sampling.pipeline import Output, RaphaelPipeline
 from raphael_dist.sampling.pipeline_arguments import CallArguments, Images, Texts
+from raphael_dist.sampling.pipeline_denoising import ImageInputs
 from raphael_dist.sampling.sampler import check_small, to_tensor
 from raphael_dist.text import JsonObject
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from raphael_dist.analysis.route_figures import draw_heat_map
-from raphael_dist.checkpoint.save import Save
+from raphael_dist.checkpoint.save_state import Save
 from raphael_dist.config.schema import Config, to_yaml
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.losses import Losses
@@ -20,7 +20,9 @@ from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.training.console import Console
 from raphael_dist.training.data_timer import DataTimer
-from raphael_dist.training.metrics import DeadExperts, Metrics, MetricsWriter, load_metrics, relative_load
+from raphael_dist.training.expert_load import DeadExperts, load_metrics, relative_load
+from raphael_dist.training.metrics import Metrics
+from raphael_dist.training.metrics_files import MetricsWriter
 from raphael_dist.training.stragglers import Stopwatch, Stragglers
 from raphael_dist.training.throughput import peak_gib, throughput
 from raphael_dist.training.wandb_mlflow import Trackers, flat

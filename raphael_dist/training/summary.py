@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from raphael_dist.config.schema import Config
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from raphael_dist.training.run_state import Run
 
 

@@ -18,7 +18,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import replace_bytes
 from raphael_dist.text import redact
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import pytest
 from raphael_dist.checkpoint.manifest import MANIFEST, seal
 from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
 from raphael_dist.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.lib.forks import Forks, output_of
 from tests.lib.launch import LONG
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raphael_dist.checkpoint.reader import CheckpointReader
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.lib.checkpoints import open_step
 from tests.lib.forks import Forks, output_of
 

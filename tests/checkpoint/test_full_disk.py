@@ -14,7 +14,7 @@ from raphael_dist.errors import EXIT_NOT_SAVED, NotSavedError
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.runtime.watchdog import Watchdog
 from raphael_dist.training import run_dir
-from raphael_dist.training.metrics import MetricsWriter, read_metrics
+from raphael_dist.training.metrics_files import MetricsWriter, read_metrics
 from tests.lib.launch import ROOT, run_ranks
 from tests.lib.small_disk import small_disk
 from tests.training.test_training import SMALL

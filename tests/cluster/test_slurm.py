@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.lib import slurm_cluster
 from tests.lib.launch import ROOT, run_ranks
 from tests.lib.slurm_cluster import Cluster, wait_for

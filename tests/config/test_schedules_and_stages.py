@@ -21,7 +21,7 @@ from raphael_dist.model.diffusion import NoiseSchedule, alphas_cumprod, draw_off
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.training.lr_schedule import annealing_factor, learning_rate
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.lib.forks import Forks
 from tests.lib.synthetic import plain_fragments, synthetic_batch, tiny_config
 

@@ -264,7 +264,7 @@ def test_data_wait_is_divided_by_cause_and_names_setting_once(monkeypatch: pytes
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_train_alike_on_all_feature_sources(tmp_path: Path) -> None:
-    from raphael_dist.training.metrics import read_metrics
+    from raphael_dist.training.metrics_files import read_metrics
 
     sizes = [*WITH_VAE, "text.max_tokens=16", "data.val_shards=[]"]
     shards = [str(ROOT / "data/emoji-demo/train-0000.tar"), "--edges", "stored", "--out", str(tmp_path / "shards")]

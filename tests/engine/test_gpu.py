@@ -10,7 +10,7 @@ import torch
 from raphael_dist.model.cuda_graphs import replay_cuda_graphs
 from raphael_dist.model.moe import SpaceMoE, TimeMoE, reference_space_moe
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.lib.launch import run_ranks, train_many
 from tests.lib.synthetic import synthetic_batch, tiny_config
 from tests.training.test_training import arguments

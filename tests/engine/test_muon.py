@@ -9,7 +9,7 @@ import torch
 from raphael_dist.engine.ds_config import merge
 from raphael_dist.engine.muon import Muon, orthogonalise
 from raphael_dist.engine.parameter_kinds import is_hidden_matrix
-from raphael_dist.engine.zero import FlatLayout
+from raphael_dist.engine.zero_interface import FlatLayout
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses

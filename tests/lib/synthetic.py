@@ -10,7 +10,8 @@ from raphael_dist.engine.zero import Zero0
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.controlnet import add_control
 from raphael_dist.model.lora import add_lora
-from raphael_dist.model.unet import GateNoise, RaphaelUNet
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet_interface import GateNoise
 
 TOKENS, TEXT_WIDTH, SIZE = 7, 12, 8
 

@@ -19,7 +19,8 @@ from raphael_dist.convert.controlnet_files import read_control, write_control
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import ControlNet, add_control
-from raphael_dist.model.unet import RaphaelUNet, UNetInput
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet_interface import UNetInput
 from raphael_dist.sampling.prompts import read_edges
 from tests.lib.adapters import STEPS, canonical, hashes, losses_of, one_process, sample_image
 from tests.lib.forks import Forks, output_of

@@ -16,7 +16,8 @@ from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.moe import SPACE_BACKENDS
 from raphael_dist.model.routing import Gate, choose, gate_logits, one_hot
-from raphael_dist.model.unet import GateNoise, RaphaelUNet
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet_interface import GateNoise
 from tests.lib.synthetic import plain_fragments, synthetic_batch, tiny_config
 
 torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work

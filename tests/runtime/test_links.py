@@ -15,7 +15,7 @@ from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.runtime.watchdog import Watchdog
 from raphael_dist.storage.files import replace_bytes
 from raphael_dist.training import run_dir
-from raphael_dist.training.metrics import MetricsWriter
+from raphael_dist.training.metrics_files import MetricsWriter
 
 WORDS = "the words of another file"
 

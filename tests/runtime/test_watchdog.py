@@ -12,7 +12,7 @@ import pytest
 from raphael_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, UserError
 from raphael_dist.runtime.stop_request import StopRequest, parse_time
 from raphael_dist.runtime.watchdog import Heartbeat, describe_stragglers
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from raphael_dist.training.stragglers import Stragglers
 from tests.lib.launch import ROOT, rank_env, run_ranks
 from tests.training.test_training import SMALL, wait_for

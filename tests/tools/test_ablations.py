@@ -18,7 +18,7 @@ from ablations.variants import WIDTH, choose, read_base
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_USER_ERROR, UserError
 from raphael_dist.evaluation.lettering import score_texts
 from raphael_dist.evaluation.study import Result, write_results
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.lib.launch import ROOT
 from tools import ablate
 

@@ -17,7 +17,7 @@ from typing import Any
 from raphael_dist.checkpoint.folders import step_of
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.errors import UserError
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.lib.forks import Forks, output_of
 
 WORLD, STEPS, EVERY = 2, 8, 2

@@ -7,7 +7,7 @@ import pytest
 from raphael_dist import train
 from raphael_dist.config.schema import load_config
 from raphael_dist.engine import ds_config
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.lib.launch import run_ranks
 from tests.training.test_training import SMALL
 

@@ -19,13 +19,14 @@ from raphael_dist.engine.engine import square_sum
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
-from raphael_dist.model.unet import GateNoise, RaphaelUNet
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.model.unet_interface import GateNoise
 from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.training.logged_metrics import Telemetry
-from raphael_dist.training.metrics import MetricsWriter, read_metrics
+from raphael_dist.training.metrics_files import MetricsWriter, read_metrics
 from raphael_dist.training.run_state import Run, RunProgress, StopState
 from raphael_dist.training.step_guard import Guard
 from raphael_dist.training.trainer import log_step, train_step

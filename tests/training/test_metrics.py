@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from raphael_dist.analysis.route_figures import draw_heat_map
-from raphael_dist.training.metrics import LAYOUT, DeadExperts, Metrics, MetricsWriter, load_metrics
+from raphael_dist.training.expert_load import DeadExperts, load_metrics
+from raphael_dist.training.metrics import Metrics
+from raphael_dist.training.metrics_files import LAYOUT, MetricsWriter
 
 
 def test_expert_loads_are_relative_to_an_even_share():

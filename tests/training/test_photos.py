@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.reporting.run_files import read_routes, read_run
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from tests.data_prep.test_data_prep import folder_of
 from tests.lib.launch import ROOT
 from tests.lib.parts import WIDTH, save_text, save_vae

@@ -16,7 +16,7 @@ from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.config.run_sections import Train
 from raphael_dist.errors import EXIT_NON_FINITE
 from raphael_dist.storage.files import sha256
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 from raphael_dist.training.step_guard import MIN_LOSSES, Guard
 from tests.lib.forks import Forks, output_of
 

@@ -25,7 +25,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.run_data import DataSource
 from raphael_dist.model.batch import Batch
-from raphael_dist.model.unet import GateNoise
+from raphael_dist.model.unet_interface import GateNoise
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.storage import files, tensorfile
 from raphael_dist.training import recovery, trainer

@@ -18,7 +18,7 @@ from scipy.stats import t as student
 from ablations.campaign import BENCHMARK, TEXT, Campaign, read_finished
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import atomic_path
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 
 LAST = 0.1  # the final training loss is the mean over this last share of the steps
 CONFIDENCE = 0.95

@@ -16,7 +16,7 @@ from pathlib import Path
 from raphael_dist.config.schema import load_config
 from raphael_dist.planning.cluster_spec import ClusterSpec, load_cluster
 from raphael_dist.planning.search import Choice, Search
-from raphael_dist.training.metrics import read_metrics
+from raphael_dist.training.metrics_files import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGES, EACH, MOST = 32, 8, 8  # images per step (strong), per rank (weak), per micro-batch at most

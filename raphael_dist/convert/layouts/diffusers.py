@@ -19,19 +19,16 @@ from raphael_dist.convert.layout_manifest import base_manifest, read_optional_ma
 from raphael_dist.convert.layouts import WEIGHTS, Layout
 from raphael_dist.convert.layouts.canonical import gather
 from raphael_dist.convert.layouts.dense import (
-    CLASS,
     open_dense,
     pickles,
     read_object,
     scheduler_settings,
-    sizes_of_unet,
-    unet_fields,
     unet_files,
-    unet_json,
     weights_by_name,
 )
 from raphael_dist.convert.model_card import IMAGE, model_card, samples_image
 from raphael_dist.convert.source_checkpoint import Checkpoint, is_dense
+from raphael_dist.convert.unet_config import CLASS, sizes_of_unet, unet_fields, unet_json
 from raphael_dist.convert.write_plan import ConversionPlan, Options, Source
 from raphael_dist.data.features.characters import CHARACTERS, CharacterModel
 from raphael_dist.data.features.encoder_files import NAMED, text_folders, vae_folder

@@ -1,0 +1,35 @@
+"""Compares the gradient of a parameter with that of one process, expert by expert, for messages of `prove`."""
+
+from collections.abc import Iterator
+from math import prod
+
+from torch import Tensor
+
+from raphael_dist.checkpoint.tensors import stacked
+
+
+def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[str, slice]]:
+    """Divide elements [start, start + numel) of the flattened parameter `name` by expert, so that messages can name it.
+
+    Yields (label, slice relative to `start`). A parameter without experts is one piece. `shape`: of the whole parameter.
+    """
+    each = prod(shape[1:]) if stacked(name) else prod(shape)
+    at = 0
+    while at < numel:
+        expert, offset = divmod(start + at, each)
+        length = min(each - offset, numel - at)
+        yield f"{name}, expert {expert}" if stacked(name) else name, slice(at, at + length)
+        at += length
+
+
+def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) -> str:
+    """Compare two gradients; return "" if they agree, else a text such as "0.50 times" or "12% away from".
+
+    They agree if the norm of their difference is at most `tolerance` times (the norm of `expected` + `floor`).
+    """
+    size = float(expected.norm())
+    if float((actual - expected).norm()) <= tolerance * size + tolerance * floor:
+        return ""
+    factor = float((actual * expected).sum()) / max(size, 1e-30) ** 2
+    proportional = float((actual - factor * expected).norm()) <= tolerance * abs(factor) * size + tolerance * floor
+    return f"{factor:.2f} times" if proportional else f"{float((actual - expected).norm()) / max(size, 1e-30):.0%} away from"

@@ -1,0 +1,76 @@
+"""Runs checks of `prove` in a worker process, which sends progress and results to its agent."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raphael_dist.cluster.prove_checks import CHECKS, PREFLIGHT
+from raphael_dist.cluster.prove_results import Proof
+from raphael_dist.config.schema import Config
+from raphael_dist.errors import describe_error
+from raphael_dist.runtime.ranks import discover, initialise
+
+Message = tuple[str, Any]  # of a worker to its agent: "mark", "result" or "error", and its value
+KILLED = "killed"  # the last mark of a worker that ends itself
+
+
+def work(
+    pipe: Connection,
+    names: Sequence[str],
+    env: dict[str, str],
+    config: Config,
+    out: Path,
+    log: Path,
+    options: dict[str, int],
+) -> None:
+    """Run checks in this worker process; send progress and results to the agent, the process that supervises it.
+
+    Args:
+        pipe: the connection to the agent.
+        names: the checks, in order.
+        env: environment variables to set, e.g. RANK.
+        config: the user's configuration.
+        out: folder of the reports.
+        log: file for the output of this process.
+        options: further arguments of the checks (`Proof.options`).
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(env)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the store that it names belongs to the agents
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent ends this process
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    ranks = discover()
+    torch.backends.cudnn.allow_tf32 = False  # results are compared in float32; TF32 would round them
+    try:
+        device = torch.device("cpu") if names[0] == PREFLIGHT else initialise(ranks)
+        proof = Proof(ranks, device, config, out, options, lambda text: pipe.send(("mark", text)))
+        for name in names:
+            proof.mark(name)
+            pipe.send(("result", CHECKS[name].run(proof).as_dict()))
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        pipe.send(("failed", describe_error(error)[:300]))
+    sys.stdout.flush()
+    threading.Event().wait()  # the agent ends it once all ranks have finished: rank 0 keeps the store of the others
+
+
+def _end_with(agent: int) -> None:
+    """End this process soon after its parent process `agent` has ended: a launcher may kill the agent alone."""
+    while os.getppid() == agent:
+        time.sleep(1)
+    os._exit(1)

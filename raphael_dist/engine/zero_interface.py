@@ -1,0 +1,99 @@
+"""The interface that `engine.zero` gives to DeepSpeed's optimizers, and what it describes: parts of weights on this rank."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The elements [start, start + numel) of a flattened parameter, which this rank stores in fp32.
+
+    Attributes:
+        name, shape: name and shape of the whole parameter.
+        start: index of the first element in the flattened parameter.
+        master: the fp32 weights, a view, float32 [numel].
+        owner, offset: the tensor that the optimizer updates, and the index of the first element within it.
+        shared: whether every rank has this fragment (ZeRO-0).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    master: Tensor
+    owner: Tensor
+    offset: int
+    shared: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+
+@dataclass(frozen=True)
+class FlatPart:
+    """This rank's part of one of DeepSpeed's flat tensors: fp32 weights, reduced gradient, and the model's weights, [n]."""
+
+    master: Tensor
+    gradient: Tensor
+    copy: Tensor
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """A flat tensor that holds whole parameters one after another, and of which the ranks of a group store a part each.
+
+    Attributes:
+        part: this rank's part of the fp32 weights, float32 [numel].
+        group: the ranks that together store the tensor, in its order; None: `part` is the whole tensor.
+        places: parameters and the index of their first element.
+    """
+
+    part: Tensor
+    group: dist.ProcessGroup | None
+    places: Sequence[tuple[nn.Parameter, int]]
+
+
+class Zero(Protocol):
+    """The common interface of the adapters. `copies`: the number of ranks that have each gradient after the reduction."""
+
+    copies: int = 1
+
+    def prepare_backward(self, first: bool) -> None:
+        """Prepare a backward pass. `first`: whether it is the first one of an optimizer step."""
+        return
+
+    def fragments(self, module: nn.Module) -> Iterator[Fragment]:
+        """Yield the parts of the fp32 weights that this rank stores, in the order of the parameters of `module`."""
+
+    def sync_model(self) -> None:
+        """Copy the fp32 weights into the weights that the model computes with. Collective."""
+
+    def gradients(self) -> Sequence[Tensor]:
+        """Return this rank's part of the reduced gradients of a step. The caller may change them before the update.
+
+        The parts of all ranks together contain each gradient element `copies` times.
+        """
+
+    def disable_builtin_clipping(self) -> None:
+        """Turn off DeepSpeed's gradient norm, overflow check and clipping. `Engine` does this work instead."""
+
+    def skip_step(self) -> AbstractContextManager[None]:
+        """Return a context manager inside which DeepSpeed's `step` drops the gradients and changes no weights."""
+
+
+def global_shape(p: Tensor) -> tuple[tuple[int, ...], int]:
+    """Return the shape of a whole parameter, and the flat index within it at which this rank's experts start.
+
+    `p` is the parameter on this rank. If it has only some of K stacked experts, it has the attribute `expert_slice = (first
+    expert, K)`. For other parameters the index is 0.
+    """
+    shape = tuple(getattr(p, "ds_shape", p.shape))
+    first, num_experts = getattr(p, "expert_slice", (0, None))
+    if num_experts is None:
+        return shape, 0
+    return (num_experts, *shape[1:]), first * p[0].numel()

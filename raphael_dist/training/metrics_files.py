@@ -1,0 +1,179 @@
+"""Writes metrics to metrics.jsonl and to TensorBoard under the same tags, and reads metrics.jsonl."""
+
+import json
+import logging
+import os
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from raphael_dist.storage.files import no_links, replace_bytes, write_all
+
+_log = logging.getLogger(__name__)
+
+# TensorBoard's page of custom scalars opens with these curves.
+LAYOUT = {
+    "first": {
+        "loss": ["Multiline", ["^train/loss"]],
+        "validation loss by timestep (t0: least noisy)": ["Multiline", ["^val/loss"]],
+        "images per second": ["Multiline", ["^throughput/samples_per_s$"]],
+        "gradient norm": ["Multiline", ["^optim/grad_norm$"]],
+        "busiest and least busy expert (1: an even share)": ["Multiline", ["^moe/(space|time)/load_"]],
+        "dead experts": ["Multiline", ["^moe/(space/|time/)?dead_experts$"]],
+    }
+}
+_OF_A_BLOCK = re.compile(r"moe/\w+/L\d+/")
+_BOARD = "TensorBoard's file"
+
+
+class MetricsWriter:
+    """Writes scalars to `metrics.jsonl` and to TensorBoard's files in the run directory. Used on rank 0.
+
+    Scalars of single blocks (moe/space/L00/...) go to TensorBoard only with `every_scalar`, since heat maps show them
+    already. If a file cannot be written, e.g. on a full disk, one warning is logged, the values are lost, and the run
+    continues.
+    """
+
+    def __init__(self, run_dir: Path, every_scalar: bool = False) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        threading.excepthook = _without_tensorboard_errors(threading.excepthook)
+        self._warned = False
+        self._path = run_dir / "metrics.jsonl"
+        self._mid_line = _ends_within_line(self._path)  # a kill or a full disk ended an earlier process
+        self._every_scalar = every_scalar
+        self._board: SummaryWriter | None = None
+        with self._tolerating(_BOARD):
+            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+            self._board.add_custom_scalars(LAYOUT)
+
+    def describe(self, yaml: str, values: Mapping[str, bool | int | float | str]) -> None:
+        """Write a run's configuration to TensorBoard, as YAML text and as hyperparameters for comparing runs.
+
+        `values`: the settings by key `section.key`.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        if self._board is not None:
+            with self._tolerating(_BOARD):
+                self._board.add_text("configuration", f"```yaml\n{yaml}\n```")
+                # add_hparams would put them into a run of their own, apart from the curves.
+                for summary in hparams(dict(values), {"train/loss": 0.0, "val/loss": 0.0}):
+                    self._board._get_file_writer().add_summary(summary)
+
+    def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+        """Write the scalars of optimizer step `step`: one line in metrics.jsonl, and one TensorBoard scalar per tag."""
+        line = json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
+        with self._tolerating(str(self._path)):
+            self._append(line)
+        if self._board is not None:
+            with self._tolerating(_BOARD):
+                for tag, value in values.items():
+                    if self._every_scalar or not _OF_A_BLOCK.match(tag):
+                        self._board.add_scalar(tag, value, step)
+
+    def return_to(self, step: int) -> None:
+        """Remove all values of steps after `step`, because the run continues from `step` and will log those steps again."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        with self._tolerating(str(self._path)):
+            _drop_after(self._path, step)
+        if self._board is not None:
+            with self._tolerating(_BOARD):  # as SummaryWriter(purge_step=...) does, but for an open writer
+                start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+                self._board._get_file_writer().add_event(start, step + 1)
+
+    def image(self, tag: str, step: int, image: Image.Image) -> None:
+        """Write an image to TensorBoard under `tag`."""
+        if self._board is not None:
+            with self._tolerating(_BOARD):
+                self._board.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what TensorBoard has buffered, and close its file."""
+        if self._board is not None:
+            with self._tolerating(_BOARD):
+                self._board.close()
+
+    def _append(self, line: str) -> None:
+        with open(self._path, "ab", buffering=0, opener=no_links) as file:
+            text = ("\n" * self._mid_line + line).encode()  # after an incomplete line, start a new one
+            self._mid_line = True
+            write_all(file.fileno(), memoryview(text))
+            self._mid_line = False
+
+    @contextmanager
+    def _tolerating(self, what: str) -> Iterator[None]:
+        """Return a context manager that ignores OSError in its body, and logs the first one. `what`: name of the file."""
+        try:
+            yield
+        except OSError as error:
+            if what == _BOARD:
+                self._board = None  # its thread has ended, and a flush would wait for it
+            if not self._warned:
+                _log.warning(
+                    "%s cannot be written (%s): training continues, but metrics are lost", what, error.strerror or error
+                )
+            self._warned = True
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove the lines of steps after `step` from a metrics.jsonl. The file is replaced by one rename."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    remaining = [line for line in lines if _step_of(line) <= step]
+    if len(remaining) < len(lines):
+        replace_bytes(path, b"".join(remaining))
+
+
+def _step_of(line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # an incomplete line, which readers skip
+        return -1
+
+
+def _ends_within_line(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
+    except OSError:  # there is none, or it is empty
+        return False
+
+
+_Hook = Callable[[threading.ExceptHookArgs], object]
+
+
+def _without_tensorboard_errors(hook: _Hook) -> _Hook:
+    """Return a hook that ignores failed writes of TensorBoard's thread: the next call to TensorBoard raises them too."""
+
+    def filtered(args: threading.ExceptHookArgs) -> None:
+        if not (type(args.thread).__name__ == "_AsyncWriterThread" and isinstance(args.exc_value, OSError)):
+            hook(args)
+
+    return filtered
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the (step, value) pairs of each tag in a metrics.jsonl, in order of steps.
+
+    If a tag has two values for one step, the later line counts. An incomplete line, caused by a kill or a full disk, is
+    skipped.
+    """
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        step = row.pop("step")
+        row.pop("samples_seen", None)
+        for tag, value in row.items():
+            series[tag][step] = value
+    return {tag: sorted(values.items()) for tag, values in series.items()}
