@@ -186,7 +186,10 @@ def check_same_prediction(field: str, path: Path, source: Config, prediction: st
 
 
 def is_dense(config: Config) -> bool:
-    """Return whether the model has neither experts nor edge modules, so that diffusers' own U-Net class fits it."""
+    """Return whether diffusers' own U-Net class fits the model, because it has nothing that this class lacks.
+
+    These are experts, edge modules (small networks that predict edge maps), and the position encoding of image tokens.
+    """
     m = config.model
     return not (m.space_experts or m.time_experts or config.edge.weight > 0 or m.image_positions)
 

@@ -57,6 +57,7 @@ _LATER_FIELDS: JsonObject = {"image_positions": False}  # fields that folders of
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Return the plan of a diffusers pipeline folder, or of its unet/ only (`options.unet_only`).
 
+    `source`: the checkpoint to convert. `options`: options of the conversion. `target` is not used.
     Raises UserError if the VAE or text encoder that the source's configuration names is missing.
     """
     config = source.config
@@ -214,6 +215,7 @@ def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
 def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
     """Open the U-Net of a diffusers pipeline folder as a checkpoint.
 
+    `config` is not used: the configuration is read from the folder.
     Raises UserError unless the U-Net is a RaphaelUNet2D or has the structure of Stable Diffusion 2.
     """
     unet = read_object(folder / "unet" / "config.json")

@@ -22,6 +22,7 @@ from raphael_dist.errors import UserError
 def open_run(path: Path, config: Config | None = None) -> Checkpoint:
     """Open a step-* folder, or the newest checkpoint of a run directory whose files have complete headers.
 
+    `config` is not used, since each checkpoint's manifest has the configuration.
     Raises UserError if there is no such checkpoint, or the run trained only LoRA adapters or a ControlNet.
     """
     checkpoint, problems = first_good(path, _open_step, str(path))
