@@ -302,7 +302,10 @@ def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
 
 
 def fused_update_error(requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for `adamw` in `train.kernels` if a requirement is not met. Arguments as in `cuda_graphs_error`."""
+    """Return the error for a setting that is incompatible with the fused optimizer step (`train.kernels` with "adamw").
+
+    Arguments as in `cuda_graphs_error`.
+    """
     return UserError(
         f"train.kernels with adamw requires {requirement}, but {actual}. {remedy} or remove adamw from train.kernels."
     )

@@ -71,7 +71,10 @@ class FlatLayout:
 
 
 class Zero(Protocol):
-    """The common interface of the adapters. `copies`: the number of ranks that have each gradient after the reduction."""
+    """The common interface of the adapters: classes that hide the differences between DeepSpeed's ZeRO optimizers.
+
+    `copies`: the number of ranks that have each gradient element after the reduction: 1, or with ZeRO-0 all ranks.
+    """
 
     copies: int = 1
 
@@ -88,7 +91,7 @@ class Zero(Protocol):
     def gradients(self) -> Sequence[Tensor]:
         """Return this rank's part of the reduced gradients of a step. The caller may change them before the update.
 
-        The parts of all ranks together contain each gradient element `copies` times.
+        Each gradient element is on `copies` ranks (an attribute: 1, or with ZeRO-0 the number of ranks).
         """
 
     def disable_builtin_clipping(self) -> None:
@@ -99,7 +102,13 @@ class Zero(Protocol):
 
 
 def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Zero:
-    """Return the adapter for `optimizer`: one of DeepSpeed's ZeRO optimizers, or a torch optimizer (ZeRO-0)."""
+    """Return an object that gives `optimizer` the interface `Zero`, which is the same for all ZeRO stages.
+
+    Args:
+        optimizer: one of DeepSpeed's ZeRO optimizers, or a torch optimizer (ZeRO-0).
+        module: the model that it trains.
+        world_size: number of ranks.
+    """
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return Zero3(optimizer)
     if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
@@ -155,7 +164,7 @@ class Zero0(Zero):
 
 
 class DeepSpeedZero(Zero):
-    """The base of the adapters for DeepSpeed's own optimizers."""
+    """Base class of `Zero12`, `Zero1Bf16` and `Zero3`, which give DeepSpeed's ZeRO optimizers the interface `Zero`."""
 
     def __init__(self, optimizer: DeepSpeedObject) -> None:
         self._zero = optimizer

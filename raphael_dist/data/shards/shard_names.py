@@ -23,7 +23,10 @@ _BRACES = re.compile(rf"(\{{{_END}\.\.{_END}(?:\.\.(-?\d+))?\}}|[{{}},])")
 
 @contextmanager
 def name_option(option: str) -> Iterator[None]:
-    """Replace "data.shards" at the beginning of UserErrors that the block raises by the name of another option, `option`."""
+    """Return a context manager that makes UserErrors raised inside it name `option` instead of data.shards.
+
+    `option`: the option with the patterns, such as "data.val_shards". It replaces "data.shards" at the beginning of a text.
+    """
     try:
         yield
     except UserError as error:
