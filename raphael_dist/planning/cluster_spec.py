@@ -81,7 +81,7 @@ class ClusterSpec(BaseModel):
     recomputed: Number = Number(value=1.0, source="assumed")
 
     def with_value(self, name: str, value: float) -> "ClusterSpec":
-        """Return a copy in which the field `name` has another value. Its source stays the same."""
+        """Return a copy in which the field `name` has another value. The text that states its source is not changed."""
         return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
 
     def links(self, ranks: int) -> Cluster:

@@ -101,7 +101,10 @@ class Trace:
         return int(self.peaks.max())
 
     def total(self, values: NDArray[np.int64], phase: str | None = None, kind: str | None = None) -> int:
-        """Return the sum of `values` (`flops` or `bytes`) over the operations of a phase and a kind. None: of any."""
+        """Return the sum of `values` (`flops` or `bytes`) over the operations of a phase and a kind.
+
+        `phase`: a name in PHASES. `kind`: a name in KINDS. None: all of them.
+        """
         chosen = np.ones(len(values), dtype=bool)
         if phase is not None:
             chosen &= self.phase == PHASES.index(phase)
@@ -286,14 +289,19 @@ class _Recorder(LiveBytes):
             self._kinds.pop()
 
     def enter(self, kind: str, is_segment: bool) -> None:
-        """Record that the forward pass of a module starts. A recomputed segment is not recorded again."""
+        """Record that the forward pass of a module starts.
+
+        Args:
+            kind: the module's part of the model, one of KINDS.
+            is_segment: whether the module is a segment (see `Trace`). Recomputing it does not start another segment.
+        """
         self._kinds.append(kind)
         if is_segment and self.phase == "forward":
             self._segment, self._live_before = len(self.segments), self.live
             self.segments.append((kind == "rest of blocks", 0))
 
     def leave(self, is_segment: bool, result: object) -> None:
-        """Record that the forward pass of a module has ended and returned `result`."""
+        """Record that the forward pass of a module has ended and returned `result`. `is_segment`: as for `enter`."""
         self._kinds.pop()
         if is_segment and self.phase == "forward":
             self._started = len(self.segments)
