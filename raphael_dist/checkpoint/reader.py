@@ -123,9 +123,10 @@ class CheckpointReader:
         return {kind for kind, _ in self._ranges}
 
     def spans(self) -> dict[Key, list[StoredTensor]]:
-        """Return where the ranges of each (kind, parameter) lie in the files.
+        """Return, for each (kind, parameter), where its values are in the files.
 
-        Raises UserError if a file's header cannot be read.
+        Each rank may have written a range of the flattened parameter, so one parameter can be in several files. Raises
+        UserError if a file's header cannot be read.
         """
         return {
             (kind, name): [self._stored(file)[f"{kind}/{name}"] for _, _, file in ranges]

@@ -44,7 +44,8 @@ def setting(default: object, description: str, mark: JsonDict | None = None, min
     Args:
         default: the default value.
         description: text for users.
-        mark: FREE or SHAPES; None: on resume it may change only if run.allow_change names it.
+        mark: FREE: the value may always change on resume. SHAPES: never, because shapes of weights depend on it. None: only
+            if run.allow_change names it.
         min_length: smallest number of entries of a list.
     """
     return Field(default, description=description, json_schema_extra=mark, min_length=min_length)
@@ -89,7 +90,10 @@ def keys_of(config_type: type[BaseModel]) -> list[str]:
 
 
 def keys_marked(config_type: type[BaseModel], mark: JsonDict) -> list[str]:
-    """Return the keys `section.key` of a configuration whose field or section has the mark FREE or SHAPES."""
+    """Return the keys `section.key` of a configuration whose field or section has a mark.
+
+    `mark`: FREE (the value may change whenever a run is resumed) or SHAPES (never).
+    """
     return [
         f"{section}.{name}"
         for section, kind in sections_of(config_type).items()

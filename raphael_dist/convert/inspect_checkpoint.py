@@ -112,7 +112,8 @@ def show(checkpoint: Checkpoint) -> bool:
     """Print a report about a checkpoint: its model, its experts, and whether its files are intact.
 
     Returns:
-        True if there are no warnings about experts, and the files match the checksums of the manifest, or there is none.
+        True if there are no warnings about experts, and all files match the checksums of the manifest. Files without a
+            manifest count as intact.
     """
     # Without a terminal the width is unlimited, so that no name is cut off.
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)

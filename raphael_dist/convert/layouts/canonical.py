@@ -56,7 +56,8 @@ def entries(source: Source, kind: str) -> Iterator[Entry]:
 def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
     """Plan the files for one kind of values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
 
-    Returns the files, of about `part_bytes` bytes, and {name: content} of their index ({} for one file).
+    `source`: the checkpoint that is converted. Returns the files, each of about `part_bytes` bytes, and {name: content} of
+    the index, a file that states which tensor is in which file; {} if there is only one file.
     """
     return parts(entries(source, kind), STEMS[kind], part_bytes)
 
