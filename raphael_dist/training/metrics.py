@@ -297,7 +297,7 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
 
 
 def relative_load(load_LK: Tensor) -> Tensor:
-    """Return each expert's load (how much it was used, in any unit), divided by the mean load of its block; 1 means an even share.
+    """Return each expert's load (in any unit), divided by the mean load of its block; 1 means an even share.
 
     Argument and result are [L, K] for L transformer blocks with K experts each.
     """
