@@ -61,7 +61,8 @@ def check_size(tree: object) -> None:
         count += 1
         if count > MAX_VALUES:
             raise UserError(
-                f"{shorten(name)}: the configuration must have at most {MAX_VALUES:,} values, but it has more. Remove some."
+                f"{shorten(name)}: the whole configuration must have at most {MAX_VALUES:,} keys and list entries, but it "
+                "has more. Remove some, or remove YAML aliases."
             )
         if isinstance(value, dict):
             queue += [(name if "." in name else f"{name}.{key}".lstrip("."), inner) for key, inner in value.items()]

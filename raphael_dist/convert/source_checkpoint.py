@@ -72,14 +72,14 @@ class Checkpoint:
         """
         if "master" not in self.kinds():
             raise UserError(
-                f"{self.path} must contain the weights of the model (kind 'master'), but it contains "
-                f"{', '.join(self.kinds()) or 'nothing'}. Use another checkpoint."
+                f"{self.path} must contain the weights of the model (values 'master'), but it only contains "
+                f"{', '.join(self.kinds()) or 'other files'}. Use another checkpoint."
             )
         read = {span.path for spans in self.spans.values() for span in spans}
         if self.files and not read <= self.files.keys():
             raise UserError(
-                f"{min(read - self.files.keys())} must be listed in the manifest, but it is not. Remove the file, or the "
-                "manifest."
+                f"{min(read - self.files.keys())} must be listed in the manifest, but it is not. Remove this file, or "
+                "remove the manifest to read all files without their checksums."
             )
         problem = coverage_error(
             {key: [(s.start, s.numel) for s in spans] for key, spans in self.spans.items()}, self.kinds(), self.shapes

@@ -193,7 +193,8 @@ def check_complete(plan: ConversionPlan, source: Source) -> None:
     problem = coverage_error(spans, plan.kinds, source.shapes)
     if problem:
         raise UserError(
-            f"--to: the target must contain each element of each tensor exactly once, but {problem}. Use another layout."
+            f"--to: the converted files must contain each weight exactly once, but {problem}. Choose another layout "
+            "with --to."
         )
 
 

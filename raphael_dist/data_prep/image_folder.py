@@ -84,8 +84,8 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
         problem = next((f" ({image.problem})" for image in images if image.problem), "")
         raise UserError(
             f"SOURCE={folder} must have captions, but none of its images ({len(images)}) has one{problem}. Add a .txt with "
-            "the name of each image, or a metadata.jsonl or CSV with the columns file_name and text. --caption text.en "
-            "selects a nested field."
+            "the name of each image, or a metadata.jsonl or CSV with the columns file_name and text. If the captions "
+            "are in another column or a nested field, name it, for example --caption text.en."
         )
     return images, skipped
 

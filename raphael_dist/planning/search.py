@@ -214,9 +214,10 @@ class Search:
         """
         outcomes = [self._outcome(*candidate) for candidate in self.choices()]
         if not outcomes:
+            restricted = f" under the restriction {self.allowed}" if self.allowed else ""
             raise UserError(
-                f"train.global_batch_size={self.config.train.global_batch_size} on {self.world} ranks: the planner finds "
-                f"no settings that are possible{f' with {self.allowed}' if self.allowed else ''}. Use fewer ranks, or a "
+                f"train.global_batch_size={self.config.train.global_batch_size} on {self.world} ranks must be possible with "
+                f"some ZeRO stage and micro-batch size, but no combination is possible{restricted}. Use fewer ranks, or a "
                 "larger train.global_batch_size."
             )
         fastest = max((o.step.images_per_s for o in outcomes if o.fits), default=0.0)

@@ -59,8 +59,8 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     launch = run.launch
     if launch is None:
         raise UserError(
-            "train.log must contain the line about the start of the run, with the number of ranks and the ZeRO stage, but "
-            "it has none"
+            "train.log must contain the line with the number of ranks and the ZeRO stage, which the trainer logs at its "
+            "start, but it has none; restore the beginning of the file"
         )
     if cluster_name == "auto" and launch.device != "cpu":
         raise UserError("train.log does not state which GPU the run used; name it, for example with --cluster h100x8")
@@ -71,7 +71,10 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     )  # fmt: skip
     outcome = Search(config, cluster, launch.world).evaluate(choice)
     if outcome is None:
-        raise UserError(f"the planner cannot predict a run on {launch.world} ranks with these settings: {choice}")
+        raise UserError(
+            f"tools/plan_run.py, which predicts speed and memory, does not support a run on {launch.world} ranks with these "
+            f"settings: {choice}"
+        )
     step, peak = outcome.step, cluster.peak_tflops.get(config.train.dtype)
     planned = (
         step.images_per_s,

@@ -101,8 +101,8 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
         for key, stored in gather(of_kind).items():
             if key not in expected:
                 raise UserError(
-                    f"{stored.path} contains {key}, which is not a tensor of the model in its manifest. Use another "
-                    "checkpoint."
+                    f"{stored.path} contains {key}, which is not a tensor of the model that the manifest describes. Use "
+                    "another checkpoint."
                 )
             name, start, shape = expected[key]
             if stored.shape != shape:

@@ -129,7 +129,7 @@ class Encoders:
     def __init__(self, config: Config, text_by_name: bool = False) -> None:
         if text_by_name and config.text.encoder not in NAMED:
             raise UserError(
-                f"--text-by-name requires a text encoder that has a name ({', '.join(NAMED)}), but text.encoder is "
+                f"--text-by-name requires that text.encoder is {' or '.join(NAMED)}, but it is "
                 f"{config.text.encoder!r}. Leave out --text-by-name."
             )
         self.config, self.text_by_name = config, text_by_name or config.text.encoder == CHARACTERS  # it has no files

@@ -103,8 +103,8 @@ def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
             located.setdefault(("master", span.name), []).append(part)
     if stored:
         raise UserError(
-            f"{folder} contains {next(iter(stored))}, which is not a tensor of the model in its manifest. Use another "
-            "checkpoint."
+            f"{folder} contains {next(iter(stored))}, which is not a tensor of the model that the manifest describes. "
+            "Use another checkpoint."
         )
     return checkpoint_of(folder, manifest, located)
 

@@ -168,8 +168,8 @@ class FeatureCache:
             return
         self._open_shard.cache_clear()
         _log.warning(
-            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, without "
-            "the cache's rounding to float16, until the next start of the run writes the file again",
+            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, and not "
+            "rounded to float16 as in the cache, until the next start of the run writes the file again",
             path,
             " ".join(str(error).split())[:200],
         )

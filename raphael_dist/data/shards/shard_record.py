@@ -226,7 +226,8 @@ def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str
         raise ShardError(base_name(name), str(error)) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.shards: {hide_secrets(parquet)}, the table next to a shard, cannot be read: {error}. Repair or remove it."
+            f"data.shards: {hide_secrets(parquet)}, the parquet file of a shard, cannot be read: {error}. Repair or "
+            "remove it."
         ) from error
 
 
