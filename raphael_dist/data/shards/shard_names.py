@@ -61,7 +61,11 @@ def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -
             continue
         folder, rest = _split_existing(_expand_home(pattern, pattern))
         for name in _expand_braces(rest):
-            for path in _expand_path(folder, name, pattern):
+            try:
+                paths = _expand_path(folder, name, pattern)
+            except OSError as error:  # such as a name that is too long
+                raise UserError(f"data.shards={shorten(pattern)!r} cannot be read ({error.strerror}). Correct it.") from None
+            for path in paths:
                 files.setdefault(path.absolute(), path)
     if not files and not urls:
         raise UserError("data.shards=[] must name at least one shard. Set it, for example to 'data/train-{0000..0011}.tar'.")
