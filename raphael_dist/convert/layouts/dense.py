@@ -128,8 +128,8 @@ def unet_json(config: Config, where: str) -> JsonObject:
     m = config.model
     if not is_dense(config):
         raise UserError(
-            f"{where} requires a model with model.image_positions=false and without experts and edge modules, but this "
-            "model has at least one of the three. Use --to canonical or --to diffusers."
+            f"{where} requires a model without experts, without edge modules and with model.image_positions=false, but "
+            "this model does not meet all three. Use --to canonical or --to diffusers."
         )
     expected = [4 * c for c in m.channels]
     if m.time_activation != "geglu" or list(m.expert_width) != expected:
