@@ -207,8 +207,9 @@ def _check_default(config: Config) -> None:
         for line in lines if rank_of() == "0" else ():
             print_line(f"missing: {line}", file=sys.stderr)
         raise UserError(
-            f"--config={DEFAULT_CONFIG} (the default) requires what is listed above as missing. Provide it, choose another "
-            f"--config, or try a small model on this machine: {SMALL_RUN}"
+            f"--config={DEFAULT_CONFIG} (the default) requires more than this machine has: see the {len(lines)} lines "
+            "'missing: ...'. Provide what they name, choose another --config, or try a small model on this machine: "
+            f"{SMALL_RUN}"
         )
 
 

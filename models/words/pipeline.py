@@ -798,7 +798,8 @@ class PipelineFiles(_Pipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Load the content of model_index.json, as in diffusers.
 
-        The installed package uses its own classes instead of the code in the folder, so `trust_remote_code` is not required.
+        The file names the classes of the components, and the Python files in the same folder that define them. The installed
+        package replaces these classes by its own, so `trust_remote_code` is not required.
         """
         loaded = super().load_config(*args, **kwargs)
         for config in loaded if isinstance(loaded, tuple) else (loaded,):
@@ -954,8 +955,9 @@ class Adapter:
 
 
 def read_peft_folder(folder: Path, option: str) -> Adapter:
-    """Read the LoRA adapters in a folder that peft wrote. Raises UserError if they are not plain LoRA or do not match.
+    """Read the LoRA adapters in a folder that peft wrote.
 
+    Raises UserError if they are not plain LoRA, or if the tensors do not match the folder's adapter_config.json.
     `option`: name of the command line option, for messages.
     """
     config = _read_config(folder, option)

@@ -23,7 +23,7 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of the image regions cover, and how much computation this needs, for one threshold alpha.
+    """Which share of the image is covered by regions, and how much computation this needs, for one threshold alpha.
 
     The region of a text token is where its attention is at least alpha times its maximum. Each list has one share (0..1) per
     transformer block.

@@ -48,7 +48,9 @@ class Record:
 
 
 class Recorder:
-    """A context manager that records which experts a `RaphaelUNet` chooses for one sample of every batch.
+    """A context manager that records which experts a `RaphaelUNet` chooses for the sample with one index in every batch.
+
+    Run the forward passes inside the `with` block. The constructor's `sample` is the index of the sample, by default 0.
 
     Attributes:
         record: the result, complete when the `with` block has ended.

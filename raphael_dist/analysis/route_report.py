@@ -104,9 +104,12 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject
         side: largest width and height of the image, in pixels.
 
     Returns:
-        For W words, L blocks and S timesteps: `space` [W][L] and `time` [L][S] are the experts. `timesteps` [S]. `regions`
-            [W][L] are [h, w, cells] at timestep `at`, with the cells as a text of 0 and 1, row by row. `image` is a JPEG in
-            base64.
+        A dict for W words, L blocks and S timesteps, with these keys:
+            prompt, words, timesteps: the text of the prompt, those of its words [W], and the timesteps [S].
+            space, time: numbers of the experts, [W][L] and [L][S]; [] if the model has no such experts.
+            at: the timestep whose regions were recorded.
+            regions: for each word and block, [h, w, cells]. The cells are a text of 0 and 1, row by row.
+            image: a JPEG in base64.
     """
     image = Image.fromarray(trace.pixels)
     image.thumbnail((side, side))

@@ -61,8 +61,8 @@ def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
 def noisy_word_routes(model: RaphaelUNet, tokens_BYD: Tensor, deviation: float, seed: int = 0) -> Tensor:
     """Return the space expert of each text token in each block, int64 [B, L, Y], chosen with the gate noise of training.
 
-    `deviation`: standard deviation of the Gaussian noise on the gate logits. `seed`: of the noise. The model must have a
-    Space-MoE.
+    `tokens_BYD`: outputs of the text encoder. `deviation`: standard deviation of the Gaussian noise on the gate logits.
+    `seed`: of the noise. The model must have a Space-MoE.
     """
     logits = _text_logits(model, tokens_BYD).cpu()
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))

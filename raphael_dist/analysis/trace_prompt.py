@@ -52,9 +52,12 @@ def trace_prompt(
 
 
 def make_trace(pixels: np.ndarray, words: Words, record: Record) -> PromptTrace:
-    """Return the routes and regions of words from those of their tokens: a word has those of its first token.
+    """Return the experts and regions of each word of a prompt: those that were recorded for the word's first text token.
 
-    `pixels`: the drawn image, uint8 [H, W, 3].
+    Args:
+        pixels: the drawn image, uint8 [H, W, 3].
+        words: the words of the prompt, with their text tokens.
+        record: the experts and regions of all text tokens, recorded while the image was drawn.
     """
     route_WL, regions = None, []
     firsts = [first for first, _ in words.spans]

@@ -48,8 +48,8 @@ def resolve_latest(path: Path) -> Path:
     name = path.read_text(encoding="utf-8", errors="replace").strip()[:99]
     if not _STEP.fullmatch(name) or not path.with_name(name).is_dir():
         raise UserError(
-            f"{path} must contain the name of a checkpoint folder next to it (step-NUMBER), but it contains {name!r}. Give "
-            "the run directory instead."
+            f"{path} must contain the name of a checkpoint folder next to it (step-NUMBER), but it contains {name!r}. "
+            "Give the run directory instead of this file."
         )
     return path.with_name(name)
 

@@ -90,13 +90,19 @@ def _is_entry(entry: object) -> bool:
 
 
 def checksum(manifest: Manifest) -> str:
-    """Return the SHA-256 (hex) of a manifest, computed without the key `checksum`, which holds this value."""
+    """Return the SHA-256 (hex) of a checkpoint's manifest, the content of manifest.json.
+
+    The key `checksum` is left out, because it holds this value.
+    """
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def seal(manifest: Manifest) -> bytes:
-    """Return a manifest as bytes of JSON, one key per line, after adding the key `checksum` (see `checksum`)."""
+    """Return the bytes of manifest.json, JSON with one key per line: the manifest and its own SHA-256 as key `checksum`.
+
+    `manifest` is not changed.
+    """
     sealed = {key: value for key, value in manifest.items() if key != "checksum"} | {"checksum": checksum(manifest)}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sealed.items()]
     return ("{\n " + ",\n ".join(lines) + "\n}\n").encode()

@@ -106,9 +106,9 @@ class CheckpointReader:
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / name} must have a valid entry 'starts' in its header (for each tensor, the index of "
-                    f"its first element in the parameter), but the entry is missing or not valid ({error}). Use another "
-                    "checkpoint."
+                    f"{self.folder / name} must have a valid entry 'starts' in its header (for each tensor, at which "
+                    f"element of its flattened parameter it begins), but the entry is missing or not valid ({error}). Use "
+                    "another checkpoint."
                 ) from None
             if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:
                 raise UserError(
@@ -123,9 +123,10 @@ class CheckpointReader:
         return {kind for kind, _ in self._ranges}
 
     def spans(self) -> dict[Key, list[StoredTensor]]:
-        """Return where the ranges of each (kind, parameter) lie in the files.
+        """Return, for each (kind, parameter), where its values are in the files.
 
-        Raises UserError if a file's header cannot be read.
+        Each rank may have written a range of the flattened parameter, so one parameter can be in several files. Raises
+        UserError if a file's header cannot be read.
         """
         return {
             (kind, name): [self._stored(file)[f"{kind}/{name}"] for _, _, file in ranges]
@@ -148,8 +149,8 @@ class CheckpointReader:
             return self._files.read((self._stored(file)[f"{kind}/{name}"] for file in files), start, numel)
         except LookupError as error:
             raise UserError(
-                f"checkpoint {self.folder}: the values {kind} of the parameter {name} are incomplete: there is {error}. "
-                "Use another checkpoint."
+                f"{self.folder} must contain all values of {kind}/{name} (a parameter's weights, EMA or Adam moments), but "
+                f"it has {error}. Use another checkpoint."
             ) from None
 
     def whole(self, kind: str, name: str) -> Tensor:
@@ -172,8 +173,8 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
         of_checkpoint, of_run = (attrgetter(name)(each) for each in (stored, config))
         if of_checkpoint != of_run:
             raise UserError(
-                f"{name}={of_run} must be {of_checkpoint}, the value of the checkpoint in {where}. Change it, or use "
-                "another checkpoint or run.dir."
+                f"{name}={of_run} must be {of_checkpoint}, the value in the configuration of the checkpoint {where}. "
+                "Change it, or use another checkpoint or run.dir."
             )
     ours, theirs = config.edge, stored.edge
     if (ours.weight > 0) != (theirs.weight > 0) or ours.channels != theirs.channels:

@@ -10,10 +10,14 @@ from raphael_dist.storage import files
 
 
 class WrittenFile(NamedTuple):
-    """The file that one rank has written: name, seconds that writing took, size and SHA-256 (`entry`).
+    """The file that one rank has written.
 
-    ranges: by key `<kind>/<parameter>`, the range of the flattened parameter in the file as (first element, number of
-    elements).
+    Attributes:
+        name: file name.
+        seconds: how long writing took.
+        entry: size and SHA-256 of the file.
+        ranges: by key `<kind>/<parameter>`, the range of the flattened parameter in the file as (first element, number of
+            elements).
     """
 
     name: str
@@ -35,7 +39,7 @@ class Save:
         published: result of the thread that writes the manifest and renames the folder; on rank 0 after `commit`, else None.
         status: what this rank's thread is doing, for messages.
         failure: why the save failed, or None; the same text on all ranks once they have agreed.
-        concluded: whether the result of `published` has been recorded.
+        concluded: whether rank 0 has read the result of `published`, and recorded the save as finished or failed.
     """
 
     temporary: Path

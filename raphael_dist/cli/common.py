@@ -40,11 +40,11 @@ class Parser(argparse.ArgumentParser):
         self._example = example
 
     def format_help(self) -> str:
-        """Return the example and the help."""
+        """Return argparse's help, after the example command that the constructor was given (if any)."""
         return (f"example: {self._example}\n\n" if self._example else "") + super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse arguments as argparse does, and store the words for suggestions in error messages."""
+        """Parse arguments as argparse does. Keep the command line, so that `error` can suggest a correction."""
         self._argv = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 

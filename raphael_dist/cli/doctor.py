@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Print the problems of the run, and write the bundle (an archive for a bug report) if --bundle is given.
 
-    Returns the exit code: FOUND if there are problems, else 0. Raises UserError for mistakes that the user can correct.
+    Returns the exit code: 1 (FOUND) if there are problems, else 0. Raises UserError for mistakes that the user can correct.
     """
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Change the name.")

@@ -116,8 +116,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
-    """Return how images are sampled: settings, name of the scheduler, and a request without a prompt as a template.
+    """Return how images are sampled: settings, name of the scheduler, and a request with size and seed but no prompt.
 
+    The requests of all captions are copies of this request with a prompt.
     Raises UserError if --steps or --size is incompatible with the model.
     """
     from raphael_dist.sampling.distributed import SamplingSettings

@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run all checks; return the exit code. Raises UserError for mistakes that the user can correct."""
+    """Check network, gradients, checkpoints and speed on this rank of a launcher; return the exit code.
+
+    Raises UserError for mistakes that the user can correct.
+    """
     config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
     if args.config is None:  # no data is needed, and checkpoints are those of the checks
         data = config.data.model_copy(update={"shards": ()})

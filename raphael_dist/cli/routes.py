@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the figures and the report into the folder `args.out`. Raises UserError for mistakes of the user."""
+    """Write figures and a report about the experts of a trained model into the folder `args.out`.
+
+    Raises UserError for mistakes of the user.
+    """
     import torch
 
     from raphael_dist.analysis.route_report import Report

@@ -19,7 +19,7 @@ class Collective:
     Args:
         name: "all_reduce", "reduce_scatter", "all_gather" or "all_to_all".
         group: the process group of n ranks.
-        each: float32 numbers per block. The whole buffer has n blocks: one for each rank.
+        each: how many float32 numbers a block has. The whole buffer has n blocks: one for each rank.
         device: device of the buffers.
 
     All numbers of block b on rank r are r n + b. The values stay below 2**24, so that their sums are exact up to 4,000

@@ -122,11 +122,17 @@ class Agents:
         os._exit(EXIT_USER_ERROR)
 
     def stop_others(self, piece: int) -> None:
-        """Ask all agents to end the worker processes with the serial number `piece`, because one of them has failed."""
+        """Ask the agents of all ranks to end their worker processes, because the one on this rank has failed.
+
+        `piece`: serial number of the current worker processes, which were started together, one on each rank.
+        """
         self._store.set(f"stop/{piece}", "1")
 
     def stopped(self, piece: int) -> bool:
-        """Return whether an agent has asked to end the worker processes with the serial number `piece`."""
+        """Return whether the agent of some rank has asked to end the worker processes (`stop_others`).
+
+        `piece`: serial number of the worker processes that were started together, one on each rank.
+        """
         return bool(self._store.check([f"stop/{piece}"]))
 
 

@@ -41,6 +41,8 @@ def links(proof: Proof) -> Result:
     """Measure latency and bandwidth of each collective: over all ranks, inside nodes, and between nodes. Collective.
 
     A collective with wrong values is a problem. One that is much slower than on other ranks is a warning.
+
+    `proof`: this rank and its device. Returns measurements and problems of this rank.
     """
     hosts = gather_objects(host_name())
     me = proof.ranks.rank
@@ -139,7 +141,10 @@ def take_steps(proof: Proof, config: Config, tree: Tree, count_waits: list[int] 
 
 
 def graphs(proof: Proof) -> Result:
-    """Take the same training steps with and without CUDA graphs; compare gradient norms and speed. Collective."""
+    """Take the same training steps with and without CUDA graphs; compare gradient norms and speed. Collective.
+
+    `proof`: this rank and its device. Returns measurements and problems of this rank.
+    """
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("train.cuda_graphs on and off")])
     runs = {}
@@ -161,6 +166,8 @@ def waits(proof: Proof) -> Result:
     """Count how often the host waits for the GPU in a training step; more than once is a problem.
 
     Without a GPU, rank 0 counts on a simulated GPU (`tools/bench.py syncs`).
+
+    `proof`: this rank and its device. Returns measurements and problems of this rank.
     """
     if proof.device.type != "cuda":
         return _simulated_waits(proof)
@@ -189,6 +196,8 @@ def plan(proof: Proof) -> Result:
     """Compare a training step of the user's configuration with the prediction of `raphael_dist.planning`. Collective.
 
     Compared are time, memory, fp32 weights, and the bytes that this rank sends to experts of other ranks.
+
+    `proof`: this rank, its device and the user's configuration. Returns measurements and problems of this rank.
     """
     world = proof.ranks.world_size
     config = _one_micro_step(proof.config, world, proof.config.train.micro_batch_size)
@@ -274,7 +283,10 @@ def _expert_bytes(proof: Proof) -> tuple[int, int]:
 
 
 def micro_batch(proof: Proof) -> Result:
-    """Find the largest micro-batch of the user's model that fits into GPU memory; report it with the planner's value."""
+    """Find the largest micro-batch of the user's model that fits into GPU memory; report it with the planner's value.
+
+    `proof`: this rank, its device and the user's configuration. Collective.
+    """
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("the largest micro-batch that fits")])
     world, largest, planned = proof.ranks.world_size, 0, 0

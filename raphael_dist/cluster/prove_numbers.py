@@ -92,7 +92,10 @@ def _steps(dtype: str, world: int, device: torch.device) -> Steps:
 
 
 def seeds(proof: Proof) -> Result:
-    """Check that all ranks compute the same initial weights and random batch from the configured seed. Collective."""
+    """Check that all ranks compute the same initial weights and random batch from the configured seed. Collective.
+
+    `proof`: this rank. Returns measurements and problems of this rank.
+    """
     config = case_config(Case("float32", 0, 1), proof.ranks.world_size)
     reference = Reference(config, torch.device("cpu"))
     batch = position_batch(config, [(3, 1.0)], reference.num_blocks)
@@ -111,6 +114,8 @@ def gradients(proof: Proof) -> Result:
     """Train STEPS steps with every combination of `cases`; compare with training in one process. Collective.
 
     Compared are losses, gradients before and after the reduction over ranks, gradient norms and weights.
+
+    `proof`: this rank and its device. Returns measurements and problems of this rank.
     """
     problems: list[Problem] = []
     worst: dict[str, float] = {}
@@ -192,9 +197,9 @@ class Trained:
         return [master.detach().clone() for master in self.engine.fragments.masters()]
 
     def local_problem(self, slots: Sequence[Slots]) -> Problem | None:
-        """Compare this rank's gradients before their reduction with one process; return the first difference or None.
+        """Compare this rank's gradients, before they are reduced over ranks, with those of a training in one process.
 
-        `slots`: as in `accumulate`.
+        `slots`: those of the last call of `accumulate`. Returns a problem that states the first difference, or None.
         """
         reference = Reference(self.config, self._proof.device)
         micro_steps = [self._expected(reference, micro, number) for number, micro in enumerate(slots)]
@@ -237,7 +242,8 @@ class Trained:
 def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: float) -> Problem | None:
     """Compare `loss`, summed over this rank's samples, with training in one process; return a problem or None.
 
-    `slots`: (position in the sample order, weight) of these samples in step `step` (from 0).
+    `case`: the tested settings, whose dtype decides the tolerance. `expected`: the training in one process. `slots`:
+    (position in the sample order, weight) of the samples in step `step` (from 0).
     """
     tolerance = TOLERANCE[case.dtype][0]
     reference = expected.own_loss(step, slots)
@@ -249,7 +255,10 @@ def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: flo
 
 
 def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem | None:
-    """Compare the gradient norm of step `step` (from 0) with training in one process; return a problem or None."""
+    """Compare the gradient norm of step `step` (from 0) with training in one process; return a problem or None.
+
+    `case`: the tested settings, whose dtype decides the tolerance. `expected`: the training in one process.
+    """
     tolerance = TOLERANCE[case.dtype][0]
     reference = expected.norms[step]
     if math.isclose(norm, reference, rel_tol=tolerance):
@@ -280,7 +289,10 @@ def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Ten
 
 
 def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
-    """Return the relative difference (L2 norm) between the weights that this rank stores and `expected`, by name."""
+    """Return the relative difference (L2 norm) between the fp32 weights that this rank stores and the expected ones.
+
+    `expected`: the whole weights by name. `run`: the distributed training.
+    """
     error, size = 0.0, 0.0
     for f in run.engine.fragments:
         reference = expected[f.name].flatten()[f.start : f.start + f.numel].to(f.master)
@@ -293,6 +305,8 @@ def sums(proof: Proof) -> Result:
     """Check that gradients of many bfloat16 micro-steps are summed in float32, without rounding after each. Collective.
 
     The sum, computed from the change of the weights, is compared with the float32 sum of the same gradients.
+
+    `proof`: this rank and its device. Returns measurements and problems of this rank.
     """
     world = proof.ranks.world_size
     problems, worst = [], 0.0

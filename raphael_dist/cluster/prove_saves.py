@@ -36,7 +36,8 @@ def _run_config(proof: Proof, world: int, ep: int) -> Config:
 def save_and_kill(proof: Proof) -> Result:
     """Train two steps with sharded experts, save a checkpoint, train on, and kill all ranks during the next save (SIGKILL).
 
-    Never returns. The check `resume` uses the checkpoint.
+    The check `resume` uses the checkpoint. `proof`: this rank, its device, and the folder to save in. Never returns a
+    result, because this process is killed, too.
     """
     world = proof.ranks.world_size
     config = _run_config(proof, world, expert_sizes(world)[-1])
@@ -63,6 +64,8 @@ def resume(proof: Proof) -> Result:
 
     The loaded weights, and the losses, gradient norms and weights of the following steps must equal those of a training in
     one process that was never stopped.
+
+    `proof`: this rank, its device, and the folder with the run. Returns measurements and problems of this rank.
     """
     world = proof.ranks.world_size
     config = _run_config(proof, world, 1)

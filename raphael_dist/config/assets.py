@@ -16,9 +16,9 @@ def root() -> Path:
 
 
 def locate(path: str) -> str:
-    """Return the path of a file: `path` itself, or that of the file of the same name that comes with the package.
+    """Return `path`, or where the package has this file, so that presets can name the demo data in data/.
 
-    The latter is returned only if the folder of a relative `path` does not exist.
+    A relative path is looked up in the package (`root`) if its folder exists there, but not in the working directory.
     """
     folder = Path(path).parent
     if Path(path).is_absolute() or folder == Path() or folder.is_dir() or not (root() / folder).is_dir():

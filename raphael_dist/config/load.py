@@ -51,7 +51,7 @@ def preset_names() -> list[str]:
 
 
 def check_size(tree: object) -> None:
-    """Raise UserError if nested dicts and lists contain a NUL character or more than MAX_VALUES values.
+    """Raise UserError if nested dicts and lists contain more than MAX_VALUES values.
 
     A few lines of YAML aliases can expand to billions of values.
     """
@@ -61,14 +61,13 @@ def check_size(tree: object) -> None:
         count += 1
         if count > MAX_VALUES:
             raise UserError(
-                f"{shorten(name)}: the configuration must have at most {MAX_VALUES:,} values, but it has more. Remove some."
+                f"{shorten(name)}: the whole configuration must have at most {MAX_VALUES:,} keys and list entries, but it "
+                "has more. Remove some, or remove YAML aliases."
             )
         if isinstance(value, dict):
             queue += [(name if "." in name else f"{name}.{key}".lstrip("."), inner) for key, inner in value.items()]
         elif isinstance(value, list | tuple):
             queue += [(name, inner) for inner in value]
-        elif isinstance(value, str) and "\0" in value:
-            raise UserError(f"{name}={value_text(value)} must not contain NUL characters. Remove them.")
 
 
 def read_yaml(name_or_path: str) -> ConfigTree:

@@ -71,7 +71,7 @@ def check_same_run(old: Config, new: Config, folder: str) -> list[str]:
 def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Config, folder: str) -> list[str]:
     """Check that a resumed run has the data and encoders with which its checkpoint was trained.
 
-    The fingerprints (hashes) of shards, captions and encoders are compared. One that the manifest or `current` lacks is not.
+    Compared are fingerprints (hashes) of shards, captions and encoders, as far as both `manifest` and `current` have them.
 
     Args:
         manifest: the checkpoint's manifest. After a conversion it has only the fingerprint of the shards.

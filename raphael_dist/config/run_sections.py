@@ -103,8 +103,8 @@ class Optim(Section):
     )
     lr_schedule: LrSchedule = setting(
         "constant",
-        "Learning-rate schedule after the warm-up, named as in transformers. All but constant and inverse_sqrt end at "
-        "train.max_steps.",
+        "Learning-rate schedule after the warm-up, named as in transformers. constant and inverse_sqrt do not depend on "
+        "train.max_steps; the others are spread over the steps until then.",
     )
     lr_schedule_args: dict[str, float] = setting(
         {}, "Arguments of optim.lr_schedule, named as in transformers, e.g. {num_cycles: 3} for cosine_with_restarts."
@@ -294,8 +294,9 @@ class Parallel(Section, json_schema_extra=FREE):
     )
     elastic: bool = setting(
         False,
-        "What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: the next "
-        "smaller value that fits is used. false: the run ends with an error.",
+        "What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: this option "
+        "is lowered to the largest size that divides the numbers of ranks and of experts. false: the run ends with an "
+        "error.",
     )
     dispatch: Dispatch = setting(
         "auto",
@@ -334,8 +335,9 @@ class Sample(Section, json_schema_extra=FREE):
     )
     images: tuple[Path, ...] = setting(
         (),
-        "One image file for each caption in sample.prompts. With upscale.factor: the small image to enlarge. With "
-        "control.enabled: the image whose edges the sample follows.",
+        "Only with upscale.factor above 0 or control.enabled=true: one image file for each caption in sample.prompts. "
+        "With upscale.factor, it is the small image to enlarge; with control.enabled, the image whose edges the sample "
+        "follows.",
     )
     steps: Positive = setting(25, "Number of denoising steps for an image.")
     guidance: NonNegativeFloat = setting(

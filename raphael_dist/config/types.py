@@ -3,15 +3,27 @@
 A mark of a field (FREE or SHAPES) states whether its value may differ when a run is resumed.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
+_NAME_LIMIT = 255  # bytes of a file name
+
+
+def require_short_names(path: str) -> str:
+    """Return a path unchanged. Raises PydanticCustomError if a name between its slashes is too long for a file."""
+    if any(len(os.fsencode(name)) > _NAME_LIMIT for name in path.split("/")):
+        raise PydanticCustomError("name_too_long", "must not have a file name of more than 255 bytes")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(require_short_names)]
 
 Positive = Annotated[int, Field(ge=1, lt=INT_LIMIT)]
 NonNegative = Annotated[int, Field(ge=0, lt=INT_LIMIT)]
@@ -44,7 +56,8 @@ def setting(default: object, description: str, mark: JsonDict | None = None, min
     Args:
         default: the default value.
         description: text for users.
-        mark: FREE or SHAPES; None: on resume it may change only if run.allow_change names it.
+        mark: FREE: the value may always change on resume. SHAPES: never, because shapes of weights depend on it. None: only
+            if run.allow_change names it.
         min_length: smallest number of entries of a list.
     """
     return Field(default, description=description, json_schema_extra=mark, min_length=min_length)
@@ -68,13 +81,15 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_stray_value(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse values that pydantic would accept: true and false as numbers, and empty text or paths."""
+        """Refuse what pydantic would accept: true and false as numbers, and text that is empty or has NUL characters."""
         kinds = set(_plain_types(cls.model_fields[str(info.field_name)].annotation))
         if kinds & {int, float} and not kinds & {bool, Any} and _contains_bool(value):
             raise PydanticCustomError("bool_for_number", "must be a number, not true or false")
         if value == "" and kinds & {str, Path}:
             raise PydanticCustomError("empty", "must not be empty")
-        return value
+        if kinds & {str, Path} and _contains_null(value):
+            raise PydanticCustomError("null_byte", "must not contain NUL characters")
+        return require_short_names(value) if Path in kinds and isinstance(value, str) else value
 
 
 def sections_of(config_type: type[BaseModel]) -> dict[str, type[BaseModel]]:
@@ -89,7 +104,10 @@ def keys_of(config_type: type[BaseModel]) -> list[str]:
 
 
 def keys_marked(config_type: type[BaseModel], mark: JsonDict) -> list[str]:
-    """Return the keys `section.key` of a configuration whose field or section has the mark FREE or SHAPES."""
+    """Return the keys `section.key` of a configuration whose field or section has a mark.
+
+    `mark`: FREE (the value may change whenever a run is resumed) or SHAPES (never).
+    """
     return [
         f"{section}.{name}"
         for section, kind in sections_of(config_type).items()
@@ -111,6 +129,13 @@ def _contains_bool(value: object) -> bool:
     if isinstance(value, dict):
         return any(map(_contains_bool, value.values()))
     return any(map(_contains_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
+
+
+def _contains_null(value: object) -> bool:
+    """Return whether a text, or one in a list or dictionary, has a NUL character, which no file name can have."""
+    if isinstance(value, dict):
+        return any(_contains_null(key) or _contains_null(item) for key, item in value.items())
+    return any(map(_contains_null, value)) if isinstance(value, list | tuple) else isinstance(value, str) and "\0" in value
 
 
 def bytes_per_element(dtype: Dtype) -> int:

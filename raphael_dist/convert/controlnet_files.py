@@ -41,7 +41,7 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
             diffusers.
         config: configuration of the base model.
         weights: "ema" (moving average) or "master" (fp32 weights) of a run. None: the EMA if the run has one.
-        option: name of the command line option, for messages.
+        option: name of the command line option that gave `path`, for messages.
 
     Raises:
         UserError: there is no ControlNet at `path`, or it belongs to another model.
@@ -74,7 +74,7 @@ def control_weights(reader: CheckpointReader, weights: str | None, option: str) 
     Args:
         reader: the checkpoint.
         weights: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
-        option: name of the command line option, for messages.
+        option: name of the command line option that gave the checkpoint's path, for messages.
 
     Raises:
         UserError: the run trained no ControlNet.

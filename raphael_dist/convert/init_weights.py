@@ -68,7 +68,10 @@ class InitialWeights:
     upcycled: tuple[str, ...] = ()
 
     def describe(self, path: Path) -> str:
-        """Return one log line with the number of parameters in each tuple. path: the checkpoint that they come from."""
+        """Return one log line with the numbers of loaded, upcycled, reinitialised and unused parameters.
+
+        path: the checkpoint that the loaded ones come from.
+        """
         texts = [f"{len(self.loaded)} parameters were loaded from {path}"]
         groups = ((self.upcycled, "upcycled to experts"), (self.reinitialised, "reinitialised"), (self.unused, "not loaded"))
         texts += [f"{what}: {len(names)} ({_parts(names)})" for names, what in groups if names]
@@ -115,7 +118,8 @@ def load_initial(
 ) -> InitialWeights:
     """Copy the weights of a checkpoint (the EMA if there is one) into this rank's fp32 weights.
 
-    Each rank reads only the elements that it owns under ZeRO. Call `fragments.sync_model` afterwards, to update the model.
+    Each rank reads only the elements that it owns under ZeRO. Call `Fragments.sync_model` of the engine afterwards, which
+    copies the fp32 weights into the model.
 
     Args:
         fragments: this rank's fragments (ranges of parameters that it owns), whose fp32 weights are overwritten.
@@ -123,6 +127,9 @@ def load_initial(
         config: the run's configuration.
         verify: whether to compare the files with their checksums first; True on one rank is enough.
         report: called with a line of progress for each parameter.
+
+    Returns:
+        Which parameters were read, and which not.
 
     Raises:
         UserError: the checkpoint cannot be read or is damaged, or an error of `check_initial`. Nothing is copied then.

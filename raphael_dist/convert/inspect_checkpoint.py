@@ -77,8 +77,8 @@ def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
         problem = integrity_error([(pickle, files[pickle])]) if pickle in files else "no manifest has its checksum"
         if problem:
             raise UserError(
-                f"{pickle} is a pickle file and is not opened, since it may contain code: {problem}. Add --unpickle to "
-                "read only the weights in it."
+                f"{pickle} is not opened, since a pickle file may contain code and this one is not verified ({problem}). "
+                "Add --unpickle to read only the weights in it."
             )
 
 
@@ -112,7 +112,8 @@ def show(checkpoint: Checkpoint) -> bool:
     """Print a report about a checkpoint: its model, its experts, and whether its files are intact.
 
     Returns:
-        True if there are no warnings about experts, and the files match the checksums of the manifest, or there is none.
+        True if there are no warnings about experts, and all files match the checksums of the manifest. Files without a
+            manifest count as intact.
     """
     # Without a terminal the width is unlimited, so that no name is cut off.
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)

@@ -111,7 +111,10 @@ class MergedSource:
         return tuple(kind for kind in self._source.kinds() if kind in ("master", "ema"))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of the flattened parameter `name` with merged adapters, float32 [numel]."""
+        """Return elements [start, start + numel) of the flattened parameter `name` with merged adapters, float32 [numel].
+
+        `kind`: which weights of the base model to read, "master" (fp32 weights) or "ema" (moving average).
+        """
         values = self._source.read(kind, name, start, numel)
         if name not in self._adapter.factors:
             return values
@@ -201,8 +204,9 @@ def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def read_peft_folder(folder: Path, option: str) -> Adapter:
-    """Read the LoRA adapters in a folder that peft wrote. Raises UserError if they are not plain LoRA or do not match.
+    """Read the LoRA adapters in a folder that peft wrote.
 
+    Raises UserError if they are not plain LoRA, or if the tensors do not match the folder's adapter_config.json.
     `option`: name of the command line option, for messages.
     """
     config = _read_config(folder, option)

@@ -72,14 +72,14 @@ class Checkpoint:
         """
         if "master" not in self.kinds():
             raise UserError(
-                f"{self.path} must contain the weights of the model (kind 'master'), but it contains "
-                f"{', '.join(self.kinds()) or 'nothing'}. Use another checkpoint."
+                f"{self.path} must contain the weights of the model (values 'master'), but it only contains "
+                f"{', '.join(self.kinds()) or 'other files'}. Use another checkpoint."
             )
         read = {span.path for spans in self.spans.values() for span in spans}
         if self.files and not read <= self.files.keys():
             raise UserError(
-                f"{min(read - self.files.keys())} must be listed in the manifest, but it is not. Remove the file, or the "
-                "manifest."
+                f"{min(read - self.files.keys())} must be listed in the manifest, but it is not. Remove this file, or "
+                "remove the manifest to read all files without their checksums."
             )
         problem = coverage_error(
             {key: [(s.start, s.numel) for s in spans] for key, spans in self.spans.items()}, self.kinds(), self.shapes
@@ -186,7 +186,10 @@ def check_same_prediction(field: str, path: Path, source: Config, prediction: st
 
 
 def is_dense(config: Config) -> bool:
-    """Return whether the model has neither experts nor edge modules, so that diffusers' own U-Net class fits it."""
+    """Return whether diffusers' own U-Net class fits the model, because it has nothing that this class lacks.
+
+    These are experts, edge modules (small networks that predict edge maps), and the position encoding of image tokens.
+    """
     m = config.model
     return not (m.space_experts or m.time_experts or config.edge.weight > 0 or m.image_positions)
 

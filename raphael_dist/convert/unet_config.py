@@ -90,8 +90,8 @@ def unet_json(config: Config, where: str) -> JsonObject:
     m = config.model
     if not is_dense(config):
         raise UserError(
-            f"{where} requires a model without experts, edge modules and model.image_positions, but this model has some. "
-            "Use --to canonical or --to diffusers."
+            f"{where} requires a model without experts, without edge modules and with model.image_positions=false, but "
+            "this model does not meet all three. Use --to canonical or --to diffusers."
         )
     expected = [4 * c for c in m.channels]
     if m.time_activation != "geglu" or list(m.expert_width) != expected:
@@ -103,7 +103,10 @@ def unet_json(config: Config, where: str) -> JsonObject:
 
 
 def unet_fields(config: Config) -> JsonObject:
-    """Return the fields of config.json that diffusers' UNet2DConditionModel has too. The model may have experts."""
+    """Return the fields of a U-Net's config.json that diffusers' class UNet2DConditionModel has.
+
+    A model with experts has them too; the caller adds the fields of the experts.
+    """
     m = config.model
     kinds = ["CrossAttn" * has + "DownBlock2D" for has in m.attention]
     return {

@@ -57,7 +57,10 @@ class UpcycledSource:
         return ("master",)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of the flattened parameter `name` of the new model, float32 [numel]."""
+        """Return elements [start, start + numel) of the flattened parameter `name` of the new model, float32 [numel].
+
+        `kind` is not used: the object has only one kind of values, "master" (weights).
+        """
         if name in self._source.shapes:
             return self._source.read(self._kind, name, start, numel)
         owner = stacked(name)

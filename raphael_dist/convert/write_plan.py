@@ -71,7 +71,8 @@ class Piece:
     """A range of elements of a parameter, as it is written into a file.
 
     Attributes:
-        kind: kind of the values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments), "ema", ZEROS or STEP.
+        kind: kind of the values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema". ZEROS: zeros, for
+            padding or moments that the source lacks. STEP: one number, the optimizer's step, which is `span.start`.
         span: the elements [start, start + numel) of the flattened parameter.
         rows: if not 0, the elements are a matrix of this many rows, which is written transposed.
         duplicate: whether these elements are also written elsewhere. `check_complete` ignores such a piece.
@@ -192,7 +193,8 @@ def check_complete(plan: ConversionPlan, source: Source) -> None:
     problem = coverage_error(spans, plan.kinds, source.shapes)
     if problem:
         raise UserError(
-            f"--to: the target must contain each element of each tensor exactly once, but {problem}. Use another layout."
+            f"--to: the converted files must contain each weight exactly once, but {problem}. Choose another layout "
+            "with --to."
         )
 
 
@@ -214,7 +216,10 @@ def values(entry: Entry, source: Source) -> Iterator[Tensor]:
 
 
 def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
-    """Write one planned file into `folder`; return its HashedFile, whose method `entry` waits until it is on the disk."""
+    """Write one planned file into `folder`, with values that are read from `source`. Do not wait for fsync.
+
+    The method `entry` of the returned object waits until the file is on the disk, and returns its size and SHA-256.
+    """
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with HashedFile(path) as out:

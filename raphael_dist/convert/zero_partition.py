@@ -179,7 +179,8 @@ def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
 def spans(shapes: Shapes, topology: Topology, rank: int) -> Iterator[Span]:
     """Yield the spans (ranges of elements of parameters) of fp32 weights that a rank writes into a checkpoint.
 
-    Under ZeRO-0 every rank has all weights; whole parameters are assigned to the ranks in turn. `shapes`: by name.
+    `shapes`: shape of every parameter of the model, by name. `topology`: how parameters are divided over the ranks. Under
+    ZeRO-0 every rank has all weights, and whole parameters are assigned to the ranks in turn.
     """
     if topology.stage == 0:
         for i, (name, shape) in enumerate(shapes.items()):

@@ -154,7 +154,7 @@ class _WorkerBuilder(Dataset[_WorkerBatch]):
         self._builder.encoder = HostEncoder(builder.encoder, builder.stream.source.null_text)
 
     def num_bytes(self, slots: Slots) -> int:
-        """Return the size in bytes of a batch in shared memory."""
+        """Return the size in bytes, in shared memory, of the batch of these slots: a (position, weight) pair per sample."""
         batch = self._builder.dummy_batch(slots)
         noise = () if batch.gate_noise is None else tuple(batch.gate_noise)
         return sum(value.nbytes for value in (*vars(batch).values(), *noise) if isinstance(value, Tensor))

@@ -58,7 +58,10 @@ class BatchBuilder:
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
-        """Read, encode and assemble one micro-batch from its slots. Raises UserError as `TrainStream.sample`."""
+        """Read, encode and assemble one micro-batch. `slots`: (position, weight) of each sample, as the class describes.
+
+        Raises UserError if samples cannot be used, as `TrainStream.sample`.
+        """
         samples = self.stream.samples([position for position, _ in slots])
         return self.finalize(self._assemble(slots, self.encoder.encode(samples)))
 
@@ -75,6 +78,7 @@ class BatchBuilder:
     def dummy_batch(self, slots: Sequence[tuple[int, float]]) -> Batch:
         """Return a micro-batch with the shapes of `build(slots)`, but with zeros as samples and all weights 0.
 
+        `slots`: (position, weight) of each sample. The image size is that of the first position.
         A rank that has failed to read its data runs the step with this batch. Otherwise the other ranks would wait for it
         forever in collective operations, before all ranks know about the failure.
         """

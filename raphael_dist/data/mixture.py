@@ -66,10 +66,10 @@ class MixedOrder:
 
     @property
     def samples_per_epoch(self) -> int:
-        """The number of samples of all sources together.
+        """The number of samples of all sources together, which counts as one epoch of the mixture.
 
-        A source with a large weight is repeated before so many samples were used, one with a small weight is not complete
-        then.
+        The weights decide how often a source is used in it: a source with a large weight may be repeated, and one with a
+        small weight may not be used completely.
         """
         return sum(part.samples_per_epoch for part in self._parts)
 

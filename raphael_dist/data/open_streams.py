@@ -216,6 +216,7 @@ def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training:
     """Return the object that training gets encoded samples from: online, cached or stored, as data.features states.
 
     A feature cache is opened, but not filled. Raises UserError if edge.weight requires edge maps, but data.edge_maps=none.
+    `index`: the table of all samples of the shards. `training`: whether these are the training shards, not validation.
     """
     if config.data.features == "stored":
         # When the features were computed, edge maps were files in the shards, even if HED had made them.

@@ -253,8 +253,8 @@ class TrainStream:
             if replacement is None:
                 size, bad = list(self.order.buckets[bucket]), self.bad_samples[sample_id]
                 raise UserError(
-                    f"image.buckets={size} requires at least one sample that can be used, but all samples of this size "
-                    f"cannot, for example {bad}. Repair the samples, or remove the size."
+                    f"image.buckets={size} requires at least one sample that can be used, but no sample of this size can "
+                    f"be used, for example {bad}. Repair the samples, or remove the size."
                 )
             self._replacements[sample_id] = replacement
         return replacement

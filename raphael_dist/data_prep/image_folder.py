@@ -54,9 +54,9 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
     """Return the images in a folder with their captions, in a fixed order, and counts of the files that are not used.
 
     Args:
-        folder: The folder.
-        caption: Name of the table's column, or of the json's field, with the captions; text.en is the field en of a column
-            text. None: the first of CAPTION_COLUMNS that has text.
+        folder: The folder. It may have a table of images and captions (metadata.jsonl, CSV, parquet or arrow).
+        caption: Name of the column in this table, or of the field in each image's json, with the captions; text.en is the
+            field en of a column text. None: the first of CAPTION_COLUMNS ("captions", "caption", "text", ...) with text.
 
     Raises:
         UserError: There are no images or no captions, or a table cannot be read.
@@ -84,8 +84,8 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
         problem = next((f" ({image.problem})" for image in images if image.problem), "")
         raise UserError(
             f"SOURCE={folder} must have captions, but none of its images ({len(images)}) has one{problem}. Add a .txt with "
-            "the name of each image, or a metadata.jsonl or CSV with the columns file_name and text. --caption text.en "
-            "selects a nested field."
+            "the name of each image, or a metadata.jsonl or CSV with the columns file_name and text. If the captions "
+            "are in another column or a nested field, name it, for example --caption text.en."
         )
     return images, skipped
 

@@ -61,8 +61,19 @@ def prepare(
 ) -> list[Report]:  # fmt: skip
     """Write this process's part of the shards, print a summary, and return a report for each shard.
 
-    The arguments are the options of tools/prepare_data.py; `part` is the number of this process, of `parts`. Raises
-    UserError if the input cannot be used or the output cannot be written.
+    Args:
+        sources: Patterns of shards, or one folder with images.
+        out: The output folder.
+        config: The configuration of the run: encoders and image sizes.
+        edges: How edge maps are made: "hed", "canny", "stored" (keep existing ones), "none", or "auto" (see `choose_edges`).
+        features: Whether to store also latents and text tokens, made with the encoders of `config`.
+        caption: Name of the column or field with the captions; None: search the usual names.
+        per_shard: Number of images in a shard, for a folder with images.
+        held_out: Fraction of the samples that go to validation shards; 0: none.
+        part, parts: Number of this process, from 0, and number of processes that divide the shards.
+
+    Raises:
+        UserError: The input cannot be used, or the output cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, hed = choose_edges(edges, config, device)

@@ -164,8 +164,8 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
     if stage == 0 and config.train.dtype == "bfloat16":
         raise UserError(
             "train.dtype=bfloat16 requires ZeRO stage 1, 2 or 3, but the DeepSpeed JSON has stage 0, which does not clip "
-            "float32 master weights correctly. Use ds_configs/zero2.json, which takes as little memory on one GPU, or set "
-            "train.dtype=float32."
+            "the gradients of float32 master weights correctly. Use ds_configs/zero2.json, which takes no more memory than "
+            "stage 0 on one GPU, or set train.dtype=float32."
         )
     for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         device = offload_device(merged, name)
@@ -301,7 +301,10 @@ def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
 
 
 def fused_update_error(requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for `adamw` in `train.kernels` if a requirement is not met. Arguments as in `cuda_graphs_error`."""
+    """Return the error for a setting that is incompatible with the fused optimizer step (`train.kernels` with "adamw").
+
+    Arguments as in `cuda_graphs_error`.
+    """
     return UserError(
         f"train.kernels with adamw requires {requirement}, but {actual}. {remedy} or remove adamw from train.kernels."
     )

@@ -43,7 +43,9 @@ class Engine:
     """A model under DeepSpeed, with one optimizer step per `plan.accumulation` calls of `backward`.
 
     Attributes:
-        config, plan, device: the arguments of the constructor.
+        config: the run's configuration.
+        plan: how the global batch is divided over ranks and micro-steps.
+        device: this rank's device.
         dtype: precision of the model.
         ds_config: the full DeepSpeed configuration.
         stage: ZeRO stage.
@@ -151,7 +153,8 @@ class Engine:
         """Run the backward pass of one micro-step. The last one of a step also reduces the accumulated gradients over ranks.
 
         Args:
-            loss: loss of the micro-step, multiplied by `plan.loss_scale`, float32 [].
+            loss: sum of the sample losses of the micro-step times `plan.loss_scale`, float32 []. This factor makes the
+                gradients those of the mean loss over the global batch.
             last: whether this is the step's last micro-step; None: the `plan.accumulation`-th call is the last one.
         """
         self._micro_step += 1
@@ -193,9 +196,10 @@ class Engine:
         return square_sum(self._zero.gradients()).to(self.device) / self._zero.copies
 
     def step(self, lr: float, ema: Ema | None = None, step: int = 1) -> bool:
-        """Finish an optimizer step by itself: compute the gradient norm over all ranks, then `update`. Collective.
+        """Finish an optimizer step: compute the gradient norm over all ranks, then call `update`. Collective.
 
-        Call it after the last `backward` of a step. The arguments are those of `update`.
+        Call it after the last `backward` of a step. The arguments are those of `update`. It is for benchmarks and tests; the
+        trainer calls `grad_square` and `update`, to send the norm and other values in one all-reduce.
 
         Returns:
             False on all ranks if a gradient on any rank is not finite. Weights and moments are then unchanged.

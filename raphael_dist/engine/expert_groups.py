@@ -63,7 +63,10 @@ def add_moe_marker(model: nn.Module, num_experts: int) -> None:
             self.num_local_experts, self.expert_group_name = 0, sharded[0]
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-            """Do nothing: the groups exist."""
+            """Do nothing. DeepSpeed calls it to create the process groups, which `create_groups` has already created.
+
+            The argument is DeepSpeed's and is not used.
+            """
 
     model.add_module("deepspeed_marker", Marker())
 

@@ -30,7 +30,11 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, by 
 
 
 class Muon(torch.optim.AdamW):
-    """The optimizer. Its tensors are parameters, or this rank's parts of flat tensors of them (ZeRO-1 and 2)."""
+    """The Muon optimizer for matrices in hidden layers, and AdamW for all other parameters.
+
+    With ZeRO-0 the tensors that it updates are the parameters. With ZeRO-1 and 2 each of them is this rank's part of a flat
+    tensor, in which many parameters lie one after another.
+    """
 
     def __init__(self, parameters: list[ParameterGroup], dtype: torch.dtype, **settings: Any) -> None:
         """Create the optimizer. `set_layouts` must follow.
@@ -45,7 +49,10 @@ class Muon(torch.optim.AdamW):
         self._layouts: dict[int, tuple[FlatLayout, list[tuple[int, tuple[int, ...]]]]] = {}
 
     def set_layouts(self, layouts: Iterator[FlatLayout], names: dict[nn.Parameter, str]) -> None:
-        """Record where the matrices lie in the tensors that the optimizer updates. `names`: of all trained parameters."""
+        """Record where the matrices lie in the tensors that the optimizer updates.
+
+        `layouts`: for each of these tensors, the parameters in it and their places. `names`: the name of each parameter.
+        """
         for layout in layouts:
             matrices = [(start, matrix_shape(p)) for p, start in layout.places if is_hidden_matrix(names[p])]
             if matrices:
@@ -53,7 +60,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update all tensors that have a gradient. Collective if they are parts of flat tensors."""
+        """Update all tensors that have a gradient. Collective with ZeRO-1 and 2, where a rank has only parts of matrices.
+
+        `closure`: as for torch's optimizers; its result is returned.
+        """
         groups = [(group, p) for group in self.param_groups for p in group["params"]]
         updated = [(group, p, p.clone()) for group, p in groups if p.grad is not None and id(p) in self._layouts]
         result = super().step(closure)
@@ -90,7 +100,7 @@ def _gather(part: Tensor, group: dist.ProcessGroup | None) -> tuple[int, Tensor]
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Return matrices with the same singular vectors, whose singular values are near 1 (between 0.7 and 1.2).
 
-    Five Newton-Schulz iterations. Shapes: [..., m, n], the same for the result.
+    `matrices`: [..., m, n], like the result. `iterations`: number of Newton-Schulz iterations; the range above is for five.
     """
     a, b, c = _COEFFICIENTS
     wide = matrices.shape[-2] <= matrices.shape[-1]

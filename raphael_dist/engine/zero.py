@@ -19,7 +19,13 @@ from raphael_dist.engine.zero_interface import FlatLayout, FlatPart, Fragment, Z
 
 
 def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Zero:
-    """Return the adapter for `optimizer`: one of DeepSpeed's ZeRO optimizers, or a torch optimizer (ZeRO-0)."""
+    """Return an object that gives `optimizer` the interface `Zero`, which is the same for all ZeRO stages.
+
+    Args:
+        optimizer: one of DeepSpeed's ZeRO optimizers, or a torch optimizer (ZeRO-0).
+        module: the model that it trains.
+        world_size: number of ranks.
+    """
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return Zero3(optimizer)
     if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
@@ -62,7 +68,7 @@ class Zero0(Zero):
 
 
 class DeepSpeedZero(Zero):
-    """The base of the adapters for DeepSpeed's own optimizers."""
+    """Base class of `Zero12`, `Zero1Bf16` and `Zero3`, which give DeepSpeed's ZeRO optimizers the interface `Zero`."""
 
     def __init__(self, optimizer: DeepSpeedObject) -> None:
         self._zero = optimizer

@@ -59,7 +59,10 @@ class FlatLayout:
 
 
 class Zero(Protocol):
-    """The common interface of the adapters. `copies`: the number of ranks that have each gradient after the reduction."""
+    """The common interface of the adapters: classes that hide the differences between DeepSpeed's ZeRO optimizers.
+
+    `copies`: the number of ranks that have each gradient element after the reduction: 1, or with ZeRO-0 all ranks.
+    """
 
     copies: int = 1
 
@@ -76,7 +79,7 @@ class Zero(Protocol):
     def gradients(self) -> Sequence[Tensor]:
         """Return this rank's part of the reduced gradients of a step. The caller may change them before the update.
 
-        The parts of all ranks together contain each gradient element `copies` times.
+        Each gradient element is on `copies` ranks (an attribute: 1, or with ZeRO-0 the number of ranks).
         """
 
     def disable_builtin_clipping(self) -> None:

@@ -61,7 +61,16 @@ def draw_missing(
 ) -> int:
     """Draw this rank's share of the images, except those that are in `folder` already; return how many were drawn.
 
-    They are written as PNG. `requests`: those of all ranks. `scheduler`: its name. `report`: called after each batch.
+    They are written as PNG.
+
+    Args:
+        trained: the model to sample from.
+        requests: captions with size and seed, for the images of all ranks.
+        settings: how images are sampled: steps, guidance scale, batch size.
+        scheduler: name of the scheduler, as for `make_scheduler`.
+        folder: the folder for the images; it is created if it is missing.
+        ranks: this rank and the number of ranks.
+        report: called after each batch with a text, the number of images so far and the number of all images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing = {path.name for path in folder.iterdir()}

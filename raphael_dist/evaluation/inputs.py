@@ -88,10 +88,10 @@ def _folder_captions(folder: Path) -> list[str]:
 
 
 def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequence[Path | np.ndarray]:
-    """Return the true images of folder=DIR as paths, or those of shards=PATTERN as uint8 [H, W, 3].
+    """Return the true images that the option `--reference` names: as paths, or for shards as uint8 [H, W, 3].
 
-    `cache_dir`: folder for the index of the shards. `size_hw`: (height, width) to which images of shards are resized and
-    cropped. Raises UserError if there are none.
+    `spec`: the option's value, folder=DIR or shards=PATTERN. `cache_dir`: folder for the index of the shards. `size_hw`:
+    (height, width) to which images of shards are resized and cropped. Raises UserError if there are too few images.
     """
     kind, _, where = spec.partition("=")
     if kind == "folder" and where:

@@ -52,8 +52,8 @@ def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
         ) from None
     if not callable(function):
         raise UserError(
-            f"--ocr={spec} must name a function that turns an image's pixels into text, but it is not a function. Correct "
-            "it."
+            f"--ocr={spec} must name a function (MODULE:FUNCTION) that turns an image's pixels into text, but {name} is not "
+            "a function. Name another one, or use rapidocr or tesseract."
         )
     return lambda pixels: str(function(pixels))
 

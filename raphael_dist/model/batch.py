@@ -30,7 +30,8 @@ class Batch:
         text_mask: bool [B, Y], False at padding.
         end: int64 [B], index of the end-of-text token.
         edge: edge maps [B, h, w] in 0..1, or None if the run uses no edge maps.
-        gate_noise: noise to add to the logits of the gates, or None.
+        gate_noise: noise to add to the logits of the gates, which choose an expert for each sample (Time-MoE) and for each
+            text token (Space-MoE), or None.
         small: for super-resolution, the noised low-resolution images [B, 3, Hs, Ws] in -1..1; else None.
         memory: uint8 [bytes], the block of pinned host memory that holds all tensors after `pack`; else None.
         seconds: seconds spent on building the batch, by kind of work ("reading", "decoding", "encoding").

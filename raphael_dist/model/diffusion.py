@@ -104,17 +104,17 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size
     """Return the timestep of a training sample, an integer drawn uniformly from 0 .. T-1.
 
     With diffusion.stratified, the range is divided into `global_batch_size` equal strata (subranges). Each sample of a
-    global batch gets its own stratum, in an order that depends on (seed, step). So a batch covers the range evenly, and so
-    do consecutive positions within it, which ranks with shared experts process together. The result does not depend on the
-    number of ranks.
+    global batch gets its own stratum, in an order that depends on (seed, step). So a batch covers the range evenly. So does
+    any group of consecutive samples in it, which balances the load of ranks that share experts. The result does not depend
+    on the number of ranks.
 
     Args:
         config: the noise schedule.
         seed: `run.seed`.
         position: number of the sample in the order of training, counted through all epochs.
         global_batch_size: samples per step.
-        phase: remainder of a step's first position modulo `global_batch_size`; not 0 only if the run changed its global
-            batch size.
+        phase: position of a step's first sample modulo `global_batch_size`. It is 0 unless the global batch size was
+            changed in the course of the run.
     """
     uniform = generator(seed, Purpose.TIMESTEP, position).random()
     if config.stratified:

@@ -73,7 +73,7 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def add_lora(self, rank: int, alpha: float) -> None:
-        """Add LoRA adapters to w1 and w2 of every expert: w_k becomes `w_k + alpha / rank B_k A_k`. B is zero at first.
+        """Add LoRA adapters to w1 and w2 of every expert: w_k becomes `w_k + (alpha / rank) B_k A_k`. B is zero at first.
 
         The adapters are the parameters w1_lora_A [K, rank, D], w1_lora_B [K, F, rank], and the same for w2. They belong to
         this module, so that ZeRO-3 gathers them with the weights and expert parallelism shards them in the same way.
@@ -90,9 +90,9 @@ class Experts(nn.Module):
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return the LoRA matrices of a weight ("w1" or "w2"), or None if there are no adapters.
 
-        They are A [K, rank, in] and alpha / rank B [K, out, rank]. They are applied one after the other and never added to
-        the weight: bfloat16 would round small changes of a weight away, and the product B A needs as much memory as the
-        weights.
+        They are A [K, rank, in], and B [K, out, rank] already multiplied by alpha / rank. They are applied one after the
+        other and never added to the weight: bfloat16 would round small changes of a weight away, and the product B A needs
+        as much memory as the weights.
         """
         if self.lora_scale is None:
             return None
@@ -178,7 +178,7 @@ class Experts(nn.Module):
     def sparse(self, x_RD: Tensor, w_RK: Tensor, per_row: int) -> Tensor:
         """Return the same as `dense`, [R, D], computed by Triton kernels only for the (row, expert) pairs with w > 0.
 
-        `per_row`: upper bound of the number of experts with w > 0 in a row.
+        `w_RK`: the weight w of each expert for each row, at least 0. `per_row`: largest possible number of w > 0 in a row.
         """
         from raphael_dist.model.kernels.sparse_experts import sparse_experts
 
@@ -187,10 +187,10 @@ class Experts(nn.Module):
         return sparse_experts(x_RD, w_RK, self.w1, self.b1, self.w2, per_row)
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]. Every expert processes every row.
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.
 
-        Shapes are therefore static. The weights w multiply the experts' outputs, because these are narrower than their
-        hidden units.
+        Here e_k is expert k, b2_k the bias of its second layer, and w its weight for each row. Every expert processes every
+        row, so shapes are static. The weights multiply the experts' outputs, which are narrower than their hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)

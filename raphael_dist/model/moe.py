@@ -106,9 +106,10 @@ class SpaceMoE(Experts):
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return one row for each expert of the layer [K, D], given the rows of this rank's experts.
+        """Return a vector for each of the layer's K experts [K, D], given those of this rank's experts, `own_KD`.
 
-        With all experts on one rank these are the same. Expert parallelism overrides this method.
+        `forward` gathers the experts' outputs for a row of zeros. Here all experts are on this rank, so the result is
+        `own_KD`. Expert parallelism overrides this method.
         """
         return own_KD
 

@@ -107,8 +107,8 @@ def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int)
     """Return the time expert of each timestep, int64 [B], for `model.time_routing=boundaries`.
 
     The timesteps are divided into K equal bands (subranges), one for each expert. This is not in the paper; Wan 2.2 has two
-    such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Timesteps are drawn
-    evenly, so every expert gets an equal share of the samples, in each group of ranks.
+    such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Training draws
+    timesteps evenly, also for each group of ranks that share experts, so every expert gets about equally many samples.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 

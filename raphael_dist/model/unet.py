@@ -249,7 +249,10 @@ class RaphaelUNet(nn.Module):
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
     ) -> list[BlockRouting]:
-        """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block."""
+        """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block.
+
+        `embedding_BE`: timestep embeddings. The other arguments are those of `UNetInput`.
+        """
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
@@ -275,7 +278,10 @@ class RaphaelUNet(nn.Module):
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B] (`choose`)."""
+        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B] (`choose`).
+
+        `embedding_BE`: timestep embeddings. `noise`: added to the gates' logits; None: no noise.
+        """
         m = self.config
         if m.time_routing == "boundaries":
             expert_LB = band_of_timestep_B(timestep_B, m.time_experts, self.num_timesteps).expand(self.num_blocks, -1)
@@ -293,7 +299,10 @@ class RaphaelUNet(nn.Module):
         return balance_loss_B(logits_LGK, logits_LGK.detach().argmax(dim=-1))
 
     def time_logits(self, device: torch.device) -> Tensor:
-        """Return the time gates' logits at G = TIME_GRID even timesteps, float32 [L, G, K]; only gates get a gradient."""
+        """Return the time gates' logits at G = TIME_GRID evenly spaced timesteps, float32 [L, G, K].
+
+        Only the gates get a gradient.
+        """
         grid_G = torch.arange(TIME_GRID, device=device) * self.num_timesteps // TIME_GRID
         with torch.no_grad():
             embedding_GE = self.time_embedding(self.time_proj(grid_G).to(self.conv_in.weight.dtype))

@@ -72,7 +72,7 @@ class _LocalSum:
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for the parts and add them up; the sums of bfloat16 are rounded once."""
+        """Wait for the part that each rank sends, and write their sum to `out`. A bfloat16 sum is rounded only once."""
         self.work.wait()
         torch.sum(self.parts, dim=0, out=self.out)
 
@@ -101,7 +101,7 @@ class ExpertGroup:
         return f"ep_size_{self.size}"
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Work]:
-        """Send `sent[p]` consecutive rows to each member p; return the received rows in the order of members, and the work.
+        """Send `sent[p]` consecutive rows to each member p; return the received rows by member, and the handle to wait for.
 
         `received[p]` is the number of rows that member p sends to this rank.
         """
@@ -113,14 +113,17 @@ class ExpertGroup:
         return out, work
 
     def all_gather(self, rows: Tensor) -> tuple[Tensor, Work]:
-        """Return the rows of all members, in the order of members, and the work. All members must have equally many rows."""
+        """Return the rows of all members, in the order of members, and the handle to wait for.
+
+        All members must have equally many rows.
+        """
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         work = dist.all_gather_into_tensor(out, rows.contiguous(), group=self.process_group, async_op=True)
         self.traffic.experts += (self.size - 1) * rows.nbytes
         return out, work
 
     def reduce_scatter(self, rows: Tensor) -> tuple[Tensor, Work]:
-        """Sum the rows over all members; return this member's part of the sum (1/size of the rows), and the work."""
+        """Sum `rows` over all members; return this member's 1/size of the summed rows, and the handle to wait for."""
         out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
         work = reduce_scatter(out, rows.contiguous(), self.process_group)
         self.traffic.experts += (self.size - 1) * out.nbytes
@@ -138,12 +141,12 @@ class Exchange:
         self._pending: tuple[Tensor, Work] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
-        """Start the all-to-all that sends `rows` [R, ...]. Return a placeholder, which must only be passed to `finish`."""
+        """Start the exchange of `rows` [R, ...]. Return a placeholder, which must only be passed to `finish`."""
         pending: Tensor = _Start.apply(rows, self)  # type: ignore[no-untyped-call]
         return pending
 
     def finish(self, pending: Tensor) -> Tensor:
-        """Wait for the all-to-all that `start` launched, and return the rows received from other ranks [R', ...].
+        """Wait for the exchange that `start` launched, and return its result [R', ...], such as the received rows.
 
         `pending`: the placeholder that `start` returned.
         """
@@ -155,9 +158,10 @@ class Exchange:
         return self.finish(self.start(rows))
 
     def launch(self, rows: Tensor, forward: bool) -> Tensor:
-        """Start the collective (`forward`), or else the one for gradients, without autograd.
+        """Start the collective that exchanges `rows`, without autograd.
 
-        Returns its result, which must not be read before `wait`.
+        `forward`: True for the exchange of the forward pass, False for that of gradients in the opposite direction.
+        Returns the collective's result, which must not be read before `wait`.
         """
         self._pending = self._forward(rows) if forward else self._backward(rows)
         return self._pending[0]

@@ -70,7 +70,10 @@ class BatchPlan:
 
     @cached_property
     def accumulation(self) -> int:
-        """Micro-steps per optimizer step, equal in all steps: enough for the step with the most chunks (see module)."""
+        """Micro-steps per optimizer step, equal in all steps: enough for the step that is divided into the most chunks.
+
+        A chunk is the samples, all of one image size, that one unit processes in one micro-step.
+        """
         return -(-self._most_chunks // max(1, self.world_size // self.unit))
 
     @cached_property
@@ -94,7 +97,8 @@ class BatchPlan:
     def slots(self, samples_seen: int, rank: int, micro_step: int) -> list[tuple[int, float]]:
         """Return (position, weight) of each sample in one micro-batch of a rank. The weight is 1, or 0 for an empty slot.
 
-        `samples_seen` is the first position of the step. An empty slot repeats the position of another sample.
+        A position is the number of a sample in the order of training. `samples_seen` is the first position of the step. An
+        empty slot repeats the position of another sample.
         """
         chunks = _chunks(self.global_batch_size, self._span, self.run, samples_seen % self.run if self.run else 0)
         number = micro_step * (self.world_size // self.unit) + rank // self.unit
@@ -128,7 +132,10 @@ class BatchPlan:
         return [f"{self.waste:.1%} of the computation is spent on empty slots (samples with weight 0){better}"]
 
     def better_micro_batch(self) -> int:
-        """Return the largest micro-batch size, not above the current one, with which the fewest slots are empty."""
+        """Return the largest micro-batch size, not above the current one, with which the fewest slots are empty.
+
+        A slot is a place for a sample in a micro-batch of a rank.
+        """
         largest = min(self.micro_batch_size, -(-self.global_batch_size // self.world_size))
         plans = [replace(self, micro_batch_size=m) for m in range(1, largest + 1)]
         return min(plans or [self], key=lambda p: (round(p.waste, 6), -p.micro_batch_size)).micro_batch_size
@@ -139,15 +146,19 @@ class BatchPlan:
 
 
 def ranks_per_unit(config: Config) -> int:
-    """Return the number of consecutive ranks that exchange samples or tokens with each other, directly or via others."""
+    """Return the size of a unit: consecutive ranks that must process the same image size at the same time.
+
+    They exchange tokens or samples for sharded experts. Groups of `space_ep` and of `time_ep` ranks can overlap, so the size
+    is the least common multiple of the two.
+    """
     return math.lcm(config.parallel.space_ep, config.parallel.time_ep)
 
 
 def bucket_run_length(config: Config, training: bool = True) -> int:
-    """Return the number of consecutive positions that have the same image size; 0 if there is only one image size.
+    """Return the length of a run: how many consecutive samples have the same image size; 0 if there is only one size.
 
-    At the end of an epoch, the samples of a size that do not fill such a run are left out. In validation (`training` is
-    False) a run is as short as one micro-batch, so that few samples are left out.
+    Runs exist because a micro-batch has one image size. At the end of an epoch, the samples of a size that do not fill a run
+    are left out. In validation (`training` is False) a run is as short as one micro-batch, so that few samples are left out.
     """
     if len(config.image.buckets) == 1:
         return 0

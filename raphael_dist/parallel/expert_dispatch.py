@@ -126,7 +126,10 @@ class ParallelSpaceMoE(SpaceMoE):
         return self._all_to_all(x_RD, w_RPK, zero_KD, needed_PR, counts_PP)
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return one row for each expert of the layer [K, D], gathered from the rows [K/P, D] of each rank's experts."""
+        """Return a vector for each of the layer's K experts [K, D], given those of this rank's K/P experts, `own_KD`.
+
+        Collective among the P ranks. `forward` gathers the experts' outputs for a row of zeros.
+        """
         return AllGather(self.group)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:

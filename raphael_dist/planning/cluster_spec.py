@@ -81,7 +81,7 @@ class ClusterSpec(BaseModel):
     recomputed: Number = Number(value=1.0, source="assumed")
 
     def with_value(self, name: str, value: float) -> "ClusterSpec":
-        """Return a copy in which the field `name` has another value. Its source stays the same."""
+        """Return a copy in which the field `name` has another value. The text that states its source is not changed."""
         return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
 
     def links(self, ranks: int) -> Cluster:
@@ -157,8 +157,9 @@ def _parse(name: str, text: str) -> ClusterSpec:
     for dtype, rates in spec.rates.items():
         for required in ("product", "other"):
             if required not in rates or (required == "product" and rates[required].tflops is None):
+                missing = "tflops" if required in rates else "the whole entry"
                 raise UserError(
                     f"--cluster {name}: rates.{dtype}.{required} must have the keys us (microseconds per operation), "
-                    "tflops (TFLOP/s) and gb_s (GB/s), but some are missing. Add them."
+                    f"tflops (TFLOP/s) and gb_s (GB/s), but {missing} is missing. Add it."
                 )
     return spec

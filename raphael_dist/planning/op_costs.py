@@ -107,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
     def track(self, arguments: object, result: object) -> None:
         """Start to count the memory (storages) of an operation's result, until it is freed.
 
-        Storages of its `arguments` that are not known yet were created before the context, and are not counted.
+        Unknown storages of its `arguments` were created before this context was entered, and are not counted.
         """
         for tree, counts in ((arguments, False), (result, True)):
             for tensor in tree_leaves(tree):

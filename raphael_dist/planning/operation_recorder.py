@@ -102,14 +102,19 @@ class Recorder(LiveBytes):
             self._kinds.pop()
 
     def enter(self, kind: str, is_segment: bool) -> None:
-        """Record that the forward pass of a module starts. A recomputed segment is not recorded again."""
+        """Record that the forward pass of a module starts.
+
+        Args:
+            kind: the module's part of the model, one of KINDS.
+            is_segment: whether the module is a segment (see `Trace`). Recomputing it does not start another segment.
+        """
         self._kinds.append(kind)
         if is_segment and self.phase == "forward":
             self._segment, self._live_before = len(self.segments), self.live
             self.segments.append((kind == "rest of blocks", 0))
 
     def leave(self, is_segment: bool, result: object) -> None:
-        """Record that the forward pass of a module has ended and returned `result`."""
+        """Record that the forward pass of a module has ended and returned `result`. `is_segment`: as for `enter`."""
         self._kinds.pop()
         if is_segment and self.phase == "forward":
             self._started = len(self.segments)

@@ -64,7 +64,10 @@ class Choice:
         return self.space_ep > 1 or self.time_ep > 1
 
     def settings(self) -> list[str]:
-        """Return these settings as command-line overrides, such as "train.micro_batch_size=4". `json` has the ZeRO stage."""
+        """Return these settings as command-line overrides, such as "train.micro_batch_size=4".
+
+        ZeRO stage and overlap are not among them, because DeepSpeed's file `json` sets them.
+        """
         settings = [f"train.micro_batch_size={self.micro_batch_size}", f"model.checkpoint_activations={self.recompute}"]
         if self.uses_expert_parallelism:
             settings += [f"parallel.space_ep={self.space_ep}", f"parallel.time_ep={self.time_ep}"]
@@ -162,7 +165,8 @@ class Search:
     def check(self, choice: Choice) -> tuple[Config, BatchPlan] | None:
         """Return the configuration with a choice of settings, and the division of the batch over ranks.
 
-        None if the choice is not possible (e.g. the micro-batch is too large), or equals another choice.
+        None if the choice is not possible (e.g. the micro-batch is too large). Also None if placement "auto" shards all
+        experts or none, because another choice is then the same.
         """
         config = choice.apply(self.config)
         if choice.micro_batch_size > -(-config.train.global_batch_size // self.world):
@@ -210,9 +214,10 @@ class Search:
         """
         outcomes = [self._outcome(*candidate) for candidate in self.choices()]
         if not outcomes:
+            restricted = f" under the restriction {self.allowed}" if self.allowed else ""
             raise UserError(
-                f"train.global_batch_size={self.config.train.global_batch_size} on {self.world} ranks: the planner finds "
-                f"no settings that are possible{f' with {self.allowed}' if self.allowed else ''}. Use fewer ranks, or a "
+                f"train.global_batch_size={self.config.train.global_batch_size} on {self.world} ranks must be possible with "
+                f"some ZeRO stage and micro-batch size, but no combination is possible{restricted}. Use fewer ranks, or a "
                 "larger train.global_batch_size."
             )
         fastest = max((o.step.images_per_s for o in outcomes if o.fits), default=0.0)
@@ -231,8 +236,8 @@ def exchange_bytes(config: Config, plan: BatchPlan) -> int:
     """Return by how many bytes the exchanges of expert parallelism raise the peak memory of the activations.
 
     On each U-Net level with sharded space experts, a transformer block stores the tokens of the other ranks three times: as
-    received, concatenated, and their outputs. Their number is fixed. With recomputation only one block at a time stores
-    them. `plan`: how the batch is divided over ranks.
+    received, concatenated, and their outputs. All tokens are counted, as in exchanges of fixed size. With recomputation
+    only one block at a time stores them. `plan`: how the batch is divided over ranks.
     """
     recomputes = config.model.checkpoint_activations != "none"
     sizes = [0]

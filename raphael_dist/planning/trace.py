@@ -71,7 +71,10 @@ class Trace:
         return int(self.peaks.max())
 
     def total(self, values: NDArray[np.int64], phase: str | None = None, kind: str | None = None) -> int:
-        """Return the sum of `values` (`flops` or `bytes`) over the operations of a phase and a kind. None: of any."""
+        """Return the sum of `values` (`flops` or `bytes`) over the operations of a phase and a kind.
+
+        `phase`: a name in PHASES. `kind`: a name in KINDS. None: all of them.
+        """
         chosen = np.ones(len(values), dtype=bool)
         if phase is not None:
             chosen &= self.phase == PHASES.index(phase)

@@ -35,7 +35,7 @@ class Event:
 
     Attributes:
         time: time of the line.
-        kind: a name in KINDS, such as "restart", or UNCLEAN.
+        kind: a name in KINDS, such as "restart"; or UNCLEAN, if a process ended and its log does not state how.
         step: the step that the line states, otherwise the last step in the lines before it.
         text: the line.
     """

@@ -12,18 +12,19 @@ _LAYER = re.compile(r"moe/(space|time)/L(\d+)/load_(min|max)")
 
 
 def dead_blocks(run: RunFiles) -> dict[str, list[int]]:
-    """Return the transformer blocks with a dead expert, one that gets almost no work, by its kind ("space", "time").
+    """Return the numbers of the transformer blocks with a dead expert, by kind of expert ("space" or "time").
 
-    That is if its load is below a small share of the mean load in all of the last log lines. The last fifth of the lines is
-    used, at least three, because the loads of few lines are noisy.
+    A dead expert gets almost no work. A block is listed if its smallest load is below DEAD_SHARE of its mean load in each of
+    the last log lines. The last fifth of the lines is used, at least three, because the loads of few lines are noisy.
     """
     return _blocks(run, "min", lambda load, experts: load < DEAD_SHARE)
 
 
 def overloaded_blocks(run: RunFiles) -> dict[str, list[int]]:
-    """Return the transformer blocks in which one expert gets almost all work, by its kind ("space", "time").
+    """Return the numbers of the transformer blocks with an overloaded expert, by kind of expert ("space" or "time").
 
-    That is if it does so in all of the last log lines (see `dead_blocks`).
+    An overloaded expert gets more than the share OVERLOADED of the work of its block. A block is listed if it has one in
+    each of the last log lines (see `dead_blocks`).
     """
     return _blocks(run, "max", lambda load, experts: load > OVERLOADED * experts)
 

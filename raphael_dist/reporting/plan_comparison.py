@@ -46,7 +46,8 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     Args:
         run: the files of the run.
         config: the run's configuration.
-        cluster_name: the hardware, as for `tools/plan_run.py --cluster`. "auto": "cpu", if the run used CPUs.
+        cluster_name: the hardware, as for `tools/plan_run.py --cluster`. "auto": "cpu" if the run used CPUs; for a run on
+            GPUs it is an error.
 
     Raises:
         UserError: the log does not state how the run started or which GPU it used, the cluster is unknown, or the planner
@@ -58,8 +59,8 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     launch = run.launch
     if launch is None:
         raise UserError(
-            "train.log must contain the line about the start of the run, with the number of ranks and the ZeRO stage, but "
-            "it has none"
+            "train.log must contain the line with the number of ranks and the ZeRO stage, which the trainer logs at its "
+            "start, but it has none; restore the beginning of the file"
         )
     if cluster_name == "auto" and launch.device != "cpu":
         raise UserError("train.log does not state which GPU the run used; name it, for example with --cluster h100x8")
@@ -70,7 +71,10 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     )  # fmt: skip
     outcome = Search(config, cluster, launch.world).evaluate(choice)
     if outcome is None:
-        raise UserError(f"the planner cannot predict a run on {launch.world} ranks with these settings: {choice}")
+        raise UserError(
+            f"tools/plan_run.py, which predicts speed and memory, does not support a run on {launch.world} ranks with these "
+            f"settings: {choice}"
+        )
     step, peak = outcome.step, cluster.peak_tflops.get(config.train.dtype)
     planned = (
         step.images_per_s,

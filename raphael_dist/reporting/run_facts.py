@@ -48,8 +48,8 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
 
     Args:
         folder: the run directory.
-        cluster: hardware for the prediction, as for `tools/plan_run.py --cluster`; "auto": "cpu", if the run used CPUs;
-            NO_PLAN: make no prediction.
+        cluster: hardware for the prediction, as for `tools/plan_run.py --cluster`. "auto": "cpu" if the run used CPUs, else
+            there is no prediction. NO_PLAN: make no prediction.
         with_data: whether to decode some samples of the run's data and check them.
 
     Raises:

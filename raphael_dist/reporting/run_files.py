@@ -186,9 +186,11 @@ def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def read_routes(path: Path) -> JsonObject:
-    """Return the routes (experts of words and timesteps) that belong to one sample grid, as `trace_values` wrote them.
+    """Return the routes (experts of words and timesteps) that belong to one sample grid.
 
-    Raises OSError or ValueError.
+    The keys are those of `analysis.route_report.trace_values`, which describes the values: "words", "space", "time" etc.
+
+    Raises OSError if the file cannot be read, ValueError if it contains no routes.
     """
     routes = json.loads(read_text(path))
     if not isinstance(routes, dict) or not {"words", "space", "regions", "time", "timesteps"} <= set(routes):

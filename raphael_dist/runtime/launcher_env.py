@@ -51,7 +51,7 @@ def rank_of(env: Mapping[str, str] = os.environ) -> str:
 
 
 def world_size_of(env: Mapping[str, str] = os.environ) -> int:
-    """Return the number of ranks; 1 without a launcher, or if its variable is not a number."""
+    """Return the number of ranks from the launcher's variable; 1 without a launcher, or if the variable is not a number."""
     launcher = launcher_of(env)
     text = env.get(launcher.world_size, "") if launcher else ""
     return int(text) if text.isdigit() else 1

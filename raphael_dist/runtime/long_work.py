@@ -96,7 +96,7 @@ def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
 def report_failure(reason: str) -> None:
     """Report to the other ranks that this rank has failed and will not take part in the next `long_work`.
 
-    Ranks that wait for it there, now or later, raise an error with the text `reason`.
+    The other ranks then do not wait for it at the end of that `long_work`, but raise a HungError with the text `reason`.
     """
 
     def post() -> None:
@@ -117,8 +117,8 @@ def _store_of(piece: int) -> dist.Store:
 class Watch:
     """One use of `long_work`, as seen from this rank: publishes its progress, and follows that of the others.
 
-    All requests to the store are made by a separate thread, because the process that keeps the store may hang and requests
-    have no timeout.
+    Ranks exchange their progress through the process group's key-value store. A separate thread makes all requests to this
+    store, because the process that keeps it (that of rank 0, usually) may hang, and requests have no timeout.
     """
 
     def __init__(self, doing: str, silence_s: float) -> None:
@@ -148,7 +148,10 @@ class Watch:
         self._changed.set()
 
     def wait(self) -> None:
-        """Wait until all ranks have finished. Raises HungError if no rank reports any more, or the store does not answer."""
+        """Wait until all ranks have finished.
+
+        Raises HungError if no rank reports any more, or if the store through which ranks report does not answer.
+        """
         self._answered = self._clock.now()  # the work may have kept the thread from running
         while not self._over.wait(min(1.0, self._silence / 8)):
             if self._clock.now() - self._answered > self._silence:

@@ -140,14 +140,17 @@ def master_address() -> tuple[str, int]:
 
 
 def post_status(line: str) -> None:
-    """Append a line to the status that all ranks can read in the store. Does nothing before `connect`."""
+    """Append a line about this rank to a text in the ranks' key-value store, which all ranks can read (`read_status`).
+
+    Does nothing before `connect`.
+    """
     if _stores:
         with contextlib.suppress(RuntimeError):  # rank 0 is gone; whoever needs it reports that
             _stores[0].append(_STATUS_KEY, f"{line}\n")  # type: ignore[attr-defined]
 
 
 def read_status() -> list[str] | None:
-    """Return the status lines of all ranks, the oldest first; None if the store does not answer."""
+    """Return the lines that all ranks have posted with `post_status`, oldest first; None if the store does not answer."""
     answers: list[list[str]] = []
 
     def ask() -> None:
@@ -161,9 +164,10 @@ def read_status() -> list[str] | None:
 
 
 def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
-    """Return the ranks whose messages do not arrive within `seconds`, for a message about network problems.
+    """Return the ranks whose messages do not reach this rank within `seconds`, so that an error message can name them.
 
-    All ranks must call this at about the same time. Messages are exchanged through rank 0's store.
+    Each rank leaves its messages in the key-value store of rank 0, and reads those of the others there. All ranks must call
+    this at about the same time.
     """
     present: set[int] = {rank}
 

@@ -124,9 +124,9 @@ class Watchdog:
         return self
 
     def use_folder(self) -> None:
-        """From now on, write heartbeats and stacks to files in the run directory.
+        """From now on, write heartbeats, and the stack traces of a hang, to files in the run directory.
 
-        Raises NotSavedError if the disk is full, and UserError if it cannot be written.
+        Raises NotSavedError if the disk is full, and UserError if the directory cannot be written.
         """
         try:
             (self._folder / "heartbeats").mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,8 @@ class PipelineFiles(_Pipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Load the content of model_index.json, as in diffusers.
 
-        The installed package uses its own classes instead of the code in the folder, so `trust_remote_code` is not required.
+        The file names the classes of the components, and the Python files in the same folder that define them. The installed
+        package replaces these classes by its own, so `trust_remote_code` is not required.
         """
         loaded = super().load_config(*args, **kwargs)
         for config in loaded if isinstance(loaded, tuple) else (loaded,):

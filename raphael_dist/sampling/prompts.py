@@ -133,7 +133,9 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "-
 
 
 def sample_requests(config: Config, drawn: Container[int] | None = None) -> list[Request]:
-    """Return the requests of all images that are sampled during training: `sample.prompts` with `sample.images`.
+    """Return the requests of all images that are sampled during training, one for each caption in `sample.prompts`.
+
+    `sample.images` are their input images: for edge maps (ControlNet), or small images to enlarge (super-resolution).
 
     Args:
         config: the run's configuration.

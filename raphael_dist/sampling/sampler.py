@@ -71,7 +71,7 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) 
 
 
 def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
-    """Return a function (latents [B, C, h, w], timesteps [B], captions) -> prediction that runs a `RaphaelUNet`.
+    """Return a function (latents [B, C, h, w], timesteps [B], text features) -> prediction that runs a `RaphaelUNet`.
 
     `edge_Bhw`: edge maps in 0..1 at the size of the latents, for the model's ControlNet; None: without.
     """
@@ -89,7 +89,7 @@ def super_resolution_denoiser(denoise: Denoise, small_B3HsWs: Tensor, patch: int
     """Return a function like `denoise` that first appends small images to the latents as channels.
 
     Args:
-        denoise: function (latents, timesteps, captions) -> prediction (`denoiser`).
+        denoise: function (latents, timesteps, text features) -> prediction (`denoiser`).
         small_B3HsWs: the small images, float32 in -1..1.
         patch: each latent position receives patch x patch pixels of the small image (`append_small_image`).
     """
@@ -120,7 +120,7 @@ def sample_latents(
     """Denoise latents with classifier-free guidance: prediction = eps_null + guidance * (eps_text - eps_null).
 
     Args:
-        denoise: function (latents [B, C, h, w], timesteps [B], captions) -> prediction (`denoiser`).
+        denoise: function (latents [B, C, h, w], timesteps [B], text features) -> prediction (`denoiser`).
         scheduler: a scheduler of diffusers (`model.diffusion.make_scheduler`).
         noise_BChw: initial noise, float32, on the device of the model.
         text: features of B captions.

@@ -41,7 +41,10 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
 
 
 def relative_load(load_LK: Tensor) -> Tensor:
-    """Return each expert's load divided by the mean load of its block, [L, K]; 1 means an even share."""
+    """Return each expert's load (in any unit), divided by the mean load of its block; 1 means an even share.
+
+    Argument and result are [L, K] for L transformer blocks with K experts each.
+    """
     return load_LK / load_LK.mean(dim=1, keepdim=True).clamp(min=1e-12)
 
 
@@ -89,7 +92,7 @@ class DeadExperts:
         return relative_load(torch.stack([load for load, _ in lines]).sum(dim=0)) < DEAD_SHARE
 
     def warning(self, kind: str, dead_LK: Tensor) -> str | None:
-        """Return a warning about the dead experts of a kind, or None. `dead_LK`: the result of `find`.
+        """Return a warning about the dead experts of a kind ("space" or "time"), or None. `dead_LK`: the result of `find`.
 
         None if no expert is dead, or if their number has not doubled since the last warning.
         """

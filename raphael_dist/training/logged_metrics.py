@@ -97,7 +97,7 @@ class Telemetry:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Return a context manager that measures its body, a forward pass, as this rank's own work (stragglers.py)."""
+        """Return a context manager that measures its body, a forward pass, to find slow ranks (stragglers.py)."""
         began = self._stopwatch.start()
         yield
         self._stopwatch.stop(began)

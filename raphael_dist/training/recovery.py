@@ -59,15 +59,16 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
     Args:
         run: the run. Its progress already counts this step.
         why: the reason, for the log.
-        losses: positions and losses of this rank's samples in the step.
+        losses: for each micro-batch, the positions (numbers in the training order) and losses of this rank's samples.
 
     Returns:
         True: the run continues with the next step. False: the run returned to an earlier checkpoint, because
-        train.max_skipped steps in a row were skipped and no step since the current checkpoint was good.
+        train.max_skipped steps in a row were skipped, and no step since the checkpoint from which this process started was
+        good.
 
     Raises:
-        NonFiniteError: train.max_skipped steps in a row were skipped, and either a step since the current checkpoint was
-            good, or there is no earlier checkpoint.
+        NonFiniteError: train.max_skipped steps in a row were skipped, and either a step since that checkpoint was good, or
+            there is no earlier checkpoint.
     """
     bad = _bad_positions(losses)
     run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size
@@ -136,7 +137,7 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
 
 
 def restore(run: Run, saved: Progress) -> None:
-    """Set step, samples_seen and the state of the loss guard of a run to those of a checkpoint (`saved`)."""
+    """Set step, samples_seen and the state of `run.guard`, which detects bad losses, to those of a checkpoint (`saved`)."""
     run.progress.step, run.progress.samples_seen = saved.step, saved.samples_seen
     run.guard.restore(saved.guard)
 
@@ -144,7 +145,7 @@ def restore(run: Run, saved: Progress) -> None:
 def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
     """Return the progress of the run in the form that is stored in a checkpoint.
 
-    `rollbacks`: how many times the run has returned to this checkpoint; None: the number that the loss guard has counted.
+    `rollbacks`: how many times the run has returned to that checkpoint; None: as many as `run.guard` has counted.
     """
     state = run.guard.state()
     if rollbacks is not None:

@@ -23,10 +23,11 @@ class RouteProbe:
 
     @torch.no_grad()
     def measure(self, model: RaphaelUNet, batch: Batch) -> dict[str, float]:
-        """Return gate entropies and shares of changed routes as scalars by tag. `batch` must be the same at each call.
+        """Return gate entropies, and the shares of routes (selected experts) that changed since the last call, by tag.
 
-        Entropies are divided by that of an even choice (0..1). The first call has no shares. Returns {} under ZeRO-3, where
-        the gates have their weights only during the model's forward pass.
+        `batch` must be the same at each call. Entropies are divided by that of equally likely experts (result 0..1). The
+        first call returns entropies only. Returns {} under ZeRO-3, where the gates have their weights only during the
+        model's forward pass.
         """
         if model.gathers_weights:
             return {}

@@ -137,7 +137,7 @@ class _LogFile(logging.FileHandler):
         return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=files.no_links)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Print one warning. Python's logging would print a traceback at every line."""
+        """Print a warning the first time that a line cannot be written. Python's logging prints a traceback each time."""
         if not self._warned:
             print(
                 f"warning: {self.baseFilename} cannot be written ({sys.exc_info()[1]}); training continues", file=sys.stderr

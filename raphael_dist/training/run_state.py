@@ -55,7 +55,8 @@ class RunProgress:
     def timeout_factor(self, micro_step: int) -> float:
         """Return the factor on the watchdog's timeout during a micro-step.
 
-        It is larger for the first micro-step of this process, which compiles kernels and allocates memory.
+        It is larger for the first micro-step of this process, which compiles kernels and allocates memory. `micro_step`:
+        number of the micro-step in its optimizer step, from 0.
         """
         return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 
@@ -69,7 +70,7 @@ class StopState:
     data_failure: UserError | None = None  # why this rank cannot get another batch
 
     def raise_data_failure(self) -> None:
-        """Raise `data_failure` if this rank's data has failed."""
+        """Raise `data_failure`, the error because of which this rank cannot get another batch, if there is one."""
         if self.data_failure is not None:
             raise self.data_failure
 

@@ -69,7 +69,8 @@ def build_engine(
 def open_requests(config: Config, ranks: Ranks, engine: Engine, data: DataSource) -> list[Request]:
     """Return the requests for images to draw during training, one per caption in sample.prompts. Collective.
 
-    It also loads what this rank needs to draw its share, see `validation.ready_to_sample`.
+    If this rank draws some of them, it also loads the encoders in `data` and reads the input images. `engine`: with ZeRO-3,
+    all ranks draw together.
     """
     with long_work("reading the encoders"):
         return ready_to_sample(config, ranks, engine, data.text, data.image)

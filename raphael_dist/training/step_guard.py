@@ -56,7 +56,8 @@ class Guard:
 
         Args:
             state: the guard's state in that checkpoint.
-            step: the step of that checkpoint. The count starts again when a run returns to another checkpoint.
+            step: the step of that checkpoint. If the last rollback was to another step, rollbacks are counted again from
+                the number in `state`.
 
         Returns:
             Whether the run has returned to this checkpoint train.max_skipped times, so that it must end.

@@ -64,7 +64,7 @@ class Stragglers:
     _recent: deque[tuple[int, list[float]]] = field(default_factory=deque)
 
     def observe(self, steps: int, seconds: float, device: torch.device) -> None:
-        """Gather the time that each rank needed for its own work. Collective.
+        """Gather the time that each rank needed for its own work (data and forward pass). Collective.
 
         Args:
             steps: number of optimizer steps since the last call.
@@ -83,8 +83,9 @@ class Stragglers:
         return max(self._ratios())
 
     def describe_slow(self) -> str | None:
-        """Return a message that names the ranks whose own time exceeds SLOW_RATIO times the median, the slowest first.
+        """Return a message that names the slow ranks, the slowest first.
 
+        A rank is slow if its own work (data and forward pass) takes more than SLOW_RATIO times the median of all ranks.
         Returns None if there is no such rank, or if fewer than WINDOW steps were observed.
         """
         if len(self.hosts) < 2 or sum(n for n, _ in self._recent) < WINDOW:

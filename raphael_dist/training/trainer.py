@@ -127,8 +127,8 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
     """Add up the gradients of this rank's micro-batches of one step. The last backward pass also reduces them over ranks.
 
     Returns:
-        The sum of this rank's sample losses, float32 [] on the device, and for each micro-batch the positions and losses of
-        its samples.
+        The sum of this rank's sample losses, float32 [] on the device, and for each micro-batch the positions (numbers in
+        the training order) and losses of its samples.
     """
     loss_sum, step_losses = torch.zeros((), device=run.engine.device), []
     step = run.progress.step + 1
@@ -149,7 +149,7 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
 
 
 def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
-    """Return the next micro-batch on the device.
+    """Return the next micro-batch on the device. `micro_step`: its number in the optimizer step, from 0.
 
     If this rank's data fails (UserError), it returns dummy batches from then on, so that no other rank waits for this one.
     `reduce_step_stats` of the same step then ends the run on all ranks, before the weights change.
@@ -252,8 +252,8 @@ def train(run: Run) -> bool:
 def after_step(run: Run) -> None:
     """Log, validate, draw images and save a checkpoint, each if it is due after the current step. Collective.
 
-    Raises NonFiniteError at the end of the run if the weights are broken, and NotSavedError if the last checkpoint cannot be
-    saved.
+    Raises NonFiniteError at the end of the run if its last step was skipped and no sample in it had a finite loss, and
+    NotSavedError if the last checkpoint cannot be saved.
     """
     train, progress = run.config.train, run.progress
     step, last = progress.step, progress.complete

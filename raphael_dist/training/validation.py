@@ -60,7 +60,8 @@ class Validator:
     def run(self) -> dict[str, float]:
         """Return validation losses, gate entropies and shares of changed routes as scalars by tag. Collective.
 
-        Raises UserError on all ranks if the data of any rank fails.
+        Changed routes are text tokens and timesteps for which a gate selects another expert than at the last call. Raises
+        UserError on all ranks if the data of any rank fails.
         """
         failure: UserError | None = None
         sums, device = torch.zeros(2, TIME_BINS, device=self._engine.device), self._engine.device

@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from raphael_dist import sample, train
 from raphael_dist.cli.installed import PACKAGES
@@ -65,6 +66,25 @@ def test_true_is_no_number_in_any_field() -> None:
         assert field in refusal(f"{field}=true"), field
     for override in ("optim.betas=[true, 0.9]", "data.caption_weights={txt: true}", "data.filters=[{column: x, min: true}]"):
         assert "must be a number, not true or false" in refusal(override)
+
+
+@pytest.mark.parametrize(
+    "key", ["run.dir", "run.init_from", "text.encoder", "image.vae", "data.shards", "data.val_shards", "data.cache_dir"]
+)
+def test_impossible_file_names_are_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    section, _, name = key.partition(".")
+    value: typing.Any = "a\0b"
+    path.write_text(yaml.safe_dump({section: {name: [value] if "shards" in name else value}}))
+    assert "must not contain NUL characters" in refusal(config=str(path))
+    if "shards" not in key:
+        assert "must not have a file name of more than 255 bytes" in refusal(f"{key}=x/{'9' * 256}")
+
+
+@pytest.mark.parametrize("pattern", ["b" * 300, f"{{{'b' * 300},c}}", f"{'b' * 300}*"])
+def test_shard_names_that_are_too_long_are_refused(pattern: str) -> None:
+    with pytest.raises(UserError, match=r"data\.shards='/tmp/.* (cannot be read \(File name too long\)|matches no file)"):
+        expand_shards([f"/tmp/{pattern}"])
 
 
 def test_integer_beyond_64_bits_is_refused_in_every_count_field() -> None:

@@ -139,7 +139,7 @@ UNFIT = [
     ({"norm_eps": 1e-6}, {}, r"norm_eps=1e-06 must be"),
     ({"mid_block_scale_factor": 2}, {}, r"mid_block_scale_factor=2 must be"),
     ({"resnet_out_scale_factor": 1.4}, {}, r"resnet_out_scale_factor=1.4 must be"),
-    ({}, {"text_width": 24}, r"model.text_width=24 must be 12, the value of the checkpoint in"),
+    ({}, {"text_width": 24}, r"model.text_width=24 must be 12, the value in the configuration of the checkpoint"),
 ]
 
 

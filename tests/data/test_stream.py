@@ -278,7 +278,7 @@ def test_corrupt_image_is_replaced_in_bucket_and_reported_once(tmp_path, caplog)
     known = world.cache.known_bad
     assert [(bad.shard, bad.key) for bad in known.values()] == [("s0.tar", "004"), ("s2.tar", "028")]
     assert list(known) == [4, 28]
-    with pytest.raises(BadSampleError, match="bad"):
+    with pytest.raises(BadSampleError, match="could not be used"):
         cached(world, 4)
     stream = world.stream(max_bad_fraction=0.1)
     with caplog.at_level(logging.WARNING):
@@ -298,7 +298,7 @@ def test_too_many_bad_samples_stop_run_with_first_three(tmp_path):
     assert "007" not in str(caught.value)
     world = World(tmp_path, corrupt=tuple(range(0, 30, 2)))
     world.cache.build([0, 1, 2])
-    with pytest.raises(UserError, match="all samples of this size cannot"):
+    with pytest.raises(UserError, match="no sample of this size can be used"):
         world.stream(max_bad_fraction=1.0)
 
 

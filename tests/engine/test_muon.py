@@ -95,11 +95,12 @@ CASES = {
     "zero2": ({"stage": 2}, {}, {}),
     "zero2, sharded experts": ({"stage": 2}, {"space_ep": 2, "time_ep": 2, "placement": ["shard"]}, {}),
 }
+BFLOAT16 = {"zero2, bfloat16": ({"stage": 2}, {}, {"dtype": "bfloat16"})}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    cases = {**CASES, "adamw": ({"stage": 2}, {}, {})}
+    cases = {**CASES, **BFLOAT16, "adamw": ({"stage": 2}, {}, {})}
     specs = [
         {
             "sections": {
@@ -125,6 +126,18 @@ def test_two_ranks_take_the_steps_of_one_process(case: str, runs: dict[str, dict
         change, difference = (expected - start[name]).norm(), (runs[case]["weights"][name] - expected).norm()
         assert change > 0, name
         assert difference < 1e-3 * change, f"{name}: {difference / change:.1e}"
+
+
+def test_steps_in_bfloat16_have_the_same_direction(runs: dict[str, dict]) -> None:
+    (actual,) = (runs[case]["weights"] for case in BFLOAT16)
+    config = tiny_config()
+    torch.manual_seed(config.run.seed)
+    start = {n: p.detach().flatten() for n, p in RaphaelUNet(config).named_parameters()}
+    changes = [torch.cat([w[n] - start[n] for n in start if is_hidden_matrix(n)]) for w in (actual, one_process())]
+    cosine = torch.nn.functional.cosine_similarity(*changes, dim=0)
+    ratio = changes[0].norm() / changes[1].norm()
+    assert cosine > 0.98
+    assert 0.95 < ratio < 1.05
 
 
 def test_gather_of_the_momentum_is_counted_and_planned(runs: dict[str, dict]) -> None:

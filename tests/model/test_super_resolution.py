@@ -324,7 +324,7 @@ def test_incompatible_data_is_reported_before_the_first_step() -> None:
         check_small_images(two.upscale, 8, ((64, 64),))
     with pytest.raises(UserError, match=r"image.buckets must have .* multiples of upscale.factor=4, but \[18, 16\]"):
         check_small_images(four.upscale, 2, ((18, 16),))
-    with pytest.raises(UserError, match=r"upscale.factor=2 must be 0, the value of the checkpoint"):
+    with pytest.raises(UserError, match=r"upscale.factor=2 must be 0, the value in the configuration of the checkpoint"):
         check_architecture(off, two, "there")
     allowed = tiny_config(upscale={**UPSCALE, "noise": 0.1}, run={"allow_change": ["upscale.noise", "upscale.factor"]})
     assert check_same_run(two, allowed, "there") == ["upscale.noise was 0.0 and is now 0.1 (run.allow_change)"]

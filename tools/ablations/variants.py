@@ -11,6 +11,7 @@ from raphael_dist.errors import UserError, did_you_mean
 # Fields that a campaign sets for each run, and the option of each.
 OWN = {"run.dir": "--out", "run.seed": "--seeds", "train.max_steps": "--images"}
 WIDTH = "model.expert_width"
+_FLOW = {"diffusion.prediction": "flow", "diffusion.zero_terminal_snr": "false", "diffusion.min_snr_gamma": "0"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
             Variant("annealed", "gate noise falls to 0 at half of the steps", {"model.gate_noise_steps": str(steps // 2)}),
             Variant("noisy", "gate noise to the end", {"model.gate_noise_steps": "0"}),
             Variant("padding", "padding tokens are routed as well", {"model.mask_padding": "false"}),
+        ],
+        "recipes": [
+            Variant("muon", "Muon for hidden matrices", {"optim.kind": "muon"}),
+            Variant("flow", "rectified flow", _FLOW),
         ],
     }
 

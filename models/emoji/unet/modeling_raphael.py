@@ -112,8 +112,8 @@ def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int)
     """Return the time expert of each timestep, int64 [B], for `model.time_routing=boundaries`.
 
     The timesteps are divided into K equal bands (subranges), one for each expert. This is not in the paper; Wan 2.2 has two
-    such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Timesteps are drawn
-    evenly, so every expert gets an equal share of the samples, in each group of ranks.
+    such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Training draws
+    timesteps evenly, also for each group of ranks that share experts, so every expert gets about equally many samples.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
@@ -264,9 +264,9 @@ class Experts(nn.Module):
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return the LoRA matrices of a weight ("w1" or "w2"), or None if there are no adapters.
 
-        They are A [K, rank, in] and alpha / rank B [K, out, rank]. They are applied one after the other and never added to
-        the weight: bfloat16 would round small changes of a weight away, and the product B A needs as much memory as the
-        weights.
+        They are A [K, rank, in], and B [K, out, rank] already multiplied by alpha / rank. They are applied one after the
+        other and never added to the weight: bfloat16 would round small changes of a weight away, and the product B A needs
+        as much memory as the weights.
         """
         if self.lora_scale is None:
             return None
@@ -345,10 +345,10 @@ class Experts(nn.Module):
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]. Every expert processes every row.
+        """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.
 
-        Shapes are therefore static. The weights w multiply the experts' outputs, because these are narrower than their
-        hidden units.
+        Here e_k is expert k, b2_k the bias of its second layer, and w its weight for each row. Every expert processes every
+        row, so shapes are static. The weights multiply the experts' outputs, which are narrower than their hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -550,9 +550,10 @@ class SpaceMoE(Experts):
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return one row for each expert of the layer [K, D], given the rows of this rank's experts.
+        """Return a vector for each of the layer's K experts [K, D], given those of this rank's experts, `own_KD`.
 
-        With all experts on one rank these are the same. Expert parallelism overrides this method.
+        `forward` gathers the experts' outputs for a row of zeros. Here all experts are on this rank, so the result is
+        `own_KD`. Expert parallelism overrides this method.
         """
         return own_KD
 
@@ -1123,7 +1124,10 @@ class RaphaelUNet(nn.Module):
     def route_blocks(
         self, timestep_B: Tensor, embedding_BE: Tensor, text_BYD: Tensor, text_mask_BY: Tensor, noise: GateNoise | None
     ) -> list[BlockRouting]:
-        """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block."""
+        """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block.
+
+        `embedding_BE`: timestep embeddings. The other arguments are those of `UNetInput`.
+        """
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
         time_expert, time_samples, time_factor, space_weight, balance = none, none, none, none, none
@@ -1143,7 +1147,10 @@ class RaphaelUNet(nn.Module):
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B] (`choose`)."""
+        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B] (`choose`).
+
+        `embedding_BE`: timestep embeddings. `noise`: added to the gates' logits; None: no noise.
+        """
         m = self.config
         if m.time_routing == "boundaries":
             expert_LB = band_of_timestep_B(timestep_B, m.time_experts, self.num_timesteps).expand(self.num_blocks, -1)

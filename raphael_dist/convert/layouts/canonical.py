@@ -44,7 +44,10 @@ def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[in
 
 
 def entries(source: Source, kind: str) -> Iterator[Entry]:
-    """Yield the tensors to write for one kind of values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema"."""
+    """Yield the tensors that this layout stores for one kind of values, and from which parameters of `source` they come.
+
+    `source`: the checkpoint to convert. `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
+    """
     for name, shape in source.shapes.items():
         for key, start, key_shape in keys(name, shape):
             yield Entry(key, key_shape, (piece(kind, name, start, prod(key_shape)),))
@@ -53,13 +56,18 @@ def entries(source: Source, kind: str) -> Iterator[Entry]:
 def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
     """Plan the files for one kind of values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
 
-    Returns the files, of about `part_bytes` bytes, and {name: content} of their index ({} for one file).
+    `source`: the checkpoint that is converted. Returns the files, each of about `part_bytes` bytes, and {name: content} of
+    the index, a file that states which tensor is in which file; {} if there is only one file.
     """
     return parts(entries(source, kind), STEMS[kind], part_bytes)
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a folder in the layout `canonical`, with all kinds of values (weights, ...) that the source has."""
+    """Plan the files of a folder in the layout `canonical`, with all kinds of values (weights, ...) that the source has.
+
+    `source`: the checkpoint to convert. `options`: options of the conversion; only `part_bytes` is used. `target` is not
+    used: the paths in the plan are relative to it.
+    """
     files: list[OutFile] = []
     small: dict[str, bytes] = {}
     for kind in source.kinds():
@@ -72,6 +80,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 def open_canonical(folder: Path, config: Config | None = None) -> Checkpoint:
     """Open a folder in the layout `canonical`; only the headers of its files are read.
 
+    `config` is not used, since the folder's manifest has the configuration.
     Raises UserError if a tensor is missing, unexpected, duplicate, or has another shape than the model requires.
     """
     manifest = read_manifest(folder / MANIFEST, "canonical")
@@ -92,8 +101,8 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
         for key, stored in gather(of_kind).items():
             if key not in expected:
                 raise UserError(
-                    f"{stored.path} contains {key}, which is not a tensor of the model in its manifest. Use another "
-                    "checkpoint."
+                    f"{stored.path} contains {key}, which is not a tensor of the model that the manifest describes. Use "
+                    "another checkpoint."
                 )
             name, start, shape = expected[key]
             if stored.shape != shape:

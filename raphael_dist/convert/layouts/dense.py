@@ -115,6 +115,7 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
 def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
     """Open a dense U-Net: a `unet/` folder of diffusers, the folder of a pipeline that contains it, or a single file.
 
+    `config` is not used: the configuration is read from the folder, or computed from the shapes in the file.
     Raises UserError if the U-Net does not have the structure of Stable Diffusion 2.
     """
     if path.is_file():
@@ -216,9 +217,12 @@ def scheduler_settings(folder: Path) -> JsonObject:
 
 
 def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutFile], dict[str, bytes], str]:
-    """Plan the weight files of a U-Net of diffusers, in which each tensor has the name of its parameter.
+    """Plan the weight files of a U-Net of diffusers. Each parameter is one tensor in them, under the parameter's name.
 
-    `folder`: prefix of the files' names, such as "unet/".
+    Args:
+        source: the checkpoint to convert.
+        options: options of the conversion: kind and dtype of the weights, size of a file.
+        folder: prefix of the files' names, such as "unet/".
 
     Returns:
         The files; {name: content} of their index, {} for a single file; and the kind of weights, "ema" or "master".
@@ -229,7 +233,10 @@ def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutF
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a U-Net folder of diffusers. Raises UserError if the model is not dense (has experts)."""
+    """Return the plan of a U-Net folder of diffusers. Raises UserError if the model is not dense (has experts).
+
+    `source`: the checkpoint to convert. `options`: options of the conversion. `target` is not used.
+    """
     unet = unet_json(source.config, "--to dense")
     files, small, kind = unet_files(source, options, "")
     small["config.json"] = json.dumps(unet, indent=2).encode()
@@ -238,7 +245,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` is a single file, or the folder of one model of diffusers (not of a whole pipeline)."""
+    """Return whether `path` may be a dense U-Net: a file of any kind, or a diffusers model's folder (not a pipeline's)."""
     return path.is_file() or ((path / "config.json").is_file() and not (path / "model_index.json").is_file())
 
 

@@ -53,6 +53,7 @@ _LATER_FIELDS: JsonObject = {"image_positions": False}  # fields that folders of
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Return the plan of a diffusers pipeline folder, or of its unet/ only (`options.unet_only`).
 
+    `source`: the checkpoint to convert. `options`: options of the conversion. `target` is not used.
     Raises UserError if the VAE or text encoder that the source's configuration names is missing.
     """
     config = source.config
@@ -124,7 +125,7 @@ class Encoders:
     def __init__(self, config: Config, text_by_name: bool = False) -> None:
         if text_by_name and config.text.encoder not in NAMED:
             raise UserError(
-                f"--text-by-name requires a text encoder that has a name ({', '.join(NAMED)}), but text.encoder is "
+                f"--text-by-name requires that text.encoder is {' or '.join(NAMED)}, but it is "
                 f"{config.text.encoder!r}. Leave out --text-by-name."
             )
         self.config, self.text_by_name = config, text_by_name or config.text.encoder == CHARACTERS  # it has no files
@@ -210,6 +211,7 @@ def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
 def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
     """Open the U-Net of a diffusers pipeline folder as a checkpoint.
 
+    `config` is not used: the configuration is read from the folder.
     Raises UserError unless the U-Net is a RaphaelUNet2D or has the structure of Stable Diffusion 2.
     """
     unet = read_object(folder / "unet" / "config.json")

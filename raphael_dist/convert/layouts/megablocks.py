@@ -59,7 +59,10 @@ def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...],
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a folder in the layout `megablocks`. Raises UserError for a model without experts."""
+    """Return the plan of a folder in the layout `megablocks`. Raises UserError for a model without experts.
+
+    `source`: the checkpoint to convert. `options`: options of the conversion. `target` is not used.
+    """
     model = source.config.model
     if not (model.space_experts or model.time_experts):
         raise UserError(
@@ -76,7 +79,10 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a folder in the layout `megablocks`. Raises UserError for a missing or unexpected tensor, or a wrong shape."""
+    """Open a folder in the layout `megablocks`. Raises UserError for a missing or unexpected tensor, or a wrong shape.
+
+    `config` is not used, since the folder's manifest has the configuration.
+    """
     manifest = read_manifest(folder / MANIFEST, "megablocks")
     config = config_from_tree(manifest["config"])
     shapes, stored = parameter_shapes(config), gather(weight_files(folder, (STEM, STEM)).paths)
@@ -97,8 +103,8 @@ def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
             located.setdefault(("master", span.name), []).append(part)
     if stored:
         raise UserError(
-            f"{folder} contains {next(iter(stored))}, which is not a tensor of the model in its manifest. Use another "
-            "checkpoint."
+            f"{folder} contains {next(iter(stored))}, which is not a tensor of the model that the manifest describes. "
+            "Use another checkpoint."
         )
     return checkpoint_of(folder, manifest, located)
 

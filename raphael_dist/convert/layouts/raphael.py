@@ -22,6 +22,7 @@ from raphael_dist.errors import UserError
 def open_run(path: Path, config: Config | None = None) -> Checkpoint:
     """Open a step-* folder, or the newest checkpoint of a run directory whose files have complete headers.
 
+    `config` is not used, since each checkpoint's manifest has the configuration.
     Raises UserError if there is no such checkpoint, or the run trained only LoRA adapters or a ControlNet.
     """
     checkpoint, problems = first_good(path, _open_step, str(path))
@@ -39,18 +40,18 @@ def _open_step(folder: Path) -> Checkpoint:
             ("a ControlNet", "--control-from", "controlnet") if config.control.enabled else ("adapters", "--lora", "peft")
         )
         raise UserError(
-            f"{folder} contains only {what}, without the base model. Give the base model, {config.run.init_from}, and add "
-            f"{option} {folder}; or export {what} with --to {export} (docs/adapters.md)."
+            f"{folder} contains only {what}, without the base model. Give the base model, {config.run.init_from}, instead "
+            f"of this folder, and add {option} {folder}; or export {what} with --to {export} (docs/adapters.md)."
         )
     files, topology = checksummed_files(folder, manifest), f"ep {config.parallel.space_ep},{config.parallel.time_ep}"
     checkpoint = Checkpoint(folder, config, reader.spans(), progress_of(manifest), manifest["dataset"], files)
     checkpoint.topology = f"{manifest.get('world_size', '?')} ranks, {topology}"
     if set(checkpoint.shapes) != set(reader.shapes):
         name = min(set(checkpoint.shapes) ^ set(reader.shapes))
-        where = f"its {MANIFEST} lists it" if name in reader.shapes else f"its {MANIFEST} does not list it"
+        problem = "it also lists" if name in reader.shapes else "it does not list"
         raise UserError(
-            f"{folder} must have the parameters of the model in its own configuration, but they differ in {name}: {where}. "
-            "Use another checkpoint."
+            f"{folder / MANIFEST} must list exactly the parameters of the model that its entry 'config' describes, but "
+            f"{problem} {name}. Use another checkpoint."
         )
     checkpoint.check()
     return checkpoint

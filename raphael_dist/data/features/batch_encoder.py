@@ -228,7 +228,10 @@ class NotEncodedError(Exception):
 
 
 def needs_encoding(sample: StreamSample) -> bool:
-    """Return whether the image or the caption of a sample must still be encoded. An empty caption does not count."""
+    """Return whether the image or the caption of a sample must still be encoded.
+
+    An empty caption need not be encoded again: it is encoded once and kept.
+    """
     return sample.image is not None or (sample.text is None and bool(sample.caption))
 
 

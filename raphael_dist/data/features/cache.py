@@ -84,10 +84,10 @@ class FeatureCache:
         return [n for n, shard in enumerate(self.index.shards) if shard.num_samples and not self.path(n).is_file()]
 
     def build(self, shards: Sequence[int], report: Reporter = no_report) -> None:
-        """Compute and write the files of the shards with these numbers. They also list samples that cannot be encoded.
+        """Compute and write the files of the shards with these numbers. `report`: called with lines of progress.
 
-        Raises:
-            UserError: A file cannot be written, or encoded captions exceed the range of float16.
+        A file also lists the samples that cannot be encoded. Raises UserError if a file cannot be written, or encoded
+        captions exceed the range of float16.
         """
         for number, shard in enumerate(shards, start=1):
             self._build_shard(shard, number, len(shards), report)
@@ -168,14 +168,17 @@ class FeatureCache:
             return
         self._open_shard.cache_clear()
         _log.warning(
-            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, without "
-            "the cache's rounding to float16, until the next start of the run writes the file again",
+            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, and not "
+            "rounded to float16 as in the cache, until the next start of the run writes the file again",
             path,
             " ".join(str(error).split())[:200],
         )
 
     def verify(self, shards: Sequence[int], report: Reporter = no_report) -> None:
-        """Check headers and tables of these shards' files. Rename a damaged file to damaged-NAME, so that it is missing."""
+        """Check headers and small tables of the files of the shards with these numbers, but not the features in them.
+
+        A damaged file is renamed to damaged-NAME, so that it is missing. `report`: called with the name of each shard.
+        """
         for number in shards:
             report(f"the cached shard {number}")
             try:
@@ -197,10 +200,7 @@ class FeatureCache:
         """The encoded empty caption (batch of one, float32, CPU). None if the cache stores captions as text.
 
         It is read from its own file in the cache. If this file is missing or damaged, the caption is encoded, and the file
-        is written.
-
-        Raises:
-            UserError: The file cannot be written.
+        is written. Raises UserError if it cannot be written.
         """
         if not self._with_text:
             return None
@@ -270,7 +270,7 @@ class _FillThread(threading.Thread):
             raise self._failure
 
     def stop(self) -> None:
-        """Stop the thread and log what is not cached. Raises the errors of `check`."""
+        """Stop the thread, and log how many of its shards have no file yet. Raises UserError if the thread has failed."""
         self._stop_requested.set()
         self.join()
         self.check()
@@ -312,7 +312,10 @@ class _CachedShard:
             raise ValueError("its header does not match its checksum")
 
     def get(self, number: int, pick: Pick, flip: bool) -> SampleFeatures | None:
-        """Return the features of sample `number` of the shard; None if it is unusable. ValueError: a checksum is wrong."""
+        """Return the features of sample `number` of the shard (mirrored if `flip`); None if it is unusable.
+
+        `pick`: draws the index of a caption, given the captions' weights. Raises ValueError if a checksum is wrong.
+        """
         bucket, row = int(self._bucket[number]), int(self._row[number])
         if bucket < 0:
             return None

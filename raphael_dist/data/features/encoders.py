@@ -265,7 +265,10 @@ class ImageEncoder(_Frozen[Model]):
 
     @classmethod
     def of(cls, model: Model, fingerprint: str = "") -> Self:
-        """Make an image encoder from a loaded autoencoder. `model=None`: latents are the pixels."""
+        """Make an image encoder from a loaded autoencoder of diffusers. `model` None: latents are the pixels.
+
+        `fingerprint`: hash of the autoencoder's files, by which cached latents are recognised as its own.
+        """
         return cls(lambda: model, NO_IMAGE_ENCODER if model is None else ImageFacts.of(model, fingerprint))
 
     @property

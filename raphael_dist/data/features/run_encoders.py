@@ -26,7 +26,7 @@ class TextFeatures:
     end: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the three tensors by name: "tokens", "mask", "end"."""
+        """Return the attributes `tokens`, `mask` and `end` as a dictionary."""
         return {"tokens": self.tokens, "mask": self.mask, "end": self.end}
 
 

@@ -147,8 +147,9 @@ class ShardStore:
             stamp: The version of its file that is expected.
 
         Raises:
-            ShardError: The shard cannot be read, does not match `stamp` any more, or does not fit into the folder.
+            ShardError: The shard cannot be read, does not match `stamp` any more, or cannot be written (disk full, ...).
             DamagedShardError: A .tar.gz cannot be unpacked.
+            UserError: There is no folder to store the shard, or it is larger than data.shard_cache_gb.
         """
         path = self.path(name, stamp)
         if path == Path(name) or path.is_file():

@@ -87,6 +87,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
 
     A record has the place, size and key of each sample. It is also written into the folder of `store`, if that has one. A
     missing shard gets a record without samples, which is not written, so that the next start looks for the shard again.
+    `report`: called with a line of progress for each shard.
 
     Raises:
         UserError: A shard cannot be reached (and may exist), or a record cannot be written.

@@ -121,9 +121,10 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def check_expansion(file: Arrow, num_bytes: int) -> None:
-    """Raise ValueError if a parquet file is too large when unpacked, as its metadata state. It may come from others.
+    """Raise ValueError if the metadata of a parquet file state that its content is too large when unpacked.
 
-    `file`: the pyarrow.parquet.ParquetFile. `num_bytes`: size of the file.
+    Reading such a file, which may be malicious, could fill the memory. `file`: the opened pyarrow.parquet.ParquetFile.
+    `num_bytes`: size of the file in bytes. The limit is `expanded_limit(num_bytes)`.
     """
     expanded = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
     if expanded > expanded_limit(num_bytes):

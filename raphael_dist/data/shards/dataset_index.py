@@ -130,9 +130,11 @@ class DatasetIndex:
 
     Attributes:
         store: Provides the shards as local files.
-        arrays: The contents of the .npy files that this module describes, by name.
-        packed_keys, packed_bad, about: The contents of keys.bin, bad.bin and shards.json.
-        folder: The folder of these files; None for an index that exists in memory only.
+        arrays: The tables of the index by name ("place", "size", "column.NAME", "shards"); see the top of this file.
+        packed_keys: The keys (names) of all usable samples, compressed (the file keys.bin).
+        packed_bad: Key and reason of all samples that cannot be used, compressed (bad.bin).
+        about: Facts about each shard and the data set, such as names and digests (shards.json).
+        folder: The folder in which the index is stored; None for an index that exists in memory only.
     """
 
     store: ShardStore
@@ -214,7 +216,10 @@ class DatasetIndex:
 
     @property
     def known_columns(self) -> list[str]:
-        """The names of all columns that the samples have, including those that the index does not store."""
+        """The names of all columns (values from the metadata, for data.filters) that the samples have.
+
+        The index stores only those in `columns`.
+        """
         return list(self.about["known"])
 
     def locate(self, sample_id: int) -> tuple[int, int]:

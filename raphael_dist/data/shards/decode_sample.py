@@ -103,7 +103,10 @@ class ImageDataset:
         return {**vars(self), "_decode_elsewhere": None, "_failed_shards": {}}
 
     def set_decoder(self, decode: Callable[[Request], DecodedSample] | None) -> None:
-        """Let `load` call this function, such as `DecodePool.load`, to decode a sample. None: decode in this process."""
+        """Set the function that `load` calls to decode a sample, such as `DecodePool.load`. None: decode in this process.
+
+        The function gets one tuple (sample id, bucket, flip) with the arguments of `load`.
+        """
         self._decode_elsewhere = decode
 
     def read(self, sample_id: int, exts: Iterable[str] = RAW_EXTS) -> dict[str, bytes]:

@@ -41,9 +41,9 @@ _EXTRA_BYTES = 1 << 16  # of shared memory, in addition to the pixels
 
 
 def shorten_socket_paths() -> None:
-    """Let multiprocessing create its sockets in a folder with a short path, if that of temporary files (TMPDIR) is long.
+    """Let multiprocessing create its sockets in a folder with a short path, such as /tmp, if the path in TMPDIR is long.
 
-    The path of a socket may have at most 107 bytes.
+    The path of a socket may have at most 107 bytes, and multiprocessing would create its sockets in TMPDIR.
     """
     if len(os.fsencode(tempfile.gettempdir())) <= _MAX_TMPDIR:
         return
@@ -189,7 +189,11 @@ class _Worker:
         remote_pipe.close()
 
     def load(self, request: Request) -> DecodedSample:
-        """Return the decoded sample; raise what decoding has raised in the worker, or _WorkerLostError."""
+        """Decode a sample in the worker process and return it. `request`: (sample id, bucket, flip).
+
+        An exception of the decoder is raised here again. Raises _WorkerLostError if the process dies, stalls, has too
+        little memory or exceeds the time limit.
+        """
         try:
             self._pipe.send(request)
             self._wait()

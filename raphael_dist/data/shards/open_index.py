@@ -26,9 +26,10 @@ Order = SampleOrder | MixedOrder
 
 
 def patterns_of(config: Config, training: bool) -> list[tuple[tuple[str, ...], float]]:
-    """Return (patterns of shards, weight) of each source: those of data.sources, or one for data.shards or data.val_shards.
+    """Return for each source of samples (patterns of its shards, its weight in the mixture).
 
-    `training`: whether to return the sources for training, not those for validation.
+    For training, these are the sources in data.sources, or without them data.shards as one source of weight 1. For
+    validation (`training` is False), data.val_shards is the only source.
     """
     d = config.data
     if not training:
@@ -163,7 +164,7 @@ def order_of(
         training: Whether these are the training samples, not those for validation.
 
     Raises:
-        UserError: As `SampleOrder`.
+        UserError: No image size has enough samples for a run of consecutive samples of one size; or a weight is too small.
     """
     # A micro-batch has one image size, so samples of one size come in runs.
     seed, window, run = config.run.seed, config.data.window_shards, bucket_run_length(config, training) or 1
@@ -178,7 +179,10 @@ def order_of(
 
 
 def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
-    """Return lines for the log: the number of usable samples, and how many are left out for which reason."""
+    """Return lines for the log: the number of usable samples, and how many are left out for which reason.
+
+    `index`: the samples of all shards. `view`: which of them pass the filters. `order`: the order in which they are read.
+    """
     lines = [
         f"{index.num_samples:,} samples in {len(index.shards):,} shards; {index.num_bad:,} unusable samples are left out"
     ]

@@ -23,7 +23,10 @@ _BRACES = re.compile(rf"(\{{{_END}\.\.{_END}(?:\.\.(-?\d+))?\}}|[{{}},])")
 
 @contextmanager
 def name_option(option: str) -> Iterator[None]:
-    """Replace "data.shards" at the beginning of UserErrors that the block raises by the name of another option, `option`."""
+    """Return a context manager that makes UserErrors raised inside it name `option` instead of data.shards.
+
+    `option`: the option with the patterns, such as "data.val_shards". It replaces "data.shards" at the beginning of a text.
+    """
     try:
         yield
     except UserError as error:
@@ -58,7 +61,11 @@ def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -
             continue
         folder, rest = _split_existing(_expand_home(pattern, pattern))
         for name in _expand_braces(rest):
-            for path in _expand_path(folder, name, pattern):
+            try:
+                paths = _expand_path(folder, name, pattern)
+            except OSError as error:  # such as a name that is too long
+                raise UserError(f"data.shards={shorten(pattern)!r} cannot be read ({error.strerror}). Correct it.") from None
+            for path in paths:
                 files.setdefault(path.absolute(), path)
     if not files and not urls:
         raise UserError("data.shards=[] must name at least one shard. Set it, for example to 'data/train-{0000..0011}.tar'.")

@@ -177,7 +177,10 @@ class _Rows:
         self._columns.add(meta)
 
     def record(self, name: str, stamp: Stamp, num_bytes: int) -> ShardRecord:
-        """Return the record of the samples that were added."""
+        """Return the record of the samples that were added.
+
+        `name`: path or URL of their shard. `stamp`: version of its file. `num_bytes`: size of its uncompressed tar.
+        """
         keys, texts = list(self._keys), self._texts.hexdigest()
         sizes = np.array(self._sizes, np.int32).reshape(len(keys), 2)
         fingerprint = hashlib.sha256(json.dumps([plain_name(name), num_bytes, keys]).encode()).hexdigest()
@@ -223,7 +226,8 @@ def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str
         raise ShardError(base_name(name), str(error)) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.shards: {hide_secrets(parquet)}, the table next to a shard, cannot be read: {error}. Repair or remove it."
+            f"data.shards: {hide_secrets(parquet)}, the parquet file of a shard, cannot be read: {error}. Repair or "
+            "remove it."
         ) from error
 
 

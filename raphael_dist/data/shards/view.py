@@ -76,7 +76,10 @@ def columns_of(filters: Sequence[Filter]) -> list[str]:
 
 
 def filter_columns(index: DatasetIndex) -> list[str]:
-    """Return names of columns that filters may use, for a message: at most 20 columns of the samples, and image sizes."""
+    """Return, for an error message, the names of columns that data.filters may use.
+
+    They are at most 20 columns from the samples' metadata, then those computed from the image size ("width", "ratio", ...).
+    """
     known = [name for name in index.known_columns if name not in SIZE_COLUMNS]
     return [*known[:_COLUMNS_SHOWN], *(["..."] if len(known) > _COLUMNS_SHOWN else []), *SIZE_COLUMNS]
 

@@ -28,6 +28,7 @@ from raphael_dist.storage.torchfile import load_tree
 MODEL = "mp_rank_00_model_states.pt"
 MODEL_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 _LONGEST_TAG = 255
+_OTHER_CONFIG = "Set --config to the configuration of the run that wrote this file."
 T = TypeVar("T")
 Tree = dict[str, Any]  # of unpickled dicts, lists and plain values, with a StoredTensor for each tensor
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -214,7 +215,7 @@ class _Files:
         if len(indices) != len(self._shapes):
             raise UserError(
                 f"{file}: the optimizer must have a state for each parameter of the model ({len(self._shapes)}), but it "
-                f"has {len(indices)}. Use the configuration of the run as --config."
+                f"has {len(indices)}. {_OTHER_CONFIG}"
             )
         self.spans = {("master", name): [_item(file, weights, name, StoredTensor)] for name in weights}
         for name, i in zip(self._shapes, indices, strict=True):
@@ -230,8 +231,8 @@ class _Files:
         for kind, flat in {"master": master, **flat_moments}.items():
             if flat.numel < size:
                 raise UserError(
-                    f"{file}: {kind} of parameter group {i} must have at least {size} elements, but it has {flat.numel}. "
-                    "Use the configuration of the run as --config."
+                    f"{file}: the flat buffer of {'weights' if kind == 'master' else kind} of parameter group {i} must have "
+                    f"at least {size} elements, but it has {flat.numel}. {_OTHER_CONFIG}"
                 )
             for span, offset in spans.items():
                 self.spans.setdefault((kind, span.name), []).append(flat.part(offset, span.numel, span.start))
@@ -243,9 +244,7 @@ class _Files:
         unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
             raise UserError(
-                f"{file} contains {unknown}, which is not a parameter of the model in --config. Use the configuration of "
-                "the "
-                "run as --config."
+                f"{file} contains {unknown}, which is not a parameter of the model that --config describes. {_OTHER_CONFIG}"
             )
         paddings = state.get("param_alignment_paddings")
         whole = {name: self._shapes[name] for name in shapes}
@@ -258,8 +257,8 @@ class _Files:
         else:
             assert paddings is not None  # otherwise the loop ends with the first alignment
             raise UserError(
-                f"{file}: the paddings of parameter group {i} must be {group.paddings}, as its parameters require, but the "
-                f"file states {list(paddings[i])}. Use the configuration of the run as --config."
+                f"{file}: param_alignment_paddings of parameter group {i} must be {group.paddings}, as the shapes of its "
+                f"parameters require, but the file states {list(paddings[i])}. {_OTHER_CONFIG}"
             )
         self._check_shapes(file, shapes, group.shapes)
         mappings = _item(file, _item(file, state, "param_slice_mappings", list), i, dict)
@@ -268,8 +267,8 @@ class _Files:
         if stated != computed:
             name = min(n for n in stated.keys() | computed.keys() if stated.get(n) != computed.get(n))
             raise UserError(
-                f"{file}: {name} must lie at (start, number of elements) {computed.get(name)} in the flat buffer, but the "
-                f"file states {stated.get(name)}. Use the configuration of the run as --config."
+                f"{file}: {name} must lie at (first element, number of elements) {computed.get(name)} in the flat buffer, "
+                f"but the file states {stated.get(name)}. {_OTHER_CONFIG}"
             )
         return group
 
@@ -277,8 +276,8 @@ class _Files:
         for name, shape in shapes.items():
             if tuple(shape) != expected.get(name):
                 raise UserError(
-                    f"{file}: {name} must have the shape {expected.get(name)} on each rank, but it has {list(shape)}. Use "
-                    "the configuration of the run as --config."
+                    f"{file}: {name} must have the shape {expected.get(name)} on each rank, but it has "
+                    f"{list(shape)}. {_OTHER_CONFIG}"
                 )
 
 

@@ -68,6 +68,7 @@ class _Target:
 def plan(source: Source, options: Options, path: Path) -> ConversionPlan:
     """Return the plan of the files of a DeepSpeed checkpoint in the new folder `path`.
 
+    `source`: the checkpoint to convert. `options`: options of the conversion, such as the number of ranks.
     Raises UserError if the model or DeepSpeed does not allow the ranks, ZeRO stage or expert parallelism in `options`.
     """
     target = _Target(source, options)
