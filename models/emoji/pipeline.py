@@ -26,7 +26,7 @@ from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class CharacterTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
         add_special_tokens: bool = True,
-        **_: Any,
+        **_: object,
     ) -> Any:
         """Tokenize one caption or several, and return a BatchEncoding. Arguments are those of tokenizers of transformers."""
         from transformers import BatchEncoding
@@ -285,7 +285,7 @@ class TextFeatures:
     end: Tensor
 
 
-def run_text_encoder(model: Any, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
+def run_text_encoder(model: Model, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
     """Return the features of B tokenized captions of Y tokens.
 
     Args:
@@ -319,7 +319,7 @@ def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor
     return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), last)
 
 
-def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def encode_images(vae: Model, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the latents of images, each float32 [B, C, h, w].
 
     The VAE's shift and scale are already applied, so that training latents are mean + std * noise.
@@ -336,7 +336,7 @@ def encode_images(vae: Any, images: Tensor, device: torch.device) -> tuple[Tenso
     return (mean.float() - shift) * scale, std.float() * scale
 
 
-def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
+def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
     """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with `vae`, an autoencoder of diffusers.
 
     The latents are shifted and scaled, as `encode_images` returns them. `device`: on which the VAE runs.
@@ -347,7 +347,7 @@ def decode_latents(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
     return images.float().clamp(-1, 1)
 
 
-def latent_shift_and_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def latent_shift_and_scale(vae: Model, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return shift and scale of a VAE's latents, from its configuration.
 
     The model is trained on (latents - shift) * scale. Each is a scalar tensor [] for all channels, or [C, 1, 1] with a
@@ -437,7 +437,10 @@ def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> s
 # ---- model.diffusion -------------------------------------------------------------------------------------------------
 
 
-def late_start_warning(scheduler: Any) -> str | None:
+NoiseScheduler = Any  # a scheduler of diffusers; their base class has none of the methods
+
+
+def late_start_warning(scheduler: NoiseScheduler) -> str | None:
     """Return a warning if the first sampling step starts far from pure noise, else None.
 
     DDIM spaces timesteps by a whole number, counted from the low end. For example, with 1,000 training timesteps 600
@@ -516,6 +519,8 @@ INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+Texts = str | Sequence[str] | None  # one for all images, or one for each
+Images = Image.Image | Sequence[Image.Image] | None  # one for all prompts, or one for each
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -523,17 +528,17 @@ Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 class CallArguments:
     """The arguments of one pipeline call, under diffusers' names (see `RaphaelPipeline.__call__`)."""
 
-    prompt: Any = None
+    prompt: Texts = None
     height: int
     width: int
     num_inference_steps: int
     timesteps: list[int] | None = None
     sigmas: list[float] | None = None
     guidance_scale: float
-    negative_prompt: Any = None
+    negative_prompt: Texts = None
     num_images_per_prompt: int = 1
     eta: float = 0.0
-    generator: Any = None
+    generator: torch.Generator | list[torch.Generator] | None = None
     latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
@@ -545,8 +550,8 @@ class CallArguments:
     callback_on_step_end: Callback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     seed: int | None = None
-    image: Any = None
-    mask_image: Any = None
+    image: Images = None
+    mask_image: Images = None
     strength: float = 1.0
     controlnet_conditioning_scale: float = 1.0
 
@@ -559,12 +564,12 @@ class CallArguments:
         return len(as_list(self.prompt)) if self.prompt_embeds is None else len(self.prompt_embeds)
 
     @property
-    def images(self) -> list[Any]:
+    def images(self) -> list[Image.Image]:
         """The input images as a list with one image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
-    def masks(self) -> list[Any]:
+    def masks(self) -> list[Image.Image]:
         """The masks for inpainting as a list with one mask for each prompt; [] if there are none."""
         return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
 
@@ -603,7 +608,7 @@ class CallArguments:
                 )
 
 
-def check_texts(prompt: Any, negative: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
+def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
     """Raise UserError unless prompts are either texts or embeddings, and negative prompts too.
 
     A negative prompt may be missing. There must be one for all prompts, or one for each.
@@ -669,18 +674,18 @@ def for_each(name: str, value: object, count: int) -> list[Any]:
     return values
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise UserError unless the argument `name` is a whole number from `low` to `high`. None: no upper limit."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
 
 
-def check_real(name: str, value: Any, high: float) -> None:
+def check_real(name: str, value: object, high: float) -> None:
     """Raise UserError unless the argument `name` is a finite number from 0 to `high` (inf: no upper limit)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
@@ -757,7 +762,7 @@ def decode_text(data: bytes) -> str:
     raise ValueError(f"not UTF-8 ({where}); save it as UTF-8")
 
 
-def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], object] | None = None) -> Any:
     """Parse a JSON text and return its value.
 
     Args:
@@ -787,7 +792,7 @@ class PipelineFiles(_Pipeline):
     """Base class of this project's diffusers pipelines, with the methods that load and save them."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a folder or model hub, as in diffusers. UserError: a local folder is not a pipeline."""
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
@@ -808,7 +813,7 @@ class PipelineFiles(_Pipeline):
         return loaded
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
 
         Args:
@@ -826,7 +831,7 @@ class PipelineFiles(_Pipeline):
             )
         return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
         # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
         # imported twice, the class of the encoder exists twice.
@@ -864,6 +869,283 @@ def check_pipeline_folder(folder: Path) -> None:
             f"{folder} must be the folder of a pipeline, but its model_index.json cannot be read: {problem}. Export one "
             "with convert --to diffusers."
         )
+
+# ---- rng -------------------------------------------------------------------------------------------------------------
+
+
+class Purpose(IntEnum):
+    """What random numbers are used for. Each purpose gets other numbers.
+
+    The values are part of the generators' keys: changing a value changes every run.
+    """
+
+    ORDER = 0
+    CAPTION = 1
+    FLIP = 2
+    DROP = 3
+    TIMESTEP = 4
+    NOISE = 5
+    TIME_GATE = 6
+    SPACE_GATE = 7
+    POSTERIOR = 8
+    STRATA = 9
+    OFFSET = 10
+    UPSCALE = 12
+
+
+def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
+    """Return a new random generator whose numbers depend on the arguments only.
+
+    Args:
+        seed: the seed of the run. All integers are from 0 to 2**64 - 1.
+        purpose: what the numbers are used for.
+        position: number of a sample in the order of training, or number of an epoch or step.
+        extra: distinguishes several generators of the same position.
+    """
+    counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))
+
+# ---- sampling.sampler ------------------------------------------------------------------------------------------------
+
+
+def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
+    """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
+
+    It is a function of these arguments.
+
+    Args:
+        seed: seed of the noise.
+        index: number of the prompt in its list.
+        shape: shape of the noise, such as (C, h, w).
+        copy: number of the image among several images of one prompt.
+    """
+    draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
+    return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
+
+
+def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
+    """Raise UserError unless the small input image has the size that the model requires to draw an image of `size_hw`.
+
+    Args:
+        factor: `upscale.factor` of the model; 0: it is not a super-resolution model, and a small image is not allowed.
+        small_HsWs3: the small image; None: there is none.
+        size_hw: height and width of the large image.
+        option: name of the command line option, for messages.
+    """
+    if not factor:
+        if small_HsWs3 is not None:
+            raise UserError(
+                f"{option} requires a super-resolution model, but upscale.factor of this model is 0. Leave out {option}."
+            )
+        return
+    expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels for an image of {size_hw[0]} x {size_hw[1]}"
+    if small_HsWs3 is None:
+        raise UserError(
+            f"{option} is required, since the model has upscale.factor={factor}. Give a small image of {expected}."
+        )
+    height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
+    if (height, width) != tuple(size_hw):
+        raise UserError(
+            f"{option}: the small image must be {expected}, but it is {height // factor} x {width // factor}. Resize it, or "
+            f"set --size {height} {width}."
+        )
+
+
+def to_pixels(images_B3HW: Tensor) -> np.ndarray:
+    """Convert images [B, 3, H, W] in -1..1 to uint8 [B, H, W, 3] on the CPU."""
+    return ((images_B3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
+    """Convert images, uint8 [B, H, W, 3], to float32 [B, 3, H, W] in -1..1 on the CPU."""
+    return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+# ---- sampling.pipeline_denoising -------------------------------------------------------------------------------------
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInputs:
+    """Image inputs of a pipeline call, in addition to noise and text. A field is None if the pipeline does not use it.
+
+    Attributes:
+        start: latents of the images to change, float32 [B, C, h, w].
+        mask: 1 where latents are drawn, 0 where those of `start` are kept, float32 [B, 1, h, w].
+        small: small images for super-resolution, float32 [B, 3, Hs, Ws] in -1..1.
+        edges: edge maps for a ControlNet, float32 [B, 3, h, w] in 0..1.
+    """
+
+    start: Tensor | None = None
+    mask: Tensor | None = None
+    small: Tensor | None = None
+    edges: Tensor | None = None
+
+
+class Prompts(NamedTuple):
+    """Text embeddings [B, Y, D] and masks, bool [B, Y], of B prompts and their negative prompts. Y: tokens, D: width.
+
+    A mask is False at padding. The fields of negative prompts are None without guidance.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    negative_embeds: Tensor | None
+    negative_mask: Tensor | None
+
+
+class Denoiser(PipelineFiles):
+    """Base class of pipelines that turn noise into latents: its steps, and the state of a call under diffusers' names."""
+
+    controlnet: Model = None  # set by RaphaelControlNetPipeline
+    _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to skip the remaining steps. A callback can set `_interrupt` to True."""
+        return self._interrupt
+
+    def _noise(self, call: CallArguments) -> Tensor:
+        """Return the initial noise of the call's images, float32 [B, C, h, w]."""
+        copies, device, factor = call.num_images_per_prompt, self._execution_device, self.vae_scale_factor
+        latent_shape = (self.unet.config.out_channels, call.height // factor, call.width // factor)
+        shape = (call.num_prompts * copies, *latent_shape)
+        generator = call.generator
+        if call.latents is not None:
+            if tuple(call.latents.shape) != shape:
+                raise UserError(
+                    f"latents must have the shape {list(shape)}, but it is {list(call.latents.shape)}. Change latents, "
+                    "height or width."
+                )
+            return call.latents.to(device, torch.float32)
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise UserError(
+                f"generator must be one generator, or a list of one for each image ({shape[0]}), but the list has "
+                f"{len(generator)}. Change its length."
+            )
+        if generator is None and call.seed is not None:
+            numbers = [(i, copy) for i in range(call.num_prompts) for copy in range(copies)]
+            return torch.stack([initial_noise(call.seed, i, latent_shape, copy) for i, copy in numbers]).to(device)
+        return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
+
+    def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
+        """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
+        scheduler = self.scheduler
+        try:
+            timesteps, steps = retrieve_timesteps(
+                scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
+            )
+        except ValueError as error:
+            settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. Change them."
+            ) from None
+        if inputs.start is None or (inputs.mask is not None and call.strength == 1):
+            if inputs.start is None and (late := late_start_warning(scheduler)):
+                _log.warning("%s", late)
+            return noise * scheduler.init_noise_sigma, timesteps
+        skipped = (steps - min(int(steps * call.strength), steps)) * scheduler.order  # as in diffusers
+        timesteps = timesteps[skipped:]
+        if not len(timesteps):
+            return inputs.start, timesteps
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skipped)
+        return scheduler.add_noise(inputs.start, noise, timesteps[:1].expand(len(noise))), timesteps
+
+    def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
+        """Return the latents after all denoising steps, float32 [B, C, h, w]."""
+        latents, timesteps = self._begin(call, noise, inputs)
+        self._num_timesteps, options = len(timesteps), self._step_options(call)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                prediction = self._predict(call, latents, t, inputs, prompts)
+                latents = self.scheduler.step(prediction, t, latents, **options).prev_sample
+                if inputs.mask is not None and inputs.start is not None:
+                    original = inputs.start
+                    if i + 1 < len(timesteps):
+                        original = self.scheduler.add_noise(original, noise, timesteps[i + 1 : i + 2].expand(len(original)))
+                    latents = (1 - inputs.mask) * original + inputs.mask * latents
+                latents, prompts = self._call_back(call, i, t, latents, prompts)
+                bar.update()
+        return latents
+
+    def _call_back(
+        self, call: CallArguments, number: int, t: Tensor, latents: Tensor, prompts: Prompts
+    ) -> tuple[Tensor, Prompts]:
+        """Call the user's callback after step `number`; return latents and prompts with the tensors that it replaces."""
+        callback = call.callback_on_step_end
+        if callback is None:
+            return latents, prompts
+        # diffusers' PipelineCallback has its own list of tensor names.
+        names = getattr(callback, "tensor_inputs", call.callback_on_step_end_tensor_inputs)
+        values = (latents, prompts.embeds, prompts.negative_embeds)
+        tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
+        tensors |= callback(self, number, t, {name: tensors[name] for name in names})
+        embeds, negative = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
+        return tensors["latents"], prompts._replace(embeds=embeds, negative_embeds=negative)
+
+    def _step_options(self, call: CallArguments) -> JsonObject:
+        """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
+        generator = call.generator
+        if generator is None and call.seed is not None:
+            generator = torch.Generator(self._execution_device).manual_seed(call.seed)
+        known = inspect.signature(self.scheduler.step).parameters
+        return {k: v for k, v in {"eta": call.eta, "generator": generator}.items() if k in known}
+
+    def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
+        """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
+        x = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+        text, mask, null, null_mask = prompts
+        if not self.do_classifier_free_guidance or null is None or null_mask is None:
+            return self._run_unet(call, x, t, inputs, text, mask)
+        text, mask = torch.cat([text, null]), torch.cat([mask, null_mask])
+        of_text, of_null = self._run_unet(call, x.repeat(2, 1, 1, 1), t, inputs, text, mask).chunk(2)
+        prediction = of_null + self.guidance_scale * (of_text - of_null)
+        if self.guidance_rescale > 0:
+            prediction = rescale_noise_cfg(prediction, of_text, self.guidance_rescale)
+        return prediction
+
+    def _run_unet(
+        self, call: CallArguments, x: Tensor, t: Tensor, inputs: ImageInputs, text: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
+
+        `x` and `text` have B samples, or 2 B: those with prompts, then those with negative prompts.
+        """
+        unet, options = self.unet.eval(), JsonObject()
+        text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
+        if not isinstance(unet, UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
+            options["encoder_attention_mask"] = mask
+        if inputs.small is not None:
+            small = inputs.small.repeat(len(x) // len(inputs.small), 1, 1, 1)
+            x = append_small_image(x, small, self.config.upscale["patch"])
+        residuals = JsonObject()
+        if inputs.edges is not None:
+            edges = inputs.edges.repeat(len(x) // len(inputs.edges), 1, 1, 1).to(unet.dtype)
+            scale = call.controlnet_conditioning_scale
+            skips, middle = self.controlnet(x, timestep, text, edges, scale, **options, return_dict=False)
+            residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
+        return cast(Tensor, unet(x, timestep, encoder_hidden_states=text, **options, **residuals).sample.float())
 
 # ---- checkpoint.tensors ----------------------------------------------------------------------------------------------
 
@@ -1061,7 +1343,7 @@ class LoraLoader:
         state: LoraState = self.unet.lora_state
         return state
 
-    def load_lora_weights(self, pretrained_model_name_or_path: Any, adapter_name: str | None = None) -> None:
+    def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None) -> None:
         """Load LoRA adapters and make them the only active ones, with factor 1.
 
         Args:
@@ -1259,151 +1541,30 @@ def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
     """Convert a PIL image to RGB, uint8 [H, W, 3], resized and cropped to `size_hw` (height, width)."""
     return resize_and_crop(to_rgb(image), size_hw, flip=False).transpose(1, 2, 0).copy()
 
-# ---- rng -------------------------------------------------------------------------------------------------------------
-
-
-class Purpose(IntEnum):
-    """What random numbers are used for. Each purpose gets other numbers.
-
-    The values are part of the generators' keys: changing a value changes every run.
-    """
-
-    ORDER = 0
-    CAPTION = 1
-    FLIP = 2
-    DROP = 3
-    TIMESTEP = 4
-    NOISE = 5
-    TIME_GATE = 6
-    SPACE_GATE = 7
-    POSTERIOR = 8
-    STRATA = 9
-    OFFSET = 10
-    UPSCALE = 12
-
-
-def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
-    """Return a new random generator whose numbers depend on the arguments only.
-
-    Args:
-        seed: the seed of the run. All integers are from 0 to 2**64 - 1.
-        purpose: what the numbers are used for.
-        position: number of a sample in the order of training, or number of an epoch or step.
-        extra: distinguishes several generators of the same position.
-    """
-    counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))
-
-# ---- sampling.sampler ------------------------------------------------------------------------------------------------
-
-
-def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
-    """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
-
-    It is a function of these arguments.
-
-    Args:
-        seed: seed of the noise.
-        index: number of the prompt in its list.
-        shape: shape of the noise, such as (C, h, w).
-        copy: number of the image among several images of one prompt.
-    """
-    draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
-    return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
-
-
-def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
-    """Raise UserError unless the small input image has the size that the model requires to draw an image of `size_hw`.
-
-    Args:
-        factor: `upscale.factor` of the model; 0: it is not a super-resolution model, and a small image is not allowed.
-        small_HsWs3: the small image; None: there is none.
-        size_hw: height and width of the large image.
-        option: name of the command line option, for messages.
-    """
-    if not factor:
-        if small_HsWs3 is not None:
-            raise UserError(
-                f"{option} requires a super-resolution model, but upscale.factor of this model is 0. Leave out {option}."
-            )
-        return
-    expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels for an image of {size_hw[0]} x {size_hw[1]}"
-    if small_HsWs3 is None:
-        raise UserError(
-            f"{option} is required, since the model has upscale.factor={factor}. Give a small image of {expected}."
-        )
-    height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
-    if (height, width) != tuple(size_hw):
-        raise UserError(
-            f"{option}: the small image must be {expected}, but it is {height // factor} x {width // factor}. Resize it, or "
-            f"set --size {height} {width}."
-        )
-
-
-def to_pixels(images_B3HW: Tensor) -> np.ndarray:
-    """Convert images [B, 3, H, W] in -1..1 to uint8 [B, H, W, 3] on the CPU."""
-    return ((images_B3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
-    """Convert images, uint8 [B, H, W, 3], to float32 [B, 3, H, W] in -1..1 on the CPU."""
-    return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1
-
 # ---- sampling.pipeline -----------------------------------------------------------------------------------------------
 
 
-_log = logging.getLogger(__name__)
+Output = ImagePipelineOutput | tuple[Any]  # the images; a tuple with `return_dict=False`
 
 
-@dataclass(frozen=True, eq=False)
-class ImageInputs:
-    """Image inputs of a pipeline call, in addition to noise and text. A field is None if the pipeline does not use it.
-
-    Attributes:
-        start: latents of the images to change, float32 [B, C, h, w].
-        mask: 1 where latents are drawn, 0 where those of `start` are kept, float32 [B, 1, h, w].
-        small: small images for super-resolution, float32 [B, 3, Hs, Ws] in -1..1.
-        edges: edge maps for a ControlNet, float32 [B, 3, h, w] in 0..1.
-    """
-
-    start: Tensor | None = None
-    mask: Tensor | None = None
-    small: Tensor | None = None
-    edges: Tensor | None = None
-
-
-class Prompts(NamedTuple):
-    """Text embeddings [B, Y, D] and masks, bool [B, Y], of B prompts and their negative prompts. Y: tokens, D: width.
-
-    A mask is False at padding. The fields of negative prompts are None without guidance.
-    """
-
-    embeds: Tensor
-    mask: Tensor
-    negative_embeds: Tensor | None
-    negative_mask: Tensor | None
-
-
-class RaphaelPipeline(LoraLoader, PipelineFiles):
+class RaphaelPipeline(LoraLoader, Denoiser):
     """A diffusers pipeline that draws images from captions. With equal `seed` it draws what `raphael_dist.sample` draws."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
     _callback_tensor_inputs = list(CALLBACK_INPUTS)  # noqa: RUF012
-    controlnet: Any = None  # set by RaphaelControlNetPipeline
-    _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
 
     def __init__(
         self,
-        unet: Any,
-        scheduler: Any,
-        vae: Any = None,
-        text_encoder: Any = None,
-        tokenizer: Any = None,
+        unet: Model,
+        scheduler: NoiseScheduler,
+        vae: Model = None,
+        text_encoder: Model = None,
+        tokenizer: Tokenizer = None,
         max_tokens: int = 77,
         steps: int = 25,
         guidance: float = 4.5,
-        size: Any = (512, 512),
+        size: tuple[int, int] | list[int] = (512, 512),
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
@@ -1430,29 +1591,6 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             max_tokens=max_tokens, steps=steps, guidance=guidance, size=list(size), text=text, upscale=upscale
         )
 
-    # ---- state of a call, as in diffusers ------------------------------------------------------------------------------
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether to skip the remaining steps. A callback can set `_interrupt` to True."""
-        return self._interrupt
-
     @property
     def vae_scale_factor(self) -> int:
         """Number of image pixels per latent position, in height and in width."""
@@ -1460,8 +1598,6 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             return downscale_factor(self.vae.config)
         largest = max(self.config.size)
         return max(1, largest // (self.unet.config.sample_size or largest))
-
-    # ---- drawing -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -1488,7 +1624,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> Output:
         """Draw `num_images_per_prompt` images for each prompt.
 
         Defaults of size, steps and guidance are those of the training run.
@@ -1547,7 +1683,7 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
             seed=seed,
         )
 
-    def _draw(self, **arguments: Any) -> Any:
+    def _draw(self, **arguments: Any) -> Output:
         """Draw images: check the arguments (fields of `CallArguments`), encode, denoise and decode."""
         size, steps, guidance = self.config.size, self.config.steps, self.config.guidance
         defaults = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
@@ -1621,33 +1757,10 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         limit = self.config.max_tokens
         batch, truncated = tokenize(self.tokenizer, texts, limit, "max_length")
         if truncated:
-            _log.warning("%s", truncation_line("prompts", truncated, len(texts), limit))
+            logging.getLogger(__name__).warning("%s", truncation_line("prompts", truncated, len(texts), limit))
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         features = run_text_encoder(self.text_encoder.eval(), ids, mask, self.tokenizer.eos_token_id)
         return features.tokens, features.mask
-
-    def _noise(self, call: CallArguments) -> Tensor:
-        """Return the initial noise of the call's images, float32 [B, C, h, w]."""
-        copies, device, factor = call.num_images_per_prompt, self._execution_device, self.vae_scale_factor
-        latent_shape = (self.unet.config.out_channels, call.height // factor, call.width // factor)
-        shape = (call.num_prompts * copies, *latent_shape)
-        generator = call.generator
-        if call.latents is not None:
-            if tuple(call.latents.shape) != shape:
-                raise UserError(
-                    f"latents must have the shape {list(shape)}, but it is {list(call.latents.shape)}. Change latents, "
-                    "height or width."
-                )
-            return call.latents.to(device, torch.float32)
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise UserError(
-                f"generator must be one generator, or a list of one for each image ({shape[0]}), but the list has "
-                f"{len(generator)}. Change its length."
-            )
-        if generator is None and call.seed is not None:
-            numbers = [(i, copy) for i in range(call.num_prompts) for copy in range(copies)]
-            return torch.stack([initial_noise(call.seed, i, latent_shape, copy) for i, copy in numbers]).to(device)
-        return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
         """Return the image inputs of the call; none by default. Pipelines with image inputs override this method."""
@@ -1666,108 +1779,6 @@ class RaphaelPipeline(LoraLoader, PipelineFiles):
         if self.vae is not None:
             images, _ = encode_images(self.vae.eval(), images, device)
         return images.to(device).repeat_interleave(call.num_images_per_prompt, dim=0)
-
-    def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
-        """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
-        scheduler = self.scheduler
-        try:
-            timesteps, steps = retrieve_timesteps(
-                scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
-            )
-        except ValueError as error:
-            settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. Change them."
-            ) from None
-        if inputs.start is None or (inputs.mask is not None and call.strength == 1):
-            if inputs.start is None and (late := late_start_warning(scheduler)):
-                _log.warning("%s", late)
-            return noise * scheduler.init_noise_sigma, timesteps
-        skipped = (steps - min(int(steps * call.strength), steps)) * scheduler.order  # as in diffusers
-        timesteps = timesteps[skipped:]
-        if not len(timesteps):
-            return inputs.start, timesteps
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(skipped)
-        return scheduler.add_noise(inputs.start, noise, timesteps[:1].expand(len(noise))), timesteps
-
-    def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the latents after all denoising steps, float32 [B, C, h, w]."""
-        latents, timesteps = self._begin(call, noise, inputs)
-        self._num_timesteps, options = len(timesteps), self._step_options(call)
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                prediction = self._predict(call, latents, t, inputs, prompts)
-                latents = self.scheduler.step(prediction, t, latents, **options).prev_sample
-                if inputs.mask is not None and inputs.start is not None:
-                    original = inputs.start
-                    if i + 1 < len(timesteps):
-                        original = self.scheduler.add_noise(original, noise, timesteps[i + 1 : i + 2].expand(len(original)))
-                    latents = (1 - inputs.mask) * original + inputs.mask * latents
-                latents, prompts = self._call_back(call, i, t, latents, prompts)
-                bar.update()
-        return latents
-
-    def _call_back(
-        self, call: CallArguments, number: int, t: Tensor, latents: Tensor, prompts: Prompts
-    ) -> tuple[Tensor, Prompts]:
-        """Call the user's callback after step `number`; return latents and prompts with the tensors that it replaces."""
-        callback = call.callback_on_step_end
-        if callback is None:
-            return latents, prompts
-        # diffusers' PipelineCallback has its own list of tensor names.
-        names = getattr(callback, "tensor_inputs", call.callback_on_step_end_tensor_inputs)
-        values = (latents, prompts.embeds, prompts.negative_embeds)
-        tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
-        tensors |= callback(self, number, t, {name: tensors[name] for name in names})
-        embeds, negative = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
-        return tensors["latents"], prompts._replace(embeds=embeds, negative_embeds=negative)
-
-    def _step_options(self, call: CallArguments) -> JsonObject:
-        """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
-        generator = call.generator
-        if generator is None and call.seed is not None:
-            generator = torch.Generator(self._execution_device).manual_seed(call.seed)
-        known = inspect.signature(self.scheduler.step).parameters
-        return {k: v for k, v in {"eta": call.eta, "generator": generator}.items() if k in known}
-
-    def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
-        x = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-        text, mask, null, null_mask = prompts
-        if not self.do_classifier_free_guidance or null is None or null_mask is None:
-            return self._run_unet(call, x, t, inputs, text, mask)
-        text, mask = torch.cat([text, null]), torch.cat([mask, null_mask])
-        of_text, of_null = self._run_unet(call, x.repeat(2, 1, 1, 1), t, inputs, text, mask).chunk(2)
-        prediction = of_null + self.guidance_scale * (of_text - of_null)
-        if self.guidance_rescale > 0:
-            prediction = rescale_noise_cfg(prediction, of_text, self.guidance_rescale)
-        return prediction
-
-    def _run_unet(
-        self, call: CallArguments, x: Tensor, t: Tensor, inputs: ImageInputs, text: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
-
-        `x` and `text` have B samples, or 2 B: those with prompts, then those with negative prompts.
-        """
-        unet, options = self.unet.eval(), JsonObject()
-        text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
-        if not isinstance(unet, UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
-            options["encoder_attention_mask"] = mask
-        if inputs.small is not None:
-            small = inputs.small.repeat(len(x) // len(inputs.small), 1, 1, 1)
-            x = append_small_image(x, small, self.config.upscale["patch"])
-        residuals = JsonObject()
-        if inputs.edges is not None:
-            edges = inputs.edges.repeat(len(x) // len(inputs.edges), 1, 1, 1).to(unet.dtype)
-            scale = call.controlnet_conditioning_scale
-            skips, middle = self.controlnet(x, timestep, text, edges, scale, **options, return_dict=False)
-            residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
-        return cast(Tensor, unet(x, timestep, encoder_hidden_states=text, **options, **residuals).sample.float())
 
     def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
         """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").
@@ -1813,7 +1824,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
     @shows_options
     @torch.no_grad()
-    def __call__(self, prompt: Any = None, image: Any = None, strength: float = 0.8, **options: Any) -> Any:
+    def __call__(self, prompt: Texts = None, image: Images = None, strength: float = 0.8, **options: Any) -> Output:
         """Draw images that start from given images.
 
         Args:
@@ -1839,8 +1850,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
     @shows_options
     @torch.no_grad()
     def __call__(
-        self, prompt: Any = None, image: Any = None, mask_image: Any = None, strength: float = 1.0, **options: Any
-    ) -> Any:
+        self, prompt: Texts = None, image: Images = None, mask_image: Images = None, strength: float = 1.0, **options: Any
+    ) -> Output:
         """Draw the part of an image that is white in a mask, and keep the rest.
 
         Args:
@@ -1871,16 +1882,16 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
     def __init__(
         self,
-        unet: Any,
-        scheduler: Any,
-        controlnet: Any,
-        vae: Any = None,
-        text_encoder: Any = None,
-        tokenizer: Any = None,
+        unet: Model,
+        scheduler: NoiseScheduler,
+        controlnet: Model,
+        vae: Model = None,
+        text_encoder: Model = None,
+        tokenizer: Tokenizer = None,
         max_tokens: int = 77,
         steps: int = 25,
         guidance: float = 4.5,
-        size: Any = (512, 512),
+        size: tuple[int, int] | list[int] = (512, 512),
         text: str | None = None,
         upscale: JsonObject | None = None,
     ) -> None:
@@ -1891,8 +1902,8 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
     @shows_options
     @torch.no_grad()
     def __call__(
-        self, prompt: Any = None, image: Any = None, controlnet_conditioning_scale: float = 1.0, **options: Any
-    ) -> Any:
+        self, prompt: Texts = None, image: Images = None, controlnet_conditioning_scale: float = 1.0, **options: Any
+    ) -> Output:
         """Draw images that follow an edge map.
 
         Args:
@@ -1918,7 +1929,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
     @shows_options
     @torch.no_grad()
-    def __call__(self, prompt: Any = None, image: Any = None, **options: Any) -> Any:
+    def __call__(self, prompt: Texts = None, image: Images = None, **options: Any) -> Output:
         """Enlarge small images.
 
         Args:
@@ -1938,7 +1949,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
         return ImageInputs(small=small.to(self._execution_device))
 
 
-def small_images(images: list[Any], size_hw: tuple[int, int], factor: int) -> Tensor:
+def small_images(images: Sequence[Image.Image], size_hw: tuple[int, int], factor: int) -> Tensor:
     """Convert small images to float32 [B, 3, Hs, Ws] in -1..1, the input of a super-resolution model.
 
     Args:

@@ -23,6 +23,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 # ---- model.routing ---------------------------------------------------------------------------------------------------
@@ -360,6 +361,13 @@ class Experts(nn.Module):
         return (out_KRD * w_RK.t().unsqueeze(-1)).sum(dim=0)
 
 
+class _Context(FunctionCtx):
+    """What the forward pass keeps for the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
 class _GeluProduct(torch.autograd.Function):
     """`gelu(a_k) w_k^T` of every expert. It saves only `a`, and applies GELU again in the backward pass.
 
@@ -367,12 +375,12 @@ class _GeluProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
+    def forward(ctx: _Context, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
         ctx.save_for_backward(a_KRF, w_KDF)
         return F.gelu(a_KRF) @ w_KDF.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: _Context, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
         a_KRF, w_KDF = ctx.saved_tensors
         grad_w = grad_KRD.transpose(1, 2) @ F.gelu(a_KRF) if ctx.needs_input_grad[1] else None
         return torch.ops.aten.gelu_backward(grad_KRD @ w_KDF, a_KRF), grad_w
@@ -857,7 +865,7 @@ def feature_map_format(device: torch.device) -> torch.memory_format:
     """
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
-# ---- model.unet ------------------------------------------------------------------------------------------------------
+# ---- model.unet_interface --------------------------------------------------------------------------------------------
 
 
 class GateNoise(NamedTuple):
@@ -916,6 +924,8 @@ class ControlResiduals(NamedTuple):
 
     skips: tuple[Tensor, ...]
     middle: Tensor
+
+# ---- model.unet ------------------------------------------------------------------------------------------------------
 
 
 class ForwardState(NamedTuple):
@@ -1200,9 +1210,10 @@ EXPERT_FIELDS = {
     "mask_padding": "mask_padding",
     "image_positions": "image_positions",
 }
+Sections = Any  # an object with the attributes of `Config` that `RaphaelUNet` reads
 
 
-def sections_of(fields: Any) -> Any:
+def sections_of(fields: Any) -> Sections:
     """Return an object with the configuration sections (`model`, `edge`, ...) from which `RaphaelUNet` is built.
 
     `fields`: an object with the fields of the model's config.json, as diffusers names them.
@@ -1310,11 +1321,15 @@ class _Wrapper(ModelMixin, ConfigMixin):
         self._predict: Any = network.forward
 
     @staticmethod
-    def _network(sections: Any) -> RaphaelUNet:
+    def _network(sections: Sections) -> RaphaelUNet:
         raise NotImplementedError
 
     def enable_group_offload(
-        self, onload_device: torch.device, offload_device: Any = "cpu", offload_type: str = "leaf_level", **options: Any
+        self,
+        onload_device: torch.device,
+        offload_device: str | torch.device = "cpu",
+        offload_type: str = "leaf_level",
+        **options: Any,
     ) -> None:
         """Offload weights between uses, as the method of diffusers does. Only `offload_type="leaf_level"` is supported.
 
@@ -1328,7 +1343,9 @@ class _Wrapper(ModelMixin, ConfigMixin):
         device = torch.device(offload_device)
         super().enable_group_offload(onload_device, device, offload_type, **options)  # type: ignore[misc]
 
-    def _inputs(self, sample: Tensor, timestep: Any, text: Tensor, mask: Tensor | None, end: Tensor | None) -> UNetInput:
+    def _inputs(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor, mask: Tensor | None, end: Tensor | None
+    ) -> UNetInput:
         batch, tokens = text.shape[:2]
         mask = torch.ones(batch, tokens, device=sample.device) if mask is None else mask
         end = (mask.long().sum(dim=1) - 1).clamp(min=0) if end is None else end
@@ -1342,7 +1359,7 @@ class RaphaelUNet2D(_Wrapper):
     """The U-Net of RAPHAEL as a model of diffusers, called like UNet2DConditionModel."""
 
     @staticmethod
-    def _network(sections: Any) -> RaphaelUNet:
+    def _network(sections: Sections) -> RaphaelUNet:
         return RaphaelUNet(sections)
 
     def forward(
