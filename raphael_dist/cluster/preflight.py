@@ -303,7 +303,7 @@ def report_path(folder: Path, rank: int) -> Path:
 def gpu_use(device: torch.device) -> JsonObject:
     """Return {"id": UUID of the GPU, "used_gib": GiB in use on it}; {} for a CPU.
 
-    Call it before this process allocates memory on the GPU; then other processes use these GiB.
+    Call it before this process allocates GPU memory, so that the GiB are those of other processes.
     """
     if device.type != "cuda":
         return {}

@@ -55,7 +55,7 @@ class Report:
 
     Attributes:
         source, target: names of the two layouts (formats on disk).
-        rows: what was written, by kind of values.
+        rows: what was written, one row for each kind of values (weights, EMA, each of Adam's moments).
         notes: further lines for the user.
         verified: how the source's files were checked.
         seconds: duration of the conversion.

@@ -11,7 +11,7 @@ from raphael_dist.planning.search import Choice, Outcome, reasons
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
-    """Return the plan as text: the best settings, memory, time and cost of the first of them, and the command to use them.
+    """Return the plan as text: the `shown` best settings; memory, time and cost of the best one; and its command.
 
     `config_name`: preset or file for the command. `shown`: how many of the best settings are listed.
     """

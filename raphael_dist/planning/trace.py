@@ -146,7 +146,11 @@ class Profile:
 
 
 def profile(config: Config) -> Profile:
-    """Trace a micro-step with two numbers of images, without expert parallelism and without recomputation."""
+    """Trace one micro-step (forward and backward) twice, with the two micro-batch sizes in SAMPLES.
+
+    From the two traces a `Profile` computes the costs of any micro-batch size. There is no expert parallelism and no
+    recomputation.
+    """
     few, many = (trace(config, samples, "none") for samples in SAMPLES)
     assert few.launches == many.launches, "the number of images changed which operations run"
     return Profile(few, many)

@@ -330,7 +330,7 @@ def test_manifest_with_a_huge_tensor_uses_no_memory(tmp_path: Path) -> None:
     (path / MANIFEST).write_bytes(seal(manifest))
     reader = CheckpointReader(path)
     assert reader.incomplete() is not None
-    with pytest.raises(UserError, match="there is no element 3"):
+    with pytest.raises(UserError, match="it has no element 3"):
         reader.whole("master", "b")
 
 

@@ -150,7 +150,7 @@ DAMAGES = [
     (huge_header, r"truncated, or it is not a safetensors file"),
     (overlapping, r"overlap or leave a gap"),
     (name_outside, r"lies outside the folder"),
-    (lambda f: in_manifest(f, files={}), r"must contain the weights .* contains nothing"),
+    (lambda f: in_manifest(f, files={}), r"must contain the weights .* it only contains other files"),
     (lambda f: in_manifest(f, files={"model.safetensors": {"bytes": 1}}), r"each entry of files must have a size"),
     (lambda f: in_manifest(f, step="7"), r"step='7'.*must be"),
     (only_the_average, r"must contain the weights .* contains ema"),

@@ -147,7 +147,7 @@ def test_descriptions_give_every_number_a_source(name):
     [
         ("device: gpu", "per_node"),
         ("device: [", "not valid YAML"),
-        ("42", "value: ..., source"),
+        ("42", "value: NUMBER, source: TEXT"),
     ],
 )
 def test_a_wrong_description_is_refused_in_a_line(tmp_path, text, message):

@@ -210,7 +210,7 @@ def paired_differences(runs: Sequence[RunResult], full: dict[int, RunResult]) ->
     `full`: its runs by seed. Runs without such a partner are left out.
     """
     pairs = [(run.measures, full[run.seed].measures) for run in runs if run.seed in full]
-    return [{what: own[what] - other[what] for what in own.keys() & other.keys()} for own, other in pairs]
+    return [{what: own[what] - other[what] for what in own if what in other} for own, other in pairs]
 
 
 def _intervals(rows: Sequence[dict[str, float]]) -> dict[str, Interval]:
