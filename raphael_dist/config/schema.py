@@ -119,6 +119,7 @@ def load_leniently(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Co
         lines = list(error.args)
     try:
         tree = _read_with_overrides(name_or_path, overrides).tree
+        check_size(tree)  # an endless tree cannot be validated
         for location in _refused_locations(tree):
             name, section = str(location[0]), tree.get(str(location[0]))
             if name not in Config.model_fields:

@@ -81,6 +81,11 @@ def test_impossible_file_names_are_refused(key: str, tmp_path: Path) -> None:
         assert "must not have a file name of more than 255 bytes" in refusal(f"{key}=x/{'9' * 256}")
 
 
+def test_endless_yaml_is_refused_by_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    line = last_line(train.main, ["--config", "emoji-tiny", "--dry-run", "train.max_steps=&a [*a]"], capsys)
+    assert "must have at most 100,000 keys and list entries" in line
+
+
 @pytest.mark.parametrize("pattern", ["b" * 300, f"{{{'b' * 300},c}}", f"{'b' * 300}*"])
 def test_shard_names_that_are_too_long_are_refused(pattern: str) -> None:
     with pytest.raises(UserError, match=r"data\.shards='/tmp/.* (cannot be read \(File name too long\)|matches no file)"):
