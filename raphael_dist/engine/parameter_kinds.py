@@ -3,7 +3,7 @@
 from raphael_dist.model.routing import gate_kind
 
 # Small layers, or the first and the last one: AdamW updates them.
-_NOT_HIDDEN = ("conv_in.", "conv_out.", "time_embedding.")
+_NOT_HIDDEN = {"conv_in", "conv_out", "time_embedding"}
 
 
 def decays(name: str) -> bool:
@@ -19,4 +19,4 @@ def decays(name: str) -> bool:
 
 def is_hidden_matrix(name: str) -> bool:
     """Return whether Muon updates a parameter: the weights of hidden linear layers, experts and convolutions."""
-    return decays(name) and not name.startswith(_NOT_HIDDEN)
+    return decays(name) and _NOT_HIDDEN.isdisjoint(name.split("."))

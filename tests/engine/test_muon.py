@@ -31,6 +31,12 @@ def test_singular_values_of_a_step_are_near_one(shape: tuple[int, ...]) -> None:
     assert not orthogonalise(torch.zeros(shape)).any()
 
 
+@pytest.mark.parametrize("prefix", ["", "control."])
+def test_first_and_last_layers_are_not_hidden_under_any_prefix(prefix: str) -> None:
+    assert not any(is_hidden_matrix(f"{prefix}{name}.weight") for name in ("conv_in", "conv_out", "time_embedding.linear_1"))
+    assert is_hidden_matrix(f"{prefix}mid_block.resnets.0.conv1.weight")
+
+
 def test_matrices_take_the_steps_of_torch_and_others_those_of_adamw() -> None:
     draw = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=draw) for shape in ((12, 20), (20, 12), (20,))]
