@@ -141,7 +141,8 @@ class CheckpointReader:
         Args:
             kind: "master" (weights), "exp_avg", "exp_avg_sq" or "ema".
             name: name of the parameter, which is flattened.
-            start, numel: index of the first element, and number of elements.
+            start: index of the first element.
+            numel: number of elements.
         """
         ranges = self._ranges.get((kind, name), [])
         files = [file for first, size, file in ranges if first < start + numel and start < first + size]

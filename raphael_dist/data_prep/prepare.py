@@ -70,7 +70,8 @@ def prepare(
         caption: Name of the column or field with the captions; None: search the usual names.
         per_shard: Number of images in a shard, for a folder with images.
         held_out: Fraction of the samples that go to validation shards; 0: none.
-        part, parts: Number of this process, from 0, and number of processes that divide the shards.
+        part: Number of this process, from 0.
+        parts: Number of processes that divide the shards.
 
     Raises:
         UserError: The input cannot be used, or the output cannot be written.

@@ -57,14 +57,18 @@ def adamw(
     """Update weights and moments in place by one step of AdamW without weight decay. Tensors are flat [n].
 
     Args:
-        master, exp_avg, exp_avg_sq: fp32 weights and Adam's moments.
+        master: fp32 weights.
+        exp_avg: Adam's first moment.
+        exp_avg_sq: Adam's second moment.
         gradient: float32 or bfloat16.
         average: moving average of the weights, float32; None: there is none.
         copy: the weights that the model computes with, float32 or bfloat16; overwritten.
         numbers: learning rate, factor by which the gradient is multiplied, and share of the new weights in the average,
             float32 [3].
         corrections: 1 - beta1 ** step and 1 - beta2 ** step, float32 [2].
-        beta1, beta2, eps: of Adam.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the root of the second moment.
     """
     count = master.numel()
     _adamw[(triton.cdiv(count, _BLOCK),)](

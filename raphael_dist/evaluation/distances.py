@@ -42,7 +42,8 @@ def kernel_distance(
     They are taken over pairs of random subsets. With Inception features the mean is called KID.
 
     Args:
-        a_ND, b_MD: features of both sets.
+        a_ND: features of one set.
+        b_MD: features of the other.
         subsets: number of pairs of random subsets that are compared.
         size: images in a subset; at most as many as the smaller set has.
         seed: determines which subsets are drawn.

@@ -72,7 +72,8 @@ def hidden_seconds(parts: Iterable[Communication], forward_s: float, backward_s:
 
     Args:
         parts: all communication of a step.
-        forward_s, backward_s: duration of the forward and the backward pass, in seconds.
+        forward_s: duration of the forward pass, in seconds.
+        backward_s: duration of the backward pass, in seconds.
     """
     hidden = 0.0
     for hidden_by, available in (("forward", forward_s), ("backward", backward_s)):

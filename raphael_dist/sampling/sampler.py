@@ -233,7 +233,10 @@ class Sampler:
         Args:
             requests: B requests.
             scheduler: a scheduler of diffusers; its state is changed.
-            steps, guidance, strength, on_step: see `sample_latents`.
+            steps: as in `sample_latents`.
+            guidance: as in `sample_latents`.
+            strength: as in `sample_latents`.
+            on_step: as in `sample_latents`.
 
         Returns:
             Images, uint8 [B, H, W, 3].

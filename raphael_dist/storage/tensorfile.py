@@ -144,7 +144,8 @@ class FileReader:
 
         Args:
             spans: where the parameter's elements are stored, in ascending order of `start`.
-            start, numel: the range to read. It is compared with `spans` before memory is allocated.
+            start: first element to read.
+            numel: number of elements, compared with `spans` before memory is allocated.
 
         Raises:
             UserError: a file cannot be read, or is too short.

@@ -122,7 +122,8 @@ def throughput(
         samples: number of samples that all ranks together processed.
         seconds: the time that they took.
         flops: model FLOPs per sample, forward and backward.
-        device, dtype: this rank's device and precision, for the peak.
+        device: this rank's device, for its peak.
+        dtype: precision that the peak is for.
         world_size: number of ranks.
     """
     rate = samples / max(seconds, 1e-9)

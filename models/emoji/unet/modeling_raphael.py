@@ -759,7 +759,8 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
     middle of the image, so they mean the same on every level and in images of every size.
 
     Args:
-        height, width: of the feature map, whose product is N.
+        height: of the feature map.
+        width: of the feature map; height * width = N.
         token_size: side of an image token in latent positions.
         like: tensor [..., D].
     """

@@ -32,8 +32,9 @@ def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[in
     """Yield (key, first element, shape) of each tensor in the files as which a parameter of the trainer is stored.
 
     Args:
-        name, shape: name and shape of the parameter. If it has stacked experts, it is stored as one tensor per expert, which
-            begins at `first element` of the flattened parameter. Any other parameter is stored as one tensor.
+        name: name of the parameter. If it has stacked experts, it is stored as one tensor per expert, which begins at
+            `first element` of the flattened parameter. Any other parameter is stored as one tensor.
+        shape: shape of the parameter.
     """
     owner = stacked(name)
     if owner is None:

@@ -54,7 +54,8 @@ class HttpFile:
         """Return the bytes from `start` up to, but not including, `end` of the file.
 
         Args:
-            start, end: The range of bytes.
+            start: First byte of the range.
+            end: End of the range, exclusive.
             size: Size of the file in bytes, as `stat` has returned it.
 
         Raises:

@@ -182,7 +182,8 @@ def group_norm(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, ep
 
     Args:
         x_BCHW: float32 or bfloat16; copied if it is not channels last.
-        weight_C, bias_C: weight and bias of each channel.
+        weight_C: weight of each channel.
+        bias_C: bias of each channel.
         groups: number of groups, which divides C.
         eps: added to the variance.
         silu: whether SiLU is applied to the result.
