@@ -141,8 +141,8 @@ class Train(Section):
     )
     micro_batch_size: Positive = free_setting(
         8,
-        "Images per rank in one forward and backward pass. Gradient accumulation steps = global_batch_size / "
-        "(micro_batch_size x ranks).",
+        "Images per rank in one forward and backward pass, at most. Gradient accumulation steps = global_batch_size / "
+        "(micro_batch_size x ranks). If that is less than 1, the micro-batch is global_batch_size / ranks.",
     )
     dtype: Dtype = setting(
         "float32", "Precision of the forward and backward passes. The master weights are float32 in any case."

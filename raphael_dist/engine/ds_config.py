@@ -13,6 +13,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.config.types import EXPERT_KINDS, Dtype, ExpertKind, fits_grouped_product
 from raphael_dist.engine.ds_keys import Tree, check_keys, without_unset
 from raphael_dist.errors import UserError
+from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.text import parse_json, read_text
 
 RequirementError = Callable[[str, str, str], UserError]  # requirement, what there is, and remedy
@@ -186,18 +187,26 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
-    """Return the configuration with expert-parallel sizes that suit the number of ranks, if `parallel.elastic` is true.
+    """Return the configuration with sizes that suit the number of ranks.
 
-    parallel.space_ep and parallel.time_ep become the largest possible sizes up to the configured ones. Without
-    `parallel.elastic` the configuration is returned unchanged.
+    If one micro-step is enough for the global batch, train.micro_batch_size becomes no larger than that requires (a run with
+    train.stages keeps it). With `parallel.elastic`, parallel.space_ep and parallel.time_ep become the largest possible sizes
+    up to the configured ones.
+
+    Raises UserError if there are more ranks than samples in a global batch.
     """
-    if not config.parallel.elastic or world_size < 1:
+    if world_size < 1:
         return config
-    sizes = {}
-    for kind in EXPERT_KINDS:
-        allowed = _allowed_sizes(config, kind, world_size)
-        sizes[f"{kind}_ep"] = max(size for size in allowed if size <= config.parallel.ep(kind))
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+    if config.parallel.elastic:
+        sizes = {}
+        for kind in EXPERT_KINDS:
+            allowed = _allowed_sizes(config, kind, world_size)
+            sizes[f"{kind}_ep"] = max(size for size in allowed if size <= config.parallel.ep(kind))
+        config = config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+    if not config.train.stages:
+        micro = BatchPlan.of(config, world_size).without_spare_slots().micro_batch_size
+        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})
+    return config
 
 
 def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[int]:

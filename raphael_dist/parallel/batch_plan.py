@@ -131,6 +131,13 @@ class BatchPlan:
         better = f"; better: {' or '.join(changes)}" if changes else ""
         return [f"{self.waste:.1%} of the computation is spent on empty slots (samples with weight 0){better}"]
 
+    def without_spare_slots(self) -> "BatchPlan":
+        """Return this plan with the smallest micro-batch size that needs one micro-step, or itself if it needs several."""
+        if self.accumulation > 1:
+            return self
+        plans = (replace(self, micro_batch_size=size) for size in range(1, self.micro_batch_size))
+        return next((plan for plan in plans if plan.accumulation == 1), self)
+
     def better_micro_batch(self) -> int:
         """Return the largest micro-batch size, not above the current one, with which the fewest slots are empty.
 

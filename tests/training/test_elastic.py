@@ -42,6 +42,30 @@ def test_losses_are_equal_on_any_number_of_ranks_and_after_a_resume(tmp_path: Pa
     assert losses("resumed", 3) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "micro", "settings"),
+    [
+        (8, 32, ["train.micro_batch_size=256"]),
+        (3, 86, ["train.micro_batch_size=256"]),
+        (8, 16, ["train.micro_batch_size=16"]),  # two micro-steps
+        (2, 60, ["train.micro_batch_size=60"]),  # three micro-steps
+        (4, 64, ["train.micro_batch_size=256", "parallel.space_ep=2"]),
+        (4, 256, ["train.micro_batch_size=256", "train.stages=[{until: 9, set: {}}, {set: {}}]"]),
+    ],
+)
+def test_micro_batch_has_no_spare_slots_in_a_single_micro_step(world_size: int, micro: int, settings: list[str]) -> None:
+    config = load_config("emoji-tiny", ["train.global_batch_size=256", *settings])
+    assert ds_config.fit_to_ranks(config, world_size).train.micro_batch_size == micro
+
+
+def test_micro_batch_is_as_large_as_image_sizes_require() -> None:
+    """With two sizes in runs of 24, a step of 40 is divided into 24 and 16: rank 0 needs 24 slots for one micro-step."""
+    sizes = ["image.buckets=[[64, 64], [64, 128]]", "data.bucket_run=24"]
+    batch = ["train.global_batch_size=40", "train.micro_batch_size=24"]
+    fitted = ds_config.fit_to_ranks(load_config("emoji-tiny", [*sizes, *batch]), 2)
+    assert fitted.train.micro_batch_size == 24
+
+
 def test_elastic_expert_groups_are_as_large_as_the_ranks_allow(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("parallel.space_ep=6", "parallel.time_ep=4")
     elastic = load_config("emoji-tiny", [*sizes, "parallel.elastic=true"])
