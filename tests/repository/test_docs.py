@@ -61,6 +61,7 @@ from tests.training.test_training import SMALL
 NOT_RUN = {
     r"(\w+=\S+ )*pip (install|wheel|check).*": "fetches packages; tests/repository/test_wheel.py builds a wheel",
     r"python3? -(m venv|c) .*": "makes an environment, or is Python's own",
+    r"hf download .*": "fetches weights from the internet",
     r"scancel .*": "needs a cluster; tests/cluster/test_slurm.py cancels jobs and sends signals",
     r"sbatch( --\S+)+": "an option of sbatch without a script",
     r"mpirun .*raphael_dist/train\.py .*": "tests/cluster/test_slurm.py trains under mpirun",
@@ -84,6 +85,7 @@ NOT_OURS = """
 OPTIONS_OF_OTHERS = """
     --no-deps --no-build-isolation
     --no_ssh --node_rank --rdzv_backend
+    --include --exclude --local-dir
     --exclusive --mem --shm-size --ntasks-per-node --cpus-per-task --nodes --signal --batch --time --help --nproc_per_node
 """.split()  # noqa: SIM905
 NO_FIELDS = ("edge.png",)  # members of a sample
