@@ -22,8 +22,8 @@ EXIT_HUNG = 76  # a run without progress was ended, by the watchdog or HungError
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one text
-    each.
+    The message names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one
+    message for each.
 
     Attributes:
         agreed: whether every rank raises this same error, so that rank 0 alone prints it.
@@ -51,7 +51,7 @@ def write_error(where: Path, error: OSError) -> Exception:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
 
-    Returns "" if none is similar.
+    Returns "" if none is similar (a ratio of at least 0.6 in `difflib.get_close_matches`).
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
@@ -75,7 +75,7 @@ class NotSavedError(RuntimeError):
 
 
 class HungError(RuntimeError):
-    """Other ranks make no progress (exit code 76). The text names these ranks.
+    """Other ranks make no progress (exit code 76). The message names these ranks.
 
     Collectives must not be called afterwards.
     """

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What random numbers are used for. Each purpose gets other numbers.
+    """What random numbers are used for. Different purposes get different numbers.
 
     The values are part of the generators' keys: changing a value changes every run.
     """
@@ -36,7 +36,7 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
         seed: the seed of the run. All integers are from 0 to 2**64 - 1.
         purpose: what the numbers are used for.
         position: number of a sample in the order of training, or number of an epoch or step.
-        extra: distinguishes several generators of the same position.
+        extra: number that distinguishes generators with the same seed, purpose and position.
     """
     counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))

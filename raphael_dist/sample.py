@@ -107,23 +107,30 @@ def _check(args: argparse.Namespace) -> None:
     check_range("--lora-scale", args.lora_scale, -math.inf)
     check_range("--control-scale", args.control_scale, -math.inf)
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--out={args.out} must end in .png, .jpg or .webp. Change the name.")
+        raise UserError(f"--out={args.out} must end in .png, .jpg or .webp. Use, for example, --out grid.png.")
     if args.prompt and args.prompts:
         raise UserError(f"--prompts={args.prompts} cannot be combined with --prompt. Use one of the two.")
     if args.lora_scale != 1 and args.lora is None:
         raise UserError(
-            f"--lora-scale={args.lora_scale} requires --lora, but it is not given. Add --lora, or leave out --lora-scale."
+            f"--lora-scale={args.lora_scale} requires --lora, but it is not given. Add --lora PATH with the adapters, or "
+            "leave out --lora-scale."
         )
     if (args.control is None) != (args.control_from is None):
-        present, missing = ("--control", "--control-from") if args.control else ("--control-from", "--control")
-        raise UserError(f"{present} requires {missing}, but it is not given. Add {missing}, or leave out {present}.")
+        present, missing, remedy = (
+            ("--control", "--control-from", "--control-from PATH with the run that trained a ControlNet")
+            if args.control
+            else ("--control-from", "--control", "--control IMAGE with the image whose edges the sample follows")
+        )
+        raise UserError(f"{present} requires {missing}, but it is not given. Add {remedy}, or leave out {present}.")
     if args.strength is not None and args.image is None:
         raise UserError(
-            f"--strength={args.strength} requires --image, but it is not given. Add --image, or leave out --strength."
+            f"--strength={args.strength} requires --image, but it is not given. Add --image FILE with the image to start "
+            "from, or leave out --strength."
         )
     if args.control is None and (args.control_scale != 1 or args.control_kind != "hed"):
         raise UserError(
-            "--control-scale and --control-kind require --control, but it is not given. Add --control, or leave them out."
+            "--control-scale and --control-kind require --control, but it is not given. Add --control IMAGE with the image "
+            "whose edges the sample follows, or leave them out."
         )
 
 
@@ -142,8 +149,8 @@ def _make_requests(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[
         requests = [replace(default, prompt=p, index=i) for i, p in enumerate(args.prompt or s.prompts)]
     if not requests:
         raise UserError(
-            "--prompt is required, since sample.prompts of the run is empty. Add --prompt, for example --prompt 'a red "
-            "heart, noto style'."
+            "--prompt or --prompts is required, because the run has no captions of its own (its sample.prompts is empty). "
+            "Add, for example, --prompt 'a red heart, noto style'."
         )
     check_sizes(requests, trained.sampler.image.factor)
     if args.image:

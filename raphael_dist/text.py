@@ -24,6 +24,8 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+_JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
+               float: "a number", type(None): "null"}  # fmt: skip
 
 HIDDEN = "(hidden)"
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
@@ -61,7 +63,7 @@ def read_text(path: Path, regular: bool = True) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8 bytes and return the text. Raises ValueError for another encoding.
+    """Decode UTF-8 bytes and return the string. Raises ValueError for another encoding.
 
     A byte order mark is removed, line ends are kept.
     """
@@ -76,24 +78,36 @@ def decode_text(data: bytes) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""Split a text at \n and \r\n only (`str.splitlines` also splits at form feeds and U+2028); return its lines."""
+    r"""Split a string at \n and \r\n only (`str.splitlines` also splits at form feeds and U+2028); return its lines."""
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], object] | None = None) -> Any:
-    """Parse a JSON text and return its value.
+    """Parse a string in the JSON format and return its value.
 
     Args:
-        text: the text.
+        text: the string.
         make_object: called for each JSON object with its (key, value) pairs; its result replaces the object. None: `dict`.
 
     Raises:
-        ValueError: the text is not valid JSON, or nested too deeply.
+        ValueError: the string is not valid JSON, or nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_type(value: object) -> str:
+    """Return the JSON type of a value in words, with an article where English requires one, such as "a list"."""
+    return _JSON_TYPES.get(type(value), f"a {type(value).__name__}")
+
+
+def reason_unreadable(error: Exception) -> str:
+    """Return in words why the content of a file cannot be used, from the exception that using it raised."""
+    if isinstance(error, KeyError):
+        return f"the entry {error} is missing"
+    return "a value has the wrong type" if isinstance(error, TypeError | AttributeError) else str(error)
 
 
 def read_json(path: Path) -> Any:
@@ -112,7 +126,7 @@ def escape_control(text: str, keep: str = "") -> str:
 
 
 def shorten(text: str) -> str:
-    """Return the text unchanged if it has at most 200 characters, otherwise its first 150 characters and its length."""
+    """Return `text` unchanged if it has at most 200 characters, otherwise its first 150 characters and its length."""
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 
@@ -137,7 +151,7 @@ def hide_secrets(address: str) -> str:
 
 
 def hide_secrets_in_text(text: str) -> str:
-    """Return a text in which the secrets of all addresses are hidden, as `hide_secrets` does."""
+    """Return `text` with user, password and query of every address (scheme://...) in it replaced by "(hidden)"."""
     return _ADDRESS.sub(_shown_in_text, text) if "://" in text else text
 
 
@@ -147,7 +161,7 @@ def _shown_in_text(match: re.Match[str]) -> str:
 
 
 def hide_secrets_in_tree(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists in which secrets in addresses are hidden, as `hide_secrets` does."""
+    """Return a copy of nested dicts and lists, with user, password and query of addresses replaced by "(hidden)"."""
     if isinstance(tree, dict):
         return {key: hide_secrets_in_tree(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -210,7 +224,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def quoted_parts(text: str) -> list[str]:
-    """Return the parts of a text in double quotes, straight or typographic, without the quotes.
+    """Return the parts of a string that are in double quotes, straight or typographic, without the quotes.
 
     A quote after a letter or digit does not open a part, since 24" is a length in inches.
     """

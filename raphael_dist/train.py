@@ -187,7 +187,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 def _world_size(args: argparse.Namespace) -> int:
     world_size = world_size_of() if args.world_size is None else args.world_size
     if world_size < 1:
-        raise UserError(f"--world-size={world_size} must be at least 1. Give the number of ranks.")
+        raise UserError(f"--world-size={world_size} must be at least 1. Set it to the number of ranks, e.g. 8.")
     return int(world_size)
 
 

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}={value} must be at least 1. Give a larger number.")
     if missing := [name for name in ("matplotlib", "scipy") if find_spec(name) is None]:
         raise UserError(
-            f"the campaign requires the package {missing[0]}, but it is not installed. Run: pip install 'raphael_dist[eval]'"
+            f"the campaign requires the package {missing[0]}, but it is not installed. "
+            "Run `pip install 'raphael_dist[eval]'`."
         )
     from ablations import campaign, table, variants
     from ablations.show import show

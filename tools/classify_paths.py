@@ -85,7 +85,7 @@ def gather(paths: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = ()
     if len(words) < 2:
         raise UserError(
             f"--words requires at least two words that occur in {MIN_CAPTIONS} captions each, but the number of such words "
-            f"is {len(words)}. Give more captions."
+            f"is {len(words)}. Give more shards with --captions SHARDS, or choose other --words."
         )
     rows = [(path, n, c) for n, word in enumerate(words) for c, path in list(by_word[word].items())[:MAX_PER_WORD]]
     path_rows, labels, groups = zip(*rows, strict=True)
@@ -113,7 +113,7 @@ def _folds(paths_SL: np.ndarray, labels: np.ndarray, groups: np.ndarray, rounds:
         from xgboost import XGBClassifier
     except ImportError:
         raise UserError(
-            "the classifier requires the package xgboost, but it is not installed. Run: pip install 'raphael_dist[eval]'"
+            "the classifier requires the package xgboost, but it is not installed. Run `pip install 'raphael_dist[eval]'`."
         ) from None
     features = (paths_SL[:, :, None] == np.arange(paths_SL.max() + 1)).reshape(len(paths_SL), -1).astype(np.float32)
     fold_of = {group: number % FOLDS for number, group in enumerate(np.random.default_rng(0).permutation(np.unique(groups)))}

@@ -144,11 +144,11 @@ def check_options(args: argparse.Namespace, supported: frozenset[str]) -> tuple[
         space, time = (int(part) for part in args.ep.split(","))
     except ValueError:
         raise UserError(
-            f"--ep {args.ep} must be two numbers, over how many ranks the space experts and the time experts are sharded, "
-            "e.g. 2,1. Correct it."
+            f"--ep {args.ep} must be two numbers, over how many ranks the space experts and the time experts are sharded. "
+            "Use e.g. --ep 2,1."
         ) from None
     if min(space, time, args.world) < 1:
-        raise UserError(f"--ep {args.ep} and --world {args.world} must be at least 1. Give larger numbers.")
+        raise UserError(f"--ep {args.ep} and --world {args.world} must be at least 1. Use e.g. --ep 1,1 --world 1.")
     if "world" not in supported and (space, time, args.world) != (1, 1, 1):
         raise UserError(
             f"--ep {args.ep} and --world {args.world} have no effect with --to {target}, whose files do not depend on "

@@ -1,7 +1,7 @@
 """Compare a super-resolution model with bicubic interpolation: `enlarge.py --checkpoint RUN --out rows.png`.
 
 Held-out images are reduced by the model's factor and enlarged again. Bicubic interpolation is the baseline, with and without
-the back-projection that the model's images get. The autoencoder's reconstruction of the true image is the upper bound.
+the back-projection that the model's images get. The autoencoder's reconstruction of the original image is the upper bound.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def measure_errors(enlargements: Sequence[Enlargement]) -> dict[str, tuple[float
 
 
 def draw_rows(enlargements: Sequence[Enlargement], scale: int = 2) -> Image.Image:
-    """Return an image with one column per enlargement and the rows small, bicubic, the model's and true image.
+    """Return an image with one column per enlargement and the rows small, bicubic, the model's and original image.
 
     `scale`: factor by which pixels are enlarged.
     """

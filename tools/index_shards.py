@@ -48,8 +48,8 @@ def index(args: argparse.Namespace) -> None:
     part, parts = part_of(os.environ) if args.part is None else (args.part, args.parts or 1)
     if not 0 <= part < parts or args.processes < 1:
         raise UserError(
-            f"--part={part} must be from 0 to {parts - 1}, and --processes={args.processes} must be at least 1. Correct "
-            "them."
+            f"--part={part} must be from 0 to {parts - 1} (--parts minus 1), and --processes={args.processes} must be at "
+            "least 1. Use e.g. --part=0 --parts=4 --processes=1."
         )
     store = store_of(Data(cache_dir=args.cache_dir, shard_cache=args.shard_cache))
     with name_option("SHARDS"):
@@ -64,8 +64,8 @@ def index(args: argparse.Namespace) -> None:
             unread += [] if is_read else [line]
     if unread:
         raise UserError(
-            f"not all shards could be read: {len(unread)} of {len(missing)} failed, the first one is {unread[0]}. Start "
-            "the command again when they can be read."
+            f"not all shards could be read: {len(unread)} of {len(missing)} failed, the first one is "
+            f"{unread[0].rstrip('.')}. Start the command again when they can be read."
         )
     if missing := [name for name, _ in build_index.unindexed(names, store)]:
         print(f"{len(missing)} shards have no index record yet: they are in other parts, or cannot be read", flush=True)

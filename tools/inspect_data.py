@@ -45,9 +45,11 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, [word for word in args.words if _OVERRIDE.match(word)])
     shards = [word for word in args.words if not _OVERRIDE.match(word)] or list(config.data.shards)
     if not shards:
-        raise UserError("SHARDS is required. Add tars, patterns, or a folder of tars.")
+        raise UserError("SHARDS is required. Give tar files, a pattern or a folder, e.g. 'data/emoji-demo/train-*'.")
     if args.count < 1 or args.images < 1:
-        raise UserError(f"--count {args.count} and --images {args.images} must be at least 1. Give larger numbers.")
+        raise UserError(
+            f"--count {args.count} and --images {args.images} must be at least 1. Use e.g. --count 1000 --images 24."
+        )
     from raphael_dist.data.captions import CaptionChoice
     from raphael_dist.data.shards.build_index import build_index
     from raphael_dist.data.shards.decode_sample import ImageDataset
@@ -60,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     patterns = [name for shard in shards for name in (shards_in(Path(shard)) if Path(shard).is_dir() else [shard])]
     if not patterns:
         raise UserError(
-            f"SHARDS={', '.join(shards)} must contain tar files, but there are none. Make them with tools/prepare_data.py."
+            f"SHARDS={', '.join(shards)} must contain tar files, but there are none. Make them from images with "
+            "`python -m raphael_dist prepare IMAGES --out SHARDS`."
         )
     choice = CaptionChoice(config.data.caption_from, tuple(sorted(config.data.caption_weights.items())))
     with TemporaryDirectory() as folder:

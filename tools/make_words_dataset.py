@@ -38,10 +38,10 @@ class Scope:
     """Limits of what the images of a data set show.
 
     Attributes:
-        longest: largest number of characters of a text; None: all texts.
+        longest: largest number of characters of the text in an image; None: any.
         width, height: size of an image, in pixels.
-        simple: whether all texts have one font in one size in the centre (`Look.draw`).
-        monochrome: whether all texts are black on white.
+        simple: whether all text has one font in one size in the centre (`Look.draw`).
+        monochrome: whether all text is black on white.
     """
 
     longest: int | None = None
@@ -51,12 +51,12 @@ class Scope:
     monochrome: bool = False
 
     def look(self, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> Look:
-        """Choose at random how a text is drawn, within these limits."""
+        """Choose at random how text is drawn, within these limits."""
         return Look.draw(random, fonts, self.simple, self.monochrome)
 
 
 def make_sample(key: str, text: str, look: Look, random: np.random.Generator, scope: Scope) -> Sample:
-    """Draw a text, and encode it as a sample with image, captions and edge map.
+    """Draw `text`, and encode the image as a sample with captions and edge map.
 
     `key`: key of the sample. `look`: how the text is drawn. `random`: chooses what the captions mention.
     """

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 def _positive(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')}={value} must be above 0. Change it.")
+            raise UserError(f"--{name.replace('_', '-')}={value} must be above 0. Give a positive number.")
 
 
 def main() -> int:

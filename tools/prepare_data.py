@@ -57,9 +57,12 @@ def run(args: argparse.Namespace) -> None:
 
     sources = [word for word in args.words if not _OVERRIDE.match(word)]
     if args.out is None and sources:
-        raise UserError(f"--out is required for SOURCE={sources[0]}. Add --out with the output folder for the shards.")
+        raise UserError(f"--out is required for SOURCE={sources[0]}. Add `--out DIR`, the output folder for the shards.")
     if args.config is None and (args.features or args.out is None):
-        raise UserError("--config is required with --features and without --out. Add the preset or YAML file of the run.")
+        raise UserError(
+            "--config is required with --features and without --out. Add `--config CONFIG`, the preset or YAML file of the "
+            "run."
+        )
     config = load_config(args.config or "emoji-tiny", [word for word in args.words if _OVERRIDE.match(word)])
     part, parts = select_part(args.part, args.parts)
     if args.out is None:
@@ -68,12 +71,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("SOURCE is required with --out. Add a folder of images or shards, for example 'shards/*.tar'.")
     if args.edges not in EDGES:
         raise UserError(
-            f"--edges={args.edges} must be one of {', '.join(EDGES)}{did_you_mean(args.edges, EDGES)}. Change it."
+            f"--edges={args.edges} must be one of {', '.join(EDGES)}{did_you_mean(args.edges, EDGES)}. Use e.g. "
+            "--edges=auto."
         )
     if args.per_shard < 1 or not 0 <= args.held_out <= 0.5:
         raise UserError(
             f"--per-shard={args.per_shard} must be at least 1, and --held-out={args.held_out} must be from 0 to 0.5. "
-            "Correct them."
+            "Use e.g. --per-shard=1000 --held-out=0.02."
         )
     prepare(
         sources, args.out, config, edges=args.edges, features=args.features, caption=args.caption,

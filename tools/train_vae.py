@@ -28,10 +28,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decoder-only", action="store_true", help="keep the encoder of --init, so that latents stay as they are"
     )
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4000, help="number of optimizer steps (default 4000)")
+    parser.add_argument("--batch", type=int, default=4, help="images per step (default 4)")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="convolve in bfloat16: faster on CPUs that support it")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -46,16 +46,20 @@ def run(args: argparse.Namespace) -> None:
     shards = {split: sorted(args.data.glob(f"{split}-*.tar*")) for split in ("train", "val")}
     if not (shards["train"] and shards["val"]):
         raise UserError(
-            f"--data={args.data} must contain train-*.tar and val-*.tar, but it does not. Run tools/make_emoji_dataset.py."
+            f"--data={args.data} must contain train-*.tar and val-*.tar, but it does not. Make them with "
+            "`python tools/make_emoji_dataset.py --out data/emoji`."
         )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda requires a GPU, but there is none. Use --device cpu.")
     if args.decoder_only and not args.init:
-        raise UserError("--decoder-only requires --init, whose encoder is kept. Add --init DIR.")
+        raise UserError("--decoder-only requires --init, whose encoder is kept. Add `--init DIR`, the folder of a VAE.")
     torch.set_num_threads(args.threads)
     images, held_out = (vae.read_images(shards[split]) for split in ("train", "val"))
     if not 1 <= args.batch <= len(images):
-        raise UserError(f"--batch={args.batch} must be from 1 to {len(images)}, the number of training images. Change it.")
+        raise UserError(
+            f"--batch={args.batch} must be from 1 to {len(images)}, the number of training images. Use e.g. "
+            f"--batch={min(4, len(images))}."
+        )
     start = time.monotonic()
 
     def report(done: int, loss: float, average: vae.Vae) -> None:

@@ -200,8 +200,8 @@ def _place(place: int, length: int) -> list[float]:
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
 
-    The text names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one text
-    each.
+    The message names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one
+    message for each.
 
     Attributes:
         agreed: whether every rank raises this same error, so that rank 0 alone prints it.
@@ -216,7 +216,7 @@ class UserError(ValueError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
 
-    Returns "" if none is similar.
+    Returns "" if none is similar (a ratio of at least 0.6 in `difflib.get_close_matches`).
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
@@ -242,7 +242,7 @@ def packaged_folder(name: str) -> Path:
     Raises UserError if the name is unknown or the package is not installed.
     """
     if name not in PACKAGED:
-        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Change it.")
+        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Set text.encoder=minilm.")
     package = importlib.util.find_spec(PACKAGED[name])
     if package is None or not package.submodule_search_locations:
         raise UserError(
@@ -464,9 +464,9 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 
 
 def downscale_factor(config: Mapping[str, Any]) -> int:
-    """Return image size divided by latent size of an autoencoder: a factor of 2 between each two of its levels.
+    """Return by how much an autoencoder reduces height and width: by a factor of 2 from each level to the next.
 
-    `config`: the content of the autoencoder's config.json.
+    `config`: the content of the autoencoder's config.json, which lists its levels. 8 means 4 levels.
     """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
@@ -478,8 +478,8 @@ def downscale_factor(config: Mapping[str, Any]) -> int:
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
 
-    With each latent position go `patch` x `patch` pixels of the small image, each in its own three channels. If the small
-    image has fewer pixels than that, they are repeated.
+    Each latent position gets `patch` x `patch` pixels of the small image, each in its own three channels. If the small image
+    has fewer pixels than that, they are repeated.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
@@ -577,7 +577,7 @@ class CallArguments:
         """Check all arguments of the call. Raises UserError for a value that is not allowed.
 
         Args:
-            factor: image pixels per latent position and side; height and width must be multiples of it.
+            factor: image pixels per latent position, in height and in width; height and width must be multiples of it.
             num_timesteps: number of timesteps of the noise schedule.
         """
         check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
@@ -587,16 +587,19 @@ class CallArguments:
             check_whole("seed", self.seed, 0, INT_LIMIT - 1)
         for name, side in (("height", self.height), ("width", self.width)):
             if not _is_whole(side) or side < factor or side % factor:
-                raise UserError(f"{name}={side!r} must be a multiple of {factor}. Change it.")
+                raise UserError(f"{name}={side!r} must be a multiple of {factor}. Use e.g. {name}={64 * factor}.")
         check_real("guidance_scale", self.guidance_scale, math.inf)
         check_real("controlnet_conditioning_scale", self.controlnet_conditioning_scale, math.inf)
         for name, high in (("strength", 1), ("eta", 1), ("guidance_rescale", 1)):
             check_real(name, getattr(self, name), high)
         if self.output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type={self.output_type!r} must be one of {', '.join(OUTPUT_TYPES)}. Change it.")
-        if not set(self.callback_on_step_end_tensor_inputs) <= set(CALLBACK_INPUTS):
-            names = list(self.callback_on_step_end_tensor_inputs)
-            raise UserError(f"callback_on_step_end_tensor_inputs={names} must be among {list(CALLBACK_INPUTS)}. Change it.")
+            allowed = ", ".join(map(repr, OUTPUT_TYPES))
+            raise UserError(f"output_type={self.output_type!r} must be one of {allowed}. Use e.g. output_type='pil'.")
+        if unknown := [name for name in self.callback_on_step_end_tensor_inputs if name not in CALLBACK_INPUTS]:
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs={list(self.callback_on_step_end_tensor_inputs)} must contain only "
+                f"{', '.join(CALLBACK_INPUTS)}, but it contains {unknown[0]!r}. Remove {unknown[0]!r}."
+            )
         for name, images in (("image", self.images), ("mask_image", self.masks)):
             for image in images:
                 _check_image(name, image)
@@ -609,9 +612,9 @@ class CallArguments:
 
 
 def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are either texts or embeddings, and negative prompts too.
+    """Raise UserError unless prompts are passed either as strings or as embeddings, and negative prompts too.
 
-    A negative prompt may be missing. There must be one for all prompts, or one for each.
+    Negative prompts may be missing. There must be one for all prompts, or one for each.
     """
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
@@ -651,7 +654,8 @@ def check_embeddings(
     if mask is not None and mask.shape != embeds.shape[:2]:
         mask_name = name.replace("embeds", "attention_mask")
         raise UserError(
-            f"{mask_name} of shape {list(mask.shape)} must have shape {list(embeds.shape[:2])}, as {name}. Change it."
+            f"{mask_name} of shape {list(mask.shape)} must have shape {list(embeds.shape[:2])}, one value for each token of "
+            f"{name}. Pass the mask that encode_prompt() returns with the embeddings."
         )
 
 
@@ -668,8 +672,8 @@ def for_each(name: str, value: object, count: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(
-            f"{name} must be one value, or a list of one for each prompt ({count}), but the list has {len(values)}. Change "
-            "its length."
+            f"{name} must be one value, or a list of one for each prompt ({count}), but the list has {len(values)}. Pass a "
+            f"single value or a list of length {count}."
         )
     return values
 
@@ -682,25 +686,33 @@ def check_whole(name: str, value: object, low: int, high: int | None = None) -> 
     """Raise UserError unless the argument `name` is a whole number from `low` to `high`. None: no upper limit."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
-        raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
+        raise UserError(f"{name}={value!r} must be a whole number {limits}. Use a number within these limits.")
 
 
 def check_real(name: str, value: object, high: float) -> None:
     """Raise UserError unless the argument `name` is a finite number from 0 to `high` (inf: no upper limit)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
-        raise UserError(f"{name}={value!r} must be a number {limits}. Change it.")
+        raise UserError(f"{name}={value!r} must be a number {limits}. Use a number within these limits.")
 
 
 def _check_text_list(name: str, values: Sequence[object]) -> None:
-    if not values or not all(isinstance(text, str) for text in values):
-        raise UserError(f"{name}={list(values)!r} must be a text or a list of texts. Change it, or give {name}_embeds.")
+    wrong = [value for value in values if not isinstance(value, str)]
+    if wrong or not values:
+        why = f"{wrong[0]!r} is not a string" if wrong else "the list is empty"
+        raise UserError(
+            f"{name}={list(values)!r} must be a string or a list of strings, but {why}. Pass e.g. {name}='a red heart', or "
+            f"pass {name}_embeds."
+        )
 
 
 def _check_image(name: str, image: object) -> None:
     if not isinstance(image, Image.Image):
         hint = "Image.fromarray(array)" if hasattr(image, "shape") else "Image.open(path)"
-        raise UserError(f"{name} must be a PIL image, or one for each prompt, but it is {type(image).__name__}. Use {hint}.")
+        raise UserError(
+            f"{name} must be a PIL image, or a list of one for each prompt, but its type is {type(image).__name__}. Pass "
+            f"{name}={hint}."
+        )
 
 # ---- convert.exported_code -------------------------------------------------------------------------------------------
 
@@ -748,7 +760,7 @@ def read_text(path: Path, regular: bool = True) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8 bytes and return the text. Raises ValueError for another encoding.
+    """Decode UTF-8 bytes and return the string. Raises ValueError for another encoding.
 
     A byte order mark is removed, line ends are kept.
     """
@@ -763,19 +775,26 @@ def decode_text(data: bytes) -> str:
 
 
 def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], object] | None = None) -> Any:
-    """Parse a JSON text and return its value.
+    """Parse a string in the JSON format and return its value.
 
     Args:
-        text: the text.
+        text: the string.
         make_object: called for each JSON object with its (key, value) pairs; its result replaces the object. None: `dict`.
 
     Raises:
-        ValueError: the text is not valid JSON, or nested too deeply.
+        ValueError: the string is not valid JSON, or nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def reason_unreadable(error: Exception) -> str:
+    """Return in words why the content of a file cannot be used, from the exception that using it raised."""
+    if isinstance(error, KeyError):
+        return f"the entry {error} is missing"
+    return "a value has the wrong type" if isinstance(error, TypeError | AttributeError) else str(error)
 
 
 def read_json(path: Path) -> Any:
@@ -861,20 +880,20 @@ def check_pipeline_folder(folder: Path) -> None:
     """Raise UserError unless a folder has a readable model_index.json with the class of a pipeline."""
     try:
         index = read_json(folder / "model_index.json")
-        problem = None if isinstance(index, dict) and "_class_name" in index else "it has no _class_name"
+        problem = None if isinstance(index, dict) and "_class_name" in index else "it lacks the key _class_name"
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
     if problem:
         raise UserError(
-            f"{folder} must be the folder of a pipeline, but its model_index.json cannot be read: {problem}. Export one "
-            "with convert --to diffusers."
+            f"{folder} must be the folder of a pipeline, but its model_index.json cannot be used: {problem}. Export a "
+            "pipeline with `python -m raphael_dist convert --from auto RUN_DIR --to diffusers FOLDER`."
         )
 
 # ---- rng -------------------------------------------------------------------------------------------------------------
 
 
 class Purpose(IntEnum):
-    """What random numbers are used for. Each purpose gets other numbers.
+    """What random numbers are used for. Different purposes get different numbers.
 
     The values are part of the generators' keys: changing a value changes every run.
     """
@@ -900,7 +919,7 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
         seed: the seed of the run. All integers are from 0 to 2**64 - 1.
         purpose: what the numbers are used for.
         position: number of a sample in the order of training, or number of an epoch or step.
-        extra: distinguishes several generators of the same position.
+        extra: number that distinguishes generators with the same seed, purpose and position.
     """
     counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))
@@ -941,7 +960,8 @@ def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int,
     expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels for an image of {size_hw[0]} x {size_hw[1]}"
     if small_HsWs3 is None:
         raise UserError(
-            f"{option} is required, since the model has upscale.factor={factor}. Give a small image of {expected}."
+            f"{option} is required, because the model enlarges images (upscale.factor={factor}). Give a small image of "
+            f"{expected}."
         )
     height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
     if (height, width) != tuple(size_hw):
@@ -996,7 +1016,7 @@ class Prompts(NamedTuple):
 
 
 class Denoiser(PipelineFiles):
-    """Base class of pipelines that turn noise into latents: its steps, and the state of a call under diffusers' names."""
+    """Base class of pipelines: runs the denoising steps, and keeps the state of a call under diffusers' names."""
 
     controlnet: Model = None  # set by RaphaelControlNetPipeline
     _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
@@ -1031,14 +1051,14 @@ class Denoiser(PipelineFiles):
         if call.latents is not None:
             if tuple(call.latents.shape) != shape:
                 raise UserError(
-                    f"latents must have the shape {list(shape)}, but it is {list(call.latents.shape)}. Change latents, "
-                    "height or width."
+                    f"latents must have the shape {list(shape)}, but it is {list(call.latents.shape)}. Pass latents of this "
+                    "shape, or change height, width or the number of prompts."
                 )
             return call.latents.to(device, torch.float32)
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise UserError(
                 f"generator must be one generator, or a list of one for each image ({shape[0]}), but the list has "
-                f"{len(generator)}. Change its length."
+                f"{len(generator)}. Pass one generator, or a list of length {shape[0]}."
             )
         if generator is None and call.seed is not None:
             numbers = [(i, copy) for i in range(call.num_prompts) for copy in range(copies)]
@@ -1056,7 +1076,8 @@ class Denoiser(PipelineFiles):
             settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. Change them."
+                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason.rstrip('.')}. Leave "
+                "out both, or use a scheduler that supports them."
             ) from None
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):
@@ -1170,7 +1191,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}. Restore the file.") from None
+        raise UserError(
+            f"{path} cannot be read as a safetensors file: {error}. Copy it again from its source, or export it again."
+        ) from None
 
 # ---- model.lora ------------------------------------------------------------------------------------------------------
 
@@ -1276,11 +1299,14 @@ def _read_config(folder: Path, option: str) -> JsonObject:
         config: JsonObject = read_json(folder / CONFIG)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         if rank < 1 or not math.isfinite(alpha):
-            raise ValueError(f"r = {rank}, lora_alpha = {alpha}")
+            raise ValueError(f"r={rank} must be at least 1, and lora_alpha={alpha} must be finite")
         unsupported = [key for key, value in _PLAIN.items() if config.get(key, value) != value]
         unsupported += [key for key in _EMPTY if config.get(key)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
+        raise UserError(
+            f"{option}: {folder / CONFIG} cannot be read: {reason_unreadable(error)}. Copy the folder of the adapters again "
+            "from its source."
+        ) from None
     if unsupported:
         key = unsupported[0]
         raise UserError(
@@ -1355,7 +1381,10 @@ class LoraLoader:
         """
         name = f"default_{len(self._lora.adapters)}" if adapter_name is None else adapter_name
         if name in self._lora.adapters:
-            raise UserError(f"adapter_name={name!r} must be new, but the pipeline has such an adapter. Choose another name.")
+            raise UserError(
+                f"adapter_name={name!r} must be new, but the pipeline has an adapter of this name. Choose another name, or "
+                f"call delete_adapters({name!r}) first."
+            )
         path, adapter = Path(pretrained_model_name_or_path), None
         if adapter is None:
             adapter = read_peft_folder(path, "load_lora_weights")
@@ -1374,17 +1403,23 @@ class LoraLoader:
             adapter_weights: factor of what is added to the weights: one number for all adapters, or one for each. None: 1.
 
         Raises:
-            UserError: there is no adapter of a name, or the number of factors is wrong.
+            UserError: no adapter of this name is loaded, or the number of factors is wrong.
         """
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
-            raise UserError(f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters")
+            raise UserError(
+                f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters, but it has "
+                f"{len(weights)} numbers. Pass one number, or a list of length {len(names)}."
+            )
         for name, weight in zip(names, weights, strict=True):
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)
-                raise UserError(f"adapter_names={name!r} must be one of {known}{did_you_mean(str(name), known)}. Change it.")
+                raise UserError(
+                    f"adapter_names={name!r} must be a loaded adapter, but the loaded ones are {known}"
+                    f"{did_you_mean(str(name), known)}. Use one of these, or load the adapter with load_lora_weights()."
+                )
             check_real("adapter_weights", weight, float("inf"))
         self._merge(dict(zip(names, weights, strict=True)))
 
@@ -1727,10 +1762,10 @@ class RaphaelPipeline(LoraLoader, Denoiser):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return embeddings [B, Y, D] and masks, bool [B, Y], of prompts and of negative prompts (None without guidance).
 
-        If embeddings are passed instead of texts, they are only repeated `num_images_per_prompt` times.
+        If embeddings are passed instead of prompts, they are only repeated `num_images_per_prompt` times.
 
         Raises:
-            UserError: embeddings do not fit the model, or a text is passed but the pipeline has no text encoder.
+            UserError: embeddings do not fit the model, or a prompt is passed but the pipeline has no text encoder.
         """
         check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         device = self._execution_device if device is None else device
@@ -1753,7 +1788,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
 
     def _encode(self, texts: list[str], name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.text_encoder is None or self.tokenizer is None:
-            raise UserError(f"{name}={texts!r} requires a text encoder, but the pipeline has none. Give {name}_embeds.")
+            raise UserError(f"{name}={texts!r} requires a text encoder, but the pipeline has none. Pass {name}_embeds.")
         limit = self.config.max_tokens
         batch, truncated = tokenize(self.tokenizer, texts, limit, "max_length")
         if truncated:
@@ -1766,14 +1801,15 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         """Return the image inputs of the call; none by default. Pipelines with image inputs override this method."""
         if self.config.upscale:
             raise UserError(
-                "this model enlarges small images. Use RaphaelUpscalePipeline.from_pipe(pipeline) and give image."
+                "this model enlarges small images, but this pipeline takes no image. Use "
+                "RaphaelUpscalePipeline.from_pipe(pipeline) and pass it a small image as the argument image."
             )
         return ImageInputs()
 
     def _encode_images(self, call: CallArguments) -> Tensor:
         """Return the latents of the images in `call.image`, float32 [B, C, h, w]."""
         if not call.images:
-            raise UserError("image=None must be a PIL image, or one for each prompt. Pass an image.")
+            raise UserError("image=None must be a PIL image, or a list of one for each prompt. Pass an image.")
         device = self._execution_device
         images = to_tensor(np.stack([fit_image(image, call.size_hw) for image in call.images]))
         if self.vae is not None:
@@ -1943,7 +1979,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
         factor = (self.config.upscale or {}).get("factor", 0)
         if not factor:
             raise UserError(
-                "RaphaelUpscalePipeline requires a super-resolution model, but this one is not. Use RaphaelPipeline."
+                "RaphaelUpscalePipeline requires a super-resolution model, but this model is not one. Use RaphaelPipeline."
             )
         small = small_images(call.images, call.size_hw, factor).repeat_interleave(call.num_images_per_prompt, dim=0)
         return ImageInputs(small=small.to(self._execution_device))

@@ -50,7 +50,7 @@ def expert_loads(route: Tensor, num_experts: int) -> Tensor:
 
 
 def find_dead(kind: str, load_LK: Tensor) -> list[Finding]:
-    """Return the experts whose load is below DEAD_SHARE of the mean load of their block.
+    """Return the experts whose load is below 1% (DEAD_SHARE) of the mean load of their block.
 
     `kind`: "space" or "time". `load_LK`: the result of `expert_loads`.
     """
@@ -64,7 +64,7 @@ def find_duplicates(model: RaphaelUNet, rows: int = 256) -> list[Finding]:
 
     All experts get the same random inputs: `rows` vectors from a normal distribution, as after a LayerNorm. The mean over
     the inputs is subtracted from each expert's outputs e. The distance of experts j and k is ||e_j - e_k|| / max(||e_j||,
-    ||e_k||), and they are duplicates if it is below DUPLICATE_DISTANCE. Two experts with zero output are duplicates, too.
+    ||e_k||), and they are duplicates if it is below 0.05 (DUPLICATE_DISTANCE). So are two experts with zero output.
     """
     findings = []
     for number, block in enumerate(ordered_blocks(model)):

@@ -114,7 +114,7 @@ def draw_overlays(
 
     Args:
         image_HW3: the image, uint8.
-        words: texts of the W words, which are the rows.
+        words: the W words, one for each row.
         regions: for each word and block, the part of the image that the word attends to, bool [h, w].
         experts_WL: space expert of each word in each of L blocks, int.
         title: text above the figure.

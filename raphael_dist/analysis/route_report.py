@@ -56,8 +56,8 @@ class Report:
         Args:
             prompt: its text.
             trace: the experts and regions of its words.
-            regions: result of `measure_coverage`: how much of the image the regions cover.
-            agreement: result of `route_agreement`: share of words with the same expert with gate noise.
+            regions: result of `coverage.measure_coverage`: how much of the image the regions cover.
+            agreement: result of `coverage.route_agreement`: share of words with the same expert with gate noise.
         """
         assert trace.route_WL is not None
         self.routes.setdefault("words", {})[prompt] = dict(zip(trace.words, trace.route_WL.tolist(), strict=True))
@@ -105,10 +105,10 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject
 
     Returns:
         A dict for W words, L blocks and S timesteps, with these keys:
-            prompt, words, timesteps: the text of the prompt, those of its words [W], and the timesteps [S].
+            prompt, words, timesteps: the prompt, its words [W], and the timesteps [S].
             space, time: numbers of the experts, [W][L] and [L][S]; [] if the model has no such experts.
             at: the timestep whose regions were recorded.
-            regions: for each word and block, [h, w, cells]. The cells are a text of 0 and 1, row by row.
+            regions: for each word and block, [h, w, cells]. The cells are a string of 0 and 1, row by row.
             image: a JPEG in base64.
     """
     image = Image.fromarray(trace.pixels)
@@ -129,7 +129,7 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject
 
 
 def _region(region_hw: np.ndarray, side: int = 32) -> list[int | str]:
-    """Return [height, width, cells] of a bool map, with the cells as a text of 0 and 1, row by row.
+    """Return [height, width, cells] of a bool map, with the cells as a string of 0 and 1, row by row.
 
     Of a map larger than `side`, only every n-th row and column is used.
     """

@@ -120,7 +120,7 @@ def remove_partial(root: Path) -> None:
 
 
 def expired(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Return those checkpoint folders that must be removed, because they are neither new nor to be kept for good.
+    """Return the checkpoint folders to remove: not among the newest `keep`, and not kept because of `keep_every`.
 
     Args:
         folders: all checkpoint folders, the newest first.

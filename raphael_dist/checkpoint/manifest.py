@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 
 from raphael_dist.errors import UserError
-from raphael_dist.text import JsonObject, read_json
+from raphael_dist.text import JsonObject, json_type, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -37,17 +37,22 @@ def read_manifest(path: Path, layout: str | None = None) -> Manifest:
             f"{path.parent} has no {path.name}: it is not a checkpoint, or saving it was interrupted. Use another folder."
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Use another checkpoint.") from None
+        raise UserError(
+            f"{path} cannot be read: {error}. Replace the checkpoint by a backup copy, or use another one."
+        ) from None
     problem = _problem(manifest, layout)
     if problem:
-        raise UserError(f"{path} is not valid: {problem}. Use another checkpoint.")
+        raise UserError(f"{path} is not valid: {problem}. Replace the checkpoint by a backup copy, or use another one.")
     return dict(manifest)
 
 
 def _problem(manifest: object, layout: str | None) -> str | None:
     """Return what is wrong with the content of a manifest, or None."""
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("layout") != layout:
-        return f"it must have {f'the layout {layout} and ' if layout else ''}the format {FORMAT}, but it has another one"
+    if not isinstance(manifest, dict):
+        return f"it must be a JSON object, but it is {json_type(manifest)}"
+    if manifest.get("format") != FORMAT or manifest.get("layout") != layout:
+        found = f"{manifest.get('layout', 'raphael')} and the format {manifest.get('format')}"
+        return f"it must have the layout {layout or 'raphael'} and the format {FORMAT}, but it has the layout {found}"
     missing = (_KEYS if layout else _KEYS | {"tensors"}) - manifest.keys()
     if missing:
         return f"it lacks {', '.join(sorted(missing))}"

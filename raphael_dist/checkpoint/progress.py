@@ -23,12 +23,12 @@ class Progress(NamedTuple):
     guard: JsonObject
 
     def as_manifest(self) -> Manifest:
-        """Return the progress as keys and values of a checkpoint's manifest."""
+        """Return the progress as keys and values for the manifest.json of a checkpoint."""
         return self._asdict()
 
 
 def progress_of(manifest: Manifest) -> Progress:
-    """Return the progress that a checkpoint's manifest states."""
+    """Return the progress that `manifest`, the content of a checkpoint's manifest.json, states."""
     return Progress(*(manifest[name] for name in Progress._fields))
 
 

@@ -26,7 +26,7 @@ from raphael_dist.config.schema import ARCHITECTURE_FIELDS, Config, config_from_
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import integrity_error
 from raphael_dist.storage.tensorfile import FileReader, StoredTensor, read_header
-from raphael_dist.text import parse_json
+from raphael_dist.text import parse_json, reason_unreadable
 
 T = TypeVar("T")
 
@@ -63,14 +63,14 @@ class CheckpointReader:
         return config_from_tree(self.manifest["config"])
 
     def integrity_error(self, files: list[str] | None = None, report: Callable[[str], None] = lambda _: None) -> str | None:
-        """Compare the size and SHA-256 of files with the manifest.
+        """Compare the size and SHA-256 of the checkpoint's files with those in its manifest.json.
 
         Args:
             files: names of the files. None: all files of the checkpoint.
-            report: called with a text about progress before each file is read.
+            report: called with a line of progress before each file is read.
 
         Returns:
-            A text about the first file that is missing or does not match; None if all match.
+            A message about the first file that is missing or does not match; None if all match.
         """
         names = list(self.manifest["files"]) if files is None else files
         problem = integrity_error(((self.folder / name, self.manifest["files"][name]) for name in names), report)
@@ -80,7 +80,7 @@ class CheckpointReader:
         """Check that the files have every element of every parameter exactly once.
 
         Returns:
-            A text about the first missing, duplicate or unexpected element; None if there is none.
+            A message about the first missing, duplicate or unexpected element; None if there is none.
         """
         spans = {key: [(start, numel) for start, numel, _ in ranges] for key, ranges in self._ranges.items()}
         return coverage_error(spans, sorted(self.kinds() | {"master"}), self.shapes)
@@ -107,13 +107,16 @@ class CheckpointReader:
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{self.folder / name} must have a valid entry 'starts' in its header (for each tensor, at which "
-                    f"element of its flattened parameter it begins), but the entry is missing or not valid ({error}). Use "
-                    "another checkpoint."
+                    f"element of its flattened parameter it begins), but {reason_unreadable(error)}. Replace the "
+                    "checkpoint by a backup copy, or use another one."
                 ) from None
-            if listed and {key: [t.start, t.numel] for key, t in stored.items()} != {k: list(r) for k, r in listed.items()}:
+            ranges = {key: [t.start, t.numel] for key, t in stored.items()}
+            expected = {key: list(each) for key, each in listed.items()} if listed else ranges
+            if ranges != expected:
+                key = min(k for k in ranges.keys() | expected.keys() if ranges.get(k) != expected.get(k))
                 raise UserError(
-                    f"{self.folder / name} must contain the tensors that the manifest lists, but it contains different "
-                    "ones. Use another checkpoint."
+                    f"{self.folder / name} must contain the tensors that the manifest lists, but {key} is missing, not "
+                    "listed, or of another size. Replace the checkpoint by a backup copy, or use another one."
                 )
             self._headers[name] = stored
         return self._headers[name]
@@ -123,7 +126,7 @@ class CheckpointReader:
         return {kind for kind, _ in self._ranges}
 
     def spans(self) -> dict[Key, list[StoredTensor]]:
-        """Return, for each (kind, parameter), where its values are in the files.
+        """Return where the values of each (kind, parameter) are in the files. Kinds are "master" (fp32 weights), "ema", ...
 
         Each rank may have written a range of the flattened parameter, so one parameter can be in several files. Raises
         UserError if a file's header cannot be read.
@@ -171,25 +174,26 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
         where: path of the checkpoint, for the message.
     """
     for name in ARCHITECTURE_FIELDS:
-        of_checkpoint, of_run = (attrgetter(name)(each) for each in (stored, config))
+        values = [attrgetter(name)(each) for each in (stored, config)]
+        of_checkpoint, of_run = (list(value) if isinstance(value, tuple) else value for value in values)
         if of_checkpoint != of_run:
             raise UserError(
                 f"{name}={of_run} must be {of_checkpoint}, the value in the configuration of the checkpoint {where}. "
-                "Change it, or use another checkpoint or run.dir."
+                f"Set {name}={of_checkpoint}, or use another checkpoint or run.dir."
             )
     ours, theirs = config.edge, stored.edge
     if (ours.weight > 0) != (theirs.weight > 0) or ours.channels != theirs.channels:
         raise UserError(
             f"edge.weight={ours.weight} and edge.channels={ours.channels} must give the same edge modules as in the "
-            f"checkpoint in {where}, which has edge.weight={theirs.weight} and edge.channels={theirs.channels}. Use the "
-            "values of the checkpoint."
+            f"checkpoint in {where}, which has edge.weight={theirs.weight} and edge.channels={theirs.channels}. Set "
+            "both to these values."
         )
 
 
 def newest(root: Path) -> list[Path]:
     """Return the checkpoint folders (step-*) in `root`, the newest first, including incomplete ones.
 
-    Raises UserError if `root` cannot be read. A missing `root` has none.
+    The list is empty if `root` is missing. Raises UserError if `root` cannot be read.
     """
     try:
         return step_folders(root)

@@ -129,17 +129,18 @@ class Restorer:
                 reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
                 raise UserError(
                     f"run.dir={self._config.run.dir} requires a checkpoint that is not damaged, but {self.root} has none "
-                    f"({reasons}). Repair one, use another run.dir, or start from scratch with run.ignore_damaged=true."
+                    f"({reasons}). Replace one by a backup copy, use another run.dir, or start from scratch with "
+                    "run.ignore_damaged=true."
                 )
             return
         check_architecture(reader.config(), self._config, str(reader.folder))
         if reader.shapes != self._fragments.shapes:
             old, new = reader.shapes, self._fragments.shapes
             name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
+            there, here = (f"of shape {list(s[name])}" if name in s else "missing" for s in (old, new))
             raise UserError(
                 f"run.dir={self._config.run.dir}: {reader.folder} must have the parameters of this run's model, but {name} "
-                f"has the shape {old.get(name)} there and {new.get(name)} in the model (None: it is missing). Use another "
-                "run.dir."
+                f"is {there} there and {here} in the model. Use another run.dir."
             )
         changes = check_same_run(reader.config(), self._config, str(reader.folder))
         changes += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))

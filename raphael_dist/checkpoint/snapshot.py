@@ -34,7 +34,7 @@ class Snapshot:
         self.starts: dict[str, int] = {}
 
     def prepare(self) -> int:
-        """Set `layout` and `starts`, allocate the buffer, and return the bytes that this rank will save.
+        """Set `layout` and `starts`, allocate the buffer, and return the number of bytes that this rank will save.
 
         Adam's moments are included only after the first optimizer step, which creates them. Raises RuntimeError or
         MemoryError if there is not enough memory.
@@ -97,7 +97,7 @@ def write_snapshot(
         layout: (key, number of elements) of each tensor to write, in the order in which they follow in the buffer.
         values: the buffer, float32 [n] in host memory.
         metadata: metadata of the safetensors file.
-        report: called with a text about progress for every block that is written.
+        report: called with a line of progress for every block that is written.
 
     Returns:
         Size and SHA-256 of the file, for the manifest.

@@ -51,7 +51,7 @@ def coverage_error(spans: Mapping[Key, Iterable[tuple[int, int]]], kinds: Iterab
         shapes: the shape of every parameter, by name.
 
     Returns:
-        A text about the first missing, duplicate or unexpected element; None if there is none.
+        A message about the first missing, duplicate or unexpected element; None if there is none.
     """
     kinds = tuple(kinds)
     for kind, name in spans:

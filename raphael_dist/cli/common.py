@@ -162,12 +162,12 @@ def check_range(option: str, value: float | None, low: float, high: float = math
     """Raise UserError unless an option's value is a finite number from `low` to `high`, or None (not given)."""
     if value is None or (low <= value <= high and math.isfinite(value)):
         return
-    limits = "finite" if low == -math.inf else f"at least {low:g}"
+    limits = "a finite number" if low == -math.inf else f"at least {low:g}"
     limits += f" and at most {high:g}" if high < math.inf else ""
-    raise UserError(f"{option} {value} must be {limits}. Give another value.")
+    raise UserError(f"{option} {value} must be {limits}. Set {option} to such a number.")
 
 
 def check_seed(seed: int | None) -> None:
     """Raise UserError unless --seed is an integer from 0 to 2**63 - 1, or None (not given)."""
     if seed is not None and not 0 <= seed < INT_LIMIT:
-        raise UserError(f"--seed {seed} must be from 0 to 2**63 - 1. Give another number.")
+        raise UserError(f"--seed {seed} must be from 0 to 2**63 - 1. Give, for example, --seed 0.")

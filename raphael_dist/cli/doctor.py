@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     Returns the exit code: 1 (FOUND) if there are problems, else 0. Raises UserError for mistakes that the user can correct.
     """
     if args.bundle is not None and not args.bundle.name.endswith((".tar.gz", ".tgz")):
-        raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Change the name.")
+        raise UserError(f"--bundle {args.bundle} must end in .tar.gz. Use, for example, --bundle bug.tar.gz.")
     from raphael_dist.reporting.bundle import write_bundle
     from raphael_dist.reporting.run_facts import NO_PLAN, examine
 

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError if a number is out of range, or an option lacks another one that it requires."""
+    """Raise UserError if a number is out of range, or an option is given without another one that it requires."""
     for option, least in (("count", 2), ("steps", 1), ("batch", 1), ("side", 1), ("per_pair", 1)):
         check_range(f"--{option.replace('_', '-')}", getattr(args, option, None), least)
     check_seed(args.seed)
@@ -106,8 +106,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_range("--guidance", scale, 0)
     if args.study == "images":
         if bool(args.reference) != bool(args.features):
-            present, missing = ("--reference", "--features") if args.reference else ("--features", "--reference")
-            raise UserError(f"{present} requires {missing}, but it is not given. Add {missing}, or leave out {present}.")
+            present, missing, remedy = (
+                ("--reference", "--features", "--features hed")
+                if args.reference
+                else ("--features", "--reference", "--reference folder=DIR with the real images")
+            )
+            raise UserError(f"{present} requires {missing}, but it is not given. Add {remedy}, or leave out {present}.")
         if not (args.features or args.clip):
             raise UserError(
                 "--features (to compare with real images) or --clip (for the CLIP score) is required, but neither is "
@@ -137,7 +141,7 @@ def protocol_of(args: argparse.Namespace, trained: "TrainedModel", **study: obje
     """Return all settings that affect the results, as JSON values for protocol.json.
 
     A command that continues in a folder with another protocol is refused, so that results of different settings are never
-    mixed. `study`: further settings, which only `images` or `text` has.
+    mixed. `study`: further settings, which only one of the subcommands `images` and `text` has.
     """
     from raphael_dist.storage.versions import versions
 
@@ -206,7 +210,7 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
         if not requests:
             raise UserError(
                 f"--captions {args.captions} must have captions with text in double quotes, but no caption has any. Add "
-                "some."
+                'captions such as: a sign that says "hello".'
             )
         empty = [request.prompt for request in requests if not normalise_text(requested_text(request.prompt) or "")]
         if empty:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Write the HTML report about `args.runs`. Raises UserError for mistakes that the user can correct."""
     if args.out.suffix != ".html":
-        raise UserError(f"--out={args.out} must end in .html. Change the name.")
+        raise UserError(f"--out={args.out} must end in .html. Use, for example, --out report.html.")
     from raphael_dist.reporting.page import build_page
     from raphael_dist.reporting.run_facts import examine
     from raphael_dist.storage.files import replace_bytes
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
         if not one_run.run.series:
             raise UserError(
                 f"RUN={one_run.run.folder}: a report requires metrics.jsonl with at least one line, but the run has no "
-                "such line. Train for at least train.log_every steps, or examine the run with python -m raphael_dist "
-                "doctor."
+                "such line. Train for at least train.log_every steps, or run "
+                f"`python -m raphael_dist doctor {one_run.run.folder}`."
             )
     page = build_page(examined).encode()
     try:

@@ -90,7 +90,7 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
     if not (m.space_experts or m.time_experts):
         raise UserError(
             f"--checkpoint {args.checkpoint} must be a model with experts, but it is a dense model: without experts there "
-            "are no routes to show. Use another checkpoint."
+            "are no routes to show. Use a checkpoint with model.space_experts or model.time_experts above 0."
         )
     check_range("--timestep", args.timestep, 0, last)
     check_range("--steps", args.steps, 1, last)

@@ -23,7 +23,7 @@ def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterato
 
 
 def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) -> str:
-    """Compare two gradients; return "" if they agree, else a text such as "0.50 times" or "12% away from".
+    """Compare two gradients; return "" if they agree, else a string such as "0.50 times" or "12% away from".
 
     They agree if the norm of their difference is at most `tolerance` times (the norm of `expected` + `floor`).
     """

@@ -145,7 +145,7 @@ class Probe:
         try:
             size = len(store.head(name, PROBE_BYTES))
         except ShardError as error:
-            self._problem(str(error), "mount it on this node, or correct its permissions")
+            self._problem(str(error), "mount its folder on this node, or make it readable for your user")
             return {}
         return {"mb_per_s": size / 1e6 / max(time.perf_counter() - began, 1e-9)}
 
@@ -165,7 +165,7 @@ class Probe:
         except OSError as error:
             self._problem(
                 f"run.dir: {folder} cannot be used ({error.strerror})",
-                "mount it on this node, free space, or correct its permissions",
+                "mount it on this node, free space, or make it writable for your user",
             )
             return {}
         finally:
@@ -252,7 +252,7 @@ class Probe:
         if not difference < 1e-3:
             self._problem(
                 f"expert parallelism: the result differs from that of one process by {difference:.0e}",
-                "the installed versions compute wrong results: report them",
+                "the installed libraries compute wrong results: report their versions as a bug of raphael_dist",
             )
         return {"ranks": size, "difference": difference}
 
@@ -329,7 +329,7 @@ def rounds(members: list[int]) -> list[dict[int, int]]:
 
 
 def network(host: str) -> str:
-    """Return interface and IPv4 address with which this machine reaches `host` ("eth0 10.0.0.5"), or an error as text."""
+    """Return interface and IPv4 address with which this machine reaches `host` ("eth0 10.0.0.5"), or an error message."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             s.connect((host, 9))  # sends nothing

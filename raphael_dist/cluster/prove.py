@@ -48,7 +48,7 @@ class Outcome:
 
     Attributes:
         result: the check's `Result` as a dict; None: it did not finish.
-        marks, last: number of progress messages from the worker process, and the text of the last one.
+        marks, last: number of progress messages from the worker process, and the last message.
         why: why the check did not finish.
         seconds: how long it ran.
     """

@@ -40,7 +40,7 @@ NEEDS_GPU = "{} requires a GPU"
 def links(proof: Proof) -> Result:
     """Measure latency and bandwidth of each collective: over all ranks, inside nodes, and between nodes. Collective.
 
-    A collective with wrong values is a problem. One that is much slower than on other ranks is a warning.
+    A collective with wrong values is a problem. One below 0.3 times the median bandwidth of all ranks is a warning.
 
     `proof`: this rank and its device. Returns measurements and problems of this rank.
     """
@@ -98,7 +98,7 @@ class Measured:
 
 
 def take_steps(proof: Proof, config: Config, tree: Tree, count_waits: list[int] | None = None) -> Measured:
-    """Take WARMUP + MEASURED training steps as the trainer does, always on the same made-up batch. Collective.
+    """Take WARMUP + MEASURED training steps as the trainer does, always on the same synthetic batch. Collective.
 
     Args:
         proof: this rank and its device.
@@ -142,6 +142,8 @@ def take_steps(proof: Proof, config: Config, tree: Tree, count_waits: list[int] 
 
 def graphs(proof: Proof) -> Result:
     """Take the same training steps with and without CUDA graphs; compare gradient norms and speed. Collective.
+
+    It is a problem if a gradient norm differs by 1 % or more.
 
     `proof`: this rank and its device. Returns measurements and problems of this rank.
     """

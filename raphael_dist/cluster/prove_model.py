@@ -48,7 +48,7 @@ def proof_config(**sections: JsonObject) -> Config:
 
 
 def position_batch(config: Config, slots: Slots, num_blocks: int) -> Batch:
-    """Make up a training batch of images of the largest configured size, without a data set.
+    """Return a synthetic training batch, with images of the largest configured size, without reading a data set.
 
     Args:
         config: the run's configuration. Each sample is a function of `run.seed` and its position only.

@@ -54,7 +54,7 @@ class Steps:
         return {name: p.detach().clone() for name, p in self._reference.weights.items()}
 
     def take(self, steps: int) -> "Steps":
-        """Train until `steps` steps have been taken in all (none, if they were before); return this object."""
+        """Train until this object has taken `steps` steps since it was created (if fewer were taken); return the object."""
         while len(self.norms) < steps:
             slots = self.slots(len(self.norms))
             with torch.no_grad():
@@ -111,7 +111,7 @@ def seeds(proof: Proof) -> Result:
 
 
 def gradients(proof: Proof) -> Result:
-    """Train STEPS steps with every combination of `cases`; compare with training in one process. Collective.
+    """Train STEPS steps with every case of `prove_cases.cases`; compare with training in one process. Collective.
 
     Compared are losses, gradients before and after the reduction over ranks, gradient norms and weights.
 

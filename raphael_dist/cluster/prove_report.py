@@ -29,7 +29,7 @@ class CheckReport:
         status: GREEN (passed), AMBER (passed with warnings), RED (failed), NOT_PROVEN (cannot run on this machine) or
             NOT_RUN.
         code: exit code of this check: 0, 2 (bad environment) or 3 (wrong numbers).
-        lines: what was measured, as text.
+        lines: what was measured, as lines of text.
         problems: what is wrong, on which rank and node.
         not_proven: what could not be checked on this machine, and why.
         values: measured numbers of rank 0, by name.

@@ -35,7 +35,7 @@ class Result:
     """The result of a check of `prove` on one rank.
 
     Attributes:
-        lines: what was measured, as text. The report shows the lines of rank 0.
+        lines: what was measured, as lines of text. The report shows the lines of rank 0.
         problems: what is wrong.
         values: measured numbers of this rank by name. The report stores those of rank 0.
         not_proven: what could not be checked on this machine, and why.
@@ -61,7 +61,7 @@ class Proof:
         config: the user's configuration, for the checks of speed and memory.
         folder: folder of the reports, which all ranks share.
         options: further arguments: "world", the number of ranks of the launcher.
-        mark: call it with a text that states what this rank begins now. If ranks hang, those with the fewest calls are late.
+        mark: call it with a description of what this rank begins now. If ranks hang, those with the fewest calls are late.
     """
 
     ranks: Ranks

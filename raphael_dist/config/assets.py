@@ -16,9 +16,10 @@ def root() -> Path:
 
 
 def locate(path: str) -> str:
-    """Return `path`, or where the package has this file, so that presets can name the demo data in data/.
+    """Return `path`, or root()/path if the folder of `path` exists in root() but not in the working directory.
 
-    A relative path is looked up in the package (`root`) if its folder exists there, but not in the working directory.
+    So presets can name the demo data, such as data/emoji-demo/train-0000.tar, in any working directory. An absolute path, or
+    a file name without a folder, is returned unchanged.
     """
     folder = Path(path).parent
     if Path(path).is_absolute() or folder == Path() or folder.is_dir() or not (root() / folder).is_dir():

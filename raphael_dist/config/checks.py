@@ -17,13 +17,13 @@ def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
     """Yield an error message for each pair of settings of the data set that are incompatible."""
     if data.shards and data.sources:
         yield (
-            f"data.shards={list(data.shards)} requires data.sources=[], but both are set. Use data.sources for several "
-            "sources with weights."
+            f"data.shards={list(data.shards)} requires data.sources=[], but both are set. Set data.sources=[], or "
+            "set data.shards=[] to use the weighted sets of shards in data.sources."
         )
     if data.caption_weights and data.caption_from != "auto":
         yield (
             f"data.caption_weights={data.caption_weights} requires data.caption_from=auto, but it is {data.caption_from}. "
-            "Set only one of the two."
+            "Set data.caption_from=auto, or data.caption_weights={}."
         )
     micro = train.micro_batch_size
     if len(image.buckets) > 1 and data.bucket_run < micro:
@@ -38,42 +38,50 @@ def check_diffusion(diffusion: Diffusion, edge: Edge, sample: Sample) -> Iterato
     steps = diffusion.num_timesteps
     if edge.max_timestep > steps:
         yield (
-            f"edge.max_timestep={edge.max_timestep} must be at most diffusion.num_timesteps={steps}. Lower "
-            "edge.max_timestep."
+            f"edge.max_timestep={edge.max_timestep} must be at most diffusion.num_timesteps={steps}. Set, for "
+            f"example, edge.max_timestep={steps // 2}."
         )
     if sample.steps >= steps:
         yield f"sample.steps={sample.steps} must be below diffusion.num_timesteps={steps}. Lower sample.steps."
     if not diffusion.beta_start <= diffusion.beta_end < 1:
         yield (
             f"diffusion.beta_start={diffusion.beta_start} and diffusion.beta_end={diffusion.beta_end} must satisfy "
-            "beta_start <= beta_end < 1. Change one of the two."
+            "beta_start <= beta_end < 1. Set, for example, diffusion.beta_start=0.00085 diffusion.beta_end=0.012."
         )
     if diffusion.prediction == "flow":
         yield from _check_flow(diffusion, sample)
     if diffusion.zero_terminal_snr and diffusion.prediction == "epsilon":
         yield (
             "diffusion.zero_terminal_snr=true requires diffusion.prediction=v_prediction, but it is epsilon: the last "
-            "timestep is pure noise, and its predicted noise says nothing about the image. Change one of the two settings."
+            "timestep is pure noise, and its predicted noise says nothing about the image. Set "
+            "diffusion.prediction=v_prediction, or diffusion.zero_terminal_snr=false."
         )
 
 
 def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
     requirements = (
-        (not diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr=false, since a flow ends at pure noise", "true"),
+        (
+            not diffusion.zero_terminal_snr,
+            "diffusion.zero_terminal_snr=false",
+            "true, and a flow ends at pure noise in any case",
+        ),
         (
             not diffusion.min_snr_gamma,
-            "diffusion.min_snr_gamma=0, since the loss of a flow has equal weights",
-            f"{diffusion.min_snr_gamma:g}",
+            "diffusion.min_snr_gamma=0",
+            f"{diffusion.min_snr_gamma:g}, and the loss of a flow has the same weight at all timesteps",
         ),
         (
             sample.scheduler != "dpm++",
-            "sample.scheduler=euler or ddim, which are the same sampler for a flow",
-            sample.scheduler,
+            "sample.scheduler=euler",
+            f"{sample.scheduler}, which does not support flows",
         ),
     )
     for fulfilled, requirement, actual in requirements:
         if not fulfilled:
-            yield f"diffusion.prediction=flow requires {requirement}, but it is {actual}. Change one of the two."
+            yield (
+                f"diffusion.prediction=flow requires {requirement}, but it is {actual}. Set {requirement}, or set "
+                "diffusion.prediction=v_prediction."
+            )
 
 
 def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
@@ -103,7 +111,7 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
         (not adapted, "lora.rank=0, or lora.targets without experts", f"lora.targets={list(lora.targets)}"),
     )
     requirements: dict[Kernel, tuple[tuple[bool, str, str], ...]] = {
-        "group_norm": ((not train.compile, "train.compile=false, which fuses the same operations", "it is true"),),
+        "group_norm": ((not train.compile, "train.compile=false", "it is true, which fuses the same operations"),),
         "layer_norm": ((max(model.channels) <= 4096, "model.channels up to 4096", f"they are {list(model.channels)}"),),
         "space_moe": ((model.space_experts > 0, "model.space_experts above 0", "it is 0"), *experts),
         "time_moe": (
@@ -118,8 +126,8 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
         for fulfilled, requirement, actual in requirements[name]:
             if not fulfilled:
                 yield (
-                    f"train.kernels={list(train.kernels)} requires {requirement} because of {name}, but {actual}. Change "
-                    f"this setting, or remove {name} from train.kernels."
+                    f"train.kernels={list(train.kernels)}: the kernel {name} requires {requirement}, but {actual}. Set "
+                    f"{requirement}, or remove {name} from train.kernels."
                 )
 
 
@@ -162,8 +170,8 @@ def check_control(control: Control, run: RunConfig, edge: Edge, lora: Lora, para
     for fulfilled, requirement, value in requirements:
         if not fulfilled:
             yield (
-                f"control.enabled=true requires {requirement}, but {value}. "
-                "Change this setting, or set control.enabled=false."
+                f"control.enabled=true requires {requirement}, but {value}. Set {requirement.partition(',')[0]}, or set "
+                "control.enabled=false."
             )
 
 

@@ -80,9 +80,10 @@ class Image(Section):
     @model_validator(mode="after")
     def _check_buckets(self) -> Self:
         if not self.buckets or len(set(self.buckets)) != len(self.buckets):
+            twice = next((list(size) for size in self.buckets if self.buckets.count(size) > 1), None)
             raise ValueError(
                 f"image.buckets={[list(size) for size in self.buckets]} must have at least one size [height, width], and "
-                "each size only once. Change the list."
+                f"each size only once. {f'Give {twice} once.' if twice else 'Add one, for example [512, 512].'}"
             )
         return self
 
@@ -109,12 +110,12 @@ class Filter(Section):
         if self.min is None and self.max is None and not self.words:
             raise ValueError(
                 f"data.filters: the filter on column {self.column!r} requires min, max or words, but it has none of them. "
-                "Add one."
+                "Add one, for example min: 0.5."
             )
         return self
 
     def describe(self) -> str:
-        """Return the rule as text, such as `score >= 0.5`."""
+        """Return the rule as a string, such as `score >= 0.5`."""
         bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.min), ("<=", self.max)) if bound is not None]
         return f"{self.column} {' and '.join([*bounds, *([f'in {list(self.words)}'] if self.words else [])])}"
 

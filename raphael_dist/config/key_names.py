@@ -92,6 +92,7 @@ def meant_keys(name: str, config_type: type[BaseModel]) -> list[str]:
 def near_key(name: str, config_type: type[BaseModel]) -> str | None:
     """Return the key `section.key` that is most similar to `name`, which may lack the section; None: none is similar.
 
+    Similar means a ratio of at least 0.75 in `difflib.get_close_matches`.
     `config_type`: the class of the whole configuration.
     """
     keys = keys_of(config_type)

@@ -65,7 +65,7 @@ class Key:
 
     Attributes:
         name: section.key.
-        type, default, range, description: as text.
+        type, default, range, description: as strings.
         on_resume: whether the value may change when a run is resumed: "free", "fixed" or "never" (docs/configuration.md).
     """
 
@@ -139,7 +139,7 @@ def markdown() -> str:
 
 
 def json_schema() -> str:
-    """Return a JSON schema of configuration files as text. Editors check YAML files with it.
+    """Return a JSON schema of configuration files as a string. Editors check YAML files with it.
 
     It includes the key `base`, which is no setting.
     """

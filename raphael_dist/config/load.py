@@ -13,7 +13,7 @@ from raphael_dist.config.key_names import known_key, near_key
 from raphael_dist.config.types import sections_of
 from raphael_dist.config.validation_errors import value_text
 from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.text import JsonObject, read_text, shorten
+from raphael_dist.text import JsonObject, json_type, read_text, shorten
 
 # Exceptions of YAML's reader: wrong syntax; values such as 2020-99-99 or numbers of 5,000 digits; deep nesting.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError)
@@ -27,7 +27,7 @@ class ConfigTree:
 
     Attributes:
         tree: nested dicts {section: {key: value}}.
-        places: file and line where each `section` and `section.key` was set, as text.
+        places: file and line where each `section` and `section.key` was set, as a string.
     """
 
     tree: JsonObject
@@ -87,7 +87,8 @@ def read_yaml(name_or_path: str) -> ConfigTree:
             return config
         if not isinstance(base, str):
             raise UserError(
-                f"--config={name}: base={value_text(base)} must be the name of one preset or YAML file. Change it."
+                f"--config={name}: base={value_text(base)} must be the name of one preset or YAML file. Write, for "
+                "example, base: emoji-tiny."
             )
         name = str(Path(name).parent / base) if Path(base).suffix in {".yaml", ".yml"} else base
         if name in names or len(names) == MAX_BASES:
@@ -118,12 +119,13 @@ def _read_one(name_or_path: str) -> ConfigTree:
         raise
     except UNREADABLE as error:
         raise UserError(
-            f"--config={name_or_path}: the file is not valid YAML: {shorten(' '.join(str(error).split()))}. Correct it."
+            f"--config={name_or_path}: the file is not valid YAML: {shorten(' '.join(str(error).split()))}. Correct the "
+            "line that this names; a section has the form `section: {key: value}`."
         ) from None
     if not isinstance(tree, dict):
         raise UserError(
-            f"--config={name_or_path}: the file must contain a mapping of sections, but it contains a "
-            f"{type(tree).__name__}. Write `section: {{key: value}}`."
+            f"--config={name_or_path}: the file must contain a mapping of sections, but it contains "
+            f"{json_type(tree)}. Write `section: {{key: value}}`."
         )
     return ConfigTree(tree if is_file else _locate_assets(tree), places)
 
@@ -134,12 +136,12 @@ def _file_text(name: str) -> str:
         folder = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UserError(
             f"--config={name}: there is no such file{folder}{did_you_mean(path.stem, preset_names())}. Correct the path, "
-            "or give a preset."
+            "or give a preset, for example --config emoji-tiny."
         )
     try:
         return read_text(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"--config={name} cannot be read: {error}. Check the file.") from None
+        raise UserError(f"--config={name} cannot be read: {error}. Give a UTF-8 file that you may read.") from None
 
 
 def _preset_text(name: str) -> str:
@@ -242,8 +244,8 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
         value = text
     if not isinstance(config.tree.setdefault(section, {}), dict):
         raise UserError(
-            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, since the "
-            f"command line also sets {shorten(key)}. Write `{section}: {{key: value}}`."
+            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, but "
+            f"it is not, so the command line cannot set {shorten(key)}. Write `{section}: {{key: value}}` in the file."
         )
     config.tree[section][name] = _for_field(_type_name(section, name, config_type), value, text)
     for place in (section, key):

@@ -1,5 +1,6 @@
 """Sections of the configuration about the model and its loss: model, edge, diffusion, lora, control."""
 
+from math import lcm
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -145,7 +146,8 @@ class Model(Section):
             if channels % self.norm_groups or channels % self.head_dim:
                 raise ValueError(
                     f"model.channels={list(self.channels)} must be multiples of model.norm_groups={self.norm_groups} and "
-                    f"of model.head_dim={self.head_dim}, but {channels} is not. Change one of the three settings."
+                    f"of model.head_dim={self.head_dim}, but {channels} is not. Use multiples of "
+                    f"{lcm(self.norm_groups, self.head_dim)}, or change model.norm_groups or model.head_dim."
                 )
         return self
 

@@ -117,7 +117,7 @@ class Optim(Section):
 
     @property
     def has_moments(self) -> bool:
-        """Whether the optimizer keeps Adam's moments."""
+        """Whether the optimizer keeps moments of the gradients (AdamW and Muon do, SGD does not)."""
         return self.kind != "sgd"
 
 
@@ -217,21 +217,21 @@ class Train(Section):
         steps = [end for end in ends if end is not None]
         if ends[-1] is not None or len(steps) != len(ends) - 1:
             raise ValueError(
-                f"train.stages requires `until` in every stage but the last, but the values of `until` are {ends}. Correct "
-                "them."
+                f"train.stages requires `until` in every stage but the last, but the values of `until` are "
+                f"{str(ends).replace('None', 'null')}. Add `until: STEP` to each stage but the last, and none to the last."
             )
         if steps != sorted(set(steps)):
             raise ValueError(
                 f"train.stages requires `until` to rise from stage to stage, but the values of `until` are {steps}. "
-                "Correct them."
+                "Give each stage a larger `until` than the stage before it."
             )
         keys = self.stages[0].set.keys()
         for number, stage in enumerate(self.stages, start=1):
             if stage.set.keys() != keys:
                 key = min(stage.set.keys() ^ keys)
                 raise ValueError(
-                    f"train.stages requires the same keys under `set` in every stage, but {key} is missing in some (see "
-                    f"stage {number}). Set {key} in every stage."
+                    f"train.stages requires the same keys under `set` in every stage, but {key} is missing in stage "
+                    f"{number if key in keys else 1}. Set {key} in every stage."
                 )
         return self
 

@@ -56,7 +56,7 @@ class Config(Section):
                 hint = did_you_mean(known_key(name, Config) or name, known)
                 raise ValueError(
                     f"run.allow_change={list(self.run.allow_change)} must name keys of the configuration as section.key, "
-                    f"but {name!r} is not a key{hint}. Correct it."
+                    f"but {name!r} is not a key{hint}. Write, for example, run.allow_change=[optim.lr]."
                 )
         return self
 

@@ -24,7 +24,7 @@ def staged_keys(config: Config) -> set[str]:
 class StageSpan(NamedTuple):
     """A stage of a run (an entry of train.stages): its configuration and its steps.
 
-    The stage consists of the steps since + 1 to until, counted from 1. A run without stages is one stage.
+    The stage consists of the steps from `since` + 1 to `until`, counted from 1. A run without stages is one stage.
     """
 
     config: Config

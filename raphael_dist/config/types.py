@@ -55,7 +55,7 @@ def setting(default: object, description: str, mark: JsonDict | None = None, min
 
     Args:
         default: the default value.
-        description: text for users.
+        description: what the setting means, for users.
         mark: FREE: the value may always change on resume. SHAPES: never, because shapes of weights depend on it. None: only
             if run.allow_change names it.
         min_length: smallest number of entries of a list.

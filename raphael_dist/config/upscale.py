@@ -60,5 +60,6 @@ def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tupl
         if factor and (height % factor or width % factor):
             raise UserError(
                 f"image.buckets must have heights and widths that are multiples of upscale.factor={factor}, but [{height}, "
-                f"{width}] is not. Change this size."
+                f"{width}] is not. Use, for example, [{height // factor * factor or factor}, "
+                f"{width // factor * factor or factor}]."
             )

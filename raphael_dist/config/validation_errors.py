@@ -33,7 +33,7 @@ _MESSAGES = {
     "path_type": "must be a path",
     "string_pattern_mismatch": "must match the pattern {pattern}",
     "string_too_long": "must have at most {max_length} characters",
-    "string_type": "must be text",
+    "string_type": "must be a string",
     "too_short": "must have at least {min_length} entries, but it has {actual_length}",
     "tuple_type": "must be a list, [a, b]",
 }

@@ -50,4 +50,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}. Restore the file.") from None
+        raise UserError(
+            f"{path} cannot be read as a safetensors file: {error}. Copy it again from its source, or export it again."
+        ) from None

@@ -27,7 +27,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import CONDITION_WIDTH, ControlNet
 from raphael_dist.model.diffusers_model import RaphaelControlNet
 from raphael_dist.storage.tensorfile import save_tensors
-from raphael_dist.text import JsonObject, read_json
+from raphael_dist.text import JsonObject, read_json, reason_unreadable
 
 CONFIG, CLASS = "config.json", RaphaelControlNet.__name__
 _PREFIX = "control."
@@ -58,10 +58,10 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if wrong := sorted(expected.items() ^ shapes.items()):
         name = wrong[0][0]
+        in_file, in_model = (f"of shape {list(s[name])}" if name in s else "missing" for s in (shapes, expected))
         raise UserError(
-            f"{option} {path} must fit the model, but its tensor {name} has the shape {shapes.get(name)} and the model "
-            f"requires {expected.get(name)} (None: no such tensor). Use the base model that the ControlNet was trained "
-            "with."
+            f"{option} {path} must fit the model, but the tensor {name} is {in_file} in the file and {in_model} in the "
+            "model. Use the base model that the ControlNet was trained with."
         )
     control.to_empty(device="cpu")
     control.load_state_dict(values)
@@ -82,7 +82,7 @@ def control_weights(reader: CheckpointReader, weights: str | None, option: str) 
     if not reader.config().control.enabled:
         raise UserError(
             f"{option} {reader.folder} must be of a run that trained a ControlNet (control.enabled=true), but this run has "
-            "control.enabled=false. Use another run."
+            "control.enabled=false. Give a run that was trained with control.enabled=true."
         )
     kind = "master" if weights == "master" else default_weights(reader.kinds())
     return {name.removeprefix(_PREFIX): reader.whole(kind, name) for name in reader.shapes}
@@ -130,10 +130,13 @@ def _read_folder(folder: Path, option: str) -> dict[str, Tensor]:
         if name == CLASS:
             config_of_experts(content, folder / CONFIG, {}, None)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
+        raise UserError(
+            f"{option}: {folder / CONFIG} cannot be read: {reason_unreadable(error)}. Copy it again from its source, or "
+            "export the ControlNet again with --to controlnet."
+        ) from None
     if name not in (CLASS, "ControlNetModel"):
         raise UserError(
-            f"{option} {folder}: _class_name in {CONFIG} must be {CLASS} or ControlNetModel, but it is {name}. Use another "
-            "folder."
+            f"{option} {folder}: _class_name in {CONFIG} must be {CLASS} or ControlNetModel, but it is {name}. Give "
+            "the folder of an exported ControlNet."
         )
     return read_tensors(folder / f"{STEM}.safetensors")

@@ -128,7 +128,7 @@ def write_target(
     ranks: MpiRanks,
     checksummed_files: dict[Path, FileEntry],
 ) -> None:
-    """Write the files of a conversion's plan, and publish them as the new folder `target`. Collective over `ranks`.
+    """Write the files of a planned conversion into the new folder `target`. Collective: all `ranks` call it.
 
     Args:
         layout: name of the target's layout (format on disk).
@@ -224,8 +224,8 @@ def _write(
             checking.join()
         if not problems or problems[0] is not None:
             raise UserError(
-                f"{source.path} is damaged: {problems[0] if problems else 'its files cannot be verified'}. Use another "
-                "checkpoint."
+                f"{source.path} is damaged: {problems[0] if problems else 'its files cannot be verified'}. Copy it "
+                "again from its source, or use another checkpoint."
             )
         return written
 

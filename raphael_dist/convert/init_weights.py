@@ -138,7 +138,10 @@ def load_initial(
     report("its checksums")
     with checkpoint:
         if verify and (integrity_error := checkpoint.integrity_error()):
-            raise UserError(f"run.init_from={path} is damaged: {integrity_error}. Use another checkpoint.")
+            raise UserError(
+                f"run.init_from={path} is damaged: {integrity_error}. Copy it again from its source, or use another "
+                "checkpoint."
+            )
         for note in checkpoint.notes:
             _log.warning("run.init_from: %s", note)
         initial = check_initial(config, checkpoint)

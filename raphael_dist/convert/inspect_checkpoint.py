@@ -77,8 +77,8 @@ def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
         problem = integrity_error([(pickle, files[pickle])]) if pickle in files else "no manifest has its checksum"
         if problem:
             raise UserError(
-                f"{pickle} is not opened, since a pickle file may contain code and this one is not verified ({problem}). "
-                "Add --unpickle to read only the weights in it."
+                f"{pickle} is a pickle file, which may contain code, and it is not verified ({problem}). So it is not "
+                "opened. Add --unpickle to read only the weights in it."
             )
 
 

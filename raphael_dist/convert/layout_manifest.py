@@ -14,7 +14,7 @@ from raphael_dist.storage.versions import versions
 
 
 def base_manifest(layout: str, source: Source) -> Manifest:
-    """Return the manifest of a converted checkpoint without the list of its files.
+    """Return the content of manifest.json for a converted checkpoint, without the list of its files.
 
     layout: the name of the target's layout. source: the checkpoint that is converted.
     """
@@ -29,7 +29,10 @@ def base_manifest(layout: str, source: Source) -> Manifest:
 
 
 def read_optional_manifest(folder: Path, layout: str) -> Manifest | None:
-    """Return a folder's manifest, or None if it has none, because another program wrote it. `layout`: expected layout."""
+    """Return the content of a folder's manifest.json; None if the folder has none, because another program wrote it.
+
+    `layout`: name of the layout (format on disk) that the manifest must state. Raises the UserErrors of `read_manifest`.
+    """
     return read_manifest(folder / MANIFEST, layout) if (folder / MANIFEST).is_file() else None
 
 

@@ -26,7 +26,7 @@ from raphael_dist.convert.write_plan import Source
 from raphael_dist.errors import UserError
 from raphael_dist.model.lora import ATTENTION, import_peft, lora_scale, parse_adapter_name
 from raphael_dist.storage.tensorfile import save_tensors
-from raphael_dist.text import JsonObject, read_json
+from raphael_dist.text import JsonObject, read_json, reason_unreadable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -152,7 +152,7 @@ def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str
     if not lora.rank:
         raise UserError(
             f"{option} {reader.folder} must be of a run that trained LoRA adapters (lora.rank above 0), but it has "
-            "lora.rank=0. Use another run."
+            "lora.rank=0. Give a run that was trained with lora.rank above 0."
         )
     kind = "master" if weights == "master" else default_weights(reader.kinds())
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -243,11 +243,14 @@ def _read_config(folder: Path, option: str) -> JsonObject:
         config: JsonObject = read_json(folder / CONFIG)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         if rank < 1 or not math.isfinite(alpha):
-            raise ValueError(f"r = {rank}, lora_alpha = {alpha}")
+            raise ValueError(f"r={rank} must be at least 1, and lora_alpha={alpha} must be finite")
         unsupported = [key for key, value in _PLAIN.items() if config.get(key, value) != value]
         unsupported += [key for key in _EMPTY if config.get(key)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{option}: {folder / CONFIG} cannot be read: {error}. Restore the file.") from None
+        raise UserError(
+            f"{option}: {folder / CONFIG} cannot be read: {reason_unreadable(error)}. Copy the folder of the adapters again "
+            "from its source."
+        ) from None
     if unsupported:
         key = unsupported[0]
         raise UserError(

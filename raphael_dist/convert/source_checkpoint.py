@@ -37,7 +37,7 @@ class Checkpoint:
         progress: progress of the run, such as its step.
         dataset: fingerprint of the training data of the run.
         files: size and SHA-256 of each file, from the manifest; empty without a manifest.
-        topology: a text about the ranks that wrote it.
+        topology: description of the ranks that wrote it.
         notes: lines to show to the user.
         layout: name of its layout. `open_checkpoint` sets it, and `whole`.
         whole: whether this layout contains everything that a run needs to continue.
@@ -129,7 +129,7 @@ class Checkpoint:
         check_same_prediction("run.init_from", self.path, self.config, prediction)
 
     def integrity_error(self) -> str | None:
-        """Compare the files with size and checksum in the manifest; return a text about the first damaged one.
+        """Compare the files with size and checksum in the manifest; return a message about the first damaged one.
 
         None: no file is damaged, or there is no manifest.
         """
@@ -186,9 +186,10 @@ def check_same_prediction(field: str, path: Path, source: Config, prediction: st
 
 
 def is_dense(config: Config) -> bool:
-    """Return whether diffusers' own U-Net class fits the model, because it has nothing that this class lacks.
+    """Return whether diffusers' class UNet2DConditionModel can represent the model of `config`.
 
-    These are experts, edge modules (small networks that predict edge maps), and the position encoding of image tokens.
+    It can unless the model has experts, edge modules (small networks that predict edge maps) or a position encoding of image
+    tokens.
     """
     m = config.model
     return not (m.space_experts or m.time_experts or config.edge.weight > 0 or m.image_positions)

@@ -8,7 +8,7 @@ from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.convert.source_checkpoint import is_dense
 from raphael_dist.errors import UserError
 from raphael_dist.model.latents import latent_factor
-from raphael_dist.text import JsonObject
+from raphael_dist.text import JsonObject, reason_unreadable
 
 CLASS = "UNet2DConditionModel"
 # Fields of a diffusers U-Net's `config.json` that may have any value: sizes, and fields that do not change the architecture.
@@ -38,13 +38,13 @@ def config_of_unet(unet: JsonObject, where: Path, diffusion: JsonObject | None =
         value, expected = unet.get(field, default), field == _LINEAR or default
         if value != expected and (value or expected):  # both None and False turn a feature off
             raise UserError(
-                f"{where}: {field}={value!r} must be {expected!r}, as in U-Nets of Stable Diffusion 2. Use such a model."
+                f"{where}: {field}={value!r} must be {expected!r}, as in U-Nets of Stable Diffusion 2. Use such a U-Net."
             )
     sizes = sizes_of_unet(unet, where)
     if unet["in_channels"] != sizes["latent_channels"]:
         raise UserError(
             f"{where} must have as many input as output channels, but in_channels={unet['in_channels']} and "
-            f"out_channels={sizes['latent_channels']}. Use another model."
+            f"out_channels={sizes['latent_channels']}. Use a U-Net of Stable Diffusion 2."
         )
     return dense_config(sizes, diffusion)
 
@@ -64,13 +64,12 @@ def sizes_of_unet(unet: JsonObject, where: Path) -> JsonObject:
         text, norm = unet["cross_attention_dim"], unet.get("norm_num_groups", 32)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"{where} must be the configuration of a {CLASS}, but it has a missing or wrong entry ({error!r}). Use another "
-            "model."
+            f"{where} must be the configuration of a {CLASS}, but {reason_unreadable(error)}. Copy it again from its source."
         ) from None
     if len(widths) != 1 or not isinstance(layers, int):
         raise UserError(
             f"{where} must have attention heads of one width and one number of layers per block, but the widths are "
-            f"{sorted(widths)} and layers_per_block={layers}. Use another model."
+            f"{sorted(widths)} and layers_per_block={layers}. Use a U-Net of Stable Diffusion 2."
         )
     return {"channels": channels, "attention": attention, "layers_per_block": layers,
              "head_dim": widths.pop(), "norm_groups": norm, "latent_channels": latent, "text_width": text}  # fmt: skip
@@ -90,8 +89,10 @@ def unet_json(config: Config, where: str) -> JsonObject:
     m = config.model
     if not is_dense(config):
         raise UserError(
-            f"{where} requires a model without experts, without edge modules and with model.image_positions=false, but "
-            "this model does not meet all three. Use --to canonical or --to diffusers."
+            f"{where} requires a model without experts, without edge modules and with model.image_positions=false, but this "
+            f"model has model.space_experts={m.space_experts}, model.time_experts={m.time_experts}, "
+            f"edge.weight={config.edge.weight:g} and model.image_positions={str(m.image_positions).lower()}. Use --to "
+            "canonical or --to diffusers."
         )
     expected = [4 * c for c in m.channels]
     if m.time_activation != "geglu" or list(m.expert_width) != expected:
@@ -126,9 +127,15 @@ def unet_fields(config: Config) -> JsonObject:
 
 
 def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Config:
-    """Return the configuration of a dense model, computed from the shapes of its tensors by diffusers' names.
+    """Return the configuration of a dense model (without experts), computed from the shapes of its tensors.
 
-    The shapes do not show the width of a head and the number of norm groups: the largest up to 64 and 32 are used.
+    The shapes show neither the width of an attention head nor the number of norm groups. The largest power of two that
+    divides all levels' channels is used for each, up to 64 and 32. Raises UserError for another structure than that of
+    Stable Diffusion 2.
+
+    Args:
+        shapes: shape of each tensor by its name in diffusers.
+        where: path of the file, for messages.
     """
     levels = len({n.split(".")[1] for n in shapes if n.startswith("down_blocks.")})
     try:
@@ -140,12 +147,12 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Conf
         linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
     except LookupError as error:
         raise UserError(
-            f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {error}. Use another model."
+            f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {error}. Use such a U-Net."
         ) from None
     if not linear or not channels:
         raise UserError(
             f"{where} must be a U-Net of Stable Diffusion 2, but its attention layers use convolutions instead of linear "
-            "layers, as in Stable Diffusion 1. Use another model."
+            "layers, as in Stable Diffusion 1. Use a U-Net of Stable Diffusion 2."
         )
     head = next(h for h in (64, 32, 16, 8, 4, 2, 1) if all(c % h == 0 for c in channels))
     norm = next(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 for c in channels))

@@ -117,8 +117,8 @@ class UpcycledSource:
         if model.time_activation != dense.time_activation or model.expert_width != dense.expert_width:
             raise UserError(
                 f"model.time_activation={model.time_activation} and model.expert_width={list(model.expert_width)} must be "
-                f"{dense.time_activation} and {list(dense.expert_width)}, those of the feed-forward layers of {self.path}, "
-                "which become experts. Change the two settings."
+                f"those of the feed-forward layers of {self.path}, which become experts. Set "
+                f"model.time_activation={dense.time_activation} and model.expert_width={list(dense.expert_width)}."
             )
         check_same_prediction("--from", self.path, source, self.config.diffusion.prediction)
         same = model.model_copy(update={field: getattr(dense, field) for field in _OF_EXPERTS | free})

@@ -275,6 +275,7 @@ def chosen_weights(source: Source, options: Options) -> str:
     kind = options.weights or default_weights(source.kinds())
     if kind not in source.kinds():
         raise UserError(
-            f"--weights {kind} must be one of {', '.join(source.kinds())}, the kinds of weights in {source.path}. Change it."
+            f"--weights {kind} must be one of {', '.join(source.kinds())}, the kinds of weights in {source.path}. Leave out "
+            f"--weights to write {default_weights(source.kinds())}."
         )
     return kind

@@ -24,7 +24,7 @@ class BatchBuilder:
     batch.
 
     Attributes:
-        phase: Position at which a training step begins, modulo `global_batch_size`. The caller may set it.
+        phase: Position of the first sample of every training step, modulo `global_batch_size`. The caller may set it.
     """
 
     def __init__(

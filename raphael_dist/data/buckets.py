@@ -11,7 +11,7 @@ _TIE = 1e-9
 def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return, for each image, the bucket (image size) whose aspect ratio is nearest to the image's.
 
-    Ratios are compared by their logarithms. Of several buckets with that ratio, the one with the nearest area is returned.
+    Ratios are compared by their logarithms. If several buckets have this ratio, the one with the nearest area is returned.
 
     Args:
         widths: Widths of the images in pixels, [N].

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from ftfy import TextFixerConfig, fix_text
 
-from raphael_dist.text import decode_text, parse_json
+from raphael_dist.text import decode_text, json_type, parse_json
 
 CLEANING_VERSION = 2
 MAX_CAPTION_CHARS = 2000
@@ -37,11 +37,11 @@ _JOINED = re.compile(f"({_EMOJI}(?:\u200d{_EMOJI}){{1,9}}|\U0001f3f4[\U000e0020-
 
 @dataclass(frozen=True)
 class CaptionChoice:
-    """Which texts of a sample are its captions (data.caption_from and data.caption_weights).
+    """Where the captions of a sample come from (data.caption_from and data.caption_weights).
 
     Attributes:
         source: The sample's file with the captions: "json", "txt", or "auto" (the json if it has captions, else the txt).
-        weights: If not empty, used instead of `source`: (name, probability weight) of each text. A name is a field of the
+        weights: If not empty, used instead of `source`: (name, probability weight) of each field. A name is a field of the
             json, or "txt" for the txt file.
     """
 
@@ -84,7 +84,7 @@ def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[
 
     Args:
         members: Content of the sample's files "json" and "txt", by these names, if it has them.
-        choice: Which of their texts are captions. The texts of a json field that contains a list share its weight equally.
+        choice: Which of their fields are captions. The captions of a json field that is a list share its weight equally.
 
     Raises:
         ValueError: As in `read_texts`.
@@ -127,14 +127,14 @@ def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[st
 
 
 def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[list[str], str]:
-    """Return the texts of the first field in `names` that contains text, and "".
+    """Return the captions in the first of the fields `names` that has any.
 
     Args:
         fields: A sample's json, or a row of a table.
         names: Names of fields that may contain captions, in order of priority.
 
     Returns:
-        (texts, ""), or ([], reason) if no field contains text. The reason is a text for a message, or "" if it is unknown.
+        (captions, ""), or ([], reason) if no field has a caption. The reason is for a message, and "" if it is unknown.
     """
     problems = []
     for name in names:
@@ -146,17 +146,17 @@ def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[lis
 
 
 def texts_in(value: object) -> tuple[list[str], str]:
-    """Return the texts in the value of a caption field: (texts, ""), or ([], problem) if the value has a wrong type.
+    """Return the captions in the value of a field: (captions, ""), or ([], problem) if the value has a wrong type.
 
-    The value may be a string, or a list of strings; null and empty strings are left out. A dict, for example, has a wrong
-    type. The problem is a text for a message.
+    The value may be a string or a list of strings; null and empty strings are left out. Other types, such as a dict, are
+    wrong. The problem is for a message.
     """
     values = value if isinstance(value, list) else [value]
     texts = [item for item in values if isinstance(item, str) and item.strip()]
-    kind = next((type(item).__name__ for item in values if item is not None and not isinstance(item, str)), None)
+    kind = next((json_type(item) for item in values if item is not None and not isinstance(item, str)), None)
     if texts or kind is None:
         return texts, ""
-    return [], f"caption is {'an' if kind[0] in 'aeiou' else 'a'} {kind}, not a text"
+    return [], f"caption is {kind}, not a string"
 
 
 def _clean_all(texts: Iterable[str]) -> list[str]:

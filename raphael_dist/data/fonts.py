@@ -16,7 +16,7 @@ _NOT_PLAIN = re.compile("bold|italic|oblique|mono|light|thin|condensed|display|s
 
 
 def drawable(text: str, size: int) -> tuple[str, Font]:
-    """Return the text as one line that can be drawn, and the font to draw it with.
+    """Return `text` as one line that can be drawn, and the font to draw it with.
 
     The font is Pillow's own if it has all characters, otherwise the installed font that lacks the fewest. A character that
     the font lacks is escaped, for example as \\u65e5. `size`: height of the font in pixels.

@@ -101,7 +101,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
     Usually only the header is read. Pixels are decoded only if the header does not state the size and the orientation.
 
     Raises:
-        ValueError: The bytes are not an image in a supported format; the text names the format.
+        ValueError: The bytes are not an image in a supported format; the message names the format.
         Exception: Decoders raise exceptions of many types for damaged images.
     """
     image = _open(data, IMAGE_FORMATS)
@@ -119,7 +119,7 @@ def image_ext(data: bytes) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the text of an exception without object addresses (0x7f...), so that equal errors count as one reason."""
+    """Return the message of an exception without object addresses (0x7f...), so that equal errors count as one reason."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

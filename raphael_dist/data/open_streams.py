@@ -213,7 +213,7 @@ def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: Ed
 
 
 def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training: bool) -> FeatureSource:
-    """Return the object that training gets encoded samples from: online, cached or stored, as data.features states.
+    """Return the object from which training gets encoded images and captions, by data.features (online, cached, stored).
 
     A feature cache is opened, but not filled. Raises UserError if edge.weight requires edge maps, but data.edge_maps=none.
     `index`: the table of all samples of the shards. `training`: whether these are the training shards, not validation.
@@ -235,10 +235,10 @@ def _cache_of(config: Config, dataset: ImageDataset, encoders: Encoders, trainin
 
 
 def stores_text(config: Config, text: TextEncoder) -> bool:
-    """Return whether the feature cache stores encoded captions (data.cached_text). False: it stores texts.
+    """Return whether the feature cache stores encoded captions (data.cached_text). False: it stores strings.
 
-    Texts are encoded again in each step, which saves disk space. With data.cached_text=auto, an encoded caption of more than
-    64 KiB is not stored. `text`: the text encoder.
+    Strings are encoded again in each step, which saves disk space. With data.cached_text=auto, an encoded caption of more
+    than 64 KiB is not stored. `text`: the text encoder.
     """
     setting = config.data.cached_text
     return setting == "stored" or (setting == "auto" and 2 * text.max_tokens * text.width <= _MAX_STORED_TEXT)

@@ -47,7 +47,7 @@ class StreamSample:
         latents: Encoded image, float32 [C, h, w]. None: it is not encoded yet, and `image` is set.
         image: RGB image, uint8 [3, H, W]. None: `latents` is set.
         noise: Standard normal noise, float32 [C, h, w], with which latents are drawn from the VAE's distribution.
-        caption: The caption as text, if its tokens are not stored.
+        caption: The caption as a string, if its tokens are not stored.
         text: The encoded caption, if its tokens are stored, else None.
         edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
         flipped: Whether the image was mirrored left to right.
@@ -134,7 +134,7 @@ class TrainStream:
         self._lock = threading.Lock()
 
     def samples(self, positions: Sequence[int]) -> list[StreamSample]:
-        """Return the samples at these global positions. Worker processes, if there are any, decode them in parallel."""
+        """Return the samples at these positions (numbers in the order of training). Worker processes, if any, decode."""
         if self._reader is not None and len(positions):
             decodes = self.source.decodes_images
             self._reader.prefetch(positions[0], [self._request(position) for position in positions] if decodes else [])
@@ -154,8 +154,8 @@ class TrainStream:
         """Return the sample at a global position (its number in the endless order of training). Thread-safe.
 
         Raises:
-            UserError: Too many samples cannot be used, or none of an image size; or one cannot be used and
-                data.on_error=stop.
+            UserError: More than the fraction data.max_bad_fraction of the samples cannot be used, or none of an image size;
+                or one cannot be used and data.on_error=stop.
         """
         place = self.order.lookup(position)
         flipped = self._flips(position)
@@ -254,7 +254,7 @@ class TrainStream:
                 size, bad = list(self.order.buckets[bucket]), self.bad_samples[sample_id]
                 raise UserError(
                     f"image.buckets={size} requires at least one sample that can be used, but no sample of this size can "
-                    f"be used, for example {bad}. Repair the samples, or remove the size."
+                    f"be used, for example {bad}. Replace these samples, or remove the size."
                 )
             self._replacements[sample_id] = replacement
         return replacement
@@ -270,7 +270,7 @@ class TrainStream:
 
 def _stop_error(bad: BadSample) -> UserError:
     return UserError(
-        f"data.on_error=stop ends the run, since this sample cannot be used: {bad}. Repair it, or set data.on_error=skip."
+        f"data.on_error=stop ends the run, since this sample cannot be used: {bad}. Replace it, or set data.on_error=skip."
     )
 
 
@@ -294,7 +294,7 @@ def _check_bad_fraction(num_bad: int, bad: Iterable[BadSample], total: int, max_
     if reason == f"no {EDGE_EXT}":
         remedy = f"Add edge maps ({EDGE_EXT} in each sample), or set edge.weight=0 to train without them"
     else:
-        remedy = "Repair the shards, or raise the limit"
+        remedy = "Replace these samples, or raise data.max_bad_fraction"
     raise UserError(
         f"data.max_bad_fraction={max_fraction} is exceeded: {num_bad} of {total} samples cannot be used ({most_common}). "
         f"{remedy}. The first ones are {'; '.join(str(sample) for sample in examples[:3])}"

@@ -82,7 +82,7 @@ class Preparer:
         self._settings = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished_report(self, part: Part) -> Report | None:
-        """Return the report of a part whose shard is already written, or None.
+        """Return the report of a part (input of one shard) whose shard is already written; None if it is not.
 
         Raises UserError if the shard was written with other settings.
         """
@@ -100,9 +100,9 @@ class Preparer:
         return report if report.written == 0 or (self.out / f"{part.name}.tar").is_file() else None
 
     def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
-        """Write the shard of a part and its report, and return the report. Raises UserError if a file cannot be written.
+        """Write the shard of a part (its input) and a report, and return the report.
 
-        `report_progress`: called once for each sample of the part.
+        Raises UserError if a file cannot be written. `report_progress`: called once for each sample of the part.
         """
         bad: list[BadSample] = []
         path = self.out / f"{part.name}.tar"

@@ -18,7 +18,7 @@ from raphael_dist.data.shards.columns import check_expansion
 from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT, MAX_MEMBER_BYTES
 from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.text import parse_json, read_json, read_text, split_lines
+from raphael_dist.text import json_type, parse_json, read_json, read_text, split_lines
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 UNSUPPORTED_SUFFIXES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl"}
@@ -27,6 +27,7 @@ FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture")
 Row = dict[str, object]
 _PLAIN = (str, int, float, bool)
+_EXAMPLE_LINE = '{"file_name": "heart.png", "text": "a red heart"}'
 
 
 @dataclass(frozen=True)
@@ -211,12 +212,13 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 row = parse_json(line)
             except ValueError as error:
                 raise UserError(
-                    f"SOURCE: {path}, line {number} must be JSON, but it cannot be parsed ({error}). Repair it."
+                    f"SOURCE: {path}, line {number} must be JSON, but it cannot be parsed ({error}). Write, for example, "
+                    f"{_EXAMPLE_LINE}."
                 ) from None
             if not isinstance(row, dict):
                 raise UserError(
-                    f"SOURCE: {path}, line {number} must be a JSON object, but it is a {type(row).__name__}. Write one "
-                    "object per line."
+                    f"SOURCE: {path}, line {number} must be a JSON object, but it is {json_type(row)}. Write, for example, "
+                    f"{_EXAMPLE_LINE}."
                 )
             yield row
 
@@ -229,7 +231,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 columns = len(reader.fieldnames or ())
                 raise UserError(
                     f"SOURCE: {path}, row {number} (line {reader.line_num}) must have as many fields as the header "
-                    f"({columns}), but it has {columns + len(surplus)}. Put texts with commas in quotes."
+                    f"({columns}), but it has {columns + len(surplus)}. Put captions with commas in double quotes."
                 )
             if any(row.values()):  # spreadsheets leave rows of commas at the end
                 yield row
@@ -241,7 +243,7 @@ def _table_text(path: Path) -> str:
     try:
         return read_text(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"SOURCE: {path} cannot be read: {error}. Check the file.") from None
+        raise UserError(f"SOURCE: {path} cannot be read: {error}. Make it a readable UTF-8 file.") from None
 
 
 def _arrow_rows(paths: list[Path]) -> Iterator[Row]:
@@ -252,9 +254,7 @@ def _arrow_rows(paths: list[Path]) -> Iterator[Row]:
                 for batch in pyarrow.ipc.open_stream(source):
                     yield from batch.to_pylist()
         except pyarrow.ArrowException as error:
-            raise UserError(
-                f"SOURCE: {path} cannot be read as an Arrow stream ({error}). Restore or replace the file."
-            ) from None
+            raise UserError(f"SOURCE: {path} cannot be read as an Arrow stream ({error}). Write or copy it again.") from None
 
 
 def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
@@ -268,7 +268,7 @@ def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=8):  # small: a long string in each row may be stored only once
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"SOURCE: {path} cannot be read as parquet ({error}). Restore or replace the file.") from None
+            raise UserError(f"SOURCE: {path} cannot be read as parquet ({error}). Write or copy it again.") from None
 
 
 def _pyarrow() -> Any:
@@ -299,7 +299,7 @@ def _from_table(folder: Path, table: Path, rows: Iterable[Row], caption: str | N
         if not name or path.is_absolute() or ".." in path.parts or path.suffix.lower() not in SUFFIXES:
             raise UserError(
                 f"SOURCE: {table}, row {number + 1} must name an image ({', '.join(SUFFIXES)}) inside {folder}, but it has "
-                f"{str(name)!r}. Correct it."
+                f"{str(name)!r}. Write a path relative to this folder, such as images/0001.png."
             )
         images.append(_file_image(folder / path, folder, captions, problem, meta))
     return images
@@ -318,7 +318,7 @@ def _check_columns(table: Path, row: Row, caption: str | None) -> None:
             raise UserError(
                 f"SOURCE: {table} must have a column for the {what} ({', '.join(dict.fromkeys(names))}), but it has only "
                 f"{', '.join(map(str, row))}. "
-                + ("Select a column with --caption." if what == "captions" else "Rename a column.")
+                + ("Select a column with --caption COLUMN." if what == "captions" else f"Rename one to {names[0]}.")
             )
 
 

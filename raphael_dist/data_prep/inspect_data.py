@@ -16,6 +16,7 @@ from raphael_dist.data.shards.skipped import most_common_reasons
 from raphael_dist.data.shards.tar_scan import EXTS
 from raphael_dist.data.shards.view import View, filter_columns
 from raphael_dist.errors import UserError
+from raphael_dist.text import json_type
 
 _SHOWN = 3
 _STEP = 4  # grey levels (of 255) that count as a difference; smaller ones are JPEG noise
@@ -90,7 +91,7 @@ def _add_text(findings: Findings, members: Mapping[str, bytes], dataset: ImageDa
     except ValueError:
         return  # reported as a decoding error
     for name, value in meta.items():
-        findings.fields[name][type(value).__name__] += 1
+        findings.fields[name][json_type(value)] += 1
     findings.captions += captions
     findings.captions_each[len(captions)] += 1
 
@@ -104,15 +105,17 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 def difference_hash(thumbnail: np.ndarray) -> int:
     """Return the difference hash (64 bits) of a thumbnail, float32 [8, 9, 3] with values 0..255.
 
-    A bit belongs to a pixel and its right neighbour: it is 1 if the neighbour is darker by more than JPEG noise. Similar
-    images have hashes that differ in few bits.
+    A bit belongs to a pixel and its right neighbour: it is 1 if the neighbour is darker by more than 4 grey levels
+    (of 255), which exceeds JPEG noise. Similar images have hashes that differ in few bits.
     """
     grey = thumbnail.mean(axis=2)
     return int.from_bytes(np.packbits(grey[:, 1:] < grey[:, :-1] - _STEP).tobytes(), "big")
 
 
 def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[list[str]]:
-    """Return groups of the keys of images that look the same: their hashes differ in few bits, and colours are similar.
+    """Return groups of the keys of images that look the same.
+
+    Their hashes differ in at most 4 of 64 bits, and their thumbnails by less than 6 (of 255) on average.
 
     `thumbnails`: (key, difference hash, thumbnail float32 [8, 9, 3]) of each image. Images without a duplicate are in no
     group.

@@ -103,7 +103,8 @@ def prepare(
     _print_summary(out, local_parts, reports, held_out, f" (part {part} of {parts})" if parts > 1 else "")
     if reports and not any(report.written for report in reports):
         raise UserError(
-            f"SOURCE must contain samples that can be used, but it has none ({summary(reports)}). Correct the samples."
+            f"SOURCE must contain samples that can be used, but it has none ({summary(reports)}). Give each "
+            "sample an image and a caption."
         )
     return reports
 

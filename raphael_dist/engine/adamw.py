@@ -83,9 +83,9 @@ def _(*_: object) -> None:
 
 
 class FusedUpdate:
-    """Updates an engine's weights by the kernel `adamw`, in place of DeepSpeed's optimizer step.
+    """Updates the trained weights with the Triton kernel `adamw`, in place of DeepSpeed's optimizer step.
 
-    For each step call `prepare`, and then `launch` (see `Zero12Contiguous.replace_step`).
+    For each step call `prepare`, and then `launch`. (`engine.zero.Zero12Contiguous.replace_step` makes the engine do so.)
     """
 
     def __init__(self, fragments: Fragments, optim: Optim, device: torch.device) -> None:
@@ -109,7 +109,7 @@ class FusedUpdate:
         self._numbers.copy_(from_host([lr, factor, share], self._numbers.device), non_blocking=True)
 
     def launch(self, parts: Sequence[FlatPart]) -> None:
-        """Update the weights in `parts`, with the values given to `prepare`. The host copies nothing to the device."""
+        """Update this rank's parts of the weights, with the values given to `prepare`. Nothing is copied from the host."""
         if self._fragments.moment_addresses() == []:
             self._fragments.create_moments(0)
         beta1, beta2 = self._optim.betas

@@ -53,8 +53,8 @@ def count_collectives(traffic: Traffic) -> "CountedBackend":
 def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup]) -> None:
     """Copy every parameter from the first rank that has it to the others that have it, in a few broadcasts. Collective.
 
-    `groups`: for sharded experts, the ranks that have the same experts, by the value of the parameters' attribute
-    `group_name`. All ranks have the other parameters.
+    `groups`: for sharded experts, the process groups of ranks that have the same experts. The keys are the values of the
+    parameters' attribute `group_name`. Parameters without this attribute are on all ranks.
     """
     members = defaultdict(list)
     for p in model.parameters():
@@ -79,9 +79,10 @@ class CountedBackend:
 
     @contextmanager
     def without_broadcasts(self) -> Iterator[None]:
-        """Return a context manager inside which all broadcasts are skipped. `broadcast_weights` replaces them.
+        """Return a context manager inside which DeepSpeed's broadcasts are skipped.
 
-        DeepSpeed broadcasts every parameter in a call of its own, which takes minutes on a slow network.
+        DeepSpeed broadcasts every parameter in a call of its own, which takes minutes on a slow network. The caller sends
+        the weights with `broadcast_weights` instead.
         """
         self._skips_broadcasts = True
         try:

@@ -1,10 +1,11 @@
 """Merges this project's settings into the user's DeepSpeed JSON, and checks that they do not contradict each other.
 
 The JSON in `ds_configs/` determines ZeRO, offload, communication and profiling. This project's configuration determines
-batch sizes, clipping, precision, optimizer and schedule. If the JSON has another value for one of the latter, the error
-shows both values. This module does not import torch, so that `--plan` starts fast.
+batch sizes, clipping, precision, optimizer and schedule. If the JSON has another value for one of these, the error shows
+both values. This module does not import torch, so that `--plan` starts fast.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from raphael_dist.config.types import EXPERT_KINDS, Dtype, ExpertKind, fits_grou
 from raphael_dist.engine.ds_keys import Tree, check_keys, without_unset
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.text import parse_json, read_text
+from raphael_dist.text import parse_json, read_text, shorten
 
 RequirementError = Callable[[str, str, str], UserError]  # requirement, what there is, and remedy
 CONTIGUOUS_BUCKET = 2_000_000_000  # elements; our reduce_bucket_size where gradients may be contiguous
@@ -40,11 +41,13 @@ def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
     try:
         tree = parse_json(read_text(file), _unique_keys)
     except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed_config={path} cannot be read as JSON: {error}. Correct the file.") from None
+        raise UserError(
+            f"--deepspeed_config={path} cannot be read as JSON: {error}. Correct it there, or use ds_configs/zero2.json."
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(
-            f"--deepspeed_config={path} must contain a JSON object, but it contains a {type(tree).__name__}. Correct the "
-            "file."
+            f"--deepspeed_config={path} must contain a JSON object, but it contains {shorten(json.dumps(tree))}. Use e.g. "
+            "ds_configs/zero2.json."
         )
     return tree
 
@@ -54,7 +57,7 @@ def _describe_missing(path: str) -> str:
         return f"it is a folder. Give one file, e.g. {path.rstrip('/')}/zero2.json."
     shipped = f"ds_configs/{Path(path).name.removesuffix('.json')}.json"
     hint = f" (did you mean {shipped!r}?)" if Path(locate(shipped)).is_file() else ""
-    return f"there is no such file{hint}. Correct the path."
+    return f"there is no such file{hint}. Give the path of a file, e.g. ds_configs/zero2.json."
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> Tree:
@@ -69,7 +72,10 @@ def zero_stage(tree: Tree) -> int:
     zero = tree.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise UserError(f"zero_optimization.stage={stage!r} in the DeepSpeed JSON must be 0, 1, 2 or 3. Correct it.")
+        raise UserError(
+            f"zero_optimization.stage={json.dumps(stage)} in the DeepSpeed JSON must be 0, 1, 2 or 3. Write e.g. "
+            '"zero_optimization": {"stage": 2}.'
+        )
     return int(stage)
 
 
@@ -85,11 +91,11 @@ def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
 def uses_contiguous_gradients(
     stage: int, *, overlap: bool, offload: bool, elements: int = 0, bucket: int = CONTIGUOUS_BUCKET
 ) -> bool:
-    """Return whether all gradients of a step lie in one buffer that is reduced at once (`zero.Zero12Contiguous`).
+    """Return whether all gradients of a step lie in one buffer that is reduced at once (`engine.zero.Zero12Contiguous`).
 
-    It requires ZeRO-1 or 2. All gradients then stay on the device until the backward pass ends. ZeRO-2 is meant to save
-    memory, and its own reduction needs one bucket and a copy of it. So with ZeRO-2 the gradients must not be larger than two
-    buckets.
+    This is so with ZeRO-1 without `overlap` and `offload`, and with ZeRO-2 if also `elements` is at most twice `bucket`.
+    (The buffer stays on the device until the backward pass ends. ZeRO-2 is meant to save memory, and its own reduction needs
+    one bucket and a copy of it.)
 
     Args:
         stage: ZeRO stage.
@@ -173,8 +179,8 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
         if device and stage not in stages:
             raise UserError(
                 f"zero_optimization.{name}.device={device} in the DeepSpeed JSON requires stage "
-                f"{' or '.join(map(str, stages))}, but zero_optimization.stage is {stage}. Change the stage, or remove "
-                f"{name}."
+                f"{' or '.join(map(str, stages))}, but zero_optimization.stage is {stage}. Set it to {stages[0]}, or remove "
+                f"zero_optimization.{name}."
             )
     check_expert_parallel(config, merged, world_size)
     if config.train.cuda_graphs:
@@ -187,11 +193,11 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
 
 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
-    """Return the configuration with sizes that suit the number of ranks.
+    """Return a copy of the configuration with micro-batch and expert-parallel sizes that suit the number of ranks.
 
-    If one micro-step is enough for the global batch, train.micro_batch_size becomes no larger than that requires (a run with
-    train.stages keeps it). With `parallel.elastic`, parallel.space_ep and parallel.time_ep become the largest possible sizes
-    up to the configured ones.
+    If one micro-step is enough for the global batch, train.micro_batch_size is lowered to the smallest value for which this
+    is still so (except in runs with train.stages). With parallel.elastic=true, parallel.space_ep and parallel.time_ep become
+    the largest possible values up to the configured ones.
 
     Raises UserError if there are more ranks than samples in a global batch.
     """
@@ -216,7 +222,7 @@ def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[in
 
 
 def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
-    """Raise UserError if `parallel` is incompatible with the number of ranks, the DeepSpeed JSON or the expert backend.
+    """Raise UserError if expert parallelism does not suit the number of ranks, the DeepSpeed JSON or the expert backend.
 
     `tree`: the merged DeepSpeed configuration.
     """
@@ -244,7 +250,7 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     elif config.parallel.space_ep > 1 and backend == "reference":
         raise UserError(
             f"{sizes} requires model.expert_backend=auto, grouped or dense, but it is {backend}, which cannot send tokens "
-            "to other ranks. Change model.expert_backend, or set parallel.space_ep=1."
+            "to other ranks. Set model.expert_backend=auto, or set parallel.space_ep=1."
         )
     else:
         return
@@ -275,10 +281,11 @@ def _check_capture(config: Config) -> None:
     """Raise UserError if CUDA graphs cannot capture the passes of the model."""
     model, train, parallel = config.model, config.train, config.parallel
     if parallel.uses_expert_parallelism:
-        actual = f"parallel.space_ep={parallel.space_ep} and parallel.time_ep={parallel.time_ep}"
+        actual = f"parallel.space_ep={parallel.space_ep} and parallel.time_ep={parallel.time_ep} shard them"
         raise cuda_graphs_error("all experts on every rank", actual, "Set parallel.space_ep=1 parallel.time_ep=1")
     if config.trains_adapter_only:
-        actual = f"lora.rank={config.lora.rank} and control.enabled={str(config.control.enabled).lower()}"
+        part = "control.enabled=true trains only the ControlNet"
+        actual = part if config.control.enabled else f"lora.rank={config.lora.rank} trains only the LoRA adapters"
         raise cuda_graphs_error("training of all weights", actual, "Set lora.rank=0 control.enabled=false")
     if train.check_gradients:
         raise cuda_graphs_error("train.check_gradients=false", "it is true", "Set train.check_gradients=false")
@@ -286,45 +293,32 @@ def _check_capture(config: Config) -> None:
     if model.time_experts and not fits_grouped_product(train.dtype, (*model.channels, *model.expert_width)):
         widths = f"model.channels={list(model.channels)}, model.expert_width={list(model.expert_width)}"
         raise cuda_graphs_error(
-            "train.dtype=bfloat16 and widths that are multiples of 8",
-            f"train.dtype={train.dtype}, {widths}",
-            "Change these settings",
+            "train.dtype=bfloat16, and multiples of 8 in model.channels and model.expert_width",
+            f"the configuration has train.dtype={train.dtype}, {widths}",
+            "Set train.dtype=bfloat16 and such widths,",
         )
     if model.space_experts and model.expert_backend not in ("auto", "dense"):
         raise cuda_graphs_error(
-            "model.expert_backend=auto or dense", f"it is {model.expert_backend}", "Change model.expert_backend"
+            "model.expert_backend=auto or dense", f"it is {model.expert_backend}", "Set model.expert_backend=auto"
         )
 
 
-def cuda_graphs_error(requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for a setting that is incompatible with `train.cuda_graphs=true`, made of these parts of its text.
+def _requirement_error(setting: str, without: str) -> RequirementError:
+    """Return a function that makes the error for a requirement of `setting` that is not met.
 
-    Args:
-        requirement: what CUDA graphs require, e.g. "a GPU".
-        actual: what is set instead, e.g. "the device is cpu".
-        remedy: what to change, e.g. "Use a GPU".
+    Its arguments are what is required ("a GPU"), what there is ("the device is cpu") and what to change ("Use a GPU").
+    `without`: how to do without the setting.
     """
-    return UserError(
-        f"train.cuda_graphs=true requires {requirement}, but {actual}. {remedy} or set train.cuda_graphs=false."
-    )
+
+    def error(requirement: str, actual: str, remedy: str) -> UserError:
+        return UserError(f"{setting} requires {requirement}, but {actual}. {remedy} or {without}.")
+
+    return error
 
 
-def fused_update_error(requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for a setting that is incompatible with the fused optimizer step (`train.kernels` with "adamw").
-
-    Arguments as in `cuda_graphs_error`.
-    """
-    return UserError(
-        f"train.kernels with adamw requires {requirement}, but {actual}. {remedy} or remove adamw from train.kernels."
-    )
-
-
-def muon_error(requirement: str, actual: str, remedy: str) -> UserError:
-    """Return the error for `optim.kind=muon` if a requirement is not met. Arguments as in `cuda_graphs_error`."""
-    return UserError(
-        f"optim.kind=muon requires {requirement}, because it computes with whole matrices, but {actual}. {remedy} or set "
-        "optim.kind=adamw."
-    )
+cuda_graphs_error = _requirement_error("train.cuda_graphs=true", "set train.cuda_graphs=false")
+fused_update_error = _requirement_error("train.kernels with adamw", "remove adamw from train.kernels")
+muon_error = _requirement_error("optim.kind=muon, which computes with whole matrices,", "set optim.kind=adamw")
 
 
 def _section(merged: Tree, *names: str) -> Tree:
@@ -345,6 +339,6 @@ def _set_owned(merged: Tree, dotted: str, value: bool | float, owner: str) -> No
 
 def _contradiction(key: str, json_value: object, owner: str, value: object) -> UserError:
     return UserError(
-        f"{key}={json_value!r} in the DeepSpeed JSON must be {value!r}, which follows from {owner}. Remove it from the "
-        f"JSON, or change {owner}."
+        f"{key}={json.dumps(json_value)} in the DeepSpeed JSON must be {json.dumps(value)}, because {owner} determines it. "
+        f"Remove {key} from the JSON, or change {owner}."
     )

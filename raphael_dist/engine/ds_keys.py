@@ -13,7 +13,7 @@ from raphael_dist.errors import UserError, did_you_mean
 
 Tree = dict[str, Any]  # a DeepSpeed configuration
 Value = str | tuple[str | int | bool, ...]  # a kind of values, or all values that are allowed
-FLAG, WHOLE, NUMBER, TEXT, TEXTS = "true or false", "a whole number from 0", "a number", "a text", "a list of texts"
+FLAG, WHOLE, NUMBER, TEXT, TEXTS = "true or false", "a whole number, 0 or more", "a number", "a string", "a list of strings"
 OFF, ON = (False,), (True,)
 
 _OFFLOAD: dict[str, Value] = {"device": ("none", "cpu"), "pin_memory": FLAG, "buffer_count": WHOLE}
@@ -95,7 +95,7 @@ _BECAUSE = {
 
 
 def without_unset(tree: Tree) -> Tree:
-    """Return a copy of a DeepSpeed JSON without keys that set nothing: comments (_...), and the values "auto" and null."""
+    """Return a copy of a DeepSpeed JSON without comments (keys that start with _) and without the values "auto" and null."""
     plain = {key: without_unset(value) if isinstance(value, dict) else value for key, value in tree.items()}
     return {key: value for key, value in plain.items() if not key.startswith("_") and value not in ("auto", None)}
 
@@ -115,7 +115,10 @@ def check_keys(tree: Tree, section: str = "") -> None:
             _check_value(name, value)
         elif any(known.startswith(f"{name}.") for known in SUPPORTED):
             if not isinstance(value, dict):
-                raise UserError(f"{name}={json.dumps(value)} in the DeepSpeed JSON must be a JSON object. Correct it.")
+                raise UserError(
+                    f"{name}={json.dumps(value)} in the DeepSpeed JSON must be a JSON object. Write it as "
+                    f'"{key}": {{"KEY": VALUE, ...}}, or remove it.'
+                )
             check_keys(value, f"{name}.")
         else:
             siblings = sorted({k.removeprefix(section).split(".")[0] for k in SUPPORTED if k.startswith(section)})
@@ -132,7 +135,10 @@ def _check_value(name: str, value: object) -> None:
         return
     allowed = supported if isinstance(supported, str) else " or ".join(json.dumps(choice) for choice in supported)
     because = f", because {_BECAUSE[name]}" if name in _BECAUSE else ""
-    raise UserError(f"{name}={json.dumps(value)} in the DeepSpeed JSON must be {allowed}{because}. Correct or remove it.")
+    raise UserError(
+        f"{name}={json.dumps(value)} in the DeepSpeed JSON must be {allowed}{because}. Set an allowed value, or remove it "
+        "to use the default."
+    )
 
 
 def _is_supported(value: object, supported: Value) -> bool:

@@ -54,7 +54,7 @@ class Ema:
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
 
     def share(self, step: int) -> float:
-        """Return the weight of the new weights in the update after step `step`: 1 - decay, or 1 up to `ema.start_step`."""
+        """Return the factor on the new weights in the update after step `step`: 1 - decay, or 1 up to ema.start_step."""
         return 1.0 if step <= self._config.start_step else 1 - self.decay(step)
 
     @torch.no_grad()

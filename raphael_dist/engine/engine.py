@@ -40,7 +40,7 @@ _ROW = 2**16  # elements that `square_sum` adds up in float32
 
 
 class Engine:
-    """A model under DeepSpeed, with one optimizer step per `plan.accumulation` calls of `backward`.
+    """A model that DeepSpeed trains, with one optimizer step per `plan.accumulation` calls of `backward`.
 
     Attributes:
         config: the run's configuration.
@@ -128,8 +128,8 @@ class Engine:
             bucket = self.ds_config["zero_optimization"]["reduce_bucket_size"]
             raise error(
                 "a zero_optimization.reduce_bucket_size in the DeepSpeed JSON of at least half the number of parameters",
-                f"it is {bucket}",
-                "Remove it from the JSON",
+                f"reduce_bucket_size is {bucket}",
+                "Remove reduce_bucket_size from the JSON",
             )
         return self._zero
 
@@ -259,7 +259,7 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of all elements of all tensors, float64 [].
 
-    Blocks of up to `_ROW` consecutive squares are added up in float32, and the sums of the blocks in float64.
+    Blocks of up to 65,536 consecutive squares are added up in float32, and the sums of the blocks in float64.
     """
     rows, rest = [], []
     for flat in (t.reshape(-1) for t in tensors):
@@ -298,6 +298,6 @@ def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: Tree) 
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"{field}={first['input']!r} in the DeepSpeed JSON is refused by DeepSpeed ({error.title}): {first['msg']}. "
-            "Correct it."
+            "Set a value that DeepSpeed accepts, or remove it from the JSON."
         ) from None
     return engine

@@ -13,9 +13,9 @@ ParameterGroup = dict[str, Any]  # of an optimizer: "params", and settings
 
 
 def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
-    """Create this rank's two process groups for sets of experts that are sharded over `size` ranks. Collective.
+    """Create this rank's two process groups for experts that are sharded over `size` ranks. Collective.
 
-    - The first group has `size` consecutive ranks, which together have one set of experts ("ep" in DeepSpeed).
+    - The first group has `size` consecutive ranks, which together have every expert once ("ep" in DeepSpeed).
     - The second has every `size`-th rank. These have the same experts and reduce their gradients ("edp" in DeepSpeed).
 
     Existing groups are used again. Both are put into DeepSpeed's registry, because groups that DeepSpeed creates itself have
@@ -37,7 +37,10 @@ def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
 
 
 def copies() -> dict[str, dist.ProcessGroup]:
-    """Return the process groups of ranks that have the same experts, by the parameters' attribute `group_name`."""
+    """Return the process groups of ranks that have the same sharded experts, such as {"ep_size_2": group}.
+
+    The keys are the values of the parameters' attribute `group_name`; the number is that of ranks that share the experts.
+    """
     from deepspeed.utils import groups
 
     return dict(groups._EXPERT_DATA_PARALLEL_GROUP)

@@ -47,7 +47,7 @@ class Fragments:
         return [f.master for f in self.all]
 
     def optimizer_state(self, owner: Tensor) -> dict[str, Tensor]:
-        """Return the optimizer's state ("step", "exp_avg", ...) of one of `owners`; empty before the first step."""
+        """Return the optimizer's state ("step", "exp_avg", ...) of a tensor in `owners`; {} before the first step."""
         state: dict[str, Tensor] = self._optimizer.state.get(owner, {})
         return state
 

@@ -37,12 +37,12 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, parameters: list[ParameterGroup], dtype: torch.dtype, **settings: Any) -> None:
-        """Create the optimizer. `set_layouts` must follow.
+        """Create the optimizer. Call `set_layouts` before the first step.
 
         Args:
             parameters: groups of parameters.
             dtype: precision of the gather and of the products, that of the model.
-            settings: of AdamW.
+            settings: further arguments of torch.optim.AdamW.
         """
         super().__init__(parameters, **settings)
         self._dtype = dtype
@@ -113,5 +113,5 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def matrix_shape(p: Tensor) -> tuple[int, ...]:
-    """Return the shape of a parameter as a matrix, or as a stack of them: experts [K, m, n], kernels [out, in * h * w]."""
+    """Return the shape of the matrices in a parameter: [m, n]; of experts [K, m, n]; of kernels [out, in * h * w]."""
     return tuple(p.shape) if p.ndim <= 3 else (p.shape[0], prod(p.shape[1:]))

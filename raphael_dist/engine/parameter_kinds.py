@@ -7,10 +7,10 @@ _NOT_HIDDEN = {"conv_in", "conv_out", "time_embedding"}
 
 
 def decays(name: str) -> bool:
-    """Return whether `optim.weight_decay` applies to the parameter `name`: to matrices and convolution kernels only.
+    """Return whether weight decay (optim.weight_decay) applies to the parameter `name`.
 
-    It does not apply to norms, biases and gates. The name decides, because shapes cannot: biases of stacked experts [K, F]
-    have two axes, and ZeRO's flattened parameters have one.
+    It applies to matrices and convolution kernels, but not to norms, biases and gates. The name decides, because shapes
+    cannot: biases of stacked experts [K, F] have two axes, and ZeRO's flattened parameters have one.
     """
     owner, _, leaf = name.rpartition(".")
     norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")
@@ -18,5 +18,8 @@ def decays(name: str) -> bool:
 
 
 def is_hidden_matrix(name: str) -> bool:
-    """Return whether Muon updates a parameter: the weights of hidden linear layers, experts and convolutions."""
+    """Return whether Muon updates the parameter `name`: weights of linear layers, experts and convolutions in hidden layers.
+
+    AdamW updates the first and the last layer, the timestep embedding, and what has no weight decay.
+    """
     return decays(name) and _NOT_HIDDEN.isdisjoint(name.split("."))

@@ -19,7 +19,7 @@ from raphael_dist.engine.zero_interface import FlatLayout, FlatPart, Fragment, Z
 
 
 def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Zero:
-    """Return an object that gives `optimizer` the interface `Zero`, which is the same for all ZeRO stages.
+    """Return an adapter around `optimizer`, whose methods are the same for all ZeRO stages (`zero_interface.Zero`).
 
     Args:
         optimizer: one of DeepSpeed's ZeRO optimizers, or a torch optimizer (ZeRO-0).
@@ -68,7 +68,7 @@ class Zero0(Zero):
 
 
 class DeepSpeedZero(Zero):
-    """Base class of `Zero12`, `Zero1Bf16` and `Zero3`, which give DeepSpeed's ZeRO optimizers the interface `Zero`."""
+    """Base class of the adapters `Zero12`, `Zero1Bf16` and `Zero3` around DeepSpeed's ZeRO optimizers."""
 
     def __init__(self, optimizer: DeepSpeedObject) -> None:
         self._zero = optimizer
@@ -144,7 +144,10 @@ class Zero12Contiguous(Zero12):
 
     @staticmethod
     def supports(zero: DeepSpeedObject) -> bool:
-        """Return whether this adapter can replace the gradient reduction of `zero`, a ZeRO-1 or 2 optimizer of DeepSpeed."""
+        """Return whether this adapter can replace the gradient reduction of `zero`, a ZeRO-1 or 2 optimizer of DeepSpeed.
+
+        It can if `ds_config.uses_contiguous_gradients` is true for its settings, and gradients are added up in `grad`.
+        """
         return not zero.use_grad_accum_attribute and uses_contiguous_gradients(
             2 if zero.partition_gradients else 1,
             overlap=zero.overlap_comm,

@@ -36,7 +36,13 @@ class Fragment:
 
 @dataclass(frozen=True)
 class FlatPart:
-    """This rank's part of one of DeepSpeed's flat tensors: fp32 weights, reduced gradient, and the model's weights, [n]."""
+    """This rank's part of one of DeepSpeed's flat tensors, in which many parameters lie one after another.
+
+    Attributes:
+        master: fp32 weights, float32 [n].
+        gradient: their gradient after the reduction over ranks, [n].
+        copy: the weights that the model computes with, [n].
+    """
 
     master: Tensor
     gradient: Tensor
@@ -83,14 +89,14 @@ class Zero(Protocol):
         """
 
     def disable_builtin_clipping(self) -> None:
-        """Turn off DeepSpeed's gradient norm, overflow check and clipping. `Engine` does this work instead."""
+        """Turn off DeepSpeed's gradient norm, overflow check and clipping. `engine.Engine` does this work instead."""
 
     def skip_step(self) -> AbstractContextManager[None]:
         """Return a context manager inside which DeepSpeed's `step` drops the gradients and changes no weights."""
 
 
 def global_shape(p: Tensor) -> tuple[tuple[int, ...], int]:
-    """Return the shape of a whole parameter, and the flat index within it at which this rank's experts start.
+    """Return the shape of a whole parameter, and the index in the flattened parameter at which this rank's experts start.
 
     `p` is the parameter on this rank. If it has only some of K stacked experts, it has the attribute `expert_slice = (first
     expert, K)`. For other parameters the index is 0.

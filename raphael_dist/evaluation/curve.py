@@ -20,8 +20,8 @@ def require_matplotlib() -> None:
 def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
     """Draw one measure of image quality against another, with a point per guidance scale, and write it to `path` as PNG.
 
-    The axes are the first two that were measured among CLIP score, Frechet distance and share of texts read exactly. If only
-    one was measured, the x axis is the guidance scale.
+    The axes are the first two measures that `results` contain, of these: CLIP score, Frechet distance, share of images whose
+    text an OCR engine reads without an error. If there is only one, the x axis is the guidance scale.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

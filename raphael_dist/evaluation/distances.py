@@ -63,12 +63,17 @@ def _polynomial(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 
 
 def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, rows: int = 4096) -> tuple[float, float]:
-    """Return (precision, recall) of drawn images against true images (Kynkaanniemi et al. 2019).
+    """Return (precision, recall) of generated images, compared with real images (Kynkaanniemi et al. 2019).
 
-    Precision is the share of drawn images in the manifold of the true images. Recall is the share of true images in the
-    manifold of the drawn images. A manifold is the union of balls around the features of its images, whose radius is the
-    distance to the `neighbours`-th nearest image of the same set. `rows`: images that are compared at a time, to limit
-    memory.
+    Precision is the share of generated images in the manifold of the real images. Recall is the share of real images in the
+    manifold of the generated images. A manifold is the union of balls around the features of its images, whose radius is the
+    distance to the `neighbours`-th nearest image of the same set.
+
+    Args:
+        drawn_ND: features of the generated images.
+        true_MD: features of the real images.
+        neighbours: number of the neighbour that determines the radius.
+        rows: number of images that are compared at a time, to limit memory.
     """
     neighbours = min(neighbours, len(drawn_ND) - 1, len(true_MD) - 1)
     return _covered_share(drawn_ND, true_MD, neighbours, rows), _covered_share(true_MD, drawn_ND, neighbours, rows)

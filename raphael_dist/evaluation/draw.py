@@ -40,13 +40,13 @@ def record_protocol(folder: Path, protocol: Mapping[str, object]) -> None:
     if changed:
         key = changed[0]
         raise UserError(
-            f"--out={folder} was created with {key}={before.get(key)!r}, but {key} is {protocol.get(key)!r} now. Restore "
-            f"{key}, or choose another folder."
+            f"--out={folder} contains results with {key}={before.get(key)!r}, but {key} is {protocol.get(key)!r} now. Use "
+            f"the earlier value of {key}, or choose another folder."
         )
 
 
 def image_path(folder: Path, number: int) -> Path:
-    """Return the path of the image for the request with this number."""
+    """Return the path of an image in `folder`. `number`: index of its request (caption) in the list of requests."""
     return folder / f"{number:06d}.png"
 
 
@@ -70,7 +70,7 @@ def draw_missing(
         scheduler: name of the scheduler, as for `make_scheduler`.
         folder: the folder for the images; it is created if it is missing.
         ranks: this rank and the number of ranks.
-        report: called after each batch with a text, the number of images so far and the number of all images.
+        report: called after each batch with a description, the number of images so far and the number of all images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing = {path.name for path in folder.iterdir()}
@@ -97,4 +97,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         return np.array(decode_image(path.read_bytes()))
     except Exception as error:  # image decoders raise nearly any exception
-        raise UserError(f"{path} cannot be read as an image ({reason_of(error)}). Remove the file.") from None
+        raise UserError(
+            f"{path} cannot be read as an image ({reason_of(error)}). Delete the file; if the evaluation drew it, the next "
+            "start draws it again."
+        ) from None

@@ -45,7 +45,8 @@ def load_features(spec: str, device: torch.device) -> Features:
     if name == "inception" and path:
         return make_inception_features(Path(path).expanduser(), device)
     raise UserError(
-        f"--features={spec} must be hed, or inception=FILE with the weights that torch-fidelity publishes. Change it."
+        f"--features={spec} must be hed, or inception=FILE, where FILE is pt_inception-2015-12-05-6726825d.pth of "
+        "torch-fidelity. Use --features hed, or download this file."
     )
 
 
@@ -68,7 +69,7 @@ def make_inception_features(path: Path, device: torch.device) -> Features:
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(
             f"--features=inception={path} must contain the Inception weights of torch-fidelity, but it cannot be loaded "
             f"({reason}). Download pt_inception-2015-12-05-6726825d.pth of torch-fidelity."
@@ -156,8 +157,8 @@ def _load_clip(folder: str) -> "tuple[CLIPModel, CLIPProcessor]":
 
     if not Path(folder).is_dir():
         raise UserError(
-            f"--clip={folder} must be a folder with a CLIP model, but there is no such folder. Nothing is downloaded: "
-            "download the model first."
+            f"--clip={folder} must be a folder with a CLIP model, but there is no such folder. Download a model into it "
+            f"first, e.g. `hf download openai/clip-vit-base-patch32 --local-dir {folder}`."
         )
     with reported("--clip", folder):
         model = CLIPModel.from_pretrained(folder, **offline(), variant=weight_files(Path(folder), TRANSFORMERS).variant)

@@ -1,4 +1,4 @@
-"""Reads the captions and the true images of a study, from COCO annotations, folders, shards or prompt files."""
+"""Reads the captions and the real images of a study, from COCO annotations, folders, shards or prompt files."""
 
 import random
 from collections.abc import Sequence
@@ -42,7 +42,10 @@ def read_captions(spec: str, count: int | None, seed: int, default: Request, cac
     elif kind == "shards" and where:
         captions = [s.captions[0] for s in read_samples([where], cache_dir, (8, 8), "--captions")]
     else:
-        raise UserError(f"--captions={spec} must be coco=FILE, folder=DIR, shards=PATTERN or prompts=FILE. Change it.")
+        raise UserError(
+            f"--captions={spec} must be coco=FILE, folder=DIR, shards=PATTERN or prompts=FILE. Use e.g. --captions "
+            "prompts=prompts.txt."
+        )
     _check_count(count, len(captions), where)
     if count is not None and count < len(captions):
         captions = random.Random(seed).sample(captions, count)
@@ -66,9 +69,11 @@ def _coco_captions(path: Path, seed: int) -> list[str]:
         for annotation in read_json(path)["annotations"]:
             by_image.setdefault(int(annotation["image_id"]), []).append(" ".join(str(annotation["caption"]).split()))
     except (OSError, ValueError, KeyError, TypeError) as error:
+        known = isinstance(error, OSError | ValueError)
+        reason = error if known else "it has no list `annotations` of objects with image_id and caption"
         raise UserError(
-            f"--captions=coco={path} must be a file of COCO captions, but it cannot be read ({type(error).__name__}: "
-            f"{error}). Give another file."
+            f"--captions=coco={path} must be a JSON file of COCO captions, but it cannot be read: {reason}. Give a file "
+            "such as captions_val2014.json."
         ) from None
     draw = random.Random(seed)
     return [draw.choice(by_image[image]) for image in sorted(by_image)]
@@ -78,17 +83,20 @@ def _folder_captions(folder: Path) -> list[str]:
     texts = [path.with_suffix(".txt") for path in list_images(folder, "--captions") if path.with_suffix(".txt").is_file()]
     if not texts:
         raise UserError(
-            f"--captions=folder={folder} requires a .txt file next to an image, but there is none. Add .txt files with "
-            "captions."
+            f"--captions=folder={folder} requires a .txt file next to an image, but there is none. Add files with "
+            "captions, e.g. cat.txt for cat.png."
         )
     try:
         return [" ".join(read_text(path).split()) for path in texts]
     except (OSError, ValueError) as error:
-        raise UserError(f"--captions=folder={folder} cannot be read: {error}. Check the path.") from None
+        raise UserError(
+            f"--captions=folder={folder} requires readable .txt files in UTF-8, but one cannot be read: {error}. Save it "
+            "again as UTF-8, or remove it."
+        ) from None
 
 
 def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequence[Path | np.ndarray]:
-    """Return the true images that the option `--reference` names: as paths, or for shards as uint8 [H, W, 3].
+    """Return the real images that the option --reference names: as paths, or for shards as uint8 [H, W, 3].
 
     `spec`: the option's value, folder=DIR or shards=PATTERN. `cache_dir`: folder for the index of the shards. `size_hw`:
     (height, width) to which images of shards are resized and cropped. Raises UserError if there are too few images.
@@ -99,25 +107,35 @@ def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequ
     if kind == "shards" and where:
         samples = read_samples([where], cache_dir, size_hw, "--reference")
         return [sample.image.transpose(1, 2, 0).copy() for sample in samples]
-    raise UserError(f"--reference={spec} must be folder=DIR or shards=PATTERN. Change it.")
+    raise UserError(f"--reference={spec} must be folder=DIR or shards=PATTERN. Use e.g. --reference folder=images.")
 
 
 def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list[tuple[np.ndarray, str]]:
-    """Return the true images whose captions request a text: (uint8 [H, W, 3], the text) of each.
+    """Return the real images (not generated) whose captions ask for text in the image, each as (uint8 [H, W, 3], this text).
 
-    `spec`: shards=PATTERN. `size_hw`: (height, width) to which they are resized and cropped. Raises UserError if there are
-    none.
+    Args:
+        spec: the images: shards=PATTERN.
+        cache_dir: folder for the index of the shards.
+        size_hw: (height, width) to which images are resized and cropped.
+
+    Raises:
+        UserError: there are no such images.
     """
     kind, _, where = spec.partition("=")
     if kind != "shards" or not where:
-        raise UserError(f"--reference={spec} must be shards=PATTERN for this command. Change it.")
+        raise UserError(
+            f"--reference={spec} must be shards=PATTERN for this command. Use e.g. --reference 'shards=data/val-*.tar'."
+        )
     images = []
     for sample in read_samples([where], cache_dir, size_hw, "--reference"):
         text = requested_text(sample.captions[0])
         if text and normalise_text(text):
             images.append((sample.image.transpose(1, 2, 0).copy(), text))
     if not images:
-        raise UserError(f'--reference={spec} must have captions with text in "quotes", but none has any. Use other shards.')
+        raise UserError(
+            f"--reference={spec} must have captions with quoted text, but none has any. Use shards with captions such as: a "
+            'sign with the text "open".'
+        )
     return images
 
 
@@ -130,6 +148,6 @@ def list_images(folder: Path, option: str) -> list[Path]:
     if len(paths) < 2:
         raise UserError(
             f"{option}=folder={folder} must contain at least 2 images ({', '.join(IMAGE_SUFFIXES)}), but it has "
-            f"{len(paths)}. Give another folder."
+            f"{len(paths)}. Add images, or give another folder."
         )
     return paths

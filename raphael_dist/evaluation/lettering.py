@@ -30,15 +30,15 @@ def requested_text(prompt: str) -> str | None:
 
 
 def normalise_text(text: str) -> str:
-    """Return a text in capitals, without punctuation and with single spaces, for comparison with another text."""
+    """Return `text` in capitals, without punctuation and with single spaces, for comparison with other strings."""
     return " ".join(re.sub(r"[\W_]", " ", text.upper()).split())
 
 
 def alphabet_of(texts: Iterable[str]) -> set[str]:
-    """Return the characters that the OCR engine may recognise in images with these texts.
+    """Return the characters that the OCR engine may recognise in images that should show the strings `texts`.
 
     If one capital letter occurs, all capitals are included, and likewise for small letters and digits. So the result for one
-    text hardly depends on the other texts.
+    image hardly depends on the text in other images.
     """
     used = set().union(*texts)
     for group in (string.ascii_uppercase, string.ascii_lowercase, string.digits):
@@ -59,10 +59,10 @@ def edit_distance(a: str, b: str) -> int:
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well an OCR engine reads the texts that images should contain.
+    """How well an OCR engine reads the text that images should contain. Case and punctuation are ignored.
 
     Attributes:
-        exact: share of texts that are read exactly.
+        exact: share of images (0..1) whose text is read without an error.
         cer: character error rate: edits per requested character.
         exact_low, exact_high: 95% interval of `exact` over images (Wilson).
         cer_low, cer_high: 95% interval of `cer` over images (bootstrap).
@@ -77,9 +77,9 @@ class TextScore:
 
 
 def score_texts(requested: Sequence[str], read: Sequence[str]) -> TextScore:
-    """Compare the texts that an OCR engine has read with the requested ones, ignoring case and punctuation.
+    """Compare what an OCR engine has read in images with the requested text, ignoring case and punctuation.
 
-    `requested`, `read`: for each image, the text; a requested text must have at least one letter or digit.
+    `requested`, `read`: one string for each image. Each requested string must have at least one letter or digit.
     """
     pairs = [(normalise_text(a), normalise_text(b)) for a, b in zip(requested, read, strict=True)]
     exact = np.array([a == b for a, b in pairs])

@@ -24,10 +24,10 @@ TESSERACT_SIDE = 400  # pixels that a small image is enlarged to: tesseract expe
 
 
 def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
-    """Return the OCR engine that `--ocr` names, as a function from an image, uint8 [H, W, 3], to the text in it.
+    """Return an OCR engine as a function from an image, uint8 [H, W, 3], to the text in it.
 
     Args:
-        spec: "rapidocr", "tesseract", or "module:function" for a function of the user.
+        spec: value of the option --ocr: "rapidocr", "tesseract", or "module:function" for a function of the user.
         alphabet: characters that can occur in the images; rapidocr is restricted to them.
 
     Raises:
@@ -47,13 +47,13 @@ def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"--ocr={spec} must be rapidocr, tesseract or the MODULE:FUNCTION of an installed module, but it cannot be "
-            f"imported ({error}). Correct it."
+            f"--ocr={spec} must be rapidocr, tesseract or MODULE:FUNCTION of an installed Python module, but it cannot be "
+            f"imported ({error}). Use --ocr rapidocr, or e.g. --ocr my_ocr:read_text."
         ) from None
     if not callable(function):
         raise UserError(
             f"--ocr={spec} must name a function (MODULE:FUNCTION) that turns an image's pixels into text, but {name} is not "
-            "a function. Name another one, or use rapidocr or tesseract."
+            "a function. Name a function, e.g. --ocr my_ocr:read_text, or use rapidocr or tesseract."
         )
     return lambda pixels: str(function(pixels))
 
@@ -116,10 +116,10 @@ def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
 
 
 def read_with_tesseract(pixels_HW3: np.ndarray) -> str:
-    """Return the text that tesseract reads in an image, uint8 [H, W, 3]: a line of text, otherwise one character, or "".
+    """Return the text that tesseract reads in an image, uint8 [H, W, 3]; "" if it reads none.
 
-    The image and its negative are tried, since tesseract expects dark text on light ground. Of the two results, the one with
-    more letters and digits is returned.
+    It looks for a line of text and, if there is none, for a single character. The image and its negative are tried, since
+    tesseract expects dark text on light ground. Of the two results, the one with more letters and digits is returned.
     """
     image = Image.fromarray(pixels_HW3).convert("L")
     scale = max(1, TESSERACT_SIDE // max(image.size))
@@ -140,7 +140,7 @@ def _run_tesseract(image: Image.Image, mode: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise UserError(
-            f"--ocr=tesseract failed with this message: {(done.stderr.strip().splitlines() or ['none'])[0]}. Correct the "
-            "installation of tesseract."
+            f"--ocr=tesseract failed with this message: {(done.stderr.strip().splitlines() or ['none'])[0]}. Install "
+            "tesseract again (Debian: tesseract-ocr), or use --ocr rapidocr."
         )
     return done.stdout.strip()

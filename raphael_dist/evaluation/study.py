@@ -1,6 +1,6 @@
 """A study of a model's images: draws images for captions at several guidance scales and measures them.
 
-Images are compared with true images, with their captions, and with the text that captions ask to render. One folder stores
+Images are compared with real images, with their captions, and with the text that captions ask to render. One folder stores
 the settings (protocol.json), the images of each guidance scale, features and results. A study that was stopped continues
 from these files. Ranks divide the images.
 """
@@ -39,7 +39,7 @@ Scorer = Callable[[Sequence[int]], np.ndarray]
 
 @dataclass(frozen=True)
 class Study:
-    """What a study draws and measures.
+    """The settings of a study: which images are generated, and what is measured in them.
 
     Attributes:
         folder: where images and results are stored.
@@ -71,10 +71,10 @@ class Result:
         images: number of images.
         fid: Frechet distance of the features.
         kid, kid_deviation: kernel distance and its standard deviation over subsets.
-        precision, recall: see `precision_recall`.
+        precision, recall: results of `distances.precision_recall`.
         clip: mean CLIP score.
-        text: how well the OCR engine reads the requested texts in the drawn images.
-        true_text: how well it reads the texts in real images.
+        text: how well the OCR engine reads the requested text in the generated images.
+        true_text: how well it reads the text in real images.
     """
 
     guidance: float
@@ -106,7 +106,7 @@ def run_study(
         study: what to draw and measure.
         settings: how to sample; its guidance scale is replaced.
         guidances: guidance scales.
-        reference: true images, as files or uint8 [H, W, 3]; may be empty if `study.features` is None.
+        reference: real images (not generated), as files or uint8 [H, W, 3]; may be empty if `study.features` is None.
         ranks: this rank and the number of ranks.
 
     Returns:
@@ -114,7 +114,7 @@ def run_study(
     """
     true_ND = None
     if study.features is not None:
-        true_ND = _features(study, reference, study.folder / "reference.npy", "true images", ranks)
+        true_ND = _features(study, reference, study.folder / "reference.npy", "real images", ranks)
     true_images, texts = [image for image, _ in study.true_texts], [text for _, text in study.true_texts]
     true_text = _read_texts(study, true_images, texts, study.folder / "reference-text.npy", ranks)
     results: list[Result] = []
@@ -249,7 +249,7 @@ def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndar
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:
-    """Write results.json and results.csv, with a row for each guidance scale."""
+    """Write results.json and results.csv into `folder`, with a row for each guidance scale."""
     rows = [_as_row(result) for result in results]
     replace_bytes(folder / "results.json", json.dumps(rows, indent=1).encode())
     _write_csv(folder / "results.csv", list(rows[0]), (row.values() for row in rows))

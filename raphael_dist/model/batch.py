@@ -94,7 +94,7 @@ class Batch:
             self.gate_noise = GateNoise(*torch._foreach_mul(self.gate_noise, deviation))
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors of all fields except `memory`. Fields that are None are left out."""
+        """Return a list of all tensors of the batch, except `memory`. Fields that are None are left out."""
         required = [self.position, self.weight, self.x0, self.noise, self.timestep, self.text, self.text_mask, self.end]
         optional = [self.edge, *(self.gate_noise or ()), self.small]
         return required + [tensor for tensor in optional if tensor is not None]

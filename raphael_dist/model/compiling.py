@@ -66,6 +66,6 @@ def require_compiler(device: torch.device) -> None:
         )
     if device.type != "cpu" and not torch.utils._triton.has_triton():
         raise UserError(
-            "train.compile=true requires the package triton on a GPU, but it is not installed. Run pip install triton, or "
+            "train.compile=true requires the package triton on a GPU, but it is not installed. Run `pip install triton`, or "
             "set train.compile=false."
         )

@@ -10,7 +10,7 @@ GPU_KINDS: tuple[str, ...] = ("cuda",)
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Return whether `device` queues operations, as GPUs do, so that reading a result makes the host wait."""
+    """Return whether `device` is a GPU: it executes a queue of operations, so that the host waits if it reads a result."""
     return device.type in GPU_KINDS
 
 

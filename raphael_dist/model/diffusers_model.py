@@ -238,10 +238,10 @@ class RaphaelControlNet(_Wrapper):
         """Return the residuals for the U-Net's skip connections (outermost first) and middle, as ControlNetModel does.
 
         Args:
-            sample: as of the U-Net.
-            timestep: as of the U-Net.
-            encoder_hidden_states: as of the U-Net.
-            encoder_attention_mask: as of the U-Net.
+            sample: noised latents [B, C, h, w].
+            timestep: one number for all samples, or a tensor [B].
+            encoder_hidden_states: text tokens [B, Y, D].
+            encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             controlnet_cond: edge map in 0..1 at the size of the latents, [B, 3, h, w] with three equal channels.
             conditioning_scale: factor by which the residuals are multiplied.
             return_dict: True returns a ControlNetOutput, False a tuple.

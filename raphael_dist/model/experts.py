@@ -277,7 +277,7 @@ def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]
     except ImportError:
         raise UserError(
             "model.expert_backend=megablocks requires the package grouped_gemm, which is not installed. Build it on a "
-            f"machine with nvcc and a GPU with {GROUPED_GEMM} (docs/install.md), or set model.expert_backend=auto."
+            f"machine with nvcc and a GPU with `{GROUPED_GEMM}` (docs/install.md), or set model.expert_backend=auto."
         ) from None
     return lambda x, w: gmm(x.contiguous(), w, counts_K, trans_b=True)
 
@@ -297,7 +297,7 @@ def require_grouped_gemm() -> None:
     except RuntimeError as error:
         raise UserError(
             "model.expert_backend=megablocks requires a build of grouped_gemm that reads the number of rows per expert on "
-            f"the GPU, but the installed one fails: {str(error).splitlines()[0]}. Install it with {GROUPED_GEMM}."
+            f"the GPU, but the installed one fails: {str(error).splitlines()[0]}. Install it with `{GROUPED_GEMM}`."
         ) from error
 
 

@@ -14,9 +14,9 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 
 
 def latent_factor(encoder: str) -> int:
-    """Return image size divided by latent size of the image encoder that `image.vae` names; 1 for "none".
+    """Return by how much an image encoder reduces height and width: image size divided by latent size.
 
-    `encoder`: the value of `image.vae`. The result is USUAL_FACTOR if no configuration file can be read.
+    `encoder`: the value of image.vae. The result is 1 for "none", and 8 if no configuration file can be read.
     """
     if encoder == "none":
         return 1
@@ -30,9 +30,9 @@ def latent_factor(encoder: str) -> int:
 
 
 def downscale_factor(config: Mapping[str, Any]) -> int:
-    """Return image size divided by latent size of an autoencoder: a factor of 2 between each two of its levels.
+    """Return by how much an autoencoder reduces height and width: by a factor of 2 from each level to the next.
 
-    `config`: the content of the autoencoder's config.json.
+    `config`: the content of the autoencoder's config.json, which lists its levels. 8 means 4 levels.
     """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)

@@ -232,8 +232,8 @@ class SpatialTransformer(nn.Module):
 class UNetLevel(nn.Module):
     """One level of the encoder or the decoder, or the middle block.
 
-    It consists of residual blocks. On levels with attention, a transformer block follows each of them, but not the second
-    one of the middle. `downsamplers` or `upsamplers` holds the layer that changes the size, if there is one.
+    It consists of residual blocks. On levels with attention, a transformer block follows each residual block, except the
+    second one of the middle block. `downsamplers` or `upsamplers` holds the layer that changes the size, if there is one.
     """
 
     resnets: nn.ModuleList

@@ -53,7 +53,7 @@ class SpaceMoE(Experts):
     (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
-    all of it. `shared` is its hidden width; 0: none.
+    all of it. The constructor's argument `shared` is its hidden width; 0: none.
     """
 
     shared: nn.Sequential | None

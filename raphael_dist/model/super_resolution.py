@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 
 def downscale(images_B3HW: Tensor, factor: int) -> Tensor:
-    """Average images, uint8 [B, 3, H, W], over squares of `factor` x `factor` pixels; return uint8 [B, 3, Hs, Ws]."""
+    """Reduce images, uint8 [B, 3, H, W], to uint8 [B, 3, H / factor, W / factor].
+
+    Each new pixel is the mean over a square of `factor` x `factor` pixels, rounded.
+    """
     # Sums of integers divided by a power of two are exact in float32 on any device, so a cached image equals a new one.
     return F.avg_pool2d(images_B3HW.float(), factor).round().to(torch.uint8)
 
@@ -21,8 +24,8 @@ def downscale(images_B3HW: Tensor, factor: int) -> Tensor:
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
 
-    With each latent position go `patch` x `patch` pixels of the small image, each in its own three channels. If the small
-    image has fewer pixels than that, they are repeated.
+    Each latent position gets `patch` x `patch` pixels of the small image, each in its own three channels. If the small image
+    has fewer pixels than that, they are repeated.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])

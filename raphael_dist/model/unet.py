@@ -195,13 +195,13 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Start a forward pass: embed the timesteps and route all blocks; return the state and each block's routing."""
+        """Embed the timesteps and select all experts; return the state of the forward pass and each block's experts."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
 
     def stem(self, x_BCHW: Tensor) -> Tensor:
-        """Return the first feature map, computed from noised latents by the first convolution."""
+        """Return the first feature map [B, C', H, W], computed by the first convolution from noised latents [B, C, H, W]."""
         x: Tensor = self.conv_in(x_BCHW.contiguous(memory_format=feature_map_format(x_BCHW.device)))
         if torch.is_grad_enabled() and not x.requires_grad:
             # If weights are frozen: re-entrant recomputation and exchanges between ranks have a backward pass only if an
@@ -210,7 +210,10 @@ class RaphaelUNet(nn.Module):
         return x
 
     def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run encoder and middle on the result of `stem`; return the middle's feature map and the skips, outermost first."""
+        """Run the encoder and the middle block on `x`, the first feature map (`stem`).
+
+        Returns the output of the middle block, and the encoder's feature maps that the decoder reads, outermost first.
+        """
         skips = [x]
         for level in cast(list[UNetLevel], self.down_blocks):
             for i in range(len(level.resnets)):
@@ -278,7 +281,9 @@ class RaphaelUNet(nn.Module):
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B] (`choose`).
+        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B].
+
+        The gates get their gradient through this factor (`routing.choose`).
 
         `embedding_BE`: timestep embeddings. `noise`: added to the gates' logits; None: no noise.
         """

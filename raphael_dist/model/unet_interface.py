@@ -10,9 +10,11 @@ from torch import Tensor
 
 
 class GateNoise(NamedTuple):
-    """Noise for the logits of the gates, float32. The text gates select the space experts.
+    """Noise for the logits of the gates, float32. It depends only on the seed and the sample's position in training.
 
-    It depends on the seed and the sample's position in the order of training only.
+    Attributes:
+        time_BLK: for the time gates, which select an expert for each sample.
+        space_BLYK: for the text gates, which select an expert for each text token.
     """
 
     time_BLK: Tensor

@@ -53,9 +53,10 @@ class Traffic:
 def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Work:
     """Start to sum `rows` over the ranks of a group; each rank gets an equal part of the sum.
 
-    When the returned work is done, `out` contains this rank's part. Gloo's own reduce-scatter is an all-reduce, which sends
-    every byte twice. On gloo this function sends each part directly to the rank that needs it, and that rank adds the parts
-    up.
+    `rows` is [n R, ...] for n ranks, and `out` [R, ...]. When the returned work is done, `out` contains this rank's part.
+
+    Gloo's own reduce-scatter is an all-reduce, which sends every byte twice. On gloo this function sends each part directly
+    to the rank that needs it, and that rank adds the parts up.
     """
     if dist.get_backend(group) != "gloo":
         return cast(Work, REDUCE_SCATTER(out, rows, group=group, async_op=True))
@@ -79,7 +80,7 @@ class _LocalSum:
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """The group of ranks that together have one set of experts, as seen from one of its members (ranks of the group).
+    """A group of ranks that together have every expert once, as seen from one of its members (ranks of the group).
 
     The methods start collectives. Each returns its result and a `Work`; the result must not be read before `Work.wait`.
 
@@ -131,9 +132,10 @@ class ExpertGroup:
 
 
 class Exchange:
-    """The base class of differentiable exchanges between ranks: `start` launches the collective, `finish` waits for it.
+    """Base class for sending tensor rows between ranks: `start` launches a collective, `finish` waits for its result.
 
-    In between, the caller can compute something else. Gradients are exchanged in the opposite direction.
+    Between the two calls, the caller can compute something else. Autograd works through both: in the backward pass, the
+    gradients are sent in the opposite direction.
     """
 
     def __init__(self, group: ExpertGroup) -> None:

@@ -64,7 +64,7 @@ class BatchPlan:
         if self.global_batch_size < self.world_size:
             raise UserError(
                 f"train.global_batch_size={self.global_batch_size} must be at least the number of ranks "
-                f"({self.world_size}), since each rank takes one sample or more per step. Use fewer ranks, or set "
+                f"({self.world_size}), because each rank takes at least one sample per step. Use fewer ranks, or set "
                 f"train.global_batch_size={self.world_size} or more."
             )
 
@@ -88,7 +88,7 @@ class BatchPlan:
 
     @property
     def loss_scale(self) -> float:
-        """Factor on a rank's sum of sample losses with which the gradients are those of the mean over the global batch.
+        """Factor on a rank's sum of sample losses, so that the gradients become those of the mean over the global batch.
 
         It cancels DeepSpeed's divisions: by `accumulation` in the backward pass, and by `world_size` in the all-reduce.
         """
@@ -132,7 +132,10 @@ class BatchPlan:
         return [f"{self.waste:.1%} of the computation is spent on empty slots (samples with weight 0){better}"]
 
     def without_spare_slots(self) -> "BatchPlan":
-        """Return this plan with the smallest micro-batch size that needs one micro-step, or itself if it needs several."""
+        """Return this plan with the smallest micro-batch size for which one micro-step per optimizer step is enough.
+
+        Returns the plan itself if it needs several micro-steps.
+        """
         if self.accumulation > 1:
             return self
         plans = (replace(self, micro_batch_size=size) for size in range(1, self.micro_batch_size))
@@ -153,7 +156,7 @@ class BatchPlan:
 
 
 def ranks_per_unit(config: Config) -> int:
-    """Return the size of a unit: consecutive ranks that must process the same image size at the same time.
+    """Return how many consecutive ranks must process the same image size at the same time.
 
     They exchange tokens or samples for sharded experts. Groups of `space_ep` and of `time_ep` ranks can overlap, so the size
     is the least common multiple of the two.
@@ -162,10 +165,11 @@ def ranks_per_unit(config: Config) -> int:
 
 
 def bucket_run_length(config: Config, training: bool = True) -> int:
-    """Return the length of a run: how many consecutive samples have the same image size; 0 if there is only one size.
+    """Return how many consecutive samples have the same image size; 0 if all images have one size.
 
-    Runs exist because a micro-batch has one image size. At the end of an epoch, the samples of a size that do not fill a run
-    are left out. In validation (`training` is False) a run is as short as one micro-batch, so that few samples are left out.
+    Samples come in runs of one image size, because a micro-batch can have only one. At the end of an epoch, the samples of a
+    size that do not fill a run are left out. In validation (`training` is False) a run is as short as one micro-batch, so
+    that few samples are left out.
     """
     if len(config.image.buckets) == 1:
         return 0

@@ -213,9 +213,10 @@ def _take_slice(layer: Any, whole: Experts, group: ExpertGroup) -> None:
 def shard_experts(
     model: RaphaelUNet, config: Config, plan: BatchPlan, create_groups: Callable[[int, Traffic], ExpertGroup]
 ) -> Traffic:
-    """Keep only this rank's share of the experts, on the U-Net levels where `placement` decides to shard them. Collective.
+    """Keep only this rank's share of the experts on some U-Net levels. The other levels keep all experts. Collective.
 
-    Call it before the optimizer is created, on models with equal weights. The other levels keep all experts.
+    `placement.choose_placement` decides on which levels. Call it before the optimizer is created, on models with equal
+    weights.
 
     Args:
         model: the U-Net, changed in place.

@@ -92,7 +92,7 @@ def _cost(config: Config, plan: BatchPlan, kind: ExpertKind, level: int, blocks:
 
 
 def sync_traffic(parameters: int, ranks: int) -> int:
-    """Return how many numbers a rank sends per step to reduce gradients and to gather new weights.
+    """Return how many tensor elements a rank sends per step to reduce gradients and to gather new weights.
 
     Args:
         parameters: number of parameters.

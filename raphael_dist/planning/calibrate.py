@@ -57,7 +57,7 @@ def clock() -> float:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Return the seconds of one call of `work`: the mean within the fastest of REPEATS series of calls."""
+    """Return the seconds of one call of `work`: the mean within the fastest of 5 series of calls."""
     work()
     start, calls = clock(), 0
     while clock() - start < MIN_SECONDS:
@@ -214,7 +214,7 @@ def predicted_step(config: Config, cluster: ClusterSpec) -> float:
 
 
 def calibrate(path: Path) -> str:
-    """Measure this machine, write its cluster description (YAML) to `path`, and return the results as text for the user.
+    """Measure this machine, write its cluster description (YAML) to `path`, and return a report for the user.
 
     Raises:
         UserError: the file cannot be written.

@@ -20,7 +20,7 @@ CLASSES_WITH_FLOPS = ("product", "convolution", "attention")  # the classes of o
 
 
 class Number(BaseModel):
-    """A number of a cluster description, and its source as text: a data sheet, a measurement, or "assumed ..."."""
+    """A number of a cluster description, and its source as a string: a data sheet, a measurement, or "assumed ..."."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     value: float = Field(ge=0, allow_inf_nan=False)
@@ -81,7 +81,7 @@ class ClusterSpec(BaseModel):
     recomputed: Number = Number(value=1.0, source="assumed")
 
     def with_value(self, name: str, value: float) -> "ClusterSpec":
-        """Return a copy in which the field `name` has another value. The text that states its source is not changed."""
+        """Return a copy in which the field `name` has another value. The stated source of the value is not changed."""
         return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
 
     def links(self, ranks: int) -> Cluster:
@@ -132,7 +132,10 @@ def load_cluster(name_or_path: str) -> ClusterSpec:
         try:
             text = read_text(Path(name_or_path))
         except (OSError, ValueError) as error:
-            raise UserError(f"--cluster {name_or_path} cannot be read: {error}. Check the file.") from None
+            raise UserError(
+                f"--cluster {name_or_path} cannot be read: {error}. Give a readable .yaml file, or use one of "
+                f"{', '.join(names)}."
+            ) from None
     else:
         hint = did_you_mean(name_or_path, names)
         raise UserError(
@@ -146,13 +149,16 @@ def _parse(name: str, text: str) -> ClusterSpec:
         tree = yaml.safe_load(text)
         spec = ClusterSpec.model_validate({**tree, "name": Path(name).stem} if isinstance(tree, dict) else tree)
     except yaml.YAMLError as error:
-        raise UserError(f"--cluster {name} is not valid YAML: {' '.join(str(error).split())}. Correct the file.") from None
+        raise UserError(
+            f"--cluster {name} is not valid YAML: {' '.join(str(error).split())}. Correct this place in the file, or use "
+            f"one of {', '.join(cluster_names())}."
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"--cluster {name}: {field} is not valid ({first['msg']}). Write each number as {{value: NUMBER, source: "
-            "TEXT}}, where the source says where the number comes from."
+            "TEXT}, where TEXT says where the number comes from."
         ) from None
     for dtype, rates in spec.rates.items():
         for required in ("product", "other"):

@@ -137,9 +137,9 @@ def communications(
         plan: how the batch is divided over ranks.
         cluster: the links.
         parameters: number of parameters of the whole model.
-        scheme: how weights and gradients are divided over ranks and reduced (docs/scale.md).
+        scheme: how weights and gradients are divided over ranks and reduced, e.g. "reduce_scatter" (docs/scale.md).
         reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights.
-        persistent: total elements of the small parameters (up to PERSISTENT elements each), which ZeRO-3 gathers only once
+        persistent: total elements of the small parameters (up to 100,000 elements each), which ZeRO-3 gathers only once
             in a step.
 
     Raises:

@@ -40,7 +40,7 @@ class DummyGroup(ExpertGroup):
 
 
 def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, int], Traffic]:
-    """Return a function that shards a model's experts over a simulated group of ranks: the argument `shard` of `trace`.
+    """Return a function that shards a model's experts over a simulated group of ranks (argument `shard` of `trace.trace`).
 
     Given the model and the number of samples per rank, it returns a counter of the bytes that the rank sends.
     `config.parallel` and the division of the batch, `plan`, determine which layers are sharded. The model then has only the

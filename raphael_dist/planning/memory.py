@@ -192,7 +192,7 @@ def memory_footprint(
 
 
 def persistent_elements(shapes: Shapes) -> int:
-    """Return the total elements of the small parameters (up to PERSISTENT elements each), which ZeRO-3 never frees.
+    """Return the total elements of the small parameters (up to 100,000 elements each), which ZeRO-3 never frees.
 
     `shapes`: shapes of the whole model's parameters, by name.
     """

@@ -77,7 +77,7 @@ def flops_of(func: OpOverload, args: Arguments, kwargs: Options, result: object)
 
 
 class LiveBytes(TorchDispatchMode):
-    """A context that counts the bytes of all tensors that are created in it and not yet freed.
+    """A context manager that counts the bytes of all tensors that are created inside it and not yet freed.
 
     Tensors that share a storage count once. Memory allocated before the context does not count.
 

@@ -46,7 +46,7 @@ class Recorder(LiveBytes):
     """Records every operation that launches work, and live memory by segment (a transformer block or residual block).
 
     Attributes:
-        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation, as in `Trace`.
+        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation, as in `trace.Trace`.
         phase: "forward" or "backward".
         segments: (whether it is a transformer block, bytes that its forward pass saved) of each segment.
         peaks: for the forward and the backward pass, {number of segments started: most live bytes}.
@@ -94,7 +94,7 @@ class Recorder(LiveBytes):
 
     @contextmanager
     def part(self, kind: str) -> Iterator[None]:
-        """Return a context whose operations belong to the part `kind` of the model (one of KINDS)."""
+        """Return a context manager inside which operations count as the part `kind` of the model (one of KINDS)."""
         self._kinds.append(kind)
         try:
             yield
@@ -106,7 +106,7 @@ class Recorder(LiveBytes):
 
         Args:
             kind: the module's part of the model, one of KINDS.
-            is_segment: whether the module is a segment (see `Trace`). Recomputing it does not start another segment.
+            is_segment: whether the module is a segment (see `trace.Trace`). Recomputing it does not start another segment.
         """
         self._kinds.append(kind)
         if is_segment and self.phase == "forward":
@@ -159,7 +159,7 @@ class _FusedProcessor(AttnProcessor2_0):
 
 
 def observe_modules(model: RaphaelUNet, recorder: Recorder) -> None:
-    """Register hooks with which modules report their forward passes to the recorder, and weights free their gradients."""
+    """Register hooks that report the modules' forward passes to the recorder, and hooks that free gradients of weights."""
 
     def observe(module: nn.Module, kind: str) -> None:
         is_segment = isinstance(module, (ResidualBlock, TransformerBlock))

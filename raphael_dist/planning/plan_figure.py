@@ -24,7 +24,7 @@ def draw(plan: RunPlan, path: Path) -> None:
         import matplotlib as mpl
     except ImportError:
         raise UserError(
-            "--figure requires the package matplotlib, which is not installed. Run: pip install 'raphael_dist[plan]'"
+            "--figure requires the package matplotlib, which is not installed. Run `pip install 'raphael_dist[plan]'`."
         ) from None
     mpl.use("agg")
     from matplotlib import pyplot as plt

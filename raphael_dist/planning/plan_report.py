@@ -60,10 +60,10 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
 
 
 def run_so_far(choice: Choice, device: str, world: int) -> str:
-    """Return a text that states on which hardware such settings have already been run.
+    """Return a sentence about the hardware on which such settings have already been used.
 
-    Of `choice` only ZeRO stage and overlap are compared. `device`: "gpu" or "cpu". `world`: number of devices. The text must
-    agree with docs/proven.md.
+    Of `choice` only ZeRO stage and overlap are compared. `device`: "gpu" or "cpu". `world`: number of devices. The sentence
+    must agree with docs/proven.md.
     """
     if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap:
         return "one H200"

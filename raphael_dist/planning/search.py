@@ -66,7 +66,7 @@ class Choice:
     def settings(self) -> list[str]:
         """Return these settings as command-line overrides, such as "train.micro_batch_size=4".
 
-        ZeRO stage and overlap are not among them, because DeepSpeed's file `json` sets them.
+        ZeRO stage and overlap are not among them, because the DeepSpeed JSON file (the property `json`) sets them.
         """
         settings = [f"train.micro_batch_size={self.micro_batch_size}", f"model.checkpoint_activations={self.recompute}"]
         if self.uses_expert_parallelism:
@@ -75,7 +75,7 @@ class Choice:
         return settings
 
     def apply(self, config: Config) -> Config:
-        """Return a copy of the configuration with these settings, except the ZeRO stage, which is in DeepSpeed's file."""
+        """Return a copy of the configuration with these settings, except the ZeRO stage (see `json`)."""
         parallel = {"space_ep": self.space_ep, "time_ep": self.time_ep, "placement": (self.placement,)}
         return config.model_copy(
             update={
@@ -145,7 +145,7 @@ class Search:
         return self.profile
 
     def choices(self) -> Iterator[tuple[Choice, Config, BatchPlan]]:
-        """Yield every choice of settings that is possible and not excluded by `allowed`, with the results of `check`."""
+        """Yield every possible combination of settings that `allowed` permits, with its configuration and batch plan."""
         m = self.config.model
         sizes = [[n for n in range(1, max(1, k) + 1) if max(1, k) % n == 0] for k in (m.space_experts, m.time_experts)]
         for space, time in product(*sizes):
@@ -163,7 +163,7 @@ class Search:
         return all(getattr(choice, name) in values for name, values in self.allowed.items())
 
     def check(self, choice: Choice) -> tuple[Config, BatchPlan] | None:
-        """Return the configuration with a choice of settings, and the division of the batch over ranks.
+        """Return the configuration with the settings `choice`, and the division of the batch over ranks.
 
         None if the choice is not possible (e.g. the micro-batch is too large). Also None if placement "auto" shards all
         experts or none, because another choice is then the same.
@@ -207,18 +207,20 @@ class Search:
     def ranked(self) -> list[Outcome]:
         """Predict memory and time of all possible choices of settings, and return the predictions, the best first.
 
-        Choices that fit into memory come first, the fastest first. The others follow, by memory.
+        Choices that fit into memory come first, the fastest first. Those within 1% of the fastest count as equally fast: of
+        them, the one with the least recomputation and then the least memory is first. Choices that do not fit follow, by
+        memory.
 
         Raises:
             UserError: no choice is possible.
         """
         outcomes = [self._outcome(*candidate) for candidate in self.choices()]
         if not outcomes:
-            restricted = f" under the restriction {self.allowed}" if self.allowed else ""
+            only = "".join(f" --only {name}={','.join(map(str, values))}" for name, values in self.allowed.items())
             raise UserError(
-                f"train.global_batch_size={self.config.train.global_batch_size} on {self.world} ranks must be possible with "
-                f"some ZeRO stage and micro-batch size, but no combination is possible{restricted}. Use fewer ranks, or a "
-                "larger train.global_batch_size."
+                f"train.global_batch_size={self.config.train.global_batch_size} cannot be divided over {self.world} ranks "
+                f"with any ZeRO stage, expert parallelism and micro-batch size{only and f' that the options allow:{only}'}. "
+                f"Use fewer ranks, or a larger train.global_batch_size{only and ', or leave out --only'}."
             )
         fastest = max((o.step.images_per_s for o in outcomes if o.fits), default=0.0)
 
@@ -292,6 +294,6 @@ def restriction(text: str) -> tuple[str, tuple[int | str, ...]]:
         return name, tuple(_RESTRICTABLE[name](value) for value in values.split(","))
     except (KeyError, ValueError):
         raise UserError(
-            f"--only {text} must be one of {', '.join(_RESTRICTABLE)} with a value, e.g. stage=2 or micro_batch_size=4,8. "
-            "Correct it."
+            f"--only {text} must be one of {', '.join(_RESTRICTABLE)} with a value, e.g. --only stage=2 or "
+            "--only micro_batch_size=4,8."
         ) from None

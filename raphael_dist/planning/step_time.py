@@ -130,7 +130,8 @@ def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec
 def scheme_of(footprint: MemoryFootprint) -> Scheme:
     """Return the name of the scheme by which ZeRO divides weights and gradients over ranks (docs/scale.md).
 
-    `footprint`: has the ZeRO stage, and whether gradients are contiguous.
+    It is "replicated" for ZeRO-0, "zero3" for ZeRO-3, otherwise "reduce_scatter" if all gradients lie in one buffer and
+    "all_reduce" if not. `footprint` has both properties.
     """
     if footprint.stage in (0, 3):
         return "zero3" if footprint.stage else "replicated"

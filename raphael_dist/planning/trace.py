@@ -146,7 +146,7 @@ class Profile:
 
 
 def profile(config: Config) -> Profile:
-    """Trace one micro-step (forward and backward) twice, with the two micro-batch sizes in SAMPLES.
+    """Trace one micro-step (forward and backward) twice, with two and with four images.
 
     From the two traces a `Profile` computes the costs of any micro-batch size. There is no expert parallelism and no
     recomputation.

@@ -69,7 +69,7 @@ def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
                 archive.addfile(info, io.BytesIO(data))
                 names.append(name)
     except OSError as error:
-        raise UserError(f"--bundle {path}: cannot be written: {error.strerror or error}. Choose another file.") from None
+        raise UserError(f"--bundle {path} cannot be written: {error.strerror or error}. Choose another file.") from None
     return names
 
 

@@ -33,13 +33,15 @@ class DataSample:
 
 
 def sample_data(config: Config) -> DataSample:
-    """Check 256 samples of a run's data, evenly distributed over the first two local shards of `data.shards`.
+    """Check 256 samples of a run's data for edge maps without edges and for images that occur several times.
 
-    Raises UserError if there are no local shards, or they cannot be read.
+    They are evenly distributed over the first two local shards of data.shards. Raises UserError if there are no local
+    shards, or they cannot be read.
     """
     local = [pattern for pattern in config.data.shards if not is_remote(pattern)]
     if not local:
-        raise UserError(f"data.shards={config.data.shards} has only remote addresses, and only local files are examined")
+        shards = list(config.data.shards)
+        raise UserError(f"data.shards={shards} has only remote addresses, and only local files are examined")
     names = expand_shards(local)[:SHARDS]
     with TemporaryDirectory() as folder:
         dataset = ImageDataset(build_index(names, Path(folder)), config.image.buckets, "auto")

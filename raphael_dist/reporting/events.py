@@ -35,7 +35,8 @@ class Event:
 
     Attributes:
         time: time of the line.
-        kind: a name in KINDS, such as "restart"; or UNCLEAN, if a process ended and its log does not state how.
+        kind: a name in KINDS, such as "restart"; or "killed or crashed" (UNCLEAN), if a process ended and its log does not
+            state how.
         step: the step that the line states, otherwise the last step in the lines before it.
         text: the line.
     """
@@ -99,7 +100,7 @@ def read_history(run: RunFiles) -> History:
 
 
 def ending(run: RunFiles, history: History, now: datetime) -> str:
-    """Return a text that states how the run ended, or for how long it has logged nothing. `now`: the current time."""
+    """Return a sentence that states how the run ended, or for how long it has logged nothing. `now`: the current time."""
     ends = [event for event in history.events if event.kind in ("complete", "stopped", "start", "restart")]
     if ends and ends[-1].kind == "complete":
         return f"complete at step {run.step:,}"

@@ -60,7 +60,7 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     if launch is None:
         raise UserError(
             "train.log must contain the line with the number of ranks and the ZeRO stage, which the trainer logs at its "
-            "start, but it has none; restore the beginning of the file"
+            "start, but it has none; replace the file by a complete copy"
         )
     if cluster_name == "auto" and launch.device != "cpu":
         raise UserError("train.log does not state which GPU the run used; name it, for example with --cluster h100x8")
@@ -91,5 +91,5 @@ def plan_lines(rows: list[PlanRow]) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """Return a number as text with three significant digits; "unknown" for None."""
+    """Return a number as a string with three significant digits; "unknown" for None."""
     return "unknown" if value is None else f"{value:,.3g}"

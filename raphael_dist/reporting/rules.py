@@ -81,7 +81,10 @@ def loss_not_finite(evidence: RunEvidence) -> Finding | None:
 
 
 def loss_not_falling(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the training loss is not lower at the end than at the beginning, else None."""
+    """Return a finding if the training loss is not lower at the end than at the beginning, else None.
+
+    It is not lower if the mean of the last quarter of the log lines is at least 95% of the mean of the first tenth.
+    """
     losses = [loss for loss in evidence.run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return None
@@ -95,7 +98,7 @@ def loss_not_falling(evidence: RunEvidence) -> Finding | None:
 
 
 def dead_experts(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if an expert gets almost no work, else None."""
+    """Return a finding if an expert gets almost no work: less than 1% of the mean load of its block, else None."""
     dead = dead_blocks(evidence.run)
     scalar = evidence.run.last("moe/dead_experts", share=0.01)
     if not dead and not scalar:
@@ -107,7 +110,7 @@ def dead_experts(evidence: RunEvidence) -> Finding | None:
 
 
 def overloaded_experts(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if an expert gets nearly all work of its transformer block, else None."""
+    """Return a finding if an expert gets more than 90% of the work of its transformer block, else None."""
     over = overloaded_blocks(evidence.run)
     if not over:
         return None
@@ -119,7 +122,7 @@ def overloaded_experts(evidence: RunEvidence) -> Finding | None:
 
 
 def data_bound(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the run spends much of its time waiting for data, else None."""
+    """Return a finding if the run spends at least 10% of its time waiting for data, else None."""
     share = evidence.run.last("time/data_wait_frac", share=0.5)
     if share is None or share < DATA_BOUND:
         return None
@@ -128,7 +131,7 @@ def data_bound(evidence: RunEvidence) -> Finding | None:
 
 
 def always_clipped(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if gradients are clipped at nearly every step, else None."""
+    """Return a finding if gradients are clipped in at least 80% of the logged steps, else None."""
     limit, norms = evidence.run.option("optim.max_grad_norm"), evidence.run.values("optim/grad_norm", share=0.5)
     share = fmean(norm > limit for norm in norms) if limit and norms else 0.0
     if len(norms) < MIN_LINES // 2 or share < CLIPPED:
@@ -140,7 +143,7 @@ def always_clipped(evidence: RunEvidence) -> Finding | None:
 
 
 def checkpoints_fail(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if saves of checkpoints failed or checkpoints are damaged, else None."""
+    """Return a finding if a save of a checkpoint failed or a checkpoint is damaged, else None."""
     failed = max(evidence.run.values("checkpoint/failed"), default=0.0)
     events = evidence.history.of("save failed")
     count = max(int(failed), len(events))
@@ -155,7 +158,7 @@ def checkpoints_fail(evidence: RunEvidence) -> Finding | None:
 
 
 def slow_ranks(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if a rank is much slower than others, so that all others wait for it, else None."""
+    """Return a finding if the slowest rank needs more than 1.5 times the median rank's time, else None."""
     ratios = evidence.run.values("time/slowest_rank_ratio", share=0.5)
     if not ratios or median(ratios) <= SLOW_RATIO:
         return None
@@ -168,7 +171,12 @@ def slow_ranks(evidence: RunEvidence) -> Finding | None:
 
 
 def wrong_schedule(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if a schedule (learning rate, gate noise) does not fit the run's number of steps, else None."""
+    """Return a finding if a schedule (learning rate, gate noise) does not fit the run's number of steps, else None.
+
+    Such a schedule is one of these: the warm-up takes half of the steps or more, the gate noise lasts longer than the run,
+    the learning rate is below 0.1% of its peak in more than a tenth of the log lines, or the run is complete and it is still
+    above half of its peak.
+    """
     run, steps = evidence.run, evidence.run.option("train.max_steps") or 0
     warmup, noise = run.option("optim.warmup_steps") or 0, run.option("model.gate_noise_steps") or 0
     if steps and warmup >= steps / 2:
@@ -197,7 +205,7 @@ def wrong_schedule(evidence: RunEvidence) -> Finding | None:
 
 
 def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the disk of the run directory has no room for the next checkpoints, else None."""
+    """Return a finding if the run directory's disk has no room for two more checkpoints (or 256 MiB), else None."""
     need = DISK_SAVES * evidence.checkpoint_bytes
     if evidence.free_bytes is None or evidence.free_bytes >= max(need, 1 << 28):
         return None
@@ -209,7 +217,7 @@ def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
 
 
 def truncated_captions(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if many captions are longer than the text encoder reads, else None."""
+    """Return a finding if at least 5% of the captions are longer than the text encoder reads, else None."""
     counts = [match for line in evidence.run.log if (match := _TRUNCATED.match(line.text))]
     if not counts:
         return None
@@ -223,7 +231,10 @@ def truncated_captions(evidence: RunEvidence) -> Finding | None:
 
 
 def empty_edge_maps(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if many edge maps have no edges, else None."""
+    """Return a finding if the edge loss is on, but many edge maps have no edges, else None.
+
+    They are many if more than 20% of the checked maps have none, or if the edge loss has fallen to 0.001 or less.
+    """
     if not evidence.run.option("edge.weight"):
         return None
     remedy = "make them again (python -m raphael_dist prepare with --edges), or set edge.weight=0 in a new run"
@@ -236,7 +247,7 @@ def empty_edge_maps(evidence: RunEvidence) -> Finding | None:
 
 
 def duplicates(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if many images occur several times in the data, else None."""
+    """Return a finding if more than 10% of the checked images look like another image, else None."""
     if evidence.data is None or evidence.data.duplicates <= DUPLICATES * evidence.data.samples:
         return None
     return Finding(
@@ -246,7 +257,7 @@ def duplicates(evidence: RunEvidence) -> Finding | None:
 
 
 def skipped_steps(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if many steps were skipped and did not change the weights, else None."""
+    """Return a finding if more than 1% of the steps were skipped, so that they did not change the weights, else None."""
     skipped = max(evidence.run.values("train/skipped"), default=0.0)
     if skipped <= SKIPPED * max(1, evidence.run.step):
         return None
@@ -257,7 +268,10 @@ def skipped_steps(evidence: RunEvidence) -> Finding | None:
 
 
 def stalled(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the run is not complete but no longer writes to its log, else None."""
+    """Return a finding if the run is not complete but no longer writes to its log, else None.
+
+    It no longer does if its log is silent for 10 minutes and for 20 times the usual time between two lines.
+    """
     times = [time for time, _ in evidence.history.progress]
     if len(times) < 2 or ending(evidence.run, evidence.history, evidence.now).startswith(("complete", "stopped")):
         return None
@@ -292,7 +306,7 @@ RULES: dict[Rule, tuple[str, str]] = {
 
 
 def diagnose(evidence: RunEvidence) -> list[Finding]:
-    """Apply all rules in RULES to a run; return the problems that they detect, in this order."""
+    """Look for problems of a run with all rules in RULES; return the problems in the order of the rules."""
     return [finding for rule in RULES if (finding := rule(evidence))]
 
 

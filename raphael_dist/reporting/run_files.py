@@ -142,7 +142,9 @@ def _read(missing: list[str], path: Path, read: Callable[[Path], T], default: T)
     except FileNotFoundError:
         missing.append(f"{path.name} is not in the run directory.")
     except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
-        missing.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}.")
+        known = isinstance(error, OSError | ValueError | yaml.YAMLError)
+        why = " ".join(str(error).split())[:200] if known else "it does not have the form in which the trainer writes it"
+        missing.append(f"{path.name} cannot be read: {why}.")
     return default
 
 

@@ -78,7 +78,7 @@ def timeline_data(histories: list[tuple[str, History]]) -> list[Curve]:
     """Return curves that show the progress of runs: steps against minutes since a run's first log line.
 
     `histories`: (name, history) of each run. A curve is {"label", "x" (minutes), "y" (steps), "kind"}. "kind" is "step",
-    "restart" or "fault"; the latter two are points.
+    "restart" or "fault"; restarts and faults are points.
     """
     curves: list[Curve] = []
     for name, history in histories:
@@ -99,7 +99,7 @@ def timeline_data(histories: list[tuple[str, History]]) -> list[Curve]:
 
 
 def thinned(series: Series) -> Series:
-    """Reduce a series to the smallest and the largest value in each of BUCKETS intervals. So spikes stay visible."""
+    """Reduce a series to the smallest and the largest value in each of 250 intervals (BUCKETS). So spikes stay visible."""
     size = -(-len(series) // BUCKETS)
     if size <= 2:
         return series

@@ -113,7 +113,7 @@ def failures(examined: Examined) -> str:
 
 
 def flatten(config: JsonObject) -> dict[str, str]:
-    """Return the configuration as {"section.key": value as text}."""
+    """Return the configuration as {"section.key": value as a string}."""
     flat = {}
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:

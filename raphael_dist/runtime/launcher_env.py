@@ -42,9 +42,9 @@ def launcher_of(env: Mapping[str, str] = os.environ) -> Launcher | None:
 
 
 def rank_of(env: Mapping[str, str] = os.environ) -> str:
-    """Return the rank as text, as in the launcher's variable; "0" without a launcher.
+    """Return the rank as a string, as in the launcher's variable; "0" without a launcher.
 
-    The text may not be a number; `ranks.discover` checks this.
+    It may not be a number; `ranks.discover` checks this.
     """
     launcher = launcher_of(env)
     return env[launcher.rank] if launcher else "0"

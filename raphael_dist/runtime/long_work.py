@@ -42,7 +42,7 @@ def long_work(doing: str) -> Iterator[Reporter]:
     """Return a context manager for work of any length that every rank does, instead of waiting in a collective.
 
     If the work fails on one rank, all ranks raise its error. The work must not call collectives, and must report at least
-    every SILENCE_S seconds. The end of the context is collective.
+    every 30 minutes (SILENCE_S). The end of the context is collective.
 
     Args:
         doing: what is done, for progress bars and messages, e.g. "indexing".
@@ -96,7 +96,7 @@ def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
 def report_failure(reason: str) -> None:
     """Report to the other ranks that this rank has failed and will not take part in the next `long_work`.
 
-    The other ranks then do not wait for it at the end of that `long_work`, but raise a HungError with the text `reason`.
+    The other ranks then do not wait for it at the end of that `long_work`, but raise a HungError with the message `reason`.
     """
 
     def post() -> None:
@@ -137,7 +137,7 @@ class Watch:
         threading.Thread(target=self._run, name=doing, daemon=True).start()
 
     def report(self, text: str) -> None:
-        """Publish a text about this rank's progress. Raises AbandonedError if another rank has failed."""
+        """Publish `text`, which describes this rank's progress. Raises AbandonedError if another rank has failed."""
         self._status, self._reports = f"{self._doing}: {text}", self._reports + 1
         if self._abandoned:
             raise AbandonedError

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """A function that long work calls with its progress: a text, and `done` of `total` parts if parts are counted."""
+    """A function that long work calls with its progress: a string, and `done` of `total` parts if parts are counted."""
 
     def __call__(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
 

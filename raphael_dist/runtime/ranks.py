@@ -136,7 +136,7 @@ def _choose_device(ranks: Ranks) -> torch.device:
     if ranks.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"the launcher must start one rank per GPU, but it started {ranks.local_world_size} ranks on a host with "
-            f"{torch.cuda.device_count()} GPUs. Start fewer ranks per host."
+            f"{torch.cuda.device_count()} GPUs. Start at most one rank per GPU."
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)

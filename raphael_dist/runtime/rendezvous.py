@@ -107,7 +107,7 @@ def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
 
 
 def join_first(names: Sequence[str], separator: str) -> str:
-    """Join the first MAX_NAMED names by `separator`, followed by the number of the other names, as " and 5 more"."""
+    """Join the first 5 names (MAX_NAMED) by `separator`, followed by the number of the other names, as " and 5 more"."""
     rest = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return separator.join(names[:MAX_NAMED]) + rest
 
@@ -120,9 +120,10 @@ def master_address() -> tuple[str, int]:
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value]
     if missing:
+        verb = "is" if len(missing) == 1 else "are"
         raise UserError(
-            f"WORLD_SIZE above 1 requires MASTER_ADDR and MASTER_PORT, but {' and '.join(missing)} is not set. Start with "
-            "torchrun or deepspeed, or set both to the address and port of rank 0."
+            f"WORLD_SIZE above 1 requires MASTER_ADDR and MASTER_PORT, but {' and '.join(missing)} {verb} not set. Start "
+            "with torchrun or deepspeed, or set both to the address and port of rank 0."
         )
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise UserError(
@@ -134,13 +135,13 @@ def master_address() -> tuple[str, int]:
         if getattr(error, "errno", None) != socket.EAI_AGAIN:  # temporary failure of the name server
             raise UserError(
                 f"MASTER_ADDR={address} must be the name or address of a host, but it cannot be resolved "
-                f"({error.strerror}). Set it to that of rank 0."
+                f"({error.strerror}). Set it to the name or address of the host of rank 0."
             ) from None
     return address, int(port)
 
 
 def post_status(line: str) -> None:
-    """Append a line about this rank to a text in the ranks' key-value store, which all ranks can read (`read_status`).
+    """Append a line about this rank to the list in the ranks' key-value store, which all ranks can read (`read_status`).
 
     Does nothing before `connect`.
     """

@@ -61,20 +61,21 @@ class StopRequest:
 
 
 def describe_ended(processes: Sequence[Process]) -> str:
-    """Return a text that names the first launcher process that has ended; "" if all of them run."""
+    """Return a sentence that names the first launcher process that has ended; "" if all of them run."""
     return next((f"the launcher {p.launcher} (process {p.pid}) has ended" for p in processes if not p.alive), "")
 
 
 def parse_time(text: str) -> float:
     """Convert a time in Slurm's form to seconds: `90` (minutes), `1:30:00`, `2-12:00:00`.
 
-    Raises UserError if the text has another form.
+    Raises UserError if `text` has another form.
     """
     match = _TIME.fullmatch(text)
     if match is None:
         raise UserError(
             f"--max-time={text} must have the form of Slurm's --time, which is minutes, minutes:seconds, "
-            "hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds. Correct it."
+            "hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds. Use e.g. "
+            "--max-time=2:30:00 for two and a half hours."
         )
     if match["days"] is not None:
         hours, minutes, seconds = ([int(n) for n in match["day_clock"].split(":")] + [0, 0])[:3]

@@ -50,7 +50,7 @@ class Heartbeat:
     Attributes:
         rank, host, pid: rank, host name and process id.
         count: number of its heartbeats so far. Ranks that make progress have equal counts. -1: there is no heartbeat yet.
-        where: the place that its training loop has reached, as text.
+        where: the place that its training loop has reached, as a string for messages.
         time: when it was written, in seconds since 1970.
     """
 
@@ -94,7 +94,7 @@ class Watchdog:
         self._interpreter_watchdog: subprocess.Popen[bytes] | None = None
 
     def heartbeat(self, where: str, timeout_factor: float = 1.0) -> None:
-        """Record that the training loop has reached `where` (a text for messages).
+        """Record that the training loop has reached `where` (a string for messages).
 
         The next call must come within `timeout_factor` times the timeout.
         """
@@ -107,7 +107,7 @@ class Watchdog:
         self._deadline = self._clock.now() + self._timeout * self._timeout_factor
 
     def start(self) -> Self:
-        """Start to watch, and return self. Until the first heartbeat, the timeout is multiplied by SLOW.
+        """Start to watch, and return self. Until the first heartbeat, the timeout is 5 times as long (SLOW).
 
         It writes no file before `use_folder` is called.
         """
@@ -280,7 +280,7 @@ def silent(heartbeats: list[Heartbeat], tick: float) -> list[Heartbeat]:
 
 
 def describe_stragglers(heartbeats: list[Heartbeat], tick: float) -> str:
-    """Return a text that names the ranks that are behind.
+    """Return a sentence that names the ranks that are behind.
 
     These have fewer heartbeats than other ranks, or have not written one for long (`silent`). `tick`: seconds between two
     writes of a healthy rank.

@@ -19,7 +19,7 @@ class SamplingSettings:
         steps: denoising steps.
         guidance: guidance scale; 1 turns guidance off.
         batch: images sampled at a time.
-        strength: for requests with a start image, share of the steps (0..1) that are applied to it (`sample_latents`).
+        strength: for requests with a start image, share of the steps (0..1) that are applied to it.
     """
 
     steps: int

@@ -33,7 +33,7 @@ class TrainedModel:
         model: the U-Net.
         sampler: the U-Net with its encoders, to draw images.
         config: configuration of the run that trained it.
-        origin: text for the user that names the checkpoint and adapters.
+        origin: description for the user: names of the checkpoint and adapters.
         digest: hash that identifies the loaded weights (16 hex digits), from the checksums in the checkpoint's manifest, or
             from its path if it has no manifest.
         weights: which weights were loaded: "ema" (moving average) or "master" (the trained fp32 weights).
@@ -57,8 +57,8 @@ class AdapterOptions:
     """LoRA adapters and a ControlNet to add to a model in memory, each with a scale: 0 turns it off, 1 is as trained.
 
     Attributes:
-        lora: path of the adapters (for `read_adapter`), or None.
-        control: path of the ControlNet (for `read_control`), or None.
+        lora: path of the adapters, as for `convert.lora_files.read_adapter`, or None.
+        control: path of the ControlNet, as for `convert.controlnet_files.read_control`, or None.
     """
 
     lora: Path | None = None
@@ -67,7 +67,7 @@ class AdapterOptions:
     control_scale: float = 1.0
 
     def describe(self) -> list[str]:
-        """Return one text for each adapter that is given, "PATH SCALE"."""
+        """Return a string "PATH SCALE" for each adapter that is given."""
         pairs = ((self.lora, self.lora_scale), (self.control, self.control_scale))
         return [f"{path} {scale}" for path, scale in pairs if path is not None]
 
@@ -76,7 +76,7 @@ class AdapterOptions:
 def open_model(
     path: Path, weights: str | None, adapters: AdapterOptions = AdapterOptions()
 ) -> Iterator[tuple[TrainedModel, Ranks]]:
-    """Return a context that loads a model on every rank of a launcher, or in this process alone.
+    """Return a context manager that loads a model on every rank of a launcher, or in this process alone.
 
     It yields the model and `Ranks` (this rank and the number of ranks). Arguments and errors are those of `load_trained`. If
     loading fails on one rank, all ranks raise its error.
@@ -145,7 +145,7 @@ def open_for_sampling(path: Path) -> Checkpoint:
         return open_checkpoint(layout, open_newest(path).folder)  # open_newest has verified the checksums
     checkpoint = open_checkpoint(layout, path)
     if problem := checkpoint.integrity_error():
-        raise UserError(f"--checkpoint {path} is damaged: {problem}. Use another checkpoint.")
+        raise UserError(f"--checkpoint {path} is damaged: {problem}. Copy it again from its source, or use another one.")
     return checkpoint
 
 
@@ -179,7 +179,8 @@ def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
         return "master"
     if weights is not None and weights not in kinds:
         raise UserError(
-            f"--weights {weights} must be one of {', '.join(kinds)}, the kinds of weights in this checkpoint. Change it."
+            f"--weights {weights} must be one of {', '.join(kinds)}, the kinds of weights in this checkpoint. Leave out "
+            "--weights, or give one of these."
         )
     return weights or "ema"
 

@@ -219,10 +219,10 @@ class RaphaelPipeline(LoraLoader, Denoiser):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return embeddings [B, Y, D] and masks, bool [B, Y], of prompts and of negative prompts (None without guidance).
 
-        If embeddings are passed instead of texts, they are only repeated `num_images_per_prompt` times.
+        If embeddings are passed instead of prompts, they are only repeated `num_images_per_prompt` times.
 
         Raises:
-            UserError: embeddings do not fit the model, or a text is passed but the pipeline has no text encoder.
+            UserError: embeddings do not fit the model, or a prompt is passed but the pipeline has no text encoder.
         """
         check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         device = self._execution_device if device is None else device
@@ -245,7 +245,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
 
     def _encode(self, texts: list[str], name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.text_encoder is None or self.tokenizer is None:
-            raise UserError(f"{name}={texts!r} requires a text encoder, but the pipeline has none. Give {name}_embeds.")
+            raise UserError(f"{name}={texts!r} requires a text encoder, but the pipeline has none. Pass {name}_embeds.")
         limit = self.config.max_tokens
         batch, truncated = tokenize(self.tokenizer, texts, limit, "max_length")
         if truncated:
@@ -258,14 +258,15 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         """Return the image inputs of the call; none by default. Pipelines with image inputs override this method."""
         if self.config.upscale:
             raise UserError(
-                "this model enlarges small images. Use RaphaelUpscalePipeline.from_pipe(pipeline) and give image."
+                "this model enlarges small images, but this pipeline takes no image. Use "
+                "RaphaelUpscalePipeline.from_pipe(pipeline) and pass it a small image as the argument image."
             )
         return ImageInputs()
 
     def _encode_images(self, call: CallArguments) -> Tensor:
         """Return the latents of the images in `call.image`, float32 [B, C, h, w]."""
         if not call.images:
-            raise UserError("image=None must be a PIL image, or one for each prompt. Pass an image.")
+            raise UserError("image=None must be a PIL image, or a list of one for each prompt. Pass an image.")
         device = self._execution_device
         images = to_tensor(np.stack([fit_image(image, call.size_hw) for image in call.images]))
         if self.vae is not None:

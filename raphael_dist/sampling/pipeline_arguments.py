@@ -76,7 +76,7 @@ class CallArguments:
         """Check all arguments of the call. Raises UserError for a value that is not allowed.
 
         Args:
-            factor: image pixels per latent position and side; height and width must be multiples of it.
+            factor: image pixels per latent position, in height and in width; height and width must be multiples of it.
             num_timesteps: number of timesteps of the noise schedule.
         """
         check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
@@ -86,16 +86,19 @@ class CallArguments:
             check_whole("seed", self.seed, 0, INT_LIMIT - 1)
         for name, side in (("height", self.height), ("width", self.width)):
             if not _is_whole(side) or side < factor or side % factor:
-                raise UserError(f"{name}={side!r} must be a multiple of {factor}. Change it.")
+                raise UserError(f"{name}={side!r} must be a multiple of {factor}. Use e.g. {name}={64 * factor}.")
         check_real("guidance_scale", self.guidance_scale, math.inf)
         check_real("controlnet_conditioning_scale", self.controlnet_conditioning_scale, math.inf)
         for name, high in (("strength", 1), ("eta", 1), ("guidance_rescale", 1)):
             check_real(name, getattr(self, name), high)
         if self.output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type={self.output_type!r} must be one of {', '.join(OUTPUT_TYPES)}. Change it.")
-        if not set(self.callback_on_step_end_tensor_inputs) <= set(CALLBACK_INPUTS):
-            names = list(self.callback_on_step_end_tensor_inputs)
-            raise UserError(f"callback_on_step_end_tensor_inputs={names} must be among {list(CALLBACK_INPUTS)}. Change it.")
+            allowed = ", ".join(map(repr, OUTPUT_TYPES))
+            raise UserError(f"output_type={self.output_type!r} must be one of {allowed}. Use e.g. output_type='pil'.")
+        if unknown := [name for name in self.callback_on_step_end_tensor_inputs if name not in CALLBACK_INPUTS]:
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs={list(self.callback_on_step_end_tensor_inputs)} must contain only "
+                f"{', '.join(CALLBACK_INPUTS)}, but it contains {unknown[0]!r}. Remove {unknown[0]!r}."
+            )
         for name, images in (("image", self.images), ("mask_image", self.masks)):
             for image in images:
                 _check_image(name, image)
@@ -108,9 +111,9 @@ class CallArguments:
 
 
 def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are either texts or embeddings, and negative prompts too.
+    """Raise UserError unless prompts are passed either as strings or as embeddings, and negative prompts too.
 
-    A negative prompt may be missing. There must be one for all prompts, or one for each.
+    Negative prompts may be missing. There must be one for all prompts, or one for each.
     """
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
@@ -150,7 +153,8 @@ def check_embeddings(
     if mask is not None and mask.shape != embeds.shape[:2]:
         mask_name = name.replace("embeds", "attention_mask")
         raise UserError(
-            f"{mask_name} of shape {list(mask.shape)} must have shape {list(embeds.shape[:2])}, as {name}. Change it."
+            f"{mask_name} of shape {list(mask.shape)} must have shape {list(embeds.shape[:2])}, one value for each token of "
+            f"{name}. Pass the mask that encode_prompt() returns with the embeddings."
         )
 
 
@@ -167,8 +171,8 @@ def for_each(name: str, value: object, count: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(
-            f"{name} must be one value, or a list of one for each prompt ({count}), but the list has {len(values)}. Change "
-            "its length."
+            f"{name} must be one value, or a list of one for each prompt ({count}), but the list has {len(values)}. Pass a "
+            f"single value or a list of length {count}."
         )
     return values
 
@@ -181,22 +185,30 @@ def check_whole(name: str, value: object, low: int, high: int | None = None) -> 
     """Raise UserError unless the argument `name` is a whole number from `low` to `high`. None: no upper limit."""
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
-        raise UserError(f"{name}={value!r} must be a whole number {limits}. Change it.")
+        raise UserError(f"{name}={value!r} must be a whole number {limits}. Use a number within these limits.")
 
 
 def check_real(name: str, value: object, high: float) -> None:
     """Raise UserError unless the argument `name` is a finite number from 0 to `high` (inf: no upper limit)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
-        raise UserError(f"{name}={value!r} must be a number {limits}. Change it.")
+        raise UserError(f"{name}={value!r} must be a number {limits}. Use a number within these limits.")
 
 
 def _check_text_list(name: str, values: Sequence[object]) -> None:
-    if not values or not all(isinstance(text, str) for text in values):
-        raise UserError(f"{name}={list(values)!r} must be a text or a list of texts. Change it, or give {name}_embeds.")
+    wrong = [value for value in values if not isinstance(value, str)]
+    if wrong or not values:
+        why = f"{wrong[0]!r} is not a string" if wrong else "the list is empty"
+        raise UserError(
+            f"{name}={list(values)!r} must be a string or a list of strings, but {why}. Pass e.g. {name}='a red heart', or "
+            f"pass {name}_embeds."
+        )
 
 
 def _check_image(name: str, image: object) -> None:
     if not isinstance(image, Image.Image):
         hint = "Image.fromarray(array)" if hasattr(image, "shape") else "Image.open(path)"
-        raise UserError(f"{name} must be a PIL image, or one for each prompt, but it is {type(image).__name__}. Use {hint}.")
+        raise UserError(
+            f"{name} must be a PIL image, or a list of one for each prompt, but its type is {type(image).__name__}. Pass "
+            f"{name}={hint}."
+        )

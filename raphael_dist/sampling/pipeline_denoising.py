@@ -60,7 +60,7 @@ class Prompts(NamedTuple):
 
 
 class Denoiser(PipelineFiles):
-    """Base class of pipelines that turn noise into latents: its steps, and the state of a call under diffusers' names."""
+    """Base class of pipelines: runs the denoising steps, and keeps the state of a call under diffusers' names."""
 
     controlnet: Model = None  # set by RaphaelControlNetPipeline
     _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
@@ -95,14 +95,14 @@ class Denoiser(PipelineFiles):
         if call.latents is not None:
             if tuple(call.latents.shape) != shape:
                 raise UserError(
-                    f"latents must have the shape {list(shape)}, but it is {list(call.latents.shape)}. Change latents, "
-                    "height or width."
+                    f"latents must have the shape {list(shape)}, but it is {list(call.latents.shape)}. Pass latents of this "
+                    "shape, or change height, width or the number of prompts."
                 )
             return call.latents.to(device, torch.float32)
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise UserError(
                 f"generator must be one generator, or a list of one for each image ({shape[0]}), but the list has "
-                f"{len(generator)}. Change its length."
+                f"{len(generator)}. Pass one generator, or a list of length {shape[0]}."
             )
         if generator is None and call.seed is not None:
             numbers = [(i, copy) for i in range(call.num_prompts) for copy in range(copies)]
@@ -120,7 +120,8 @@ class Denoiser(PipelineFiles):
             settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. Change them."
+                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason.rstrip('.')}. Leave "
+                "out both, or use a scheduler that supports them."
             ) from None
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):

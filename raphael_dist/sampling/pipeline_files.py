@@ -103,11 +103,11 @@ def check_pipeline_folder(folder: Path) -> None:
     """Raise UserError unless a folder has a readable model_index.json with the class of a pipeline."""
     try:
         index = read_json(folder / "model_index.json")
-        problem = None if isinstance(index, dict) and "_class_name" in index else "it has no _class_name"
+        problem = None if isinstance(index, dict) and "_class_name" in index else "it lacks the key _class_name"
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
     if problem:
         raise UserError(
-            f"{folder} must be the folder of a pipeline, but its model_index.json cannot be read: {problem}. Export one "
-            "with convert --to diffusers."
+            f"{folder} must be the folder of a pipeline, but its model_index.json cannot be used: {problem}. Export a "
+            "pipeline with `python -m raphael_dist convert --from auto RUN_DIR --to diffusers FOLDER`."
         )

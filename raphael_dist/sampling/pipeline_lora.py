@@ -60,7 +60,10 @@ class LoraLoader:
         """
         name = f"default_{len(self._lora.adapters)}" if adapter_name is None else adapter_name
         if name in self._lora.adapters:
-            raise UserError(f"adapter_name={name!r} must be new, but the pipeline has such an adapter. Choose another name.")
+            raise UserError(
+                f"adapter_name={name!r} must be new, but the pipeline has an adapter of this name. Choose another name, or "
+                f"call delete_adapters({name!r}) first."
+            )
         path, adapter = Path(pretrained_model_name_or_path), None
         if IN_PACKAGE:  # the installed package also reads a run that trained adapters
             adapter = read_adapter(path, option="load_lora_weights")
@@ -81,17 +84,23 @@ class LoraLoader:
             adapter_weights: factor of what is added to the weights: one number for all adapters, or one for each. None: 1.
 
         Raises:
-            UserError: there is no adapter of a name, or the number of factors is wrong.
+            UserError: no adapter of this name is loaded, or the number of factors is wrong.
         """
         names = as_list(adapter_names)
         weights = as_list(1.0 if adapter_weights is None else adapter_weights)
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
-            raise UserError(f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters")
+            raise UserError(
+                f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters, but it has "
+                f"{len(weights)} numbers. Pass one number, or a list of length {len(names)}."
+            )
         for name, weight in zip(names, weights, strict=True):
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)
-                raise UserError(f"adapter_names={name!r} must be one of {known}{did_you_mean(str(name), known)}. Change it.")
+                raise UserError(
+                    f"adapter_names={name!r} must be a loaded adapter, but the loaded ones are {known}"
+                    f"{did_you_mean(str(name), known)}. Use one of these, or load the adapter with load_lora_weights()."
+                )
             check_real("adapter_weights", weight, float("inf"))
         self._merge(dict(zip(names, weights, strict=True)))
 

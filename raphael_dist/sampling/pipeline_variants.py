@@ -161,7 +161,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
         factor = (self.config.upscale or {}).get("factor", 0)
         if not factor:
             raise UserError(
-                "RaphaelUpscalePipeline requires a super-resolution model, but this one is not. Use RaphaelPipeline."
+                "RaphaelUpscalePipeline requires a super-resolution model, but this model is not one. Use RaphaelPipeline."
             )
         small = small_images(call.images, call.size_hw, factor).repeat_interleave(call.num_images_per_prompt, dim=0)
         return ImageInputs(small=small.to(self._execution_device))

@@ -38,7 +38,9 @@ def read_requests(path: Path, default: Request) -> list[Request]:
     try:
         lines = split_lines(read_text(path, regular=False))
     except (OSError, ValueError) as error:
-        raise UserError(f"--prompts={path} cannot be read: {error}. Check the file.") from None
+        raise UserError(
+            f"--prompts={path} cannot be read: {error}. Give a text file in UTF-8 with one prompt per line."
+        ) from None
     requests: list[Request] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -47,7 +49,8 @@ def read_requests(path: Path, default: Request) -> list[Request]:
             requests.append(_request(fields, len(requests), default, where))
     if not 0 < len(requests) <= MAX_PROMPTS:
         raise UserError(
-            f"--prompts={path} must contain 1 to {MAX_PROMPTS} prompts, but it contains {len(requests)}. Add or remove some."
+            f"--prompts={path} must contain 1 to {MAX_PROMPTS} prompts, but it contains {len(requests)}. Write one prompt "
+            "per line, and divide more prompts into several files."
         )
     return requests
 
@@ -56,11 +59,14 @@ def _fields(line: str, where: str) -> JsonObject:
     try:
         fields = parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where} must be JSON, but it cannot be parsed: {error}. Correct it.") from None
+        raise UserError(
+            f"{where} must be JSON, but it cannot be parsed: {error}. Write the line as in "
+            '{"prompt": "a red heart", "seed": 3}.'
+        ) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         raise UserError(
-            f'{where} must be a JSON object with the key \'prompt\', e.g. {{"prompt": "a red heart", "seed": 3}}. '
-            "Correct it."
+            f"{where} must be a JSON object with a string at the key 'prompt'. Write the line as in "
+            '{"prompt": "a red heart", "seed": 3}.'
         )
     for name in fields:
         if name not in _FIELDS:
@@ -73,11 +79,11 @@ def _fields(line: str, where: str) -> JsonObject:
 def _request(fields: JsonObject, index: int, default: Request, where: str) -> Request:
     seed, size, negative = fields.get("seed"), fields.get("size", default.size_hw), fields.get("negative_prompt")
     if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-        raise UserError(f"{where}: seed={seed!r} must be a whole number from 0 to 2**63 - 1. Correct it.")
+        raise UserError(f'{where}: seed={seed!r} must be a whole number from 0 to 2**63 - 1. Write e.g. "seed": 3.')
     if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int for side in size)):
-        raise UserError(f"{where}: size={size!r} must be [height, width] in pixels. Correct it.")
+        raise UserError(f'{where}: size={size!r} must be [height, width] in pixels. Write e.g. "size": [512, 512].')
     if negative is not None and not isinstance(negative, str):
-        raise UserError(f"{where}: negative_prompt={negative!r} must be a text. Correct it.")
+        raise UserError(f'{where}: negative_prompt={negative!r} must be a string. Write e.g. "negative_prompt": "blurry".')
     return replace(
         default,
         prompt=fields["prompt"],
@@ -91,13 +97,14 @@ def _request(fields: JsonObject, index: int, default: Request, where: str) -> Re
 def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size") -> None:
     """Raise UserError unless height and width of every request are multiples of `factor`.
 
-    `factor`: image pixels per latent position and side. `option`: name of the command line option, for the message.
+    `factor`: image pixels per latent position, in height and in width. `option`: name of the command line option.
     """
     for size in {r.size_hw for r in requests}:
         if any(side < factor or side % factor for side in size):
+            near = [max(factor, round(side / factor) * factor) for side in size]
             raise UserError(
-                f"{option} {size[0]} {size[1]} must be multiples of {factor}, the downsampling factor of the VAE. Change "
-                "the size."
+                f"{option} {size[0]} {size[1]} must be multiples of {factor}, the downsampling factor of the VAE. Use e.g. "
+                f"{near[0]} {near[1]}."
             )
 
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @contextmanager
 def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
-    """Return a context in which torch.distributed's process group exists; yields this rank's `Ranks` and its device.
+    """Return a context manager that provides a process group; it yields this rank's `Ranks` and its device.
 
     The ranks are those of a launcher, or this process alone. A process group that exists already is used and kept.
     """

@@ -273,8 +273,8 @@ class Sampler:
             return self.denoise
         if self.with_edges is None:
             raise UserError(
-                "--control requires a model with a ControlNet, but this model has none. Add --control-from, or leave out "
-                "--control."
+                "--control requires a model with a ControlNet, but this model has none. Add `--control-from RUN_DIR` "
+                "with the run that trained a ControlNet, or leave out --control."
             )
         if len(maps) < len(requests):
             raise UserError(
@@ -315,7 +315,8 @@ def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int,
     expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels for an image of {size_hw[0]} x {size_hw[1]}"
     if small_HsWs3 is None:
         raise UserError(
-            f"{option} is required, since the model has upscale.factor={factor}. Give a small image of {expected}."
+            f"{option} is required, because the model enlarges images (upscale.factor={factor}). Give a small image of "
+            f"{expected}."
         )
     height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
     if (height, width) != tuple(size_hw):

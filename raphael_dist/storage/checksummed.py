@@ -77,7 +77,7 @@ def sealed_folder(folder: Path) -> Iterator[Path]:
 
 
 def folder_damage(folder: Path) -> str | None:
-    """Return a text about the first missing or damaged file of a folder that `sealed_folder` wrote; None if it is intact."""
+    """Return a message about the first missing or damaged file of a folder that `sealed_folder` wrote; None: all intact."""
     try:
         files = json.loads(read_sealed(folder / SUMS))
         return integrity_error((folder / name, entry) for name, entry in files.items())

@@ -160,7 +160,7 @@ def integrity_error(files: Iterable[tuple[Path, FileEntry]], report: Callable[[s
         report: called with a line of progress before each file is read.
 
     Returns:
-        A text about the first file that is missing or does not match; None if all match.
+        A message about the first file that is missing or does not match; None if all match.
     """
     for path, entry in files:
         report(f"the checksum of {path.name}")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import FileEntry, write_all
-from raphael_dist.text import JsonObject, open_regular
+from raphael_dist.text import JsonObject, open_regular, reason_unreadable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -97,10 +97,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
         _check_extent(tensors, 8 + length, size)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing. Restore the file, or check the path.") from None
+        raise UserError(f"{path} is missing. Copy it again from its source, or check the path.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read as a safetensors file: {error}. Restore the file, or save it again."
+            f"{path} cannot be read as a safetensors file: {reason_unreadable(error)}. Copy it again from its source, or "
+            "save it again."
         ) from None
     return tensors, metadata
 
@@ -158,7 +159,7 @@ class FileReader:
                 parts.append((span, low - span.start, high - low))
                 at = high
         if at < start + numel:
-            raise LookupError(f"no element {at}, but elements {start} to {start + numel - 1} are required")
+            raise LookupError(f"no element {at} (required: {start} to {start + numel - 1})")
         if len(parts) == 1:
             return self._piece(*parts[0]).float()
         out = torch.empty(numel)
@@ -181,7 +182,8 @@ class FileReader:
             count = os.preadv(self._descriptor(path), [view[done:]], offset + done)
             if not count:
                 raise UserError(
-                    f"{path} ends too early: the file is truncated, or another process is writing it. Restore the file."
+                    f"{path} ends too early: the file is truncated, or another process is writing it. Copy it again from "
+                    "its source."
                 )
             done += count
         return out

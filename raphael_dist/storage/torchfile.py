@@ -33,7 +33,7 @@ _STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16St
 
 
 class Placeholder(Protocol):
-    """Takes the place of a tensor in a tree that is written."""
+    """Interface of objects that stand for tensors in the nested dicts and lists that `write_tree` writes."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -70,7 +70,7 @@ def load_tree(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
         with FakeTensorMode(), torch.serialization.safe_globals(list(allowed)):
             return _with_places(torch.load(path, weights_only=True, map_location="cpu"), path, [MAX_VALUES])
     except FileNotFoundError:
-        raise UserError(f"{path} is missing. Restore the file, or check the path.") from None
+        raise UserError(f"{path} is missing. Copy it again from its source, or check the path.") from None
     except pickle.UnpicklingError as error:
         unsafe = next(
             (line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "it is not a file of weights"
@@ -82,7 +82,8 @@ def load_tree(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, zipfile.BadZipFile) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} cannot be read as a file of torch.save: {reason}. Restore the file, or save the weights again."
+            f"{path} cannot be read as a file of torch.save: {reason}. Copy it again from its source, or save the "
+            "weights again."
         ) from None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raphael_dist.errors import UserError
-from raphael_dist.text import read_json
+from raphael_dist.text import read_json, reason_unreadable
 
 DIFFUSERS, TRANSFORMERS = ("diffusion_pytorch_model",) * 2, ("model", "pytorch_model")  # stems of safetensors and of .bin
 _FIRST = ("fp32", "bf16", "fp16")  # order in which variants are preferred
@@ -36,8 +36,8 @@ class WeightFiles:
 def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFiles:
     """Find the weight files of the model in `folder`. Raises UserError if there are none.
 
-    Names without a variant such as fp16 are preferred, then .safetensors. `stems`: the beginning of the file names, before
-    the first dot, for .safetensors and for .bin files.
+    Files without a variant (such as fp16) in their names are preferred to those with one, then .safetensors to .bin.
+    `stems`: the beginning of the file names, before the first dot, for .safetensors and for .bin files.
     """
     for variant in (None, *_variants(folder, stems)):
         for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
@@ -49,7 +49,7 @@ def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFile
                 return WeightFiles(_parts(index), variant)
     raise UserError(
         f"{folder} must contain weights, but {stems[0]}.safetensors and {stems[0]}.bin are missing, also with a variant "
-        "(such as fp16) in their names. Restore them, or give another folder."
+        "(such as fp16) in their names. Copy the weights into it, or give another folder."
     )
 
 
@@ -70,12 +70,13 @@ def _parts(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read: {error}. Restore the file.") from None
+        raise UserError(f"{index} cannot be read: {reason_unreadable(error)}. Download the model again.") from None
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise UserError(
-            f"{index} must list weight files in its own folder under weight_map, but it lists {names[:3]}. Restore the file."
+            f"{index} must list weight files in its own folder under weight_map, but it lists {names[:3]}. Download the "
+            "model again."
         )
     for name in names:
         if not (index.parent / name).is_file():
-            raise UserError(f"{index.parent / name} is missing, but {index.name} lists it. Restore the file.")
+            raise UserError(f"{index.parent / name} is missing, but {index.name} lists it. Download the model again.")
     return tuple(index.parent / name for name in names)

@@ -171,7 +171,8 @@ def _are_edge_maps(shard: Path) -> Iterator[bool]:
     except (OSError, tarfile.TarError, EOFError) as error:
         why = str(error).splitlines()[0].rstrip(":")
         raise UserError(
-            f"data.shards: {shard} cannot be read as a tar file ({why}). Restore the file, or remove it from data.shards."
+            f"data.shards: {shard} cannot be read as a tar file ({why}). Copy it again from its source, or remove it from "
+            "data.shards."
         ) from None
 
 

@@ -61,8 +61,8 @@ def load_entropy(share_LK: Tensor) -> float:
 class DeadExperts:
     """Detects experts that get almost no work, and creates a warning with a remedy.
 
-    An expert is dead if its load is below DEAD_SHARE of the mean load of its block. The loads of the last log lines are
-    added up, as many lines as are needed for SAMPLES samples per expert.
+    An expert is dead if its load is below 1% (DEAD_SHARE) of the mean load of its block. The loads of the last log lines are
+    added up, as many lines as are needed for 100 samples per expert.
     """
 
     SAMPLES = 100

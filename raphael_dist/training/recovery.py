@@ -20,7 +20,7 @@ class SkipReason(NamedTuple):
     """Why a step must not change the weights.
 
     Attributes:
-        why: the reason as text, for the log.
+        why: the reason, as a string for the log.
         rollback: whether the run must return to a checkpoint. This is so if the loss is a spike and train.spike_action is
             "rollback".
     """
@@ -72,13 +72,13 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
     """
     bad = _bad_positions(losses)
     run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size
-    line = f"step {run.progress.step} was skipped, since {why}. {_name_bad_samples(run, bad)}"
+    line = f"step {run.progress.step} was skipped, because {why}. {_name_bad_samples(run, bad)}"
     if run.guard.skip():
         if not run.progress.updated and return_to_earlier_checkpoint(run, line):
             return False
         raise NonFiniteError(
             f"{line}. The limit train.max_skipped={run.guard.in_a_row} of consecutive skipped steps is reached. The last "
-            "checkpoint is unchanged. Lower optim.lr, or look at the samples."
+            "checkpoint is unchanged. Lower optim.lr, or remove these samples if they are faulty."
         )
     run.telemetry.warn(line)
     return True
@@ -127,7 +127,7 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
     if run.guard.record_rollback(saved.guard, saved.step):
         raise NonFiniteError(
             f"The run returned to step {saved.step} too often without reaching a new checkpoint: {run.guard.rollbacks} "
-            "times, the limit is train.max_skipped. Lower optim.lr, or look at the samples."
+            "times, the limit is train.max_skipped. Lower optim.lr, or remove faulty samples, which the log names."
         )
     run.progress.step, run.progress.samples_seen = saved.step, samples_seen
     # In the checkpoint, too: a run that is stopped now must not use the same samples again.

@@ -45,7 +45,8 @@ def acquire(config: Config, report: Reporter = no_report) -> IO[str]:
         lock = open(folder / ".lock", "a", opener=files.no_links)
         if not _lock(lock, config.run.lock_wait_s, report):
             raise UserError(
-                f"run.dir={folder} is in use by another process, which trains in it. Wait for it, or choose another run.dir."
+                f"run.dir={folder} is in use by another process, which trains in it. Wait until it ends, or choose another "
+                "run.dir."
             )
         check_unowned(config)
         files.replace_bytes(folder / "config.yaml", to_yaml(config).encode())

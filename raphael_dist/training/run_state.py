@@ -53,10 +53,10 @@ class RunProgress:
         return not self.stage_start <= self.step < (self.stage_end or self.max_steps)
 
     def timeout_factor(self, micro_step: int) -> float:
-        """Return the factor on the watchdog's timeout during a micro-step.
+        """Return by how much the watchdog's timeout is multiplied during a micro-step.
 
-        It is larger for the first micro-step of this process, which compiles kernels and allocates memory. `micro_step`:
-        number of the micro-step in its optimizer step, from 0.
+        It is 5 for the first micro-step of this process, which compiles kernels and allocates memory, and 1 for the others.
+        `micro_step`: number of the micro-step in its optimizer step, from 0.
         """
         return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 

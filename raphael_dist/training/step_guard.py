@@ -28,7 +28,7 @@ class Guard:
         """Judge the mean loss of a step: return "good", "not finite" or "spike". Nothing is recorded.
 
         A loss is a spike if it is more than train.spike_sigma standard deviations above the mean of the last
-        train.spike_window good losses.
+        train.spike_window good losses. While there are fewer than 10 of them, no loss is a spike.
         """
         if not math.isfinite(loss):
             return "not finite"
@@ -74,7 +74,7 @@ class Guard:
         return {"window": self.window, **counts}
 
     def restore(self, state: JsonObject) -> None:
-        """Restore the state that the method `state` returned; an empty dict resets the guard to that of a new run."""
+        """Restore the state that the method `state` returned; an empty dict resets the guard to the state of a new run."""
         self.window = [float(loss) for loss in state.get("window", [])]
         self.skipped = int(state.get("skipped", 0))
         self.in_a_row = int(state.get("in_a_row", 0))

@@ -85,8 +85,8 @@ class Stragglers:
     def describe_slow(self) -> str | None:
         """Return a message that names the slow ranks, the slowest first.
 
-        A rank is slow if its own work (data and forward pass) takes more than SLOW_RATIO times the median of all ranks.
-        Returns None if there is no such rank, or if fewer than WINDOW steps were observed.
+        A rank is slow if its own work (data and forward pass) takes more than 1.5 times the median of all ranks
+        (SLOW_RATIO). Returns None if there is no such rank, or if fewer than 20 steps (WINDOW) were observed.
         """
         if len(self.hosts) < 2 or sum(n for n, _ in self._recent) < WINDOW:
             return None

@@ -82,7 +82,7 @@ def warmup_step(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
         micro = engine.config.train.micro_batch_size
         raise UserError(
             f"train.micro_batch_size={micro} does not fit into the memory of {engine.device}. Set a smaller "
-            "train.micro_batch_size or model.checkpoint_activations=blocks, or use ds_configs/zero2_offload.json or "
+            "train.micro_batch_size, set model.checkpoint_activations=blocks, or use ds_configs/zero2_offload.json or "
             "ds_configs/zero3.json."
         ) from None
 

@@ -159,7 +159,7 @@ def check_installed(config: Config) -> None:
 
 def _not_installed(name: str) -> str:
     return (
-        f"run.trackers={name} requires the package {name}, but it is not installed. Run pip install {name}, or remove it "
+        f"run.trackers={name} requires the package {name}, but it is not installed. Run `pip install {name}`, or remove it "
         "from run.trackers."
     )
 

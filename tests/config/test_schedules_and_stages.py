@@ -192,7 +192,7 @@ def test_stage_of_a_step_sets_its_values() -> None:
         ([{"set": {"optim.lr": -1}}], "train.stages: the settings of stage 1 are not valid: optim.lr=-1"),
         ([{"until": 5, "set": {}}], "requires `until` in every stage but the last"),
         ([{"until": 5, "set": {}}, {"until": 5, "set": {}}, {"set": {}}], "but the values of `until` are [5, 5]"),
-        ([{"until": 5, "set": {"optim.lr": 1}}, {"set": {}}], "optim.lr is missing in some (see stage 2)"),
+        ([{"until": 5, "set": {"optim.lr": 1}}, {"set": {}}], "optim.lr is missing in stage 2"),
     ],
 )
 def test_wrong_stages_are_one_line(stages: list[dict], text: str) -> None:

@@ -100,16 +100,22 @@ def test_hostile_captions_take_bounded_time_and_size() -> None:
         read_texts({"txt": b"x" * (MAX_CAPTION_BYTES + 1)})
 
 
-WRONG = [({"en": "a dog"}, "a dict"), (float("nan"), "a float"), (7, "an int"), (True, "a bool"), ([["a"]], "a list")]
+WRONG = [
+    ({"en": "a dog"}, "an object"),
+    (float("nan"), "a number"),
+    (7, "a number"),
+    (True, "true or false"),
+    ([["a"]], "a list"),
+]
 
 
 @pytest.mark.parametrize(("value", "kind"), WRONG)
 def test_caption_of_another_type_is_reported_and_replaced_by_next_text(value: object, kind: str) -> None:
     for field in ("caption", "captions"):
         meta = json.dumps({field: value}).encode()
-        with pytest.raises(ValueError, match=f"^caption is {kind}, not a text$"):
+        with pytest.raises(ValueError, match=f"^caption is {kind}, not a string$"):
             read_texts({"json": meta})
-        with pytest.raises(ValueError, match=f"^caption is {kind}, not a text$"):
+        with pytest.raises(ValueError, match=f"^caption is {kind}, not a string$"):
             read_captions({"json": meta}, CaptionChoice(weights=((field, 1.0),)))
         assert read_texts({"json": meta, "txt": b"a cat"})[1] == ["a cat"]
     assert read_texts({"json": json.dumps({"captions": value, "caption": "a cat"}).encode()})[1] == ["a cat"]

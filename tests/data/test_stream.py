@@ -320,7 +320,7 @@ def test_on_error_stop_names_shard_and_key_of_bad_sample(tmp_path):
     online = TrainStream(world.order, OnlineFeatures(world.dataset, encoders(world.text).image), **options)
     at = next(position for position in range(30) if world.order.lookup(position).sample_id == 4)
     assert all(online.sample(position).sample_id != 4 for position in range(30) if position != at)
-    message = r"data\.on_error=stop ends the run, .*: s0\.tar:'004': .*. Repair it, or set data\.on_error=skip"
+    message = r"data\.on_error=stop ends the run, .*: s0\.tar:'004': .*. Replace it, or set data\.on_error=skip"
     with pytest.raises(UserError, match=message):
         online.sample(at)
     assert online.replaced == 0

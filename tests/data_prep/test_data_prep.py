@@ -212,7 +212,7 @@ MISTAKES = {
     "latin-1": (lambda d: write_bytes(d / "metadata.jsonl", "größe".encode("latin-1")), [], "not UTF-8"),
     "UTF-16": (lambda d: write_bytes(d / "metadata.csv", "file_name,text".encode("utf-16")), [], "not UTF-8"),
     "nested": (lambda d: write(d / "metadata.jsonl", "[" * 100_000), [], "cannot be parsed (nested too deeply)"),
-    "no text": (lambda d: jsonl(d, [7, 8]), [], "has one (caption is an int, not a text)"),
+    "no text": (lambda d: jsonl(d, [7, 8]), [], "has one (caption is a number, not a string)"),
     "no JSON": (lambda d: write(d / "metadata.jsonl", "{"), [], "line 1 must be JSON"),
     "splits": (lambda d: write(d / "dataset_dict.json", "{}"), [], "must be one split"),
     "edges": (lambda d: folder_of(d, 1), ["--edges", "sobel"], "must be one of auto, hed, canny, stored, none"),
@@ -228,8 +228,8 @@ def test_captions_of_other_types_are_reported_with_type(tmp_path: Path, capsys: 
     assert prepare(folder, "--out", out, "--edges", "none") == 0
     assert captions_in(out) == [["a"], ["d"], ["e", "f"]]
     bad = dict(json.loads((out / "train-00000.json").read_text())["bad"])
-    kinds = {1: "a dict", 2: "a float", 3: "an int", 4: "a bool", 8: "a list"}
-    assert bad == {f"{n}.png": f"caption is {kind}, not a text" for n, kind in kinds.items()} | {"6.png": "no caption"}
+    kinds = {1: "an object", 2: "a number", 3: "a number", 4: "true or false", 8: "a list"}
+    assert bad == {f"{n}.png": f"caption is {kind}, not a string" for n, kind in kinds.items()} | {"6.png": "no caption"}
     assert "3 samples in 1 shards, 6 left out" in capsys.readouterr().out
 
 
@@ -305,7 +305,7 @@ def test_inspect_data_reports_contents_and_draws_sheet(tmp_path: Path, capsys: p
     expected_texts = [
         "9 samples in 1 shards",
         "png 56%, jpg 44%",
-        "json captions: list, in 100%",
+        "json captions: a list, in 100%",
         "cannot be decoded: 0 of 9",
     ]
     expected_texts += ["look like another one: 1 of 9", "9 (1 each in 9 samples); words: median 3", "[64, 80]         9"]

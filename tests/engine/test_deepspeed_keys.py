@@ -152,7 +152,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("zero_optimization.offload_optimizer.nvme_path", "/x", "is not supported"),
     ("zero_optimization.offload_optimizer.ratio", 0.5, "=0.5 in the DeepSpeed JSON must be 1"),
     ("zero_optimization.reduce_bucket_sise", 1, "did you mean 'reduce_bucket_size'"),
-    ("zero_optimization.reduce_bucket_size", True, "=true in the DeepSpeed JSON must be a whole number from 0"),
+    ("zero_optimization.reduce_bucket_size", True, "=true in the DeepSpeed JSON must be a whole number, 0 or more"),
     ("zero_optimization.reduce_bucket_size", 0.5, "must be a whole number"),
     ("zero_optimization.overlap_comm", 1, "=1 in the DeepSpeed JSON must be true or false"),
     ("zero_optimization", True, "=true in the DeepSpeed JSON must be a JSON object"),

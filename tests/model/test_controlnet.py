@@ -137,7 +137,7 @@ def test_control_run_resumes_bit_for_bit_and_keeps_its_base(forks: Forks, tmp_pa
     exported, read = (read_control(tmp_path / name, tiny_config()) for name in ("control", "run"))
     assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), read.parameters(), strict=True))
     wider = tiny_config(model={"expert_width": [24, 28]})
-    with pytest.raises(UserError, match=r"must fit the model, but its tensor"):
+    with pytest.raises(UserError, match=r"must fit the model, but the tensor"):
         read_control(tmp_path / "control", wider)
 
 

@@ -222,12 +222,12 @@ FITS = {"expert_width": [24, 32]}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"train": {"kernels": ["group_norm"], "compile": True}}, "train.compile=false.* of group_norm, but it is true"),
+        ({"train": {"kernels": ["group_norm"], "compile": True}}, "train.compile=false, but it is true"),
         ({"train": {"kernels": ["space_moe"]}, "model": {"space_experts": 0}}, "model.space_experts above 0"),
-        ({"train": {"kernels": ["space_moe"]}, "model": {"expert_backend": "grouped"}}, "expert_backend=auto .* is grouped"),
+        ({"train": {"kernels": ["space_moe"]}, "model": {"expert_backend": "grouped"}}, "backend=auto, but it is grouped"),
         ({"train": {"kernels": ["time_moe"]}, "model": {"time_activation": "geglu"}}, "time_activation=gelu"),
-        ({"train": {"kernels": ["time_moe"]}, "parallel": {"time_ep": 2}}, "parallel.time_ep=1 .* but it is 2"),
-        ({"train": {"kernels": ["adamw"]}, "optim": {"kind": "sgd"}}, "optim.kind=adamw .* but it is sgd"),
+        ({"train": {"kernels": ["time_moe"]}, "parallel": {"time_ep": 2}}, "parallel.time_ep=1, but it is 2"),
+        ({"train": {"kernels": ["adamw"]}, "optim": {"kind": "sgd"}}, "optim.kind=adamw, but it is sgd"),
         (
             {"train": {"kernels": ["space_moe"]}, "lora": {"rank": 2, "targets": ["experts"]}, "run": {"init_from": "x"}},
             "lora.targets without experts",
@@ -235,7 +235,7 @@ FITS = {"expert_width": [24, 32]}
     ],
 )
 def test_settings_that_a_kernel_cannot_work_with_are_refused(sections, message):
-    pattern = rf"train.kernels=\[.*\] requires .*{message}.*remove \w+ from train.kernels"
+    pattern = rf"train.kernels=\[.*\]: the kernel \w+ requires .*{message}.*remove \w+ from train.kernels"
     with pytest.raises(UserError, match=pattern) as error:
         tiny_config(**sections)
     assert len(error.value.args) == 1

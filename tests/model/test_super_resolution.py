@@ -274,7 +274,7 @@ def test_mistakes_of_sampling_are_one_line(tmp_path: Path, capsys: pytest.Captur
     plain = canonical(tmp_path / "plain", Config(**{**tree, "upscale": {}}))
     (tmp_path / "broken.png").write_bytes(b"no picture")
     cases = [
-        (upscaler, [], r"--upscale is required, since the model has upscale.factor="),
+        (upscaler, [], "--upscale is required, because the model enlarges images (upscale.factor="),
         (plain, ["--upscale", str(image_file(tmp_path))], "requires a super-resolution model"),
         (
             upscaler,

@@ -57,7 +57,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A healthy run, and one of another learning rate with a dead expert that waits for data and failed."""
     folder = tmp_path_factory.mktemp("runs")
     bad = {"moe/space/L02/load_min": lambda i: 0.0, "time/data_wait_frac": lambda i: 0.4}
-    failed = [(10.5, "INFO", START), (12.5, "WARNING", "step 120 was skipped, since the loss is not finite")]
+    failed = [(10.5, "INFO", START), (12.5, "WARNING", "step 120 was skipped, because the loss is not finite")]
     return [plant(folder / "one"), plant(folder / "two", bad, failed, {"optim.lr": 0.004}, grids=0)]
 
 
@@ -108,7 +108,7 @@ def test_page_is_small_and_asks_no_server(tmp_path: Path) -> None:
 def test_text_of_others_cannot_become_markup(tmp_path: Path) -> None:
     hostile = "</script><script>alert(1)</script>"
     run = plant(
-        tmp_path / "run", log=[(2.5, "WARNING", f"step 20 was skipped, since {hostile}")], options={"run.project": hostile}
+        tmp_path / "run", log=[(2.5, "WARNING", f"step 20 was skipped, because {hostile}")], options={"run.project": hostile}
     )
     (run / "samples" / "step-00000400.routes.json").write_text(json.dumps(routes() | {"prompt": hostile}))
     page = page_of(tmp_path / "r.html", run)

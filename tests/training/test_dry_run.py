@@ -189,7 +189,7 @@ def test_most_common_reason_of_bad_samples_comes_first() -> None:
     assert "352 of 352 samples cannot be used (no edge.png)" in str(error.value)
     assert "set edge.weight=0 to train without them" in str(error.value)
     with pytest.raises(
-        UserError, match=r"4 of 4 samples cannot be used \(the reason of 3 of them is: no caption\)\. Repair the shards"
+        UserError, match=r"4 of 4 samples cannot be used \(the reason of 3 of them is: no caption\)\. Replace these samples"
     ):
         _check_bad_fraction(4, [BadSample("a.tar", str(i), "no caption" if i else "no image") for i in range(4)], 4, 0.05)
 

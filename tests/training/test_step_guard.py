@@ -141,7 +141,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_exit_code_3(forks: Forks, tmp
     assert codes == [EXIT_NON_FINITE] * 2, output_of(run, 2)
     errors = [line for line in output_of(run, 2).splitlines() if line.startswith("error")]
     assert len(errors) == 1
-    assert "step 5 was skipped, since the loss is not finite" in errors[0]
+    assert "step 5 was skipped, because the loss is not finite" in errors[0]
     assert "train.max_skipped=3 of consecutive skipped steps" in errors[0]
     assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000002"
     assert at(run, 2).integrity_error() is None

@@ -89,7 +89,7 @@ class Campaign:
 
 @contextmanager
 def lock(campaign: Campaign) -> Iterator[None]:
-    """Return a context in which no other process can run the campaign in this folder.
+    """Return a context manager inside which no other process can run the campaign in this folder.
 
     Raises UserError if another process does, or if the runs in the folder have other settings.
     """
@@ -106,7 +106,7 @@ def lock(campaign: Campaign) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Return a context whose block is interrupted after so many seconds, as by Ctrl-C. None: it is not."""
+    """Return a context manager whose body is interrupted after `seconds`, as by Ctrl-C. None: it is not interrupted."""
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
@@ -159,9 +159,11 @@ def _run(campaign: Campaign, processes: "Processes", variant: Variant, seed: int
         report(f"{prefix}{name}: {folder}")
         _train(campaign, processes, variant, seed)
     elif result["overrides"] != variant.overrides:
+        before, now = result["overrides"], variant.overrides
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
         raise UserError(
-            f"{folder} was created with the settings {result['overrides']}, but {variant.name} requires "
-            f"{variant.overrides} now. Remove the folder, or choose another --out."
+            f"{folder} was created with {key}={before.get(key)}, but the variant {variant.name} has {key}={now.get(key)} "
+            "now. Remove the folder, or choose another --out."
         )
     if diverged(folder):
         return
@@ -191,7 +193,8 @@ def read_finished(folder: Path) -> dict[str, Any] | None:
         result = json.loads(read_text(path))
         assert isinstance(result["overrides"], dict)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Remove the file; the next start continues the run.") from None
+        why = error if isinstance(error, OSError | ValueError) else "it has no object `overrides`"
+        raise UserError(f"{path} cannot be read ({why}). Remove the file; the next start continues the run.") from None
     return dict(result)
 
 
@@ -287,6 +290,6 @@ def _check(code: int, name: str, folder: Path) -> None:
         lines = (folder / "output.txt").read_text(errors="replace").splitlines()
         error = next((line for line in reversed(lines) if line.startswith("error")), f"exit code {code}")
         raise UserError(
-            f"{name} failed: {error.removeprefix('error: ')} (its output is in {folder / 'output.txt'}). Correct the "
-            "cause; the same command continues."
+            f"{name} failed: {error.removeprefix('error: ')} (its output is in {folder / 'output.txt'}). Remove "
+            "the cause; the same command continues."
         )

@@ -90,7 +90,7 @@ class Summary:
     """The results of a variant of the model, as means over all its finished runs (seeds).
 
     Attributes:
-        variant, what, overrides, match: name, description and settings, as in `Variant`.
+        variant, what, overrides, match: name, description and settings, as in `variants.Variant`.
         runs, diverged: number of finished runs, and of those with an infinite or NaN loss.
         loss, train_loss: held-out loss and training loss.
         differences: for each measure, the difference to the variant `full` over the seeds that both have.
@@ -156,8 +156,9 @@ def _read_run(folder: Path, result: dict[str, Any], batch: int) -> RunResult:
         rates = [rate for _, rate in series["throughput/samples_per_s"]]
         assert "val/loss" in losses
     except (OSError, KeyError, AssertionError) as error:
+        why = error if isinstance(error, OSError) else f"it lacks values up to step {result.get('steps')}"
         raise UserError(
-            f"{folder / 'metrics.jsonl'} must be of a complete run, but it lacks {error}. Remove the folder of this run."
+            f"{folder / 'metrics.jsonl'} must be of a complete run: {why}. Remove {folder}; the next start trains it again."
         ) from None
     curves = {tag: [(step * batch, value) for step, value in series[tag]] for tag in VALIDATION + ROUTING if tag in series}
     return RunResult(

@@ -47,8 +47,9 @@ def matched_widths(target: Config, config: Config, what: Literal["parameters", "
     step = _ROUND if scale * min(base) >= _WIDE else 1
     if scale * min(base) < 0.5:
         raise UserError(
-            f"model.expert_width cannot be small enough for {config.model.space_experts} space experts and "
-            f"{config.model.time_experts} time experts to have the {what} of the full model. Leave out this variant."
+            f"no model.expert_width is so small that {config.model.space_experts} space experts and "
+            f"{config.model.time_experts} time experts have as many {what} as the full model. Leave this variant out of "
+            "--variants."
         )
     return tuple(max(step, round(scale * width / step) * step) for width in base)
 

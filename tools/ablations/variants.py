@@ -21,7 +21,7 @@ class Variant:
     Attributes:
         name: name on the command line and of its folder.
         what: description for tables.
-        overrides: settings that differ from the base configuration, text by field ("section.key").
+        overrides: settings that differ from the base configuration, as strings by field ("section.key").
         match: whether to scale the expert width so that the model has as many parameters or FLOPs as the variant `full`.
         seeds: number of its runs.
     """
@@ -35,7 +35,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Base:
-    """The configuration that all variants change: `name` of a preset or file, and overrides, text by field."""
+    """The configuration that all variants change: `name` of a preset or file, and overrides (strings by field)."""
 
     name: str
     overrides: dict[str, str]
@@ -55,7 +55,7 @@ def read_base(name: str, overrides: Sequence[str]) -> Base:
     for key, option in OWN.items():
         if key in base.overrides:
             raise UserError(
-                f"{key}={base.overrides[key]} must not be given, since a campaign sets it for each run. Use {option} "
+                f"{key}={base.overrides[key]} cannot be set here, because a campaign sets {key} for each run. Use {option} "
                 "instead."
             )
     config = base.config()
@@ -67,7 +67,7 @@ def read_base(name: str, overrides: Sequence[str]) -> Base:
         if not value:
             raise UserError(f"--config={name} must be the full model, but {field} is 0. Set {field} above 0.")
     if not config.data.val_shards:
-        raise UserError(f"--config={name} requires held-out data, but data.val_shards is empty. Set data.val_shards.")
+        raise UserError(f"--config={name} requires held-out data, but data.val_shards is empty. Set it to other shards.")
     return base
 
 
@@ -143,7 +143,7 @@ def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None 
                 f"{', '.join([*groups, 'all'])}; --list shows the names."
             )
         if own and not (own.isdecimal() and int(own)):
-            raise UserError(f"--variants={word} must be NAME:N with N seeds, but N is {own!r}. Give a positive number.")
+            raise UserError(f"--variants={word} must be NAME:N with N seeds, but N is {own!r}. Use e.g. {name}:3.")
         count_of |= {first[variant.name]: int(own or seeds) for variant in choice[name]}
     full = known[0].name
     count_of[full] = max(count_of.get(full, seeds), *count_of.values(), 1)

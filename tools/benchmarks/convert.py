@@ -24,9 +24,9 @@ from raphael_dist.storage.tensorfile import CHUNK
 
 
 class Noise:
-    """A checkpoint of a model of any size that exists only in memory, as the source of a conversion (`Source`).
+    """A checkpoint of a model of any size that exists only in memory, as the source of a conversion.
 
-    All values come from one block of random numbers.
+    It has the interface `convert.write_plan.Source`. All values come from one block of random numbers.
     """
 
     def __init__(self, config: Config, kinds: Sequence[str]) -> None:

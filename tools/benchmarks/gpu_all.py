@@ -90,9 +90,9 @@ def _switches(config: str, each_off: bool = False) -> list[tuple[str, ...]]:
 
 
 class Results:
-    """The records of all measurements in a JSON file. They are of one device, one commit and one set of versions.
+    """The records of all measurements in a JSON file. All are of the same device, commit and versions.
 
-    Raises UserError if the file has records of others.
+    Raises UserError if the file has records of another device, commit or versions.
     """
 
     def __init__(self, path: Path, machine: Record) -> None:

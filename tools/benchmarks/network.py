@@ -76,7 +76,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes that the node which sends most sends in an optimizer step.
+    """Bytes sent in an optimizer step, by the node that sends most.
 
     Attributes:
         case: the measurement.

@@ -55,7 +55,7 @@ class Notes:
 
 
 class PretendGpu:
-    """A context in which tensors on the `meta` device count as tensors on a GPU.
+    """A context manager inside which tensors on the `meta` device count as tensors on a GPU.
 
     Waits, launches and bytes are recorded in `notes` while it is open; `take` returns and clears them.
     """

@@ -46,7 +46,9 @@ class SpaceCase:
 
         Args:
             mask: share of the image (0..1) in the region of each text token.
-            device, dtype, seed: of the tensors.
+            device: device of the tensors.
+            dtype: their dtype.
+            seed: seed of their random values.
             uneven: whether half of the text tokens are routed to expert 0.
         """
         draw = torch.Generator().manual_seed(seed)

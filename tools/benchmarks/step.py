@@ -296,7 +296,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """One optimizer step of ours compared with diffusers' U-Net and DeepSpeed's MoE, and the time that the engine adds."""
+    """Time our optimizer step, compared with diffusers' U-Net and DeepSpeed's MoE, and the time that the engine adds."""
     ranks = discover()
     device = initialise(ranks)
     torch.set_num_threads(args.threads)

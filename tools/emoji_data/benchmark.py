@@ -139,7 +139,7 @@ def _cell(row: Row) -> str:
 def _draw_pairs(
     true: TrueImages, held_out: np.ndarray, drawn: Sequence[np.ndarray], requests: Sequence[Request], path: Path
 ) -> None:
-    """Write a PNG file with drawn images, each with the true image on its right and its prompt below."""
+    """Write a PNG file with drawn images, each with the real image on its right and its prompt below."""
     shown = [n for n, request in enumerate(requests) if request.copy == 0][:SHOWN]
     pairs = [np.concatenate([drawn[n], true.pixels[held_out[requests[n].index]]], axis=1) for n in shown]
     save_image(caption_grid(pairs, [requests[n].prompt for n in shown]), path)

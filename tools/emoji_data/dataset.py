@@ -121,7 +121,7 @@ def read_package(folder: Path, package: Package) -> dict[str, bytes]:
     """
     path = folder / package.tarball
     if not path.is_file():
-        raise UserError(f"{path} is missing. Download it with `npm pack {package.name}@{package.version}`.")
+        raise UserError(f"{path} is missing. Run `npm pack {package.name}@{package.version}` in {folder}.")
     files: dict[str, bytes] = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -171,7 +171,8 @@ def select(concepts: Iterable[Concept], subset: str) -> list[Concept]:
     """Return the emoji of a subset: "all" or "demo". Raises UserError for another subset."""
     if subset not in HELD_OUT_SHARE:
         raise UserError(
-            f"--subset={subset} must be one of {', '.join(HELD_OUT_SHARE)}{did_you_mean(subset, HELD_OUT_SHARE)}. Change it."
+            f"--subset={subset} must be one of {', '.join(HELD_OUT_SHARE)}{did_you_mean(subset, HELD_OUT_SHARE)}. Use e.g. "
+            "--subset=all."
         )
     return [c for c in concepts if subset == "all" or c.name in DEMO_CONCEPTS]
 

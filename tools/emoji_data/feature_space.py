@@ -1,10 +1,10 @@
-"""The fixed feature space in which the emoji benchmark compares drawn images with true ones.
+"""The fixed feature space in which the emoji benchmark compares generated images with real ones.
 
 For a held-out pair of a thing and a style, training had the thing in other styles and the style with other things. A model
 can draw the pair only by combining the two. The features are fixed and need no download. How well they separate things and
-styles is measured on the true images.
+styles is measured on the real images.
 
-Shape legend: P pairs (drawn images), N true images, B images, D features, S styles.
+Shape legend: P pairs (generated images), N real images, B images, D features, S styles.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ PARTS = {"style": 2080, "stage 3": 256 * 16, "stage 4": 512 * 4}  # widths of th
 
 @dataclass(frozen=True, eq=False)
 class TrueImages:
-    """The N true images of the data set, each with its thing, its style and its first caption.
+    """The N images of the data set (real, not generated), each with its thing, its style and its first caption.
 
     `pixels`: uint8 [H, W, 3] each. `held_out`: bool [N], whether an image is held out from training.
     """
@@ -64,8 +64,8 @@ class TrueImages:
                 thing, mark, style = sample.key.rpartition("__")
                 if not mark:
                     raise UserError(
-                        f"{option} must name the emoji shards, whose keys are THING__STYLE, but {sample.key!r} is another "
-                        "key. Make the shards with tools/make_emoji_dataset.py."
+                        f"{option} must name the emoji shards, whose sample keys have the form THING__STYLE, but one key is "
+                        f"{sample.key!r}. Make the shards with `python tools/make_emoji_dataset.py --out data/emoji`."
                     )
                 images.pixels.append(sample.image.transpose(1, 2, 0).copy())
                 images.things.append(thing)
@@ -104,7 +104,7 @@ def make_part_features(device: torch.device) -> Features:
 
 
 class FeatureSpace:
-    """Computes image features, fitted to the true images, and compares drawn images with true ones.
+    """Computes image features, fitted to the real images, and compares generated images with real ones.
 
     Features are scaled to the mean and standard deviation of the training images, and then to length 1.
     """
@@ -150,7 +150,7 @@ class FeatureSpace:
     def rank(self, features: "ScaledFeatures", things: Sequence[str], styles: Sequence[str]) -> np.ndarray:
         """Return the retrieval rank of each of P drawn images, int [P]; 0 is best.
 
-        All true images of the requested style are ordered by similarity to the drawn image. The rank is the position of the
+        All real images of the requested style are ordered by similarity to the drawn image. The rank is the position of the
         requested thing among them.
         """
         return np.array([self._rank(*query) for query in zip(features.cells, things, styles, strict=True)])
@@ -216,7 +216,7 @@ def judge(space: FeatureSpace, features: ScaledFeatures, things: Sequence[str], 
     """Measure drawn images; return the rows of the result table.
 
     They are style accuracy, retrieval of the thing in the requested style and in other styles, and the Frechet distance to
-    the true held-out images. `things`, `styles`: what each image was requested to show.
+    the real held-out images. `things`, `styles`: what each image was requested to show.
     """
     rows = [_mean_row("style accuracy", space.style_correct(features, styles))]
     rank = space.rank(features, things, styles)
@@ -254,7 +254,7 @@ def _frechet_row(space: FeatureSpace, features: ScaledFeatures, draws: int = 100
 def judge_references(space: FeatureSpace, image: ImageEncoder) -> dict[str, list[Row]]:
     """Measure two references by name: what a perfect model reaches, and what copying a training image reaches.
 
-    The first uses the true held-out images after the autoencoder, the second images of the same things in a trained style.
+    The first uses the real held-out images after the autoencoder, the second images of the same things in a trained style.
     """
     true = space.images
     held_out = np.flatnonzero(true.held_out)

@@ -43,8 +43,9 @@ def read_images(shards: Iterable[Path]) -> Tensor:
         images = [sample["webp"] for sample in samples if "webp" in sample]
     if len({image.shape for image in images}) != 1:
         raise UserError(
-            "--data must have shards with .webp images of one size, but the numbers of images and of sizes are "
-            f"{len(images)} and {len({image.shape for image in images})}. Make the shards with tools/make_emoji_dataset.py."
+            f"--data must have shards with .webp images of one size, but it has {len(images)} such images, of "
+            f"{len({image.shape for image in images})} different sizes. Make the shards with "
+            "`python tools/make_emoji_dataset.py --out data/emoji`."
         )
     return torch.stack(images)
 
@@ -104,7 +105,8 @@ def draw_batch(images: Tensor, seed: int, step: int, batch: int, mirror: float =
 
     Args:
         images: all images, uint8 (N, 3, H, W).
-        seed, step: determine the random numbers.
+        seed: determines the random numbers, together with `step`.
+        step: number of the training step.
         batch: number of images B to draw.
         mirror: probability (0..1) that an image is mirrored.
 
@@ -207,8 +209,8 @@ def load(folder: Path) -> Vae:
         return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False).float().eval()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} must contain an AutoencoderKL, but it cannot be loaded: {str(error).splitlines()[0]}. Use another "
-            "folder."
+            f"{folder} must contain an AutoencoderKL, but it cannot be loaded: {str(error).splitlines()[0]}. Use the "
+            "folder of a VAE of diffusers, e.g. data/vae-emoji."
         ) from error
 
 

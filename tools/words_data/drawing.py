@@ -1,4 +1,4 @@
-"""Draws a text on an image, and describes the image in captions."""
+"""Draws text on an image, and describes the image in captions."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ _PLACE_WEIGHTS = (0.8, 0.1, 0.1)
 
 @dataclass(frozen=True)
 class Look:
-    """How a text is drawn.
+    """How text is drawn on an image.
 
     Attributes:
         font, colour, background: font, colour of the text and of the background.
@@ -109,7 +109,7 @@ class Look:
 
 
 def render(text: str, look: Look, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """Draw a text; return an RGB image of `height` x `width` pixels. A text that would be too wide is drawn smaller."""
+    """Return an RGB image of `height` x `width` pixels that shows `text`. Text that would be too wide is drawn smaller."""
     image = Image.new("RGB", (width, height), COLOURS[look.background])
     pen = ImageDraw.Draw(image)
     if look.advance:
@@ -129,7 +129,7 @@ def render(text: str, look: Look, width: int = WIDTH, height: int = HEIGHT) -> I
 
 
 def _draw_evenly(pen: ImageDraw.ImageDraw, text: str, look: Look, size: tuple[int, int]) -> None:
-    """Draw a text in the centre, with the same distance `look.advance` between all characters.
+    """Draw `text` in the centre, with the same distance `look.advance` between all characters.
 
     `size`: width and height of the image.
     """
@@ -176,7 +176,7 @@ def _sized(font: Font, cap_height: int) -> Any:
     spec = importlib.util.find_spec(font.module)
     if spec is None or spec.origin is None:
         package = font.module.replace("_", "-")
-        raise UserError(f"the font {font.name} requires the package {package}. Run: pip install {package}")
+        raise UserError(f"the font {font.name} requires the package {package}. Run `pip install {package}`.")
     path = Path(spec.origin).parent / "files" / font.file
     for size in range(cap_height, 4 * cap_height):
         sized = ImageFont.truetype(str(path), size)

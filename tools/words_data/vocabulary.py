@@ -29,7 +29,9 @@ def emoji_words(folder: Path) -> list[str]:
     """
     shards = [str(path) for path in sorted(folder.glob("*-*.tar*"))]
     if not shards:
-        raise UserError(f"--emoji={folder} requires train-*.tar.gz and val-*.tar.gz, but has no shards. Use data/emoji.")
+        raise UserError(
+            f"--emoji={folder} requires train-*.tar.gz and val-*.tar.gz, but has no shards. Use --emoji data/emoji."
+        )
     words: set[str] = set()
     for sample in WebDataset(shards, shardshuffle=False, empty_check=False):
         words.update(re.findall(r"[a-z]+", json.loads(sample["json"])["concept"]))

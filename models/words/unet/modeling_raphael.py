@@ -507,7 +507,7 @@ class SpaceMoE(Experts):
     (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
-    all of it. `shared` is its hidden width; 0: none.
+    all of it. The constructor's argument `shared` is its hidden width; 0: none.
     """
 
     shared: nn.Sequential | None
@@ -817,8 +817,8 @@ class SpatialTransformer(nn.Module):
 class UNetLevel(nn.Module):
     """One level of the encoder or the decoder, or the middle block.
 
-    It consists of residual blocks. On levels with attention, a transformer block follows each of them, but not the second
-    one of the middle. `downsamplers` or `upsamplers` holds the layer that changes the size, if there is one.
+    It consists of residual blocks. On levels with attention, a transformer block follows each residual block, except the
+    second one of the middle block. `downsamplers` or `upsamplers` holds the layer that changes the size, if there is one.
     """
 
     resnets: nn.ModuleList
@@ -870,9 +870,11 @@ def feature_map_format(device: torch.device) -> torch.memory_format:
 
 
 class GateNoise(NamedTuple):
-    """Noise for the logits of the gates, float32. The text gates select the space experts.
+    """Noise for the logits of the gates, float32. It depends only on the seed and the sample's position in training.
 
-    It depends on the seed and the sample's position in the order of training only.
+    Attributes:
+        time_BLK: for the time gates, which select an expert for each sample.
+        space_BLYK: for the text gates, which select an expert for each text token.
     """
 
     time_BLK: Tensor
@@ -1085,18 +1087,21 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Start a forward pass: embed the timesteps and route all blocks; return the state and each block's routing."""
+        """Embed the timesteps and select all experts; return the state of the forward pass and each block's experts."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
 
     def stem(self, x_BCHW: Tensor) -> Tensor:
-        """Return the first feature map, computed from noised latents by the first convolution."""
+        """Return the first feature map [B, C', H, W], computed by the first convolution from noised latents [B, C, H, W]."""
         x: Tensor = self.conv_in(x_BCHW.contiguous(memory_format=feature_map_format(x_BCHW.device)))
         return x
 
     def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run encoder and middle on the result of `stem`; return the middle's feature map and the skips, outermost first."""
+        """Run the encoder and the middle block on `x`, the first feature map (`stem`).
+
+        Returns the output of the middle block, and the encoder's feature maps that the decoder reads, outermost first.
+        """
         skips = [x]
         for level in cast(list[UNetLevel], self.down_blocks):
             for i in range(len(level.resnets)):
@@ -1158,7 +1163,9 @@ class RaphaelUNet(nn.Module):
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B] (`choose`).
+        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B].
+
+        The gates get their gradient through this factor (`routing.choose`).
 
         `embedding_BE`: timestep embeddings. `noise`: added to the gates' logits; None: no noise.
         """

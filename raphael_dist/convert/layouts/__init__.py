@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from raphael_dist.checkpoint.folders import resolve_latest
 from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.text import read_json
+from raphael_dist.text import read_json, reason_unreadable
 
 if TYPE_CHECKING:
     from raphael_dist.config.schema import Config
@@ -90,7 +90,10 @@ def detect(path: Path, option: str = "--from") -> Layout:
         try:
             name = read_json(path / MANIFEST).get("layout")
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{option} {path}: {MANIFEST} cannot be read: {error}. Restore the file.") from None
+            raise UserError(
+                f"{option} {path}: {MANIFEST} cannot be read: {reason_unreadable(error)}. Copy the checkpoint again from "
+                "its source."
+            ) from None
         if name is not None:
             return layout_of(option, str(name))
     for name in names():
@@ -99,7 +102,7 @@ def detect(path: Path, option: str = "--from") -> Layout:
             return layout
     raise UserError(
         f"{option} {path} must be a checkpoint in one of the layouts {', '.join(names())}, but its files match none of "
-        "them. Check the path."
+        "them. Give the folder or the file of such a checkpoint."
     )
 
 

@@ -29,7 +29,7 @@ _LEAVES = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias
 
 
 def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Yield (key, first element, shape) of each tensor in the files as which a parameter of the trainer is stored.
+    """Yield (key, first element, shape) of each tensor in the files that stores a parameter of the trainer, or a part.
 
     Args:
         name: name of the parameter. If it has stacked experts, it is stored as one tensor per expert, which begins at
@@ -45,7 +45,7 @@ def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[in
 
 
 def entries(source: Source, kind: str) -> Iterator[Entry]:
-    """Yield the tensors that this layout stores for one kind of values, and from which parameters of `source` they come.
+    """Yield the tensors that the files store for one kind of values, and from which parameters of `source` they come.
 
     `source`: the checkpoint to convert. `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
     """
@@ -102,14 +102,14 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
         for key, stored in gather(of_kind).items():
             if key not in expected:
                 raise UserError(
-                    f"{stored.path} contains {key}, which is not a tensor of the model that the manifest describes. Use "
-                    "another checkpoint."
+                    f"{stored.path} contains {key}, which is not a tensor of the model that the manifest describes. "
+                    "Convert the checkpoint again, or use another one."
                 )
             name, start, shape = expected[key]
             if stored.shape != shape:
                 raise UserError(
-                    f"{stored.path}: {key} must have the shape {list(shape)}, but it has {list(stored.shape)}. Use another "
-                    "checkpoint."
+                    f"{stored.path}: {key} must have the shape {list(shape)}, but it has {list(stored.shape)}. Convert the "
+                    "checkpoint again, or use another one."
                 )
             spans.setdefault((kind, name), []).append(replace(stored, start=start))
     return spans

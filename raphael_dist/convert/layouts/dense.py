@@ -22,7 +22,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import StoredTensor
 from raphael_dist.storage.torchfile import file_tensors
 from raphael_dist.storage.weight_files import weight_files
-from raphael_dist.text import JsonObject, read_json
+from raphael_dist.text import JsonObject, json_type, read_json
 
 STEM = "diffusion_pytorch_model"
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -95,8 +95,8 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
         latent = unet["input_blocks.0.0.weight"].shape[1]
     except LookupError as error:
         raise UserError(
-            f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {_LDM}{error.args[0]}. Use another "
-            "model."
+            f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {_LDM}{error.args[0]}. Use "
+            "a model with that structure."
         ) from None
     sizes = {"channels": channels, "attention": attention, "layers_per_block": layers, "head_dim": 1, "norm_groups": 1,
              "latent_channels": latent, "text_width": text}  # fmt: skip
@@ -104,7 +104,7 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
     if different := sorted(unet.keys() ^ names.keys()):
         raise UserError(
             f"{where} must be a U-Net of Stable Diffusion 2, but the tensor {_LDM}{different[0]} is "
-            f"{'not part of such a U-Net' if different[0] in unet else 'missing'}. Use another model."
+            f"{'not part of such a U-Net' if different[0] in unet else 'missing'}. Use a model with that structure."
         )
     return {names[key]: tensor for key, tensor in unet.items()}
 
@@ -128,8 +128,8 @@ def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
         unet = read_object(folder / "config.json")
         if unet.get("_class_name") != CLASS:
             raise UserError(
-                f"{folder / 'config.json'}: _class_name must be {CLASS}, but it is {unet.get('_class_name')}. Use another "
-                "model."
+                f"{folder / 'config.json'}: _class_name must be {CLASS}, but it is "
+                f"{unet.get('_class_name', 'missing')}. Give the folder of such a U-Net."
             )
         diffusion = scheduler_settings(folder)
         config = config_of_unet(unet, folder / "config.json", diffusion)
@@ -169,7 +169,8 @@ def weights_by_name(
         of_model = list(expected[unfit[0]]) if unfit[0] in expected else "missing"
         raise UserError(
             f"{folder} must contain the tensors that its configuration requires, but {len(unfit)} of them differ, for "
-            f"example the shape of {unfit[0]}: {of_file} in the file, {of_model} in the model. Use another checkpoint."
+            f"example the shape of {unfit[0]}: {of_file} in the file, {of_model} in the model. Put the "
+            "config.json and the weights of the same model into the folder."
         )
     spans = {("master", name): [tensor] for name, tensor in stored.items()}
     if manifest is not None:
@@ -184,14 +185,14 @@ def read_object(path: Path) -> JsonObject:
     try:
         tree = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Restore the file.") from None
+        raise UserError(f"{path} cannot be read: {error}. Copy it again from its source.") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must be a JSON object, but it is a {type(tree).__name__}. Restore the file.")
+        raise UserError(f"{path} must be a JSON object, but it is {json_type(tree)}. Copy it again from its source.")
     return tree
 
 
 def scheduler_settings(folder: Path) -> JsonObject:
-    """Read the scheduler of a diffusers pipeline as settings of the section `diffusion`; {} without a scheduler.
+    """Return the settings of the section `diffusion` that match a diffusers pipeline's scheduler; {} without a scheduler.
 
     Args:
         folder: the pipeline's folder, or its unet/.
@@ -210,8 +211,8 @@ def scheduler_settings(folder: Path) -> JsonObject:
     if no_betas or scheduler.get("trained_betas") is not None:
         raise UserError(
             f"{folder}: the noise schedule must have beta_schedule scaled_linear or linear, but its "
-            f"{scheduler.get('_class_name')} uses another kind of schedule. Use a U-Net that was trained with such a "
-            "schedule."
+            f"{scheduler.get('_class_name', 'scheduler')} uses another kind of schedule. Use a U-Net that was trained with "
+            "such a schedule."
         )
     return {ours: scheduler[theirs] for theirs, ours in names.items() if scheduler.get(theirs) is not None}
 

@@ -44,7 +44,7 @@ from raphael_dist.model.diffusers_model import EXPERT_FIELDS, RaphaelUNet2D
 from raphael_dist.model.diffusion import NoiseScheduler, make_scheduler
 from raphael_dist.storage.versions import versions
 from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
-from raphael_dist.text import JsonObject
+from raphael_dist.text import JsonObject, reason_unreadable
 
 UNET = RaphaelUNet2D.__name__
 _LATER_FIELDS: JsonObject = {"image_positions": False}  # fields that folders of earlier exports lack, with their values
@@ -111,8 +111,8 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
         edges, steps = int(unet["edge_channels"]), int(unet["num_train_timesteps"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{where} must be the configuration of a {UNET}, but a field is missing or not valid ({error!r}). Restore the "
-            "file."
+            f"{where} must be the configuration of a {UNET}, but {reason_unreadable(error)}. Copy it again from its source, "
+            "or export the model again with --to diffusers."
         ) from None
     edge: JsonObject = {"channels": edges, "max_timestep": min(500, steps)} if edges else {"weight": 0.0}
     sections = {"model": model, "edge": edge, "upscale": upscale or {}, "sample": {"steps": min(25, steps - 1)}}
@@ -220,8 +220,8 @@ def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
         return open_dense(folder)
     if manifest is None and unet.get("_class_name") != UNET:
         raise UserError(
-            f"{folder}: the class of its U-Net must be {UNET} or {CLASS}, but it is {unet.get('_class_name')}. Use another "
-            "model."
+            f"{folder}: the class of its U-Net must be {UNET} or {CLASS}, but it is "
+            f"{unet.get('_class_name', 'missing')}. Give the folder of such a pipeline."
         )
     diffusion = scheduler_settings(folder)
     if manifest is not None:

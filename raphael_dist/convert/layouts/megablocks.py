@@ -90,11 +90,14 @@ def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
     for key, shape, spans, transposed in tensors(shapes, config.model.time_activation == "geglu"):
         tensor = stored.pop(key, None)
         if tensor is None:
-            raise UserError(f"{folder} must contain the tensor {key}, but it is missing. Use another checkpoint.")
+            raise UserError(
+                f"{folder} must contain the tensor {key}, but it is missing. Convert the checkpoint again, or use another "
+                "one."
+            )
         if tensor.shape != shape:
             raise UserError(
                 f"{folder}: {key} must have the shape {list(shape)} (number of experts x width), but it has "
-                f"{list(tensor.shape)}. Use another checkpoint."
+                f"{list(tensor.shape)}. Convert the checkpoint again, or use another one."
             )
         for i, span in enumerate(spans):
             part = tensor.part(i * span.numel, span.numel, span.start)
@@ -104,7 +107,7 @@ def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
     if stored:
         raise UserError(
             f"{folder} contains {next(iter(stored))}, which is not a tensor of the model that the manifest describes. "
-            "Use another checkpoint."
+            "Convert the checkpoint again, or use another one."
         )
     return checkpoint_of(folder, manifest, located)
 

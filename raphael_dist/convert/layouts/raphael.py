@@ -51,7 +51,7 @@ def _open_step(folder: Path) -> Checkpoint:
         problem = "it also lists" if name in reader.shapes else "it does not list"
         raise UserError(
             f"{folder / MANIFEST} must list exactly the parameters of the model that its entry 'config' describes, but "
-            f"{problem} {name}. Use another checkpoint."
+            f"{problem} {name}. Replace the checkpoint by a backup copy, or use another one."
         )
     checkpoint.check()
     return checkpoint

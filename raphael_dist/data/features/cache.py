@@ -58,7 +58,7 @@ class FeatureCache:
             dataset: Loads the samples to encode.
             encoders: The encoders; their weights are loaded when something is computed.
             flip: Also store the latents of mirrored images.
-            with_text: Store the captions as encoded tokens; False: as text.
+            with_text: Store the captions as encoded tokens; False: as strings.
 
         Raises:
             UserError: An image size is not a multiple of the image encoder's factor (image pixels per side of a latent).
@@ -197,7 +197,7 @@ class FeatureCache:
 
     @cached_property
     def null_text(self) -> TextFeatures | None:
-        """The encoded empty caption (batch of one, float32, CPU). None if the cache stores captions as text.
+        """The encoded empty caption (batch of one, float32, CPU). None if the cache stores captions as strings.
 
         It is read from its own file in the cache. If this file is missing or damaged, the caption is encoded, and the file
         is written. Raises UserError if it cannot be written.

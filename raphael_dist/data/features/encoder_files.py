@@ -44,7 +44,7 @@ def reported(field: str, spec: str) -> Iterator[None]:
                 "supported"
             )
         raise UserError(
-            f"{field}={spec!r} cannot be loaded: {reason.rstrip('.')}. Repair the folder, or use another one."
+            f"{field}={spec!r} cannot be loaded: {reason.rstrip('.')}. Download the model again, or use another one."
         ) from error
 
 
@@ -74,7 +74,7 @@ def packaged_folder(name: str) -> Path:
     Raises UserError if the name is unknown or the package is not installed.
     """
     if name not in PACKAGED:
-        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Change it.")
+        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Set text.encoder=minilm.")
     package = importlib.util.find_spec(PACKAGED[name])
     if package is None or not package.submodule_search_locations:
         raise UserError(
@@ -114,7 +114,7 @@ def _existing_folder(field: str, spec: str) -> Path:
         known = " or ".join(map(repr, NAMED)) if field == "text.encoder" else "'none'"
         raise UserError(
             f"{field}={spec!r} must be {known}, or an existing local folder, but there is no such folder. Nothing is "
-            "downloaded: download the model first, or correct the path."
+            "downloaded: download the model first, and give the path of its folder."
         )
     return folder
 

@@ -77,7 +77,7 @@ class TextFacts:
         if max_tokens < least or (positions and max_tokens > positions):
             raise UserError(
                 f"text.max_tokens={max_tokens} must be at least {least}{f' and at most {positions}' if positions else ''} "
-                f"with text.encoder={spec}. Change text.max_tokens or text.encoder."
+                f"with text.encoder={spec}. Set text.max_tokens={positions or least}, or use another text.encoder."
             )
         if spec == characters.CHARACTERS:
             return cls(max_tokens, width, characters.fingerprint(max_tokens))

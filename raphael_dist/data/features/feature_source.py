@@ -22,7 +22,7 @@ from raphael_dist.data.shards.dataset_index import BadSample, DatasetIndex
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
 from raphael_dist.data.shards.tar_scan import FEATURES_EXT
 from raphael_dist.errors import UserError
-from raphael_dist.text import parse_json
+from raphael_dist.text import parse_json, reason_unreadable
 
 
 class FeatureSource(Protocol):
@@ -128,7 +128,8 @@ class StoredFeatures(OnlineFeatures):
         try:
             features = self._unpack(members[FEATURES_EXT], pick, flip, source.name)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise BadSampleError(source.name, source.keys[number], f"its features cannot be read ({error})") from error
+            reason = f"its features cannot be read ({reason_unreadable(error)})"
+            raise BadSampleError(source.name, source.keys[number], reason) from error
         features.seconds = {"reading": time.monotonic() - began}
         return features
 

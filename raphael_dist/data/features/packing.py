@@ -39,7 +39,7 @@ class SampleFeatures:
     Attributes:
         image: RGB image, uint8 [3, H, W]; None if `mean` and `std` are set.
         mean, std: Mean and standard deviation of its latents, float32 [C, h, w]; None if `image` is set.
-        caption: The caption as text; not used if `text` is set.
+        caption: The caption as a string; not used if `text` is set.
         text: The encoded caption: tokens float32 [Y, D], mask bool [Y], and index of the end-of-text token; or None.
         edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
         small: The downscaled image for super-resolution, uint8 [3, Hs, Ws], or None.
@@ -111,7 +111,7 @@ def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures
 
 
 def pack_captions(captions: Sequence[str]) -> dict[str, Tensor]:
-    """Store captions as text in tensors.
+    """Store captions as UTF-8 bytes in tensors.
 
     Returns:
         `captions`, uint8 [bytes], all captions as UTF-8 in a row; `caption_ends`, int64 [K], the byte at which each ends.

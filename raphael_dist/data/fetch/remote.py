@@ -32,7 +32,7 @@ _MAX_WAIT_S = 120.0  # limit for Retry-After
 
 
 class RemoteError(Exception):
-    """A remote file could not be read. The text is the reason, without secrets.
+    """A remote file could not be read. The message is the reason, without secrets.
 
     Attributes:
         final: Whether a repeated request cannot succeed.
@@ -70,7 +70,7 @@ def is_remote(name: str) -> bool:
     if match[1].lower() not in SCHEMES or not name[match.end() :].startswith("//"):
         raise UserError(
             f"data.shards={hide_secrets(name)!r} must be a path or a URL that begins with {'://, '.join(SCHEMES)}://. "
-            "Change it."
+            "Write, for example, s3://bucket/train-{000..099}.tar."
         )
     if HIDDEN in name:
         raise UserError(
@@ -81,10 +81,10 @@ def is_remote(name: str) -> bool:
 
 
 def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
-    """Return the size of a remote file in bytes, and a text that changes whenever the file changes.
+    """Return the size of a remote file in bytes, and a string that changes whenever the file changes.
 
-    The text is the file's ETag, generation or modification time; "" if the server states none of them. Raises RemoteError if
-    the server cannot be reached or does not state the size.
+    The string is the file's ETag, generation or modification time; "" if the server states none of them. Raises RemoteError
+    if the server cannot be reached or does not state the size.
     """
     file = _open(url, retry)
     size, info = _with_retries(url, retry, file.stat)

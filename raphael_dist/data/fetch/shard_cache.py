@@ -36,7 +36,7 @@ _TOUCH_S = 10.0
 
 
 class ShardError(UserError):
-    """A shard cannot be read. The text has the shard's base name and the reason.
+    """A shard (tar file of samples) cannot be read. The message states its base name and the reason.
 
     Attributes:
         shard: Base name of the shard.
@@ -57,9 +57,9 @@ class Stamp:
     """Identifies the version of a shard's file. A file whose stamp has changed must be indexed again.
 
     Attributes:
-        num_bytes: Size of the file.
-        mark: A text that changes with the file: the modification time in ns of a local file, the ETag or SHA-256 of a remote
-            one; "" if the server states nothing.
+        num_bytes: Size of the file in bytes.
+        mark: A string that changes with the file: the modification time in ns of a local file, the ETag or SHA-256 of a
+            remote one; "" if the server states nothing.
     """
 
     num_bytes: int
@@ -68,12 +68,14 @@ class Stamp:
 
 @dataclass(frozen=True)
 class ShardStore:
-    """Provides each shard as a local, uncompressed tar file. It keeps no file open, so it can be sent to other processes.
+    """Provides shards (tar files of samples) as local, uncompressed files.
+
+    It keeps no file open, so it can be sent to other processes.
 
     Attributes:
-        folder: Folder into which local .tar.gz shards are unpacked, and in which the index is stored. Unpacked files are
-            never deleted. None: there is no folder, and such shards are rejected.
-        fetched: Folder for downloaded shards. None: remote shards are rejected.
+        folder: Folder for unpacked copies of local .tar.gz shards, which are never deleted, and for the index (table of all
+            samples). None: no folder; a local .tar.gz shard raises UserError.
+        fetched: Folder for downloaded shards. None: no folder; a shard on a server raises UserError.
         max_bytes: Size limit of `fetched` in bytes.
         retry: How failed requests to servers are repeated.
     """
@@ -84,7 +86,7 @@ class ShardStore:
     retry: RetryPolicy = DEFAULT_RETRY
 
     def stamp(self, name: str) -> Stamp:
-        """Return the present stamp (size and version) of a shard's file. `name`: path or URL. ShardError: unreadable."""
+        """Return size and version of a shard's present file. `name`: path or URL. ShardError: it cannot be read."""
         if remote.is_remote(name):
             try:
                 return Stamp(*remote.stat(name, self.retry))

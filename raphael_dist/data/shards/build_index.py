@@ -36,7 +36,9 @@ _STAT_THREADS = 32
 
 
 def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] = ()) -> DatasetIndex | None:
-    """Return the existing index of these shards. `columns`: names of the columns that filters use.
+    """Return the stored index (table of all samples) of the shards `names`, if it is still valid.
+
+    `store`: provides the shards; its folder contains the index. `columns`: names of the columns that filters use.
 
     Returns:
         The index. None if it must be built: there is no index of these shards with these columns; a local shard has changed;
@@ -64,9 +66,10 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 
 
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
-    """Return (name, size in bytes) of each shard that was never indexed, or has changed since then.
+    """Return (name, size in bytes) of each shard that was never indexed, has changed since then, or cannot be reached.
 
-    `store`: provides the shards; its folder contains the index. `report`: called with lines of progress.
+    `store`: provides the shards; its folder contains the index. `report`: called with lines of progress. The size of a
+    shard that cannot be reached is 0.
     """
 
     def check(name: str) -> tuple[str, int] | None:
@@ -118,7 +121,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
 def join_records(
     names: Sequence[str], store: ShardStore, columns: Sequence[str] = (), report: Reporter = no_report
 ) -> DatasetIndex:
-    """Join the records of these shards (from `scan_shards`) to the table of an index, write it, and return the index.
+    """Join the records of shards (results of `scan_shards`) to an index (table of all samples), write and return it.
 
     A shard without a record counts as damaged.
 
@@ -170,7 +173,9 @@ def build_index(
     store: ShardStore | None = None,
     columns: Sequence[str] = (),
 ) -> DatasetIndex:
-    """Return the index of shards. Shards that are not indexed yet are read first. For a single process, not for ranks.
+    """Return the index of shards, a table with the place and image size of each sample.
+
+    Shards that are not indexed yet are read first. It is for a single process: ranks call `open_index.open_order`.
 
     Args:
         paths: Paths and URLs of the shards.
@@ -200,7 +205,9 @@ def build_index(
 
 
 def check_index_in_run(missing: Sequence[tuple[str, int]], command: str) -> None:
-    """Raise UserError if the shards without an index are too large for a run to index them itself.
+    """Raise UserError if the shards without an index have more than MAX_BYTES_IN_RUN (64 GiB) in all.
+
+    Reading them would take too long at the start of a run.
 
     Args:
         missing: (name, size in bytes) of each shard without an index.
@@ -228,7 +235,8 @@ def _nothing_usable(names: Sequence[str], damage: str, bad: str) -> UserError:
     return UserError(
         f"data.shards must contain samples that can be used, but its files have none (number of files: {len(names)}, first "
         f"file: {hide_secrets(names[0])}){details}. Each sample requires an image ({'/'.join(IMAGE_EXTS)}) and a caption "
-        "(txt, or json with captions). Correct the samples, or make shards with tools/prepare_data.py."
+        "(txt, or json with captions). Add what is missing, or make shards with `python tools/prepare_data.py "
+        "SOURCE --out SHARDS`."
     )
 
 

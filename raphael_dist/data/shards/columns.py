@@ -28,7 +28,10 @@ _KEY = "key"  # the column of img2dataset's parquet file with the sample's key
 
 
 class ColumnCollector:
-    """Collects columns, the values that data.filters test, from the json files of a shard's samples: one row per sample."""
+    """Collects the numbers and short strings in the json files of a shard's samples, which data.filters can test.
+
+    Each json field is a column, with one row per sample.
+    """
 
     def __init__(self) -> None:
         self._rows = 0
@@ -36,7 +39,10 @@ class ColumnCollector:
         self._words: dict[str, set[str]] = defaultdict(set)
 
     def add(self, meta: Mapping[str, object]) -> None:
-        """Add a row for one sample. `meta`: the fields of its json file; numbers and short strings are collected."""
+        """Add a row for one sample. `meta`: the fields of its json file.
+
+        Numbers and strings of up to 64 characters are kept.
+        """
         for name, value in meta.items():
             number = self._number(name, value)
             if number is not None and (name in self._values or len(self._values) < MAX_COLUMNS):
@@ -55,7 +61,7 @@ class ColumnCollector:
     def columns(self) -> dict[str, np.ndarray]:
         """Return the values of each column by name, float32 [rows]; NaN for a sample without a value.
 
-        A string is represented by its `word_code`. Columns with too many distinct strings are left out.
+        A string is represented by its `word_code`. Columns with more than 64 distinct strings are left out.
         """
         columns = {}
         for name, values in self._values.items():

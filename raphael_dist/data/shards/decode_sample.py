@@ -32,11 +32,11 @@ RETRY_AFTER_S = 600.0  # until a shard that could not be read is tried again
 
 
 class BadSampleError(Exception):
-    """A sample cannot be used.
+    """Raised for a sample that cannot be used, for example because its image is damaged.
 
     Attributes:
-        shard: Base name of its shard.
-        key: Its name in the shard.
+        shard: Base name of the shard (tar file) that contains it.
+        key: Name of the sample in the shard.
         reason: Why it cannot be used.
     """
 

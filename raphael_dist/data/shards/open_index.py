@@ -210,7 +210,7 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     if on_error == "stop" and index.num_bad:
         raise UserError(
             f"data.on_error=stop requires that every sample can be used, but {index.num_bad} of them cannot, the first one "
-            f"is {next(index.iter_bad())}. Repair the samples, or set data.on_error=skip."
+            f"is {next(index.iter_bad())}. Replace these samples, or set data.on_error=skip."
         )
     if not index.damaged:
         return
@@ -219,10 +219,10 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     if on_error == "stop":
         raise UserError(
             f"data.on_error=stop requires that every shard can be read, but {len(index.damaged)} of them cannot: {first}. "
-            "Repair or remove the shards."
+            "Write or copy these shards again, or remove them from data.shards."
         )
     if len(index.damaged) > max(1.0, max_bad_fraction * len(index.shards)):
         raise UserError(
             f"data.max_bad_fraction={max_bad_fraction} is exceeded: {len(index.damaged)} of {len(index.shards)} shards "
-            f"cannot be read: {first}. Repair the shards, or raise the limit."
+            f"cannot be read: {first}. Write or copy these shards again, or raise data.max_bad_fraction."
         )

@@ -25,7 +25,7 @@ _BRACES = re.compile(rf"(\{{{_END}\.\.{_END}(?:\.\.(-?\d+))?\}}|[{{}},])")
 def name_option(option: str) -> Iterator[None]:
     """Return a context manager that makes UserErrors raised inside it name `option` instead of data.shards.
 
-    `option`: the option with the patterns, such as "data.val_shards". It replaces "data.shards" at the beginning of a text.
+    `option`: the option with the patterns, such as "data.val_shards". It replaces "data.shards" at the start of messages.
     """
     try:
         yield
@@ -64,7 +64,10 @@ def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -
             try:
                 paths = _expand_path(folder, name, pattern)
             except OSError as error:  # such as a name that is too long
-                raise UserError(f"data.shards={shorten(pattern)!r} cannot be read ({error.strerror}). Correct it.") from None
+                raise UserError(
+                    f"data.shards={shorten(pattern)!r} cannot be read ({error.strerror}). Write the path of existing files "
+                    "that you may read."
+                ) from None
             for path in paths:
                 files.setdefault(path.absolute(), path)
     if not files and not urls:

@@ -226,13 +226,13 @@ def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str
         raise ShardError(base_name(name), str(error)) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.shards: {hide_secrets(parquet)}, the parquet file of a shard, cannot be read: {error}. Repair or "
-            "remove it."
+            f"data.shards: {hide_secrets(parquet)}, the parquet file of a shard, cannot be read: {error}. Write or "
+            "copy it again, or remove it."
         ) from error
 
 
 def pack_keys(keys: Sequence[str]) -> bytes:
-    """Join the keys of a shard to one byte string."""
+    """Join the keys (names) of a shard's samples to one byte string: UTF-8, with a zero byte after each key."""
     return "".join(f"{key}\0" for key in keys).encode("utf-8", "surrogateescape")
 
 

@@ -41,11 +41,14 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 class DamagedShardError(Exception):
-    """A shard is cut short, damaged or not a tar file. The text states the reason, and the position in bytes if known."""
+    """A shard is cut short, damaged or not a tar file. The message states the reason, and the byte position if known."""
 
 
 def expanded_limit(num_bytes: int) -> int:
-    """Return the size limit, in bytes, for the unpacked content of a compressed file of `num_bytes` bytes."""
+    """Return the size limit, in bytes, for the unpacked content of a compressed file of `num_bytes` bytes.
+
+    It is MAX_RATIO (50) times `num_bytes`, but at least SMALL_BYTES (64 MiB) and at most MAX_BYTES (8 GiB).
+    """
     return min(MAX_BYTES, max(SMALL_BYTES, MAX_RATIO * num_bytes))
 
 
@@ -237,7 +240,7 @@ def check_sample(
           the fewest of them.
 
     Raises:
-        ValueError: The sample cannot be used; the text is the reason.
+        ValueError: The sample cannot be used; the message is the reason.
     """
     members = sample.members
     for ext, (_, size) in members.items():

@@ -46,7 +46,7 @@ class View:
         buckets: (height, width) of each bucket in pixels.
         bucket_of: int8 or int16 [num_samples], the bucket number of each sample id; DROPPED (-1) if a filter drops it.
         counts: int64 [num_shards, num_buckets], number of samples of each bucket in each shard.
-        dropped: By filter (as text): the number of samples that it drops, and the number of samples without a value.
+        dropped: By filter (`Filter.describe`): number of samples that it drops, number of samples that have no value.
         digest: SHA-256 (hex) of `buckets` and `bucket_of`, which becomes a part of the run's fingerprint.
     """
 

@@ -219,7 +219,7 @@ def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tenso
     Args:
         x_RD: rows (tokens), float32 or bfloat16, at least one.
         w_RK: weight of each expert for each row, at least 0. Pairs with weight 0 are not computed.
-        w1: first weights of `Experts`, [K, F, D], in the dtype of x.
+        w1: first weights of the experts, [K, F, D], in the dtype of x.
         b1: first biases, [K, F], in the dtype of x.
         w2: second weights, [K, D, F], in the dtype of x.
         per_row: upper bound of the number of experts with w > 0 in a row.

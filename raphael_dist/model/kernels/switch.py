@@ -51,6 +51,6 @@ def require_triton(kernels: Sequence[Kernel]) -> None:
     """Raise UserError if `kernels` (`train.kernels`) is not empty and Triton is not installed."""
     if kernels and importlib.util.find_spec("triton") is None:
         raise UserError(
-            f"train.kernels={list(kernels)} requires the package triton, which is not installed. Run pip install "
-            "'raphael_dist[kernels]', or set train.kernels=[]."
+            f"train.kernels={list(kernels)} requires the package triton, which is not installed. Run `pip install "
+            "'raphael_dist[kernels]'`, or set train.kernels=[]."
         )

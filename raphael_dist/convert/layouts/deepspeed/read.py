@@ -29,6 +29,7 @@ MODEL = "mp_rank_00_model_states.pt"
 MODEL_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 _LONGEST_TAG = 255
 _OTHER_CONFIG = "Set --config to the configuration of the run that wrote this file."
+_KINDS: dict[type, str] = {dict: "a dictionary", list: "a list", int: "an integer", StoredTensor: "a tensor"}
 T = TypeVar("T")
 Tree = dict[str, Any]  # of unpickled dicts, lists and plain values, with a StoredTensor for each tensor
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -127,7 +128,7 @@ def _shards(folder: Path, world: int) -> list[Path]:
     if missing:
         raise UserError(
             f"{folder} must have a ZeRO file for each of its {world} ranks, but the file of rank {min(missing)} is "
-            "missing. Restore it."
+            "missing. Copy it into the folder from the machine that wrote it."
         )
     return [by_rank[rank] for rank in range(world)]
 
@@ -140,8 +141,8 @@ def _item(file: Path, tree: Any, key: str | int, kind: type[T]) -> T:
         value = None
     if not isinstance(value, kind):
         raise UserError(
-            f"{file} must contain {key!r} ({kind.__name__}), as files of DeepSpeed 0.19 do, but it does not. Save the "
-            "checkpoint with DeepSpeed 0.19."
+            f"{file} must contain the entry {key!r} ({_KINDS[kind]}), as files of DeepSpeed 0.19 do, but it does not. Save "
+            "the checkpoint again with DeepSpeed 0.19."
         )
     return value
 
@@ -149,7 +150,7 @@ def _item(file: Path, tree: Any, key: str | int, kind: type[T]) -> T:
 class _Files:
     """Finds the positions of all parameters in DeepSpeed's files of one checkpoint.
 
-    `spans`: for each (kind, parameter), its parts in the files. `topology`: text about the ranks that wrote them.
+    `spans`: for each (kind, parameter), its parts in the files. `topology`: description of the ranks that wrote them.
     """
 
     def __init__(self, model_file: Path, model: Tree, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -267,18 +268,16 @@ class _Files:
         if stated != computed:
             name = min(n for n in stated.keys() | computed.keys() if stated.get(n) != computed.get(n))
             raise UserError(
-                f"{file}: {name} must lie at (first element, number of elements) {computed.get(name)} in the flat buffer, "
-                f"but the file states {stated.get(name)}. {_OTHER_CONFIG}"
+                f"{file}: {name} must lie at (first element, number of elements) {computed.get(name) or 'no place'} in the "
+                f"flat buffer, but the file states {stated.get(name) or 'no place'}. {_OTHER_CONFIG}"
             )
         return group
 
     def _check_shapes(self, file: Path, shapes: Mapping[str, Sequence[int]], expected: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
             if tuple(shape) != expected.get(name):
-                raise UserError(
-                    f"{file}: {name} must have the shape {expected.get(name)} on each rank, but it has "
-                    f"{list(shape)}. {_OTHER_CONFIG}"
-                )
+                required = f"the shape {list(expected[name])} on each rank" if name in expected else "no shape in this model"
+                raise UserError(f"{file}: {name} must have {required}, but it has {list(shape)}. {_OTHER_CONFIG}")
 
 
 def _ep_size_of(settings: Tree) -> int:
