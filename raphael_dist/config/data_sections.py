@@ -185,8 +185,9 @@ class Data(Section):
     )
     caption_weights: dict[str, PositiveFloat] = setting(
         {},
-        "For samples with several captions: how often each is used, as {field of the json file: weight}, in proportion to "
-        "its weight. The field 'txt' means the txt file. Empty: data.caption_from decides where captions are read.",
+        "For samples with several captions: a mapping from fields of a sample's json file to weights. Each use of a sample "
+        "takes one caption, with a probability in proportion to its weight. The name 'txt' means the sample's txt file. "
+        "Empty: data.caption_from states where the captions are.",
     )
     filters: tuple[Filter, ...] = setting(
         (),
@@ -216,7 +217,7 @@ class Data(Section):
         "What happens if a sample or a shard cannot be read. skip: it is left out. stop: the run ends with an error.",
     )
     max_bad_fraction: Fraction = free_setting(
-        0.05, "The run ends with an error if more than this fraction of the samples cannot be read."
+        0.05, "The run ends with an error if more than this fraction of the data set's samples cannot be used."
     )
     shard_cache: Path | None = free_setting(
         None, "Folder for downloaded shards, preferably on a local disk. null: the folder `shards` in data.cache_dir."

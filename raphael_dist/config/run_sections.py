@@ -31,8 +31,8 @@ class RunConfig(Section):
 
     dir: Path = free_setting(
         Path("runs/default"),
-        "Folder of the run. A run resumes from the newest checkpoint in this folder. Default: runs/NAME, where NAME is "
-        "the preset or file that --config names.",
+        "Folder of the run. A run resumes from the newest checkpoint in this folder. If it is not set: runs/ and the name "
+        "of the preset or YAML file (--config), e.g. runs/emoji-tiny.",
     )
     seed: NonNegative = setting(0, "Seed of the initial weights, the data order, the noise and the timesteps.")
     ignore_damaged: bool = free_setting(
