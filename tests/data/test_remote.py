@@ -76,6 +76,14 @@ def test_temporary_errors_are_retried_without_corrupting_data(
         assert loaded(store_in(tmp_path / "d"), [f"{address}/{path.name}" for path in local]) == expected
 
 
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_first_bytes_of_a_remote_shard_are_those_of_its_file(local: list[Path], tmp_path: Path, knows_ranges: bool) -> None:
+    with http_files(local[0].parent, knows_ranges=knows_ranges) as address:
+        for num_bytes in (1000, local[0].stat().st_size, 10**9):
+            head = store_in(tmp_path).head(f"{address}/{local[0].name}", num_bytes)
+            assert head == local[0].read_bytes()[:num_bytes]
+
+
 def test_permanent_errors_are_reported_without_secrets(local: list[Path], tmp_path: Path) -> None:
     cases = {"403": "access is denied", "404": "it does not exist", "500": "status 500 .4 attempts."}
     for status, message in cases.items():

@@ -40,14 +40,20 @@ class HttpFile:
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        """timeout_s: seconds to wait for the server's answer to a request, and for the bytes of one `read`."""
+        """Create the reader; it sends no request yet.
+
+        `timeout_s`: seconds to wait for the server's answer to a request, and for the bytes of one `read`.
+        """
         self._url, self._timeout_s = url, timeout_s
         self._fs: Any = None
         self._body: Any = None  # the response being read, at byte `_at`
         self._at = 0
 
     def stat(self) -> tuple[int | None, Mapping[str, str]]:
-        """Return (size in bytes, headers of the response). Size None: the headers do not state it. Errors as in `read`."""
+        """Ask the server about the file, and return (size in bytes, headers of the response).
+
+        The size is None if the headers do not state it. Raises the same errors as `read`, such as FileNotFoundError.
+        """
         return self._wait(self._stat)
 
     def read(self, start: int, end: int, size: int) -> bytes:
@@ -71,7 +77,7 @@ class HttpFile:
             raise
 
     def close(self) -> None:
-        """Close the connection, if it is still open because a response was not read to its end."""
+        """Close the connection, if it is open because the file was not read to its end. A later `read` opens it again."""
         if self._body is not None:
             self._fs.loop.call_soon_threadsafe(self._body.close)
             self._body = None

@@ -63,7 +63,10 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 def is_remote(name: str) -> bool:
-    """Return whether the name of a shard is a URL. False: it is a path. UserError: the URL has an unsupported scheme."""
+    """Return whether the name of a shard (tar file of samples) is a URL. False: it is a path.
+
+    Raises UserError if the URL has an unsupported scheme, or its secrets are hidden.
+    """
     match = _SCHEME.match(name)
     if match is None:
         return False
@@ -81,10 +84,11 @@ def is_remote(name: str) -> bool:
 
 
 def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
-    """Return the size of a remote file in bytes, and a string that changes whenever the file changes.
+    """Return (size of a remote file in bytes, a string that changes whenever the file changes).
 
-    The string is the file's ETag, generation or modification time; "" if the server states none of them. Raises RemoteError
-    if the server cannot be reached or does not state the size.
+    The string is the file's ETag, hash, generation or modification time; "" if the server states none of them. `retry`: how
+    failed requests are repeated. Raises RemoteError if the file does not exist, the server cannot be reached, or it does not
+    state the size.
     """
     file = _open(url, retry)
     size, info = _with_retries(url, retry, file.stat)
@@ -96,22 +100,33 @@ def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
     return size, next((str(stamp) for stamp in stamps if stamp), "")
 
 
-def pieces(url: str, size: int, retry: RetryPolicy) -> Iterator[bytes]:
-    """Yield the content of a remote file in blocks of PIECE_BYTES, in order. `size`: of the file in bytes.
+def pieces(url: str, size: int, retry: RetryPolicy, until: int | None = None) -> Iterator[bytes]:
+    """Yield the content of a remote file in blocks of PIECE_BYTES (16 MiB), in order.
 
-    Raises RemoteError if a block cannot be read, also after the retries.
+    Args:
+        url: URL of the file.
+        size: size of the file in bytes, as `stat` returned it.
+        retry: how failed requests are repeated.
+        until: end of the content that is read, in bytes; None: the end of the file.
+
+    Raises:
+        RemoteError: a block cannot be read even after the retries.
     """
     file = _open(url, retry)
     try:
-        for start in range(0, size, PIECE_BYTES):
-            end = min(size, start + PIECE_BYTES)
+        last = size if until is None else min(size, until)
+        for start in range(0, last, PIECE_BYTES):
+            end = min(last, start + PIECE_BYTES)
             yield _with_retries(url, retry, partial(file.read, start, end, size))
     finally:
         file.close()
 
 
 def matches(pattern: str, retry: RetryPolicy) -> list[str]:
-    """Return the URLs of the remote files that match a URL with wildcards (*, ?, [...]), sorted. Raises RemoteError."""
+    """Return the URLs of the remote files that match `pattern`, a URL with wildcards (*, ?, [...]), sorted.
+
+    `retry`: how failed requests are repeated. Raises RemoteError if the files cannot be listed.
+    """
     return sorted(_with_retries(pattern, retry, _LibraryFile(pattern, retry.timeout_s).matches))
 
 

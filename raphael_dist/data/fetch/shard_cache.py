@@ -86,7 +86,7 @@ class ShardStore:
     retry: RetryPolicy = DEFAULT_RETRY
 
     def stamp(self, name: str) -> Stamp:
-        """Return size and version of a shard's present file. `name`: path or URL. ShardError: it cannot be read."""
+        """Return size and version of a shard's file as it is now. `name`: path or URL. ShardError: it cannot be read."""
         if remote.is_remote(name):
             try:
                 return Stamp(*remote.stat(name, self.retry))
@@ -100,10 +100,11 @@ class ShardStore:
         return Stamp(status.st_size, str(status.st_mtime_ns))
 
     def fetch_new(self, name: str, stamp: Stamp) -> tuple[Stamp, Path]:
-        """Fetch a shard that is not indexed yet; return its stamp and the local path of its uncompressed tar.
+        """Fetch a shard that is not indexed yet; return (its stamp, local path of its uncompressed tar).
 
-        If the server states nothing that changes with the file (`stamp.mark` is ""), the shard is always downloaded, and the
-        SHA-256 of the uncompressed tar becomes its mark. Raises the errors of `fetch`.
+        `name`: path or URL. `stamp`: its present version (result of `stamp`). If the server states nothing that changes with
+        the file (`stamp.mark` is ""), the shard is always downloaded, and the returned stamp has the SHA-256 of the
+        uncompressed tar as its mark. Raises the same errors as `fetch`.
         """
         if stamp.mark:
             return stamp, self.fetch(name, stamp)
@@ -117,10 +118,10 @@ class ShardStore:
         return stamp, final_path
 
     def path(self, name: str, stamp: Stamp) -> Path:
-        """Return the local path of a shard's uncompressed tar. The file may not exist yet.
+        """Return the path on this machine at which `fetch` stores a shard's uncompressed tar. The file may not exist yet.
 
-        `name`: path or URL of the shard. `stamp`: the version of its file. Raises UserError if there is no folder to store
-        it.
+        For a local tar it is the path of the tar itself. `name`: path or URL of the shard. `stamp`: the version of its file.
+        Raises UserError if a download or an unpacked .tar.gz requires a folder that this store does not have.
         """
         plain = _GZIPPED.sub(".tar", base_name(name))
         if remote.is_remote(name):
@@ -174,20 +175,24 @@ class ShardStore:
         return path
 
     def head(self, name: str, num_bytes: int) -> bytes:
-        """Return the first `num_bytes` bytes of a shard's file, which may be compressed. ShardError: it cannot be read."""
+        """Return the first `num_bytes` bytes of a shard's file as it is stored, perhaps compressed.
+
+        `name`: path or URL of the shard. Raises ShardError if the file cannot be read.
+        """
         try:
             if not remote.is_remote(name):
                 with open(name, "rb") as file:
                     return file.read(num_bytes)
             size, _ = remote.stat(name, self.retry)
-            return b"".join(remote.pieces(name, min(num_bytes, size), self.retry))
+            return b"".join(remote.pieces(name, size, self.retry, until=num_bytes))
         except (OSError, RemoteError) as error:
             raise ShardError(base_name(name), getattr(error, "strerror", None) or str(error)) from error
 
     def open(self, name: str, stamp: Stamp) -> int:
-        """Open a shard's uncompressed tar, fetching it if necessary, and return the file descriptor.
+        """Open a shard's uncompressed tar, fetching it if necessary, and return the file descriptor. The caller closes it.
 
-        The caller closes it. Raises the errors of `fetch`, and ShardError if a local shard does not match `stamp` any more.
+        `name`: path or URL of the shard. `stamp`: the version of its file that is expected. Raises the same errors as
+        `fetch`, and ShardError if a local shard does not match `stamp` any more.
         """
         path = self.fetch(name, stamp)
         for is_last in (False, True):
@@ -270,14 +275,14 @@ class ShardStore:
 
 
 def store_of(d: "Data") -> ShardStore:
-    """Return the ShardStore for the settings of a configuration's section `data` (cache_dir, shard_cache, ...)."""
+    """Return the `ShardStore` for the settings of `d`, a configuration's section `data` (cache_dir, shard_cache, ...)."""
     fetched = d.cache_dir / "shards" if d.shard_cache is None else d.shard_cache
     retry = RetryPolicy(d.retries, d.timeout_s)
     return ShardStore(d.cache_dir / "index", fetched, int(d.shard_cache_gb * 2**30), retry)
 
 
 def base_name(name: str) -> str:
-    """Return the last part of a path or URL, without the URL's query."""
+    """Return the last part of a shard's path or URL, without the URL's query: a.tar for https://host/a.tar?key=1."""
     return PurePosixPath(re.split(r"[?#]\(hidden\)", hide_secrets(name))[0] if "://" in name else name).name
 
 

@@ -23,7 +23,7 @@ _SHARE_OF_MEMORY = 0.5
 
 
 class ShardPrefetcher:
-    """Fetches shards before their samples are read, in background threads.
+    """Fetches shards (tar files of samples) before their samples are read, in background threads.
 
     Remote shards are downloaded into data.shard_cache. Local shards are read into the page cache. Errors are only logged:
     they are raised later, when a sample of the shard is read. Thread-safe.
@@ -45,7 +45,10 @@ class ShardPrefetcher:
         self._closed = False
 
     def prefetch_from(self, position: int) -> None:
-        """Start to fetch the shards that are read next. `position`: number of the next sample in the order of training."""
+        """Start to fetch the shards that are read next, and cancel downloads of others that have not started.
+
+        `position`: number of the next sample in the endless order of training.
+        """
         shards = self._order.shards_from(position)
         with self._lock:
             if shards == self._current or self._closed:
